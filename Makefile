@@ -1,0 +1,77 @@
+# make up      environment, server and agent on this machine
+# make test    everything that is checked; as root it installs what the tests need
+# make demo    the lab with three tunnels, a few faults, the dashboard (root)
+# make check   format, lint, types, imports: seconds
+# make bench   the cost figures in bench/
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# As root the tests may install what they need; Debian's names of it:
+PACKAGES := $(shell cat lab/packages.txt tests/packages.txt 2>/dev/null)
+SUDO_FREE := $(shell [ "$$(id -u)" = 0 ] && echo yes)
+
+.PHONY: up test unit acceptance demo check format bench lock clean packages
+
+up: $(VENV)/server
+	@exec $(BIN)/vpn-sentinel up
+
+# --- environments: each stamp says what the venv holds ----------------------------------------------------------------
+
+$(BIN)/python:
+	@sh tools/venv.sh "$(PYTHON)" "$(VENV)"
+
+$(VENV)/server: $(BIN)/python requirements/server.lock requirements/build.lock pyproject.toml
+	@echo "installing from requirements/server.lock"
+	@$(PIP) --require-hashes -r requirements/server.lock -r requirements/build.lock
+	@$(PIP) --no-build-isolation --no-deps --editable .
+	@touch $@
+
+$(VENV)/dev: $(BIN)/python requirements/dev.lock requirements/build.lock pyproject.toml
+	@echo "installing from requirements/dev.lock"
+	@$(PIP) --require-hashes -r requirements/dev.lock -r requirements/build.lock
+	@$(PIP) --no-build-isolation --no-deps --editable .
+	@touch $@ $(VENV)/server
+
+packages:
+ifeq ($(SUDO_FREE),yes)
+	@sh tools/packages.sh $(PACKAGES)
+else
+	@sh tools/packages.sh --report $(PACKAGES)
+endif
+
+# --- checks -----------------------------------------------------------------------------------------------------------
+
+check: $(VENV)/dev
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports --no-logo 2>/dev/null || $(BIN)/lint-imports
+
+format: $(VENV)/dev
+	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format --quiet .
+
+unit: $(VENV)/dev
+	@$(BIN)/python -m pytest -q -m "not acceptance"
+
+acceptance: $(VENV)/dev packages
+	@$(BIN)/python -m pytest -q -m acceptance
+
+test: check packages
+	@$(BIN)/python -m pytest -q -m "not acceptance"
+	@$(BIN)/python -m pytest -q -m acceptance
+
+bench: $(VENV)/dev
+	@$(BIN)/python -m bench
+
+demo: $(VENV)/dev packages
+	@exec $(BIN)/python -m lab.demo
+
+# --- upkeep -----------------------------------------------------------------------------------------------------------
+
+lock: $(VENV)/dev
+	@sh tools/lock.sh
+
+clean:
+	rm -rf $(VENV) .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis
