@@ -1,0 +1,1 @@
+"""Process plumbing. Knows nothing of VPNs."""

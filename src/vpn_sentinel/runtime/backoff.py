@@ -1,0 +1,16 @@
+"""How long to wait before the next try."""
+
+import random
+from collections.abc import Iterator
+
+
+def backoff(first: float = 1.0, most: float = 60.0, *, rng: random.Random | None = None) -> Iterator[float]:
+    """Yield waits in seconds that double from `first` to `most`, each with jitter of half its length either way.
+
+    The jitter keeps a fleet that lost the same server from coming back as one wave.
+    """
+    rng = rng or random.Random()  # noqa: S311 - spreads load, guards nothing
+    wait = first
+    while True:
+        yield wait * rng.uniform(0.5, 1.5)
+        wait = min(wait * 2, most)

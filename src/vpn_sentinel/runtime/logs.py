@@ -1,0 +1,44 @@
+"""Logging: one line an event, `key=value` pairs behind a short sentence, control characters escaped."""
+
+import logging
+import sys
+import time
+from typing import Final
+
+PLAIN: Final = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
+
+
+class LineFormatter(logging.Formatter):
+    """`2026-01-02T03:04:05Z INFO uplink connected url=https://… agent=nl-1`: what stands in `extra=` becomes pairs."""
+
+    converter = staticmethod(time.gmtime)  # type: ignore[assignment]
+
+    def format(self, record: logging.LogRecord) -> str:
+        when = self.formatTime(record, "%Y-%m-%dT%H:%M:%SZ")
+        name = record.name.removeprefix("vpn_sentinel.")
+        pairs = "".join(f" {key}={_quoted(value)}" for key, value in record.__dict__.items() if key not in PLAIN)
+        line = f"{when} {record.levelname} {name} {_clean(record.getMessage())}{pairs}"
+        if record.exc_info:
+            line += "\n" + self.formatException(record.exc_info)
+        return line
+
+
+def open_log(*, debug: bool = False, file: str | None = None) -> None:
+    """Send log lines to standard error, or to `file`. Raises OSError when the file cannot be opened."""
+    handler = logging.FileHandler(file, encoding="utf-8") if file else logging.StreamHandler(sys.stderr)
+    handler.setFormatter(LineFormatter())
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.DEBUG if debug else logging.INFO)
+    # These print a line, with its URL, for each request; a Bot API URL holds the token.
+    for noisy in ("httpx", "httpcore", "uvicorn.access", "websockets", "asyncio", "uvicorn.error"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _clean(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _quoted(value: object) -> str:
+    text = _clean(str(value))
+    return f'"{text}"' if " " in text or not text else text

@@ -1,0 +1,213 @@
+"""Reading settings: file, then environment, then flags; the later one wins, and every error names the key.
+
+A role (agent, server) declares its settings as a frozen dataclass and fills it from one `Source`. Whatever the
+source holds and nobody asked for is reported by `Source.unread`, so a mistyped name does not pass in silence.
+"""
+
+import ipaddress
+import os
+import tomllib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, TypeVar
+
+from vpn_sentinel.runtime.secret import Secret
+
+T = TypeVar("T")
+PREFIX: Final = "VPN_SENTINEL_"
+# Of the replaced system and of Docker: these carry no prefix.
+UNPREFIXED: Final = frozenset({"TELEGRAM_BOT_TOKEN", "TELEGRAM_CHAT_ID", "TZ"})
+
+IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+class SettingError(Exception):
+    """A setting that cannot be used. The message is one line that names the setting and what it takes."""
+
+    def __init__(self, name: str, problem: str) -> None:
+        super().__init__(f"{name}: {problem}")
+        self.name = name
+
+
+@dataclass
+class Source:
+    """Where values come from. Names are the environment's; `API_KEY` stands for `VPN_SENTINEL_API_KEY`.
+
+    A TOML file uses the same names in lower case: `api_key = "…"`. `NAME_FILE` in the environment names a file that
+    holds the value, for Docker secrets.
+    """
+
+    env: Mapping[str, str]
+    file: Mapping[str, object] = field(default_factory=dict)
+    flags: Mapping[str, str] = field(default_factory=dict)
+    asked: set[str] = field(default_factory=set)
+
+    @classmethod
+    def load(cls, env: Mapping[str, str], flags: Mapping[str, str | None], path: str | None = None) -> "Source":
+        """Build a source; `path` is a TOML file. Raises SettingError when the file cannot be read or parsed."""
+        path = path or env.get(PREFIX + "CONFIG")
+        values: Mapping[str, object] = {}
+        if path:
+            try:
+                values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+                raise SettingError(f"configuration file {path}", str(e)) from e
+        given = {k: v for k, v in flags.items() if v is not None}
+        return cls(env=env, file=values, flags=given)
+
+    def raw(self, name: str) -> str | None:
+        """The value of `name` as text, or None when nobody set it. An empty value counts as not set."""
+        self.asked.add(name)
+        key = name if name in UNPREFIXED else PREFIX + name
+        if value := self.flags.get(name):
+            return value
+        if value := self.env.get(key, "").strip():
+            return value
+        if path := self.env.get(key + "_FILE"):
+            try:
+                return Path(path).read_text(encoding="utf-8").strip() or None
+            except (OSError, UnicodeDecodeError) as e:
+                raise SettingError(f"{key}_FILE", str(e)) from e
+        value_in_file = self.file.get(name.lower())
+        match value_in_file:
+            case None:
+                return None
+            case bool():
+                return "true" if value_in_file else "false"
+            case str() | int() | float():
+                return str(value_in_file)
+            case list():
+                return ",".join(str(item) for item in value_in_file)
+            case _:
+                raise SettingError(name.lower(), "takes a text, a number, true, false or a list")
+
+    def get(self, name: str, parse: Callable[[str], T], default: T) -> T:
+        """Parse `name`, or return `default`. Raises SettingError naming the key when `parse` raises ValueError."""
+        text = self.raw(name)
+        if text is None:
+            return default
+        try:
+            return parse(text)
+        except ValueError as e:
+            key = name if name in UNPREFIXED else PREFIX + name
+            raise SettingError(key, str(e)) from e
+
+    def unread(self) -> list[str]:
+        """Names set in the environment or the file that nobody asked for: probably misspelt."""
+        plain = {PREFIX + name for name in self.asked} | {PREFIX + name + "_FILE" for name in self.asked}
+        in_env = [k for k in self.env if k.startswith(PREFIX) and k not in plain and k != PREFIX + "CONFIG"]
+        in_file = [k for k in self.file if k.upper() not in self.asked]
+        return sorted(in_env + in_file)
+
+
+def environment() -> Mapping[str, str]:
+    """The process's environment: the one place that reads it."""
+    return os.environ  # noqa: TID251
+
+
+def default_data_dir() -> str:
+    """Where state is kept when nobody says: the system's place for root, the user's otherwise (XDG base directories)."""
+    return "/var/lib/vpn-sentinel" if os.geteuid() == 0 else str(Path("~/.local/state/vpn-sentinel").expanduser())
+
+
+def text(value: str) -> str:
+    return value
+
+
+def secret(value: str) -> Secret:
+    return Secret(value)
+
+
+def boolean(value: str) -> bool:
+    match value.strip().lower():
+        case "1" | "true" | "yes" | "on":
+            return True
+        case "0" | "false" | "no" | "off":
+            return False
+        case _:
+            msg = f"{value!r} is not one of true, false"
+            raise ValueError(msg)
+
+
+def number(least: float, most: float, unit: str = "") -> Callable[[str], float]:
+    """A parser of a number between `least` and `most`, both included."""
+
+    def parse(value: str) -> float:
+        try:
+            found = float(value)
+        except ValueError:
+            found = float("nan")
+        if not least <= found <= most:
+            msg = f"{value!r} is not a number from {least:g} to {most:g}{' ' + unit if unit else ''}"
+            raise ValueError(msg)
+        return found
+
+    return parse
+
+
+def integer(least: int, most: int) -> Callable[[str], int]:
+    """A parser of a whole number between `least` and `most`, both included."""
+
+    def parse(value: str) -> int:
+        if not value.strip().isascii() or not value.strip().isdigit() or not least <= int(value) <= most:
+            msg = f"{value!r} is not a whole number from {least} to {most}"
+            raise ValueError(msg)
+        return int(value)
+
+    return parse
+
+
+port: Final = integer(1, 65535)
+
+
+def words(value: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+def url(value: str) -> str:
+    """An http or https address with a host, without its trailing slash."""
+    scheme, _, rest = value.partition("://")
+    if scheme not in ("http", "https") or not rest.split("/")[0] or any(c.isspace() for c in value):
+        msg = "is not an address that starts with http:// or https://"
+        raise ValueError(msg)
+    return value.rstrip("/")
+
+
+def urls(value: str) -> tuple[str, ...]:
+    return tuple(url(part) for part in words(value))
+
+
+def networks(value: str) -> tuple[IPNetwork, ...]:
+    """Addresses and CIDR blocks, separated by commas."""
+    return tuple(ipaddress.ip_network(part, strict=False) for part in words(value))
+
+
+def countries(value: str) -> tuple[str, ...]:
+    """ISO 3166-1 alpha-2 codes, separated by commas."""
+    found = tuple(part.upper() for part in words(value))
+    for code in found:
+        if len(code) != 2 or not code.isascii() or not code.isalpha():
+            msg = f"{code!r} is not a country code of two letters"
+            raise ValueError(msg)
+    return found
+
+
+def one_of(*allowed: str) -> Callable[[str], str]:
+    def parse(value: str) -> str:
+        if value.lower() not in allowed:
+            msg = f"{value!r} is not one of {', '.join(allowed)}"
+            raise ValueError(msg)
+        return value.lower()
+
+    return parse
+
+
+def readable_file(value: str) -> Path:
+    path = Path(value)
+    try:
+        with path.open("rb"):
+            return path
+    except OSError as e:
+        msg = f"{value}: {e.strerror}"
+        raise ValueError(msg) from e
