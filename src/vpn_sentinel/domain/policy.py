@@ -1,0 +1,53 @@
+"""What the owner of a tunnel declares: where its traffic may come out and how long trouble must last to count."""
+
+from abc import ABC
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    IPAddress = IPv4Address | IPv6Address
+    IPNetwork = IPv4Network | IPv6Network
+else:
+    # Decoders that build these values from annotations take one class, not a union of two.
+    class IPAddress(ABC):
+        """Either version's address."""
+
+    class IPNetwork(ABC):
+        """Either version's network."""
+
+    IPAddress.register(IPv4Address)
+    IPAddress.register(IPv6Address)
+    IPNetwork.register(IPv4Network)
+    IPNetwork.register(IPv6Network)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """One tunnel's rules. Durations are seconds.
+
+    `home_networks` are the addresses that must never be seen outside: the home connection's own, and its ISP's
+    resolvers where known. `grace_*` is how long a verdict must last before it becomes the state; a leak has none.
+    """
+
+    home_networks: tuple[IPNetwork, ...] = ()
+    expected_countries: tuple[str, ...] = ()
+    allowed_resolvers: tuple[IPNetwork, ...] = ()
+    grace_down: float = 4.0
+    grace_degraded: float = 15.0
+    grace_recovery: float = 4.0
+
+    def is_home(self, address: IPAddress) -> bool:
+        return _within(address, self.home_networks)
+
+    def allows_resolver(self, address: IPAddress) -> bool:
+        return _within(address, self.allowed_resolvers)
+
+    def with_home(self, more: Iterable[IPNetwork]) -> "Policy":
+        """The same policy with further home networks, each once."""
+        return replace(self, home_networks=tuple(dict.fromkeys((*self.home_networks, *more))))
+
+
+def _within(address: IPAddress, networks: Iterable[IPNetwork]) -> bool:
+    return any(address.version == network.version and address in network for network in networks)

@@ -1,0 +1,18 @@
+"""The name of a tunnel: what outsiders may call one."""
+
+import re
+from typing import Final
+
+MOST: Final = 64
+_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
+
+
+def tunnel_name(text: str) -> str:
+    """Return `text` when it can name a tunnel. Raises ValueError that says what a name takes."""
+    if len(text) > MOST:
+        msg = f"a name takes at most {MOST} characters, this one has {len(text)}"
+        raise ValueError(msg)
+    if not _NAME.fullmatch(text):
+        msg = "a name takes letters, digits, '.', '_' and '-', and starts with a letter or digit"
+        raise ValueError(msg)
+    return text
