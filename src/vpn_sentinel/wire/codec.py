@@ -1,0 +1,129 @@
+"""Domain values to JSON and back, with the checks that the edge owes the inside.
+
+msgspec encodes and decodes the domain's dataclasses as they are; this module adds the addresses, which JSON lacks, and
+the limits. A decoder raises `msgspec.ValidationError` or `msgspec.DecodeError`; both name the place that is wrong.
+"""
+
+import math
+from collections.abc import Callable
+from functools import cache
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from typing import Any, Final, TypeVar
+
+import msgspec
+
+from vpn_sentinel.domain.observation import Observation, Place
+from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy
+from vpn_sentinel.wire import limits
+
+T = TypeVar("T")
+
+
+def _encode(value: object) -> object:
+    if isinstance(value, IPv4Address | IPv6Address | IPv4Network | IPv6Network):
+        return str(value)
+    msg = f"{type(value).__name__} has no JSON form"
+    raise NotImplementedError(msg)
+
+
+def _decode(kind: Any, value: Any) -> Any:
+    if not isinstance(value, str):
+        msg = f"Expected `str`, got `{type(value).__name__}`"
+        raise TypeError(msg)
+    if kind in (IPAddress, IPv4Address, IPv6Address):
+        return address(value)
+    if kind in (IPNetwork, IPv4Network, IPv6Network):
+        return ip_network(value)
+    msg = f"{kind} has no JSON form"
+    raise NotImplementedError(msg)
+
+
+@cache
+def decoder(kind: type[T]) -> Callable[[bytes | str], T]:
+    """A decoder of JSON into `kind`, addresses included."""
+    return msgspec.json.Decoder(kind, dec_hook=_decode).decode
+
+
+ENCODER: Final = msgspec.json.Encoder(enc_hook=_encode)
+encode: Final = ENCODER.encode
+
+
+def to_plain(value: object) -> Any:
+    """Lists, maps, numbers and text only, for whatever renders them."""
+    return msgspec.to_builtins(value, enc_hook=_encode)
+
+
+def address(text_: str) -> IPAddress:
+    """Parse an address; an IPv4-mapped IPv6 address becomes its IPv4 self. Raises ValueError."""
+    if "%" in text_:
+        msg = "an address takes no zone"
+        raise ValueError(msg)
+    found = ip_address(text_)
+    return found.ipv4_mapped or found if isinstance(found, IPv6Address) else found
+
+
+def checked_text(name: str, value: str | None, most: int = limits.TEXT) -> str | None:
+    """Return `value` when it can be kept and shown. Raises ValueError that names the field."""
+    if value is None:
+        return None
+    if len(value) > most:
+        msg = f"{name} takes at most {most} characters, this one has {len(value)}"
+        raise ValueError(msg)
+    if not value.isprintable():
+        msg = f"{name} holds a control character"
+        raise ValueError(msg)
+    return value
+
+
+def check_observation(seen: Observation) -> None:
+    """Raise ValueError when an observation is larger or stranger than any agent of ours makes."""
+    for name, items in (("canaries", seen.canaries), ("resolvers", seen.resolvers), ("places", seen.places)):
+        if len(items) > limits.PER_OBSERVATION:
+            msg = f"{name} holds {len(items)} entries, at most {limits.PER_OBSERVATION} are taken"
+            raise ValueError(msg)
+    if seen.interfaces is not None and len(seen.interfaces) > 4 * limits.PER_OBSERVATION:
+        msg = "interfaces holds too many entries"
+        raise ValueError(msg)
+    for interface in (*(seen.interfaces or ()), *((seen.link.name,) if seen.link else ())):
+        checked_text("interface", interface, 64)
+    for canary in seen.canaries:
+        checked_text("target", canary.target, 64)
+    for sighting in seen.resolvers:
+        checked_text("method", sighting.method, 64)
+    for place in seen.places:
+        check_place(place)
+    if not 0 <= seen.took_ms < 1e9 or not math.isfinite(seen.took_ms):
+        msg = "took_ms is not a duration"
+        raise ValueError(msg)
+
+
+def check_place(place: Place) -> None:
+    """Raise ValueError when a place holds what cannot be kept or shown."""
+    for name in ("source", "region", "city", "timezone", "org"):
+        checked_text(name, getattr(place, name))
+    if place.country is not None and not (
+        len(place.country) == 2 and place.country.isascii() and place.country.isalpha()
+    ):
+        msg = "country takes a code of two letters"
+        raise ValueError(msg)
+
+
+def check_policy(policy: Policy) -> None:
+    """Raise ValueError when a declared policy is larger or stranger than a person would write."""
+    for name, items in (
+        ("home_networks", policy.home_networks),
+        ("expected_countries", policy.expected_countries),
+        ("allowed_resolvers", policy.allowed_resolvers),
+    ):
+        if len(items) > limits.PER_OBSERVATION:
+            msg = f"{name} holds {len(items)} entries, at most {limits.PER_OBSERVATION} are taken"
+            raise ValueError(msg)
+    for country in policy.expected_countries:
+        checked_text("expected_countries", country, 2)
+    for grace in (policy.grace_down, policy.grace_degraded, policy.grace_recovery):
+        if not 0 <= grace <= 86400:
+            msg = "a grace takes 0 to 86400 seconds"
+            raise ValueError(msg)
+
+
+__all__ = ["address", "check_observation", "check_policy", "checked_text", "decoder", "encode", "to_plain"]

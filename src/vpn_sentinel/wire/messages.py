@@ -1,0 +1,88 @@
+"""What agent and server say to each other, over the WebSocket `/api/v1/agent` and by POST to the same path.
+
+The agent says `Hello` once, then `Reports` whenever its spool holds some. The server says `Welcome`, then one `Ack`
+for each message of reports, *after* the database committed them: what an agent has an ack for, it may forget.
+By POST, `Exchange` carries both at once and is answered by `Welcome`, whose `ack` covers the reports sent along.
+"""
+
+from typing import Final
+
+import msgspec
+
+from vpn_sentinel.domain.observation import Observation
+from vpn_sentinel.domain.policy import Policy
+
+# Of this protocol. A server takes every version up to its own; an agent says which one it speaks.
+PROTOCOL: Final = 1
+
+
+class Report(msgspec.Struct, frozen=True, kw_only=True):
+    """One observation as the spool kept it.
+
+    `seq` counts up from 1 within one spool and has gaps where rounds were thinned. `age` is the time in seconds since it
+    was seen, by a clock that never jumps, so that a wrong wall clock at the agent cannot misdate it.
+    """
+
+    seq: int
+    age: float
+    observation: Observation
+
+
+class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
+    """Who reports. `spool` is the random identity of the agent's spool: sequence numbers belong to it.
+
+    `interval` is the longest time in seconds between two reports of an agent that is well; `wall` its clock.
+    """
+
+    protocol: int
+    client_id: str
+    spool: str
+    version: str
+    interval: float
+    wall: float
+    policy: Policy = msgspec.field(default_factory=Policy)
+
+
+class Reports(msgspec.Struct, frozen=True, kw_only=True, tag="reports"):
+    """Observations in order. `pending` more wait in the spool; `thinned` were given up since the last message."""
+
+    items: list[Report]
+    pending: int = 0
+    thinned: int = 0
+
+
+class Exchange(msgspec.Struct, frozen=True, kw_only=True, tag="exchange"):
+    hello: Hello
+    reports: Reports
+
+
+class Echo(msgspec.Struct, frozen=True, kw_only=True):
+    """How to ask the server's UDP echo: who asks (`id`, 16 hex digits) and the `key` (64 hex digits) that signs it."""
+
+    port: int
+    id: str
+    key: str
+
+
+class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
+    """`ack` is the highest sequence number of this spool that is stored, 0 for none; `seen_from` the peer address."""
+
+    ack: int
+    wall: float
+    seen_from: str | None = None
+    echo: Echo | None = None
+
+
+class Ack(msgspec.Struct, frozen=True, kw_only=True, tag="ack"):
+    seq: int
+
+
+class Refused(msgspec.Struct, frozen=True, kw_only=True, tag="refused"):
+    """Said before the server closes. `retry` is False when trying again cannot help."""
+
+    reason: str
+    retry: bool = False
+
+
+FromAgent = Hello | Reports | Exchange
+FromServer = Welcome | Ack | Refused

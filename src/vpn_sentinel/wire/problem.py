@@ -1,0 +1,21 @@
+"""Errors as RFC 9457 problem details."""
+
+from http import HTTPStatus
+from typing import Final
+
+import msgspec
+
+CONTENT_TYPE: Final = "application/problem+json"
+
+
+class Problem(msgspec.Struct, frozen=True, kw_only=True):
+    """`detail` is for a person: what is wrong and where. `type` is always `about:blank`: the status says the kind."""
+
+    status: int
+    title: str
+    detail: str
+    type: str = "about:blank"
+
+
+def problem(status: int, detail: str) -> Problem:
+    return Problem(status=status, title=HTTPStatus(status).phrase, detail=detail)

@@ -1,0 +1,227 @@
+"""What the HTTP API answers. Times are ISO 8601 in UTC, durations seconds; what is not known is null, never a word."""
+
+from datetime import UTC, datetime
+
+import msgspec
+
+from vpn_sentinel.domain.verdict import Severity, State
+
+
+class Finding(msgspec.Struct, frozen=True, kw_only=True):
+    """One thing that was found: `message` says it, `advice` what to do about it, `evidence` holds the facts."""
+
+    code: str
+    severity: Severity
+    message: str
+    advice: str = ""
+    evidence: dict[str, str] = {}
+
+
+class Exit(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the tunnel's traffic comes out."""
+
+    ipv4: str | None = None
+    ipv6: str | None = None
+
+
+class Place(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the exit address is said to be, and by whom (`source`). `country` is ISO 3166-1 alpha-2."""
+
+    country: str | None = None
+    region: str | None = None
+    city: str | None = None
+    timezone: str | None = None
+    asn: int | None = None
+    org: str | None = None
+    source: str | None = None
+
+
+class Resolver(msgspec.Struct, frozen=True, kw_only=True):
+    """An address from which the tunnel's DNS queries really come out."""
+
+    ip: str
+    country: str | None = None
+    org: str | None = None
+
+
+class Tunnel(msgspec.Struct, frozen=True, kw_only=True):
+    """A watched tunnel as it stands. `deadline` is when it counts as silent; `last_seen` null means it never reported.
+
+    `source` is "agent" or "keepalive"; `interval` the seconds between two reports of an agent that is well.
+    """
+
+    name: str
+    state: State
+    since: datetime
+    findings: list[Finding]
+    last_seen: datetime | None
+    deadline: datetime | None
+    exit: Exit
+    place: Place
+    resolvers: list[Resolver]
+    dns_loc: str | None
+    dns_colo: str | None
+    source: str | None
+    client_version: str | None
+    interval: float | None
+    created_at: datetime
+
+
+class Tunnels(msgspec.Struct, frozen=True, kw_only=True):
+    tunnels: list[Tunnel]
+
+
+class Changed(msgspec.Struct, frozen=True, kw_only=True):
+    """One frame of `/events`: the tunnels that changed, as they are now, and the names of those that are gone."""
+
+    tunnels: list[msgspec.Raw]
+    gone: list[str] = []
+
+
+class ClientStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One entry of `/status`, under the names of the replaced system; `state`, `findings` and `since` are new.
+
+    `location` is "city, region, country", as far as known.
+    """
+
+    last_seen: str | None
+    ip: str | None
+    location: str | None
+    provider: str | None
+    country: str | None
+    city: str | None
+    region: str | None
+    timezone: str | None
+    dns_loc: str | None
+    dns_colo: str | None
+    client_version: str | None
+    state: State
+    findings: list[Finding]
+    since: str
+
+
+class Whoami(msgspec.Struct, frozen=True, kw_only=True):
+    """The address that this request came from."""
+
+    ip: str
+    version: int
+
+
+class Transition(msgspec.Struct, frozen=True, kw_only=True):
+    """A change of state. `at` is when its cause began, `decided_at` when it was known."""
+
+    at: datetime
+    decided_at: datetime
+    old: State
+    new: State
+    findings: list[Finding]
+
+
+class Observation(msgspec.Struct, frozen=True, kw_only=True):
+    """One round of an agent. `state` is what that round alone meant; `body` holds the facts as reported."""
+
+    at: datetime
+    received_at: datetime
+    seq: int
+    state: State
+    body: msgspec.Raw
+
+
+class History(msgspec.Struct, frozen=True, kw_only=True):
+    """A stretch of a tunnel's past, newest first, both lists complete for it.
+
+    When `next_until` is not null there is more: ask again with it as `until`.
+    """
+
+    tunnel: str
+    transitions: list[Transition]
+    observations: list[Observation]
+    next_until: float | None
+
+
+class Incident(msgspec.Struct, frozen=True, kw_only=True):
+    """A span of not-protected. `closed_at` null means that it lasts; `duration` is seconds, so far."""
+
+    id: int
+    tunnel: str
+    opened_at: datetime
+    closed_at: datetime | None
+    duration: float
+    worst: State
+    findings: list[Finding]
+
+
+class Incidents(msgspec.Struct, frozen=True, kw_only=True):
+    """Newest first. When `next_before` is not null there are more: ask again with it as `before`."""
+
+    incidents: list[Incident]
+    next_before: int | None
+
+
+class Attempt(msgspec.Struct, frozen=True, kw_only=True):
+    """One try to deliver: `result` is "done", "transient" or "permanent"."""
+
+    attempt: int
+    at: datetime
+    result: str
+    reason: str
+
+
+class Notice(msgspec.Struct, frozen=True, kw_only=True):
+    """What a delivery tells. `exit` and `old_exit` are addresses."""
+
+    at: datetime | None = None
+    began: datetime | None = None
+    was: str | None = None
+    exit: str | None = None
+    old_exit: str | None = None
+    findings: list[Finding] = []
+
+
+class Delivery(msgspec.Struct, frozen=True, kw_only=True):
+    """One notice owed to one channel. `status` is "due", "leased", "done" or "given_up"."""
+
+    id: int
+    channel: str
+    tunnel: str | None
+    kind: str
+    status: str
+    created_at: datetime
+    due_at: datetime
+    settled_at: datetime | None
+    attempts: list[Attempt]
+    notice: Notice
+
+
+class Deliveries(msgspec.Struct, frozen=True, kw_only=True):
+    """Newest first. When `next_before` is not null there are more: ask again with it as `before`."""
+
+    deliveries: list[Delivery]
+    next_before: int | None
+
+
+class Summary(msgspec.Struct, frozen=True, kw_only=True):
+    """How many tunnels are in each state; `worst` is the most harmful state that any is in."""
+
+    total: int
+    states: dict[State, int]
+    worst: State | None
+
+
+class Problem(msgspec.Struct, frozen=True, kw_only=True):
+    """An error, as RFC 9457 has it."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+
+
+def when(seconds: float | None) -> datetime | None:
+    """Seconds since the epoch as a time in UTC; None and 0, which stand for never, as None."""
+    return datetime.fromtimestamp(seconds, UTC) if seconds else None
+
+
+def moment(seconds: float) -> datetime:
+    """Seconds since the epoch as a time in UTC."""
+    return datetime.fromtimestamp(seconds, UTC)
