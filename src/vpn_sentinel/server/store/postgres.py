@@ -1,0 +1,77 @@
+"""PostgreSQL, through SQLAlchemy's asyncpg engine; the hot path talks to asyncpg itself."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import asyncpg
+from sqlalchemy import Executable, Row, text
+from sqlalchemy.exc import DBAPIError, InterfaceError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from vpn_sentinel.server.store import rows
+from vpn_sentinel.server.store.store import Decide, StoreUnavailable, TunnelRow
+
+
+class PostgresStore:
+    """See `store.Store`. Rows are locked in the order of their ids, so replicas cannot deadlock each other."""
+
+    def __init__(self, url: str) -> None:
+        self._engine = create_async_engine(
+            url.replace("postgresql://", "postgresql+asyncpg://", 1),
+            pool_size=4,
+            max_overflow=4,
+            pool_pre_ping=True,
+            pool_timeout=5.0,
+            connect_args={"timeout": 5.0, "command_timeout": 30.0},
+        )
+
+    async def read(self, statement: Executable) -> Sequence[Row[Any]]:
+        async with _translated(), self._engine.connect() as connection:
+            return (await connection.execute(statement)).all()
+
+    async def write(self, *statements: Executable) -> list[Sequence[Row[Any]]]:
+        async with _translated(), self._engine.begin() as connection:
+            results = [await connection.execute(s) for s in statements]
+            return [r.all() if r.returns_rows else [] for r in results]
+
+    async def transact(self, names: Sequence[str], now: float, decide: Decide, *, create: bool) -> None:
+        async with _translated(), self._engine.connect() as connection:
+            driver: asyncpg.Connection[Any] = (await connection.get_raw_connection()).driver_connection
+            async with driver.transaction():
+                found = await _load(driver, names)
+                if create and (missing := sorted(n for n in names if n not in found)):
+                    # Another replica may insert the same name at this moment: the loser waits for its commit, does
+                    # nothing, and then reads (and locks) the winner's row.
+                    await driver.executemany(rows.numbered(rows.NEW_TUNNEL), [rows.new_tunnel(n, now) for n in missing])
+                    found |= await _load(driver, missing)
+                for sql, values in decide(found).batches:
+                    await driver.executemany(rows.numbered(sql), values)
+
+    async def ping(self) -> None:
+        await self.write(text("UPDATE meta SET value = value WHERE key = 'alive'"))
+
+    async def close(self) -> None:
+        await self._engine.dispose()
+
+
+async def _load(driver: "asyncpg.Connection[Any]", names: Sequence[str]) -> dict[str, TunnelRow]:
+    sql = f"SELECT {rows.TUNNEL_COLUMNS} FROM tunnels WHERE name = ANY($1::text[]) ORDER BY id FOR UPDATE"  # noqa: S608
+    return {r["name"]: TunnelRow(*r.values()) for r in await driver.fetch(sql, list(names))}
+
+
+@asynccontextmanager
+async def _translated() -> AsyncIterator[None]:
+    """Turn every failure of connection or server into StoreUnavailable; its text never holds the address."""
+    try:
+        yield
+    except (DBAPIError, InterfaceError) as e:
+        raise StoreUnavailable("database_error", type(e.orig).__name__) from e
+    except (asyncpg.PostgresError, asyncpg.InterfaceError) as e:
+        raise StoreUnavailable("database_error", type(e).__name__) from e
+    except (PoolTimeout, asyncio.TimeoutError) as e:
+        raise StoreUnavailable("timeout", "no connection or no answer in time") from e
+    except OSError as e:
+        raise StoreUnavailable("unreachable", e.strerror or type(e).__name__) from e

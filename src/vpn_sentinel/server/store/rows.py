@@ -1,0 +1,60 @@
+"""The statements of the hot path, written for the drivers themselves, in the one dialect both engines share."""
+
+import re
+from dataclasses import fields
+from itertools import count
+from typing import Final
+
+from vpn_sentinel.server.store.store import TunnelRow
+
+_NAMES: Final = [f'"{f.name}"' for f in fields(TunnelRow)]
+_UPDATED: Final = [n for n in _NAMES if n not in ('"id"', '"name"', '"created_at"')]
+
+TUNNEL_COLUMNS: Final = ", ".join(_NAMES)
+NEW_TUNNEL: Final = (
+    f"INSERT INTO tunnels ({', '.join(_NAMES[1:])}) VALUES ({', '.join('?' * (len(_NAMES) - 1))}) "  # noqa: S608
+    "ON CONFLICT (name) DO NOTHING"
+)
+SAVE_TUNNEL: Final = f"UPDATE tunnels SET {', '.join(f'{n} = ?' for n in _UPDATED)} WHERE id = ?"  # noqa: S608
+ADD_OBSERVATION: Final = (
+    "INSERT INTO observations (tunnel_id, spool, seq, at, received_at, state, body) VALUES (?, ?, ?, ?, ?, ?, ?) "
+    "ON CONFLICT DO NOTHING"
+)
+ADD_TRANSITION: Final = (
+    'INSERT INTO transitions (tunnel_id, at, decided_at, "old", "new", findings) VALUES (?, ?, ?, ?, ?, ?)'
+)
+VOID_SILENCE: Final = "DELETE FROM transitions WHERE tunnel_id = ? AND at = ? AND \"new\" = 'silent'"
+OPEN_INCIDENT: Final = (
+    "INSERT INTO incidents (tunnel_id, opened_at, worst, findings) VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING"
+)
+WORSEN_INCIDENT: Final = "UPDATE incidents SET worst = ?, findings = ? WHERE tunnel_id = ? AND closed_at IS NULL"
+CLOSE_INCIDENT: Final = "UPDATE incidents SET closed_at = ? WHERE tunnel_id = ? AND closed_at IS NULL"
+VOID_INCIDENT: Final = "DELETE FROM incidents WHERE tunnel_id = ? AND closed_at IS NULL AND opened_at = ?"
+ADD_DELIVERY: Final = (
+    "INSERT INTO outbox (channel, tunnel, kind, body, created_at, due_at, leased_until, attempt) "
+    "VALUES (?, ?, ?, ?, ?, ?, 0, 0)"
+)
+
+
+def new_tunnel(name: str, now: float) -> tuple[object, ...]:
+    """Values of NEW_TUNNEL for a tunnel that never reported."""
+    row = TunnelRow(
+        id=0, name=name, created_at=now, state="pending", since=now, findings="[]", memory="", policy="", source="",
+        version="", interval=0.0, last_seen=0.0, deadline=None, spool="", seq=0, exit4=None, exit6=None, place="{}",
+        resolvers="[]", dns_loc="", dns_colo="",
+    )  # fmt: skip
+    return tuple(getattr(row, f.name) for f in fields(TunnelRow))[1:]
+
+
+def saved_tunnel(row: TunnelRow) -> tuple[object, ...]:
+    """Values of SAVE_TUNNEL."""
+    return (
+        row.state, row.since, row.findings, row.memory, row.policy, row.source, row.version, row.interval, row.last_seen,
+        row.deadline, row.spool, row.seq, row.exit4, row.exit6, row.place, row.resolvers, row.dns_loc, row.dns_colo, row.id,
+    )  # fmt: skip
+
+
+def numbered(sql: str) -> str:
+    """The same statement with PostgreSQL's `$1`, `$2` … for `?`."""
+    numbers = count(1)
+    return re.sub(r"\?", lambda _: f"${next(numbers)}", sql)

@@ -1,0 +1,181 @@
+"""SQLite: one writer thread, so that nothing ever waits for a lock; readers beside it on their own connections (WAL)."""
+
+import asyncio
+import sqlite3
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from sqlalchemy import Engine, Executable, Row, create_engine, event, text
+from sqlalchemy.exc import DBAPIError
+from sqlalchemy.pool import QueuePool, StaticPool
+
+from vpn_sentinel.server.store import rows
+from vpn_sentinel.server.store.store import Changes, Decide, StoreUnavailable, StoreUnusable, TunnelRow
+
+T = TypeVar("T")
+_READERS: Final = 2
+# Network filesystems, on which SQLite's locks and WAL are not safe.
+_NETWORK: Final = {"nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "glusterfs", "ceph"}
+
+
+class SqliteStore:
+    """See `store.Store`. Writes go through one thread in the order they were asked for."""
+
+    def __init__(self, path: str) -> None:
+        self._writer = _engine(path, StaticPool, query_only=False)
+        self._reader = _engine(path, QueuePool, query_only=True, pool_size=_READERS, max_overflow=0)
+        self._write_thread = ThreadPoolExecutor(1, "store-writer")
+        self._read_threads = ThreadPoolExecutor(_READERS, "store-reader")
+
+    async def read(self, statement: Executable) -> Sequence[Row[Any]]:
+        def run() -> Sequence[Row[Any]]:
+            with self._reader.connect() as connection:
+                return connection.execute(statement).all()
+
+        return await self._in(self._read_threads, run)
+
+    async def write(self, *statements: Executable) -> list[Sequence[Row[Any]]]:
+        def run() -> list[Sequence[Row[Any]]]:
+            with self._writer.begin() as connection:
+                results = [connection.execute(s) for s in statements]
+                return [r.all() if r.returns_rows else [] for r in results]
+
+        return await self._in(self._write_thread, run)
+
+    async def transact(self, names: Sequence[str], now: float, decide: Decide, *, create: bool) -> None:
+        await self._in(self._write_thread, lambda: self._transact(names, now, decide, create=create))
+
+    def _transact(self, names: Sequence[str], now: float, decide: Decide, *, create: bool) -> None:
+        raw = self._writer.raw_connection()
+        try:
+            cursor = raw.cursor()
+            cursor.execute("BEGIN IMMEDIATE")
+            try:
+                found = _load(cursor, names)
+                if create and (missing := [n for n in names if n not in found]):
+                    cursor.executemany(rows.NEW_TUNNEL, [rows.new_tunnel(n, now) for n in missing])
+                    found |= _load(cursor, missing)
+                changes: Changes = decide(found)
+                for sql, values in changes.batches:
+                    cursor.executemany(sql, values)
+                cursor.execute("COMMIT")
+            except BaseException:
+                if raw.driver_connection is not None and raw.driver_connection.in_transaction:
+                    cursor.execute("ROLLBACK")
+                raise
+        finally:
+            raw.close()
+
+    async def ping(self) -> None:
+        """Ask the writer too: a full or read-only disk is no health."""
+
+        def run() -> None:
+            with self._writer.begin() as connection:
+                connection.execute(text("UPDATE meta SET value = value WHERE key = 'alive'"))
+
+        await self._in(self._write_thread, run)
+
+    async def close(self) -> None:
+        def run() -> None:
+            self._reader.dispose()
+            self._writer.dispose()
+
+        await asyncio.get_running_loop().run_in_executor(self._write_thread, run)
+        self._read_threads.shutdown()
+        self._write_thread.shutdown()
+
+    async def _in(self, threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+        try:
+            # Shielded: work in a thread cannot be taken back, so a caller that gives up must not see it half-done.
+            return await asyncio.shield(asyncio.get_running_loop().run_in_executor(threads, work))
+        except DBAPIError as e:
+            raise _unavailable(e.orig) from e
+        except sqlite3.Error as e:
+            raise _unavailable(e) from e
+
+
+def _load(cursor: Any, names: Sequence[str]) -> dict[str, TunnelRow]:
+    found: dict[str, TunnelRow] = {}
+    for start in range(0, len(names), 500):
+        part = names[start : start + 500]
+        marks = ",".join("?" * len(part))
+        cursor.execute(f"SELECT {rows.TUNNEL_COLUMNS} FROM tunnels WHERE name IN ({marks})", part)  # noqa: S608
+        for values in cursor.fetchall():
+            found[values[1]] = TunnelRow(*values)
+    return found
+
+
+def _unavailable(error: BaseException | None) -> StoreUnavailable:
+    code = getattr(error, "sqlite_errorname", "")
+    reasons = {
+        "SQLITE_FULL": "disk_full",
+        "SQLITE_READONLY": "read_only",
+        "SQLITE_BUSY": "busy",
+        "SQLITE_CORRUPT": "damaged",
+    }
+    reason = next((r for prefix, r in reasons.items() if code.startswith(prefix)), "database_error")
+    return StoreUnavailable(reason, str(error))
+
+
+def _engine(path: str, pool: type, *, query_only: bool, **options: Any) -> Engine:
+    engine = create_engine(
+        f"sqlite:///{path}",
+        poolclass=pool,
+        # Transactions are begun below: Python's own BEGIN is deferred and could not be promoted without SQLITE_BUSY.
+        connect_args={"check_same_thread": False, "isolation_level": None, "timeout": 10.0},
+        **options,
+    )
+
+    @event.listens_for(engine, "connect")
+    def _pragmas(connection: sqlite3.Connection, _record: object) -> None:
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = FULL")
+        connection.execute("PRAGMA foreign_keys = ON")
+        connection.execute("PRAGMA busy_timeout = 10000")
+        connection.execute(f"PRAGMA query_only = {'ON' if query_only else 'OFF'}")
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Any) -> None:
+        connection.exec_driver_sql("BEGIN" if query_only else "BEGIN IMMEDIATE")
+
+    return engine
+
+
+def prepare_file(path: Path) -> None:
+    """Make sure that `path` can hold a database. Raises StoreUnusable that says what and where."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with path.open("ab"):
+            pass
+        path.chmod(0o600)
+    except OSError as e:
+        msg = f"data folder {path.parent}: {e.strerror}"
+        raise StoreUnusable(msg) from e
+    if kind := _network_filesystem(path):
+        msg = f"data folder {path.parent} is on a network filesystem ({kind}), where SQLite loses data; use PostgreSQL"
+        raise StoreUnusable(msg)
+    try:
+        with sqlite3.connect(path) as connection:
+            found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+    except sqlite3.DatabaseError as e:
+        msg = f"database {path}: {e}"
+        raise StoreUnusable(msg) from e
+    finally:
+        if "connection" in locals():
+            connection.close()
+    if found != "ok":
+        msg = f"database {path} is damaged: {found}"
+        raise StoreUnusable(msg)
+
+
+def _network_filesystem(path: Path) -> str | None:
+    """The filesystem's type when it is a network's, by the longest mount point above `path` (proc(5), mountinfo)."""
+    best, kind = "", None
+    for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines():
+        left, _, right = line.partition(" - ")
+        mount, found = left.split()[4], right.split()[0]
+        if path.resolve().is_relative_to(mount) and len(mount) >= len(best):
+            best, kind = mount, found
+    return kind if kind in _NETWORK else None

@@ -1,0 +1,87 @@
+"""The door to the database, the same for SQLite and PostgreSQL."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeVar
+
+from sqlalchemy import Executable, Row
+
+T = TypeVar("T")
+
+# One statement with `?` for each value, and the rows to run it with.
+Batch = tuple[str, Sequence[tuple[object, ...]]]
+
+
+class StoreUnavailable(Exception):
+    """The database cannot be reached or written now. `reason` is a short word for metrics; trying again may help."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+
+
+class StoreUnusable(Exception):
+    """The database cannot be used at all: a wrong address, a damaged file, a schema from the future. One line."""
+
+
+@dataclass(slots=True)
+class TunnelRow:
+    """A row of `tunnels`, in the order of its columns. JSON columns are text."""
+
+    id: int
+    name: str
+    created_at: float
+    state: str
+    since: float
+    findings: str
+    memory: str
+    policy: str
+    source: str
+    version: str
+    interval: float
+    last_seen: float
+    deadline: float | None
+    spool: str
+    seq: int
+    exit4: str | None
+    exit6: str | None
+    place: str
+    resolvers: str
+    dns_loc: str
+    dns_colo: str
+
+
+@dataclass(slots=True)
+class Changes:
+    """What a decision writes: batches in order."""
+
+    batches: list[Batch] = field(default_factory=list)
+
+
+# Pure: from the tunnels' rows by name to what must be written. Runs inside the transaction, and may run twice.
+Decide = Callable[[Mapping[str, TunnelRow]], Changes]
+
+
+class Store(Protocol):
+    """Statements are SQLAlchemy Core's, over the tables of `schema`. Every method raises StoreUnavailable."""
+
+    async def read(self, statement: Executable) -> Sequence[Row[Any]]:
+        """Rows of one SELECT, from a committed state."""
+        ...
+
+    async def write(self, *statements: Executable) -> list[Sequence[Row[Any]]]:
+        """Run statements in one transaction; one list of rows a statement, empty where it returns none."""
+        ...
+
+    async def transact(self, names: Sequence[str], now: float, decide: Decide, *, create: bool) -> None:
+        """Read the tunnels called `names`, decide, and write, in one transaction that no other can interleave with.
+
+        With `create`, a name that is not there becomes a pending tunnel first. Returns after the commit is durable.
+        """
+        ...
+
+    async def ping(self) -> None:
+        """Return when the database really answered a question."""
+        ...
+
+    async def close(self) -> None: ...

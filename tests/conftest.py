@@ -1,0 +1,116 @@
+"""What every ring of tests shares: both engines as one `store` fixture, and a clock that a test sets."""
+
+import asyncio
+import os
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from vpn_sentinel.server.store.open import open_store
+from vpn_sentinel.server.store.store import Store
+
+POSTGRES_BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
+
+
+class ManualClock:
+    """A clock that stands until a test moves it."""
+
+    def __init__(self, wall: float = 1_800_000_000.0) -> None:
+        self.now = wall
+
+    def wall(self) -> float:
+        return self.now
+
+    def boottime(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+class Postgres:
+    """A cluster of the tests' own, on a socket in its own folder; it ends with the test run."""
+
+    def __init__(self, folder: Path, binaries: Path) -> None:
+        self._folder, self._binaries = folder, binaries
+        # PostgreSQL refuses to run as root.
+        self._as = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+        self._made = 0
+
+    def start(self) -> None:
+        if self._as:
+            shutil.chown(self._folder, "postgres")
+        data = str(self._folder / "data")
+        self._run("initdb", "-D", data, "-U", "sentinel", "--auth=trust", "--no-sync", "-E", "UTF8", "--locale=C.UTF-8")
+        options = f"-k {self._folder} -c listen_addresses= -c fsync=off -c max_connections=200"
+        self._run("pg_ctl", "-D", data, "-w", "-t", "60", "-o", options, "-l", str(self._folder / "log"), "start")
+
+    def stop(self) -> None:
+        self._run("pg_ctl", "-D", str(self._folder / "data"), "-m", "immediate", "-w", "stop")
+
+    def new_database(self) -> str:
+        """Create an empty database; returns its address."""
+        self._made += 1
+        name = f"test{self._made}"
+        self._run("createdb", "-h", str(self._folder), "-U", "sentinel", name)
+        return f"postgresql://sentinel@/{name}?host={self._folder}"
+
+    def _run(self, program: str, *words: str) -> None:
+        command = [*self._as, str(self._binaries / program), *words]
+        done = subprocess.run(command, cwd="/", capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL)
+        if done.returncode:
+            raise RuntimeError(f"{program}: {done.stdout}{done.stderr}")
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    if not POSTGRES_BINARIES:
+        pytest.skip("PostgreSQL is not installed: `make test` as root installs it")
+    # Not pytest's own folder: its parents are closed to the user that PostgreSQL runs as.
+    folder = Path(tempfile.mkdtemp(prefix="vs-pg-"))
+    folder.chmod(0o755)
+    cluster = Postgres(folder, POSTGRES_BINARIES[0])
+    try:
+        cluster.start()
+        yield cluster
+        cluster.stop()
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """The address of an empty database, once on each engine."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path}/sentinel.db"
+    cluster: Postgres = request.getfixturevalue("postgres")
+    return cluster.new_database()
+
+
+@pytest.fixture
+async def store(database_url: str) -> AsyncIterator[Store]:
+    """An open store with the newest schema, once on each engine."""
+    opened = await open_store(database_url)
+    yield opened
+    await opened.close()
+
+
+@pytest.fixture
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+async def until(condition, limit: float = 5.0) -> None:  # type: ignore[no-untyped-def]
+    """Wait for `condition()` to hold. Raises TimeoutError after `limit` seconds."""
+    async with asyncio.timeout(limit):
+        while not condition():
+            await asyncio.sleep(0.01)
