@@ -1,0 +1,1 @@
+"""The server: takes reports, judges them, remembers, and tells people."""

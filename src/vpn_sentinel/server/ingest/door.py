@@ -1,0 +1,101 @@
+"""What every report passes before it is read: the address, the key, the rate, the size."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Final
+
+from vpn_sentinel.domain.policy import IPAddress
+from vpn_sentinel.runtime.clock import Clock
+from vpn_sentinel.server.access import Access, Caller, inside, key_from, peer
+from vpn_sentinel.server.ingest.rate import RateLimit
+from vpn_sentinel.server.settings import ServerSettings
+from vpn_sentinel.wire import limits
+
+Headers = dict[str, str]
+# Wrong keys one address may show in a minute: keys are long, this only keeps guessers cheap.
+_WRONG_KEYS: Final = 20
+
+
+class Refusal(Exception):
+    """A request that is not taken. `detail` is for its sender; `retry_after` in seconds where trying again can help."""
+
+    def __init__(self, status: int, detail: str, retry_after: float | None = None) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.detail = detail
+        self.retry_after = retry_after
+
+
+@dataclass(frozen=True, slots=True)
+class Guest:
+    """A caller that came in, the address it really came from, and its headers (names in lower case)."""
+
+    caller: Caller
+    address: IPAddress
+    headers: Headers
+
+
+class Door:
+    def __init__(self, settings: ServerSettings, access: Access, clock: Clock) -> None:
+        self._settings = settings
+        self._access = access
+        self._clock = clock
+        self._rate = RateLimit(settings.rate_limit)
+        self._wrong = RateLimit(_WRONG_KEYS)
+
+    async def enter(self, scope: Any) -> Guest:
+        """Let in who may report. Raises Refusal (401, 403, 429)."""
+        headers: Headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
+        address = self.address(scope, headers)
+        if self._settings.allowed_ips and not inside(address, self._settings.allowed_ips):
+            raise Refusal(403, f"the address {address} is not on the allow-list")
+        key = key_from(headers)
+        if key is None:
+            raise Refusal(401, "a key is needed: send it in the header X-API-Key")
+        caller = await self._access.caller(key)
+        if caller is None:
+            wait = self._wrong.wait(str(address), self._clock.boottime())
+            if wait:
+                raise Refusal(429, "too many wrong keys from this address", wait)
+            raise Refusal(403, "this key is not known here")
+        return Guest(caller, address, headers)
+
+    def address(self, scope: Any, headers: Headers) -> IPAddress:
+        """Where a request really came from: see `access.peer`."""
+        client = scope.get("client")
+        if client is None:
+            raise Refusal(400, "the connection has no address")
+        return peer(client[0], headers.get("x-forwarded-for"), self._settings.trusted_proxies)
+
+    def pace(self, key: str) -> None:
+        """Raises Refusal (429) when `key` asks too often."""
+        wait = self._rate.wait(key, self._clock.boottime())
+        if wait:
+            per_minute = self._settings.rate_limit
+            raise Refusal(429, f"more than {per_minute} reports a minute from here", wait)
+
+
+async def json_body(receive: Any, headers: Headers) -> bytes:
+    """Read a JSON body. Raises Refusal (400, 413, 415)."""
+    if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise Refusal(415, "send application/json")
+    announced = headers.get("content-length", "0")
+    if announced.isdigit() and int(announced) > limits.BODY_BYTES:
+        raise Refusal(413, f"a body takes at most {limits.BODY_BYTES} bytes")
+    parts: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise Refusal(400, "the connection closed before the body was complete")
+        part = message.get("body", b"")
+        size += len(part)
+        if size > limits.BODY_BYTES:
+            raise Refusal(413, f"a body takes at most {limits.BODY_BYTES} bytes")
+        parts.append(part)
+        if not message.get("more_body"):
+            return b"".join(parts) if len(parts) > 1 else parts[0]
+
+
+def retry_header(seconds: float | None) -> list[tuple[bytes, bytes]]:
+    return [] if seconds is None else [(b"retry-after", str(max(1, math.ceil(seconds))).encode())]

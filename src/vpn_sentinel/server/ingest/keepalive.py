@@ -1,0 +1,57 @@
+"""`POST /api/v1/keepalive`: the replaced system's clients, which must just work."""
+
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import Any
+
+import msgspec
+
+from vpn_sentinel.runtime.clock import Clock
+from vpn_sentinel.server.ingest.door import Door, Refusal, json_body
+from vpn_sentinel.server.tracker import Delivery, Stored, Tracker
+from vpn_sentinel.wire.codec import encode
+from vpn_sentinel.wire.keepalive import Received, read
+
+
+class Keepalives:
+    """Caller: any key; a tunnel's own token only for its own `client_id`."""
+
+    def __init__(self, door: Door, tracker: Tracker, clock: Clock, silent_after: float) -> None:
+        self._door = door
+        self._tracker = tracker
+        self._clock = clock
+        self._silent_after = silent_after
+
+    async def take(self, scope: Any, receive: Any) -> bytes:
+        """Store one keepalive and return the answer's body. Raises Refusal."""
+        guest = await self._door.enter(scope)
+        self._door.pace(str(guest.address))
+        now = self._clock.wall()
+        body = await json_body(receive, guest.headers)
+        try:
+            said = read(body, now)
+        except msgspec.ValidationError as e:
+            raise Refusal(422, str(e)) from e
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as e:
+            raise Refusal(400, f"the body is not JSON: {e}") from e
+        except ValueError as e:
+            raise Refusal(422, str(e)) from e
+        if not guest.caller.may_report_as(said.client_id):
+            raise Refusal(403, f"this token may only report as {guest.caller.name}")
+        seen = said.observation
+        if guest.address.is_global:
+            seen = replace(seen, reported_from=guest.address)
+        await self._tracker.submit(
+            Delivery(
+                tunnel=said.client_id,
+                received_at=now,
+                observations=(Stored(seq=0, at=now, observation=seen),),
+                silent_after=self._silent_after,
+                interval=self._silent_after / 3,
+                version=said.version,
+                skew=said.skew,
+                dns_loc=said.dns_loc,
+                dns_colo=said.dns_colo,
+            )
+        )
+        return encode(Received(server_time=datetime.fromtimestamp(now, UTC).isoformat()))

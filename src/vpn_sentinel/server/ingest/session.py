@@ -1,0 +1,128 @@
+"""An agent's session, whichever way its messages come: checks them and turns them into deliveries."""
+
+import math
+from dataclasses import replace
+
+import msgspec
+from sqlalchemy import select
+
+from vpn_sentinel.domain.policy import IPAddress
+from vpn_sentinel.domain.tunnel import tunnel_name
+from vpn_sentinel.runtime.clock import Clock
+from vpn_sentinel.server.access import Caller
+from vpn_sentinel.server.ingest.door import Refusal
+from vpn_sentinel.server.store.schema import tunnels
+from vpn_sentinel.server.store.store import Store
+from vpn_sentinel.server.tracker import Delivery, Stored, Tracker
+from vpn_sentinel.wire import echo, limits
+from vpn_sentinel.wire.codec import check_observation, check_policy, checked_text, decoder
+from vpn_sentinel.wire.messages import PROTOCOL, Ack, Echo, Exchange, FromAgent, Hello, Report, Reports, Welcome
+
+_decode = decoder(FromAgent)
+
+
+class Sessions:
+    """What agents' sessions share: the tracker, the echo's secret, and how many reports may be missed."""
+
+    def __init__(
+        self, tracker: Tracker, store: Store, clock: Clock, *, echo_secret: bytes, echo_port: int, missed: int
+    ) -> None:
+        self._tracker = tracker
+        self._store = store
+        self._clock = clock
+        self._echo_secret = echo_secret
+        self._echo_port = echo_port
+        self._missed = missed
+
+    async def welcome(self, hello: Hello, caller: Caller, address: IPAddress) -> Welcome:
+        """Greet an agent: what of its spool is stored, and how to ask the echo. Raises Refusal (403, 422)."""
+        _check_hello(hello)
+        if not caller.may_report_as(hello.client_id):
+            raise Refusal(403, f"this token may only report as {caller.name}")
+        found = await self._store.read(select(tunnels.c.spool, tunnels.c.seq).where(tunnels.c.name == hello.client_id))
+        stored = found[0].seq if found and found[0].spool == hello.spool else 0
+        ident = echo.ident_for(self._echo_secret, hello.client_id)
+        key = echo.key_for(self._echo_secret, ident)
+        return Welcome(
+            ack=stored,
+            wall=self._clock.wall(),
+            seen_from=str(address),
+            echo=Echo(port=self._echo_port, id=ident.hex(), key=key.hex()),
+        )
+
+    async def take(self, hello: Hello, reports: Reports, skew: float) -> Ack:
+        """Store one message of reports; returns after the commit. Raises Refusal (422)."""
+        if not reports.items:
+            return Ack(seq=0)
+        now = self._clock.wall()
+        _check_reports(reports)
+        await self._tracker.submit(
+            Delivery(
+                tunnel=hello.client_id,
+                received_at=now,
+                observations=tuple(_stored(r, now) for r in reports.items),
+                # One second for the way; a report is due after `interval` at the latest.
+                silent_after=self._missed * hello.interval + 1.0,
+                interval=hello.interval,
+                version=hello.version,
+                spool=hello.spool,
+                policy=hello.policy,
+                caught_up=reports.pending == 0,
+                thinned=reports.thinned,
+                skew=skew,
+            )
+        )
+        return Ack(seq=reports.items[-1].seq)
+
+    def skew(self, hello: Hello) -> float:
+        return hello.wall - self._clock.wall()
+
+
+def parse(body: bytes | str) -> Hello | Reports | Exchange:
+    """Raises Refusal: 400 for what is not JSON, 422 for JSON that is not one of our messages."""
+    try:
+        return _decode(body)  # type: ignore[no-any-return]
+    except msgspec.ValidationError as e:
+        raise Refusal(422, str(e)) from e
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as e:
+        raise Refusal(400, f"the message is not JSON: {e}") from e
+
+
+def _check_hello(hello: Hello) -> None:
+    try:
+        tunnel_name(hello.client_id)
+        checked_text("version", hello.version, 64)
+        checked_text("spool", hello.spool, 64)
+        check_policy(hello.policy)
+    except ValueError as e:
+        raise Refusal(422, str(e)) from e
+    if hello.protocol > PROTOCOL or hello.protocol < 1:
+        raise Refusal(422, f"protocol {hello.protocol} is not known here: upgrade the server")
+    if not 0.1 <= hello.interval <= 86400:
+        raise Refusal(422, "interval takes 0.1 to 86400 seconds")
+    if not math.isfinite(hello.wall):
+        raise Refusal(422, "wall is not a time")
+
+
+def _check_reports(reports: Reports) -> None:
+    if len(reports.items) > limits.REPORTS:
+        raise Refusal(422, f"a message takes at most {limits.REPORTS} reports")
+    if reports.pending < 0 or reports.thinned < 0:
+        raise Refusal(422, "pending and thinned are not below zero")
+    last = 0
+    for report in reports.items:
+        if not last < report.seq < 2**63:
+            raise Refusal(422, f"seq {report.seq} does not follow {last}")
+        if not 0 <= report.age < math.inf:
+            raise Refusal(422, "age is not a duration")
+        try:
+            check_observation(report.observation)
+        except ValueError as e:
+            raise Refusal(422, str(e)) from e
+        last = report.seq
+
+
+def _stored(report: Report, now: float) -> Stored:
+    # What the server alone may say is not taken from an agent.
+    seen = replace(report.observation, reported_from=None) if report.observation.reported_from else report.observation
+    return Stored(seq=report.seq, at=now - report.age, observation=seen)

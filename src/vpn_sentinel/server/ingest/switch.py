@@ -1,0 +1,167 @@
+"""The plain ASGI application in front of the API: reports go straight to the tracker, all else to Litestar.
+
+Routing, validation and injection of a framework cost more than storing the report does; the routes here are few.
+"""
+
+import asyncio
+import logging
+from typing import Any, Final
+
+from vpn_sentinel.server.ingest.door import Door, Guest, Refusal, json_body, retry_header
+from vpn_sentinel.server.ingest.keepalive import Keepalives
+from vpn_sentinel.server.ingest.session import Sessions, parse
+from vpn_sentinel.server.store.store import StoreUnavailable
+from vpn_sentinel.server.tracker import Busy
+from vpn_sentinel.wire import limits, problem
+from vpn_sentinel.wire.codec import encode
+from vpn_sentinel.wire.messages import Exchange, Hello, Refused, Reports
+
+log = logging.getLogger(__name__)
+
+_HELLO_WITHIN: Final = 10.0
+# WebSocket close codes (RFC 6455, section 7.4.1, and IANA's registry).
+_POLICY, _TOO_BIG, _TRY_LATER = 1008, 1009, 1013
+
+
+class Switch:
+    def __init__(self, door: Door, keepalives: Keepalives, sessions: Sessions, api: Any, path: str) -> None:
+        self._door = door
+        self._keepalives = keepalives
+        self._sessions = sessions
+        self._api = api
+        self._keepalive = f"{path}/keepalive"
+        self._agent = f"{path}/agent"
+        self._said: str | None = None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        path = scope.get("path", "")
+        if scope["type"] == "websocket" and path == self._agent:
+            await self._socket(scope, receive, send)
+        elif scope["type"] == "http" and path in (self._keepalive, self._agent):
+            await self._http(scope, receive, send, path)
+        else:
+            await self._api(scope, receive, send)
+
+    async def _http(self, scope: Any, receive: Any, send: Any, path: str) -> None:
+        extra: list[tuple[bytes, bytes]] = []
+        status, kind = 200, b"application/json"
+        try:
+            if scope["method"] != "POST":
+                extra = [(b"allow", b"POST")]
+                raise Refusal(405, "this route takes POST")  # noqa: TRY301
+            take = self._keepalives.take if path == self._keepalive else self._exchange
+            body = await self._guarded(take(scope, receive))
+        except Refusal as e:
+            status, kind = e.status, problem.CONTENT_TYPE.encode()
+            body = encode(problem.problem(e.status, e.detail))
+            extra += retry_header(e.retry_after)
+        headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode()), *extra]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": body})
+
+    async def _guarded(self, work: Any) -> Any:
+        """Turn what stops the server from storing into a refusal, and say it once, not once a report."""
+        try:
+            done = await work
+        except StoreUnavailable as e:
+            if self._said != e.reason:
+                self._said = e.reason
+                log.error("reports cannot be stored", extra={"reason": e.reason, "detail": str(e)})  # noqa: TRY400
+            raise Refusal(503, "the database does not take reports now; nothing was stored", 5) from e
+        except Busy as e:
+            raise Refusal(503, "too many reports wait; nothing was stored", 2) from e
+        except Refusal:
+            raise
+        except Exception as e:
+            log.exception("a report was not taken")
+            raise Refusal(500, "the server failed on this report; nothing was stored") from e
+        if self._said is not None:
+            log.info("reports are stored again", extra={"after": self._said})
+            self._said = None
+        return done
+
+    async def _exchange(self, scope: Any, receive: Any) -> bytes:
+        """An agent that cannot hold a WebSocket open. Caller: any key; a tunnel's own token only as that tunnel."""
+        guest = await self._door.enter(scope)
+        said = parse(await json_body(receive, guest.headers))
+        if not isinstance(said, Exchange):
+            raise Refusal(422, "an exchange is needed")
+        self._door.pace(f"{guest.address} {said.hello.client_id[:64]}")
+        welcome = await self._sessions.welcome(said.hello, guest.caller, guest.address)
+        ack = await self._sessions.take(said.hello, said.reports, self._sessions.skew(said.hello))
+        return encode(_with_ack(welcome, ack.seq))
+
+    async def _socket(self, scope: Any, receive: Any, send: Any) -> None:
+        """An agent's WebSocket. Caller: any key; a tunnel's own token only as that tunnel."""
+        if (await receive())["type"] != "websocket.connect":
+            return
+        try:
+            guest = await self._guarded(self._door.enter(scope))
+        except Refusal as e:
+            await _deny(scope, send, e)
+            return
+        await send({"type": "websocket.accept"})
+        try:
+            await self._talk(guest, receive, send)
+        except Refusal as e:
+            retry = e.status in (429, 500, 503)
+            await _send_quietly(
+                send, {"type": "websocket.send", "text": encode(Refused(reason=e.detail, retry=retry)).decode()}
+            )
+            code = _TRY_LATER if retry else _TOO_BIG if e.status == 413 else _POLICY
+            await _send_quietly(send, {"type": "websocket.close", "code": code, "reason": e.detail[:100]})
+
+    async def _talk(self, guest: Guest, receive: Any, send: Any) -> None:
+        try:
+            async with asyncio.timeout(_HELLO_WITHIN):
+                first = await receive()
+        except TimeoutError:
+            raise Refusal(422, f"no hello within {_HELLO_WITHIN:.0f} s") from None
+        if first["type"] == "websocket.disconnect":
+            return
+        hello = _message(first)
+        if not isinstance(hello, Hello):
+            raise Refusal(422, "a hello comes first")
+        skew = self._sessions.skew(hello)
+        welcome = await self._guarded(self._sessions.welcome(hello, guest.caller, guest.address))
+        await _send_quietly(send, {"type": "websocket.send", "text": encode(welcome).decode()})
+        while (event := await receive())["type"] == "websocket.receive":
+            reports = _message(event)
+            if not isinstance(reports, Reports):
+                raise Refusal(422, "after the hello only reports are expected")
+            ack = await self._guarded(self._sessions.take(hello, reports, skew))
+            await _send_quietly(send, {"type": "websocket.send", "text": encode(ack).decode()})
+
+
+def _message(event: Any) -> Any:
+    body = event.get("text") or event.get("bytes") or ""
+    if len(body) > limits.BODY_BYTES:
+        raise Refusal(413, f"a message takes at most {limits.BODY_BYTES} bytes")
+    return parse(body)
+
+
+def _with_ack(welcome: Any, seq: int) -> Any:
+    return type(welcome)(ack=max(seq, welcome.ack), wall=welcome.wall, seen_from=welcome.seen_from, echo=welcome.echo)
+
+
+async def _deny(scope: Any, send: Any, refusal: Refusal) -> None:
+    """Answer the handshake with an HTTP status where the server can (ASGI's denial response), else close."""
+    if "websocket.http.response" not in scope.get("extensions", {}):
+        await send({"type": "websocket.close", "code": _POLICY, "reason": refusal.detail[:100]})
+        return
+    body = encode(problem.problem(refusal.status, refusal.detail))
+    headers = [
+        (b"content-type", problem.CONTENT_TYPE.encode()),
+        (b"content-length", str(len(body)).encode()),
+        *retry_header(refusal.retry_after),
+    ]
+    await send({"type": "websocket.http.response.start", "status": refusal.status, "headers": headers})
+    await send({"type": "websocket.http.response.body", "body": body})
+
+
+async def _send_quietly(send: Any, message: Any) -> None:
+    """Send to a peer that may just have gone: what it misses it asks for again."""
+    try:
+        await send(message)
+    except (OSError, RuntimeError):
+        log.debug("the agent was gone before it was answered")

@@ -1,0 +1,187 @@
+"""The server's settings, read once. `docs/settings.md` lists them with their defaults."""
+
+from dataclasses import dataclass
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Final
+
+from vpn_sentinel.domain.policy import IPNetwork, Policy
+from vpn_sentinel.runtime import settings as read
+from vpn_sentinel.runtime.secret import Secret
+from vpn_sentinel.runtime.settings import SettingError, Source
+
+LOOPBACK: Final = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Telegram:
+    """`chat_id` is the only chat that is told and served."""
+
+    token: Secret
+    chat_id: str
+    api_url: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Webhook:
+    """The address may hold a credential, so it is kept as one. `secret` signs each body, when set."""
+
+    url: Secret
+    secret: Secret | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSettings:
+    """Durations are seconds. `allowed_ips` empty means every address may report; it still needs a key."""
+
+    data_dir: Path
+    database_url: str
+    host: str
+    api_port: int
+    api_path: str
+    health_port: int
+    health_host: str
+    dashboard_port: int
+    dashboard_host: str
+    dashboard_enabled: bool
+    api_key: Secret | None
+    allowed_ips: tuple[IPNetwork, ...]
+    trusted_proxies: tuple[IPNetwork, ...]
+    rate_limit: int
+    keepalive_timeout: float
+    missed_reports: int
+    retention_days: float
+    policy: Policy
+    telegram: Telegram | None
+    webhook: Webhook | None
+    webhook_private: bool
+    trace_url: str
+    ca_file: Path | None
+    tls_cert: Path | None
+    tls_key: Path | None
+    public_url: str | None
+    debug: bool
+    log_file: str | None
+
+    @classmethod
+    def read(cls, source: Source) -> "ServerSettings":
+        """Read and check every setting. Raises SettingError that names the first one that cannot be used."""
+        get = source.get
+        public = get("DASHBOARD_PUBLIC", read.boolean, default=False)
+        data_dir = Path(get("DATA_DIR", read.text, read.default_data_dir()))
+        # The replaced system names the silence after which it warned twice; the more specific name wins.
+        threshold = get("SERVER_ALERT_THRESHOLD_MINUTES", read.number(0.05, 1440, "minutes"), 15.0)
+        get("SERVER_CHECK_INTERVAL_MINUTES", read.number(0.05, 1440, "minutes"), 5.0)
+        cert = get("TLS_CERT_PATH", read.readable_file, None)
+        key = get("TLS_KEY_PATH", read.readable_file, None)
+        if (cert is None) != (key is None):
+            missing = "TLS_KEY_PATH" if key is None else "TLS_CERT_PATH"
+            raise SettingError(read.PREFIX + missing, "is needed too: a certificate and its key come together")
+        settings = cls(
+            data_dir=data_dir,
+            database_url=get("DATABASE_URL", _database_url, f"sqlite:///{data_dir}/sentinel.db"),
+            host=get("SERVER_HOST", read.text, "0.0.0.0"),  # noqa: S104 - agents report from anywhere; every route asks for a key
+            api_port=get("SERVER_API_PORT", read.port, 5000),
+            api_path=get("API_PATH", _path, "/api/v1"),
+            health_port=get("SERVER_HEALTH_PORT", read.port, 8081),
+            health_host=get("SERVER_HEALTH_HOST", read.text, "0.0.0.0"),  # noqa: S104 - says no name and no address
+            dashboard_port=get("SERVER_DASHBOARD_PORT", read.port, 8080),
+            dashboard_host="0.0.0.0" if public else "127.0.0.1",  # noqa: S104 - the owner said so
+            dashboard_enabled=get("SERVER_WEB_DASHBOARD_ENABLED", read.boolean, default=True)
+            and get("SERVER_DASHBOARD_ENABLED", read.boolean, default=True),
+            api_key=get("API_KEY", _key, None),
+            allowed_ips=get("SERVER_ALLOWED_IPS", read.networks, ()),
+            trusted_proxies=get("TRUSTED_PROXIES", read.networks, ()),
+            rate_limit=get("SERVER_RATE_LIMIT_REQUESTS", read.integer(1, 1_000_000), 30),
+            keepalive_timeout=60 * get("CLIENT_TIMEOUT_MINUTES", read.number(0.05, 1440, "minutes"), threshold),
+            missed_reports=get("MISSED_REPORTS", read.integer(1, 100), 3),
+            retention_days=get("RETENTION_DAYS", read.number(0.01, 3650, "days"), 30.0),
+            policy=Policy(
+                home_networks=get("HOME_NETWORKS", read.networks, ()),
+                expected_countries=get("EXPECTED_COUNTRIES", read.countries, ()),
+                allowed_resolvers=get("ALLOWED_RESOLVERS", read.networks, ()),
+                grace_down=get("GRACE_DOWN", read.number(0, 3600, "seconds"), Policy.grace_down),
+                grace_degraded=get("GRACE_DEGRADED", read.number(0, 3600, "seconds"), Policy.grace_degraded),
+                grace_recovery=get("GRACE_RECOVERY", read.number(0, 3600, "seconds"), Policy.grace_recovery),
+            ),
+            telegram=_telegram(source),
+            webhook=_webhook(source),
+            webhook_private=get("WEBHOOK_ALLOW_PRIVATE", read.boolean, default=False),
+            trace_url=get("TRACE_URL", read.url, "https://1.1.1.1"),
+            ca_file=get("CA_FILE", read.readable_file, None),
+            tls_cert=cert,
+            tls_key=key,
+            public_url=get("PUBLIC_URL", read.url, None),
+            debug=get("DEBUG", read.boolean, default=False),
+            log_file=get("LOG_FILE", read.text, None),
+        )
+        source.raw("TZ")
+        _distinct_ports(settings)
+        return settings
+
+
+def _distinct_ports(settings: ServerSettings) -> None:
+    named = {"SERVER_API_PORT": settings.api_port, "SERVER_HEALTH_PORT": settings.health_port}
+    if settings.dashboard_enabled:
+        named["SERVER_DASHBOARD_PORT"] = settings.dashboard_port
+    seen: dict[int, str] = {}
+    for name, port in named.items():
+        if port in seen:
+            raise SettingError(read.PREFIX + name, f"{port} is taken by {read.PREFIX}{seen[port]}")
+        seen[port] = name
+
+
+def _database_url(value: str) -> str:
+    if not value.startswith(("sqlite:///", "postgresql://", "postgres://")):
+        msg = "takes sqlite:///PATH or postgresql://USER:PASSWORD@HOST/NAME"
+        raise ValueError(msg)
+    return value.replace("postgres://", "postgresql://", 1)
+
+
+def _key(value: str) -> Secret:
+    if len(value) < 8:
+        msg = "is too short: a key takes at least 8 characters"
+        raise ValueError(msg)
+    return Secret(value)
+
+
+def _path(value: str) -> str:
+    path = "/" + value.strip("/")
+    if path == "/" or not all(c.isalnum() or c in "/-_." for c in path):
+        msg = f"{value!r} is not a path such as /api/v1"
+        raise ValueError(msg)
+    return path
+
+
+def _telegram(source: Source) -> Telegram | None:
+    token = source.get("TELEGRAM_BOT_TOKEN", read.secret, None)
+    chat = source.get("TELEGRAM_CHAT_ID", _chat, None)
+    url = source.get("TELEGRAM_API_URL", read.url, "https://api.telegram.org")
+    enabled = source.get("TELEGRAM_ENABLED", read.boolean, default=token is not None or chat is not None)
+    if not enabled:
+        return None
+    if token is None:
+        raise SettingError(
+            "TELEGRAM_BOT_TOKEN", "is needed for Telegram (VPN_SENTINEL_TELEGRAM_ENABLED=false turns it off)"
+        )
+    if chat is None:
+        raise SettingError(
+            "TELEGRAM_CHAT_ID", "is needed for Telegram (VPN_SENTINEL_TELEGRAM_ENABLED=false turns it off)"
+        )
+    number, _, rest = token.reveal().partition(":")
+    if not number.isdigit() or not rest or not all(c.isalnum() or c in "_-" for c in rest):
+        raise SettingError("TELEGRAM_BOT_TOKEN", "is not a bot token such as 123456:ABC-DEF")
+    return Telegram(token=token, chat_id=chat, api_url=url)
+
+
+def _chat(value: str) -> str:
+    if not (value.removeprefix("-").isdigit() or (value.startswith("@") and value[1:].isidentifier())):
+        msg = f"{value!r} is neither a chat's number nor a channel's @name"
+        raise ValueError(msg)
+    return value
+
+
+def _webhook(source: Source) -> Webhook | None:
+    url = source.get("WEBHOOK_URL", lambda v: Secret(read.url(v)), None)
+    secret = source.get("WEBHOOK_SECRET", read.secret, None)
+    return None if url is None else Webhook(url=url, secret=secret)

@@ -1,0 +1,1 @@
+"""What has no event and needs a timer: passed deadlines, old rows."""
