@@ -71,7 +71,9 @@ def notices(before: Memory, after: Memory, events: Sequence[Event], *, caught_up
     if not caught_up:
         return replace(after, told=told), out
     state, exit_ = after.state, after.exit4 or after.exit6
-    if state is not told and state is not State.PENDING:
+    # On its way back: what a replay brings to light now is told with the recovery, not as fresh trouble.
+    recovering = after.candidate is not None and after.candidate.state is State.PROTECTED
+    if state is not told and state is not State.PENDING and not recovering:
         if state is State.PROTECTED:
             kind = Kind.CONNECTED if told is State.PENDING else Kind.RECOVERED
             began = _trouble_began(before, events)

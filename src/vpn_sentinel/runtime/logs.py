@@ -31,7 +31,7 @@ def open_log(*, debug: bool = False, file: str | None = None) -> None:
     root.handlers[:] = [handler]
     root.setLevel(logging.DEBUG if debug else logging.INFO)
     # These print a line, with its URL, for each request; a Bot API URL holds the token.
-    for noisy in ("httpx", "httpcore", "uvicorn.access", "websockets", "asyncio", "uvicorn.error"):
+    for noisy in ("httpx", "httpcore", "uvicorn.access", "uvicorn.error", "websockets", "asyncio", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from vpn_sentinel.runtime.secret import Secret
+from vpn_sentinel.runtime.unusable import Unusable
 
 T = TypeVar("T")
 PREFIX: Final = "VPN_SENTINEL_"
@@ -22,7 +23,7 @@ UNPREFIXED: Final = frozenset({"TELEGRAM_BOT_TOKEN", "TELEGRAM_CHAT_ID", "TZ"})
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
-class SettingError(Exception):
+class SettingError(Unusable):
     """A setting that cannot be used. The message is one line that names the setting and what it takes."""
 
     def __init__(self, name: str, problem: str) -> None:

@@ -1,7 +1,7 @@
 """The one transaction: read the tunnels' states, judge, advance, write what follows, all or nothing.
 
-Reports that wait together are committed together (group commit), so durability costs one fsync a batch. Whatever enters,
-a report or a passed deadline, goes through here; nothing else changes a tunnel's state.
+Reports that wait together are committed together (group commit), so durability costs one fsync a batch. Whatever
+enters, a report or a passed deadline, goes through here; nothing else changes a tunnel's state.
 """
 
 import asyncio
@@ -29,6 +29,7 @@ from vpn_sentinel.domain.verdict import (
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.server.live.hub import Hub
 from vpn_sentinel.server.store import rows
+from vpn_sentinel.server.store.owing import ADD_DELIVERY, owed
 from vpn_sentinel.server.store.store import Batch, Changes, Store, StoreUnavailable, TunnelRow
 from vpn_sentinel.wire.codec import decoder, encode
 
@@ -98,7 +99,7 @@ class _Writes:
             (rows.SAVE_TUNNEL, [rows.saved_tunnel(t) for t in self.tunnels.values()]),
             (rows.ADD_OBSERVATION, self.observations),
             *self.ordered,
-            (rows.ADD_DELIVERY, self.deliveries),
+            (ADD_DELIVERY, self.deliveries),
         ]
         return Changes([b for b in batches if b[1]])
 
@@ -159,47 +160,42 @@ class Tracker:
                     self._arrived.clear()
                 await self._commit(batch)
         finally:
-            for waiting in self._waiting:
-                _fail(waiting, StoreUnavailable("closing", "the server is shutting down"))
+            _settle(self._waiting, StoreUnavailable("closing", "the server is shutting down"))
 
     async def _commit(self, batch: list[_Waiting]) -> None:
         try:
             await self._take([w.delivery for w in batch])
         except StoreUnavailable as e:
-            for waiting in batch:
-                _fail(waiting, e)
+            _settle(batch, e)
         except asyncio.CancelledError:
-            for waiting in batch:
-                _fail(waiting, StoreUnavailable("closing", "the server is shutting down"))
+            _settle(batch, StoreUnavailable("closing", "the server is shutting down"))
             raise
         except Exception as e:
             if len(batch) == 1:
                 log.exception("a report could not be judged", extra={"tunnel": batch[0].delivery.tunnel})
-                _fail(batch[0], e)
+                _settle(batch, e)
                 return
             # One report that trips the program must not take the others of its batch with it.
             for waiting in batch:
                 await self._commit([waiting])
         else:
-            for waiting in batch:
-                if not waiting.done.done():
-                    waiting.done.set_result(None)
+            _settle(batch, None)
 
     async def _take(self, deliveries: Sequence[Delivery]) -> None:
         now = self._clock.wall()
-        owed = 0
+        debts = 0
 
         def decide(found: Mapping[str, TunnelRow]) -> Changes:
-            nonlocal owed
+            nonlocal debts
             writes = _Writes()
             for delivery in deliveries:
                 self._apply(found[delivery.tunnel], delivery, now, writes)
-            owed = len(writes.deliveries)
+            debts = len(writes.deliveries)
             return writes.changes()
 
         names = list(dict.fromkeys(d.tunnel for d in deliveries))
         await self._store.transact(names, now, decide, create=True)
-        self._committed(names, owed)
+        self._committed(names, debts)
 
     async def sweep(self, names: Sequence[str], now: float) -> None:
         """Make those of the tunnels `names` silent whose deadline has really passed. Raises StoreUnavailable.
@@ -207,11 +203,11 @@ class Tracker:
         The deadline is read again under the row's lock, so of many replicas exactly one makes the transition, and a
         report that came in between keeps the tunnel alive.
         """
-        owed = 0
+        debts = 0
         changed: list[str] = []
 
         def decide(found: Mapping[str, TunnelRow]) -> Changes:
-            nonlocal owed
+            nonlocal debts
             writes = _Writes()
             changed.clear()
             for row in found.values():
@@ -222,15 +218,15 @@ class Tracker:
                 row.deadline = None
                 self._follow(row, before, memory, events, now, writes, caught_up=True)
                 changed.append(row.name)
-            owed = len(writes.deliveries)
+            debts = len(writes.deliveries)
             return writes.changes()
 
         await self._store.transact(names, now, decide, create=False)
-        self._committed(changed, owed)
+        self._committed(changed, debts)
 
-    def _committed(self, names: Iterable[str], owed: int) -> None:
+    def _committed(self, names: Iterable[str], debts: int) -> None:
         self._hub.publish(set(names))
-        if owed:
+        if debts:
             self._on_commit()
 
     def _apply(self, row: TunnelRow, delivery: Delivery, now: float, writes: _Writes) -> None:
@@ -294,8 +290,7 @@ class Tracker:
         for event in events:
             _record(row.id, event, now, writes)
         for notice in told:
-            body = encode(_complete(notice, row)).decode()
-            writes.deliveries += [(c, row.name, notice.kind.value, body, now, now) for c in self._channels]
+            writes.deliveries += owed(_complete(notice, row), self._channels, now)
         if memory is not before or not row.memory:
             row.memory = encode(memory).decode()
             row.findings = encode(memory.findings).decode()
@@ -388,6 +383,12 @@ def _complete(notice: Notice, row: TunnelRow) -> Notice:
     )
 
 
-def _fail(waiting: _Waiting, error: BaseException) -> None:
-    if not waiting.done.done():
-        waiting.done.set_exception(error)
+def _settle(batch: Iterable[_Waiting], error: Exception | None) -> None:
+    """Answer whoever waits; one that has gone meanwhile needs no answer."""
+    for waiting in batch:
+        if waiting.done.done():
+            continue
+        if error is None:
+            waiting.done.set_result(None)
+        else:
+            waiting.done.set_exception(error)

@@ -54,9 +54,9 @@ class Keepalive(msgspec.Struct, frozen=True, kw_only=True):
 class Received(msgspec.Struct, frozen=True, kw_only=True):
     """The answer; `server_time` is ISO 8601 in UTC."""
 
-    server_time: str
     status: str = "ok"
     message: str = "Keepalive received"
+    server_time: str
 
 
 class Reading(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,10 +1,13 @@
 """What the HTTP API answers. Times are ISO 8601 in UTC, durations seconds; what is not known is null, never a word."""
 
 from datetime import UTC, datetime
+from typing import Final, TypeVar
 
 import msgspec
 
-from vpn_sentinel.domain.verdict import Severity, State
+from vpn_sentinel.domain.verdict import MEANING, Code, Severity, State
+
+T = TypeVar("T")
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
@@ -225,3 +228,60 @@ def when(seconds: float | None) -> datetime | None:
 def moment(seconds: float) -> datetime:
     """Seconds since the epoch as a time in UTC."""
     return datetime.fromtimestamp(seconds, UTC)
+
+
+class StoredFinding(msgspec.Struct, frozen=True):
+    """A finding as the database keeps it: severity and advice belong to the code, and follow the running version."""
+
+    code: str
+    message: str = ""
+    evidence: dict[str, str] = {}
+
+    def full(self) -> Finding:
+        try:
+            meaning = MEANING[Code(self.code)]
+        except ValueError:  # of a newer version
+            return Finding(code=self.code, severity=Severity.INFO, message=self.message, evidence=self.evidence)
+        return Finding(
+            code=self.code,
+            severity=meaning.severity,
+            message=self.message,
+            advice=meaning.advice,
+            evidence=self.evidence,
+        )
+
+
+_FINDINGS: Final = msgspec.json.Decoder(list[StoredFinding])
+_PLACE: Final = msgspec.json.Decoder(Place)
+_RESOLVERS: Final = msgspec.json.Decoder(list[Resolver])
+
+
+def state_of(text: str) -> State:
+    """The state of that name; one that this version does not know is unknown."""
+    try:
+        return State(text)
+    except ValueError:
+        return State.UNKNOWN
+
+
+def findings_of(text: str) -> list[Finding]:
+    """The findings in a JSON column."""
+    return [stored.full() for stored in decoded(_FINDINGS, text, [])]
+
+
+def place_of(text: str) -> Place:
+    """The place in a JSON column."""
+    return decoded(_PLACE, text, Place())
+
+
+def resolvers_of(text: str) -> list[Resolver]:
+    """The resolvers in a JSON column."""
+    return decoded(_RESOLVERS, text, [])
+
+
+def decoded(decoder: msgspec.json.Decoder[T], text: str, default: T) -> T:
+    """What a JSON column holds; `default` when it is empty or damaged, so that one row cannot blank a whole list."""
+    try:
+        return decoder.decode(text) if text else default
+    except msgspec.MsgspecError:
+        return default

@@ -1,6 +1,5 @@
 """PostgreSQL, through SQLAlchemy's asyncpg engine; the hot path talks to asyncpg itself."""
 
-import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -71,7 +70,7 @@ async def _translated() -> AsyncIterator[None]:
         raise StoreUnavailable("database_error", type(e.orig).__name__) from e
     except (asyncpg.PostgresError, asyncpg.InterfaceError) as e:
         raise StoreUnavailable("database_error", type(e).__name__) from e
-    except (PoolTimeout, asyncio.TimeoutError) as e:
+    except (PoolTimeout, TimeoutError) as e:
         raise StoreUnavailable("timeout", "no connection or no answer in time") from e
     except OSError as e:
         raise StoreUnavailable("unreachable", e.strerror or type(e).__name__) from e

@@ -30,28 +30,59 @@ OPEN_INCIDENT: Final = (
 WORSEN_INCIDENT: Final = "UPDATE incidents SET worst = ?, findings = ? WHERE tunnel_id = ? AND closed_at IS NULL"
 CLOSE_INCIDENT: Final = "UPDATE incidents SET closed_at = ? WHERE tunnel_id = ? AND closed_at IS NULL"
 VOID_INCIDENT: Final = "DELETE FROM incidents WHERE tunnel_id = ? AND closed_at IS NULL AND opened_at = ?"
-ADD_DELIVERY: Final = (
-    "INSERT INTO outbox (channel, tunnel, kind, body, created_at, due_at, leased_until, attempt) "
-    "VALUES (?, ?, ?, ?, ?, ?, 0, 0)"
-)
 
 
 def new_tunnel(name: str, now: float) -> tuple[object, ...]:
     """Values of NEW_TUNNEL for a tunnel that never reported."""
     row = TunnelRow(
-        id=0, name=name, created_at=now, state="pending", since=now, findings="[]", memory="", policy="", source="",
-        version="", interval=0.0, last_seen=0.0, deadline=None, spool="", seq=0, exit4=None, exit6=None, place="{}",
-        resolvers="[]", dns_loc="", dns_colo="",
-    )  # fmt: skip
+        id=0,
+        name=name,
+        created_at=now,
+        state="pending",
+        since=now,
+        findings="[]",
+        memory="",
+        policy="",
+        source="",
+        version="",
+        interval=0.0,
+        last_seen=0.0,
+        deadline=None,
+        spool="",
+        seq=0,
+        exit4=None,
+        exit6=None,
+        place="{}",
+        resolvers="[]",
+        dns_loc="",
+        dns_colo="",
+    )
     return tuple(getattr(row, f.name) for f in fields(TunnelRow))[1:]
 
 
 def saved_tunnel(row: TunnelRow) -> tuple[object, ...]:
     """Values of SAVE_TUNNEL."""
     return (
-        row.state, row.since, row.findings, row.memory, row.policy, row.source, row.version, row.interval, row.last_seen,
-        row.deadline, row.spool, row.seq, row.exit4, row.exit6, row.place, row.resolvers, row.dns_loc, row.dns_colo, row.id,
-    )  # fmt: skip
+        row.state,
+        row.since,
+        row.findings,
+        row.memory,
+        row.policy,
+        row.source,
+        row.version,
+        row.interval,
+        row.last_seen,
+        row.deadline,
+        row.spool,
+        row.seq,
+        row.exit4,
+        row.exit6,
+        row.place,
+        row.resolvers,
+        row.dns_loc,
+        row.dns_colo,
+        row.id,
+    )
 
 
 def numbered(sql: str) -> str:

@@ -1,4 +1,4 @@
-"""SQLite: one writer thread, so that nothing ever waits for a lock; readers beside it on their own connections (WAL)."""
+"""SQLite: one writer thread, so that nothing ever waits for a lock; readers beside it, each on its connection (WAL)."""
 
 import asyncio
 import sqlite3

@@ -6,13 +6,15 @@ from typing import Any, Protocol, TypeVar
 
 from sqlalchemy import Executable, Row
 
+from vpn_sentinel.runtime.unusable import Unusable
+
 T = TypeVar("T")
 
 # One statement with `?` for each value, and the rows to run it with.
 Batch = tuple[str, Sequence[tuple[object, ...]]]
 
 
-class StoreUnavailable(Exception):
+class StoreUnavailable(Unusable):
     """The database cannot be reached or written now. `reason` is a short word for metrics; trying again may help."""
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -20,7 +22,7 @@ class StoreUnavailable(Exception):
         self.reason = reason
 
 
-class StoreUnusable(Exception):
+class StoreUnusable(Unusable):
     """The database cannot be used at all: a wrong address, a damaged file, a schema from the future. One line."""
 
 

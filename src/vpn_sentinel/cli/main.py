@@ -1,0 +1,59 @@
+"""`vpn-sentinel`: finds the command and runs it. Each command's module is imported only when it is asked for."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Final
+
+from vpn_sentinel import __version__
+from vpn_sentinel.runtime.unusable import Unusable
+
+USAGE: Final = 64  # EX_USAGE of sysexits(3)
+FAILED: Final = 1
+
+# Command -> what it is for, its module under `cli`.
+COMMANDS: Final = {
+    "check": ("look once, from this machine, without any server", "check"),
+    "up": ("run server and agent together on this machine", "up"),
+    "agent": ("watch the tunnel of this network namespace and report", "agent"),
+    "server": ("take reports, judge, remember, notify", "server"),
+    "token": ("create, list and revoke agents' credentials", "token"),
+    "tunnel": ("list and show the watched tunnels", "tunnel"),
+    "notify": ("send a test message", "notify"),
+    "db": ("migrate or check the database", "db"),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:  # type: ignore[override]
+        self.exit(USAGE, f"{self.prog}: {message}\n")
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status: 64 for a call that makes no sense, 1 for a failure."""
+    words = list(sys.argv[1:] if words is None else words)
+    parser = _Parser(prog="vpn-sentinel", description="Watches VPN tunnels and tells you when one leaks or dies.")
+    parser.add_argument("--version", action="version", version=f"vpn-sentinel {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    wanted = next((w for w in words if not w.startswith("-")), None)
+    for name, (purpose, module) in COMMANDS.items():
+        if name == wanted:
+            import_module(f"vpn_sentinel.cli.{module}").add(commands)
+        else:
+            commands.add_parser(name, help=purpose, add_help=False)
+    args = parser.parse_args(words)
+    try:
+        return int(args.func(args))
+    except Unusable as e:
+        print(f"vpn-sentinel: {e}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 141
+
+
+def run() -> None:
+    """The console script's entry."""
+    sys.exit(main())

@@ -1,0 +1,46 @@
+"""`vpn-sentinel notify test CHANNEL`."""
+
+import argparse
+import asyncio
+import sys
+from typing import Any
+
+import httpx
+
+from vpn_sentinel.cli.reading import add_config, server_settings
+from vpn_sentinel.domain.notice import Kind, Notice
+from vpn_sentinel.runtime.clock import SystemClock
+from vpn_sentinel.server.notify.channel import DeliveryError
+from vpn_sentinel.server.notify.channels import build_channels
+from vpn_sentinel.server.notify.guard import tls
+from vpn_sentinel.server.settings import ServerSettings
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser("notify", help="send a test message")
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    test = verbs.add_parser("test", help="send one message now, past the outbox, and say how it went")
+    test.add_argument("channel", metavar="CHANNEL", help="telegram or webhook")
+    add_config(test)
+    test.set_defaults(func=_test)
+
+
+def _test(args: argparse.Namespace) -> int:
+    return asyncio.run(_send(server_settings(args), args.channel))
+
+
+async def _send(settings: ServerSettings, name: str) -> int:
+    clock = SystemClock()
+    async with httpx.AsyncClient(verify=tls(settings.ca_file), timeout=15.0, trust_env=False) as http:
+        channels = build_channels(settings, http, clock=clock)
+        if name not in channels:
+            known = ", ".join(channels) or "none"
+            print(f"vpn-sentinel: no channel {name!r} is set up; there is: {known}", file=sys.stderr)
+            return 1
+        try:
+            await channels[name].send(Notice(kind=Kind.TEST, at=clock.wall()), 0)
+        except DeliveryError as e:
+            print(f"vpn-sentinel: {name}: {e}", file=sys.stderr)
+            return 1
+    print(f"{name}: sent")
+    return 0

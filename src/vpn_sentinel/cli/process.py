@@ -1,0 +1,48 @@
+"""Running a long-lived command: signals, event loop, exit status."""
+
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+
+from vpn_sentinel.runtime.unusable import Unusable
+
+
+def run_until_stopped(work: Callable[[asyncio.Event], Awaitable[None]], *, fast: bool) -> int:
+    """Run `work` with an event that SIGINT and SIGTERM set; returns 0 after a clean end.
+
+    With `fast` the loop is uvloop's, which the server needs for its datagrams and TLS connections. An Unusable,
+    alone or in a group, is raised as itself.
+    """
+    factory = None
+    if fast:
+        import uvloop
+
+        factory = uvloop.new_event_loop
+    with asyncio.Runner(loop_factory=factory) as runner:
+        try:
+            runner.run(_supervised(work))
+        except* Unusable as group:
+            raise first(group.exceptions) from None
+    return 0
+
+
+async def _supervised(work: Callable[[asyncio.Event], Awaitable[None]]) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    await work(stop)
+
+
+def first(errors: Sequence[BaseException]) -> BaseException:
+    """The first plain exception in a group, however deep."""
+    error = errors[0]
+    return first(error.exceptions) if isinstance(error, BaseExceptionGroup) else error
+
+
+def report(line: str) -> None:
+    """Print for a person who started the program by hand."""
+    with contextlib.suppress(BrokenPipeError):
+        print(line, file=sys.stdout, flush=True)

@@ -1,0 +1,51 @@
+"""Settings of a command: its flags over the environment over a TOML file."""
+
+import argparse
+import logging
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from vpn_sentinel.runtime.settings import Source, environment
+
+if TYPE_CHECKING:
+    from vpn_sentinel.server.settings import ServerSettings
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="settings as a TOML file (environment and flags win)")
+
+
+def source_of(args: argparse.Namespace) -> Source:
+    """Flags whose `dest` is a setting's name (upper case) become its value. Raises SettingError."""
+    flags = {name: value for name, value in vars(args).items() if name.isupper()}
+    return Source.load(environment(), flags, getattr(args, "config", None))
+
+
+def server_settings(args: argparse.Namespace, also: Callable[[Source], object] | None = None) -> "ServerSettings":
+    """Read the server's settings and name those that nobody knows. Raises SettingError.
+
+    `also` reads the settings of what runs beside the server, so that those are known too.
+    """
+    from vpn_sentinel.server.settings import ServerSettings
+
+    source = source_of(args)
+    settings = ServerSettings.read(source)
+    if also is not None:
+        also(source)
+    warn_unread(source)
+    return settings
+
+
+def warn_unread(source: Source) -> None:
+    """A misspelt setting is told, not ignored; it may belong to another role, so it does not stop the start."""
+    for name in source.unread():
+        if name not in OTHER_ROLES:
+            print(f"vpn-sentinel: {name}: no such setting; is it misspelt?", file=sys.stderr)
+
+
+# Of the agent or the server alone; one environment file often serves both.
+OTHER_ROLES: frozenset[str] = frozenset()

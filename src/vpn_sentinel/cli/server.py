@@ -1,0 +1,27 @@
+"""`vpn-sentinel server`."""
+
+import argparse
+from typing import Any
+
+from vpn_sentinel.cli.process import report, run_until_stopped
+from vpn_sentinel.cli.reading import add_config, server_settings
+from vpn_sentinel.runtime import logs
+from vpn_sentinel.runtime.clock import SystemClock
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser("server", help="take reports, judge, remember, notify")
+    add_config(parser)
+    parser.add_argument("--api-port", dest="SERVER_API_PORT", metavar="PORT", help="REST API, agents, UDP echo (5000)")
+    parser.add_argument("--dashboard-port", dest="SERVER_DASHBOARD_PORT", metavar="PORT", help="dashboard (8080)")
+    parser.add_argument("--health-port", dest="SERVER_HEALTH_PORT", metavar="PORT", help="health and metrics (8081)")
+    parser.add_argument("--database-url", dest="DATABASE_URL", metavar="URL", help="sqlite:///PATH or postgresql://…")
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from vpn_sentinel.server.app import serve
+
+    settings = server_settings(args)
+    logs.open_log(debug=settings.debug, file=settings.log_file)
+    return run_until_stopped(lambda stop: serve(settings, SystemClock(), stop, report), fast=True)

@@ -1,0 +1,98 @@
+"""`vpn-sentinel up`: server and agent together on this machine."""
+
+import argparse
+import asyncio
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from vpn_sentinel.agent import app as agent
+from vpn_sentinel.agent.settings import AgentSettings
+from vpn_sentinel.cli.process import report, run_until_stopped
+from vpn_sentinel.cli.reading import add_config, source_of, warn_unread
+from vpn_sentinel.runtime import logs
+from vpn_sentinel.runtime.clock import Clock, SystemClock
+from vpn_sentinel.runtime.secret import Secret
+from vpn_sentinel.runtime.settings import SettingError
+from vpn_sentinel.server import app as server
+from vpn_sentinel.server.access import create_token, revoke_token
+from vpn_sentinel.server.settings import ServerSettings
+from vpn_sentinel.server.store.store import Store
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser("up", help="run server and agent together on this machine")
+    add_config(parser)
+    parser.add_argument("--data-dir", dest="DATA_DIR", metavar="FOLDER", help="where the database is kept")
+    parser.add_argument(
+        "--home", dest="HOME_NETWORKS", metavar="CIDR", help="addresses that must never be seen outside"
+    )
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    source = source_of(args)
+    # The agent here reports to the server here, whatever address other agents are given.
+    source.flags = {**source.flags, "URL": "http://127.0.0.1:5000"}
+    serving, watching = ServerSettings.read(source), AgentSettings.read(source)
+    warn_unread(source)
+    scheme = "https" if serving.tls_cert else "http"
+    watching = replace(watching, urls=(f"{scheme}://127.0.0.1:{serving.api_port}",))
+    logs.open_log(debug=serving.debug, file=serving.log_file)
+    return run_until_stopped(lambda stop: _both(serving, watching, SystemClock(), stop), fast=True)
+
+
+async def _both(serving: ServerSettings, watching: AgentSettings, clock: Clock, stop: asyncio.Event) -> None:
+    ready: asyncio.Future[Store] = asyncio.get_running_loop().create_future()
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(_server(serving, clock, stop, ready))
+        store = await ready
+        key = serving.api_key or await _local_key(store, serving.data_dir / "agent.token", watching.client_id, clock)
+        tasks.create_task(agent.run(replace(watching, api_key=key), clock, stop))
+        _say_hello(serving, watching)
+
+
+async def _server(settings: ServerSettings, clock: Clock, stop: asyncio.Event, ready: "asyncio.Future[Store]") -> None:
+    try:
+        await server.serve(settings, clock, stop, report, started=ready.set_result)
+    finally:
+        # The server's own failure tells why; whoever waits for it must not wait for ever.
+        if not ready.done():
+            ready.cancel()
+
+
+async def _local_key(store: Store, kept: Path, name: str, clock: Clock) -> Secret:
+    """The token of this machine's own agent, made at the first start and kept beside the database."""
+    if (token := await asyncio.to_thread(_read_token, kept, name)) is None:
+        await revoke_token(store, name, clock.wall())
+        token = await create_token(store, name, shared=False, now=clock.wall())
+        await asyncio.to_thread(_keep_token, kept, name, token)
+    return Secret(token)
+
+
+def _read_token(kept: Path, name: str) -> str | None:
+    """The token in the file, None when there is none for `name`."""
+    try:
+        said, _, token = kept.read_text(encoding="utf-8").strip().partition(" ")
+    except FileNotFoundError:
+        return None
+    except OSError as e:
+        raise SettingError(str(kept), str(e.strerror)) from e
+    return token if said == name and token else None
+
+
+def _keep_token(kept: Path, name: str, token: str) -> None:
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.touch(mode=0o600)
+        kept.write_text(f"{name} {token}\n", encoding="utf-8")
+    except OSError as e:
+        raise SettingError(str(kept), str(e.strerror)) from e
+
+
+def _say_hello(serving: ServerSettings, watching: AgentSettings) -> None:
+    if serving.dashboard_enabled:
+        report(f"Dashboard:  http://localhost:{serving.dashboard_port}")
+    report(f"API:        http://localhost:{serving.api_port}{serving.api_path}")
+    report(f"Health:     http://localhost:{serving.health_port}/health/ready")
+    report(f"Watching this machine as {watching.client_id}; Ctrl-C ends.")

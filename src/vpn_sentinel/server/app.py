@@ -1,0 +1,210 @@
+"""The server's wiring: one long, boring function."""
+
+import asyncio
+import logging
+import secrets
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import httpx
+from prometheus_client import CollectorRegistry
+from sqlalchemy import insert, select, text
+
+from vpn_sentinel import __version__
+from vpn_sentinel.domain.notice import Kind, Notice
+from vpn_sentinel.runtime.clock import Clock
+from vpn_sentinel.runtime.settings import PREFIX
+from vpn_sentinel.server.access import Access, first_key
+from vpn_sentinel.server.api.app import build_api
+from vpn_sentinel.server.api.health import HealthServices, build_health
+from vpn_sentinel.server.api.services import ApiServices
+from vpn_sentinel.server.bot.bot import Bot
+from vpn_sentinel.server.dashboard.app import DashboardServices, build_dashboard
+from vpn_sentinel.server.ingest.door import Door
+from vpn_sentinel.server.ingest.keepalive import Keepalives
+from vpn_sentinel.server.ingest.pulse import EchoProtocol
+from vpn_sentinel.server.ingest.session import Sessions
+from vpn_sentinel.server.ingest.switch import Switch
+from vpn_sentinel.server.live.hub import Hub
+from vpn_sentinel.server.notify.channels import build_channels
+from vpn_sentinel.server.notify.channels.bot_api import BotApi
+from vpn_sentinel.server.notify.dispatcher import Dispatcher
+from vpn_sentinel.server.notify.guard import tls
+from vpn_sentinel.server.notify.metrics import NotifyMetrics
+from vpn_sentinel.server.own_address import OwnAddress
+from vpn_sentinel.server.serving import embedded, listen, serve_until
+from vpn_sentinel.server.settings import ServerSettings
+from vpn_sentinel.server.store.open import open_store
+from vpn_sentinel.server.store.owing import owe
+from vpn_sentinel.server.store.schema import meta, outbox
+from vpn_sentinel.server.store.store import Store
+from vpn_sentinel.server.tracker import Tracker
+from vpn_sentinel.server.watch.overdue import Overdue
+from vpn_sentinel.server.watch.retention import Retention
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Sockets:
+    """Bound before anything else starts, so that a busy port is told in one line and nothing has to be undone."""
+
+    api: socket.socket
+    echo: socket.socket
+    health: socket.socket
+    dashboard: socket.socket | None
+
+    @classmethod
+    def bind(cls, settings: ServerSettings) -> "Sockets":
+        """Raises SettingError that names the port that cannot be had."""
+        bound: list[socket.socket] = []
+
+        def take(host: str, port: int, name: str, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
+            bound.append(listen(host, port, PREFIX + name, kind))
+            return bound[-1]
+
+        try:
+            api = take(settings.host, settings.api_port, "SERVER_API_PORT")
+            echo = take(settings.host, settings.api_port, "SERVER_API_PORT", socket.SOCK_DGRAM)
+            health = take(settings.health_host, settings.health_port, "SERVER_HEALTH_PORT")
+            dashboard = None
+            if settings.dashboard_enabled:
+                dashboard = take(settings.dashboard_host, settings.dashboard_port, "SERVER_DASHBOARD_PORT")
+        except BaseException:
+            for sock in bound:
+                sock.close()
+            raise
+        return cls(api, echo, health, dashboard)
+
+    def close(self) -> None:
+        for sock in (self.api, self.echo, self.health, self.dashboard):
+            if sock is not None:
+                sock.close()
+
+
+async def serve(
+    settings: ServerSettings,
+    clock: Clock,
+    stop: asyncio.Event,
+    tell: Callable[[str], None],
+    *,
+    started: Callable[[Store], None] = lambda _: None,
+) -> None:
+    """Run the server until `stop` is set. `tell` prints a line for whoever started it; `started` is called once it
+    takes reports.
+
+    Raises SettingError or StoreUnusable, with one line, when it cannot start.
+    """
+    sockets = Sockets.bind(settings)
+    try:
+        store = await open_store(settings.database_url)
+        try:
+            await _run(settings, clock, stop, tell, store, sockets, started)
+        finally:
+            await store.close()
+    finally:
+        sockets.close()
+
+
+async def _run(
+    settings: ServerSettings,
+    clock: Clock,
+    stop: asyncio.Event,
+    tell: Callable[[str], None],
+    store: Store,
+    sockets: Sockets,
+    started: Callable[[Store], None],
+) -> None:
+    secret = await _secret(store)
+    if settings.api_key is None and (key := await first_key(store, clock.wall())):
+        tell(f"A first key was made. It is shown only now; agents send it as VPN_SENTINEL_API_KEY:\n\n    {key}\n")
+
+    registry = CollectorRegistry()
+    hub = Hub()
+    access = Access(store, clock, settings.api_key)
+    timeouts = httpx.Timeout(15.0, connect=10.0, read=60.0)
+    limits = httpx.Limits(max_connections=20)
+    async with (
+        # Never the process's proxy settings: they would carry what a VPN's owner wants kept apart.
+        httpx.AsyncClient(verify=tls(settings.ca_file), timeout=timeouts, limits=limits, trust_env=False) as http,
+        asyncio.TaskGroup() as tasks,
+    ):
+        bot_api = BotApi(http, settings.telegram, clock) if settings.telegram else None
+        channels = build_channels(settings, http, clock=clock, api=bot_api)
+        dispatcher = Dispatcher(store, channels, clock, NotifyMetrics(registry, channels))
+        own_address = OwnAddress(http, settings.trace_url)
+        tracker = Tracker(
+            store,
+            clock,
+            hub,
+            settings.policy,
+            channels=tuple(channels),
+            on_commit=dispatcher.wake,
+            own_address=own_address,
+        )
+        door = Door(settings, access, clock)
+        sessions = Sessions(
+            tracker,
+            store,
+            clock,
+            echo_secret=secret,
+            echo_port=settings.api_port,
+            missed=settings.missed_reports,
+        )
+        keepalives = Keepalives(door, tracker, clock, settings.keepalive_timeout)
+        services = ApiServices(store=store, access=access, hub=hub, settings=settings, clock=clock)
+        api = Switch(door, keepalives, sessions, build_api(services), settings.api_path)
+        health = build_health(
+            HealthServices(store=store, clock=clock, registry=registry, dispatcher=dispatcher.healthy)
+        )
+
+        running = [
+            tasks.create_task(tracker.run(), name="tracker"),
+            tasks.create_task(dispatcher.run(), name="dispatcher"),
+            tasks.create_task(Overdue(store, tracker, clock).run(), name="overdue"),
+            tasks.create_task(Retention(store, clock, settings.retention_days).run(), name="retention"),
+            tasks.create_task(own_address.run(), name="own address"),
+        ]
+        if settings.telegram is not None and bot_api is not None:
+            bot = Bot(bot_api, store, clock, settings.telegram.chat_id, secrets.token_hex(8))
+            running.append(tasks.create_task(bot.run(), name="bot"))
+
+        loop = asyncio.get_running_loop()
+        echo, _ = await loop.create_datagram_endpoint(lambda: EchoProtocol(secret), sock=sockets.echo)
+        closing = asyncio.Event()
+        cert, key_file = settings.tls_cert, settings.tls_key
+        servers = [
+            tasks.create_task(serve_until(embedded(api, cert=cert, key=key_file), sockets.api, closing)),
+            tasks.create_task(serve_until(embedded(health), sockets.health, closing)),
+        ]
+        if sockets.dashboard is not None:
+            dashboard = build_dashboard(DashboardServices(store=store, hub=hub, settings=settings, clock=clock))
+            servers.append(tasks.create_task(serve_until(embedded(dashboard), sockets.dashboard, closing)))
+
+        now = clock.wall()
+        if debts := owe(Notice(kind=Kind.SERVER_STARTED, at=now), channels, now):
+            await store.write(insert(outbox).values(debts))
+        dispatcher.wake()
+        log.info("server started", extra={"version": __version__, "port": settings.api_port})
+        started(store)
+        await stop.wait()
+
+        hub.close()
+        closing.set()
+        await asyncio.gather(*servers)
+        echo.close()
+        for task in running:
+            task.cancel()
+    log.info("server stopped")
+
+
+async def _secret(store: Store) -> bytes:
+    """The installation's own 32 bytes, made once: keys of the UDP echo come from it."""
+    asked = select(meta.c.value).where(meta.c.key == "secret")
+    if not (found := await store.read(asked)):
+        # Two replicas may start at once: whoever comes second takes the first one's.
+        add = text("INSERT INTO meta (key, value) VALUES ('secret', :made) ON CONFLICT (key) DO NOTHING")
+        await store.write(add.bindparams(made=secrets.token_hex(32)))
+        found = await store.read(asked)
+    return bytes.fromhex(found[0].value)
