@@ -1,0 +1,342 @@
+"""A site: a home with its router, and a client host whose traffic goes through a VPN."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lab.faults import Faults
+from lab.nodes import Node, Process, Response, import_path
+from lab.plan import CLOUDFLARE, CLOUDFLARE6, ISP_RESOLVER, OPENDNS, PROVIDERS, HomePlan
+from lab.rules import Line, host, router_filter, router_nat
+from lab.tunnels import Client
+
+_OUTSIDE = 100
+"""Routing table whose default route is eth0, whatever the VPN does with the main table."""
+
+
+@dataclass(frozen=True)
+class Site:
+    """What a home shall look like. Every option has its ordinary value as default."""
+
+    name: str
+    _: KW_ONLY
+    vpn: str | None = "wireguard"
+    """wireguard, openvpn or None."""
+    provider: str = "nl"
+    """nl, ch or us."""
+    kill_switch: bool = True
+    kill_switch_lan: bool = False
+    """The kill switch lets the LAN through, as gluetun's does."""
+    ipv6: str = "tunnel"
+    """tunnel (through it), outside (beside it), dropped (there, but a firewall drops it), none (not at all)."""
+    resolver: str | Sequence[str] = "provider"
+    """provider, isp, public (1.1.1.1), or addresses."""
+    keepalive: int = 25
+    """WireGuard's persistent keepalive, seconds; 0 for none."""
+    lan_server: bool = False
+    """The server has a second leg on this home's LAN."""
+    reference: bool = False
+    """A second host on the LAN without a VPN: `home.reference`."""
+
+    def line(self, number: int) -> Line:
+        plan = HomePlan(number)
+        provider = PROVIDERS[self.provider] if self.vpn else None
+        named = {"isp": ISP_RESOLVER, "public": CLOUDFLARE}
+        if provider is not None:
+            named["provider"] = provider.resolver4
+        else:
+            named["provider"] = ISP_RESOLVER
+        servers = (named[self.resolver],) if isinstance(self.resolver, str) else tuple(self.resolver)
+        return Line(
+            plan=plan,
+            provider=provider,
+            vpn=self.vpn,
+            ipv6=self.ipv6,
+            kill_switch=self.kill_switch,
+            kill_switch_lan=self.kill_switch_lan,
+            home4=plan.wan4,
+            resolvers=servers,
+        )
+
+
+class Home(Faults):
+    """A running site. `run`, `spawn` and `http` act on the client host, where the tunnel is."""
+
+    def __init__(
+        self,
+        site: Site,
+        line: Line,
+        host_node: Node,
+        router: Node,
+        isp: Node,
+        push: Callable[[Home, Line | None], None],
+    ) -> None:
+        self.site, self.name = site, site.name
+        self.host, self.router, self._isp = host_node, router, isp
+        self.line, self._healthy = line, line
+        self.client: Client | None = None
+        self.reference: Node | None = None
+        self._push = push
+        self._now: Line | None = None
+        self._helpers: dict[str, Process] = {}
+        self.portal_files: tuple[Path, Path] | None = None
+
+    # Facts
+
+    @property
+    def vpn_interface(self) -> str | None:
+        """wg0 or tun0."""
+        return self.line.interface
+
+    @property
+    def endpoint(self) -> tuple[str, int] | None:
+        """The VPN server's address and port."""
+        return (self.line.provider.endpoint, self.client.port) if self.line.provider and self.client else None
+
+    @property
+    def home4(self) -> str:
+        """The home's public address, which must never be seen outside."""
+        return self.line.home4
+
+    @property
+    def home6(self) -> str | None:
+        """The host's own public IPv6 address, beside the tunnel."""
+        return None if self.site.ipv6 == "none" else f"{self.line.plan.lan6}:10"
+
+    @property
+    def home_networks(self) -> list[str]:
+        return [f"{self.home4}/32", *([] if self.home6 is None else [self.line.plan.prefix6])]
+
+    @property
+    def exit4(self) -> str:
+        """The address the world should see."""
+        return self.line.exits[0] if self.line.vpn else self.home4
+
+    @property
+    def exit6(self) -> str | None:
+        """The same for IPv6; None when none goes through the tunnel."""
+        if self.line.vpn is None:
+            return self.home6
+        return self.line.exits[1] if self.line.ipv6 == "tunnel" else None
+
+    @property
+    def inner4(self) -> str:
+        """The host's address in the tunnel."""
+        return self.line.inner[0]
+
+    @property
+    def gateway4(self) -> str:
+        """The VPN server's address in the tunnel."""
+        assert self.line.provider is not None
+        assert self.line.vpn is not None
+        return self.line.provider.inner4(self.line.vpn, 1)
+
+    @property
+    def lan(self) -> str:
+        return f"{self.line.plan.lan4}.0/24"
+
+    @property
+    def lan4(self) -> str:
+        """The host's address on the LAN."""
+        return f"{self.line.plan.lan4}.10"
+
+    @property
+    def router4(self) -> str:
+        return f"{self.line.plan.lan4}.1"
+
+    @property
+    def server_lan(self) -> str | None:
+        """The server's address on this LAN (`lan_server=True`)."""
+        return f"{self.line.plan.lan4}.2" if self.site.lan_server else None
+
+    @property
+    def resolvers(self) -> tuple[str, ...]:
+        return self.line.resolvers
+
+    # Doing things on the host
+
+    def run(self, command: Sequence[str | Path], **options: Any) -> subprocess.CompletedProcess[str]:
+        """Run a command on the client host; see `Node.run`."""
+        return self.host.run(command, **options)
+
+    def spawn(self, command: Sequence[str | Path], *, env: Mapping[str, str] | None = None, log: str | None = None,
+              cwd: str | Path | None = None) -> Process:  # fmt: skip
+        """Start a program on the client host; see `Node.spawn`."""
+        return self.host.spawn(command, env=env, log=log, cwd=cwd)
+
+    def http(self, method: str, url: str, **options: Any) -> Response:
+        """An HTTP request from the client host; see `Node.http`."""
+        return self.host.http(method, url, **options)
+
+    # Being as wanted
+
+    def heal(self) -> None:
+        """Undo every fault, and wait until the tunnel carries packets again."""
+        broken = self.line
+        self.line = replace(self._healthy)
+        self.sync()
+        if self.client is None or broken == self.line:
+            return
+        lost = (
+            broken.endpoint_blocked, broken.half_open, broken.wan_down, broken.portal, broken.home4 != self.line.home4,
+            not broken.peer_admitted, broken.tunnel != "up", broken.orphaned,
+        )  # fmt: skip
+        # Left alone, either protocol would need many seconds to notice that the path works again.
+        if any(lost) and not self._reaches_gateway(1):
+            self.client.reconnect()
+        self.wait_up()
+
+    def wait_ipv6(self, timeout: float = 15) -> None:
+        """Wait until the home's IPv6 line works: neighbour discovery loses packets in a link's first second."""
+        if self.site.ipv6 != "none" and not _answers(self.router, CLOUDFLARE6, timeout):
+            raise TimeoutError(f"{self.name}: the home's IPv6 does not come up")
+
+    def wait_up(self, timeout: float = 15) -> None:
+        """Wait until the tunnel's other end answers."""
+        if self.client is not None and not self._reaches_gateway(timeout):
+            raise TimeoutError(f"{self.name}: the tunnel does not come up")
+        if self.line.ipv6 == "outside" and not _answers(self.host, CLOUDFLARE6, timeout):
+            raise TimeoutError(f"{self.name}: IPv6 does not come up")
+
+    def sync(self) -> None:
+        """Make everything look like `self.line`."""
+        before, line = self._now, self.line
+        self._link_host()
+        self._route_host(before)
+        self.host.nft("lab", host(line))
+        self._sync_router(before)
+        self._push(self, before)
+        self._sync_tunnel(before)
+        self.host.resolv_conf(line.resolvers)
+        self._help("portal", wanted=line.portal, on=self.router, command=self._portal_command)
+        flood = ["ping", "-q", "-f", "-l", "60", "-s", "1200", OPENDNS]  # keeps 60 packets under way
+        self._help("flood", wanted=line.rate_kbit > 0, on=self.host, command=lambda: flood)
+        self._now = replace(line)
+
+    def _reaches_gateway(self, timeout: float) -> bool:
+        return _answers(self.host, self.gateway4, timeout)
+
+    def _link_host(self) -> None:
+        if self.line.orphaned:
+            if self.client is not None:
+                self.client.kill()
+            self.host.ip("link del eth0", force=True)
+            return
+        if self.host.has_link("eth0"):
+            return
+        if not self.router.has_link("host"):  # at first the lab has made the cable already
+            cable = f"link add eth0 netns {self.host.pid} type veth peer name host netns {self.router.pid}"
+            subprocess.run(["ip", *cable.split()], check=True)
+        self.router.ip("link set host master br0 up")
+
+    def _route_host(self, before: Line | None) -> None:
+        plan, line = self.line.plan, self.line
+        if line.orphaned:
+            return
+        lines = [
+            "link set lo up",
+            "link set eth0 up",
+            f"addr replace {plan.lan4}.10/24 dev eth0",
+            f"route replace default via {plan.lan4}.1 dev eth0",
+            f"route replace default via {plan.lan4}.1 dev eth0 table {_OUTSIDE}",
+        ]
+        if self.site.ipv6 != "none":
+            lines += [
+                f"addr replace {plan.lan6}:10/64 dev eth0 nodad",
+                "addr replace fe80::10/64 dev eth0 nodad",
+                f"-6 route replace default via {plan.lan6}:1 dev eth0",
+                # Without it, the gateway itself would not be on a link any more while the rule below is there.
+                f"-6 route replace {plan.lan6}:/64 dev eth0 table {_OUTSIDE}",
+                f"-6 route replace default via {plan.lan6}:1 dev eth0 table {_OUTSIDE}",
+            ]
+        self.host.ip(*lines)
+        had = before.outside if before else frozenset()
+        rules = [_rule("del", d) for d in had - line.outside] + [_rule("add", d) for d in line.outside - had]
+        was_beside = before is not None and before.ipv6 != "tunnel"
+        beside = line.ipv6 != "tunnel"
+        if self.site.ipv6 == "tunnel" and beside != was_beside:
+            rules.append(f"-6 rule {'add' if beside else 'del'} pref 900 to 2000::/3 table {_OUTSIDE}")
+        if rules:
+            self.host.ip(*rules)
+
+    def _sync_router(self, before: Line | None) -> None:
+        line = self.line
+        if before is None or before.home4 != line.home4:
+            self.router.ip(
+                *([f"addr del {before.home4}/24 dev wan"] if before else []),
+                f"addr add {line.home4}/24 dev wan",
+                f"route replace default via {line.plan.isp_side} dev wan",
+            )
+        if self.router.nft("lab_nat", router_nat(line)) and before is not None:
+            self.router.run(["conntrack", "-F"])
+        self.router.nft("lab", router_filter(line))
+        if before is None or before.wan_down != line.wan_down:
+            link = f"h{line.plan.number}"
+            self._isp.ip(*([f"link set {link} down"] if line.wan_down else isp_side(line.plan)))
+        if before is not None and before.rate_kbit != line.rate_kbit:
+            for node, link in ((self.router, "wan"), (self._isp, f"h{line.plan.number}")):
+                change = ["replace", "dev", link, "root", "tbf", "rate", f"{line.rate_kbit}kbit", "burst", "16kb",
+                          "latency", "400ms"]  # fmt: skip
+                node.run(["tc", "qdisc", *(change if line.rate_kbit else ["del", "dev", link, "root"])], check=True)
+
+    def _sync_tunnel(self, before: Line | None) -> None:
+        line, client = self.line, self.client
+        if client is None or line.orphaned:
+            return
+        if before is not None and before.tunnel == "link_down" != line.tunnel and line.vpn == "openvpn":
+            client.kill()  # its routes went down with the link, and only a new start adds them again
+        match line.tunnel:
+            case "up":
+                client.up()
+            case "link_down":
+                if not self.host.has_link(client.interface):
+                    client.up()
+                self.host.ip(f"link set {client.interface} down")
+            case "deleted":
+                client.down()
+            case _:
+                client.kill()
+
+    def _help(self, name: str, *, wanted: bool, on: Node, command: Callable[[], Sequence[str]]) -> None:
+        running = self._helpers.get(name)
+        if wanted and running is None:
+            self._helpers[name] = on.spawn(command(), log=name, env=import_path())
+            if name == "portal":
+                on.wait_port(8443)
+        elif not wanted and running is not None:
+            running.stop()
+            del self._helpers[name]
+
+    def _portal_command(self) -> Sequence[str]:
+        assert self.portal_files is not None
+        return [sys.executable, "-m", "lab.portal", *map(str, self.portal_files)]
+
+
+def _answers(node: Node, address: str, timeout: float) -> bool:
+    """Whether an address answers a ping before the deadline; many short attempts."""
+    command = f"until ping -n -q -c 1 -W 0.3 {address} >/dev/null 2>&1; do sleep 0.02; done"
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return node.run(["sh", "-c", command], timeout=timeout).returncode == 0
+    return False
+
+
+def _rule(verb: str, destination: str) -> str:
+    return f"{'-6 ' if ':' in destination else ''}rule {verb} pref 1000 to {destination} table {_OUTSIDE}"
+
+
+def isp_side(plan: HomePlan) -> list[str]:
+    """The ISP's end of a home's line: going down takes addresses and routes with it."""
+    link = f"h{plan.number}"
+    return [
+        f"link set {link} up",
+        f"addr replace {plan.isp_side}/24 dev {link}",
+        f"addr replace {plan.wan6}:1/64 dev {link} nodad",
+        f"addr replace fe80::1/64 dev {link} nodad",
+        f"-6 route replace {plan.prefix6} via {plan.wan6}:2 dev {link}",
+    ]

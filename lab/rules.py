@@ -1,0 +1,204 @@
+"""nftables rules as a pure function of what each home's line looks like right now.
+
+No fault edits rules. A fault changes a home's `Line`; the rules of every node it touches are rendered anew and replaced
+in one transaction. That makes faults idempotent and independent of order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from lab.plan import ISP_RESOLVER, PORTS, HomePlan, Provider
+
+
+@dataclass
+class Line:
+    """The wanted condition of one home, its tunnel and its path through the ISP and the provider."""
+
+    plan: HomePlan
+    provider: Provider | None
+    vpn: str | None
+    ipv6: str  # tunnel, outside, dropped, none
+    kill_switch: bool = False
+    kill_switch_lan: bool = False
+    home4: str = ""
+    # The tunnel's client
+    tunnel: str = "up"  # up, link_down, deleted, killed
+    peer_admitted: bool = True
+    orphaned: bool = False
+    # Routes and resolvers of the host
+    outside: frozenset[str] = frozenset()
+    resolvers: tuple[str, ...] = ()
+    # The home router
+    wan_down: bool = False
+    portal: bool = False
+    forwarder: bool = False
+    transparent_proxy: bool = False
+    rate_kbit: int = 0
+    # The ISP
+    endpoint_blocked: bool = False
+    half_open: bool = False
+    mtu: int = 0
+    loss: int = 0
+    # The provider
+    forwarding: bool = True
+    exit: str = "first"
+    dropped: frozenset[str] = frozenset()
+    resolver_stopped: bool = False
+    dns_intercepted: bool = False
+    resolver_elsewhere: bool = False
+    refused_names: frozenset[str] = frozenset()
+    ports: dict[int, bool] = field(default_factory=dict)  # forwarded port -> open
+
+    @property
+    def interface(self) -> str | None:
+        return {"wireguard": "wg0", "openvpn": "tun0", None: None}[self.vpn]
+
+    @property
+    def inner(self) -> tuple[str, str]:
+        """The tunnel's addresses."""
+        assert self.provider is not None
+        assert self.vpn is not None
+        return (
+            self.provider.inner4(self.vpn, self.plan.client),
+            self.provider.inner6(self.vpn, self.plan.client),
+        )
+
+    @property
+    def exits(self) -> tuple[str, str]:
+        assert self.provider is not None
+        return self.provider.exits(self.plan.client)[self.exit]
+
+
+def _chain(name: str, hook: str, rules: Iterable[str], policy: str = "accept", kind: str = "filter") -> str:
+    priority = {"prerouting": "dstnat", "postrouting": "srcnat"}[hook] if kind == "nat" else "filter"
+    body = "".join(f"    {rule}\n" for rule in rules)
+    return f"  chain {name} {{\n    type {kind} hook {hook} priority {priority}; policy {policy};\n{body}  }}"
+
+
+def host(line: Line) -> str:
+    """The client's own firewall: the kill switch, and what drops IPv6."""
+    rules = []
+    if line.ipv6 == "dropped":
+        rules += ['oifname "eth0" ip6 daddr 2000::/3 drop']
+    if not line.kill_switch or line.provider is None or line.vpn is None:
+        return _chain("output", "output", rules)
+    rules += [
+        f'oifname {{ "lo", "{line.interface}" }} accept',
+        f"ip daddr {line.provider.endpoint} udp dport {PORTS[line.vpn]} accept",
+        "ct state established,related accept",
+        "icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert, nd-router-solicit } accept",
+    ]
+    if line.kill_switch_lan:
+        rules += [f"ip daddr {line.plan.lan4}.0/24 accept", f"ip6 daddr {{ fe80::/10, {line.plan.lan6}:/64 }} accept"]
+    if line.ipv6 == "outside":
+        rules += ["meta nfproto ipv6 accept"]  # the classic hole: a kill switch that knows IPv4 only
+    return _chain("output", "output", rules, policy="drop")
+
+
+def router_nat(line: Line) -> str:
+    """The home router's NAT: masquerading, the DNS forwarder, the transparent proxy, the captive portal."""
+    before = []
+    if line.portal:
+        before += ['iifname "br0" tcp dport 80 redirect to :8080', 'iifname "br0" tcp dport 443 redirect to :8443']
+    if line.forwarder:
+        before += [
+            f"ip daddr {line.plan.lan4}.1 {proto} dport 53 dnat ip to {ISP_RESOLVER}" for proto in ("udp", "tcp")
+        ]
+    if line.transparent_proxy:
+        before += [f'iifname "br0" meta nfproto ipv4 {p} dport 53 dnat ip to {ISP_RESOLVER}' for p in ("udp", "tcp")]
+    after = [f'oifname "wan" meta nfproto ipv4 snat ip to {line.home4}']
+    return "\n".join(
+        [_chain("before", "prerouting", before, kind="nat"), _chain("after", "postrouting", after, kind="nat")]
+    )
+
+
+def router_filter(line: Line) -> str:
+    """The home router's forwarding; a captive portal lets nothing but DNS out."""
+    rules = ['iifname "br0" oifname "wan" udp dport != 53 drop', 'iifname "br0" oifname "wan" meta l4proto != udp drop']
+    return _chain("forward", "forward", rules if line.portal else [])
+
+
+def isp(lines: Iterable[Line]) -> str:
+    """What the ISP does to tunnels on their way."""
+    rules = []
+    for line in lines:
+        if line.provider is None or line.vpn is None:
+            continue
+        endpoint, port = line.provider.endpoint, PORTS[line.vpn]
+        there = f"ip saddr {line.home4} ip daddr {endpoint} udp dport {port}"
+        back = f"ip saddr {endpoint} ip daddr {line.home4} udp sport {port}"
+        if line.endpoint_blocked:
+            rules += [f"{there} drop"]
+        if line.half_open:
+            rules += [f"{back} drop"]
+        if line.mtu:
+            # Fragments carry no port: a black hole swallows whole packets and fragments of that size alike.
+            rules += [f"ip saddr {line.home4} ip daddr {endpoint} ip length > {line.mtu} drop"]
+            rules += [f"ip saddr {endpoint} ip daddr {line.home4} ip length > {line.mtu} drop"]
+        if line.loss:
+            rules += [f"{back} numgen random mod 100 < {line.loss} drop"]
+    return _chain("forward", "forward", rules)
+
+
+def provider_nat(provider: Provider, lines: Iterable[Line]) -> str:
+    """Exit addresses by client; forwarded ports; DNS interception inside the tunnel."""
+    exits4, exits6, before, after = [], [], [], []
+    for line in lines:
+        inner4, inner6 = line.inner
+        exit4, exit6 = line.exits
+        exits4.append(f"{inner4} : {exit4}")
+        exits6.append(f"{inner6} : {exit6}")
+        if line.dns_intercepted:
+            for proto in ("udp", "tcp"):
+                before += [f"ip saddr {inner4} {proto} dport 53 dnat ip to {provider.resolver4}"]
+        before += [
+            f"ip daddr {exit4} meta l4proto {{ tcp, udp }} th dport {port} dnat ip to {inner4}" for port in line.ports
+        ]
+        if line.resolver_elsewhere:
+            target = provider.resolver_egress_elsewhere
+            after += [
+                f"ip saddr {provider.resolver_egress} meta l4proto {{ tcp, udp }} th dport 53 snat ip to {target}"
+            ]
+    after += [
+        'oifname "eth0" meta nfproto ipv4 snat ip to ip saddr map @exits4',
+        'oifname "eth0" meta nfproto ipv6 snat ip6 to ip6 saddr map @exits6',
+    ]
+    return "\n".join(
+        [
+            _map("exits4", "ipv4_addr", exits4),
+            _map("exits6", "ipv6_addr", exits6),
+            _chain("before", "prerouting", before, kind="nat"),
+            _chain("after", "postrouting", sorted(set(after), key=after.index), kind="nat"),
+        ]
+    )
+
+
+def _map(name: str, kind: str, elements: list[str]) -> str:
+    values = f" elements = {{ {', '.join(elements)} }};" if elements else ""
+    return f"  map {name} {{ type {kind} : {kind};{values} }}"
+
+
+def provider_filter(lines: Iterable[Line]) -> str:
+    """What the provider forwards for each client, and whether its resolver answers."""
+    forward: list[str] = []
+    inputs: list[str] = []
+    for line in lines:
+        inner4, inner6 = line.inner
+        if not line.forwarding:
+            forward += [f"ip saddr {inner4} drop", f"ip daddr {inner4} drop"]
+            forward += [f"ip6 saddr {inner6} drop", f"ip6 daddr {inner6} drop"]
+        for address in sorted(line.dropped):
+            family, inner = ("ip6", inner6) if ":" in address else ("ip", inner4)
+            forward += [f"{family} saddr {inner} {family} daddr {address} drop"]
+        if line.resolver_stopped:
+            # What a host without the daemon does: port unreachable, connection refused.
+            for chain in (forward, inputs):
+                for family, inner in (("ip", inner4), ("ip6", inner6)):
+                    chain += [f"{family} saddr {inner} udp dport 53 reject"]
+                    chain += [f"{family} saddr {inner} tcp dport 53 reject with tcp reset"]
+        for port, is_open in line.ports.items():
+            if not is_open:
+                forward += [f'iifname "eth0" ip daddr {inner4} meta l4proto {{ tcp, udp }} th dport {port} drop']
+    return "\n".join([_chain("forward", "forward", forward), _chain("input", "input", inputs)])

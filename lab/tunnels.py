@@ -1,0 +1,300 @@
+"""The two ends of a tunnel: a provider's servers, and a home's client. Real wireguard-go, real OpenVPN."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import signal
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+
+from lab.certs import Authority, Pair
+from lab.nodes import Node, Process, until
+from lab.plan import PORTS, Provider
+
+FWMARK = 51820
+"""Mark of WireGuard's own packets and number of its routing table, as wg-quick chooses them."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """A WireGuard key pair, base64."""
+
+    private: str
+    public: str
+
+    @classmethod
+    def new(cls) -> Key:
+        key = X25519PrivateKey.generate()
+        raw, public = key.private_bytes_raw(), key.public_key().public_bytes_raw()
+        return cls(base64.b64encode(raw).decode(), base64.b64encode(public).decode())
+
+
+class Client(Protocol):
+    """A home's end of a tunnel. Each method may be called at any time and again."""
+
+    interface: str
+    port: int
+
+    def up(self) -> None: ...
+    def down(self) -> None: ...
+    def kill(self) -> None: ...
+    def reconnect(self) -> None: ...
+
+
+class WireGuardServer:
+    """A provider's WireGuard."""
+
+    def __init__(self, node: Node, provider: Provider) -> None:
+        self.key = Key.new()
+        self._node, self._provider = node, provider
+        self._peers: dict[str, list[str]] = {}
+
+    def prepare(self, client: int, key: Key, *, ipv6: bool) -> None:
+        """Announce a peer that `start` will know."""
+        allowed = [f"{self._provider.inner4('wireguard', client)}/32"]
+        if ipv6:
+            allowed.append(f"{self._provider.inner6('wireguard', client)}/128")
+        self._peers[key.public] = allowed
+
+    def start(self) -> None:
+        start_wireguard(self._node, "wg0")
+        lines = ["[Interface]", f"PrivateKey = {self.key.private}", f"ListenPort = {PORTS['wireguard']}"]
+        for public, allowed in self._peers.items():
+            lines += ["[Peer]", f"PublicKey = {public}", f"AllowedIPs = {', '.join(allowed)}"]
+        configure_wireguard(self._node, "wg0", lines)
+        self._node.ip(
+            "link set wg0 mtu 1420 up",
+            f"addr add {self._provider.inner4('wireguard', 1)}/24 dev wg0",
+            f"addr add {self._provider.inner6('wireguard', 1)}/64 dev wg0 nodad",
+        )
+
+    def admit(self, key: Key, *, admitted: bool) -> None:
+        """Let a peer in, or forget it."""
+        command = ["wg", "set", "wg0", "peer", key.public]
+        allowed = self._peers[key.public]
+        self._node.run([*command, *(["allowed-ips", ",".join(allowed)] if admitted else ["remove"])], check=True)
+
+
+class WireGuardClient:
+    """A home's WireGuard, routed as wg-quick does: policy routing, so that main's default route takes over
+    when the interface is gone."""
+
+    interface = "wg0"
+    port = PORTS["wireguard"]
+
+    def __init__(self, node: Node, provider: Provider, server: WireGuardServer, client: int, *, ipv6: bool,
+                 keepalive: int) -> None:  # fmt: skip
+        self.key = Key.new()
+        server.prepare(client, self.key, ipv6=ipv6)
+        self._node = node
+        self._addresses = [f"{provider.inner4('wireguard', client)}/32"]
+        if ipv6:
+            self._addresses.append(f"{provider.inner6('wireguard', client)}/128")
+        self._families = ("", "-6 ") if ipv6 else ("",)
+        self._config = [
+            "[Interface]", f"PrivateKey = {self.key.private}", f"FwMark = {FWMARK}",
+            "[Peer]", f"PublicKey = {server.key.public}", f"Endpoint = {provider.endpoint}:{self.port}",
+            f"AllowedIPs = 0.0.0.0/0{', ::/0' if ipv6 else ''}", f"PersistentKeepalive = {keepalive}",
+        ]  # fmt: skip
+        for family in self._families:
+            node.ip(
+                f"{family}rule add pref 31000 table main suppress_prefixlength 0",
+                f"{family}rule add pref 31001 not fwmark {FWMARK} table {FWMARK}",
+            )
+
+    def up(self) -> None:
+        if not self._node.has_link("wg0"):
+            start_wireguard(self._node, "wg0")
+            self.reconnect()
+        lines = [f"addr replace {address} dev wg0 nodad" for address in self._addresses[1:]]
+        self._node.ip(
+            "link set wg0 mtu 1420 up",
+            f"addr replace {self._addresses[0]} dev wg0",
+            *lines,
+            *(f"{family}route replace default dev wg0 table {FWMARK}" for family in self._families),
+        )
+
+    def down(self) -> None:
+        if self._node.has_link("wg0"):
+            self._node.ip("link del wg0", force=True)
+
+    kill = down
+
+    def reconnect(self) -> None:
+        """Configure the peer anew: that drops the session, and the next packet starts a handshake."""
+        if self._node.has_link("wg0"):
+            configure_wireguard(self._node, "wg0", self._config)
+
+
+class OpenVpnServer:
+    """A provider's OpenVPN."""
+
+    def __init__(self, node: Node, provider: Provider, authority: Authority) -> None:
+        self._node, self._provider, self._authority = node, provider, authority
+        self._directory = node.directory / f"openvpn-{provider.name}"
+        (self._directory / "ccd").mkdir(parents=True)
+        self._clients: dict[str, tuple[int, bool]] = {}
+        self._process: Process | None = None
+
+    def prepare(self, name: str, client: int, *, ipv6: bool) -> None:
+        """Give a client its fixed inner addresses, and so its exit address."""
+        self._clients[name] = (client, ipv6)
+        self._write(name, admitted=True)
+
+    def start(self) -> None:
+        provider, pair = self._provider, self._authority.issue(f"vpn-{self._provider.name}", [self._provider.endpoint])
+        inside4, inside6 = provider.inner4("openvpn", 0), provider.inner6("openvpn", 0)
+        config = self._directory / "server.conf"
+        config.write_text(
+            f"""mode server
+tls-server
+proto udp4
+local {provider.endpoint}
+port {PORTS["openvpn"]}
+dev tun0
+dev-type tun
+disable-dco
+topology subnet
+server {inside4} 255.255.255.0
+server-ipv6 {inside6}/64
+client-config-dir {self._directory / "ccd"}
+ccd-exclusive
+keepalive 10 60
+data-ciphers AES-256-GCM
+dh none
+ca {self._authority.file}
+cert {pair.cert}
+key {pair.key}
+management /run/openvpn/server.sock unix
+verb 3
+"""
+        )
+        self._process = self._node.spawn(["openvpn", "--config", config], log="openvpn-server")
+
+    @property
+    def ready(self) -> bool:
+        return self._process is not None and _openvpn_is_up(self._process)
+
+    def admit(self, name: str, *, admitted: bool) -> None:
+        """Let a client in, or throw it out and refuse its return."""
+        self._write(name, admitted=admitted)
+        if not admitted:
+            with socket.socket(socket.AF_UNIX) as management:
+                management.settimeout(5)
+                management.connect(str(self._node.root("/run/openvpn/server.sock")))
+                management.sendall(f"kill {name}\nquit\n".encode())
+                with contextlib.suppress(OSError):
+                    while management.recv(4096):
+                        pass
+
+    def _write(self, name: str, *, admitted: bool) -> None:
+        client, ipv6 = self._clients[name]
+        provider = self._provider
+        lines = [f"ifconfig-push {provider.inner4('openvpn', client)} 255.255.255.0"]
+        if ipv6:
+            lines.append(f"ifconfig-ipv6-push {provider.inner6('openvpn', client)}/64 {provider.inner6('openvpn', 1)}")
+        if not admitted:
+            lines.append("disable")
+        (self._directory / "ccd" / name).write_text("\n".join(lines) + "\n")
+
+
+class OpenVpnClient:
+    """A home's OpenVPN: redirect-gateway def1, persist-tun. Its management socket is /run/openvpn/management.sock."""
+
+    interface = "tun0"
+    port = PORTS["openvpn"]
+
+    def __init__(self, node: Node, provider: Provider, server: OpenVpnServer, client: int, *, ipv6: bool,
+                 authority: Authority, pair: Pair) -> None:  # fmt: skip
+        server.prepare(node.name, client, ipv6=ipv6)
+        self._node = node
+        self._process: Process | None = None
+        self._config: Path = node.directory / f"openvpn-{node.name}.conf"
+        self._config.write_text(
+            f"""client
+proto udp4
+remote {provider.endpoint} {self.port}
+nobind
+dev tun0
+dev-type tun
+disable-dco
+persist-tun
+persist-key
+redirect-gateway def1{" ipv6" if ipv6 else ""}
+{"" if ipv6 else 'pull-filter ignore "ifconfig-ipv6"'}
+{"" if ipv6 else 'pull-filter ignore "route-ipv6"'}
+{"" if ipv6 else 'pull-filter ignore "tun-ipv6"'}
+data-ciphers AES-256-GCM
+remote-cert-eku "TLS Web Server Authentication"
+ca {authority.file}
+cert {pair.cert}
+key {pair.key}
+connect-retry 1 2
+auth-retry nointeract
+management /run/openvpn/management.sock unix
+verb 3
+"""
+        )
+
+    def up(self) -> None:
+        if self._process is None or self._process.poll() is not None or not self._node.has_link("tun0"):
+            self.kill()
+            self._process = self._node.spawn(["openvpn", "--config", self._config], log="openvpn")
+            process = self._process
+            # The log is appended to: what an earlier process wrote does not count.
+            until(lambda: process.poll() is not None or _openvpn_is_up(process), 30, f"{self._node.name}: OpenVPN")
+            if process.poll() is not None:
+                raise RuntimeError(f"{self._node.name}: OpenVPN ended:\n{process.output()}")
+
+    def down(self) -> None:
+        """Without its interface: the client would make a new one by itself, so it goes as well."""
+        self.kill()
+
+    def kill(self) -> None:
+        """SIGKILL: the kernel takes the interface away with the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process.log.write_text("")
+            until(lambda: not self._node.has_link("tun0"), 5, f"{self._node.name}: tun0 gone")
+
+    def reconnect(self) -> None:
+        """A soft restart, which keeps the interface: healing must not open the leak of a missing tunnel."""
+        if self._process is not None and self._process.poll() is None and self._node.has_link("tun0"):
+            self._process.send_signal(signal.SIGUSR1)
+        else:
+            self.up()
+
+
+def _openvpn_is_up(process: Process) -> bool:
+    if process.poll() is not None:
+        raise RuntimeError(f"OpenVPN ended:\n{process.output()}")
+    return "Initialization Sequence Completed" in process.output()
+
+
+def start_wireguard(node: Node, interface: str) -> None:
+    """Start wireguard-go and wait for its control socket."""
+    stale = node.root(f"/run/wireguard/{interface}.sock")
+    stale.unlink(missing_ok=True)  # a killed wireguard-go leaves it behind
+    env = {"WG_PROCESS_FOREGROUND": "1", "LOG_LEVEL": "error"}
+    process = node.spawn(["wireguard-go", interface], env=env, log="wireguard")
+
+    def ready() -> bool:
+        if process.poll() is not None:
+            raise RuntimeError(f"{node.name}: wireguard-go ended:\n{process.output()}")
+        return stale.exists() and node.has_link(interface)
+
+    until(ready, 10, f"{node.name}: wireguard-go")
+
+
+def configure_wireguard(node: Node, interface: str, lines: list[str]) -> None:
+    """wg setconf, from a file that only root reads."""
+    file = node.directory / f"{node.name}-{interface}.conf"
+    file.touch(mode=0o600)
+    file.write_text("\n".join(lines) + "\n")
+    node.run(["wg", "setconf", interface, file], check=True)
