@@ -1,0 +1,38 @@
+"""The reading side of the API: typed answers, one guard over everything, problems for errors."""
+
+from litestar import Litestar
+from litestar.di import Provide
+from litestar.types import Message, Scope
+
+from vpn_sentinel.server.api.events import Encoded
+from vpn_sentinel.server.api.guard import shared_key
+from vpn_sentinel.server.api.openapi import document
+from vpn_sentinel.server.api.problems import HANDLERS
+from vpn_sentinel.server.api.routes import ROUTES
+from vpn_sentinel.server.api.services import ApiServices
+
+
+def build_api(services: ApiServices) -> Litestar:
+    """The application behind `settings.api_path`. Reports (`/keepalive`, `/agent`) are answered in front of it."""
+    encoded = Encoded(services.store)
+    return Litestar(
+        route_handlers=ROUTES,
+        path=services.settings.api_path,
+        guards=[shared_key(services.access)],
+        dependencies={
+            "services": Provide(lambda: services, sync_to_thread=False),
+            "encoded": Provide(lambda: encoded, sync_to_thread=False),
+        },
+        exception_handlers=HANDLERS,
+        openapi_config=document(services.settings.api_path),
+        before_send=[_headers],
+        logging_config=None,
+        request_max_body_size=0,
+    )
+
+
+async def _headers(message: Message, _: Scope) -> None:
+    """What every answer carries: it is data for one caller, never a page, and no cache's to keep."""
+    if message["type"] == "http.response.start":
+        headers = [(k, v) for k, v in message.get("headers", []) if k.lower() != b"cache-control"]
+        message["headers"] = [*headers, (b"cache-control", b"no-store"), (b"x-content-type-options", b"nosniff")]

@@ -1,0 +1,209 @@
+"""Port 8081: does this process live, can it do its work, and metrics. No login, so it says no name and no address."""
+
+import asyncio
+import platform
+from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any, Final
+
+import msgspec
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.registry import Collector
+
+from vpn_sentinel import __version__
+from vpn_sentinel.domain.verdict import HARM, State
+from vpn_sentinel.runtime.clock import Clock
+from vpn_sentinel.server.api import reading
+from vpn_sentinel.server.store.store import Store, StoreUnavailable
+
+Scope = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
+Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
+
+# How long an answer is given again instead of asking anew: nobody who calls here may wear the database out.
+_FRESH: Final = 1.0
+_COUNTS_FRESH: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HealthServices:
+    """`dispatcher` says whether notices can go out, and if not why, in words without names and addresses.
+
+    `patience` is how long the database may take to answer, in seconds.
+    """
+
+    store: Store
+    clock: Clock
+    registry: CollectorRegistry
+    dispatcher: Callable[[], tuple[bool, str]]
+    patience: float = 2.0
+
+
+class Part(msgspec.Struct, frozen=True, omit_defaults=True):
+    ok: bool
+    detail: str = ""
+
+
+class Report(msgspec.Struct, frozen=True):
+    """`status` is "ok" or "failing"; `parts` says of each part whether it works, and if not why."""
+
+    status: str
+    parts: dict[str, Part] = {}
+
+    @property
+    def ok(self) -> bool:
+        return self.status == "ok"
+
+
+class Readiness:
+    """Asks the parts that the server cannot work without."""
+
+    def __init__(self, services: HealthServices) -> None:
+        self._services = services
+        self._asking = asyncio.Lock()
+        self._report = Report("failing")
+        self._asked_at = float("-inf")
+        self._started = False
+
+    async def report(self) -> Report:
+        """What works now, at most one second old. Concurrent callers wait for one answer."""
+        async with self._asking:
+            if self._services.clock.boottime() - self._asked_at > _FRESH:
+                ok, detail = self._services.dispatcher()
+                parts = {"database": await self._database(), "dispatcher": Part(ok, "" if ok else detail)}
+                self._report = Report("ok" if all(p.ok for p in parts.values()) else "failing", parts)
+                self._asked_at = self._services.clock.boottime()
+            return self._report
+
+    async def started(self) -> Report:
+        """Whether the database has answered since this process began; once it has, that stays."""
+        if not self._started:
+            database = (await self.report()).parts["database"]
+            if not database.ok:
+                return Report("failing", {"database": database})
+            self._started = True
+        return Report("ok")
+
+    async def _database(self) -> Part:
+        try:
+            async with asyncio.timeout(self._services.patience):
+                await self._services.store.ping()
+        except TimeoutError:
+            return Part(ok=False, detail=f"did not answer within {self._services.patience:g} s")
+        except StoreUnavailable as e:
+            # The text behind the reason names hosts and files.
+            return Part(ok=False, detail=e.reason)
+        return Part(ok=True)
+
+
+class TunnelsCollector(Collector):
+    """Gauges of the tunnels by state, as the database last said, and what is running."""
+
+    def __init__(self, services: HealthServices) -> None:
+        self._store, self._clock, self._patience = services.store, services.clock, services.patience
+        self._asking = asyncio.Lock()
+        self._counts: dict[State, int] | None = None
+        self._asked_at = float("-inf")
+
+    async def refresh(self) -> None:
+        """Ask the database, unless it was asked a moment ago. When it does not answer, the gauges go away."""
+        async with self._asking:
+            if self._clock.boottime() - self._asked_at <= _COUNTS_FRESH:
+                return
+            try:
+                async with asyncio.timeout(self._patience):
+                    self._counts = await reading.counts(self._store)
+            except (TimeoutError, StoreUnavailable):
+                self._counts = None
+            self._asked_at = self._clock.boottime()
+
+    def collect(self) -> Iterable[Metric]:
+        build = InfoMetricFamily("vpn_sentinel_build", "What is running.")
+        build.add_metric([], {"version": __version__, "python": platform.python_version()})
+        yield build
+        answered = 0.0 if self._counts is None else 1.0
+        yield GaugeMetricFamily("vpn_sentinel_database_up", "1 when the database answered this scrape.", value=answered)
+        if self._counts is not None:
+            tunnels = GaugeMetricFamily("vpn_sentinel_tunnels", "Tunnels by state.", labels=["state"])
+            for state in HARM:
+                tunnels.add_metric([state.value], self._counts.get(state, 0))
+            yield tunnels
+
+    def describe(self) -> Iterable[Metric]:
+        return []
+
+
+def build_health(services: HealthServices) -> App:
+    """A plain ASGI application: it must answer when nothing else does. GET and HEAD; it takes no body."""
+    readiness = Readiness(services)
+    tunnels = TunnelsCollector(services)
+    services.registry.register(tunnels)
+
+    async def metrics(scope: Scope, send: Send) -> None:
+        await tunnels.refresh()
+        accepted = next((v.decode("latin-1") for k, v in scope["headers"] if k == b"accept"), "")
+        encoder, media_type = choose_encoder(accepted)
+        await _answer(send, HTTPStatus.OK, media_type, encoder(services.registry))
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await _lifespan(receive, send)
+            return
+        if scope["type"] != "http":
+            return
+        known = scope["path"].rstrip("/")
+        if known in _PATHS and scope["method"] not in ("GET", "HEAD"):
+            await _json(send, HTTPStatus.METHOD_NOT_ALLOWED, Report("method not allowed"))
+            return
+        match known:
+            case "/metrics":
+                await metrics(scope, send)
+            case "/health":
+                await _json(send, HTTPStatus.OK, Report("ok"))
+            case "/health/ready":
+                await _report(send, await readiness.report())
+            case "/health/startup":
+                await _report(send, await readiness.started())
+            case _:
+                await _json(send, HTTPStatus.NOT_FOUND, Report("not found"))
+
+    return app
+
+
+_PATHS: Final = frozenset({"/health", "/health/ready", "/health/startup", "/metrics"})
+
+
+async def _report(send: Send, report: Report) -> None:
+    await _json(send, HTTPStatus.OK if report.ok else HTTPStatus.SERVICE_UNAVAILABLE, report)
+
+
+async def _json(send: Send, status: HTTPStatus, report: Report) -> None:
+    await _answer(send, status, "application/json", msgspec.json.encode(report))
+
+
+async def _answer(send: Send, status: HTTPStatus, media_type: str, body: bytes) -> None:
+    headers = [
+        (b"content-type", media_type.encode()),
+        (b"content-length", str(len(body)).encode()),
+        (b"cache-control", b"no-store"),
+        (b"x-content-type-options", b"nosniff"),
+    ]
+    if status is HTTPStatus.METHOD_NOT_ALLOWED:
+        headers.append((b"allow", b"GET, HEAD"))
+    if status is HTTPStatus.SERVICE_UNAVAILABLE:
+        headers.append((b"retry-after", b"2"))
+    await send({"type": "http.response.start", "status": int(status), "headers": headers})
+    # A server leaves the body out of an answer to HEAD by itself.
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    while True:
+        message = await receive()
+        await send({"type": f"{message['type']}.complete"})
+        if message["type"] == "lifespan.shutdown":
+            return

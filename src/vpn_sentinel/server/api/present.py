@@ -1,0 +1,142 @@
+"""Rows of the database as what the API answers. What a caller sees is named here, field by field."""
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+import msgspec
+from sqlalchemy import Row
+
+from vpn_sentinel.domain.verdict import HARM, State
+from vpn_sentinel.wire import rest
+from vpn_sentinel.wire.rest import moment, when
+
+
+class _StoredNotice(msgspec.Struct):
+    at: float | None = None
+    began: float | None = None
+    was: str | None = None
+    exit: str | None = None
+    old_exit: str | None = None
+    findings: list[rest.StoredFinding] = []
+
+
+_NOTICE: Final = msgspec.json.Decoder(_StoredNotice)
+_ENCODER: Final = msgspec.json.Encoder()
+
+
+def tunnel(row: Row[Any]) -> rest.Tunnel:
+    return rest.Tunnel(
+        name=row.name,
+        state=rest.state_of(row.state),
+        since=moment(row.since),
+        findings=rest.findings_of(row.findings),
+        last_seen=when(row.last_seen),
+        deadline=when(row.deadline),
+        exit=rest.Exit(ipv4=row.exit4, ipv6=row.exit6),
+        place=rest.place_of(row.place),
+        resolvers=rest.resolvers_of(row.resolvers),
+        dns_loc=row.dns_loc or None,
+        dns_colo=row.dns_colo or None,
+        source=row.source or None,
+        client_version=row.version or None,
+        interval=row.interval or None,
+        created_at=moment(row.created_at),
+    )
+
+
+def tunnel_json(row: Row[Any]) -> bytes:
+    return _ENCODER.encode(tunnel(row))
+
+
+def client_status(row: Row[Any]) -> rest.ClientStatus:
+    """The same tunnel as the replaced system would have shown it."""
+    seen = tunnel(row)
+    place = seen.place
+    return rest.ClientStatus(
+        last_seen=seen.last_seen.isoformat() if seen.last_seen else None,
+        ip=seen.exit.ipv4 or seen.exit.ipv6,
+        location=", ".join(p for p in (place.city, place.region, place.country) if p) or None,
+        provider=place.org,
+        country=place.country,
+        city=place.city,
+        region=place.region,
+        timezone=place.timezone,
+        dns_loc=seen.dns_loc,
+        dns_colo=seen.dns_colo,
+        client_version=seen.client_version,
+        state=seen.state,
+        findings=seen.findings,
+        since=seen.since.isoformat(),
+    )
+
+
+def transition(row: Row[Any]) -> rest.Transition:
+    return rest.Transition(
+        at=moment(row.at),
+        decided_at=moment(row.decided_at),
+        old=rest.state_of(row.old),
+        new=rest.state_of(row.new),
+        findings=rest.findings_of(row.findings),
+    )
+
+
+def observation(row: Row[Any]) -> rest.Observation:
+    return rest.Observation(
+        at=moment(row.at),
+        received_at=moment(row.received_at),
+        seq=row.seq,
+        state=rest.state_of(row.state),
+        body=msgspec.Raw(row.body.encode()),
+    )
+
+
+def incident(row: Row[Any], now: float) -> rest.Incident:
+    """`row` holds the tunnel's name as `name`."""
+    end = now if row.closed_at is None else row.closed_at
+    return rest.Incident(
+        id=row.id,
+        tunnel=row.name,
+        opened_at=moment(row.opened_at),
+        closed_at=when(row.closed_at),
+        duration=max(0.0, round(end - row.opened_at, 3)),
+        worst=rest.state_of(row.worst),
+        findings=rest.findings_of(row.findings),
+    )
+
+
+def delivery(row: Row[Any], attempts: Sequence[Row[Any]], now: float) -> rest.Delivery:
+    """Only what is named here leaves: a later field of the stored notice may be nobody else's business."""
+    told = rest.decoded(_NOTICE, row.body, _StoredNotice())
+    return rest.Delivery(
+        id=row.id,
+        channel=row.channel,
+        tunnel=row.tunnel or None,
+        kind=row.kind,
+        status=_delivery_status(row, now),
+        created_at=moment(row.created_at),
+        due_at=moment(row.due_at),
+        settled_at=when(row.settled_at),
+        attempts=[rest.Attempt(attempt=a.attempt, at=moment(a.at), result=a.result, reason=a.reason) for a in attempts],
+        notice=rest.Notice(
+            at=when(told.at),
+            began=when(told.began),
+            was=told.was,
+            exit=told.exit,
+            old_exit=told.old_exit,
+            findings=[f.full() for f in told.findings],
+        ),
+    )
+
+
+def summary(counts: dict[State, int]) -> rest.Summary:
+    return rest.Summary(
+        total=sum(counts.values()),
+        states={s: counts.get(s, 0) for s in HARM},
+        worst=next((s for s in HARM if counts.get(s)), None),
+    )
+
+
+def _delivery_status(row: Row[Any], now: float) -> str:
+    if row.settled_at is not None:
+        return str(row.outcome)
+    return "leased" if row.leased_until > now else "due"

@@ -1,0 +1,71 @@
+"""Every error as RFC 9457 problem details, without a word of what is inside."""
+
+import logging
+from http import HTTPStatus
+from typing import Any, Final
+
+import msgspec
+from litestar import MediaType, Request, Response
+from litestar.exceptions import HTTPException
+
+from vpn_sentinel.server.store.store import StoreUnavailable
+from vpn_sentinel.wire.rest import Problem
+
+log = logging.getLogger(__name__)
+
+MEDIA_TYPE: Final = "application/problem+json"
+# How soon a caller may try again while the database is away, in seconds.
+_RETRY_AFTER: Final = 2
+
+Answer = Response[bytes]
+_Request = Request[Any, Any, Any]
+
+
+def problem(status: int, detail: str, headers: dict[str, str] | None = None) -> Answer:
+    title = HTTPStatus(status).phrase
+    body = msgspec.json.encode(Problem(title=title, status=status, detail=detail))
+    return Response(body, status_code=status, media_type=MEDIA_TYPE, headers=headers or {})
+
+
+def on_http_exception(_: _Request, error: HTTPException) -> Answer:
+    """What the framework or a handler refused. Its detail is ours or the framework's; inputs are not repeated."""
+    headers = dict(error.headers or {})
+    if error.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        return problem(error.status_code, "The server could not answer.", headers)
+    if error.status_code == HTTPStatus.UNAUTHORIZED:
+        headers["WWW-Authenticate"] = "Bearer"
+    return problem(error.status_code, _detail(error), headers)
+
+
+def on_store_unavailable(_: _Request, error: StoreUnavailable) -> Answer:
+    return problem(
+        HTTPStatus.SERVICE_UNAVAILABLE,
+        f"The database cannot be reached now ({error.reason}); try again.",
+        {"Retry-After": str(_RETRY_AFTER)},
+    )
+
+
+def on_error(request: _Request, error: Exception) -> Answer:
+    """A defect: the caller learns that it is ours, the log learns what it is."""
+    log.error("request failed", extra={"path": request.url.path}, exc_info=error)
+    return problem(HTTPStatus.INTERNAL_SERVER_ERROR, "The server could not answer.")
+
+
+HANDLERS: Final[dict[Any, Any]] = {
+    HTTPException: on_http_exception,
+    StoreUnavailable: on_store_unavailable,
+    Exception: on_error,
+}
+
+
+def as_problem(response: Response[Any]) -> Response[Any]:
+    """Turn the framework's own page for an unknown path below `/schema` into a problem."""
+    if response.status_code == HTTPStatus.NOT_FOUND and response.media_type == MediaType.HTML:
+        return problem(HTTPStatus.NOT_FOUND, "Not Found")
+    return response
+
+
+def _detail(error: HTTPException) -> str:
+    """Which parameter is wrong and why, when the framework knows."""
+    faults = [f"{e.get('key', '?')}: {e.get('message', 'not valid')}" for e in error.extra or [] if isinstance(e, dict)]
+    return "; ".join(faults) or str(error.detail)

@@ -1,0 +1,117 @@
+"""The routes that read. Each asks the database, and presents what it says; none judges."""
+
+from typing import Any, Final
+
+from litestar import Request, get
+from litestar.di import NamedDependency
+from litestar.exceptions import NotFoundException
+from litestar.handlers import HTTPRouteHandler
+from litestar.params import FromPath
+from litestar.response import Stream
+
+from vpn_sentinel.server.access import peer
+from vpn_sentinel.server.api import events, present, reading
+from vpn_sentinel.server.api.guard import OPEN
+from vpn_sentinel.server.api.params import Before, Limit, Open, Time, TunnelName, seconds
+from vpn_sentinel.server.api.services import ApiServices
+from vpn_sentinel.wire import rest
+
+Services = NamedDependency[ApiServices]
+
+
+@get("/status", summary="All tunnels under the names of the replaced system", tags=["tunnels"])
+async def status(services: Services) -> dict[str, rest.ClientStatus]:
+    return {row.name: present.client_status(row) for row in await reading.all_tunnels(services.store)}
+
+
+@get("/whoami", summary="The address you come from", tags=["callers"], opt=OPEN, sync_to_thread=False)
+def whoami(services: Services, request: Request[Any, Any, Any]) -> rest.Whoami:
+    remote = request.client.host if request.client else ""
+    try:
+        ip = peer(remote, request.headers.get("x-forwarded-for"), services.settings.trusted_proxies)
+    except ValueError:  # a Unix socket has no address
+        raise NotFoundException(detail="You come from no address.") from None
+    return rest.Whoami(ip=str(ip), version=ip.version)
+
+
+@get("/tunnels", summary="All tunnels", tags=["tunnels"])
+async def list_tunnels(services: Services) -> rest.Tunnels:
+    return rest.Tunnels(tunnels=[present.tunnel(row) for row in await reading.all_tunnels(services.store)])
+
+
+@get("/tunnels/{name:str}", summary="One tunnel", tags=["tunnels"])
+async def one_tunnel(services: Services, name: FromPath[str]) -> rest.Tunnel:
+    row = await reading.tunnel_named(services.store, name)
+    if row is None:
+        raise NotFoundException(detail="No tunnel has this name.")
+    return present.tunnel(row)
+
+
+@get("/tunnels/{name:str}/history", summary="What a tunnel did and saw, newest first", tags=["tunnels"])
+async def tunnel_history(
+    services: Services, name: FromPath[str], since: Time = None, until: Time = None, limit: Limit = 100
+) -> rest.History:
+    first, last = seconds("since", since), seconds("until", until)
+    row = await reading.tunnel_named(services.store, name)
+    if row is None:
+        raise NotFoundException(detail="No tunnel has this name.")
+    stretch = await reading.history(services.store, row.id, first, last, limit)
+    return rest.History(
+        tunnel=row.name,
+        transitions=[present.transition(r) for r in stretch.transitions],
+        observations=[present.observation(r) for r in stretch.observations],
+        next_until=stretch.next_until,
+    )
+
+
+@get("/incidents", summary="Spans of not-protected, newest first", tags=["incidents"])
+async def list_incidents(
+    services: Services,
+    tunnel: TunnelName = None,
+    open_: Open = None,
+    before: Before = None,
+    limit: Limit = 100,
+) -> rest.Incidents:
+    rows = await reading.incident_page(services.store, tunnel, open_=open_, before=before, limit=limit)
+    now = services.clock.wall()
+    return rest.Incidents(
+        incidents=[present.incident(r, now) for r in rows[:limit]],
+        next_before=rows[limit - 1].id if len(rows) > limit else None,
+    )
+
+
+@get("/deliveries", summary="What is owed or was told to whom, newest first", tags=["notices"])
+async def list_deliveries(
+    services: Services, tunnel: TunnelName = None, before: Before = None, limit: Limit = 100
+) -> rest.Deliveries:
+    rows, tries = await reading.delivery_page(services.store, tunnel, before, limit)
+    now = services.clock.wall()
+    return rest.Deliveries(
+        deliveries=[present.delivery(r, tries[r.id], now) for r in rows[:limit]],
+        next_before=rows[limit - 1].id if len(rows) > limit else None,
+    )
+
+
+@get("/summary", summary="How many tunnels are in each state", tags=["tunnels"])
+async def summary(services: Services) -> rest.Summary:
+    return present.summary(await reading.counts(services.store))
+
+
+@get(
+    "/events",
+    summary="Server-sent events: an event `tunnels` holds the tunnels that changed",
+    tags=["tunnels"],
+    media_type="text/event-stream",
+)
+async def live(services: Services, encoded: NamedDependency[events.Encoded]) -> Stream:
+    return Stream(
+        events.stream(services.hub, encoded),
+        media_type="text/event-stream",
+        # Some proxies collect a response before they pass it on, unless told.
+        headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
+    )
+
+
+ROUTES: Final[list[HTTPRouteHandler]] = [
+    status, whoami, list_tunnels, one_tunnel, tunnel_history, list_incidents, list_deliveries, summary, live,
+]  # fmt: skip

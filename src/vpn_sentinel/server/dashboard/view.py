@@ -1,0 +1,261 @@
+"""Rows of the database as what the pages show. Renders what was judged elsewhere; everything stays text until Jinja."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
+from hashlib import blake2b
+from typing import Any, Final
+
+import msgspec
+from sqlalchemy import Row
+
+from vpn_sentinel.domain.observation import Observation
+from vpn_sentinel.domain.verdict import HARM, State
+from vpn_sentinel.wire import codec, rest
+
+# What is said of so many tunnels in a state, one and several.
+_SAID: Final = {
+    State.LEAKING: ("is leaking", "are leaking"),
+    State.DOWN: ("is down", "are down"),
+    State.DEGRADED: ("is degraded", "are degraded"),
+    State.SILENT: ("is silent", "are silent"),
+    State.PENDING: ("has not reported yet", "have not reported yet"),
+    State.UNKNOWN: ("is in an unknown state", "are in an unknown state"),
+    State.PROTECTED: ("is protected", "are protected"),
+}
+_UNITS: Final = ((86400, "d"), (3600, "h"), (60, "min"))
+# The strip of a tunnel's page: the last day, one unit of width a minute.
+_DAY: Final = 86400.0
+_THIN: Final = 10.0
+
+
+def span(seconds: float) -> str:
+    """A length of time as people say it: one unit, two where the second still matters (`3 h 20 min`)."""
+    whole = max(0, int(seconds))
+    for index, (size, name) in enumerate(_UNITS):
+        if whole >= size:
+            big, left = divmod(whole, size)
+            small, unit = _UNITS[index + 1] if index + 1 < len(_UNITS) else (1, "s")
+            rest_ = left // small
+            return f"{big} {name} {rest_} {unit}" if rest_ and big < 10 and small > 1 else f"{big} {name}"
+    return f"{whole} s"
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """A time to show. `iso` is for machines; the page's script turns `text`, in UTC, into the reader's own time."""
+
+    at: float
+
+    @property
+    def iso(self) -> str:
+        return datetime.fromtimestamp(self.at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+    @property
+    def text(self) -> str:
+        return datetime.fromtimestamp(self.at, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+    def ago(self, now: float) -> str:
+        return "now" if now - self.at < 2 else f"{span(now - self.at)} ago"
+
+    def lasting(self, now: float) -> str:
+        return span(now - self.at)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TunnelView:
+    """A tunnel as a row, and at the head of its own page."""
+
+    name: str
+    state: State
+    since: Moment
+    findings: tuple[rest.Finding, ...]
+    exits: tuple[str, ...]
+    place: str
+    provider: str
+    resolvers: tuple[str, ...]
+    last_seen: Moment | None
+    reporter: str
+    interval: float
+    deadline: Moment | None
+    place_source: str
+
+    @property
+    def word(self) -> str:
+        return self.state.value.capitalize()
+
+    @property
+    def key(self) -> str:
+        """Sorts worst first, then by name."""
+        return f"{HARM.index(self.state)} {self.name}"
+
+    @property
+    def print(self) -> str:
+        """Changes when the row shows something else than another time of its last report."""
+        told = [getattr(self, f.name) for f in fields(self) if f.name not in ("last_seen", "deadline")]
+        return blake2b(repr(told).encode(), digest_size=6).hexdigest()
+
+
+def tunnel(row: Row[Any]) -> TunnelView:
+    place, resolvers = rest.place_of(row.place), rest.resolvers_of(row.resolvers)
+    return TunnelView(
+        name=row.name,
+        state=rest.state_of(row.state),
+        since=Moment(row.since),
+        findings=tuple(rest.findings_of(row.findings)),
+        exits=tuple(e for e in (row.exit4, row.exit6) if e),
+        place=", ".join(dict.fromkeys(p for p in (place.city, place.region, place.country) if p)),
+        provider=" · ".join(p for p in (place.org, f"AS{place.asn}" if place.asn else None) if p),
+        # The replaced system's clients only know the place of their resolver.
+        resolvers=tuple(" · ".join(p for p in (r.ip, r.country, r.org) if p) for r in resolvers)
+        or tuple(filter(None, [" · ".join(p for p in (row.dns_loc, row.dns_colo) if p)])),
+        last_seen=Moment(row.last_seen) if row.last_seen else None,
+        reporter=" ".join(
+            p for p in ("keepalive client" if row.source == "keepalive" else row.source, row.version) if p
+        ),
+        interval=row.interval,
+        deadline=Moment(row.deadline) if row.deadline else None,
+        place_source=place.source or "",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overview:
+    """The head of the page: how many tunnels are in which state, worst first."""
+
+    counts: tuple[tuple[State, int], ...]
+
+    @property
+    def total(self) -> int:
+        return sum(n for _, n in self.counts)
+
+    @property
+    def worst(self) -> State | None:
+        return self.counts[0][0] if self.counts else None
+
+    @property
+    def headline(self) -> str:
+        if not self.counts:
+            return "No tunnels yet"
+        state, n = self.counts[0]
+        one, many = _SAID[state]
+        if n == self.total:
+            return f"The tunnel {one}" if n == 1 else f"All {n} tunnels {many}"
+        return f"1 tunnel {one}" if n == 1 else f"{n} tunnels {many}"
+
+    @property
+    def title(self) -> str:
+        """Of the browser's tab: short, and the bad news first."""
+        state, n = self.counts[0] if self.counts else (State.PROTECTED, 0)
+        return "VPN Sentinel" if state is State.PROTECTED else f"{n} {state.value} – VPN Sentinel"
+
+
+def overview(counts: dict[State, int]) -> Overview:
+    return Overview(counts=tuple((s, counts[s]) for s in HARM if counts.get(s)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransitionView:
+    at: Moment
+    old: State
+    new: State
+    lasted: str
+    findings: tuple[rest.Finding, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stretch:
+    """A part of the strip: `x` and `width` are minutes of the day that it shows."""
+
+    state: State
+    x: float
+    width: float
+    said: str
+
+
+def transitions(rows: Sequence[Row[Any]], now: float) -> list[TransitionView]:
+    """Newest first, as are `rows`; each with how long the state that it led to lasted."""
+    ends = [now, *(r.at for r in rows)]
+    return [
+        TransitionView(
+            at=Moment(row.at),
+            old=rest.state_of(row.old),
+            new=rest.state_of(row.new),
+            lasted=span(end - row.at),
+            findings=tuple(rest.findings_of(row.findings)),
+        )
+        for row, end in zip(rows, ends, strict=False)
+    ]
+
+
+def strip(row: Row[Any], moved: Sequence[Row[Any]], now: float, *, complete: bool) -> list[Stretch]:
+    """The last day as stretches of one state. What came before the oldest known transition is drawn if `complete`."""
+    start = now - _DAY
+    changes = sorted(((r.at, rest.state_of(r.new)) for r in moved), key=lambda change: change[0])
+    if not changes:
+        changes = [(row.since, rest.state_of(row.state))]
+    elif complete:
+        changes.insert(0, (row.created_at, rest.state_of(min(moved, key=lambda r: r.at).old)))
+    ends = [at for at, _ in changes[1:]] + [now]
+    found = [
+        Stretch(
+            state=state,
+            x=round(min((max(at, start) - start) / 60, 1440 - _THIN), 2),
+            width=round(max((end - max(at, start)) / 60, _THIN), 2),
+            said=f"{state.value} for {span(end - at)}, from {Moment(at).text}",
+        )
+        for (at, state), end in zip(changes, ends, strict=True)
+        if end > max(at, start)
+    ]
+    # A short leak is drawn wide enough to be seen, and over its neighbours.
+    return sorted(found, key=lambda s: -HARM.index(s.state))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IncidentView:
+    opened: Moment
+    closed: Moment | None
+    lasted: str
+    worst: State
+    findings: tuple[rest.Finding, ...]
+
+
+def incidents(rows: Sequence[Row[Any]], now: float) -> list[IncidentView]:
+    return [
+        IncidentView(
+            opened=Moment(row.opened_at),
+            closed=None if row.closed_at is None else Moment(row.closed_at),
+            lasted=span((now if row.closed_at is None else row.closed_at) - row.opened_at),
+            worst=rest.state_of(row.worst),
+            findings=tuple(rest.findings_of(row.findings)),
+        )
+        for row in rows
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObservationView:
+    at: Moment
+    state: State
+    trigger: str
+    exits: tuple[str, ...]
+    took: str
+
+
+def observations(rows: Sequence[Row[Any]]) -> list[ObservationView]:
+    decode, found = codec.decoder(Observation), []
+    for row in rows:
+        try:
+            seen: Observation | None = decode(row.body)
+        except (msgspec.MsgspecError, ValueError):
+            seen = None
+        found.append(
+            ObservationView(
+                at=Moment(row.at),
+                state=rest.state_of(row.state),
+                trigger=seen.trigger.value if seen else "",
+                exits=tuple(str(e) for e in (seen.exit(4), seen.exit(6)) if e) if seen else (),
+                took=f"{seen.took_ms:.0f} ms" if seen and seen.took_ms else "",
+            )
+        )
+    return found
