@@ -1,0 +1,229 @@
+"""The Telegram Bot API, the three methods needed (https://core.telegram.org/bots/api).
+
+The token is part of every URL, and an httpx exception carries its request. So no httpx exception leaves this module,
+not even as the context of another: failures become words first, and are raised once the `except` block is over.
+"""
+
+import asyncio
+import contextlib
+import logging
+import math
+from collections.abc import Awaitable, Callable, Mapping
+from http import HTTPStatus
+from typing import Final, TypeVar
+
+import httpx
+import msgspec
+
+from vpn_sentinel.runtime.clock import Clock
+from vpn_sentinel.server.notify.channel import DeliveryError, PermanentError, SetupError, TransientError
+from vpn_sentinel.server.notify.failures import keep_urls_out_of_the_log, reason_of
+from vpn_sentinel.server.settings import Telegram
+
+log = logging.getLogger(__name__)
+
+# One message a second in a chat is what Telegram recommends (https://core.telegram.org/bots/faq#broadcasting-to-users).
+PACE: Final = 1.0
+LIMIT: Final = 15.0
+
+T = TypeVar("T")
+Sleep = Callable[[float], Awaitable[None]]
+
+
+class Parameters(msgspec.Struct, frozen=True):
+    retry_after: float | None = None
+    migrate_to_chat_id: int | None = None
+
+
+class Reply(msgspec.Struct, frozen=True):
+    """What every method answers. `description` is for people, and repeats no secret."""
+
+    ok: bool = False
+    result: msgspec.Raw = msgspec.Raw(b"null")
+    description: str = ""
+    parameters: Parameters = Parameters()
+
+
+class User(msgspec.Struct, frozen=True):
+    username: str = ""
+
+
+class Chat(msgspec.Struct, frozen=True):
+    id: int
+    username: str = ""
+
+
+class Message(msgspec.Struct, frozen=True):
+    """`date` is seconds since the epoch."""
+
+    chat: Chat
+    date: int
+    text: str = ""
+
+
+class Update(msgspec.Struct, frozen=True):
+    update_id: int
+    message: Message | None = None
+
+
+class Numbered(msgspec.Struct, frozen=True):
+    """The least of an update."""
+
+    update_id: int
+
+
+class ChatMovedError(SetupError):
+    """The group became a supergroup, with another number."""
+
+    def __init__(self, chat_id: int) -> None:
+        super().__init__("chat_moved")
+        self.chat_id = str(chat_id)
+
+
+class ConflictError(TransientError):
+    """Someone else polls with this token, or a webhook is set on it (409)."""
+
+    def __init__(self) -> None:
+        super().__init__("conflict")
+
+
+_reply = msgspec.json.Decoder(Reply).decode
+_user = msgspec.json.Decoder(User).decode
+_updates = msgspec.json.Decoder(list[msgspec.Raw]).decode
+_update = msgspec.json.Decoder(Update).decode
+_numbered = msgspec.json.Decoder(Numbered).decode
+
+
+class BotApi:
+    """Every method raises a DeliveryError. Messages are at least a second apart, whoever sends them.
+
+    `limit` is how many seconds one call may take, beside what it was told to wait.
+    """
+
+    def __init__(
+        self,
+        http: httpx.AsyncClient,
+        telegram: Telegram,
+        clock: Clock,
+        *,
+        sleep: Sleep = asyncio.sleep,
+        limit: float = LIMIT,
+    ) -> None:
+        keep_urls_out_of_the_log()
+        self._http = http
+        self._telegram = telegram
+        self._clock = clock
+        self._sleep = sleep
+        self._limit = limit
+        self._pace = asyncio.Lock()
+        self._sent_at = float("-inf")
+        self._moved: dict[str, str] = {}
+
+    def current(self, chat_id: str) -> str:
+        """The number of a chat that may have moved since the settings were written."""
+        return self._moved.get(chat_id, chat_id)
+
+    async def get_me(self) -> User:
+        return _parsed(_user, await self._call("getMe", {}))
+
+    async def send_message(self, chat_id: str, text: str, *, html: bool) -> None:
+        """Send at most 4,096 UTF-16 code units, counted after entities are parsed."""
+        try:
+            await self._send(self.current(chat_id), text, html=html)
+        except ChatMovedError as moved:
+            self._moved[chat_id] = moved.chat_id
+        else:
+            return
+        # An alarm must not wait until somebody has read this line and changed the setting.
+        log.warning("the chat moved: set TELEGRAM_CHAT_ID to its new number", extra={"chat": self._moved[chat_id]})
+        await self._send(self.current(chat_id), text, html=html)
+
+    async def get_updates(self, offset: int | None, wait: int) -> list[Update]:
+        """Messages from `offset` on, which confirms the earlier ones; waits up to `wait` seconds for the first.
+
+        An update that cannot be read comes as its number alone, to be stepped over; it would come back for ever.
+        """
+        params: dict[str, object] = {"timeout": wait, "limit": 20, "allowed_updates": ["message"]}
+        if offset is not None:
+            params["offset"] = offset
+        found = _parsed(_updates, await self._call("getUpdates", params, wait=wait))
+        return [_readable(item) for item in found]
+
+    async def _send(self, chat_id: str, text: str, *, html: bool) -> None:
+        params: dict[str, object] = {"chat_id": chat_id, "text": text, "link_preview_options": {"is_disabled": True}}
+        if html:
+            params["parse_mode"] = "HTML"
+        async with self._pace:
+            if (wait := self._sent_at + PACE - self._clock.boottime()) > 0:
+                await self._sleep(wait)
+            try:
+                await self._call("sendMessage", params)
+            finally:
+                self._sent_at = self._clock.boottime()
+
+    async def _call(self, method: str, params: Mapping[str, object], wait: float = 0.0) -> msgspec.Raw:
+        limit = wait + self._limit
+        status, body, broken = 0, b"", ""
+        try:
+            async with asyncio.timeout(limit):
+                response = await self._http.post(
+                    f"{self._telegram.api_url}/bot{self._telegram.token.reveal()}/{method}", json=params, timeout=limit
+                )
+            status, body = response.status_code, response.content
+        except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, UnicodeError) as e:
+            broken = reason_of(e)
+        if broken:
+            raise TransientError(broken)
+        reply = _read(body)
+        if reply is not None and reply.ok and status == HTTPStatus.OK:
+            return reply.result
+        raise _failure(status, reply)
+
+
+def _parsed(decode: Callable[[msgspec.Raw], T], raw: msgspec.Raw) -> T:
+    with contextlib.suppress(msgspec.MsgspecError):
+        return decode(raw)
+    raise TransientError("garbage")
+
+
+def _readable(raw: msgspec.Raw) -> Update:
+    with contextlib.suppress(msgspec.MsgspecError):
+        return _update(raw)
+    return Update(_parsed(_numbered, raw).update_id)
+
+
+def _read(body: bytes) -> Reply | None:
+    with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):
+        return _reply(body)
+    return None
+
+
+def _failure(status: int, reply: Reply | None) -> DeliveryError:
+    """What an answer other than "ok" means for whoever asked."""
+    said = reply or Reply()
+    description = said.description.lower()
+    match status:
+        case HTTPStatus.TOO_MANY_REQUESTS:
+            return TransientError("rate_limited", retry_after=_seconds(said.parameters.retry_after))
+        case HTTPStatus.CONFLICT:
+            return ConflictError()
+        case HTTPStatus.UNAUTHORIZED | HTTPStatus.NOT_FOUND:  # a token that is revoked, or none at all
+            return SetupError("auth")
+        case HTTPStatus.FORBIDDEN:  # blocked by the user, removed from the group, no right to write
+            return SetupError("forbidden")
+        case HTTPStatus.BAD_REQUEST if said.parameters.migrate_to_chat_id is not None:
+            return ChatMovedError(said.parameters.migrate_to_chat_id)
+        case HTTPStatus.BAD_REQUEST if "chat" in description or "not enough rights" in description:
+            return SetupError("chat_not_found")
+        case HTTPStatus.BAD_REQUEST | HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+            return PermanentError("rejected")
+        case _ if status >= HTTPStatus.INTERNAL_SERVER_ERROR or status == HTTPStatus.REQUEST_TIMEOUT:
+            return TransientError("server_error")
+        case HTTPStatus.OK:
+            return TransientError("garbage")
+        case _:  # a redirect or a stranger's page: TELEGRAM_API_URL leads somewhere else
+            return SetupError("unexpected_status")
+
+
+def _seconds(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) and value >= 0 else None

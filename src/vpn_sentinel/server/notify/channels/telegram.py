@@ -1,0 +1,35 @@
+"""Telegram: the notice as a message in the owner's chat."""
+
+from datetime import tzinfo
+
+from vpn_sentinel.domain.notice import Notice
+from vpn_sentinel.server.notify import text
+from vpn_sentinel.server.notify.channel import PermanentError
+from vpn_sentinel.server.notify.channels.bot_api import BotApi
+from vpn_sentinel.server.notify.split import split
+
+
+class TelegramChannel:
+    """`zone` is where times are told, None the process's own."""
+
+    name = "telegram"
+
+    def __init__(self, api: BotApi, chat_id: str, zone: tzinfo | None = None) -> None:
+        self._api = api
+        self._chat_id = chat_id
+        self._zone = zone
+
+    async def send(self, notice: Notice, delivery_id: int) -> None:  # noqa: ARG002 - Telegram knows no idempotency key
+        """Raises a DeliveryError. A message too long for one comes as several; a failure repeats them all."""
+        try:
+            await self._send(text.html(notice, self._zone), html=True)
+        except PermanentError:
+            # Whatever was wrong with the markup: an ugly alarm is better than none.
+            pass
+        else:
+            return
+        await self._send(text.plain(notice, self._zone), html=False)
+
+    async def _send(self, message: str, *, html: bool) -> None:
+        for part in split(message):
+            await self._api.send_message(self._chat_id, part, html=html)

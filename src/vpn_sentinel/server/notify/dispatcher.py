@@ -1,0 +1,92 @@
+"""Delivers what is owed: a worker a channel, so that a slow one delays no other, and a look at the queue's age."""
+
+import asyncio
+import logging
+import random
+from collections.abc import Mapping
+from typing import Final
+
+from vpn_sentinel.runtime.clock import Clock
+from vpn_sentinel.server.notify import outbox, retry
+from vpn_sentinel.server.notify.channel import Channel
+from vpn_sentinel.server.notify.metrics import NotifyMetrics
+from vpn_sentinel.server.notify.text import duration
+from vpn_sentinel.server.notify.worker import SEND, Nap, Worker, nap
+from vpn_sentinel.server.store.store import Store, StoreUnavailable
+
+log = logging.getLogger(__name__)
+
+_LOOK: Final = 15.0
+# A worker turns at least every IDLE seconds, and spends at most SEND in one delivery.
+_STALLED: Final = 2 * SEND
+
+
+class Dispatcher:
+    """Runs until cancelled; survives a lost database. Any number of servers may run one on the same database."""
+
+    def __init__(
+        self,
+        store: Store,
+        channels: Mapping[str, Channel],
+        clock: Clock,
+        metrics: NotifyMetrics,
+        *,
+        nap: Nap = nap,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._store = store
+        self._clock = clock
+        self._metrics = metrics
+        self._nap = nap
+        rng = rng or random.Random()  # noqa: S311 - spreads load, guards nothing
+        self._workers = {name: Worker(store, channel, clock, metrics, nap, rng) for name, channel in channels.items()}
+        self._debts: tuple[outbox.Owed, ...] = ()
+        self._stranded: frozenset[str] = frozenset()
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            for name, worker in self._workers.items():
+                group.create_task(worker.run(), name=f"notify {name}")
+            group.create_task(self._look_after(), name="notify queue")
+
+    def wake(self) -> None:
+        """Call after a commit that owes something."""
+        for worker in self._workers.values():
+            worker.wake()
+
+    def healthy(self) -> tuple[bool, str]:
+        """For /health/ready, from memory: whether every worker still turns, and what is owed, in words.
+
+        A channel whose other side fails is no reason to restart this server, so it does not count.
+        """
+        now = self._clock.boottime()
+        idle = max((now - w.turned_at for w in self._workers.values()), default=0.0)
+        if idle > _STALLED:
+            return False, f"deliveries have stood still for {duration(idle)}"
+        debts = [d for d in self._debts if d.channel in self._workers]
+        if not debts:
+            return True, "nothing is owed"
+        oldest = self._clock.wall() - min(d.since for d in debts)
+        return True, f"{sum(d.count for d in debts)} owed, the oldest for {duration(oldest)}"
+
+    async def _look_after(self) -> None:
+        never = asyncio.Event()
+        while True:
+            try:
+                await self._look()
+            except StoreUnavailable as e:
+                log.debug("queue not read", extra={"reason": e.reason})  # the workers say it aloud, once
+            await self._nap(never, _LOOK)
+
+    async def _look(self) -> None:
+        now = self._clock.wall()
+        self._debts = tuple(await outbox.owed(self._store))
+        self._metrics.owes(self._debts, now)
+        stranded = frozenset(d.channel for d in self._debts if d.channel not in self._workers)
+        for channel in sorted(stranded - self._stranded):
+            log.warning("notices are owed to a channel that is not set up", extra={"channel": channel})
+        self._stranded = stranded
+        if stranded:
+            lost = await outbox.abandon(self._store, self._workers, now - retry.KEEP, now)
+            if lost:
+                log.error("notices given up", extra={"reason": "no_channel", "count": lost})

@@ -1,0 +1,56 @@
+"""HTTP failures in a word. The word is a metric's label and a log's value: never a URL, never a body."""
+
+import logging
+import math
+import ssl
+from datetime import UTC
+from email.utils import parsedate_to_datetime
+
+import httpx
+
+
+def keep_urls_out_of_the_log() -> None:
+    """Stop httpx from printing each request's URL, however logging is set up. Called where URLs hold credentials."""
+    logging.getLogger("httpx").addFilter(_is_no_request_line)
+
+
+def _is_no_request_line(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING
+
+
+def reason_of(error: Exception) -> str:
+    """Name what went wrong before there was an answer."""
+    match error:
+        case httpx.TimeoutException() | TimeoutError():
+            return "timeout"
+        case httpx.ConnectError():
+            return "tls" if _is_tls(error) else "unreachable"
+        case httpx.RemoteProtocolError() | httpx.DecodingError():
+            return "garbage"
+        case httpx.UnsupportedProtocol() | httpx.InvalidURL() | UnicodeError():
+            return "bad_url"
+        case _:
+            return "broken_off"
+
+
+def retry_after(value: str | None, now: float) -> float | None:
+    """Seconds that a `Retry-After` header asks for (RFC 9110, 10.2.3: a number or a date); None when it is neither."""
+    if value is None:
+        return None
+    try:
+        seconds = float(value)
+    except ValueError:
+        try:
+            then = parsedate_to_datetime(value)
+        except ValueError:
+            return None
+        seconds = (then if then.tzinfo else then.replace(tzinfo=UTC)).timestamp() - now
+    return max(0.0, seconds) if math.isfinite(seconds) else None
+
+
+def _is_tls(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, ssl.SSLError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -1,0 +1,139 @@
+"""Keeps requests to addresses that somebody typed in from reaching what only this host can reach (SSRF).
+
+The check is made where the connection is made: the name is looked up here, each address is judged, and the connection
+goes to that very address, so a name that changes its mind between check and connect (DNS rebinding) gains nothing. TLS
+still verifies the name (`sni_hostname`), and the Host header still carries it. Connections are not kept, so each
+request is judged anew. The client follows no redirect, and ignores the environment's proxies, for a proxy would do the
+connecting.
+"""
+
+import asyncio
+import socket
+import ssl
+from collections.abc import Awaitable, Callable, Sequence
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from pathlib import Path
+from typing import Final
+
+import httpx
+
+from vpn_sentinel.server.notify.failures import keep_urls_out_of_the_log
+
+# Explicit and not `is_global`, which differs between Python versions. The special-purpose registries of IANA
+# (RFC 6890), without the documentation blocks: nothing lives there but laboratories, ours among them.
+_FORBIDDEN: Final = tuple(
+    ip_network(block)
+    for block in (
+        "0.0.0.0/8",  # "this host"; Linux connects to loopback
+        "10.0.0.0/8",
+        "100.64.0.0/10",  # carrier-grade NAT, and what Tailscale uses
+        "127.0.0.0/8",
+        "169.254.0.0/16",  # link-local; the metadata services of clouds
+        "172.16.0.0/12",
+        "192.0.0.0/24",
+        "192.168.0.0/16",
+        "198.18.0.0/15",
+        "224.0.0.0/4",  # multicast
+        "240.0.0.0/4",  # reserved, and broadcast
+        "::/127",  # unspecified and loopback
+        "64:ff9b:1::/48",  # NAT64 of a local network
+        "100::/64",
+        "fc00::/7",  # unique local
+        "fe80::/9",  # link-local, and the site-local of old
+        "ff00::/8",
+    )
+)
+_NAT64: Final = ip_network("64:ff9b::/96")
+_ADDRESSES: Final = 4
+
+Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
+
+
+class ForbiddenAddressError(Exception):
+    """The name leads only to addresses that may not be asked."""
+
+
+def is_forbidden(address: str) -> bool:
+    """Whether `address`, or the IPv4 address that it wraps, is private, local, or no address of a host."""
+    try:
+        found: IPv4Address | IPv6Address = ip_address(address.partition("%")[0])
+    except ValueError:
+        return True
+    wrapped = _wrapped(found) if isinstance(found, IPv6Address) else None
+    if wrapped is not None and is_forbidden(str(wrapped)):
+        return True
+    return any(found.version == block.version and found in block for block in _FORBIDDEN)
+
+
+def _wrapped(address: IPv6Address) -> IPv4Address | None:
+    """The IPv4 address where a packet to `address` would really arrive: mapped, compatible, NAT64, 6to4 or Teredo."""
+    if address in _NAT64 or int(address) >> 32 == 0:
+        return IPv4Address(int(address) & 0xFFFFFFFF)
+    teredo = address.teredo
+    return address.ipv4_mapped or address.sixtofour or (teredo[1] if teredo else None)
+
+
+async def resolve(host: str, port: int) -> list[str]:
+    """The system's answer, which also knows every odd way to write an address. Raises OSError."""
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(sockaddr[0]) for *_, sockaddr in found))
+
+
+class GuardedTransport(httpx.AsyncBaseTransport):
+    """Resolves, judges, and connects to the judged address. `private` True judges nothing: the owner said so."""
+
+    def __init__(self, inner: httpx.AsyncBaseTransport, *, private: bool = False, resolve: Resolve = resolve) -> None:
+        self._inner = inner
+        self._private = private
+        self._resolve = resolve
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        """Raises ForbiddenAddressError, or what the inner transport raises."""
+        url = request.url
+        try:
+            addresses = await self._resolve(url.host, url.port or (443 if url.scheme == "https" else 80))
+        except (OSError, UnicodeError):
+            addresses = None
+        if addresses is None:
+            msg = "the name cannot be resolved"
+            raise httpx.ConnectError(msg, request=request)
+        allowed = [a for a in addresses if self._private or not is_forbidden(a)][:_ADDRESSES]
+        if not allowed:
+            raise ForbiddenAddressError
+        for address in allowed[:-1]:
+            try:
+                return await self._inner.handle_async_request(_pinned(request, address))
+            except (httpx.ConnectError, httpx.ConnectTimeout):
+                continue  # as browsers do: the next address of the same name may answer
+        return await self._inner.handle_async_request(_pinned(request, allowed[-1]))
+
+    async def aclose(self) -> None:
+        await self._inner.aclose()
+
+
+def _pinned(request: httpx.Request, address: str) -> httpx.Request:
+    return httpx.Request(
+        method=request.method,
+        url=request.url.copy_with(host=address.partition("%")[0]),
+        headers=request.headers,
+        stream=request.stream,
+        extensions={**request.extensions, "sni_hostname": request.url.host},
+    )
+
+
+def tls(ca_file: Path | None) -> ssl.SSLContext:
+    """The system's certificate authorities, and those of `ca_file`. Raises OSError or ssl.SSLError."""
+    context = ssl.create_default_context()
+    if ca_file is not None:
+        context.load_verify_locations(ca_file)
+    return context
+
+
+def guarded_client(
+    context: ssl.SSLContext, *, private: bool, limit: float, resolve: Resolve = resolve
+) -> httpx.AsyncClient:
+    """A client for addresses that somebody typed in. It keeps no connection between requests, so needs no closing."""
+    keep_urls_out_of_the_log()
+    inner = httpx.AsyncHTTPTransport(verify=context, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
+    guarded = GuardedTransport(inner, private=private, resolve=resolve)
+    return httpx.AsyncClient(transport=guarded, trust_env=False, follow_redirects=False, timeout=limit)

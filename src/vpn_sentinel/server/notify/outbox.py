@@ -1,0 +1,172 @@
+"""What is owed to whom: rows of `outbox`, each one notice for one channel, and the tries to deliver them in `attempts`.
+
+A delivery is *due* when `due_at` and `leased_until` have passed, and stays in the table, unsettled, until a channel
+took it or it was given up. At least once: a crash between sending and `settle` repeats one message a channel, and loses
+none.
+
+Order: a delivery waits for the earlier ones of its tunnel and channel, so nobody reads "recovered" before "leaking".
+One that failed `PATIENCE` times (about half a minute) holds up the later ones no longer; a receiver that stumbles over
+one message must not keep an alarm from being told.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from sqlalchemy import ColumnElement, case, exists, func, insert, literal, select, update
+
+from vpn_sentinel.domain.notice import Notice
+from vpn_sentinel.server.store.schema import attempts, outbox
+from vpn_sentinel.server.store.store import Store
+from vpn_sentinel.wire.codec import decoder
+
+PATIENCE: Final = 5
+
+_notice: Callable[[str], Notice] = decoder(Notice)
+
+
+class Result(StrEnum):
+    """How one try ended, as `attempts.result` keeps it."""
+
+    DONE = "done"
+    TRANSIENT = "transient"
+    PERMANENT = "permanent"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivery:
+    """A leased row. `attempt` counts this try too; `created_at` is seconds since the epoch."""
+
+    id: int
+    channel: str
+    tunnel: str
+    kind: str
+    body: str
+    attempt: int
+    created_at: float
+
+    def notice(self) -> Notice:
+        """The notice. Raises msgspec.MsgspecError when another version wrote it in a way that this one cannot read."""
+        return _notice(self.body)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What becomes of a delivery after a try: due again at `due_at`, or settled when that is None."""
+
+    result: Result
+    reason: str = ""
+    due_at: float | None = None
+
+    @property
+    def given_up(self) -> bool:
+        return self.due_at is None and self.result is not Result.DONE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Owed:
+    """What one channel has not been told yet: how many notices, and since when the oldest is owed."""
+
+    channel: str
+    count: int
+    since: float
+
+
+async def lease(store: Store, now: float, until: float, limit: int, channel: str | None = None) -> list[Delivery]:
+    """Claim up to `limit` due deliveries until `until`, the oldest first. Raises StoreUnavailable.
+
+    Survives the race of two dispatchers, in one process or many, for the same row: exactly one gets it. SQLite has one
+    writer, so the second one's statement already sees the lease. On PostgreSQL the second skips rows that the first has
+    locked (SKIP LOCKED), and checks `leased_until` again on the newest version of a row that was committed after its
+    snapshot. The CTE keeps PostgreSQL from running the limited sub-select more than once; SQLite ignores FOR UPDATE.
+    """
+    due = select(outbox.c.id).where(
+        outbox.c.settled_at.is_(None), outbox.c.due_at <= now, outbox.c.leased_until <= now, ~_held_up()
+    )
+    if channel is not None:
+        due = due.where(outbox.c.channel == channel)
+    first = due.order_by(outbox.c.id).limit(limit)
+    claimed = first.with_for_update(skip_locked=True, of=outbox).cte("due")
+    statement = (
+        update(outbox)
+        .where(outbox.c.id.in_(select(claimed.c.id)), outbox.c.settled_at.is_(None), outbox.c.leased_until <= now)
+        .values(leased_until=until, attempt=outbox.c.attempt + 1)
+        .returning(
+            outbox.c.id,
+            outbox.c.channel,
+            outbox.c.tunnel,
+            outbox.c.kind,
+            outbox.c.body,
+            outbox.c.attempt,
+            outbox.c.created_at,
+        )
+    )
+    [rows] = await store.write(statement)
+    return sorted((Delivery(**row._mapping) for row in rows), key=lambda d: d.id)  # noqa: SLF001 - SQLAlchemy's public name
+
+
+async def settle(store: Store, delivery: Delivery, outcome: Outcome, now: float) -> None:
+    """Record a try and what follows from it, in one transaction. Raises StoreUnavailable.
+
+    Survives a lease that ran out meanwhile: "done" and "given up" stand, because the try was made; "due later" changes
+    nothing when another dispatcher holds the row now. A row that was deleted meanwhile gets no attempt.
+    """
+    row = update(outbox).where(outbox.c.id == delivery.id, outbox.c.settled_at.is_(None))
+    if outcome.due_at is None:
+        row = row.values(settled_at=now, outcome="given_up" if outcome.given_up else "done", leased_until=0.0)
+    else:
+        row = row.where(outbox.c.attempt == delivery.attempt).values(due_at=outcome.due_at, leased_until=0.0)
+    tried = select(
+        outbox.c.id, literal(delivery.attempt), literal(now), literal(str(outcome.result)), literal(outcome.reason)
+    ).where(outbox.c.id == delivery.id)
+    columns = ["delivery_id", "attempt", "at", "result", "reason"]
+    await store.write(row, insert(attempts).from_select(columns, tried))
+
+
+async def next_due(store: Store, channel: str) -> float | None:
+    """When the channel's next delivery can be leased, None when nothing is owed. Raises StoreUnavailable."""
+    ready = case((outbox.c.leased_until > outbox.c.due_at, outbox.c.leased_until), else_=outbox.c.due_at)
+    statement = select(func.min(ready)).where(outbox.c.settled_at.is_(None), outbox.c.channel == channel, ~_held_up())
+    [row] = await store.read(statement)
+    return None if row[0] is None else float(row[0])
+
+
+async def hasten(store: Store, channel: str, now: float) -> None:
+    """Make everything owed to a channel due now: it works again, or a restart may have repaired it."""
+    waiting = (outbox.c.channel == channel, outbox.c.settled_at.is_(None), outbox.c.due_at > now)
+    await store.write(update(outbox).where(*waiting).values(due_at=now))
+
+
+async def owed(store: Store) -> list[Owed]:
+    """What is owed, a channel each. Raises StoreUnavailable."""
+    statement = (
+        select(outbox.c.channel, func.count().label("debts"), func.min(outbox.c.created_at).label("since"))
+        .where(outbox.c.settled_at.is_(None))
+        .group_by(outbox.c.channel)
+        .order_by(outbox.c.channel)
+    )
+    return [Owed(channel=r.channel, count=int(r.debts), since=float(r.since)) for r in await store.read(statement)]
+
+
+async def abandon(store: Store, channels: Iterable[str], before: float, now: float) -> int:
+    """Give up what has been owed since before `before` to channels that are no longer set up; how many that was."""
+    stranded = (outbox.c.settled_at.is_(None), outbox.c.channel.not_in(list(channels)), outbox.c.created_at < before)
+    record = select(outbox.c.id, outbox.c.attempt, literal(now), literal(str(Result.PERMANENT)), literal("no_channel"))
+    _, rows = await store.write(
+        insert(attempts).from_select(["delivery_id", "attempt", "at", "result", "reason"], record.where(*stranded)),
+        update(outbox).where(*stranded).values(settled_at=now, outcome="given_up").returning(outbox.c.id),
+    )
+    return len(rows)
+
+
+def _held_up() -> ColumnElement[bool]:
+    """Whether an earlier delivery of the same tunnel and channel is still to come, and not yet out of patience."""
+    earlier = outbox.alias("earlier")
+    return exists().where(
+        earlier.c.channel == outbox.c.channel,
+        earlier.c.tunnel == outbox.c.tunnel,
+        earlier.c.id < outbox.c.id,
+        earlier.c.settled_at.is_(None),
+        earlier.c.attempt < PATIENCE,
+    )

@@ -1,0 +1,41 @@
+"""When to try again, and when to stop: pure decisions over one failed delivery. Durations are seconds."""
+
+import random
+from typing import Final
+
+from vpn_sentinel.server.notify.channel import DeliveryError, PermanentError, SetupError, TransientError
+from vpn_sentinel.server.notify.outbox import Delivery, Outcome, Result
+
+FIRST: Final = 1.0
+MOST: Final = 300.0
+# A receiver may ask for patience, but not for a silence as long as it likes.
+MOST_ASKED: Final = 3600.0
+KEEP: Final = 86400.0
+KEEP_FOR_REPAIR: Final = 7 * 86400.0
+# Age alone gives nothing up: a server that was off for two days, or whose clock just jumped, still tries in earnest.
+TRIES: Final = 10
+
+
+def after(failure: DeliveryError, delivery: Delivery, now: float, rng: random.Random) -> Outcome:
+    """What becomes of `delivery` after `failure`.
+
+    - PermanentError: given up at once; the next notice may fare better.
+    - SetupError: every five minutes for a week; the owner can repair it at any time, and a restart, which some repairs
+      take, makes everything due at once.
+    - TransientError: after what the receiver asks for, else 1 s, 2 s, 4 s … 5 min, for a day.
+    """
+    age = now - delivery.created_at
+    match failure:
+        case PermanentError():
+            return Outcome(result=Result.PERMANENT, reason=failure.reason)
+        case SetupError():
+            result, keep, wait = Result.PERMANENT, KEEP_FOR_REPAIR, MOST * rng.uniform(0.8, 1.2)
+        case TransientError(retry_after=float() | int() as asked):
+            result, keep, wait = Result.TRANSIENT, KEEP, min(max(float(asked), FIRST), MOST_ASKED)
+        case _:
+            # The number of tries is kept in the row, so the back-off survives a restart.
+            doubled = FIRST * 2.0 ** min(delivery.attempt - 1, 20)
+            result, keep, wait = Result.TRANSIENT, KEEP, min(doubled * rng.uniform(0.5, 1.5), MOST)
+    if age >= keep and delivery.attempt >= TRIES:
+        return Outcome(result=result, reason=failure.reason)
+    return Outcome(result=result, reason=failure.reason, due_at=now + wait)

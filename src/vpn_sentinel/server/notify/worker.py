@@ -1,0 +1,166 @@
+"""One channel's deliveries, one after another: lease, send, settle.
+
+One at a time, so that they keep their order, a lease never has to outlast a batch, and a crash repeats one at most.
+"""
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Final
+
+import msgspec
+
+from vpn_sentinel.runtime.backoff import backoff
+from vpn_sentinel.runtime.clock import Clock
+from vpn_sentinel.server.notify import outbox, retry
+from vpn_sentinel.server.notify.channel import Channel, DeliveryError, PermanentError, TransientError
+from vpn_sentinel.server.notify.metrics import NotifyMetrics
+from vpn_sentinel.server.notify.outbox import Delivery, Outcome, Result
+from vpn_sentinel.server.store.store import Store, StoreUnavailable
+
+log = logging.getLogger(__name__)
+
+LEASE: Final = 60.0
+# Must stay below the lease: whoever cannot send within this time does not hold the row any more.
+SEND: Final = 45.0
+# Another server's debts are found after this long when that server dies; our own wake us.
+IDLE: Final = 30.0
+# While a channel fails, one delivery at a time finds out whether it works again, at least this often.
+PROBE: Final = 30.0
+
+# Waits until the event is set or so many seconds have passed.
+Nap = Callable[[asyncio.Event, float], Awaitable[None]]
+
+
+async def nap(alarm: asyncio.Event, seconds: float) -> None:
+    """Wait for `alarm`, at most `seconds`."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await alarm.wait()
+
+
+class Worker:
+    """Delivers what is owed to one channel. `turned_at` is the boot time of its last turn."""
+
+    def __init__(
+        self, store: Store, channel: Channel, clock: Clock, metrics: NotifyMetrics, nap: Nap, rng: random.Random
+    ) -> None:
+        self._store = store
+        self._channel = channel
+        self._clock = clock
+        self._metrics = metrics
+        self._nap = nap
+        self._rng = rng
+        self._alarm = asyncio.Event()
+        self._failing: str | None = None
+        self._asked_to_wait_until = float("-inf")
+        self._store_lost = False
+        self._store_backoff = self._fresh_backoff()
+        self.turned_at = clock.boottime()
+
+    def wake(self) -> None:
+        """Something may be due: look at once."""
+        self._alarm.set()
+
+    async def run(self) -> None:
+        """Deliver until cancelled."""
+        await self._insist(lambda: outbox.hasten(self._store, self._channel.name, self._clock.wall()))
+        while True:
+            self.turned_at = self._clock.boottime()
+            self._alarm.clear()  # before looking: what is owed from here on sets it again
+            if (wait := await self._turn()) > 0:
+                await self._nap(self._alarm, wait)
+
+    async def _turn(self) -> float:
+        """Deliver one notice, if one is due; how many seconds there is nothing to do."""
+        if (wait := self._asked_to_wait_until - self._clock.boottime()) > 0:
+            return min(wait, IDLE)
+        try:
+            now = self._clock.wall()
+            leased = await outbox.lease(self._store, now, now + LEASE, 1, self._channel.name)
+            due = None if leased else await outbox.next_due(self._store, self._channel.name)
+        except StoreUnavailable as e:
+            return self._lost(e)
+        self._found()
+        if leased:
+            return await self._deliver(leased[0])
+        # Never zero: a row that another server just leased looks due for a moment.
+        return IDLE if due is None else min(max(due - now, 0.2), IDLE)
+
+    async def _deliver(self, delivery: Delivery) -> float:
+        failure = await self._send(delivery)
+        now = self._clock.wall()
+        outcome = Outcome(result=Result.DONE) if failure is None else retry.after(failure, delivery, now, self._rng)
+        # Until this is written nothing else is sent: a message that was told and not marked would be told again.
+        await self._insist(lambda: outbox.settle(self._store, delivery, outcome, now))
+        self._metrics.tried(self._channel.name, outcome)
+        self._say(delivery, outcome)
+        if failure is None:
+            if self._failing is not None:
+                self._failing = None
+                await self._insist(lambda: outbox.hasten(self._store, self._channel.name, now))
+            return 0.0
+        if isinstance(failure, PermanentError):
+            return 0.0
+        self._failing = failure.reason
+        wait = 0.0 if outcome.due_at is None else outcome.due_at - now
+        if isinstance(failure, TransientError) and failure.retry_after is not None:
+            self._asked_to_wait_until = self._clock.boottime() + wait
+        return min(wait, PROBE)
+
+    async def _send(self, delivery: Delivery) -> DeliveryError | None:
+        try:
+            notice = delivery.notice()
+        except (msgspec.MsgspecError, ValueError):
+            return PermanentError("unreadable")
+        try:
+            async with asyncio.timeout(SEND):
+                await self._channel.send(notice, delivery.id)
+        except DeliveryError as e:
+            return e
+        except TimeoutError:
+            return TransientError("timeout")
+        except Exception as e:  # noqa: BLE001 - a bug in one channel or one notice must not stop the others
+            # Its text could hold a URL with a token; its type cannot.
+            return TransientError(f"bug_{type(e).__name__}")
+        return None
+
+    def _say(self, delivery: Delivery, outcome: Outcome) -> None:
+        """One line when a failure begins, changes or ends, and one for each notice that is lost."""
+        channel = self._channel.name
+        known = {"channel": channel, "delivery": delivery.id, "tunnel": delivery.tunnel, "kind": delivery.kind}
+        if outcome.given_up:
+            log.error("notice given up", extra={**known, "reason": outcome.reason, "attempts": delivery.attempt})
+        elif outcome.result is Result.DONE:
+            if self._failing is not None:
+                log.info("notices are delivered again", extra={"channel": channel})
+        elif outcome.reason != self._failing:
+            log.warning("notice not delivered, will be tried again", extra={**known, "reason": outcome.reason})
+
+    async def _insist(self, write: Callable[[], Awaitable[None]]) -> None:
+        """Write, however long the database is away."""
+        while True:
+            try:
+                await write()
+            except StoreUnavailable as e:
+                self.turned_at = self._clock.boottime()
+                await self._nap(asyncio.Event(), self._lost(e))
+            else:
+                self._found()
+                return
+
+    def _lost(self, error: StoreUnavailable) -> float:
+        if not self._store_lost:
+            log.warning("no database, deliveries wait", extra={"channel": self._channel.name, "reason": error.reason})
+        self._store_lost = True
+        return next(self._store_backoff)
+
+    def _found(self) -> None:
+        if self._store_lost:
+            log.info("database is back, deliveries go on", extra={"channel": self._channel.name})
+            self._store_lost, self._store_backoff = False, self._fresh_backoff()
+
+    def _fresh_backoff(self) -> Iterator[float]:
+        return backoff(0.5, 15.0, rng=self._rng)

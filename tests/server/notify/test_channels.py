@@ -1,0 +1,428 @@
+"""Telegram and the webhook against a real server on loopback that is in every mood."""
+
+import asyncio
+import hashlib
+import hmac
+import json
+import logging
+import ssl
+import traceback
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from ipaddress import ip_address
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.server.notify.standins import Answer, StandIn, Time, telegram_error, telegram_ok
+from vpn_sentinel.domain.notice import Kind, Notice
+from vpn_sentinel.domain.verdict import Code, Finding, State
+from vpn_sentinel.runtime.secret import Secret
+from vpn_sentinel.runtime.settings import SettingError, Source
+from vpn_sentinel.server.notify.channel import DeliveryError, PermanentError, SetupError, TransientError
+from vpn_sentinel.server.notify.channels import build_channels
+from vpn_sentinel.server.notify.channels.bot_api import BotApi
+from vpn_sentinel.server.notify.channels.telegram import TelegramChannel
+from vpn_sentinel.server.notify.channels.webhook import WebhookChannel, body, signature
+from vpn_sentinel.server.notify.failures import reason_of, retry_after
+from vpn_sentinel.server.notify.guard import ForbiddenAddressError, guarded_client, is_forbidden, tls
+from vpn_sentinel.server.settings import ServerSettings, Telegram, Webhook
+
+TOKEN = "123456:SECRET-token_of_the_bot"
+AT = 1_800_000_000.0
+NOTICE = Notice(
+    kind=Kind.RECOVERED,
+    tunnel="nl-1",
+    at=AT,
+    began=AT - 252.5,
+    was=State.LEAKING,
+    exit=ip_address("198.51.100.7"),
+    old_exit=ip_address("203.0.113.9"),
+    findings=(Finding(Code.KILLSWITCH_OPEN, "A packet <left>.", {"router": "10.0.0.1"}),),
+    place="Amsterdam, NL",
+    provider="Example AS64500",
+    timezone="Europe/Amsterdam",
+    resolvers=("198.51.100.53 NL",),
+)
+
+
+@pytest.fixture
+async def server() -> AsyncIterator[StandIn]:
+    async with StandIn(lambda asked: telegram_ok()) as standin:
+        yield standin
+
+
+@pytest.fixture
+async def http() -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(trust_env=False) as client:
+        yield client
+
+
+@pytest.fixture
+def time() -> Time:
+    return Time()
+
+
+@pytest.fixture
+def api(server: StandIn, http: httpx.AsyncClient, time: Time) -> BotApi:
+    async def sleep(seconds: float) -> None:
+        time.now += seconds
+
+    telegram = Telegram(token=Secret(TOKEN), chat_id="42", api_url=server.url)
+    return BotApi(http, telegram, time, sleep=sleep, limit=0.3)
+
+
+async def failure_of(channel: TelegramChannel | WebhookChannel) -> DeliveryError:
+    with pytest.raises(DeliveryError) as caught:
+        await channel.send(NOTICE, 7)
+    assert_holds_no_secret(caught.value)
+    return caught.value
+
+
+def assert_holds_no_secret(error: BaseException) -> None:
+    """Neither in its text, nor in a traceback with every local variable, nor in what it drags along."""
+    assert error.__context__ is None
+    assert error.__cause__ is None
+    shown = "".join(traceback.TracebackException.from_exception(error, capture_locals=True).format())
+    ours = [line for line in shown.splitlines() if "SECRET" in line and "NOTICE" not in line]
+    assert not [line for line in ours if "TOKEN" not in line and "URL" not in line], ours
+
+
+async def test_telegram_sends_escaped_html_without_previews(api: BotApi, server: StandIn) -> None:
+    await TelegramChannel(api, "42").send(NOTICE, 7)
+    [asked] = server.asked
+    assert (asked.method, asked.path) == ("POST", f"/bot{TOKEN}/sendMessage")
+    assert asked.json["chat_id"] == "42"
+    assert asked.json["parse_mode"] == "HTML"
+    assert asked.json["link_preview_options"] == {"is_disabled": True}
+    assert asked.json["text"].startswith(
+        "<b>🟢 nl-1 is protected again after 4 minutes 12 seconds (it was leaking)</b>"
+    )
+    assert "A packet &lt;left&gt;." in asked.json["text"]
+
+
+TELEGRAM_FAILURES = {
+    "rate limit": (telegram_error(429, "Too Many Requests", retry_after=17), TransientError, "rate_limited", 17),
+    "rate limit without a number": (telegram_error(429), TransientError, "rate_limited", None),
+    "server error": (Answer(502, b"<html>bad gateway</html>"), TransientError, "server_error", None),
+    "garbage": (Answer(200, b"\xff\xfenot json"), TransientError, "garbage", None),
+    "json of another kind": (Answer(200, b"[]"), TransientError, "garbage", None),
+    "no http at all": (Answer(raw=b"SSH-2.0-OpenSSH\r\n"), TransientError, "garbage", None),
+    "closed at once": (Answer(raw=b""), TransientError, "garbage", None),
+    "never an answer": (Answer(None), TransientError, "timeout", None),
+    "wrong token": (telegram_error(401, "Unauthorized"), SetupError, "auth", None),
+    "no such bot": (telegram_error(404, "Not Found"), SetupError, "auth", None),
+    "blocked by the user": (telegram_error(403, "Forbidden: bot was blocked"), SetupError, "forbidden", None),
+    "no such chat": (telegram_error(400, "Bad Request: chat not found"), SetupError, "chat_not_found", None),
+    "a stranger's page": (
+        Answer(302, b"", {"Location": "https://example.org/"}),
+        SetupError,
+        "unexpected_status",
+        None,
+    ),
+}
+
+
+@pytest.mark.parametrize(("answer", "kind", "reason", "wait"), TELEGRAM_FAILURES.values(), ids=TELEGRAM_FAILURES.keys())
+async def test_telegram_failures(
+    api: BotApi, server: StandIn, answer: Answer, kind: type[DeliveryError], reason: str, wait: float | None
+) -> None:
+    server.answers = [answer]
+    failure = await failure_of(TelegramChannel(api, "42"))
+    assert (type(failure), failure.reason, getattr(failure, "retry_after", None)) == (kind, reason, wait)
+
+
+async def test_telegram_unreachable(api: BotApi, server: StandIn, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    await server.__aexit__()
+    failure = await failure_of(TelegramChannel(api, "42"))
+    assert (type(failure), failure.reason) == (TransientError, "unreachable")
+    assert "SECRET" not in caplog.text
+
+
+async def test_rejected_markup_is_sent_again_as_plain_text(api: BotApi, server: StandIn) -> None:
+    server.answers = [telegram_error(400, "Bad Request: can't parse entities")]
+    await TelegramChannel(api, "42").send(NOTICE, 7)
+    assert [a.json.get("parse_mode") for a in server.asked] == ["HTML", None]
+    assert "A packet <left>." in server.asked[1].json["text"]
+
+
+async def test_a_message_that_is_never_taken_is_rejected(api: BotApi, server: StandIn) -> None:
+    server.answers = [telegram_error(400, "Bad Request: no")] * 2
+    with pytest.raises(PermanentError, match="rejected"):
+        await TelegramChannel(api, "42").send(NOTICE, 7)
+
+
+async def test_a_group_that_became_a_supergroup_is_followed(api: BotApi, server: StandIn) -> None:
+    server.answers = [telegram_error(400, "Bad Request: group chat was upgraded", migrate_to_chat_id=-100777)]
+    channel = TelegramChannel(api, "-777")
+    await channel.send(NOTICE, 7)
+    await channel.send(NOTICE, 8)
+    assert [a.json["chat_id"] for a in server.asked] == ["-777", "-100777", "-100777"]
+    assert api.current("-777") == "-100777"
+
+
+async def test_messages_are_a_second_apart(api: BotApi, server: StandIn, time: Time) -> None:
+    begun = time.now
+    channel = TelegramChannel(api, "42")
+    await asyncio.gather(*(channel.send(NOTICE, n) for n in range(4)))
+    assert len(server.asked) == 4
+    assert time.now - begun == 3
+
+
+async def test_a_long_text_comes_in_parts_of_whole_lines(api: BotApi, server: StandIn) -> None:
+    long = replace(
+        NOTICE,
+        findings=tuple(
+            Finding(Code.NO_TRAFFIC, f"{n} " + "🔴" * 290, {"a": "&" * 99, "b": "<" * 99}) for n in range(8)
+        ),
+    )
+    await TelegramChannel(api, "42").send(long, 7)
+    parts = [a.json["text"] for a in server.asked]
+    assert len(parts) > 1
+    for part in parts:
+        assert len(part.encode("utf-16-le")) // 2 <= 4096
+        assert part.count("<b>") == part.count("</b>")
+
+
+async def webhook_for(
+    server: StandIn, time: Time, *, secret: str | None = None, path: str = "/hook?key=SECRET", private: bool = True
+) -> WebhookChannel:
+    client = guarded_client(tls(None), private=private, limit=0.3)
+    settings = Webhook(url=Secret(server.url + path), secret=Secret(secret) if secret else None)
+    return WebhookChannel(client, settings, time, limit=0.3)
+
+
+async def test_webhook_posts_the_documented_body(server: StandIn, time: Time) -> None:
+    await (await webhook_for(server, time)).send(NOTICE, 7)
+    [asked] = server.asked
+    assert (asked.method, asked.path) == ("POST", "/hook?key=SECRET")
+    assert asked.headers["host"] == f"127.0.0.1:{server.port}"
+    assert asked.headers["content-type"] == "application/json"
+    assert asked.headers["x-sentinel-delivery"] == "7"
+    assert "x-sentinel-signature" not in asked.headers
+    got = asked.json
+    assert got.pop("text").startswith("🟢 nl-1 is protected again")
+    assert got == {
+        "kind": "recovered",
+        "tunnel": "nl-1",
+        "state": "protected",
+        "was": "leaking",
+        "at": "2027-01-15T08:00:00.000Z",
+        "began": "2027-01-15T07:55:47.500Z",
+        "outage_seconds": 252.5,
+        "exit": "198.51.100.7",
+        "old_exit": "203.0.113.9",
+        "place": "Amsterdam, NL",
+        "provider": "Example AS64500",
+        "timezone": "Europe/Amsterdam",
+        "resolvers": ["198.51.100.53 NL"],
+        "findings": [
+            {
+                "code": "killswitch_open",
+                "severity": "warning",
+                "message": "A packet <left>.",
+                "evidence": {"router": "10.0.0.1"},
+                "advice": "Packets can leave beside the tunnel: when it goes away, traffic will leak.",
+            }
+        ],
+        "details": [],
+    }
+
+
+async def test_webhook_signature_can_be_checked_as_documented(server: StandIn, time: Time) -> None:
+    await (await webhook_for(server, time, secret="shared")).send(NOTICE, 7)
+    [asked] = server.asked
+    given = dict(part.split("=") for part in asked.headers["x-sentinel-signature"].split(","))
+    expected = hmac.new(b"shared", given["t"].encode() + b"." + asked.body, hashlib.sha256).hexdigest()
+    assert given == {"t": str(int(time.wall())), "v1": expected}
+
+
+def test_signature_depends_on_all_it_covers() -> None:
+    assert (
+        len({signature("s", b"x", 1), signature("t", b"x", 1), signature("s", b"y", 1), signature("s", b"x", 2)}) == 4
+    )
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_every_kind_has_a_body(kind: Kind) -> None:
+    state = body(Notice(kind=kind, at=AT))["state"]
+    assert state == {"server_started": None, "test": None}.get(kind, state)
+    assert (state is None) == (kind in (Kind.SERVER_STARTED, Kind.TEST))
+
+
+WEBHOOK_FAILURES = {
+    "rate limit": (Answer(429, b"", {"Retry-After": "17"}), TransientError, "rate_limited", 17),
+    "busy until a date": (
+        Answer(503, b"", {"Retry-After": "Fri, 15 Jan 2027 08:00:30 GMT"}),
+        TransientError,
+        "server_error",
+        30,
+    ),
+    "server error": (Answer(500, b"SECRET stack trace"), TransientError, "server_error", None),
+    "no http at all": (Answer(raw=b"hello\r\n\r\n"), TransientError, "garbage", None),
+    "never an answer": (Answer(None), TransientError, "timeout", None),
+    "unauthorised": (Answer(401), SetupError, "auth", None),
+    "gone": (Answer(410), SetupError, "not_found", None),
+    "malformed": (Answer(422, b"SECRET echo"), PermanentError, "rejected", None),
+}
+
+
+@pytest.mark.parametrize(("answer", "kind", "reason", "wait"), WEBHOOK_FAILURES.values(), ids=WEBHOOK_FAILURES.keys())
+async def test_webhook_failures(
+    server: StandIn, time: Time, answer: Answer, kind: type[DeliveryError], reason: str, wait: float | None
+) -> None:
+    server.answers = [answer]
+    failure = await failure_of(await webhook_for(server, time))
+    assert (type(failure), failure.reason, getattr(failure, "retry_after", None)) == (kind, reason, wait)
+
+
+async def test_webhook_follows_no_redirect(server: StandIn, time: Time) -> None:
+    server.answers = [Answer(307, b"", {"Location": server.url + "/elsewhere"})]
+    failure = await failure_of(await webhook_for(server, time))
+    assert (type(failure), failure.reason) == (SetupError, "redirect")
+    assert len(server.asked) == 1
+
+
+async def test_webhook_does_not_wait_for_an_endless_body(server: StandIn, time: Time) -> None:
+    server.answers = [Answer(raw=b"HTTP/1.1 200 OK\r\nContent-Length: 99999999\r\n\r\nx")]
+    await (await webhook_for(server, time)).send(NOTICE, 7)
+
+
+async def test_webhook_on_a_private_address_is_refused_before_connecting(server: StandIn, time: Time) -> None:
+    failure = await failure_of(await webhook_for(server, time, private=False))
+    assert (type(failure), failure.reason) == (SetupError, "private_address")
+    assert server.asked == []
+
+
+FORBIDDEN = [
+    *("127.0.0.1", "0.0.0.0", "10.1.2.3", "172.31.0.1", "192.168.1.1", "169.254.169.254", "100.100.100.100"),
+    *("224.0.0.1", "255.255.255.255", "::1", "::", "fe80::1", "fe80::1%eth0", "fc00::1", "fec0::1", "ff02::1"),
+    *("::ffff:127.0.0.1", "::ffff:10.0.0.1", "::127.0.0.1", "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe", "2002:7f00:1::"),
+    *("2002:c0a8:101::1", "2001:0:4136:e378:8000:63bf:80ff:fffe", "not an address", ""),
+]
+ALLOWED = ["1.1.1.1", "198.51.100.7", "172.32.0.1", "100.128.0.1", "2606:4700::1111", "2001:db8::1", "64:ff9b::101:101"]
+
+
+@pytest.mark.parametrize("address", FORBIDDEN)
+def test_forbidden(address: str) -> None:
+    assert is_forbidden(address)
+
+
+@pytest.mark.parametrize("address", ALLOWED)
+def test_allowed(address: str) -> None:
+    assert not is_forbidden(address)
+
+
+@pytest.mark.parametrize("host", ["localhost", "127.1", "2130706433", "0x7f.1", "[::ffff:127.0.0.1]", "[::1]", "0"])
+async def test_every_way_to_write_loopback_is_refused(host: str) -> None:
+    client = guarded_client(tls(None), private=False, limit=1)
+    with pytest.raises(ForbiddenAddressError):
+        await client.post(f"http://{host}:9/")
+
+
+async def test_a_name_that_changes_its_mind_is_connected_where_it_was_judged(server: StandIn) -> None:
+    """DNS rebinding: the first answer is public, the second is loopback, where something listens."""
+    answers = [["198.51.100.7"], ["127.0.0.1"]]
+
+    async def rebinding(host: str, port: int) -> list[str]:
+        return answers.pop(0)
+
+    client = guarded_client(tls(None), private=False, limit=0.2, resolve=rebinding)
+    with pytest.raises(httpx.HTTPError):
+        await client.post(f"http://rebind.example:{server.port}/")
+    assert server.asked == []
+    assert len(answers) == 1
+
+
+async def test_private_addresses_of_a_mixed_name_are_left_out(server: StandIn) -> None:
+    async def mixed(host: str, port: int) -> list[str]:
+        return ["127.0.0.1", "198.51.100.7"]
+
+    client = guarded_client(tls(None), private=False, limit=0.2, resolve=mixed)
+    with pytest.raises(httpx.HTTPError):
+        await client.post(f"http://mixed.example:{server.port}/")
+    assert server.asked == []
+
+
+async def test_the_next_address_of_a_name_is_tried_and_the_name_is_sent(server: StandIn) -> None:
+    async def two(host: str, port: int) -> list[str]:
+        return ["127.0.0.2", "127.0.0.1"]
+
+    client = guarded_client(tls(None), private=True, limit=2, resolve=two)
+    answer = await client.post(f"http://hook.example:{server.port}/", content=b"body")
+    assert answer.status_code == 200
+    [asked] = server.asked
+    assert asked.headers["host"] == f"hook.example:{server.port}"
+    assert asked.body == b"body"
+
+
+async def test_a_name_that_does_not_resolve_is_transient(time: Time) -> None:
+    async def nothing(host: str, port: int) -> list[str]:
+        raise OSError
+
+    client = guarded_client(tls(None), private=False, limit=1, resolve=nothing)
+    channel = WebhookChannel(client, Webhook(url=Secret("https://hook.example/SECRET")), time)
+    failure = await failure_of(channel)
+    assert (type(failure), failure.reason) == (TransientError, "unreachable")
+
+
+def test_reasons_are_words() -> None:
+    wrapped = httpx.ConnectError("x")
+    wrapped.__cause__ = ssl.SSLCertVerificationError("https://SECRET/")
+    assert reason_of(wrapped) == "tls"
+    assert reason_of(httpx.InvalidURL("SECRET")) == "bad_url"
+    assert reason_of(httpx.ReadError("SECRET")) == "broken_off"
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [(None, None), ("5", 5), ("-5", 0), ("nan", None), ("inf", None), ("soon", None), ("1e400", None)],
+)
+def test_retry_after(value: str | None, seconds: float | None) -> None:
+    assert retry_after(value, AT) == seconds
+
+
+def settings(**env: str) -> ServerSettings:
+    return ServerSettings.read(
+        Source(env={"VPN_SENTINEL_" + k if k[:8] != "TELEGRAM" else k: v for k, v in env.items()})
+    )
+
+
+async def test_channels_come_from_the_settings(http: httpx.AsyncClient) -> None:
+    assert build_channels(settings(), http) == {}
+    both = settings(TELEGRAM_BOT_TOKEN=TOKEN, TELEGRAM_CHAT_ID="42", WEBHOOK_URL="https://hook.example/x")
+    assert [(name, c.name) for name, c in build_channels(both, http).items()] == [
+        ("telegram", "telegram"),
+        ("webhook", "webhook"),
+    ]
+
+
+async def test_an_address_that_no_client_takes_stops_the_start(http: httpx.AsyncClient) -> None:
+    with pytest.raises(SettingError, match="VPN_SENTINEL_WEBHOOK_URL") as caught:
+        build_channels(settings(WEBHOOK_URL="https://-.é/SECRET"), http)
+    assert "SECRET" not in str(caught.value)
+
+
+async def test_a_ca_file_that_is_none_stops_the_start(http: httpx.AsyncClient, tmp_path: Path) -> None:
+    wrong = tmp_path / "ca.pem"
+    wrong.write_text("no certificate")
+    with pytest.raises(SettingError, match="VPN_SENTINEL_CA_FILE"):
+        build_channels(settings(WEBHOOK_URL="https://hook.example/", CA_FILE=str(wrong)), http)
+
+
+async def test_updates_that_cannot_be_read_are_stepped_over(api: BotApi, server: StandIn) -> None:
+    raw = [{"update_id": 5, "message": {"chat": "odd"}}, {"update_id": 6}]
+    server.answers = [Answer(body=json.dumps({"ok": True, "result": raw}).encode())]
+    assert [u.update_id for u in await api.get_updates(None, 0)] == [5, 6]
+
+
+async def test_no_address_with_a_credential_is_logged(
+    api: BotApi, server: StandIn, time: Time, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    await TelegramChannel(api, "42").send(NOTICE, 7)
+    await (await webhook_for(server, time)).send(NOTICE, 7)
+    assert len(server.asked) == 2
+    assert "SECRET" not in caplog.text

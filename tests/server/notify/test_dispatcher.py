@@ -1,0 +1,411 @@
+"""Everything that is owed gets delivered: in order, at least once, and a failing channel delays no other."""
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+from sqlalchemy import Executable, Row, insert, select
+
+from tests.server.notify.standins import Time
+from vpn_sentinel.domain.notice import Kind, Notice
+from vpn_sentinel.server.notify import worker
+from vpn_sentinel.server.notify.channel import Channel, PermanentError, SetupError, TransientError
+from vpn_sentinel.server.notify.dispatcher import Dispatcher
+from vpn_sentinel.server.notify.metrics import NotifyMetrics
+from vpn_sentinel.server.store.owing import owe
+from vpn_sentinel.server.store.schema import attempts, outbox
+from vpn_sentinel.server.store.store import Store, StoreUnavailable
+
+
+class Pager:
+    """A channel that fails as told, in turn, and then works."""
+
+    def __init__(self, name: str = "pager", *failures: Exception | None) -> None:
+        self.name = name
+        self.failures = list(failures)
+        self.always: Exception | None = None
+        self.told: list[tuple[str, str]] = []
+        self.tried = 0
+        self.ids: list[int] = []
+
+    async def send(self, notice: Notice, delivery_id: int) -> None:
+        self.tried += 1
+        self.ids.append(delivery_id)
+        failure = self.always or (self.failures.pop(0) if self.failures else None)
+        if failure is not None:
+            raise failure
+        self.told.append((notice.tunnel, notice.kind.value))
+
+
+class Stuck(Pager):
+    """A channel whose other side never answers."""
+
+    def __init__(self, name: str = "stuck") -> None:
+        super().__init__(name)
+        self.entered = asyncio.Event()
+
+    async def send(self, notice: Notice, delivery_id: int) -> None:
+        self.tried += 1
+        self.entered.set()
+        await asyncio.Event().wait()
+
+
+class Faulty:
+    """The real store, which goes away when told."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.away = False
+
+    async def read(self, statement: Executable) -> Sequence[Row[Any]]:
+        self._check()
+        return await self.store.read(statement)
+
+    async def write(self, *statements: Executable) -> list[Sequence[Row[Any]]]:
+        self._check()
+        return await self.store.write(*statements)
+
+    def _check(self) -> None:
+        if self.away:
+            raise StoreUnavailable("unreachable", "no route")
+
+    async def transact(self, *args: Any, **options: Any) -> None:
+        raise NotImplementedError
+
+    async def ping(self) -> None:
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        raise NotImplementedError
+
+
+class Desk:
+    """A dispatcher at work, with the time and the debts in the test's hands."""
+
+    def __init__(self, store: Store, *pagers: Channel) -> None:
+        self.store = store
+        self.time = Time()
+        self.registry = CollectorRegistry()
+        self.channels: Mapping[str, Channel] = {p.name: p for p in pagers}
+        metrics = NotifyMetrics(self.registry, self.channels)
+        self.dispatcher = Dispatcher(store, self.channels, self.time, metrics, nap=self.time.nap, rng=random.Random(1))
+        self.sleepers = len(pagers) + 1
+
+    async def owes(self, *told: tuple[str, Kind], channels: tuple[str, ...] = ()) -> None:
+        for tunnel, kind in told:
+            one = Notice(kind=kind, tunnel=tunnel, at=self.time.now)
+            await self.store.write(insert(outbox).values(owe(one, channels or tuple(self.channels), self.time.now)))
+        self.dispatcher.wake()
+
+    async def passes(self, seconds: float = 0.0) -> None:
+        await self.time.pass_(seconds, self.sleepers)
+
+    async def jumps(self, seconds: float) -> None:
+        await self.time.jump(seconds, self.sleepers)
+
+    async def outcomes(self) -> list[str | None]:
+        return [row.outcome for row in await self.store.read(select(outbox.c.outcome).order_by(outbox.c.id))]
+
+    async def reasons(self) -> list[tuple[str, str]]:
+        found = await self.store.read(select(attempts.c.result, attempts.c.reason).order_by(attempts.c.id))
+        return [tuple(row) for row in found]
+
+    def metric(self, name: str, **labels: str) -> float | None:
+        return self.registry.get_sample_value(name, labels)
+
+
+@asynccontextmanager
+async def at_work(desk: Desk) -> AsyncIterator[Desk]:
+    async with asyncio.TaskGroup() as group:
+        task = group.create_task(desk.dispatcher.run())
+        await desk.time.quiet(desk.sleepers)
+        yield desk
+        task.cancel()
+
+
+LEAK, OVER = ("nl-1", Kind.LEAKING), ("nl-1", Kind.RECOVERED)
+
+
+async def test_a_notice_is_told_at_once_on_every_channel(store: Store) -> None:
+    one, other = Pager("one"), Pager("other")
+    async with at_work(Desk(store, one, other)) as desk:
+        await desk.owes(LEAK, OVER)
+        await desk.passes()
+        assert one.told == other.told == [("nl-1", "leaking"), ("nl-1", "recovered")]
+        assert await desk.outcomes() == ["done"] * 4
+        assert desk.metric("vpn_sentinel_deliveries_total", channel="one", result="done", reason="") == 2
+
+
+async def test_what_was_owed_before_the_start_is_told(store: Store) -> None:
+    pager = Pager()
+    desk = Desk(store, pager)
+    await desk.owes(LEAK)
+    async with at_work(desk):
+        await desk.passes()
+        assert pager.told == [("nl-1", "leaking")]
+
+
+async def test_a_slow_channel_delays_no_other(store: Store) -> None:
+    stuck, pager = Stuck("stuck"), Pager()
+    desk = Desk(store, stuck, pager)
+    async with at_work(desk):
+        desk.sleepers -= 1  # the stuck one does not sleep, it waits for an answer
+        await desk.owes(LEAK, OVER)
+        await asyncio.wait_for(stuck.entered.wait(), 10)
+        await desk.passes()
+        assert pager.told == [("nl-1", "leaking"), ("nl-1", "recovered")]
+        assert stuck.tried == 1
+
+
+async def test_a_transient_failure_is_tried_again_with_growing_waits(store: Store) -> None:
+    pager = Pager("pager", *(TransientError("timeout") for _ in range(6)))
+    async with at_work(Desk(store, pager)) as desk:
+        await desk.owes(LEAK)
+        await desk.passes()
+        assert (pager.tried, pager.told) == (1, [])
+        await desk.passes(7)
+        assert 2 <= pager.tried <= 4
+        await desk.passes(120)
+        assert pager.told == [("nl-1", "leaking")]
+        assert await desk.reasons() == [("transient", "timeout")] * 6 + [("done", "")]
+        assert len(set(pager.ids)) == 1
+
+
+async def test_retry_after_is_obeyed_by_the_whole_channel(store: Store) -> None:
+    pager = Pager("pager", TransientError("rate_limited", retry_after=120))
+    async with at_work(Desk(store, pager)) as desk:
+        await desk.owes(LEAK)
+        await desk.passes()
+        await desk.owes(("nl-2", Kind.DOWN))
+        await desk.passes(119)
+        assert pager.tried == 1
+        await desk.passes(2)
+        assert pager.told == [("nl-1", "leaking"), ("nl-2", "down")]
+
+
+async def test_fresh_news_asks_a_failing_channel_again_at_once(store: Store) -> None:
+    pager = Pager()
+    pager.always = TransientError("unreachable")
+    async with at_work(Desk(store, pager)) as desk:
+        await desk.owes(LEAK)
+        await desk.passes(3600)
+        pager.always = None
+        await desk.owes(("nl-2", Kind.LEAKING))
+        await desk.passes()
+        # The success proves the channel, so the old one does not wait out its five minutes.
+        assert pager.told == [("nl-2", "leaking"), ("nl-1", "leaking")]
+
+
+async def test_nobody_reads_recovered_before_leaking(store: Store) -> None:
+    pager = Pager("pager", TransientError("timeout"), TransientError("timeout"))
+    async with at_work(Desk(store, pager)) as desk:
+        await desk.owes(LEAK)
+        await desk.passes()
+        await desk.owes(OVER)
+        await desk.passes(60)
+        assert pager.told == [("nl-1", "leaking"), ("nl-1", "recovered")]
+
+
+async def test_a_rejected_notice_is_given_up_and_the_next_is_told(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    pager = Pager("pager", PermanentError("rejected"))
+    async with at_work(Desk(store, pager)) as desk:
+        await desk.owes(LEAK, OVER)
+        await desk.passes()
+        assert pager.told == [("nl-1", "recovered")]
+        assert await desk.outcomes() == ["given_up", "done"]
+        assert desk.metric("vpn_sentinel_deliveries_given_up_total", channel="pager") == 1
+    assert [r.message for r in caplog.records if r.levelno == logging.ERROR] == ["notice given up"]
+
+
+async def test_a_wrong_setup_keeps_what_it_owes_until_it_is_repaired(store: Store) -> None:
+    pager = Pager()
+    pager.always = SetupError("auth")
+    async with at_work(Desk(store, pager)) as desk:
+        await desk.owes(LEAK, OVER)
+        await desk.passes(6000)
+        assert 12 <= pager.tried <= 50  # about every five minutes each
+        await desk.jumps(2 * 86400)
+        assert await desk.outcomes() == [None, None]
+    pager.always = None
+    again = Desk(store, pager)
+    again.time.now = desk.time.now + 1
+    async with at_work(again):  # the repair took a restart
+        await again.passes()
+        assert pager.told == [("nl-1", "leaking"), ("nl-1", "recovered")]
+
+
+async def test_a_dead_channel_is_given_up_after_a_day(store: Store) -> None:
+    pager = Pager()
+    pager.always = TransientError("unreachable")
+    async with at_work(Desk(store, pager)) as desk:
+        await desk.owes(LEAK)
+        await desk.passes(3000)
+        await desk.jumps(86400 - 3600)
+        assert await desk.outcomes() == [None]
+        await desk.jumps(700)
+        assert await desk.outcomes() == ["given_up"]
+        await desk.passes(15)
+        assert desk.metric("vpn_sentinel_outbox_depth", channel="pager") == 0
+
+
+async def test_a_failure_is_said_when_it_begins_changes_and_ends(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    pager = Pager("pager", *[TransientError("timeout")] * 3, *[TransientError("server_error")] * 2)
+    async with at_work(Desk(store, pager)) as desk:
+        await desk.owes(LEAK)
+        await desk.passes(300)
+    said = [(r.levelname, r.message, r.__dict__.get("reason")) for r in caplog.records]
+    assert said == [
+        ("WARNING", "notice not delivered, will be tried again", "timeout"),
+        ("WARNING", "notice not delivered, will be tried again", "server_error"),
+        ("INFO", "notices are delivered again", None),
+    ]
+
+
+async def test_a_bug_in_a_channel_stops_neither_the_notice_nor_the_others(
+    store: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    pager = Pager("pager", ValueError("https://api.telegram.org/bot123:SECRET/sendMessage"))
+    async with at_work(Desk(store, pager)) as desk:
+        await desk.owes(LEAK)
+        await desk.passes(5)
+        assert pager.told == [("nl-1", "leaking")]
+        assert await desk.reasons() == [("transient", "bug_ValueError"), ("done", "")]
+    assert "SECRET" not in caplog.text
+
+
+async def test_a_row_that_cannot_be_read_stops_no_other(store: Store) -> None:
+    pager = Pager()
+    async with at_work(Desk(store, pager)) as desk:
+        [row] = owe(Notice(kind=Kind.DOWN, tunnel="old", at=0), ("pager",), desk.time.now)
+        await store.write(insert(outbox).values({**row, "body": "{"}))
+        await desk.owes(LEAK)
+        await desk.passes()
+        assert pager.told == [("nl-1", "leaking")]
+        assert await desk.reasons() == [("permanent", "unreadable"), ("done", "")]
+
+
+async def test_a_lost_database_is_said_once_and_survived(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    faulty, pager = Faulty(store), Pager()
+    async with at_work(Desk(faulty, pager)) as desk:
+        faulty.away = True
+        desk.dispatcher.wake()
+        await desk.passes(300)
+        assert desk.dispatcher.healthy()[0]
+        faulty.away = False
+        await desk.owes(LEAK)
+        await desk.passes(20)
+        assert pager.told == [("nl-1", "leaking")]
+    assert [r.message for r in caplog.records] == ["no database, deliveries wait", "database is back, deliveries go on"]
+
+
+async def test_a_message_that_was_told_is_not_told_again_while_the_database_is_away(store: Store) -> None:
+    faulty = Faulty(store)
+
+    class Vanishing(Pager):
+        async def send(self, notice: Notice, delivery_id: int) -> None:
+            await super().send(notice, delivery_id)
+            faulty.away = True
+
+    pager = Vanishing()
+    async with at_work(Desk(faulty, pager)) as desk:
+        await desk.owes(LEAK)
+        await desk.passes(200)  # longer than the lease
+        faulty.away = False
+        await desk.passes(60)
+        assert pager.tried == 1
+        assert await desk.outcomes() == ["done"]
+
+
+async def test_a_dispatcher_that_dies_after_sending_repeats_and_loses_nothing(store: Store) -> None:
+    sent = asyncio.Event()
+
+    class Fatal(Pager):
+        async def send(self, notice: Notice, delivery_id: int) -> None:
+            await super().send(notice, delivery_id)
+            sent.set()
+            await asyncio.Event().wait()
+
+    first, second = Fatal(), Pager()
+    desk = Desk(store, first)
+    await desk.owes(LEAK)
+    running = asyncio.create_task(desk.dispatcher.run())
+    await asyncio.wait_for(sent.wait(), 10)
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    again = Desk(store, second)
+    async with at_work(again):
+        await again.passes(worker.LEASE - 5)
+        assert second.told == []  # the dead one's lease still holds
+        await again.passes(40)
+        assert second.told == [("nl-1", "leaking")]
+        assert first.ids == second.ids
+
+
+async def test_two_dispatchers_on_one_database_tell_everything_once(store: Store) -> None:
+    pagers = [Pager(), Pager()]
+    desks = [Desk(store, p) for p in pagers]
+    async with at_work(desks[0]), at_work(desks[1]):
+        await desks[0].owes(*((f"t{n}", Kind.DOWN) for n in range(40)))
+        desks[1].dispatcher.wake()
+        await desks[0].passes(40)
+        await desks[1].passes(40)
+    told = pagers[0].told + pagers[1].told
+    assert sorted(told) == sorted((f"t{n}", "down") for n in range(40))
+
+
+async def test_what_is_owed_to_a_channel_that_was_taken_away(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    async with at_work(Desk(store, Pager())) as desk:
+        await desk.owes(LEAK, channels=("fax",))
+        await desk.jumps(3600)
+        assert await desk.outcomes() == [None]
+        await desk.jumps(86400)
+        assert await desk.outcomes() == ["given_up"]
+    said = [r.message for r in caplog.records]
+    assert said == ["notices are owed to a channel that is not set up", "notices given up"]
+
+
+async def test_health_tells_a_failing_channel_from_a_stuck_dispatcher(store: Store) -> None:
+    stuck = Stuck("stuck")
+    desk = Desk(store, stuck)
+    async with at_work(desk):
+        assert desk.dispatcher.healthy() == (True, "nothing is owed")
+        await desk.owes(LEAK)
+        await asyncio.wait_for(stuck.entered.wait(), 10)
+        desk.sleepers = 1
+        await desk.passes(30)
+        assert desk.dispatcher.healthy() == (True, "1 owed, the oldest for 30 seconds")
+        assert desk.metric("vpn_sentinel_outbox_depth", channel="stuck") == 1
+        assert desk.metric("vpn_sentinel_outbox_oldest_due_seconds", channel="stuck") == 30
+        await desk.passes(70)
+        assert desk.dispatcher.healthy() == (False, "deliveries have stood still for 1 minute 40 seconds")
+
+
+async def test_shutdown_is_at_once(store: Store) -> None:
+    desk = Desk(store, Stuck("stuck"), Pager())
+    running = asyncio.create_task(desk.dispatcher.run())
+    await desk.owes(LEAK)
+    await desk.time.quiet(2)
+    async with asyncio.timeout(1):
+        running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await running
+
+
+async def test_the_real_nap_ends_with_time_or_alarm() -> None:
+    alarm = asyncio.Event()
+    await worker.nap(alarm, 0.001)
+    alarm.set()
+    async with asyncio.timeout(5):
+        await worker.nap(alarm, 3600)
