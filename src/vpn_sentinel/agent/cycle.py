@@ -1,0 +1,146 @@
+"""When to look: at the start, on the timer, when the network changes, when beats go missing, and again after trouble.
+
+One round at a time. A change during a round means that its answers may be of before: it is cut short and begun again,
+but never twice in a row, so that constant change cannot keep the agent from ever seeing anything.
+"""
+
+import asyncio
+import contextlib
+import logging
+import random
+from collections.abc import Callable, Coroutine
+from typing import Any, Final
+
+from vpn_sentinel.domain.observation import Observation, Trigger
+from vpn_sentinel.domain.policy import Policy
+from vpn_sentinel.domain.verdict import State, Verdict, judge, learned_home
+from vpn_sentinel.runtime.clock import Clock
+
+log = logging.getLogger(__name__)
+
+# Seconds until the rounds after a change of state: together longer than every grace, so that the change is settled.
+RECHECKS: Final = (1.0, 2.0, 3.0, 5.0, 5.0)
+UNWELL: Final = 15.0  # seconds between rounds while trouble lasts
+GAP: Final = 1.0  # seconds from one round to the next that is not on the timer
+# The more telling one wins when several wait.
+_TELLING: Final = (Trigger.RECHECK, Trigger.TIMER, Trigger.CANARY, Trigger.NETWORK, Trigger.START)
+
+
+class Bell:
+    """Triggers that wait for the cycle; of several, the most telling stays."""
+
+    def __init__(self) -> None:
+        self._rang = asyncio.Event()
+        self._trigger: Trigger | None = None
+
+    def ring(self, trigger: Trigger) -> None:
+        if self._trigger is None or _TELLING.index(trigger) > _TELLING.index(self._trigger):
+            self._trigger = trigger
+        self._rang.set()
+
+    async def wait(self) -> None:
+        await self._rang.wait()
+
+    def take(self) -> Trigger | None:
+        self._rang.clear()
+        trigger, self._trigger = self._trigger, None
+        return trigger
+
+
+class Schedule:
+    """When the next round is due if nothing happens; no clock of its own."""
+
+    def __init__(self, interval: float, rng: random.Random | None = None) -> None:
+        self._interval = interval
+        self._rng = rng or random.Random()  # noqa: S311 - spreads load, guards nothing
+        self._state: State | None = None
+        self._step = len(RECHECKS)
+
+    def after(self, state: State) -> tuple[float, Trigger]:
+        """Seconds from the start of the round that saw `state` until the next, and what to call it."""
+        if state is not self._state and (self._state is not None or state is not State.PROTECTED):
+            self._step = 0
+        self._state = state
+        if self._step < len(RECHECKS):
+            self._step += 1
+            return min(RECHECKS[self._step - 1], self._interval), Trigger.RECHECK
+        if state is not State.PROTECTED:
+            return min(UNWELL, self._interval), Trigger.RECHECK
+        # Only ever shorter: the server was promised no longer silence than the interval.
+        return self._interval * self._rng.uniform(0.9, 1.0), Trigger.TIMER
+
+
+class Cycle:
+    """`look` runs one round; `done` gets each observation with its verdict."""
+
+    def __init__(
+        self,
+        look: Callable[[Trigger, Policy], Coroutine[Any, Any, Observation]],
+        done: Callable[[Observation, Verdict], None],
+        *,
+        policy: Policy,
+        interval: float,
+        clock: Clock,
+        rng: random.Random | None = None,
+    ) -> None:
+        self.bell = Bell()
+        self.last_success: float | None = None
+        self.verdict: Verdict | None = None
+        self._look = look
+        self._done = done
+        self._policy = policy
+        self._clock = clock
+        self._schedule = Schedule(interval, rng)
+
+    async def run(self) -> None:
+        trigger, may_cut = Trigger.START, True
+        while True:
+            started = self._clock.boottime()
+            seen = await self._round(trigger, may_cut=may_cut)
+            if seen is None:
+                trigger, may_cut = self.bell.take() or Trigger.NETWORK, False
+                continue
+            may_cut = True
+            self._conclude(seen)
+            trigger = await self._next(started)
+
+    async def _round(self, trigger: Trigger, *, may_cut: bool) -> Observation | None:
+        """Look once; None when a change came in between."""
+        async with asyncio.TaskGroup() as group:
+            looking = group.create_task(self._look(trigger, self._policy))
+            ringing = group.create_task(self.bell.wait())
+            await asyncio.wait([looking, ringing] if may_cut else [looking], return_when=asyncio.FIRST_COMPLETED)
+            if not looking.done():
+                looking.cancel()
+            ringing.cancel()
+        return None if looking.cancelled() else looking.result()
+
+    def _conclude(self, seen: Observation) -> None:
+        self._policy = learned_home(seen, self._policy)
+        verdict = judge(seen, self._policy)
+        self._say(verdict)
+        self.verdict = verdict
+        self.last_success = self._clock.boottime()
+        self._done(seen, verdict)
+
+    def _say(self, verdict: Verdict) -> None:
+        codes = {f.code for f in verdict.findings}
+        old = self.verdict
+        if old is not None and old.state is verdict.state and codes == {f.code for f in old.findings}:
+            return
+        level = logging.INFO if verdict.state is State.PROTECTED else logging.WARNING
+        reasons = "; ".join(f.message for f in verdict.findings)
+        log.log(level, "verdict", extra={"state": verdict.state, "codes": ",".join(sorted(codes)), "why": reasons})
+
+    async def _next(self, started: float) -> Trigger:
+        """Wait for what comes first: the schedule or the bell."""
+        state = self.verdict.state if self.verdict else State.UNKNOWN
+        wait, trigger = self._schedule.after(state)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, started + wait - self._clock.boottime())):
+                await self.bell.wait()
+        rang = self.bell.take()
+        if rang is None:
+            return trigger
+        await asyncio.sleep(max(0.0, started + GAP - self._clock.boottime()))
+        return self.bell.take() or rang

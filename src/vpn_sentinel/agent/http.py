@@ -1,0 +1,200 @@
+"""A small HTTP/1.1 client: one request a connection, a bounded answer, a time limit, no redirects (RFC 9112).
+
+The agent asks few, short questions and owes 25 MB in all; the stock clients cost 5 to 16 MB each.
+"""
+
+import asyncio
+import ssl
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Final
+from urllib.parse import urlsplit
+
+from vpn_sentinel.agent.names import Names
+from vpn_sentinel.domain.policy import IPAddress
+
+MOST: Final = 64 * 1024  # bytes of a body
+_MOST_HEADERS: Final = 100
+
+
+class HttpError(OSError):
+    """No usable answer: no connection, not HTTP, too large, too slow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """`headers` are by lower-case name."""
+
+    status: int
+    body: bytes
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a URL leads. `path` includes the query."""
+
+    secure: bool
+    host: str
+    port: int
+    path: str
+
+    @property
+    def authority(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return host if self.port == (443 if self.secure else 80) else f"{host}:{self.port}"
+
+
+def split(url: str) -> Address:
+    """Take an http or https URL apart. Raises ValueError."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        msg = "is not an address that starts with http:// or https://"
+        raise ValueError(msg)
+    secure = parts.scheme == "https"
+    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
+    return Address(secure, parts.hostname, parts.port or (443 if secure else 80), path)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Client:
+    """`tls` verifies servers; it is made only once, since its certificates cost memory."""
+
+    names: Names
+    tls: ssl.SSLContext | None = None
+
+    async def get(self, url: str, *, limit: float, family: int | None = None) -> Response:
+        """GET `url` within `limit` seconds, over IPv4 or IPv6 only when `family` says so. Raises HttpError."""
+        return await self._exchange("GET", url, {}, b"", limit, family)
+
+    async def post(
+        self, url: str, body: bytes, headers: Mapping[str, str], *, limit: float, at: IPAddress | None = None
+    ) -> Response:
+        """POST `body`; `at` is the server's address when the caller knows it. Raises HttpError."""
+        return await self._exchange("POST", url, headers, body, limit, None, at)
+
+    async def _exchange(
+        self,
+        method: str,
+        url: str,
+        headers: Mapping[str, str],
+        body: bytes,
+        limit: float,
+        family: int | None,
+        at: IPAddress | None = None,
+    ) -> Response:
+        try:
+            async with asyncio.timeout(limit):
+                where = split(url)
+                addresses = (at,) if at else await self.names.addresses(where.host, patience=limit)
+                chosen = next((a for a in addresses if family in (None, a.version)), None)
+                if chosen is None:
+                    raise HttpError(f"{where.host} has no IPv{family} address")
+                return await self._ask(method, where, chosen, headers, body)
+        except TimeoutError as e:
+            raise HttpError(f"no answer within {limit:g} s") from e
+        except (OSError, ValueError, EOFError, asyncio.LimitOverrunError) as e:
+            raise e if isinstance(e, HttpError) else HttpError(reason(e)) from e
+
+    async def _ask(
+        self, method: str, where: Address, at: IPAddress, headers: Mapping[str, str], body: bytes
+    ) -> Response:
+        reader, writer = await asyncio.open_connection(
+            str(at),
+            where.port,
+            ssl=self.tls if where.secure else None,
+            server_hostname=where.host if where.secure else None,
+            limit=16 * 1024,
+        )
+        try:
+            fields = {
+                "Host": where.authority,
+                "User-Agent": "vpn-sentinel",
+                "Accept": "*/*",
+                "Connection": "close",
+                **({"Content-Length": str(len(body))} if method == "POST" else {}),
+                **headers,
+            }
+            head = f"{method} {where.path} HTTP/1.1\r\n" + "".join(f"{k}: {v}\r\n" for k, v in fields.items()) + "\r\n"
+            writer.write(head.encode("latin-1") + body)
+            return await read_response(reader)
+        finally:
+            # Aborted, not closed: one that stopped answering would hold a closing handshake for long.
+            writer.transport.abort()
+
+
+async def read_response(reader: asyncio.StreamReader) -> Response:
+    """Read status, headers and body. Raises HttpError, or what the reader raises when the peer stops early."""
+    while True:
+        version, _, rest = (await _line(reader)).partition(" ")
+        status_text = rest[:3]
+        if not version.startswith("HTTP/1.") or not (status_text.isascii() and status_text.isdigit()):
+            raise HttpError("the answer is not HTTP")
+        headers: dict[str, str] = {}
+        for _ in range(_MOST_HEADERS):
+            line = await _line(reader)
+            if not line:
+                break
+            name, _, value = line.partition(":")
+            headers[name.strip().lower()] = value.strip()
+        else:
+            raise HttpError("too many headers")
+        status = int(status_text)
+        if status >= 200:
+            return Response(status, await _body(reader, status, headers), headers)
+
+
+async def _line(reader: asyncio.StreamReader) -> str:
+    return (await reader.readuntil(b"\n")).decode("latin-1").rstrip("\r\n")
+
+
+async def _body(reader: asyncio.StreamReader, status: int, headers: Mapping[str, str]) -> bytes:
+    if status in (204, 304):
+        return b""
+    if headers.get("transfer-encoding", "").lower() == "chunked":
+        return await _chunks(reader)
+    length = headers.get("content-length")
+    if length is not None:
+        if not (length.isascii() and length.isdigit()) or int(length) > MOST:
+            raise HttpError("the answer is too large")
+        return await reader.readexactly(int(length))
+    found = bytearray()
+    while piece := await reader.read(8192):
+        found += piece
+        if len(found) > MOST:
+            raise HttpError("the answer is too large")
+    return bytes(found)
+
+
+async def _chunks(reader: asyncio.StreamReader) -> bytes:
+    found = bytearray()
+    while True:
+        size = int((await _line(reader)).partition(";")[0], 16)
+        if size < 0 or len(found) + size > MOST:
+            raise HttpError("the answer is too large")
+        if size == 0:
+            return bytes(found)
+        found += await reader.readexactly(size)
+        if await _line(reader):
+            raise HttpError("a chunk is longer than it says")
+
+
+def reason(error: BaseException) -> str:
+    """Why it failed, in few words and without anything the other side wrote at length."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not trusted: {error.verify_message}"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS failed: {getattr(error, 'reason', None) or 'broken off'}"  # not every one has a reason
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if isinstance(error, EOFError):
+        return "the connection was closed early"
+    return str(error)[:120] or type(error).__name__
+
+
+def tls_context(ca_file: str | None) -> ssl.SSLContext:
+    """Verify against the system's authorities and those in `ca_file`. Raises OSError (ssl.SSLError is one)."""
+    context = ssl.create_default_context()
+    if ca_file is not None:
+        context.load_verify_locations(cafile=ca_file)
+    return context

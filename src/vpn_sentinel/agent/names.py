@@ -1,0 +1,97 @@
+"""Names to addresses, by the system's own resolver, without letting a dead one hold anything up."""
+
+import asyncio
+import socket
+import threading
+from collections.abc import Callable
+from ipaddress import ip_address
+from typing import Final
+
+from vpn_sentinel.domain.policy import IPAddress
+
+PATIENCE: Final = 1.0  # seconds; DNS is often dead exactly when a report is urgent
+Lookup = Callable[[str], tuple[IPAddress, ...]]
+
+
+class NotFoundError(OSError):
+    """A name that has no address, or whose address could not be found in time."""
+
+
+def system_lookup(host: str) -> tuple[IPAddress, ...]:
+    """getaddrinfo(3): the hosts file, mDNS and search domains included. Blocks. Raises OSError."""
+    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    return tuple(dict.fromkeys(ip_address(str(sockaddr[0]).partition("%")[0]) for *_, sockaddr in found))
+
+
+class Names:
+    """Looks names up in daemon threads, at most one for a name, and remembers the last good answer.
+
+    The loop's executor would do, but its threads are waited for at the end, and a thread in getaddrinfo(3) may take
+    half a minute: a stop would hang.
+    """
+
+    def __init__(self, lookup: Lookup = system_lookup, *, patience: float = PATIENCE) -> None:
+        self._lookup = lookup
+        self._patience = patience
+        self._good: dict[str, tuple[IPAddress, ...]] = {}
+        self._running: dict[str, asyncio.Future[tuple[IPAddress, ...]]] = {}
+
+    def remember(self, host: str, addresses: tuple[IPAddress, ...]) -> None:
+        """Take in what was known before a restart."""
+        if addresses:
+            self._good.setdefault(host, addresses)
+
+    def known(self, host: str) -> tuple[IPAddress, ...]:
+        """What needs no asking: a literal address itself, or the last good answer."""
+        return _literal(host) or self._good.get(host, ())
+
+    async def addresses(self, host: str, *, patience: float | None = None) -> tuple[IPAddress, ...]:
+        """Current addresses of `host`, or the last good ones when nothing comes in time. Raises NotFoundError."""
+        if literal := _literal(host):
+            return literal
+        running = self._running.get(host) or self._start(host)
+        await asyncio.wait([running], timeout=self._patience if patience is None else patience)
+        if running.done() and running.exception() is None and running.result():
+            return running.result()
+        if known := self._good.get(host):
+            return known
+        raise NotFoundError(f"no address found for {host}")
+
+    def _start(self, host: str) -> asyncio.Future[tuple[IPAddress, ...]]:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[tuple[IPAddress, ...]] = loop.create_future()
+        self._running[host] = future
+
+        def finish(found: tuple[IPAddress, ...], error: Exception | None) -> None:
+            del self._running[host]
+            if found:
+                self._good[host] = found
+            if future.cancelled():
+                return
+            if error is None:
+                future.set_result(found)
+            else:
+                future.set_exception(error)
+                future.exception()  # looked at here, so that nobody complains when all stopped waiting
+
+        def work() -> None:
+            found: tuple[IPAddress, ...] = ()
+            error: Exception | None = None
+            try:
+                found = self._lookup(host)
+            except (OSError, ValueError) as e:
+                error = e
+            try:
+                loop.call_soon_threadsafe(finish, found, error)
+            except RuntimeError:  # the loop has ended meanwhile
+                return
+
+        threading.Thread(target=work, name="getaddrinfo", daemon=True).start()
+        return future
+
+
+def _literal(host: str) -> tuple[IPAddress, ...]:
+    try:
+        return (ip_address(host.strip("[]")),)
+    except ValueError:
+        return ()

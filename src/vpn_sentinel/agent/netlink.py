@@ -1,0 +1,229 @@
+"""Routing netlink (rtnetlink(7)): packing requests, parsing answers, and one small client.
+
+Only what the agent asks: links, addresses and "by which interface would you send this?". A netlink socket always speaks
+of the namespace it was opened in; sysfs shows the namespace it was mounted in, which in a container may be another.
+Numbers are those of linux/rtnetlink.h and linux/if_link.h; all fields are in host byte order.
+"""
+
+import errno
+import socket
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from ipaddress import IPv6Address, ip_address
+from typing import Final, Protocol
+
+from vpn_sentinel.domain.policy import IPAddress
+
+NEWLINK, DELLINK, GETLINK = 16, 17, 18
+NEWADDR, DELADDR, GETADDR = 20, 21, 22
+NEWROUTE, DELROUTE, GETROUTE = 24, 25, 26
+NEWRULE, DELRULE = 32, 33
+IFF_UP, IFF_LOOPBACK, IFF_POINTOPOINT, IFF_LOWER_UP = 0x1, 0x8, 0x10, 0x10000
+UNICAST, LOCAL = 1, 2  # rtm_type
+
+_HEADER: Final = struct.Struct("=IHHII")
+_LINK: Final = struct.Struct("=BxHiII")
+_ADDR: Final = struct.Struct("=BBBBi")
+_ROUTE: Final = struct.Struct("=8BI")
+_ATTR: Final = struct.Struct("=HH")
+_U32: Final = struct.Struct("=I")
+_ERROR, _DONE = 2, 3
+_REQUEST, _DUMP, _DUMP_INTERRUPTED = 0x1, 0x300, 0x10
+_FIB_MATCH = 0x2000
+_NESTED_MASK = 0x3FFF
+_NO_ROUTE = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL, errno.ENODEV, errno.ESRCH})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interface:
+    """A network interface. `kind` is rtnetlink's (`wireguard`, `tun`, `veth`, … or empty); counters are bytes."""
+
+    index: int
+    name: str
+    kind: str = ""
+    flags: int = 0
+    rx_bytes: int = 0
+    tx_bytes: int = 0
+    addresses: tuple[IPAddress, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """The kernel's answer for one destination. `prefix` is the length of the route that matched, if that was asked."""
+
+    interface: int | None
+    kind: int = UNICAST
+    gateway: bool = False
+    source: IPAddress | None = None
+    prefix: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    kind: int
+    flags: int
+    sequence: int
+    body: bytes
+
+
+class Kernel(Protocol):
+    """What the agent asks of the kernel. Each may raise OSError where netlink is not to be had."""
+
+    def interfaces(self) -> tuple[Interface, ...]: ...
+
+    def route(
+        self, destination: IPAddress, *, port: int = 0, protocol: int = 17, via: int | None = None, match: bool = False
+    ) -> Route | None: ...
+
+
+def messages(data: bytes) -> Iterator[Message]:
+    """Split one datagram from the kernel. What is cut off at the end is left out."""
+    offset = 0
+    while offset + _HEADER.size <= len(data):
+        length, kind, flags, sequence, _pid = _HEADER.unpack_from(data, offset)
+        if length < _HEADER.size or offset + length > len(data):
+            return
+        yield Message(kind, flags, sequence, data[offset + _HEADER.size : offset + length])
+        offset += (length + 3) & ~3
+
+
+def attributes(body: bytes, offset: int = 0) -> dict[int, bytes]:
+    """The attributes behind a message's fixed part, the last of each kind; broken ones end the list."""
+    found = {}
+    while offset + _ATTR.size <= len(body):
+        length, kind = _ATTR.unpack_from(body, offset)
+        if length < _ATTR.size or offset + length > len(body):
+            break
+        found[kind & _NESTED_MASK] = body[offset + _ATTR.size : offset + length]
+        offset += (length + 3) & ~3
+    return found
+
+
+def parse_link(body: bytes) -> Interface | None:
+    """An interface out of RTM_NEWLINK or RTM_DELLINK, without addresses; None when it is too short to be one."""
+    if len(body) < _LINK.size:
+        return None
+    _family, _type, index, flags, _change = _LINK.unpack_from(body)
+    found = attributes(body, _LINK.size)
+    name = found.get(3, b"").rstrip(b"\0").decode("utf-8", "replace")
+    kind = attributes(found.get(18, b"")).get(1, b"").rstrip(b"\0").decode("ascii", "replace")
+    counters = found.get(23, b"")
+    rx, tx = struct.unpack_from("=2Q", counters, 16) if len(counters) >= 32 else (0, 0)
+    # A name may hold any byte but '/' and white space; what cannot be printed cannot be reported either.
+    name = "".join(c if c.isprintable() else "?" for c in name)
+    return Interface(index=index, name=name, kind=kind, flags=flags, rx_bytes=rx, tx_bytes=tx)
+
+
+def parse_address(body: bytes) -> tuple[int, IPAddress] | None:
+    """The interface's index and the local address out of RTM_NEWADDR or RTM_DELADDR."""
+    if len(body) < _ADDR.size:
+        return None
+    _family, _prefix, _flags, _scope, index = _ADDR.unpack_from(body)
+    found = attributes(body, _ADDR.size)
+    address = _address(found.get(2) or found.get(1))
+    return None if address is None else (index, address)
+
+
+def parse_route(body: bytes) -> Route | None:
+    if len(body) < _ROUTE.size:
+        return None
+    fixed = _ROUTE.unpack_from(body)
+    found = attributes(body, _ROUTE.size)
+    oif = found.get(4, b"")
+    return Route(
+        interface=_U32.unpack(oif)[0] if len(oif) == 4 else None,
+        kind=fixed[7],
+        gateway=5 in found or 18 in found,
+        source=_address(found.get(7)),
+        prefix=fixed[1],
+    )
+
+
+def dump_request(kind: int, sequence: int) -> bytes:
+    """Ask for all links or addresses; the rest of either request may be zero."""
+    body = _LINK.pack(0, 0, 0, 0, 0)
+    return _HEADER.pack(_HEADER.size + len(body), kind, _REQUEST | _DUMP, sequence, 0) + body
+
+
+def route_request(
+    destination: IPAddress, sequence: int, *, port: int, protocol: int, via: int | None, match: bool
+) -> bytes:
+    """Ask for the route that a packet of `protocol` to `destination` and `port` would take (0: any port)."""
+    family = socket.AF_INET6 if isinstance(destination, IPv6Address) else socket.AF_INET
+    attrs = _attribute(1, destination.packed)
+    if via is not None:
+        attrs += _attribute(4, _U32.pack(via))
+    if port:
+        # Rules may look at protocol and port (`ip rule … ipproto udp dport 53`); older kernels skip these attributes.
+        attrs += _attribute(27, bytes([protocol])) + _attribute(29, struct.pack("!H", port))
+    flags = _FIB_MATCH if match else 0
+    body = _ROUTE.pack(family, len(destination.packed) * 8, 0, 0, 0, 0, 0, 0, flags) + attrs
+    return _HEADER.pack(_HEADER.size + len(body), GETROUTE, _REQUEST, sequence, 0) + body
+
+
+def _attribute(kind: int, value: bytes) -> bytes:
+    return _ATTR.pack(_ATTR.size + len(value), kind) + value + b"\0" * (-len(value) % 4)
+
+
+def _address(packed: bytes | None) -> IPAddress | None:
+    return ip_address(packed) if packed is not None and len(packed) in (4, 16) else None
+
+
+class Netlink:
+    """A `Kernel` over one netlink socket. Answers come within microseconds, so it asks without the loop."""
+
+    def __init__(self) -> None:
+        """Raises OSError where the sandbox has no netlink."""
+        self._sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+        self._sock.settimeout(1.0)
+        self._sequence = 0
+
+    def close(self) -> None:
+        self._sock.close()
+
+    def interfaces(self) -> tuple[Interface, ...]:
+        links = [link for m in self._dump(GETLINK) if m.kind == NEWLINK and (link := parse_link(m.body))]
+        addresses: dict[int, list[IPAddress]] = {}
+        for message in self._dump(GETADDR):
+            if message.kind == NEWADDR and (parsed := parse_address(message.body)):
+                addresses.setdefault(parsed[0], []).append(parsed[1])
+        return tuple(replace(link, addresses=tuple(addresses.get(link.index, ()))) for link in links)
+
+    def route(
+        self, destination: IPAddress, *, port: int = 0, protocol: int = 17, via: int | None = None, match: bool = False
+    ) -> Route | None:
+        """Where a packet would go, None when no route (or one that prohibits) leads there."""
+        self._sequence += 1
+        request = route_request(destination, self._sequence, port=port, protocol=protocol, via=via, match=match)
+        self._sock.send(request)
+        while True:
+            for message in messages(self._sock.recv(65536)):
+                if message.sequence != self._sequence:
+                    continue
+                if message.kind == _ERROR:
+                    code = -struct.unpack_from("=i", message.body)[0]
+                    if code in _NO_ROUTE:
+                        return None
+                    raise OSError(code, "netlink refuses to look a route up")
+                return parse_route(message.body)
+
+    def _dump(self, kind: int) -> list[Message]:
+        for _ in range(3):
+            self._sequence += 1
+            self._sock.send(dump_request(kind, self._sequence))
+            found, interrupted, done = [], False, False
+            while not done:
+                for message in messages(self._sock.recv(65536)):
+                    if message.sequence != self._sequence:
+                        continue
+                    interrupted = interrupted or bool(message.flags & _DUMP_INTERRUPTED)
+                    if message.kind == _ERROR:
+                        raise OSError(-struct.unpack_from("=i", message.body)[0], "netlink refuses a dump")
+                    if message.kind == _DONE:
+                        done = True
+                    else:
+                        found.append(message)
+            if not interrupted:
+                break
+        return found

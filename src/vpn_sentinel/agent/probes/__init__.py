@@ -1,0 +1,1 @@
+"""Questions to the network: canaries, nameservers, geolocation."""

@@ -1,0 +1,146 @@
+"""The three canaries of SCENARIOS: C1 on the default route, C2 beside the tunnel, C3 beside it for one hop only.
+
+All are asked at once. A family is settled when one of its targets answered; those still on their way are then left out
+instead of being called lost. When a family stays silent, a reserve is asked too, so that one target that shuns VPN
+exits (SCENARIOS, row 35) never looks like a dead tunnel.
+"""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from vpn_sentinel.agent.interfaces import Paths
+from vpn_sentinel.agent.probes.datagram import Destination, Outcome, ask
+from vpn_sentinel.agent.probes.targets import CLOUDFLARE, OPENDNS, Seen, Target
+from vpn_sentinel.domain.observation import Answer, Canary, Path, Probe
+
+SETTLE: Final = 0.3  # seconds that slower targets get once one has answered; then the reserve is asked where none has
+# Asks a target that takes no datagram, such as the HTTPS trace.
+Other = Callable[[], Coroutine[Any, Any, Canary]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Flock:
+    """Whom to ask: `targets` and `also` always, `reserve` and `others` when a family has shown no address by then."""
+
+    targets: tuple[Target, ...] = CLOUDFLARE
+    also: tuple[Other, ...] = ()
+    reserve: tuple[Target, ...] = OPENDNS
+    others: tuple[Other, ...] = ()
+
+
+async def one(target: Target, path: Path, probe: Probe = Probe.DEFAULT, device: str | None = None) -> Canary:
+    """Send one canary and wait for its end, at most one second."""
+    payload, read = target.question()
+    hops = 1 if probe is Probe.FIRST_HOP else None
+    destination = Destination(address=target.address, port=target.port, device=device, hops=hops)
+    return told(await ask(destination, payload, read), target, path, probe)
+
+
+def told(outcome: Outcome[Seen], target: Target, path: Path, probe: Probe) -> Canary:
+    """What an outcome says as a canary. The address of C3 is the router that reported it expired."""
+    address = outcome.value.address if outcome.value else None
+    return Canary(
+        probe=probe,
+        target=target.name,
+        family=target.address.version,
+        answer=outcome.answer,
+        path=path,
+        address=outcome.router if probe is Probe.FIRST_HOP else address,
+        rtt_ms=None if outcome.rtt_ms is None else round(outcome.rtt_ms, 1),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    probe: Probe
+    family: int
+    path: Path
+
+
+class _Asked:
+    """The canaries that are out, and what has come back."""
+
+    def __init__(self, group: asyncio.TaskGroup, paths: Paths, device: str | None) -> None:
+        self._group = group
+        self._paths = paths
+        self._device = device
+        self._sent: dict[asyncio.Task[Canary], _Sent] = {}
+
+    def send(self, targets: Iterable[Target], probe: Probe) -> None:
+        for target in targets:
+            if probe is Probe.DEFAULT:
+                path, device = self._paths.of(target.address, target.port), None
+                if path is Path.OUTSIDE and _is_meant_to(target, self._paths):
+                    continue
+            else:
+                path, device = Path.OUTSIDE, self._device
+            task = self._group.create_task(one(target, path, probe, device))
+            self._sent[task] = _Sent(probe, target.address.version, path)
+
+    def send_others(self, others: Iterable[Other], path: Path) -> None:
+        for other in others:
+            self._sent[self._group.create_task(other())] = _Sent(Probe.DEFAULT, 4, path)
+
+    async def wait(self, seconds: float | None = None, *, until: str) -> None:
+        if waiting := [t for t in self._sent if not t.done()]:
+            await asyncio.wait(waiting, timeout=seconds, return_when=until)
+
+    def back(self) -> tuple[Canary, ...]:
+        return tuple(t.result() for t in self._sent if t.done() and not t.cancelled())
+
+    def silent(self) -> set[int]:
+        """The families of which no C1 has shown an address."""
+        return {4, 6} - {c.family for c in self.back() if c.probe is Probe.DEFAULT and c.address is not None}
+
+    def settled(self) -> bool:
+        """Whether those still out can be left out: their kind and family has its answer.
+
+        A C1 that the kernel routes outside is always waited for: its answer would be a leak, and a slow one is one too.
+        """
+        told_ = {
+            (c.probe, c.family)
+            for c in self.back()
+            if c.address is not None or (c.probe is not Probe.DEFAULT and c.answer in (Answer.ANSWERED, Answer.EXPIRED))
+        }
+        return all(
+            t.done() or ((s.probe, s.family) in told_ and not (s.probe is Probe.DEFAULT and s.path is Path.OUTSIDE))
+            for t, s in self._sent.items()
+        )
+
+    def stop(self) -> None:
+        for task in self._sent:
+            task.cancel()
+
+
+async def canaries(
+    flock: Flock, paths: Paths, *, enough: Callable[[tuple[Canary, ...]], bool] = lambda _: False
+) -> tuple[Canary, ...]:
+    """Send them all and wait about 1.3 s at most, or as long as the slowest of `flock.others`.
+
+    `enough` is asked from 0.3 s on whether what has come back already tells all that matters.
+    """
+    device = paths.survey.physical.name if paths.survey.physical and paths.survey.tunnel else None
+    async with asyncio.TaskGroup() as group:
+        asked = _Asked(group, paths, device)
+        asked.send(flock.targets, Probe.DEFAULT)
+        if device is not None:
+            asked.send(flock.targets, Probe.PHYSICAL)
+            asked.send(CLOUDFLARE, Probe.FIRST_HOP)
+        # Whoever names one wants its answer: waited for like one that may leak.
+        asked.send_others(flock.also, Path.OUTSIDE)
+        await asked.wait(SETTLE, until=asyncio.ALL_COMPLETED)
+        silent = asked.silent()
+        asked.send((t for t in flock.reserve if t.address.version in silent), Probe.DEFAULT)
+        if 4 in silent:
+            asked.send_others(flock.others, Path.UNKNOWN)
+        while not asked.settled() and not enough(asked.back()):
+            await asked.wait(until=asyncio.FIRST_COMPLETED)
+        asked.stop()
+    return asked.back()
+
+
+def _is_meant_to(target: Target, paths: Paths) -> bool:
+    """The server may run on the VPN provider's own host, to which a VPN client makes a route beside the tunnel."""
+    return target.name == "echo" and paths.has_own_way(target.address, target.port)

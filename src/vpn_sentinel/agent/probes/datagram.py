@@ -1,0 +1,153 @@
+"""One question in one UDP datagram, and how it ended: the way every canary and every DNS lookup goes.
+
+Sockets are made anew for each question: a random source port guards against forged answers, and the route is the
+current one. ip(7), ipv6(7) and recvmsg(2) describe the error queue that tells a lost packet from a refused one.
+"""
+
+import asyncio
+import errno
+import socket
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from ipaddress import ip_address
+from typing import Final, Generic, TypeVar
+
+from vpn_sentinel.domain.observation import Answer
+from vpn_sentinel.domain.policy import IPAddress
+
+T = TypeVar("T")
+
+LIMIT: Final = 1.0  # seconds until a question counts as lost
+RESEND: Final = 0.4  # seconds until it is asked once more
+IP_RECVERR, IPV6_RECVERR = 11, 25
+_EXTENDED_ERROR: Final = struct.Struct("=IBBBBII")  # sock_extended_err of linux/errqueue.h
+_ICMP, _ICMP6 = 2, 3  # its ee_origin
+_TIME_EXCEEDED: Final = {_ICMP: 11, _ICMP6: 3}
+# The host itself refuses: a firewall's drop in the output hook (EPERM), a `prohibit` or `blackhole` route.
+_REFUSED: Final = frozenset({errno.EPERM, errno.EACCES, errno.EINVAL})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Destination:
+    """Where to send. `device` binds to one interface, `hops` limits how far the datagram may go."""
+
+    address: IPAddress
+    port: int
+    scope: int = 0
+    device: str | None = None
+    hops: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome(Generic[T]):
+    """`value` is what `read` made of the answer; `router` who reported an expired datagram."""
+
+    answer: Answer
+    value: T | None = None
+    rtt_ms: float | None = None
+    router: IPAddress | None = None
+
+
+async def ask(
+    destination: Destination,
+    payload: bytes,
+    read: Callable[[bytes], T | None],
+    *,
+    limit: float = LIMIT,
+    resend: float | None = RESEND,
+) -> Outcome[T]:
+    """Send `payload` and wait up to `limit` seconds for a datagram that `read` accepts; others are ignored."""
+    loop = asyncio.get_running_loop()
+    family = socket.AF_INET if destination.address.version == 4 else socket.AF_INET6
+    with socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
+        refused = _prepare(sock, destination)
+        if refused is not None:
+            return Outcome(refused)
+        start = loop.time()
+        try:
+            sock.send(payload)
+        except BlockingIOError:
+            return Outcome(Answer.UNKNOWN)
+        except OSError as e:
+            return _failed(e, sock)
+        again = loop.call_later(resend, _send_again, sock, payload) if resend is not None and resend < limit else None
+        try:
+            async with asyncio.timeout(limit):
+                while True:
+                    value = read(await loop.sock_recv(sock, 4096))
+                    if value is not None:
+                        return Outcome(Answer.ANSWERED, value, (loop.time() - start) * 1000)
+        except TimeoutError:
+            return Outcome(Answer.LOST)
+        except OSError as e:
+            return _failed(e, sock)
+        finally:
+            if again is not None:
+                again.cancel()
+
+
+def _prepare(sock: socket.socket, destination: Destination) -> Answer | None:
+    """Bind and connect; return how the question ended when it cannot even be sent."""
+    six = destination.address.version == 6
+    try:
+        if destination.device is not None:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, destination.device.encode() + b"\0")
+    except OSError as e:
+        # No permission (kernels before 5.7) says nothing of the kill switch; a device that went away has no route.
+        return Answer.UNREACHABLE if e.errno == errno.ENODEV else Answer.UNKNOWN
+    try:
+        if six:
+            sock.setsockopt(socket.IPPROTO_IPV6, IPV6_RECVERR, 1)
+        else:
+            sock.setsockopt(socket.IPPROTO_IP, IP_RECVERR, 1)
+        if destination.hops is not None:
+            if six:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS, destination.hops)
+            else:
+                sock.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, destination.hops)
+        where = (str(destination.address), destination.port)
+        # Connected: only answers from there get through, and ICMP errors come back to this socket.
+        sock.connect((*where, 0, destination.scope) if six else where)
+    except OSError as e:
+        return _failed(e, sock).answer
+    return None
+
+
+def _send_again(sock: socket.socket, payload: bytes) -> None:
+    try:
+        sock.send(payload)
+    except OSError:
+        # An error of the first datagram is pending: the one who waits to receive gets it.
+        return
+
+
+def _failed(error: OSError, sock: socket.socket) -> Outcome[T]:
+    """Tell the host's own refusal, an ICMP time-exceeded and every other ICMP error apart."""
+    try:
+        _data, ancillary, _flags, _from = sock.recvmsg(512, 512, socket.MSG_ERRQUEUE | socket.MSG_DONTWAIT)
+    except OSError:
+        ancillary = []
+    for level, kind, data in ancillary:
+        if (level, kind) not in ((socket.IPPROTO_IP, IP_RECVERR), (socket.IPPROTO_IPV6, IPV6_RECVERR)):
+            continue
+        if len(data) < _EXTENDED_ERROR.size:
+            continue
+        _errno, origin, icmp_type, _code, _pad, _info, _data2 = _EXTENDED_ERROR.unpack_from(data)
+        if origin in _TIME_EXCEEDED and icmp_type == _TIME_EXCEEDED[origin]:
+            return Outcome(Answer.EXPIRED, router=offender(data[_EXTENDED_ERROR.size :]))
+        if origin in _TIME_EXCEEDED:
+            return Outcome(Answer.UNREACHABLE)
+    return Outcome(Answer.BLOCKED if error.errno in _REFUSED else Answer.UNREACHABLE)
+
+
+def offender(sockaddr: bytes) -> IPAddress | None:
+    """Who sent the ICMP error: the sockaddr behind a sock_extended_err."""
+    if len(sockaddr) < 8:
+        return None
+    (family,) = struct.unpack_from("=H", sockaddr)
+    if family == socket.AF_INET:
+        return ip_address(sockaddr[4:8])
+    if family == socket.AF_INET6 and len(sockaddr) >= 24:
+        return ip_address(sockaddr[8:24])
+    return None

@@ -1,0 +1,148 @@
+"""What geolocation services say, read with suspicion: texts become printable and short, the rest is checked."""
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from vpn_sentinel.agent.probes.targets import address_in
+from vpn_sentinel.agent.probes.trace import TRACE_PATH, parse_trace
+from vpn_sentinel.domain.observation import Place
+from vpn_sentinel.domain.policy import IPAddress
+from vpn_sentinel.wire import limits
+
+_AS: Final = re.compile(r"AS(\d{1,10})\b\s*(.*)", re.ASCII | re.IGNORECASE | re.DOTALL)
+
+
+class BadAnswerError(ValueError):
+    """An answer that names no address: an error page, a captive portal, a service that changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """One source. `setting` is what chooses it, `path` is added to its base URL."""
+
+    name: str
+    base: str
+    path: str
+    read: Callable[[bytes], Place]
+
+
+def read_ipinfo(body: bytes) -> Place:
+    said = _json(body)
+    org = clean(said.get("org"))
+    return Place(
+        ip=_address(said.get("ip")),
+        source="ipinfo.io",
+        country=country_code(said.get("country")),
+        region=clean(said.get("region")),
+        city=clean(said.get("city")),
+        timezone=clean(said.get("timezone")),
+        asn=asn_of(org),
+        org=without_asn(org),
+    )
+
+
+def read_ipapi(body: bytes) -> Place:
+    said = _json(body)
+    if said.get("status") != "success":
+        raise BadAnswerError("the service reports a failure")
+    return Place(
+        ip=_address(said.get("query")),
+        source="ip-api.com",
+        country=country_code(said.get("countryCode")),
+        region=clean(said.get("regionName")),
+        city=clean(said.get("city")),
+        timezone=clean(said.get("timezone")),
+        asn=asn_of(said.get("as")),
+        org=clean(said.get("org")) or clean(said.get("isp")),
+    )
+
+
+def read_ipwhois(body: bytes) -> Place:
+    said = _json(body)
+    if said.get("success") is not True:
+        raise BadAnswerError("the service reports a failure")
+    connection, timezone = _map(said.get("connection")), said.get("timezone")
+    return Place(
+        ip=_address(said.get("ip")),
+        source="ipwho.is",
+        country=country_code(said.get("country_code")),
+        region=clean(said.get("region")),
+        city=clean(said.get("city")),
+        timezone=clean(_map(timezone).get("id")),
+        asn=asn_of(connection.get("asn")),
+        org=clean(connection.get("org")) or clean(connection.get("isp")),
+    )
+
+
+def read_trace(body: bytes) -> Place:
+    said = parse_trace(body)
+    return Place(ip=_address(said.get("ip")), source="cloudflare", country=country_code(said.get("loc")))
+
+
+def services(ipinfo: str, ipapi: str, ipwhois: str, trace: str) -> tuple[Service, ...]:
+    """All sources under their base URLs, in the order in which they are tried."""
+    return (
+        Service("ipinfo.io", ipinfo, "/json", read_ipinfo),
+        Service("ipwho.is", ipwhois, "/", read_ipwhois),
+        Service("ip-api.com", ipapi, "/json", read_ipapi),
+        Service("cloudflare", trace, TRACE_PATH, read_trace),
+    )
+
+
+def clean(value: object) -> str | None:
+    """A text that can be kept and shown, None for anything else."""
+    if not isinstance(value, str):
+        return None
+    text = "".join(c for c in value if c.isprintable()).strip()[: limits.TEXT]
+    return text or None
+
+
+def country_code(value: object) -> str | None:
+    """ISO 3166-1 alpha-2. Cloudflare writes XX where it knows nothing and T1 for Tor: neither is a country."""
+    text = value.strip().upper() if isinstance(value, str) else ""
+    return text if len(text) == 2 and text.isascii() and text.isalpha() and text != "XX" else None
+
+
+def asn_of(value: object) -> int | None:
+    """The number out of 64500, "64500", "AS64500" or "AS64500 Example Ltd"."""
+    match value:
+        case bool():
+            return None
+        case int():
+            number = value
+        case str():
+            found = _AS.match(value.strip())
+            digits = found[1] if found else value.strip()
+            number = int(digits) if digits.isascii() and digits.isdigit() and len(digits) <= 10 else 0
+        case _:
+            return None
+    return number if 0 < number < 2**32 else None
+
+
+def without_asn(org: str | None) -> str | None:
+    found = _AS.match(org) if org else None
+    return (found[2].strip() or None) if found else org
+
+
+def _json(body: bytes) -> Mapping[str, Any]:
+    try:
+        said = json.loads(body)
+    except (ValueError, RecursionError) as e:
+        raise BadAnswerError("the answer is not JSON") from e
+    if not isinstance(said, dict):
+        raise BadAnswerError("the answer is not a JSON object")
+    return said
+
+
+def _map(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _address(value: object) -> IPAddress:
+    address = address_in(value) if isinstance(value, str) else None
+    if address is None:
+        raise BadAnswerError("the answer names no address")
+    return address

@@ -1,0 +1,106 @@
+"""Who can be asked "where do you see me come from?" by one datagram."""
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from ipaddress import ip_address
+from typing import Final, Protocol
+
+from vpn_sentinel.agent.probes import dnswire
+from vpn_sentinel.domain.policy import IPAddress
+from vpn_sentinel.wire import codec, echo
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """An answer. `address` is None when it holds none: something on the way answers in the target's place."""
+
+    address: IPAddress | None
+
+
+class Target(Protocol):
+    @property
+    def name(self) -> str: ...
+    @property
+    def address(self) -> IPAddress: ...
+    @property
+    def port(self) -> int: ...
+
+    def question(self) -> tuple[bytes, Callable[[bytes], Seen | None]]:
+        """A datagram, and the reader of its answer: None for a datagram that is not the answer."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ServerEcho:
+    """The project's own server: wire.echo."""
+
+    address: IPAddress
+    port: int
+    ident: bytes
+    key: bytes
+    name: str = "echo"
+
+    def question(self) -> tuple[bytes, Callable[[bytes], Seen | None]]:
+        nonce = secrets.token_bytes(8)
+        return echo.request(self.ident, nonce, self.key), partial(self._read, nonce)
+
+    def _read(self, nonce: bytes, datagram: bytes) -> Seen | None:
+        address = echo.read_reply(datagram, self.ident, nonce, self.key)
+        return None if address is None else Seen(address)
+
+
+@dataclass(frozen=True, slots=True)
+class DnsWhoami:
+    """A name server that answers with the address of who asks."""
+
+    name: str
+    address: IPAddress
+    domain: str
+    kind: int
+    klass: int
+    port: int = 53
+
+    def question(self) -> tuple[bytes, Callable[[bytes], Seen | None]]:
+        asked = dnswire.query(secrets.randbits(16), self.domain, self.kind, self.klass)
+        return asked, partial(self._read, asked)
+
+    def _read(self, asked: bytes, datagram: bytes) -> Seen | None:
+        try:
+            reply = dnswire.parse(datagram, asked)
+        except dnswire.BadMessageError:
+            return None
+        return Seen(self._address(reply))
+
+    def _address(self, reply: dnswire.Reply) -> IPAddress | None:
+        """Global, and of the family that was asked by: a captive portal's resolver answers all with its own address."""
+        found = [*reply.addresses, *(a for strings in reply.texts for s in strings if (a := address_in(s)))]
+        return next((a for a in found if a.version == self.address.version and a.is_global), None)
+
+
+def address_in(text: str) -> IPAddress | None:
+    try:
+        return codec.address(text.strip())
+    except ValueError:
+        return None
+
+
+def cloudflare(port: int = 53) -> tuple[DnsWhoami, ...]:
+    """CH TXT whoami.cloudflare at both families' literal addresses: no name needs resolving."""
+    return tuple(
+        DnsWhoami("cloudflare", ip_address(a), "whoami.cloudflare", dnswire.TXT, dnswire.CHAOS, port)
+        for a in ("1.1.1.1", "2606:4700:4700::1111")
+    )
+
+
+def opendns(port: int = 53) -> tuple[DnsWhoami, ...]:
+    """myip.opendns.com at resolver1.opendns.com's addresses."""
+    return tuple(
+        DnsWhoami("opendns", ip_address(a), "myip.opendns.com", kind, dnswire.IN, port)
+        for a, kind in (("208.67.222.222", dnswire.A), ("2620:119:35::35", dnswire.AAAA))
+    )
+
+
+CLOUDFLARE: Final = cloudflare()
+OPENDNS: Final = opendns()

@@ -1,0 +1,51 @@
+"""Where an HTTPS service sees us come from: for networks that let no datagram through."""
+
+import json
+
+from vpn_sentinel.agent.http import Client, HttpError
+from vpn_sentinel.agent.probes.targets import address_in
+from vpn_sentinel.domain.observation import Answer, Canary, Path, Probe
+from vpn_sentinel.domain.policy import IPAddress
+
+TRACE_PATH = "/cdn-cgi/trace"
+LIMIT = 2.5  # seconds
+
+
+def parse_trace(body: bytes) -> dict[str, str]:
+    """The `key=value` lines of Cloudflare's trace."""
+    lines = body.decode("utf-8", "replace").splitlines()
+    return {key: value for key, found, value in (line.partition("=") for line in lines) if found}
+
+
+async def trace(http: Client, base: str, path: Path, limit: float = LIMIT) -> Canary:
+    """Ask Cloudflare's trace at a literal address."""
+    return await _canary(http, base + TRACE_PATH, "trace", path, limit)
+
+
+async def whoami(http: Client, server: str, path: Path, limit: float = LIMIT) -> Canary:
+    """Ask the project's own server, `GET /api/v1/whoami` → `{"ip": "…"}`."""
+    return await _canary(http, server + "/api/v1/whoami", "server", path, limit)
+
+
+async def _canary(http: Client, url: str, target: str, path: Path, limit: float) -> Canary:
+    address: IPAddress | None = None
+    try:
+        response = await http.get(url, limit=limit)
+        # A captive portal's page is an answer of the wrong kind: it is never taken for an exit.
+        address = _address(target, response.body) if response.status == 200 else None
+        answer = Answer.ANSWERED if address is not None else Answer.LOST
+    except HttpError:
+        answer = Answer.LOST
+    family = address.version if address else 4
+    return Canary(probe=Probe.DEFAULT, target=target, family=family, answer=answer, path=path, address=address)
+
+
+def _address(target: str, body: bytes) -> IPAddress | None:
+    if target == "trace":
+        return address_in(parse_trace(body).get("ip", ""))
+    try:
+        said = json.loads(body)
+    except ValueError:
+        return None
+    text = said.get("ip") if isinstance(said, dict) else None
+    return address_in(text) if isinstance(text, str) else None

@@ -1,0 +1,79 @@
+"""One round: look once at everything, in the order in which it matters.
+
+First the canaries. If they already show a leak or a dead tunnel, that is told at once; only otherwise are nameservers
+and geolocation services asked, which takes up to some seconds.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path as FilePath
+from typing import Final
+
+from vpn_sentinel.agent.interfaces import Paths, Survey
+from vpn_sentinel.agent.netlink import Kernel
+from vpn_sentinel.agent.probes import dns
+from vpn_sentinel.agent.probes.canary import Flock, canaries
+from vpn_sentinel.agent.probes.place import Places
+from vpn_sentinel.domain.observation import Canary, Observation, Trigger
+from vpn_sentinel.domain.policy import IPAddress, Policy
+from vpn_sentinel.domain.verdict import State, judge
+from vpn_sentinel.runtime.clock import Clock
+
+_PLACES_PATIENCE: Final = 0.5  # seconds that places get beyond a DNS leak that is waiting to be told
+_URGENT: Final = frozenset({State.LEAKING, State.DOWN})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Eyes:
+    """What a round looks with. `survey` and `flock` are made anew for each round, since both change."""
+
+    kernel: Kernel | None
+    survey: Callable[[], Survey]
+    flock: Callable[[Paths], Flock]
+    places: Places
+    clock: Clock
+    resolv_conf: FilePath = dns.RESOLV_CONF
+
+
+async def look(eyes: Eyes, trigger: Trigger, policy: Policy) -> Observation:
+    """Run one round. Takes about 0.3 s when all is well, 1.3 s when the tunnel is dead, some seconds when DNS is."""
+    start = eyes.clock.boottime()
+    survey = eyes.survey()
+    paths = Paths(eyes.kernel, survey)
+    seen = Observation(trigger=trigger, link=survey.link(), interfaces=survey.names())
+
+    def leaks(found: tuple[Canary, ...]) -> bool:
+        return judge(replace(seen, canaries=found), policy).state is State.LEAKING
+
+    seen = replace(seen, canaries=await canaries(eyes.flock(paths), paths, enough=leaks))
+    if judge(seen, policy).state not in _URGENT:
+        seen = await _slow_part(eyes, seen, policy, paths)
+    known = eyes.places.known(_addresses(seen, policy))
+    return replace(seen, places=known, took_ms=round((eyes.clock.boottime() - start) * 1000, 1))
+
+
+async def _slow_part(eyes: Eyes, seen: Observation, policy: Policy, paths: Paths) -> Observation:
+    exit_ = seen.exit(4) or seen.exit(6)
+    servers = dns.system_nameservers(eyes.resolv_conf)
+    async with asyncio.TaskGroup() as group:
+        # The services learn nothing that a canary did not tell others already: none was seen leaking.
+        placing = group.create_task(eyes.places.gather(exit_)) if exit_ and eyes.places.due(exit_) else None
+        proxied = group.create_task(dns.intercepted())
+        found = await dns.resolvers(paths, servers)
+        seen = replace(seen, resolvers=found)
+        if judge(seen, policy).state is State.LEAKING:
+            if placing is not None:
+                await asyncio.wait([placing], timeout=_PLACES_PATIENCE)
+                placing.cancel()
+            if not proxied.done():
+                proxied.cancel()
+                return seen
+        return replace(seen, dns_intercepted=await proxied)
+
+
+def _addresses(seen: Observation, policy: Policy) -> Iterable[IPAddress]:
+    """Whose places matter: the exits', the resolvers' and home's, to compare their networks."""
+    yield from (a for a in (seen.exit(4), seen.exit(6)) if a)
+    yield from (s.egress for s in seen.resolvers if s.egress)
+    yield from (n.network_address for n in policy.home_networks if n.prefixlen == n.max_prefixlen)

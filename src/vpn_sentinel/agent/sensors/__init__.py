@@ -1,0 +1,1 @@
+"""What starts a round without being asked: the kernel's events and the beat of the canary."""

@@ -1,0 +1,132 @@
+"""The kernel's own news: links, addresses, routes and rules, the moment they change (rtnetlink(7), multicast groups).
+
+Not all of it is news. Router advertisements renew addresses every few seconds and Wi-Fi drivers repeat their links;
+what repeats the state that is known is left out.
+"""
+
+import asyncio
+import contextlib
+import socket
+import struct
+from collections.abc import Callable
+from typing import Final
+
+from vpn_sentinel.agent.netlink import (
+    DELADDR,
+    DELLINK,
+    DELROUTE,
+    DELRULE,
+    IFF_LOWER_UP,
+    IFF_UP,
+    NEWADDR,
+    NEWLINK,
+    NEWROUTE,
+    NEWRULE,
+    Interface,
+    messages,
+    parse_address,
+    parse_link,
+)
+from vpn_sentinel.domain.policy import IPAddress
+
+# RTMGRP_LINK, _IPV4_IFADDR, _IPV4_ROUTE, _IPV4_RULE, _IPV6_IFADDR, _IPV6_ROUTE; IPv6 rules have a number only.
+_GROUPS: Final = 0x1 | 0x10 | 0x40 | 0x80 | 0x100 | 0x400
+_IPV6_RULE: Final = 19
+_SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
+_TABLE_LOCAL: Final = 255
+_CLONED: Final = 0x200
+_FLAGS: Final = struct.Struct("=I")  # rtm_flags
+DEBOUNCE: Final = 0.05  # seconds; one `ip link del` makes several messages
+
+
+class Changes:
+    """Tells changes from repetitions."""
+
+    def __init__(self, interfaces: tuple[Interface, ...] = ()) -> None:
+        self._links = {i.index: _state(i) for i in interfaces}
+        self._addresses: set[tuple[int, IPAddress]] = {(i.index, a) for i in interfaces for a in i.addresses}
+
+    def notice(self, data: bytes) -> bool:
+        """Take in one datagram; whether anything in it is new."""
+        news = False
+        for message in messages(data):  # each is taken in, also behind one that is news
+            news = self._is_new(message.kind, message.body) or news
+        return news
+
+    def _is_new(self, kind: int, body: bytes) -> bool:
+        match kind:
+            case _ if kind in (NEWLINK, DELLINK):
+                return self._link(kind, body)
+            case _ if kind in (NEWADDR, DELADDR):
+                return self._address(kind, body)
+            case _ if kind in (NEWROUTE, DELROUTE):
+                # Routes of the host's own addresses follow address messages; cloned ones are mere cache entries.
+                return len(body) >= 12 and body[4] != _TABLE_LOCAL and not _FLAGS.unpack_from(body, 8)[0] & _CLONED
+            case _:
+                return kind in (NEWRULE, DELRULE)
+
+    def _link(self, kind: int, body: bytes) -> bool:
+        link = parse_link(body)
+        if link is None:
+            return False
+        if kind == DELLINK:
+            return self._links.pop(link.index, None) is not None
+        old, self._links[link.index] = self._links.get(link.index), _state(link)
+        return old != _state(link)
+
+    def _address(self, kind: int, body: bytes) -> bool:
+        address = parse_address(body)
+        if address is None:
+            return False
+        known = address in self._addresses
+        if kind == DELADDR:
+            self._addresses.discard(address)
+            return known
+        self._addresses.add(address)
+        return not known
+
+
+def _state(interface: Interface) -> tuple[str, int]:
+    return interface.name, interface.flags & (IFF_UP | IFF_LOWER_UP)
+
+
+class NetworkSensor:
+    """Calls `changed` soon after something changed; many changes at once are one."""
+
+    def __init__(self, changed: Callable[[], None], interfaces: tuple[Interface, ...] = ()) -> None:
+        """Raises OSError where the sandbox has no netlink."""
+        self._changed = changed
+        self._changes = Changes(interfaces)
+        self._sock = socket.socket(
+            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE
+        )
+        self._sock.bind((0, _GROUPS))
+        with contextlib.suppress(OSError):  # without it only rules for IPv6 go unseen
+            self._sock.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, _IPV6_RULE)
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        asyncio.get_running_loop().add_reader(self._sock, self._readable)
+
+    def close(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._sock)
+        if self._timer is not None:
+            self._timer.cancel()
+        self._sock.close()
+
+    def _readable(self) -> None:
+        news = False
+        while True:
+            try:
+                news = self._changes.notice(self._sock.recv(65536)) or news
+            except BlockingIOError:
+                break
+            except OSError:
+                # ENOBUFS: so much changed that the kernel dropped some of it.
+                news = True
+        if news and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(DEBOUNCE, self._ring)
+
+    def _ring(self) -> None:
+        self._timer = None
+        self._changed()

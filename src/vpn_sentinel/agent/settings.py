@@ -1,0 +1,153 @@
+"""The agent's settings: read once, checked whole, frozen."""
+
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from vpn_sentinel.agent.http import split
+from vpn_sentinel.agent.probes.targets import address_in
+from vpn_sentinel.domain.policy import Policy
+from vpn_sentinel.domain.tunnel import tunnel_name
+from vpn_sentinel.runtime import settings as s
+from vpn_sentinel.runtime.secret import Secret
+from vpn_sentinel.runtime.settings import SettingError, Source
+
+_LOCAL_NAMES: Final = (".localhost", ".local", ".lan", ".internal", ".home.arpa", ".localdomain")
+_NONE: Final[tuple[str, ...]] = ()
+_SERVICES: Final = ("auto", "ipinfo.io", "ip-api.com", "ipwho.is")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeSettings:
+    """What one round needs; `check` reads no more than this. `timeout` is seconds for one HTTP request."""
+
+    geolocation_service: str
+    ipinfo_url: str
+    ipapi_url: str
+    ipwhois_url: str
+    trace_url: str
+    ca_file: str | None
+    databases: tuple[str, ...]
+    tunnel_interface: str | None
+    timeout: float
+    policy: Policy
+
+    @classmethod
+    def read(cls, source: Source) -> "ProbeSettings":
+        """Raises SettingError naming the setting that cannot be used."""
+        ca = source.get("CA_FILE", s.readable_file, None)
+        replaced_ca = source.get("TLS_CERT_PATH", s.readable_file, None)
+        base = Policy()
+        return cls(
+            geolocation_service=source.get("GEOLOCATION_SERVICE", s.one_of(*_SERVICES), "auto"),
+            ipinfo_url=source.get("IPINFO_URL", s.url, "https://ipinfo.io"),
+            ipapi_url=source.get("IPAPI_URL", s.url, "http://ip-api.com"),
+            ipwhois_url=source.get("IPWHOIS_URL", s.url, "https://ipwho.is"),
+            trace_url=source.get("TRACE_URL", s.url, "https://1.1.1.1"),
+            ca_file=str(ca or replaced_ca) if ca or replaced_ca else None,
+            databases=source.get("GEO_DB", _files, _NONE),
+            tunnel_interface=source.get("TUNNEL_INTERFACE", _interface, None),
+            timeout=source.get("TIMEOUT", s.number(1, 300, "seconds"), 10.0),
+            policy=Policy(
+                home_networks=source.get("HOME_NETWORKS", s.networks, base.home_networks),
+                expected_countries=source.get("EXPECTED_COUNTRIES", s.countries, base.expected_countries),
+                allowed_resolvers=source.get("ALLOWED_RESOLVERS", s.networks, base.allowed_resolvers),
+            ),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentSettings:
+    """`urls`: the first is preferred. `interval` and `pulse` are seconds. `health_port` is on `health_host`."""
+
+    urls: tuple[str, ...]
+    api_path: str
+    api_key: Secret
+    client_id: str
+    interval: float
+    pulse: float
+    allow_insecure: bool
+    debug: bool
+    log_file: str | None
+    health_host: str
+    health_port: int
+    data_dir: Path
+    probes: ProbeSettings
+
+    @classmethod
+    def read(cls, source: Source, *, hostname: str | None = None) -> "AgentSettings":
+        """Raises SettingError naming the setting that cannot be used, or that is missing."""
+        urls = source.get("URL", s.urls, _NONE)
+        if not urls:
+            raise SettingError("VPN_SENTINEL_URL", "is not set: the server's address, e.g. https://sentinel.example")
+        api_key = source.get("API_KEY", s.secret, Secret(""))
+        if not api_key.reveal().isascii() or not api_key.reveal().isprintable():
+            raise SettingError("VPN_SENTINEL_API_KEY", "takes printable ASCII characters")
+        allow_insecure = source.get("ALLOW_INSECURE", s.boolean, False)
+        for url in urls:
+            if not allow_insecure and is_insecure(url):
+                raise SettingError(
+                    "VPN_SENTINEL_URL",
+                    f"{url} would carry the key in clear; use https, or VPN_SENTINEL_ALLOW_INSECURE=true if you must",
+                )
+        return cls(
+            urls=urls,
+            api_path=source.get("API_PATH", _path, "/api/v1"),
+            api_key=api_key,
+            client_id=source.get("CLIENT_ID", tunnel_name, valid_name(hostname or socket.gethostname())),
+            interval=source.get("INTERVAL", s.number(1, 3600, "seconds"), 30.0),
+            pulse=source.get("PULSE_SECONDS", s.number(0.2, 3600, "seconds"), 2.0),
+            allow_insecure=allow_insecure,
+            debug=source.get("DEBUG", s.boolean, False),
+            log_file=source.get("LOG_FILE", s.text, None),
+            health_host=source.get("HEALTH_HOST", _literal, "127.0.0.1"),
+            health_port=source.get("HEALTH_PORT", s.port, 8082),
+            data_dir=source.get("DATA_DIR", Path, Path(s.default_data_dir())),
+            probes=ProbeSettings.read(source),
+        )
+
+
+def is_insecure(url: str) -> bool:
+    """Whether a key sent there could be read on the way: plain HTTP to anything but this host or a private network."""
+    where = split(url)
+    if where.secure:
+        return False
+    address = address_in(where.host)
+    if address is not None:
+        return not (address.is_loopback or address.is_private)
+    # A name without a dot is this host's, the LAN's or the container network's.
+    return "." in where.host and not where.host.lower().endswith(_LOCAL_NAMES)
+
+
+def valid_name(hostname: str) -> str:
+    """The nearest valid tunnel name to a host's name."""
+    kept = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in hostname)[:64].lstrip("._-")
+    return kept or "agent"
+
+
+def _path(value: str) -> str:
+    path = "/" + value.strip("/")
+    if any(c.isspace() or not c.isprintable() for c in path) or not path.isascii():
+        msg = f"{value!r} is not a path"
+        raise ValueError(msg)
+    return path.rstrip("/")
+
+
+def _literal(value: str) -> str:
+    address = address_in(value)
+    if address is None:
+        msg = f"{value!r} is not an address"
+        raise ValueError(msg)
+    return str(address)
+
+
+def _interface(value: str) -> str:
+    if not 0 < len(value) < 16 or "/" in value or any(c.isspace() for c in value):
+        msg = f"{value!r} is not the name of a network interface"
+        raise ValueError(msg)
+    return value
+
+
+def _files(value: str) -> tuple[str, ...]:
+    return tuple(str(s.readable_file(part)) for part in s.words(value))

@@ -1,0 +1,62 @@
+"""The spool's SQLite file: opening it for one process alone, and setting it aside when it is damaged."""
+
+import logging
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+log = logging.getLogger(__name__)
+
+_SCHEMA: Final = """
+CREATE TABLE IF NOT EXISTS observation (
+    seq INTEGER PRIMARY KEY,
+    boot TEXT NOT NULL,
+    boottime REAL NOT NULL,
+    wall REAL NOT NULL,
+    routine INTEGER NOT NULL,
+    body BLOB NOT NULL
+);
+CREATE TABLE IF NOT EXISTS fact (name TEXT PRIMARY KEY, value TEXT NOT NULL);
+"""
+
+
+def open_file(path: Path) -> sqlite3.Connection:
+    """Open for one process alone: no shared memory, and a second agent on the same file is refused.
+
+    Raises sqlite3.Error.
+    """
+    db = sqlite3.connect(path, timeout=1.0)
+    try:
+        db.execute("PRAGMA locking_mode = EXCLUSIVE")
+        db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")
+        db.execute("PRAGMA wal_autocheckpoint = 200")
+        db.execute("PRAGMA journal_size_limit = 1048576")
+        db.execute("PRAGMA cache_size = -256")
+        db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        db.executescript(_SCHEMA)
+    except BaseException:
+        db.close()
+        raise
+    return db
+
+
+def open_whole(path: Path, now: float, connect: Callable[[Path], sqlite3.Connection]) -> sqlite3.Connection:
+    """Open or create, with a look at every page; a damaged file is set aside. Raises sqlite3.Error or OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        db = connect(path)
+        if db.execute("PRAGMA quick_check(1)").fetchone()[0] == "ok":
+            return db
+        db.close()
+    except sqlite3.OperationalError:
+        raise  # locked, full, not permitted: the file itself may be whole
+    except sqlite3.DatabaseError as e:
+        log.debug("the spool cannot be read", extra={"reason": e})
+    aside = path.with_name(f"{path.name}.damaged-{int(now)}")
+    path.replace(aside)
+    for tail in ("-wal", "-shm"):
+        path.with_name(path.name + tail).unlink(missing_ok=True)
+    log.error("the spool is damaged and was set aside; a new one begins", extra={"kept_as": aside})
+    return connect(path)

@@ -1,0 +1,251 @@
+"""One way to the server, while it lasts: greet, report, take acknowledgements; over a WebSocket or by POST."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+import msgspec
+
+from vpn_sentinel.agent.http import Client, split
+from vpn_sentinel.agent.spool import Spool
+from vpn_sentinel.agent.uplink.channel import Channel, ChannelError, Fault
+from vpn_sentinel.agent.uplink.load import Load
+from vpn_sentinel.agent.uplink.post import post
+from vpn_sentinel.agent.uplink.session import Greeted, Phase, ProtocolError, Session, Stored, TurnedAway
+from vpn_sentinel.agent.uplink.websocket import open_websocket
+from vpn_sentinel.domain.policy import IPAddress
+from vpn_sentinel.runtime.clock import Clock
+from vpn_sentinel.runtime.secret import Secret
+from vpn_sentinel.wire.messages import Hello, Report
+
+CONNECT: Final = 4.0  # seconds for a connection with its handshakes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Destination:
+    """Who is told, and as whom. `hello` is completed with the spool's identity and the time."""
+
+    urls: tuple[str, ...]
+    api_path: str
+    key: Secret
+    allow_insecure: bool
+    hello: Hello
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ground:
+    """What the kernel knows of ways: `way` is where a TCP connection to an address and port would leave, in any
+    comparable form; `owns` is whether an address is still this host's.
+    """
+
+    way: Callable[[IPAddress, int], object] = lambda _address, _port: None
+    owns: Callable[[IPAddress], bool] = lambda _address: True
+
+
+class Wakeup:
+    """Stirs whoever waits: there is more to send, something came in, or the network changed (`kicked`)."""
+
+    def __init__(self) -> None:
+        self._changed = asyncio.Event()
+        self.kicked = False
+
+    def wake(self) -> None:
+        self._changed.set()
+
+    def kick(self) -> None:
+        self.kicked = True
+        self._changed.set()
+
+    async def wait(self, seconds: float | None) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._changed.wait()
+        except TimeoutError:
+            pass
+        self._changed.clear()
+
+
+@dataclass(slots=True, kw_only=True)
+class Conversation:
+    """With one address of the server under one URL. `greeted` becomes true once the server answered there.
+
+    `arrived` is called for each greeting, `acked` for each acknowledgement.
+    """
+
+    to: Destination
+    url: str
+    address: IPAddress
+    spool: Spool
+    load: Load
+    http: Client
+    clock: Clock
+    ground: Ground
+    wakeup: Wakeup
+    arrived: Callable[[str, Greeted], None]
+    acked: Callable[[], None]
+    greeted: bool = False
+    _inbox: list[bytes | ChannelError] = field(default_factory=list)
+    _sent: list[Report] = field(default_factory=list)
+
+    @property
+    def _path(self) -> str:
+        return self.url + self.to.api_path + "/agent"
+
+    def _way(self) -> object:
+        return self.ground.way(self.address, split(self.url).port)
+
+    async def by_websocket(self, leave: "Leave | None" = None) -> None:
+        """Report until the connection ends, which raises ChannelError, or until `leave` says that it is time to."""
+        channel = await self._open()
+        broken: ChannelError | None = None
+        try:
+            async with asyncio.TaskGroup() as group:
+                receiving = group.create_task(self._receive(channel))
+                try:
+                    await self._converse(channel, leave)
+                    await channel.close()
+                except ChannelError as e:  # raised below, where no group wraps it
+                    broken = e
+                finally:
+                    receiving.cancel()
+        finally:
+            channel.abort()
+        if broken is not None:
+            raise broken
+
+    async def by_post(self, until: float) -> None:
+        """Report by one request after another. Raises ChannelError at the first that fails."""
+        acked = 0
+        while until > self.clock.boottime():
+            reports = self.load.reports(acked)
+            if not reports and self.greeted:
+                await self.wakeup.wait(until - self.clock.boottime())
+                self.wakeup.kicked = False
+                continue
+            session = self._session()
+            pending, thinned = self.load.left_behind(reports), self.spool.thinned
+            body = session.exchange(reports, pending=pending, thinned=thinned, now=self.clock.boottime())
+            limit = self.load.patience + CONNECT
+            self._sent = reports
+            try:
+                answer = await post(self.http, self._path, self.address, self.to.key, body, limit=limit)
+            except ChannelError as e:
+                if e.fault is Fault.REJECTED:
+                    self.load.refused(reports, str(e))
+                raise
+            self._take_in(session, answer)
+            if reports and session.acked < reports[-1].seq:
+                raise ChannelError(Fault.BROKEN, "the server did not store what it was sent")
+            acked = session.acked
+            if reports:
+                self.load.stored()
+                self.spool.settled(thinned)
+
+    async def _open(self) -> Channel:
+        """Connect, unless the way there changes meanwhile: a connection's packets keep the address they began with."""
+        way = self._way()
+
+        async def attempt() -> Channel | ChannelError:
+            try:
+                return await open_websocket(self._path, self.address, self.to.key, self.http.tls, limit=CONNECT)
+            except ChannelError as e:
+                return e
+
+        async with asyncio.TaskGroup() as group:
+            opening = group.create_task(attempt())
+            opening.add_done_callback(lambda _: self.wakeup.wake())
+            while not opening.done():
+                await self.wakeup.wait(None)
+                if self.wakeup.kicked and self._way() != way:
+                    break
+            opening.cancel()
+        if opening.cancelled():
+            raise ChannelError(Fault.BROKEN, "the way to the server changed")
+        result = opening.result()
+        if isinstance(result, ChannelError):
+            raise result
+        return result
+
+    async def _receive(self, channel: Channel) -> None:
+        try:
+            while True:
+                self._inbox.append(await channel.receive())
+                self.wakeup.wake()
+        except ChannelError as e:
+            self._inbox.append(e)
+            self.wakeup.wake()
+
+    async def _converse(self, channel: Channel, leave: "Leave | None") -> None:
+        way = self._way()
+        session = self._session()
+        await self._send(channel, session.open(self.clock.boottime()))
+        while True:
+            while self._inbox:
+                self._take_in(session, self._inbox.pop(0))
+            if session.overdue(self.clock.boottime()):
+                self.load.overdue()
+                raise ChannelError(Fault.BROKEN, "the server does not answer")
+            if self.wakeup.kicked:
+                if not self.ground.owns(channel.local) or self._way() != way:
+                    raise ChannelError(Fault.BROKEN, "the way to the server changed")
+                self.wakeup.kicked = False
+            if leave is not None and session.phase is Phase.READY and await leave.is_time():
+                return
+            if session.phase is Phase.READY and (reports := self.load.reports(session.acked)):
+                self._sent = reports
+                pending, thinned = self.load.left_behind(reports), self.spool.thinned
+                now = self.clock.boottime()
+                await self._send(channel, session.offer(reports, pending=pending, thinned=thinned, now=now))
+            deadlines = [d for d in (session.deadline, leave.look_at if leave else None) if d is not None]
+            await self.wakeup.wait(max(0.0, min(deadlines) - self.clock.boottime()) if deadlines else None)
+
+    def _session(self) -> Session:
+        hello = msgspec.structs.replace(self.to.hello, spool=self.spool.identity, wall=self.clock.wall())
+        return Session(hello, last=self.load.sent_upto, patience=self.load.patience)
+
+    async def _send(self, channel: Channel, data: bytes) -> None:
+        try:
+            async with asyncio.timeout(self.load.patience):
+                await channel.send(data)
+        except TimeoutError as e:
+            raise ChannelError(Fault.BROKEN, "the server takes no data") from e
+
+    def _take_in(self, session: Session, item: bytes | ChannelError) -> None:
+        """Act on what the server said. Raises ChannelError when that ends the conversation."""
+        waiting = session.phase is Phase.WAITING
+        if isinstance(item, ChannelError):
+            if item.fault is Fault.REJECTED and waiting:
+                self.load.refused(self._sent, str(item))
+            raise item
+        try:
+            event = session.receive(item)
+        except ProtocolError as e:
+            raise ChannelError(Fault.BROKEN, str(e)) from e
+        match event:
+            case Greeted(stale=True):
+                self.spool.renew()
+                raise ChannelError(Fault.BROKEN, "the server knows more of this spool than we do: it is named anew")
+            case Greeted():
+                self.greeted = True
+                self.spool.forget(event.ack)
+                self.acked()
+                self.arrived(self.url, event)
+            case Stored():
+                self.spool.forget(event.upto)
+                self.spool.settled(event.thinned)
+                self.load.stored()
+                self.acked()
+            case TurnedAway():
+                if waiting and not event.retry:
+                    self.load.refused(self._sent, event.reason)
+                fault = Fault.BROKEN if event.retry or waiting else Fault.DENIED
+                raise ChannelError(fault, f"the server refuses: {event.reason}")
+
+
+class Leave(Protocol):
+    """Tells a conversation on a second way when the preferred one is open again. `look_at` is when to ask next."""
+
+    look_at: float
+
+    async def is_time(self) -> bool: ...

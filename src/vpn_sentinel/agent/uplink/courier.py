@@ -1,0 +1,237 @@
+"""Carries the spool to the server, by whatever way is open.
+
+Addresses of the server are tried in their order, the first preferred. An answer that stays away for some seconds, or a
+route that changed under a connection, ends it: when a tunnel is deleted, the old connection hangs on for minutes
+while a new one would leave at once. What fails is said when it changes, not each time.
+"""
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable
+from ipaddress import ip_address
+from typing import Final
+
+from vpn_sentinel.agent.http import Client, split
+from vpn_sentinel.agent.names import NotFoundError
+from vpn_sentinel.agent.spool import Spool, read_list
+from vpn_sentinel.agent.uplink.channel import ChannelError, Fault
+from vpn_sentinel.agent.uplink.conversation import Conversation, Destination, Ground, Wakeup
+from vpn_sentinel.agent.uplink.load import Load
+from vpn_sentinel.agent.uplink.session import Greeted
+from vpn_sentinel.domain.policy import IPAddress
+from vpn_sentinel.runtime.backoff import backoff
+from vpn_sentinel.runtime.clock import Clock
+from vpn_sentinel.wire.messages import Echo
+
+log = logging.getLogger(__name__)
+
+_PATIENCE: Final = 3.0  # seconds for an acknowledgement
+_HURRIED: Final = 0.2  # seconds for the server's name after a change
+_LOOK: Final = 2.0  # seconds to see whether the preferred way is open
+_APART: Final = 0.25  # seconds between two tries while the network keeps changing
+_SLOWLY: Final = 60.0  # seconds between tries of a key that is not accepted
+_POST_FOR: Final = 300.0  # seconds until a WebSocket is tried again
+_BACK_FIRST: Final = 60.0  # seconds on a second way until the preferred one is looked at
+_BACK_MOST: Final = 900.0
+_STEADY: Final = 10.0  # seconds that a connection must have held for its end to be no reason to wait
+_MOST_ADDRESSES: Final = 4  # of one name
+
+
+class Courier:
+    """`run` never ends by itself. `wake` says that the spool holds more, `kick` that the network changed."""
+
+    def __init__(
+        self,
+        to: Destination,
+        spool: Spool,
+        http: Client,
+        clock: Clock,
+        *,
+        ground: Ground | None = None,
+        greeted: Callable[[Echo | None], None] = lambda _echo: None,
+        patience: float = _PATIENCE,
+    ) -> None:
+        self._to = to
+        self._spool = spool
+        self._http = http
+        self._clock = clock
+        self._ground = ground or Ground()
+        self._greeted = greeted
+        self._load = Load(spool, patience)
+        self._wakeup = Wakeup()
+        self._hurried = False
+        self._said: dict[str, str | None] = {}
+        self._post_until: dict[str, float] = {}
+        self._posting: set[str] = set()  # of which it was said
+        self._back_after = _BACK_FIRST
+        self.acked_at: float | None = None
+
+    def wake(self) -> None:
+        self._wakeup.wake()
+
+    def kick(self) -> None:
+        self._wakeup.kick()
+
+    async def run(self) -> None:
+        for host in {split(url).host for url in self._to.urls}:
+            self._http.names.remember(host, _addresses(self._spool.fact(f"addresses:{host}")))
+        waits = backoff(0.5, 30.0)
+        while True:
+            started = self._clock.boottime()
+            greeted, denied = await self._all_ways()
+            if self._wakeup.kicked or (greeted and self._clock.boottime() - started > _STEADY):
+                waits = backoff(0.5, 30.0)
+            if not self._wakeup.kicked:
+                await self._pause(max(next(waits), _SLOWLY if denied else 0.0))
+            elif (early := started + _APART - self._clock.boottime()) > 0:
+                await asyncio.sleep(early)
+            self._hurried, self._wakeup.kicked = self._wakeup.kicked, False
+
+    async def _all_ways(self) -> tuple[bool, bool]:
+        """Try each URL until one has served; whether one did, and whether one denied us."""
+        denied = False
+        for index, url in enumerate(self._to.urls):
+            try:
+                tried = await self._serve(url, second_way=index > 0)
+            except ChannelError as e:
+                denied = denied or e.fault is Fault.DENIED
+                self._say(url, str(e))
+                continue
+            if tried:
+                return True, denied
+        return False, denied
+
+    async def _pause(self, seconds: float) -> None:
+        """Wait, but not on when the network changes: what was shut may be open now."""
+        end = self._clock.boottime() + seconds
+        while not self._wakeup.kicked and (left := end - self._clock.boottime()) > 0:
+            await self._wakeup.wait(left)
+
+    async def _serve(self, url: str, *, second_way: bool) -> bool:
+        """Carry reports by one URL until that ends; True when it served. Raises ChannelError when it never did."""
+        where = split(url)
+        try:
+            # When the network just changed, DNS may be what broke: then the last good addresses must do.
+            addresses = await self._http.names.addresses(where.host, patience=_HURRIED if self._hurried else None)
+        except NotFoundError as e:
+            raise ChannelError(Fault.BROKEN, str(e)) from e
+        error = ChannelError(Fault.BROKEN, "it has no address")
+        for address in addresses[:_MOST_ADDRESSES]:
+            if not where.secure and address.is_global and not self._to.allow_insecure:
+                error = ChannelError(Fault.BROKEN, f"{address} is public, and the key is not sent there in clear")
+                continue
+            tried = self._conversation(url, address)
+            try:
+                await self._by_any_means(tried, _WayBack(self, self._to.urls[0]) if second_way else None)
+            except ChannelError as e:
+                error = e
+                if tried.greeted:
+                    self._say(url, str(e))
+            if tried.greeted:
+                return True
+            if error.fault is Fault.DENIED:
+                break
+        raise error
+
+    def _conversation(self, url: str, address: IPAddress) -> Conversation:
+        return Conversation(
+            to=self._to,
+            url=url,
+            address=address,
+            spool=self._spool,
+            load=self._load,
+            http=self._http,
+            clock=self._clock,
+            ground=self._ground,
+            wakeup=self._wakeup,
+            arrived=self._arrived,
+            acked=self._acked,
+        )
+
+    async def _by_any_means(self, tried: Conversation, back: "_WayBack | None") -> None:
+        until = self._post_until.get(tried.url, 0.0)
+        if until <= self._clock.boottime():
+            try:
+                await tried.by_websocket(back)
+            except ChannelError as e:
+                if e.fault is not Fault.NO_WEBSOCKET or tried.greeted:
+                    raise
+                until = self._post_until[tried.url] = self._clock.boottime() + _POST_FOR
+                if tried.url not in self._posting:
+                    self._posting.add(tried.url)
+                    log.info("no WebSocket can be had, reports go by POST", extra={"url": tried.url, "reason": e})
+            else:
+                return
+            finally:
+                if tried.greeted:
+                    self._posting.discard(tried.url)
+        await tried.by_post(until)
+
+    async def is_open(self, url: str) -> bool:
+        """Whether the server takes connections there."""
+        where = split(url)
+        try:
+            async with asyncio.timeout(_LOOK):
+                address = (await self._http.names.addresses(where.host))[0]
+                _reader, writer = await asyncio.open_connection(str(address), where.port)
+                writer.transport.abort()
+        except OSError:  # TimeoutError is one
+            return False
+        return True
+
+    def next_look(self, *, found: bool) -> float:
+        """When to look at the preferred way again: later and later where it opens and then does not serve."""
+        if found:
+            self._back_after = min(self._back_after * 2, _BACK_MOST)
+        return self._clock.boottime() + self._back_after
+
+    @property
+    def now(self) -> float:
+        return self._clock.boottime()
+
+    def _arrived(self, url: str, event: Greeted) -> None:
+        host = split(url).host
+        if known := self._http.names.known(host):
+            self._spool.keep(f"addresses:{host}", json.dumps([str(a) for a in known]))
+        self._say(url, None)
+        self._greeted(event.echo)
+
+    def _acked(self) -> None:
+        self.acked_at = self._clock.boottime()
+
+    def _say(self, url: str, trouble: str | None) -> None:
+        if url in self._said and self._said[url] == trouble:
+            return
+        if trouble is None:
+            log.info("connected", extra={"url": url})
+            self._said.clear()  # what fails from here on is news
+        else:
+            log.warning("cannot report", extra={"url": url, "reason": trouble})
+        self._said[url] = trouble
+
+
+class _WayBack:
+    """A `Leave`: looks from time to time whether the preferred way is open."""
+
+    def __init__(self, courier: Courier, url: str) -> None:
+        self._courier = courier
+        self._url = url
+        self.look_at = courier.next_look(found=False)
+
+    async def is_time(self) -> bool:
+        if self._courier.now < self.look_at:
+            return False
+        found = await self._courier.is_open(self._url)
+        self.look_at = self._courier.next_look(found=found)
+        return found
+
+
+def _addresses(text: str | None) -> tuple[IPAddress, ...]:
+    found = []
+    for item in read_list(text):
+        try:
+            found.append(ip_address(item))
+        except ValueError:
+            continue
+    return tuple(found)

@@ -1,0 +1,150 @@
+"""What agent and server say on one connection, without any I/O: bytes in, bytes and events out.
+
+    NEW --open--> GREETING --Welcome--> READY --offer--> WAITING --Ack--> READY
+    any of them --Refused, overdue, nonsense--> OVER
+
+One message of reports is on its way at a time. Only an acknowledgement lets anything be forgotten, and only as far as
+it reaches. Times are seconds of a clock that never jumps.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+import msgspec
+
+from vpn_sentinel.wire import codec
+from vpn_sentinel.wire.messages import Ack, Echo, Exchange, FromServer, Hello, Refused, Report, Reports, Welcome
+
+_decode: Final = codec.decoder(FromServer)
+
+
+class Phase(StrEnum):
+    NEW = "new"
+    GREETING = "greeting"
+    READY = "ready"
+    WAITING = "waiting"
+    OVER = "over"
+
+
+class ProtocolError(Exception):
+    """The other side said what it should not have."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Greeted:
+    """The server knows this spool up to `ack`. `stale` says that this is more than the spool itself ever gave out."""
+
+    ack: int
+    stale: bool
+    seen_from: str | None
+    echo: Echo | None
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """All up to `upto` is in the database, and the server heard of `thinned` more."""
+
+    upto: int
+    thinned: int
+
+
+@dataclass(frozen=True, slots=True)
+class TurnedAway:
+    reason: str
+    retry: bool
+
+
+Event = Greeted | Stored | TurnedAway
+
+
+class Session:
+    def __init__(self, hello: Hello, *, last: int, patience: float) -> None:
+        """`last` is the highest sequence number that can have been sent; `patience` how long an answer may take."""
+        self.phase = Phase.NEW
+        self._hello = hello
+        self._last = last
+        self._patience = patience
+        self._deadline: float | None = None
+        self._acked = 0
+        self._sent = 0
+        self._thinned = 0
+
+    @property
+    def acked(self) -> int:
+        """Up to here the server has everything."""
+        return self._acked
+
+    @property
+    def deadline(self) -> float | None:
+        """When the answer that is awaited is overdue, None while none is."""
+        return self._deadline
+
+    def open(self, now: float) -> bytes:
+        """Begin: what to send first."""
+        self._expect(Phase.NEW)
+        self.phase = Phase.GREETING
+        self._deadline = now + self._patience
+        return codec.encode(self._hello)
+
+    def offer(self, reports: Sequence[Report], *, pending: int, thinned: int, now: float) -> bytes:
+        """Send reports, in order and not empty. Only when READY."""
+        self._expect(Phase.READY)
+        self.phase = Phase.WAITING
+        self._sent = reports[-1].seq
+        self._thinned = thinned
+        self._deadline = now + self._patience
+        return codec.encode(Reports(items=list(reports), pending=pending, thinned=thinned))
+
+    def exchange(self, reports: Sequence[Report], *, pending: int, thinned: int, now: float) -> bytes:
+        """Greeting and reports in one message, as a POST carries them; the Welcome that answers covers both."""
+        self.open(now)
+        self._last = max([self._last, *(r.seq for r in reports)])
+        return codec.encode(
+            Exchange(hello=self._hello, reports=Reports(items=list(reports), pending=pending, thinned=thinned))
+        )
+
+    def receive(self, data: bytes | str) -> Event:
+        """Take in one message. Raises ProtocolError for one that is not understood or comes out of turn."""
+        try:
+            message = _decode(data)
+        except (msgspec.DecodeError, ValueError) as e:
+            raise self._fail(f"the server sent what is not understood: {e}") from e
+        match message, self.phase:
+            case Refused(), _:
+                self.phase = Phase.OVER
+                self._deadline = None
+                return TurnedAway(message.reason, message.retry)
+            case Welcome(), Phase.GREETING:
+                self.phase = Phase.READY
+                self._deadline = None
+                self._acked = message.ack
+                stale = message.ack > self._last
+                return Greeted(ack=message.ack, stale=stale, seen_from=message.seen_from, echo=message.echo)
+            case Ack(), Phase.WAITING:
+                if not self._acked < message.seq <= self._sent:  # one that moves nothing would have us send for ever
+                    raise self._fail(f"the server acknowledges {message.seq}, {self._sent} was sent")
+                self._acked = message.seq
+                self._deadline = None
+                self.phase = Phase.READY
+                return Stored(message.seq, self._thinned)
+            case _:
+                raise self._fail(f"the server says {type(message).__name__} while {self.phase}")
+
+    def overdue(self, now: float) -> bool:
+        """Whether the awaited answer did not come in time; the session is over then."""
+        if self._deadline is None or now < self._deadline:
+            return False
+        self.phase = Phase.OVER
+        return True
+
+    def _expect(self, phase: Phase) -> None:
+        if self.phase is not phase:
+            msg = f"the session is {self.phase}, not {phase}"
+            raise RuntimeError(msg)
+
+    def _fail(self, problem: str) -> ProtocolError:
+        self.phase = Phase.OVER
+        self._deadline = None
+        return ProtocolError(problem)

@@ -1,0 +1,109 @@
+"""The WebSocket to `{url}{api_path}/agent`."""
+
+import asyncio
+import socket
+import ssl
+from http import HTTPStatus
+from typing import Final
+
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, WebSocketException
+
+from vpn_sentinel.agent.http import reason, split
+from vpn_sentinel.agent.uplink.channel import ChannelError, Fault
+from vpn_sentinel.domain.policy import IPAddress
+from vpn_sentinel.runtime.secret import Secret
+from vpn_sentinel.wire import codec, limits
+
+_REJECTED_CODES: Final = frozenset({1003, 1007, 1008, 1009})
+_BUSY: Final = frozenset({HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT})
+
+
+class WebSocket:
+    """A `Channel`."""
+
+    def __init__(self, connection: ClientConnection) -> None:
+        self._connection = connection
+        self.local: IPAddress = codec.address(str(connection.local_address[0]).partition("%")[0])
+
+    async def send(self, data: bytes) -> None:
+        try:
+            await self._connection.send(data, text=True)
+        except (ConnectionClosed, OSError) as e:
+            raise _closed(e) from e
+
+    async def receive(self) -> bytes:
+        try:
+            return await self._connection.recv(decode=False)
+        except (ConnectionClosed, OSError) as e:
+            raise _closed(e) from e
+
+    def abort(self) -> None:
+        self._connection.transport.abort()
+
+    async def close(self) -> None:
+        try:
+            async with asyncio.timeout(0.5):
+                await self._connection.close()
+        except TimeoutError:
+            self.abort()
+
+
+async def open_websocket(
+    url: str, at: IPAddress, key: Secret, tls: ssl.SSLContext | None, *, limit: float
+) -> WebSocket:
+    """Connect to the server's address `at`; `url` names the host that its certificate must be for.
+
+    Raises ChannelError.
+    """
+    where = split(url)
+    sock = socket.socket(socket.AF_INET if at.version == 4 else socket.AF_INET6, socket.SOCK_STREAM)
+    sock.setblocking(False)
+    try:
+        async with asyncio.timeout(limit):
+            await asyncio.get_running_loop().sock_connect(sock, (str(at), where.port))
+            connection = await connect(
+                url.replace("http", "ws", 1),
+                sock=sock,
+                ssl=tls if where.secure else None,
+                server_hostname=where.host if where.secure else None,
+                additional_headers={"X-API-Key": key.reveal()},
+                user_agent_header="vpn-sentinel",
+                # Reports are small, and each compressor would cost both sides some 300 KB.
+                compression=None,
+                proxy=None,
+                open_timeout=None,
+                ping_interval=20,
+                ping_timeout=20,
+                close_timeout=0.5,
+                max_size=limits.BODY_BYTES,
+            )
+    except TimeoutError as e:
+        sock.close()
+        raise ChannelError(Fault.BROKEN, f"no connection within {limit:g} s") from e
+    except InvalidStatus as e:
+        raise _refused(e.response.status_code) from e
+    except (InvalidHandshake, ValueError) as e:
+        raise ChannelError(Fault.NO_WEBSOCKET, "the answer to the WebSocket handshake is not one") from e
+    except (OSError, WebSocketException, EOFError) as e:
+        sock.close()
+        raise ChannelError(Fault.BROKEN, reason(e)) from e
+    except BaseException:
+        sock.close()
+        raise
+    return WebSocket(connection)
+
+
+def _refused(status: int) -> ChannelError:
+    if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+        return ChannelError(Fault.DENIED, f"the server does not accept this key (HTTP {status})")
+    if status in _BUSY:
+        return ChannelError(Fault.BROKEN, f"the server is busy (HTTP {status})")
+    return ChannelError(Fault.NO_WEBSOCKET, f"no WebSocket there (HTTP {status})")
+
+
+def _closed(error: Exception) -> ChannelError:
+    received = error.rcvd if isinstance(error, ConnectionClosed) else None
+    if received is not None and received.code in _REJECTED_CODES:
+        return ChannelError(Fault.REJECTED, f"the server closed the connection: {received.reason or received.code}")
+    return ChannelError(Fault.BROKEN, "the connection was closed" if received else "the connection broke off")

@@ -1,0 +1,34 @@
+"""`vpn-sentinel agent`: watch this network namespace and report to the server."""
+
+import argparse
+from typing import Any
+
+from vpn_sentinel.cli.process import run_until_stopped
+from vpn_sentinel.cli.reading import add_config, source_of, warn_unread
+from vpn_sentinel.runtime import logs
+from vpn_sentinel.runtime.clock import SystemClock
+from vpn_sentinel.runtime.settings import SettingError
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser("agent", help="watch the tunnel of this network namespace and report")
+    add_config(parser)
+    parser.add_argument("--url", dest="URL", metavar="URL", help="the server's address; commas separate several")
+    parser.add_argument("--client-id", dest="CLIENT_ID", metavar="NAME", help="the tunnel's name (this host's)")
+    parser.add_argument("--interface", dest="TUNNEL_INTERFACE", metavar="NAME", help="the tunnel's interface (found)")
+    parser.add_argument("--data-dir", dest="DATA_DIR", metavar="FOLDER", help="where reports wait to be sent")
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from vpn_sentinel.agent import app
+    from vpn_sentinel.agent.settings import AgentSettings
+
+    source = source_of(args)
+    settings = AgentSettings.read(source)
+    warn_unread(source)
+    try:
+        logs.open_log(debug=settings.debug, file=settings.log_file)
+    except OSError as e:
+        raise SettingError("VPN_SENTINEL_LOG_FILE", f"{settings.log_file}: {e.strerror}") from e
+    return run_until_stopped(lambda stop: app.run(settings, SystemClock(), stop), fast=False)

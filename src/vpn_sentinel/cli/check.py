@@ -1,0 +1,246 @@
+"""`vpn-sentinel check`: one round on this machine, judged on the spot; its exit status is the answer."""
+
+import argparse
+import asyncio
+import json
+import sys
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from vpn_sentinel.cli.reading import add_config, source_of
+from vpn_sentinel.domain.observation import Answer, Canary, Observation, Place, Probe
+from vpn_sentinel.domain.policy import IPAddress, Policy
+from vpn_sentinel.domain.verdict import Severity, State, Verdict, agreed_country
+from vpn_sentinel.runtime import settings as read
+from vpn_sentinel.runtime.clock import SystemClock
+from vpn_sentinel.runtime.settings import SettingError
+
+if TYPE_CHECKING:
+    from vpn_sentinel.agent.once import Looked
+
+T = TypeVar("T")
+USAGE: Final = 64  # EX_USAGE of sysexits(3)
+STATUS: Final = {State.PROTECTED: 0, State.DEGRADED: 1, State.LEAKING: 2, State.DOWN: 3, State.UNKNOWN: 4}
+_COLOURS: Final = {
+    State.PROTECTED: "green",
+    State.DEGRADED: "yellow",
+    State.LEAKING: "bold red",
+    State.DOWN: "red",
+    State.UNKNOWN: "magenta",
+}
+_MARKS: Final = {Severity.CRITICAL: ("✗", "red"), Severity.WARNING: ("!", "yellow"), Severity.INFO: ("·", "dim")}
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser(
+        "check",
+        help="look once, from this machine, without any server",
+        epilog="Exit status: 0 protected, 1 degraded, 2 leaking, 3 down, 4 unknown, 64 wrong usage.",
+    )
+    add_config(parser)
+    parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
+    parser.add_argument(
+        "--policy", metavar="FILE", help="TOML with home_networks, expected_countries, allowed_resolvers"
+    )
+    parser.add_argument("--home", metavar="CIDR", action="append", help="addresses that must never be seen outside")
+    parser.add_argument("--country", metavar="CC", action="append", help="a country where the exit may be")
+    parser.add_argument("--server", metavar="URL", help="a VPN Sentinel server to ask where this machine comes from")
+    parser.add_argument("--interface", dest="TUNNEL_INTERFACE", metavar="NAME", help="the tunnel's interface (found)")
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    from vpn_sentinel.agent.once import look_once
+    from vpn_sentinel.agent.settings import ProbeSettings
+
+    try:
+        settings = ProbeSettings.read(source_of(args))
+        policy = _policy(settings.policy, args)
+        server = _flag("--server", read.url, args.server) if args.server else None
+        looked = asyncio.run(look_once(settings, policy, SystemClock(), server=server))
+    except SettingError as e:
+        print(f"vpn-sentinel: {e}", file=sys.stderr)
+        return USAGE
+    if args.json:
+        print(json.dumps(as_plain(looked.seen, looked.verdict)))
+    else:
+        show(looked)
+    return STATUS[looked.verdict.state]
+
+
+# --- what may come in ---
+
+
+def _policy(base: Policy, args: argparse.Namespace) -> Policy:
+    """The settings' policy, with what the file and the flags add to it. Raises SettingError."""
+    said = _policy_file(args.policy) if args.policy else {}
+    lists = {
+        "home_networks": _flag("--home", read.networks, ",".join(args.home or ())),
+        "expected_countries": _flag("--country", read.countries, ",".join(args.country or ())),
+    }
+    in_file = {
+        "home_networks": _flag("home_networks", read.networks, said.get("home_networks", "")),
+        "expected_countries": _flag("expected_countries", read.countries, said.get("expected_countries", "")),
+        "allowed_resolvers": _flag("allowed_resolvers", read.networks, said.get("allowed_resolvers", "")),
+    }
+    both: dict[str, Any] = {
+        name: tuple(dict.fromkeys((*getattr(base, name), *more, *lists.get(name, ()))))
+        for name, more in in_file.items()
+    }
+    return replace(base, **both)
+
+
+def _policy_file(path: str) -> dict[str, str]:
+    try:
+        said = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
+        raise SettingError(f"--policy {path}", str(e)) from e
+    allowed = {"home_networks", "expected_countries", "allowed_resolvers"}
+    if unknown := sorted(said.keys() - allowed):
+        raise SettingError(f"--policy {path}", f"{unknown[0]!r} is not one of {', '.join(sorted(allowed))}")
+    found = {}
+    for name, value in said.items():
+        items = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, str) for item in items):
+            raise SettingError(f"--policy {path}", f"{name} takes a list of texts")
+        found[name] = ",".join(items)
+    return found
+
+
+def _flag(name: str, parse: Callable[[str], T], value: str) -> T:
+    try:
+        return parse(value)
+    except ValueError as e:
+        raise SettingError(name, str(e)) from e
+
+
+# --- what goes out ---
+
+
+def as_plain(seen: Observation, verdict: Verdict) -> dict[str, Any]:
+    """The object that `--json` prints; its shape is promised to outsiders."""
+    link = seen.link
+    return {
+        "state": verdict.state.value,
+        "findings": [
+            {"code": f.code.value, "severity": f.severity.value, "message": f.message, "evidence": dict(f.evidence)}
+            for f in verdict.findings
+        ],
+        "exit": _exit(seen),
+        "resolvers": [
+            {"ip": str(egress), "country": agreed_country(places), "org": _first(places, "org")}
+            for egress in _egresses(seen)
+            for places in (seen.places_of(egress),)
+        ],
+        "tunnel": {
+            "interface": link.name if link else None,
+            "present": link.present if link else False,
+            "up": link.up if link else False,
+            "received_bytes": link.rx_bytes if link else 0,
+            "sent_bytes": link.tx_bytes if link else 0,
+        },
+        "took_ms": round(seen.took_ms),
+    }
+
+
+def _exit(seen: Observation) -> dict[str, Any]:
+    places = seen.places_of(seen.exit(4)) or seen.places_of(seen.exit(6))
+    country = agreed_country(places)
+    # City and network are taken from those who are right about the country.
+    trusted = tuple(p for p in places if p.country in (country, None)) if country else ()
+    return {
+        "ipv4": str(seen.exit(4)) if seen.exit(4) else None,
+        "ipv6": str(seen.exit(6)) if seen.exit(6) else None,
+        "country": country,
+        "city": _first(trusted, "city"),
+        "region": _first(trusted, "region"),
+        "asn": _first(places, "asn"),
+        "org": _first(places, "org"),
+        "timezone": _first(trusted, "timezone"),
+    }
+
+
+def _first(places: Sequence[Place], name: str) -> Any:
+    return next((value for p in places if (value := getattr(p, name)) is not None), None)
+
+
+def _egresses(seen: Observation) -> list[IPAddress]:
+    return list(dict.fromkeys(s.egress for s in seen.resolvers if s.egress))
+
+
+def unseen(looked: "Looked") -> list[str]:
+    """What could not be looked at, and why: nobody should take silence for an all-clear."""
+    seen, survey = looked.seen, looked.survey
+    found = []
+    if seen.interfaces is None:
+        found.append("Interfaces and routes: the kernel's netlink is not available here.")
+    if seen.link is not None:
+        beside = [c for c in seen.canaries if c.probe is Probe.PHYSICAL]
+        if survey.physical is None:
+            found.append("The kill switch: no other network interface is in use here.")
+        elif all(c.answer is Answer.UNKNOWN for c in beside):
+            found.append(f"The kill switch: sending on {survey.physical.name} is not permitted; it takes CAP_NET_RAW.")
+    if not seen.resolvers:
+        urgent = looked.verdict.state in (State.LEAKING, State.DOWN)
+        why = "not asked, as the traffic itself already shows the trouble" if urgent else "/etc/resolv.conf names none"
+        found.append(f"Nameservers: {why}.")
+    exit_ = seen.exit(4) or seen.exit(6)
+    if exit_ is not None and not seen.places_of(exit_):
+        found.append(f"The place of {exit_}: no geolocation service answered.")
+    return found
+
+
+def show(looked: "Looked") -> None:
+    """Print for people. Everything from outside goes through `_safe`: a terminal obeys control characters."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(highlight=False, soft_wrap=True)
+    seen, verdict = looked.seen, looked.verdict
+    console.print(Text(verdict.state.upper(), style=_COLOURS[verdict.state]))
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    for name, value in _facts(seen):
+        table.add_row(Text(name, style="dim"), Text(_safe(value)))
+    console.print(table)
+    for finding in verdict.findings:
+        mark, style = _MARKS[finding.severity]
+        console.print(Text.assemble((f"{mark} ", style), (finding.code.value, style), f"  {_safe(finding.message)}"))
+        for key, value in finding.evidence.items():
+            console.print(Text(f"    {_safe(key)}: {_safe(value)}", style="dim"))
+        console.print(Text(f"    → {finding.advice}"))
+    if missing := unseen(looked):
+        console.print(Text("Not looked at:", style="dim"))
+        for line in missing:
+            console.print(Text(f"  {_safe(line)}", style="dim"))
+
+
+def _facts(seen: Observation) -> list[tuple[str, str]]:
+    exit_ = _exit(seen)
+    where = ", ".join(str(v) for v in (exit_["city"], exit_["region"], exit_["country"]) if v)
+    network = " ".join(str(v) for v in (f"AS{exit_['asn']}" if exit_["asn"] else None, exit_["org"]) if v)
+    rows = [("exit", " and ".join(a for a in (exit_["ipv4"], exit_["ipv6"]) if a) or "none seen")]
+    rows += [(name, value) for name, value in (("place", where), ("network", network)) if value]
+    if seen.link is not None:
+        state = "up" if seen.link.up else "down" if seen.link.present else "gone"
+        rows.append(("tunnel", f"{seen.link.name}, {state}"))
+    else:
+        rows.append(("tunnel", "no interface found that carries the traffic through a VPN"))
+    for egress in _egresses(seen):
+        org = _first(seen.places_of(egress), "org")
+        rows.append(("resolver", f"{egress}{f' ({org})' if org else ''}"))
+    rows.append(("asked", ", ".join(_asked(c) for c in seen.asked(Probe.DEFAULT)) or "nobody"))
+    rows.append(("took", f"{seen.took_ms / 1000:.1f} s"))
+    return rows
+
+
+def _asked(canary: Canary) -> str:
+    told = canary.answer if canary.address or canary.answer is not Answer.ANSWERED else "answered, without an address"
+    return f"{canary.target} over IPv{canary.family}: {told}"
+
+
+def _safe(text: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -1,0 +1,142 @@
+"""The outside world of the agent's tests: real sockets on the loopback, and a kernel that answers what it is told."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+
+from vpn_sentinel.agent.netlink import IFF_LOOPBACK, IFF_LOWER_UP, IFF_POINTOPOINT, IFF_UP, Interface, Route
+from vpn_sentinel.agent.probes.targets import Seen
+from vpn_sentinel.domain.policy import IPAddress
+
+UP = IFF_UP | IFF_LOWER_UP
+LO = Interface(index=1, name="lo", flags=UP | IFF_LOOPBACK, addresses=(ip_address("127.0.0.1"),))
+ETH = Interface(index=2, name="eth0", kind="veth", flags=UP, addresses=(ip_address("192.168.1.20"),))
+WG = Interface(
+    index=3, name="wg0", kind="wireguard", flags=UP | IFF_POINTOPOINT, rx_bytes=11, tx_bytes=12,
+    addresses=(ip_address("10.66.0.2"),),
+)  # fmt: skip
+
+
+@dataclass
+class FakeKernel:
+    """A `Kernel`. `routes` maps an address to the index of an interface (negative: with a gateway); others go `default`."""
+
+    links: tuple[Interface, ...] = (LO, ETH, WG)
+    default: int | None = 3
+    routes: dict[str, Route | None] = field(default_factory=dict)
+    gateways: set[int] = field(default_factory=lambda: {2})
+    broken: bool = False
+
+    def interfaces(self) -> tuple[Interface, ...]:
+        if self.broken:
+            raise OSError(1, "not permitted")
+        return self.links
+
+    def route(
+        self, destination: IPAddress, *, port: int = 0, protocol: int = 17, via: int | None = None, match: bool = False
+    ) -> Route | None:
+        if self.broken:
+            raise OSError(1, "not permitted")
+        if via is not None:
+            return Route(interface=via, gateway=via in self.gateways)
+        if str(destination) in self.routes:
+            return self.routes[str(destination)]
+        return None if self.default is None else Route(interface=self.default, prefix=0)
+
+
+class Answering(asyncio.DatagramProtocol):
+    """A UDP server on the loopback that answers with what `answer` makes of a datagram; None keeps quiet."""
+
+    def __init__(self, answer: Callable[[bytes], bytes | list[bytes] | None]) -> None:
+        self.answer = answer
+        self.got: list[bytes] = []
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = transport
+
+    def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
+        self.got.append(data)
+        answer = self.answer(data)
+        for piece in answer if isinstance(answer, list) else [answer]:
+            if piece is not None:
+                self.transport.sendto(piece, addr)  # type: ignore[attr-defined]
+
+
+@asynccontextmanager
+async def udp(answer: Callable[[bytes], bytes | list[bytes] | None], host: str = "127.0.0.1") -> AsyncIterator[tuple[int, Answering]]:
+    transport, protocol = await asyncio.get_running_loop().create_datagram_endpoint(
+        lambda: Answering(answer), local_addr=(host, 0)
+    )
+    try:
+        yield transport.get_extra_info("sockname")[1], protocol
+    finally:
+        transport.close()
+
+
+@asynccontextmanager
+async def tcp(talk: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]) -> AsyncIterator[int]:
+    """A TCP server; at the end every one of its connections is over too."""
+    open_: set[asyncio.Task[None]] = set()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        open_.add(task)
+        with suppress(OSError, EOFError):
+            await talk(reader, writer)
+        writer.close()
+        with suppress(OSError):
+            await writer.wait_closed()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        await asyncio.gather(*open_)
+        await server.wait_closed()
+
+
+@asynccontextmanager
+async def http(respond: Callable[[str], bytes]) -> AsyncIterator[tuple[int, list[str]]]:
+    """An HTTP server; `respond` gets the request's head and body and returns the raw answer."""
+    got: list[str] = []
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        length = next((int(line.split(":")[1]) for line in head.lower().splitlines() if "content-length" in line), 0)
+        got.append(head + (await reader.readexactly(length)).decode())
+        writer.write(respond(got[-1]))
+        await writer.drain()
+
+    async with tcp(talk) as port:
+        yield port, got
+
+
+def reply(body: bytes | str, status: int = 200, **headers: str) -> bytes:
+    raw = body.encode() if isinstance(body, str) else body
+    fields = {"Content-Length": str(len(raw)), **{k.replace("_", "-"): v for k, v in headers.items()}}
+    return f"HTTP/1.1 {status} X\r\n".encode() + "".join(f"{k}: {v}\r\n" for k, v in fields.items()).encode() + b"\r\n" + raw
+
+
+@dataclass(frozen=True)
+class Loopback:
+    """A `Target` on the loopback whose question and answer are plain text: `where?` and an address."""
+
+    name: str
+    port: int
+    address: IPAddress = field(default_factory=lambda: ip_address("127.0.0.1"))
+
+    def question(self) -> tuple[bytes, Callable[[bytes], Seen | None]]:
+        return b"where?", self._read
+
+    @staticmethod
+    def _read(data: bytes) -> Seen | None:
+        if data == b"none":
+            return Seen(None)
+        try:
+            return Seen(ip_address(data.decode()))
+        except ValueError:
+            return None

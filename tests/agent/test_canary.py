@@ -1,0 +1,138 @@
+import asyncio
+import secrets
+from ipaddress import ip_address
+
+import pytest
+
+from tests.agent.doubles import ETH, WG, FakeKernel, Loopback, udp
+from tests.agent.test_dnswire import answer, record, text
+from vpn_sentinel.agent.interfaces import Paths, Survey
+from vpn_sentinel.agent.netlink import Route
+from vpn_sentinel.agent.probes import dnswire, targets
+from vpn_sentinel.agent.probes.canary import Flock, canaries, one
+from vpn_sentinel.agent.probes.targets import DnsWhoami, ServerEcho
+from vpn_sentinel.domain.observation import Answer, Canary, Path, Probe
+from vpn_sentinel.wire import echo
+
+SECRET = secrets.token_bytes(32)
+IDENT = echo.ident_for(SECRET, "nl-1")
+HERE = ip_address("127.0.0.1")
+NO_TUNNEL = Paths(None, Survey())
+
+
+def here(name: str, port: int) -> Loopback:
+    return Loopback(name, port)
+
+
+async def test_the_server_echo_says_where_we_come_from() -> None:
+    async with udp(lambda data: echo.reply(data, "127.0.0.1", 1, SECRET)) as (port, _):
+        seen = await one(ServerEcho(HERE, port, IDENT, echo.key_for(SECRET, IDENT)), Path.TUNNEL)
+    assert (seen.answer, seen.address, seen.target, seen.family) == (Answer.ANSWERED, HERE, "echo", 4)
+
+
+async def test_an_echo_signed_by_another_is_no_answer() -> None:
+    def forged(data: bytes) -> bytes | None:
+        return echo.reply(data, "203.0.113.1", 1, SECRET)
+
+    async with udp(forged) as (port, _):
+        seen = await one(ServerEcho(HERE, port, IDENT, b"another key".ljust(32)), Path.TUNNEL)
+    assert seen.answer is Answer.LOST
+
+
+DNS = {
+    "a bare address": ([text(b"185.65.134.10")], "185.65.134.10"),
+    "an A record": ([record(dnswire.A, bytes([185, 65, 134, 10]))], "185.65.134.10"),
+    "a captive portal's own address": ([record(dnswire.A, bytes([192, 168, 1, 1]))], None),
+    "the other family": ([text(b"2a01::1")], None),
+    "nothing": ([], None),
+    "words": ([text(b"hello")], None),
+}
+
+
+@pytest.mark.parametrize(("records", "address"), DNS.values(), ids=DNS.keys())
+async def test_a_dns_whoami_is_read(records: list[bytes], address: str | None) -> None:
+    async with udp(lambda data: [b"noise", answer(data, *records)]) as (port, _):
+        target = DnsWhoami("cloudflare", HERE, "whoami.cloudflare", dnswire.TXT, dnswire.CHAOS, port)
+        seen = await one(target, Path.TUNNEL)
+    assert seen.answer is Answer.ANSWERED
+    assert (str(seen.address) if seen.address else None) == address
+
+
+def test_both_families_have_their_literal_targets() -> None:
+    assert [t.address.version for t in (*targets.CLOUDFLARE, *targets.OPENDNS)] == [4, 6, 4, 6]
+
+
+async def test_who_is_slower_than_the_others_is_left_out_not_lost() -> None:
+    async with udp(lambda _: b"203.0.113.1") as (fast, _), udp(lambda _: None) as (slow, _):
+        seen = await canaries(Flock(targets=(here("a", fast), here("b", slow)), reserve=()), NO_TUNNEL)
+    assert [(c.target, c.answer) for c in seen] == [("a", Answer.ANSWERED)]
+
+
+async def test_when_all_stay_silent_the_reserve_is_asked() -> None:
+    async with udp(lambda _: None) as (dead, _), udp(lambda _: b"203.0.113.1") as (alive, _):
+        flock = Flock(targets=(here("a", dead),), reserve=(here("r", alive),))
+        seen = await canaries(flock, NO_TUNNEL)
+    assert ("r", Answer.ANSWERED) in [(c.target, c.answer) for c in seen]
+
+
+async def test_an_answer_without_address_has_the_others_asked() -> None:
+    asked = Canary(probe=Probe.DEFAULT, target="trace", family=4, answer=Answer.ANSWERED, address=ip_address("203.0.113.9"))
+
+    async def trace() -> Canary:
+        return asked
+
+    async with udp(lambda _: b"none") as (hijacked, _):
+        seen = await canaries(Flock(targets=(here("a", hijacked),), reserve=(), others=(trace,)), NO_TUNNEL)
+    assert asked in seen
+    assert ("a", Answer.ANSWERED, None) in [(c.target, c.answer, c.address) for c in seen]
+
+
+async def test_one_that_is_named_is_always_asked() -> None:
+    asked = Canary(probe=Probe.DEFAULT, target="server", family=4, answer=Answer.ANSWERED, address=ip_address("203.0.113.9"))
+
+    async def server() -> Canary:
+        await asyncio.sleep(0.4)  # longer than the others get
+        return asked
+
+    async with udp(lambda _: b"203.0.113.1") as (port, _):
+        seen = await canaries(Flock(targets=(here("a", port),), also=(server,)), NO_TUNNEL)
+    assert asked in seen
+
+
+async def test_a_leak_that_is_plain_is_not_waited_on() -> None:
+    async with udp(lambda _: b"203.0.113.1") as (fast, _), udp(lambda _: None) as (slow, _):
+        flock = Flock(targets=(here("a", fast), Loopback("b", slow, ip_address("::1"))), reserve=())
+        seen = await canaries(flock, NO_TUNNEL, enough=lambda found: any(c.target == "a" for c in found))
+    assert "a" in [c.target for c in seen]
+
+
+async def test_a_canary_that_goes_outside_is_waited_for() -> None:
+    """It could be the one that leaks, and a slow leak is one too."""
+    kernel = FakeKernel(routes={"127.0.0.1": Route(interface=2), "127.0.0.2": Route(interface=3)})
+    survey = Survey(interfaces=(ETH, WG), tunnel="wg0")
+    async with udp(lambda _: b"203.0.113.1") as (fast, _), udp(lambda _: None) as (slow, _):
+        flock = Flock(targets=(here("out", slow), here("in", fast)), reserve=())
+        seen = await canaries(flock, Paths(kernel, survey))
+    assert {(c.target, c.answer) for c in seen} == {("out", Answer.LOST), ("in", Answer.ANSWERED)}
+
+
+async def test_an_echo_with_a_route_of_its_own_is_not_asked() -> None:
+    """OpenVPN makes such a route to its server, and VPN Sentinel's server may run on the same machine."""
+    kernel = FakeKernel(routes={"127.0.0.1": Route(interface=2, prefix=32)})
+    async with udp(lambda _: b"203.0.113.1") as (port, _):
+        flock = Flock(targets=(here("echo", port), here("other", port)), reserve=())
+        seen = await canaries(flock, Paths(kernel, Survey(interfaces=(ETH, WG), tunnel="wg0")))
+    assert [c.target for c in seen] == ["other"]
+
+
+async def test_beside_the_tunnel_is_asked_on_the_physical_interface() -> None:
+    lo = FakeKernel().links[0]
+    async with udp(lambda _: b"203.0.113.1") as (port, _):
+        flock = Flock(targets=(here("a", port),), reserve=())
+        seen = await canaries(flock, Paths(FakeKernel(), Survey(interfaces=(lo, WG), tunnel="wg0", physical=lo)))
+    assert {c.probe for c in seen} >= {Probe.DEFAULT, Probe.PHYSICAL}
+    assert all(c.path is Path.OUTSIDE for c in seen if c.probe is not Probe.DEFAULT)
+
+
+async def test_nobody_to_ask_is_nothing_seen() -> None:
+    assert await canaries(Flock(targets=(), reserve=()), NO_TUNNEL) == ()
