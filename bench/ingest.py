@@ -20,7 +20,7 @@ from pathlib import Path
 
 KEY = "bench-key-0123456789"
 CONNECTIONS = 64
-SECONDS = 5.0
+SECONDS = 3.0
 ROUNDS = 3
 NAMES = 10_000
 HERE = Path(__file__).parent
@@ -34,7 +34,10 @@ class Server:
     def __init__(self, name: str, command: list[str], env: Mapping[str, str], port: int, path: str) -> None:
         self.name, self.port, self.path = name, port, path
         self.process = subprocess.Popen(
-            ["taskset", "-c", "0", *command], env={**os.environ, **env}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            ["taskset", "-c", "0", *command],
+            env={**os.environ, **env},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
@@ -55,7 +58,10 @@ class Server:
         before = self.cpu()
         words = [str(self.port), self.path, str(CONNECTIONS), str(SECONDS), str(NAMES), KEY]
         done = subprocess.run(
-            ["taskset", "-c", "1", sys.executable, "-m", "bench.load", *words], capture_output=True, text=True, check=True
+            ["taskset", "-c", "1", sys.executable, "-m", "bench.load", *words],
+            stdout=subprocess.PIPE,
+            text=True,
+            check=True,
         )
         figures: Figures = json.loads(done.stdout)
         figures["cpu_us"] = 1e6 * (self.cpu() - before) / max(1.0, figures["requests"])
@@ -94,15 +100,15 @@ def servers(data: Path) -> list[Server]:
 
 def stored(server: Server) -> int:
     """How many tunnels the server says it holds, asked over its API."""
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{server.port}/api/v1/summary", headers={"X-API-Key": KEY}
-    )
+    request = urllib.request.Request(f"http://127.0.0.1:{server.port}/api/v1/summary", headers={"X-API-Key": KEY})
     with urllib.request.urlopen(request, timeout=10) as answer:
         return int(json.load(answer)["total"])
 
 
 def main() -> None:
-    data = Path(tempfile.mkdtemp(prefix="vs-bench-", dir="/var/tmp"))  # a disk, not memory: fsync must cost what it costs
+    data = Path(
+        tempfile.mkdtemp(prefix="vs-bench-", dir="/var/tmp")
+    )  # a disk, not memory: fsync must cost what it costs
     running = servers(data)
     try:
         for server in running:

@@ -1,5 +1,7 @@
 """A load generator for one HTTP route: many connections, one request in flight on each, latencies kept.
 
+A server that closes after each answer, as Flask's does, is connected to anew: that is its price, not the load's.
+
 Runs as a process of its own: `python -m bench.load PORT PATH CONNECTIONS SECONDS NAMES KEY` prints one JSON object.
 """
 
@@ -10,7 +12,9 @@ import time
 
 import uvloop
 
-_FIELDS = '"status":"alive","public_ip":"185.65.134.10","location":{"country":"NL","city":"Amsterdam","org":"AS39351 VPN"}'
+_FIELDS = (
+    '"status":"alive","public_ip":"185.65.134.10","location":{"country":"NL","city":"Amsterdam","org":"AS39351 VPN"}'
+)
 
 
 def request(path: str, key: str, name: str) -> bytes:
@@ -50,13 +54,17 @@ class Client(asyncio.Protocol):
             return
         self.buffer = rest[length:]
         self.run.note(head[9:12] == b"200", time.perf_counter() - self.sent)
-        if time.perf_counter() < self.run.end:
+        if time.perf_counter() < self.run.end and b"connection: close" not in lower:
             self.send()
         else:
             self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.run.closed()
+        self.buffer = b""
+        if time.perf_counter() < self.run.end:
+            self.run.connect(self)
+        else:
+            self.run.closed()
 
 
 class Run:
@@ -68,6 +76,13 @@ class Run:
         self.start = time.perf_counter()
         self.end = self.start + seconds
         self.done = asyncio.Event()
+        self.tasks: asyncio.TaskGroup | None = None
+        self.port = 0
+
+    def connect(self, client: "Client") -> None:
+        assert self.tasks is not None
+        loop = asyncio.get_running_loop()
+        self.tasks.create_task(loop.create_connection(lambda: client, "127.0.0.1", self.port))
 
     def note(self, ok: bool, seconds: float) -> None:
         if ok:
@@ -83,10 +98,10 @@ class Run:
 
 async def load(port: int, path: str, connections: int, seconds: float, names: int, key: str) -> dict[str, float]:
     run = Run(path, key, connections, seconds, names)
-    loop = asyncio.get_running_loop()
-    for i in range(connections):
-        await loop.create_connection(lambda i=i: Client(run, i), "127.0.0.1", port)  # type: ignore[misc]
-    async with asyncio.timeout(seconds + 30):
+    run.port = port
+    async with asyncio.timeout(seconds + 30), asyncio.TaskGroup() as run.tasks:
+        for i in range(connections):
+            run.connect(Client(run, i))
         await run.done.wait()
     took = time.perf_counter() - run.start
     ordered = sorted(run.latencies) or [0.0]

@@ -1,6 +1,5 @@
 """What every ring of tests shares: both engines as one `store` fixture, and a clock that a test sets."""
 
-import asyncio
 import os
 import shutil
 import socket
@@ -107,10 +106,3 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
-
-
-async def until(condition, limit: float = 5.0) -> None:  # type: ignore[no-untyped-def]
-    """Wait for `condition()` to hold. Raises TimeoutError after `limit` seconds."""
-    async with asyncio.timeout(limit):
-        while not condition():
-            await asyncio.sleep(0.01)

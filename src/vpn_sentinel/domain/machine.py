@@ -56,11 +56,20 @@ class Before:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Outage:
+    """Trouble that people have not yet heard the end of: when it began, and the worst that it was."""
+
+    began: float
+    worst: State
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
     """All that a tunnel's past weighs. Times are seconds since the epoch, by the server's clock.
 
-    `told` is the state people last heard of, `told_exit` the exit address; `trouble_since` is when the tunnel was last
-    protected, None while it is. `home` are home networks learned from canaries sent beside the tunnel.
+    `told` is the state people last heard of, `told_exit` the exit address, `outage` what a recovery will tell the end
+    of; `trouble_since` is when the tunnel was last protected, None while it is. `home` are home networks learned from
+    canaries sent beside the tunnel.
     """
 
     state: State = State.PENDING
@@ -75,6 +84,7 @@ class Memory:
     told: State = State.PENDING
     told_exit: IPAddress | None = None
     trouble_since: float | None = None
+    outage: Outage | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -148,7 +158,7 @@ def advance(
         )
     step.memory = replace(step.memory, seen_at=at)
     _settle(step, verdict, at, policy)
-    if verdict.state is State.PROTECTED:
+    if verdict.state in (State.PROTECTED, State.DEGRADED):
         _note_exits(step, at, exits)
     return step.memory, step.events
 
@@ -166,7 +176,8 @@ def overdue(memory: Memory, at: float, finding: Finding) -> tuple[Memory, list[E
 def _settle(step: _Step, verdict: Verdict, at: float, policy: Policy) -> None:
     memory, state = step.memory, verdict.state
     if state is memory.state:
-        step.memory = replace(memory, findings=verdict.findings, candidate=None)
+        if memory.candidate is not None or memory.findings != verdict.findings:
+            step.memory = replace(memory, findings=verdict.findings, candidate=None)
         return
     wait = TRANSITIONS[memory.state].get(state)
     if wait is None:
@@ -183,7 +194,9 @@ def _settle(step: _Step, verdict: Verdict, at: float, policy: Policy) -> None:
 
 
 def _trouble_start(candidate: Candidate | None, state: State, at: float) -> float:
-    """Trouble that changes its kind on the way (degraded, then down) began when it began."""
+    """Trouble that changes its kind on the way (degraded, then down) began when it began; a leak, when it was seen."""
+    if state is State.LEAKING:
+        return at
     if candidate is not None and State.PROTECTED not in (candidate.state, state):
         return candidate.since
     return at
@@ -199,13 +212,15 @@ def _note_exits(step: _Step, at: float, exits: tuple[IPAddress | None, IPAddress
     for old, new in ((memory.exit4, exits[0]), (memory.exit6, exits[1])):
         if old and new and old != new:
             step.events.append(ExitChanged(at=at, old=old, new=new))
-    step.memory = replace(memory, exit4=exits[0] or memory.exit4, exit6=exits[1] or memory.exit6)
+    now = (exits[0] or memory.exit4, exits[1] or memory.exit6)
+    if now != (memory.exit4, memory.exit6):
+        step.memory = replace(memory, exit4=now[0], exit6=now[1])
 
 
 def silence_finding(last_seen: float, deadline: float) -> Finding:
     """What an overdue tunnel shows: how long nothing has come."""
     return Finding(
         Code.NO_REPORTS,
-        f"No report for {deadline - last_seen:.0f} s; whether the tunnel or only the agent is gone cannot be seen from here.",
+        f"No report for {deadline - last_seen:.0f} s; from here, a dead tunnel and a dead agent look the same.",
         {"silent_for_seconds": f"{deadline - last_seen:.0f}"},
     )

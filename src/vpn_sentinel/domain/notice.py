@@ -4,9 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
-from vpn_sentinel.domain.machine import Event, ExitChanged, Memory, Moved
+from vpn_sentinel.domain.machine import Event, ExitChanged, Memory, Moved, Outage
 from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.domain.verdict import HARM, Finding, State
+
+_WELL = (State.PROTECTED, State.PENDING)
 
 
 class Kind(StrEnum):
@@ -63,43 +65,49 @@ def notices(before: Memory, after: Memory, events: Sequence[Event], *, caught_up
     the agent has `caught_up`: a replayed outage of an hour is one message, not each of its turns.
     """
     out: list[Notice] = []
-    told = after.told
+    told, outage = after.told, _outage(before, events)
     for event in events:
         if isinstance(event, Moved) and event.new is State.LEAKING and told is not State.LEAKING:
             out.append(Notice(kind=Kind.LEAKING, at=event.at, began=event.at, findings=event.findings))
             told = State.LEAKING
-    if not caught_up:
-        return replace(after, told=told), out
     state, exit_ = after.state, after.exit4 or after.exit6
+    # Of the two versions' addresses one is told; when that one only now shows itself, nothing has changed.
+    known = after.told_exit if after.told_exit and exit_ and after.told_exit.version == exit_.version else exit_
     # On its way back: what a replay brings to light now is told with the recovery, not as fresh trouble.
     recovering = after.candidate is not None and after.candidate.state is State.PROTECTED
-    if state is not told and state is not State.PENDING and not recovering:
-        if state is State.PROTECTED:
-            kind = Kind.CONNECTED if told is State.PENDING else Kind.RECOVERED
-            began = _trouble_began(before, events)
-            out.append(
-                Notice(
-                    kind=kind, at=after.since, began=began, was=_worst(before, events, told), findings=after.findings
-                )
-            )
-        else:
-            out.append(Notice(kind=_KIND_OF[state], at=after.since, began=after.since, findings=after.findings))
+    if caught_up and state is not told and state is not State.PENDING and not recovering:
+        out.append(_standing(after, told, outage))
         told = state
-    elif state is State.PROTECTED and after.candidate is None and after.told_exit and exit_ != after.told_exit:
-        changed = [e for e in events if isinstance(e, ExitChanged)]
-        at = changed[-1].at if changed else after.seen_at
+    elif caught_up and state is State.PROTECTED and after.candidate is None and exit_ != known:
+        changed = [e.at for e in events if isinstance(e, ExitChanged)]
+        at = changed[-1] if changed else after.seen_at
         out.append(Notice(kind=Kind.ADDRESS_CHANGED, at=at, began=at, findings=after.findings))
-    out = [replace(n, exit=exit_, old_exit=after.told_exit if exit_ != after.told_exit else None) for n in out]
-    return replace(after, told=told, told_exit=exit_ if out or not after.told_exit else after.told_exit), out
+    out = [replace(n, exit=exit_, old_exit=known if exit_ != known else None) for n in out]
+    told_exit = exit_ if out else known
+    if told in _WELL and state in _WELL:
+        outage = None
+    if (told, told_exit, outage) == (after.told, after.told_exit, after.outage):
+        return after, out
+    return replace(after, told=told, told_exit=told_exit, outage=outage), out
 
 
-def _trouble_began(before: Memory, events: Sequence[Event]) -> float | None:
-    """When the trouble that is now over began: a replay may know better than the silence did."""
-    moves = [e.at for e in events if isinstance(e, Moved) and e.new is not State.PROTECTED]
-    starts = [t for t in (before.trouble_since, *moves) if t is not None]
-    return min(starts, default=None)
+def _standing(after: Memory, told: State, outage: Outage | None) -> Notice:
+    """Where the tunnel stands, for people who last heard that it was `told`."""
+    if after.state is not State.PROTECTED:
+        return Notice(kind=_KIND_OF[after.state], at=after.since, began=after.since, findings=after.findings)
+    if told is State.PENDING or outage is None:
+        return Notice(kind=Kind.CONNECTED, at=after.since, findings=after.findings)
+    # A silence that a replay made void did not end in a change of state: it ended when the agent was heard again.
+    at = after.since if after.since > outage.began else max(after.seen_at, outage.began)
+    return Notice(kind=Kind.RECOVERED, at=at, began=outage.began, was=outage.worst, findings=after.findings)
 
 
-def _worst(before: Memory, events: Sequence[Event], told: State) -> State:
-    seen = {told, before.state, *(e.new for e in events if isinstance(e, Moved))} - {State.PROTECTED, State.PENDING}
-    return min(seen, key=HARM.index, default=told)
+def _outage(before: Memory, events: Sequence[Event]) -> Outage | None:
+    """The trouble so far: a replay may know better than the silence did when it began and how bad it was."""
+    known = [before.outage] if before.outage else []
+    if before.trouble_since is not None:
+        known.append(Outage(began=before.trouble_since, worst=before.state))
+    known += [Outage(began=e.at, worst=e.new) for e in events if isinstance(e, Moved) and e.new is not State.PROTECTED]
+    if not known:
+        return None
+    return Outage(began=min(o.began for o in known), worst=min((o.worst for o in known), key=HARM.index))

@@ -129,13 +129,14 @@ class Observation:
 
     def asked(self, probe: Probe) -> tuple[Canary, ...]:
         """The canaries of one kind that were really sent."""
-        return tuple(c for c in self.canaries if c.probe is probe and c.answer is not Answer.UNKNOWN)
+        return tuple([c for c in self.canaries if c.probe is probe and c.answer is not Answer.UNKNOWN])
 
     def places_of(self, address: IPAddress | None) -> tuple[Place, ...]:
-        return tuple(p for p in self.places if p.ip == address)
+        return tuple([p for p in self.places if p.ip == address])
 
     def exit(self, family: int) -> IPAddress | None:
         """The address that the far end saw on the default route, None when no canary came back."""
-        return next(
-            (c.address for c in self.asked(Probe.DEFAULT) if c.address is not None and c.family == family), None
-        )
+        for canary in self.canaries:
+            if canary.family == family and canary.probe is Probe.DEFAULT and canary.address is not None:
+                return canary.address
+        return None

@@ -11,10 +11,10 @@ if TYPE_CHECKING:
     IPNetwork = IPv4Network | IPv6Network
 else:
     # Decoders that build these values from annotations take one class, not a union of two.
-    class IPAddress(ABC):
+    class IPAddress(ABC):  # noqa: B024 - a name for two classes
         """Either version's address."""
 
-    class IPNetwork(ABC):
+    class IPNetwork(ABC):  # noqa: B024
         """Either version's network."""
 
     IPAddress.register(IPv4Address)
@@ -23,7 +23,7 @@ else:
     IPNetwork.register(IPv6Network)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)  # without slots: settings read the defaults from the class
 class Policy:
     """One tunnel's rules. Durations are seconds.
 
@@ -46,7 +46,8 @@ class Policy:
 
     def with_home(self, more: Iterable[IPNetwork]) -> "Policy":
         """The same policy with further home networks, each once."""
-        return replace(self, home_networks=tuple(dict.fromkeys((*self.home_networks, *more))))
+        networks = tuple(dict.fromkeys((*self.home_networks, *more)))
+        return self if networks == self.home_networks else replace(self, home_networks=networks)
 
 
 def _within(address: IPAddress, networks: Iterable[IPNetwork]) -> bool:

@@ -11,7 +11,7 @@ from ipaddress import ip_network
 from typing import Final
 
 from vpn_sentinel.domain import resolvers
-from vpn_sentinel.domain.observation import Answer, Canary, Observation, Path, Place, Probe, Trigger
+from vpn_sentinel.domain.observation import Answer, Canary, Link, Observation, Path, Place, Probe, Trigger
 from vpn_sentinel.domain.policy import IPAddress, Policy
 
 
@@ -41,6 +41,7 @@ class Code(StrEnum):
     IP_LEAK = "ip_leak"
     IPV6_LEAK = "ipv6_leak"
     DNS_LEAK = "dns_leak"
+    SPLIT_ROUTE = "split_route"
     TUNNEL_DOWN = "tunnel_down"
     NO_TRAFFIC = "no_traffic"
     UPLINK_DOWN = "uplink_down"
@@ -81,6 +82,9 @@ MEANING: Final[Mapping[Code, Meaning]] = {
         State.LEAKING,
         _CRITICAL,
         "Set the nameserver to one that is reached through the tunnel, or allow this resolver.",
+    ),
+    Code.SPLIT_ROUTE: Meaning(
+        State.LEAKING, _CRITICAL, "Look for routes and rules that send some destinations past the tunnel."
     ),
     Code.TUNNEL_DOWN: Meaning(State.DOWN, _CRITICAL, "Bring the tunnel's interface back up."),
     Code.NO_TRAFFIC: Meaning(
@@ -164,6 +168,7 @@ def judge(seen: Observation, policy: Policy) -> Verdict:
     else:
         findings = (
             *leaks,
+            *(() if leaks else _gone(seen)),
             *_unverifiable(seen, policy),
             *_dns(seen, policy),
             *_place(seen, policy),
@@ -174,8 +179,12 @@ def judge(seen: Observation, policy: Policy) -> Verdict:
 
 def _ip_leaks(seen: Observation, policy: Policy) -> Iterator[Finding]:
     for family, code in ((4, Code.IP_LEAK), (6, Code.IPV6_LEAK)):
-        escaped = next((c for c in seen.asked(Probe.DEFAULT) if c.family == family and _escapes(c, seen, policy)), None)
-        if escaped is not None:
+        answered = [c for c in seen.asked(Probe.DEFAULT) if c.family == family and c.answer is Answer.ANSWERED]
+        escaped = next((c for c in answered if _escapes(c, seen, policy)), None)
+        inside = next((c for c in answered if not _escapes(c, seen, policy)), None)
+        if escaped is not None and inside is not None:
+            yield _split_route(escaped, inside)
+        elif escaped is not None:
             yield _ip_leak(code, escaped, policy)
         elif seen.reported_from and seen.reported_from.version == family and policy.is_home(seen.reported_from):
             yield Finding(
@@ -201,14 +210,33 @@ def _ip_leak(code: Code, canary: Canary, policy: Policy) -> Finding:
     )
 
 
+def _split_route(escaped: Canary, inside: Canary) -> Finding:
+    return Finding(
+        Code.SPLIT_ROUTE,
+        f"Part of the IPv{escaped.family} traffic leaves from {escaped.address}, outside the tunnel.",
+        {"address": str(escaped.address), "seen_by": escaped.target, "through_the_tunnel": inside.target},
+    )
+
+
 def _unverifiable(seen: Observation, policy: Policy) -> Iterator[Finding]:
-    if seen.link is None and not policy.home_networks:
-        exits = ", ".join(str(e) for e in (seen.exit(4), seen.exit(6)) if e) or str(seen.reported_from)
-        yield Finding(
-            Code.TUNNEL_UNKNOWN,
-            f"Traffic leaves from {exits}, and nothing here tells whether that is a VPN.",
-            {"exit": exits},
-        )
+    if seen.link is not None:
+        return
+    exits = [e for e in (seen.exit(4), seen.exit(6)) if e] or ([seen.reported_from] if seen.reported_from else [])
+    if any(e.version == home.version for e in exits for home in policy.home_networks):
+        return
+    named = ", ".join(str(e) for e in exits)
+    yield Finding(
+        Code.TUNNEL_UNKNOWN,
+        f"Traffic leaves from {named or 'an unknown address'}, and nothing here tells whether that is a VPN.",
+        {"exit": named} if named else {},
+    )
+
+
+def _gone(seen: Observation) -> Iterator[Finding]:
+    """Something answers, though the tunnel's interface cannot carry it and no leak is proven."""
+    by_tunnel = any(c.path is Path.TUNNEL and c.answer is Answer.ANSWERED for c in seen.asked(Probe.DEFAULT))
+    if seen.link is not None and not (seen.link.present and seen.link.up) and not by_tunnel:
+        yield _tunnel_down(seen.link, {})
 
 
 def _dead(seen: Observation) -> Iterator[Finding]:
@@ -241,11 +269,7 @@ def _dead(seen: Observation) -> Iterator[Finding]:
             {"beside_the_tunnel": ", ".join(sorted({c.answer for c in physical})), **_answers(canaries)},
         )
     elif not seen.link.present or not seen.link.up:
-        yield Finding(
-            Code.TUNNEL_DOWN,
-            f"The tunnel's interface {seen.link.name} is {'down' if seen.link.present else 'gone'}.",
-            {"interface": seen.link.name, **_answers(canaries)},
-        )
+        yield _tunnel_down(seen.link, _answers(canaries))
     else:
         yield Finding(
             Code.NO_TRAFFIC,
@@ -257,6 +281,11 @@ def _dead(seen: Observation) -> Iterator[Finding]:
                 **_answers(canaries),
             },
         )
+
+
+def _tunnel_down(link: Link, facts: Mapping[str, str]) -> Finding:
+    message = f"The tunnel's interface {link.name} is {'down' if link.present else 'gone'}."
+    return Finding(Code.TUNNEL_DOWN, message, {"interface": link.name, **facts})
 
 
 def _answers(canaries: tuple[Canary, ...]) -> dict[str, str]:
@@ -293,19 +322,18 @@ def _dns(seen: Observation, policy: Policy) -> Iterator[Finding]:
     if leak is not None:
         yield Finding(Code.DNS_LEAK, leak.message, leak.evidence)
         return
-    if all(s.answer is not Answer.ANSWERED for s in seen.resolvers):
-        if all(s.answer in (Answer.LOST, Answer.UNREACHABLE, Answer.BLOCKED) for s in seen.resolvers):
-            servers = ", ".join(sorted({str(s.nameserver) for s in seen.resolvers}))
-            yield Finding(Code.DNS_DOWN, f"No nameserver answers: {servers}.", {"nameservers": servers})
+    if all(s.answer in (Answer.LOST, Answer.UNREACHABLE, Answer.BLOCKED) for s in seen.resolvers):
+        servers = ", ".join(sorted({str(s.nameserver) for s in seen.resolvers}))
+        yield Finding(Code.DNS_DOWN, f"No nameserver answers: {servers}.", {"nameservers": servers})
         return
-    egresses = dict.fromkeys(s.egress for s in seen.resolvers if s.egress)
-    if not egresses:
+    telling = [s for s in seen.resolvers if s.answer is Answer.ANSWERED and s.egress]
+    if not telling:
         yield Finding(Code.RESOLVER_UNKNOWN, "No method could tell which resolver asks for this host.")
-    for egress in egresses:
-        if not resolvers.is_expected(egress, seen, policy):
+    for egress in dict.fromkeys(s.egress for s in telling if not policy.allows_resolver(s.nameserver)):
+        if egress is not None and not resolvers.is_expected(egress, seen, policy):
             yield Finding(
                 Code.RESOLVER_UNEXPECTED,
-                f"DNS queries come out at {egress}, which belongs neither to the exit's network nor to a known resolver.",
+                f"DNS queries come out at {egress}, neither in the exit's network nor at a known resolver.",
                 {"resolver": str(egress), **_country_of(egress, seen)},
             )
 
@@ -333,6 +361,8 @@ def _place(seen: Observation, policy: Policy) -> Iterator[Finding]:
 
 def agreed_country(places: tuple[Place, ...]) -> str | None:
     """The country that most sources name; None when they are split or none speaks."""
+    if len(places) == 1:
+        return places[0].country
     ranked = Counter(p.country for p in places if p.country).most_common(2)
     if not ranked or (len(ranked) == 2 and ranked[0][1] == ranked[1][1]):
         return None

@@ -11,7 +11,7 @@ PLAIN: Final = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asct
 class LineFormatter(logging.Formatter):
     """`2026-01-02T03:04:05Z INFO uplink connected url=https://… agent=nl-1`: what stands in `extra=` becomes pairs."""
 
-    converter = staticmethod(time.gmtime)  # type: ignore[assignment]
+    converter = staticmethod(time.gmtime)
 
     def format(self, record: logging.LogRecord) -> str:
         when = self.formatTime(record, "%Y-%m-%dT%H:%M:%SZ")
@@ -19,7 +19,9 @@ class LineFormatter(logging.Formatter):
         pairs = "".join(f" {key}={_quoted(value)}" for key, value in record.__dict__.items() if key not in PLAIN)
         line = f"{when} {record.levelname} {name} {_clean(record.getMessage())}{pairs}"
         if record.exc_info:
-            line += "\n" + self.formatException(record.exc_info)
+            # The text of an exception may come from outside: indented and cleaned, it cannot pass for a line of ours.
+            trace = self.formatException(record.exc_info).split("\n")
+            line += "".join(f"\n  {_clean(part)}" for part in trace)
         return line
 
 
@@ -40,5 +42,8 @@ def _clean(text: str) -> str:
 
 
 def _quoted(value: object) -> str:
-    text = _clean(str(value))
-    return f'"{text}"' if " " in text or not text else text
+    text = str(value)
+    if text and not any(c in ' "=' for c in text):
+        return _clean(text)
+    # Escaped, so that no value can pretend to be a further pair.
+    return '"' + _clean(text.replace("\\", "\\\\").replace('"', '\\"')) + '"'

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TypeVar
+from urllib.parse import urlsplit
 
 from vpn_sentinel.runtime.secret import Secret
 from vpn_sentinel.runtime.unusable import Unusable
@@ -77,9 +78,9 @@ class Source:
             case bool():
                 return "true" if value_in_file else "false"
             case str() | int() | float():
-                return str(value_in_file)
+                return str(value_in_file).strip() or None
             case list():
-                return ",".join(str(item) for item in value_in_file)
+                return ",".join(str(item) for item in value_in_file) or None
             case _:
                 raise SettingError(name.lower(), "takes a text, a number, true, false or a list")
 
@@ -96,7 +97,8 @@ class Source:
 
     def unread(self) -> list[str]:
         """Names set in the environment or the file that nobody asked for: probably misspelt."""
-        plain = {PREFIX + name for name in self.asked} | {PREFIX + name + "_FILE" for name in self.asked}
+        keys = {PREFIX + name for name in self.asked - UNPREFIXED}
+        plain = keys | {key + "_FILE" for key in keys}
         in_env = [k for k in self.env if k.startswith(PREFIX) and k not in plain and k != PREFIX + "CONFIG"]
         in_file = [k for k in self.file if k.upper() not in self.asked]
         return sorted(in_env + in_file)
@@ -108,7 +110,7 @@ def environment() -> Mapping[str, str]:
 
 
 def default_data_dir() -> str:
-    """Where state is kept when nobody says: the system's place for root, the user's otherwise (XDG base directories)."""
+    """Where state is kept when nobody says: the system's for root, else the user's (XDG base directories)."""
     return "/var/lib/vpn-sentinel" if os.geteuid() == 0 else str(Path("~/.local/state/vpn-sentinel").expanduser())
 
 
@@ -168,9 +170,13 @@ def words(value: str) -> tuple[str, ...]:
 
 def url(value: str) -> str:
     """An http or https address with a host, without its trailing slash."""
-    scheme, _, rest = value.partition("://")
-    if scheme not in ("http", "https") or not rest.split("/")[0] or any(c.isspace() for c in value):
-        msg = "is not an address that starts with http:// or https://"
+    msg = "is not an address that starts with http:// or https://"
+    try:
+        parts = urlsplit(value)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # of a port or an IPv6 address; its own text would repeat the address, which may hold a token
+        raise ValueError(msg) from None
+    if not usable or any(c.isspace() for c in value):
         raise ValueError(msg)
     return value.rstrip("/")
 

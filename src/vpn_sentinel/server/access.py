@@ -43,7 +43,7 @@ class Access:
     def __init__(self, store: Store, clock: Clock, api_key: Secret | None) -> None:
         self._store = store
         self._clock = clock
-        self._api_key = api_key
+        self._own_digest = _digest(api_key.reveal()) if api_key is not None else None
         self._tokens: Mapping[str, tuple[str, Caller]] = {}
         self._read_at = float("-inf")
 
@@ -52,7 +52,7 @@ class Access:
         if not key:
             return None
         given = _digest(key)
-        if self._api_key is not None and hmac.compare_digest(given, _digest(self._api_key.reveal())):
+        if self._own_digest is not None and hmac.compare_digest(given, self._own_digest):
             return Caller("shared", shared=True)
         if self._clock.boottime() - self._read_at > _FRESH:
             await self._reload()

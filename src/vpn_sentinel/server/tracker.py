@@ -8,8 +8,9 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Final
+
+import msgspec
 
 from vpn_sentinel.domain.machine import Event, Memory, Moved, Revised, advance, overdue, silence_finding
 from vpn_sentinel.domain.notice import Notice, notices
@@ -39,12 +40,13 @@ log = logging.getLogger(__name__)
 CLOCK_SKEW: Final = 60.0
 # Reports that one transaction takes at most: bounds how long a reader of the same rows waits.
 _BATCH: Final = 256
+# A tunnel whose row trips the program is looked at again after so many seconds.
+_AGAIN: Final = 300.0
 # Reports that wait at most; beyond it the server says "busy" rather than grow.
 _WAITING: Final = 5000
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Stored:
+class Stored(msgspec.Struct, frozen=True, kw_only=True):
     """One observation on its way into the database; `at` is when it was seen, by the server's clock."""
 
     seq: int
@@ -52,12 +54,12 @@ class Stored:
     observation: Observation
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delivery:
+class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     """What one message brought of one tunnel. `spool` is the agent's; a keepalive has none and is numbered here.
 
     `silent_after` is how many seconds without a further message make the tunnel silent. `caught_up` is False while the
-    agent still holds later observations. `skew` is the sender's clock minus ours.
+    agent still holds later observations. `skew` is the sender's clock minus ours; `connected_at` is since when it has
+    been able to send.
     """
 
     tunnel: str
@@ -71,6 +73,7 @@ class Delivery:
     caught_up: bool = True
     thinned: int = 0
     skew: float | None = None
+    connected_at: float = 0.0
     dns_loc: str = ""
     dns_colo: str = ""
 
@@ -94,6 +97,12 @@ class _Writes:
     ordered: list[Batch] = field(default_factory=list)
     deliveries: list[tuple[object, ...]] = field(default_factory=list)
 
+    def take(self, more: "_Writes") -> None:
+        self.tunnels |= more.tunnels
+        self.observations += more.observations
+        self.ordered += more.ordered
+        self.deliveries += more.deliveries
+
     def changes(self) -> Changes:
         batches: list[Batch] = [
             (rows.SAVE_TUNNEL, [rows.saved_tunnel(t) for t in self.tunnels.values()]),
@@ -106,11 +115,6 @@ class _Writes:
 
 _memory: Final = decoder(Memory)
 _place: Final = decoder(dict[str, str | int | None])
-
-
-@lru_cache(maxsize=4096)
-def _policy(text: str) -> Policy:
-    return decoder(Policy)(text) if text else Policy()
 
 
 class Tracker:
@@ -213,16 +217,27 @@ class Tracker:
             for row in found.values():
                 if row.deadline is None or row.deadline > now:
                     continue
-                before = _load(row)
-                memory, events = overdue(before, row.deadline, silence_finding(row.last_seen, row.deadline))
-                row.deadline = None
-                self._follow(row, before, memory, events, now, writes, caught_up=True)
+                writes.take(self._silenced(row, row.deadline, now))
                 changed.append(row.name)
             debts = len(writes.deliveries)
             return writes.changes()
 
         await self._store.transact(names, now, decide, create=False)
         self._committed(changed, debts)
+
+    def _silenced(self, row: TunnelRow, deadline: float, now: float) -> _Writes:
+        writes = _Writes()
+        try:
+            before = _load(row)
+            memory, events = overdue(before, deadline, silence_finding(row.last_seen, deadline))
+            row.deadline = None
+            self._follow(row, before, memory, events, now, writes, caught_up=True)
+        except Exception:
+            # One bad row, say of a newer version, must not keep the others from being watched.
+            log.exception("a deadline could not be judged", extra={"tunnel": row.name})
+            row.deadline = now + _AGAIN
+            return _Writes(tunnels={row.id: row})
+        return writes
 
     def _committed(self, names: Iterable[str], debts: int) -> None:
         self._hub.publish(set(names))
@@ -237,7 +252,8 @@ class Tracker:
         policy = self._policy_for(delivery)
         row.source = "keepalive" if delivery.spool is None else "agent"
         for item in delivery.observations:
-            seq = item.seq if delivery.spool is not None else last + 1
+            # Milliseconds, so that the numbers go on where they were when a tunnel's other kind of sender stops.
+            seq = item.seq if delivery.spool is not None else max(last + 1, int(1000 * item.at))
             if seq <= last:
                 continue  # a replay of what the database holds changes nothing
             last = seq
@@ -260,7 +276,9 @@ class Tracker:
         row.deadline = delivery.received_at + delivery.silent_after
         if delivery.spool is None:
             row.dns_loc, row.dns_colo = delivery.dns_loc, delivery.dns_colo
-        self._follow(row, before, memory, events, now, writes, caught_up=delivery.caught_up)
+        # After a silence the first words are of the time before the agent could speak; how things stand now follows.
+        stale = before.told is State.SILENT and memory.seen_at < delivery.connected_at
+        self._follow(row, before, memory, events, now, writes, caught_up=delivery.caught_up and not stale)
 
     def _policy_for(self, delivery: Delivery) -> Policy:
         """The server's policy and what the agent declared, together: networks add up, the agent's countries win."""
@@ -293,7 +311,8 @@ class Tracker:
             writes.deliveries += owed(_complete(notice, row), self._channels, now)
         if memory is not before or not row.memory:
             row.memory = encode(memory).decode()
-            row.findings = encode(memory.findings).decode()
+            if memory.findings != before.findings:
+                row.findings = encode(memory.findings).decode()
         row.state, row.since = memory.state.value, memory.since or row.created_at
         writes.tunnels[row.id] = row
 
@@ -369,6 +388,8 @@ def _resolver(seen: Observation, ip: IPAddress) -> dict[str, object]:
 def _complete(notice: Notice, row: TunnelRow) -> Notice:
     """Add what a reader wants to know beside the event: where the exit is and who resolves."""
     place = _place(row.place)
+    if place.get("ip") != str(notice.exit):
+        place = {}  # of another address, such as the one that leaks
     where = [str(place[k]) for k in ("city", "region", "country") if place.get(k)]
     provider = " ".join(str(v) for v in (place.get("org"), f"AS{place['asn']}" if place.get("asn") else None) if v)
     listed = decoder(list[dict[str, str | None]])(row.resolvers)

@@ -6,7 +6,7 @@ the limits. A decoder raises `msgspec.ValidationError` or `msgspec.DecodeError`;
 
 import math
 from collections.abc import Callable
-from functools import cache
+from functools import cache, lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Any, Final, TypeVar
 
@@ -17,6 +17,8 @@ from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy
 from vpn_sentinel.wire import limits
 
 T = TypeVar("T")
+# `0000:0000:0000:0000:0000:ffff:255.255.255.255/128`; the reason of a refusal repeats the text.
+_LONGEST_ADDRESS: Final = 49
 
 
 def _encode(value: object) -> object:
@@ -33,7 +35,7 @@ def _decode(kind: Any, value: Any) -> Any:
     if kind in (IPAddress, IPv4Address, IPv6Address):
         return address(value)
     if kind in (IPNetwork, IPv4Network, IPv6Network):
-        return ip_network(value)
+        return _network(value)
     msg = f"{kind} has no JSON form"
     raise NotImplementedError(msg)
 
@@ -53,13 +55,25 @@ def to_plain(value: object) -> Any:
     return msgspec.to_builtins(value, enc_hook=_encode)
 
 
+@lru_cache(maxsize=16384)
 def address(text_: str) -> IPAddress:
     """Parse an address; an IPv4-mapped IPv6 address becomes its IPv4 self. Raises ValueError."""
+    found = ip_address(_bare(text_))
+    return found.ipv4_mapped or found if isinstance(found, IPv6Address) else found
+
+
+def _network(text_: str) -> IPNetwork:
+    return ip_network(_bare(text_))
+
+
+def _bare(text_: str) -> str:
+    if len(text_) > _LONGEST_ADDRESS:
+        msg = f"an address takes at most {_LONGEST_ADDRESS} characters, this one has {len(text_)}"
+        raise ValueError(msg)
     if "%" in text_:
         msg = "an address takes no zone"
         raise ValueError(msg)
-    found = ip_address(text_)
-    return found.ipv4_mapped or found if isinstance(found, IPv6Address) else found
+    return text_
 
 
 def checked_text(name: str, value: str | None, most: int = limits.TEXT) -> str | None:
@@ -86,6 +100,9 @@ def check_observation(seen: Observation) -> None:
         raise ValueError(msg)
     for interface in (*(seen.interfaces or ()), *((seen.link.name,) if seen.link else ())):
         checked_text("interface", interface, 64)
+    if seen.link is not None and not all(0 <= n < 2**64 for n in (seen.link.rx_bytes, seen.link.tx_bytes)):
+        msg = "rx_bytes and tx_bytes take 0 to 2^64 - 1"
+        raise ValueError(msg)
     for canary in seen.canaries:
         checked_text("target", canary.target, 64)
     for sighting in seen.resolvers:
@@ -101,6 +118,9 @@ def check_place(place: Place) -> None:
     """Raise ValueError when a place holds what cannot be kept or shown."""
     for name in ("source", "region", "city", "timezone", "org"):
         checked_text(name, getattr(place, name))
+    if place.asn is not None and not 0 <= place.asn < 2**32:
+        msg = "asn takes 0 to 2^32 - 1"
+        raise ValueError(msg)
     if place.country is not None and not (
         len(place.country) == 2 and place.country.isascii() and place.country.isalpha()
     ):

@@ -3,8 +3,8 @@
 Request, 64 bytes: `VSE1`, 1 byte type (1), 3 bytes zero, 8 bytes id, 8 bytes nonce, 24 bytes zero, 16 bytes MAC.
 Reply, 64 bytes: `VSE1`, 1 byte type (2), 1 byte family (4 or 6), 2 bytes port, 8 bytes id, 8 bytes nonce,
 16 bytes address (IPv4 left-aligned), 8 bytes zero, 16 bytes MAC.
-The MAC is keyed BLAKE2s (RFC 7693) over all before it. A reply is never larger than its request, and a request whose MAC
-is wrong has no reply, so the port amplifies nothing and tells strangers nothing.
+The MAC is keyed BLAKE2s (RFC 7693) over all before it. A reply is never larger than its request, and a request whose
+MAC is wrong has no reply, so the port amplifies nothing and tells strangers nothing.
 """
 
 import hmac
@@ -59,7 +59,9 @@ def read_reply(datagram: bytes, ident: bytes, nonce: bytes, key: bytes) -> IPAdd
     magic, kind, family, _port, got_ident, got_nonce, packed = _REPLY.unpack(datagram[:-_MAC])
     if magic != _MAGIC or kind != 2 or got_ident != ident or got_nonce != nonce:
         return None
-    return IPv4Address(packed[:4]) if family == 4 else IPv6Address(packed)
+    if family == 4:
+        return IPv4Address(packed[:4])
+    return IPv6Address(packed) if family == 6 else None
 
 
 def _mac(body: bytes, key: bytes) -> bytes:

@@ -1,6 +1,5 @@
-"""The replaced system's report: `POST /api/v1/keepalive`, in its nested and its flat form, and the answer it expects."""
+"""The replaced system's report: `POST /api/v1/keepalive`, in its nested and its flat form, and its answer."""
 
-import math
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import TypeVar
@@ -73,13 +72,16 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
 _decode = msgspec.json.Decoder(Keepalive).decode
 
 
-def read(body: bytes, now: float) -> Reading:
-    """Parse and check a keepalive received at `now`.
+def read(body: bytes, now: float, came_from: IPAddress | None = None) -> Reading:
+    """Parse and check a keepalive received at `now`; `came_from` is its sender's address where that is global.
 
     Raises `msgspec.DecodeError` for what is not JSON (a 400) and `msgspec.ValidationError` or ValueError for JSON that
     says something impossible (a 422). Each names the field.
     """
-    said = _decode(body)
+    try:
+        said = _decode(body)
+    except (RecursionError, UnicodeDecodeError) as e:
+        raise msgspec.DecodeError(str(e)) from e
     name = _field("client_id", tunnel_name, said.client_id)
     location = said.location or Location()
     values = {
@@ -94,15 +96,15 @@ def read(body: bytes, now: float) -> Reading:
         "dns_colo": (said.dns_test.colo if said.dns_test else None) or said.dns_colo,
     }
     texts = {key: _known(checked_text(key, value)) for key, value in values.items()}
-    ip_text = _known(said.public_ip) or _known(said.ip)
-    ip = _field("public_ip", address, ip_text) if ip_text else None
+    key, ip_text = ("public_ip", _known(said.public_ip)) if _known(said.public_ip) else ("ip", _known(said.ip))
+    ip = _field(key, address, ip_text) if ip_text else None
     skew = None if said.timestamp is None else _field("timestamp", _seconds, said.timestamp) - now
     if skew is not None and abs(skew) > limits.CLOCK_SKEW_REFUSED:
         msg = f"timestamp: is {abs(skew) / 86400:.0f} days from this server's clock"
         raise ValueError(msg)
     return Reading(
         client_id=name,
-        observation=_observation(ip, texts),
+        observation=_observation(ip, texts, came_from),
         version=texts["client_version"] or "",
         dns_loc=texts["dns_loc"] or "",
         dns_colo=texts["dns_colo"] or "",
@@ -110,14 +112,14 @@ def read(body: bytes, now: float) -> Reading:
     )
 
 
-def _observation(ip: IPAddress | None, texts: dict[str, str | None]) -> Observation:
+def _observation(ip: IPAddress | None, texts: dict[str, str | None], came_from: IPAddress | None) -> Observation:
     if ip is None:
-        return Observation(trigger=Trigger.KEEPALIVE)
+        return Observation(trigger=Trigger.KEEPALIVE, reported_from=came_from)
     country = texts["country"]
     place = Place(
         ip=ip,
         source="client",
-        country=country.upper() if country and len(country) == 2 else None,
+        country=country.upper() if country and len(country) == 2 and country.isascii() and country.isalpha() else None,
         region=texts["region"],
         city=texts["city"],
         timezone=texts["timezone"],
@@ -126,7 +128,7 @@ def _observation(ip: IPAddress | None, texts: dict[str, str | None]) -> Observat
     seen = Canary(
         probe=Probe.DEFAULT, target="client", family=ip.version, answer=Answer.ANSWERED, path=Path.UNKNOWN, address=ip
     )
-    return Observation(trigger=Trigger.KEEPALIVE, canaries=(seen,), places=(place,))
+    return Observation(trigger=Trigger.KEEPALIVE, canaries=(seen,), places=(place,), reported_from=came_from)
 
 
 def _known(value: str | None) -> str | None:
@@ -144,10 +146,7 @@ def _field(name: str, parse: Callable[[A], B], value: A) -> B:
 def _seconds(value: str | float) -> float:
     """Epoch seconds, or ISO 8601; without an offset it is taken as UTC, as the replaced server did."""
     if isinstance(value, int | float):
-        if not math.isfinite(value):
-            msg = "is not a time"
-            raise ValueError(msg)
-        return float(value)
+        return float(value)  # finite: the decoder refuses what is out of range
     if len(value) > 64:
         msg = "is not an ISO 8601 time"
         raise ValueError(msg)

@@ -19,8 +19,8 @@ PROTOCOL: Final = 1
 class Report(msgspec.Struct, frozen=True, kw_only=True):
     """One observation as the spool kept it.
 
-    `seq` counts up from 1 within one spool and has gaps where rounds were thinned. `age` is the time in seconds since it
-    was seen, by a clock that never jumps, so that a wrong wall clock at the agent cannot misdate it.
+    `seq` counts up from 1 within one spool and has gaps where rounds were thinned. `age` is the time in seconds since
+    it was seen, by a clock that never jumps, so that a wrong wall clock at the agent cannot misdate it.
     """
 
     seq: int

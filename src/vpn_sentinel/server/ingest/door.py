@@ -14,6 +14,8 @@ from vpn_sentinel.wire import limits
 Headers = dict[str, str]
 # Wrong keys one address may show in a minute: keys are long, this only keeps guessers cheap.
 _WRONG_KEYS: Final = 20
+# Characters of a reason: it may repeat what the sender sent, and must not be as long.
+_DETAIL: Final = 300
 
 
 class Refusal(Exception):
@@ -22,7 +24,7 @@ class Refusal(Exception):
     def __init__(self, status: int, detail: str, retry_after: float | None = None) -> None:
         super().__init__(detail)
         self.status = status
-        self.detail = detail
+        self.detail = detail[:_DETAIL]
         self.retry_after = retry_after
 
 
@@ -60,6 +62,11 @@ class Door:
             raise Refusal(403, "this key is not known here")
         return Guest(caller, address, headers)
 
+    async def still(self, guest: Guest) -> None:
+        """Raises Refusal (403) when the key that `guest` came in with was revoked since."""
+        if await self._access.caller(key_from(guest.headers)) is None:
+            raise Refusal(403, "this key is not known here any more")
+
     def address(self, scope: Any, headers: Headers) -> IPAddress:
         """Where a request really came from: see `access.peer`."""
         client = scope.get("client")
@@ -80,7 +87,7 @@ async def json_body(receive: Any, headers: Headers) -> bytes:
     if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Refusal(415, "send application/json")
     announced = headers.get("content-length", "0")
-    if announced.isdigit() and int(announced) > limits.BODY_BYTES:
+    if announced.isdecimal() and int(announced) > limits.BODY_BYTES:
         raise Refusal(413, f"a body takes at most {limits.BODY_BYTES} bytes")
     parts: list[bytes] = []
     size = 0

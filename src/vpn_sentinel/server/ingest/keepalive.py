@@ -1,6 +1,5 @@
 """`POST /api/v1/keepalive`: the replaced system's clients, which must just work."""
 
-from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -29,7 +28,7 @@ class Keepalives:
         now = self._clock.wall()
         body = await json_body(receive, guest.headers)
         try:
-            said = read(body, now)
+            said = read(body, now, guest.address if guest.address.is_global else None)
         except msgspec.ValidationError as e:
             raise Refusal(422, str(e)) from e
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as e:
@@ -38,14 +37,11 @@ class Keepalives:
             raise Refusal(422, str(e)) from e
         if not guest.caller.may_report_as(said.client_id):
             raise Refusal(403, f"this token may only report as {guest.caller.name}")
-        seen = said.observation
-        if guest.address.is_global:
-            seen = replace(seen, reported_from=guest.address)
         await self._tracker.submit(
             Delivery(
                 tunnel=said.client_id,
                 received_at=now,
-                observations=(Stored(seq=0, at=now, observation=seen),),
+                observations=(Stored(seq=0, at=now, observation=said.observation),),
                 silent_after=self._silent_after,
                 interval=self._silent_after / 3,
                 version=said.version,

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import Final
 
 import msgspec
 from sqlalchemy import select
@@ -19,6 +20,8 @@ from vpn_sentinel.wire.codec import check_observation, check_policy, checked_tex
 from vpn_sentinel.wire.messages import PROTOCOL, Ack, Echo, Exchange, FromAgent, Hello, Report, Reports, Welcome
 
 _decode = decoder(FromAgent)
+_YEAR_5138: Final = 1e11
+_LONGEST_ROUND: Final = 60.0
 
 
 class Sessions:
@@ -50,8 +53,11 @@ class Sessions:
             echo=Echo(port=self._echo_port, id=ident.hex(), key=key.hex()),
         )
 
-    async def take(self, hello: Hello, reports: Reports, skew: float) -> Ack:
-        """Store one message of reports; returns after the commit. Raises Refusal (422)."""
+    async def take(self, hello: Hello, reports: Reports, skew: float, since: float) -> Ack:
+        """Store one message of reports of a session that has stood since `since`; returns after the commit.
+
+        Raises Refusal (422).
+        """
         if not reports.items:
             return Ack(seq=0)
         now = self._clock.wall()
@@ -70,12 +76,16 @@ class Sessions:
                 caught_up=reports.pending == 0,
                 thinned=reports.thinned,
                 skew=skew,
+                connected_at=since,
             )
         )
         return Ack(seq=reports.items[-1].seq)
 
     def skew(self, hello: Hello) -> float:
-        return hello.wall - self._clock.wall()
+        return hello.wall - self.now()
+
+    def now(self) -> float:
+        return self._clock.wall()
 
 
 def parse(body: bytes | str) -> Hello | Reports | Exchange:
@@ -100,7 +110,7 @@ def _check_hello(hello: Hello) -> None:
         raise Refusal(422, f"protocol {hello.protocol} is not known here: upgrade the server")
     if not 0.1 <= hello.interval <= 86400:
         raise Refusal(422, "interval takes 0.1 to 86400 seconds")
-    if not math.isfinite(hello.wall):
+    if not 0 <= hello.wall < _YEAR_5138:
         raise Refusal(422, "wall is not a time")
 
 
@@ -125,4 +135,7 @@ def _check_reports(reports: Reports) -> None:
 def _stored(report: Report, now: float) -> Stored:
     # What the server alone may say is not taken from an agent.
     seen = replace(report.observation, reported_from=None) if report.observation.reported_from else report.observation
-    return Stored(seq=report.seq, at=now - report.age, observation=seen)
+    # An agent that started with its clock in 1970 may hold absurd ages; refused, they would block its spool for ever.
+    age = min(report.age, limits.OLDEST_REPORT)
+    # What a round saw was so when it began; it is as old as the wait for what did not answer.
+    return Stored(seq=report.seq, at=now - age - min(seen.took_ms / 1000, _LONGEST_ROUND), observation=seen)

@@ -19,6 +19,8 @@ from vpn_sentinel.wire.messages import Exchange, Hello, Refused, Reports
 log = logging.getLogger(__name__)
 
 _HELLO_WITHIN: Final = 10.0
+# An agent without a session sends what it saw within this time, in seconds; older means that it could not reach us.
+_EXCHANGE: Final = 3.0
 # WebSocket close codes (RFC 6455, section 7.4.1, and IANA's registry).
 _POLICY, _TOO_BIG, _TRY_LATER = 1008, 1009, 1013
 
@@ -88,7 +90,8 @@ class Switch:
             raise Refusal(422, "an exchange is needed")
         self._door.pace(f"{guest.address} {said.hello.client_id[:64]}")
         welcome = await self._sessions.welcome(said.hello, guest.caller, guest.address)
-        ack = await self._sessions.take(said.hello, said.reports, self._sessions.skew(said.hello))
+        since = self._sessions.now() - _EXCHANGE
+        ack = await self._sessions.take(said.hello, said.reports, self._sessions.skew(said.hello), since)
         return encode(_with_ack(welcome, ack.seq))
 
     async def _socket(self, scope: Any, receive: Any, send: Any) -> None:
@@ -109,7 +112,7 @@ class Switch:
                 send, {"type": "websocket.send", "text": encode(Refused(reason=e.detail, retry=retry)).decode()}
             )
             code = _TRY_LATER if retry else _TOO_BIG if e.status == 413 else _POLICY
-            await _send_quietly(send, {"type": "websocket.close", "code": code, "reason": e.detail[:100]})
+            await _send_quietly(send, {"type": "websocket.close", "code": code, "reason": _short(e.detail)})
 
     async def _talk(self, guest: Guest, receive: Any, send: Any) -> None:
         try:
@@ -122,14 +125,15 @@ class Switch:
         hello = _message(first)
         if not isinstance(hello, Hello):
             raise Refusal(422, "a hello comes first")
-        skew = self._sessions.skew(hello)
+        skew, since = self._sessions.skew(hello), self._sessions.now()
         welcome = await self._guarded(self._sessions.welcome(hello, guest.caller, guest.address))
         await _send_quietly(send, {"type": "websocket.send", "text": encode(welcome).decode()})
         while (event := await receive())["type"] == "websocket.receive":
             reports = _message(event)
             if not isinstance(reports, Reports):
                 raise Refusal(422, "after the hello only reports are expected")
-            ack = await self._guarded(self._sessions.take(hello, reports, skew))
+            await self._guarded(self._door.still(guest))
+            ack = await self._guarded(self._sessions.take(hello, reports, skew, since))
             await _send_quietly(send, {"type": "websocket.send", "text": encode(ack).decode()})
 
 
@@ -147,7 +151,7 @@ def _with_ack(welcome: Any, seq: int) -> Any:
 async def _deny(scope: Any, send: Any, refusal: Refusal) -> None:
     """Answer the handshake with an HTTP status where the server can (ASGI's denial response), else close."""
     if "websocket.http.response" not in scope.get("extensions", {}):
-        await send({"type": "websocket.close", "code": _POLICY, "reason": refusal.detail[:100]})
+        await send({"type": "websocket.close", "code": _POLICY, "reason": _short(refusal.detail)})
         return
     body = encode(problem.problem(refusal.status, refusal.detail))
     headers = [
@@ -157,6 +161,11 @@ async def _deny(scope: Any, send: Any, refusal: Refusal) -> None:
     ]
     await send({"type": "websocket.http.response.start", "status": refusal.status, "headers": headers})
     await send({"type": "websocket.http.response.body", "body": body})
+
+
+def _short(reason: str) -> str:
+    """A close frame holds at most 123 bytes of reason (RFC 6455, section 5.5)."""
+    return reason.encode()[:123].decode(errors="ignore")
 
 
 async def _send_quietly(send: Any, message: Any) -> None:

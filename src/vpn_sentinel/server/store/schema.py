@@ -74,6 +74,7 @@ observations = Table(
     Column("received_at", Float, nullable=False),
     Column("state", Text, nullable=False),  # of the verdict, which may be "unknown"
     Column("body", Text, nullable=False),  # JSON of domain.observation.Observation
+    sqlite_with_rowid=False,  # its key is its only order: a second tree would be written for nothing
 )
 Index("ix_observations_received_at", observations.c.received_at)
 

@@ -1,6 +1,8 @@
 """SQLite: one writer thread, so that nothing ever waits for a lock; readers beside it, each on its connection (WAL)."""
 
 import asyncio
+import contextlib
+import logging
 import sqlite3
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +17,10 @@ from vpn_sentinel.server.store import rows
 from vpn_sentinel.server.store.store import Changes, Decide, StoreUnavailable, StoreUnusable, TunnelRow
 
 T = TypeVar("T")
+log = logging.getLogger(__name__)
+
 _READERS: Final = 2
+_CHECKPOINT_EVERY: Final = 50  # commits
 # Network filesystems, on which SQLite's locks and WAL are not safe.
 _NETWORK: Final = {"nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "glusterfs", "ceph"}
 
@@ -26,7 +31,10 @@ class SqliteStore:
     def __init__(self, path: str) -> None:
         self._writer = _engine(path, StaticPool, query_only=False)
         self._reader = _engine(path, QueuePool, query_only=True, pool_size=_READERS, max_overflow=0)
+        self._path = path
         self._write_thread = ThreadPoolExecutor(1, "store-writer")
+        self._checkpoint_thread = ThreadPoolExecutor(1, "store-checkpointer")
+        self._commits = 0
         self._read_threads = ThreadPoolExecutor(_READERS, "store-reader")
 
     async def read(self, statement: Executable) -> Sequence[Row[Any]]:
@@ -61,6 +69,9 @@ class SqliteStore:
                 for sql, values in changes.batches:
                     cursor.executemany(sql, values)
                 cursor.execute("COMMIT")
+                self._commits += 1
+                if self._commits % _CHECKPOINT_EVERY == 0:
+                    self._checkpoint_thread.submit(self._checkpoint)
             except BaseException:
                 if raw.driver_connection is not None and raw.driver_connection.in_transaction:
                     cursor.execute("ROLLBACK")
@@ -77,12 +88,21 @@ class SqliteStore:
 
         await self._in(self._write_thread, run)
 
+    def _checkpoint(self) -> None:
+        """Copy committed pages from the log into the file beside the writer, which else would do it in a commit."""
+        try:
+            with contextlib.closing(sqlite3.connect(self._path, isolation_level=None)) as connection:
+                connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
+        except sqlite3.Error as e:
+            log.debug("the log was not copied", extra={"reason": str(e)})  # the writer's own bound remains
+
     async def close(self) -> None:
         def run() -> None:
             self._reader.dispose()
             self._writer.dispose()
 
         await asyncio.get_running_loop().run_in_executor(self._write_thread, run)
+        self._checkpoint_thread.shutdown()
         self._read_threads.shutdown()
         self._write_thread.shutdown()
 
@@ -133,6 +153,8 @@ def _engine(path: str, pool: type, *, query_only: bool, **options: Any) -> Engin
         connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
+        # The checkpointer keeps up beside the writer; this bounds how far it may fall behind, in pages of 4 KB.
+        connection.execute("PRAGMA wal_autocheckpoint = 8000")
         connection.execute("PRAGMA busy_timeout = 10000")
         connection.execute(f"PRAGMA query_only = {'ON' if query_only else 'OFF'}")
 
@@ -157,14 +179,11 @@ def prepare_file(path: Path) -> None:
         msg = f"data folder {path.parent} is on a network filesystem ({kind}), where SQLite loses data; use PostgreSQL"
         raise StoreUnusable(msg)
     try:
-        with sqlite3.connect(path) as connection:
+        with contextlib.closing(sqlite3.connect(path)) as connection:
             found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
     except sqlite3.DatabaseError as e:
         msg = f"database {path}: {e}"
         raise StoreUnusable(msg) from e
-    finally:
-        if "connection" in locals():
-            connection.close()
     if found != "ok":
         msg = f"database {path} is damaged: {found}"
         raise StoreUnusable(msg)

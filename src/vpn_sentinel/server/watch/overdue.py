@@ -8,7 +8,7 @@ import asyncio
 import logging
 from typing import Final
 
-from sqlalchemy import insert, select, update
+from sqlalchemy import case, exists, insert, select, update
 
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.server.store.schema import meta, tunnels
@@ -33,6 +33,7 @@ class Overdue:
         self._tracker = tracker
         self._clock = clock
         self._said: str | None = None
+        self._started = False
 
     async def run(self) -> None:
         while True:
@@ -52,6 +53,7 @@ class Overdue:
         """Say that the server is alive, forgive its own outage, and make overdue tunnels silent."""
         now = self._clock.wall()
         await self._alive(now)
+        self._started = True
         while True:
             found = await self._store.read(
                 select(tunnels.c.name).where(tunnels.c.deadline <= now).order_by(tunnels.c.deadline).limit(_AT_ONCE)
@@ -66,20 +68,24 @@ class Overdue:
             await self._store.write(insert(meta).values(key="alive", value=repr(now)))
             return
         last = float(rows[0].value)
-        if -OUTAGE <= now - last < OUTAGE:
+        # A server that starts was away however briefly, unless a replica watched meanwhile.
+        bearable = OUTAGE if self._started else 2 * _TICK
+        if -bearable <= now - last < bearable:
             if now - last >= _TICK:
                 await self._store.write(update(meta).where(meta.c.key == "alive").values(value=repr(now)))
             return
-        # Of replicas that start together, only the one whose condition still holds moves the deadlines.
-        claim = update(meta).where(meta.c.key == "alive", meta.c.value == rows[0].value).values(value=repr(now))
-        claimed = await self._store.write(claim.returning(meta.c.key))
-        if not claimed[0]:
-            return
-        gap = max(0.0, now - last)
+        gap = now - last
         later = tunnels.c.deadline + gap
         least = now + RETURN
-        await self._store.write(
-            update(tunnels).where(tunnels.c.deadline.is_not(None), later >= least).values(deadline=later),
-            update(tunnels).where(tunnels.c.deadline < least).values(deadline=least),
+        # One transaction: a server that dies in between must not leave the outage counted and the deadlines where they
+        # were. Replicas that start together wait for each other's row, and only the first finds its condition true.
+        ours = meta.c.key == "alive", meta.c.value == rows[0].value
+        moved = case((later >= least, later), else_=least)
+        *_, claimed = await self._store.write(
+            select(meta.c.key).where(*ours).with_for_update(),
+            update(tunnels).where(tunnels.c.deadline.is_not(None), exists().where(*ours)).values(deadline=moved),
+            update(meta).where(*ours).values(value=repr(now)).returning(meta.c.key),
         )
+        if not claimed:
+            return
         log.info("deadlines moved by the server's own absence", extra={"seconds": f"{gap:.0f}"})

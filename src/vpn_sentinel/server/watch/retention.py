@@ -7,7 +7,7 @@ from typing import Final
 from sqlalchemy import Column, Executable, Table, and_, delete, select
 
 from vpn_sentinel.runtime.clock import Clock
-from vpn_sentinel.server.store.schema import observations, outbox, transitions
+from vpn_sentinel.server.store.schema import incidents, observations, outbox, transitions
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,8 @@ class Retention:
         for statement in (
             _oldest_observations(now - self._seconds),
             _oldest(transitions, transitions.c.at, history),
+            # An incident that lasts is never too old.
+            _oldest(incidents, incidents.c.closed_at, history),
             # A delivery that is still owed is never too old.
             _oldest(outbox, outbox.c.settled_at, history),
         ):

@@ -127,6 +127,7 @@ def upgrade() -> None:
         sa.Column("body", sa.Text(), nullable=False),
         sa.ForeignKeyConstraint(["tunnel_id"], ["tunnels.id"], name="fk_observations_tunnel_id", ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("tunnel_id", "spool", "seq", name="pk_observations"),
+        sqlite_with_rowid=False,
     )
     with op.batch_alter_table("observations", schema=None) as batch_op:
         batch_op.create_index("ix_observations_received_at", ["received_at"], unique=False)

@@ -1,0 +1,409 @@
+"""The state machine: its table walked pair by pair, then what Hypothesis makes of it."""
+
+from dataclasses import dataclass, replace
+from ipaddress import ip_address
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vpn_sentinel.domain.machine import (
+    TRANSITIONS,
+    Candidate,
+    Event,
+    ExitChanged,
+    Memory,
+    Moved,
+    Revised,
+    Wait,
+    advance,
+    overdue,
+    silence_finding,
+)
+from vpn_sentinel.domain.notice import Kind, Notice, notices
+from vpn_sentinel.domain.policy import Policy
+from vpn_sentinel.domain.verdict import Code, Finding, State, Verdict
+
+POLICY = Policy(grace_down=4.0, grace_degraded=15.0, grace_recovery=6.0)
+TABLE = [(old, new) for old in TRANSITIONS for new in State]
+VERDICTS = (State.LEAKING, State.DOWN, State.DEGRADED, State.UNKNOWN, State.PROTECTED)
+CODE = {
+    State.LEAKING: Code.IP_LEAK,
+    State.DOWN: Code.NO_TRAFFIC,
+    State.DEGRADED: Code.DNS_DOWN,
+    State.UNKNOWN: Code.NOTHING_SEEN,
+}
+OLD_EXIT, NEW_EXIT, EXIT6 = ip_address("146.70.1.2"), ip_address("146.70.9.9"), ip_address("2a0d:5600::2")
+
+
+def verdict(state: State) -> Verdict:
+    return Verdict(state, (Finding(CODE[state], f"It is {state}."),) if state in CODE else ())
+
+
+def standing(state: State, since: float = 100.0) -> Memory:
+    """A tunnel that has been in `state` since `since`, and that people know to be."""
+    was = Finding(CODE.get(state, Code.NO_REPORTS), "It was so before.")
+    trouble = None if state in (State.PROTECTED, State.PENDING) else since
+    return Memory(state=state, since=since, seen_at=since, findings=(was,), told=state, trouble_since=trouble)
+
+
+def walk(memory: Memory, *steps: tuple[float, State]) -> tuple[Memory, list[Event]]:
+    """Advance by verdicts at times."""
+    events: list[Event] = []
+    for at, state in steps:
+        memory, more = advance(memory, verdict(state), at, POLICY)
+        events += more
+    return memory, events
+
+
+def turns(events: list[Event]) -> list[tuple[float, State]]:
+    return [(e.at, e.new) for e in events if isinstance(e, Moved)]
+
+
+@pytest.mark.parametrize(("old", "new"), TABLE, ids=[f"{o}-{n}" for o, n in TABLE])
+def test_every_pair_moves_after_its_grace_and_not_before(old: State, new: State) -> None:
+    wait = TRANSITIONS[old].get(new)
+    memory = standing(old)
+    if new is State.SILENT:
+        memory, events = overdue(memory, 200.0, silence_finding(100.0, 200.0))
+        assert turns(events) == ([(200.0, State.SILENT)] if wait is Wait.NONE else [])
+    elif wait is None:
+        memory, events = walk(memory, *((200.0 + i, new) for i in range(100)))
+        assert turns(events) == []
+        assert memory.state is old
+    else:
+        grace = wait.seconds(POLICY)
+        memory, early = walk(memory, (200.0, new), (200.0 + grace - 0.1, new)) if grace else (memory, [])
+        assert turns(early) == []
+        memory, events = walk(memory, (200.0 + grace, new))
+        assert turns(events) == [(200.0, new)]
+        assert (memory.state, memory.since, memory.candidate) == (new, 200.0, None)
+        assert memory.findings == verdict(new).findings
+
+
+def test_the_table_knows_every_state_of_a_tunnel() -> None:
+    assert set(TRANSITIONS) == set(State) - {State.UNKNOWN}
+    for moves in TRANSITIONS.values():
+        assert State.UNKNOWN not in moves
+        assert moves.get(State.LEAKING, Wait.NONE) is Wait.NONE
+
+
+def test_a_tunnel_that_goes_silent_needs_no_grace() -> None:
+    assert all(moves.get(State.SILENT, Wait.NONE) is Wait.NONE for moves in TRANSITIONS.values())
+
+
+def test_a_grace_that_is_interrupted_starts_again() -> None:
+    _, events = walk(
+        standing(State.PROTECTED),
+        (200.0, State.DOWN), (203.0, State.PROTECTED), (204.0, State.DOWN), (207.0, State.DOWN), (208.0, State.DOWN),
+    )  # fmt: skip
+    assert turns(events) == [(204.0, State.DOWN)]
+
+
+def test_trouble_that_changes_its_kind_began_when_it_began() -> None:
+    _, events = walk(standing(State.PROTECTED), (200.0, State.DEGRADED), (203.0, State.DOWN), (204.0, State.DOWN))
+    assert turns(events) == [(200.0, State.DOWN)]
+
+
+def test_a_leak_began_when_it_was_seen() -> None:
+    _, events = walk(standing(State.PROTECTED), (200.0, State.DOWN), (202.0, State.LEAKING))
+    assert turns(events) == [(202.0, State.LEAKING)]
+
+
+def test_a_recovery_is_not_dated_by_the_trouble_before_it() -> None:
+    memory, events = walk(
+        standing(State.DOWN), (200.0, State.DEGRADED), (203.0, State.PROTECTED), (208.0, State.PROTECTED)
+    )
+    assert turns(events) == []
+    _, events = walk(memory, (209.0, State.PROTECTED))
+    assert turns(events) == [(203.0, State.PROTECTED)]
+
+
+def test_unknown_holds_what_was_known_and_starts_a_grace_again() -> None:
+    memory, events = walk(standing(State.PROTECTED), (200.0, State.DOWN), (203.0, State.UNKNOWN), (204.0, State.DOWN))
+    assert turns(events) == []
+    assert memory.findings == standing(State.PROTECTED).findings
+    assert memory.candidate == Candidate(state=State.DOWN, since=204.0)
+
+
+def test_a_tunnel_that_was_never_judged_shows_why() -> None:
+    memory, _ = walk(Memory(), (200.0, State.UNKNOWN))
+    assert (memory.state, memory.findings) == (State.PENDING, verdict(State.UNKNOWN).findings)
+
+
+def test_the_same_state_brings_its_newest_findings() -> None:
+    told = Finding(Code.KILLSWITCH_OPEN, "A packet came out.")
+    memory, events = advance(standing(State.PROTECTED), Verdict(State.PROTECTED, (told,)), 200.0, POLICY)
+    assert (memory.findings, events) == ((told,), [])
+    again, _ = advance(memory, Verdict(State.PROTECTED, (told,)), 201.0, POLICY)
+    assert again == replace(memory, seen_at=201.0)
+
+
+def test_time_never_runs_backwards() -> None:
+    memory, events = walk(standing(State.PROTECTED), (200.0, State.PROTECTED), (150.0, State.LEAKING))
+    assert turns(events) == [(200.0, State.LEAKING)]
+    assert memory.seen_at == 200.0
+
+
+# -- silence, and what a replay makes of it
+
+
+def silent(before: Memory, at: float = 200.0) -> Memory:
+    memory, events = overdue(before, at, silence_finding(100.0, at))
+    assert turns(events) == [(at, State.SILENT)]
+    return memory
+
+
+def test_a_silence_says_how_long_nothing_came() -> None:
+    finding = silence_finding(100.0, 191.4)
+    assert finding.code is Code.NO_REPORTS
+    assert finding.message.startswith("No report for 91 s;")
+    assert finding.evidence == {"silent_for_seconds": "91"}
+    assert silent(standing(State.PROTECTED)).findings[0].code is Code.NO_REPORTS
+
+
+@pytest.mark.parametrize("state", [State.PENDING, State.SILENT])
+def test_who_never_reported_or_is_silent_does_not_become_silent(state: State) -> None:
+    assert overdue(standing(state), 200.0, silence_finding(100.0, 200.0)) == (standing(state), [])
+
+
+def test_a_report_after_the_deadline_ends_the_silence_and_leaves_it_true() -> None:
+    memory, events = walk(silent(standing(State.PROTECTED)), (230.0, State.PROTECTED))
+    assert events == [Moved(at=230.0, old=State.SILENT, new=State.PROTECTED)]
+    assert memory.trouble_since is None
+
+
+def test_a_replay_from_before_the_deadline_makes_the_silence_void() -> None:
+    before = standing(State.PROTECTED)
+    memory, events = walk(silent(before), (110.0, State.PROTECTED))
+    assert events == [Revised(at=200.0)]
+    assert (memory.state, memory.since, memory.trouble_since) == (State.PROTECTED, 100.0, None)
+
+
+def test_a_replay_moves_as_the_truth_moved() -> None:
+    memory, events = walk(
+        silent(standing(State.PROTECTED)),
+        (110.0, State.PROTECTED), (120.0, State.DOWN), (124.0, State.DOWN), (150.0, State.LEAKING),
+        (160.0, State.PROTECTED), (166.0, State.PROTECTED), (230.0, State.PROTECTED),
+    )  # fmt: skip
+    assert events[0] == Revised(at=200.0)
+    assert turns(events) == [(120.0, State.DOWN), (150.0, State.LEAKING), (160.0, State.PROTECTED)]
+    assert (memory.state, memory.since) == (State.PROTECTED, 160.0)
+
+
+def test_a_replay_goes_on_with_the_grace_that_silence_interrupted() -> None:
+    started, _ = walk(standing(State.PROTECTED), (190.0, State.DOWN))
+    _, events = walk(silent(started), (194.0, State.DOWN))
+    assert turns(events) == [(190.0, State.DOWN)]
+
+
+def test_trouble_from_before_a_void_silence_goes_on() -> None:
+    memory, _ = walk(silent(standing(State.LEAKING)), (150.0, State.LEAKING))
+    assert (memory.state, memory.since, memory.trouble_since) == (State.LEAKING, 100.0, 100.0)
+
+
+def test_a_replay_that_could_see_nothing_brings_back_what_was_known() -> None:
+    memory, events = walk(silent(standing(State.DEGRADED)), (150.0, State.UNKNOWN))
+    assert events == [Revised(at=200.0)]
+    assert memory.state is State.DEGRADED
+
+
+# -- exits
+
+
+def exits(memory: Memory, state: State, *found: object) -> tuple[Memory, list[Event]]:
+    pair = tuple(next((f for f in found if f.version == v), None) for v in (4, 6))  # type: ignore[attr-defined]
+    return advance(memory, verdict(state), memory.seen_at + 1, POLICY, pair)
+
+
+def test_an_exit_that_hops_is_an_event() -> None:
+    memory, events = exits(standing(State.PROTECTED), State.PROTECTED, OLD_EXIT)
+    assert (memory.exit4, events) == (OLD_EXIT, [])
+    memory, events = exits(memory, State.PROTECTED, NEW_EXIT, EXIT6)
+    assert events == [ExitChanged(at=102.0, old=OLD_EXIT, new=NEW_EXIT)]
+    assert (memory.exit4, memory.exit6) == (NEW_EXIT, EXIT6)
+
+
+def test_an_exit_that_was_not_seen_stays_the_last_one() -> None:
+    memory, _ = exits(standing(State.PROTECTED), State.PROTECTED, OLD_EXIT)
+    memory, events = exits(memory, State.PROTECTED)
+    assert (memory.exit4, events) == (OLD_EXIT, [])
+
+
+def test_where_a_leak_comes_out_is_no_exit() -> None:
+    memory, _ = exits(standing(State.PROTECTED), State.PROTECTED, OLD_EXIT)
+    memory, events = exits(memory, State.LEAKING, NEW_EXIT)
+    assert memory.exit4 == OLD_EXIT
+    assert not any(isinstance(e, ExitChanged) for e in events)
+
+
+def test_an_exit_in_the_wrong_country_is_one() -> None:
+    memory, _ = exits(standing(State.PROTECTED), State.DEGRADED, OLD_EXIT)
+    assert memory.exit4 == OLD_EXIT
+
+
+# -- invariants, over whatever may happen to a tunnel
+
+
+@dataclass(frozen=True)
+class Report:
+    state: State
+    after: float
+    caught_up: bool = True
+    exit: object = None
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """Nothing came for `after` seconds; then the agent comes back, and its next report is `replayed` seconds old."""
+
+    after: float
+    replayed: float = 0.0
+
+
+reports = st.builds(
+    Report,
+    state=st.sampled_from(VERDICTS),
+    after=st.sampled_from([0.0, 0.5, 2.0, 5.0, 20.0]),
+    caught_up=st.sampled_from([True, True, True, False]),
+    exit=st.sampled_from([None, OLD_EXIT, NEW_EXIT, EXIT6]),
+)
+deadlines = st.builds(Deadline, after=st.sampled_from([90.0, 400.0]), replayed=st.sampled_from([0.0, 30.0, 500.0]))
+lives = st.lists(st.one_of(reports, reports, reports, deadlines), max_size=40)
+
+
+@dataclass
+class Life:
+    """A tunnel's life under a list of stimuli, with all that was ever told of it."""
+
+    memory: Memory
+    now: float = 1000.0  # by the server's clock
+    seen: float = 1000.0  # of the last report, which may be a replay
+    told: tuple[Notice, ...] = ()
+
+    def step(self, stimulus: Report | Deadline) -> list[Event]:
+        before = self.memory
+        if isinstance(stimulus, Deadline):
+            self.now += stimulus.after
+            memory, events = overdue(before, self.now, silence_finding(0.0, self.now))
+            caught_up = True
+            self.seen = self.now - stimulus.replayed
+        else:
+            self.seen += stimulus.after
+            self.now = max(self.now, self.seen)
+            address = stimulus.exit
+            pair = (address, None) if address is not EXIT6 else (None, address)
+            memory, events = advance(before, verdict(stimulus.state), self.seen, POLICY, pair)  # type: ignore[arg-type]
+            caught_up = stimulus.caught_up
+        memory, out = notices(before, memory, events, caught_up=caught_up)
+        self.memory, self.told = memory, (*self.told, *out)
+        return events
+
+
+@settings(deadline=None)
+@given(lives)
+def test_a_leak_is_never_delayed(life: list[Report | Deadline]) -> None:
+    tunnel = Life(Memory())
+    for stimulus in life:
+        known = tunnel.memory.told
+        count = len(tunnel.told)
+        events = tunnel.step(stimulus)
+        if isinstance(stimulus, Report) and stimulus.state is State.LEAKING:
+            assert tunnel.memory.state is State.LEAKING
+            # A replay that only goes on with a leak that was told before the silence waits for its end.
+            if turns(events) or stimulus.caught_up:
+                assert known is State.LEAKING or Kind.LEAKING in [n.kind for n in tunnel.told[count:]]
+
+
+@settings(deadline=None)
+@given(lives, st.sampled_from(VERDICTS))
+def test_a_replay_changes_nothing(life: list[Report | Deadline], state: State) -> None:
+    tunnel = Life(Memory())
+    for stimulus in life:
+        tunnel.step(stimulus)
+    tunnel.step(Report(state, 1.0))
+    once = tunnel.memory
+    assert tunnel.step(Report(state, 0.0)) == []
+    assert tunnel.memory == once
+
+
+@settings(deadline=None)
+@given(lives)
+def test_every_trouble_can_close(life: list[Report | Deadline]) -> None:
+    tunnel = Life(Memory())
+    for stimulus in life:
+        tunnel.step(stimulus)
+    # The last replay may lag by as much as the deadlines allow, and a grace must pass after it.
+    tunnel.step(Report(State.PROTECTED, 1000.0))
+    tunnel.step(Report(State.PROTECTED, POLICY.grace_recovery))
+    assert (tunnel.memory.state, tunnel.memory.told) == (State.PROTECTED, State.PROTECTED)
+    assert (tunnel.memory.trouble_since, tunnel.memory.outage, tunnel.memory.before) == (None, None, None)
+
+
+@settings(deadline=None)
+@given(lives)
+def test_unknown_changes_no_state(life: list[Report | Deadline]) -> None:
+    tunnel = Life(Memory())
+    for stimulus in life:
+        events = tunnel.step(stimulus)
+        if isinstance(stimulus, Report) and stimulus.state is State.UNKNOWN:
+            assert turns(events) == []
+
+
+@settings(deadline=None)
+@given(lives)
+def test_nothing_is_dated_in_the_future_or_before_the_state_it_ends(life: list[Report | Deadline]) -> None:
+    tunnel = Life(Memory())
+    for stimulus in life:
+        was = tunnel.memory
+        events = tunnel.step(stimulus)
+        assert tunnel.memory.since <= tunnel.now
+        assert tunnel.memory.candidate is None or tunnel.memory.since <= tunnel.memory.candidate.since <= tunnel.now
+        for event in events:
+            assert event.at <= tunnel.now
+            if isinstance(event, Moved) and not any(isinstance(e, Revised) for e in events):
+                assert event.at >= was.since
+                assert event.old is not event.new
+        if isinstance(stimulus, Report):
+            assert all(e.at <= tunnel.memory.seen_at for e in events if not isinstance(e, Revised))
+
+
+@settings(deadline=None, max_examples=300)
+@given(lives)
+def test_notices_alternate_between_trouble_and_its_end(life: list[Report | Deadline]) -> None:
+    tunnel = Life(Memory())
+    for stimulus in life:
+        tunnel.step(stimulus)
+    trouble: Kind | None = None
+    connected = False
+    for notice in tunnel.told:
+        match notice.kind:
+            case Kind.CONNECTED:
+                assert not connected
+                assert trouble is None
+                connected = True
+            case Kind.RECOVERED:
+                assert trouble is not None
+                assert notice.outage is not None
+                assert notice.outage >= 0
+                assert notice.was not in (State.PROTECTED, State.PENDING, State.UNKNOWN)
+                trouble, connected = None, True
+            case Kind.ADDRESS_CHANGED:
+                assert trouble is None
+                assert notice.exit is not None
+                assert notice.old_exit is not None
+                assert notice.exit.version == notice.old_exit.version
+            case kind:
+                assert kind is not trouble  # told once
+                trouble = kind
+
+
+@settings(deadline=None)
+@given(lives)
+def test_a_tunnel_is_in_trouble_exactly_while_it_is_not_protected(life: list[Report | Deadline]) -> None:
+    tunnel = Life(Memory())
+    for stimulus in life:
+        tunnel.step(stimulus)
+        well = tunnel.memory.state in (State.PROTECTED, State.PENDING)
+        assert (tunnel.memory.trouble_since is None) is well
+        assert (tunnel.memory.before is not None) is (tunnel.memory.state is State.SILENT)

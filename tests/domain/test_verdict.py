@@ -1,0 +1,486 @@
+"""The judge, by a table whose keys are situations."""
+
+from dataclasses import replace
+from ipaddress import ip_address, ip_network
+
+import pytest
+
+from vpn_sentinel.domain.observation import (
+    Answer,
+    Canary,
+    Link,
+    Observation,
+    Path,
+    Place,
+    Probe,
+    ResolverSighting,
+    Trigger,
+)
+from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy
+from vpn_sentinel.domain.verdict import (
+    HARM,
+    MEANING,
+    Code,
+    Finding,
+    Severity,
+    State,
+    agreed_country,
+    judge,
+    learned_home,
+    worst,
+)
+
+HOME, HOME6 = "91.10.20.30", "2003:e0::30"
+EXIT, EXIT6 = "146.70.1.2", "2a0d:5600::2"
+ISP_RESOLVER = "91.10.0.53"
+STRANGER = "77.77.77.77"
+POLICY = Policy(home_networks=(ip_network("91.10.20.0/24"), ip_network("2003:e0::/32")))
+UNDECLARED = Policy()
+
+UP = Link(name="wg0", present=True, up=True, rx_bytes=7000, tx_bytes=9000)
+SET_DOWN = replace(UP, up=False)
+GONE = Link(name="wg0", present=False, up=False)
+
+BLOCKED, LOST, UNREACHABLE, EXPIRED = Answer.BLOCKED, Answer.LOST, Answer.UNREACHABLE, Answer.EXPIRED
+
+
+def canary(
+    end: str | Answer, path: Path = Path.TUNNEL, probe: Probe = Probe.DEFAULT, target: str = "echo", family: int = 4
+) -> Canary:
+    """A canary that came back from the address `end`, or ended so; "" came back without showing one."""
+    if isinstance(end, Answer):
+        return Canary(probe=probe, target=target, family=family, answer=end, path=path)
+    address = ip_address(end) if end else None
+    family = address.version if address else family
+    return Canary(probe=probe, target=target, family=family, answer=Answer.ANSWERED, path=path, address=address)
+
+
+def saw(
+    *ends: str | Answer | Canary,
+    link: Link | None = UP,
+    path: Path = Path.TUNNEL,
+    beside: str | Answer | None = BLOCKED,
+    first_hop: Answer | Canary | None = None,
+    dns: tuple[ResolverSighting, ...] = (),
+    places: tuple[Place, ...] = (),
+    trigger: Trigger = Trigger.TIMER,
+    interfaces: tuple[str, ...] | None = ("eth0", "wg0"),
+    intercepted: bool | None = None,
+    reported_from: str | None = None,
+) -> Observation:
+    """What an agent saw: how the canaries on the default route and beside the tunnel ended, and what else."""
+    canaries = [e if isinstance(e, Canary) else canary(e, path) for e in ends]
+    if beside is not None:
+        canaries.append(canary(beside, Path.OUTSIDE, Probe.PHYSICAL))
+    if first_hop is not None:
+        hop = first_hop if isinstance(first_hop, Canary) else canary(first_hop, Path.OUTSIDE, Probe.FIRST_HOP)
+        canaries.append(hop)
+    return Observation(
+        trigger=trigger,
+        link=link,
+        interfaces=interfaces,
+        canaries=tuple(canaries),
+        resolvers=dns,
+        places=places,
+        dns_intercepted=intercepted,
+        reported_from=ip_address(reported_from) if reported_from else None,
+    )
+
+
+def asked(
+    egress: str | None = None,
+    server: str = "10.64.0.1",
+    path: Path = Path.TUNNEL,
+    answer: Answer = Answer.ANSWERED,
+    client: str | None = None,
+    subnet: str | None = None,
+) -> ResolverSighting:
+    """One lookup: the nameserver `server` was asked by `path`, and its question came out at `egress`."""
+    return ResolverSighting(
+        method="akamai",
+        nameserver=ip_address(server),
+        answer=answer,
+        path=path,
+        egress=ip_address(egress) if egress else None,
+        client=ip_address(client) if client else None,
+        subnet=ip_network(subnet) if subnet else None,
+    )
+
+
+def place(ip: str, country: str | None = None, source: str = "mmdb", asn: int | None = None) -> Place:
+    return Place(ip=ip_address(ip), source=source, country=country, asn=asn)
+
+
+def keepalive(ip: str | None = None, reported_from: str | None = None) -> Observation:
+    """What the replaced system's client told, and where the server saw it come from."""
+    ends = [canary(ip, Path.UNKNOWN, target="client")] if ip else []
+    return saw(*ends, link=None, beside=None, interfaces=None, trigger=Trigger.KEEPALIVE, reported_from=reported_from)
+
+
+NL_ONLY = replace(POLICY, expected_countries=("NL", "SE"))
+TWO_SAY_DE = (place(EXIT, "DE"), place(EXIT, "DE", "ipinfo"))
+ISP_PLACES = (place(HOME, "DE", asn=3320), place("91.11.0.53", "DE", asn=3320), place(EXIT, "NL", asn=9009))
+
+CASES: dict[str, tuple[Observation, Policy, State, list[Code]]] = {
+    # -- the numbers are rows of the scenarios
+    "1 healthy, kill switch on": (saw(EXIT), POLICY, State.PROTECTED, []),
+    "2 healthy, no kill switch": (saw(EXIT, beside=HOME), POLICY, State.PROTECTED, [Code.KILLSWITCH_OPEN]),
+    "2 no kill switch, told by the first router": (
+        saw(EXIT, beside=LOST, first_hop=EXPIRED), POLICY, State.PROTECTED, [Code.KILLSWITCH_OPEN],
+    ),
+    "3 tunnel link set down, kill switch": (saw(BLOCKED, link=SET_DOWN), POLICY, State.DOWN, [Code.TUNNEL_DOWN]),
+    "4 tunnel deleted, kill switch": (
+        saw(BLOCKED, link=GONE, interfaces=("eth0",)), POLICY, State.DOWN, [Code.TUNNEL_DOWN],
+    ),
+    "5 tunnel deleted, no kill switch": (
+        saw(HOME, link=GONE, path=Path.OUTSIDE, beside=None), POLICY, State.LEAKING, [Code.IP_LEAK],
+    ),
+    "5 tunnel deleted, no kill switch, and nobody declared a home": (
+        saw(HOME, link=GONE, path=Path.OUTSIDE, beside=None), UNDECLARED, State.LEAKING, [Code.IP_LEAK],
+    ),
+    "6 VPN server unreachable, no kill switch": (
+        saw(LOST, beside=HOME), POLICY, State.DOWN, [Code.NO_TRAFFIC, Code.KILLSWITCH_OPEN],
+    ),
+    "7 handshake without forwarding": (saw(LOST), POLICY, State.DOWN, [Code.NO_TRAFFIC]),
+    "8 key revoked": (saw(LOST, LOST), POLICY, State.DOWN, [Code.NO_TRAFFIC]),
+    "9 half-open": (saw(UNREACHABLE), POLICY, State.DOWN, [Code.NO_TRAFFIC]),
+    "12 exit in a country outside the policy, by two sources": (
+        saw(EXIT, places=TWO_SAY_DE), NL_ONLY, State.DEGRADED, [Code.COUNTRY_MISMATCH],
+    ),
+    "12 exit in a country outside the policy, by one source alone": (
+        saw(EXIT, places=TWO_SAY_DE[:1]), NL_ONLY, State.PROTECTED, [],
+    ),
+    "12 exit in a country of the policy": (
+        saw(EXIT, places=(place(EXIT, "SE"), place(EXIT, "SE", "ipinfo"))), NL_ONLY, State.PROTECTED, [],
+    ),
+    "12 two sources against one": (
+        saw(EXIT, places=(*TWO_SAY_DE, place(EXIT, "NL", "ipapi"))), NL_ONLY, State.DEGRADED, [Code.COUNTRY_MISMATCH],
+    ),
+    "13 geolocation sources disagree": (
+        saw(EXIT, places=(place(EXIT, "DE"), place(EXIT, "NL", "ipinfo"))),
+        NL_ONLY, State.PROTECTED, [Code.LOCATION_UNCERTAIN],
+    ),
+    "13 one source contradicts itself": (
+        saw(EXIT, places=(place(EXIT, "DE"), place(EXIT, "NL"))), NL_ONLY, State.PROTECTED, [],
+    ),
+    "14 exit address of which nobody knows anything": (saw(EXIT), NL_ONLY, State.PROTECTED, []),
+    "15 resolver reached outside the tunnel": (
+        saw(EXIT, dns=(asked(ISP_RESOLVER, "91.10.0.53", Path.OUTSIDE),)), UNDECLARED, State.LEAKING, [Code.DNS_LEAK],
+    ),
+    "16 local forwarder asks the ISP": (
+        saw(EXIT, dns=(asked("91.10.20.53", "127.0.0.11", Path.LOCAL),)), POLICY, State.LEAKING, [Code.DNS_LEAK],
+    ),
+    "16 LAN resolver asks the ISP, as the policy allows by its address": (
+        saw(EXIT, dns=(asked("91.10.20.53", "192.168.1.2", Path.OUTSIDE),)),
+        replace(POLICY, allowed_resolvers=(ip_network("192.168.1.2"),)), State.PROTECTED, [],
+    ),
+    "16 LAN resolver asks the ISP, as the policy allows by its egress": (
+        saw(EXIT, dns=(asked("91.10.20.53", "192.168.1.2", Path.OUTSIDE),)),
+        replace(POLICY, allowed_resolvers=(ip_network("91.10.20.53"),)), State.PROTECTED, [],
+    ),
+    "17 public resolver through the tunnel, foreign point of presence": (
+        saw(EXIT, dns=(asked("172.70.1.1", "1.1.1.1"),), places=(place("172.70.1.1", "US"), place(EXIT, "NL"))),
+        POLICY, State.PROTECTED, [],
+    ),
+    "17 public resolver known by its AS alone": (
+        saw(EXIT, dns=(asked(STRANGER, "9.9.9.9"),), places=(place(STRANGER, "US", asn=19281),)),
+        POLICY, State.PROTECTED, [],
+    ),
+    "18 public resolver outside the tunnel, by path": (
+        saw(EXIT, dns=(asked("172.70.1.1", "1.1.1.1", Path.OUTSIDE),)), POLICY, State.LEAKING, [Code.DNS_LEAK],
+    ),
+    "18 public resolver outside the tunnel, by whoami": (
+        saw(EXIT, dns=(asked(None, "1.1.1.1", Path.UNKNOWN, client=HOME),)), POLICY, State.LEAKING, [Code.DNS_LEAK],
+    ),
+    "18 public resolver passes the home network on": (
+        saw(EXIT, dns=(asked("74.125.1.1", "8.8.8.8", Path.UNKNOWN, subnet="91.10.20.0/24"),)),
+        POLICY, State.LEAKING, [Code.DNS_LEAK],
+    ),
+    "18 public resolver passes the exit's network on": (
+        saw(EXIT, dns=(asked("74.125.1.1", "8.8.8.8", subnet="146.70.1.0/24"),)), POLICY, State.PROTECTED, [],
+    ),
+    "19 provider's resolver beside the exit": (
+        saw(EXIT, dns=(asked("146.70.1.99"),)), POLICY, State.PROTECTED, [],
+    ),
+    "19 provider's resolver in another country, in the exit's AS": (
+        saw(EXIT, dns=(asked(STRANGER),), places=(place(STRANGER, "SE", asn=9009), place(EXIT, "NL", asn=9009))),
+        POLICY, State.PROTECTED, [],
+    ),
+    "20 two resolvers, one leaks": (
+        saw(EXIT, dns=(asked("146.70.1.99"), asked("91.10.20.53", "91.10.20.53"))),
+        POLICY, State.LEAKING, [Code.DNS_LEAK],
+    ),
+    "21 DNS intercepted at home": (
+        saw(EXIT, dns=(asked("91.10.20.53", "9.9.9.9", Path.OUTSIDE),), intercepted=True),
+        POLICY, State.LEAKING, [Code.DNS_INTERCEPTED, Code.DNS_LEAK],
+    ),
+    "21 DNS intercepted inside the tunnel": (
+        saw(EXIT, dns=(asked("146.70.1.99"),), intercepted=True), POLICY, State.PROTECTED, [Code.DNS_INTERCEPTED],
+    ),
+    "22 resolver down, tunnel fine": (
+        saw(EXIT, dns=(asked(answer=LOST), asked(answer=UNREACHABLE, server="10.64.0.2"))),
+        POLICY, State.DEGRADED, [Code.DNS_DOWN],
+    ),
+    "23 one DNS method blocked, another answers": (
+        saw(EXIT, dns=(asked(None), asked("146.70.1.99"))), POLICY, State.PROTECTED, [],
+    ),
+    "23 no DNS method tells": (saw(EXIT, dns=(asked(None),)), POLICY, State.PROTECTED, [Code.RESOLVER_UNKNOWN]),
+    "23 one lookup lost and the other never sent": (
+        saw(EXIT, dns=(asked(answer=LOST), asked(answer=Answer.UNKNOWN))),
+        POLICY, State.PROTECTED, [Code.RESOLVER_UNKNOWN],
+    ),
+    "24 IPv6 escapes, IPv4 does not": (
+        saw(EXIT, canary(HOME6, Path.OUTSIDE)), POLICY, State.LEAKING, [Code.IPV6_LEAK],
+    ),
+    "24 IPv6 escapes from an address that nobody declared": (
+        saw(EXIT, canary("2a02:908::1", Path.OUTSIDE)), POLICY, State.LEAKING, [Code.IPV6_LEAK],
+    ),
+    "25 IPv6 present but dropped": (saw(EXIT, canary(LOST, family=6)), POLICY, State.PROTECTED, []),
+    "26 IPv6 inside the tunnel": (saw(EXIT, EXIT6), POLICY, State.PROTECTED, []),
+    "27 part of the traffic routed outside": (
+        saw(EXIT, canary(HOME, Path.OUTSIDE, target="cloudflare")), POLICY, State.LEAKING, [Code.IP_LEAK],
+    ),
+    "27 both families escape": (
+        saw(canary(HOME, Path.OUTSIDE), canary(HOME6, Path.OUTSIDE)),
+        POLICY, State.LEAKING, [Code.IP_LEAK, Code.IPV6_LEAK],
+    ),
+    "28 orphaned namespace": (
+        saw(UNREACHABLE, link=GONE, beside=None, interfaces=()), POLICY, State.DOWN, [Code.ORPHANED_NAMESPACE],
+    ),
+    "33 home internet down": (saw(LOST, beside=LOST), POLICY, State.DOWN, [Code.UPLINK_DOWN]),
+    "33 home internet down, and the tunnel's interface with it": (
+        saw(UNREACHABLE, link=GONE, beside=UNREACHABLE), POLICY, State.DOWN, [Code.UPLINK_DOWN],
+    ),
+    "35 one canary site blocks VPN exits": (saw(EXIT, canary(LOST, target="opendns")), POLICY, State.PROTECTED, []),
+    # -- what could not be looked at
+    "nothing was asked": (saw(beside=None), POLICY, State.UNKNOWN, [Code.NOTHING_SEEN]),
+    "nothing was asked, and no tunnel is known": (
+        saw(beside=None, link=None), POLICY, State.UNKNOWN, [Code.NOTHING_SEEN],
+    ),
+    "a canary that was not sent counts as not asked": (
+        saw(Answer.UNKNOWN, beside=None), POLICY, State.UNKNOWN, [Code.NOTHING_SEEN],
+    ),
+    "no tunnel is known and nothing answers": (
+        saw(LOST, beside=None, link=None), POLICY, State.UNKNOWN, [Code.NO_NETWORK],
+    ),
+    "no tunnel and no home is known": (
+        saw(EXIT, beside=None, link=None), UNDECLARED, State.UNKNOWN, [Code.TUNNEL_UNKNOWN],
+    ),
+    "no tunnel is known, and the answer showed no address": (
+        saw("", beside=None, link=None), POLICY, State.UNKNOWN, [Code.TUNNEL_UNKNOWN],
+    ),
+    "no tunnel is known, and the home is declared for the other family alone": (
+        saw(EXIT6, beside=None, link=None),
+        Policy(home_networks=(ip_network("91.10.20.0/24"),)), State.UNKNOWN, [Code.TUNNEL_UNKNOWN],
+    ),
+    "no tunnel is known, but the exit is not the home": (
+        saw(EXIT, beside=None, link=None), POLICY, State.PROTECTED, [],
+    ),
+    "no tunnel is known: the physical interface is the way out": (
+        saw(EXIT, beside=EXIT, link=None, path=Path.OUTSIDE), POLICY, State.PROTECTED, [],
+    ),
+    "no tunnel is known, and the exit is the home": (
+        saw(HOME, beside=None, link=None, path=Path.OUTSIDE), POLICY, State.LEAKING, [Code.IP_LEAK],
+    ),
+    "an answer without an address, outside the tunnel, proves nothing": (
+        saw(EXIT, canary("", Path.OUTSIDE)), POLICY, State.PROTECTED, [],
+    ),
+    "the tunnel is gone, and something answers by a way that nobody knows": (
+        saw(STRANGER, link=GONE, path=Path.UNKNOWN), UNDECLARED, State.DOWN, [Code.TUNNEL_DOWN],
+    ),
+    "the tunnel's first interface is down, but a second carries": (
+        saw(EXIT, link=SET_DOWN), POLICY, State.PROTECTED, [],
+    ),
+    "a lookup that nobody answered never leaks": (
+        saw(EXIT, dns=(asked("91.10.20.53", "1.1.1.1", Path.OUTSIDE, LOST), asked("146.70.1.99"))),
+        POLICY, State.PROTECTED, [],
+    ),
+    "a resolver on the LAN, outside the tunnel, that asks through it": (
+        saw(EXIT, dns=(asked("146.70.1.99", "192.168.1.2", Path.OUTSIDE),)), POLICY, State.PROTECTED, [],
+    ),
+    "a public resolver outside, where no tunnel is known": (
+        saw(EXIT, link=None, beside=None, dns=(asked("172.70.1.1", "1.1.1.1", Path.OUTSIDE),)),
+        POLICY, State.PROTECTED, [],
+    ),
+    "a client subnet of the other family is not the home": (
+        saw(EXIT, dns=(asked("74.125.1.1", "8.8.8.8", subnet="2a0d:5600::/48"),)),
+        Policy(home_networks=(ip_network("91.10.20.0/24"),)), State.PROTECTED, [],
+    ),
+    # -- resolvers that nobody knows
+    "a stranger resolves": (saw(EXIT, dns=(asked(STRANGER),)), POLICY, State.PROTECTED, [Code.RESOLVER_UNEXPECTED]),
+    "a stranger resolves, of IPv6": (
+        saw(EXIT, dns=(asked("2a02:908::53"),)), POLICY, State.PROTECTED, [Code.RESOLVER_UNEXPECTED],
+    ),
+    "a stranger is told once, however often it was seen": (
+        saw(EXIT, dns=(asked(STRANGER), asked(STRANGER))), POLICY, State.PROTECTED, [Code.RESOLVER_UNEXPECTED],
+    ),
+    "the stranger is the policy's own": (
+        saw(EXIT, dns=(asked(STRANGER),)),
+        replace(POLICY, allowed_resolvers=(ip_network("77.77.77.0/24"),)), State.PROTECTED, [],
+    ),
+    "the resolver sits in the home provider's AS": (
+        saw(EXIT, dns=(asked("91.11.0.53"),), places=ISP_PLACES), POLICY, State.LEAKING, [Code.DNS_LEAK],
+    ),
+    "the VPN's exit sits in the home provider's AS too": (
+        saw(EXIT, dns=(asked("91.11.0.53"),), places=(*ISP_PLACES, place(EXIT, asn=3320))), POLICY, State.PROTECTED, [],
+    ),
+    # -- keepalives: that one arrived proves that something carries it
+    "a keepalive from the VPN": (keepalive(EXIT), POLICY, State.PROTECTED, []),
+    "a keepalive that names the home address": (keepalive(HOME), POLICY, State.LEAKING, [Code.IP_LEAK]),
+    "a keepalive that names the VPN and comes from home": (
+        keepalive(EXIT, reported_from=HOME), POLICY, State.LEAKING, [Code.IP_LEAK],
+    ),
+    "a keepalive that comes from home by IPv6": (
+        keepalive(EXIT, reported_from=HOME6), POLICY, State.LEAKING, [Code.IPV6_LEAK],
+    ),
+    "a keepalive that names nothing and comes from the VPN": (
+        keepalive(reported_from=EXIT), POLICY, State.PROTECTED, [],
+    ),
+    "a keepalive that names nothing, over the LAN": (keepalive(), POLICY, State.UNKNOWN, [Code.TUNNEL_UNKNOWN]),
+    "a keepalive where no home is known": (
+        keepalive(EXIT, reported_from=EXIT), UNDECLARED, State.UNKNOWN, [Code.TUNNEL_UNKNOWN],
+    ),
+    # -- together
+    "a leak does not hide what else is wrong": (
+        saw(EXIT, canary(HOME6, Path.OUTSIDE), beside=HOME, dns=(asked(answer=LOST),)),
+        POLICY, State.LEAKING, [Code.IPV6_LEAK, Code.DNS_DOWN, Code.KILLSWITCH_OPEN],
+    ),
+    "a dead tunnel is asked nothing else": (
+        saw(LOST, places=TWO_SAY_DE, intercepted=True), NL_ONLY, State.DOWN, [Code.NO_TRAFFIC],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("seen", "policy", "state", "codes"), CASES.values(), ids=CASES.keys())
+def test_judge(seen: Observation, policy: Policy, state: State, codes: list[Code]) -> None:
+    verdict = judge(seen, policy)
+    assert (verdict.state, [f.code for f in verdict.findings]) == (state, codes)
+
+
+@pytest.mark.parametrize(("seen", "policy"), [c[:2] for c in CASES.values()], ids=CASES.keys())
+def test_a_finding_says_what_and_shows_its_facts(seen: Observation, policy: Policy) -> None:
+    for finding in judge(seen, policy).findings:
+        assert finding.message.endswith(".")
+        assert "None" not in finding.message
+        assert "unknown" not in finding.message.replace("an unknown address", "")
+        assert all(isinstance(k, str) and isinstance(v, str) and v for k, v in finding.evidence.items())
+
+
+# Said by the machine, by the tracker, and never by the judge.
+ELSEWHERE = {Code.NO_REPORTS, Code.CLOCK_SKEW, Code.OBSERVATIONS_LOST}
+
+
+def test_every_code_has_a_case() -> None:
+    assert {code for *_, codes in CASES.values() for code in codes} == set(Code) - ELSEWHERE
+
+
+def test_every_code_has_a_meaning_and_an_advice() -> None:
+    assert set(MEANING) == set(Code)
+    for code, meaning in MEANING.items():
+        finding = Finding(code, "It is so.")
+        assert finding.severity is meaning.severity
+        assert finding.advice.endswith(".")
+        # Whatever makes a tunnel's state bad is loud enough to be heard.
+        assert (meaning.state is State.PROTECTED) or meaning.severity is not Severity.INFO
+
+
+def test_a_leak_is_the_worst_and_protected_the_least() -> None:
+    assert (HARM[0], HARM[-1]) == (State.LEAKING, State.PROTECTED)
+    assert worst(()) is State.PROTECTED
+    assert worst((Finding(Code.DNS_DOWN, ""), Finding(Code.IP_LEAK, ""), Finding(Code.NO_TRAFFIC, ""))) is State.LEAKING
+
+
+ROTATION = [
+    pytest.param(asked("91.10.20.53", "1.1.1.1", Path.OUTSIDE, client=HOME), "in the home network", id="1 egress"),
+    pytest.param(asked(STRANGER, "1.1.1.1", Path.OUTSIDE, client=HOME), "asked from the home address", id="2 whoami"),
+    pytest.param(asked(STRANGER, "1.1.1.1", Path.OUTSIDE, subnet="91.10.0.0/16"), "client subnet", id="2 subnet"),
+    pytest.param(asked(STRANGER, "1.1.1.1", Path.OUTSIDE), "leave outside the tunnel", id="2 path"),
+    pytest.param(asked("91.11.0.53"), "AS3320", id="the provider's AS"),
+]
+
+
+@pytest.mark.parametrize(("sighting", "words"), ROTATION)
+def test_a_dns_leak_is_told_by_its_strongest_proof(sighting: ResolverSighting, words: str) -> None:
+    (finding,) = judge(saw(EXIT, dns=(sighting,), places=ISP_PLACES), POLICY).findings
+    assert words in finding.message
+    assert finding.evidence["nameserver"] == str(sighting.nameserver)
+
+
+def test_a_country_is_never_a_reason_for_a_dns_leak() -> None:
+    abroad = (place(EXIT, "CH"), place(STRANGER, "DE"))
+    verdict = judge(saw(EXIT, dns=(asked(STRANGER),), places=abroad), POLICY)
+    assert verdict.state is State.PROTECTED
+    assert verdict.findings[0].evidence == {"resolver": STRANGER, "country": "DE"}
+
+
+def test_a_leak_names_the_address_and_who_saw_it() -> None:
+    (home,) = judge(saw(HOME, path=Path.OUTSIDE), POLICY).findings
+    assert home.message == f"IPv4 traffic leaves from the home address {HOME}."
+    assert home.evidence == {"address": HOME, "seen_by": "echo", "path": "outside"}
+    (outside,) = judge(saw(STRANGER, path=Path.OUTSIDE), POLICY).findings
+    assert outside.message == f"IPv4 traffic leaves outside the tunnel, from {STRANGER}."
+
+
+def test_a_router_without_an_address_is_unnamed() -> None:
+    (finding,) = judge(saw(EXIT, first_hop=EXPIRED), POLICY).findings
+    assert finding.evidence == {"router": "unnamed"}
+    named = replace(canary("192.168.1.1", Path.OUTSIDE, Probe.FIRST_HOP), answer=EXPIRED)
+    (finding,) = judge(saw(EXIT, first_hop=named), POLICY).findings
+    assert finding.evidence == {"router": "192.168.1.1"}
+
+
+@pytest.mark.parametrize(
+    ("named", "agreed"),
+    [
+        ([], None),
+        ([None], None),
+        (["NL"], "NL"),
+        (["NL", "DE"], None),
+        (["NL", "DE", "NL"], "NL"),
+        (["NL", None], "NL"),
+    ],
+)
+def test_the_country_is_what_most_sources_say(named: list[str | None], agreed: str | None) -> None:
+    assert agreed_country(tuple(place(EXIT, c, f"source{i}") for i, c in enumerate(named))) == agreed
+
+
+LEARNT: dict[str, tuple[Observation, list[str]]] = {
+    "the address beside a working tunnel is home": (saw(EXIT, beside=HOME), [f"{HOME}/32"]),
+    "both families are": (
+        saw(EXIT, canary(HOME6, Path.OUTSIDE, Probe.PHYSICAL), beside=HOME), [f"{HOME6}/128", f"{HOME}/32"],
+    ),
+    "a kill switch shows none": (saw(EXIT), []),
+    "no tunnel, nothing learned": (saw(EXIT, beside=HOME, link=None), []),
+    "a tunnel that is down teaches nothing": (saw(EXIT, beside=HOME, link=SET_DOWN), []),
+    "a tunnel that is gone teaches nothing": (saw(EXIT, beside=HOME, link=GONE), []),
+    "traffic that goes beside the tunnel teaches nothing": (saw(HOME, beside=HOME, path=Path.OUTSIDE), []),
+    "the same address on both ways teaches nothing": (saw(EXIT, beside=EXIT), []),
+    "a dead tunnel teaches nothing": (saw(LOST, beside=HOME), []),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("seen", "learned"), LEARNT.values(), ids=LEARNT.keys())
+def test_learned_home(seen: Observation, learned: list[str]) -> None:
+    assert sorted(str(n) for n in learned_home(seen, UNDECLARED).home_networks) == sorted(learned)
+
+
+def test_a_learned_home_must_not_be_seen_outside() -> None:
+    policy = learned_home(saw(EXIT, beside=HOME), UNDECLARED)
+    assert judge(saw(HOME, link=None, beside=None), policy).state is State.LEAKING
+    assert learned_home(saw(EXIT, beside=HOME), policy) == policy
+
+
+def test_the_policys_class_shows_its_defaults() -> None:
+    assert (Policy.grace_down, Policy.grace_degraded, Policy.grace_recovery) == (4.0, 15.0, 4.0)
+
+
+def test_addresses_and_networks_of_both_versions_have_one_name() -> None:
+    assert isinstance(ip_address(EXIT), IPAddress)
+    assert isinstance(ip_address(EXIT6), IPAddress)
+    assert isinstance(ip_network("10.0.0.0/8"), IPNetwork)
+    assert not isinstance(ip_network("10.0.0.0/8"), IPAddress)
+
+
+def test_a_canary_has_a_family() -> None:
+    with pytest.raises(ValueError, match="family is 4 or 6"):
+        canary(LOST, family=5)

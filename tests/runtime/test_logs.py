@@ -1,0 +1,117 @@
+"""Log lines: one an event, and nothing from outside can make a second."""
+
+import io
+import logging
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vpn_sentinel.runtime.logs import LineFormatter, open_log
+
+
+@pytest.fixture
+def lines() -> Iterator[io.StringIO]:
+    """What a logger of ours writes."""
+    written = io.StringIO()
+    handler = logging.StreamHandler(written)
+    handler.setFormatter(LineFormatter())
+    logger = logging.getLogger("vpn_sentinel.uplink")
+    logger.addHandler(handler)
+    logger.propagate = False
+    yield written
+    logger.removeHandler(handler)
+    logger.propagate = True
+
+
+log = logging.getLogger("vpn_sentinel.uplink")
+
+
+def test_a_line_says_when_how_loud_who_and_what(lines: io.StringIO) -> None:
+    log.error("connection lost", extra={"url": "https://a", "tries": 3, "why": "timed out", "none": ""})
+    assert re.fullmatch(
+        r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ ERROR uplink connection lost url=https://a tries=3 "
+        r'why="timed out" none=""\n',
+        lines.getvalue(),
+    )
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    {
+        "nl-1": "nl-1",
+        "Zürich": "Zürich",
+        "a\nb": r"a\nb",
+        "\x1b[31m": r"\x1b[31m",
+        "\u2028": r"\u2028",
+        "\u202e": r"\u202e",
+        "\ud800": r"\ud800",
+        'a" level="b': r'"a\" level=\"b"',
+        "a=b": '"a=b"',
+        "a b\\": r'"a b\\"',
+        'a"\n2027 INFO x': r'"a\"\n2027 INFO x"',
+    }.items(),
+)
+def test_a_value_cannot_pass_for_another_pair_or_another_line(lines: io.StringIO, value: str, shown: str) -> None:
+    log.warning("said", extra={"tunnel": value})
+    assert lines.getvalue().split(" said ", 1)[1] == f"tunnel={shown}\n"
+
+
+def test_a_message_cannot_make_a_second_line(lines: io.StringIO) -> None:
+    log.warning("no such tunnel: %s", "x\r\n2027-01-15T08:00:00Z INFO uplink all is well")
+    assert lines.getvalue().count("\n") == 1
+    assert r"x\r\n2027" in lines.getvalue()
+
+
+def test_an_exceptions_text_cannot_pass_for_a_line(lines: io.StringIO) -> None:
+    try:
+        raise ValueError("x\n2027-01-15T08:00:00Z INFO uplink all is well\x1b[2J")  # noqa: TRY301
+    except ValueError:
+        log.exception("a report was not taken")
+    first, *rest = lines.getvalue().splitlines()
+    assert first.endswith("ERROR uplink a report was not taken")
+    assert rest
+    assert all(line.startswith("  ") for line in rest)
+    assert "\x1b" not in lines.getvalue()
+
+
+@pytest.fixture
+def _root() -> Iterator[None]:
+    """The root logger and those that are silenced, as they were before."""
+    names = ("", "httpx", "httpcore", "uvicorn.access", "uvicorn.error", "websockets", "asyncio", "alembic")
+    before = {name: logging.getLogger(name).level for name in names}
+    handlers = logging.getLogger().handlers[:]
+    yield
+    for handler in logging.getLogger().handlers:
+        if handler not in handlers:
+            handler.close()
+    logging.getLogger().handlers[:] = handlers
+    for name, level in before.items():
+        logging.getLogger(name).setLevel(level)
+
+
+@pytest.mark.usefixtures("_root")
+def test_a_log_may_go_to_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "sentinel.log"
+    open_log(file=str(file))
+    logging.getLogger("vpn_sentinel.agent").info("started")
+    logging.getLogger("vpn_sentinel.agent").debug("not said")
+    logging.getLogger("httpx").info("GET https://api.telegram.org/bot123:SECRET/getUpdates")
+    assert file.read_text().endswith(" INFO agent started\n")
+    assert "SECRET" not in file.read_text()
+
+
+@pytest.mark.usefixtures("_root")
+def test_a_log_goes_to_standard_error_otherwise(capsys: pytest.CaptureFixture[str]) -> None:
+    open_log(debug=True)
+    logging.getLogger("vpn_sentinel.agent").debug("thinking")
+    assert capsys.readouterr().err.endswith(" DEBUG agent thinking\n")
+    assert sys.stderr is not None
+
+
+@pytest.mark.usefixtures("_root")
+def test_a_log_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No such file"):
+        open_log(file=str(tmp_path / "none" / "sentinel.log"))

@@ -1,0 +1,214 @@
+"""Settings: the later place wins, every error names its key, and nothing mistyped passes in silence."""
+
+from collections.abc import Callable
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vpn_sentinel.runtime import settings as read
+from vpn_sentinel.runtime.secret import Secret
+from vpn_sentinel.runtime.settings import SettingError, Source
+
+
+def test_the_flag_wins_over_the_environment_and_that_over_the_file() -> None:
+    file, env, flags = {"interval": "3"}, {"VPN_SENTINEL_INTERVAL": "2"}, {"INTERVAL": "1"}
+    assert Source(env={}).raw("INTERVAL") is None
+    assert Source(env={}, file=file).raw("INTERVAL") == "3"
+    assert Source(env=env, file=file).raw("INTERVAL") == "2"
+    assert Source(env=env, file=file, flags=flags).raw("INTERVAL") == "1"
+
+
+def test_an_empty_value_counts_as_not_set() -> None:
+    file = {"interval": 3}
+    assert Source(env={"VPN_SENTINEL_INTERVAL": ""}, file=file, flags={"INTERVAL": ""}).raw("INTERVAL") == "3"
+    assert Source(env={"VPN_SENTINEL_INTERVAL": "  "}).raw("INTERVAL") is None
+    assert Source(env={}, file={"url": ""}).get("URL", read.url, None) is None
+    assert Source(env={}, file={"url": []}).get("URL", read.urls, ()) == ()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [("a", "a"), (3, "3"), (2.5, "2.5"), (True, "true"), (False, "false"), (["a", 1], "a,1")]
+)
+def test_a_file_may_hold_what_toml_has(value: object, text: str) -> None:
+    assert Source(env={}, file={"name": value}).raw("NAME") == text
+
+
+def test_a_file_may_not_hold_a_table_or_a_date() -> None:
+    with pytest.raises(SettingError, match=r"^name: takes a text, a number"):
+        Source(env={}, file={"name": {"a": 1}}).raw("NAME")
+
+
+def test_a_secret_may_stand_in_a_file_of_its_own(tmp_path: Path) -> None:
+    held = tmp_path / "key"
+    held.write_text("hunter2hunter2\n")
+    assert Source(env={"VPN_SENTINEL_API_KEY_FILE": str(held)}).raw("API_KEY") == "hunter2hunter2"
+    assert Source(env={"TELEGRAM_BOT_TOKEN_FILE": str(held)}).raw("TELEGRAM_BOT_TOKEN") == "hunter2hunter2"
+    both = {"VPN_SENTINEL_API_KEY_FILE": str(held), "VPN_SENTINEL_API_KEY": "said"}
+    assert Source(env=both).raw("API_KEY") == "said"
+    held.write_text("\n")
+    assert Source(env={"VPN_SENTINEL_API_KEY_FILE": str(held)}).raw("API_KEY") is None
+
+
+def test_a_secrets_file_that_cannot_be_read_names_the_key(tmp_path: Path) -> None:
+    with pytest.raises(SettingError, match=r"^VPN_SENTINEL_API_KEY_FILE: .*No such file"):
+        Source(env={"VPN_SENTINEL_API_KEY_FILE": str(tmp_path / "none")}).raw("API_KEY")
+    held = tmp_path / "key"
+    held.write_bytes(b"\xff\xfe")
+    with pytest.raises(SettingError, match=r"^VPN_SENTINEL_API_KEY_FILE: .*utf-8"):
+        Source(env={"VPN_SENTINEL_API_KEY_FILE": str(held)}).raw("API_KEY")
+
+
+def test_the_configuration_is_a_toml_file(tmp_path: Path) -> None:
+    file = tmp_path / "sentinel.toml"
+    file.write_text('interval = 5\nhome_networks = ["10.0.0.0/8", "fd00::/8"]\n')
+    by_flag = Source.load({}, {"URL": None, "NAME": "nl"}, str(file))
+    by_env = Source.load({"VPN_SENTINEL_CONFIG": str(file)}, {})
+    for source in (by_flag, by_env):
+        assert source.get("INTERVAL", read.integer(1, 9), 0) == 5
+        assert source.get("HOME_NETWORKS", read.networks, ()) == (ip_network("10.0.0.0/8"), ip_network("fd00::/8"))
+        assert source.unread() == []
+    assert by_flag.flags == {"NAME": "nl"}
+    assert Source.load({}, {}).file == {}
+
+
+@pytest.mark.parametrize("content", [b"= 1", b"\xff", None], ids=["no TOML", "no UTF-8", "missing"])
+def test_a_configuration_that_cannot_be_read_names_itself(tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "sentinel.toml"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(SettingError, match=r"^configuration file .*sentinel\.toml: ") as refused:
+        Source.load({}, {}, str(file))
+    assert "\n" not in str(refused.value)
+
+
+def test_what_nobody_asked_for_is_told() -> None:
+    env = {
+        "VPN_SENTINEL_INTERVAL": "1",
+        "VPN_SENTINEL_INTERVALL": "1",
+        "VPN_SENTINEL_API_KEY_FILE": "/x",
+        "VPN_SENTINEL_CONFIG": "/y",
+        "VPN_SENTINEL_TELEGRAM_CHAT_ID": "7",  # this one has no prefix
+        "PATH": "/bin",
+        "TELEGRAM_CHAT_ID": "7",
+    }
+    source = Source(env={**env, "VPN_SENTINEL_API_KEY": "k"}, file={"interval": 1, "intervall": 1, "server": {}})
+    for name in ("INTERVAL", "API_KEY", "TELEGRAM_CHAT_ID"):
+        source.raw(name)
+    assert source.unread() == ["VPN_SENTINEL_INTERVALL", "VPN_SENTINEL_TELEGRAM_CHAT_ID", "intervall", "server"]
+
+
+def test_the_default_stands_where_nobody_says() -> None:
+    assert Source(env={}).get("INTERVAL", read.number(1, 9), 30.0) == 30.0
+
+
+GOOD: list[tuple[Callable[[str], Any], str, Any]] = [
+    (read.text, "a b", "a b"),
+    (read.boolean, "1", True),
+    (read.boolean, " Yes ", True),
+    (read.boolean, "ON", True),
+    (read.boolean, "False", False),
+    (read.boolean, "off", False),
+    (read.boolean, "0", False),
+    (read.boolean, "no", False),
+    (read.number(0.5, 2), "0.5", 0.5),
+    (read.number(0.5, 2), "2", 2.0),
+    (read.integer(1, 10), "1", 1),
+    (read.integer(1, 10), " 10 ", 10),
+    (read.port, "65535", 65535),
+    (read.words, "a, b,,c ", ("a", "b", "c")),
+    (read.words, "", ()),
+    (read.url, "https://vpn.example.org:5000/", "https://vpn.example.org:5000"),
+    (read.url, "http://[2a0d::1]:5000/base/", "http://[2a0d::1]:5000/base"),
+    (read.urls, "http://a, https://b/", ("http://a", "https://b")),
+    (read.networks, "10.0.0.1, 91.10.20.30/24", (ip_network("10.0.0.1/32"), ip_network("91.10.20.0/24"))),
+    (read.networks, "2003:e0::/32", (ip_network("2003:e0::/32"),)),
+    (read.countries, "nl, SE", ("NL", "SE")),
+    (read.one_of("json", "text"), "JSON", "json"),
+]
+
+
+@pytest.mark.parametrize(("parse", "text", "value"), GOOD)
+def test_a_value_that_is_taken(parse: Callable[[str], Any], text: str, value: Any) -> None:
+    assert Source(env={"VPN_SENTINEL_IT": text}).get("IT", parse, value) == value
+    assert parse(text) == value
+
+
+BAD: list[tuple[Callable[[str], Any], str, str]] = [
+    (read.boolean, "maybe", "is not one of true, false"),
+    (read.number(0.5, 2), "0.4", "is not a number from 0.5 to 2"),
+    (read.number(0.5, 2, "minutes"), "2.1", "is not a number from 0.5 to 2 minutes"),
+    (read.number(0.5, 2), "nan", "is not a number"),
+    (read.number(0.5, 2), "inf", "is not a number"),
+    (read.number(0.5, 2), "two", "is not a number"),
+    (read.integer(1, 10), "0", "is not a whole number from 1 to 10"),
+    (read.integer(1, 10), "11", "is not a whole number"),
+    (read.integer(1, 10), "1.0", "is not a whole number"),
+    (read.integer(1, 10), "-1", "is not a whole number"),
+    (read.integer(1, 10), "\u0663", "is not a whole number"),
+    (read.port, "65536", "is not a whole number from 1 to 65535"),
+    (read.url, "vpn.example.org", "is not an address that starts with http"),
+    (read.url, "ftp://vpn.example.org", "is not an address"),
+    (read.url, "http://", "is not an address"),
+    (read.url, "http:///path", "is not an address"),
+    (read.url, "http://:5000", "is not an address"),
+    (read.url, "http://a b", "is not an address"),
+    (read.url, "http://a:99999", "is not an address"),
+    (read.url, "http://a:port", "is not an address"),
+    (read.url, "http://[::1", "is not an address"),
+    (read.urls, "http://a,b", "is not an address"),
+    (read.networks, "10.0.0.0/33", "10.0.0.0/33"),
+    (read.networks, "home", "home"),
+    (read.countries, "NLD", "is not a country code of two letters"),
+    (read.countries, "N1", "is not a country code"),
+    (read.countries, "ÄÖ", "is not a country code"),
+    (read.one_of("json", "text"), "xml", "is not one of json, text"),
+    (read.readable_file, "/nowhere/at/all", "No such file"),
+    (read.readable_file, "/", "Is a directory"),
+]
+
+
+@pytest.mark.parametrize(("parse", "text", "problem"), BAD)
+def test_a_value_that_is_refused_by_the_name_of_its_key(parse: Callable[[str], Any], text: str, problem: str) -> None:
+    with pytest.raises(SettingError) as refused:
+        Source(env={"VPN_SENTINEL_IT": text}).get("IT", parse, None)
+    assert str(refused.value).startswith("VPN_SENTINEL_IT: ")
+    assert problem in str(refused.value)
+    assert str(refused.value).isprintable()
+    assert refused.value.name == "VPN_SENTINEL_IT"
+
+
+def test_a_key_without_the_prefix_is_named_as_it_is() -> None:
+    with pytest.raises(SettingError, match=r"^TELEGRAM_CHAT_ID: "):
+        Source(env={"TELEGRAM_CHAT_ID": "x"}).get("TELEGRAM_CHAT_ID", read.integer(1, 2), 1)
+
+
+def test_an_address_with_a_password_is_not_repeated() -> None:
+    with pytest.raises(SettingError) as refused:
+        Source(env={"VPN_SENTINEL_URL": "http://user:hunter2@a:99999"}).get("URL", read.url, None)
+    assert "hunter2" not in str(refused.value)
+
+
+def test_a_file_that_can_be_read(tmp_path: Path) -> None:
+    file = tmp_path / "ca.pem"
+    file.touch()
+    assert read.readable_file(str(file)) == file
+
+
+def test_the_place_for_state_is_the_systems_or_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    assert read.default_data_dir() == "/var/lib/vpn-sentinel"
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    monkeypatch.setenv("HOME", "/home/ann")
+    assert read.default_data_dir() == "/home/ann/.local/state/vpn-sentinel"
+
+
+def test_the_environment_is_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VPN_SENTINEL_IT", "here")
+    assert Source(env=read.environment()).raw("IT") == "here"
+
+
+def test_a_secret_setting_is_kept_as_one() -> None:
+    found = Source(env={"VPN_SENTINEL_API_KEY": "hunter2"}).get("API_KEY", read.secret, None)
+    assert found == Secret("hunter2")

@@ -1,0 +1,195 @@
+"""Keys, tokens, and where a request really came from."""
+
+from collections.abc import Sequence
+from ipaddress import ip_address, ip_network
+from typing import Any
+
+import pytest
+from sqlalchemy import Executable, Row, select
+
+from tests.conftest import ManualClock
+from vpn_sentinel.runtime.secret import Secret
+from vpn_sentinel.server.access import (
+    Access,
+    Caller,
+    create_token,
+    first_key,
+    inside,
+    key_from,
+    peer,
+    revoke_token,
+)
+from vpn_sentinel.server.store.schema import tokens
+from vpn_sentinel.server.store.store import Store, StoreUnavailable
+
+KEY = Secret("a-shared-key-of-ours")
+
+
+async def test_the_settings_key_may_do_everything(store: Store, clock: ManualClock) -> None:
+    access = Access(store, clock, KEY)
+    caller = await access.caller(KEY.reveal())
+    assert caller == Caller("shared", shared=True)
+    assert caller.may_report_as("anything")
+
+
+async def test_a_wrong_key_is_nobodys(store: Store, clock: ManualClock) -> None:
+    for key in (None, "", "wrong", "a-shared-key-of-our", "a-shared-key-of-ours ", "\udcff", "ä" * 99):
+        assert await Access(store, clock, KEY).caller(key) is None
+        assert await Access(store, clock, None).caller(key) is None
+
+
+async def test_a_token_may_report_as_its_own_tunnel_alone(store: Store, clock: ManualClock) -> None:
+    token = await create_token(store, "nl", shared=False, now=clock.now)
+    caller = await Access(store, clock, KEY).caller(token)
+    assert caller == Caller("nl", shared=False)
+    assert caller.may_report_as("nl")
+    assert not caller.may_report_as("nl-2")
+    assert not caller.may_report_as("NL")
+
+
+async def test_a_shared_token_may_report_as_any(store: Store, clock: ManualClock) -> None:
+    token = await create_token(store, "fleet", shared=True, now=clock.now)
+    caller = await Access(store, clock, None).caller(token)
+    assert caller is not None
+    assert caller.may_report_as("anything")
+
+
+async def test_a_token_is_kept_nowhere(store: Store, clock: ManualClock) -> None:
+    token = await create_token(store, "nl", shared=False, now=clock.now)
+    assert token.startswith("vs_")
+    assert len(token) > 40
+    (row,) = await store.read(select(tokens))
+    kept = " ".join(str(v) for v in row)
+    assert token not in kept
+    assert token.removeprefix("vs_")[8:] not in kept
+
+
+async def test_a_token_with_a_known_beginning_and_another_end_is_nobodys(store: Store, clock: ManualClock) -> None:
+    token = await create_token(store, "nl", shared=False, now=clock.now)
+    access = Access(store, clock, None)
+    assert await access.caller(token) is not None
+    assert await access.caller(token[:-1] + ("A" if token[-1] != "A" else "B")) is None
+    assert await access.caller(token[:11]) is None
+
+
+async def test_a_name_is_in_use_until_its_token_is_revoked(store: Store, clock: ManualClock) -> None:
+    old = await create_token(store, "nl", shared=False, now=clock.now)
+    with pytest.raises(ValueError, match="a token called nl exists; revoke it first"):
+        await create_token(store, "nl", shared=False, now=clock.now)
+    assert await revoke_token(store, "nl", clock.now)
+    new = await create_token(store, "nl", shared=False, now=clock.now)
+    access = Access(store, clock, None)
+    assert await access.caller(old) is None
+    assert await access.caller(new) is not None
+
+
+async def test_a_revoked_token_is_refused_within_five_seconds(store: Store, clock: ManualClock) -> None:
+    token = await create_token(store, "nl", shared=False, now=clock.now)
+    access = Access(store, clock, None)
+    assert await access.caller(token) is not None
+    assert await revoke_token(store, "nl", clock.now)
+    clock.now += 5.1
+    assert await access.caller(token) is None
+
+
+async def test_there_is_nothing_to_revoke_twice(store: Store, clock: ManualClock) -> None:
+    assert not await revoke_token(store, "nl", clock.now)
+    await create_token(store, "nl", shared=False, now=clock.now)
+    assert await revoke_token(store, "nl", clock.now)
+    assert not await revoke_token(store, "nl", clock.now)
+
+
+async def test_the_first_key_is_made_once(store: Store, clock: ManualClock) -> None:
+    key = await first_key(store, clock.now)
+    assert key is not None
+    assert await Access(store, clock, None).caller(key) == Caller("shared", shared=True)
+    assert await first_key(store, clock.now) is None
+    await revoke_token(store, "shared", clock.now)
+    assert await first_key(store, clock.now) is None  # who revoked it does not want another
+
+
+class Counted:
+    """Counts reads, and fails when a test says so."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self.reads = 0
+        self.gone = False
+
+    async def read(self, statement: Executable) -> Sequence[Row[Any]]:
+        if self.gone:
+            raise StoreUnavailable("unreachable", "connection refused")
+        self.reads += 1
+        return await self._store.read(statement)
+
+
+async def test_guessing_does_not_ask_the_database_each_time(store: Store, clock: ManualClock) -> None:
+    counted = Counted(store)
+    access = Access(counted, clock, KEY)  # type: ignore[arg-type]
+    for n in range(100):
+        assert await access.caller(f"guess-{n}") is None
+    assert counted.reads == 1
+
+
+async def test_the_shared_key_needs_no_database_and_the_others_say_that_it_is_gone(
+    store: Store, clock: ManualClock
+) -> None:
+    counted = Counted(store)
+    counted.gone = True
+    access = Access(counted, clock, KEY)  # type: ignore[arg-type]
+    assert await access.caller(KEY.reveal()) is not None
+    with pytest.raises(StoreUnavailable):
+        await access.caller("vs_something")
+
+
+PROXIES = (ip_network("10.0.0.0/8"), ip_network("fd00::/8"))
+PEERS: dict[str, tuple[str, str | None, str]] = {
+    "nobody in between": ("146.70.1.2", None, "146.70.1.2"),
+    "IPv4 on a socket of both versions": ("::ffff:146.70.1.2", None, "146.70.1.2"),
+    "a link-local address": ("fe80::1%eth0", None, "fe80::1"),
+    "a stranger's header is not believed": ("146.70.1.2", "1.2.3.4", "146.70.1.2"),
+    "a proxy of ours": ("10.0.0.1", "146.70.1.2", "146.70.1.2"),
+    "a proxy of ours, by IPv6": ("fd00::1", "2a0d::2", "2a0d::2"),
+    "two proxies of ours": ("10.0.0.1", "146.70.1.2, 10.0.0.2", "146.70.1.2"),
+    "what stands before the first stranger is the stranger's word": ("10.0.0.1", "1.2.3.4, 146.70.1.2", "146.70.1.2"),
+    "a proxy that says nothing": ("10.0.0.1", None, "10.0.0.1"),
+    "a proxy that says less than nothing": ("10.0.0.1", " , ", "10.0.0.1"),
+    "a proxy that says no address": ("10.0.0.1", "146.70.1.2, unknown", "10.0.0.1"),
+    "proxies all the way": ("10.0.0.1", "10.0.0.3, 10.0.0.2", "10.0.0.3"),
+}
+
+
+@pytest.mark.parametrize(("remote", "header", "found"), PEERS.values(), ids=PEERS.keys())
+def test_where_a_request_really_came_from(remote: str, header: str | None, found: str) -> None:
+    assert peer(remote, header, iter(PROXIES)) == ip_address(found)
+
+
+def test_without_trusted_proxies_no_header_counts() -> None:
+    assert peer("10.0.0.1", "1.2.3.4", ()) == ip_address("10.0.0.1")
+
+
+def test_a_peer_that_is_no_address_is_an_error() -> None:
+    with pytest.raises(ValueError, match="does not appear"):
+        peer("/run/proxy.sock", "1.2.3.4", PROXIES)
+
+
+def test_a_network_of_the_other_version_holds_nothing() -> None:
+    assert inside(ip_address("10.1.2.3"), PROXIES)
+    assert not inside(ip_address("::10.1.2.3"), PROXIES)
+
+
+@pytest.mark.parametrize(
+    ("headers", "key"),
+    [
+        ({}, None),
+        ({"x-api-key": "k"}, "k"),
+        ({"authorization": "Bearer k"}, "k"),
+        ({"authorization": "bearer  k "}, "k"),
+        ({"authorization": "Bearer "}, None),
+        ({"authorization": "Basic k"}, None),
+        ({"x-api-key": "", "authorization": "Bearer k"}, "k"),
+        ({"x-api-key": "a", "authorization": "Bearer b"}, "a"),
+    ],
+)
+def test_the_key_in_the_headers(headers: dict[str, str], key: str | None) -> None:
+    assert key_from(headers) == key
