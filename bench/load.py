@@ -59,7 +59,7 @@ class Client(asyncio.Protocol):
         else:
             self.transport.close()
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, _exc: Exception | None) -> None:
         self.buffer = b""
         if time.perf_counter() < self.run.end:
             self.run.connect(self)

@@ -1,11 +1,12 @@
 """What every ring of tests shares: both engines as one `store` fixture, and a clock that a test sets."""
 
+import asyncio
 import os
 import shutil
 import socket
 import subprocess
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -106,3 +107,10 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return int(s.getsockname()[1])
+
+
+async def until(condition: Callable[[], object], limit: float = 5.0) -> None:
+    """Wait for `condition()` to hold. Raises TimeoutError after `limit` seconds."""
+    async with asyncio.timeout(limit):
+        while not condition():  # noqa: ASYNC110 - the condition is whatever a test looks at
+            await asyncio.sleep(0.01)

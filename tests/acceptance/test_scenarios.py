@@ -97,7 +97,7 @@ def test_row_5_tunnel_deleted_without_a_kill_switch(stands: Stands) -> None:
 
 def test_row_15_resolver_outside_the_tunnel(stands: Stands) -> None:
     stand = stands["names"]
-    _, message = once(stand, stand.site.resolver_outside, "leaking", 15)
+    once(stand, stand.site.resolver_outside, "leaking", 15)
     assert "dns_leak" in stand.codes()
     assert "ip_leak" not in stand.codes()
 
@@ -143,7 +143,7 @@ def test_row_19_provider_resolver_in_another_country(stands: Stands) -> None:
 def test_row_11_exit_hops_within_its_network(stands: Stands) -> None:
     stand = stands["open"]
     old = stand.site.exit4
-    took, message = once(stand, stand.site.move_exit, "address", 20)
+    _, message = once(stand, stand.site.move_exit, "address", 20)
     assert stand.status()["state"] == "protected"
     assert old in message["plain"]
     assert stand.site.exit4 in message["plain"]
@@ -151,7 +151,7 @@ def test_row_11_exit_hops_within_its_network(stands: Stands) -> None:
 
 def test_row_12_exit_hops_to_a_country_outside_the_policy(stands: Stands) -> None:
     stand = stands["open"]
-    _, message = once(stand, lambda: stand.site.move_exit(country="other"), "degraded", 60)
+    once(stand, lambda: stand.site.move_exit(country="other"), "degraded", 60)
     assert stand.codes() >= {"country_mismatch"}
     assert not stand.codes() & {"ip_leak", "dns_leak"}
 

@@ -1,0 +1,45 @@
+"""What other replicas wrote, told to this one's listeners: a browser must not care which server it asked.
+
+Only where there can be others: on PostgreSQL.
+"""
+
+import asyncio
+import logging
+from typing import Final
+
+from sqlalchemy import or_, select
+
+from vpn_sentinel.runtime.clock import Clock
+from vpn_sentinel.server.live.hub import Hub
+from vpn_sentinel.server.store.schema import tunnels
+from vpn_sentinel.server.store.store import Store, StoreUnavailable
+
+log = logging.getLogger(__name__)
+
+_EVERY: Final = 1.0
+# Replicas' clocks may differ by as much, in seconds; what is told twice does no harm.
+_OVERLAP: Final = 5.0
+
+
+class Replicas:
+    def __init__(self, store: Store, hub: Hub, clock: Clock) -> None:
+        self._store = store
+        self._hub = hub
+        self._clock = clock
+
+    async def run(self) -> None:
+        since = self._clock.wall()
+        while True:
+            await asyncio.sleep(_EVERY)
+            if not self._hub.listeners:
+                since = self._clock.wall()
+                continue
+            try:
+                now = self._clock.wall()
+                lately = or_(tunnels.c.last_seen > since - _OVERLAP, tunnels.c.since > since - _OVERLAP)
+                found = await self._store.read(select(tunnels.c.name).where(lately))
+            except StoreUnavailable as e:
+                log.debug("other replicas' news were not read", extra={"reason": e.reason})
+                continue
+            self._hub.publish({r.name for r in found})
+            since = now
