@@ -1,0 +1,59 @@
+"""Draw the state machine from its table: `python docs/make_states.py` writes docs/reference/states.md anew."""
+
+from pathlib import Path
+from typing import Final
+
+from vpn_sentinel.domain.machine import TRANSITIONS, Wait
+from vpn_sentinel.domain.policy import Policy
+from vpn_sentinel.domain.verdict import HARM, MEANING, State
+
+PAGE: Final = Path(__file__).parent / "reference" / "states.md"
+_HEAD: Final = """\
+# States and transitions
+
+Drawn from `vpn_sentinel.domain.machine.TRANSITIONS` by `python docs/make_states.py`; a test keeps this page current.
+
+A row is the state a tunnel is in, a column what comes in: the verdict of a report, or, for *silent*, the deadline that
+passed without one. A cell says how long that must last, without a break, before the state changes. An empty cell
+changes nothing. The verdict *unknown* has no column: nothing could be seen, so the state holds, and a change that was
+under way starts again.
+"""
+_GRACE: Final = """\
+| wait | setting | default |
+|---|---|---|
+"""
+
+
+def render() -> str:
+    """The page's text."""
+    stimuli = [s for s in HARM if any(s in row for row in TRANSITIONS.values())]
+    lines = [_HEAD, f"| from \\ to | {' | '.join(stimuli)} |", "|---" * (len(stimuli) + 1) + "|"]
+    states = [s for s in HARM if s in TRANSITIONS]
+    lines += [f"| **{state}** | {' | '.join(_cell(state, s) for s in stimuli)} |" for state in states]
+    lines += ["", _GRACE.rstrip()]
+    for wait in Wait:
+        name = "" if wait is Wait.NONE else f"`VPN_SENTINEL_{wait.value.upper()}`"
+        lines.append(f"| {_said(wait)} | {name} | {wait.seconds(Policy()):g} s |")
+    lines += ["", "## As a graph", "", "```mermaid", "stateDiagram-v2", f"    [*] --> {State.PENDING}"]
+    for state in states:
+        lines += [f"    {state} --> {to}: {_said(wait)}" for to, wait in TRANSITIONS[state].items()]
+    lines += ["```", "", "## What brings a verdict about", "", "| verdict | findings |", "|---|---|"]
+    for state in HARM:
+        codes = [f"`{code}`" for code, meaning in MEANING.items() if meaning.state is state]
+        if codes:
+            lines.append(f"| {state} | {', '.join(codes)} |")
+    lines += ["", "The most harmful finding decides. Those of *protected* are told, and change nothing.", ""]
+    return "\n".join(lines)
+
+
+def _cell(state: State, stimulus: State) -> str:
+    wait = TRANSITIONS[state].get(stimulus)
+    return "" if wait is None else _said(wait)
+
+
+def _said(wait: Wait) -> str:
+    return "at once" if wait is Wait.NONE else wait.value.replace("_", " ")
+
+
+if __name__ == "__main__":
+    PAGE.write_text(render(), encoding="utf-8")

@@ -1,0 +1,22 @@
+"""What a command may pull in: the agent owes a small footprint, and pydantic must stay out altogether."""
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = {"sqlalchemy", "alembic", "litestar", "uvicorn", "uvloop", "httpx", "jinja2", "prometheus_client", "asyncpg"}
+MODULES = {
+    "the agent": ("vpn_sentinel.agent.app", HEAVY | {"pydantic", "rich"}),
+    "the agent's command": ("vpn_sentinel.cli.agent", HEAVY | {"pydantic", "rich"}),
+    "check": ("vpn_sentinel.cli.check", HEAVY | {"pydantic"}),
+    "the list of commands": ("vpn_sentinel.cli.main", HEAVY | {"pydantic", "rich", "msgspec"}),
+    "the server": ("vpn_sentinel.server.app", {"pydantic", "websockets.asyncio.client"}),
+}
+
+
+@pytest.mark.parametrize(("module", "banned"), MODULES.values(), ids=MODULES.keys())
+def test_importing(module: str, banned: set[str]) -> None:
+    code = f"import sys, {module}; print(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert set(done.stdout.split()) & banned == set()
