@@ -1,5 +1,7 @@
 """Messages captured from a kernel (6.18, x86-64) with strace, and ones made by hand."""
 
+import asyncio
+import socket
 import struct
 from ipaddress import ip_address
 
@@ -8,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.agent.doubles import ETH, WG
+from tests.conftest import until
 from vpn_sentinel.agent import netlink
 from vpn_sentinel.agent.netlink import IFF_LOWER_UP, IFF_UP, Netlink, attributes, messages, parse_address, parse_link
-from vpn_sentinel.agent.sensors.netlink import Changes
+from vpn_sentinel.agent.sensors.netlink import Changes, NetworkSensor
 
 
 def attribute(kind: int, value: bytes) -> bytes:
@@ -126,3 +129,31 @@ def test_a_change_is_news_once() -> None:
     assert changes.notice(message(20, address(3, "10.0.0.9")))
     assert changes.notice(message(21, address(3, "10.0.0.9")))
     assert changes.notice(message(20, address(3, "10.0.0.9")))
+
+
+async def test_the_sensor_tells_once_of_many_changes_at_once() -> None:
+    told: list[int] = []
+    kernel, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    ours.setblocking(False)
+    sensor = NetworkSensor(lambda: told.append(1), (ETH, WG), ours)
+    sensor.start()
+    try:
+        kernel.send(message(20, address(2, "192.168.1.20")))  # a repetition
+        for _ in range(5):
+            kernel.send(message(24, route()))
+        await until(lambda: told)
+        assert told == [1]
+        kernel.send(message(32, b""))
+        await until(lambda: len(told) == 2)
+        kernel.send(message(32, b""))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+    finally:
+        sensor.close()
+        kernel.close()
+
+
+async def test_the_kernel_lets_us_listen() -> None:
+    sensor = NetworkSensor(lambda: None)
+    sensor.start()
+    sensor.close()

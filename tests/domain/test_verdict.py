@@ -238,7 +238,19 @@ CASES: dict[str, tuple[Observation, Policy, State, list[Code]]] = {
     "25 IPv6 present but dropped": (saw(EXIT, canary(LOST, family=6)), POLICY, State.PROTECTED, []),
     "26 IPv6 inside the tunnel": (saw(EXIT, EXIT6), POLICY, State.PROTECTED, []),
     "27 part of the traffic routed outside": (
-        saw(EXIT, canary(HOME, Path.OUTSIDE, target="cloudflare")), POLICY, State.LEAKING, [Code.IP_LEAK],
+        saw(EXIT, canary(HOME, Path.OUTSIDE, target="cloudflare")), POLICY, State.LEAKING, [Code.SPLIT_ROUTE],
+    ),
+    "27 part of the IPv6 traffic routed outside": (
+        saw(EXIT, EXIT6, canary(HOME6, Path.OUTSIDE, target="cloudflare")),
+        POLICY, State.LEAKING, [Code.SPLIT_ROUTE],
+    ),
+    "27 every destination outside is no split": (
+        saw(canary(HOME, Path.OUTSIDE), canary(HOME, Path.OUTSIDE, target="cloudflare")),
+        POLICY, State.LEAKING, [Code.IP_LEAK],
+    ),
+    "27 an answer without an address tells of no way through the tunnel": (
+        saw(canary(HOME, Path.OUTSIDE), canary("", Path.OUTSIDE, target="cloudflare")),
+        POLICY, State.LEAKING, [Code.IP_LEAK],
     ),
     "27 both families escape": (
         saw(canary(HOME, Path.OUTSIDE), canary(HOME6, Path.OUTSIDE)),

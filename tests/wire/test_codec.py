@@ -192,4 +192,5 @@ def test_a_message_that_says_something_impossible(body: bytes) -> None:
 def test_a_problem_says_its_kind_by_its_status() -> None:
     found = problem(429, "more than 30 reports a minute from here")
     assert (found.title, found.type) == ("Too Many Requests", "about:blank")
+    assert problem(413, "").title == "Content Too Large"  # on every Python
     assert CONTENT_TYPE == "application/problem+json"

@@ -15,11 +15,11 @@ from vpn_sentinel.agent.http import Client, split, tls_context
 from vpn_sentinel.agent.interfaces import Paths, Survey, survey
 from vpn_sentinel.agent.names import Names
 from vpn_sentinel.agent.netlink import Netlink
-from vpn_sentinel.agent.probes import mmdb
+from vpn_sentinel.agent.probes import dns, mmdb
 from vpn_sentinel.agent.probes.canary import Flock
 from vpn_sentinel.agent.probes.place import Places
 from vpn_sentinel.agent.probes.placing import Service, services
-from vpn_sentinel.agent.probes.targets import CLOUDFLARE, ServerEcho, Target, address_in
+from vpn_sentinel.agent.probes.targets import CLOUDFLARE, OPENDNS, ServerEcho, Target, address_in
 from vpn_sentinel.agent.probes.trace import trace
 from vpn_sentinel.agent.sensors.beat import Beat
 from vpn_sentinel.agent.sensors.netlink import NetworkSensor
@@ -89,7 +89,14 @@ def open_databases(settings: ProbeSettings) -> tuple[tuple[str, mmdb.Reader], ..
 def flock(settings: ProbeSettings, http: Client, echoes: tuple[Target, ...], paths: Paths) -> Flock:
     """Who is asked in a round: the server's echo and Cloudflare, then OpenDNS, then Cloudflare over HTTPS."""
     path = path_to(settings.trace_url, paths)
-    return Flock(targets=(*echoes, *CLOUDFLARE), others=(lambda: trace(http, settings.trace_url, path),))
+    # A nameserver in use is judged as one: what escapes to it is a DNS leak, and says nothing of other traffic.
+    nameservers = {server.address for server in dns.system_nameservers()}
+    usual, reserve = (tuple(t for t in some if t.address not in nameservers) for some in (CLOUDFLARE, OPENDNS))
+    if len(usual) < len(CLOUDFLARE):
+        usual, reserve = (*usual, *reserve), ()
+    return Flock(
+        targets=(*echoes, *usual), reserve=reserve, others=(lambda: trace(http, settings.trace_url, path),)
+    )
 
 
 def path_to(url: str, paths: Paths) -> Path:

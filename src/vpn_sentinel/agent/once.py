@@ -26,6 +26,7 @@ class Looked:
 async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, server: str | None = None) -> Looked:
     """Look and judge. `server` is the address of a VPN Sentinel server that is asked as well. Raises SettingError."""
     http = http_client(settings, Names())
+    databases = open_databases(settings)
     kernel = open_kernel()
     found = survey(kernel, configured=settings.tunnel_interface)
 
@@ -41,7 +42,7 @@ async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, se
         survey=lambda: found,
         flock=whom,
         places=Places(
-            http, chosen_services(settings), clock, databases=open_databases(settings), limit=min(settings.timeout, 4.0)
+            http, chosen_services(settings), clock, databases=databases, limit=min(settings.timeout, 4.0)
         ),
         clock=clock,
     )

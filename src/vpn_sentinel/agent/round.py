@@ -7,7 +7,6 @@ and geolocation services asked, which takes up to some seconds.
 import asyncio
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path as FilePath
 from typing import Final
 
 from vpn_sentinel.agent.interfaces import Paths, Survey
@@ -33,7 +32,8 @@ class Eyes:
     flock: Callable[[Paths], Flock]
     places: Places
     clock: Clock
-    resolv_conf: FilePath = dns.RESOLV_CONF
+    nameservers: Callable[[], tuple[dns.Nameserver, ...]] = dns.system_nameservers
+    no_dns: dns.Nameserver = dns.Nameserver(dns.NO_DNS_HERE)
 
 
 async def look(eyes: Eyes, trigger: Trigger, policy: Policy) -> Observation:
@@ -55,12 +55,11 @@ async def look(eyes: Eyes, trigger: Trigger, policy: Policy) -> Observation:
 
 async def _slow_part(eyes: Eyes, seen: Observation, policy: Policy, paths: Paths) -> Observation:
     exit_ = seen.exit(4) or seen.exit(6)
-    servers = dns.system_nameservers(eyes.resolv_conf)
     async with asyncio.TaskGroup() as group:
         # The services learn nothing that a canary did not tell others already: none was seen leaking.
         placing = group.create_task(eyes.places.gather(exit_)) if exit_ and eyes.places.due(exit_) else None
-        proxied = group.create_task(dns.intercepted())
-        found = await dns.resolvers(paths, servers)
+        proxied = group.create_task(dns.intercepted(at=eyes.no_dns))
+        found = await dns.resolvers(paths, eyes.nameservers())
         seen = replace(seen, resolvers=found)
         if judge(seen, policy).state is State.LEAKING:
             if placing is not None:

@@ -68,7 +68,7 @@ class Spool:
         self._waits = backoff(1.0, 60.0)
         self._retry_at = 0.0
         self._troubled = False
-        self._said_full = False
+        self._said: set[str] = set()
         self._rows = 0
         self._bytes = 0
         self._forgotten = 0
@@ -89,7 +89,7 @@ class Spool:
         self.flush()
         if len(self._memory) > MOST_IN_MEMORY:
             self._memory, given_up = thin(self._memory, MOST_IN_MEMORY * 9 // 10)
-            self._gave_up(given_up)
+            self._gave_up(given_up, "memory is full and the disk takes nothing")
         if self._rows > self._most_rows or self._bytes > self._most_bytes:
             self._make_room()
         return row.seq
@@ -131,7 +131,7 @@ class Spool:
         """Drop one row that the server will never take."""
         self._memory = [r for r in self._memory if r.seq != seq]
         self._delete([seq])
-        self._gave_up(1)
+        self._gave_up(1, "the server will never take them")
         self._count()
 
     def age(self, row: Row) -> float:
@@ -261,7 +261,7 @@ class Spool:
         stay = {r.seq for r in kept}
         self._memory = [r for r in self._memory if r.seq in stay]
         self._delete([r.seq for r in rows if r.seq not in stay])
-        self._gave_up(given_up)
+        self._gave_up(given_up, "the spool is full")
         self._count()
 
     def _outlines(self) -> list[Row]:
@@ -274,12 +274,12 @@ class Spool:
                 self._trouble(e)
         return rows + self._memory
 
-    def _gave_up(self, rows: int) -> None:
+    def _gave_up(self, rows: int, why: str) -> None:
         self.thinned += rows
         self.keep("thinned", str(self.thinned))
-        if rows and not self._said_full:
-            self._said_full = True
-            log.warning("the spool is full: observations were given up", extra={"rows": rows})
+        if rows and why not in self._said:
+            self._said.add(why)
+            log.warning("observations were given up", extra={"rows": rows, "reason": why})
 
 
 def _rows(cursor: sqlite3.Cursor) -> list[Row]:

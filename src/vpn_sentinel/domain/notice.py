@@ -27,7 +27,7 @@ class Kind(StrEnum):
 class Notice:
     """One thing to tell. Times are seconds since the epoch; `began` is when the trouble began or the change was seen.
 
-    `was` is, for a recovery, the worst that the outage was; `truth` tells what a replay made of a silence.
+    `was` is, for a recovery, the worst that the outage was.
     """
 
     kind: Kind

@@ -181,7 +181,7 @@ def _ip_leaks(seen: Observation, policy: Policy) -> Iterator[Finding]:
     for family, code in ((4, Code.IP_LEAK), (6, Code.IPV6_LEAK)):
         answered = [c for c in seen.asked(Probe.DEFAULT) if c.family == family and c.answer is Answer.ANSWERED]
         escaped = next((c for c in answered if _escapes(c, seen, policy)), None)
-        inside = next((c for c in answered if not _escapes(c, seen, policy)), None)
+        inside = next((c for c in answered if c.address is not None and not _escapes(c, seen, policy)), None)
         if escaped is not None and inside is not None:
             yield _split_route(escaped, inside)
         elif escaped is not None:

@@ -169,7 +169,12 @@ def words(value: str) -> tuple[str, ...]:
 
 
 def url(value: str) -> str:
-    """An http or https address with a host, without its trailing slash."""
+    """A base address, http or https, without its trailing slash."""
+    return address_of(value).rstrip("/")
+
+
+def address_of(value: str) -> str:
+    """An http or https address with a host, as it stands."""
     msg = "is not an address that starts with http:// or https://"
     try:
         parts = urlsplit(value)
@@ -178,7 +183,7 @@ def url(value: str) -> str:
         raise ValueError(msg) from None
     if not usable or any(c.isspace() for c in value):
         raise ValueError(msg)
-    return value.rstrip("/")
+    return value
 
 
 def urls(value: str) -> tuple[str, ...]:

@@ -182,6 +182,6 @@ def _chat(value: str) -> str:
 
 
 def _webhook(source: Source) -> Webhook | None:
-    url = source.get("WEBHOOK_URL", lambda v: Secret(read.url(v)), None)
+    url = source.get("WEBHOOK_URL", lambda v: Secret(read.address_of(v)), None)
     secret = source.get("WEBHOOK_SECRET", read.secret, None)
     return None if url is None else Webhook(url=url, secret=secret)

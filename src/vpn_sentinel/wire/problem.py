@@ -6,6 +6,8 @@ from typing import Final
 import msgspec
 
 CONTENT_TYPE: Final = "application/problem+json"
+# RFC 9110 renamed these; Python follows from 3.13 on, and what we answer must not depend on it.
+_RENAMED: Final = {413: "Content Too Large", 422: "Unprocessable Content"}
 
 
 class Problem(msgspec.Struct, frozen=True, kw_only=True):
@@ -18,4 +20,4 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def problem(status: int, detail: str) -> Problem:
-    return Problem(status=status, title=HTTPStatus(status).phrase, detail=detail)
+    return Problem(status=status, title=_RENAMED.get(status) or HTTPStatus(status).phrase, detail=detail)

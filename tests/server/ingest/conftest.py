@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -140,6 +141,12 @@ class House:
 
 
 Build = Callable[..., House]
+
+
+@pytest.fixture
+def database_url(tmp_path: Path) -> str:
+    """One engine: what the two do differently is behind the tracker, and tested there."""
+    return f"sqlite:///{tmp_path}/sentinel.db"
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from vpn_sentinel.agent.probes.canary import one
-from vpn_sentinel.agent.probes.targets import CLOUDFLARE, Target
+from vpn_sentinel.agent.probes.targets import CLOUDFLARE, OPENDNS, Target
 from vpn_sentinel.domain.observation import Answer, Canary, Observation, Path, Probe
 
 LITERAL: Final = 5.0  # seconds between beats to a service of strangers
@@ -55,7 +55,7 @@ def choose(echoes: Sequence[Target], seen: Observation | None) -> Target:
     if seen is None:
         return CLOUDFLARE[0]
     answering = {(c.target, c.family) for c in seen.asked(Probe.DEFAULT) if c.answer is Answer.ANSWERED}
-    candidates = (*echoes, *CLOUDFLARE)
+    candidates = (*echoes, *CLOUDFLARE, *OPENDNS)
     return next((t for t in candidates if (t.name, t.address.version) in answering), CLOUDFLARE[0])
 
 

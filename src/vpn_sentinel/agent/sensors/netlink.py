@@ -93,16 +93,13 @@ def _state(interface: Interface) -> tuple[str, int]:
 class NetworkSensor:
     """Calls `changed` soon after something changed; many changes at once are one."""
 
-    def __init__(self, changed: Callable[[], None], interfaces: tuple[Interface, ...] = ()) -> None:
-        """Raises OSError where the sandbox has no netlink."""
+    def __init__(
+        self, changed: Callable[[], None], interfaces: tuple[Interface, ...] = (), sock: socket.socket | None = None
+    ) -> None:
+        """`interfaces` is the state that is known; `sock` takes the kernel's place. Raises OSError without netlink."""
         self._changed = changed
         self._changes = Changes(interfaces)
-        self._sock = socket.socket(
-            socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE
-        )
-        self._sock.bind((0, _GROUPS))
-        with contextlib.suppress(OSError):  # without it only rules for IPv6 go unseen
-            self._sock.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, _IPV6_RULE)
+        self._sock = sock or subscribed()
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
@@ -130,3 +127,18 @@ class NetworkSensor:
     def _ring(self) -> None:
         self._timer = None
         self._changed()
+
+
+def subscribed() -> socket.socket:
+    """A netlink socket that hears of links, addresses, routes and rules. Raises OSError."""
+    sock = socket.socket(
+        socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE
+    )
+    try:
+        sock.bind((0, _GROUPS))
+    except OSError:
+        sock.close()
+        raise
+    with contextlib.suppress(OSError):  # without it only rules for IPv6 go unseen
+        sock.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, _IPV6_RULE)
+    return sock

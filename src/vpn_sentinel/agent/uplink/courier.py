@@ -76,12 +76,14 @@ class Courier:
     async def run(self) -> None:
         for host in {split(url).host for url in self._to.urls}:
             self._http.names.remember(host, _addresses(self._spool.fact(f"addresses:{host}")))
-        waits = backoff(0.5, 30.0)
+        # Whoever promised a report every few seconds may not be away for half a minute.
+        longest = min(30.0, max(1.0, self._to.hello.interval))
+        waits = backoff(0.5, longest)
         while True:
             started = self._clock.boottime()
             greeted, denied = await self._all_ways()
             if self._wakeup.kicked or (greeted and self._clock.boottime() - started > _STEADY):
-                waits = backoff(0.5, 30.0)
+                waits = backoff(0.5, longest)
             if not self._wakeup.kicked:
                 await self._pause(max(next(waits), _SLOWLY if denied else 0.0))
             elif (early := started + _APART - self._clock.boottime()) > 0:

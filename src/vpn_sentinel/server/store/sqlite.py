@@ -150,7 +150,6 @@ def _engine(path: str, pool: type, *, query_only: bool, **options: Any) -> Engin
 
     @event.listens_for(engine, "connect")
     def _pragmas(connection: sqlite3.Connection, _record: object) -> None:
-        connection.execute("PRAGMA journal_mode = WAL")
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
         # The checkpointer keeps up beside the writer; this bounds how far it may fall behind, in pages of 4 KB.
@@ -181,6 +180,8 @@ def prepare_file(path: Path) -> None:
     try:
         with contextlib.closing(sqlite3.connect(path)) as connection:
             found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+            # Kept in the file, and set before there are two connections that could race for it.
+            connection.execute("PRAGMA journal_mode = WAL")
     except sqlite3.DatabaseError as e:
         msg = f"database {path}: {e}"
         raise StoreUnusable(msg) from e

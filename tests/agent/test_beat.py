@@ -1,0 +1,88 @@
+import asyncio
+from contextlib import suppress
+from ipaddress import ip_address
+
+import pytest
+
+from tests.agent.doubles import Loopback, udp
+from tests.conftest import until
+from vpn_sentinel.agent.probes.targets import CLOUDFLARE
+from vpn_sentinel.agent.sensors.beat import Beat, Rhythm, choose
+from vpn_sentinel.domain.observation import Answer, Canary, Observation, Probe, Trigger
+
+
+def canary(address: str | None, answer: Answer = Answer.ANSWERED, target: str = "echo") -> Canary:
+    seen = ip_address(address) if address else None
+    return Canary(probe=Probe.DEFAULT, target=target, family=4, answer=answer, address=seen)
+
+
+LOST = canary(None, Answer.LOST)
+HOME, EXIT = canary("198.51.100.7"), canary("203.0.113.4")
+
+BEATS = {
+    "all is well": ([EXIT, EXIT, EXIT], [False, False, False]),
+    "one is lost": ([EXIT, LOST, EXIT], [False, False, False]),
+    "two are lost": ([EXIT, LOST, LOST, LOST], [False, False, True, False]),
+    "it comes back": ([LOST, LOST, EXIT, EXIT], [False, True, True, False]),
+    "it comes from elsewhere": ([EXIT, HOME, HOME], [False, True, False]),
+    "blocked counts as lost": ([canary(None, Answer.BLOCKED)] * 2, [False, True]),
+    "answers without an address": ([canary(None), canary(None)], [False, False]),
+    "another target is no change": ([EXIT, canary("198.51.100.7", target="cloudflare"), EXIT], [False, False, False]),
+}
+
+
+@pytest.mark.parametrize(("beats", "rings"), BEATS.values(), ids=BEATS.keys())
+def test_rhythm(beats: list[Canary], rings: list[bool]) -> None:
+    rhythm = Rhythm()
+    assert [rhythm.beat(b) for b in beats] == rings
+
+
+def test_after_one_lost_the_next_does_not_wait() -> None:
+    rhythm = Rhythm()
+    rhythm.beat(LOST)
+    assert rhythm.in_doubt
+    rhythm.beat(LOST)
+    assert not rhythm.in_doubt
+
+
+def test_what_a_round_saw_is_no_news() -> None:
+    rhythm = Rhythm()
+    rhythm.beat(EXIT)
+    rhythm.start_from([HOME, LOST])
+    assert not rhythm.beat(HOME)
+
+
+ECHO = Loopback("echo", 1)
+WHOM = {
+    "nothing seen yet": (None, "cloudflare"),
+    "the echo answers": ((EXIT,), "echo"),
+    "the server is down": ((LOST, canary("203.0.113.4", target="cloudflare")), "cloudflare"),
+    "nothing answers": ((LOST,), "cloudflare"),
+}
+
+
+@pytest.mark.parametrize(("seen", "name"), WHOM.values(), ids=WHOM.keys())
+def test_whom_to_ask(seen: tuple[Canary, ...] | None, name: str) -> None:
+    observation = None if seen is None else Observation(trigger=Trigger.TIMER, canaries=seen)
+    assert choose([ECHO], observation).name == name
+    assert choose([], None) is CLOUDFLARE[0]
+
+
+async def test_a_tunnel_that_dies_without_a_word_rings() -> None:
+    rang = []
+    answer: list[bytes | None] = [b"203.0.113.4"]
+    async with udp(lambda _: answer[0]) as (port, served):
+        beat = Beat(0.02, echoes=lambda: [Loopback("echo", port)], ring=lambda: rang.append(1))
+        beat.saw(Observation(trigger=Trigger.START, canaries=(EXIT,)))
+        task = asyncio.get_running_loop().create_task(beat.run())
+        try:
+            await until(lambda: len(served.got) > 3)
+            assert not rang
+            answer[0] = b"198.51.100.7"
+            await until(lambda: rang)
+            answer[0] = None
+            await until(lambda: len(rang) == 2)
+        finally:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task

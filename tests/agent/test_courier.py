@@ -1,0 +1,386 @@
+"""The courier against a real server: WebSockets and HTTP over the loopback."""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, suppress
+from http import HTTPStatus
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Any
+
+import pytest
+from websockets.asyncio.server import ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
+from websockets.http11 import Request, Response
+
+from tests.agent.doubles import http, reply, tcp
+from tests.conftest import until
+from vpn_sentinel.agent.http import Client
+from vpn_sentinel.agent.names import Names
+from vpn_sentinel.agent.spool import Spool
+from vpn_sentinel.agent.uplink.conversation import Destination, Ground
+from vpn_sentinel.agent.uplink.courier import Courier
+from vpn_sentinel.domain.observation import Observation, Trigger
+from vpn_sentinel.runtime.clock import SystemClock
+from vpn_sentinel.runtime.secret import Secret
+from vpn_sentinel.wire import codec
+from vpn_sentinel.wire.messages import PROTOCOL, Ack, Exchange, FromAgent, Hello, Refused, Reports, Welcome
+
+read = codec.decoder(FromAgent)  # type: ignore[arg-type]
+BODY = codec.encode(Observation(trigger=Trigger.TIMER))
+
+
+class Server:
+    """Greets, stores, acknowledges; what it does instead is set by the test."""
+
+    def __init__(self) -> None:
+        self.stored: list[int] = []
+        self.hellos: list[Hello] = []
+        self.keys: list[str | None] = []
+        self.thinned = 0
+        self.silent = False
+        self.status: int | None = None
+        self.refuse: Callable[[Reports], Refused | None] = lambda _: None
+        self.open: set[ServerConnection] = set()
+        self.ack: int | None = None
+
+    @property
+    def last(self) -> int:
+        return max(self.stored, default=0)
+
+    def check(self, connection: ServerConnection, request: Request) -> Response | None:
+        self.keys.append(request.headers.get("X-API-Key"))
+        if self.status is None:
+            return None
+        return connection.respond(HTTPStatus(self.status), "no\n")
+
+    async def talk(self, connection: ServerConnection) -> None:
+        self.open.add(connection)
+        try:
+            async for data in connection:
+                if (answer := self.answer(read(data))) is not None:
+                    await connection.send(codec.encode(answer).decode())
+        except ConnectionClosed:
+            pass
+        finally:
+            self.open.discard(connection)
+
+    def answer(self, said: object) -> Welcome | Ack | Refused | None:
+        if self.silent:
+            return None
+        match said:
+            case Hello():
+                self.hellos.append(said)
+                known = [h.spool for h in self.hellos[:-1]]
+                ack = self.ack if self.ack is not None and said.spool in (known or [said.spool]) else self.last
+                return Welcome(ack=ack, wall=0.0)
+            case Reports():
+                if (refused := self.refuse(said)) is not None:
+                    return refused
+                self.stored += [r.seq for r in said.items]
+                self.thinned += said.thinned
+                return Ack(seq=said.items[-1].seq)
+        return None
+
+    @asynccontextmanager
+    async def listening(self, port: int = 0) -> AsyncIterator[str]:
+        async with serve(self.talk, "127.0.0.1", port, process_request=self.check, close_timeout=0.1) as server:
+            yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Iterator[Spool]:
+    made = Spool(tmp_path / "agent.sqlite", SystemClock())
+    yield made
+    made.close()
+
+
+def fill(spool: Spool, count: int) -> None:
+    for _ in range(count):
+        spool.append(BODY, routine=False)
+
+
+@asynccontextmanager
+async def carrying(spool: Spool, *urls: str, **more: Any) -> AsyncIterator[Courier]:
+    hello = Hello(protocol=PROTOCOL, client_id="nl-1", spool="", version="2", interval=30.0, wall=0.0)
+    to = Destination(urls=urls, api_path="/api/v1", key=Secret("the-key"), allow_insecure=False, hello=hello)
+    names = more.pop("names", None) or Names()
+    courier = Courier(to, spool, Client(names=names), SystemClock(), **more)
+    task = asyncio.get_running_loop().create_task(courier.run())
+    try:
+        yield courier
+    finally:
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+
+
+async def test_everything_arrives_in_order_and_is_forgotten(spool: Spool) -> None:
+    fill(spool, 250)
+    server = Server()
+    async with server.listening() as url, carrying(spool, url) as courier:
+        await until(lambda: spool.pending == 0)
+        fill(spool, 1)
+        courier.wake()
+        await until(lambda: spool.pending == 0)
+    assert server.stored == list(range(1, 252))
+    assert server.keys == ["the-key"]
+    assert server.hellos[0].spool == spool.identity
+    assert courier.acked_at is not None
+
+
+async def test_what_the_server_has_is_not_sent_again(spool: Spool) -> None:
+    fill(spool, 5)
+    server = Server()
+    server.stored = [1, 2, 3]
+    async with server.listening() as url, carrying(spool, url):
+        await until(lambda: spool.pending == 0)
+    assert server.stored == [1, 2, 3, 4, 5]
+
+
+async def test_a_server_that_restarts_gets_the_rest(spool: Spool, free_port: int) -> None:
+    server = Server()
+    url = f"http://127.0.0.1:{free_port}"
+    async with carrying(spool, url) as courier:
+        async with server.listening(free_port):
+            fill(spool, 2)
+            courier.wake()
+            await until(lambda: spool.pending == 0)
+        fill(spool, 3)
+        courier.wake()
+        async with server.listening(free_port):
+            await until(lambda: spool.pending == 0, 10)
+    assert server.stored == [1, 2, 3, 4, 5]
+
+
+async def test_an_acknowledgement_that_stays_away_ends_the_connection(spool: Spool, caplog: pytest.LogCaptureFixture) -> None:
+    server = Server()
+    async with server.listening() as url, carrying(spool, url, patience=0.1) as courier:
+        await until(lambda: server.hellos)
+        server.silent = True
+        fill(spool, 1)
+        courier.wake()
+        await until(lambda: len(server.keys) >= 2)
+        server.silent = False
+        await until(lambda: spool.pending == 0)
+    assert "the server does not answer" in [r.__dict__.get("reason") for r in caplog.records]
+
+
+async def test_a_way_that_changed_is_left_at_once(spool: Spool) -> None:
+    way = ["wg0"]
+    server = Server()
+    ground = Ground(way=lambda _a, _p: way[0])
+    async with server.listening() as url, carrying(spool, url, ground=ground) as courier:
+        await until(lambda: len(server.hellos) == 1)
+        courier.kick()
+        await asyncio.sleep(0.05)
+        assert len(server.keys) == 1  # nothing changed: nothing is dropped
+        way[0] = "eth0"
+        courier.kick()
+        await until(lambda: len(server.hellos) == 2, 1.0)
+
+
+async def test_an_address_that_is_gone_is_left_at_once(spool: Spool) -> None:
+    server = Server()
+    gone: list[bool] = []
+    ground = Ground(owns=lambda _: not gone)
+    async with server.listening() as url, carrying(spool, url, ground=ground) as courier:
+        await until(lambda: len(server.hellos) == 1)
+        gone.append(True)
+        courier.kick()
+        await until(lambda: len(server.hellos) >= 2, 2.0)
+
+
+async def test_a_change_while_connecting_begins_anew(spool: Spool) -> None:
+    """A SYN on its way keeps the address of the tunnel that is gone."""
+    way, begun = ["wg0"], asyncio.Event()
+    server = Server()
+
+    async def slow(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
+        begun.set()
+        await reader.read()
+
+    ground = Ground(way=lambda _a, _p: way[0])
+    async with tcp(slow) as port, server.listening() as url:
+        async with carrying(spool, f"http://127.0.0.1:{port}", url, ground=ground) as courier:
+            await begun.wait()
+            way[0] = "eth0"
+            courier.kick()
+            await until(lambda: server.hellos, 1.0)
+
+
+async def test_a_pause_ends_when_the_network_changes(spool: Spool, free_port: int) -> None:
+    server = Server()
+    async with carrying(spool, f"http://127.0.0.1:{free_port}") as courier:
+        await asyncio.sleep(0.1)
+        async with server.listening(free_port):
+            courier.kick()
+            await until(lambda: server.hellos, 2.0)
+
+
+async def test_the_second_way_serves_when_the_first_is_shut(spool: Spool, free_port: int) -> None:
+    server = Server()
+    fill(spool, 1)
+    async with server.listening() as url, carrying(spool, f"http://127.0.0.1:{free_port}", url):
+        await until(lambda: spool.pending == 0)
+
+
+async def test_from_the_second_way_it_goes_back_to_the_first(
+    spool: Spool, free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vpn_sentinel.agent.uplink.courier._BACK_FIRST", 0.05)
+    first, second = Server(), Server()
+    async with second.listening() as url, carrying(spool, f"http://127.0.0.1:{free_port}", url):
+        await until(lambda: second.hellos)
+        async with first.listening(free_port):
+            await until(lambda: first.hellos)
+
+
+@pytest.mark.parametrize("status", [401, 403])
+async def test_a_key_that_is_not_accepted_is_said_once_and_tried_slowly(
+    spool: Spool, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = Server()
+    server.status = status
+    async with server.listening() as url, carrying(spool, url):
+        await until(lambda: server.keys)
+        await asyncio.sleep(0.8)
+    assert len(server.keys) == 1
+    assert [r.getMessage() for r in caplog.records].count("cannot report") == 1
+
+
+async def test_a_busy_server_is_tried_again(spool: Spool) -> None:
+    server = Server()
+    server.status = 503
+    async with server.listening() as url, carrying(spool, url):
+        await until(lambda: server.keys)
+        server.status = None
+        await until(lambda: server.hellos)
+
+
+async def test_one_refused_report_does_not_hold_up_the_others(spool: Spool) -> None:
+    fill(spool, 4)
+    server = Server()
+    server.refuse = lambda said: Refused(reason="no") if any(r.seq == 2 for r in said.items) else None
+    async with server.listening() as url, carrying(spool, url) as courier:
+
+        def pushed() -> bool:
+            courier.kick()  # instead of waiting between the tries
+            return spool.pending == 0
+
+        await until(pushed, 20)
+        fill(spool, 1)
+        courier.wake()
+        await until(lambda: spool.pending == 0)
+    assert server.stored == [1, 3, 4, 5]
+    assert server.thinned == 1
+
+
+async def test_a_refused_greeting_is_tried_slowly(spool: Spool) -> None:
+    server = Server()
+    server.answer = lambda _: Refused(reason="protocol 1 is too old")  # type: ignore[method-assign]
+    async with server.listening() as url, carrying(spool, url):
+        await until(lambda: server.keys)
+        await asyncio.sleep(0.8)
+    assert len(server.keys) == 1
+
+
+async def test_a_spool_of_which_the_server_knows_more_is_named_anew(spool: Spool) -> None:
+    fill(spool, 2)
+    old = spool.identity
+    server = Server()
+    server.ack = 99
+    async with server.listening() as url, carrying(spool, url):
+        await until(lambda: spool.pending == 0)
+    assert spool.identity != old
+    assert server.stored == [1, 2]
+
+
+async def test_nonsense_from_the_server_does_no_harm(spool: Spool) -> None:
+    fill(spool, 1)
+    server = Server()
+    good = server.answer
+    server.answer = lambda _: Ack(seq=77)  # type: ignore[method-assign]
+    async with server.listening() as url, carrying(spool, url):
+        await until(lambda: server.keys)
+        server.answer = good  # type: ignore[method-assign]
+        await until(lambda: spool.pending == 0)
+
+
+def stores(got: list[int]) -> Callable[[str], bytes]:
+    def respond(request: str) -> bytes:
+        head, _, body = request.partition("\r\n\r\n")
+        if head.startswith("GET"):
+            return reply("not found", 404)
+        assert "x-api-key: the-key" in head.lower()
+        said = read(body)
+        assert isinstance(said, Exchange)
+        got.extend(r.seq for r in said.reports.items)
+        return reply(codec.encode(Welcome(ack=max(got, default=0), wall=0.0)))
+
+    return respond
+
+
+async def test_without_websocket_reports_go_by_post(spool: Spool, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    fill(spool, 120)
+    got: list[int] = []
+    async with http(stores(got)) as (port, requests), carrying(spool, f"http://127.0.0.1:{port}") as courier:
+        await until(lambda: spool.pending == 0)
+        fill(spool, 1)
+        courier.wake()
+        await until(lambda: spool.pending == 0)
+    assert got == list(range(1, 122))
+    assert [r.split(" ")[0] for r in requests].count("GET") == 1
+    assert sum("go by POST" in r.getMessage() for r in caplog.records) == 1
+
+
+@pytest.mark.parametrize("status", [200, 400, 401, 426, 500])
+async def test_whatever_a_post_meets_the_reports_stay(spool: Spool, status: int) -> None:
+    fill(spool, 1)
+    async with http(lambda r: reply("x", 404 if r.startswith("GET") else status)) as (port, got):
+        async with carrying(spool, f"http://127.0.0.1:{port}"):
+            await until(lambda: any(r.startswith("POST") for r in got))
+            await asyncio.sleep(0.05)
+    assert spool.pending == 1
+
+
+async def test_a_proxy_that_strips_the_upgrade_leads_to_post(spool: Spool) -> None:
+    fill(spool, 1)
+    got: list[int] = []
+    respond = stores(got)
+    async with http(lambda r: reply("hi") if r.startswith("GET") else respond(r)) as (port, _):
+        async with carrying(spool, f"http://127.0.0.1:{port}"):
+            await until(lambda: spool.pending == 0)
+    assert got == [1]
+
+
+async def test_the_key_is_not_sent_in_clear_to_a_public_address(spool: Spool, caplog: pytest.LogCaptureFixture) -> None:
+    names = Names(lambda _: (ip_address("8.8.8.8"),))
+    async with carrying(spool, "http://sentinel:5000", names=names):
+        await until(lambda: caplog.records)
+    assert "not sent there in clear" in str(caplog.records[0].__dict__["reason"])
+
+
+async def test_the_servers_address_outlives_a_restart(spool: Spool) -> None:
+    server = Server()
+    async with server.listening() as url:
+        port = url.rsplit(":", 1)[1]
+        async with carrying(spool, f"http://sentinel:{port}", names=Names(lambda _: (ip_address("127.0.0.1"),))):
+            await until(lambda: server.hellos)
+        assert json.loads(spool.fact("addresses:sentinel") or "") == ["127.0.0.1"]
+
+        def dead(_: str) -> tuple:  # type: ignore[type-arg]
+            raise OSError("no resolver")
+
+        async with carrying(spool, f"http://sentinel:{port}", names=Names(dead)):
+            await until(lambda: len(server.hellos) == 2)
+
+
+async def test_a_name_that_is_not_found_is_said(spool: Spool, caplog: pytest.LogCaptureFixture) -> None:
+    spool.keep("addresses:sentinel", '["nonsense"]')
+    async with carrying(spool, "http://sentinel:5000", names=Names(lambda _: ())):
+        await until(lambda: caplog.records)
+    assert caplog.records[0].__dict__["reason"] == "no address found for sentinel"

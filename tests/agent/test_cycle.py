@@ -1,0 +1,191 @@
+import asyncio
+import logging
+import random
+from collections.abc import Callable, Coroutine
+from contextlib import suppress
+from ipaddress import ip_address
+from typing import Any
+
+import pytest
+
+from tests.conftest import ManualClock, until
+from vpn_sentinel.agent.cycle import RECHECKS, UNWELL, Bell, Cycle, Schedule
+from vpn_sentinel.domain.observation import Answer, Canary, Link, Observation, Path, Probe, Trigger
+from vpn_sentinel.domain.policy import Policy
+from vpn_sentinel.domain.verdict import State, Verdict
+from vpn_sentinel.runtime.clock import SystemClock
+
+LINK = Link(name="wg0", present=True, up=True)
+
+
+def canary(address: str | None, path: Path = Path.TUNNEL, probe: Probe = Probe.DEFAULT) -> Canary:
+    answer = Answer.ANSWERED if address else Answer.LOST
+    seen = ip_address(address) if address else None
+    return Canary(probe=probe, target="echo", family=4, answer=answer, path=path, address=seen)
+
+
+def well(trigger: Trigger) -> Observation:
+    return Observation(trigger=trigger, link=LINK, interfaces=("wg0",), canaries=(canary("203.0.113.4"),))
+
+
+def dead(trigger: Trigger) -> Observation:
+    return Observation(trigger=trigger, link=LINK, interfaces=("wg0",), canaries=(canary(None),))
+
+
+def test_the_most_telling_trigger_wins() -> None:
+    bell = Bell()
+    assert bell.take() is None
+    for trigger in (Trigger.CANARY, Trigger.NETWORK, Trigger.TIMER):
+        bell.ring(trigger)
+    assert bell.take() is Trigger.NETWORK
+    assert bell.take() is None
+
+
+def test_all_well_waits_for_the_interval_and_never_longer() -> None:
+    schedule = Schedule(30.0, random.Random(1))
+    waits = [schedule.after(State.PROTECTED) for _ in range(50)]
+    assert {trigger for _, trigger in waits} == {Trigger.TIMER}
+    assert all(27.0 <= wait <= 30.0 for wait, _ in waits)
+    assert len({wait for wait, _ in waits}) > 40
+
+
+def test_trouble_is_looked_at_again_soon_then_now_and_then() -> None:
+    schedule = Schedule(30.0)
+    schedule.after(State.PROTECTED)
+    waits = [schedule.after(State.DOWN)[0] for _ in range(7)]
+    assert waits == [*RECHECKS, UNWELL, UNWELL]
+
+
+def test_recovery_is_confirmed_too() -> None:
+    schedule = Schedule(30.0)
+    for _ in range(20):
+        schedule.after(State.DOWN)
+    assert [schedule.after(State.PROTECTED)[0] for _ in range(5)] == list(RECHECKS)
+    assert schedule.after(State.PROTECTED)[1] is Trigger.TIMER
+
+
+def test_a_kind_of_trouble_that_changes_begins_again() -> None:
+    schedule = Schedule(30.0)
+    schedule.after(State.DOWN)
+    schedule.after(State.DOWN)
+    assert schedule.after(State.LEAKING) == (RECHECKS[0], Trigger.RECHECK)
+
+
+def test_a_short_interval_is_never_exceeded() -> None:
+    schedule = Schedule(2.0)
+    assert [schedule.after(State.DOWN)[0] for _ in range(7)] == [1.0, 2.0, 2.0, 2.0, 2.0, 2.0, 2.0]
+
+
+def test_rechecks_outlast_every_grace() -> None:
+    policy = Policy()
+    assert sum(RECHECKS) > max(policy.grace_down, policy.grace_degraded, policy.grace_recovery)
+
+
+Look = Callable[[Trigger, Policy], Coroutine[Any, Any, Observation]]
+
+
+class Running:
+    """A cycle in a task, with everything it saw."""
+
+    def __init__(self, look: Look, interval: float = 60.0, policy: Policy | None = None) -> None:
+        self.seen: list[tuple[Trigger, State]] = []
+        self.cycle = Cycle(look, self._done, policy=policy or Policy(), interval=interval, clock=SystemClock())
+
+    def _done(self, seen: Observation, verdict: Verdict) -> None:
+        self.seen.append((seen.trigger, verdict.state))
+
+    async def __aenter__(self) -> "Running":
+        self._task = asyncio.get_running_loop().create_task(self.cycle.run())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._task.cancel()
+        with suppress(asyncio.CancelledError):
+            await self._task
+
+
+async def look_well(trigger: Trigger, _: Policy) -> Observation:
+    return well(trigger)
+
+
+async def test_it_looks_at_the_start_and_when_the_bell_rings() -> None:
+    async with Running(look_well) as running:
+        await until(lambda: running.seen)
+        running.cycle.bell.ring(Trigger.NETWORK)
+        await until(lambda: len(running.seen) == 2)
+    assert running.seen == [(Trigger.START, State.PROTECTED), (Trigger.NETWORK, State.PROTECTED)]
+    assert running.cycle.last_success is not None
+
+
+async def test_many_rings_are_one_round() -> None:
+    async with Running(look_well) as running:
+        await until(lambda: running.seen)
+        for _ in range(20):
+            running.cycle.bell.ring(Trigger.NETWORK)
+        await until(lambda: len(running.seen) == 2)
+        await asyncio.sleep(0.1)
+    assert len(running.seen) == 2
+
+
+async def test_the_timer_makes_rounds_without_any_event() -> None:
+    async with Running(look_well, interval=0.05) as running:
+        await until(lambda: len(running.seen) >= 3)
+    assert {trigger for trigger, _ in running.seen[1:]} == {Trigger.TIMER}
+
+
+async def test_a_change_during_a_round_begins_it_again_but_not_twice_in_a_row() -> None:
+    begun: list[Trigger] = []
+    go = asyncio.Event()
+
+    async def slow(trigger: Trigger, _: Policy) -> Observation:
+        begun.append(trigger)
+        await go.wait()
+        return well(trigger)
+
+    async with Running(slow) as running:
+        await until(lambda: begun)
+        running.cycle.bell.ring(Trigger.NETWORK)
+        await until(lambda: len(begun) == 2)
+        running.cycle.bell.ring(Trigger.NETWORK)
+        await asyncio.sleep(0.05)
+        assert len(begun) == 2
+        go.set()
+        await until(lambda: len(running.seen) == 2)
+    assert [trigger for trigger, _ in running.seen] == [Trigger.NETWORK, Trigger.NETWORK]
+
+
+async def test_home_is_learned_from_a_canary_beside_the_tunnel() -> None:
+    policies: list[Policy] = []
+
+    async def beside(trigger: Trigger, policy: Policy) -> Observation:
+        policies.append(policy)
+        open_ = canary("198.51.100.7", Path.OUTSIDE, Probe.PHYSICAL)
+        return Observation(trigger=trigger, link=LINK, canaries=(canary("203.0.113.4"), open_))
+
+    async with Running(beside, interval=0.02) as running:
+        await until(lambda: len(running.seen) >= 2)
+    assert not policies[0].is_home(ip_address("198.51.100.7"))
+    assert policies[1].is_home(ip_address("198.51.100.7"))
+
+
+async def test_a_verdict_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    answers = iter([well, dead, dead, dead, well])
+
+    async def look(trigger: Trigger, _: Policy) -> Observation:
+        return next(answers, well)(trigger)
+
+    async with Running(look, interval=0.01) as running:
+        await until(lambda: len(running.seen) >= 6)
+    said = [r.__dict__["state"] for r in caplog.records if r.getMessage() == "verdict"]
+    assert said == [State.PROTECTED, State.DOWN, State.PROTECTED]
+
+
+async def test_a_round_that_breaks_ends_the_agent() -> None:
+    async def broken(_t: Trigger, _p: Policy) -> Observation:
+        raise ZeroDivisionError
+
+    cycle = Cycle(broken, lambda _s, _v: None, policy=Policy(), interval=1.0, clock=ManualClock())
+    with pytest.raises(ExceptionGroup) as caught:
+        await cycle.run()
+    assert caught.group_contains(ZeroDivisionError)

@@ -1,0 +1,133 @@
+from ipaddress import ip_address, ip_network
+from pathlib import Path as FilePath
+
+import pytest
+
+from tests.agent.doubles import ETH, LO, WG, FakeKernel, udp
+from tests.agent.test_dnswire import answer, record, text
+from vpn_sentinel.agent.interfaces import Paths, Survey
+from vpn_sentinel.agent.netlink import Route
+from vpn_sentinel.agent.probes import dns, dnswire
+from vpn_sentinel.agent.probes.dns import Nameserver
+from vpn_sentinel.agent.probes.dnswire import Reply
+from vpn_sentinel.domain.observation import Answer, Path
+
+HERE = ip_address("127.0.0.1")
+NOWHERE = Paths(None, Survey())
+
+
+def test_a_resolv_conf_is_read_as_glibc_does() -> None:
+    text_ = """# comment
+nameserver 10.0.0.1
+nameserver fe80::1%1
+nameserver 10.0.0.1
+search example.com
+nameserver nonsense
+nameserver
+nameserver 10.0.0.2
+nameserver 10.0.0.3
+"""
+    assert dns.nameservers(text_) == (
+        Nameserver(ip_address("10.0.0.1")),
+        Nameserver(ip_address("fe80::1"), 1),
+        Nameserver(ip_address("10.0.0.2")),
+    )
+
+
+def test_a_zone_is_an_interface(tmp_path: FilePath) -> None:
+    (tmp_path / "resolv.conf").write_text("nameserver fe80::1%lo\nnameserver fe80::2%nonesuch\n")
+    assert [s.scope for s in dns.system_nameservers(tmp_path / "resolv.conf")] == [1, 0]
+    assert dns.system_nameservers(tmp_path / "none") == ()
+
+
+def test_google_tells_egress_and_client_subnet() -> None:
+    reply = Reply(1, 0, (), (("192.0.2.7",), ("edns0-client-subnet 198.51.100.0/24",)))
+    assert dns.read_google(reply) == dns.Revealed(egress=ip_address("192.0.2.7"), subnet=ip_network("198.51.100.0/24"))
+    assert dns.read_google(Reply(1, 0)) == dns.Revealed()
+
+
+def test_akahelp_tells_them_by_name() -> None:
+    reply = Reply(1, 0, (), (("ns", "192.0.2.7"), ("ecs", "198.51.100.0/24/0"), ("odd",)))
+    assert dns.read_akahelp(reply) == dns.Revealed(egress=ip_address("192.0.2.7"), subnet=ip_network("198.51.100.0/24"))
+
+
+def test_akamai_and_the_path_tell_one_address() -> None:
+    assert dns.read_akamai(Reply(1, 0, (HERE,))).egress == HERE
+    assert dns.read_akamai(Reply(1, 0)).egress is None
+    assert dns.read_path(Reply(1, 0, (), (("192.0.2.7",),))).client == ip_address("192.0.2.7")
+
+
+@pytest.mark.parametrize("said", ["0.0.0.0/0", "::/0", "x", "", "10.0.0.0/99"])
+def test_a_subnet_that_tells_nothing(said: str) -> None:
+    assert dns.network_in(said) is None
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_five_to_ten_questions(count: int) -> None:
+    plan = dns.plan(Nameserver(ip_address(f"10.0.0.{i}")) for i in range(count))
+    assert 5 <= len(plan) <= 10
+    assert len({method.name for _, method in plan}) >= 3
+    assert len({server for server, _ in plan}) == count
+
+
+def whoami(data: bytes) -> bytes:
+    """A resolver that asks from 192.0.2.7 and refuses Chaos."""
+    if data[-2:] == b"\x00\x03":
+        return answer(data, flags=0x8185)
+    if b"akahelp" in data:
+        return answer(data, text(b"ns", b"192.0.2.7"))
+    if b"akamai" in data:
+        return answer(data, record(dnswire.A, bytes([192, 0, 2, 7])))
+    return answer(data, text(b"192.0.2.7"))
+
+
+async def test_a_resolver_shows_its_egress() -> None:
+    async with udp(whoami) as (port, _):
+        seen = await dns.resolvers(NOWHERE, [Nameserver(HERE, port=port)])
+    assert {s.method for s in seen} == {"google", "akahelp", "akamai"}
+    assert {str(s.egress) for s in seen} == {"192.0.2.7"}
+    assert {s.answer for s in seen} == {Answer.ANSWERED}
+    assert {s.path for s in seen} == {Path.LOCAL}
+
+
+async def test_one_that_tells_who_asked_proves_the_path() -> None:
+    async with udp(lambda data: answer(data, text(b"203.0.113.4"))) as (port, _):
+        seen = await dns.resolvers(NOWHERE, [Nameserver(HERE, port=port)])
+    assert [str(s.client) for s in seen if s.method == "path"] == ["203.0.113.4"]
+
+
+async def test_one_that_can_look_nothing_up_is_out_of_reach() -> None:
+    async with udp(lambda data: answer(data, flags=0x8182)) as (port, _):
+        seen = await dns.resolvers(NOWHERE, [Nameserver(HERE, port=port)])
+    assert {s.answer for s in seen} == {Answer.UNREACHABLE}
+
+
+async def test_one_that_refuses_is_there_and_tells_nothing() -> None:
+    async with udp(lambda data: answer(data, flags=0x8185)) as (port, _):
+        seen = await dns.resolvers(NOWHERE, [Nameserver(HERE, port=port)])
+    assert {(s.answer, s.egress) for s in seen} == {(Answer.ANSWERED, None)}
+
+
+async def test_nonsense_is_no_answer() -> None:
+    async with udp(lambda _: b"nonsense") as (port, _):
+        found = await dns.lookup(Nameserver(HERE, port=port), dns.GOOGLE, limit=0.1, resend=None)
+    assert found.answer is Answer.LOST
+
+
+async def test_the_path_to_a_nameserver_is_its_routes(free_port: int) -> None:
+    kernel = FakeKernel(routes={"::ffff:7f00:1": Route(interface=2)}, links=(LO, ETH, WG), default=3)
+    paths = Paths(kernel, Survey(interfaces=(LO, ETH, WG), tunnel="wg0"))
+    seen = await dns.resolvers(paths, [Nameserver(ip_address("::ffff:127.0.0.1"), port=free_port)])
+    assert {s.path for s in seen} <= {Path.TUNNEL, Path.OUTSIDE}
+
+
+async def test_something_that_answers_where_nobody_serves_is_noticed() -> None:
+    async with udp(lambda data: answer(data)) as (port, _):
+        assert await dns.intercepted(0.5, Nameserver(HERE, port=port))
+    async with udp(lambda _: None) as (port, _):
+        assert not await dns.intercepted(0.05, Nameserver(HERE, port=port))
+
+
+def test_a_zone_stays_at_home() -> None:
+    assert str(dns.plain(ip_address("fe80::1%eth0"))) == "fe80::1"
+    assert dns.plain(HERE) == HERE

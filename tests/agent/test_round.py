@@ -1,0 +1,104 @@
+import asyncio
+from dataclasses import replace
+from ipaddress import ip_address
+
+from tests.agent.doubles import ETH, LO, WG, FakeKernel, Loopback, http, reply, udp
+from tests.agent.test_dns import whoami
+from tests.agent.test_dnswire import answer
+from tests.agent.test_place import IPINFO
+from vpn_sentinel.agent.http import Client
+from vpn_sentinel.agent.interfaces import Survey, survey
+from vpn_sentinel.agent.names import Names
+from vpn_sentinel.agent.netlink import Route
+from vpn_sentinel.agent.probes import placing
+from vpn_sentinel.agent.probes.canary import Flock
+from vpn_sentinel.agent.probes.dns import Nameserver
+from vpn_sentinel.agent.probes.place import Places
+from vpn_sentinel.agent.probes.placing import Service
+from vpn_sentinel.agent.round import Eyes, look
+from vpn_sentinel.domain.observation import Trigger
+from vpn_sentinel.domain.policy import Policy
+from vpn_sentinel.domain.verdict import State, judge
+from vpn_sentinel.runtime.clock import SystemClock
+from vpn_sentinel.runtime.settings import networks
+
+HERE = ip_address("127.0.0.1")
+EXIT = b"185.65.134.10"
+# The tunnel is there and no physical interface beside it, so no canary leaves this machine.
+TUNNEL = Survey(interfaces=(LO, WG), tunnel="wg0")
+
+
+def eyes(canary: int, nameserver: int = 9, places: Places | None = None, kernel: FakeKernel | None = None) -> Eyes:
+    clock = SystemClock()
+    return Eyes(
+        kernel=kernel or FakeKernel(),
+        survey=lambda: TUNNEL,
+        flock=lambda _: Flock(targets=(Loopback("a", canary),), reserve=()),
+        places=places or Places(Client(names=Names()), (), clock),
+        clock=clock,
+        nameservers=lambda: (Nameserver(HERE, port=nameserver),),
+        no_dns=Nameserver(HERE, port=nameserver),
+    )
+
+
+async def test_a_round_sees_it_all() -> None:
+    async with (
+        udp(lambda _: EXIT) as (canary, _),
+        udp(whoami) as (dns, _),
+        http(lambda _: reply(IPINFO)) as (web, _),
+    ):
+        service = Service("ipinfo.io", f"http://127.0.0.1:{web}", "/json", placing.read_ipinfo)
+        places = Places(Client(names=Names()), [service], SystemClock())
+        seen = await look(eyes(canary, dns, places), Trigger.TIMER, Policy())
+    assert (seen.trigger, seen.exit(4), seen.interfaces) == (Trigger.TIMER, ip_address("185.65.134.10"), ("wg0",))
+    assert {str(s.egress) for s in seen.resolvers} == {"192.0.2.7"}
+    assert [p.country for p in seen.places] == ["NL"]
+    assert seen.dns_intercepted is True  # the address that should run no DNS is the same one here
+    assert seen.took_ms > 0
+
+
+async def test_a_dead_tunnel_is_told_without_asking_further() -> None:
+    async with udp(lambda _: None) as (canary, _), udp(whoami) as (dns, served):
+        seen = await look(eyes(canary, dns), Trigger.TIMER, Policy())
+        assert served.got == []
+    assert judge(seen, Policy()).state is State.DOWN
+    assert (seen.resolvers, seen.dns_intercepted) == ((), None)
+
+
+async def test_a_leak_is_told_without_asking_further() -> None:
+    policy = Policy(home_networks=networks("185.65.134.10"))
+    async with udp(lambda _: EXIT) as (canary, _), udp(whoami) as (dns, served):
+        seen = await look(eyes(canary, dns), Trigger.TIMER, policy)
+        assert served.got == []
+    assert judge(seen, policy).state is State.LEAKING
+
+
+async def test_a_dns_leak_does_not_wait_for_places() -> None:
+    policy = Policy(home_networks=networks("192.0.2.7"))
+    release = asyncio.Event()
+
+    async def hang(url: str, **_: object) -> None:
+        await release.wait()
+
+    class Hanging(Client):
+        get = staticmethod(hang)  # type: ignore[assignment]
+
+    service = Service("ipinfo.io", "http://127.0.0.1", "/json", placing.read_ipinfo)
+    places = Places(Hanging(names=Names()), [service], SystemClock())
+    async with udp(lambda _: EXIT) as (canary, _), udp(whoami) as (dns, _):
+        quiet = replace(eyes(canary, dns, places), no_dns=Nameserver(HERE, port=canary))
+        async with asyncio.timeout(2):
+            seen = await look(quiet, Trigger.TIMER, policy)
+    assert judge(seen, policy).state is State.LEAKING
+    assert places.due(ip_address("185.65.134.10"))  # a gathering that was cut short is made up for
+
+
+async def test_what_was_found_out_about_a_proxy_beside_a_leak_is_kept() -> None:
+    policy = Policy(home_networks=networks("192.0.2.7"))
+    async with udp(lambda _: EXIT) as (canary, _), udp(whoami) as (dns, _), udp(answer) as (proxy, _):
+        seen = await look(replace(eyes(canary, dns), no_dns=Nameserver(HERE, port=proxy)), Trigger.TIMER, policy)
+    assert judge(seen, policy).state is State.LEAKING
+
+
+def test_the_survey_is_what_the_kernel_says() -> None:
+    assert survey(FakeKernel(links=(LO, ETH, WG), routes={"1.1.1.1": Route(interface=3)})).tunnel == "wg0"
