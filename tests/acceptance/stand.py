@@ -150,7 +150,8 @@ class Stand:
         """Heal, wait until people have been told that all is well, and return how many messages there are by then."""
         self.site.heal()
         self.wait_state("protected", limit)
-        until(lambda: self.status()["ip"] == self.site.exit4, limit, f"{self.name} to be back at its exit", interval=0.1)
+        home_again = f"{self.name} to be back at its exit"
+        until(lambda: self.status()["ip"] == self.site.exit4, limit, home_again, interval=0.1)
         until(lambda: not self.owed(), 20, f"{self.name}: nothing owed", interval=0.1)
         return len(self.messages())
 

@@ -21,7 +21,7 @@ WG = Interface(
 
 @dataclass
 class FakeKernel:
-    """A `Kernel`. `routes` maps an address to the index of an interface (negative: with a gateway); others go `default`."""
+    """A `Kernel`. `routes` maps an address to its route; all others go by the interface `default`."""
 
     links: tuple[Interface, ...] = (LO, ETH, WG)
     default: int | None = 3
@@ -65,7 +65,9 @@ class Answering(asyncio.DatagramProtocol):
 
 
 @asynccontextmanager
-async def udp(answer: Callable[[bytes], bytes | list[bytes] | None], host: str = "127.0.0.1") -> AsyncIterator[tuple[int, Answering]]:
+async def udp(
+    answer: Callable[[bytes], bytes | list[bytes] | None], host: str = "127.0.0.1"
+) -> AsyncIterator[tuple[int, Answering]]:
     transport, protocol = await asyncio.get_running_loop().create_datagram_endpoint(
         lambda: Answering(answer), local_addr=(host, 0)
     )
@@ -118,7 +120,12 @@ async def http(respond: Callable[[str], bytes]) -> AsyncIterator[tuple[int, list
 def reply(body: bytes | str, status: int = 200, **headers: str) -> bytes:
     raw = body.encode() if isinstance(body, str) else body
     fields = {"Content-Length": str(len(raw)), **{k.replace("_", "-"): v for k, v in headers.items()}}
-    return f"HTTP/1.1 {status} X\r\n".encode() + "".join(f"{k}: {v}\r\n" for k, v in fields.items()).encode() + b"\r\n" + raw
+    return (
+        f"HTTP/1.1 {status} X\r\n".encode()
+        + "".join(f"{k}: {v}\r\n" for k, v in fields.items()).encode()
+        + b"\r\n"
+        + raw
+    )
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,9 @@ async def test_when_all_stay_silent_the_reserve_is_asked() -> None:
 
 
 async def test_an_answer_without_address_has_the_others_asked() -> None:
-    asked = Canary(probe=Probe.DEFAULT, target="trace", family=4, answer=Answer.ANSWERED, address=ip_address("203.0.113.9"))
+    asked = Canary(
+        probe=Probe.DEFAULT, target="trace", family=4, answer=Answer.ANSWERED, address=ip_address("203.0.113.9")
+    )
 
     async def trace() -> Canary:
         return asked
@@ -88,7 +90,9 @@ async def test_an_answer_without_address_has_the_others_asked() -> None:
 
 
 async def test_one_that_is_named_is_always_asked() -> None:
-    asked = Canary(probe=Probe.DEFAULT, target="server", family=4, answer=Answer.ANSWERED, address=ip_address("203.0.113.9"))
+    asked = Canary(
+        probe=Probe.DEFAULT, target="server", family=4, answer=Answer.ANSWERED, address=ip_address("203.0.113.9")
+    )
 
     async def server() -> Canary:
         await asyncio.sleep(0.4)  # longer than the others get

@@ -155,7 +155,9 @@ async def test_a_server_that_restarts_gets_the_rest(spool: Spool, free_port: int
     assert server.stored == [1, 2, 3, 4, 5]
 
 
-async def test_an_acknowledgement_that_stays_away_ends_the_connection(spool: Spool, caplog: pytest.LogCaptureFixture) -> None:
+async def test_an_acknowledgement_that_stays_away_ends_the_connection(
+    spool: Spool, caplog: pytest.LogCaptureFixture
+) -> None:
     server = Server()
     async with server.listening() as url, carrying(spool, url, patience=0.1) as courier:
         await until(lambda: server.hellos)
@@ -203,12 +205,15 @@ async def test_a_change_while_connecting_begins_anew(spool: Spool) -> None:
         await reader.read()
 
     ground = Ground(way=lambda _a, _p: way[0])
-    async with tcp(slow) as port, server.listening() as url:
-        async with carrying(spool, f"http://127.0.0.1:{port}", url, ground=ground) as courier:
-            await begun.wait()
-            way[0] = "eth0"
-            courier.kick()
-            await until(lambda: server.hellos, 1.0)
+    async with (
+        tcp(slow) as port,
+        server.listening() as url,
+        carrying(spool, f"http://127.0.0.1:{port}", url, ground=ground) as courier,
+    ):
+        await begun.wait()
+        way[0] = "eth0"
+        courier.kick()
+        await until(lambda: server.hellos, 1.0)
 
 
 async def test_a_pause_ends_when_the_network_changes(spool: Spool, free_port: int) -> None:
@@ -340,10 +345,12 @@ async def test_without_websocket_reports_go_by_post(spool: Spool, caplog: pytest
 @pytest.mark.parametrize("status", [200, 400, 401, 426, 500])
 async def test_whatever_a_post_meets_the_reports_stay(spool: Spool, status: int) -> None:
     fill(spool, 1)
-    async with http(lambda r: reply("x", 404 if r.startswith("GET") else status)) as (port, got):
-        async with carrying(spool, f"http://127.0.0.1:{port}"):
-            await until(lambda: any(r.startswith("POST") for r in got))
-            await asyncio.sleep(0.05)
+    async with (
+        http(lambda r: reply("x", 404 if r.startswith("GET") else status)) as (port, got),
+        carrying(spool, f"http://127.0.0.1:{port}"),
+    ):
+        await until(lambda: any(r.startswith("POST") for r in got))
+        await asyncio.sleep(0.05)
     assert spool.pending == 1
 
 
@@ -351,9 +358,11 @@ async def test_a_proxy_that_strips_the_upgrade_leads_to_post(spool: Spool) -> No
     fill(spool, 1)
     got: list[int] = []
     respond = stores(got)
-    async with http(lambda r: reply("hi") if r.startswith("GET") else respond(r)) as (port, _):
-        async with carrying(spool, f"http://127.0.0.1:{port}"):
-            await until(lambda: spool.pending == 0)
+    async with (
+        http(lambda r: reply("hi") if r.startswith("GET") else respond(r)) as (port, _),
+        carrying(spool, f"http://127.0.0.1:{port}"),
+    ):
+        await until(lambda: spool.pending == 0)
     assert got == [1]
 
 

@@ -25,7 +25,9 @@ def text(*strings: bytes) -> bytes:
 
 
 def test_a_query_is_packed_as_rfc_1035_says() -> None:
-    assert query(0x1234, "a.bc.", dnswire.A) == bytes.fromhex("1234 0100 0001 0000 0000 0000 01 61 02 6263 00 0001 0001")
+    assert query(0x1234, "a.bc.", dnswire.A) == bytes.fromhex(
+        "1234 0100 0001 0000 0000 0000 01 61 02 6263 00 0001 0001"
+    )
 
 
 @pytest.mark.parametrize("name", ["", "a..b", "x" * 64 + ".com", ".".join(["abcdefgh"] * 30), "é.com"])
@@ -36,7 +38,10 @@ def test_what_is_no_domain_name_is_not_asked(name: str) -> None:
 
 def test_texts_and_addresses_are_read() -> None:
     reply = parse(
-        answer(ASKED, text(b"ns", b"192.0.2.1"), record(dnswire.A, b"\x01\x02\x03\x04"), record(dnswire.AAAA, bytes(16))), ASKED
+        answer(
+            ASKED, text(b"ns", b"192.0.2.1"), record(dnswire.A, b"\x01\x02\x03\x04"), record(dnswire.AAAA, bytes(16))
+        ),
+        ASKED,
     )
     assert reply.texts == (("ns", "192.0.2.1"),)
     assert [str(a) for a in reply.addresses] == ["1.2.3.4", "::"]
@@ -89,7 +94,9 @@ def test_broken_messages_are_refused(message: bytes) -> None:
 
 def test_a_pointer_to_itself_does_not_loop() -> None:
     here = len(answer(ASKED))
-    assert parse(answer(ASKED, record(dnswire.TXT, b"\x01x", name=struct.pack("!H", 0xC000 | here))), ASKED).texts == (("x",),)
+    assert parse(answer(ASKED, record(dnswire.TXT, b"\x01x", name=struct.pack("!H", 0xC000 | here))), ASKED).texts == (
+        ("x",),
+    )
 
 
 @given(st.binary(max_size=300))
@@ -101,6 +108,12 @@ def test_no_bytes_do_more_than_be_refused(data: bytes) -> None:
             continue
 
 
-@given(st.lists(st.text(st.characters(codec="ascii", categories=["L", "N"]), max_size=30).map(str.encode), min_size=1, max_size=5))
+@given(
+    st.lists(
+        st.text(st.characters(codec="ascii", categories=["L", "N"]), max_size=30).map(str.encode),
+        min_size=1,
+        max_size=5,
+    )
+)
 def test_texts_survive_the_way(strings: list[bytes]) -> None:
     assert parse(answer(ASKED, text(*strings)), ASKED).texts == (tuple(s.decode() for s in strings),)

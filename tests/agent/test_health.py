@@ -20,7 +20,10 @@ def health(clock: ManualClock, last_round: float | None, last_ack: float | None,
 CASES = {
     "just started": ((None, None, 5.0), {"/client/health": 200, "/ready": 503, "/startup": 503}),
     "all well": ((10, 10), {"/client/health": 200, "/ready": 200, "/startup": 200, "/client/health/ready": 200}),
-    "the server is away for a while": ((10, 300), {"/client/health": 200, "/ready": 503, "/client/health/startup": 200}),
+    "the server is away for a while": (
+        (10, 300),
+        {"/client/health": 200, "/ready": 503, "/client/health/startup": 200},
+    ),
     "the server is away for long": ((10, 2000), {"/client/health": 503, "/health": 503, "/startup": 200}),
     "rounds have stopped": ((500, 10), {"/client/health": 503, "/ready": 503, "/": 503}),
     "rounds never began": ((None, None, 500.0), {"/client/health": 503, "/startup": 503}),

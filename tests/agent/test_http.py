@@ -16,7 +16,9 @@ async def test_get_and_post() -> None:
     async with http(lambda _: reply("hello", X_Rl="4")) as (port, got):
         found = await CLIENT.get(f"http://127.0.0.1:{port}/a?b=c", limit=2)
         assert (found.status, found.body, found.headers["x-rl"]) == (200, b"hello", "4")
-        await CLIENT.post(f"http://sentinel.test:{port}/p", b"body", {"X-Key": "k"}, limit=2, at=ip_address("127.0.0.1"))
+        await CLIENT.post(
+            f"http://sentinel.test:{port}/p", b"body", {"X-Key": "k"}, limit=2, at=ip_address("127.0.0.1")
+        )
     assert got[0].startswith(f"GET /a?b=c HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n")
     assert "X-Key: k" in got[1]
     assert got[1].endswith("\r\n\r\nbody")
@@ -39,7 +41,10 @@ OK = {
     "until the end": (b"HTTP/1.0 200 OK\r\n\r\nall of it", b"all of it"),
     "in chunks": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2;x=y\r\nhi\r\n1\r\n!\r\n0\r\n\r\n", b"hi!"),
     "without a body": (b"HTTP/1.1 204 No Content\r\n\r\n", b""),
-    "after an early hint": (b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nx", b"x"),
+    "after an early hint": (
+        b"HTTP/1.1 103 Early\r\nLink: x\r\n\r\nHTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nx",
+        b"x",
+    ),
 }
 
 

@@ -8,7 +8,9 @@ from vpn_sentinel.agent.interfaces import Paths, Survey, survey
 from vpn_sentinel.agent.netlink import IFF_POINTOPOINT, IFF_UP, LOCAL, Interface, Route
 from vpn_sentinel.domain.observation import Path
 
-TAILSCALE = Interface(index=4, name="tailscale0", kind="tun", flags=UP | IFF_POINTOPOINT, addresses=(ip_address("100.64.0.1"),))
+TAILSCALE = Interface(
+    index=4, name="tailscale0", kind="tun", flags=UP | IFF_POINTOPOINT, addresses=(ip_address("100.64.0.1"),)
+)
 PPP = Interface(index=5, name="ppp0", kind="ppp", flags=UP | IFF_POINTOPOINT, addresses=(ip_address("203.0.113.5"),))
 BRIDGE = Interface(index=6, name="docker0", kind="bridge", flags=UP, addresses=(ip_address("172.17.0.1"),))
 

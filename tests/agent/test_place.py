@@ -20,12 +20,13 @@ from vpn_sentinel.domain.observation import Place
 EXIT = ip_address("185.65.134.10")
 CLIENT = Client(names=Names())
 IPINFO = json.dumps(
-    {"ip": str(EXIT), "city": "Amsterdam", "region": "North Holland", "country": "NL", "org": "AS39351 31173 Services AB",
-     "timezone": "Europe/Amsterdam"}
+    {"ip": str(EXIT), "city": "Amsterdam", "region": "North Holland", "country": "NL",
+     "org": "AS39351 31173 Services AB", "timezone": "Europe/Amsterdam"}
 )  # fmt: skip
 IPAPI = json.dumps(
-    {"status": "success", "query": str(EXIT), "country": "The Netherlands", "countryCode": "NL", "regionName": "North Holland",
-     "city": "Amsterdam", "isp": "31173", "org": "", "as": "AS39351 31173 Services AB", "timezone": "Europe/Amsterdam"}
+    {"status": "success", "query": str(EXIT), "country": "The Netherlands", "countryCode": "NL",
+     "regionName": "North Holland", "city": "Amsterdam", "isp": "31173", "org": "",
+     "as": "AS39351 31173 Services AB", "timezone": "Europe/Amsterdam"}
 )  # fmt: skip
 IPWHOIS = json.dumps(
     {"success": True, "ip": str(EXIT), "country_code": "NL", "region": "North Holland", "city": "Amsterdam",
@@ -51,7 +52,17 @@ def test_the_trace_knows_the_country_only() -> None:
     assert placing.read_trace(TRACE.encode()) == Place(ip=EXIT, source="cloudflare", country="NL")
 
 
-BAD = [b"", b"<html>login</html>", b"[]", b"{}", b'{"ip":1}', b'{"ip":"no"}', b'{"status":"fail"}', b'{"success":false}', b"[" * 99999]
+BAD = [
+    b"",
+    b"<html>login</html>",
+    b"[]",
+    b"{}",
+    b'{"ip":1}',
+    b'{"ip":"no"}',
+    b'{"status":"fail"}',
+    b'{"success":false}',
+    b"[" * 99999,
+]
 
 
 @pytest.mark.parametrize("read", [placing.read_ipinfo, placing.read_ipapi, placing.read_ipwhois, placing.read_trace])
@@ -68,7 +79,9 @@ def test_texts_are_made_fit_to_keep_and_show() -> None:
     assert placing.clean(7) is None
 
 
-@pytest.mark.parametrize(("said", "code"), [("nl", "NL"), ("XX", None), ("T1", None), ("NLD", None), (None, None), (7, None)])
+@pytest.mark.parametrize(
+    ("said", "code"), [("nl", "NL"), ("XX", None), ("T1", None), ("NLD", None), (None, None), (7, None)]
+)
 def test_country_codes(said: object, code: str | None) -> None:
     assert placing.country_code(said) == code
 
@@ -88,7 +101,11 @@ def test_an_organisation_without_its_number() -> None:
     assert placing.without_asn(None) is None
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda c: st.lists(c) | st.dictionaries(st.text(), c)))
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(), lambda c: st.lists(c) | st.dictionaries(st.text(), c)
+    )
+)
 def test_no_answer_does_more_than_be_refused(said: object) -> None:
     for extra in ({}, {"ip": "192.0.2.1", "success": True, "status": "success", "query": "192.0.2.1"}):
         wrapped = {**(said if isinstance(said, dict) else {"org": said, "timezone": said, "connection": said}), **extra}
@@ -161,7 +178,9 @@ async def test_one_that_refuses_rests_for_hours(clock: ManualClock, status: int)
         assert paths(got) == ["/api", "/whois"]
 
 
-@pytest.mark.parametrize("answer", [reply("garbage"), reply("", 500), b"SSH-2.0\r\n"], ids=["garbage", "500", "not HTTP"])
+@pytest.mark.parametrize(
+    "answer", [reply("garbage"), reply("", 500), b"SSH-2.0\r\n"], ids=["garbage", "500", "not HTTP"]
+)
 async def test_one_that_fails_rests_for_minutes(clock: ManualClock, answer: bytes) -> None:
     world = World()
     world.answers["/info"] = answer
@@ -250,14 +269,17 @@ async def test_a_file_counts_as_an_opinion(database: Path, clock: ManualClock) -
         assert paths(got) == ["/info"]
     (place, _) = places.known([EXIT])
     assert place == Place(
-        ip=EXIT, source="mmdb:city", country="NL", region="North Holland", city="Amsterdam", timezone="Europe/Amsterdam",
+        ip=EXIT, source="mmdb:city", country="NL", region="North Holland", city="Amsterdam",
+        timezone="Europe/Amsterdam",
         asn=39351, org="31173 Services AB",
     )  # fmt: skip
     assert places.known([ip_address("192.0.2.1")]) == ()
 
 
 def test_ipinfos_own_layout_is_read() -> None:
-    place = mmdb.read("lite", EXIT, {"country_code": "NL", "country": "Netherlands", "asn": "AS39351", "as_name": "31173"})
+    place = mmdb.read(
+        "lite", EXIT, {"country_code": "NL", "country": "Netherlands", "asn": "AS39351", "as_name": "31173"}
+    )
     assert place == Place(ip=EXIT, source="lite", country="NL", asn=39351, org="31173")
     assert mmdb.read("lite", EXIT, {}) is None
 

@@ -3,7 +3,18 @@ import pytest
 from vpn_sentinel.agent.uplink.session import Greeted, Phase, ProtocolError, Session, Stored, TurnedAway
 from vpn_sentinel.domain.observation import Observation, Trigger
 from vpn_sentinel.wire import codec
-from vpn_sentinel.wire.messages import PROTOCOL, Ack, Echo, Exchange, FromAgent, Hello, Refused, Report, Reports, Welcome
+from vpn_sentinel.wire.messages import (
+    PROTOCOL,
+    Ack,
+    Echo,
+    Exchange,
+    FromAgent,
+    Hello,
+    Refused,
+    Report,
+    Reports,
+    Welcome,
+)
 
 HELLO = Hello(protocol=PROTOCOL, client_id="nl-1", spool="a" * 32, version="2", interval=30.0, wall=1.0)
 WELCOME = codec.encode(Welcome(ack=0, wall=2.0))

@@ -15,8 +15,17 @@ def read(**values: str) -> AgentSettings:
 
 def test_defaults() -> None:
     settings = read()
-    assert (settings.urls, settings.api_path, settings.client_id) == (("https://sentinel.example",), "/api/v1", "box.lan")
-    assert (settings.interval, settings.pulse, settings.health_host, settings.health_port) == (30.0, 2.0, "127.0.0.1", 8082)
+    assert (settings.urls, settings.api_path, settings.client_id) == (
+        ("https://sentinel.example",),
+        "/api/v1",
+        "box.lan",
+    )
+    assert (settings.interval, settings.pulse, settings.health_host, settings.health_port) == (
+        30.0,
+        2.0,
+        "127.0.0.1",
+        8082,
+    )
     assert (settings.probes.trace_url, settings.probes.geolocation_service) == ("https://1.1.1.1", "auto")
     assert "k" not in repr(settings.api_key)
 
@@ -88,6 +97,8 @@ def test_the_key_goes_in_clear_only_where_nobody_listens(url: str, insecure: boo
     assert read(URL=url, ALLOW_INSECURE="true").urls == (url,)
 
 
-@pytest.mark.parametrize(("host", "name"), [("box", "box"), ("my box!", "my-box-"), ("-x", "x"), ("", "agent"), ("\u00e9", "agent")])
+@pytest.mark.parametrize(
+    ("host", "name"), [("box", "box"), ("my box!", "my-box-"), ("-x", "x"), ("", "agent"), ("\u00e9", "agent")]
+)
 def test_a_hostname_becomes_a_name(host: str, name: str) -> None:
     assert valid_name(host) == name

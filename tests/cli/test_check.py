@@ -15,7 +15,17 @@ from vpn_sentinel.agent.once import Looked, look_once
 from vpn_sentinel.agent.settings import ProbeSettings
 from vpn_sentinel.cli import check
 from vpn_sentinel.cli.main import main
-from vpn_sentinel.domain.observation import Answer, Canary, Link, Observation, Path, Place, Probe, ResolverSighting, Trigger
+from vpn_sentinel.domain.observation import (
+    Answer,
+    Canary,
+    Link,
+    Observation,
+    Path,
+    Place,
+    Probe,
+    ResolverSighting,
+    Trigger,
+)
 from vpn_sentinel.domain.policy import Policy
 from vpn_sentinel.domain.verdict import State, judge
 from vpn_sentinel.runtime.clock import SystemClock
@@ -27,7 +37,9 @@ SEEN = Observation(
     link=Link(name="wg0", present=True, up=True, rx_bytes=5, tx_bytes=6),
     interfaces=("eth0", "wg0"),
     canaries=(
-        Canary(probe=Probe.DEFAULT, target="cloudflare", family=4, answer=Answer.ANSWERED, path=Path.TUNNEL, address=EXIT),
+        Canary(
+            probe=Probe.DEFAULT, target="cloudflare", family=4, answer=Answer.ANSWERED, path=Path.TUNNEL, address=EXIT
+        ),
         Canary(probe=Probe.PHYSICAL, target="cloudflare", family=4, answer=Answer.BLOCKED, path=Path.OUTSIDE),
     ),
     resolvers=(
@@ -53,7 +65,8 @@ def test_the_object_has_the_promised_shape() -> None:
     assert list(said) == ["state", "findings", "exit", "resolvers", "tunnel", "took_ms"]
     assert said["state"] == "protected"
     assert said["exit"] == {
-        "ipv4": "203.0.113.4", "ipv6": None, "country": "NL", "city": "Amsterdam", "region": "North Holland", "asn": 64500,
+        "ipv4": "203.0.113.4", "ipv6": None, "country": "NL", "city": "Amsterdam", "region": "North Holland",
+        "asn": 64500,
         "org": "Example \x1b[31m", "timezone": "Europe/Amsterdam",
     }  # fmt: skip
     assert said["resolvers"] == [{"ip": "203.0.113.53", "country": "NL", "org": "Resolver Ltd"}]
@@ -129,7 +142,9 @@ def arguments(**more: object) -> argparse.Namespace:
 
 def test_file_flags_and_settings_add_up(tmp_path: FilePath) -> None:
     file = tmp_path / "policy.toml"
-    file.write_text('home_networks = ["198.51.100.0/24"]\nexpected_countries = "nl"\nallowed_resolvers = ["10.0.0.1"]\n')
+    file.write_text(
+        'home_networks = ["198.51.100.0/24"]\nexpected_countries = "nl"\nallowed_resolvers = ["10.0.0.1"]\n'
+    )
     base = Policy(home_networks=check.read.networks("192.0.2.1"))
     policy = check._policy(base, arguments(policy=str(file), home=["2001:db8::1"], country=["de", "nl"]))
     assert [str(n) for n in policy.home_networks] == ["192.0.2.1/32", "198.51.100.0/24", "2001:db8::1/128"]
@@ -156,7 +171,8 @@ def test_a_policy_that_cannot_be_used_is_wrong_usage(
 
 
 @pytest.mark.parametrize(
-    "words", [["--home", "x"], ["--country", "x"], ["--server", "x"], ["--policy", "/nonexistent"], ["--interface", "a/b"]]
+    "words",
+    [["--home", "x"], ["--country", "x"], ["--server", "x"], ["--policy", "/nonexistent"], ["--interface", "a/b"]],
 )
 def test_wrong_usage_is_one_line_and_64(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", *words]) == 64
@@ -175,7 +191,9 @@ async def test_a_server_that_is_named_is_asked() -> None:
     async with http(answer) as (port, _):
         base = f"http://127.0.0.1:{port}"
         settings = probes(TRACE_URL=base, IPINFO_URL=base, IPAPI_URL=base, IPWHOIS_URL=base)
-        found = await look_once(settings, Policy(home_networks=check.read.networks("198.51.100.7")), SystemClock(), server=base)
+        found = await look_once(
+            settings, Policy(home_networks=check.read.networks("198.51.100.7")), SystemClock(), server=base
+        )
     assert found.verdict.state is State.LEAKING
     assert ("server", HOME) in [(c.target, c.address) for c in found.seen.canaries]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from vpn_sentinel.runtime.logs import LineFormatter, open_log
+from vpn_sentinel.runtime.unusable import Unusable
 
 
 @pytest.fixture
@@ -113,5 +114,5 @@ def test_a_log_goes_to_standard_error_otherwise(capsys: pytest.CaptureFixture[st
 
 @pytest.mark.usefixtures("_root")
 def test_a_log_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="No such file"):
+    with pytest.raises(Unusable, match="No such file"):
         open_log(file=str(tmp_path / "none" / "sentinel.log"))

@@ -94,9 +94,7 @@ def flock(settings: ProbeSettings, http: Client, echoes: tuple[Target, ...], pat
     usual, reserve = (tuple(t for t in some if t.address not in nameservers) for some in (CLOUDFLARE, OPENDNS))
     if len(usual) < len(CLOUDFLARE):
         usual, reserve = (*usual, *reserve), ()
-    return Flock(
-        targets=(*echoes, *usual), reserve=reserve, others=(lambda: trace(http, settings.trace_url, path),)
-    )
+    return Flock(targets=(*echoes, *usual), reserve=reserve, others=(lambda: trace(http, settings.trace_url, path),))
 
 
 def path_to(url: str, paths: Paths) -> Path:

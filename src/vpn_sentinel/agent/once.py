@@ -41,9 +41,7 @@ async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, se
         kernel=kernel,
         survey=lambda: found,
         flock=whom,
-        places=Places(
-            http, chosen_services(settings), clock, databases=databases, limit=min(settings.timeout, 4.0)
-        ),
+        places=Places(http, chosen_services(settings), clock, databases=databases, limit=min(settings.timeout, 4.0)),
         clock=clock,
     )
     try:

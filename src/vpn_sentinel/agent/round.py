@@ -33,7 +33,7 @@ class Eyes:
     places: Places
     clock: Clock
     nameservers: Callable[[], tuple[dns.Nameserver, ...]] = dns.system_nameservers
-    no_dns: dns.Nameserver = dns.Nameserver(dns.NO_DNS_HERE)
+    no_dns: dns.Nameserver = dns.NO_DNS_HERE
 
 
 async def look(eyes: Eyes, trigger: Trigger, policy: Policy) -> Observation:

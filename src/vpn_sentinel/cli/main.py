@@ -45,6 +45,11 @@ def main(words: Sequence[str] | None = None) -> int:
     args = parser.parse_args(words)
     try:
         return int(args.func(args))
+    except ModuleNotFoundError as e:
+        if e.name is None or e.name.startswith("vpn_sentinel"):
+            raise
+        print(f"vpn-sentinel: {args.command} needs the server's packages ({e.name} is missing)", file=sys.stderr)
+        return FAILED
     except Unusable as e:
         print(f"vpn-sentinel: {e}", file=sys.stderr)
         return FAILED

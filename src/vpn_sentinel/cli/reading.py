@@ -41,11 +41,19 @@ def server_settings(args: argparse.Namespace, also: Callable[[Source], object] |
 
 
 def warn_unread(source: Source) -> None:
-    """A misspelt setting is told, not ignored; it may belong to another role, so it does not stop the start."""
+    """A misspelt setting is told, not ignored. One environment file often serves agent and server, so what the other
+    role reads is known too.
+    """
+    source.asked |= _names_of_every_role()
     for name in source.unread():
-        if name not in OTHER_ROLES:
-            print(f"vpn-sentinel: {name}: no such setting; is it misspelt?", file=sys.stderr)
+        print(f"vpn-sentinel: {name}: no such setting; is it misspelt?", file=sys.stderr)
 
 
-# Of the agent or the server alone; one environment file often serves both.
-OTHER_ROLES: frozenset[str] = frozenset()
+def _names_of_every_role() -> set[str]:
+    from vpn_sentinel.agent.settings import AgentSettings
+    from vpn_sentinel.server.settings import ServerSettings
+
+    plain = Source(env={"VPN_SENTINEL_URL": "http://127.0.0.1"})
+    ServerSettings.read(plain)
+    AgentSettings.read(plain)
+    return plain.asked

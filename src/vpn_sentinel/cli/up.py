@@ -13,7 +13,7 @@ from vpn_sentinel.cli.reading import add_config, source_of, warn_unread
 from vpn_sentinel.runtime import logs
 from vpn_sentinel.runtime.clock import Clock, SystemClock
 from vpn_sentinel.runtime.secret import Secret
-from vpn_sentinel.runtime.settings import SettingError
+from vpn_sentinel.runtime.settings import PREFIX, SettingError
 from vpn_sentinel.server import app as server
 from vpn_sentinel.server.access import create_token, revoke_token
 from vpn_sentinel.server.settings import ServerSettings
@@ -36,10 +36,20 @@ def run(args: argparse.Namespace) -> int:
     source.flags = {**source.flags, "URL": "http://127.0.0.1:5000"}
     serving, watching = ServerSettings.read(source), AgentSettings.read(source)
     warn_unread(source)
-    scheme = "https" if serving.tls_cert else "http"
-    watching = replace(watching, urls=(f"{scheme}://127.0.0.1:{serving.api_port}",))
+    watching = replace(watching, urls=(_own_url(serving),))
     logs.open_log(debug=serving.debug, file=serving.log_file)
     return run_until_stopped(lambda stop: _both(serving, watching, SystemClock(), stop), fast=True)
+
+
+def _own_url(serving: ServerSettings) -> str:
+    """Where the agent here reaches the server here. Raises SettingError."""
+    if serving.tls_cert is None:
+        return f"http://127.0.0.1:{serving.api_port}"
+    if serving.public_url is None:
+        raise SettingError(
+            PREFIX + "PUBLIC_URL", "is needed with a certificate: the agent here reports to the name it was made for"
+        )
+    return serving.public_url
 
 
 async def _both(serving: ServerSettings, watching: AgentSettings, clock: Clock, stop: asyncio.Event) -> None:
@@ -93,6 +103,6 @@ def _keep_token(kept: Path, name: str, token: str) -> None:
 def _say_hello(serving: ServerSettings, watching: AgentSettings) -> None:
     if serving.dashboard_enabled:
         report(f"Dashboard:  http://localhost:{serving.dashboard_port}")
-    report(f"API:        http://localhost:{serving.api_port}{serving.api_path}")
+    report(f"API:        {watching.urls[0]}{serving.api_path}")
     report(f"Health:     http://localhost:{serving.health_port}/health/ready")
     report(f"Watching this machine as {watching.client_id}; Ctrl-C ends.")

@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from vpn_sentinel.domain.machine import Event, ExitChanged, Memory, Moved, Outage
 from vpn_sentinel.domain.policy import IPAddress
-from vpn_sentinel.domain.verdict import HARM, Finding, State
+from vpn_sentinel.domain.verdict import HARM, MEANING, Finding, State
 
 _WELL = (State.PROTECTED, State.PENDING)
 
@@ -82,13 +82,20 @@ def notices(before: Memory, after: Memory, events: Sequence[Event], *, caught_up
         changed = [e.at for e in events if isinstance(e, ExitChanged)]
         at = changed[-1] if changed else after.seen_at
         out.append(Notice(kind=Kind.ADDRESS_CHANGED, at=at, began=at, findings=after.findings))
-    out = [replace(n, exit=exit_, old_exit=known if exit_ != known else None) for n in out]
+    out = [replace(n, exit=exit_, old_exit=known if exit_ != known else None, findings=_worth_telling(n)) for n in out]
     told_exit = exit_ if out else known
     if told in _WELL and state in _WELL:
         outage = None
     if (told, told_exit, outage) == (after.told, after.told_exit, after.outage):
         return after, out
     return replace(after, told=told, told_exit=told_exit, outage=outage), out
+
+
+def _worth_telling(notice: Notice) -> tuple[Finding, ...]:
+    """What is amiss without being trouble, an open kill switch say, is told once: when the tunnel connects."""
+    if notice.kind is Kind.CONNECTED:
+        return notice.findings
+    return tuple(f for f in notice.findings if MEANING[f.code].state is not State.PROTECTED)
 
 
 def _standing(after: Memory, told: State, outage: Outage | None) -> Notice:

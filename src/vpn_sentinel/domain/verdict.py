@@ -109,7 +109,9 @@ MEANING: Final[Mapping[Code, Meaning]] = {
     ),
     Code.NO_REPORTS: Meaning(State.SILENT, _CRITICAL, "Look whether the agent runs and whether its tunnel is down."),
     Code.KILLSWITCH_OPEN: Meaning(
-        State.PROTECTED, _WARNING, "Packets can leave beside the tunnel: when it goes away, traffic will leak."
+        State.PROTECTED,
+        _WARNING,
+        "Switch the VPN's kill switch on: without one, traffic leaks when the tunnel goes away.",
     ),
     Code.DNS_INTERCEPTED: Meaning(
         State.PROTECTED,

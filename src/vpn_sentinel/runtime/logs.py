@@ -5,6 +5,8 @@ import sys
 import time
 from typing import Final
 
+from vpn_sentinel.runtime.unusable import Unusable
+
 PLAIN: Final = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
 
 
@@ -26,8 +28,12 @@ class LineFormatter(logging.Formatter):
 
 
 def open_log(*, debug: bool = False, file: str | None = None) -> None:
-    """Send log lines to standard error, or to `file`. Raises OSError when the file cannot be opened."""
-    handler = logging.FileHandler(file, encoding="utf-8") if file else logging.StreamHandler(sys.stderr)
+    """Send log lines to standard error, or to `file`. Raises Unusable when the file cannot be opened."""
+    try:
+        handler = logging.FileHandler(file, encoding="utf-8") if file else logging.StreamHandler(sys.stderr)
+    except OSError as e:
+        msg = f"VPN_SENTINEL_LOG_FILE: {file}: {e.strerror}"
+        raise Unusable(msg) from e
     handler.setFormatter(LineFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]

@@ -97,8 +97,8 @@ async def revoke_token(store: Store, name: str, now: float) -> bool:
 
 
 async def first_key(store: Store, now: float) -> str | None:
-    """Make the first shared key when no token exists at all, and return it to be printed once; None otherwise."""
-    if await store.read(select(tokens.c.id).limit(1)):
+    """Make a shared key when there never was one, and return it to be printed once; None otherwise."""
+    if await store.read(select(tokens.c.id).where(tokens.c.shared == 1).limit(1)):
         return None
     return await create_token(store, "shared", shared=True, now=now)
 

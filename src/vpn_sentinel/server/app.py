@@ -5,6 +5,7 @@ import gc
 import logging
 import secrets
 import socket
+import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ from sqlalchemy import insert, select, text, update
 from vpn_sentinel import __version__
 from vpn_sentinel.domain.notice import Kind, Notice
 from vpn_sentinel.runtime.clock import Clock
-from vpn_sentinel.runtime.settings import PREFIX
+from vpn_sentinel.runtime.settings import PREFIX, SettingError
 from vpn_sentinel.server.access import Access, first_key
 from vpn_sentinel.server.api.app import build_api
 from vpn_sentinel.server.api.health import HealthServices, build_health
@@ -125,11 +126,15 @@ async def _run(
     registry = CollectorRegistry()
     hub = Hub()
     access = Access(store, clock, settings.api_key)
+    try:
+        trust = tls(settings.ca_file)
+    except (OSError, ssl.SSLError) as e:
+        raise SettingError(PREFIX + "CA_FILE", f"{settings.ca_file} holds no certificates that can be used") from e
     timeouts = httpx.Timeout(15.0, connect=10.0, read=60.0)
     limits = httpx.Limits(max_connections=20)
     async with (
         # Never the process's proxy settings: they would carry what a VPN's owner wants kept apart.
-        httpx.AsyncClient(verify=tls(settings.ca_file), timeout=timeouts, limits=limits, trust_env=False) as http,
+        httpx.AsyncClient(verify=trust, timeout=timeouts, limits=limits, trust_env=False) as http,
         asyncio.TaskGroup() as tasks,
     ):
         bot_api = BotApi(http, settings.telegram, clock) if settings.telegram else None

@@ -1,5 +1,6 @@
 """The server's settings, read once. `docs/settings.md` lists them with their defaults."""
 
+import ssl
 from dataclasses import dataclass
 from ipaddress import ip_network
 from pathlib import Path
@@ -77,6 +78,8 @@ class ServerSettings:
         if (cert is None) != (key is None):
             missing = "TLS_KEY_PATH" if key is None else "TLS_CERT_PATH"
             raise SettingError(read.PREFIX + missing, "is needed too: a certificate and its key come together")
+        if cert is not None and key is not None:
+            _check_pair(cert, key)
         settings = cls(
             data_dir=data_dir,
             database_url=get("DATABASE_URL", _database_url, f"sqlite:///{data_dir}/sentinel.db"),
@@ -118,6 +121,14 @@ class ServerSettings:
         source.raw("TZ")
         _distinct_ports(settings)
         return settings
+
+
+def _check_pair(cert: Path, key: Path) -> None:
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(cert, key, password=lambda: "")
+    except (OSError, ssl.SSLError) as e:
+        problem = f"{cert} and {key} are no certificate with its key: {getattr(e, 'reason', None) or e}"
+        raise SettingError(read.PREFIX + "TLS_CERT_PATH", problem) from e
 
 
 def _distinct_ports(settings: ServerSettings) -> None:

@@ -44,7 +44,7 @@ async def test_status_speaks_as_the_replaced_system_did(reader: httpx.AsyncClien
                 "code": "killswitch_open",
                 "severity": "warning",
                 "message": "A packet sent beside the tunnel came out at 198.51.100.23.",
-                "advice": "Packets can leave beside the tunnel: when it goes away, traffic will leak.",
+                "advice": "Switch the VPN's kill switch on: without one, traffic leaks when the tunnel goes away.",
                 "evidence": {"address": "198.51.100.23"},
             }
         ],

@@ -224,7 +224,7 @@ async def test_webhook_posts_the_documented_body(server: StandIn, time: Time) ->
                 "severity": "warning",
                 "message": "A packet <left>.",
                 "evidence": {"router": "10.0.0.1"},
-                "advice": "Packets can leave beside the tunnel: when it goes away, traffic will leak.",
+                "advice": "Switch the VPN's kill switch on: without one, traffic leaks when the tunnel goes away.",
             }
         ],
         "details": [],

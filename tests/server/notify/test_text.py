@@ -51,7 +51,7 @@ Time: 2027-01-15 09:00:00 CET (08:00:00 UTC)""",
         """\
 🟢 nl-1 is connected and protected
 Note: A packet sent beside the tunnel reached the first router. (router: 10.0.0.1)
-What to do: Packets can leave beside the tunnel: when it goes away, traffic will leak.
+What to do: Switch the VPN's kill switch on: without one, traffic leaks when the tunnel goes away.
 Exit: 198.51.100.7
 Place: Amsterdam, NL
 Provider: Example & Sons AS64500
@@ -84,7 +84,7 @@ Time: 2027-01-15 09:00:00 CET (08:00:00 UTC)""",
 Why: The tunnel's interface wg0 is gone.
 Why: A packet sent beside the tunnel reached the first router. (router: 10.0.0.1)
 What to do: Bring the tunnel's interface back up.
-What to do: Packets can leave beside the tunnel: when it goes away, traffic will leak.
+What to do: Switch the VPN's kill switch on: without one, traffic leaks when the tunnel goes away.
 Exit last seen: 198.51.100.7
 Began: 2027-01-15 09:00:00 CET (08:00:00 UTC)
 Time: 2027-01-15 09:00:04 CET (08:00:04 UTC)""",
@@ -149,7 +149,7 @@ def test_html() -> None:
 <b>🔴 a&lt;b&gt;&amp;c is LEAKING</b>
 <b>Why:</b> IPv4 traffic leaves from the home address 203.0.113.9. (seen by: cloudflare, path: outside)
 <b>What to do:</b> Stop the programs behind this tunnel, bring it back up, and switch its kill switch on.
-<b>Exit:</b> <code>203.0.113.9</code>
+<b>Exit last seen:</b> <code>203.0.113.9</code>
 <b>Place:</b> &lt;script&gt;"x"&lt;/script&gt;
 <b>Provider:</b> A &amp; B
 <b>Time:</b> 2027-01-15 08:00:00 UTC"""

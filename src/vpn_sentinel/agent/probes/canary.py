@@ -94,6 +94,11 @@ class _Asked:
         """The families of which no C1 has shown an address."""
         return {4, 6} - {c.family for c in self.back() if c.probe is Probe.DEFAULT and c.address is not None}
 
+    def refused(self, family: int) -> bool:
+        """Whether every C1 of `family` ended at once on this host, by a kill switch or for want of a route."""
+        answers = {c.answer for c in self.back() if c.probe is Probe.DEFAULT and c.family == family}
+        return bool(answers) and answers <= {Answer.BLOCKED, Answer.UNREACHABLE}
+
     def settled(self) -> bool:
         """Whether those still out can be left out: their kind and family has its answer.
 
@@ -133,7 +138,8 @@ async def canaries(
         await asked.wait(SETTLE, until=asyncio.ALL_COMPLETED)
         silent = asked.silent()
         asked.send((t for t in flock.reserve if t.address.version in silent), Probe.DEFAULT)
-        if 4 in silent:
+        # What this host itself refuses to send, it refuses in any other form too: waiting would only be slower.
+        if 4 in silent and not asked.refused(4):
             asked.send_others(flock.others, Path.UNKNOWN)
         while not asked.settled() and not enough(asked.back()):
             await asked.wait(until=asyncio.FIRST_COMPLETED)

@@ -23,8 +23,6 @@ from vpn_sentinel.domain.observation import Answer, Path, ResolverSighting
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork
 
 RESOLV_CONF: Final = FilePath("/etc/resolv.conf")
-# TEST-NET-1 (RFC 5737): nobody runs DNS there, so an answer is a proxy's.
-NO_DNS_HERE: Final = ip_address("192.0.2.53")
 LIMIT, RESEND = 2.0, 0.8  # seconds
 _INTERCEPTION_LIMIT: Final = 0.9
 _MOST_NAMESERVERS: Final = 3  # as resolv.conf(5)
@@ -35,6 +33,10 @@ class Nameserver:
     address: IPAddress
     scope: int = 0
     port: int = 53
+
+
+# TEST-NET-1 (RFC 5737): nobody runs DNS there, so an answer is a proxy's.
+NO_DNS_HERE: Final = Nameserver(ip_address("192.0.2.53"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +149,7 @@ async def resolvers(paths: Paths, servers: Iterable[Nameserver]) -> tuple[Resolv
     return tuple(s for t in tasks if (s := t.result()) is not None)
 
 
-async def intercepted(limit: float = _INTERCEPTION_LIMIT, at: Nameserver = Nameserver(NO_DNS_HERE)) -> bool:
+async def intercepted(limit: float = _INTERCEPTION_LIMIT, at: Nameserver = NO_DNS_HERE) -> bool:
     """Whether something answers a query to an address that runs no DNS."""
     return (await lookup(at, _ROOT, limit=limit, resend=None)).answer is Answer.ANSWERED
 

@@ -84,7 +84,7 @@ def _lines(notice: Notice, zone: tzinfo | None) -> Iterator[Line]:
         yield Line("Exit", f"{notice.old_exit} → {notice.exit}", fixed=True)
     elif notice.exit is not None:
         # Where there is trouble, this address is the last good one or the leak itself: the findings say which.
-        label = "Exit last seen" if notice.kind in (Kind.DOWN, Kind.SILENT) else "Exit"
+        label = "Exit last seen" if notice.kind in (Kind.LEAKING, Kind.DOWN, Kind.SILENT) else "Exit"
         yield Line(label, str(notice.exit), fixed=True)
     for label, value in (
         ("Place", clean(notice.place)),

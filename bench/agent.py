@@ -1,0 +1,108 @@
+"""What a running agent costs: memory (PSS) and CPU, beside an interpreter that does nothing but sleep in asyncio.
+
+    python bench/agent.py [--seconds 60]           an agent at its default settings, in the lab (needs root)
+    python bench/agent.py --pid 4711               an agent that runs somewhere
+
+PSS is that of /proc/PID/smaps_rollup (proc(5)): shared pages count by their share. CPU is user and system time of
+/proc/PID/stat over the time measured, as a share of one core, start-up left out. Prints one JSON object.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+BUDGET = {"pss_mb": 25.0, "cpu_percent": 0.3}
+KEY = "bench-key-0123456789"
+SETTLE = 8.0  # seconds until start-up is over: first round, places, connection
+TICK = os.sysconf("SC_CLK_TCK")
+
+
+def pss_mb(pid: int) -> float:
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:")) / 1024
+
+
+def cpu_seconds(pid: int) -> float:
+    # The process's name, in parentheses, may hold spaces.
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / TICK
+
+
+def measure(pids: dict[str, int], seconds: float) -> dict[str, dict[str, float]]:
+    """Watch all at once, so that they share their pages in the same way and meet the same disturbances."""
+    before = {name: cpu_seconds(pid) for name, pid in pids.items()}
+    most = dict.fromkeys(pids, 0.0)
+    began = time.perf_counter()
+    while (left := began + seconds - time.perf_counter()) > 0:
+        most = {name: max(most[name], pss_mb(pid)) for name, pid in pids.items()}
+        time.sleep(min(1.0, left))
+    took = time.perf_counter() - began
+    return {
+        name: {
+            "pss_mb": round(most[name], 1),
+            "cpu_percent": round(100 * (cpu_seconds(pid) - before[name]) / took, 3),
+        }
+        for name, pid in pids.items()
+    }
+
+
+@contextmanager
+def bare() -> Iterator[int]:
+    process = subprocess.Popen([sys.executable, "-c", "import asyncio; asyncio.run(asyncio.sleep(1e6))"])
+    try:
+        yield process.pid
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextmanager
+def in_lab(settings: dict[str, str]) -> Iterator[int]:
+    """An agent behind WireGuard that reports to a server on the lab's internet."""
+    from lab import Lab, Site
+
+    with tempfile.TemporaryDirectory() as folder, Lab([Site("bench", vpn="wireguard", kill_switch=True)]) as lab:
+        serving = {"VPN_SENTINEL_API_KEY": KEY, "VPN_SENTINEL_DATA_DIR": f"{folder}/server"}
+        lab.srv.spawn([sys.executable, "-m", "vpn_sentinel", "server"], env=serving, log="server")
+        lab.srv.wait_port(5000, 20)
+        watching = {
+            "VPN_SENTINEL_URL": f"http://{lab.server4}:5000",
+            "VPN_SENTINEL_ALLOW_INSECURE": "true",
+            "VPN_SENTINEL_API_KEY": KEY,
+            "VPN_SENTINEL_DATA_DIR": f"{folder}/agent",
+            **settings,
+        }
+        agent = lab.site("bench").spawn([sys.executable, "-m", "vpn_sentinel", "agent"], env=watching, log="agent")
+        time.sleep(SETTLE)
+        yield agent.pid
+        agent.stop()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--pid", type=int)
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the agent")
+    words = parser.parse_args()
+    settings = {f"VPN_SENTINEL_{name}": value for name, _, value in (item.partition("=") for item in words.set)}
+    with bare() as reference:
+        if words.pid is not None:
+            found = measure({"agent": words.pid, "bare_asyncio": reference}, words.seconds)
+        else:
+            with in_lab(settings) as agent:
+                found = measure({"agent": agent, "bare_asyncio": reference}, words.seconds)
+    within = all(found["agent"][name] <= most for name, most in BUDGET.items())
+    print(json.dumps({"seconds": words.seconds, **found, "budget": BUDGET, "within_budget": within}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
