@@ -21,6 +21,7 @@ ALONE = ["unshare", "--user", "--net", "--map-root-user", "sh", "-c", 'ip link s
 
 async def start(tmp_path: Path, settings: Mapping[str, str]) -> asyncio.subprocess.Process:
     env = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "VPN_SENTINEL_DATA_DIR": str(tmp_path), **settings}
+    env["PYTHONPATH"] = os.pathsep.join(sys.path)
     return await asyncio.create_subprocess_exec(
         *ALONE, sys.executable, "-m", "vpn_sentinel", "agent", env=env, stderr=asyncio.subprocess.PIPE
     )

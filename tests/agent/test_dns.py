@@ -114,11 +114,11 @@ async def test_nonsense_is_no_answer() -> None:
     assert found.answer is Answer.LOST
 
 
-async def test_the_path_to_a_nameserver_is_its_routes(free_port: int) -> None:
-    kernel = FakeKernel(routes={"::ffff:7f00:1": Route(interface=2)}, links=(LO, ETH, WG), default=3)
+def test_the_path_to_a_nameserver_is_its_routes() -> None:
+    kernel = FakeKernel(routes={"192.168.1.1": Route(interface=2)}, default=3)
     paths = Paths(kernel, Survey(interfaces=(LO, ETH, WG), tunnel="wg0"))
-    seen = await dns.resolvers(paths, [Nameserver(ip_address("::ffff:127.0.0.1"), port=free_port)])
-    assert {s.path for s in seen} <= {Path.TUNNEL, Path.OUTSIDE}
+    found = [dns.path_to(Nameserver(ip_address(a)), paths) for a in ("10.0.0.1", "192.168.1.1", "127.0.0.11", "::1")]
+    assert found == [Path.TUNNEL, Path.OUTSIDE, Path.LOCAL, Path.LOCAL]
 
 
 async def test_something_that_answers_where_nobody_serves_is_noticed() -> None:

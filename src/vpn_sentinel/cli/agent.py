@@ -7,7 +7,6 @@ from vpn_sentinel.cli.process import run_until_stopped
 from vpn_sentinel.cli.reading import add_config, source_of, warn_unread
 from vpn_sentinel.runtime import logs
 from vpn_sentinel.runtime.clock import SystemClock
-from vpn_sentinel.runtime.settings import SettingError
 
 
 def add(commands: Any) -> None:
@@ -27,8 +26,5 @@ def run(args: argparse.Namespace) -> int:
     source = source_of(args)
     settings = AgentSettings.read(source)
     warn_unread(source)
-    try:
-        logs.open_log(debug=settings.debug, file=settings.log_file)
-    except OSError as e:
-        raise SettingError("VPN_SENTINEL_LOG_FILE", f"{settings.log_file}: {e.strerror}") from e
+    logs.open_log(debug=settings.debug, file=settings.log_file)
     return run_until_stopped(lambda stop: app.run(settings, SystemClock(), stop), fast=False)

@@ -155,7 +155,7 @@ async def intercepted(limit: float = _INTERCEPTION_LIMIT, at: Nameserver = NO_DN
 
 
 async def _sighting(server: Nameserver, method: Method, paths: Paths) -> ResolverSighting | None:
-    path = Path.LOCAL if server.address.is_loopback else paths.of(server.address, server.port)
+    path = path_to(server, paths)
     outcome = await lookup(server, method, limit=LIMIT, resend=RESEND)
     revealed = outcome.value or Revealed()
     if method is PATH and revealed.client is None:
@@ -170,6 +170,10 @@ async def _sighting(server: Nameserver, method: Method, paths: Paths) -> Resolve
         client=revealed.client,
         subnet=revealed.subnet,
     )
+
+
+def path_to(server: Nameserver, paths: Paths) -> Path:
+    return Path.LOCAL if server.address.is_loopback else paths.of(server.address, server.port)
 
 
 def plain(address: IPAddress) -> IPAddress:
