@@ -100,9 +100,16 @@ def test_a_grace_that_is_interrupted_starts_again() -> None:
     assert turns(events) == [(204.0, State.DOWN)]
 
 
-def test_trouble_that_changes_its_kind_began_when_it_began() -> None:
-    _, events = walk(standing(State.PROTECTED), (200.0, State.DEGRADED), (203.0, State.DOWN), (204.0, State.DOWN))
-    assert turns(events) == [(200.0, State.DOWN)]
+def test_trouble_that_grows_worse_must_last_by_itself() -> None:
+    _, events = walk(
+        standing(State.PROTECTED), (200.0, State.DEGRADED), (210.0, State.DOWN), (213.0, State.DOWN), (214.0, State.DOWN)
+    )
+    assert turns(events) == [(210.0, State.DOWN)]
+
+
+def test_trouble_that_eases_began_when_it_began() -> None:
+    _, events = walk(standing(State.PROTECTED), (200.0, State.DOWN), (203.0, State.DEGRADED), (216.0, State.DEGRADED))
+    assert turns(events) == [(200.0, State.DEGRADED)]
 
 
 def test_a_leak_began_when_it_was_seen() -> None:

@@ -412,9 +412,22 @@ async def test_an_outage_from_before_a_void_silence_stays_one_incident(watch: Wa
     await watch.take((1, 0.0, LEAK))
     await watch.tracker.sweep(["nl"], START + 91)
     watch.clock.now += 200
-    await watch.take((2, 150.0, LEAK), (3, 10.0, WELL), (4, 6.0, WELL))
+    await watch.take((2, 150.0, LEAK), (3, 80.0, LEAK), (4, 10.0, WELL), (5, 6.0, WELL))
     assert await watch.spans() == [(0.0, 190.0, "leaking")]
     assert await watch.moves() == [(0.0, "pending", "leaking"), (190.0, "leaking", "protected")]
+
+
+async def test_an_agent_that_died_in_a_silence_was_silent_all_the_same(watch: Watch) -> None:
+    await watch.take((1, 0.0, WELL))
+    await watch.tracker.sweep(["nl"], START + 91)
+    watch.clock.now += 1000
+    # It saw the tunnel once more before it died, could not say so, and was started again much later.
+    await watch.take((2, 970.0, WELL), (3, 0.5, WELL))
+    silent = 30.0 + 91.0
+    assert await watch.moves() == [
+        (0.0, "pending", "protected"), (silent, "protected", "silent"), (999.5, "silent", "protected"),
+    ]  # fmt: skip
+    assert await watch.spans() == [(silent, 999.5, "silent")]
 
 
 async def test_a_replay_in_parts_tells_when_it_has_caught_up(watch: Watch) -> None:

@@ -9,7 +9,7 @@ from enum import StrEnum
 from typing import Final
 
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy
-from vpn_sentinel.domain.verdict import Code, Finding, State, Verdict
+from vpn_sentinel.domain.verdict import HARM, Code, Finding, State, Verdict
 
 
 class Wait(StrEnum):
@@ -194,12 +194,10 @@ def _settle(step: _Step, verdict: Verdict, at: float, policy: Policy) -> None:
 
 
 def _trouble_start(candidate: Candidate | None, state: State, at: float) -> float:
-    """Trouble that changes its kind on the way (degraded, then down) began when it began; a leak, when it was seen."""
-    if state is State.LEAKING:
+    """Trouble that eases on the way (down, then degraded) began when it began; what is worse must last by itself."""
+    if candidate is None or State.PROTECTED in (candidate.state, state):
         return at
-    if candidate is not None and State.PROTECTED not in (candidate.state, state):
-        return candidate.since
-    return at
+    return candidate.since if HARM.index(candidate.state) < HARM.index(state) else at
 
 
 def _with_unknown(memory: Memory, verdict: Verdict) -> tuple[Finding, ...]:

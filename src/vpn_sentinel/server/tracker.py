@@ -256,6 +256,9 @@ class Tracker:
             seq = item.seq if delivery.spool is not None else max(last + 1, int(1000 * item.at))
             if seq <= last:
                 continue  # a replay of what the database holds changes nothing
+            if delivery.spool is not None and seq == last + 1:
+                memory, gap = _silence_between(memory, item.at, delivery.silent_after)
+                events += gap
             last = seq
             seen = item.observation
             effective = learned_home(seen, policy.with_home(memory.home))
@@ -315,6 +318,18 @@ class Tracker:
                 row.findings = encode(memory.findings).decode()
         row.state, row.since = memory.state.value, memory.since or row.created_at
         writes.tunnels[row.id] = row
+
+
+def _silence_between(memory: Memory, at: float, silent_after: float) -> tuple[Memory, list[Event]]:
+    """The silence of an agent that did not run between its last observation and the one at `at`.
+
+    A replay voids a silence that the agent merely could not break; this keeps the part in which it saw nothing. Only
+    for observations that follow one another by number: where rounds were thinned, the agent ran.
+    """
+    deadline = memory.seen_at + silent_after
+    if memory.state is State.SILENT or not memory.seen_at or at <= deadline:
+        return memory, []
+    return overdue(memory, deadline, silence_finding(memory.seen_at, deadline))
 
 
 def _load(row: TunnelRow) -> Memory:

@@ -95,9 +95,9 @@ class _Asked:
         return {4, 6} - {c.family for c in self.back() if c.probe is Probe.DEFAULT and c.address is not None}
 
     def refused(self, family: int) -> bool:
-        """Whether every C1 of `family` ended at once on this host, by a kill switch or for want of a route."""
+        """Whether this host itself refused to send every C1 of `family`: a kill switch."""
         answers = {c.answer for c in self.back() if c.probe is Probe.DEFAULT and c.family == family}
-        return bool(answers) and answers <= {Answer.BLOCKED, Answer.UNREACHABLE}
+        return answers == {Answer.BLOCKED}
 
     def settled(self) -> bool:
         """Whether those still out can be left out: their kind and family has its answer.
