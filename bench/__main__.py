@@ -4,4 +4,5 @@ import sys
 from importlib import import_module
 
 for name in sys.argv[1:] or ("ingest", "agent"):
-    import_module(f"bench.{name}").main()
+    print(f"# {name}", flush=True)
+    import_module(f"bench.{name}").main([])

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -87,21 +87,31 @@ def in_lab(settings: dict[str, str]) -> Iterator[int]:
         agent.stop()
 
 
-def main() -> None:
+def write_table(found: dict[str, dict[str, float]], seconds: float) -> None:
+    lines = ["| process | PSS | CPU of one core |", "|---|---|---|"]
+    lines += [f"| {name} | {f['pss_mb']:.1f} MB | {f['cpu_percent']:.2f} % |" for name, f in found.items()]
+    lines += ["", f"Over {seconds:.0f} s behind WireGuard in the lab, default settings, side by side."]
+    results = Path(__file__).parent / "results"
+    results.mkdir(exist_ok=True)
+    (results / "agent.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--pid", type=int)
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the agent")
-    words = parser.parse_args()
-    settings = {f"VPN_SENTINEL_{name}": value for name, _, value in (item.partition("=") for item in words.set)}
+    given = parser.parse_args(words)
+    settings = {f"VPN_SENTINEL_{name}": value for name, _, value in (item.partition("=") for item in given.set)}
     with bare() as reference:
-        if words.pid is not None:
-            found = measure({"agent": words.pid, "bare_asyncio": reference}, words.seconds)
+        if given.pid is not None:
+            found = measure({"agent": given.pid, "bare_asyncio": reference}, given.seconds)
         else:
             with in_lab(settings) as agent:
-                found = measure({"agent": agent, "bare_asyncio": reference}, words.seconds)
+                found = measure({"agent": agent, "bare_asyncio": reference}, given.seconds)
     within = all(found["agent"][name] <= most for name, most in BUDGET.items())
-    print(json.dumps({"seconds": words.seconds, **found, "budget": BUDGET, "within_budget": within}, indent=2))
+    write_table(found, given.seconds)
+    print(json.dumps({"seconds": given.seconds, **found, "budget": BUDGET, "within_budget": within}, indent=2))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 KEY = "bench-key-0123456789"
@@ -105,7 +105,7 @@ def stored(server: Server) -> int:
         return int(json.load(answer)["total"])
 
 
-def main() -> None:
+def main(_words: Sequence[str] = ()) -> None:
     data = Path(
         tempfile.mkdtemp(prefix="vs-bench-", dir="/var/tmp")
     )  # a disk, not memory: fsync must cost what it costs

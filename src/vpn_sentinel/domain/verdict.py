@@ -346,14 +346,17 @@ def _country_of(address: IPAddress, seen: Observation) -> dict[str, str]:
 
 def _place(seen: Observation, policy: Policy) -> Iterator[Finding]:
     exit_ = seen.exit(4) or seen.exit(6)
-    claims = {p.source: p.country for p in seen.places_of(exit_) if p.country}
-    country = agreed_country(seen.places_of(exit_))
+    places = seen.places_of(exit_)
+    if len(places) < 2:
+        return  # one source alone neither disagrees nor convinces
+    claims = {p.source: p.country for p in places if p.country}
+    country = agreed_country(places)
     if claims and country is None and len(claims) > 1:
         said = ", ".join(f"{source} says {c}" for source, c in claims.items())
         yield Finding(Code.LOCATION_UNCERTAIN, f"Sources disagree on the place of {exit_}: {said}.", dict(claims))
     elif country and policy.expected_countries and country not in policy.expected_countries:
         agreeing = [s for s, c in claims.items() if c == country]
-        if len(agreeing) > 1:  # one source alone is often wrong about VPN exits
+        if len(agreeing) > 1:  # a single one is often wrong about VPN exits
             yield Finding(
                 Code.COUNTRY_MISMATCH,
                 f"The exit {exit_} is in {country}, not in {' or '.join(policy.expected_countries)}.",

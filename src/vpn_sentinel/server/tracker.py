@@ -388,6 +388,8 @@ def _show(row: TunnelRow, seen: Observation) -> None:
 def best_place(seen: Observation, ip: IPAddress | None) -> Place | None:
     """The fullest account of `ip` among those that name the country most sources agree on; None without any."""
     places = seen.places_of(ip)
+    if len(places) < 2:
+        return places[0] if places else None
     country = agreed_country(places)
     agreeing = [p for p in places if country is None or p.country == country]
     return max(

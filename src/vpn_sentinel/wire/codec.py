@@ -21,8 +21,11 @@ T = TypeVar("T")
 _LONGEST_ADDRESS: Final = 49
 
 
+_TEXTUAL: Final = (IPv4Address, IPv6Address, IPv4Network, IPv6Network)
+
+
 def _encode(value: object) -> object:
-    if isinstance(value, IPv4Address | IPv6Address | IPv4Network | IPv6Network):
+    if isinstance(value, _TEXTUAL):
         return str(value)
     msg = f"{type(value).__name__} has no JSON form"
     raise NotImplementedError(msg)

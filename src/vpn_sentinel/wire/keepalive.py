@@ -95,7 +95,7 @@ def read(body: bytes, now: float, came_from: IPAddress | None = None) -> Reading
         "dns_loc": (said.dns_test.location if said.dns_test else None) or said.dns_loc,
         "dns_colo": (said.dns_test.colo if said.dns_test else None) or said.dns_colo,
     }
-    texts = {key: _known(checked_text(key, value)) for key, value in values.items()}
+    texts = {key: _known(checked_text(key, value)) if value else None for key, value in values.items()}
     key, ip_text = ("public_ip", _known(said.public_ip)) if _known(said.public_ip) else ("ip", _known(said.ip))
     ip = _field(key, address, ip_text) if ip_text else None
     skew = None if said.timestamp is None else _field("timestamp", _seconds, said.timestamp) - now

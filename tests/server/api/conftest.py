@@ -7,23 +7,12 @@ import pytest
 from litestar import Litestar
 
 from tests.conftest import ManualClock
-from tests.server.api.sample import KEY, fill, settings
+from tests.server.sample import KEY, settings
 from vpn_sentinel.server.access import Access, create_token
 from vpn_sentinel.server.api.app import build_api
 from vpn_sentinel.server.api.services import ApiServices
 from vpn_sentinel.server.live.hub import Hub
 from vpn_sentinel.server.store.store import Store
-
-
-@pytest.fixture
-def hub() -> Hub:
-    return Hub()
-
-
-@pytest.fixture
-async def filled(store: Store, clock: ManualClock) -> dict[str, int]:
-    """Ids of the sample's tunnels by name."""
-    return await fill(store, clock.now)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import pytest
 from litestar import Litestar
 from litestar.routes import HTTPRoute
 
-from tests.server.api.sample import KEY
+from tests.server.sample import KEY
 
 
 def every_route(api: Litestar) -> list[tuple[str, str]]:

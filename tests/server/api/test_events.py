@@ -7,8 +7,8 @@ from litestar import Litestar
 from sqlalchemy import delete, update
 
 from tests.conftest import until
-from tests.server.api.sample import KEY
-from tests.server.dashboard.test_live import events, serving
+from tests.server.sample import KEY
+from tests.server.streams import events, serving
 from vpn_sentinel.server.api.events import Encoded
 from vpn_sentinel.server.live.hub import Hub
 from vpn_sentinel.server.store import schema

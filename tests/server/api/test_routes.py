@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import delete, insert
 
 from tests.conftest import ManualClock
-from tests.server.api.sample import HTML, KEY
+from tests.server.sample import HTML, KEY
 from vpn_sentinel.server.api import reading
 from vpn_sentinel.server.api.app import build_api
 from vpn_sentinel.server.api.services import ApiServices

@@ -177,8 +177,7 @@ PARSED = {
 
 @pytest.mark.parametrize(("text", "name"), PARSED.items())
 def test_parse(text: str, name: str | None) -> None:
-    found = commands.parse(text, "SentinelBot")
-    assert (found.name if found else None) == name
+    assert commands.parse(text, "SentinelBot") == name
 
 
 async def test_status(store: Store, desk: Desk) -> None:

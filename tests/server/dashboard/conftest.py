@@ -7,21 +7,10 @@ import pytest
 from litestar import Litestar
 
 from tests.conftest import ManualClock
-from tests.server.api.sample import fill, settings
+from tests.server.sample import settings
 from vpn_sentinel.server.dashboard.app import DashboardServices, build_dashboard
 from vpn_sentinel.server.live.hub import Hub
 from vpn_sentinel.server.store.store import Store
-
-
-@pytest.fixture
-def hub() -> Hub:
-    return Hub()
-
-
-@pytest.fixture
-async def filled(store: Store, clock: ManualClock) -> dict[str, int]:
-    """Ids of the sample's tunnels by name."""
-    return await fill(store, clock.now)
 
 
 @pytest.fixture

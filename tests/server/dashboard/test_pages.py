@@ -11,7 +11,7 @@ from litestar import Litestar
 from litestar.routes import HTTPRoute
 from sqlalchemy import update
 
-from tests.server.api.sample import HTML, finding, settings
+from tests.server.sample import HTML, finding, settings
 from vpn_sentinel.domain.verdict import HARM
 from vpn_sentinel.server.dashboard.app import Dashboard, DashboardServices, build_dashboard
 from vpn_sentinel.server.live.hub import Hub

@@ -15,6 +15,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.conftest import ManualClock
 from tests.server.notify.standins import Answer, StandIn, Time, telegram_error, telegram_ok
 from vpn_sentinel.domain.notice import Kind, Notice
 from vpn_sentinel.domain.verdict import Code, Finding, State
@@ -31,6 +32,7 @@ from vpn_sentinel.server.settings import ServerSettings, Telegram, Webhook
 
 TOKEN = "123456:SECRET-token_of_the_bot"
 AT = 1_800_000_000.0
+CLOCK = ManualClock()
 NOTICE = Notice(
     kind=Kind.RECOVERED,
     tunnel="nl-1",
@@ -391,9 +393,9 @@ def settings(**env: str) -> ServerSettings:
 
 
 async def test_channels_come_from_the_settings(http: httpx.AsyncClient) -> None:
-    assert build_channels(settings(), http) == {}
+    assert build_channels(settings(), http, clock=CLOCK) == {}
     both = settings(TELEGRAM_BOT_TOKEN=TOKEN, TELEGRAM_CHAT_ID="42", WEBHOOK_URL="https://hook.example/x")
-    assert [(name, c.name) for name, c in build_channels(both, http).items()] == [
+    assert [(name, c.name) for name, c in build_channels(both, http, clock=CLOCK).items()] == [
         ("telegram", "telegram"),
         ("webhook", "webhook"),
     ]
@@ -401,7 +403,7 @@ async def test_channels_come_from_the_settings(http: httpx.AsyncClient) -> None:
 
 async def test_an_address_that_no_client_takes_stops_the_start(http: httpx.AsyncClient) -> None:
     with pytest.raises(SettingError, match="VPN_SENTINEL_WEBHOOK_URL") as caught:
-        build_channels(settings(WEBHOOK_URL="https://-.é/SECRET"), http)
+        build_channels(settings(WEBHOOK_URL="https://-.é/SECRET"), http, clock=CLOCK)
     assert "SECRET" not in str(caught.value)
 
 
@@ -409,7 +411,7 @@ async def test_a_ca_file_that_is_none_stops_the_start(http: httpx.AsyncClient, t
     wrong = tmp_path / "ca.pem"
     wrong.write_text("no certificate")
     with pytest.raises(SettingError, match="VPN_SENTINEL_CA_FILE"):
-        build_channels(settings(WEBHOOK_URL="https://hook.example/", CA_FILE=str(wrong)), http)
+        build_channels(settings(WEBHOOK_URL="https://hook.example/", CA_FILE=str(wrong)), http, clock=CLOCK)
 
 
 async def test_updates_that_cannot_be_read_are_stepped_over(api: BotApi, server: StandIn) -> None:

@@ -12,7 +12,7 @@ from vpn_sentinel import __version__
 from vpn_sentinel.server.api.guard import OPEN
 from vpn_sentinel.server.api.problems import as_problem
 from vpn_sentinel.wire import keepalive
-from vpn_sentinel.wire.rest import Problem
+from vpn_sentinel.wire.problem import Problem
 
 _REFUSALS: Final = {
     "400": "The body is not JSON.",

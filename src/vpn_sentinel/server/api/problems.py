@@ -4,16 +4,15 @@ import logging
 from http import HTTPStatus
 from typing import Any, Final
 
-import msgspec
 from litestar import MediaType, Request, Response
 from litestar.exceptions import HTTPException
 
 from vpn_sentinel.server.store.store import StoreUnavailable
-from vpn_sentinel.wire.rest import Problem
+from vpn_sentinel.wire import problem as wire
+from vpn_sentinel.wire.codec import encode
 
 log = logging.getLogger(__name__)
 
-MEDIA_TYPE: Final = "application/problem+json"
 # How soon a caller may try again while the database is away, in seconds.
 _RETRY_AFTER: Final = 2
 
@@ -22,9 +21,8 @@ _Request = Request[Any, Any, Any]
 
 
 def problem(status: int, detail: str, headers: dict[str, str] | None = None) -> Answer:
-    title = HTTPStatus(status).phrase
-    body = msgspec.json.encode(Problem(title=title, status=status, detail=detail))
-    return Response(body, status_code=status, media_type=MEDIA_TYPE, headers=headers or {})
+    body = encode(wire.problem(status, detail))
+    return Response(body, status_code=status, media_type=wire.CONTENT_TYPE, headers=headers or {})
 
 
 def on_http_exception(_: _Request, error: HTTPException) -> Answer:

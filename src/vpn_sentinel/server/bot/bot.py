@@ -123,9 +123,9 @@ class Bot:
             return
         age = self._clock.wall() - message.date
         if not self._caught_up and age > STALE:
-            log.info("command not answered, it is too old", extra={"command": command.name, "age": f"{age:.0f}"})
+            log.info("command not answered, it is too old", extra={"command": command, "age": f"{age:.0f}"})
             return
-        for part in split(await self._answer(command.name)):
+        for part in split(await self._answer(command)):
             await self._reply(message.chat, part)
 
     def _is_served(self, chat: Chat) -> bool:

@@ -1,7 +1,6 @@
 """What people can say to the bot."""
 
 import re
-from dataclasses import dataclass
 from typing import Final
 
 # Telegram's form: a slash, up to 32 letters, digits and underscores, and in groups the name of the bot that is meant.
@@ -16,19 +15,15 @@ HELP: Final = "\n".join(("<b>VPN Sentinel</b>", *(f"/{name}: {does}" for name, d
 PONG: Final = "🏓 pong: VPN Sentinel is running."
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
-    """`name` is in lower case, and may be one that does not exist."""
+def parse(text: str, username: str) -> str | None:
+    """The command in a message, in lower case; it may be one that does not exist.
 
-    name: str
-
-
-def parse(text: str, username: str) -> Command | None:
-    """The command in a message, None when it holds none, or one that is meant for another bot than `username`."""
+    None when there is none, or one that is meant for another bot than `username`.
+    """
     found = _COMMAND.match(text)
     if found is None:
         return None
     name, addressee = found.groups()
     if addressee is not None and addressee.lower() != username.lower():
         return None
-    return Command(name.lower())
+    return name.lower()

@@ -77,12 +77,7 @@ class TunnelView:
     last_seen: Moment | None
     reporter: str
     interval: float
-    deadline: Moment | None
     place_source: str
-
-    @property
-    def word(self) -> str:
-        return self.state.value.capitalize()
 
     @property
     def key(self) -> str:
@@ -90,9 +85,9 @@ class TunnelView:
         return f"{HARM.index(self.state)} {self.name}"
 
     @property
-    def print(self) -> str:
+    def fingerprint(self) -> str:
         """Changes when the row shows something else than another time of its last report."""
-        told = [getattr(self, f.name) for f in fields(self) if f.name not in ("last_seen", "deadline")]
+        told = [getattr(self, f.name) for f in fields(self) if f.name != "last_seen"]
         return blake2b(repr(told).encode(), digest_size=6).hexdigest()
 
 
@@ -114,7 +109,6 @@ def tunnel(row: Row[Any]) -> TunnelView:
             p for p in ("keepalive client" if row.source == "keepalive" else row.source, row.version) if p
         ),
         interval=row.interval,
-        deadline=Moment(row.deadline) if row.deadline else None,
         place_source=place.source or "",
     )
 
@@ -217,7 +211,6 @@ class IncidentView:
     closed: Moment | None
     lasted: str
     worst: State
-    findings: tuple[rest.Finding, ...]
 
 
 def incidents(rows: Sequence[Row[Any]], now: float) -> list[IncidentView]:
@@ -227,7 +220,6 @@ def incidents(rows: Sequence[Row[Any]], now: float) -> list[IncidentView]:
             closed=None if row.closed_at is None else Moment(row.closed_at),
             lasted=span((now if row.closed_at is None else row.closed_at) - row.opened_at),
             worst=rest.state_of(row.worst),
-            findings=tuple(rest.findings_of(row.findings)),
         )
         for row in rows
     ]

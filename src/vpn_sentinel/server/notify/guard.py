@@ -17,6 +17,7 @@ from typing import Final
 
 import httpx
 
+from vpn_sentinel.runtime.settings import PREFIX, SettingError
 from vpn_sentinel.server.notify.failures import keep_urls_out_of_the_log
 
 # Explicit and not `is_global`, which differs between Python versions. The special-purpose registries of IANA
@@ -122,10 +123,13 @@ def _pinned(request: httpx.Request, address: str) -> httpx.Request:
 
 
 def tls(ca_file: Path | None) -> ssl.SSLContext:
-    """The system's certificate authorities, and those of `ca_file`. Raises OSError or ssl.SSLError."""
+    """The system's certificate authorities, and those of `ca_file`. Raises SettingError."""
     context = ssl.create_default_context()
     if ca_file is not None:
-        context.load_verify_locations(ca_file)
+        try:
+            context.load_verify_locations(ca_file)
+        except OSError as e:  # ssl.SSLError is one
+            raise SettingError(PREFIX + "CA_FILE", f"{ca_file} holds no certificates that can be used") from e
     return context
 
 

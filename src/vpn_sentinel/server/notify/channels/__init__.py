@@ -1,10 +1,8 @@
 """Which channels there are, from the settings. A new one is a sibling of `webhook.py` and a few lines here."""
 
-import ssl
-
 import httpx
 
-from vpn_sentinel.runtime.clock import Clock, SystemClock
+from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.runtime.settings import PREFIX, SettingError
 from vpn_sentinel.server.notify.channel import Channel
 from vpn_sentinel.server.notify.channels.bot_api import BotApi
@@ -15,14 +13,13 @@ from vpn_sentinel.server.settings import ServerSettings
 
 
 def build_channels(
-    settings: ServerSettings, http: httpx.AsyncClient, *, clock: Clock | None = None, api: BotApi | None = None
+    settings: ServerSettings, http: httpx.AsyncClient, *, clock: Clock, api: BotApi | None = None
 ) -> dict[str, Channel]:
     """The channels that are set up, by name. Raises SettingError.
 
     `http` speaks to Telegram and stays the caller's to close. Pass the bot's `api`, so that its replies and the notices
     keep one pace.
     """
-    clock = clock or SystemClock()
     channels: dict[str, Channel] = {}
     if settings.telegram is not None:
         api = api or BotApi(http, settings.telegram, clock)
@@ -32,10 +29,6 @@ def build_channels(
             httpx.URL(settings.webhook.url.reveal())
         except httpx.InvalidURL:
             raise SettingError(PREFIX + "WEBHOOK_URL", "is not a usable address") from None
-        try:
-            context = tls(settings.ca_file)
-        except (OSError, ssl.SSLError) as e:
-            raise SettingError(PREFIX + "CA_FILE", f"cannot be used: {e}") from e
-        client = guarded_client(context, private=settings.webhook_private, limit=LIMIT)
+        client = guarded_client(tls(settings.ca_file), private=settings.webhook_private, limit=LIMIT)
         channels[WebhookChannel.name] = WebhookChannel(client, settings.webhook, clock)
     return channels
