@@ -102,7 +102,11 @@ def test_a_grace_that_is_interrupted_starts_again() -> None:
 
 def test_trouble_that_grows_worse_must_last_by_itself() -> None:
     _, events = walk(
-        standing(State.PROTECTED), (200.0, State.DEGRADED), (210.0, State.DOWN), (213.0, State.DOWN), (214.0, State.DOWN)
+        standing(State.PROTECTED),
+        (200.0, State.DEGRADED),
+        (210.0, State.DOWN),
+        (213.0, State.DOWN),
+        (214.0, State.DOWN),
     )
     assert turns(events) == [(210.0, State.DOWN)]
 

@@ -33,7 +33,6 @@ def tunnel(name: str, state: str, now: float, **other: Any) -> dict[str, Any]:
         "since": now - 3600,
         "findings": [],
         "memory": "{}",
-        "policy": "{}",
         "source": "agent",
         "version": "2.0.0",
         "interval": 30.0,

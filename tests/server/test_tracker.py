@@ -187,7 +187,6 @@ async def test_what_is_acknowledged_is_in_the_database(watch: Watch) -> None:
     assert (row.exit4, row.exit6) == (EXIT, None)
     assert json.loads(row.place)["city"] == "Amsterdam"
     assert json.loads(row.resolvers) == [{"ip": "9.9.9.9", "country": "US", "org": "Quad9"}]
-    assert json.loads(row.policy)["grace_down"] == 4.0
     ((_, spool, seq, at, received_at, state, body),) = await watch.rows(observations)
     assert (spool, seq, at, received_at, state) == ("s1", 1, START - 2, START, "protected")
     assert json.loads(body)["canaries"][0]["address"] == EXIT

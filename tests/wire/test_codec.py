@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from vpn_sentinel.domain.observation import Answer, Canary, Link, Observation, Place, Probe, ResolverSighting, Trigger
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy
 from vpn_sentinel.wire import limits
-from vpn_sentinel.wire.codec import address, check_observation, check_policy, checked_text, decoder, encode, to_plain
+from vpn_sentinel.wire.codec import address, check_observation, check_policy, checked_text, decoder, encode
 from vpn_sentinel.wire.messages import FromAgent
 from vpn_sentinel.wire.problem import CONTENT_TYPE, problem
 
@@ -79,12 +79,6 @@ def test_a_kind_without_a_json_form_is_refused_in_both_directions() -> None:
         encode(1j)
     with pytest.raises(NotImplementedError, match="no JSON form"):
         decoder(complex)('"1"')
-
-
-def test_plain_values_are_for_whatever_renders_them() -> None:
-    plain = to_plain(replace(SEEN, places=(PLACE,)))
-    assert plain["places"][0]["ip"] == "146.70.1.2"
-    assert plain["trigger"] == "timer"
 
 
 @pytest.mark.parametrize("value", [None, "", "Zürich", "x" * limits.TEXT, "日本"])

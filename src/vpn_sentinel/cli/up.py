@@ -74,7 +74,7 @@ async def _server(settings: ServerSettings, clock: Clock, stop: asyncio.Event, r
 async def _local_key(store: Store, kept: Path, name: str, clock: Clock) -> Secret:
     """The token of this machine's own agent, made at the first start and kept beside the database."""
     if (token := await asyncio.to_thread(_read_token, kept, name)) is None:
-        await revoke_token(store, name, clock.wall())
+        await revoke_token(store, name, clock.wall(), shared=False)
         token = await create_token(store, name, shared=False, now=clock.wall())
         await asyncio.to_thread(_keep_token, kept, name, token)
     return Secret(token)

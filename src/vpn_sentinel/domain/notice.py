@@ -1,7 +1,7 @@
 """What people are told, and when: decided from what they were told last, so no DOWN without its UP and the reverse."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from vpn_sentinel.domain.machine import Event, ExitChanged, Memory, Moved, Outage
@@ -27,7 +27,7 @@ class Kind(StrEnum):
 class Notice:
     """One thing to tell. Times are seconds since the epoch; `began` is when the trouble began or the change was seen.
 
-    `was` is, for a recovery, the worst that the outage was.
+    `was` is, for a recovery, the worst that the outage was; `details` are lines that stand as they are.
     """
 
     kind: Kind
@@ -42,7 +42,7 @@ class Notice:
     provider: str = ""
     timezone: str = ""
     resolvers: tuple[str, ...] = ()
-    details: tuple[str, ...] = field(default_factory=tuple)
+    details: tuple[str, ...] = ()
 
     @property
     def outage(self) -> float | None:

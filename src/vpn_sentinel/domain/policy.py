@@ -3,8 +3,8 @@
 from abc import ABC
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
-from typing import TYPE_CHECKING
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     IPAddress = IPv4Address | IPv6Address
@@ -21,6 +21,38 @@ else:
     IPAddress.register(IPv6Address)
     IPNetwork.register(IPv4Network)
     IPNetwork.register(IPv6Network)
+
+
+# Addresses that no packet on the internet comes from: IANA's special-purpose registries (RFC 6890 and its updates).
+# Explicit and not `is_global`, which differs between Python versions. Documentation blocks are left in: nobody routes
+# them, and examples use them.
+NOT_PUBLIC: Final[tuple[IPNetwork, ...]] = tuple(
+    ip_network(block)
+    for block in (
+        "0.0.0.0/8",  # "this host"; Linux connects to loopback
+        "10.0.0.0/8",
+        "100.64.0.0/10",  # carrier-grade NAT, and what Tailscale uses
+        "127.0.0.0/8",
+        "169.254.0.0/16",  # link-local; the metadata services of clouds
+        "172.16.0.0/12",
+        "192.0.0.0/24",
+        "192.168.0.0/16",
+        "198.18.0.0/15",
+        "224.0.0.0/4",  # multicast
+        "240.0.0.0/4",  # reserved, and broadcast
+        "::/127",  # unspecified and loopback
+        "64:ff9b:1::/48",  # NAT64 of a local network
+        "100::/64",
+        "fc00::/7",  # unique local
+        "fe80::/9",  # link-local, and the site-local of old
+        "ff00::/8",
+    )
+)
+
+
+def is_public(address: IPAddress) -> bool:
+    """Whether `address` can be one that the internet sees."""
+    return not _within(address, NOT_PUBLIC)
 
 
 @dataclass(frozen=True, kw_only=True)  # without slots: settings read the defaults from the class

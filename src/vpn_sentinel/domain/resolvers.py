@@ -5,7 +5,7 @@ from ipaddress import ip_network
 from typing import Final
 
 from vpn_sentinel.domain.observation import Answer, Observation, Path, ResolverSighting
-from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy
+from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy, is_public
 
 # Large public resolvers by the AS that their queries come out of (RIPEstat, PeeringDB). Their egress sits in any
 # country; reached through the tunnel it tells nothing of home.
@@ -50,7 +50,7 @@ def leak(sighting: ResolverSighting, seen: Observation, policy: Policy) -> Leak 
         sighting.subnet.version == home.version and sighting.subnet.overlaps(home) for home in policy.home_networks
     ):
         return Leak(f"The resolver passes on the home network {sighting.subnet} as client subnet.", facts)
-    if sighting.path is Path.OUTSIDE and server.is_global and seen.link is not None:
+    if sighting.path is Path.OUTSIDE and is_public(server) and seen.link is not None:
         return Leak(f"Queries to the nameserver {server} leave outside the tunnel.", facts)
     if egress is not None and (asn := _isp_asn(egress, seen, policy)):
         return Leak(f"DNS queries come out at {egress}, in the home provider's network AS{asn}.", facts)

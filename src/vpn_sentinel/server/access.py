@@ -85,11 +85,15 @@ async def create_token(store: Store, name: str, *, shared: bool, now: float) -> 
     return token
 
 
-async def revoke_token(store: Store, name: str, now: float) -> bool:
-    """Revoke the token called `name`; False when there is none. Running servers refuse it within 5 s."""
+async def revoke_token(store: Store, name: str, now: float, *, shared: bool | None = None) -> bool:
+    """Revoke the token called `name`; False when there is none. Running servers refuse it within 5 s.
+
+    With `shared` given, only a token of that kind.
+    """
+    kind = () if shared is None else (tokens.c.shared == int(shared),)
     found = await store.write(
         update(tokens)
-        .where(tokens.c.name == name, tokens.c.revoked_at.is_(None))
+        .where(tokens.c.name == name, tokens.c.revoked_at.is_(None), *kind)
         .values(revoked_at=now)
         .returning(tokens.c.id)
     )

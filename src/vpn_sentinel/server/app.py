@@ -5,7 +5,6 @@ import gc
 import logging
 import secrets
 import socket
-import ssl
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,7 +15,7 @@ from sqlalchemy import insert, select, text, update
 from vpn_sentinel import __version__
 from vpn_sentinel.domain.notice import Kind, Notice
 from vpn_sentinel.runtime.clock import Clock
-from vpn_sentinel.runtime.settings import PREFIX, SettingError
+from vpn_sentinel.runtime.settings import PREFIX
 from vpn_sentinel.server.access import Access, first_key
 from vpn_sentinel.server.api.app import build_api
 from vpn_sentinel.server.api.health import HealthServices, build_health
@@ -126,10 +125,7 @@ async def _run(
     registry = CollectorRegistry()
     hub = Hub()
     access = Access(store, clock, settings.api_key)
-    try:
-        trust = tls(settings.ca_file)
-    except (OSError, ssl.SSLError) as e:
-        raise SettingError(PREFIX + "CA_FILE", f"{settings.ca_file} holds no certificates that can be used") from e
+    trust = tls(settings.ca_file)
     timeouts = httpx.Timeout(15.0, connect=10.0, read=60.0)
     limits = httpx.Limits(max_connections=20)
     async with (
@@ -192,10 +188,11 @@ async def _run(
             servers.append(tasks.create_task(serve_until(embedded(dashboard), sockets.dashboard, closing)))
 
         now = clock.wall()
+        started_notice = Notice(kind=Kind.SERVER_STARTED, at=now, details=(f"Version {__version__}",))
         if settings.database_url.startswith("sqlite:"):
             # Nobody else delivers from this file: a lease that stands is a crashed server's, and need not run out.
             await store.write(update(outbox).where(outbox.c.settled_at.is_(None)).values(leased_until=0.0))
-        if debts := owe(Notice(kind=Kind.SERVER_STARTED, at=now), channels, now):
+        if debts := owe(started_notice, channels, now):
             await store.write(insert(outbox).values(debts))
         dispatcher.wake()
         log.info("server started", extra={"version": __version__, "port": settings.api_port})

@@ -1,17 +1,13 @@
-"""The server's settings, read once. `docs/settings.md` lists them with their defaults."""
+"""The server's settings, read once. `docs/reference/settings.md` lists them with their defaults."""
 
 import ssl
 from dataclasses import dataclass
-from ipaddress import ip_network
 from pathlib import Path
-from typing import Final
 
 from vpn_sentinel.domain.policy import IPNetwork, Policy
 from vpn_sentinel.runtime import settings as read
 from vpn_sentinel.runtime.secret import Secret
 from vpn_sentinel.runtime.settings import SettingError, Source
-
-LOOPBACK: Final = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -273,7 +273,6 @@ class Tracker:
             )
             _show(row, seen)
         row.spool, row.seq = spool, last
-        row.policy = encode(delivery.policy).decode() if delivery.policy is not None else row.policy
         row.version, row.interval = delivery.version, delivery.interval
         row.last_seen = delivery.received_at
         row.deadline = delivery.received_at + delivery.silent_after

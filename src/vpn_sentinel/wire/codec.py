@@ -53,11 +53,6 @@ ENCODER: Final = msgspec.json.Encoder(enc_hook=_encode)
 encode: Final = ENCODER.encode
 
 
-def to_plain(value: object) -> Any:
-    """Lists, maps, numbers and text only, for whatever renders them."""
-    return msgspec.to_builtins(value, enc_hook=_encode)
-
-
 @lru_cache(maxsize=16384)
 def address(text_: str) -> IPAddress:
     """Parse an address; an IPv4-mapped IPv6 address becomes its IPv4 self. Raises ValueError."""
@@ -147,6 +142,3 @@ def check_policy(policy: Policy) -> None:
         if not 0 <= grace <= 86400:
             msg = "a grace takes 0 to 86400 seconds"
             raise ValueError(msg)
-
-
-__all__ = ["address", "check_observation", "check_policy", "checked_text", "decoder", "encode", "to_plain"]

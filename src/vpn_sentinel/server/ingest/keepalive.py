@@ -5,6 +5,7 @@ from typing import Any
 
 import msgspec
 
+from vpn_sentinel.domain.policy import is_public
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.server.ingest.door import Door, Refusal, json_body
 from vpn_sentinel.server.tracker import Delivery, Stored, Tracker
@@ -28,7 +29,7 @@ class Keepalives:
         now = self._clock.wall()
         body = await json_body(receive, guest.headers)
         try:
-            said = read(body, now, guest.address if guest.address.is_global else None)
+            said = read(body, now, guest.address if is_public(guest.address) else None)
         except msgspec.ValidationError as e:
             # The replaced server said 400 to a report that names nobody, and its clients know that.
             raise Refusal(400 if "missing required field `client_id`" in str(e) else 422, str(e)) from e
@@ -44,7 +45,7 @@ class Keepalives:
                 received_at=now,
                 observations=(Stored(seq=0, at=now, observation=said.observation),),
                 silent_after=self._silent_after,
-                interval=self._silent_after / 3,
+                interval=0.0,  # it promises none
                 version=said.version,
                 skew=said.skew,
                 dns_loc=said.dns_loc,

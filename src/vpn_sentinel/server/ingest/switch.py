@@ -7,6 +7,8 @@ import asyncio
 import logging
 from typing import Any, Final
 
+import msgspec
+
 from vpn_sentinel.server.ingest.door import Door, Guest, Refusal, json_body, retry_header
 from vpn_sentinel.server.ingest.keepalive import Keepalives
 from vpn_sentinel.server.ingest.session import Sessions, parse
@@ -92,7 +94,7 @@ class Switch:
         welcome = await self._sessions.welcome(said.hello, guest.caller, guest.address)
         since = self._sessions.now() - _EXCHANGE
         ack = await self._sessions.take(said.hello, said.reports, self._sessions.skew(said.hello), since)
-        return encode(_with_ack(welcome, ack.seq))
+        return encode(msgspec.structs.replace(welcome, ack=max(ack.seq, welcome.ack)))
 
     async def _socket(self, scope: Any, receive: Any, send: Any) -> None:
         """An agent's WebSocket. Caller: any key; a tunnel's own token only as that tunnel."""
@@ -142,10 +144,6 @@ def _message(event: Any) -> Any:
     if len(body) > limits.BODY_BYTES:
         raise Refusal(413, f"a message takes at most {limits.BODY_BYTES} bytes")
     return parse(body)
-
-
-def _with_ack(welcome: Any, seq: int) -> Any:
-    return type(welcome)(ack=max(seq, welcome.ack), wall=welcome.wall, seen_from=welcome.seen_from, echo=welcome.echo)
 
 
 async def _deny(scope: Any, send: Any, refusal: Refusal) -> None:

@@ -17,33 +17,10 @@ from typing import Final
 
 import httpx
 
+from vpn_sentinel.domain.policy import is_public
 from vpn_sentinel.runtime.settings import PREFIX, SettingError
 from vpn_sentinel.server.notify.failures import keep_urls_out_of_the_log
 
-# Explicit and not `is_global`, which differs between Python versions. The special-purpose registries of IANA
-# (RFC 6890), without the documentation blocks: nothing lives there but laboratories, ours among them.
-_FORBIDDEN: Final = tuple(
-    ip_network(block)
-    for block in (
-        "0.0.0.0/8",  # "this host"; Linux connects to loopback
-        "10.0.0.0/8",
-        "100.64.0.0/10",  # carrier-grade NAT, and what Tailscale uses
-        "127.0.0.0/8",
-        "169.254.0.0/16",  # link-local; the metadata services of clouds
-        "172.16.0.0/12",
-        "192.0.0.0/24",
-        "192.168.0.0/16",
-        "198.18.0.0/15",
-        "224.0.0.0/4",  # multicast
-        "240.0.0.0/4",  # reserved, and broadcast
-        "::/127",  # unspecified and loopback
-        "64:ff9b:1::/48",  # NAT64 of a local network
-        "100::/64",
-        "fc00::/7",  # unique local
-        "fe80::/9",  # link-local, and the site-local of old
-        "ff00::/8",
-    )
-)
 _NAT64: Final = ip_network("64:ff9b::/96")
 _ADDRESSES: Final = 4
 
@@ -63,7 +40,7 @@ def is_forbidden(address: str) -> bool:
     wrapped = _wrapped(found) if isinstance(found, IPv6Address) else None
     if wrapped is not None and is_forbidden(str(wrapped)):
         return True
-    return any(found.version == block.version and found in block for block in _FORBIDDEN)
+    return not is_public(found)
 
 
 def _wrapped(address: IPv6Address) -> IPv4Address | None:

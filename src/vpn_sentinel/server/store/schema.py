@@ -47,7 +47,6 @@ tunnels = Table(
     Column("since", Float, nullable=False),
     Column("findings", Text, nullable=False),  # JSON: [{code, message, evidence}]
     Column("memory", Text, nullable=False),
-    Column("policy", Text, nullable=False),  # JSON of domain.policy.Policy, as the agent declared it
     Column("source", Text, nullable=False),  # "agent" or "keepalive"
     Column("version", Text, nullable=False),
     Column("interval", Float, nullable=False),

@@ -37,7 +37,6 @@ class TunnelRow:
     since: float
     findings: str
     memory: str
-    policy: str
     source: str
     version: str
     interval: float

@@ -61,7 +61,6 @@ def upgrade() -> None:
         sa.Column("since", sa.Float(), nullable=False),
         sa.Column("findings", sa.Text(), nullable=False),
         sa.Column("memory", sa.Text(), nullable=False),
-        sa.Column("policy", sa.Text(), nullable=False),
         sa.Column("source", sa.Text(), nullable=False),
         sa.Column("version", sa.Text(), nullable=False),
         sa.Column("interval", sa.Float(), nullable=False),
