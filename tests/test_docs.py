@@ -9,10 +9,14 @@ from pathlib import Path
 import pytest
 
 from docs import make_states
+from tests.conftest import ManualClock
+from vpn_sentinel.agent.health import Health, Signs
 from vpn_sentinel.agent.settings import AgentSettings
 from vpn_sentinel.cli.main import COMMANDS
+from vpn_sentinel.domain.notice import Kind
 from vpn_sentinel.domain.verdict import Code
 from vpn_sentinel.runtime.settings import PREFIX, UNPREFIXED, Source
+from vpn_sentinel.server.api import health
 from vpn_sentinel.server.api.routes import ROUTES
 from vpn_sentinel.server.bot import commands as bot
 from vpn_sentinel.server.settings import ServerSettings
@@ -20,8 +24,10 @@ from vpn_sentinel.server.settings import ServerSettings
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "docs" / "reference"
 # Answered in front of the API's own routes, or made by the framework.
-OTHER_ROUTES = {"/keepalive", "/agent", "/schema/openapi.json"}
-HEALTH = {"/health", "/health/ready", "/health/startup", "/metrics"}
+OTHER_ROUTES = {"POST /keepalive", "GET /agent", "POST /agent", "GET /schema/openapi.json"}
+AGENT = "/client/health"
+# What prometheus_client puts behind the name that the code says.
+ENDINGS = {"Counter": "_total", "InfoMetricFamily": "_info"}
 PAGES = sorted([ROOT / "README.md", ROOT / "ARCHITECTURE.md", *(ROOT / "docs").rglob("*.md")])
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)")
 
@@ -44,7 +50,14 @@ def settings_asked() -> set[str]:
 
 def metrics_made() -> set[str]:
     source = "\n".join(p.read_text(encoding="utf-8") for p in (ROOT / "src").rglob("*.py"))
-    return set(re.findall(r'"(vpn_sentinel_[a-z0-9_]+)"', source))
+    made = re.findall(r'(\w+)\(\s*"(vpn_sentinel_[a-z0-9_]+)"', source)
+    assert {name for _, name in made} == set(re.findall(r'"(vpn_sentinel_[a-z0-9_]+)"', source)), "made in another way"
+    return {name + ENDINGS.get(kind, "") for kind, name in made}
+
+
+def first_cells(text: str) -> list[str]:
+    """What stands between backticks at the start of a table's row."""
+    return re.findall(r"^\| `([^`]+)`", text, re.MULTILINE)
 
 
 def commands_known() -> Iterator[str]:
@@ -68,9 +81,8 @@ def test_every_finding_is_documented_and_no_other() -> None:
     assert rows == set(Code)
 
 
-def test_every_metric_is_documented() -> None:
-    text = page("metrics.md")
-    assert {m for m in metrics_made() if m not in text} == set()
+def test_every_metric_is_documented_and_no_other() -> None:
+    assert {c for c in first_cells(page("metrics.md")) if c.startswith("vpn_")} == metrics_made()
 
 
 def test_every_bot_command_is_documented() -> None:
@@ -82,10 +94,69 @@ def test_every_command_is_documented() -> None:
     assert [c for c in commands_known() if f"`vpn-sentinel {c}" not in text] == []
 
 
-def test_every_route_is_documented() -> None:
-    paths = {re.sub(r":\w+", "", path) for route in ROUTES for path in route.paths} | OTHER_ROUTES | HEALTH
-    text = page("api.md")
-    assert {p for p in paths if f"{p}`" not in text} == set()
+def test_every_route_is_documented_and_no_other() -> None:
+    own = {f"{m} {re.sub(':[a-z]+', '', p)}" for route in ROUTES for p in route.paths for m in route.http_methods}
+    said = {c for c in first_cells(page("api.md")) if " " in c}
+    assert said == {route.replace(" ", " /api/v1", 1) for route in own | OTHER_ROUTES}
+
+
+def test_every_route_of_health_is_documented_and_no_other() -> None:
+    said = {c for c in first_cells(page("api.md")) if c.startswith("/")}
+    agent = {c for c in said if c.startswith(AGENT)}
+    assert said - agent == health._PATHS
+    signs = Signs(started=0.0, last_round=None, last_ack=None, state=None, pending=0)
+    answers = Health(lambda: signs, ManualClock(), 30.0)
+    assert agent == {AGENT, f"{AGENT}/ready", f"{AGENT}/startup"}
+    assert {c for c in agent if answers.answer(c)[0] == 404} == set()
+
+
+# --- situations -------------------------------------------------------------------------------------------------------
+
+
+def situations() -> dict[int, list[str]]:
+    """The cells of each row by its number: situation, verdict, lab, program."""
+    rows = re.findall(r"^\| (\d+) \|(.*)\|$", page("situations.md"), re.MULTILINE)
+    return {int(number): [cell.strip() for cell in cells.split("|")] for number, cells in rows}
+
+
+def names_of_tests(*folders: str) -> set[str]:
+    sources = [p.read_text(encoding="utf-8") for folder in folders for p in (ROOT / "tests" / folder).rglob("*.py")]
+    return {name for source in sources for name in re.findall(r"^(?:async )?def (test_\w+)", source, re.MULTILINE)}
+
+
+def rows_of(test: str) -> set[int]:
+    found = re.match(r"test_rows?_([\d_]+)_", test)
+    return {int(n) for n in found[1].split("_")} if found else set()
+
+
+def test_situations_are_complete_and_in_order() -> None:
+    assert list(situations()) == list(range(1, 47))
+    assert {number: len(cells) for number, cells in situations().items() if len(cells) != 4} == {}
+
+
+def test_findings_of_situations_exist_or_are_marked_as_not_built() -> None:
+    marked, plain = set[str](), set[str]()
+    for _, verdict, _, _ in situations().values():
+        for code, mark in re.findall(r"`([a-z0-9_]+)`( \(not built\))?", verdict):
+            (marked if mark else plain).add(code)
+    assert plain - set(Code) - set(Kind) - {"lo"} == set()
+    assert marked & {*Code, *Kind} == set(), "built by now"
+
+
+def test_tests_named_in_situations_exist_and_none_is_left_out() -> None:
+    lab = {(n, test) for n, cells in situations().items() for test in named(cells[2])}
+    program = {(n, test) for n, cells in situations().items() for test in named(cells[3])}
+    assert {test for _, test in lab} <= names_of_tests("lab")
+    assert {test for _, test in program} <= names_of_tests("")
+    assert {(n, test) for test in names_of_tests("lab") for n in rows_of(test)} == lab
+    assert {(n, test) for test in names_of_tests("acceptance") for n in rows_of(test)} <= program
+
+
+def test_situations_judged_in_the_case_table_are_in_it() -> None:
+    cases = (ROOT / "tests" / "domain" / "test_verdict.py").read_text(encoding="utf-8")
+    judged = {int(n) for n in re.findall(r'^    "(\d+) ', cases, re.MULTILINE)}
+    assert {n for n, cells in situations().items() if cells[3] == "case table"} <= judged
+    assert {n for n, cells in situations().items() if cells[3] == "not yet"} & judged == set()
 
 
 def test_the_page_of_states_is_current() -> None:

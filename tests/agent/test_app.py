@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from vpn_sentinel.agent.app import Echoes, chosen_services
+from vpn_sentinel.agent.app import Echoes
+from vpn_sentinel.agent.equipment import chosen_services
 from vpn_sentinel.agent.settings import ProbeSettings
 from vpn_sentinel.runtime.settings import Source
 from vpn_sentinel.wire.messages import Echo

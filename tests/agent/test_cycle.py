@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ManualClock, until
-from vpn_sentinel.agent.cycle import RECHECKS, UNWELL, Bell, Cycle, Schedule
+from vpn_sentinel.agent.cycle import GAP, RECHECKS, UNWELL, Bell, Cycle, Schedule
 from vpn_sentinel.domain.observation import Answer, Canary, Link, Observation, Path, Probe, Trigger
 from vpn_sentinel.domain.policy import Policy
 from vpn_sentinel.domain.verdict import State, Verdict
@@ -89,7 +89,14 @@ class Running:
 
     def __init__(self, look: Look, interval: float = 60.0, policy: Policy | None = None) -> None:
         self.seen: list[tuple[Trigger, State]] = []
-        self.cycle = Cycle(look, self._done, policy=policy or Policy(), interval=interval, clock=SystemClock())
+        self.slept: list[float] = []
+        self.cycle = Cycle(
+            look, self._done, policy=policy or Policy(), interval=interval, clock=SystemClock(), sleep=self._sleep
+        )
+
+    async def _sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        await asyncio.sleep(0)
 
     def _done(self, seen: Observation, verdict: Verdict) -> None:
         self.seen.append((seen.trigger, verdict.state))
@@ -102,6 +109,12 @@ class Running:
         self._task.cancel()
         with suppress(asyncio.CancelledError):
             await self._task
+
+
+async def turns() -> None:
+    """Let everything go on that waits for nothing."""
+    for _ in range(20):
+        await asyncio.sleep(0)
 
 
 async def look_well(trigger: Trigger, _: Policy) -> Observation:
@@ -123,8 +136,12 @@ async def test_many_rings_are_one_round() -> None:
         for _ in range(20):
             running.cycle.bell.ring(Trigger.NETWORK)
         await until(lambda: len(running.seen) == 2)
-        await asyncio.sleep(0.1)
-    assert len(running.seen) == 2
+        await turns()
+        running.cycle.bell.ring(Trigger.CANARY)
+        await until(lambda: len(running.seen) == 3)
+    assert [trigger for trigger, _ in running.seen] == [Trigger.START, Trigger.NETWORK, Trigger.CANARY]
+    assert len(running.slept) == 2
+    assert all(0.0 <= seconds <= GAP for seconds in running.slept)
 
 
 async def test_the_timer_makes_rounds_without_any_event() -> None:
@@ -147,7 +164,7 @@ async def test_a_change_during_a_round_begins_it_again_but_not_twice_in_a_row() 
         running.cycle.bell.ring(Trigger.NETWORK)
         await until(lambda: len(begun) == 2)
         running.cycle.bell.ring(Trigger.NETWORK)
-        await asyncio.sleep(0.05)
+        await turns()
         assert len(begun) == 2
         go.set()
         await until(lambda: len(running.seen) == 2)

@@ -59,7 +59,7 @@ BAD = {
     "HEALTH_PORT": ["0", "x"],
     "PULSE_SECONDS": ["0"],
     "GEO_DB": ["/nonexistent"],
-    "API_PATH": ["/a b"],
+    "API_PATH": ["/a b", "/", "/\u00e9"],
     "API_KEY": ["k\u00e9y", "a\tb\x00"],
     "ALLOW_INSECURE": ["maybe"],
 }
@@ -84,6 +84,7 @@ INSECURE = {
     "http://127.0.0.1": False,
     "http://[::1]:5000": False,
     "http://192.168.1.5": False,
+    "http://100.64.0.1": True,
     "http://[fd00::1]": False,
     "http://server:5000": False,
     "http://nas.local": False,

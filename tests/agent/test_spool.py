@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import ManualClock
-from vpn_sentinel.agent.spool import Spool, SpoolInUseError, os_boot, read_list
+from vpn_sentinel.agent.spool import Spool, SpoolInUseError, os_boot
 from vpn_sentinel.agent.spoolfile import open_file
 from vpn_sentinel.agent.thinning import Row, thin
 
@@ -117,6 +117,15 @@ def test_two_agents_do_not_share_a_spool(path: Path, clock: ManualClock, spool: 
         Spool(path, clock)
 
 
+def test_a_trouble_whose_text_says_locked_is_not_another_agent(path: Path, clock: ManualClock) -> None:
+    def connect(_: Path) -> sqlite3.Connection:
+        raise sqlite3.OperationalError("cannot open locked.sqlite")
+
+    made = Spool(path, clock, connect=connect)
+    made.append(b"x", routine=False)
+    assert seqs(made) == [1]
+
+
 def test_a_full_disk_loses_nothing(
     spool: Spool, path: Path, clock: ManualClock, disk: Disk, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -152,15 +161,14 @@ def test_a_disk_that_failed_is_not_tried_at_every_round(spool: Spool, clock: Man
     assert not spool._memory
 
 
-def test_memory_is_bounded_while_the_disk_takes_nothing(
-    spool: Spool, disk: Disk, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("vpn_sentinel.agent.spool.MOST_IN_MEMORY", 10)
+def test_memory_is_bounded_while_the_disk_takes_nothing(path: Path, clock: ManualClock, disk: Disk) -> None:
+    spool = Spool(path, clock, most_in_memory=10, connect=disk.connect)
     disk.fill()
     for _ in range(30):
         spool.append(LARGE, routine=True)
     assert len(spool._memory) <= 10
     assert spool.thinned + len(spool._memory) == 30
+    spool.close()
 
 
 def test_a_folder_that_cannot_be_made_leaves_memory(tmp_path: Path, clock: ManualClock) -> None:
@@ -268,15 +276,10 @@ def test_thinning_keeps_order_and_never_more_than_there_is_room(routine: list[bo
         assert all(c in kept for c in changes)
 
 
-def test_the_boot_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_boot_is_named() -> None:
+    nowhere = Path("/nonexistent")
     assert len(os_boot()) == 36
-    monkeypatch.setattr("vpn_sentinel.agent.spool._BOOT_ID", Path("/nonexistent"))
-    assert os_boot() != os_boot()
-
-
-def test_a_fact_that_is_no_list_is_an_empty_one() -> None:
-    assert read_list('["a", 1, "b"]') == ["a", "b"]
-    assert read_list(None) == read_list("{") == read_list("{}") == []
+    assert os_boot(nowhere) != os_boot(nowhere)
 
 
 def test_a_broken_disk_at_every_step_raises_nothing(path: Path, clock: ManualClock) -> None:

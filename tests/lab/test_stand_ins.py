@@ -10,7 +10,7 @@ import time
 import maxminddb
 import pytest
 
-from lab import Home, Lab, plan
+from lab import Home, Lab, plan, until
 
 pytestmark = pytest.mark.acceptance
 
@@ -118,8 +118,7 @@ def test_telegram_long_poll(lab: Lab, home: Home) -> None:
     poll = home.host.argv(["curl", "-sS", "-m", "10", f"{BOT}/getUpdates?timeout=8"])
     with subprocess.Popen(poll, env=home.host.environment(), stdout=subprocess.PIPE, text=True) as waiting:
         lab_calls = lab.telegram.calls
-        while not any(c["method"] == "getUpdates" for c in lab_calls()):
-            time.sleep(0.01)
+        until(lambda: any(c["method"] == "getUpdates" for c in lab_calls()), 5, "the poll to arrive")
         assert home.http("GET", f"{BOT}/getUpdates?timeout=1").status == 409
         lab.telegram.say(7, "/status")
         output, _ = waiting.communicate(timeout=5)
@@ -133,11 +132,9 @@ def test_telegram_forgets_a_poller_that_was_killed(lab: Lab, home: Home) -> None
     lab.telegram.forget()
     poll = home.host.argv(["curl", "-sS", "-m", "30", f"{BOT}/getUpdates?timeout=25"])
     with subprocess.Popen(poll, env=home.host.environment(), stdout=subprocess.DEVNULL) as waiting:
-        while not lab.telegram.calls():
-            time.sleep(0.01)
+        until(lab.telegram.calls, 5, "the poll to arrive")
         waiting.kill()
-    time.sleep(0.3)
-    assert home.http("GET", f"{BOT}/getUpdates?timeout=0").status == 200
+    until(lambda: home.http("GET", f"{BOT}/getUpdates?timeout=0").status == 200, 5, "the killed poller to be forgotten")
 
 
 def test_webhook(lab: Lab, home: Home) -> None:

@@ -33,6 +33,7 @@ def tunnel(name: str, state: str, now: float, **other: Any) -> dict[str, Any]:
         "since": now - 3600,
         "findings": [],
         "memory": "{}",
+        "seen_at": 0.0,
         "source": "agent",
         "version": "2.0.0",
         "interval": 30.0,

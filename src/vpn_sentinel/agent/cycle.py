@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final
 
 from vpn_sentinel.domain.observation import Observation, Trigger
@@ -82,6 +82,7 @@ class Cycle:
         interval: float,
         clock: Clock,
         rng: random.Random | None = None,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self.bell = Bell()
         self.last_success: float | None = None
@@ -90,6 +91,7 @@ class Cycle:
         self._done = done
         self._policy = policy
         self._clock = clock
+        self._sleep = sleep
         self._schedule = Schedule(interval, rng)
 
     async def run(self) -> None:
@@ -142,5 +144,5 @@ class Cycle:
         rang = self.bell.take()
         if rang is None:
             return trigger
-        await asyncio.sleep(max(0.0, started + GAP - self._clock.boottime()))
+        await self._sleep(max(0.0, started + GAP - self._clock.boottime()))
         return self.bell.take() or rang

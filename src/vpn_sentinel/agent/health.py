@@ -1,7 +1,10 @@
 """The agent's own health over HTTP, for container engines and people: tied to the last success, not to the process.
 
-`/client/health`: rounds are made and, within the last quarter of an hour, reports arrived. `…/ready`: both are recent.
-`…/startup`: the first round is done. 200 or 503, with the same JSON each time.
+200 or 503, with the same JSON each time; any other path is a 404. `/client/health` may be left out in front.
+
+- `/client/health`, `/health`, `/`: rounds are made and, within the last quarter of an hour, reports arrived.
+- `/client/health/ready`, `/ready`: both are recent.
+- `/client/health/startup`, `/startup`: the first round is done.
 """
 
 import asyncio
@@ -44,7 +47,7 @@ class Health:
         looking = _within(now, signs.last_round if signs.last_round is not None else signs.started, rounds_at)
         connected = _within(now, signs.last_ack, rounds_at)
         heard = _within(now, signs.last_ack if signs.last_ack is not None else signs.started, _UPLINK_GRACE + rounds_at)
-        match path.removeprefix("/client/health") if path != "/client/health" else "":
+        match path.removeprefix("/client/health"):
             case "" | "/health" | "/":
                 well = looking and heard
             case "/ready":

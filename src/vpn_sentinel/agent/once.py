@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from vpn_sentinel.agent import round as rounds
-from vpn_sentinel.agent.app import chosen_services, flock, http_client, open_databases, open_kernel, path_to
+from vpn_sentinel.agent.equipment import chosen_services, flock, http_client, open_databases, open_kernel, path_to
 from vpn_sentinel.agent.interfaces import Paths, Survey, survey
 from vpn_sentinel.agent.names import Names
 from vpn_sentinel.agent.probes.canary import Flock

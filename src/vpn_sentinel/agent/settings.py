@@ -2,18 +2,20 @@
 
 import socket
 from dataclasses import dataclass
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Final
 
 from vpn_sentinel.agent.http import split
 from vpn_sentinel.agent.probes.targets import address_in
-from vpn_sentinel.domain.policy import Policy
+from vpn_sentinel.domain.policy import Policy, is_public
 from vpn_sentinel.domain.tunnel import tunnel_name
 from vpn_sentinel.runtime import settings as s
 from vpn_sentinel.runtime.secret import Secret
 from vpn_sentinel.runtime.settings import SettingError, Source
 
 _LOCAL_NAMES: Final = (".localhost", ".local", ".lan", ".internal", ".home.arpa", ".localdomain")
+_SHARED: Final = ip_network("100.64.0.0/10")  # carrier-grade NAT: not public, but not ours alone either
 _NONE: Final[tuple[str, ...]] = ()
 _SERVICES: Final = ("auto", "ipinfo.io", "ip-api.com", "ipwho.is")
 
@@ -93,7 +95,7 @@ class AgentSettings:
                 )
         return cls(
             urls=urls,
-            api_path=source.get("API_PATH", _path, "/api/v1"),
+            api_path=source.get("API_PATH", s.path, "/api/v1"),
             api_key=api_key,
             client_id=source.get("CLIENT_ID", tunnel_name, valid_name(hostname or socket.gethostname())),
             interval=source.get("INTERVAL", s.number(1, 3600, "seconds"), 30.0),
@@ -115,7 +117,7 @@ def is_insecure(url: str) -> bool:
         return False
     address = address_in(where.host)
     if address is not None:
-        return not (address.is_loopback or address.is_private)
+        return is_public(address) or address in _SHARED
     # A name without a dot is this host's, the LAN's or the container network's.
     return "." in where.host and not where.host.lower().endswith(_LOCAL_NAMES)
 
@@ -124,14 +126,6 @@ def valid_name(hostname: str) -> str:
     """The nearest valid tunnel name to a host's name."""
     kept = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in hostname)[:64].lstrip("._-")
     return kept or "agent"
-
-
-def _path(value: str) -> str:
-    path = "/" + value.strip("/")
-    if any(c.isspace() or not c.isprintable() for c in path) or not path.isascii():
-        msg = f"{value!r} is not a path"
-        raise ValueError(msg)
-    return path.rstrip("/")
 
 
 def _literal(value: str) -> str:

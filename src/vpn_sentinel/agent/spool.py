@@ -5,7 +5,6 @@ memory and is written once the disk takes it. A damaged file is set aside and a 
 full, rounds that only repeat their neighbours are thinned out before any change is given up.
 """
 
-import json
 import logging
 import secrets
 import sqlite3
@@ -34,10 +33,10 @@ class SpoolInUseError(Exception):
     """Another process holds this spool."""
 
 
-def os_boot() -> str:
+def os_boot(source: Path = _BOOT_ID) -> str:
     """The random identity of this boot of the operating system (random(4))."""
     try:
-        return _BOOT_ID.read_text(encoding="ascii").strip()
+        return source.read_text(encoding="ascii").strip()
     except OSError:
         return secrets.token_hex(8)
 
@@ -53,6 +52,7 @@ class Spool:
         boot: str | None = None,
         most_rows: int = MOST_ROWS,
         most_bytes: int = MOST_BYTES,
+        most_in_memory: int = MOST_IN_MEMORY,
         connect: Callable[[Path], sqlite3.Connection] = open_file,
     ) -> None:
         """Open or create. Raises SpoolInUseError; a disk that cannot be used is said, and memory takes its place."""
@@ -61,6 +61,7 @@ class Spool:
         self._boot = boot or os_boot()
         self._most_rows = most_rows
         self._most_bytes = most_bytes
+        self._most_in_memory = most_in_memory
         self._connect = connect
         self._db: sqlite3.Connection | None = None
         self._memory: list[Row] = []
@@ -87,8 +88,8 @@ class Spool:
         self._rows += 1
         self._bytes += len(body)
         self.flush()
-        if len(self._memory) > MOST_IN_MEMORY:
-            self._memory, given_up = thin(self._memory, MOST_IN_MEMORY * 9 // 10)
+        if len(self._memory) > self._most_in_memory:
+            self._memory, given_up = thin(self._memory, self._most_in_memory * 9 // 10)
             self._gave_up(given_up, "memory is full and the disk takes nothing")
         if self._rows > self._most_rows or self._bytes > self._most_bytes:
             self._make_room()
@@ -219,7 +220,7 @@ class Spool:
             self._last = max(highest, _whole(self._facts.get("last")))
             self.thinned = _whole(self._facts.get("thinned"))
         except (sqlite3.Error, OSError) as e:
-            if "locked" in str(e):
+            if _in_use(e):
                 raise SpoolInUseError(f"another agent uses {self._path}") from e
             self._trouble(e)
         self.identity = self._facts.get("identity", "") or secrets.token_hex(16)
@@ -282,18 +283,14 @@ class Spool:
             log.warning("observations were given up", extra={"rows": rows, "reason": why})
 
 
+def _in_use(error: Exception) -> bool:
+    """Whether another process holds the file. Errors that are not SQLite's own carry no name."""
+    return getattr(error, "sqlite_errorname", "").startswith(("SQLITE_BUSY", "SQLITE_LOCKED"))
+
+
 def _rows(cursor: sqlite3.Cursor) -> list[Row]:
     return [Row(seq, boot, up, wall, bool(routine), body) for seq, boot, up, wall, routine, body in cursor]
 
 
 def _whole(text: str | None) -> int:
     return int(text) if text and text.isascii() and text.isdigit() else 0
-
-
-def read_list(text: str | None) -> list[str]:
-    """A fact that holds a JSON list of texts; empty for anything else."""
-    try:
-        said = json.loads(text or "[]")
-    except ValueError:
-        return []
-    return [item for item in said if isinstance(item, str)] if isinstance(said, list) else []

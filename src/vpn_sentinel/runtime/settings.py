@@ -186,6 +186,15 @@ def address_of(value: str) -> str:
     return value
 
 
+def path(value: str) -> str:
+    """What stands before every route: with a slash in front and none at the end."""
+    found = "/" + value.strip("/")
+    if found == "/" or not found.isascii() or not all(c.isalnum() or c in "/-_." for c in found):
+        msg = f"{value!r} is not a path such as /api/v1"
+        raise ValueError(msg)
+    return found
+
+
 def urls(value: str) -> tuple[str, ...]:
     return tuple(url(part) for part in words(value))
 

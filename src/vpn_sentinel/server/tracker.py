@@ -93,12 +93,14 @@ class _Writes:
     """What a transaction will write, gathered by statement."""
 
     tunnels: dict[int, TunnelRow] = field(default_factory=dict)
+    touched: dict[int, TunnelRow] = field(default_factory=dict)
     observations: list[tuple[object, ...]] = field(default_factory=list)
     ordered: list[Batch] = field(default_factory=list)
     deliveries: list[tuple[object, ...]] = field(default_factory=list)
 
     def take(self, more: "_Writes") -> None:
         self.tunnels |= more.tunnels
+        self.touched |= more.touched
         self.observations += more.observations
         self.ordered += more.ordered
         self.deliveries += more.deliveries
@@ -106,6 +108,7 @@ class _Writes:
     def changes(self) -> Changes:
         batches: list[Batch] = [
             (rows.SAVE_TUNNEL, [rows.saved_tunnel(t) for t in self.tunnels.values()]),
+            (rows.TOUCH_TUNNEL, [rows.touched_tunnel(t) for i, t in self.touched.items() if i not in self.tunnels]),
             (rows.ADD_OBSERVATION, self.observations),
             *self.ordered,
             (ADD_DELIVERY, self.deliveries),
@@ -142,6 +145,9 @@ class Tracker:
         self._channels = tuple(channels)
         self._on_commit = on_commit
         self._own_address = own_address
+        self._keepalive_policy = policy
+        # By tunnel: what its last keepalive said and left it in, and the verdict, where it moved nothing.
+        self._steady: dict[str, tuple[int, str]] = {}
         self._waiting: list[_Waiting] = []
         self._arrived = asyncio.Event()
 
@@ -245,11 +251,13 @@ class Tracker:
             self._on_commit()
 
     def _apply(self, row: TunnelRow, delivery: Delivery, now: float, writes: _Writes) -> None:
-        before = memory = _load(row)
-        events: list[Event] = []
+        policy = self._policy_for(delivery)
+        if delivery.spool is None and self._same_again(row, delivery, writes):
+            return
+        was, before = row.memory, _load(row)
+        memory, events = before, list[Event]()
         spool = delivery.spool if delivery.spool is not None else "keepalive"
         last = row.seq if row.spool == spool else 0
-        policy = self._policy_for(delivery)
         row.source = "keepalive" if delivery.spool is None else "agent"
         for item in delivery.observations:
             # Milliseconds, so that the numbers go on where they were when a tunnel's other kind of sender stops.
@@ -281,6 +289,28 @@ class Tracker:
         # After a silence the first words are of the time before the agent could speak; how things stand now follows.
         stale = before.told is State.SILENT and memory.seen_at < delivery.connected_at
         self._follow(row, before, memory, events, now, writes, caught_up=delivery.caught_up and not stale)
+        if delivery.spool is None:
+            self._steady.pop(row.name, None)
+            # The same again would move as little: what depends on time (a grace, a wrong clock) is not of this kind.
+            if row.memory == was and memory.candidate is None and not _extras(delivery):
+                self._steady[row.name] = (_mark(row, delivery, seen), verdict.state.value)
+
+    def _same_again(self, row: TunnelRow, delivery: Delivery, writes: _Writes) -> bool:
+        """Take a keepalive that says what the last one said, if that one moved nothing; else leave it to be judged.
+
+        Most keepalives are of this kind, and judging them anew costs several times as much.
+        """
+        item, steady = delivery.observations[0], self._steady.get(row.name)
+        if steady is None or _extras(delivery) or steady[0] != _mark(row, delivery, item.observation):
+            return False
+        row.seq = max(row.seq + 1, int(1000 * item.at))
+        row.seen_at = max(row.seen_at, item.at)
+        row.last_seen = delivery.received_at
+        row.deadline = delivery.received_at + delivery.silent_after
+        body = encode(item.observation).decode()
+        writes.observations.append((row.id, row.spool, row.seq, item.at, delivery.received_at, steady[1], body))
+        writes.touched[row.id] = row
+        return True
 
     def _policy_for(self, delivery: Delivery) -> Policy:
         """The server's policy and what the agent declared, together: networks add up, the agent's countries win."""
@@ -292,7 +322,11 @@ class Tracker:
                 expected_countries=said.expected_countries or own.expected_countries,
                 allowed_resolvers=(*own.allowed_resolvers, *said.allowed_resolvers),
             )
-        return own if own.home_networks else own.with_home(self._own_address())
+        policy = own if own.home_networks else own.with_home(self._own_address())
+        if policy != self._keepalive_policy:
+            self._keepalive_policy = policy
+            self._steady.clear()
+        return self._keepalive_policy
 
     def _follow(
         self,
@@ -311,8 +345,9 @@ class Tracker:
             _record(row.id, event, now, writes)
         for notice in told:
             writes.deliveries += owed(_complete(notice, row), self._channels, now)
+        row.seen_at = memory.seen_at
         if memory is not before or not row.memory:
-            row.memory = encode(memory).decode()
+            row.memory = encode(replace(memory, seen_at=0.0)).decode()
             if memory.findings != before.findings:
                 row.findings = encode(memory.findings).decode()
         row.state, row.since = memory.state.value, memory.since or row.created_at
@@ -331,8 +366,19 @@ def _silence_between(memory: Memory, at: float, silent_after: float) -> tuple[Me
     return overdue(memory, deadline, silence_finding(memory.seen_at, deadline))
 
 
+def _mark(row: TunnelRow, delivery: Delivery, seen: Observation) -> int:
+    """Tells one keepalive, and the memory that it met, from another; costs less memory than keeping them."""
+    said = (seen.exit(4), seen.exit(6), seen.reported_from, seen.places)
+    return hash((row.spool, row.memory, said, delivery.version, delivery.dns_loc, delivery.dns_colo))
+
+
+def _extras(delivery: Delivery) -> bool:
+    """Whether `_with_extras` would add anything."""
+    return bool(delivery.thinned) or (delivery.skew is not None and abs(delivery.skew) > CLOCK_SKEW)
+
+
 def _load(row: TunnelRow) -> Memory:
-    return _memory(row.memory) if row.memory else Memory()
+    return replace(_memory(row.memory), seen_at=row.seen_at) if row.memory else Memory()
 
 
 def _record(tunnel: int, event: Event, now: float, writes: _Writes) -> None:

@@ -14,7 +14,7 @@ from vpn_sentinel.server.store.store import Store
 NOW = 1_800_000_000.0
 UTC = ZoneInfo("UTC")
 ROW: dict[str, Any] = {
-    "created_at": NOW - 9999, "state": "protected", "since": NOW - 7260, "findings": "[]", "memory": "",
+    "created_at": NOW - 9999, "state": "protected", "since": NOW - 7260, "findings": "[]", "memory": "", "seen_at": 0.0,
     "source": "agent", "version": "2", "interval": 30.0, "last_seen": NOW - 3, "deadline": None, "spool": "", "seq": 0,
     "exit4": "198.51.100.7", "exit6": None, "resolvers": "[]", "dns_loc": "", "dns_colo": "",
     "place": json.dumps({"ip": "198.51.100.7", "country": "NL", "city": "Amsterdam", "org": "Ex & Co", "asn": 64500}),

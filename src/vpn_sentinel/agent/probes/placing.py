@@ -21,7 +21,7 @@ class BadAnswerError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """One source. `setting` is what chooses it, `path` is added to its base URL."""
+    """One source. `name` is what a setting chooses it by, `path` is added to its base URL."""
 
     name: str
     base: str

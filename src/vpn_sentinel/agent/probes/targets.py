@@ -8,7 +8,7 @@ from ipaddress import ip_address
 from typing import Final, Protocol
 
 from vpn_sentinel.agent.probes import dnswire
-from vpn_sentinel.domain.policy import IPAddress
+from vpn_sentinel.domain.policy import IPAddress, is_public
 from vpn_sentinel.wire import codec, echo
 
 
@@ -74,9 +74,9 @@ class DnsWhoami:
         return Seen(self._address(reply))
 
     def _address(self, reply: dnswire.Reply) -> IPAddress | None:
-        """Global, and of the family that was asked by: a captive portal's resolver answers all with its own address."""
+        """Public, and of the family that was asked by: a captive portal's resolver answers all with its own address."""
         found = [*reply.addresses, *(a for strings in reply.texts for s in strings if (a := address_in(s)))]
-        return next((a for a in found if a.version == self.address.version and a.is_global), None)
+        return next((a for a in found if a.version == self.address.version and is_public(a)), None)
 
 
 def address_in(text: str) -> IPAddress | None:

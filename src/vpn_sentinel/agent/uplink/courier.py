@@ -14,12 +14,12 @@ from typing import Final
 
 from vpn_sentinel.agent.http import Client, split
 from vpn_sentinel.agent.names import NotFoundError
-from vpn_sentinel.agent.spool import Spool, read_list
+from vpn_sentinel.agent.spool import Spool
 from vpn_sentinel.agent.uplink.channel import ChannelError, Fault
 from vpn_sentinel.agent.uplink.conversation import Conversation, Destination, Ground, Wakeup
 from vpn_sentinel.agent.uplink.load import Load
 from vpn_sentinel.agent.uplink.session import Greeted
-from vpn_sentinel.domain.policy import IPAddress
+from vpn_sentinel.domain.policy import IPAddress, is_public
 from vpn_sentinel.runtime.backoff import backoff
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.wire.messages import Echo
@@ -51,6 +51,8 @@ class Courier:
         ground: Ground | None = None,
         greeted: Callable[[Echo | None], None] = lambda _echo: None,
         patience: float = _PATIENCE,
+        back_first: float = _BACK_FIRST,
+        wakeup: Wakeup | None = None,
     ) -> None:
         self._to = to
         self._spool = spool
@@ -59,12 +61,12 @@ class Courier:
         self._ground = ground or Ground()
         self._greeted = greeted
         self._load = Load(spool, patience)
-        self._wakeup = Wakeup()
+        self._wakeup = wakeup or Wakeup()
         self._hurried = False
         self._said: dict[str, str | None] = {}
         self._post_until: dict[str, float] = {}
         self._posting: set[str] = set()  # of which it was said
-        self._back_after = _BACK_FIRST
+        self._back_after = back_first
         self.acked_at: float | None = None
 
     def wake(self) -> None:
@@ -120,7 +122,7 @@ class Courier:
             raise ChannelError(Fault.BROKEN, str(e)) from e
         error = ChannelError(Fault.BROKEN, "it has no address")
         for address in addresses[:_MOST_ADDRESSES]:
-            if not where.secure and address.is_global and not self._to.allow_insecure:
+            if not where.secure and is_public(address) and not self._to.allow_insecure:
                 error = ChannelError(Fault.BROKEN, f"{address} is public, and the key is not sent there in clear")
                 continue
             tried = self._conversation(url, address)
@@ -227,6 +229,15 @@ class _WayBack:
         found = await self._courier.is_open(self._url)
         self.look_at = self._courier.next_look(found=found)
         return found
+
+
+def read_list(text: str | None) -> list[str]:
+    """A fact that holds a JSON list of texts; empty for anything else."""
+    try:
+        said = json.loads(text or "[]")
+    except ValueError:
+        return []
+    return [item for item in said if isinstance(item, str)] if isinstance(said, list) else []
 
 
 def _addresses(text: str | None) -> tuple[IPAddress, ...]:

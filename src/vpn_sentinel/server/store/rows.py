@@ -16,6 +16,8 @@ NEW_TUNNEL: Final = (
     "ON CONFLICT (name) DO NOTHING"
 )
 SAVE_TUNNEL: Final = f"UPDATE tunnels SET {', '.join(f'{n} = ?' for n in _UPDATED)} WHERE id = ?"  # noqa: S608
+# The same tunnel, heard again and unchanged.
+TOUCH_TUNNEL: Final = "UPDATE tunnels SET seen_at = ?, last_seen = ?, deadline = ?, seq = ? WHERE id = ?"
 ADD_OBSERVATION: Final = (
     "INSERT INTO observations (tunnel_id, spool, seq, at, received_at, state, body) VALUES (?, ?, ?, ?, ?, ?, ?) "
     "ON CONFLICT DO NOTHING"
@@ -42,6 +44,7 @@ def new_tunnel(name: str, now: float) -> tuple[object, ...]:
         since=now,
         findings="[]",
         memory="",
+        seen_at=0.0,
         source="",
         version="",
         interval=0.0,
@@ -66,6 +69,7 @@ def saved_tunnel(row: TunnelRow) -> tuple[object, ...]:
         row.since,
         row.findings,
         row.memory,
+        row.seen_at,
         row.source,
         row.version,
         row.interval,
@@ -81,6 +85,11 @@ def saved_tunnel(row: TunnelRow) -> tuple[object, ...]:
         row.dns_colo,
         row.id,
     )
+
+
+def touched_tunnel(row: TunnelRow) -> tuple[object, ...]:
+    """Values of TOUCH_TUNNEL."""
+    return (row.seen_at, row.last_seen, row.deadline, row.seq, row.id)
 
 
 def numbered(sql: str) -> str:

@@ -35,7 +35,8 @@ tokens = Table(
     Column("revoked_at", Float),
 )
 
-# A watched tunnel as it stands now. `memory` is the state machine's (JSON of domain.machine.Memory); state, since,
+# A watched tunnel as it stands now. `memory` is the state machine's (JSON of domain.machine.Memory, with `seen_at` in
+# a column of its own); state, since,
 # findings and the columns after `last_seen` repeat what surfaces show. `deadline` is when silence begins.
 tunnels = Table(
     "tunnels",
@@ -47,6 +48,7 @@ tunnels = Table(
     Column("since", Float, nullable=False),
     Column("findings", Text, nullable=False),  # JSON: [{code, message, evidence}]
     Column("memory", Text, nullable=False),
+    Column("seen_at", Float, nullable=False),  # of the memory: apart, because it alone changes while all is the same
     Column("source", Text, nullable=False),  # "agent" or "keepalive"
     Column("version", Text, nullable=False),
     Column("interval", Float, nullable=False),

@@ -37,6 +37,7 @@ class TunnelRow:
     since: float
     findings: str
     memory: str
+    seen_at: float
     source: str
     version: str
     interval: float

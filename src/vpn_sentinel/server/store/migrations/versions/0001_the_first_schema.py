@@ -61,6 +61,7 @@ def upgrade() -> None:
         sa.Column("since", sa.Float(), nullable=False),
         sa.Column("findings", sa.Text(), nullable=False),
         sa.Column("memory", sa.Text(), nullable=False),
+        sa.Column("seen_at", sa.Float(), nullable=False),
         sa.Column("source", sa.Text(), nullable=False),
         sa.Column("version", sa.Text(), nullable=False),
         sa.Column("interval", sa.Float(), nullable=False),

@@ -1,0 +1,69 @@
+"""What a round needs, made from the settings: for the agent, and for `check`, which has no spool and no uplink."""
+
+import logging
+from typing import Final
+
+from vpn_sentinel.agent.http import Client, split, tls_context
+from vpn_sentinel.agent.interfaces import Paths
+from vpn_sentinel.agent.names import Names
+from vpn_sentinel.agent.netlink import Netlink
+from vpn_sentinel.agent.probes import dns, mmdb
+from vpn_sentinel.agent.probes.canary import Flock
+from vpn_sentinel.agent.probes.placing import Service, services
+from vpn_sentinel.agent.probes.targets import CLOUDFLARE, OPENDNS, Target, address_in
+from vpn_sentinel.agent.probes.trace import trace
+from vpn_sentinel.agent.settings import ProbeSettings
+from vpn_sentinel.domain.observation import Path
+from vpn_sentinel.runtime.settings import SettingError
+
+log = logging.getLogger(__name__)
+
+TCP: Final = 6
+
+
+def open_kernel() -> Netlink | None:
+    try:
+        return Netlink()
+    except OSError as e:
+        log.warning("no netlink here: interfaces and paths stay unknown", extra={"reason": e.strerror})
+        return None
+
+
+def http_client(settings: ProbeSettings, names: Names) -> Client:
+    """Raises SettingError when the CA file holds no certificates."""
+    try:
+        return Client(names=names, tls=tls_context(settings.ca_file))
+    except OSError as e:
+        raise SettingError("VPN_SENTINEL_CA_FILE", f"{settings.ca_file} holds no usable certificates") from e
+
+
+def chosen_services(settings: ProbeSettings) -> tuple[Service, ...]:
+    """All, or the one that is configured; Cloudflare's trace is asked for the exit in any case."""
+    found = services(settings.ipinfo_url, settings.ipapi_url, settings.ipwhois_url, settings.trace_url)
+    chosen = settings.geolocation_service
+    return found if chosen == "auto" else tuple(s for s in found if s.name in (chosen, "cloudflare"))
+
+
+def open_databases(settings: ProbeSettings) -> tuple[tuple[str, mmdb.Reader], ...]:
+    try:
+        return mmdb.open_databases(settings.databases)
+    except ValueError as e:
+        raise SettingError("VPN_SENTINEL_GEO_DB", str(e)) from e
+
+
+def flock(settings: ProbeSettings, http: Client, echoes: tuple[Target, ...], paths: Paths) -> Flock:
+    """Who is asked in a round: the server's echo and Cloudflare, then OpenDNS, then Cloudflare over HTTPS."""
+    path = path_to(settings.trace_url, paths)
+    # A nameserver in use is judged as one: what escapes to it is a DNS leak, and says nothing of other traffic.
+    nameservers = {server.address for server in dns.system_nameservers()}
+    usual, reserve = (tuple(t for t in some if t.address not in nameservers) for some in (CLOUDFLARE, OPENDNS))
+    if len(usual) < len(CLOUDFLARE):
+        usual, reserve = (*usual, *reserve), ()
+    return Flock(targets=(*echoes, *usual), reserve=reserve, others=(lambda: trace(http, settings.trace_url, path),))
+
+
+def path_to(url: str, paths: Paths) -> Path:
+    """How the kernel would route a request to `url`; unknown for a name, whose address is not known yet."""
+    where = split(url)
+    address = address_in(where.host)
+    return Path.UNKNOWN if address is None else paths.of(address, where.port, TCP)
