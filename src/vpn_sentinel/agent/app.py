@@ -20,6 +20,7 @@ from vpn_sentinel.agent.sensors.beat import Beat
 from vpn_sentinel.agent.sensors.netlink import NetworkSensor
 from vpn_sentinel.agent.settings import AgentSettings
 from vpn_sentinel.agent.spool import Spool, SpoolInUseError
+from vpn_sentinel.agent.spoolfile import check_folder
 from vpn_sentinel.agent.uplink.conversation import Destination, Ground
 from vpn_sentinel.agent.uplink.courier import Courier
 from vpn_sentinel.domain.observation import Observation, Trigger
@@ -71,6 +72,10 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
     names = Names()
     http = http_client(probes, names)
     databases = open_databases(probes)
+    try:
+        check_folder(settings.data_dir)
+    except OSError as e:
+        raise SettingError("VPN_SENTINEL_DATA_DIR", f"{settings.data_dir}: {e.strerror}") from e
     try:
         spool = Spool(settings.data_dir / f"agent-{settings.client_id}.sqlite", clock)
     except SpoolInUseError as e:

@@ -1,6 +1,8 @@
 """The spool's SQLite file: opening it for one process alone, and setting it aside when it is damaged."""
 
+import errno
 import logging
+import os
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
@@ -45,6 +47,7 @@ def open_file(path: Path) -> sqlite3.Connection:
 def open_whole(path: Path, now: float, connect: Callable[[Path], sqlite3.Connection]) -> sqlite3.Connection:
     """Open or create, with a look at every page; a damaged file is set aside. Raises sqlite3.Error or OSError."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path.touch(mode=0o600)
     try:
         db = connect(path)
         if db.execute("PRAGMA quick_check(1)").fetchone()[0] == "ok":
@@ -60,3 +63,19 @@ def open_whole(path: Path, now: float, connect: Callable[[Path], sqlite3.Connect
         path.with_name(path.name + tail).unlink(missing_ok=True)
     log.error("the spool is damaged and was set aside; a new one begins", extra={"kept_as": aside})
     return connect(path)
+
+
+def check_folder(folder: Path) -> None:
+    """Write and remove a little file, so that an unusable folder is told when the agent starts. Raises OSError.
+
+    A full disk is no reason not to watch: the spool keeps observations in memory until the disk takes them again.
+    """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    probe = folder / f".probe-{os.getpid()}"
+    try:
+        probe.write_bytes(b"\0" * 4096)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+    finally:
+        probe.unlink(missing_ok=True)

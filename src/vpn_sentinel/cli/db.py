@@ -27,7 +27,7 @@ def _migrate(args: argparse.Namespace) -> int:
     async def work(store: Store, _settings: ServerSettings) -> None:
         await store.read(select(func.count()).select_from(tunnels))
 
-    with_store(args, work)
+    with_store(args, work, create=True)
     print("the schema is up to date")
     return 0
 

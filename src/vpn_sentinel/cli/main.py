@@ -32,7 +32,15 @@ class _Parser(argparse.ArgumentParser):
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status: 64 for a call that makes no sense, 1 for a failure."""
-    words = list(sys.argv[1:] if words is None else words)
+    try:
+        return _main(list(sys.argv[1:] if words is None else words))
+    except KeyboardInterrupt:
+        return 130  # as a shell reports SIGINT
+    except BrokenPipeError:
+        return 141  # and SIGPIPE
+
+
+def _main(words: list[str]) -> int:
     parser = _Parser(prog="vpn-sentinel", description="Watches VPN tunnels and tells you when one leaks or dies.")
     parser.add_argument("--version", action="version", version=f"vpn-sentinel {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -53,10 +61,6 @@ def main(words: Sequence[str] | None = None) -> int:
     except Unusable as e:
         print(f"vpn-sentinel: {e}", file=sys.stderr)
         return FAILED
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        return 141
 
 
 def run() -> None:

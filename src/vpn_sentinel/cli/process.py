@@ -21,10 +21,14 @@ def run_until_stopped(work: Callable[[asyncio.Event], Awaitable[None]], *, fast:
 
         factory = uvloop.new_event_loop
     with asyncio.Runner(loop_factory=factory) as runner:
+        unusable: BaseException | None = None
         try:
             runner.run(_supervised(work))
         except* Unusable as group:
-            raise first(group.exceptions) from None
+            unusable = first(group.exceptions)
+        # Not from within: Python before 3.11.4 wraps in a group again what an `except*` raises.
+        if unusable is not None:
+            raise unusable from None
     return 0
 
 

@@ -19,7 +19,7 @@ def add(commands: Any) -> None:
     parser = commands.add_parser("token", help="create, list and revoke agents' credentials")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     create = verbs.add_parser("create", help="make a token and print it: it is shown only this once")
-    create.add_argument("name", metavar="NAME", type=tunnel_name, help="the tunnel that may report with it")
+    create.add_argument("name", metavar="NAME", type=_name, help="the tunnel that may report with it")
     create.add_argument("--shared", action="store_true", help="may report under any name, and read everything")
     listed = verbs.add_parser("list", help="list tokens; their text is kept nowhere")
     revoke = verbs.add_parser("revoke", help="refuse a token from now on")
@@ -30,14 +30,23 @@ def add(commands: Any) -> None:
         verb.set_defaults(func=func)
 
 
+def _name(text: str) -> str:
+    try:
+        return tunnel_name(text)
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e)) from e
+
+
 def _create(args: argparse.Namespace) -> int:
     now = SystemClock().wall()
     try:
-        token = with_store(args, lambda store, _: create_token(store, args.name, shared=args.shared, now=now))
+        made = with_store(
+            args, lambda store, _: create_token(store, args.name, shared=args.shared, now=now), create=True
+        )
     except ValueError as e:
         print(f"vpn-sentinel: {e}", file=sys.stderr)
         return 1
-    print(json.dumps({"name": args.name, "shared": args.shared, "token": token}) if args.json else token)
+    print(json.dumps({"name": args.name, "shared": args.shared, "token": made}) if args.json else made)
     return 0
 
 

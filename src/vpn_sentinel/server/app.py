@@ -157,7 +157,8 @@ async def _run(
         )
         keepalives = Keepalives(door, tracker, clock, settings.keepalive_timeout)
         services = ApiServices(store=store, access=access, hub=hub, settings=settings, clock=clock)
-        api = Switch(door, keepalives, sessions, build_api(services), settings.api_path)
+        crowd = 10 * settings.rate_limit
+        api = Switch(door, keepalives, sessions, build_api(services), settings.api_path, crowd=crowd)
         health = build_health(
             HealthServices(store=store, clock=clock, registry=registry, dispatcher=dispatcher.healthy)
         )

@@ -3,6 +3,7 @@
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
+from zoneinfo import ZoneInfo
 
 from vpn_sentinel.domain.policy import IPNetwork, Policy
 from vpn_sentinel.runtime import settings as read
@@ -81,7 +82,7 @@ class ServerSettings:
             database_url=get("DATABASE_URL", _database_url, f"sqlite:///{data_dir}/sentinel.db"),
             host=get("SERVER_HOST", read.text, "0.0.0.0"),  # noqa: S104 - agents report from anywhere; every route asks for a key
             api_port=get("SERVER_API_PORT", read.port, 5000),
-            api_path=get("API_PATH", _path, "/api/v1"),
+            api_path=get("API_PATH", read.path, "/api/v1"),
             health_port=get("SERVER_HEALTH_PORT", read.port, 8081),
             health_host=get("SERVER_HEALTH_HOST", read.text, "0.0.0.0"),  # noqa: S104 - says no name and no address
             dashboard_port=get("SERVER_DASHBOARD_PORT", read.port, 8080),
@@ -114,7 +115,7 @@ class ServerSettings:
             debug=get("DEBUG", read.boolean, default=False),
             log_file=get("LOG_FILE", read.text, None),
         )
-        source.raw("TZ")
+        get("TZ", _zone, None)
         _distinct_ports(settings)
         return settings
 
@@ -152,14 +153,6 @@ def _key(value: str) -> Secret:
     return Secret(value)
 
 
-def _path(value: str) -> str:
-    path = "/" + value.strip("/")
-    if path == "/" or not all(c.isalnum() or c in "/-_." for c in path):
-        msg = f"{value!r} is not a path such as /api/v1"
-        raise ValueError(msg)
-    return path
-
-
 def _telegram(source: Source) -> Telegram | None:
     token = source.get("TELEGRAM_BOT_TOKEN", read.secret, None)
     chat = source.get("TELEGRAM_CHAT_ID", _chat, None)
@@ -179,6 +172,17 @@ def _telegram(source: Source) -> Telegram | None:
     if not number.isdigit() or not rest or not all(c.isalnum() or c in "_-" for c in rest):
         raise SettingError("TELEGRAM_BOT_TOKEN", "is not a bot token such as 123456:ABC-DEF")
     return Telegram(token=token, chat_id=chat, api_url=url)
+
+
+def _zone(value: str) -> str:
+    if "/" not in value:
+        return value  # "UTC", or POSIX's own form, which the C library reads
+    try:
+        ZoneInfo(value.removeprefix(":"))
+    except (ValueError, OSError, KeyError) as e:
+        msg = f"{value!r} is no time zone such as Europe/Amsterdam"
+        raise ValueError(msg) from e
+    return value
 
 
 def _chat(value: str) -> str:

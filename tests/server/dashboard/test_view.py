@@ -22,7 +22,7 @@ HEADLINES = {
     "all well": ({State.PROTECTED: 3}, "All 3 tunnels are protected", "VPN Sentinel"),
     "one of three leaks": ({State.PROTECTED: 2, State.LEAKING: 1}, "1 tunnel is leaking", "1 leaking – VPN Sentinel"),
     "worst speaks": ({State.DOWN: 4, State.SILENT: 9}, "4 tunnels are down", "4 down – VPN Sentinel"),
-    "new": ({State.PENDING: 2}, "All 2 tunnels have not reported yet", "2 pending – VPN Sentinel"),
+    "new": ({State.PENDING: 2}, "All 2 tunnels have no verdict yet", "2 pending – VPN Sentinel"),
 }
 
 

@@ -87,6 +87,9 @@ class Sessions:
     def now(self) -> float:
         return self._clock.wall()
 
+    def ticks(self) -> float:
+        return self._clock.boottime()
+
 
 def parse(body: bytes | str) -> Hello | Reports | Exchange:
     """Raises Refusal: 400 for what is not JSON, 422 for JSON that is not one of our messages."""
@@ -106,6 +109,8 @@ def _check_hello(hello: Hello) -> None:
         check_policy(hello.policy)
     except ValueError as e:
         raise Refusal(422, str(e)) from e
+    if hello.spool in ("", "keepalive"):
+        raise Refusal(422, "spool is the random name of an agent's spool")
     if hello.protocol > PROTOCOL or hello.protocol < 1:
         raise Refusal(422, f"protocol {hello.protocol} is not known here: upgrade the server")
     if not 0.1 <= hello.interval <= 86400:
@@ -121,7 +126,7 @@ def _check_reports(reports: Reports) -> None:
         raise Refusal(422, "pending and thinned are not below zero")
     last = 0
     for report in reports.items:
-        if not last < report.seq < 2**63:
+        if not last < report.seq < 2**53:
             raise Refusal(422, f"seq {report.seq} does not follow {last}")
         if not 0 <= report.age < math.inf:
             raise Refusal(422, "age is not a duration")

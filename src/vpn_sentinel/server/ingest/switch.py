@@ -5,12 +5,14 @@ Routing, validation and injection of a framework cost more than storing the repo
 
 import asyncio
 import logging
-from typing import Any, Final
+from collections.abc import Awaitable
+from typing import Any, Final, TypeVar
 
 import msgspec
 
 from vpn_sentinel.server.ingest.door import Door, Guest, Refusal, json_body, retry_header
 from vpn_sentinel.server.ingest.keepalive import Keepalives
+from vpn_sentinel.server.ingest.rate import RateLimit
 from vpn_sentinel.server.ingest.session import Sessions, parse
 from vpn_sentinel.server.store.store import StoreUnavailable
 from vpn_sentinel.server.tracker import Busy
@@ -23,18 +25,27 @@ log = logging.getLogger(__name__)
 _HELLO_WITHIN: Final = 10.0
 # An agent without a session sends what it saw within this time, in seconds; older means that it could not reach us.
 _EXCHANGE: Final = 3.0
+# Messages of reports a minute that one tunnel may send over its WebSocket: many times what an agent ever does.
+_MESSAGES: Final = 300
+T = TypeVar("T")
 # WebSocket close codes (RFC 6455, section 7.4.1, and IANA's registry).
 _POLICY, _TOO_BIG, _TRY_LATER = 1008, 1009, 1013
 
 
 class Switch:
-    def __init__(self, door: Door, keepalives: Keepalives, sessions: Sessions, api: Any, path: str) -> None:
+    """`crowd` is how many exchanges a minute one address may make for all the tunnels behind it."""
+
+    def __init__(
+        self, door: Door, keepalives: Keepalives, sessions: Sessions, api: Any, path: str, *, crowd: int = 300
+    ) -> None:
         self._door = door
         self._keepalives = keepalives
         self._sessions = sessions
         self._api = api
         self._keepalive = f"{path}/keepalive"
         self._agent = f"{path}/agent"
+        self._messages = RateLimit(_MESSAGES)
+        self._crowd = RateLimit(crowd)
         self._said: str | None = None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -54,7 +65,7 @@ class Switch:
                 extra = [(b"allow", b"POST")]
                 raise Refusal(405, "this route takes POST")  # noqa: TRY301
             take = self._keepalives.take if path == self._keepalive else self._exchange
-            body = await self._guarded(take(scope, receive))
+            body = await self._stored(take(scope, receive))
         except Refusal as e:
             status, kind = e.status, problem.CONTENT_TYPE.encode()
             body = encode(problem.problem(e.status, e.detail))
@@ -63,10 +74,10 @@ class Switch:
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
-    async def _guarded(self, work: Any) -> Any:
+    async def _guarded(self, work: Awaitable[T]) -> T:
         """Turn what stops the server from storing into a refusal, and say it once, not once a report."""
         try:
-            done = await work
+            return await work
         except StoreUnavailable as e:
             if self._said != e.reason:
                 self._said = e.reason
@@ -79,6 +90,10 @@ class Switch:
         except Exception as e:
             log.exception("a report was not taken")
             raise Refusal(500, "the server failed on this report; nothing was stored") from e
+
+    async def _stored(self, work: Awaitable[T]) -> T:
+        """The same for work that ends in a commit: only that shows that a trouble is over."""
+        done = await self._guarded(work)
         if self._said is not None:
             log.info("reports are stored again", extra={"after": self._said})
             self._said = None
@@ -90,7 +105,10 @@ class Switch:
         said = parse(await json_body(receive, guest.headers))
         if not isinstance(said, Exchange):
             raise Refusal(422, "an exchange is needed")
+        # By tunnel, for many may sit behind one exit; and by address, or one key could make names without end.
         self._door.pace(f"{guest.address} {said.hello.client_id[:64]}")
+        if (wait := self._crowd.wait(str(guest.address), self._sessions.ticks())) > 0:
+            raise Refusal(429, "too many reports a minute from this address", wait)
         welcome = await self._sessions.welcome(said.hello, guest.caller, guest.address)
         since = self._sessions.now() - _EXCHANGE
         ack = await self._sessions.take(said.hello, said.reports, self._sessions.skew(said.hello), since)
@@ -135,7 +153,10 @@ class Switch:
             if not isinstance(reports, Reports):
                 raise Refusal(422, "after the hello only reports are expected")
             await self._guarded(self._door.still(guest))
-            ack = await self._guarded(self._sessions.take(hello, reports, skew, since))
+            # A replay comes in a burst; beyond that a sender waits, and its connection with it.
+            if (wait := self._messages.wait(hello.client_id, self._sessions.ticks())) > 0:
+                await asyncio.sleep(wait)
+            ack = await self._stored(self._sessions.take(hello, reports, skew, since))
             await _send_quietly(send, {"type": "websocket.send", "text": encode(ack).decode()})
 
 

@@ -11,7 +11,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from vpn_sentinel.server.store import rows
-from vpn_sentinel.server.store.store import Decide, StoreUnavailable, TunnelRow
+from vpn_sentinel.server.store.store import PING, Decide, StoreUnavailable, TunnelRow
 
 
 class PostgresStore:
@@ -50,7 +50,7 @@ class PostgresStore:
                     await driver.executemany(rows.numbered(sql), values)
 
     async def ping(self) -> None:
-        await self.write(text("UPDATE meta SET value = value WHERE key = 'alive'"))
+        await self.write(text(PING))
 
     async def close(self) -> None:
         await self._engine.dispose()

@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import QueuePool, StaticPool
 
 from vpn_sentinel.server.store import rows
-from vpn_sentinel.server.store.store import Changes, Decide, StoreUnavailable, StoreUnusable, TunnelRow
+from vpn_sentinel.server.store.store import PING, Changes, Decide, StoreUnavailable, StoreUnusable, TunnelRow
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -80,13 +80,7 @@ class SqliteStore:
             raw.close()
 
     async def ping(self) -> None:
-        """Ask the writer too: a full or read-only disk is no health."""
-
-        def run() -> None:
-            with self._writer.begin() as connection:
-                connection.execute(text("UPDATE meta SET value = value WHERE key = 'alive'"))
-
-        await self._in(self._write_thread, run)
+        await self.write(text(PING))
 
     def _checkpoint(self) -> None:
         """Copy committed pages from the log into the file beside the writer, which else would do it in a commit."""

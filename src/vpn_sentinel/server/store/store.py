@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 from sqlalchemy import Executable, Row
 
@@ -11,6 +11,12 @@ from vpn_sentinel.runtime.unusable import Unusable
 T = TypeVar("T")
 
 # One statement with `?` for each value, and the rows to run it with.
+# Writes something that differs each time: SQLite writes nothing for a value that stays, and a full disk would pass.
+PING: Final = (
+    "INSERT INTO meta (key, value) VALUES ('ping', '0') "
+    "ON CONFLICT (key) DO UPDATE SET value = CAST(CAST(meta.value AS BIGINT) + 1 AS TEXT)"
+)
+
 Batch = tuple[str, Sequence[tuple[object, ...]]]
 
 
