@@ -1,4 +1,4 @@
-"""The rows of SCENARIOS in the lab, on real tunnels: the verdict, and what people hear of it.
+"""The rows of docs/reference/situations.md in the lab, on real tunnels: the verdict, and what people hear of it.
 
 Each test reads as a timeline: the fault at 0 s, then what must be true by when. Times come from the stand-in's clock.
 """

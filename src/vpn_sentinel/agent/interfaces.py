@@ -12,7 +12,7 @@ from vpn_sentinel.domain.policy import IPAddress
 # Kinds that rtnetlink names itself. Kinds that also carry home connections (sit, gre, ipip) are no sign of a VPN.
 _KINDS: Final = frozenset({"wireguard", "tun", "ovpn", "ovpn-dco", "xfrm", "amneziawg"})
 _NAMES: Final = re.compile(r"(wg|tun|ppp|utun|nordlynx|proton|tailscale|mullvad|awg)", re.ASCII)
-# Where "the internet" is: more than one, because a rule may send one of them elsewhere (SCENARIOS, row 18).
+# Where "the internet" is: more than one, because a rule may send one of them elsewhere (situation 18).
 INTERNET: Final[tuple[IPAddress, ...]] = tuple(
     ip_address(a) for a in ("1.1.1.1", "8.8.8.8", "2606:4700:4700::1111", "2001:4860:4860::8888")
 )

@@ -30,7 +30,7 @@ class Path(StrEnum):
 
 
 class Probe(StrEnum):
-    """Which of the three canaries of SCENARIOS asked."""
+    """Which of the three canaries of docs/reference/situations.md asked."""
 
     DEFAULT = "default"  # C1: on the default route
     PHYSICAL = "physical"  # C2: bound to the physical interface

@@ -315,7 +315,7 @@ def _kill_switch(seen: Observation) -> Iterator[Finding]:
 
 
 def _dns(seen: Observation, policy: Policy) -> Iterator[Finding]:
-    """By path, in the order of SCENARIOS; a country is never a reason."""
+    """By path, in the order of docs/reference/situations.md; a country is never a reason."""
     if seen.dns_intercepted:
         yield Finding(Code.DNS_INTERCEPTED, "An address that runs no DNS answered a query.")
     if not seen.resolvers:

@@ -1,8 +1,8 @@
-"""The three canaries of SCENARIOS: C1 on the default route, C2 beside the tunnel, C3 beside it for one hop only.
+"""The three canaries of docs/reference/situations.md: C1 on the default route, C2 beside the tunnel, C3 beside it for one hop only.
 
 All are asked at once. A family is settled when one of its targets answered; those still on their way are then left out
 instead of being called lost. When a family stays silent, a reserve is asked too, so that one target that shuns VPN
-exits (SCENARIOS, row 35) never looks like a dead tunnel.
+exits (situation 35) never looks like a dead tunnel.
 """
 
 import asyncio

@@ -1,5 +1,6 @@
 """PostgreSQL, through SQLAlchemy's asyncpg engine; the hot path talks to asyncpg itself."""
 
+import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -73,4 +74,4 @@ async def _translated() -> AsyncIterator[None]:
     except (PoolTimeout, TimeoutError) as e:
         raise StoreUnavailable("timeout", "no connection or no answer in time") from e
     except OSError as e:
-        raise StoreUnavailable("unreachable", e.strerror or type(e).__name__) from e
+        raise StoreUnavailable("unreachable", os.strerror(e.errno) if e.errno else type(e).__name__) from e
