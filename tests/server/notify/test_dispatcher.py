@@ -281,12 +281,33 @@ async def test_a_bug_in_a_channel_stops_neither_the_notice_nor_the_others(
         assert pager.told == [("nl-1", "leaking")]
         assert await desk.reasons() == [("transient", "bug_ValueError"), ("done", "")]
     assert "SECRET" not in caplog.text
+    assert not any("SECRET" in str(r.__dict__) for r in caplog.records)
+
+
+async def test_a_bug_in_a_channel_is_said_once_with_its_place(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    class Buggy(Pager):
+        async def send(self, notice: Notice, delivery_id: int) -> None:
+            if self.tried < 3:
+                self.tried += 1
+                {}["a secret"]
+            await super().send(notice, delivery_id)
+
+    pager = Buggy()
+    async with at_work(Desk(store, pager)) as desk:
+        await desk.owes(LEAK)
+        await desk.passes(60)
+        assert pager.told == [("nl-1", "leaking")]
+    [said] = [r for r in caplog.records if r.levelno == logging.ERROR]
+    assert said.__dict__["reason"] == "bug_KeyError"
+    line = Buggy.send.__code__.co_firstlineno + 3
+    assert said.__dict__["place"] == f"{__file__}:{line}"
+    assert "a secret" not in str(said.__dict__)
 
 
 async def test_a_row_that_cannot_be_read_stops_no_other(store: Store) -> None:
     pager = Pager()
     async with at_work(Desk(store, pager)) as desk:
-        [row] = owe(Notice(kind=Kind.DOWN, tunnel="old", at=0), ("pager",), desk.time.now)
+        [row] = owe(Notice(kind=Kind.LEAKING, tunnel="old", at=0), ("pager",), desk.time.now)
         await store.write(insert(outbox).values({**row, "body": "{"}))
         await desk.owes(LEAK)
         await desk.passes()

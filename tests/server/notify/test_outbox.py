@@ -184,6 +184,95 @@ async def test_a_message_that_always_fails_holds_up_the_next_for_a_while_only(st
     assert [d.kind for d in await lease(store, NOW, NOW + 60, 10)] == ["recovered"]
 
 
+async def storm(store: Store, tunnel: str, *kinds: Kind, count: int = 3000, channel: str = "telegram") -> None:
+    """`count` notices of one tunnel, the `kinds` in turn, as one token can make them in a few seconds."""
+    debts = [owe(notice(tunnel, kinds[n % len(kinds)]), (channel,), NOW)[0] for n in range(count)]
+    for start in range(0, count, 1000):
+        await store.write(insert(outbox).values(debts[start : start + 1000]))
+
+
+async def told(store: Store, count: int) -> list[tuple[str, str]]:
+    """What goes out next, told one after another."""
+    out = []
+    for _ in range(count):
+        for delivery in await lease(store, NOW, NOW + 60, 1, "telegram"):
+            out.append((delivery.tunnel, delivery.kind))
+            await settle(store, delivery, DONE, NOW)
+    return out
+
+
+async def test_a_storm_of_one_tunnel_does_not_delay_anothers_leak(store: Store) -> None:
+    await storm(store, "evil", Kind.ADDRESS_CHANGED)
+    await owed_rows(store, notice("nl-1"))
+    assert await told(store, 3) == [("nl-1", "leaking"), ("evil", "address_changed")]
+
+
+async def test_a_storm_that_cannot_be_shortened_does_not_either(store: Store) -> None:
+    await storm(store, "evil", Kind.DOWN, Kind.RECOVERED)
+    await owed_rows(store, notice("nl-1"))
+    async with asyncio.timeout(5):
+        assert await told(store, 2) == [("nl-1", "leaking"), ("evil", "down")]
+
+
+async def test_a_leak_does_not_wait_behind_its_own_tunnels_address_changes(store: Store) -> None:
+    await storm(store, "evil", Kind.ADDRESS_CHANGED)
+    await owed_rows(store, notice("evil"), notice("other", Kind.CONNECTED))
+    assert ("evil", "leaking") in await told(store, 2)
+
+
+async def test_the_most_urgent_goes_first_then_the_oldest(store: Store) -> None:
+    kinds = [k for k in Kind for _ in range(2)]
+    await owed_rows(store, *(notice(f"t{n}", kind) for n, kind in enumerate(kinds)))
+    ranks = [
+        [Kind.LEAKING],
+        [Kind.DOWN, Kind.SILENT],
+        [Kind.DEGRADED, Kind.RECOVERED],
+        [Kind.SERVER_STARTED, Kind.CONNECTED, Kind.ADDRESS_CHANGED, Kind.TEST],
+    ]
+    assert sum(len(rank) for rank in ranks) == len(Kind)
+    expected = [(f"t{n}", str(kind)) for rank in ranks for n, kind in enumerate(kinds) if kind in rank]
+    together = await lease(store, NOW, NOW + 60, 100)
+    assert [(d.tunnel, d.kind) for d in together] == expected
+    await store.write(update(outbox).values(leased_until=0.0))
+    assert await told(store, 100) == expected
+
+
+async def test_only_the_newest_address_change_is_told(store: Store) -> None:
+    """Of each tunnel and channel; what a worker is telling stays its own, and no try is recorded that was not made."""
+    changed = notice("a", Kind.ADDRESS_CHANGED)
+    await owed_rows(store, changed, channels=("telegram", "webhook"))
+    [held] = await lease(store, NOW, NOW + 60, 1, "telegram")
+    down = notice("a", Kind.DOWN)
+    await owed_rows(store, changed, changed, down, notice("b", Kind.ADDRESS_CHANGED))
+    assert [d.tunnel for d in await lease(store, NOW, NOW + 60, 1, "telegram")] == ["b"]
+    assert [r.outcome for r in await rows(store)] == [None, None, "superseded", None, None, None]
+    await settle(store, held, DONE, NOW)
+    assert await told(store, 3) == [("a", "address_changed"), ("a", "down")]
+    found = [(r.channel, r.outcome) for r in await rows(store)]
+    assert found[:4] == [("telegram", "done"), ("webhook", None), ("telegram", "superseded"), ("telegram", "done")]
+    superseded = (await rows(store))[2]
+    assert superseded.settled_at == NOW
+    assert superseded.id not in [t[0] for t in await tries(store)]
+
+
+async def test_dispatchers_race_through_a_storm_and_nothing_is_won_twice(database_url: str) -> None:
+    """Each of them supersedes and claims at once; none settles what another was given."""
+    first, second = await open_store(database_url), await open_store(database_url)
+    try:
+        for n in range(5):
+            await storm(first, f"t{n}", Kind.ADDRESS_CHANGED, count=100)
+        claims = [lease(store, NOW, NOW + 60, 2) for store in (first, second) for _ in range(10)]
+        won = [d.id for claimed in await asyncio.gather(*claims) for d in claimed]
+        while claimed := await lease(second, NOW, NOW + 60, 7):
+            won += [d.id for d in claimed]
+        assert len(won) == len(set(won)) == 5
+        left = {r.id for r in await rows(first) if r.settled_at is None}
+        assert left == set(won)
+    finally:
+        await first.close()
+        await second.close()
+
+
 async def test_a_repaired_channel_is_told_at_once(store: Store) -> None:
     await owed_rows(store, notice(), channels=("telegram", "webhook"), at=NOW + 300)
     await subject.hasten(store, "telegram", NOW)

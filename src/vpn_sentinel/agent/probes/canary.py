@@ -1,4 +1,4 @@
-"""The three canaries of docs/reference/situations.md: C1 on the default route, C2 beside the tunnel, C3 beside it for one hop only.
+"""The three canaries (docs/reference/situations.md): C1 on the default route, C2 beside the tunnel, C3 for one hop.
 
 All are asked at once. A family is settled when one of its targets answered; those still on their way are then left out
 instead of being called lost. When a family stays silent, a reserve is asked too, so that one target that shuns VPN

@@ -7,21 +7,37 @@ none.
 Order: a delivery waits for the earlier ones of its tunnel and channel, so nobody reads "recovered" before "leaking".
 One that failed `PATIENCE` times (about half a minute) holds up the later ones no longer; a receiver that stumbles over
 one message must not keep an alarm from being told.
+
+Across tunnels the most urgent goes first, then the oldest: a receiver may take one message a second, and what one
+tunnel says at length must not keep another's leak from being told. Of address changes only the newest is worth telling:
+the others are *superseded*, and so is one that a leak of its tunnel would have to wait for. That is no try, so it adds
+nothing to `attempts`.
 """
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from typing import Any, Final
 
-from sqlalchemy import ColumnElement, case, exists, func, insert, literal, select, update
+from sqlalchemy import ColumnElement, Select, Subquery, Update, case, func, insert, literal, select, update
 
-from vpn_sentinel.domain.notice import Notice
+from vpn_sentinel.domain.notice import Kind, Notice
 from vpn_sentinel.server.store.schema import attempts, outbox
 from vpn_sentinel.server.store.store import Store
 from vpn_sentinel.wire.codec import decoder
 
 PATIENCE: Final = 5
+# Most urgent first; every other kind comes after these.
+URGENCY: Final[dict[str, int]] = {
+    Kind.LEAKING: 0,
+    Kind.DOWN: 1,
+    Kind.SILENT: 1,
+    Kind.RECOVERED: 2,
+    Kind.DEGRADED: 2,
+}
+_LEAST_URGENT: Final = 3
+# Bounds one statement, not what is superseded: the next lease goes on.
+_SUPERSEDED_AT_ONCE: Final = 10_000
 
 _notice: Callable[[str], Notice] = decoder(Notice)
 
@@ -74,19 +90,22 @@ class Owed:
 
 
 async def lease(store: Store, now: float, until: float, limit: int, channel: str | None = None) -> list[Delivery]:
-    """Claim up to `limit` due deliveries until `until`, the oldest first. Raises StoreUnavailable.
+    """Claim up to `limit` due deliveries until `until`, the most urgent first, then the oldest.
+
+    Before, in the same transaction, address changes that nobody needs to hear any more are superseded. Raises
+    StoreUnavailable.
 
     Survives the race of two dispatchers, in one process or many, for the same row: exactly one gets it. SQLite has one
     writer, so the second one's statement already sees the lease. On PostgreSQL the second skips rows that the first has
     locked (SKIP LOCKED), and checks `leased_until` again on the newest version of a row that was committed after its
     snapshot. The CTE keeps PostgreSQL from running the limited sub-select more than once; SQLite ignores FOR UPDATE.
+    Superseding takes its rows in the same way, so that it settles none that another dispatcher is telling.
     """
-    due = select(outbox.c.id).where(
-        outbox.c.settled_at.is_(None), outbox.c.due_at <= now, outbox.c.leased_until <= now, ~_held_up()
-    )
+    due = _not_held_up(outbox.c.id).where(outbox.c.due_at <= now, outbox.c.leased_until <= now)
     if channel is not None:
         due = due.where(outbox.c.channel == channel)
-    first = due.order_by(outbox.c.id).limit(limit)
+    urgency = case({str(kind): rank for kind, rank in URGENCY.items()}, value=outbox.c.kind, else_=_LEAST_URGENT)
+    first = due.order_by(urgency, outbox.c.id).limit(limit)
     claimed = first.with_for_update(skip_locked=True, of=outbox).cte("due")
     statement = (
         update(outbox)
@@ -102,8 +121,9 @@ async def lease(store: Store, now: float, until: float, limit: int, channel: str
             outbox.c.created_at,
         )
     )
-    [rows] = await store.write(statement)
-    return sorted((Delivery(**row._mapping) for row in rows), key=lambda d: d.id)  # noqa: SLF001 - SQLAlchemy's public name
+    _, rows = await store.write(_supersede(now, channel), statement)
+    leased = (Delivery(**row._mapping) for row in rows)  # noqa: SLF001 - SQLAlchemy's public name
+    return sorted(leased, key=lambda d: (URGENCY.get(d.kind, _LEAST_URGENT), d.id))
 
 
 async def settle(store: Store, delivery: Delivery, outcome: Outcome, now: float) -> None:
@@ -127,7 +147,7 @@ async def settle(store: Store, delivery: Delivery, outcome: Outcome, now: float)
 async def next_due(store: Store, channel: str) -> float | None:
     """When the channel's next delivery can be leased, None when nothing is owed. Raises StoreUnavailable."""
     ready = case((outbox.c.leased_until > outbox.c.due_at, outbox.c.leased_until), else_=outbox.c.due_at)
-    statement = select(func.min(ready)).where(outbox.c.settled_at.is_(None), outbox.c.channel == channel, ~_held_up())
+    statement = _not_held_up(func.min(ready)).where(outbox.c.channel == channel)
     [row] = await store.read(statement)
     return None if row[0] is None else float(row[0])
 
@@ -160,13 +180,56 @@ async def abandon(store: Store, channels: Iterable[str], before: float, now: flo
     return len(rows)
 
 
-def _held_up() -> ColumnElement[bool]:
-    """Whether an earlier delivery of the same tunnel and channel is still to come, and not yet out of patience."""
-    earlier = outbox.alias("earlier")
-    return exists().where(
-        earlier.c.channel == outbox.c.channel,
-        earlier.c.tunnel == outbox.c.tunnel,
-        earlier.c.id < outbox.c.id,
-        earlier.c.settled_at.is_(None),
-        earlier.c.attempt < PATIENCE,
+def _supersede(now: float, channel: str | None) -> Update:
+    """Settle waiting address changes that are older than their tunnel's newest address change or leak.
+
+    The newest are found in one pass over what is owed, not once for each row: a storm is thousands of rows.
+    """
+    newer = outbox.alias("newer")
+    newest = (
+        select(newer.c.channel, newer.c.tunnel, func.max(newer.c.id).label("id"))
+        .where(newer.c.settled_at.is_(None), newer.c.kind.in_([Kind.ADDRESS_CHANGED.value, Kind.LEAKING.value]))
+        .group_by(newer.c.channel, newer.c.tunnel)
+        .subquery("newest")
+    )
+    same = (outbox.c.channel == newest.c.channel) & (outbox.c.tunnel == newest.c.tunnel)
+    waiting = (outbox.c.settled_at.is_(None), outbox.c.leased_until <= now)
+    stale = (
+        select(outbox.c.id)
+        # The sum keeps SQLite from a scan of the settled rows too, by id, for each of the newest.
+        .join(newest, same & (outbox.c.id + 0 < newest.c.id))
+        .where(*waiting, outbox.c.kind == Kind.ADDRESS_CHANGED.value)
+    )
+    if channel is not None:
+        stale = stale.where(outbox.c.channel == channel)
+    taken = stale.limit(_SUPERSEDED_AT_ONCE).with_for_update(skip_locked=True, of=outbox).cte("stale")
+    return (
+        update(outbox)
+        .where(outbox.c.id.in_(select(taken.c.id)), *waiting)
+        .values(settled_at=now, outcome="superseded", leased_until=0.0)
+    )
+
+
+def _heads() -> Subquery:
+    """Of each channel and tunnel the earliest delivery that is still to come and not yet out of patience: `id` of it.
+
+    One pass over what is owed. Asked for each row instead, a storm of n rows would cost n² of it.
+    """
+    first = outbox.alias("first")
+    return (
+        select(first.c.channel, first.c.tunnel, func.min(first.c.id).label("id"))
+        .where(first.c.settled_at.is_(None), first.c.attempt < PATIENCE)
+        .group_by(first.c.channel, first.c.tunnel)
+        .subquery("head")
+    )
+
+
+def _not_held_up(*columns: ColumnElement[Any]) -> Select[Any]:
+    """`columns` of what is owed and waits for no earlier delivery of its tunnel and channel."""
+    head = _heads()
+    same = (outbox.c.channel == head.c.channel) & (outbox.c.tunnel == head.c.tunnel)
+    return (
+        select(*columns)
+        .select_from(outbox.outerjoin(head, same))
+        .where(outbox.c.settled_at.is_(None), head.c.id.is_(None) | (outbox.c.id <= head.c.id))
     )

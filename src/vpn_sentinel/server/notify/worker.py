@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import logging
 import random
+import traceback
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Final
 
@@ -55,6 +56,7 @@ class Worker:
         self._rng = rng
         self._alarm = asyncio.Event()
         self._failing: str | None = None
+        self._defect: tuple[str, str] | None = None
         self._asked_to_wait_until = float("-inf")
         self._store_lost = False
         self._store_backoff = self._fresh_backoff()
@@ -98,6 +100,7 @@ class Worker:
         self._metrics.tried(self._channel.name, outcome)
         self._say(delivery, outcome)
         if failure is None:
+            self._defect = None
             if self._failing is not None:
                 self._failing = None
                 await self._insist(lambda: outbox.hasten(self._store, self._channel.name, now))
@@ -123,9 +126,17 @@ class Worker:
         except TimeoutError:
             return TransientError("timeout")
         except Exception as e:  # noqa: BLE001 - a bug in one channel or one notice must not stop the others
-            # Its text could hold a URL with a token; its type cannot.
-            return TransientError(f"bug_{type(e).__name__}")
+            # Its text could hold a URL with a token; its type and its place cannot.
+            reason = f"bug_{type(e).__name__}"
+            self._say_defect(reason, _innermost(e))
+            return TransientError(reason)
         return None
+
+    def _say_defect(self, reason: str, place: str) -> None:
+        if (reason, place) != self._defect:
+            known = {"channel": self._channel.name, "reason": reason, "place": place}
+            log.error("a defect keeps a notice from being sent, please report it", extra=known)
+        self._defect = (reason, place)
 
     def _say(self, delivery: Delivery, outcome: Outcome) -> None:
         """One line when a failure begins, changes or ends, and one for each notice that is lost."""
@@ -164,3 +175,9 @@ class Worker:
 
     def _fresh_backoff(self) -> Iterator[float]:
         return backoff(0.5, 15.0, rng=self._rng)
+
+
+def _innermost(error: BaseException) -> str:
+    """Where it was raised, as file:line. No source line and no local: either could hold a secret."""
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    return f"{frame.f_code.co_filename}:{line}"

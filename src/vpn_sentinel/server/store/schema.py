@@ -127,7 +127,7 @@ outbox = Table(
     Column("leased_until", Float, nullable=False),
     Column("attempt", Integer, nullable=False),
     Column("settled_at", Float),
-    Column("outcome", Text),  # "done" or "given_up"
+    Column("outcome", Text),  # "done", "given_up" or "superseded"
 )
 Index(
     "ix_outbox_due",
