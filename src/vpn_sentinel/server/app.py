@@ -182,11 +182,11 @@ async def _run(
         cert, key_file = settings.tls_cert, settings.tls_key
         servers = [
             tasks.create_task(serve_until(embedded(api, cert=cert, key=key_file), sockets.api, closing)),
-            tasks.create_task(serve_until(embedded(health), sockets.health, closing)),
+            tasks.create_task(serve_until(embedded(health, side=True), sockets.health, closing)),
         ]
         if sockets.dashboard is not None:
             dashboard = build_dashboard(DashboardServices(store=store, hub=hub, settings=settings, clock=clock))
-            servers.append(tasks.create_task(serve_until(embedded(dashboard), sockets.dashboard, closing)))
+            servers.append(tasks.create_task(serve_until(embedded(dashboard, side=True), sockets.dashboard, closing)))
 
         now = clock.wall()
         started_notice = Notice(kind=Kind.SERVER_STARTED, at=now, details=(f"Version {__version__}",))

@@ -1,32 +1,369 @@
-"""uvicorn inside our own loop: several ports, one process, an end within a second."""
+"""uvicorn inside our own loop: several ports, one process, bounds for strangers, an end within a second."""
 
 import asyncio
 import contextlib
+import logging
+import resource
 import socket
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import inf
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+import httptools
+import msgspec
 import uvicorn
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from vpn_sentinel.runtime.settings import SettingError
+from vpn_sentinel.wire.problem import CONTENT_TYPE, problem
+
+log = logging.getLogger(__name__)
+
+# More than this a process of ours cannot use; what is kept back is for the store, the channels and the listeners.
+_DESCRIPTORS: Final = 65_536
+_KEPT_BACK: Final = 128
+# How much a header costs beyond its bytes, as RFC 7541 reckons: thousands of tiny ones are as dear as a long one.
+_HEADER_COSTS: Final = 32
+_COMPLAINS_EVERY: Final = 60.0
+_ENDS_WITHIN: Final = 0.5
+_TASKS_END_WITHIN: Final = 0.2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one listener grants. Times are seconds; `head` is bytes of the request line, the headers and the trailers.
+
+    `drained_within` is how long a client may leave an answer unread, `connections` how many may be open in all.
+    """
+
+    connections: int
+    per_address: int = 1000
+    head: int = 64 * 1024
+    queue: int = 8
+    head_within: float = 10.0
+    body_within: float = 15.0
+    idle: float = 5.0
+    drained_within: float = 30.0
+
+
+class Crowd:
+    """Who is connected to one listener, and what is said about those who are turned away."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
+        self.open: Counter[str | bytes] = Counter()
+        self._total = 0
+        self._full = False
+        self._complained_at: dict[str, float] = {}
+        self._unsaid: Counter[str] = Counter()
+
+    def enter(self, host: str, now: float) -> Callable[[], None] | None:
+        """Count a connection; what is returned is called once when it ends. None: there is no room."""
+        if self._total >= self.limits.connections:
+            if not self._full:
+                self._full = True
+                log.warning("connections are turned away: all are taken", extra={"connections": self._total})
+            return None
+        if self.open[who := _who(host)] >= self.limits.per_address:
+            self.complain("connections are turned away: too many of one address", host, now)
+            return None
+        self.open[who] += 1
+        self._total += 1
+        return lambda: self._leave(who)
+
+    def complain(self, what: str, host: str, now: float) -> None:
+        """Log `what` at most once a minute, with how often it happened since the last time."""
+        self._unsaid[what] += 1
+        if now - self._complained_at.get(what, -inf) >= _COMPLAINS_EVERY:
+            self._complained_at[what] = now
+            log.warning(what, extra={"address": host, "times": self._unsaid.pop(what)})
+
+    def _leave(self, who: str | bytes) -> None:
+        self._total -= 1
+        self.open[who] -= 1
+        if not self.open[who]:
+            del self.open[who]
+        # Not at the first free place: an attack would have us say it a thousand times.
+        if self._full and self._total <= self.limits.connections * 7 // 8:
+            self._full = False
+            log.info("connections are taken again", extra={"connections": self._total})
+
+
+def _who(host: str) -> str | bytes:
+    """Whom to count: an IPv4 address, or the /64 that one IPv6 customer has."""
+    if ":" not in host or "." in host:
+        return host
+    return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])[:8]
+
+
+class BoundedWebSocket(WebSocketsSansIOProtocol):
+    """uvicorn's, which says when it is over. Its pings find the dead."""
+
+    left: Callable[[], None] | None = None
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self.left is not None:
+            self.left()
+            self.left = None
+
+
+class Bounded(HttpToolsProtocol):
+    """uvicorn's HTTP/1.1, which by itself bounds neither the head, nor the queue, nor the time.
+
+    One timer per connection: it re-arms itself from `_deadline`, which is all that a request moves.
+    """
+
+    def __init__(self, crowd: Crowd, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._crowd, self._limits = crowd, crowd.limits
+        self._left: Callable[[], None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._rings_at = self._deadline = self._drained_by = inf
+        self._running: RequestResponseCycle | None = None
+        self._reading = False  # inside a message
+        self._headed = False  # past its head
+        self._unframed = 0  # bytes since the last that were a body's
+        self._head = 0
+        self._refused = ""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._left = self._crowd.enter(self._host, self.loop.time())
+        if self._left is None:
+            self.connections.discard(self)
+            transport.abort()
+        else:
+            self._wait(self._limits.head_within)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._release()
+        super().connection_lost(exc)
+        # uvicorn tells the newest request alone; the one that runs may be an older one, and would wait for ever.
+        if self._running is not None and not self._running.response_complete:
+            self._running.disconnected = True
+            self._running.message_event.set()
+        self._running = None
+        self.pipeline.clear()
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        self._unframed += len(data)
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            if self._should_upgrade():
+                self.handle_websocket_upgrade()
+            elif self.cycle is not None:
+                self.cycle.keep_alive = False  # the parser reads no further
+        except httptools.HttpParserError:
+            self.send_400_response(self._refused or "This is not an HTTP request.")
+        else:
+            if self._unframed > self._limits.head:
+                self.send_400_response("The head is too large.")
+
+    def handle_websocket_upgrade(self) -> None:
+        left, self._left = self._left, None
+        self._release()
+        super().handle_websocket_upgrade()
+        protocol = self.transport.get_protocol()
+        if isinstance(protocol, BoundedWebSocket):
+            protocol.left = left
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuse what was sent and close. An answer that has begun, or that others wait before, is cut instead."""
+        self._crowd.complain(f"requests are refused: {msg}", self._host, self.loop.time())
+        running = self._running
+        if running is not None and not running.response_complete:
+            running.disconnected = True
+            running.message_event.set()
+            if running.response_started or self.pipeline:
+                self.transport.abort()
+                return
+        body = msgspec.json.encode(problem(400, msg))
+        content = [STATUS_LINE[400]]
+        for name, value in self.server_state.default_headers:
+            content += [name, b": ", value, b"\r\n"]
+        content.append(b"content-type: %b\r\ncontent-length: %d\r\n" % (CONTENT_TYPE.encode(), len(body)))
+        content += [b"connection: close\r\n\r\n", body]
+        self.transport.write(b"".join(content))
+        self.transport.close()
+        self._wait(self._limits.head_within)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._reading, self._headed = True, False
+        self._unframed = self._head = 0
+        self._wait(self._limits.head_within)
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self._head += len(name) + len(value) + _HEADER_COSTS
+        if self._head > self._limits.head:
+            self._refuse("The head is too large.")
+        # A trailer is no header: uvicorn would add it to those of a request that may have been judged already.
+        if not self._headed:
+            super().on_header(name, value)
+
+    def on_headers_complete(self) -> None:
+        self._headed = True
+        self._head += len(self.url)
+        if self._head > self._limits.head:
+            self._refuse("The head is too large.")
+        if len(self.pipeline) >= self._limits.queue:
+            self._refuse("Too many requests wait for their answers.")
+        if self._running is not None and not self._running.response_complete and self.parser.should_upgrade():
+            self._refuse("A connection cannot change its protocol before all is answered.")
+        self._wait(self._limits.body_within)
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._unframed = 0
+        self._wait(self._limits.body_within)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._reading = False
+        self._unframed = 0
+        if self._running is None or not self._running.response_complete:
+            self._deadline = inf  # it is the application's turn
+        else:
+            self._wait(self._limits.idle)
+
+    def on_response_complete(self) -> None:
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            self._wait(self._limits.drained_within)
+        elif self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
+        else:
+            self.flow.resume_reading()
+            if not self._reading:
+                self._wait(self._limits.idle)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        self._drained_by = self.loop.time() + self._limits.drained_within
+        self._arm(self._drained_by)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._drained_by = inf
+
+    @property
+    def _host(self) -> str:
+        return self.client[0] if self.client else ""
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
+
+    def _refuse(self, why: str) -> None:
+        self._refused = why
+        raise ValueError(why)
+
+    def _release(self) -> None:
+        self._deadline = self._drained_by = inf
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if self._left is not None:
+            self._left()
+            self._left = None
+
+    def _wait(self, seconds: float) -> None:
+        self._deadline = self.loop.time() + seconds
+        if self._deadline < self._rings_at:
+            self._arm(self._deadline)
+
+    def _arm(self, at: float) -> None:
+        if at < self._rings_at:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._rings_at = at
+            self._timer = self.loop.call_at(at, self._ring)
+
+    def _ring(self) -> None:
+        self._timer, self._rings_at = None, inf
+        now = self.loop.time()
+        closing = self.transport.is_closing()
+        if now >= self._drained_by or (now >= self._deadline and closing):
+            self.transport.abort()
+            return
+        if now >= self._deadline and self.flow.read_paused:
+            # It is we who do not read: the client cannot go on.
+            self._deadline = now + self._limits.body_within
+        elif now >= self._deadline:
+            if self._reading:
+                self.transport.abort()
+                return
+            self.transport.close()
+            self._deadline = now + self._limits.drained_within
+        if (at := min(self._deadline, self._drained_by)) < inf:
+            self._arm(at)
 
 
 class EmbeddedServer(uvicorn.Server):
     """A server that leaves the signals to whoever runs the process."""
 
+    def __init__(self, config: uvicorn.Config, limits: Limits) -> None:
+        super().__init__(config)
+        self.crowd = Crowd(limits)
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's for bound sockets; it would give a TLS handshake a minute, and its end half a one."""
+        await self.lifespan.startup()
+        loop = asyncio.get_running_loop()
+        limits = self.crowd.limits
+        tls: dict[str, Any] = {}
+        if self.config.ssl:
+            tls = {"ssl_handshake_timeout": limits.head_within, "ssl_shutdown_timeout": limits.head_within}
+        self.servers = [
+            await loop.create_server(
+                self._protocol, sock=bound, ssl=self.config.ssl, backlog=self.config.backlog, **tls
+            )
+            for bound in sockets or []
+        ]
+        self.started = True
 
-def embedded(app: Any, *, cert: Path | None = None, key: Path | None = None) -> EmbeddedServer:
-    """A server for `app`, to be run with `serve(sockets=[…])`."""
+    def abort(self) -> None:
+        """End every connection now, sent or not."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+
+    def cancel(self) -> None:
+        """End every request that outlived its connection."""
+        for task in list(self.server_state.tasks):
+            task.cancel()
+
+    def _protocol(self) -> Bounded:
+        return Bounded(self.crowd, config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+
+
+def embedded(
+    app: Any, *, cert: Path | None = None, key: Path | None = None, side: bool = False, limits: Limits | None = None
+) -> EmbeddedServer:
+    """A server for `app`, to be run with `serve(sockets=[…])`.
+
+    A `side` door takes no WebSockets and one eighth of the process's descriptors; the main one takes three quarters.
+    """
+    if limits is None:
+        room = max(_descriptors() - _KEPT_BACK, 64)
+        limits = Limits(connections=room // 8 if side else room * 3 // 4)
     config = uvicorn.Config(
         app,
         loop="none",
-        http="httptools",
-        ws="websockets-sansio",
+        http=Bounded,
+        ws="none" if side else BoundedWebSocket,
         ws_per_message_deflate=False,  # costs 32 KB a connection, and reports are small
         ws_max_size=512 * 1024,
         lifespan="off",
@@ -39,7 +376,19 @@ def embedded(app: Any, *, cert: Path | None = None, key: Path | None = None) -> 
         ssl_certfile=str(cert) if cert else None,
         ssl_keyfile=str(key) if key else None,
     )
-    return EmbeddedServer(config)
+    return EmbeddedServer(config, limits)
+
+
+def _descriptors() -> int:
+    """How many descriptors this process may have, after asking for as many as are of use."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return _DESCRIPTORS
+    wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        log.info("limit of open files raised", extra={"before": soft, "now": wanted})
+    return min(max(soft, wanted), _DESCRIPTORS)
 
 
 def listen(host: str, port: int, setting: str, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
@@ -66,9 +415,16 @@ def listen(host: str, port: int, setting: str, kind: socket.SocketKind = socket.
 
 
 async def serve_until(server: EmbeddedServer, bound: socket.socket, closing: asyncio.Event) -> None:
-    """Serve `bound` until `closing` is set; the streams of `server` watch the same event."""
+    """Serve `bound` until `closing` is set; the streams of `server` watch the same event.
+
+    What has not ended half a second later is cut: a client that stalls does not decide when we stop.
+    """
     async with asyncio.TaskGroup() as tasks:
         serving = tasks.create_task(server.serve(sockets=[bound]))
         await closing.wait()
         server.should_exit = True
+        for patience, cut in ((_ENDS_WITHIN, server.abort), (_TASKS_END_WITHIN, server.cancel)):
+            done, _ = await asyncio.wait({serving}, timeout=patience)
+            if not done:
+                cut()
         await serving

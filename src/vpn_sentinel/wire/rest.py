@@ -182,7 +182,7 @@ class Notice(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Delivery(msgspec.Struct, frozen=True, kw_only=True):
-    """One notice owed to one channel. `status` is "due", "leased", "done" or "given_up", "superseded"."""
+    """One notice owed to one channel. `status` is "due", "leased", "done", "given_up" or "superseded"."""
 
     id: int
     channel: str

@@ -153,7 +153,9 @@ def build_health(services: HealthServices) -> App:
         if scope["type"] == "lifespan":
             await _lifespan(receive, send)
             return
-        if scope["type"] != "http":
+        if scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.close"})  # before it is accepted: answered with 403
             return
         known = scope["path"].rstrip("/")
         if known in _PATHS and scope["method"] not in ("GET", "HEAD"):

@@ -1,0 +1,345 @@
+"""What a stranger may hold of a listener: real connections on loopback, with limits short enough to wait for."""
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+import websockets
+
+from tests.conftest import until
+from vpn_sentinel.server.serving import Crowd, EmbeddedServer, Limits, embedded, listen, serve_until
+
+HEAD = b"GET / HTTP/1.1\r\nHost: a\r\n"
+SHORT: dict[str, Any] = {"head_within": 0.2, "body_within": 0.3, "idle": 0.15, "drained_within": 0.3}
+
+
+class App:
+    """Answers with what it was sent; `/stream` talks until the client goes, `/big` and `/hang` do not end."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Any]] = []
+        self.left = 0
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        self.seen.append(scope)
+        if scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.accept"})
+            while (event := await receive())["type"] == "websocket.receive":
+                await send({"type": "websocket.send", "text": event["text"]})
+            return
+        match scope["path"]:
+            case "/stream":
+                await send({"type": "http.response.start", "status": 200, "headers": []})
+                gone = asyncio.ensure_future(self._gone(receive))
+                while not gone.done():
+                    await send({"type": "http.response.body", "body": b"tick\n", "more_body": True})
+                    await asyncio.wait({gone}, timeout=0.05)
+                self.left += 1
+            case "/big":
+                await send({"type": "http.response.start", "status": 200, "headers": []})
+                for _ in range(1000):
+                    await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
+                await send({"type": "http.response.body", "body": b""})
+            case "/hang":
+                await asyncio.sleep(30)
+            case _:
+                body = b""
+                while (event := await receive())["type"] == "http.request":
+                    body += event["body"]
+                    if not event["more_body"]:
+                        break
+                answer = str(len(body)).encode()
+                headers = [(b"content-length", str(len(answer)).encode())]
+                await send({"type": "http.response.start", "status": 200, "headers": headers})
+                await send({"type": "http.response.body", "body": answer})
+
+    async def _gone(self, receive: Any) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+
+
+class House:
+    def __init__(self, app: App, server: EmbeddedServer, port: int, closing: asyncio.Event) -> None:
+        self.app, self.server, self.port, self.closing = app, server, port, closing
+        self.writers: list[asyncio.StreamWriter] = []
+
+    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        self.writers.append(writer)
+        return reader, writer
+
+    async def flood(self, first: bytes, piece: Callable[[int], bytes]) -> tuple[int, bytes]:
+        """Send until it is cut: how many bytes went out, and what came back."""
+        reader, writer = await self.connect()
+        writer.write(first)
+        sent = len(first)
+        for n in range(5000):
+            writer.write(piece(n))
+            sent += len(piece(n))
+            try:
+                await writer.drain()
+            except ConnectionError:
+                break
+            await asyncio.sleep(0)
+            if reader.at_eof() or self._open() == 0:
+                break
+        return sent, await rest(reader)
+
+    def _open(self) -> int:
+        return self.server.crowd.open.total()
+
+
+async def rest(reader: asyncio.StreamReader) -> bytes:
+    """All that comes until the connection ends."""
+    got = b""
+    try:
+        async with asyncio.timeout(5):
+            while piece := await reader.read(65536):
+                got += piece
+    except ConnectionError:
+        pass
+    return got
+
+
+@asynccontextmanager
+async def house(*, side: bool = False, **limits: Any) -> AsyncIterator[House]:
+    app, closing = App(), asyncio.Event()
+    server = embedded(app, side=side, limits=Limits(**{"connections": 100} | limits))
+    bound = listen("127.0.0.1", 0, "PORT")
+    async with asyncio.TaskGroup() as group:
+        serving = group.create_task(serve_until(server, bound, closing))
+        await until(lambda: server.started)
+        made = House(app, server, bound.getsockname()[1], closing)
+        try:
+            yield made
+        finally:
+            closing.set()
+            for writer in made.writers:
+                writer.close()
+            await serving
+            await asyncio.gather(*(w.wait_closed() for w in made.writers), return_exceptions=True)
+    assert not server.crowd.open
+
+
+FLOODS = {
+    "headers": (HEAD, lambda n: b"X-%d: " % n + b"v" * 4000 + b"\r\n"),
+    "tiny headers": (HEAD, lambda n: b"a:b\r\n" * 800),
+    "one value": (HEAD + b"X: ", lambda n: b"v" * 4096),
+    "one name": (HEAD, lambda n: b"v" * 4096),
+    "url": (b"GET /", lambda n: b"v" * 4096),
+    "blank lines": (b"", lambda n: b"\r\n" * 2048),
+    "trailers": (
+        b"POST /stream HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\n",
+        lambda n: b"X-%d: " % n + b"v" * 4000 + b"\r\n",
+    ),
+    "chunk extensions": (
+        b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n1;",
+        lambda n: b"v" * 4096,
+    ),
+    "pipeline": (b"GET /stream HTTP/1.1\r\nHost: a\r\n\r\n" + (HEAD + b"\r\n") * 9, lambda n: HEAD + b"\r\n"),
+}
+
+
+@pytest.mark.parametrize(("first", "piece"), FLOODS.values(), ids=FLOODS.keys())
+async def test_a_flood_is_cut(first: bytes, piece: Callable[[int], bytes]) -> None:
+    async with house() as at:
+        sent, answer = await at.flood(first, piece)
+        assert sent < 1_000_000
+        assert at.server.crowd.open.total() == 0
+        if answer.startswith(b"HTTP/1.1 400"):
+            head, _, body = answer.partition(b"\r\n\r\n")
+            assert b"application/problem+json" in head
+            assert json.loads(body)["status"] == 400
+
+
+async def test_garbage_is_answered_as_a_problem_and_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    async with house() as at:
+        for _ in range(5):
+            reader, writer = await at.connect()
+            writer.write(b"\x16\x03\x01 nonsense\r\n\r\n")
+            answer = await rest(reader)
+            head, _, body = answer.partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 400 Bad Request")
+            assert b"content-type: application/problem+json" in head
+            assert json.loads(body) == {
+                "status": 400,
+                "title": "Bad Request",
+                "detail": "This is not an HTTP request.",
+                "type": "about:blank",
+            }
+    said = [r for r in caplog.records if r.levelno >= logging.WARNING]
+    assert len(said) == 1
+    assert vars(said[0])["address"] == "127.0.0.1"
+
+
+def test_what_repeats_is_counted_until_it_is_said_again(caplog: pytest.LogCaptureFixture) -> None:
+    crowd = Crowd(Limits(connections=1))
+    for now in (0, 1, 30, 59, 61):
+        crowd.complain("garbage", "a", now)
+    assert [vars(r)["times"] for r in caplog.records] == [1, 4]
+
+
+IDLE = {
+    "nothing": b"",
+    "blank lines": b"\r\n\r\n",
+    "half a head": HEAD,
+    "half a body": b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\nabc",
+    "no more requests": HEAD + b"X:\r\n\r\n",
+    "an unread answer": b"GET /big HTTP/1.1\r\nHost: a\r\n\r\n",
+    "half a request behind a stream": b"GET /stream HTTP/1.1\r\nHost: a\r\n\r\nGET",
+}
+
+
+@pytest.mark.parametrize("sent", IDLE.values(), ids=IDLE.keys())
+async def test_who_stalls_is_closed(sent: bytes) -> None:
+    async with house(**SHORT) as at:
+        _, writer = await at.connect()
+        writer.transport.pause_reading()
+        writer.write(sent)
+        await until(lambda: at.server.crowd.open.total() == 1)
+        async with asyncio.timeout(1.5):
+            await until(lambda: not at.server.crowd.open)
+
+
+async def test_who_drips_a_head_is_closed() -> None:
+    async with house(**SHORT) as at:
+        _, writer = await at.connect()
+        started = asyncio.get_running_loop().time()
+        for byte in HEAD * 10:
+            writer.write(bytes([byte]))
+            await asyncio.sleep(0.03)
+            if started + 0.1 < asyncio.get_running_loop().time() and not at.server.crowd.open:
+                break
+        assert asyncio.get_running_loop().time() - started < 0.6
+
+
+async def test_a_slow_body_and_later_requests_are_served() -> None:
+    async with house(**SHORT) as at:
+        reader, writer = await at.connect()
+        writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 6\r\n\r\n")
+        for _ in range(6):  # longer than any one limit
+            await asyncio.sleep(0.12)
+            writer.write(b"x")
+        assert (await reader.readuntil(b"\r\n\r\n6")).startswith(b"HTTP/1.1 200")
+        for _ in range(8):
+            await asyncio.sleep(0.08)
+            writer.write(HEAD + b"\r\n")
+            assert (await reader.readuntil(b"\r\n\r\n0")).startswith(b"HTTP/1.1 200")
+        writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 400000\r\n\r\n" + b"x" * 400_000)
+        assert await reader.readuntil(b"400000")
+
+
+async def test_a_short_pipeline_is_answered_in_order() -> None:
+    async with house(**SHORT) as at:
+        reader, writer = await at.connect()
+        posts = b"".join(
+            b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: %d\r\n\r\n%b" % (n, b"x" * n) for n in range(9)
+        )
+        writer.write(posts)
+        for n in range(9):
+            await reader.readuntil(b"\r\n\r\n%d" % n)
+
+
+async def test_a_stream_and_a_websocket_outlive_every_timer() -> None:
+    async with house(**SHORT) as at:
+        reader, writer = await at.connect()
+        writer.write(b"GET /stream HTTP/1.1\r\nHost: a\r\n\r\n")
+        async with websockets.connect(f"ws://127.0.0.1:{at.port}/") as ws:
+            await asyncio.sleep(0.8)
+            await ws.send("still here")
+            assert await ws.recv() == "still here"
+            await reader.readuntil(b"tick\n" * 1)
+            assert not reader.at_eof()
+            assert at.server.crowd.open.total() == 2
+        await until(lambda: at.server.crowd.open.total() == 1)
+
+
+async def test_a_stream_with_a_request_behind_it_ends_with_its_connection() -> None:
+    async with house() as at:
+        _, writer = await at.connect()
+        writer.write(b"GET /stream HTTP/1.1\r\nHost: a\r\n\r\n" + HEAD + b"\r\n")
+        await until(lambda: bool(at.app.seen))
+        writer.transport.abort()
+        await until(lambda: at.app.left == 1)
+
+
+async def test_a_trailer_is_no_header() -> None:
+    async with house() as at:
+        reader, writer = await at.connect()
+        writer.write(
+            b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n1\r\nx\r\n0\r\nX-Evil: 1\r\n\r\n"
+        )
+        await reader.readuntil(b"\r\n\r\n1")
+        assert b"x-evil" not in dict(at.app.seen[0]["headers"])
+
+
+async def test_a_side_door_takes_no_websocket(caplog: pytest.LogCaptureFixture) -> None:
+    async with house(side=True) as at:
+        reader, writer = await at.connect()
+        writer.write(HEAD + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
+        answer = await rest(reader)
+        assert answer.startswith(b"HTTP/1.1 200")
+        assert b"connection: close" in answer
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize("limits", [{"connections": 8}, {"per_address": 8}], ids=["all", "one address"])
+async def test_more_connections_than_granted_are_closed_at_once(
+    limits: dict[str, int], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "vpn_sentinel")
+    async with house(**limits) as at:
+        kept = [await at.connect() for _ in range(8)]
+        await until(lambda: at.server.crowd.open.total() == 8)
+        for _ in range(5):
+            reader, _ = await at.connect()
+            assert await rest(reader) == b""
+        for _, writer in kept:
+            writer.close()
+        await until(lambda: at.server.crowd.open.total() == 0)
+        reader, writer = await at.connect()
+        writer.write(HEAD + b"\r\n")
+        await reader.readuntil(b"\r\n\r\n0")
+    said = [r.message for r in caplog.records if r.name.startswith("vpn_sentinel") and "turned away" in r.message]
+    over = [r.message for r in caplog.records if r.message == "connections are taken again"]
+    assert len(said) == 1
+    assert len(over) == ("connections" in limits)
+
+
+def test_an_ipv6_customer_is_one_and_mapped_ipv4_are_many() -> None:
+    crowd = Crowd(Limits(connections=10, per_address=1))
+    assert crowd.enter("2001:db8::1", 0)
+    assert not crowd.enter("2001:db8::2", 0)
+    assert crowd.enter("2001:db8:0:1::1", 0)
+    assert crowd.enter("::ffff:192.0.2.1", 0)
+    assert crowd.enter("::ffff:192.0.2.2", 0)
+    assert crowd.enter("fe80::1%eth0", 0)
+
+
+STALLS = {
+    "half a body": b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\nabc",
+    "an unread answer": b"GET /big HTTP/1.1\r\nHost: a\r\n\r\n" * 5,
+    "half a head": HEAD,
+    "a request that hangs": b"GET /hang HTTP/1.1\r\nHost: a\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("sent", STALLS.values(), ids=STALLS.keys())
+async def test_the_end_comes_within_a_second(sent: bytes) -> None:
+    loop = asyncio.get_running_loop()
+    async with house() as at:
+        _, writer = await at.connect()
+        writer.transport.pause_reading()
+        writer.write(sent)
+        await asyncio.sleep(0.2)
+        asked = loop.time()
+        at.closing.set()
+        await until(lambda: not (at.server.server_state.connections or at.server.server_state.tasks))
+        at.writers.clear()
+        writer.close()
+    assert loop.time() - asked < 1
