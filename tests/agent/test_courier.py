@@ -280,6 +280,25 @@ async def test_a_busy_server_is_tried_again(spool: Spool) -> None:
         await until(lambda: server.hellos)
 
 
+async def test_a_server_that_greets_and_cannot_store_is_said_once_and_told_when_over(
+    spool: Spool, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    fill(spool, 1)
+    server = Server()
+    full = Refused(reason="the database does not take reports now; nothing was stored", retry=True)
+    server.refuse = lambda _: full
+    async with server.listening() as url, carrying(spool, url) as courier:
+        await until(lambda: len(server.hellos) >= 3)
+        assert courier.acked_at is None
+        assert [r.message for r in caplog.records if "report" in r.message] == ["cannot report"]
+        server.refuse = lambda _: None
+        await until(lambda: server.stored)
+        await until(lambda: courier.acked_at is not None)
+        said = [r.message for r in caplog.records if r.name.endswith("courier")]
+    assert said == ["connected", "cannot report", "connected"]
+
+
 async def test_one_refused_report_does_not_hold_up_the_others(spool: Spool) -> None:
     fill(spool, 4)
     server = Server()

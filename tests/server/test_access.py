@@ -1,5 +1,7 @@
-"""Keys, tokens, and where a request really came from."""
+"""Keys, tokens, who guesses, and where a request really came from."""
 
+import asyncio
+import logging
 from collections.abc import Sequence
 from ipaddress import ip_address, ip_network
 from typing import Any
@@ -12,8 +14,10 @@ from vpn_sentinel.runtime.secret import Secret
 from vpn_sentinel.server.access import (
     Access,
     Caller,
+    TooManyWrongKeys,
     create_token,
     first_key,
+    headers_of,
     inside,
     key_from,
     peer,
@@ -120,6 +124,7 @@ class Counted:
         if self.gone:
             raise StoreUnavailable("unreachable", "connection refused")
         self.reads += 1
+        await asyncio.sleep(0)
         return await self._store.read(statement)
 
 
@@ -140,6 +145,155 @@ async def test_the_shared_key_needs_no_database_and_the_others_say_that_it_is_go
     assert await access.caller(KEY.reveal()) is not None
     with pytest.raises(StoreUnavailable):
         await access.caller("vs_something")
+
+
+async def test_a_token_that_was_just_made_is_known_within_a_second(store: Store, clock: ManualClock) -> None:
+    counted = Counted(store)
+    access = Access(counted, clock, None)  # type: ignore[arg-type]
+    assert await access.caller("vs_nothing") is None
+    token = await create_token(store, "nl", shared=False, now=clock.now)
+    assert await access.caller(token) is None
+    clock.now += 1.1
+    assert await access.caller(token) == Caller("nl", shared=False)
+    for _ in range(50):
+        assert await access.caller("vs_nothing") is None
+    assert counted.reads == 2
+
+
+async def test_who_asks_at_once_shares_one_look(store: Store, clock: ManualClock) -> None:
+    token = await create_token(store, "nl", shared=False, now=clock.now)
+    counted = Counted(store)
+    access = Access(counted, clock, None)  # type: ignore[arg-type]
+    assert None not in await asyncio.gather(*(access.admit(token, HERE) for _ in range(50)))
+    assert counted.reads == 1
+
+
+async def test_a_look_that_failed_fails_for_all_who_waited(store: Store, clock: ManualClock) -> None:
+    class Gone:
+        asked = 0
+
+        async def read(self, _: object) -> None:
+            self.asked += 1
+            await asyncio.sleep(0)
+            raise StoreUnavailable("unreachable", "connection refused")
+
+    gone = Gone()
+    access = Access(gone, clock, None)  # type: ignore[arg-type]
+    ends = await asyncio.gather(*(access.caller(f"vs_{n}") for n in range(5)), return_exceptions=True)
+    assert [type(e) for e in ends] == [StoreUnavailable] * 5
+    assert gone.asked == 1
+
+
+# -- who guesses
+
+HERE, THERE = ip_address("146.70.1.2"), ip_address("146.70.9.9")
+
+
+async def guess(access: Access, times: int, ip: Any = HERE) -> int:
+    """Show wrong keys; how many of them were looked at."""
+    looked = 0
+    for n in range(times):
+        try:
+            assert await access.admit(f"guess-{n}", ip) is None
+        except TooManyWrongKeys as e:
+            assert 0 < e.retry_after <= 60  # noqa: PT017
+        else:
+            looked += 1
+    return looked
+
+
+async def test_a_flood_of_guesses_does_not_learn_the_key(store: Store, clock: ManualClock) -> None:
+    token = await create_token(store, "nl", shared=False, now=clock.now)
+    access = Access(store, clock, KEY)
+    assert await guess(access, 50) == 20
+    for right in (KEY.reveal(), token):
+        with pytest.raises(TooManyWrongKeys):
+            await access.admit(right, HERE)
+        assert await access.admit(right, THERE) is not None
+    clock.now += 60
+    assert await access.admit(KEY.reveal(), HERE) is not None
+
+
+async def test_guesses_that_come_at_once_are_counted_one_by_one(store: Store, clock: ManualClock) -> None:
+    access = Access(Counted(store), clock, KEY)  # type: ignore[arg-type]
+    ends = await asyncio.gather(*(access.admit(f"guess-{n}", HERE) for n in range(100)), return_exceptions=True)
+    assert ends.count(None) == 20
+    assert sum(isinstance(e, TooManyWrongKeys) for e in ends) == 80
+
+
+async def test_a_key_that_was_right_here_before_still_is(store: Store, clock: ManualClock) -> None:
+    token = await create_token(store, "nl", shared=False, now=clock.now)
+    access = Access(store, clock, KEY)
+    assert await access.admit(token, HERE) is not None
+    await guess(access, 50)
+    assert await access.admit(token, HERE) == Caller("nl", shared=False)
+    with pytest.raises(TooManyWrongKeys):
+        await access.admit(KEY.reveal(), HERE)
+    await revoke_token(store, "nl", clock.now)
+    clock.now += 5.1
+    assert await access.admit(token, HERE) is None  # once; from then on it is a guess like others
+    with pytest.raises(TooManyWrongKeys):
+        await access.admit(token, HERE)
+
+
+async def test_an_ipv6_customer_is_one_guesser(store: Store, clock: ManualClock) -> None:
+    access = Access(store, clock, KEY)
+    assert sum([await guess(access, 1, ip_address(f"2a0d::{n:x}")) for n in range(1, 31)]) == 20
+    assert await guess(access, 1, ip_address("2a0d:0:0:1::1")) == 1
+
+
+async def test_guesses_are_told_of_once_a_minute(
+    store: Store, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    def told() -> list[tuple[str, int]]:
+        lines = [(r.__dict__["address"], r.__dict__["times"]) for r in caplog.records]
+        caplog.clear()
+        return lines
+
+    access = Access(store, clock, KEY)
+    await guess(access, 50)
+    assert "guess" not in caplog.text
+    assert told() == [("146.70.1.2", 1)]
+    clock.now += 60
+    await access.admit(KEY.reveal(), THERE)
+    assert told() == [("146.70.1.2", 49)]
+    assert await guess(access, 1) == 1
+    assert told() == []
+    clock.now += 60
+    await access.admit(KEY.reveal(), THERE)
+    assert told() == [("146.70.1.2", 1)]
+    clock.now += 60
+    await access.admit(KEY.reveal(), THERE)
+    await guess(access, 1)
+    assert told() == [("146.70.1.2", 1)]
+
+
+async def test_many_guessers_do_not_fill_the_log(
+    store: Store, clock: ManualClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    access = Access(store, clock, KEY)
+    for n in range(200):
+        await guess(access, 1, ip_address(f"198.51.100.{n}"))
+    assert len(caplog.records) == 30
+    assert "many addresses" in caplog.messages[-1]
+
+
+async def test_what_is_remembered_of_callers_is_bounded(
+    store: Store, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vpn_sentinel.server.access._MOST_GUESSERS", 5)
+    monkeypatch.setattr("vpn_sentinel.server.access._MOST_WELCOME", 5)
+    access = Access(store, clock, KEY)
+    for n in range(20):
+        await guess(access, 1, ip_address(f"198.51.100.{n}"))
+        assert await access.admit(KEY.reveal(), ip_address(f"203.0.113.{n}")) is not None
+    assert len(access._guesses._by_place) == len(access._welcome) == 5
+
+
+def test_lines_of_one_header_are_one_list() -> None:
+    lines = [(b"x-forwarded-for", b"1.2.3.4"), (b"X-API-Key", b"k"), (b"x-forwarded-for", b"146.70.1.2, 10.0.0.2")]
+    assert headers_of({"headers": lines}) == {"x-forwarded-for": "1.2.3.4,146.70.1.2, 10.0.0.2", "x-api-key": "k"}
 
 
 PROXIES = (ip_network("10.0.0.0/8"), ip_network("fd00::/8"))

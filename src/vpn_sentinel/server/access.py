@@ -4,12 +4,16 @@ Nothing is open by default. A caller shows a key in `X-API-Key` (or as a bearer 
 report under any name and read everything, or one tunnel's token, which may only report as that tunnel.
 """
 
+import asyncio
 import hmac
+import logging
 import secrets
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Final
+from ipaddress import ip_network
+from typing import Any, Final
 
 from sqlalchemy import insert, select, update
 
@@ -17,13 +21,24 @@ from vpn_sentinel.domain.policy import IPAddress, IPNetwork
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.runtime.secret import Secret
 from vpn_sentinel.server.store.schema import tokens
-from vpn_sentinel.server.store.store import Store
+from vpn_sentinel.server.store.store import Store, StoreUnavailable
 from vpn_sentinel.wire.codec import address
+
+log = logging.getLogger(__name__)
 
 _PREFIX: Final = 8
 _MARK: Final = "vs_"
 # How long a token that was revoked elsewhere may still be taken from memory, in seconds.
 _FRESH: Final = 5.0
+# How often the table is asked again for a key that is not in memory, in seconds: it may have been made just now.
+_MISSED: Final = 1.0
+# Wrong keys one address may show in a minute: keys are long, this only keeps guessers cheap.
+_WRONG_KEYS: Final = 20
+_MINUTE: Final = 60.0
+# Addresses whose wrong keys are counted, places where a key was right, and lines a minute about wrong keys.
+_MOST_GUESSERS: Final = 100_000
+_MOST_WELCOME: Final = 100_000
+_MOST_LINES: Final = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +52,14 @@ class Caller:
         return self.shared or self.name == tunnel
 
 
+class TooManyWrongKeys(Exception):
+    """This address guesses. `retry_after` in seconds."""
+
+    def __init__(self, retry_after: float) -> None:
+        super().__init__("too many wrong keys from this address")
+        self.retry_after = retry_after
+
+
 class Access:
     """Checks keys against the `VPN_SENTINEL_API_KEY` setting and the `tokens` table."""
 
@@ -46,25 +69,141 @@ class Access:
         self._own_digest = _digest(api_key.reveal()) if api_key is not None else None
         self._tokens: Mapping[str, tuple[str, Caller]] = {}
         self._read_at = float("-inf")
+        self._reading = asyncio.Lock()
+        self._rounds = 0
+        self._failed: StoreUnavailable | None = None
+        self._guesses = _Guesses()
+        self._welcome: OrderedDict[tuple[str, str], None] = OrderedDict()
+
+    async def admit(self, key: str, ip: IPAddress | None) -> Caller | None:
+        """Who comes from `ip` with `key`, or None. Raises TooManyWrongKeys and StoreUnavailable.
+
+        Once an address showed too many wrong keys in a minute, a right one is not told from a wrong one there: only a
+        key that was right at this address before still is, so that a neighbour behind the same exit locks nobody out.
+        """
+        where, digest = _place(ip), _digest(key)
+        known = (where, digest) in self._welcome
+        now = self._clock.boottime()
+        self._guesses.tell(now)
+        if not known:
+            self._guesses.check(where, now)
+        if not self._is_own(digest):
+            await self._refresh(key, digest)
+        # From here on nothing waits: guesses that come at once are counted one by one.
+        now = self._clock.boottime()
+        if not known:
+            self._guesses.check(where, now)
+        found = self._match(key, digest)
+        if found is None:
+            self._welcome.pop((where, digest), None)
+            self._guesses.add(where, now)
+            return None
+        self._welcome[where, digest] = None
+        self._welcome.move_to_end((where, digest))
+        if len(self._welcome) > _MOST_WELCOME:
+            self._welcome.popitem(last=False)
+        return found
 
     async def caller(self, key: str | None) -> Caller | None:
-        """Who holds `key`, or None. Compares in constant time. Raises StoreUnavailable."""
+        """Who holds `key`, or None; for one who was admitted before. Raises StoreUnavailable."""
         if not key:
             return None
         given = _digest(key)
-        if self._own_digest is not None and hmac.compare_digest(given, self._own_digest):
+        if not self._is_own(given):
+            await self._refresh(key, given)
+        return self._match(key, given)
+
+    def _is_own(self, given: str) -> bool:
+        return self._own_digest is not None and hmac.compare_digest(given, self._own_digest)
+
+    def _match(self, key: str, given: str) -> Caller | None:
+        """Compares in constant time, with what is in memory."""
+        if self._is_own(given):
             return Caller("shared", shared=True)
-        if self._clock.boottime() - self._read_at > _FRESH:
-            await self._reload()
         found = self._tokens.get(_prefix_of(key))
         if found is None or not hmac.compare_digest(found[0], given):
             return None
         return found[1]
 
+    async def _refresh(self, key: str, given: str) -> None:
+        """Read the table when what is in memory is old, or when it does not hold `key`."""
+        age = self._clock.boottime() - self._read_at
+        if age <= _MISSED or (age <= _FRESH and self._match(key, given) is not None):
+            return
+        rounds = self._rounds
+        async with self._reading:
+            if self._rounds == rounds:
+                await self._reload()
+            elif self._failed is not None:  # who waited for another's attempt shares its end
+                raise self._failed.with_traceback(None)
+
     async def _reload(self) -> None:
-        rows = await self._store.read(select(tokens).where(tokens.c.revoked_at.is_(None)))
+        try:
+            rows = await self._store.read(select(tokens).where(tokens.c.revoked_at.is_(None)))
+        except StoreUnavailable as e:
+            self._rounds, self._failed = self._rounds + 1, e
+            raise
+        self._rounds, self._failed = self._rounds + 1, None
         self._tokens = {r.prefix: (r.digest, Caller(r.name, shared=bool(r.shared))) for r in rows}
         self._read_at = self._clock.boottime()
+
+
+@dataclass(slots=True)
+class _Guesser:
+    """One address's current minute: when it began, its wrong keys, and how many of them no line told of."""
+
+    since: float
+    wrong: int = 0
+    unsaid: int = 0
+
+
+class _Guesses:
+    """Wrong keys by address, in a bounded map, oldest minute first; and what is said about them."""
+
+    def __init__(self) -> None:
+        self._by_place: OrderedDict[str, _Guesser] = OrderedDict()
+        self._lines = 0
+        self._lines_since = float("-inf")
+
+    def check(self, where: str, now: float) -> None:
+        """Raises TooManyWrongKeys. Such a refusal is told of as one more."""
+        guesser = self._by_place.get(where)
+        if guesser is not None and guesser.wrong >= _WRONG_KEYS and now - guesser.since < _MINUTE:
+            guesser.unsaid += 1
+            raise TooManyWrongKeys(guesser.since + _MINUTE - now)
+
+    def add(self, where: str, now: float) -> None:
+        """Count a wrong key. The first one of a quiet address is told at once, the others when its minute is over."""
+        self.tell(now)
+        guesser = self._by_place.get(where)
+        if guesser is None:
+            guesser = self._by_place[where] = _Guesser(now)
+            self._say(where, 1, now)
+            if len(self._by_place) > _MOST_GUESSERS:
+                self._by_place.popitem(last=False)
+        else:
+            guesser.unsaid += 1
+        guesser.wrong += 1
+
+    def tell(self, now: float) -> None:
+        """Close the minutes that are over."""
+        while self._by_place:
+            where, guesser = next(iter(self._by_place.items()))
+            if now - guesser.since < _MINUTE:
+                return
+            del self._by_place[where]
+            if guesser.unsaid:
+                self._say(where, guesser.unsaid, now)
+                self._by_place[where] = _Guesser(now)
+
+    def _say(self, where: str, times: int, now: float) -> None:
+        if now - self._lines_since >= _MINUTE:
+            self._lines, self._lines_since = 0, now
+        self._lines += 1
+        if self._lines < _MOST_LINES:
+            log.warning("wrong keys were shown", extra={"address": where, "times": times})
+        elif self._lines == _MOST_LINES:
+            log.warning("wrong keys were shown by many addresses; no more is said of them this minute")
 
 
 async def create_token(store: Store, name: str, *, shared: bool, now: float) -> str:
@@ -125,6 +264,16 @@ def peer(remote: str, forwarded_for: str | None, trusted: Iterable[IPNetwork]) -
     return found
 
 
+def headers_of(scope: Mapping[str, Any]) -> dict[str, str]:
+    """The headers of an ASGI scope, names in lower case. Proxies add lines of `X-Forwarded-For`: they are one list."""
+    raw = scope["headers"]
+    found: dict[str, str] = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in raw}
+    if "x-forwarded-for" in found:
+        lines = (v.decode("latin-1") for k, v in raw if k.lower() == b"x-forwarded-for")
+        found["x-forwarded-for"] = ",".join(lines)
+    return found
+
+
 def inside(ip: IPAddress, networks: Iterable[IPNetwork]) -> bool:
     return any(ip.version == n.version and ip in n for n in networks)
 
@@ -135,6 +284,13 @@ def key_from(headers: Mapping[str, str]) -> str | None:
         return key
     scheme, _, token = headers.get("authorization", "").partition(" ")
     return token.strip() or None if scheme.lower() == "bearer" else None
+
+
+def _place(ip: IPAddress | None) -> str:
+    """Whose guesses are counted together: an IPv4 address, or the /64 that one IPv6 customer has."""
+    if ip is None:
+        return "none"
+    return str(ip) if ip.version == 4 else str(ip_network((ip, 64), strict=False))
 
 
 def _digest(key: str) -> str:

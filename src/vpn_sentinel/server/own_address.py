@@ -14,6 +14,9 @@ log = logging.getLogger(__name__)
 
 _AGAIN: Final = 3600.0
 _AFTER_FAILURE: Final = 300.0
+# Bytes and seconds that an answer may take; a true one takes some 300 bytes.
+_MOST: Final = 4096
+_WITHIN: Final = 10.0
 
 
 class OwnAddress:
@@ -32,7 +35,7 @@ class OwnAddress:
         while True:
             try:
                 await self._ask()
-            except (httpx.HTTPError, ValueError) as e:
+            except (httpx.HTTPError, TimeoutError, ValueError) as e:
                 if not self._known:
                     log.info("own public address is not known", extra={"reason": type(e).__name__})
                 await asyncio.sleep(_AFTER_FAILURE)
@@ -40,7 +43,21 @@ class OwnAddress:
                 await asyncio.sleep(_AGAIN)
 
     async def _ask(self) -> None:
-        answer = await self._http.get(self._url, timeout=10.0)
-        answer.raise_for_status()
-        pairs = dict(line.split("=", 1) for line in answer.text[:4096].splitlines() if "=" in line)
+        async with asyncio.timeout(_WITHIN):
+            text = await self._fetch()
+        pairs = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
         self._known = (ip_network(address(pairs.get("ip", ""))),)
+
+    async def _fetch(self) -> str:
+        """The answer's text. Raises httpx.HTTPError, and ValueError for what is too long, before it is all read."""
+        body = b""
+        # Not compressed, and raw: a few bytes must not become many.
+        plain = {"Accept-Encoding": "identity"}
+        async with self._http.stream("GET", self._url, headers=plain, timeout=_WITHIN) as answer:
+            answer.raise_for_status()
+            async for part in answer.aiter_raw():
+                body += part
+                if len(body) > _MOST:
+                    msg = f"more than {_MOST} bytes"
+                    raise ValueError(msg)
+        return body.decode("utf-8", "replace")

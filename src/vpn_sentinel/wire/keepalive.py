@@ -79,7 +79,8 @@ def read(body: bytes, now: float, came_from: IPAddress | None = None) -> Reading
     says something impossible (a 422). Each names the field.
     """
     try:
-        said = _decode(body)
+        # Decoded first: the parser skips what it does not know, and would skip bytes there that are no text.
+        said = _decode(body.decode())
     except (RecursionError, UnicodeDecodeError) as e:
         raise msgspec.DecodeError(str(e)) from e
     name = _field("client_id", tunnel_name, said.client_id)

@@ -1,11 +1,17 @@
 """Every route, every kind of caller. A route that is added is in this test by being added."""
 
+import asyncio
+from dataclasses import replace
+
 import httpx
 import pytest
 from litestar import Litestar
 from litestar.routes import HTTPRoute
 
-from tests.server.sample import KEY
+from tests.conftest import ManualClock
+from tests.server.sample import KEY, settings
+from vpn_sentinel.server.api.app import build_api
+from vpn_sentinel.server.api.services import ApiServices
 
 
 def every_route(api: Litestar) -> list[tuple[str, str]]:
@@ -73,3 +79,84 @@ async def test_refusal_says_what_to_do(nobody: httpx.AsyncClient, tunnel_token: 
     }
     response = await nobody.get("/status", headers={"X-API-Key": tunnel_token})
     assert (response.status_code, "shared key" in response.json()["detail"]) == (403, True)
+
+
+def caller_of(api: Litestar, address: str) -> httpx.AsyncClient:
+    transport = httpx.ASGITransport(api, client=(address, 1234), raise_app_exceptions=False)  # type: ignore[arg-type]
+    return httpx.AsyncClient(transport=transport, base_url="http://sentinel.test/api/v1")
+
+
+async def test_guessing_is_slowed_on_every_route(
+    api: Litestar, filled: dict[str, int], clock: ManualClock, hub
+) -> None:
+    hub.close()
+    closed = [(m, p) for m, p in every_route(api) if not open_to_all(m, p)]
+    for n, (method, path) in enumerate(closed):
+        async with caller_of(api, f"198.51.100.{n}") as guesser:
+            seen = [
+                (await guesser.request(method, f"http://sentinel.test{path}", headers={"X-API-Key": f"wrong-{k}"}))
+                for k in range(21)
+            ]
+            assert [r.status_code for r in seen] == [403] * 20 + [429], path
+            assert (seen[-1].headers["retry-after"], seen[-1].headers["content-type"]) == (
+                "60",
+                "application/problem+json",
+            )
+            right = await guesser.get("/status", headers={"X-API-Key": KEY})
+            assert right.status_code == 429, "the right key is told from a wrong one in the middle of a flood"
+    clock.now += 60
+    async with caller_of(api, "198.51.100.0") as reader:
+        assert (await reader.get("/status", headers={"X-API-Key": KEY})).status_code == 200
+        for k in range(30):
+            await reader.get("/status", headers={"X-API-Key": f"wrong-{k}"})
+        assert (await reader.get("/status", headers={"X-API-Key": KEY})).status_code == 200
+
+
+async def test_the_allow_list_holds_on_every_route(services: ApiServices, filled: dict[str, int], hub) -> None:
+    hub.close()
+    config = settings(SERVER_ALLOWED_IPS="10.0.0.0/8", TRUSTED_PROXIES="172.17.0.0/16")
+    api = build_api(replace(services, settings=config))
+    wrong = {}
+    for address, forwarded, allowed in (
+        ("146.70.1.2", None, False),
+        ("10.1.2.3", None, True),
+        ("172.17.0.2", "10.1.2.3", True),
+        ("172.17.0.2", "146.70.1.2", False),
+        ("146.70.1.2", "10.1.2.3", False),
+    ):
+        headers = {"X-API-Key": KEY} | ({"X-Forwarded-For": forwarded} if forwarded else {})
+        async with caller_of(api, address) as client:
+            for method, path in every_route(api):
+                got = (await client.request(method, f"http://sentinel.test{path}", headers=headers)).status_code
+                if (got != 403) != (allowed or open_to_all(method, path)):
+                    wrong[address, forwarded, method, path] = got
+    assert wrong == {}
+
+
+async def test_who_has_no_address_is_not_on_the_allow_list(services: ApiServices, filled: dict[str, int]) -> None:
+    api = build_api(replace(services, settings=settings(SERVER_ALLOWED_IPS="10.0.0.0/8")))
+    async with caller_of(api, "") as client:
+        assert (await client.get("/status", headers={"X-API-Key": KEY})).status_code == 403
+
+
+async def test_every_line_of_a_proxy_counts(services: ApiServices) -> None:
+    api = build_api(replace(services, settings=settings(TRUSTED_PROXIES="172.17.0.0/16")))
+    async with caller_of(api, "172.17.0.2") as client:
+        lines = [("X-Forwarded-For", "1.2.3.4, 146.70.1.7"), ("X-Forwarded-For", "172.17.0.9")]
+        assert (await client.get("/whoami", headers=lines)).json()["ip"] == "146.70.1.7"
+        assert (await client.get("/whoami", headers=[*lines, ("X-Forwarded-For", "146.70.1.8")])).json()[
+            "ip"
+        ] == "146.70.1.8"
+
+
+async def test_a_request_that_is_cut_at_the_end_is_no_defect(
+    services: ApiServices, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Cut:
+        async def read(self, _: object) -> None:
+            raise asyncio.CancelledError
+
+    async with caller_of(build_api(replace(services, store=Cut())), "192.0.2.1") as client:  # type: ignore[arg-type]
+        with pytest.raises(asyncio.CancelledError):
+            await client.get("/status", headers={"X-API-Key": KEY})
+    assert caplog.records == []

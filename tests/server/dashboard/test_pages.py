@@ -1,5 +1,6 @@
 """What a person sees, and what no text from outside can make of it."""
 
+import asyncio
 import json
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -185,6 +186,16 @@ HOSTS = {
     "evil.example@localhost": 421,
     "": 421,
     "[::1": 421,
+    "[::1]": 200,
+    "[::1].evil": 421,
+    "[::1]evil:80": 421,
+    "127.0.0.1:80:80": 421,
+    "127.0.0.1:": 421,
+    "localhost:80a": 421,
+    "localhost:8080.evil": 421,
+    "[127.0.0.1]": 421,
+    "::1": 421,
+    "[localhost]": 421,
 }
 
 
@@ -243,6 +254,15 @@ async def test_database_away(services: DashboardServices) -> None:
             response = await browser.get(path)
             assert (response.status_code, response.headers["retry-after"]) == (503, "2")
             assert "10.0.0.5" not in response.text
+
+
+async def test_a_request_that_is_cut_at_the_end_is_no_defect(
+    services: DashboardServices, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with broken(services, asyncio.CancelledError()) as browser:  # type: ignore[arg-type]
+        with pytest.raises(asyncio.CancelledError):
+            await browser.get("/")
+    assert caplog.records == []
 
 
 async def test_defect_says_nothing_of_the_inside(services: DashboardServices, caplog: pytest.LogCaptureFixture) -> None:

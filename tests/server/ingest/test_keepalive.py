@@ -2,13 +2,17 @@
 
 import json
 from collections.abc import Sequence
+from ipaddress import ip_address
 from typing import Any
 
 import pytest
 from sqlalchemy import Executable, Row
 
 from tests.server.ingest.conftest import EXIT, KEY, Build, House
+from vpn_sentinel.runtime.settings import Source
 from vpn_sentinel.server.access import create_token, revoke_token
+from vpn_sentinel.server.ingest.door import Door
+from vpn_sentinel.server.settings import ServerSettings
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
 from vpn_sentinel.wire import limits
 
@@ -68,14 +72,39 @@ async def test_a_bearer_token_is_a_key(house: House) -> None:
     assert (await house.keepalive(key=None, authorization=f"Bearer {KEY}")).status == 200
 
 
-async def test_who_guesses_keys_is_slowed_down_and_who_knows_one_is_not(house: House) -> None:
+async def test_who_guesses_keys_is_slowed_down_and_cannot_tell_when_one_is_right(house: House) -> None:
     seen = [(await house.keepalive(key="wrong")).status for _ in range(21)]
     assert seen == [403] * 20 + [429]
     refused = await house.keepalive(key="wrong")
     assert refused.status == 429
     assert int(refused.headers["retry-after"]) >= 1
-    assert (await house.keepalive()).status == 200
+    assert (await house.keepalive()).status == 429
+    assert (await house.keepalive(client=("146.70.9.9", 1))).status == 200
     assert (await house.keepalive(key="wrong", client=("146.70.9.9", 1))).status == 403
+    house.clock.now += 61
+    assert (await house.keepalive()).status == 200
+
+
+async def test_a_guessing_neighbour_locks_nobody_out(house: House, store: Store) -> None:
+    token = await create_token(store, "nl", shared=False, now=START)
+    assert (await house.keepalive()).status == 200
+    assert (await house.keepalive(key=token)).status == 200
+    assert [(await house.keepalive(key="wrong")).status for _ in range(30)][-1] == 429
+    assert (await house.keepalive()).status == 200
+    assert (await house.keepalive(key=token)).status == 200
+
+
+async def test_every_line_of_a_proxy_counts(house: House) -> None:
+    door = Door(
+        ServerSettings.read(Source(env={"VPN_SENTINEL_API_KEY": KEY, "VPN_SENTINEL_TRUSTED_PROXIES": "172.17.0.0/16"})),
+        house.access,
+        house.clock,
+    )
+    scope = house.scope("http", "/api/v1/keepalive", ("172.17.0.2", 1), KEY, x_forwarded_for="1.2.3.4, 146.70.1.7")
+    scope["headers"].append((b"x-forwarded-for", b"172.17.0.9"))
+    assert (await door.enter(scope)).address == ip_address("146.70.1.7")
+    scope["headers"].append((b"x-forwarded-for", b"146.70.1.8"))
+    assert (await door.enter(scope)).address == ip_address("146.70.1.8")
 
 
 async def test_who_reports_too_often_is_told_when_to_come_back(build: Build) -> None:

@@ -228,9 +228,12 @@ class Conversation:
                 raise ChannelError(Fault.BROKEN, "the server knows more of this spool than we do: it is named anew")
             case Greeted():
                 self.greeted = True
+                waited = self.spool.pending
                 self.spool.forget(event.ack)
-                self.acked()
                 self.arrived(self.url, event)
+                # A greeting alone stores nothing: it counts where it took reports along, or none were waiting.
+                if self.spool.pending < waited or not self.spool.pending:
+                    self.acked()
             case Stored():
                 self.spool.forget(event.upto)
                 self.spool.settled(event.thinned)

@@ -66,6 +66,8 @@ class Courier:
         self._said: dict[str, str | None] = {}
         self._post_until: dict[str, float] = {}
         self._posting: set[str] = set()  # of which it was said
+        self._url, self._stored = "", False  # of the conversation that was greeted last: whether reports were stored
+        self._fruitless: set[str] = set()  # greeted there and stored nothing
         self._back_after = back_first
         self.acked_at: float | None = None
 
@@ -131,6 +133,8 @@ class Courier:
             except ChannelError as e:
                 error = e
                 if tried.greeted:
+                    if not self._stored:
+                        self._fruitless.add(url)
                     self._say(url, str(e))
             if tried.greeted:
                 return True
@@ -198,11 +202,18 @@ class Courier:
         host = split(url).host
         if known := self._http.names.known(host):
             self._spool.keep(f"addresses:{host}", json.dumps([str(a) for a in known]))
-        self._say(url, None)
+        self._url, self._stored = url, False
+        # A server whose disk is full greets all the same: after a greeting that led to nothing, only an ack is news.
+        if url not in self._fruitless:
+            self._say(url, None)
         self._greeted(event.echo)
 
     def _acked(self) -> None:
         self.acked_at = self._clock.boottime()
+        if not self._stored:
+            self._stored = True
+            self._fruitless.discard(self._url)
+            self._say(self._url, None)
 
     def _say(self, url: str, trouble: str | None) -> None:
         if url in self._said and self._said[url] == trouble:

@@ -18,7 +18,7 @@ def build_api(services: ApiServices) -> Litestar:
     return Litestar(
         route_handlers=ROUTES,
         path=services.settings.api_path,
-        guards=[shared_key(services.access)],
+        guards=[shared_key(services.access, services.settings)],
         dependencies={
             "services": Provide(lambda: services, sync_to_thread=False),
             "encoded": Provide(lambda: encoded, sync_to_thread=False),

@@ -1,7 +1,7 @@
 """`/events`: what changed, as it changes, over server-sent events."""
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Final
 
 import msgspec
@@ -41,22 +41,29 @@ class Encoded:
         return kept[1]
 
 
-async def stream(hub: Hub, encoded: Encoded) -> AsyncIterator[bytes]:
-    """Frames until the hub closes: an event `tunnels` for what changed, a comment where nothing did for 15 s.
+async def stream(
+    hub: Hub, encoded: Encoded, may_read: Callable[[], Awaitable[bool]], idle: float = 15.0
+) -> AsyncIterator[bytes]:
+    """Frames until the hub closes: an event `tunnels` for what changed, a comment where nothing did for `idle` seconds.
 
     Nothing is sent of the time before: a client lists `/tunnels` once it is connected. When the database goes away the
-    stream ends, and the client comes back by itself.
+    stream ends, and the client comes back by itself. Before each frame `may_read` is asked whether the key that opened
+    the stream still does; the stream ends with it.
     """
     with hub.listen() as listener:
         yield b"retry: %d\n: connected\n\n" % _RETRY
-        async for names in listener.changes():
-            if not names:
-                yield b": still here\n\n"
-                continue
+        async for names in listener.changes(idle=idle):
             try:
-                changed = await encoded.of(names)
+                changed = await encoded.of(names) if names else None
+                allowed = await may_read()
             except StoreUnavailable as e:
                 log.warning("event stream ended", extra={"reason": e.reason})
                 return
-            # JSON holds no line break of its own, so one data line carries it.
-            yield b"event: tunnels\ndata: %b\n\n" % _ENCODER.encode(changed)
+            if not allowed:
+                log.info("event stream ended", extra={"reason": "its key was revoked"})
+                return
+            if changed is None:
+                yield b": still here\n\n"
+            else:
+                # JSON holds no line break of its own, so one data line carries it.
+                yield b"event: tunnels\ndata: %b\n\n" % _ENCODER.encode(changed)

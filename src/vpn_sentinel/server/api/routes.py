@@ -9,9 +9,9 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.params import FromPath
 from litestar.response import Stream
 
-from vpn_sentinel.server.access import peer
+from vpn_sentinel.server.access import headers_of, key_from
 from vpn_sentinel.server.api import events, present, reading
-from vpn_sentinel.server.api.guard import OPEN
+from vpn_sentinel.server.api.guard import OPEN, address_of
 from vpn_sentinel.server.api.params import Before, Limit, Open, Time, TunnelName, seconds
 from vpn_sentinel.server.api.services import ApiServices
 from vpn_sentinel.wire import rest
@@ -26,11 +26,9 @@ async def status(services: Services) -> dict[str, rest.ClientStatus]:
 
 @get("/whoami", summary="The address you come from", tags=["callers"], opt=OPEN, sync_to_thread=False)
 def whoami(services: Services, request: Request[Any, Any, Any]) -> rest.Whoami:
-    remote = request.client.host if request.client else ""
-    try:
-        ip = peer(remote, request.headers.get("x-forwarded-for"), services.settings.trusted_proxies)
-    except ValueError:  # a Unix socket has no address
-        raise NotFoundException(detail="You come from no address.") from None
+    ip = address_of(request, headers_of(request.scope), services.settings)
+    if ip is None:
+        raise NotFoundException(detail="You come from no address.")
     return rest.Whoami(ip=str(ip), version=ip.version)
 
 
@@ -103,9 +101,15 @@ async def summary(services: Services) -> rest.Summary:
     tags=["tunnels"],
     media_type="text/event-stream",
 )
-async def live(services: Services, encoded: NamedDependency[events.Encoded]) -> Stream:
+async def live(services: Services, encoded: NamedDependency[events.Encoded], request: Request[Any, Any, Any]) -> Stream:
+    key = key_from(headers_of(request.scope))
+
+    async def may_read() -> bool:
+        caller = await services.access.caller(key)
+        return caller is not None and caller.shared
+
     return Stream(
-        events.stream(services.hub, encoded),
+        events.stream(services.hub, encoded, may_read),
         media_type="text/event-stream",
         # Some proxies collect a response before they pass it on, unless told.
         headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},

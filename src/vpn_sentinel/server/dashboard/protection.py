@@ -1,6 +1,7 @@
 """What keeps other sites out of a page that asks for no login: headers, and a look at the name it was called by."""
 
-from ipaddress import ip_address
+import re
+from ipaddress import IPv4Address, IPv6Address
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -21,6 +22,10 @@ _HEADERS: Final = [
     (b"cross-origin-resource-policy", b"same-origin"),
     (b"permissions-policy", b"camera=(), geolocation=(), microphone=()"),
 ]
+
+
+# A `Host` header, lower case: an IPv6 address in brackets or a name or IPv4 address, then perhaps a port.
+_HOST: Final = re.compile(r"(?:\[(?P<six>[0-9a-f:.]+)\]|(?P<name>[a-z0-9._-]+))(?::[0-9]{1,5})?")
 
 
 class Misdirected(HTTPException):
@@ -46,8 +51,7 @@ def known_host(public_url: str | None) -> Guard:
     ours = {"localhost"} | ({urlsplit(public_url).hostname or ""} if public_url else set())
 
     def guard(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
-        host = _name(connection.headers.get("host", ""))
-        if host not in ours and not _is_address(host):
+        if not _is_ours(connection.headers.get("host", ""), ours):
             raise Misdirected(
                 detail="This page answers to addresses, to localhost and to the host of VPN_SENTINEL_PUBLIC_URL only."
             )
@@ -55,19 +59,16 @@ def known_host(public_url: str | None) -> Guard:
     return guard
 
 
-def _name(host: str) -> str:
-    """The host without its port, lower case; an IPv6 address without its brackets."""
-    if any(c in host for c in "@/?#\\"):
-        return ""
+def _is_ours(host: str, ours: set[str]) -> bool:
+    """Whether the whole of a `Host` header is one of `ours` or an address, with or without a port."""
+    found = _HOST.fullmatch(host.lower())
+    if found is None:
+        return False
+    six, name = found["six"], found["name"]
+    if (six or name) in ours:  # `public_url` may hold an IPv6 address, without its brackets
+        return True
     try:
-        return urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return ""
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ip_address(host)
+        IPv6Address(six) if six is not None else IPv4Address(name)
     except ValueError:
         return False
     return True

@@ -6,14 +6,12 @@ from typing import Any, Final
 
 from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.runtime.clock import Clock
-from vpn_sentinel.server.access import Access, Caller, inside, key_from, peer
+from vpn_sentinel.server.access import Access, Caller, TooManyWrongKeys, headers_of, inside, key_from, peer
 from vpn_sentinel.server.ingest.rate import RateLimit
 from vpn_sentinel.server.settings import ServerSettings
 from vpn_sentinel.wire import limits
 
 Headers = dict[str, str]
-# Wrong keys one address may show in a minute: keys are long, this only keeps guessers cheap.
-_WRONG_KEYS: Final = 20
 # Characters of a reason: it may repeat what the sender sent, and must not be as long.
 _DETAIL: Final = 300
 
@@ -43,22 +41,21 @@ class Door:
         self._access = access
         self._clock = clock
         self._rate = RateLimit(settings.rate_limit)
-        self._wrong = RateLimit(_WRONG_KEYS)
 
     async def enter(self, scope: Any) -> Guest:
         """Let in who may report. Raises Refusal (401, 403, 429)."""
-        headers: Headers = {k.decode("latin-1"): v.decode("latin-1") for k, v in scope["headers"]}
+        headers = headers_of(scope)
         address = self.address(scope, headers)
         if self._settings.allowed_ips and not inside(address, self._settings.allowed_ips):
             raise Refusal(403, f"the address {address} is not on the allow-list")
         key = key_from(headers)
         if key is None:
             raise Refusal(401, "a key is needed: send it in the header X-API-Key")
-        caller = await self._access.caller(key)
+        try:
+            caller = await self._access.admit(key, address)
+        except TooManyWrongKeys as e:
+            raise Refusal(429, str(e), e.retry_after) from e
         if caller is None:
-            wait = self._wrong.wait(str(address), self._clock.boottime())
-            if wait:
-                raise Refusal(429, "too many wrong keys from this address", wait)
             raise Refusal(403, "this key is not known here")
         return Guest(caller, address, headers)
 

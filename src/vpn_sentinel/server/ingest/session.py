@@ -94,7 +94,7 @@ class Sessions:
 def parse(body: bytes | str) -> Hello | Reports | Exchange:
     """Raises Refusal: 400 for what is not JSON, 422 for JSON that is not one of our messages."""
     try:
-        return _decode(body)  # type: ignore[no-any-return]
+        return _decode(body.decode() if isinstance(body, bytes) else body)  # type: ignore[no-any-return]
     except msgspec.ValidationError as e:
         raise Refusal(422, str(e)) from e
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as e:

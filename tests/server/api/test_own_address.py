@@ -1,0 +1,54 @@
+"""The server's own address, asked of a service that may say anything."""
+
+from collections.abc import AsyncIterator
+from ipaddress import ip_network
+
+import httpx
+import pytest
+
+from vpn_sentinel.server.own_address import OwnAddress
+
+
+class Endless(httpx.AsyncByteStream):
+    def __init__(self) -> None:
+        self.sent = 0
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        yield b"ip=146.70.1.2\n"
+        while True:
+            self.sent += 1024
+            yield b"x" * 1024
+
+
+def asking(response: httpx.Response) -> OwnAddress:
+    http = httpx.AsyncClient(transport=httpx.MockTransport(lambda _: response))
+    return OwnAddress(http, "https://trace.test")
+
+
+async def test_the_address_is_a_network_of_one() -> None:
+    own = asking(httpx.Response(200, stream=httpx.ByteStream(b"fl=1\nip=146.70.1.2\nts=1\n")))
+    assert own() == ()
+    await own._ask()
+    assert own() == (ip_network("146.70.1.2/32"),)
+
+
+async def test_an_answer_without_end_is_not_read_to_its_end() -> None:
+    body = Endless()
+    own = asking(httpx.Response(200, stream=body))
+    with pytest.raises(ValueError, match="more than 4096 bytes"):
+        await own._ask()
+    assert body.sent <= 5 * 1024
+    assert own() == ()
+
+
+@pytest.mark.parametrize("text", ["", "ip=", "ip=somewhere", "<html>"])
+async def test_an_answer_without_an_address_is_none(text: str) -> None:
+    own = asking(httpx.Response(200, stream=httpx.ByteStream(text.encode())))
+    with pytest.raises(ValueError, match="does not appear"):
+        await own._ask()
+    assert own() == ()
+
+
+async def test_a_refusal_is_no_answer() -> None:
+    with pytest.raises(httpx.HTTPStatusError):
+        await asking(httpx.Response(302, headers={"Location": "http://10.0.0.1/"}, text="ip=1.2.3.4"))._ask()
