@@ -8,11 +8,15 @@ import pytest
 from vpn_sentinel.domain.observation import (
     Answer,
     Canary,
+    Claim,
+    Escape,
     Link,
     Observation,
     Path,
     Place,
+    PortCheck,
     Probe,
+    Quality,
     ResolverSighting,
     Trigger,
 )
@@ -115,6 +119,24 @@ def keepalive(ip: str | None = None, reported_from: str | None = None) -> Observ
     """What the replaced system's client told, and where the server saw it come from."""
     ends = [canary(ip, Path.UNKNOWN, target="client")] if ip else []
     return saw(*ends, link=None, beside=None, interfaces=None, trigger=Trigger.KEEPALIVE, reported_from=reported_from)
+
+
+def escaped(destination: str, port: int | None = 443, name: str | None = None) -> tuple[Escape, ...]:
+    """One packet that the leak watch saw leave."""
+    where = ip_address(destination)
+    source = ip_address("192.168.1.10" if where.version == 4 else HOME6)
+    return (
+        Escape(interface="eth0", protocol="udp", source=source, destination=where, destination_port=port, name=name),
+    )
+
+
+def pulses(*, lost: int = 0, rtt_ms: float = 20.0, vanished: int | None = None) -> Quality:
+    return Quality(seconds=60, sent=30, lost=lost, rtt_ms=rtt_ms, mtu=1300, vanished=vanished)
+
+
+def pulse(came_from: str, *, unheard: bool | None = None) -> Observation:
+    """What the server itself saw of an agent's pulses."""
+    return Observation(trigger=Trigger.PULSE, reported_from=ip_address(came_from), unheard=unheard)
 
 
 NL_ONLY = replace(POLICY, expected_countries=("NL", "SE"))
@@ -264,6 +286,92 @@ CASES: dict[str, tuple[Observation, Policy, State, list[Code]]] = {
         saw(UNREACHABLE, link=GONE, beside=UNREACHABLE), POLICY, State.DOWN, [Code.UPLINK_DOWN],
     ),
     "35 one canary site blocks VPN exits": (saw(EXIT, canary(LOST, target="opendns")), POLICY, State.PROTECTED, []),
+    "7 the VPN server answers and forwards nothing": (
+        saw(LOST, canary(EXIT, probe=Probe.GATEWAY, target="10.64.0.1")), POLICY, State.DOWN, [Code.NO_FORWARDING],
+    ),
+    "10 idle, and the last handshake is old": (
+        replace(saw(EXIT), claims=(Claim(source="wireguard", handshake_age=4000.0),)), POLICY, State.PROTECTED, [],
+    ),
+    "15 a question to the ISP's resolver was seen to leave": (
+        replace(saw(EXIT), escapes=escaped("91.10.0.53", 53, "example.org")), POLICY, State.LEAKING, [Code.DNS_LEAK],
+    ),
+    "15 it was seen by both ways, and is told once": (
+        replace(
+            saw(EXIT, dns=(asked("91.10.20.53", "91.10.20.53", Path.OUTSIDE),)), escapes=escaped("91.10.20.53", 53)
+        ),
+        POLICY, State.LEAKING, [Code.DNS_LEAK],
+    ),
+    "15 the resolver that was asked outside is the policy's": (
+        replace(saw(EXIT), escapes=escaped("192.168.1.2", 53)),
+        replace(POLICY, allowed_resolvers=(ip_network("192.168.1.2"),)), State.PROTECTED, [],
+    ),
+    "24 an IPv6 packet left beside a tunnel for IPv4": (
+        replace(saw(EXIT), escapes=escaped("2a02:908::1")), POLICY, State.LEAKING, [Code.IPV6_LEAK],
+    ),
+    "27 a packet left outside while canaries go through": (
+        replace(saw(EXIT), escapes=escaped("203.0.113.9")), POLICY, State.LEAKING, [Code.SPLIT_ROUTE],
+    ),
+    "27 a packet left outside, and the canaries are not back yet": (
+        replace(saw(beside=None), escapes=escaped("203.0.113.9")), POLICY, State.LEAKING, [Code.SPLIT_ROUTE],
+    ),
+    "27 a split that the policy declares": (
+        replace(saw(EXIT), escapes=escaped("203.0.113.9")),
+        replace(POLICY, allowed_outside=(ip_network("203.0.113.0/24"),)), State.PROTECTED, [],
+    ),
+    "29 a packet left before the tunnel was up": (
+        replace(saw(beside=None, link=GONE), escapes=escaped("203.0.113.9")), POLICY, State.LEAKING, [Code.IP_LEAK],
+    ),
+    "30 large packets vanish": (
+        replace(saw(EXIT), quality=pulses(vanished=1420)), POLICY, State.DEGRADED, [Code.MTU_BLACKHOLE],
+    ),
+    "31 the line is full": (
+        replace(saw(EXIT), quality=pulses(rtt_ms=2500)), POLICY, State.DEGRADED, [Code.HIGH_LATENCY],
+    ),
+    "32 a third of the pulses is lost": (
+        replace(saw(EXIT), quality=pulses(lost=9)), POLICY, State.DEGRADED, [Code.HIGH_LOSS],
+    ),
+    "32 some are lost, as the policy takes": (replace(saw(EXIT), quality=pulses(lost=6)), POLICY, State.PROTECTED, []),
+    "33 the reference agent has no internet either": (
+        replace(saw(BLOCKED, link=GONE), reference_up=False), POLICY, State.DOWN, [Code.UPLINK_DOWN],
+    ),
+    "33 nothing answers beside the tunnel, but the reference agent has internet": (
+        replace(saw(LOST, beside=LOST), reference_up=True), POLICY, State.DOWN, [Code.NO_TRAFFIC],
+    ),
+    "34 captive portal": (replace(saw(LOST, beside=LOST), portal=True), POLICY, State.DOWN, [Code.CAPTIVE_PORTAL]),
+    "35 a site that shuns VPN exits is marked": (
+        replace(saw(EXIT), flaky=("opendns",)), POLICY, State.PROTECTED, [Code.CANARY_FLAKY],
+    ),
+    "38 forwarded port closed": (
+        replace(
+            saw(EXIT), forwarded_port=50123, port_check=PortCheck(address=ip_address(EXIT), port=50123, answer=LOST)
+        ),
+        POLICY, State.DEGRADED, [Code.PORT_CLOSED],
+    ),
+    "38 nobody listens behind the forwarded port": (
+        replace(
+            saw(EXIT), forwarded_port=50123,
+            port_check=PortCheck(address=ip_address(EXIT), port=50123, answer=UNREACHABLE),
+        ),
+        POLICY, State.PROTECTED, [],
+    ),
+    "44 gluetun says that it runs": (
+        replace(saw(LOST), claims=(Claim(source="gluetun", status="running"),)), POLICY, State.DOWN, [Code.NO_TRAFFIC],
+    ),
+    # -- what the server sees of pulses by itself
+    "a pulse from home": (pulse(HOME), POLICY, State.LEAKING, [Code.IP_LEAK]),
+    "a pulse from the exit proves no health": (pulse(EXIT), POLICY, State.UNKNOWN, []),
+    "an agent that does not hear the replies": (pulse(EXIT, unheard=True), POLICY, State.DOWN, [Code.NO_TRAFFIC]),
+    # -- what the agent does, and what it cannot see
+    "the agent closed the namespace": (
+        replace(saw(BLOCKED, link=GONE), contained=True), POLICY, State.DOWN, [Code.TUNNEL_DOWN, Code.CONTAINED],
+    ),
+    "names that do not exist get an address": (
+        replace(saw(EXIT), dns_rewritten=True), POLICY, State.PROTECTED, [Code.DNS_REWRITTEN],
+    ),
+    "packets cannot be watched": (
+        replace(saw(EXIT), leak_watch=False), POLICY, State.PROTECTED, [Code.LEAK_WATCH_OFF],
+    ),
+    "UDP to the server is closed": (replace(saw(EXIT), pulses=False), POLICY, State.PROTECTED, [Code.PULSES_BLOCKED]),
     # -- what could not be looked at
     "nothing was asked": (saw(beside=None), POLICY, State.UNKNOWN, [Code.NOTHING_SEEN]),
     "nothing was asked, and no tunnel is known": (
@@ -379,7 +487,7 @@ def test_a_finding_says_what_and_shows_its_facts(seen: Observation, policy: Poli
 
 
 # Said by the machine, by the tracker, and never by the judge.
-ELSEWHERE = {Code.NO_REPORTS, Code.CLOCK_SKEW, Code.OBSERVATIONS_LOST}
+ELSEWHERE = {Code.NO_REPORTS, Code.FLAPPING, Code.CLOCK_SKEW, Code.OBSERVATIONS_LOST}
 
 
 def test_every_code_has_a_case() -> None:
@@ -483,7 +591,7 @@ def test_a_learned_home_must_not_be_seen_outside() -> None:
 
 
 def test_the_policys_class_shows_its_defaults() -> None:
-    assert (Policy.grace_down, Policy.grace_degraded, Policy.grace_recovery) == (4.0, 15.0, 4.0)
+    assert (Policy.grace_down, Policy.grace_degraded, Policy.grace_recovery) == (2.0, 15.0, 4.0)
 
 
 def test_addresses_and_networks_of_both_versions_have_one_name() -> None:

@@ -135,10 +135,22 @@ def test_what_is_left_out_has_a_default(name: str, value: Any) -> None:
     assert decoder(FromAgent)((GOLDEN / f"{name}.json").read_bytes()) == value
 
 
+@pytest.mark.parametrize("name", ["hello", "reports", "exchange", "welcome"])
+def test_what_the_first_release_wrote_is_read_as_ever(name: str) -> None:
+    value, kind = MESSAGES[name]
+    assert decoder(kind)((GOLDEN / f"{name}_of_the_first_release.json").read_bytes()) == value
+
+
 def test_a_word_from_the_future_is_passed_over() -> None:
     assert decoder(FromAgent)((GOLDEN / "hello_from_the_future.json").read_bytes()) == HELLO
 
 
 def test_every_file_is_used() -> None:
+    first = {f"{name}_of_the_first_release" for name in ("hello", "reports", "exchange", "welcome")}
     few = {"hello_of_few_words", "reports_of_few_words", "hello_from_the_future", "echo"}
-    assert {p.stem for p in GOLDEN.glob("*.json")} == {*MESSAGES, *few, *(p.stem for p in GOLDEN.glob("keepalive_*"))}
+    assert {p.stem for p in GOLDEN.glob("*.json")} == {
+        *MESSAGES,
+        *few,
+        *first,
+        *(p.stem for p in GOLDEN.glob("keepalive_*")),
+    }

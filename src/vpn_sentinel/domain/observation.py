@@ -30,11 +30,12 @@ class Path(StrEnum):
 
 
 class Probe(StrEnum):
-    """Which of the three canaries of docs/reference/situations.md asked."""
+    """Which canary asked: the three of docs/reference/situations.md, or the one that ends at the VPN server."""
 
     DEFAULT = "default"  # C1: on the default route
     PHYSICAL = "physical"  # C2: bound to the physical interface
     FIRST_HOP = "first_hop"  # C3: bound to the physical interface, TTL 1
+    GATEWAY = "gateway"  # the VPN server's own address inside the tunnel: does it answer while the internet does not
 
 
 class Trigger(StrEnum):
@@ -44,7 +45,10 @@ class Trigger(StrEnum):
     TIMER = "timer"
     NETWORK = "network"  # rtnetlink told of a link, an address, a route or a rule
     CANARY = "canary"  # beats of the canary went missing, or came back from elsewhere
+    LEAK = "leak"  # the leak watch saw a packet leave outside the tunnel
+    DEVICE = "device"  # the tunnel's own program, or its counters, told of a change
     RECHECK = "recheck"  # the round before was not well
+    PULSE = "pulse"  # the server's own sight: where an agent's pulses come from, and whether it hears the replies
     KEEPALIVE = "keepalive"  # a report of the replaced system's client
 
 
@@ -109,12 +113,109 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Escape:
+    """Packets of one flow that left outside the tunnel, seen on a physical interface by the leak watch.
+
+    `protocol` is "udp", "tcp", "icmp", "icmp6" or the IP protocol's number; ports are None where it has none.
+    `name` is the DNS name that was asked, when the packet was such a question. `size` counts bytes of IP packets.
+    `first_age` and `last_age` are how many seconds before the observation the first and the last packet left.
+    """
+
+    interface: str
+    protocol: str
+    source: IPAddress
+    destination: IPAddress
+    source_port: int | None = None
+    destination_port: int | None = None
+    packets: int = 1
+    size: int = 0
+    first_age: float = 0.0
+    last_age: float = 0.0
+    name: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claim:
+    """What the tunnel's own program says of it: evidence beside the canaries, never against them.
+
+    `source` is "wireguard", "openvpn" or "gluetun"; `status` its own word ("running", "CONNECTED"), or "error: …" when
+    it could not be asked. `handshake_age` is seconds, None for never or unknown. `address` is the exit it names.
+    """
+
+    source: str
+    status: str = ""
+    endpoint: str | None = None
+    handshake_age: float | None = None
+    address: IPAddress | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quality:
+    """How well the tunnel carries, from the pulses of the last `seconds`: times in ms, rates in bytes a second.
+
+    `lost` of `sent` were never answered. `mtu` is the largest IP packet that came through, None when nobody asked;
+    `vanished` the size of one that the interface took and that got lost without an ICMP error, though smaller ones
+    passed.
+    """
+
+    seconds: float
+    sent: int
+    lost: int
+    reordered: int = 0
+    rtt_ms: float | None = None
+    jitter_ms: float | None = None
+    mtu: int | None = None
+    vanished: int | None = None
+    rx_rate: float | None = None
+    tx_rate: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PortCheck:
+    """The server's attempt to reach the forwarded port from outside, over TCP.
+
+    ANSWERED: something accepted. UNREACHABLE: it was refused, so packets arrive and nobody listens. LOST: no answer.
+    """
+
+    address: IPAddress
+    port: int
+    answer: Answer
+
+
+class Outcome(StrEnum):
+    """How an action of the agent ended."""
+
+    DONE = "done"
+    FAILED = "failed"
+    DRY_RUN = "dry_run"  # would have been done
+    HELD = "held"  # back-off, or the cap of the hour
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Action:
+    """Something that the agent did about the tunnel: containment, its release, or a remedy. `age` is seconds."""
+
+    name: str
+    outcome: Outcome
+    detail: str = ""
+    age: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
     """One round. `interfaces` are all that exist besides `lo`, None when nobody looked.
 
-    `link` is None when no tunnel interface is known here. `reported_from` is added by the server to a keepalive: the
-    global address that it came from, None when it came over a LAN. An agent has canaries for that.
-    `dns_intercepted` is True when an address that runs no DNS answered a query, None when nobody asked.
+    `link` is None when no tunnel interface is known here. `reported_from` is added by the server to a keepalive and to
+    a pulse: the global address that it came from, None when it came over a LAN. An agent has canaries for that.
+    `dns_intercepted` is True when an address that runs no DNS answered a query, `dns_rewritten` when a name that does
+    not exist was given an address; None when nobody asked.
+
+    `leak_watch` and `pulses` tell whether packets can be watched here and whether UDP reaches the server's echo.
+    `silent_for` is how many seconds before this round the first canary was sent that nothing has answered since.
+    `portal` is True when a web page of somebody else's answered beside the tunnel. `flaky` are canary targets that stay
+    silent while others answer. `contained` is True while the agent's own rules close the namespace.
+    `port_check`, `reference_up` (whether the site's reference agent reaches the internet) and `unheard` (pulses come
+    in, and the agent does not hear their replies) are added by the server, never taken from an agent.
     """
 
     trigger: Trigger
@@ -124,7 +225,22 @@ class Observation:
     resolvers: tuple[ResolverSighting, ...] = ()
     places: tuple[Place, ...] = ()
     dns_intercepted: bool | None = None
+    dns_rewritten: bool | None = None
+    escapes: tuple[Escape, ...] = ()
+    leak_watch: bool | None = None
+    claims: tuple[Claim, ...] = ()
+    quality: Quality | None = None
+    pulses: bool | None = None
+    silent_for: float = 0.0
+    forwarded_port: int | None = None
+    portal: bool | None = None
+    flaky: tuple[str, ...] = ()
+    contained: bool | None = None
+    actions: tuple[Action, ...] = ()
     reported_from: IPAddress | None = None
+    port_check: PortCheck | None = None
+    reference_up: bool | None = None
+    unheard: bool | None = None
     took_ms: float = 0.0
 
     def asked(self, probe: Probe) -> tuple[Canary, ...]:

@@ -61,12 +61,17 @@ class Policy:
 
     `home_networks` are the addresses that must never be seen outside: the home connection's own, and its ISP's
     resolvers where known. `grace_*` is how long a verdict must last before it becomes the state; a leak has none.
+    `allowed_outside` are destinations whose traffic is meant to leave beside the tunnel. Of the pulses, more than
+    `max_loss` (0 to 1) lost, or a median round trip above `max_rtt_ms`, is trouble.
     """
 
     home_networks: tuple[IPNetwork, ...] = ()
     expected_countries: tuple[str, ...] = ()
     allowed_resolvers: tuple[IPNetwork, ...] = ()
-    grace_down: float = 4.0
+    allowed_outside: tuple[IPNetwork, ...] = ()
+    max_loss: float = 0.2
+    max_rtt_ms: float = 1000.0
+    grace_down: float = 2.0
     grace_degraded: float = 15.0
     grace_recovery: float = 4.0
 
@@ -75,6 +80,9 @@ class Policy:
 
     def allows_resolver(self, address: IPAddress) -> bool:
         return _within(address, self.allowed_resolvers)
+
+    def allows_outside(self, address: IPAddress) -> bool:
+        return _within(address, self.allowed_outside)
 
     def with_home(self, more: Iterable[IPNetwork]) -> "Policy":
         """The same policy with further home networks, each once."""

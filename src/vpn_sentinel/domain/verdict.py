@@ -27,6 +27,8 @@ class State(StrEnum):
     PROTECTED = "protected"
 
 
+# Pulses in a window below which a share of lost ones says nothing.
+LEAST_PULSES: Final = 20
 # Worst first.
 HARM: Final = tuple(State)
 
@@ -44,19 +46,31 @@ class Code(StrEnum):
     SPLIT_ROUTE = "split_route"
     TUNNEL_DOWN = "tunnel_down"
     NO_TRAFFIC = "no_traffic"
+    NO_FORWARDING = "no_forwarding"
+    CAPTIVE_PORTAL = "captive_portal"
     UPLINK_DOWN = "uplink_down"
     ORPHANED_NAMESPACE = "orphaned_namespace"
     COUNTRY_MISMATCH = "country_mismatch"
     DNS_DOWN = "dns_down"
+    MTU_BLACKHOLE = "mtu_blackhole"
+    HIGH_LOSS = "high_loss"
+    HIGH_LATENCY = "high_latency"
+    PORT_CLOSED = "port_closed"
+    FLAPPING = "flapping"
     NOTHING_SEEN = "nothing_seen"
     NO_NETWORK = "no_network"
     TUNNEL_UNKNOWN = "tunnel_unknown"
     NO_REPORTS = "no_reports"
     KILLSWITCH_OPEN = "killswitch_open"
+    CONTAINED = "contained"
     DNS_INTERCEPTED = "dns_intercepted"
+    DNS_REWRITTEN = "dns_rewritten"
     RESOLVER_UNEXPECTED = "resolver_unexpected"
     RESOLVER_UNKNOWN = "resolver_unknown"
     LOCATION_UNCERTAIN = "location_uncertain"
+    CANARY_FLAKY = "canary_flaky"
+    LEAK_WATCH_OFF = "leak_watch_off"
+    PULSES_BLOCKED = "pulses_blocked"
     CLOCK_SKEW = "clock_skew"
     OBSERVATIONS_LOST = "observations_lost"
 
@@ -90,6 +104,12 @@ MEANING: Final[Mapping[Code, Meaning]] = {
     Code.NO_TRAFFIC: Meaning(
         State.DOWN, _CRITICAL, "Reconnect the tunnel or choose another VPN server; the interface alone says nothing."
     ),
+    Code.NO_FORWARDING: Meaning(
+        State.DOWN, _CRITICAL, "The VPN server answers and forwards nothing: choose another one, or tell its operator."
+    ),
+    Code.CAPTIVE_PORTAL: Meaning(
+        State.DOWN, _CRITICAL, "Open a web page on this network and log in there; until then no tunnel can come up."
+    ),
     Code.UPLINK_DOWN: Meaning(State.DOWN, _CRITICAL, "Look at the home connection first: it is not the VPN's fault."),
     Code.ORPHANED_NAMESPACE: Meaning(
         State.DOWN, _CRITICAL, "Recreate this container; a restart will not bring its network back."
@@ -99,6 +119,19 @@ MEANING: Final[Mapping[Code, Meaning]] = {
     ),
     Code.DNS_DOWN: Meaning(
         State.DEGRADED, _WARNING, "The tunnel carries traffic, but no nameserver answers: check them."
+    ),
+    Code.MTU_BLACKHOLE: Meaning(
+        State.DEGRADED, _WARNING, "Lower the MTU of the tunnel's interface to the size that passes."
+    ),
+    Code.HIGH_LOSS: Meaning(State.DEGRADED, _WARNING, "Look at the home connection, or choose another VPN server."),
+    Code.HIGH_LATENCY: Meaning(
+        State.DEGRADED, _WARNING, "The line is full or the VPN server is: wait, limit what fills it, or choose another."
+    ),
+    Code.PORT_CLOSED: Meaning(
+        State.DEGRADED, _WARNING, "Ask the VPN for a new forwarded port, and see that it is the one in use."
+    ),
+    Code.FLAPPING: Meaning(
+        State.DEGRADED, _WARNING, "The tunnel comes and goes: look at its log, or choose another VPN server."
     ),
     Code.NOTHING_SEEN: Meaning(State.UNKNOWN, _WARNING, "No canary could be sent; look at the agent's log."),
     Code.NO_NETWORK: Meaning(State.UNKNOWN, _WARNING, "No network is reachable from here."),
@@ -113,6 +146,14 @@ MEANING: Final[Mapping[Code, Meaning]] = {
         _WARNING,
         "Switch the VPN's kill switch on: without one, traffic leaks when the tunnel goes away.",
     ),
+    Code.CONTAINED: Meaning(
+        State.PROTECTED,
+        _WARNING,
+        "The agent has closed this namespace; it opens again when the tunnel is proven, or by vpn-sentinel release.",
+    ),
+    Code.DNS_REWRITTEN: Meaning(
+        State.PROTECTED, _WARNING, "A resolver gives names that do not exist an address of its own: use another one."
+    ),
     Code.DNS_INTERCEPTED: Meaning(
         State.PROTECTED,
         _WARNING,
@@ -123,6 +164,13 @@ MEANING: Final[Mapping[Code, Meaning]] = {
     ),
     Code.RESOLVER_UNKNOWN: Meaning(State.PROTECTED, _INFO, "No method could tell which resolver asks for this host."),
     Code.LOCATION_UNCERTAIN: Meaning(State.PROTECTED, _INFO, "Sources disagree on the place of the exit address."),
+    Code.CANARY_FLAKY: Meaning(State.PROTECTED, _INFO, "Nothing to do: the other canaries answer."),
+    Code.LEAK_WATCH_OFF: Meaning(
+        State.PROTECTED, _INFO, "Give the agent CAP_NET_RAW, and it sees each packet that leaves outside the tunnel."
+    ),
+    Code.PULSES_BLOCKED: Meaning(
+        State.PROTECTED, _INFO, "Let UDP to the server's API port pass; until then reports alone are the sign of life."
+    ),
     Code.CLOCK_SKEW: Meaning(State.PROTECTED, _WARNING, "Set the agent's clock."),
     Code.OBSERVATIONS_LOST: Meaning(State.PROTECTED, _INFO, "The agent's spool was full: routine rounds were thinned."),
 }
@@ -161,7 +209,9 @@ def judge(seen: Observation, policy: Policy) -> Verdict:
 
     Knowing of a dead tunnel, nothing else is asked; knowing of a leak, the rest is still told.
     """
-    leaks = tuple(_ip_leaks(seen, policy))
+    if seen.trigger is Trigger.PULSE:
+        return _by_pulse(seen, policy)
+    leaks = _in_order((*_ip_leaks(seen, policy), *_escapes_seen(seen, policy)))
     canaries = seen.asked(Probe.DEFAULT)
     # A keepalive that arrived proves that something carries it; an agent's report may have come by a second way.
     alive = any(c.answer is Answer.ANSWERED for c in canaries) or seen.trigger is Trigger.KEEPALIVE
@@ -172,10 +222,13 @@ def judge(seen: Observation, policy: Policy) -> Verdict:
             *leaks,
             *(() if leaks else _gone(seen)),
             *_unverifiable(seen, policy),
-            *_dns(seen, policy),
+            *(f for f in _dns(seen, policy) if f.code not in {k.code for k in leaks}),
             *_place(seen, policy),
+            *_quality(seen, policy),
+            *_port(seen),
             *_kill_switch(seen),
         )
+    findings = (*findings, *_about_the_agent(seen))
     return Verdict(worst(findings), findings)
 
 
@@ -194,6 +247,61 @@ def _ip_leaks(seen: Observation, policy: Policy) -> Iterator[Finding]:
                 f"This report reached the server from the home address {seen.reported_from}.",
                 {"address": str(seen.reported_from), "seen_by": "server"},
             )
+
+
+def _in_order(leaks: tuple[Finding, ...]) -> tuple[Finding, ...]:
+    """Each code once: a canary's word comes before a packet's."""
+    return tuple({f.code: f for f in reversed(leaks)}[c] for c in dict.fromkeys(f.code for f in leaks))
+
+
+def _by_pulse(seen: Observation, policy: Policy) -> Verdict:
+    """What the server sees of an agent's pulses by itself. It proves trouble and never health."""
+    findings = tuple(_ip_leaks(seen, policy))
+    if not findings and seen.unheard:
+        findings = (
+            Finding(
+                Code.NO_TRAFFIC,
+                "The agent's pulses reach the server, and nothing comes back to the agent: one direction is dead.",
+                {"seen_by": "server"},
+            ),
+        )
+    return Verdict(worst(findings), findings) if findings else Verdict(State.UNKNOWN)
+
+
+def _escapes_seen(seen: Observation, policy: Policy) -> Iterator[Finding]:
+    """What the leak watch saw leave: names asked are a DNS leak, the rest by what else leaves from here."""
+    told = [e for e in seen.escapes if not policy.allows_outside(e.destination)]
+    through = {c.family for c in seen.asked(Probe.DEFAULT) if c.address and not _escapes(c, seen, policy)}
+    if not seen.asked(Probe.DEFAULT) and seen.link is not None and seen.link.present and seen.link.up:
+        through = {4}  # told before the canaries are back; IPv6 beside an IPv4 tunnel is the usual whole leak
+    for escape in told:
+        facts = {
+            "source": _end(escape.source, escape.source_port),
+            "destination": _end(escape.destination, escape.destination_port),
+            "protocol": escape.protocol,
+            "interface": escape.interface,
+            "packets": str(sum(e.packets for e in told if e.destination == escape.destination)),
+            "bytes": str(sum(e.size for e in told if e.destination == escape.destination)),
+            "seen_by": "leak watch",
+        }
+        where = f"{escape.protocol.upper()} to {facts['destination']}"
+        if escape.destination_port == 53:
+            if policy.allows_resolver(escape.destination):
+                continue
+            asked = f' for "{escape.name}"' if escape.name else ""
+            facts |= {"name": escape.name} if escape.name else {}
+            yield Finding(Code.DNS_LEAK, f"A DNS query{asked} left outside the tunnel: {where}.", facts)
+        elif escape.destination.version in through:
+            yield Finding(Code.SPLIT_ROUTE, f"A packet left outside the tunnel: {where}.", facts)
+        else:
+            code = Code.IP_LEAK if escape.destination.version == 4 else Code.IPV6_LEAK
+            yield Finding(code, f"A packet left outside the tunnel: {where}.", facts)
+
+
+def _end(address: IPAddress, port: int | None) -> str:
+    if port is None:
+        return str(address)
+    return f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}"
 
 
 def _escapes(canary: Canary, seen: Observation, policy: Policy) -> bool:
@@ -264,7 +372,21 @@ def _dead(seen: Observation) -> Iterator[Finding]:
             f"Only the loopback interface is left: {seen.link.name} and all others are gone.",
             {"interface": seen.link.name},
         )
-    elif physical and all(c.answer in (Answer.LOST, Answer.UNREACHABLE) for c in physical):
+    elif seen.portal:
+        yield Finding(
+            Code.CAPTIVE_PORTAL,
+            "A page of somebody else's answers on this network, and nothing else does: a captive portal.",
+            _answers(canaries),
+        )
+    elif seen.reference_up is False and not seen.contained:
+        yield Finding(
+            Code.UPLINK_DOWN,
+            "Nothing answers, and the site's reference agent has no internet either: the home connection is down.",
+            {"reference": "down", **_answers(canaries)},
+        )
+    elif (
+        seen.reference_up is None and physical and all(c.answer in (Answer.LOST, Answer.UNREACHABLE) for c in physical)
+    ):
         yield Finding(
             Code.UPLINK_DOWN,
             "Nothing answers, neither through the tunnel nor beside it: the home connection is down.",
@@ -272,6 +394,12 @@ def _dead(seen: Observation) -> Iterator[Finding]:
         )
     elif not seen.link.present or not seen.link.up:
         yield _tunnel_down(seen.link, _answers(canaries))
+    elif (gateway := next((c for c in seen.asked(Probe.GATEWAY) if c.answer is Answer.ANSWERED), None)) is not None:
+        yield Finding(
+            Code.NO_FORWARDING,
+            f"The VPN server answers at {gateway.target}, and nothing beyond it does.",
+            {"gateway": gateway.target, **_answers(canaries), **_claimed(seen)},
+        )
     else:
         yield Finding(
             Code.NO_TRAFFIC,
@@ -281,6 +409,7 @@ def _dead(seen: Observation) -> Iterator[Finding]:
                 "sent_bytes": str(seen.link.tx_bytes),
                 "received_bytes": str(seen.link.rx_bytes),
                 **_answers(canaries),
+                **_claimed(seen),
             },
         )
 
@@ -292,6 +421,67 @@ def _tunnel_down(link: Link, facts: Mapping[str, str]) -> Finding:
 
 def _answers(canaries: tuple[Canary, ...]) -> dict[str, str]:
     return {f"{c.target}_ipv{c.family}": c.answer for c in canaries}
+
+
+def _claimed(seen: Observation) -> dict[str, str]:
+    """What the tunnel's own program says, beside what the canaries found."""
+    facts: dict[str, str] = {}
+    for claim in seen.claims:
+        if claim.status:
+            facts[f"{claim.source}_says"] = claim.status
+        if claim.handshake_age is not None:
+            facts["handshake_seconds_ago"] = f"{claim.handshake_age:.0f}"
+    return facts
+
+
+def _quality(seen: Observation, policy: Policy) -> Iterator[Finding]:
+    found = seen.quality
+    if found is None:
+        return
+    if found.vanished is not None:
+        passes = f"; {found.mtu} bytes pass" if found.mtu else ""
+        yield Finding(
+            Code.MTU_BLACKHOLE,
+            f"Packets of {found.vanished} bytes vanish in the tunnel without a word{passes}.",
+            {"vanished": str(found.vanished), **({"passes": str(found.mtu)} if found.mtu else {})},
+        )
+    if found.sent >= LEAST_PULSES and found.lost / found.sent > policy.max_loss:
+        share = round(100 * found.lost / found.sent)
+        yield Finding(
+            Code.HIGH_LOSS,
+            f"{share} % of the pulses of the last {found.seconds:.0f} s were lost.",
+            {"lost": str(found.lost), "sent": str(found.sent)},
+        )
+    if found.rtt_ms is not None and found.rtt_ms > policy.max_rtt_ms:
+        yield Finding(
+            Code.HIGH_LATENCY,
+            f"An answer takes {found.rtt_ms:.0f} ms.",
+            {"rtt_ms": f"{found.rtt_ms:.0f}", "most": f"{policy.max_rtt_ms:.0f}"},
+        )
+
+
+def _port(seen: Observation) -> Iterator[Finding]:
+    check = seen.port_check
+    if check is not None and check.answer is Answer.LOST and check.port == seen.forwarded_port:
+        where = _end(check.address, check.port)
+        yield Finding(
+            Code.PORT_CLOSED,
+            f"The forwarded port {check.port} takes no connection from outside.",
+            {"asked": where, "answer": check.answer},
+        )
+
+
+def _about_the_agent(seen: Observation) -> Iterator[Finding]:
+    """What it does, and what it cannot see here."""
+    if seen.contained:
+        yield Finding(Code.CONTAINED, "The agent has closed the ways out beside the tunnel.")
+    if seen.flaky:
+        names = ", ".join(seen.flaky)
+        yield Finding(Code.CANARY_FLAKY, f"No answer from {names}, while others answer.", {"targets": names})
+    if seen.leak_watch is False:
+        yield Finding(Code.LEAK_WATCH_OFF, "Packets cannot be watched here: the agent lacks CAP_NET_RAW.")
+    if seen.pulses is False:
+        yield Finding(Code.PULSES_BLOCKED, "UDP does not reach the server; the WebSocket carries the sign of life.")
 
 
 def _kill_switch(seen: Observation) -> Iterator[Finding]:
@@ -318,6 +508,8 @@ def _dns(seen: Observation, policy: Policy) -> Iterator[Finding]:
     """By path, in the order of docs/reference/situations.md; a country is never a reason."""
     if seen.dns_intercepted:
         yield Finding(Code.DNS_INTERCEPTED, "An address that runs no DNS answered a query.")
+    if seen.dns_rewritten:
+        yield Finding(Code.DNS_REWRITTEN, "A name that does not exist was given an address.")
     if not seen.resolvers:
         return
     leak = next((f for s in seen.resolvers if (f := resolvers.leak(s, seen, policy))), None)

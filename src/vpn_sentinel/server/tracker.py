@@ -32,7 +32,7 @@ from vpn_sentinel.server.live.hub import Hub
 from vpn_sentinel.server.store import rows
 from vpn_sentinel.server.store.owing import ADD_DELIVERY, owed
 from vpn_sentinel.server.store.store import Batch, Changes, Store, StoreUnavailable, TunnelRow
-from vpn_sentinel.wire.codec import decoder, encode
+from vpn_sentinel.wire.codec import decoder, encode, encode_observation
 
 log = logging.getLogger(__name__)
 
@@ -277,7 +277,15 @@ class Tracker:
                 memory = replace(memory, home=learned[-8:])
             events += more
             writes.observations.append(
-                (row.id, spool, seq, item.at, delivery.received_at, verdict.state.value, encode(seen).decode())
+                (
+                    row.id,
+                    spool,
+                    seq,
+                    item.at,
+                    delivery.received_at,
+                    verdict.state.value,
+                    encode_observation(seen).decode(),
+                )
             )
             _show(row, seen)
         row.spool, row.seq = spool, last
@@ -307,7 +315,7 @@ class Tracker:
         row.seen_at = max(row.seen_at, item.at)
         row.last_seen = delivery.received_at
         row.deadline = delivery.received_at + delivery.silent_after
-        body = encode(item.observation).decode()
+        body = encode_observation(item.observation).decode()
         writes.observations.append((row.id, row.spool, row.seq, item.at, delivery.received_at, steady[1], body))
         writes.touched[row.id] = row
         return True

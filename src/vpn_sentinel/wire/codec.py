@@ -4,14 +4,15 @@ msgspec encodes and decodes the domain's dataclasses as they are; this module ad
 the limits. A decoder raises `msgspec.ValidationError` or `msgspec.DecodeError`; both name the place that is wrong.
 """
 
-import math
 from collections.abc import Callable
+from dataclasses import fields
 from functools import cache, lru_cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Any, Final, TypeVar
 
 import msgspec
 
+from vpn_sentinel.domain import observation as o
 from vpn_sentinel.domain.observation import Observation, Place
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy
 from vpn_sentinel.wire import limits
@@ -53,6 +54,14 @@ ENCODER: Final = msgspec.json.Encoder(enc_hook=_encode)
 encode: Final = ENCODER.encode
 
 
+_OBSERVATION: Final = tuple((f.name, f.default) for f in fields(Observation))
+
+
+def encode_observation(seen: Observation) -> bytes:
+    """The form that the database keeps: what is at its default is left out, as most of it always is."""
+    return encode({name: value for name, usual in _OBSERVATION if (value := getattr(seen, name)) != usual})
+
+
 @lru_cache(maxsize=16384)
 def address(text_: str) -> IPAddress:
     """Parse an address; an IPv4-mapped IPv6 address becomes its IPv4 self. Raises ValueError."""
@@ -87,29 +96,57 @@ def checked_text(name: str, value: str | None, most: int = limits.TEXT) -> str |
     return value
 
 
+# What an agent of ours never exceeds: characters of a text, or a number (exclusive).
+_NUMBER: Final = 1e12
+_PORT: Final = 2.0**16
+_LIMITS: Final[dict[type, dict[str, float]]] = {
+    o.Link: {"rx_bytes": 2.0**64, "tx_bytes": 2.0**64},
+    o.Canary: {"target": 64},
+    o.ResolverSighting: {"method": 64},
+    o.Escape: {
+        "interface": 64, "protocol": 16, "name": 255, "source_port": _PORT, "destination_port": _PORT,
+        "packets": 2.0**63, "size": 2.0**63, "first_age": _NUMBER, "last_age": _NUMBER,
+    },
+    o.Claim: {"source": 64, "status": limits.TEXT, "endpoint": limits.TEXT, "handshake_age": _NUMBER},
+    o.Quality: {
+        "seconds": _NUMBER, "sent": _NUMBER, "lost": _NUMBER, "reordered": _NUMBER, "rtt_ms": _NUMBER,
+        "jitter_ms": _NUMBER, "mtu": _NUMBER, "vanished": _NUMBER, "rx_rate": _NUMBER, "tx_rate": _NUMBER,
+    },
+    o.Action: {"name": 64, "detail": limits.TEXT, "age": _NUMBER},
+    o.Observation: {"silent_for": _NUMBER, "forwarded_port": _PORT, "took_ms": 1e9},
+}  # fmt: skip
+_LISTS: Final = ("canaries", "resolvers", "places", "escapes", "claims", "flaky", "actions")
+
+
 def check_observation(seen: Observation) -> None:
     """Raise ValueError when an observation is larger or stranger than any agent of ours makes."""
-    for name, items in (("canaries", seen.canaries), ("resolvers", seen.resolvers), ("places", seen.places)):
-        if len(items) > limits.PER_OBSERVATION:
-            msg = f"{name} holds {len(items)} entries, at most {limits.PER_OBSERVATION} are taken"
+    for name in _LISTS:
+        if len(getattr(seen, name)) > limits.PER_OBSERVATION:
+            msg = f"{name} holds {len(getattr(seen, name))} entries, at most {limits.PER_OBSERVATION} are taken"
             raise ValueError(msg)
     if seen.interfaces is not None and len(seen.interfaces) > 4 * limits.PER_OBSERVATION:
         msg = "interfaces holds too many entries"
         raise ValueError(msg)
     for interface in (*(seen.interfaces or ()), *((seen.link.name,) if seen.link else ())):
         checked_text("interface", interface, 64)
-    if seen.link is not None and not all(0 <= n < 2**64 for n in (seen.link.rx_bytes, seen.link.tx_bytes)):
-        msg = "rx_bytes and tx_bytes take 0 to 2^64 - 1"
-        raise ValueError(msg)
-    for canary in seen.canaries:
-        checked_text("target", canary.target, 64)
-    for sighting in seen.resolvers:
-        checked_text("method", sighting.method, 64)
+    for target in seen.flaky:
+        checked_text("flaky", target, 64)
+    for item in (seen, seen.link, seen.quality, *seen.canaries, *seen.resolvers, *seen.escapes, *seen.claims):
+        _check_limits(item)
+    for action in seen.actions:
+        _check_limits(action)
     for place in seen.places:
         check_place(place)
-    if not 0 <= seen.took_ms < 1e9 or not math.isfinite(seen.took_ms):
-        msg = "took_ms is not a duration"
-        raise ValueError(msg)
+
+
+def _check_limits(item: object) -> None:
+    for name, most in _LIMITS.get(type(item), {}).items():
+        value = getattr(item, name)
+        if isinstance(value, str):
+            checked_text(name, value, int(most))
+        elif value is not None and not 0 <= value < most:
+            msg = f"{name} takes 0 to less than {most:g}"
+            raise ValueError(msg)
 
 
 def check_place(place: Place) -> None:
@@ -132,6 +169,7 @@ def check_policy(policy: Policy) -> None:
         ("home_networks", policy.home_networks),
         ("expected_countries", policy.expected_countries),
         ("allowed_resolvers", policy.allowed_resolvers),
+        ("allowed_outside", policy.allowed_outside),
     ):
         if len(items) > limits.PER_OBSERVATION:
             msg = f"{name} holds {len(items)} entries, at most {limits.PER_OBSERVATION} are taken"
@@ -142,3 +180,6 @@ def check_policy(policy: Policy) -> None:
         if not 0 <= grace <= 86400:
             msg = "a grace takes 0 to 86400 seconds"
             raise ValueError(msg)
+    if not 0 <= policy.max_loss <= 1 or not 0 < policy.max_rtt_ms <= 1e6:
+        msg = "max_loss takes 0 to 1, max_rtt_ms up to 1000000"
+        raise ValueError(msg)

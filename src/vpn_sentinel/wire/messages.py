@@ -32,6 +32,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     """Who reports. `spool` is the random identity of the agent's spool: sequence numbers belong to it.
 
     `interval` is the longest time in seconds between two reports of an agent that is well; `wall` its clock.
+    `role` is "tunnel", or "reference" for an agent that runs outside the tunnels of the same `site`; "" is no site.
     """
 
     protocol: int
@@ -41,6 +42,8 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
     interval: float
     wall: float
     policy: Policy = msgspec.field(default_factory=Policy)
+    role: str = "tunnel"
+    site: str = ""
 
 
 class Reports(msgspec.Struct, frozen=True, kw_only=True, tag="reports"):
@@ -65,12 +68,16 @@ class Echo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
-    """`ack` is the highest sequence number of this spool that is stored, 0 for none; `seen_from` the peer address."""
+    """`ack` is the highest sequence number of this spool that is stored, 0 for none; `seen_from` the peer address.
+
+    `canary_zone` is the DNS zone that this server is authoritative for, without a dot at its end; None without one.
+    """
 
     ack: int
     wall: float
     seen_from: str | None = None
     echo: Echo | None = None
+    canary_zone: str | None = None
 
 
 class Ack(msgspec.Struct, frozen=True, kw_only=True, tag="ack"):

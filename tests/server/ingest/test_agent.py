@@ -265,10 +265,17 @@ async def test_an_absurd_age_is_taken_as_a_year(house: House) -> None:
 
 async def test_what_only_the_server_may_say_is_not_taken_from_an_agent(build: Build) -> None:
     house = build(HOME_NETWORKS="91.10.20.0/24")
-    await house.exchange(exchange(1, observation={**saw(), "reported_from": "91.10.20.30"}))
+    claimed = {"reported_from": "91.10.20.30", "reference_up": False, "unheard": True}
+    claimed["port_check"] = {"address": "91.10.20.30", "port": 1, "answer": "lost"}
+    await house.exchange(exchange(1, observation={**saw(), **claimed}))
     assert (await house.tunnel()).state == "protected"
     (row,) = await house.store.read(select(observations.c.body))
-    assert json.loads(row.body)["reported_from"] is None
+    assert not json.loads(row.body).keys() & claimed.keys()
+
+
+async def test_an_agent_cannot_speak_with_the_servers_own_sight(house: House) -> None:
+    answer = await house.exchange(exchange(1, observation={**saw(), "trigger": "pulse"}))
+    assert answer.status == 422
 
 
 async def test_a_wrong_clock_and_lost_rounds_are_told(house: House) -> None:

@@ -7,6 +7,7 @@ from typing import Final
 import msgspec
 from sqlalchemy import select
 
+from vpn_sentinel.domain.observation import Trigger
 from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.domain.tunnel import tunnel_name
 from vpn_sentinel.runtime.clock import Clock
@@ -130,6 +131,8 @@ def _check_reports(reports: Reports) -> None:
             raise Refusal(422, f"seq {report.seq} does not follow {last}")
         if not 0 <= report.age < math.inf:
             raise Refusal(422, "age is not a duration")
+        if report.observation.trigger in (Trigger.PULSE, Trigger.KEEPALIVE):
+            raise Refusal(422, f"the trigger {report.observation.trigger} is not an agent's")
         try:
             check_observation(report.observation)
         except ValueError as e:
@@ -139,7 +142,7 @@ def _check_reports(reports: Reports) -> None:
 
 def _stored(report: Report, now: float) -> Stored:
     # What the server alone may say is not taken from an agent.
-    seen = replace(report.observation, reported_from=None) if report.observation.reported_from else report.observation
+    seen = replace(report.observation, reported_from=None, port_check=None, reference_up=None, unheard=None)
     # An agent that started with its clock in 1970 may hold absurd ages; refused, they would block its spool for ever.
     age = min(report.age, limits.OLDEST_REPORT)
     # What a round saw was so when it began; it is as old as the wait for what did not answer.
