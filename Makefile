@@ -12,6 +12,10 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PACKAGES := $(shell cat lab/packages.txt tests/packages.txt 2>/dev/null)
 SUDO_FREE := $(shell [ "$$(id -u)" = 0 ] && echo yes)
 
+# Tests side by side: as many as there are cores; in the lab, where they mostly wait, some more.
+WORKERS  := $(shell nproc 2>/dev/null || echo 2)
+LABS     ?= 3
+
 .PHONY: up test unit acceptance demo check format bench lock clean packages
 
 up: $(VENV)/server
@@ -53,14 +57,14 @@ format: $(VENV)/dev
 	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format --quiet .
 
 unit: $(VENV)/dev
-	@$(BIN)/python -m pytest -q -m "not acceptance"
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not acceptance"
 
 acceptance: $(VENV)/dev packages
-	@$(BIN)/python -m pytest -q -m acceptance
+	@$(BIN)/python -m pytest -q -n $(LABS) --dist loadgroup -m acceptance
 
 test: check packages
-	@$(BIN)/python -m pytest -q -m "not acceptance"
-	@$(BIN)/python -m pytest -q -m acceptance
+	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not acceptance"
+	@$(BIN)/python -m pytest -q -n $(LABS) --dist loadgroup -m acceptance
 
 bench: $(VENV)/dev
 	@$(BIN)/python -m bench

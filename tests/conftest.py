@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -114,3 +115,11 @@ async def until(condition: Callable[[], object], limit: float = 5.0) -> None:
     async with asyncio.timeout(limit):
         while not condition():  # noqa: ASYNC110 - the condition is whatever a test looks at
             await asyncio.sleep(0.01)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share a lab stay with one worker: one lab for each file and each kind of tunnel."""
+    for item in items:
+        if item.get_closest_marker("acceptance") is not None:
+            kind = re.search(r"\[.*(wireguard|openvpn)", item.name)
+            item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}-{kind[1] if kind else ''}"))
