@@ -76,9 +76,9 @@ class Service:
 class Telegram(Service):
     """The Bot API's stand-in."""
 
-    def messages(self) -> list[Row]:
-        """Accepted messages: time (of arrival), chat_id, text, plain (without tags), parse_mode, ..."""
-        return list(self._call("messages"))
+    def messages(self, chat_id: int | None = None) -> list[Row]:
+        """Accepted messages, to all chats or to one: time (of arrival), chat_id, text, plain (without tags), ..."""
+        return list(self._call("messages", chat_id))
 
     def calls(self) -> list[Row]:
         """Every call: time, method, parameters, status."""

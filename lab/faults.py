@@ -132,6 +132,10 @@ class Faults(ABC):
         The home router sees only DNS that goes outside the tunnel: combine it with `public_outside`."""
         self._be(**{{"home": "transparent_proxy", "provider": "dns_intercepted"}[where]: True})
 
+    def rewrite_names(self) -> None:
+        """The provider's resolver gives names that do not exist an address of its own."""
+        self._be(dns_rewritten=True)
+
     def stop_resolver(self) -> None:
         """22: nothing answers on port 53 through the tunnel."""
         self._be(resolver_stopped=True)

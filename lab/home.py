@@ -10,8 +10,10 @@ from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lab.client import Control
 from lab.faults import Faults
-from lab.nodes import Node, Process, Response, import_path
+from lab.gluetun import Gluetun
+from lab.nodes import Node, Process, Response, import_path, until
 from lab.plan import CLOUDFLARE, CLOUDFLARE6, ISP_RESOLVER, OPENDNS, PROVIDERS, HomePlan
 from lab.rules import Line, host, router_filter, router_nat
 from lab.tunnels import Client
@@ -173,6 +175,25 @@ class Home(Faults):
     def http(self, method: str, url: str, **options: Any) -> Response:
         """An HTTP request from the client host; see `Node.http`."""
         return self.host.http(method, url, **options)
+
+    def gluetun(self, **said: Any) -> Gluetun:
+        """Start gluetun's control API on this host, at 127.0.0.1:8000; it says what it is told to say."""
+        socket = self.host.directory / f"gluetun-{self.name}.sock"
+        socket.unlink(missing_ok=True)
+        process = self.host.spawn([sys.executable, "-m", "lab.gluetun", socket], env=import_path(), log="gluetun")
+
+        def connected() -> Control | None:
+            if process.poll() is not None:
+                raise RuntimeError(f"the stand-in for gluetun ended:\n{process.output()}")
+            with contextlib.suppress(FileNotFoundError, ConnectionRefusedError):
+                return Control(socket)
+            return None
+
+        control = until(connected, 20, f"{self.name}: gluetun")
+        assert control is not None
+        found = Gluetun(control, process)
+        found.say(**{"public_ip": self.exit4, **said})
+        return found
 
     # Being as wanted
 

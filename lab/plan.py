@@ -194,6 +194,7 @@ ISP_RESOLVER_EGRESS = "91.10.0.54"
 SRV4 = "65.108.77.20"
 SRV6 = "2a01:4f9:c012:77::20"
 SRV_NAME = "sentinel.test"
+REWRITER = 5300  # port of the stand-in that rewrites, beside a provider's resolver
 CANARY_ZONE = "canary.sentinel.test"
 """Delegated to the server: who is authoritative there sees every resolver that asks."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from lab.plan import ISP_RESOLVER, PORTS, HomePlan, Provider
+from lab.plan import ISP_RESOLVER, PORTS, REWRITER, HomePlan, Provider
 
 
 @dataclass
@@ -47,6 +47,7 @@ class Line:
     dropped: frozenset[str] = frozenset()
     resolver_stopped: bool = False
     dns_intercepted: bool = False
+    dns_rewritten: bool = False
     resolver_elsewhere: bool = False
     refused_names: frozenset[str] = frozenset()
     ports: dict[int, bool] = field(default_factory=dict)  # forwarded port -> open
@@ -153,6 +154,9 @@ def provider_nat(provider: Provider, lines: Iterable[Line]) -> str:
         if line.dns_intercepted:
             for proto in ("udp", "tcp"):
                 before += [f"ip saddr {inner4} {proto} dport 53 dnat ip to {provider.resolver4}"]
+        if line.dns_rewritten:
+            asked = f"ip saddr {inner4} ip daddr {provider.resolver4}"
+            before += [f"{asked} udp dport 53 dnat ip to {provider.resolver4}:{REWRITER}"]
         before += [
             f"ip daddr {exit4} meta l4proto {{ tcp, udp }} th dport {port} dnat ip to {inner4}" for port in line.ports
         ]

@@ -287,9 +287,15 @@ def start_wireguard(node: Node, interface: str) -> None:
     def ready() -> bool:
         if process.poll() is not None:
             raise RuntimeError(f"{node.name}: wireguard-go ended:\n{process.output()}")
-        return stale.exists() and node.has_link(interface)
+        return stale.exists() and node.has_link(interface) and listens(stale)
 
     until(ready, 10, f"{node.name}: wireguard-go")
+
+
+def listens(path: Path) -> bool:
+    """Whether somebody takes connections there: the file exists a moment before."""
+    with socket.socket(socket.AF_UNIX) as sock:
+        return sock.connect_ex(str(path)) == 0
 
 
 def configure_wireguard(node: Node, interface: str, lines: list[str]) -> None:

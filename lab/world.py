@@ -22,7 +22,7 @@ from lab.certs import Authority, Pair
 from lab.client import Control, Dns, Service, Sink, Telegram
 from lab.home import Home, Site
 from lab.mmdb import write_mmdb
-from lab.nodes import Node, Response, import_path, until
+from lab.nodes import Node, Process, Response, import_path, until
 from lab.resolvers import Resolver
 from lab.rules import Line
 from lab.tunnels import OpenVpnClient, OpenVpnServer, WireGuardClient, WireGuardServer
@@ -45,6 +45,7 @@ class Lab:
         self.resolvers: dict[str, Resolver] = {}
         self._wireguard: dict[str, WireGuardServer] = {}
         self._openvpn: dict[str, OpenVpnServer] = {}
+        self._rewriters: dict[str, Process] = {}
         self._lock = threading.Lock()
         self._holder: subprocess.Popen[str] | None = None
         self._control: Control | None = None
@@ -342,6 +343,8 @@ class Lab:
             node = self.nodes[line.provider.name]
             guests = [other for other in lines if other.provider == line.provider]
             node.nft("lab", rules.provider_filter(guests))
+            if line.dns_rewritten:
+                self._start_rewriter(line.provider)
             if node.nft("lab_nat", rules.provider_nat(line.provider, guests)) and before is not None:
                 # Open connections would keep their old translation; others' are none of our business.
                 for family, address in zip(("ipv4", "ipv6"), line.inner, strict=True):
@@ -350,6 +353,15 @@ class Lab:
             admitted = before is None or before.peer_admitted
             if admitted != line.peer_admitted:
                 self._admit(home, admitted=line.peer_admitted)
+
+    def _start_rewriter(self, provider: plan.Provider) -> None:
+        if provider.name in self._rewriters:
+            return
+        address, port = provider.resolver4, str(plan.REWRITER)
+        command = [sys.executable, "-m", "lab.outside.rewriter", address, port, address]
+        node = self.nodes[provider.name]
+        self._rewriters[provider.name] = node.spawn(command, env=import_path(), log="rewriter")
+        node.wait_port(plan.REWRITER, protocol="udp")
 
     def _admit(self, home: Home, *, admitted: bool) -> None:
         if isinstance(home.client, WireGuardClient):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import socketserver
 import ssl
 import sys
 from pathlib import Path
-from typing import Any
 
 from lab.outside import dns
+from lab.outside.control import serve
 from lab.outside.places import IpApi, IpInfo, IpWhoIs, Mullvad, Trace
 from lab.outside.service import Listener, Service
 from lab.outside.sinks import Mail, SmtpListener, Webhook
@@ -18,30 +16,6 @@ from lab.plan import HOSTS
 
 UPSTREAM = ("127.0.0.1", 5353)
 """The recursive resolver behind 1.1.1.1."""
-
-
-class _Control(socketserver.StreamRequestHandler):
-    """One line of JSON in, {"service", "call", "args", "kwargs"}; one line out, {"ok"} or {"error"}."""
-
-    services: dict[str, Service]
-
-    def handle(self) -> None:
-        for line in self.rfile:
-            order = json.loads(line)
-            try:
-                answer = {"ok": self._call(**order)}
-            except Exception as error:  # noqa: BLE001 - every failure belongs to the caller on the other side
-                answer = {"error": f"{type(error).__name__}: {error}"}
-            self.wfile.write(json.dumps(answer).encode() + b"\n")
-
-    def _call(self, service: str, call: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        if call.startswith("_"):
-            raise AttributeError(call)
-        return getattr(self.services[service], call)(*args, **kwargs)
-
-
-class _ControlServer(socketserver.ThreadingUnixStreamServer):
-    daemon_threads = True
 
 
 def main(directory: Path) -> None:
@@ -73,10 +47,7 @@ def main(directory: Path) -> None:
         dns.serve(front, address)
 
     services: dict[str, Service] = {name: service for name, (service, _) in web.items()} | {"mail": mail, "dns": log}
-    handler = type("Handler", (_Control,), {"services": services})
-    # Bound last: who can reach the control socket knows that everything else listens.
-    with _ControlServer(str(directory / "control.sock"), handler) as server:
-        server.serve_forever()
+    serve(directory / "control.sock", services)
 
 
 if __name__ == "__main__":

@@ -44,9 +44,9 @@ class Telegram(Service):
 
     # What a test asks for.
 
-    def messages(self) -> list[dict[str, Any]]:
-        """Messages that were accepted: chat_id, text, time of arrival, and all other parameters."""
-        return list(self._messages)
+    def messages(self, chat_id: int | None = None) -> list[dict[str, Any]]:
+        """Messages that were accepted (to one chat): chat_id, text, time of arrival, and all other parameters."""
+        return [m for m in self._messages if chat_id is None or int(m["chat_id"]) == chat_id]
 
     def calls(self) -> list[dict[str, Any]]:
         """Every call: time, method, parameters, and the status it was answered with."""

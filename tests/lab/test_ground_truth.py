@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from lab import Home, Lab, plan, until
+from lab.outside.rewriter import ADVERTISEMENT
 
 pytestmark = pytest.mark.acceptance
 
@@ -252,6 +253,16 @@ def test_row_21_transparent_proxy_at_home(lab: Lab, opened: Home) -> None:
     assert askers(lab, opened) == {plan.ISP_RESOLVER_EGRESS}
     opened.split_route(SRV)
     assert resolve(opened, SRV)[1] is not None, "an address that runs no DNS answers"
+
+
+def test_names_that_do_not_exist_are_given_an_address(closed: Home) -> None:
+    name = "nx-0123456789.sentinel.test"
+    assert closed.run(["dig", "+short", "A", name]).stdout == ""
+    closed.rewrite_names()
+    assert closed.run(["dig", "+short", "A", name]).stdout.strip() == ADVERTISEMENT
+    assert closed.run(["dig", "+short", "A", "whoami.akamai.net"]).stdout.strip() != ADVERTISEMENT
+    closed.heal()
+    assert closed.run(["dig", "+short", "A", f"again-{name}"]).stdout == ""
 
 
 def test_row_21_transparent_proxy_inside_the_tunnel(lab: Lab, closed: Home) -> None:
