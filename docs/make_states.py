@@ -17,6 +17,9 @@ A row is the state a tunnel is in, a column what comes in: the verdict of a repo
 passed without one. A cell says how long that must last, without a break, before the state changes. An empty cell
 changes nothing. The verdict *unknown* has no column: nothing could be seen, so the state holds, and a change that was
 under way starts again.
+
+A tunnel that left *protected* three times within five minutes is flapping: it shows the finding `flapping`, and where
+the table says *grace recovery*, *flap calm* counts. So the third outage stays one open incident until there is calm.
 """
 _GRACE: Final = """\
 | wait | setting | default |

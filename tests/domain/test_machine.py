@@ -14,6 +14,7 @@ from vpn_sentinel.domain.machine import (
     ExitChanged,
     Memory,
     Moved,
+    PortChanged,
     Revised,
     Wait,
     advance,
@@ -418,3 +419,75 @@ def test_a_tunnel_is_in_trouble_exactly_while_it_is_not_protected(life: list[Rep
         well = tunnel.memory.state in (State.PROTECTED, State.PENDING)
         assert (tunnel.memory.trouble_since is None) is well
         assert (tunnel.memory.before is not None) is (tunnel.memory.state is State.SILENT)
+
+
+# -- when trouble began, and tunnels that come and go
+
+
+@pytest.mark.parametrize(
+    ("began", "expected"),
+    {
+        "known": (197.0, 197.0),
+        "before the last word": (150.0, 195.0),
+        "in the future": (900.0, 200.0),
+        "unknown": (None, 200.0),
+    }.values(),
+)
+def test_trouble_began_when_it_began_but_not_before_the_last_word(began: float | None, expected: float) -> None:
+    memory, _ = walk(standing(State.PROTECTED), (195.0, State.PROTECTED))
+    memory, events = advance(memory, verdict(State.DOWN), 200.0, POLICY, began=began)
+    more = advance(memory, verdict(State.DOWN), 210.0, POLICY)[1]
+    assert turns(events + more) == [(expected, State.DOWN)]
+
+
+def test_a_round_that_waited_in_vain_lasted_until_its_end() -> None:
+    """Silent for 3 s before it and for 1.4 s in it: longer than the grace of 4 s."""
+    memory, _ = walk(standing(State.PROTECTED), (190.0, State.PROTECTED))
+    events = advance(memory, verdict(State.DOWN), 200.0, POLICY, began=197.0, lasted=1.4)[1]
+    assert turns(events) == [(197.0, State.DOWN)]
+    assert turns(advance(memory, verdict(State.DOWN), 200.0, POLICY, began=197.0, lasted=0.9)[1]) == []
+
+
+def test_another_port_is_an_event_and_the_first_is_none() -> None:
+    memory, first = advance(standing(State.PROTECTED), verdict(State.PROTECTED), 200.0, POLICY, port=41000)
+    memory, unknown = advance(memory, verdict(State.PROTECTED), 210.0, POLICY, port=None)
+    memory, changed = advance(memory, verdict(State.PROTECTED), 220.0, POLICY, port=42000)
+    assert (first, unknown, changed) == ([], [], [PortChanged(at=220.0, old=41000, new=42000)])
+    assert memory.port == 42000
+
+
+def comes_and_goes(memory: Memory, start: float, times: int) -> tuple[Memory, float]:
+    """So many outages of five seconds, each with its recovery."""
+    at = start
+    for _ in range(times):
+        memory, _ = walk(memory, (at, State.DOWN), (at + 5, State.DOWN), (at + 10, State.PROTECTED))
+        memory, _ = walk(memory, (at + 20, State.PROTECTED))
+        at += 30
+    return memory, at
+
+
+def test_the_third_outage_within_five_minutes_ends_only_after_calm() -> None:
+    memory, at = comes_and_goes(standing(State.PROTECTED), 200.0, 2)
+    assert memory.state is State.PROTECTED
+    memory, _ = walk(memory, (at, State.DOWN), (at + 5, State.DOWN))
+    assert [f.code for f in memory.findings] == [Code.NO_TRAFFIC, Code.FLAPPING]
+    for _ in range(5):  # one incident, whatever it does
+        memory, events = walk(memory, (at + 10, State.PROTECTED), (at + 30, State.PROTECTED), (at + 35, State.DOWN))
+        assert (turns(events), memory.state) == ([], State.DOWN)
+        at += 30
+    memory, events = walk(memory, (at + 10, State.PROTECTED), (at + 69, State.PROTECTED), (at + 70, State.PROTECTED))
+    assert turns(events) == [(at + 10, State.PROTECTED)]
+    assert memory.findings == ()
+
+
+def test_outages_far_apart_are_no_flapping() -> None:
+    memory, at = comes_and_goes(standing(State.PROTECTED), 200.0, 2)
+    memory, _ = comes_and_goes(memory, at + POLICY.flap_window, 1)
+    assert memory.state is State.PROTECTED
+
+
+def test_a_leak_of_a_flapping_tunnel_has_no_grace_either() -> None:
+    memory, at = comes_and_goes(standing(State.PROTECTED), 200.0, 3)
+    memory, events = walk(memory, (at, State.LEAKING))
+    assert turns(events)[-1] == (at, State.LEAKING)
+    assert [f.code for f in memory.findings] == [Code.IP_LEAK, Code.FLAPPING]

@@ -110,6 +110,8 @@ MESSAGES: dict[str, tuple[Any, Any]] = {
     "finding": (LEAK, Finding),
 }
 
+FIRST = ("hello", "reports", "exchange", "welcome", "memory", "notice")
+
 
 @pytest.mark.parametrize("name", MESSAGES)
 def test_it_is_written_as_ever(name: str) -> None:
@@ -135,7 +137,7 @@ def test_what_is_left_out_has_a_default(name: str, value: Any) -> None:
     assert decoder(FromAgent)((GOLDEN / f"{name}.json").read_bytes()) == value
 
 
-@pytest.mark.parametrize("name", ["hello", "reports", "exchange", "welcome"])
+@pytest.mark.parametrize("name", FIRST)
 def test_what_the_first_release_wrote_is_read_as_ever(name: str) -> None:
     value, kind = MESSAGES[name]
     assert decoder(kind)((GOLDEN / f"{name}_of_the_first_release.json").read_bytes()) == value
@@ -146,7 +148,7 @@ def test_a_word_from_the_future_is_passed_over() -> None:
 
 
 def test_every_file_is_used() -> None:
-    first = {f"{name}_of_the_first_release" for name in ("hello", "reports", "exchange", "welcome")}
+    first = {f"{name}_of_the_first_release" for name in FIRST}
     few = {"hello_of_few_words", "reports_of_few_words", "hello_from_the_future", "echo"}
     assert {p.stem for p in GOLDEN.glob("*.json")} == {
         *MESSAGES,

@@ -4,10 +4,12 @@
 Time is the observation's own, so a replayed stretch moves exactly as it would have moved live.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final
 
+from vpn_sentinel.domain.observation import PortCheck
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy
 from vpn_sentinel.domain.verdict import HARM, Code, Finding, State, Verdict
 
@@ -19,8 +21,10 @@ class Wait(StrEnum):
     DOWN = "grace_down"
     DEGRADED = "grace_degraded"
     RECOVERY = "grace_recovery"
+    CALM = "flap_calm"
 
     def seconds(self, policy: Policy) -> float:
+        """How long that is under `policy`."""
         return 0.0 if self is Wait.NONE else float(getattr(policy, self.value))
 
 
@@ -35,6 +39,9 @@ TRANSITIONS: Final[dict[State, dict[State, Wait]]] = {
     _L: {_D: Wait.DOWN, _G: Wait.RECOVERY, _P: Wait.RECOVERY, _S: Wait.NONE},
     _S: {_L: Wait.NONE, _D: Wait.NONE, _G: Wait.NONE, _P: Wait.NONE},
 }
+# For a tunnel that comes and goes: what must last longer then.
+FLAPPING: Final[dict[Wait, Wait]] = {Wait.RECOVERY: Wait.CALM}
+_MOST_TURNS: Final = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,12 +71,23 @@ class Outage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Home:
+    """A network that a reference agent came out of, and when it was last seen there."""
+
+    network: IPNetwork
+    seen_at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
     """All that a tunnel's past weighs. Times are seconds since the epoch, by the server's clock.
 
     `told` is the state people last heard of, `told_exit` the exit address, `outage` what a recovery will tell the end
     of; `trouble_since` is when the tunnel was last protected, None while it is. `home` are home networks learned from
-    canaries sent beside the tunnel.
+    canaries sent beside the tunnel. `turns` are the times at which it lately left *protected*. `port` is the forwarded
+    port it named last, `port_check` the last attempt to reach that, with this result since `port_checked_at`. Since
+    `unheard_since` its pulses come in and their replies do not arrive, 0 while they do; `refuted` is when the agent
+    itself then showed a live tunnel. `homes` are where a reference agent came out.
     """
 
     state: State = State.PENDING
@@ -85,6 +103,14 @@ class Memory:
     told_exit: IPAddress | None = None
     trouble_since: float | None = None
     outage: Outage | None = None
+    turns: tuple[float, ...] = ()
+    port: int | None = None
+    told_port: int | None = None
+    port_check: PortCheck | None = None
+    port_checked_at: float = 0.0
+    unheard_since: float = 0.0
+    refuted: float = 0.0
+    homes: tuple[Home, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,7 +137,16 @@ class ExitChanged:
     new: IPAddress
 
 
-Event = Moved | Revised | ExitChanged
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PortChanged:
+    """The VPN forwards another port than before."""
+
+    at: float
+    old: int
+    new: int
+
+
+Event = Moved | Revised | ExitChanged | PortChanged
 
 
 @dataclass(slots=True)
@@ -136,10 +171,17 @@ def advance(
     at: float,
     policy: Policy,
     exits: tuple[IPAddress | None, IPAddress | None] = (None, None),
+    *,
+    began: float | None = None,
+    lasted: float = 0.0,
+    port: int | None = None,
 ) -> tuple[Memory, list[Event]]:
     """Take one observation's verdict into account; `exits` are the IPv4 and IPv6 addresses it was seen at.
 
     Observations come in their order. `at` never runs backwards: an earlier one counts as simultaneous with the last.
+    `began` is when the trouble that this verdict names began, where that is known: at the last observation that said
+    otherwise at the earliest. `lasted` is for how many seconds from `at` on it was watched to last: as long as a round
+    waited for an answer in vain. `port` is the forwarded port, None when none is known.
     """
     at = max(at, memory.seen_at)
     step = _Step(memory)
@@ -156,10 +198,15 @@ def advance(
             before=None,
             trouble_since=trouble,
         )
+    start = at if began is None else min(at, max(began, memory.seen_at or at, step.memory.since))
     step.memory = replace(step.memory, seen_at=at)
-    _settle(step, verdict, at, policy)
+    _settle(step, verdict, at, start, at + lasted, policy)
     if verdict.state in (State.PROTECTED, State.DEGRADED):
         _note_exits(step, at, exits)
+    if port is not None and port != memory.port:
+        if memory.port is not None:
+            step.events.append(PortChanged(at=at, old=memory.port, new=port))
+        step.memory = replace(step.memory, port=port)
     return step.memory, step.events
 
 
@@ -173,11 +220,12 @@ def overdue(memory: Memory, at: float, finding: Finding) -> tuple[Memory, list[E
     return replace(step.memory, before=before), step.events
 
 
-def _settle(step: _Step, verdict: Verdict, at: float, policy: Policy) -> None:
+def _settle(step: _Step, verdict: Verdict, at: float, began: float, until: float, policy: Policy) -> None:
     memory, state = step.memory, verdict.state
     if state is memory.state:
-        if memory.candidate is not None or memory.findings != verdict.findings:
-            step.memory = replace(memory, findings=verdict.findings, candidate=None)
+        findings = _with_flapping(verdict.findings, state, memory.turns, at, policy)
+        if memory.candidate is not None or memory.findings != findings:
+            step.memory = replace(memory, findings=findings, candidate=None)
         return
     wait = TRANSITIONS[memory.state].get(state)
     if wait is None:
@@ -186,11 +234,38 @@ def _settle(step: _Step, verdict: Verdict, at: float, policy: Policy) -> None:
         return
     candidate = memory.candidate
     if candidate is None or candidate.state is not state:
-        candidate = Candidate(state=state, since=_trouble_start(candidate, state, at))
-    if at - candidate.since >= wait.seconds(policy):
-        step.move(state, candidate.since, verdict.findings)
+        start = at if state is State.PROTECTED else began
+        candidate = Candidate(state=state, since=_trouble_start(candidate, state, start))
+    if _flaps(memory.turns, candidate.since, policy):
+        wait = FLAPPING.get(wait, wait)
+    if until - candidate.since >= wait.seconds(policy):
+        turns = memory.turns
+        if memory.state is State.PROTECTED:
+            turns = (*_lately(turns, candidate.since, policy), candidate.since)[-_MOST_TURNS:]
+            step.memory = replace(memory, turns=turns)
+        step.move(state, candidate.since, _with_flapping(verdict.findings, state, turns, candidate.since, policy))
     else:
         step.memory = replace(memory, candidate=candidate)
+
+
+def _lately(turns: tuple[float, ...], at: float, policy: Policy) -> tuple[float, ...]:
+    return tuple([t for t in turns if t > at - policy.flap_window])
+
+
+def _flaps(turns: tuple[float, ...], at: float, policy: Policy) -> bool:
+    return len(turns) >= policy.flap_count and len(_lately(turns, at, policy)) >= policy.flap_count
+
+
+def _with_flapping(
+    findings: tuple[Finding, ...], state: State, turns: tuple[float, ...], at: float, policy: Policy
+) -> tuple[Finding, ...]:
+    """Add that the tunnel comes and goes, while it is in trouble again."""
+    if state is State.PROTECTED or not _flaps(turns, at, policy):
+        return findings
+    times = len(_lately(turns, at, policy))
+    minutes = f"{policy.flap_window / 60:g} minutes"
+    said = f"The tunnel went away {times} times within {minutes}: its end is told after {policy.flap_calm:g} s of calm."
+    return (*findings, Finding(Code.FLAPPING, said, {"times": str(times)}))
 
 
 def _trouble_start(candidate: Candidate | None, state: State, at: float) -> float:
@@ -215,10 +290,14 @@ def _note_exits(step: _Step, at: float, exits: tuple[IPAddress | None, IPAddress
         step.memory = replace(memory, exit4=now[0], exit6=now[1])
 
 
-def silence_finding(last_seen: float, deadline: float) -> Finding:
-    """What an overdue tunnel shows: how long nothing has come."""
-    return Finding(
-        Code.NO_REPORTS,
-        f"No report for {deadline - last_seen:.0f} s; from here, a dead tunnel and a dead agent look the same.",
-        {"silent_for_seconds": f"{deadline - last_seen:.0f}"},
-    )
+def silence_finding(last_seen: float, deadline: float, site: str = "", others: Sequence[str] = ()) -> Finding:
+    """What an overdue tunnel shows: how long nothing has come.
+
+    `others` are all that report from the same `site`, when none of them is heard any more.
+    """
+    told = f"No report for {deadline - last_seen:.0f} s"
+    facts = {"silent_for_seconds": f"{deadline - last_seen:.0f}"}
+    if others:
+        said = f"{told}, and none from anybody else of the site {site}: probably its internet connection is down."
+        return Finding(Code.NO_REPORTS, said, {**facts, "site": site, "silent_too": ", ".join(others)})
+    return Finding(Code.NO_REPORTS, f"{told}; from here, a dead tunnel and a dead agent look the same.", facts)

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from vpn_sentinel.domain.machine import Event, ExitChanged, Memory, Moved, Outage
+from vpn_sentinel.domain.machine import Event, ExitChanged, Memory, Moved, Outage, PortChanged
 from vpn_sentinel.domain.policy import IPAddress
-from vpn_sentinel.domain.verdict import HARM, MEANING, Finding, State
+from vpn_sentinel.domain.verdict import HARM, MEANING, Code, Finding, Severity, State
 
 _WELL = (State.PROTECTED, State.PENDING)
 
@@ -15,6 +15,7 @@ class Kind(StrEnum):
     SERVER_STARTED = "server_started"
     CONNECTED = "connected"
     ADDRESS_CHANGED = "address_changed"
+    PORT_CHANGED = "port_changed"
     LEAKING = "leaking"
     DOWN = "down"
     DEGRADED = "degraded"
@@ -27,7 +28,8 @@ class Kind(StrEnum):
 class Notice:
     """One thing to tell. Times are seconds since the epoch; `began` is when the trouble began or the change was seen.
 
-    `was` is, for a recovery, the worst that the outage was; `details` are lines that stand as they are.
+    `was` is, for a recovery, the worst that the outage was, and for trouble the leak that it follows; `details` are
+    lines that stand as they are. `role` and `site` are the agent's (see wire.messages.Hello).
     """
 
     kind: Kind
@@ -43,6 +45,10 @@ class Notice:
     timezone: str = ""
     resolvers: tuple[str, ...] = ()
     details: tuple[str, ...] = ()
+    port: int | None = None
+    old_port: int | None = None
+    role: str = "tunnel"
+    site: str = ""
 
     @property
     def outage(self) -> float | None:
@@ -76,7 +82,9 @@ def notices(before: Memory, after: Memory, events: Sequence[Event], *, caught_up
     # On its way back: what a replay brings to light now is told with the recovery, not as fresh trouble.
     recovering = after.candidate is not None and after.candidate.state is State.PROTECTED
     if caught_up and state is not told and state is not State.PENDING and not recovering:
-        out.append(_standing(after, told, outage))
+        notice = _standing(after, told, outage)
+        left = told is State.LEAKING and notice.kind is not Kind.RECOVERED
+        out.append(replace(notice, was=State.LEAKING) if left else notice)
         told = state
     elif caught_up and state is State.PROTECTED and after.candidate is None and exit_ != known:
         changed = [e.at for e in events if isinstance(e, ExitChanged)]
@@ -84,18 +92,33 @@ def notices(before: Memory, after: Memory, events: Sequence[Event], *, caught_up
         out.append(Notice(kind=Kind.ADDRESS_CHANGED, at=at, began=at, findings=after.findings))
     out = [replace(n, exit=exit_, old_exit=known if exit_ != known else None, findings=_worth_telling(n)) for n in out]
     told_exit = exit_ if out else known
+    told_port = after.told_port
+    if caught_up and after.port != told_port:
+        if told_port is not None:
+            changed = [e.at for e in events if isinstance(e, PortChanged)]
+            at = changed[-1] if changed else after.seen_at
+            out.append(Notice(kind=Kind.PORT_CHANGED, at=at, began=at, exit=exit_, port=after.port, old_port=told_port))
+        told_port = after.port
     if told in _WELL and state in _WELL:
         outage = None
-    if (told, told_exit, outage) == (after.told, after.told_exit, after.outage):
+    if (told, told_exit, outage, told_port) == (after.told, after.told_exit, after.outage, after.told_port):
         return after, out
-    return replace(after, told=told, told_exit=told_exit, outage=outage), out
+    return replace(after, told=told, told_exit=told_exit, outage=outage, told_port=told_port), out
 
 
 def _worth_telling(notice: Notice) -> tuple[Finding, ...]:
-    """What is amiss without being trouble, an open kill switch say, is told once: when the tunnel connects."""
+    """What is amiss without being trouble, an open kill switch say, is told once: when the tunnel connects.
+
+    That the agent closed the namespace belongs to the trouble that it answers. Mere information stays on the pages.
+    """
     if notice.kind is Kind.CONNECTED:
-        return notice.findings
-    return tuple(f for f in notice.findings if MEANING[f.code].state is not State.PROTECTED)
+        return tuple(f for f in notice.findings if MEANING[f.code].severity is not Severity.INFO)
+    trouble = notice.kind in _KIND_OF.values()
+    return tuple(
+        f
+        for f in notice.findings
+        if MEANING[f.code].state is not State.PROTECTED or (trouble and f.code is Code.CONTAINED)
+    )
 
 
 def _standing(after: Memory, told: State, outage: Outage | None) -> Notice:

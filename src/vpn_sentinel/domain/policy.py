@@ -62,7 +62,8 @@ class Policy:
     `home_networks` are the addresses that must never be seen outside: the home connection's own, and its ISP's
     resolvers where known. `grace_*` is how long a verdict must last before it becomes the state; a leak has none.
     `allowed_outside` are destinations whose traffic is meant to leave beside the tunnel. Of the pulses, more than
-    `max_loss` (0 to 1) lost, or a median round trip above `max_rtt_ms`, is trouble.
+    `max_loss` (0 to 1) lost, or a median round trip above `max_rtt_ms`, is trouble. A tunnel that left *protected*
+    `flap_count` times within `flap_window` is flapping, and has recovered only after `flap_calm` without a break.
     """
 
     home_networks: tuple[IPNetwork, ...] = ()
@@ -74,6 +75,9 @@ class Policy:
     grace_down: float = 2.0
     grace_degraded: float = 15.0
     grace_recovery: float = 4.0
+    flap_count: int = 3
+    flap_window: float = 300.0
+    flap_calm: float = 60.0
 
     def is_home(self, address: IPAddress) -> bool:
         return _within(address, self.home_networks)

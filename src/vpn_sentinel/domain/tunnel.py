@@ -1,4 +1,4 @@
-"""The name of a tunnel: what outsiders may call one."""
+"""The names of tunnels and sites: what outsiders may call one."""
 
 import re
 from typing import Final
@@ -16,3 +16,8 @@ def tunnel_name(text: str) -> str:
         msg = "a name takes letters, digits, '.', '_' and '-', and starts with a letter or digit"
         raise ValueError(msg)
     return text
+
+
+def site_name(text: str) -> str:
+    """Return `text` when it can name a site, which is as a tunnel's name, or "" for none. Raises ValueError."""
+    return tunnel_name(text) if text else text

@@ -12,7 +12,7 @@ from typing import Final
 
 from vpn_sentinel.domain import resolvers
 from vpn_sentinel.domain.observation import Answer, Canary, Link, Observation, Path, Place, Probe, Trigger
-from vpn_sentinel.domain.policy import IPAddress, Policy
+from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy, is_public
 
 
 class State(StrEnum):
@@ -230,6 +230,37 @@ def judge(seen: Observation, policy: Policy) -> Verdict:
         )
     findings = (*findings, *_about_the_agent(seen))
     return Verdict(worst(findings), findings)
+
+
+def judge_reference(seen: Observation) -> Verdict:
+    """Judge what an agent outside the tunnels of its site saw: whether the home connection works, and no more."""
+    canaries = seen.asked(Probe.DEFAULT)
+    answered = [c for c in canaries if c.answer is Answer.ANSWERED]
+    if any(c.path is Path.TUNNEL for c in answered):
+        findings: tuple[Finding, ...] = (
+            Finding(Code.NOTHING_SEEN, "A tunnel carries this host's traffic: a reference agent must run beside it."),
+        )
+    elif answered:
+        findings = ()
+    elif all(c.answer is Answer.BLOCKED for c in canaries):
+        findings = (Finding(Code.NOTHING_SEEN, "No canary could be sent.", _answers(canaries)),)
+    elif seen.portal:
+        said = "A page of somebody else's answers on this network, and nothing else does: a captive portal."
+        findings = (Finding(Code.CAPTIVE_PORTAL, said, _answers(canaries)),)
+    else:
+        said = "Nothing on the internet answers from here: the home connection is down."
+        findings = (Finding(Code.UPLINK_DOWN, said, _answers(canaries)),)
+    flaky = tuple(f for f in _about_the_agent(seen) if f.code in (Code.CANARY_FLAKY, Code.PULSES_BLOCKED))
+    return Verdict(worst(findings), (*findings, *flaky))
+
+
+def home_of(seen: Observation) -> tuple[IPNetwork, ...]:
+    """The home networks that a reference agent's observation shows: one IPv4 address, and the /64 of an IPv6 one.
+
+    Hosts of one site share the IPv4 address of its router, and have IPv6 addresses of their own in one /64.
+    """
+    found = [seen.exit(4), seen.exit(6)] if judge_reference(seen).state is State.PROTECTED else []
+    return tuple(ip_network((a, 32 if a.version == 4 else 64), strict=False) for a in found if a and is_public(a))
 
 
 def _ip_leaks(seen: Observation, policy: Policy) -> Iterator[Finding]:

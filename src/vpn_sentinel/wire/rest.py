@@ -8,6 +8,7 @@ import msgspec
 from vpn_sentinel.domain.verdict import MEANING, Code, Severity, State
 
 T = TypeVar("T")
+D = TypeVar("D")
 
 
 class Finding(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,10 +48,23 @@ class Resolver(msgspec.Struct, frozen=True, kw_only=True):
     org: str | None = None
 
 
+class PortCheck(msgspec.Struct, frozen=True, kw_only=True):
+    """The server's last try to reach the forwarded port from outside.
+
+    `answer` is "answered", "unreachable" (packets arrive, and nobody listens) or "lost" (none arrives).
+    """
+
+    address: str
+    port: int
+    answer: str
+    at: float
+
+
 class Tunnel(msgspec.Struct, frozen=True, kw_only=True):
     """A watched tunnel as it stands. `deadline` is when it counts as silent; `last_seen` null means it never reported.
 
-    `source` is "agent" or "keepalive"; `interval` the seconds between two reports of an agent that is well.
+    `source` is "agent" or "keepalive"; `interval` the seconds between two reports of an agent that is well. `role` is
+    "tunnel", or "reference" for the home connection of its `site`, seen by an agent outside the tunnels.
     """
 
     name: str
@@ -68,6 +82,10 @@ class Tunnel(msgspec.Struct, frozen=True, kw_only=True):
     client_version: str | None
     interval: float | None
     created_at: datetime
+    role: str = "tunnel"
+    site: str | None = None
+    forwarded_port: int | None = None
+    port_check: PortCheck | None = None
 
 
 class Tunnels(msgspec.Struct, frozen=True, kw_only=True):
@@ -130,8 +148,17 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     body: msgspec.Raw
 
 
+class Action(msgspec.Struct, frozen=True, kw_only=True):
+    """What an agent did about its tunnel. `outcome` is "done", "failed", "dry_run" or "held"."""
+
+    at: datetime
+    name: str
+    outcome: str
+    detail: str
+
+
 class History(msgspec.Struct, frozen=True, kw_only=True):
-    """A stretch of a tunnel's past, newest first, both lists complete for it.
+    """A stretch of a tunnel's past, newest first, all lists complete for it.
 
     When `next_until` is not null there is more: ask again with it as `until`.
     """
@@ -139,6 +166,7 @@ class History(msgspec.Struct, frozen=True, kw_only=True):
     tunnel: str
     transitions: list[Transition]
     observations: list[Observation]
+    actions: list[Action]
     next_until: float | None
 
 
@@ -253,6 +281,7 @@ class StoredFinding(msgspec.Struct, frozen=True):
 
 _FINDINGS: Final = msgspec.json.Decoder(list[StoredFinding])
 _PLACE: Final = msgspec.json.Decoder(Place)
+_PORT_CHECK: Final = msgspec.json.Decoder(PortCheck)
 _RESOLVERS: Final = msgspec.json.Decoder(list[Resolver])
 
 
@@ -279,7 +308,12 @@ def resolvers_of(text: str) -> list[Resolver]:
     return decoded(_RESOLVERS, text, [])
 
 
-def decoded(decoder: msgspec.json.Decoder[T], text: str, default: T) -> T:
+def port_check_of(text: str) -> PortCheck | None:
+    """The port check in a JSON column, None without one."""
+    return decoded(_PORT_CHECK, text, None)
+
+
+def decoded(decoder: msgspec.json.Decoder[T], text: str, default: D) -> T | D:
     """What a JSON column holds; `default` when it is empty or damaged, so that one row cannot blank a whole list."""
     try:
         return decoder.decode(text) if text else default

@@ -1,0 +1,62 @@
+"""The DNS canary: a name that only an agent of ours can make, and an answer that only our server can give.
+
+Name: one label of 48 hex digits below the zone: 8 bytes id, 8 bytes nonce, 8 bytes MAC over both. One label, so that a
+resolver that minimises names (RFC 9156) has none to ask for in between; hex, so that letter case carries nothing.
+Answer: a TXT record of two strings, the address that the question came from and 16 hex digits, the MAC over nonce and
+address. Both MACs are keyed BLAKE2s (RFC 7693) with the key of the UDP echo, each with a personalisation of its own.
+"""
+
+import hmac
+from hashlib import blake2s
+from ipaddress import ip_address
+from typing import Final
+
+from vpn_sentinel.domain.policy import IPAddress
+from vpn_sentinel.wire.echo import key_for
+
+ID: Final = 8  # bytes; of the nonce too
+NONCE: Final = 8
+_MAC: Final = 8
+LABEL: Final = 2 * (ID + NONCE + _MAC)  # characters
+
+
+def label(ident: bytes, nonce: bytes, key: bytes) -> str:
+    """The label that the agent `ident` asks for; `nonce` is 8 random bytes, new for each question."""
+    body = ident + nonce
+    return (body + _mac(body, key, b"vs-dnsq1")).hex()
+
+
+def read_label(text: bytes, secret: bytes) -> tuple[bytes, bytes] | None:
+    """The nonce and the agent's key for a genuine label, in lower case; None for every other."""
+    if len(text) != LABEL:
+        return None
+    try:
+        raw = bytes.fromhex(text.decode("ascii"))
+    except ValueError:
+        return None
+    if len(raw) != LABEL // 2:  # fromhex skips spaces
+        return None
+    body, key = raw[:-_MAC], key_for(secret, raw[:ID])
+    if not hmac.compare_digest(_mac(body, key, b"vs-dnsq1"), raw[-_MAC:]):
+        return None
+    return body[ID:], key
+
+
+def answer(seen: IPAddress, nonce: bytes, key: bytes) -> tuple[str, str]:
+    """The two strings that tell the agent where its question came from."""
+    return str(seen), _mac(nonce + seen.packed, key, b"vs-dnsa1").hex()
+
+
+def read_answer(strings: tuple[str, ...], nonce: bytes, key: bytes) -> IPAddress | None:
+    """The address in a genuine answer to the question with this `nonce`; None for anything else."""
+    if len(strings) != 2 or not strings[1].isascii():
+        return None
+    try:
+        seen = ip_address(strings[0])
+    except ValueError:
+        return None
+    return seen if hmac.compare_digest(answer(seen, nonce, key)[1], strings[1]) else None
+
+
+def _mac(body: bytes, key: bytes, person: bytes) -> bytes:
+    return blake2s(body, key=key, digest_size=_MAC, person=person).digest()
