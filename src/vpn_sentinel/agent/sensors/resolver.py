@@ -1,0 +1,114 @@
+"""Nameservers that change between two rounds: another resolv.conf, or one that asks from elsewhere.
+
+The file is looked at every two seconds, which costs one stat. With a zone of our own, each nameserver is sent one
+canary every six seconds; without one nobody is asked here, for the names of strangers are theirs to pay for.
+"""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path as FilePath
+from typing import Final
+
+from vpn_sentinel.agent.probes import dns
+from vpn_sentinel.domain import resolvers
+from vpn_sentinel.domain.observation import Observation, ResolverSighting
+from vpn_sentinel.domain.policy import IPAddress, Policy
+from vpn_sentinel.domain.verdict import Code, Verdict
+
+FILE_EVERY: Final = 2.0  # seconds
+CANARY_EVERY: Final = 6.0  # seconds, for each nameserver
+_MOST_KNOWN: Final = 256
+
+
+@dataclass(slots=True)
+class Strays:
+    """Tells a canary that came out somewhere odd from one that did not; no I/O."""
+
+    _seen: Observation | None = None
+    _policy: Policy = field(default_factory=Policy)
+    _judged: set[tuple[IPAddress, IPAddress]] = field(default_factory=set)
+    _fine: dict[tuple[IPAddress, IPAddress], None] = field(default_factory=dict)
+
+    def saw(self, seen: Observation, verdict: Verdict, policy: Policy) -> None:
+        """A round is over. What it saw is no news any more; what it did not call a leak is none later either."""
+        if not seen.resolvers:
+            return
+        self._seen, self._policy = seen, policy
+        self._judged = {(s.nameserver, s.egress) for s in seen.resolvers if s.egress is not None}
+        if Code.DNS_LEAK not in {f.code for f in verdict.findings}:
+            for pair in self._judged:
+                self._fine[pair] = None
+            while len(self._fine) > _MOST_KNOWN:
+                del self._fine[next(iter(self._fine))]
+        else:
+            self._fine = {pair: None for pair in self._fine if pair not in self._judged}
+
+    def is_news(self, sighting: ResolverSighting) -> bool:
+        """Whether a round should look into it."""
+        if self._seen is None or sighting.egress is None:
+            return False
+        pair = (sighting.nameserver, sighting.egress)
+        if pair in self._judged or pair in self._fine:
+            return False
+        leaks = resolvers.leak(sighting, self._seen, self._policy) is not None
+        return leaks or not resolvers.is_expected(sighting.egress, self._seen, self._policy)
+
+
+class ResolverWatch:
+    """Calls `changed` when resolv.conf did, and `strayed` when a canary came out where no round saw one."""
+
+    def __init__(
+        self,
+        *,
+        canary: Callable[[], dns.CanaryZone | None],
+        changed: Callable[[], None],
+        strayed: Callable[[], None],
+        file: FilePath = dns.RESOLV_CONF,
+        nameservers: Callable[[], Sequence[dns.Nameserver]] = dns.system_nameservers,
+        file_every: float = FILE_EVERY,
+        canary_every: float = CANARY_EVERY,
+    ) -> None:
+        self._canary, self._changed, self._strayed = canary, changed, strayed
+        self._file, self._nameservers = file, nameservers
+        self._file_every, self._canary_every = file_every, canary_every
+        self._strays = Strays()
+
+    def saw(self, seen: Observation, verdict: Verdict, policy: Policy) -> None:
+        """A round is over."""
+        self._strays.saw(seen, verdict, policy)
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._watch_file())
+            group.create_task(self._ask())
+
+    async def _watch_file(self) -> None:
+        known = mark(self._file)
+        while True:
+            await asyncio.sleep(self._file_every)
+            now = mark(self._file)
+            if now != known:
+                known = now
+                self._changed()
+
+    async def _ask(self) -> None:
+        while True:
+            zone, servers = self._canary(), self._nameservers()
+            if zone is None or not servers:
+                await asyncio.sleep(self._canary_every)
+                continue
+            for server in servers:  # one behind the other: each has its turn every `canary_every`
+                await asyncio.sleep(self._canary_every / len(servers))
+                seen = await dns.sighting(server, zone)
+                if seen is not None and self._strays.is_news(seen):
+                    self._strayed()
+
+
+def mark(file: FilePath) -> tuple[int, ...] | None:
+    """What differs when a file was written or replaced; None when there is none."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)

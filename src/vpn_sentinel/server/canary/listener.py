@@ -1,0 +1,212 @@
+"""The canary's doors: UDP, and TCP with its bounds (RFC 7766). Anybody on the internet may knock."""
+
+import asyncio
+import collections
+import resource
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter
+
+from vpn_sentinel.domain.policy import IPAddress, IPNetwork
+from vpn_sentinel.server.canary.gate import Gate, Network, network_of
+from vpn_sentinel.server.canary.responder import Outcome, Responder
+from vpn_sentinel.server.canary.zone import Zone
+from vpn_sentinel.server.settings import Canary as Settings
+
+_MOST_DESCRIPTORS: Final = 512
+
+
+class CanaryMetrics:
+    """Queries by what became of them. One registry takes one of these."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        counter = Counter(
+            "vpn_sentinel_canary_queries", "DNS queries by what became of them.", ("outcome",), registry=registry
+        )
+        self._by_outcome = {outcome: counter.labels(outcome.value) for outcome in Outcome}
+
+    def note(self, outcome: Outcome) -> None:
+        self._by_outcome[outcome].inc()
+
+
+class Datagrams(asyncio.DatagramProtocol):
+    """A question in each datagram, and at most as many bytes back."""
+
+    def __init__(self, responder: Responder, note: Callable[[Outcome], None]) -> None:
+        self._responder = responder
+        self._note = note
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.DatagramTransport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]
+
+    def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
+        answer, outcome = self._responder.respond(data, addr[0], self._loop.time(), datagram=True)
+        self._note(outcome)
+        # A source port of 0 is nobody's; whoever sends one wants to see an error.
+        if answer is not None and self._transport is not None and addr[1]:
+            self._transport.sendto(answer, addr)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """Of TCP. `idle` is seconds for a whole question to come, or an answer to be taken; `message` is bytes of one."""
+
+    connections: int = _MOST_DESCRIPTORS
+    per_network: int = 64
+    idle: float = 5.0
+    message: int = 1232
+
+
+@dataclass(slots=True)
+class Crowd:
+    """Who is connected."""
+
+    limits: Limits
+    open: collections.Counter[Network] = field(default_factory=collections.Counter)
+    streams: set["Stream"] = field(default_factory=set)
+
+    def enter(self, stream: "Stream", network: Network) -> bool:
+        if len(self.streams) >= self.limits.connections or self.open[network] >= self.limits.per_network:
+            return False
+        self.streams.add(stream)
+        self.open[network] += 1
+        return True
+
+    def leave(self, stream: "Stream", network: Network) -> None:
+        if stream not in self.streams:
+            return  # turned away
+        self.streams.discard(stream)
+        self.open[network] -= 1
+        if not self.open[network]:
+            del self.open[network]
+
+
+class Stream(asyncio.Protocol):
+    """One connection: questions one behind another, each with its length in two bytes before it."""
+
+    def __init__(self, responder: Responder, note: Callable[[Outcome], None], crowd: Crowd) -> None:
+        self._responder, self._note, self._crowd = responder, note, crowd
+        self._loop = asyncio.get_running_loop()
+        self._buffer = b""
+        self._host = ""
+        self._network: Network = ""
+        self._timer: asyncio.TimerHandle | None = None
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport  # type: ignore[assignment]
+        peer = transport.get_extra_info("peername")
+        if not peer:  # gone already
+            self.abort()
+            return
+        self._host = peer[0]
+        self._network = network_of(self._host)
+        if not self._crowd.enter(self, self._network):
+            self.abort()
+            return
+        self._wait()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        del exc
+        self._crowd.leave(self, self._network)
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def eof_received(self) -> bool:
+        return False  # all that was asked has been answered
+
+    def data_received(self, data: bytes) -> None:
+        self._buffer += data
+        while len(self._buffer) >= 2 and self._transport is not None and not self._transport.is_closing():
+            length = int.from_bytes(self._buffer[:2])
+            if length > self._crowd.limits.message:
+                self._note(Outcome.MALFORMED)
+                self.abort()
+                return
+            if len(self._buffer) < 2 + length:
+                return
+            asked, self._buffer = self._buffer[2 : 2 + length], self._buffer[2 + length :]
+            answer, outcome = self._responder.respond(asked, self._host, self._loop.time(), datagram=False)
+            self._note(outcome)
+            if answer is None:  # asks too much, or sends what is no question
+                self.abort()
+                return
+            self._transport.write(len(answer).to_bytes(2) + answer)
+            self._wait()  # only a whole question earns more time
+
+    def pause_writing(self) -> None:
+        """Answers are not taken: ask no more until they are, for as long as a question may take."""
+        if self._transport is not None:
+            self._transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        if self._transport is not None and not self._transport.is_closing():
+            self._transport.resume_reading()
+
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _wait(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = self._loop.call_later(self._crowd.limits.idle, self.abort)
+
+
+class Listener:
+    """Serves sockets that are bound already: UDP ones and TCP ones."""
+
+    def __init__(self, responder: Responder, metrics: CanaryMetrics, limits: Limits | None = None) -> None:
+        self._responder, self._metrics = responder, metrics
+        self.crowd = Crowd(limits or Limits(connections=_room()))
+        self._doors: list[asyncio.BaseTransport] = []
+        self._servers: list[asyncio.Server] = []
+
+    async def open(self, sockets: Sequence[socket.socket]) -> None:
+        loop = asyncio.get_running_loop()
+        note = self._metrics.note
+        for sock in sockets:
+            if sock.type == socket.SOCK_DGRAM:
+                door, _ = await loop.create_datagram_endpoint(lambda: Datagrams(self._responder, note), sock=sock)
+                self._doors.append(door)
+            else:
+                made = await loop.create_server(
+                    lambda: Stream(self._responder, note, self.crowd), sock=sock, backlog=256
+                )
+                self._servers.append(made)
+
+    def healthy(self) -> tuple[bool, str]:
+        """Whether every door stands open; what is wrong, in words without addresses."""
+        shut = any(d.is_closing() for d in self._doors) or not all(s.is_serving() for s in self._servers)
+        return (False, "a socket was closed") if shut or not self._doors else (True, "")
+
+    def close(self) -> None:
+        for server in self._servers:
+            server.close()
+        for door in self._doors:
+            door.close()
+        for stream in list(self.crowd.streams):
+            stream.abort()
+
+
+def build_canary(
+    settings: Settings, secret: bytes, own_address: Callable[[], tuple[IPNetwork, ...]], registry: CollectorRegistry
+) -> Listener:
+    """A listener for the zone of `settings`. Where no addresses are set, the server's own stand in for them."""
+
+    def addresses() -> tuple[IPAddress, ...]:
+        return settings.addresses or tuple(n.network_address for n in own_address())
+
+    zone = Zone(name=settings.zone, servers=settings.servers, addresses=addresses, secret=secret)
+    return Listener(Responder(zone, Gate()), CanaryMetrics(registry))
+
+
+def _room() -> int:
+    """Connections that leave the descriptors to those who report: one of sixteen, at least 16."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return _MOST_DESCRIPTORS if soft == resource.RLIM_INFINITY else max(16, min(_MOST_DESCRIPTORS, soft // 16))

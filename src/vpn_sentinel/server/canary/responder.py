@@ -1,0 +1,82 @@
+"""From the bytes of a question to the bytes of its answer: the same for UDP and TCP, and no I/O."""
+
+from enum import StrEnum
+from ipaddress import IPv6Address, ip_address
+
+from vpn_sentinel.domain.policy import IPAddress
+from vpn_sentinel.server.canary import message
+from vpn_sentinel.server.canary.gate import Gate, network_of
+from vpn_sentinel.server.canary.message import BadQueryError, Query
+from vpn_sentinel.server.canary.zone import Zone
+
+_MOST_TCP = 65535
+
+
+class Outcome(StrEnum):
+    """What became of a query, for the metrics."""
+
+    SIGHTED = "sighted"  # an agent's own question: answered with the resolver's address
+    TRUNCATED = "truncated"  # sent back to ask over TCP
+    ZONE = "zone"  # about the zone itself, or that a name has no such records
+    NXDOMAIN = "nxdomain"
+    REFUSED = "refused"  # of another zone, a transfer, or another class
+    BAD_VERSION = "bad_version"
+    MALFORMED = "malformed"
+    LIMITED = "limited"
+
+
+class Responder:
+    """`respond` is all that a transport needs. It raises nothing, whatever the bytes."""
+
+    def __init__(self, zone: Zone, gate: Gate) -> None:
+        self._zone = zone
+        self._gate = gate
+
+    def respond(self, data: bytes, host: str, now: float, *, datagram: bool) -> tuple[bytes | None, Outcome]:
+        """Answer what came from `host` at `now` (seconds that never jump); None is silence.
+
+        The answer to a datagram is never larger than it: what would be is asked for again over TCP, which nobody can
+        do in another's name.
+        """
+        if not self._gate.open(now):
+            return None, Outcome.LIMITED
+        network = network_of(host)
+        try:
+            query = message.parse(data)
+        except BadQueryError as e:
+            if e.reply is not None and not self._gate.admits(network, now, genuine=False):
+                return None, Outcome.LIMITED
+            return e.reply, Outcome.MALFORMED
+        genuine = self._zone.genuine(query)
+        if not self._gate.admits(network, now, genuine=genuine is not None):
+            return None, Outcome.LIMITED
+        reply = self._zone.answer(query, _plain(host), genuine)
+        limit = min(len(data), _payload(query)) if datagram else _MOST_TCP
+        packed, truncated = message.pack(query, reply, limit=limit)
+        if truncated:
+            return packed, Outcome.TRUNCATED
+        return packed, _outcome(reply.rcode, sighted=genuine is not None and bool(reply.answers))
+
+
+def _payload(query: Query) -> int:
+    """What the asker takes in one datagram (RFC 6891, section 6.2.3), and we send."""
+    return min(message.PAYLOAD, max(512, query.edns.payload)) if query.edns else 512
+
+
+def _plain(host: str) -> IPAddress:
+    address = ip_address(host.partition("%")[0])
+    if isinstance(address, IPv6Address) and address.ipv4_mapped:
+        return address.ipv4_mapped
+    return address
+
+
+def _outcome(rcode: int, *, sighted: bool) -> Outcome:
+    match rcode:
+        case message.REFUSED:
+            return Outcome.REFUSED
+        case message.NXDOMAIN:
+            return Outcome.NXDOMAIN
+        case message.BADVERS:
+            return Outcome.BAD_VERSION
+        case _:
+            return Outcome.SIGHTED if sighted else Outcome.ZONE

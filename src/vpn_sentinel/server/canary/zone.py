@@ -1,0 +1,103 @@
+"""The zone: what exists in it, and what is answered to whom. No I/O, no clock, no memory.
+
+It holds its apex, the names of its servers, and one name for each question that an agent can ask. Everything else
+does not exist. Nothing is remembered: the answer carries what the agent wants to know.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from ipaddress import IPv6Address
+from typing import Final
+
+from vpn_sentinel.domain.policy import IPAddress
+from vpn_sentinel.server.canary import message
+from vpn_sentinel.server.canary.message import Query, Record, Reply
+from vpn_sentinel.wire import canary
+
+_SERVERS_TTL: Final = 3600  # seconds; who serves the zone hardly changes
+_ADDRESS_TTL: Final = 300
+_NEVER_TWICE: Final = 0  # each question is asked once
+_NEGATIVE_TTL: Final = 1
+_TRANSFERS: Final = frozenset({message.IXFR, message.AXFR})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Zone:
+    """`name` and `servers` are names in lower case without a dot at the end; `addresses` tells those of the servers.
+
+    `secret` is the installation's own, of which agents' keys come.
+    """
+
+    name: str
+    servers: tuple[str, ...]
+    addresses: Callable[[], Iterable[IPAddress]]
+    secret: bytes
+    _apex: tuple[bytes, ...] = field(init=False)
+    _soa: Record = field(init=False)
+
+    def __post_init__(self) -> None:
+        apex = labels_of(self.name)
+        numbers = b"".join(n.to_bytes(4) for n in (1, 3600, 600, 86400, _NEGATIVE_TTL))
+        names = message.wire(labels_of(self.servers[0])) + message.wire((b"hostmaster", *apex))
+        object.__setattr__(self, "_apex", apex)
+        object.__setattr__(self, "_soa", Record(message.wire(apex), message.SOA, _NEGATIVE_TTL, names + numbers))
+
+    def genuine(self, query: Query) -> tuple[bytes, bytes] | None:
+        """The nonce and the key of an agent's question, None for everybody else's."""
+        if query.klass != message.IN or len(query.labels) != len(self._apex) + 1 or query.labels[1:] != self._apex:
+            return None
+        return canary.read_label(query.labels[0], self.secret)
+
+    def answer(self, query: Query, asker: IPAddress, genuine: tuple[bytes, bytes] | None) -> Reply:
+        """Answer a query that came from `asker`; `genuine` is what `genuine` found of it."""
+        if query.edns is not None and query.edns.version != 0:
+            return Reply(rcode=message.BADVERS, authoritative=False)
+        depth = len(self._apex)
+        inside = query.labels[-depth:] == self._apex
+        if query.klass != message.IN or not inside or query.kind in _TRANSFERS:
+            return Reply(rcode=message.REFUSED, authoritative=False)
+        if genuine is not None:
+            nonce, key = genuine
+            records = [Record(None, message.TXT, _NEVER_TWICE, texts(canary.answer(asker, nonce, key)))]
+            return self._of(query, records)
+        if len(query.labels) == depth:
+            return self._of(query, [self._soa, *self._ns()], additional=self._glue())
+        own = [labels_of(server) for server in self.servers]
+        if query.labels in own:
+            return self._of(query, self._addresses(None))
+        if any(server[-len(query.labels) :] == query.labels for server in own):
+            return self._of(query, [])  # nothing there, but one of the servers below it (RFC 8020)
+        return Reply(rcode=message.NXDOMAIN, authority=(self._soa,))
+
+    def _of(self, query: Query, records: list[Record], additional: Iterable[Record] = ()) -> Reply:
+        """What of a name's records is asked for; when nothing, the SOA tells how long that holds (RFC 2308)."""
+        wanted = [r for r in records if query.kind in (r.kind, message.ANY)]
+        if not wanted:
+            return Reply(rcode=message.NOERROR, authority=(self._soa,))
+        more = tuple(additional) if any(r.kind == message.NS for r in wanted) else ()
+        return Reply(rcode=message.NOERROR, answers=wanted, additional=more)
+
+    def _ns(self) -> list[Record]:
+        apex = message.wire(self._apex)
+        return [Record(apex, message.NS, _SERVERS_TTL, message.wire(labels_of(server))) for server in self.servers]
+
+    def _glue(self) -> Iterable[Record]:
+        for server in self.servers:
+            name = labels_of(server)
+            if name[-len(self._apex) :] == self._apex:
+                yield from self._addresses(message.wire(name))
+
+    def _addresses(self, owner: bytes | None) -> list[Record]:
+        return [
+            Record(owner, message.AAAA if isinstance(a, IPv6Address) else message.A, _ADDRESS_TTL, a.packed)
+            for a in self.addresses()
+        ]
+
+
+def labels_of(name: str) -> tuple[bytes, ...]:
+    return tuple(part.encode("ascii") for part in name.split("."))
+
+
+def texts(strings: Iterable[str]) -> bytes:
+    """The data of a TXT record; each string at most 255 bytes."""
+    return b"".join(bytes([len(raw)]) + raw for raw in (s.encode("ascii") for s in strings))
