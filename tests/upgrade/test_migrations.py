@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, create_engine, insert, select, text
@@ -11,7 +13,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 import vpn_sentinel.server.store as store_package
 from vpn_sentinel.server.store.open import open_store
-from vpn_sentinel.server.store.schema import meta, metadata
+from vpn_sentinel.server.store.schema import actions, meta, metadata, transitions, tunnels
 from vpn_sentinel.server.store.store import StoreUnusable
 
 MIGRATIONS = Path(store_package.__file__).parent / "migrations"
@@ -58,3 +60,46 @@ def test_the_migrations_are_one_line() -> None:
     script = ScriptDirectory(str(MIGRATIONS))
     assert len(script.get_heads()) == 1
     assert script.get_bases() == ["0001"]
+
+
+async def test_a_database_of_the_first_schema_keeps_its_rows(database_url: str) -> None:
+    """Built by the first migration alone, with a tunnel and its past in it."""
+    await _first_schema(database_url)
+    store = await open_store(database_url)
+    (row,) = await store.read(select(tunnels))
+    assert (row.name, row.state, row.seq, row.exit4) == ("nl", "down", 7, "146.70.1.2")
+    assert (row.role, row.site, row.policy, row.port, row.port_check) == ("tunnel", "", "", None, "")
+    assert len(await store.read(select(transitions))) == 1
+    assert list(await store.read(select(actions))) == []
+    await store.close()
+
+
+_ROWS = (
+    "INSERT INTO tunnels (name, created_at, state, since, findings, memory, seen_at, source, version, interval,"
+    " last_seen, deadline, spool, seq, exit4, exit6, place, resolvers, dns_loc, dns_colo) VALUES ('nl', 1.0, 'down',"
+    " 2.0, '[]', '', 3.0, 'agent', '2.0.0', 30.0, 4.0, NULL, 's1', 7, '146.70.1.2', NULL, '{}', '[]', '', '')",
+    'INSERT INTO transitions (tunnel_id, at, decided_at, "old", "new", findings)'
+    " SELECT id, 2.0, 3.0, 'protected', 'down', '[]' FROM tunnels",
+)
+
+
+def _fill(connection: Connection) -> None:
+    config = Config()
+    config.set_main_option("script_location", str(MIGRATIONS))
+    config.attributes["connection"] = connection
+    command.upgrade(config, "0001")
+    for row in _ROWS:
+        connection.execute(text(row))
+
+
+async def _first_schema(url: str) -> None:
+    if url.startswith("sqlite"):
+        engine = create_engine(url)
+        with engine.begin() as connection:
+            _fill(connection)
+        engine.dispose()
+        return
+    there = create_async_engine(url.replace("postgresql://", "postgresql+asyncpg://"))
+    async with there.begin() as connection_:
+        await connection_.run_sync(_fill)
+    await there.dispose()

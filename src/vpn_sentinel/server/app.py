@@ -21,10 +21,12 @@ from vpn_sentinel.server.api.app import build_api
 from vpn_sentinel.server.api.health import HealthServices, build_health
 from vpn_sentinel.server.api.services import ApiServices
 from vpn_sentinel.server.bot.bot import Bot
+from vpn_sentinel.server.canary.listener import build_canary
 from vpn_sentinel.server.dashboard.app import DashboardServices, build_dashboard
 from vpn_sentinel.server.ingest.door import Door
 from vpn_sentinel.server.ingest.keepalive import Keepalives
-from vpn_sentinel.server.ingest.pulse import EchoProtocol
+from vpn_sentinel.server.ingest.ledger import Ledger
+from vpn_sentinel.server.ingest.pulse import Lookout, Names, PulseMetrics, PulseProtocol
 from vpn_sentinel.server.ingest.session import Sessions
 from vpn_sentinel.server.ingest.switch import Switch
 from vpn_sentinel.server.live.hub import Hub
@@ -36,12 +38,14 @@ from vpn_sentinel.server.notify.metrics import NotifyMetrics
 from vpn_sentinel.server.own_address import OwnAddress
 from vpn_sentinel.server.serving import embedded, listen, serve_until
 from vpn_sentinel.server.settings import ServerSettings
+from vpn_sentinel.server.sites import Sites
 from vpn_sentinel.server.store.open import open_store
 from vpn_sentinel.server.store.owing import owe
-from vpn_sentinel.server.store.schema import meta, outbox
-from vpn_sentinel.server.store.store import Store
+from vpn_sentinel.server.store.schema import meta, outbox, tunnels
+from vpn_sentinel.server.store.store import Store, StoreUnavailable
 from vpn_sentinel.server.tracker import Tracker
 from vpn_sentinel.server.watch.overdue import Overdue
+from vpn_sentinel.server.watch.ports import Ports
 from vpn_sentinel.server.watch.replicas import Replicas
 from vpn_sentinel.server.watch.retention import Retention
 
@@ -56,6 +60,7 @@ class Sockets:
     echo: socket.socket
     health: socket.socket
     dashboard: socket.socket | None
+    canary: tuple[socket.socket, ...] = ()
 
     @classmethod
     def bind(cls, settings: ServerSettings) -> "Sockets":
@@ -73,14 +78,18 @@ class Sockets:
             dashboard = None
             if settings.dashboard_enabled:
                 dashboard = take(settings.dashboard_host, settings.dashboard_port, "SERVER_DASHBOARD_PORT")
+            canary: tuple[socket.socket, ...] = ()
+            if (zone := settings.canary) is not None:
+                kinds = (socket.SOCK_DGRAM, socket.SOCK_STREAM)
+                canary = tuple(take(host, zone.port, "CANARY_PORT", kind) for host in zone.hosts for kind in kinds)
         except BaseException:
             for sock in bound:
                 sock.close()
             raise
-        return cls(api, echo, health, dashboard)
+        return cls(api, echo, health, dashboard, canary)
 
     def close(self) -> None:
-        for sock in (self.api, self.echo, self.health, self.dashboard):
+        for sock in (self.api, self.echo, self.health, self.dashboard, *self.canary):
             if sock is not None:
                 sock.close()
 
@@ -137,6 +146,8 @@ async def _run(
         channels = build_channels(settings, http, clock=clock, api=bot_api)
         dispatcher = Dispatcher(store, channels, clock, NotifyMetrics(registry, channels))
         own_address = OwnAddress(http, settings.trace_url)
+        sites = Sites()
+        await sites.load(store, clock.wall())
         tracker = Tracker(
             store,
             clock,
@@ -145,8 +156,15 @@ async def _run(
             channels=tuple(channels),
             on_commit=dispatcher.wake,
             own_address=own_address,
+            sites=sites,
         )
+        ports = Ports(tracker.forwarded if settings.port_check else {}, tracker.tried, clock)
         door = Door(settings, access, clock)
+        lookout = Lookout(tracker.sighted, clock.wall)
+        ledger = Ledger(secret, lookout.note)
+        known = Names(ledger, lambda: _names(store))
+        pulses = PulseProtocol(ledger, clock.boottime, missed=known.missed)
+        PulseMetrics(registry, lambda: pulses.counts)
         sessions = Sessions(
             tracker,
             store,
@@ -154,13 +172,22 @@ async def _run(
             echo_secret=secret,
             echo_port=settings.api_port,
             missed=settings.missed_reports,
+            canary_zone=settings.canary.zone if settings.canary else None,
+            ledger=ledger,
         )
         keepalives = Keepalives(door, tracker, clock, settings.keepalive_timeout)
         services = ApiServices(store=store, access=access, hub=hub, settings=settings, clock=clock)
         crowd = 10 * settings.rate_limit
         api = Switch(door, keepalives, sessions, build_api(services), settings.api_path, crowd=crowd)
+        canary = build_canary(settings.canary, secret, own_address, registry) if settings.canary else None
         health = build_health(
-            HealthServices(store=store, clock=clock, registry=registry, dispatcher=dispatcher.healthy)
+            HealthServices(
+                store=store,
+                clock=clock,
+                registry=registry,
+                dispatcher=dispatcher.healthy,
+                canary=canary.healthy if canary else None,
+            )
         )
 
         running = [
@@ -169,6 +196,10 @@ async def _run(
             tasks.create_task(Overdue(store, tracker, clock).run(), name="overdue"),
             tasks.create_task(Retention(store, clock, settings.retention_days).run(), name="retention"),
             tasks.create_task(own_address.run(), name="own address"),
+            tasks.create_task(sites.run(store, clock), name="sites"),
+            tasks.create_task(ports.run(), name="ports"),
+            tasks.create_task(known.run(), name="names of pulses"),
+            tasks.create_task(lookout.run(), name="lookout"),
         ]
         if not settings.database_url.startswith("sqlite:"):
             running.append(tasks.create_task(Replicas(store, hub, clock).run(), name="replicas"))
@@ -177,7 +208,9 @@ async def _run(
             running.append(tasks.create_task(bot.run(), name="bot"))
 
         loop = asyncio.get_running_loop()
-        echo, _ = await loop.create_datagram_endpoint(lambda: EchoProtocol(secret), sock=sockets.echo)
+        echo, _ = await loop.create_datagram_endpoint(lambda: pulses, sock=sockets.echo)
+        if canary is not None:
+            await canary.open(sockets.canary)
         closing = asyncio.Event()
         cert, key_file = settings.tls_cert, settings.tls_key
         servers = [
@@ -205,6 +238,8 @@ async def _run(
         closing.set()
         await asyncio.gather(*servers)
         echo.close()
+        if canary is not None:
+            canary.close()
         for task in running:
             task.cancel()
     log.info("server stopped")
@@ -215,6 +250,14 @@ def _spare_the_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
+
+
+async def _names(store: Store) -> list[str]:
+    """The tunnels that are known, the newest last."""
+    try:
+        return [row.name for row in await store.read(select(tunnels.c.name).order_by(tunnels.c.id))]
+    except StoreUnavailable:
+        return []  # whoever is greeted is known all the same, and the next pulse of another asks again
 
 
 async def _secret(store: Store) -> bytes:

@@ -1,14 +1,22 @@
 """The server's settings, read once. `docs/reference/settings.md` lists them with their defaults."""
 
+import re
 import ssl
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
+from typing import Final
 from zoneinfo import ZoneInfo
 
-from vpn_sentinel.domain.policy import IPNetwork, Policy
+from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy
 from vpn_sentinel.runtime import settings as read
 from vpn_sentinel.runtime.secret import Secret
 from vpn_sentinel.runtime.settings import SettingError, Source
+
+_LABEL: Final = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?", re.ASCII)
+_NO_ADDRESSES: Final[tuple[IPAddress, ...]] = ()
+_NO_NAMES: Final[tuple[str, ...]] = ()
+_LONGEST_ZONE: Final = 190  # of 253, to leave room for an agent's label
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,6 +34,17 @@ class Webhook:
 
     url: Secret
     secret: Secret | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Canary:
+    """The DNS zone that this server answers for. `servers` are its names in NS records, `addresses` theirs."""
+
+    zone: str
+    hosts: tuple[str, ...]
+    port: int
+    servers: tuple[str, ...]
+    addresses: tuple[IPAddress, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +68,7 @@ class ServerSettings:
     keepalive_timeout: float
     missed_reports: int
     retention_days: float
+    port_check: bool
     policy: Policy
     telegram: Telegram | None
     webhook: Webhook | None
@@ -60,6 +80,7 @@ class ServerSettings:
     public_url: str | None
     debug: bool
     log_file: str | None
+    canary: Canary | None = None
 
     @classmethod
     def read(cls, source: Source) -> "ServerSettings":
@@ -95,14 +116,17 @@ class ServerSettings:
             rate_limit=get("SERVER_RATE_LIMIT_REQUESTS", read.integer(1, 1_000_000), 30),
             keepalive_timeout=60 * get("CLIENT_TIMEOUT_MINUTES", read.number(0.05, 1440, "minutes"), threshold),
             missed_reports=get("MISSED_REPORTS", read.integer(1, 100), 3),
+            port_check=get("PORT_CHECK", read.boolean, default=True),
             retention_days=get("RETENTION_DAYS", read.number(0.01, 3650, "days"), 30.0),
             policy=Policy(
                 home_networks=get("HOME_NETWORKS", read.networks, ()),
                 expected_countries=get("EXPECTED_COUNTRIES", read.countries, ()),
                 allowed_resolvers=get("ALLOWED_RESOLVERS", read.networks, ()),
+                allowed_outside=get("ALLOWED_OUTSIDE", read.networks, ()),
                 grace_down=get("GRACE_DOWN", read.number(0, 3600, "seconds"), Policy.grace_down),
                 grace_degraded=get("GRACE_DEGRADED", read.number(0, 3600, "seconds"), Policy.grace_degraded),
                 grace_recovery=get("GRACE_RECOVERY", read.number(0, 3600, "seconds"), Policy.grace_recovery),
+                flap_calm=get("FLAP_CALM", read.number(0, 86400, "seconds"), Policy.flap_calm),
             ),
             telegram=_telegram(source),
             webhook=_webhook(source),
@@ -114,6 +138,7 @@ class ServerSettings:
             public_url=get("PUBLIC_URL", read.url, None),
             debug=get("DEBUG", read.boolean, default=False),
             log_file=get("LOG_FILE", read.text, None),
+            canary=_canary(source),
         )
         get("TZ", _zone, None)
         _distinct_ports(settings)
@@ -132,11 +157,47 @@ def _distinct_ports(settings: ServerSettings) -> None:
     named = {"SERVER_API_PORT": settings.api_port, "SERVER_HEALTH_PORT": settings.health_port}
     if settings.dashboard_enabled:
         named["SERVER_DASHBOARD_PORT"] = settings.dashboard_port
+    if settings.canary is not None:
+        named["CANARY_PORT"] = settings.canary.port
     seen: dict[int, str] = {}
     for name, port in named.items():
         if port in seen:
             raise SettingError(read.PREFIX + name, f"{port} is taken by {read.PREFIX}{seen[port]}")
         seen[port] = name
+
+
+def _canary(source: Source) -> Canary | None:
+    zone = source.get("CANARY_ZONE", _domain, None)
+    hosts = source.get("CANARY_HOST", _addresses, _NO_ADDRESSES)
+    port = source.get("CANARY_PORT", read.port, 53)
+    servers = source.get("CANARY_NS", _domains, _NO_NAMES)
+    addresses = source.get("CANARY_ADDRESSES", _addresses, _NO_ADDRESSES)
+    if zone is None:
+        return None
+    return Canary(
+        zone=zone,
+        hosts=tuple(str(a) for a in hosts) or ("::",),
+        port=port,
+        servers=servers or (f"ns.{zone}",),
+        addresses=addresses,
+    )
+
+
+def _domain(value: str) -> str:
+    name = value.rstrip(".").lower()
+    labels = name.split(".")
+    if len(labels) < 2 or len(name) > _LONGEST_ZONE or not all(_LABEL.fullmatch(label) for label in labels):
+        msg = f"{value!r} is not a domain name such as canary.example.org"
+        raise ValueError(msg)
+    return name
+
+
+def _domains(value: str) -> tuple[str, ...]:
+    return tuple(_domain(part) for part in read.words(value))
+
+
+def _addresses(value: str) -> tuple[IPAddress, ...]:
+    return tuple(ip_address(part) for part in read.words(value))
 
 
 def _database_url(value: str) -> str:

@@ -7,43 +7,43 @@ enters, a report or a passed deadline, goes through here; nothing else changes a
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Final
 
 import msgspec
+from sqlalchemy import select
 
-from vpn_sentinel.domain.machine import Event, Memory, Moved, Revised, advance, overdue, silence_finding
-from vpn_sentinel.domain.notice import Notice, notices
-from vpn_sentinel.domain.observation import Observation, Place, Trigger
-from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy
-from vpn_sentinel.domain.verdict import (
-    HARM,
-    Code,
-    Finding,
-    State,
-    Verdict,
-    agreed_country,
-    judge,
-    learned_home,
-    worst,
-)
+from vpn_sentinel.domain.machine import Event, Memory, advance, overdue, silence_finding
+from vpn_sentinel.domain.notice import notices
+from vpn_sentinel.domain.observation import Observation, PortCheck, Trigger
+from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy, is_public
+from vpn_sentinel.domain.verdict import State, judge
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.server.live.hub import Hub
-from vpn_sentinel.server.store import rows
-from vpn_sentinel.server.store.owing import ADD_DELIVERY, owed
-from vpn_sentinel.server.store.store import Batch, Changes, Store, StoreUnavailable, TunnelRow
+from vpn_sentinel.server.showing import CLOCK_SKEW, complete, show
+from vpn_sentinel.server.sites import REFERENCE, Sites, silent_too
+from vpn_sentinel.server.store.owing import owed
+from vpn_sentinel.server.store.schema import tunnels
+from vpn_sentinel.server.store.store import Changes, Store, StoreUnavailable, TunnelRow
+from vpn_sentinel.server.weighing import Scales, silence_between
+from vpn_sentinel.server.writes import Writes, record
 from vpn_sentinel.wire.codec import decoder, encode, encode_observation
 
 log = logging.getLogger(__name__)
 
-# A clock further off than this is told, in seconds.
-CLOCK_SKEW: Final = 60.0
 # Reports that one transaction takes at most: bounds how long a reader of the same rows waits.
 _BATCH: Final = 256
 # A tunnel whose row trips the program is looked at again after so many seconds.
 _AGAIN: Final = 300.0
 # Reports that wait at most; beyond it the server says "busy" rather than grow.
 _WAITING: Final = 5000
+# Pulses that were seen in trouble so many seconds ago are a sign of life: no silence, though reports stay away.
+_PULSED: Final = 15.0
+# So many seconds the agent's own word, that its tunnel is alive, stands against "your pulses are unheard".
+_REFUTED: Final = 600.0
+# Ports below belong to a system's own services: no VPN forwards them, and nobody should be made to knock there.
+_LEAST_PORT: Final = 1024
 
 
 class Stored(msgspec.Struct, frozen=True, kw_only=True):
@@ -59,7 +59,7 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
 
     `silent_after` is how many seconds without a further message make the tunnel silent. `caught_up` is False while the
     agent still holds later observations. `skew` is the sender's clock minus ours; `connected_at` is since when it has
-    been able to send.
+    been able to send. `peer` is the address that the message came from. `role` and `site`: see wire.messages.Hello.
     """
 
     tunnel: str
@@ -76,6 +76,32 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     connected_at: float = 0.0
     dns_loc: str = ""
     dns_colo: str = ""
+    peer: IPAddress | None = None
+    role: str = "tunnel"
+    site: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sighting:
+    """What the server itself sees of a tunnel's pulses at the time `at` (seconds since the epoch).
+
+    They come from `address`; `unheard` says that they have come for a while without the agent hearing the replies.
+    To be told when either changes, and again every few seconds while `unheard` lasts.
+    """
+
+    tunnel: str
+    address: IPAddress
+    unheard: bool
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PortTried:
+    """How the attempt to reach a tunnel's forwarded port ended, at the time `at`."""
+
+    tunnel: str
+    check: PortCheck
+    at: float
 
 
 class Busy(Exception):
@@ -84,40 +110,12 @@ class Busy(Exception):
 
 @dataclass(slots=True)
 class _Waiting:
-    delivery: Delivery
+    work: Delivery | Sighting | PortTried
     done: "asyncio.Future[None]"
 
 
-@dataclass(slots=True)
-class _Writes:
-    """What a transaction will write, gathered by statement."""
-
-    tunnels: dict[int, TunnelRow] = field(default_factory=dict)
-    touched: dict[int, TunnelRow] = field(default_factory=dict)
-    observations: list[tuple[object, ...]] = field(default_factory=list)
-    ordered: list[Batch] = field(default_factory=list)
-    deliveries: list[tuple[object, ...]] = field(default_factory=list)
-
-    def take(self, more: "_Writes") -> None:
-        self.tunnels |= more.tunnels
-        self.touched |= more.touched
-        self.observations += more.observations
-        self.ordered += more.ordered
-        self.deliveries += more.deliveries
-
-    def changes(self) -> Changes:
-        batches: list[Batch] = [
-            (rows.SAVE_TUNNEL, [rows.saved_tunnel(t) for t in self.tunnels.values()]),
-            (rows.TOUCH_TUNNEL, [rows.touched_tunnel(t) for i, t in self.touched.items() if i not in self.tunnels]),
-            (rows.ADD_OBSERVATION, self.observations),
-            *self.ordered,
-            (ADD_DELIVERY, self.deliveries),
-        ]
-        return Changes([b for b in batches if b[1]])
-
-
 _memory: Final = decoder(Memory)
-_place: Final = decoder(dict[str, str | int | None])
+_policy: Final = decoder(Policy)
 
 
 class Tracker:
@@ -137,6 +135,7 @@ class Tracker:
         channels: Sequence[str] = (),
         on_commit: Callable[[], None] = lambda: None,
         own_address: Callable[[], tuple[IPNetwork, ...]] = lambda: (),
+        sites: Sites | None = None,
     ) -> None:
         self._store = store
         self._clock = clock
@@ -148,15 +147,39 @@ class Tracker:
         self._keepalive_policy = policy
         # By tunnel: what its last keepalive said and left it in, and the verdict, where it moved nothing.
         self._steady: dict[str, tuple[int, str]] = {}
+        self._sites = sites or Sites()
+        self._scales = Scales(policy, self._sites)
+        # By tunnel: the addresses of either version that its pulses came from.
+        self._sighted: dict[str, dict[int, IPAddress]] = {}
+        # By tunnel: the forwarded port, at an address that its packets really came from.
+        self.forwarded: dict[str, tuple[IPAddress, int]] = {}
         self._waiting: list[_Waiting] = []
+        self._notes: list[_Waiting] = []
         self._arrived = asyncio.Event()
 
     async def submit(self, delivery: Delivery) -> None:
         """Return when `delivery` is committed. Raises StoreUnavailable, or Busy when too many wait."""
-        if len(self._waiting) >= _WAITING:
+        await self._queued(self._waiting, delivery)
+
+    async def sighted(self, sighting: Sighting) -> None:
+        """Take what the server itself saw of a tunnel's pulses; only trouble is stored. Raises as `submit` does.
+
+        Without effect for a name that has no tunnel, and for a reference agent.
+        """
+        await self._queued(self._notes, sighting)
+
+    async def tried(self, port: PortTried) -> None:
+        """Keep how an attempt to reach a forwarded port ended, to judge what the agent sees next by it.
+
+        Raises as `submit` does.
+        """
+        await self._queued(self._notes, port)
+
+    async def _queued(self, queue: list[_Waiting], work: Delivery | Sighting | PortTried) -> None:
+        if len(queue) >= _WAITING:
             raise Busy
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(_Waiting(delivery, done))
+        queue.append(_Waiting(work, done))
         self._arrived.set()
         await done
 
@@ -165,16 +188,19 @@ class Tracker:
         try:
             while True:
                 await self._arrived.wait()
-                batch, self._waiting = self._waiting[:_BATCH], self._waiting[_BATCH:]
-                if not self._waiting:
+                for queue in (self._waiting, self._notes):
+                    if batch := queue[:_BATCH]:
+                        del queue[:_BATCH]
+                        await self._commit(batch)
+                if not self._waiting and not self._notes:
                     self._arrived.clear()
-                await self._commit(batch)
         finally:
-            _settle(self._waiting, StoreUnavailable("closing", "the server is shutting down"))
+            closing = StoreUnavailable("closing", "the server is shutting down")
+            _settle([*self._waiting, *self._notes], closing)
 
     async def _commit(self, batch: list[_Waiting]) -> None:
         try:
-            await self._take([w.delivery for w in batch])
+            await self._take([w.work for w in batch])
         except StoreUnavailable as e:
             _settle(batch, e)
         except asyncio.CancelledError:
@@ -182,7 +208,7 @@ class Tracker:
             raise
         except Exception as e:
             if len(batch) == 1:
-                log.exception("a report could not be judged", extra={"tunnel": batch[0].delivery.tunnel})
+                log.exception("a report could not be judged", extra={"tunnel": batch[0].work.tunnel})
                 _settle(batch, e)
                 return
             # One report that trips the program must not take the others of its batch with it.
@@ -191,21 +217,31 @@ class Tracker:
         else:
             _settle(batch, None)
 
-    async def _take(self, deliveries: Sequence[Delivery]) -> None:
+    async def _take(self, works: Sequence[Delivery | Sighting | PortTried]) -> None:
+        """Commit works of one queue: deliveries, which make the tunnels that they name, or notes, which do not."""
         now = self._clock.wall()
+        # What a reference agent says counts for what the tunnels of its site say at the same moment.
+        works = sorted(works, key=lambda w: isinstance(w, Delivery) and w.role != REFERENCE)
         debts = 0
 
         def decide(found: Mapping[str, TunnelRow]) -> Changes:
             nonlocal debts
-            writes = _Writes()
-            for delivery in deliveries:
-                self._apply(found[delivery.tunnel], delivery, now, writes)
+            writes = Writes()
+            for work in works:
+                if isinstance(work, Delivery):
+                    self._apply(found[work.tunnel], work, now, writes)
+                elif (row := found.get(work.tunnel)) is not None and isinstance(work, Sighting):
+                    self._sight(row, work, now, writes)
+                elif row is not None and isinstance(work, PortTried):
+                    _keep_port_check(row, work, writes)
             debts = len(writes.deliveries)
+            changed[:] = [row.name for row in writes.tunnels.values()] + [r.name for r in writes.touched.values()]
             return writes.changes()
 
-        names = list(dict.fromkeys(d.tunnel for d in deliveries))
-        await self._store.transact(names, now, decide, create=True)
-        self._committed(names, debts)
+        changed: list[str] = []
+        names = list(dict.fromkeys(w.tunnel for w in works))
+        await self._store.transact(names, now, decide, create=isinstance(works[0], Delivery))
+        self._committed(changed, debts)
 
     async def sweep(self, names: Sequence[str], now: float) -> None:
         """Make those of the tunnels `names` silent whose deadline has really passed. Raises StoreUnavailable.
@@ -215,15 +251,18 @@ class Tracker:
         """
         debts = 0
         changed: list[str] = []
+        c, own = tunnels.c, tunnels.alias()
+        sites = select(own.c.site).where(own.c.name.in_(names), own.c.site != "")
+        company = await self._store.read(select(c.name, c.site, c.interval, c.last_seen).where(c.site.in_(sites)))
 
         def decide(found: Mapping[str, TunnelRow]) -> Changes:
             nonlocal debts
-            writes = _Writes()
+            writes = Writes()
             changed.clear()
             for row in found.values():
                 if row.deadline is None or row.deadline > now:
                     continue
-                writes.take(self._silenced(row, row.deadline, now))
+                writes.take(self._silenced(row, row.deadline, now, silent_too(row, company, now)))
                 changed.append(row.name)
             debts = len(writes.deliveries)
             return writes.changes()
@@ -231,18 +270,23 @@ class Tracker:
         await self._store.transact(names, now, decide, create=False)
         self._committed(changed, debts)
 
-    def _silenced(self, row: TunnelRow, deadline: float, now: float) -> _Writes:
-        writes = _Writes()
+    def _silenced(self, row: TunnelRow, deadline: float, now: float, others: Sequence[str]) -> Writes:
+        writes = Writes()
+        if row.seen_at > row.last_seen and now - row.seen_at < _PULSED:
+            row.deadline = now + _PULSED
+            return Writes(tunnels={row.id: row})
         try:
             before = _load(row)
-            memory, events = overdue(before, deadline, silence_finding(row.last_seen, deadline))
+            memory, events = overdue(before, deadline, silence_finding(row.last_seen, deadline, row.site, others))
             row.deadline = None
+            if row.role == REFERENCE:
+                self._sites.silent(row.name, deadline - row.last_seen)
             self._follow(row, before, memory, events, now, writes, caught_up=True)
         except Exception:
             # One bad row, say of a newer version, must not keep the others from being watched.
             log.exception("a deadline could not be judged", extra={"tunnel": row.name})
             row.deadline = now + _AGAIN
-            return _Writes(tunnels={row.id: row})
+            return Writes(tunnels={row.id: row})
         return writes
 
     def _committed(self, names: Iterable[str], debts: int) -> None:
@@ -250,50 +294,33 @@ class Tracker:
         if debts:
             self._on_commit()
 
-    def _apply(self, row: TunnelRow, delivery: Delivery, now: float, writes: _Writes) -> None:
+    def _apply(self, row: TunnelRow, delivery: Delivery, now: float, writes: Writes) -> None:
         policy = self._policy_for(delivery)
         if delivery.spool is None and self._same_again(row, delivery, writes):
             return
+        _introduce(row, delivery)
         was, before = row.memory, _load(row)
         memory, events = before, list[Event]()
         spool = delivery.spool if delivery.spool is not None else "keepalive"
         last = row.seq if row.spool == spool else 0
-        row.source = "keepalive" if delivery.spool is None else "agent"
         for item in delivery.observations:
             # Milliseconds, so that the numbers go on where they were when a tunnel's other kind of sender stops.
             seq = item.seq if delivery.spool is not None else max(last + 1, int(1000 * item.at))
             if seq <= last:
                 continue  # a replay of what the database holds changes nothing
             if delivery.spool is not None and seq == last + 1:
-                memory, gap = _silence_between(memory, item.at, delivery.silent_after)
+                memory, gap = silence_between(memory, item.at, delivery.silent_after)
                 events += gap
             last = seq
-            seen = item.observation
-            effective = learned_home(seen, policy.with_home(memory.home))
-            verdict = _with_extras(judge(seen, effective), delivery)
-            memory, more = advance(memory, verdict, item.at, effective, (seen.exit(4), seen.exit(6)))
-            learned = tuple(n for n in effective.home_networks if n not in policy.home_networks)
-            if learned != memory.home:
-                memory = replace(memory, home=learned[-8:])
-            events += more
-            writes.observations.append(
-                (
-                    row.id,
-                    spool,
-                    seq,
-                    item.at,
-                    delivery.received_at,
-                    verdict.state.value,
-                    encode_observation(seen).decode(),
-                )
+            seen = self._scales.informed(row, memory, item.observation, item.at)
+            memory, verdict, more = self._scales.weigh(
+                row, memory, seen, item.at, policy, delivery.skew, delivery.thinned
             )
-            _show(row, seen)
+            events += more
+            writes.saw(row.id, spool, seq, item.at, delivery.received_at, verdict, seen)
+            show(row, seen)
         row.spool, row.seq = spool, last
-        row.version, row.interval = delivery.version, delivery.interval
-        row.last_seen = delivery.received_at
-        row.deadline = delivery.received_at + delivery.silent_after
-        if delivery.spool is None:
-            row.dns_loc, row.dns_colo = delivery.dns_loc, delivery.dns_colo
+        self._note_sender(row, delivery)
         # After a silence the first words are of the time before the agent could speak; how things stand now follows.
         stale = before.told is State.SILENT and memory.seen_at < delivery.connected_at
         self._follow(row, before, memory, events, now, writes, caught_up=delivery.caught_up and not stale)
@@ -303,7 +330,51 @@ class Tracker:
             if row.memory == was and memory.candidate is None and not _extras(delivery):
                 self._steady[row.name] = (_mark(row, delivery, seen), verdict.state.value)
 
-    def _same_again(self, row: TunnelRow, delivery: Delivery, writes: _Writes) -> bool:
+    def _note_sender(self, row: TunnelRow, delivery: Delivery) -> None:
+        """That it was heard, and what that means for its site and its forwarded port."""
+        row.last_seen = delivery.received_at
+        row.deadline = delivery.received_at + delivery.silent_after
+        if row.role == REFERENCE:
+            self._sites.heard(row.name, row.deadline, delivery.silent_after)
+            return
+        self._sites.forget(row.name)
+        if delivery.spool is not None and delivery.caught_up and delivery.observations:
+            self._note_port(row, delivery.observations[-1].observation, delivery.peer)
+
+    def _note_port(self, row: TunnelRow, seen: Observation, peer: IPAddress | None) -> None:
+        """Whether the forwarded port may be tried: only at an address that this tunnel's packets came from."""
+        came_from = {peer, *self._sighted.get(row.name, {}).values()}
+        where = next((e for e in (seen.exit(4), seen.exit(6)) if e and e in came_from and is_public(e)), None)
+        if where is None or seen.forwarded_port is None or seen.forwarded_port < _LEAST_PORT:
+            self.forwarded.pop(row.name, None)
+        else:
+            self.forwarded[row.name] = (where, seen.forwarded_port)
+
+    def _sight(self, row: TunnelRow, sighting: Sighting, now: float, writes: Writes) -> None:
+        if row.role == REFERENCE or row.source != "agent":
+            return
+        public = is_public(sighting.address)
+        if public:
+            self._sighted.setdefault(row.name, {})[sighting.address.version] = sighting.address
+        address = sighting.address if public else None  # one of a LAN tells no exit
+        seen = Observation(trigger=Trigger.PULSE, reported_from=address, unheard=sighting.unheard)
+        before = _load(row)
+        said = _policy(row.policy) if row.policy else None
+        policy = self._scales.rules(said).with_home(self._scales.home(row.site, before.home))
+        verdict = judge(seen, policy)
+        known = _heard(before, sighting)
+        refuted = known.unheard_since <= known.refuted and sighting.at - known.refuted < _REFUTED
+        if verdict.state is State.LEAKING or (verdict.state is State.DOWN and not refuted):
+            # Whoever calls them unheard has waited before.
+            memory, events = advance(known, verdict, sighting.at, policy, began=sighting.at - policy.grace_down)
+        elif known is not before:
+            memory, events = known, list[Event]()
+        else:
+            return
+        writes.saw(row.id, "pulse", int(1000 * sighting.at), sighting.at, now, verdict, seen)
+        self._follow(row, before, memory, events, now, writes, caught_up=True)
+
+    def _same_again(self, row: TunnelRow, delivery: Delivery, writes: Writes) -> bool:
         """Take a keepalive that says what the last one said, if that one moved nothing; else leave it to be judged.
 
         Most keepalives are of this kind, and judging them anew costs several times as much.
@@ -324,12 +395,7 @@ class Tracker:
         """The server's policy and what the agent declared, together: networks add up, the agent's countries win."""
         own = self._default
         if delivery.policy is not None:
-            said = delivery.policy
-            return replace(
-                own.with_home(said.home_networks),
-                expected_countries=said.expected_countries or own.expected_countries,
-                allowed_resolvers=(*own.allowed_resolvers, *said.allowed_resolvers),
-            )
+            return self._scales.rules(delivery.policy)
         policy = own if own.home_networks else own.with_home(self._own_address())
         if policy != self._keepalive_policy:
             self._keepalive_policy = policy
@@ -343,16 +409,16 @@ class Tracker:
         memory: Memory,
         events: Sequence[Event],
         now: float,
-        writes: _Writes,
+        writes: Writes,
         *,
         caught_up: bool,
     ) -> None:
         """Write what a step leads to: transitions, incidents, what is owed to people, and the row itself."""
         memory, told = notices(before, memory, events, caught_up=caught_up)
         for event in events:
-            _record(row.id, event, now, writes)
+            record(row.id, event, now, writes)
         for notice in told:
-            writes.deliveries += owed(_complete(notice, row), self._channels, now)
+            writes.deliveries += owed(complete(notice, row), self._channels, now)
         row.seen_at = memory.seen_at
         if memory is not before or not row.memory:
             row.memory = encode(replace(memory, seen_at=0.0)).decode()
@@ -362,16 +428,37 @@ class Tracker:
         writes.tunnels[row.id] = row
 
 
-def _silence_between(memory: Memory, at: float, silent_after: float) -> tuple[Memory, list[Event]]:
-    """The silence of an agent that did not run between its last observation and the one at `at`.
+def _introduce(row: TunnelRow, delivery: Delivery) -> None:
+    """Take over what a sender says of itself."""
+    row.source = "keepalive" if delivery.spool is None else "agent"
+    row.role, row.site = delivery.role, delivery.site
+    row.version, row.interval = delivery.version, delivery.interval
+    row.policy = _policy_text(delivery.policy) if delivery.policy is not None else ""
+    if delivery.spool is None:
+        row.dns_loc, row.dns_colo = delivery.dns_loc, delivery.dns_colo
 
-    A replay voids a silence that the agent merely could not break; this keeps the part in which it saw nothing. Only
-    for observations that follow one another by number: where rounds were thinned, the agent ran.
-    """
-    deadline = memory.seen_at + silent_after
-    if memory.state is State.SILENT or not memory.seen_at or at <= deadline:
-        return memory, []
-    return overdue(memory, deadline, silence_finding(memory.seen_at, deadline))
+
+@lru_cache(maxsize=1024)
+def _policy_text(policy: Policy) -> str:
+    return encode(policy).decode()
+
+
+def _heard(memory: Memory, sighting: Sighting) -> Memory:
+    """Note since when pulses are unheard, or that they are heard again."""
+    if sighting.unheard is (memory.unheard_since > 0):
+        return memory
+    return replace(memory, unheard_since=sighting.at if sighting.unheard else 0.0, refuted=0.0)
+
+
+def _keep_port_check(row: TunnelRow, tried: PortTried, writes: Writes) -> None:
+    """Since when an answer has been the same is kept: its trouble began then."""
+    memory = _load(row)
+    since = memory.port_checked_at if memory.port_check == tried.check else tried.at
+    row.memory = encode(replace(memory, port_check=tried.check, port_checked_at=since, seen_at=0.0)).decode()
+    check = tried.check
+    shown = {"address": str(check.address), "port": check.port, "answer": check.answer.value, "at": tried.at}
+    row.port_check = encode(shown).decode()
+    writes.tunnels[row.id] = row
 
 
 def _mark(row: TunnelRow, delivery: Delivery, seen: Observation) -> int:
@@ -387,91 +474,6 @@ def _extras(delivery: Delivery) -> bool:
 
 def _load(row: TunnelRow) -> Memory:
     return replace(_memory(row.memory), seen_at=row.seen_at) if row.memory else Memory()
-
-
-def _record(tunnel: int, event: Event, now: float, writes: _Writes) -> None:
-    match event:
-        case Revised():
-            writes.ordered.append((rows.VOID_SILENCE, [(tunnel, event.at)]))
-            # An incident that only the silence opened never was; one that was open before goes on.
-            writes.ordered.append((rows.VOID_INCIDENT, [(tunnel, event.at)]))
-        case Moved():
-            findings = encode(event.findings).decode()
-            moved = (tunnel, event.at, now, event.old.value, event.new.value, findings)
-            writes.ordered.append((rows.ADD_TRANSITION, [moved]))
-            if event.new is State.PROTECTED:
-                writes.ordered.append((rows.CLOSE_INCIDENT, [(event.at, tunnel)]))
-            elif event.old in (State.PROTECTED, State.PENDING):
-                writes.ordered.append((rows.OPEN_INCIDENT, [(tunnel, event.at, event.new.value, findings)]))
-            elif HARM.index(event.new) < HARM.index(event.old):
-                writes.ordered.append((rows.WORSEN_INCIDENT, [(event.new.value, findings, tunnel)]))
-
-
-def _with_extras(verdict: Verdict, delivery: Delivery) -> Verdict:
-    """Add what only the receiver knows: a wrong clock, thinned rounds."""
-    extra: list[Finding] = []
-    if delivery.skew is not None and abs(delivery.skew) > CLOCK_SKEW:
-        ahead = "ahead" if delivery.skew > 0 else "behind"
-        message = f"The agent's clock is {abs(delivery.skew):.0f} s {ahead} of the server's."
-        extra.append(Finding(Code.CLOCK_SKEW, message, {"seconds": f"{delivery.skew:.0f}"}))
-    if delivery.thinned:
-        message = f"The agent had no room for {delivery.thinned} routine observations while the server was away."
-        extra.append(Finding(Code.OBSERVATIONS_LOST, message, {"count": str(delivery.thinned)}))
-    if not extra:
-        return verdict
-    findings = (*verdict.findings, *extra)
-    return Verdict(verdict.state if verdict.state is State.UNKNOWN else worst(findings), findings)
-
-
-def _show(row: TunnelRow, seen: Observation) -> None:
-    """Copy what surfaces show; what an observation does not know stays as it was."""
-    exit4, exit6 = seen.exit(4), seen.exit(6)
-    if seen.trigger is Trigger.KEEPALIVE and exit4 is None and exit6 is None and seen.reported_from is not None:
-        exit4, exit6 = (seen.reported_from, None) if seen.reported_from.version == 4 else (None, seen.reported_from)
-    if exit4 is not None or exit6 is not None:
-        row.exit4 = str(exit4) if exit4 else None
-        row.exit6 = str(exit6) if exit6 else None
-        if (place := best_place(seen, exit4 or exit6)) is not None:
-            row.place = encode(place).decode()
-    egresses = dict.fromkeys(r.egress for r in seen.resolvers if r.egress)
-    if egresses:
-        row.resolvers = encode([_resolver(seen, e) for e in egresses]).decode()
-
-
-def best_place(seen: Observation, ip: IPAddress | None) -> Place | None:
-    """The fullest account of `ip` among those that name the country most sources agree on; None without any."""
-    places = seen.places_of(ip)
-    if len(places) < 2:
-        return places[0] if places else None
-    country = agreed_country(places)
-    agreeing = [p for p in places if country is None or p.country == country]
-    return max(
-        agreeing, key=lambda p: sum(v is not None for v in (p.city, p.region, p.timezone, p.asn, p.org)), default=None
-    )
-
-
-def _resolver(seen: Observation, ip: IPAddress) -> dict[str, object]:
-    place = best_place(seen, ip)
-    return {"ip": ip, "country": place.country if place else None, "org": place.org if place else None}
-
-
-def _complete(notice: Notice, row: TunnelRow) -> Notice:
-    """Add what a reader wants to know beside the event: where the exit is and who resolves."""
-    place = _place(row.place)
-    if place.get("ip") != str(notice.exit):
-        place = {}  # of another address, such as the one that leaks
-    where = [str(place[k]) for k in ("city", "region", "country") if place.get(k)]
-    provider = " ".join(str(v) for v in (place.get("org"), f"AS{place['asn']}" if place.get("asn") else None) if v)
-    listed = decoder(list[dict[str, str | None]])(row.resolvers)
-    resolvers = tuple(" ".join(str(r[k]) for k in ("ip", "country", "org") if r.get(k)) for r in listed)
-    return replace(
-        notice,
-        tunnel=row.name,
-        place=", ".join(dict.fromkeys(where)),
-        provider=provider,
-        timezone=str(place.get("timezone") or ""),
-        resolvers=resolvers,
-    )
 
 
 def _settle(batch: Iterable[_Waiting], error: Exception | None) -> None:

@@ -143,3 +143,11 @@ async def test_what_is_not_there(probe: httpx.AsyncClient) -> None:
     assert (await probe.get("/health/../metricsx")).status_code == 404
     response = await probe.post("/health")
     assert (response.status_code, response.headers["allow"]) == (405, "GET, HEAD")
+
+
+@pytest.mark.parametrize(("canary", "status"), [((True, ""), 200), ((False, "a socket was closed"), 503)])
+async def test_a_dns_zone_is_a_part_of_it(services: HealthServices, canary: tuple[bool, str], status: int) -> None:
+    async with client(replace(services, canary=lambda: canary)) as probing:
+        answer = await probing.get("/health/ready")
+    assert answer.status_code == status
+    assert answer.json()["parts"]["canary"]["ok"] is canary[0]

@@ -11,7 +11,8 @@ from sqlalchemy import select
 from tests.server.ingest.conftest import EXIT, KEY, SECRET, Build, House, Socket
 from tests.server.ingest.test_keepalive import Broken
 from vpn_sentinel.server.access import create_token, revoke_token
-from vpn_sentinel.server.ingest.pulse import EchoProtocol
+from vpn_sentinel.server.ingest.ledger import Ledger
+from vpn_sentinel.server.ingest.pulse import PulseProtocol
 from vpn_sentinel.server.store.schema import observations
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
 from vpn_sentinel.wire import echo, limits
@@ -351,7 +352,9 @@ class Wire:
 
 
 def test_the_echo_answers_what_is_genuine_and_nothing_else() -> None:
-    wire, protocol = Wire(), EchoProtocol(SECRET)
+    ledger = Ledger(SECRET)
+    wire, protocol = Wire(), PulseProtocol(ledger, lambda: 0.0)
+    ledger.greet("nl")
     ident = echo.ident_for(SECRET, "nl")
     key = echo.key_for(SECRET, ident)
     question = echo.request(ident, b"12345678", key)

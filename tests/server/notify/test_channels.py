@@ -216,6 +216,10 @@ async def test_webhook_posts_the_documented_body(server: StandIn, time: Time) ->
         "outage_seconds": 252.5,
         "exit": "198.51.100.7",
         "old_exit": "203.0.113.9",
+        "port": None,
+        "old_port": None,
+        "role": "tunnel",
+        "site": "",
         "place": "Amsterdam, NL",
         "provider": "Example AS64500",
         "timezone": "Europe/Amsterdam",
@@ -250,8 +254,8 @@ def test_signature_depends_on_all_it_covers() -> None:
 @pytest.mark.parametrize("kind", Kind)
 def test_every_kind_has_a_body(kind: Kind) -> None:
     state = body(Notice(kind=kind, at=AT))["state"]
-    assert state == {"server_started": None, "test": None}.get(kind, state)
-    assert (state is None) == (kind in (Kind.SERVER_STARTED, Kind.TEST))
+    assert state == {"server_started": None, "port_changed": None, "test": None}.get(kind, state)
+    assert (state is None) == (kind in (Kind.SERVER_STARTED, Kind.PORT_CHANGED, Kind.TEST))
 
 
 WEBHOOK_FAILURES = {

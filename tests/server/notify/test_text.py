@@ -68,6 +68,32 @@ Time: 2027-01-15 09:00:00 CET (08:00:00 UTC)""",
 Exit: 2001:db8::7 → 198.51.100.7
 Time: 2027-01-15 09:00:00 CET (08:00:00 UTC)""",
     ),
+    "port changed": (
+        Notice(kind=Kind.PORT_CHANGED, tunnel="nl-1", at=AT, began=AT, exit=EXIT, old_port=41234, port=51820),
+        """\
+🔵 nl-1 has another forwarded port
+Forwarded port: 41234 → 51820
+What to do: Set the new port in the program that is to be reached by it.
+Exit: 198.51.100.7
+Time: 2027-01-15 09:00:00 CET (08:00:00 UTC)""",
+    ),
+    "leaking became down": (
+        Notice(kind=Kind.DOWN, tunnel="nl-1", at=AT, began=AT, was=State.LEAKING, exit=EXIT, findings=(DEAD,)),
+        """\
+🟠 nl-1 is down and leaks no more
+Why: The tunnel's interface wg0 is gone.
+What to do: Bring the tunnel's interface back up.
+Exit last seen: 198.51.100.7
+Time: 2027-01-15 09:00:00 CET (08:00:00 UTC)""",
+    ),
+    "home internet down": (
+        Notice(kind=Kind.DOWN, tunnel="ref", role="reference", site="attic", at=AT, began=AT, exit=HOME),
+        """\
+🟠 Home internet of attic is down
+Home address last seen: 203.0.113.9
+Site: attic
+Time: 2027-01-15 09:00:00 CET (08:00:00 UTC)""",
+    ),
     "leaking": (
         Notice(kind=Kind.LEAKING, tunnel="nl-1", at=AT, began=AT, exit=HOME, old_exit=EXIT, findings=(LEAK,)),
         """\

@@ -33,7 +33,7 @@ _COUNTS_FRESH: Final = 5.0
 class HealthServices:
     """`dispatcher` says whether notices can go out, and if not why, in words without names and addresses.
 
-    `patience` is how long the database may take to answer, in seconds.
+    `patience` is how long the database may take to answer, in seconds. `canary` is None without a DNS zone.
     """
 
     store: Store
@@ -41,6 +41,7 @@ class HealthServices:
     registry: CollectorRegistry
     dispatcher: Callable[[], tuple[bool, str]]
     patience: float = 2.0
+    canary: Callable[[], tuple[bool, str]] | None = None
 
 
 class Part(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -75,6 +76,8 @@ class Readiness:
             if self._services.clock.boottime() - self._asked_at > _FRESH:
                 ok, detail = self._services.dispatcher()
                 parts = {"database": await self._database(), "dispatcher": Part(ok, "" if ok else detail)}
+                if self._services.canary is not None:
+                    parts["canary"] = Part(*self._services.canary())
                 self._report = Report("ok" if all(p.ok for p in parts.values()) else "failing", parts)
                 self._asked_at = self._services.clock.boottime()
             return self._report

@@ -41,6 +41,10 @@ def tunnel(row: Row[Any]) -> rest.Tunnel:
         client_version=row.version or None,
         interval=row.interval or None,
         created_at=moment(row.created_at),
+        role=row.role,
+        site=row.site or None,
+        forwarded_port=row.port,
+        port_check=rest.port_check_of(row.port_check),
     )
 
 
@@ -88,6 +92,10 @@ def observation(row: Row[Any]) -> rest.Observation:
         state=rest.state_of(row.state),
         body=msgspec.Raw(row.body.encode()),
     )
+
+
+def action(row: Row[Any]) -> rest.Action:
+    return rest.Action(at=moment(row.at), name=row.name, outcome=row.outcome, detail=row.detail)
 
 
 def incident(row: Row[Any], now: float) -> rest.Incident:

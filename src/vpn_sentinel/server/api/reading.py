@@ -10,7 +10,7 @@ from sqlalchemy.sql import Select
 
 from vpn_sentinel.domain.tunnel import tunnel_name
 from vpn_sentinel.domain.verdict import State
-from vpn_sentinel.server.store.schema import attempts, incidents, observations, outbox, transitions, tunnels
+from vpn_sentinel.server.store.schema import actions, attempts, incidents, observations, outbox, transitions, tunnels
 from vpn_sentinel.server.store.store import Store
 from vpn_sentinel.wire.rest import state_of
 
@@ -45,17 +45,19 @@ async def tunnel_named(store: Store, name: str) -> Row[Any] | None:
 async def counts(store: Store) -> dict[State, int]:
     """How many tunnels are in each state; a state that none is in is missing."""
     found: dict[State, int] = {}
-    for row in await store.read(select(tunnels.c.state, func.count().label("n")).group_by(tunnels.c.state)):
+    watched = select(tunnels.c.state, func.count().label("n")).where(tunnels.c.role != "reference")
+    for row in await store.read(watched.group_by(tunnels.c.state)):
         found[state_of(row.state)] = found.get(state_of(row.state), 0) + row.n
     return found
 
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """A part of a tunnel's past, both lists newest first and complete down to `next_until`, None at its end."""
+    """A part of a tunnel's past, all lists newest first and complete down to `next_until`, None at its end."""
 
     transitions: Rows
     observations: Rows
+    actions: Rows
     next_until: float | None
 
 
@@ -65,17 +67,24 @@ async def history(store: Store, tunnel_id: int, since: float | None, until: floa
     A page ends between two instants, never within one, so that nothing of equal time is lost or shown twice. Only when
     more than `limit` rows share one instant, which no agent of ours makes, the rest of that instant is left out.
     """
-    moved = await store.read(_within(select(transitions), transitions, tunnel_id, since, until, limit))
-    seen = await store.read(_within(select(observations), observations, tunnel_id, since, until, limit))
-    full = [rows[limit].at for rows in (moved, seen) if len(rows) > limit]
+    kinds = [
+        await store.read(_within(select(table), table, tunnel_id, since, until, limit))
+        for table in (transitions, observations, actions)
+    ]
+    full = [rows[limit].at for rows in kinds if len(rows) > limit]
     if not full:
-        return Stretch(moved, seen, None)
+        return _stretch(kinds, None)
     edge = max(full)
-    page = [r for r in moved if r.at > edge], [r for r in seen if r.at > edge]
-    if page[0] or page[1]:
-        return Stretch(*page, edge)
-    crowd = [r for r in moved if r.at == edge][:limit], [r for r in seen if r.at == edge][:limit]
-    return Stretch(*crowd, math.nextafter(edge, -math.inf))
+    page = [[r for r in rows if r.at > edge] for rows in kinds]
+    if any(page):
+        return _stretch(page, edge)
+    crowd = [[r for r in rows if r.at == edge][:limit] for rows in kinds]
+    return _stretch(crowd, math.nextafter(edge, -math.inf))
+
+
+def _stretch(kinds: Sequence[Rows], next_until: float | None) -> Stretch:
+    moved, seen, did = kinds
+    return Stretch(moved, seen, did, next_until)
 
 
 def _within(
@@ -86,7 +95,7 @@ def _within(
         statement = statement.where(table.c.at >= since)
     if until is not None:
         statement = statement.where(table.c.at <= until)
-    last = table.c.id if table is transitions else table.c.seq
+    last = table.c.seq if table is observations else table.c.id
     return statement.order_by(table.c.at.desc(), last.desc()).limit(limit + 1)
 
 

@@ -58,6 +58,7 @@ async def tunnel_history(
         tunnel=row.name,
         transitions=[present.transition(r) for r in stretch.transitions],
         observations=[present.observation(r) for r in stretch.observations],
+        actions=[present.action(r) for r in stretch.actions],
         next_until=stretch.next_until,
     )
 

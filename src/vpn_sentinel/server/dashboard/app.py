@@ -62,6 +62,7 @@ class Dashboard:
             rows=[Markup(html) for _, html in rows],  # noqa: S704
             head=head,
             now=now,
+            dbip=any(seen.place_source.startswith("dbip") for seen, _ in rows),  # its licence asks for a link
             server_url=self._settings.public_url or f"http://SERVER:{self._settings.api_port}",
         )
 
@@ -79,6 +80,7 @@ class Dashboard:
             transitions=view.transitions(moved, now),
             incidents=view.incidents(found.incidents, now),
             observations=view.observations(found.observations),
+            actions=view.actions(found.actions),
             now=now,
         )
 

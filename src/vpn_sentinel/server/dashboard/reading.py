@@ -8,7 +8,7 @@ from sqlalchemy import Row, func, select
 
 from vpn_sentinel.domain.tunnel import tunnel_name
 from vpn_sentinel.domain.verdict import State
-from vpn_sentinel.server.store.schema import incidents, observations, transitions, tunnels
+from vpn_sentinel.server.store.schema import actions, incidents, observations, transitions, tunnels
 from vpn_sentinel.server.store.store import Store
 from vpn_sentinel.wire.rest import state_of
 
@@ -18,6 +18,7 @@ Rows = Sequence[Row[Any]]
 TRANSITIONS: Final = 100
 _INCIDENTS: Final = 20
 _OBSERVATIONS: Final = 25
+_ACTIONS: Final = 20
 # Above this it is cheaper to read them all, and no engine takes endless lists.
 _NAMES: Final = 500
 
@@ -34,7 +35,8 @@ async def rows(store: Store, names: set[str] | None = None) -> Rows:
 async def counts(store: Store) -> dict[State, int]:
     """How many tunnels are in each state; a state that none is in is missing."""
     found: dict[State, int] = {}
-    for row in await store.read(select(tunnels.c.state, func.count().label("n")).group_by(tunnels.c.state)):
+    watched = select(tunnels.c.state, func.count().label("n")).where(tunnels.c.role != "reference")
+    for row in await store.read(watched.group_by(tunnels.c.state)):
         found[state_of(row.state)] = found.get(state_of(row.state), 0) + row.n
     return found
 
@@ -47,6 +49,7 @@ class Past:
     transitions: Rows
     incidents: Rows
     observations: Rows
+    actions: Rows
 
 
 async def past(store: Store, name: str) -> Past | None:
@@ -61,6 +64,7 @@ async def past(store: Store, name: str) -> Past | None:
     moved = select(transitions).where(transitions.c.tunnel_id == id_)
     spans = select(incidents).where(incidents.c.tunnel_id == id_)
     seen = select(observations).where(observations.c.tunnel_id == id_)
+    did = select(actions).where(actions.c.tunnel_id == id_).order_by(actions.c.at.desc(), actions.c.id.desc())
     return Past(
         tunnel=found[0],
         transitions=await store.read(
@@ -70,4 +74,5 @@ async def past(store: Store, name: str) -> Past | None:
         observations=await store.read(
             seen.order_by(observations.c.at.desc(), observations.c.seq.desc()).limit(_OBSERVATIONS)
         ),
+        actions=await store.read(did.limit(_ACTIONS)),
     )

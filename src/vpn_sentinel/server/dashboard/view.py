@@ -78,11 +78,14 @@ class TunnelView:
     reporter: str
     interval: float
     place_source: str
+    home: bool  # the home connection of the site, not a tunnel
+    site: str
+    port: str
 
     @property
     def key(self) -> str:
-        """Sorts worst first, then by name."""
-        return f"{HARM.index(self.state)} {self.name}"
+        """Sorts worst first, then by site and name; home connections stand apart below."""
+        return f"{9 if self.home else HARM.index(self.state)} {self.site} {self.name}"
 
     @property
     def fingerprint(self) -> str:
@@ -110,7 +113,21 @@ def tunnel(row: Row[Any]) -> TunnelView:
         ),
         interval=row.interval,
         place_source=place.source or "",
+        home=row.role == "reference",
+        site=row.site,
+        port=_port(row),
     )
+
+
+def _port(row: Row[Any]) -> str:
+    """The forwarded port, and how the last try to reach it ended."""
+    if row.port is None:
+        return ""
+    check = rest.port_check_of(row.port_check)
+    if check is None or check.port != row.port:
+        return f"{row.port}, not tried from outside yet"
+    said = {"answered": "open", "unreachable": "open, nobody listens", "lost": "closed"}.get(check.answer, check.answer)
+    return f"{row.port}, {said}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,6 +239,20 @@ def incidents(rows: Sequence[Row[Any]], now: float) -> list[IncidentView]:
             worst=rest.state_of(row.worst),
         )
         for row in rows
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActionView:
+    at: Moment
+    name: str
+    outcome: str
+    detail: str
+
+
+def actions(rows: Sequence[Row[Any]]) -> list[ActionView]:
+    return [
+        ActionView(at=Moment(r.at), name=r.name, outcome=r.outcome.replace("_", " "), detail=r.detail) for r in rows
     ]
 
 

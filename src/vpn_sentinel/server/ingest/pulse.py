@@ -1,21 +1,145 @@
-"""The UDP echo: tells an agent the address that its datagram came from. See `wire.echo`."""
+"""The pulse port: tells an agent the address that its datagram came from. See `wire.echo` and `wire.pulse`."""
 
 import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Final
 
-from vpn_sentinel.wire import echo
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily
+
+from vpn_sentinel.server.ingest.ledger import Ledger, Seen
+from vpn_sentinel.server.store.store import StoreUnavailable
+from vpn_sentinel.server.tracker import Busy, Sighting
+from vpn_sentinel.wire import pulse
+
+log = logging.getLogger(__name__)
+
+# Strangers' MACs that are checked in a second, to learn of a tunnel that another replica greeted.
+_CHECKS: Final = 50
+# News that wait at most; each tunnel has one line at a time, so this is never reached by those that are known.
+_WAITING: Final = 100_000
+_TOGETHER: Final = 256
 
 
-class EchoProtocol(asyncio.DatagramProtocol):
+class PulseProtocol(asyncio.DatagramProtocol):
     """Answers genuine requests and is silent to everything else. Caller: holders of a key given in a welcome."""
 
-    def __init__(self, secret: bytes) -> None:
-        self._secret = secret
+    def __init__(self, ledger: Ledger, now: Callable[[], float], *, missed: Callable[[], None] = lambda: None) -> None:
+        """`now` is a clock that never jumps; `missed` is called for a genuine request of a tunnel not known here."""
+        self._ledger = ledger
+        self._now = now
+        self._missed = missed
         self._transport: asyncio.DatagramTransport | None = None
+        self._checks = (0.0, 0)
+        self.counts = dict.fromkeys(("answered", "malformed", "unknown", "forged", "replayed"), 0)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]
 
     def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
-        answer = echo.reply(data, addr[0], addr[1], self._secret)
-        if answer is not None and self._transport is not None:
-            self._transport.sendto(answer, addr)
+        self.counts[self._answer(data, addr)] += 1
+
+    def error_received(self, exc: Exception) -> None:
+        """An ICMP error for a reply: that agent is gone, and its silence tells."""
+
+    def _answer(self, data: bytes, addr: tuple[str, int]) -> str:
+        if not pulse.is_request(data):
+            return "malformed"
+        record = self._ledger.find(pulse.ident_of(data))
+        if record is None:
+            self._look_up(data)
+            return "unknown"
+        if not pulse.is_genuine(data, record.key):
+            return "forged"
+        packed = self._ledger.came_from(record, addr[0])
+        said = pulse.read(data)
+        if said.numbered and not self._ledger.take(record, said, self._now()):
+            return "replayed"
+        if self._transport is not None:
+            self._transport.sendto(pulse.reply(data, packed, addr[1], record.key), addr)
+        return "answered"
+
+    def _look_up(self, data: bytes) -> None:
+        """Only a bounded number of MACs a second: garbage must not cost more than its reading."""
+        now = self._now()
+        until, left = self._checks if now < self._checks[0] else (now + 1.0, _CHECKS)
+        self._checks = (until, left - 1)
+        if left > 0 and pulse.is_genuine(data, self._ledger.key_for(pulse.ident_of(data))):
+            self._missed()
+
+
+class Names:
+    """Keeps the ledger knowing the tunnels that the database holds: at the start, and when one is missed."""
+
+    def __init__(self, ledger: Ledger, read: Callable[[], Awaitable[Iterable[str]]], *, apart: float = 5.0) -> None:
+        self._ledger = ledger
+        self._read = read
+        self._apart = apart
+        self._asked = asyncio.Event()
+        self._asked.set()
+
+    def missed(self) -> None:
+        self._asked.set()
+
+    async def run(self) -> None:
+        while True:
+            await self._asked.wait()
+            self._ledger.know(await self._read())
+            self._asked.clear()
+            await asyncio.sleep(self._apart)
+
+
+class Lookout:
+    """Brings news of pulses to the tracker, out of the datagram's way: the latest of each tunnel and family.
+
+    What cannot be stored now is tried again, unless something newer has come.
+    """
+
+    def __init__(self, sighted: Callable[[Sighting], Awaitable[None]], wall: Callable[[], float]) -> None:
+        self._sighted = sighted
+        self._wall = wall
+        self._news: dict[tuple[str, int], Sighting] = {}
+        self._arrived = asyncio.Event()
+
+    def note(self, seen: Seen) -> None:
+        self._add(Sighting(tunnel=seen.name, address=seen.address, unheard=seen.unheard, at=self._wall()))
+
+    def _add(self, sighting: Sighting) -> None:
+        key = (sighting.tunnel, sighting.address.version)
+        if len(self._news) < _WAITING or key in self._news:
+            self._news[key] = sighting
+            self._arrived.set()
+
+    async def run(self) -> None:
+        while True:
+            await self._arrived.wait()
+            # Together, so that they are committed together.
+            batch = [self._news.pop(key) for key in list(self._news)[:_TOGETHER]]
+            ends = await asyncio.gather(*(self._sighted(s) for s in batch), return_exceptions=True)
+            refused = [(s, e) for s, e in zip(batch, ends, strict=True) if isinstance(e, BaseException)]
+            for sighting, error in refused:
+                if not isinstance(error, StoreUnavailable | Busy):
+                    log.error("a sighting was not taken", extra={"tunnel": sighting.tunnel}, exc_info=error)
+                elif (sighting.tunnel, sighting.address.version) not in self._news:
+                    self._add(sighting)
+            if not self._news:
+                self._arrived.clear()
+            elif refused:
+                await asyncio.sleep(1.0)
+
+
+class PulseMetrics:
+    """What Prometheus is told of pulses; read when it asks, so that a pulse costs no more than an addition."""
+
+    def __init__(self, registry: CollectorRegistry, counts: Callable[[], dict[str, int]]) -> None:
+        self._counts = counts
+        registry.register(self)
+
+    def collect(self) -> Iterable[CounterMetricFamily]:
+        family = CounterMetricFamily(
+            "vpn_sentinel_pulses", "Datagrams to the pulse port by what became of them.", labels=("result",)
+        )
+        for result, count in self._counts().items():
+            family.add_metric((result,), count)
+        yield family

@@ -9,10 +9,11 @@ from sqlalchemy import select
 
 from vpn_sentinel.domain.observation import Trigger
 from vpn_sentinel.domain.policy import IPAddress
-from vpn_sentinel.domain.tunnel import tunnel_name
+from vpn_sentinel.domain.tunnel import site_name, tunnel_name
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.server.access import Caller
 from vpn_sentinel.server.ingest.door import Refusal
+from vpn_sentinel.server.ingest.ledger import Ledger
 from vpn_sentinel.server.store.schema import tunnels
 from vpn_sentinel.server.store.store import Store
 from vpn_sentinel.server.tracker import Delivery, Stored, Tracker
@@ -29,7 +30,16 @@ class Sessions:
     """What agents' sessions share: the tracker, the echo's secret, and how many reports may be missed."""
 
     def __init__(
-        self, tracker: Tracker, store: Store, clock: Clock, *, echo_secret: bytes, echo_port: int, missed: int
+        self,
+        tracker: Tracker,
+        store: Store,
+        clock: Clock,
+        *,
+        echo_secret: bytes,
+        echo_port: int,
+        missed: int,
+        canary_zone: str | None = None,
+        ledger: Ledger | None = None,
     ) -> None:
         self._tracker = tracker
         self._store = store
@@ -37,6 +47,8 @@ class Sessions:
         self._echo_secret = echo_secret
         self._echo_port = echo_port
         self._missed = missed
+        self._canary_zone = canary_zone
+        self._ledger = ledger
 
     async def welcome(self, hello: Hello, caller: Caller, address: IPAddress) -> Welcome:
         """Greet an agent: what of its spool is stored, and how to ask the echo. Raises Refusal (403, 422)."""
@@ -45,6 +57,8 @@ class Sessions:
             raise Refusal(403, f"this token may only report as {caller.name}")
         found = await self._store.read(select(tunnels.c.spool, tunnels.c.seq).where(tunnels.c.name == hello.client_id))
         stored = found[0].seq if found and found[0].spool == hello.spool else 0
+        if self._ledger is not None:
+            self._ledger.greet(hello.client_id)
         ident = echo.ident_for(self._echo_secret, hello.client_id)
         key = echo.key_for(self._echo_secret, ident)
         return Welcome(
@@ -52,10 +66,11 @@ class Sessions:
             wall=self._clock.wall(),
             seen_from=str(address),
             echo=Echo(port=self._echo_port, id=ident.hex(), key=key.hex()),
+            canary_zone=self._canary_zone,
         )
 
-    async def take(self, hello: Hello, reports: Reports, skew: float, since: float) -> Ack:
-        """Store one message of reports of a session that has stood since `since`; returns after the commit.
+    async def take(self, hello: Hello, reports: Reports, skew: float, since: float, peer: IPAddress) -> Ack:
+        """Store one message of reports of a session with `peer` since `since`; returns after the commit.
 
         Raises Refusal (422).
         """
@@ -78,9 +93,17 @@ class Sessions:
                 thinned=reports.thinned,
                 skew=skew,
                 connected_at=since,
+                peer=peer,
+                role=hello.role,
+                site=hello.site,
             )
         )
         return Ack(seq=reports.items[-1].seq)
+
+    def refused(self, hello: Hello) -> None:
+        """The key of this session was revoked: the pulse port knows the tunnel no more."""
+        if self._ledger is not None:
+            self._ledger.forget(hello.client_id)
 
     def skew(self, hello: Hello) -> float:
         return hello.wall - self.now()
@@ -107,11 +130,16 @@ def _check_hello(hello: Hello) -> None:
         tunnel_name(hello.client_id)
         checked_text("version", hello.version, 64)
         checked_text("spool", hello.spool, 64)
+        site_name(hello.site)
         check_policy(hello.policy)
     except ValueError as e:
         raise Refusal(422, str(e)) from e
-    if hello.spool in ("", "keepalive"):
+    if hello.spool in ("", "keepalive", "pulse"):
         raise Refusal(422, "spool is the random name of an agent's spool")
+    if hello.role not in ("tunnel", "reference"):
+        raise Refusal(422, "role is tunnel or reference")
+    if hello.role == "reference" and not hello.site:
+        raise Refusal(422, "a reference agent names its site: set VPN_SENTINEL_SITE")
     if hello.protocol > PROTOCOL or hello.protocol < 1:
         raise Refusal(422, f"protocol {hello.protocol} is not known here: upgrade the server")
     if not 0.1 <= hello.interval <= 86400:

@@ -111,7 +111,8 @@ class Switch:
             raise Refusal(429, "too many reports a minute from this address", wait)
         welcome = await self._sessions.welcome(said.hello, guest.caller, guest.address)
         since = self._sessions.now() - _EXCHANGE
-        ack = await self._sessions.take(said.hello, said.reports, self._sessions.skew(said.hello), since)
+        skew = self._sessions.skew(said.hello)
+        ack = await self._sessions.take(said.hello, said.reports, skew, since, guest.address)
         return encode(msgspec.structs.replace(welcome, ack=max(ack.seq, welcome.ack)))
 
     async def _socket(self, scope: Any, receive: Any, send: Any) -> None:
@@ -152,11 +153,16 @@ class Switch:
             reports = _message(event)
             if not isinstance(reports, Reports):
                 raise Refusal(422, "after the hello only reports are expected")
-            await self._guarded(self._door.still(guest))
+            try:
+                await self._guarded(self._door.still(guest))
+            except Refusal as e:
+                if e.status == 403:
+                    self._sessions.refused(hello)
+                raise
             # A replay comes in a burst; beyond that a sender waits, and its connection with it.
             if (wait := self._messages.wait(hello.client_id, self._sessions.ticks())) > 0:
                 await asyncio.sleep(wait)
-            ack = await self._stored(self._sessions.take(hello, reports, skew, since))
+            ack = await self._stored(self._sessions.take(hello, reports, skew, since, guest.address))
             await _send_quietly(send, {"type": "websocket.send", "text": encode(ack).decode()})
 
 

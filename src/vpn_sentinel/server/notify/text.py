@@ -4,6 +4,7 @@ Each line stands for itself (no tag spans two), so a long text can be cut at any
 notice says; it judges nothing.
 """
 
+import re
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,12 +31,22 @@ _HEADLINE: Final[Mapping[Kind, tuple[str, str]]] = {
     Kind.SERVER_STARTED: ("🚀", "VPN Sentinel has started"),
     Kind.CONNECTED: (ICON[State.PROTECTED], "{tunnel} is connected and protected"),
     Kind.ADDRESS_CHANGED: ("🔵", "{tunnel} has a new exit address"),
+    Kind.PORT_CHANGED: ("🔵", "{tunnel} has another forwarded port"),
     Kind.LEAKING: (ICON[State.LEAKING], "{tunnel} is LEAKING"),
     Kind.DOWN: (ICON[State.DOWN], "{tunnel} is down"),
     Kind.DEGRADED: (ICON[State.DEGRADED], "{tunnel} is degraded"),
     Kind.SILENT: (ICON[State.SILENT], "{tunnel} is silent"),
     Kind.RECOVERED: (ICON[State.PROTECTED], "{tunnel} is protected again"),
     Kind.TEST: ("🔔", "Test message of VPN Sentinel"),
+}
+# What a reference agent stands for is the home connection of its site.
+_HOME: Final[Mapping[Kind, str]] = {
+    Kind.CONNECTED: "Home internet of {site} works",
+    Kind.ADDRESS_CHANGED: "Home internet of {site} has a new address",
+    Kind.DOWN: "Home internet of {site} is down",
+    Kind.DEGRADED: "Home internet of {site} is degraded",
+    Kind.SILENT: "The reference agent of {site} is silent",
+    Kind.RECOVERED: "Home internet of {site} works again",
 }
 _TROUBLE: Final = frozenset({Kind.LEAKING, Kind.DOWN, Kind.DEGRADED, Kind.SILENT})
 
@@ -68,10 +79,14 @@ def html_line(line: Line) -> str:
 def headline(notice: Notice) -> str:
     """What to see at a glance: which tunnel, and how it stands."""
     icon, words = _HEADLINE[notice.kind]
-    said = words.format(tunnel=clean(notice.tunnel) or "A tunnel")
+    if notice.role == "reference":
+        words = _HOME.get(notice.kind, words)
+    said = words.format(tunnel=clean(notice.tunnel) or "A tunnel", site=clean(notice.site))
     if notice.outage is not None:
         said += f" after {duration(notice.outage)}"
-    if notice.kind is Kind.RECOVERED and notice.was is not None:
+    if notice.kind is Kind.DOWN and notice.was is State.LEAKING:
+        said += " and leaks no more"
+    elif notice.was is not None:
         said += f" (it was {notice.was})"
     return f"{icon} {said}"
 
@@ -80,17 +95,22 @@ def _lines(notice: Notice, zone: tzinfo | None) -> Iterator[Line]:
     """In the order of a reader's questions: why, what to do, where, when."""
     yield from _reasons(notice)
     yield from (Line("", clean(detail)) for detail in notice.details[:_MOST])
+    if notice.port is not None:
+        yield Line("Forwarded port", f"{notice.old_port} → {notice.port}", fixed=True)
+        yield Line("What to do", "Set the new port in the program that is to be reached by it.")
     if notice.old_exit is not None and notice.exit is not None:
         yield Line("Exit", f"{notice.old_exit} → {notice.exit}", fixed=True)
     elif notice.exit is not None:
         # Where there is trouble, this address is the last good one or the leak itself: the findings say which.
-        label = "Exit last seen" if notice.kind in (Kind.LEAKING, Kind.DOWN, Kind.SILENT) else "Exit"
-        yield Line(label, str(notice.exit), fixed=True)
+        label = "Exit" if notice.role != "reference" else "Home address"
+        late = notice.kind in (Kind.LEAKING, Kind.DOWN, Kind.SILENT)
+        yield Line(f"{label} last seen" if late else label, str(notice.exit), fixed=True)
     for label, value in (
         ("Place", clean(notice.place)),
         ("Provider", clean(notice.provider)),
         ("Time zone", clean(notice.timezone)),
         ("Resolvers", listing(notice.resolvers)),
+        ("Site", clean(notice.site)),
     ):
         if value:
             yield Line(label, value)
@@ -114,9 +134,14 @@ def explain(finding: Finding) -> str:
     facts = [
         f"{clean(key).replace('_', ' ')}: {shown}"
         for key, value in list(finding.evidence.items())[:_MOST]
-        if (shown := clean(value, 100)) and shown not in message
+        if (shown := clean(value, 100)) and not _is_said(shown, message)
     ]
     return f"{message} ({', '.join(facts)})" if facts else message
+
+
+def _is_said(fact: str, message: str) -> bool:
+    """Whether the message names a fact already; a number within an address is no mention of it."""
+    return re.search(rf"(?<![\w.:]){re.escape(fact)}(?![\w:]|\.\w)", message, re.IGNORECASE) is not None
 
 
 def listing(values: Sequence[str]) -> str:

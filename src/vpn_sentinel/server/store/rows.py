@@ -25,6 +25,7 @@ ADD_OBSERVATION: Final = (
 ADD_TRANSITION: Final = (
     'INSERT INTO transitions (tunnel_id, at, decided_at, "old", "new", findings) VALUES (?, ?, ?, ?, ?, ?)'
 )
+ADD_ACTION: Final = "INSERT INTO actions (tunnel_id, at, name, outcome, detail) VALUES (?, ?, ?, ?, ?)"
 VOID_SILENCE: Final = "DELETE FROM transitions WHERE tunnel_id = ? AND at = ? AND \"new\" = 'silent'"
 OPEN_INCIDENT: Final = (
     "INSERT INTO incidents (tunnel_id, opened_at, worst, findings) VALUES (?, ?, ?, ?) ON CONFLICT DO NOTHING"
@@ -58,6 +59,11 @@ def new_tunnel(name: str, now: float) -> tuple[object, ...]:
         resolvers="[]",
         dns_loc="",
         dns_colo="",
+        role="tunnel",
+        site="",
+        policy="",
+        port=None,
+        port_check="",
     )
     return tuple(getattr(row, f.name) for f in fields(TunnelRow))[1:]
 
@@ -83,6 +89,11 @@ def saved_tunnel(row: TunnelRow) -> tuple[object, ...]:
         row.resolvers,
         row.dns_loc,
         row.dns_colo,
+        row.role,
+        row.site,
+        row.policy,
+        row.port,
+        row.port_check,
         row.id,
     )
 

@@ -62,8 +62,14 @@ tunnels = Table(
     Column("resolvers", Text, nullable=False),  # JSON: [{ip, country, org}]
     Column("dns_loc", Text, nullable=False),
     Column("dns_colo", Text, nullable=False),
+    Column("role", Text, nullable=False, server_default="tunnel"),  # or "reference"
+    Column("site", Text, nullable=False, server_default=""),
+    Column("policy", Text, nullable=False, server_default=""),  # JSON of what the agent declared last
+    Column("port", Integer),  # the forwarded one
+    Column("port_check", Text, nullable=False, server_default=""),  # JSON: {address, port, answer, at}
 )
 Index("ix_tunnels_deadline", tunnels.c.deadline)
+Index("ix_tunnels_site", tunnels.c.site)
 
 observations = Table(
     "observations",
@@ -112,6 +118,19 @@ Index(
     sqlite_where=incidents.c.closed_at.is_(None),
     postgresql_where=incidents.c.closed_at.is_(None),
 )
+
+# What agents did about their tunnels: containment, its release, remedies.
+actions = Table(
+    "actions",
+    metadata,
+    Column("id", _Id, primary_key=True),
+    Column("tunnel_id", _Id, ForeignKey("tunnels.id", ondelete="CASCADE"), nullable=False),
+    Column("at", Float, nullable=False),
+    Column("name", Text, nullable=False),
+    Column("outcome", Text, nullable=False),  # domain.observation.Outcome
+    Column("detail", Text, nullable=False),
+)
+Index("ix_actions_tunnel_id_at", actions.c.tunnel_id, actions.c.at)
 
 # One notice owed to one channel. Due when `due_at` and `leased_until` have passed; settled once, with its `outcome`.
 outbox = Table(

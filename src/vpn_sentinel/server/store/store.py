@@ -57,6 +57,11 @@ class TunnelRow:
     resolvers: str
     dns_loc: str
     dns_colo: str
+    role: str
+    site: str
+    policy: str
+    port: int | None
+    port_check: str
 
 
 @dataclass(slots=True)

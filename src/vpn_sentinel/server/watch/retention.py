@@ -7,7 +7,7 @@ from typing import Final
 from sqlalchemy import Column, Executable, Table, and_, delete, select
 
 from vpn_sentinel.runtime.clock import Clock
-from vpn_sentinel.server.store.schema import incidents, observations, outbox, transitions
+from vpn_sentinel.server.store.schema import actions, incidents, observations, outbox, transitions
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
 
 log = logging.getLogger(__name__)
@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 _EVERY: Final = 300.0
 _AT_ONCE: Final = 2000
 _PAUSE: Final = 0.2
-# What the history page tells (transitions, incidents) is kept longer than what it was judged from.
+# What the history page tells (transitions, actions, incidents) is kept longer than what it was judged from.
 _HISTORY_FACTOR: Final = 12
 
 
@@ -43,6 +43,7 @@ class Retention:
         for statement in (
             _oldest_observations(now - self._seconds),
             _oldest(transitions, transitions.c.at, history),
+            _oldest(actions, actions.c.at, history),
             # An incident that lasts is never too old.
             _oldest(incidents, incidents.c.closed_at, history),
             # A delivery that is still owed is never too old.

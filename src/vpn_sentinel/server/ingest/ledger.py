@@ -1,0 +1,198 @@
+"""What the server itself sees of each agent's pulses: from where, how many, and whether its replies arrive.
+
+It holds when the replies die on their way, so a one-way leak is still seen. One small record for each tunnel that was
+greeted here or has a row in the database; nothing a stranger sends makes one.
+"""
+
+import math
+import socket
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from typing import Final
+
+from vpn_sentinel.domain.policy import IPAddress
+from vpn_sentinel.wire import echo, pulse
+
+_WIDTH: Final = 128  # numbers that the replay window spans
+_MASK: Final = (1 << _WIDTH) - 1
+_RETIRED: Final = 8  # runs of one agent that are over and never count again
+_MOST: Final = 50_000  # tunnels that are known at a time
+# Pulses in a row, over so many seconds, that tell of no new reply, before the replies count as unheard. An agent whose
+# pulses go unanswered sends ten within 3 s; of which, at 30 % loss, all are lost once in 100,000 times.
+_UNHEARD: Final = 8
+_UNHEARD_FOR: Final = 2.5
+_STILL: Final = 3.0  # seconds until what stays unheard is told again
+# When most agents hear nothing at once, it is this server's own way back that is dead, and no tunnel.
+_CROWD: Final = 5
+_RECENT: Final = 10.0  # seconds since its last pulse that an agent counts as one of them
+
+
+class Window:
+    """Which numbers of a run were taken: each at most once, none that is too old (RFC 6479 explains such windows)."""
+
+    __slots__ = ("_bits", "_top")
+
+    def __init__(self) -> None:
+        self._top = 0
+        self._bits = 0
+
+    def take(self, number: int) -> bool:
+        """Whether `number` (1 and up) comes for the first time and is not behind the window."""
+        ahead = number - self._top
+        if ahead > 0:
+            self._bits = ((self._bits << ahead) | 1) & _MASK if ahead < _WIDTH else 1
+            self._top = number
+            return True
+        if number < 1 or -ahead >= _WIDTH or self._bits >> -ahead & 1:
+            return False
+        self._bits |= 1 << -ahead
+        return True
+
+
+@dataclass(slots=True)
+class Record:
+    """One tunnel's pulses. Times are by a clock that never jumps."""
+
+    name: str
+    key: bytes
+    run: int = -1
+    retired: tuple[int, ...] = ()
+    window: Window = field(default_factory=Window)
+    host: str = ""
+    packed: bytes = b""
+    address: IPAddress | None = None
+    by_family: dict[int, IPAddress] = field(default_factory=dict)
+    last: float = -math.inf
+    heard: int = 0
+    advanced: float = 0.0
+    waiting: int = 0
+    unheard: bool = False
+    told: float = -math.inf
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """News of one tunnel: its pulses come from `address`, and whether it hears the replies."""
+
+    name: str
+    address: IPAddress
+    unheard: bool
+
+
+class Ledger:
+    """`told` is called with news, in the middle of a datagram's handling: it must only take note."""
+
+    def __init__(self, secret: bytes, told: Callable[[Seen], None] = lambda _: None) -> None:
+        self._secret = secret
+        self._told = told
+        self._records: OrderedDict[bytes, Record] = OrderedDict()
+        self._banned: set[str] = set()
+        self._crowd: tuple[float, bool] = (-math.inf, False)
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def greet(self, name: str) -> None:
+        """Answer the pulses of this tunnel from now on: its agent showed a key."""
+        self._banned.discard(name)
+        self._add(name)
+
+    def know(self, names: Iterable[str]) -> None:
+        """The same for tunnels that the database holds, besides those whose key was refused since."""
+        for name in names:
+            if name not in self._banned:
+                self._add(name)
+
+    def forget(self, name: str) -> None:
+        """Answer this tunnel's pulses no more: its key was refused."""
+        self._banned.add(name)
+        self._records.pop(echo.ident_for(self._secret, name), None)
+
+    def find(self, ident: bytes) -> Record | None:
+        return self._records.get(ident)
+
+    def key_for(self, ident: bytes) -> bytes:
+        return echo.key_for(self._secret, ident)
+
+    def _add(self, name: str) -> None:
+        ident = echo.ident_for(self._secret, name)
+        if ident in self._records:
+            self._records.move_to_end(ident)
+            return
+        self._records[ident] = Record(name, self.key_for(ident))
+        if len(self._records) > _MOST:
+            self._records.popitem(last=False)
+
+    def came_from(self, record: Record, host: str) -> bytes:
+        """The bytes of the address that a datagram came from, an IPv4-mapped one as the IPv4 address it is."""
+        if host != record.host:
+            record.host = host
+            record.packed = _packed(host)
+        return record.packed
+
+    def take(self, record: Record, said: pulse.Pulse, now: float) -> bool:
+        """Note a genuine pulse; False for one that is a replay or too old, which changes nothing."""
+        if said.run != record.run:
+            if said.run in record.retired:
+                return False
+            self._new_run(record, said, now)
+        if not record.window.take(said.number):
+            return False
+        record.last = now
+        self._note_heard(record, said, now)
+        self._note_address(record, now)
+        return True
+
+    def _new_run(self, record: Record, said: pulse.Pulse, now: float) -> None:
+        """The agent was started anew, or this server was: nothing that was counted goes on."""
+        if record.run >= 0:
+            record.retired = (*record.retired, record.run)[-_RETIRED:]
+        record.run, record.window = said.run, Window()
+        record.heard, record.waiting, record.advanced = said.heard, 0, now
+
+    def _note_heard(self, record: Record, said: pulse.Pulse, now: float) -> None:
+        if said.heard > record.heard:
+            record.heard, record.waiting, record.advanced = said.heard, 0, now
+            if record.unheard:
+                record.unheard = False
+                self._tell(record, now)
+            return
+        record.waiting += 1
+        # Who never heard a reply may sit behind a firewall that takes none; only who did can have lost something.
+        dead = record.heard > 0 and record.waiting >= _UNHEARD and now - record.advanced >= _UNHEARD_FOR
+        if not dead or said.silent < 1000 * (_UNHEARD_FOR - 0.5):
+            return
+        record.unheard = True
+        if now - record.told >= _STILL and not self._all_unheard(now):
+            self._tell(record, now)
+
+    def _all_unheard(self, now: float) -> bool:
+        """Whether more than half of the agents that send seem to hear nothing; counted once a second at most."""
+        if now >= self._crowd[0]:
+            recent = [r.waiting >= _UNHEARD // 2 for r in self._records.values() if now - r.last < _RECENT]
+            self._crowd = (now + 1.0, len(recent) >= _CROWD and 2 * sum(recent) > len(recent))
+        return self._crowd[1]
+
+    def _note_address(self, record: Record, now: float) -> None:
+        family = 4 if len(record.packed) == 4 else 6
+        last = record.by_family.get(family)
+        if last is not None and last.packed == record.packed:
+            record.address = last
+            return
+        record.address = record.by_family[family] = ip_address(record.packed)
+        self._tell(record, now)
+
+    def _tell(self, record: Record, now: float) -> None:
+        record.told = now
+        if record.address is not None:
+            self._told(Seen(record.name, record.address, record.unheard))
+
+
+def _packed(host: str) -> bytes:
+    bare = host.partition("%")[0]
+    if ":" not in bare:
+        return socket.inet_pton(socket.AF_INET, bare)
+    packed = socket.inet_pton(socket.AF_INET6, bare)
+    return packed[12:] if packed[:12] == b"\0" * 10 + b"\xff\xff" else packed

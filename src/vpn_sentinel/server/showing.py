@@ -1,0 +1,88 @@
+"""What surfaces and messages show beside a verdict: places, resolvers, and what only the receiver knows."""
+
+from dataclasses import replace
+from typing import Final
+
+from vpn_sentinel.domain.notice import Notice
+from vpn_sentinel.domain.observation import Observation, Place, Trigger
+from vpn_sentinel.domain.policy import IPAddress
+from vpn_sentinel.domain.verdict import Code, Finding, State, Verdict, agreed_country, worst
+from vpn_sentinel.server.store.store import TunnelRow
+from vpn_sentinel.wire.codec import decoder, encode
+
+# A clock further off than this is told, in seconds.
+CLOCK_SKEW: Final = 60.0
+
+_place: Final = decoder(dict[str, str | int | None])
+_resolvers: Final = decoder(list[dict[str, str | None]])
+
+
+def received(verdict: Verdict, skew: float | None, thinned: int) -> Verdict:
+    """Add what only the receiver knows: a wrong clock (`skew` seconds), and rounds that were thinned."""
+    extra: list[Finding] = []
+    if skew is not None and abs(skew) > CLOCK_SKEW:
+        ahead = "ahead" if skew > 0 else "behind"
+        message = f"The agent's clock is {abs(skew):.0f} s {ahead} of the server's."
+        extra.append(Finding(Code.CLOCK_SKEW, message, {"seconds": f"{skew:.0f}"}))
+    if thinned:
+        message = f"The agent had no room for {thinned} routine observations while the server was away."
+        extra.append(Finding(Code.OBSERVATIONS_LOST, message, {"count": str(thinned)}))
+    if not extra:
+        return verdict
+    findings = (*verdict.findings, *extra)
+    return Verdict(verdict.state if verdict.state is State.UNKNOWN else worst(findings), findings)
+
+
+def show(row: TunnelRow, seen: Observation) -> None:
+    """Copy what surfaces show; what an observation does not know stays as it was."""
+    exit4, exit6 = seen.exit(4), seen.exit(6)
+    if seen.trigger is Trigger.KEEPALIVE and exit4 is None and exit6 is None and seen.reported_from is not None:
+        exit4, exit6 = (seen.reported_from, None) if seen.reported_from.version == 4 else (None, seen.reported_from)
+    if exit4 is not None or exit6 is not None:
+        row.exit4 = str(exit4) if exit4 else None
+        row.exit6 = str(exit6) if exit6 else None
+        if (place := best_place(seen, exit4 or exit6)) is not None:
+            row.place = encode(place).decode()
+    if seen.forwarded_port is not None:
+        row.port = seen.forwarded_port
+    egresses = dict.fromkeys(r.egress for r in seen.resolvers if r.egress)
+    if egresses:
+        row.resolvers = encode([_resolver(seen, e) for e in egresses]).decode()
+
+
+def best_place(seen: Observation, ip: IPAddress | None) -> Place | None:
+    """The fullest account of `ip` among those that name the country most sources agree on; None without any."""
+    places = seen.places_of(ip)
+    if len(places) < 2:
+        return places[0] if places else None
+    country = agreed_country(places)
+    agreeing = [p for p in places if country is None or p.country == country]
+    return max(
+        agreeing, key=lambda p: sum(v is not None for v in (p.city, p.region, p.timezone, p.asn, p.org)), default=None
+    )
+
+
+def _resolver(seen: Observation, ip: IPAddress) -> dict[str, object]:
+    place = best_place(seen, ip)
+    return {"ip": ip, "country": place.country if place else None, "org": place.org if place else None}
+
+
+def complete(notice: Notice, row: TunnelRow) -> Notice:
+    """Add what a reader wants to know beside the event: where the exit is and who resolves."""
+    place = _place(row.place)
+    if place.get("ip") != str(notice.exit):
+        place = {}  # of another address, such as the one that leaks
+    where = [str(place[k]) for k in ("city", "region", "country") if place.get(k)]
+    provider = " ".join(str(v) for v in (place.get("org"), f"AS{place['asn']}" if place.get("asn") else None) if v)
+    listed = _resolvers(row.resolvers)
+    resolvers = tuple(" ".join(str(r[k]) for k in ("ip", "country", "org") if r.get(k)) for r in listed)
+    return replace(
+        notice,
+        tunnel=row.name,
+        place=", ".join(dict.fromkeys(where)),
+        provider=provider,
+        timezone=str(place.get("timezone") or ""),
+        resolvers=resolvers,
+        role=row.role,
+        site=row.site,
+    )

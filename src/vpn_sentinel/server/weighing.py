@@ -1,0 +1,131 @@
+"""What an observation means for its tunnel: judged with what the server knows besides, and added to the memory."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from vpn_sentinel.domain.machine import Event, Memory, advance, overdue, silence_finding
+from vpn_sentinel.domain.observation import Answer, Observation, Probe
+from vpn_sentinel.domain.policy import IPNetwork, Policy
+from vpn_sentinel.domain.verdict import Code, State, Verdict, home_of, judge, judge_reference, learned_home
+from vpn_sentinel.server.showing import received
+from vpn_sentinel.server.sites import REFERENCE, Sites, newest
+from vpn_sentinel.server.store.store import TunnelRow
+
+# Homes learned beside the tunnel that are remembered.
+_HOMES = 8
+
+
+class Scales:
+    """`own` are the server's rules, `sites` what reference agents know."""
+
+    def __init__(self, own: Policy, sites: Sites) -> None:
+        self._own = own
+        self._sites = sites
+
+    def rules(self, said: Policy | None) -> Policy:
+        """The server's policy and what the agent declared, together: networks add up, the agent's countries win."""
+        own = self._own
+        if said is None:
+            return own
+        return replace(
+            own.with_home(said.home_networks),
+            expected_countries=said.expected_countries or own.expected_countries,
+            allowed_resolvers=(*own.allowed_resolvers, *said.allowed_resolvers),
+            allowed_outside=(*own.allowed_outside, *said.allowed_outside),
+            max_loss=said.max_loss if said.max_loss != Policy.max_loss else own.max_loss,
+            max_rtt_ms=said.max_rtt_ms if said.max_rtt_ms != Policy.max_rtt_ms else own.max_rtt_ms,
+        )
+
+    def home(self, site: str, learned: Sequence[IPNetwork] = ()) -> tuple[IPNetwork, ...]:
+        """Home networks that nobody declared: those of the site's reference agents, and those learned."""
+        return (*self._sites.homes(site), *learned)
+
+    def weigh(
+        self,
+        row: TunnelRow,
+        memory: Memory,
+        seen: Observation,
+        at: float,
+        policy: Policy,
+        skew: float | None,
+        thinned: int,
+    ) -> tuple[Memory, Verdict, list[Event]]:
+        """Judge what was seen at `at` and advance `memory` by it. `skew` and `thinned`: see tracker.Delivery."""
+        reference = row.role == REFERENCE
+        if reference:
+            effective, verdict = policy, judge_reference(seen)
+        else:
+            policy = policy.with_home(self._sites.homes(row.site))
+            effective = learned_home(seen, policy.with_home(memory.home))
+            verdict = judge(seen, effective)
+        verdict = received(verdict, skew, thinned)
+        began = _began(seen, verdict, at, memory)
+        if reference:
+            homes = newest(memory.homes, home_of(seen), at)
+            memory = replace(memory, homes=homes)
+            self._sites.saw(row.name, row.site, homes, at if began is None else began, at, verdict.state)
+        elif _is_refuted(memory, seen, at):
+            memory = replace(memory, refuted=at)
+        exits = (seen.exit(4), seen.exit(6))
+        port, lasted = seen.forwarded_port, _lasted(seen, verdict)
+        memory, events = advance(memory, verdict, at, effective, exits, began=began, lasted=lasted, port=port)
+        learned = tuple(n for n in effective.home_networks if n not in policy.home_networks)
+        if learned != memory.home:
+            memory = replace(memory, home=learned[-_HOMES:])
+        return memory, verdict, events
+
+    def informed(self, row: TunnelRow, memory: Memory, seen: Observation, at: float) -> Observation:
+        """Add what the server knows: the site's internet, and the forwarded port from outside."""
+        check = memory.port_check
+        if check is not None and check.port == seen.forwarded_port and check.address in (seen.exit(4), seen.exit(6)):
+            seen = replace(seen, port_check=check)
+        if row.site:
+            well = _well_until(memory)
+            up = self._sites.up(row.site, at, well, max(at - seen.silent_for, well))
+            if up is not None:
+                seen = replace(seen, reference_up=up)
+        return seen
+
+
+def silence_between(memory: Memory, at: float, silent_after: float) -> tuple[Memory, list[Event]]:
+    """The silence of an agent that did not run between its last observation and the one at `at`.
+
+    A replay voids a silence that the agent merely could not break; this keeps the part in which it saw nothing. Only
+    for observations that follow one another by number: where rounds were thinned, the agent ran.
+    """
+    deadline = memory.seen_at + silent_after
+    if memory.state is State.SILENT or not memory.seen_at or at <= deadline:
+        return memory, []
+    return overdue(memory, deadline, silence_finding(memory.seen_at, deadline))
+
+
+def _well_until(memory: Memory) -> float:
+    """When the tunnel was last seen well, as far as is known."""
+    if memory.before is not None:
+        return memory.seen_at  # the silence since may be void
+    candidate = memory.candidate
+    if memory.trouble_since is not None:
+        return memory.trouble_since
+    return candidate.since if candidate is not None else memory.seen_at
+
+
+def _began(seen: Observation, verdict: Verdict, at: float, memory: Memory) -> float | None:
+    """When the trouble began that a verdict names, where more is known of it than when it was seen."""
+    if verdict.state is State.DOWN and seen.silent_for > 0:
+        return at - seen.silent_for
+    if verdict.state is State.DEGRADED and any(f.code is Code.PORT_CLOSED for f in verdict.findings):
+        return memory.port_checked_at
+    return None
+
+
+def _lasted(seen: Observation, verdict: Verdict) -> float:
+    """For how long the round watched what it tells of: nothing that it asked answered to its end."""
+    asked = seen.asked(Probe.DEFAULT)
+    dead = verdict.state is State.DOWN and asked and all(c.answer is not Answer.ANSWERED for c in asked)
+    return seen.took_ms / 1000 if dead else 0.0
+
+
+def _is_refuted(memory: Memory, seen: Observation, at: float) -> bool:
+    """Whether the agent shows that its tunnel is alive, which the server took for dead: its pulses are unheard."""
+    alive = any(c.answer is Answer.ANSWERED for c in seen.asked(Probe.DEFAULT))
+    return 0 < memory.unheard_since < at and alive

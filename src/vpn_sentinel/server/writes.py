@@ -1,0 +1,69 @@
+"""What one transaction of the tracker writes, gathered by statement."""
+
+from dataclasses import dataclass, field
+
+from vpn_sentinel.domain.machine import Event, Moved, Revised
+from vpn_sentinel.domain.observation import Observation
+from vpn_sentinel.domain.verdict import HARM, State, Verdict
+from vpn_sentinel.server.store import rows
+from vpn_sentinel.server.store.owing import ADD_DELIVERY
+from vpn_sentinel.server.store.store import Batch, Changes, TunnelRow
+from vpn_sentinel.wire.codec import encode, encode_observation
+
+
+@dataclass(slots=True)
+class Writes:
+    """What a transaction will write, gathered by statement."""
+
+    tunnels: dict[int, TunnelRow] = field(default_factory=dict)
+    touched: dict[int, TunnelRow] = field(default_factory=dict)
+    observations: list[tuple[object, ...]] = field(default_factory=list)
+    ordered: list[Batch] = field(default_factory=list)
+    deliveries: list[tuple[object, ...]] = field(default_factory=list)
+    actions: list[tuple[object, ...]] = field(default_factory=list)
+
+    def take(self, more: "Writes") -> None:
+        self.tunnels |= more.tunnels
+        self.touched |= more.touched
+        self.observations += more.observations
+        self.ordered += more.ordered
+        self.deliveries += more.deliveries
+        self.actions += more.actions
+
+    def saw(
+        self, tunnel: int, spool: str, seq: int, at: float, received_at: float, verdict: Verdict, seen: Observation
+    ) -> None:
+        """Add one observation, and what the agent did that it tells of."""
+        body = encode_observation(seen).decode()
+        self.observations.append((tunnel, spool, seq, at, received_at, verdict.state.value, body))
+        self.actions += [(tunnel, at - a.age, a.name, a.outcome.value, a.detail) for a in seen.actions]
+
+    def changes(self) -> Changes:
+        batches: list[Batch] = [
+            (rows.SAVE_TUNNEL, [rows.saved_tunnel(t) for t in self.tunnels.values()]),
+            (rows.TOUCH_TUNNEL, [rows.touched_tunnel(t) for i, t in self.touched.items() if i not in self.tunnels]),
+            (rows.ADD_OBSERVATION, self.observations),
+            *self.ordered,
+            (rows.ADD_ACTION, self.actions),
+            (ADD_DELIVERY, self.deliveries),
+        ]
+        return Changes([b for b in batches if b[1]])
+
+
+def record(tunnel: int, event: Event, now: float, writes: Writes) -> None:
+    """Add the transition that an event is, and what it does to the tunnel's incident."""
+    match event:
+        case Revised():
+            writes.ordered.append((rows.VOID_SILENCE, [(tunnel, event.at)]))
+            # An incident that only the silence opened never was; one that was open before goes on.
+            writes.ordered.append((rows.VOID_INCIDENT, [(tunnel, event.at)]))
+        case Moved():
+            findings = encode(event.findings).decode()
+            moved = (tunnel, event.at, now, event.old.value, event.new.value, findings)
+            writes.ordered.append((rows.ADD_TRANSITION, [moved]))
+            if event.new is State.PROTECTED:
+                writes.ordered.append((rows.CLOSE_INCIDENT, [(event.at, tunnel)]))
+            elif event.old in (State.PROTECTED, State.PENDING):
+                writes.ordered.append((rows.OPEN_INCIDENT, [(tunnel, event.at, event.new.value, findings)]))
+            elif HARM.index(event.new) < HARM.index(event.old):
+                writes.ordered.append((rows.WORSEN_INCIDENT, [(event.new.value, findings, tunnel)]))

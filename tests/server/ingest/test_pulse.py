@@ -1,0 +1,309 @@
+"""The pulse port: who is answered, what is noted, and what a stranger can do to it: nothing."""
+
+import asyncio
+import random
+import secrets
+from ipaddress import ip_address
+
+import pytest
+import uvloop
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, generate_latest
+
+from tests.conftest import until
+from vpn_sentinel.server.ingest.ledger import Ledger, Seen, Window
+from vpn_sentinel.server.ingest.pulse import Lookout, Names, PulseMetrics, PulseProtocol
+from vpn_sentinel.server.store.store import StoreUnavailable
+from vpn_sentinel.server.tracker import Sighting
+from vpn_sentinel.wire import echo, pulse
+
+SECRET = b"s" * 32
+EXIT, HOME = ("185.65.134.10", 40000), ("91.10.10.20", 40000)
+RUN = 77
+
+
+class Wire:
+    def __init__(self) -> None:
+        self.sent: list[tuple[bytes, tuple[str, int]]] = []
+
+    def sendto(self, data: bytes, addr: tuple[str, int]) -> None:
+        self.sent.append((data, addr))
+
+
+class Agent:
+    def __init__(self, name: str = "nl", run: int = RUN) -> None:
+        self.ident = echo.ident_for(SECRET, name)
+        self.key = echo.key_for(SECRET, self.ident)
+        self.run, self.number, self.heard = run, 0, 0
+
+    def pulse(self, *, silent: int = 0, size: int | None = None) -> bytes:
+        self.number += 1
+        return pulse.request(
+            self.ident, self.key, run=self.run, number=self.number, heard=self.heard, silent=silent, size=size
+        )
+
+
+class Port:
+    """The protocol with a wire and a clock that a test moves."""
+
+    def __init__(self, *names: str) -> None:
+        self.told: list[Seen] = []
+        self.missed = 0
+        self.ledger = Ledger(SECRET, self.told.append)
+        self.ledger.know(names)
+        self.now = 100.0
+        self.protocol = PulseProtocol(self.ledger, lambda: self.now, missed=self._miss)
+        self.wire = Wire()
+        self.protocol.connection_made(self.wire)  # type: ignore[arg-type]
+
+    def _miss(self) -> None:
+        self.missed += 1
+
+    def gets(self, data: bytes, addr: tuple[str, int] = EXIT) -> bytes | None:
+        """What it answers."""
+        before = len(self.wire.sent)
+        self.protocol.datagram_received(data, addr)
+        return self.wire.sent[-1][0] if len(self.wire.sent) > before else None
+
+
+def test_a_pulse_is_answered_once() -> None:
+    port, agent = Port("nl"), Agent()
+    asked = agent.pulse()
+    answer = port.gets(asked)
+    assert answer is not None
+    assert pulse.read_reply(answer, agent.ident, RUN, agent.key) == (1, ip_address(EXIT[0]))
+    assert port.gets(asked, HOME) is None
+    assert port.told == [Seen("nl", ip_address(EXIT[0]), unheard=False)]
+    assert port.protocol.counts == {"answered": 1, "malformed": 0, "unknown": 0, "forged": 0, "replayed": 1}
+
+
+@pytest.mark.parametrize("size", [64, 576, 1400, 1472])
+def test_a_sized_pulse_has_a_reply_of_its_size(size: int) -> None:
+    port, agent = Port("nl"), Agent()
+    asked = agent.pulse(size=size)
+    answer = port.gets(asked, ("2a01::5", 9))
+    assert answer is not None
+    assert len(answer) == len(asked) == size
+    assert pulse.read_reply(answer, agent.ident, RUN, agent.key) == (1, ip_address("2a01::5"))
+    assert port.gets(asked, ("2a01::5", 9)) is None
+
+
+def test_questions_of_old_agents_are_answered_and_noted_nowhere() -> None:
+    port, agent = Port("nl"), Agent()
+    question = echo.request(agent.ident, b"12345678", agent.key)
+    for _ in range(2):
+        answer = port.gets(question, HOME)
+        assert answer is not None
+        assert echo.read_reply(answer, agent.ident, b"12345678", agent.key) == ip_address(HOME[0])
+    assert port.told == []
+
+
+def test_an_old_server_answers_a_pulse() -> None:
+    agent = Agent()
+    answer = echo.reply(agent.pulse(), EXIT[0], EXIT[1], SECRET)
+    assert answer is not None
+    assert pulse.read_reply(answer, agent.ident, RUN, agent.key) == (1, ip_address(EXIT[0]))
+
+
+def test_who_was_never_greeted_is_not_answered_and_asked_about() -> None:
+    port, agent = Port("nl"), Agent("de")
+    assert port.gets(agent.pulse()) is None
+    assert port.missed == 1
+    port.ledger.greet("de")
+    assert port.gets(agent.pulse()) is not None
+
+
+def test_a_revoked_agent_is_not_answered_until_it_is_greeted_again() -> None:
+    port, agent = Port("nl"), Agent()
+    port.ledger.forget("nl")
+    assert port.gets(agent.pulse()) is None
+    port.ledger.know(["nl"])  # its row is in the database still
+    assert port.gets(agent.pulse()) is None
+    port.ledger.greet("nl")
+    assert port.gets(agent.pulse()) is not None
+
+
+def test_strangers_make_no_records_and_few_checks() -> None:
+    port = Port("nl")
+    for _ in range(1000):
+        assert port.gets(b"VSE1\x01" + secrets.token_bytes(59)) is None
+    stranger = Agent("de")
+    for _ in range(200):
+        port.gets(stranger.pulse())
+    assert len(port.ledger) == 1
+    assert port.missed == 0  # this second's checks went to garbage
+    port.now += 1.1
+    port.gets(stranger.pulse())
+    assert port.missed == 1
+
+
+def test_an_address_is_told_when_it_changes() -> None:
+    port, agent = Port("nl"), Agent()
+    for address in (EXIT, EXIT, HOME, HOME, EXIT, ("::ffff:185.65.134.10", 1), ("2a01::5", 1), EXIT):
+        port.gets(agent.pulse(), address)
+    assert [str(s.address) for s in port.told] == [EXIT[0], HOME[0], EXIT[0], "2a01::5"]
+
+
+def test_an_agent_that_hears_no_more_is_told_and_its_recovery_too() -> None:
+    port, agent = Port("nl"), Agent()
+    for _ in range(5):
+        port.gets(agent.pulse())
+        agent.heard = agent.number
+        port.now += 2
+    began = port.now
+    port.told.clear()
+    while not port.told:
+        port.gets(agent.pulse(silent=int(1000 * (port.now - began + 2))))
+        port.now += 0.3
+    assert 2.4 < port.now - began < 3.6
+    assert port.told == [Seen("nl", ip_address(EXIT[0]), unheard=True)]
+    for _ in range(20):  # told again every few seconds
+        port.gets(agent.pulse(silent=60_000))
+        port.now += 0.5
+    assert 3 <= len(port.told) <= 5
+    agent.heard = agent.number
+    port.gets(agent.pulse())
+    assert not port.told[-1].unheard
+
+
+def test_an_agent_that_never_heard_a_reply_is_none_that_hears_no_more() -> None:
+    port, agent = Port("nl"), Agent()
+    for _ in range(30):
+        port.gets(agent.pulse(silent=pulse.NEVER))
+        port.now += 1
+    assert not any(s.unheard for s in port.told)
+
+
+def test_when_most_agents_hear_nothing_it_is_this_servers_own_way_back() -> None:
+    names = [f"t{i}" for i in range(10)]
+    port, agents = Port(*names), [Agent(n) for n in names]
+    for beat in range(60):
+        for agent in agents:
+            port.gets(agent.pulse(silent=10_000))
+            agent.heard = agent.number if beat < 5 else agent.heard
+        port.now += 0.5
+    assert not any(s.unheard for s in port.told)
+
+
+def test_a_new_run_counts_from_the_start_and_an_old_one_never_again() -> None:
+    port, old = Port("nl"), Agent()
+    kept = [old.pulse() for _ in range(10)]
+    assert port.gets(kept[0]) is not None
+    new = Agent(run=78)
+    assert port.gets(new.pulse()) is not None
+    assert [port.gets(k, HOME) for k in kept] == [None] * 10
+    assert len(port.told) == 1
+
+
+@given(st.lists(st.integers(1, 400), max_size=300))
+def test_a_window_takes_each_number_once_and_none_that_is_old(numbers: list[int]) -> None:
+    window, taken, top = Window(), set[int](), 0
+    for number in numbers:
+        expected = number not in taken and number > top - 128
+        assert window.take(number) is expected
+        if expected:
+            taken.add(number)
+        top = max(top, number)
+
+
+def test_a_window_takes_a_leap_and_no_zero() -> None:
+    window = Window()
+    assert not window.take(0)
+    assert window.take(2**32 - 1)
+    assert not window.take(1)
+    assert window.take(2**32 - 128)
+    assert not window.take(2**32 - 129)
+
+
+def test_any_changed_bit_is_silence() -> None:
+    port, agent = Port("nl"), Agent()
+    genuine = agent.pulse()
+    for bit in range(8 * len(genuine)):
+        changed = bytearray(genuine)
+        changed[bit // 8] ^= 1 << bit % 8
+        assert port.gets(bytes(changed)) is None
+    assert port.gets(genuine) is not None
+
+
+def test_garbage_of_every_size_is_silence() -> None:
+    port, agent, dice = Port("nl"), Agent(), random.Random(5)
+    genuine = agent.pulse(size=1472)
+    for size in range(1600):
+        assert port.gets(dice.randbytes(size)) is None
+        if size != 1472:
+            assert port.gets((genuine * 2)[:size]) is None
+
+
+def test_what_became_of_pulses_is_told_to_prometheus() -> None:
+    port, agent, registry = Port("nl"), Agent(), CollectorRegistry()
+    PulseMetrics(registry, lambda: port.protocol.counts)
+    port.gets(agent.pulse())
+    port.gets(b"x")
+    text = generate_latest(registry).decode()
+    assert 'vpn_sentinel_pulses_total{result="answered"} 1.0' in text
+    assert 'vpn_sentinel_pulses_total{result="malformed"} 1.0' in text
+
+
+async def test_names_are_read_at_the_start_and_when_one_is_missed() -> None:
+    names = ["nl"]
+    port = Port()
+
+    async def read() -> list[str]:
+        return names
+
+    known = Names(port.ledger, read, apart=0.01)
+    task = asyncio.create_task(known.run())
+    await until(lambda: len(port.ledger) == 1)
+    names.append("de")
+    known.missed()
+    await until(lambda: len(port.ledger) == 2)
+    task.cancel()
+
+
+async def test_news_reach_the_tracker_and_wait_for_the_database() -> None:
+    got: list[Sighting] = []
+    down = [True]
+
+    async def sighted(sighting: Sighting) -> None:
+        if down[0]:
+            down[0] = False
+            raise StoreUnavailable("gone", "the database is away")
+        got.append(sighting)
+
+    lookout = Lookout(sighted, lambda: 5.0)
+    task = asyncio.create_task(lookout.run())
+    lookout.note(Seen("nl", ip_address(EXIT[0]), unheard=False))
+    await until(lambda: got)
+    assert got == [Sighting(tunnel="nl", address=ip_address(EXIT[0]), unheard=False, at=5.0)]
+    task.cancel()
+
+
+def test_a_real_socket_under_uvloop() -> None:
+    async def talk() -> bytes:
+        loop = asyncio.get_running_loop()
+        ledger, agent = Ledger(SECRET), Agent()
+        ledger.greet("nl")
+        transport, _ = await loop.create_datagram_endpoint(
+            lambda: PulseProtocol(ledger, loop.time), local_addr=("127.0.0.1", 0)
+        )
+        answered: asyncio.Future[bytes] = loop.create_future()
+
+        class Client(asyncio.DatagramProtocol):
+            def datagram_received(self, data: bytes, _addr: tuple[str, int]) -> None:
+                answered.set_result(data)
+
+        client, _ = await loop.create_datagram_endpoint(
+            Client, remote_addr=("127.0.0.1", transport.get_extra_info("sockname")[1])
+        )
+        client.sendto(b"garbage")
+        client.sendto(agent.pulse(size=1000))
+        try:
+            async with asyncio.timeout(5):
+                return await answered
+        finally:
+            client.close()
+            transport.close()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        assert len(runner.run(talk())) == 1000

@@ -1,0 +1,87 @@
+"""Forwarded ports are tried from outside: who, when, and what counts as closed."""
+
+import asyncio
+import random
+from ipaddress import ip_address
+
+import pytest
+
+from tests.conftest import ManualClock
+from vpn_sentinel.domain.observation import Answer
+from vpn_sentinel.domain.policy import IPAddress
+from vpn_sentinel.server.tracker import PortTried
+from vpn_sentinel.server.watch.ports import CLOSED, EVERY, Ports, knock
+
+HERE = ip_address("127.0.0.1")
+EXIT = (ip_address("146.70.1.2"), 41000)
+
+
+class Door:
+    def __init__(self, *answers: Answer) -> None:
+        self.answers = list(answers)
+        self.asked: list[tuple[IPAddress, int]] = []
+        self.told: list[PortTried] = []
+
+    async def knock(self, address: IPAddress, port: int) -> Answer:
+        self.asked.append((address, port))
+        return self.answers.pop(0)
+
+    async def tried(self, port: PortTried) -> None:
+        self.told.append(port)
+
+
+async def test_an_open_a_shut_and_a_refusing_port() -> None:
+    server = await asyncio.start_server(lambda _r, w: w.close(), "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    assert await knock(HERE, port) is Answer.ANSWERED
+    server.close()
+    await server.wait_closed()
+    assert await knock(HERE, port) is Answer.UNREACHABLE
+
+
+@pytest.mark.parametrize(
+    ("answers", "told"),
+    [
+        ([Answer.ANSWERED], Answer.ANSWERED),
+        ([Answer.UNREACHABLE], Answer.UNREACHABLE),
+        ([Answer.LOST, Answer.LOST, Answer.ANSWERED], Answer.ANSWERED),
+        ([Answer.LOST, Answer.LOST, Answer.LOST], Answer.LOST),
+        ([Answer.UNKNOWN], None),
+    ],
+)
+async def test_only_the_third_silence_counts_as_closed(
+    answers: list[Answer], told: Answer | None, clock: ManualClock
+) -> None:
+    door = Door(*answers)
+    ports = Ports({"nl": EXIT}, door.tried, clock, knock=door.knock, pause=0.0)
+    ((name, where),) = ports.due()
+    await ports._try(name, where)
+    assert [t.check.answer for t in door.told] == ([] if told is None else [told])
+    assert door.answers == []
+
+
+async def test_each_is_tried_now_and_then_a_changed_one_soon_and_a_gone_one_never(clock: ManualClock) -> None:
+    forwarded = {"nl": EXIT}
+    door = Door(*[Answer.ANSWERED] * 9)
+    ports = Ports(forwarded, door.tried, clock, knock=door.knock, pause=0.0, rng=random.Random(1))
+    assert ports.due() == [("nl", EXIT)]
+    assert ports.due() == []
+    forwarded["nl"] = (EXIT[0], 42000)
+    clock.now += 10
+    assert ports.due() == []  # not as fast as an agent likes
+    clock.now += 25
+    assert ports.due() == [("nl", (EXIT[0], 42000))]
+    clock.now += EVERY * 1.1
+    assert ports.due() == [("nl", (EXIT[0], 42000))]
+    forwarded.clear()
+    clock.now += EVERY * 2
+    assert ports.due() == []
+
+
+async def test_a_closed_one_is_looked_at_sooner(clock: ManualClock) -> None:
+    door = Door(*[Answer.LOST] * 3)
+    ports = Ports({"nl": EXIT}, door.tried, clock, knock=door.knock, pause=0.0)
+    ((name, where),) = ports.due()
+    await ports._try(name, where)
+    clock.now += CLOSED * 1.1
+    assert ports.due() == [("nl", EXIT)]
