@@ -62,7 +62,7 @@ def looked(seen: Observation, policy: Policy | None = None, survey: Survey = SUR
 
 def test_the_object_has_the_promised_shape() -> None:
     said = check.as_plain(SEEN, judge(SEEN, Policy()))
-    assert list(said) == ["state", "findings", "exit", "resolvers", "tunnel", "took_ms"]
+    assert list(said) == ["state", "findings", "exit", "resolvers", "tunnel", "leak_watch", "escapes", "took_ms"]
     assert said["state"] == "protected"
     assert said["exit"] == {
         "ipv4": "203.0.113.4", "ipv6": None, "country": "NL", "city": "Amsterdam", "region": "North Holland",
@@ -73,6 +73,7 @@ def test_the_object_has_the_promised_shape() -> None:
     assert said["tunnel"] == {
         "interface": "wg0", "present": True, "up": True, "received_bytes": 5, "sent_bytes": 6,
     }  # fmt: skip
+    assert (said["leak_watch"], said["escapes"]) == (None, [])
     assert said["took_ms"] == 321
 
 

@@ -1,0 +1,1 @@
+"""What can and cannot be seen from this place, and how to mend it."""

@@ -1,0 +1,149 @@
+"""Checks of the machine: Python and system, capabilities, clock, the data folder, settings."""
+
+import os
+import platform
+import pwd
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from vpn_sentinel.agent.doctor.check import Check, gap, ok, unknown
+from vpn_sentinel.agent.doctor.ground import Greeting, Ground
+from vpn_sentinel.agent.spoolfile import check_folder
+
+_NET_ADMIN, _NET_RAW = 12, 13  # linux/capability.h
+_OFF: Final = 2.0  # seconds that the clock may be wrong
+_CONTAINER: Final = (
+    "in a container: `cap_add: [NET_RAW, NET_ADMIN]`; in systemd: `AmbientCapabilities=CAP_NET_RAW CAP_NET_ADMIN`"
+)
+
+
+async def system(_: Ground) -> list[Check]:
+    return [about_system(platform.system(), platform.release(), sys.version_info[:3])]
+
+
+def about_system(system: str, release: str, python: tuple[int, ...]) -> Check:
+    found = f"Python {'.'.join(map(str, python))} on {system} {release}"
+    if python < (3, 11):
+        return gap("system", found, "VPN Sentinel needs Python 3.11.", "install Python 3.11 or newer")
+    if system != "Linux":
+        return gap("system", found, "interfaces and routes are read by Linux's netlink.", "run the agent on Linux")
+    return ok("system", found)
+
+
+async def capabilities(_: Ground) -> list[Check]:
+    effective = effective_capabilities(Path("/proc/self/status"))
+    return [about_user(os.geteuid(), _user(os.geteuid())), *about_capabilities(effective, packet_socket())]
+
+
+def effective_capabilities(status: Path) -> int | None:
+    """CapEff of proc(5), None where it cannot be read."""
+    try:
+        lines = status.read_text(encoding="ascii").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return None
+    return next((int(line.split()[1], 16) for line in lines if line.startswith("CapEff:")), None)
+
+
+def has_net_admin(effective: int | None) -> bool:
+    return effective is not None and bool(effective >> _NET_ADMIN & 1)
+
+
+def packet_socket() -> str | None:
+    """None when a packet socket can be opened here, else why not."""
+    try:
+        # Protocol 0: it takes in nothing.
+        socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, 0).close()
+    except OSError as e:
+        return e.strerror or "refused"
+    return None
+
+
+def about_user(uid: int, name: str | None) -> Check:
+    return ok("user", f"{name or 'no name'} (uid {uid})")
+
+
+def about_capabilities(effective: int | None, packet: str | None) -> list[Check]:
+    raw = effective is not None and bool(effective >> _NET_RAW & 1)
+    if packet is None:
+        watch = ok(
+            "CAP_NET_RAW", "a packet socket opens", "the leak watch can see packets that leave outside the tunnel."
+        )
+    else:
+        why = f"it is there, but a packet socket is refused ({packet})" if raw else "missing"
+        fix = "allow AF_PACKET in the sandbox (seccomp, RestrictAddressFamilies)" if raw else _CONTAINER
+        watch = gap("CAP_NET_RAW", why, "no leak watch: leaks are found by canaries alone, within seconds.", fix)
+    if effective is None:
+        return [watch, unknown("CAP_NET_ADMIN", "/proc/self/status cannot be read")]
+    if has_net_admin(effective):
+        return [watch, ok("CAP_NET_ADMIN", "held", "WireGuard's own account can be read, and containment can work.")]
+    means = "WireGuard's own account (endpoint, handshake) stays unread, and containment cannot work."
+    return [watch, gap("CAP_NET_ADMIN", "missing", means, _CONTAINER)]
+
+
+def _user(uid: int) -> str | None:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return None
+
+
+async def clock(ground: Ground) -> list[Check]:
+    return [about_clock(await ground.greetings.result())]
+
+
+def about_clock(greetings: Sequence[Greeting]) -> Check:
+    told = next((g for g in greetings if g.date is not None), None)
+    if told is None or told.date is None:
+        return unknown(
+            "clock", "no server to compare it with", "reports carry ages, so a wrong clock misdates nothing."
+        )
+    # An HTTP date has whole seconds, rounded down.
+    coarse = 0.0 if told.welcome else 1.0
+    late, early = told.date - told.came, told.date + coarse - told.sent
+    off = late if late > 0 else early if early < 0 else 0.0
+    if abs(off) <= _OFF:
+        return ok("clock", "agrees with the server's")
+    way = "behind" if off > 0 else "ahead of"
+    means = "reports carry ages and stay right, but certificates and this machine's log are judged by this clock."
+    return gap(
+        "clock", f"{abs(off):.0f} s {way} the server's", means, "let a time service run (systemd-timesyncd, chrony)"
+    )
+
+
+async def data_folder(ground: Ground) -> list[Check]:
+    folder = ground.read.agent.data_dir
+    if folder.is_dir():
+        try:
+            check_folder(folder)
+        except OSError as e:
+            return [about_folder(folder, e.strerror or "refused", there=True)]
+        return [about_folder(folder, None, there=True)]
+    try:
+        above = next(p for p in folder.absolute().parents if p.exists())
+    except (OSError, StopIteration):
+        return [about_folder(folder, "cannot be reached", there=False)]
+    usable = above.is_dir() and os.access(above, os.W_OK | os.X_OK)
+    return [about_folder(folder, None if usable else f"{above} cannot be written", there=False)]
+
+
+def about_folder(folder: Path, trouble: str | None, *, there: bool) -> Check:
+    if trouble is None:
+        return ok("data folder", f"{folder} {'can be written' if there else 'can be made'}")
+    fix = "make it writable for this user, or set VPN_SENTINEL_DATA_DIR"
+    return gap("data folder", f"{folder}: {trouble}", "the agent does not start: reports have nowhere to wait.", fix)
+
+
+async def settings(ground: Ground) -> list[Check]:
+    return about_settings(ground.read.troubles)
+
+
+def about_settings(troubles: Sequence[str]) -> list[Check]:
+    if not troubles:
+        return [ok("settings", "all can be used")]
+    fix = "see docs/reference/settings.md for what it takes"
+    return [
+        gap("settings", trouble, "the agent does not start, or does not know this name.", fix) for trouble in troubles
+    ]

@@ -1,0 +1,110 @@
+"""Checks of our own server: reached, key accepted, UDP, and its DNS zone."""
+
+from collections.abc import Sequence
+from typing import Final
+
+from vpn_sentinel.agent.doctor.check import Check, gap, ok, unknown
+from vpn_sentinel.agent.doctor.ground import Greeting, Ground
+from vpn_sentinel.agent.http import split
+from vpn_sentinel.agent.probes import dns
+from vpn_sentinel.agent.probes.datagram import Destination, ask
+from vpn_sentinel.agent.probes.targets import ServerEcho
+from vpn_sentinel.domain.observation import Answer
+from vpn_sentinel.domain.policy import IPAddress
+
+_GET_KEY: Final = "the token of `vpn-sentinel token create NAME` on the server, as VPN_SENTINEL_API_KEY"
+_LOST: Final = "reports wait in the spool, and people hear of trouble by silence alone."
+
+
+async def server(ground: Ground) -> list[Check]:
+    greetings = await ground.greetings.result()
+    if not greetings:
+        fix = f"set VPN_SENTINEL_URL to the server's address, and {_GET_KEY}"
+        return [gap("server", "none is configured", "nobody is told of what is seen here.", fix)]
+    has_key = bool(ground.read.agent.api_key)
+    return [
+        about_server("server" if n == 0 else f"server {n + 1}", g, has_key=has_key) for n, g in enumerate(greetings)
+    ]
+
+
+def about_server(name: str, greeting: Greeting, *, has_key: bool) -> Check:
+    url, status = greeting.url, greeting.status
+    match status:
+        case None:
+            return gap(name, f"{url}: {greeting.why}", _LOST, _cure(greeting.why))
+        case 200 if greeting.welcome is not None:
+            return ok(name, f"{url} is reached and accepts the key")
+        case 401 | 403 if not has_key:
+            return gap(name, f"{url} is reached; no key is configured", _LOST, _GET_KEY)
+        case 401 | 403:
+            fix = "make a new token on the server for this name, or see its VPN_SENTINEL_SERVER_ALLOWED_IPS"
+            return gap(name, f"{url} is reached and refuses the key (HTTP {status})", _LOST, fix)
+        case 429:
+            return unknown(name, f"{url} is reached and asks us to wait (HTTP 429)", fix="try again in a minute")
+        case 503:
+            return gap(
+                name, f"{url} is reached and cannot store (HTTP 503)", _LOST, "see the server's log: its database"
+            )
+        case _:
+            fix = "see VPN_SENTINEL_URL and VPN_SENTINEL_API_PATH, and the server's version"
+            return gap(name, f"{url} does not answer as our server does (HTTP {status})", _LOST, fix)
+
+
+def _cure(why: str) -> str:
+    if "certificate" in why or "TLS" in why:
+        return "see the server's certificate; VPN_SENTINEL_CA_FILE names an authority of your own"
+    if "address found" in why:
+        return "see the name in VPN_SENTINEL_URL; with an address in it no name must be looked up"
+    return "see that the server runs, and that the VPN and its firewall let this connection pass"
+
+
+async def echo(ground: Ground) -> list[Check]:
+    for greeting in await ground.greetings.result():
+        welcome = greeting.welcome
+        if welcome is None or welcome.echo is None:
+            continue
+        ident, key = bytes.fromhex(welcome.echo.id), bytes.fromhex(welcome.echo.key)
+        answers = []
+        for address in _one_of_each(ground.http.names.known(split(greeting.url).host)):
+            target = ServerEcho(address, welcome.echo.port, ident, key)
+            payload, read = target.question()
+            outcome = await ask(Destination(address=address, port=target.port), payload, read)
+            answers.append((address, outcome.answer))
+        return [about_echo(welcome.echo.port, answers)]
+    return []
+
+
+def _one_of_each(addresses: Sequence[IPAddress]) -> list[IPAddress]:
+    return list({a.version: a for a in reversed(addresses)}.values())
+
+
+def about_echo(port: int, answers: Sequence[tuple[IPAddress, Answer]]) -> Check:
+    heard = [str(address) for address, answer in answers if answer is Answer.ANSWERED]
+    if heard:
+        return ok("pulse", f"the server's UDP port {port} answers at {', '.join(heard)}")
+    means = "no pulses: a dead tunnel is noticed by the connection or by public services, seconds later."
+    return gap("pulse", f"the server's UDP port {port} does not answer", means, f"let UDP {port} pass to the server")
+
+
+async def zone(ground: Ground) -> list[Check]:
+    welcome = next((g.welcome for g in await ground.greetings.result() if g.welcome), None)
+    if welcome is None:
+        return []
+    told = dns.ToldZone()
+    told.learn(welcome.canary_zone, welcome.echo)
+    if told.zone is None:
+        return [about_zone(welcome.canary_zone, None)]
+    seen = [await dns.sighting(server, told.zone) for server in dns.system_nameservers()]
+    return [about_zone(welcome.canary_zone, [s.egress for s in seen if s is not None])]
+
+
+def about_zone(name: str | None, egresses: Sequence[IPAddress | None] | None) -> Check:
+    if name is None:
+        return ok("DNS zone", "the server has none", "resolvers are seen through public whoami names.")
+    if egresses is None:
+        return unknown("DNS zone", f"{name} is no name that can be asked")
+    if found := ", ".join(dict.fromkeys(str(e) for e in egresses if e)):
+        return ok("DNS zone", f"{name} reaches the server; it is asked from {found}")
+    means = "resolvers are seen through public whoami names only."
+    fix = f"delegate {name} to the server (an NS record above it), and let UDP and TCP 53 pass to it"
+    return gap("DNS zone", f"a name below {name} has no answer from the server", means, fix)

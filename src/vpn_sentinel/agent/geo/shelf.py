@@ -1,0 +1,152 @@
+"""The folder of installed databases: DATA_DIR/geo, described by `geo.json` in it.
+
+Files are named after their contents and never written again, so whoever reads one is not disturbed. Replacing
+`geo.json` is the one step that changes what is in use: before it the old files count, after it the new ones, never a
+mixture. Without a `geo.json` every `*.mmdb` in the folder counts.
+"""
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from vpn_sentinel.runtime.unusable import Unusable
+
+FOLDER: Final = "geo"  # below DATA_DIR
+MANIFEST: Final = "geo.json"
+PART: Final = ".part"  # what is being fetched or unpacked
+_LOCK: Final = ".lock"
+
+
+class GeoError(Unusable):
+    """A database that cannot be fetched, used or kept. The message is one line."""
+
+
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Put `name` in front of a GeoError that comes out of the block."""
+    try:
+        yield
+    except GeoError as e:
+        raise GeoError(f"{name}: {e}") from e
+
+
+class Entry(msgspec.Struct, frozen=True, kw_only=True):
+    """One file. `origin` is where it came from; `built` seconds since 1970; `archive` the SHA-256 of what was fetched.
+
+    `holds` names what its records tell: "places", "networks" or both.
+    """
+
+    name: str
+    type: str
+    holds: tuple[str, ...]
+    built: int
+    size: int
+    sha256: str
+    origin: str
+    archive: str = ""
+
+
+class Collection(msgspec.Struct, frozen=True, kw_only=True):
+    """The files of one source: "dbip", "maxmind" or "mmdb". Together they make one opinion. `fetched` as `built`."""
+
+    source: str
+    fetched: float
+    licence: str
+    credit: str
+    files: tuple[Entry, ...]
+
+
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
+    collections: tuple[Collection, ...] = ()
+
+    def of(self, source: str) -> Collection | None:
+        return next((c for c in self.collections if c.source == source), None)
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """What is installed, None without a manifest. Raises GeoError for one that cannot be read."""
+    path = folder / MANIFEST
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Manifest)
+    except FileNotFoundError:
+        return None
+    except OSError as e:
+        raise GeoError(f"{path}: {e.strerror}") from e
+    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+        raise GeoError(f"{path}: is damaged; `vpn-sentinel geo update` writes it anew") from e
+
+
+def loose_files(folder: Path) -> tuple[Path, ...]:
+    """What somebody put into the folder by hand. Raises nothing: no folder has no files."""
+    with suppress(OSError):
+        return tuple(sorted(p for p in folder.glob("*.mmdb") if p.is_file()))
+    return ()
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Hold the folder for one update; it is made when it is missing. Raises GeoError when another one holds it."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder.mkdir(exist_ok=True, mode=0o755)
+        handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as e:
+        raise GeoError(f"{folder}: {e.strerror}") from e
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            raise GeoError(f"{folder}: another update is running") from e
+        _sweep(folder)  # of one that was killed
+        try:
+            yield
+        finally:
+            _sweep(folder)
+    finally:
+        os.close(handle)
+
+
+def install(folder: Path, collection: Collection, fetched: tuple[Path, ...]) -> None:
+    """Put `fetched`, the files of `collection` in its order, in the place of the source's old ones. Raises OSError."""
+    try:
+        old = read_manifest(folder) or Manifest()
+    except GeoError:
+        old = Manifest()
+    for path, entry in zip(fetched, collection.files, strict=True):
+        path.chmod(0o644)  # public data, and the agent may be another user
+        _to_disk(path)
+        path.replace(folder / entry.name)
+    _to_disk(folder)
+    others = tuple(c for c in old.collections if c.source != collection.source)
+    new = Manifest(collections=(*others, collection))
+    write_manifest(folder, new)
+    kept = {entry.name for c in new.collections for entry in c.files}
+    for entry in (e for c in old.collections for e in c.files if e.name not in kept):
+        (folder / Path(entry.name).name).unlink(missing_ok=True)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    written = folder / (MANIFEST + PART)
+    written.write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n")
+    written.chmod(0o644)
+    _to_disk(written)
+    written.replace(folder / MANIFEST)
+    _to_disk(folder)
+
+
+def _to_disk(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sweep(folder: Path) -> None:
+    for path in folder.glob(f"*{PART}"):
+        path.unlink(missing_ok=True)

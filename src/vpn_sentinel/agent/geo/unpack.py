@@ -1,0 +1,66 @@
+"""Out of gzip and tar, to disk, and never more than a bound allows."""
+
+import gzip
+import hashlib
+import tarfile
+import zlib
+from pathlib import Path
+from typing import IO, Final, Protocol
+
+from vpn_sentinel.agent.geo.shelf import GeoError
+
+_PIECE: Final = 256 * 1024
+_GZIP: Final = b"\x1f\x8b"
+
+
+class _Readable(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
+def gunzip(packed: Path, to: Path, most: int) -> None:
+    """Raises GeoError for what is no gzip file, is cut off or damaged, or unpacks to more than `most` bytes."""
+    with packed.open("rb") as file:
+        if file.read(2) != _GZIP:
+            raise GeoError("is not a gzip file; perhaps a web page came in its place")
+    try:
+        with gzip.open(packed) as source, to.open("wb") as target:
+            _copy(source, target, most)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
+        raise GeoError("is cut off or damaged (gzip)") from e
+
+
+def only_database(archive: Path, to: Path, most: int) -> str:
+    """Take the one `.mmdb` out of a tar file; returns its name. Raises GeoError."""
+    try:
+        with tarfile.open(archive, "r:") as tar:
+            for member in tar:
+                # Read as a stream: what a path or link in the archive says is never used as a path here.
+                if member.isfile() and member.name.endswith(".mmdb") and (source := tar.extractfile(member)):
+                    with to.open("wb") as target:
+                        if _copy(source, target, most) != member.size:
+                            raise GeoError("is cut off (tar)")
+                    return Path(member.name).name
+    except (tarfile.TarError, EOFError) as e:
+        raise GeoError("is damaged (tar)") from e
+    raise GeoError("holds no .mmdb file")
+
+
+def digest(path: Path) -> str:
+    """SHA-256 in hexadecimal. Raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def copy_of(path: Path, to: Path, most: int) -> None:
+    with path.open("rb") as source, to.open("wb") as target:
+        _copy(source, target, most)
+
+
+def _copy(source: _Readable, target: IO[bytes], most: int) -> int:
+    got = 0
+    while piece := source.read(_PIECE):
+        got += len(piece)
+        if got > most:
+            raise GeoError(f"unpacks to more than {most} bytes")
+        target.write(piece)
+    return got

@@ -1,0 +1,115 @@
+"""One update: fetch beside the old files, verify, then swap. What fails before the swap changes nothing."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from vpn_sentinel.agent.geo.databases import open_together, vendor
+from vpn_sentinel.agent.geo.fetch import Web
+from vpn_sentinel.agent.geo.shelf import Collection, Entry, GeoError, Manifest, install, locked, named, read_manifest
+from vpn_sentinel.agent.geo.sources import DBIP_CREDIT, MAXMIND_CREDIT, Database, Vendor
+from vpn_sentinel.agent.geo.unpack import digest
+from vpn_sentinel.agent.geo.verify import examine, not_older
+from vpn_sentinel.runtime.clock import Clock
+
+OTHERS: Final = "mmdb"  # whose vendor is not known
+
+
+@dataclass(frozen=True, slots=True)
+class Updated:
+    """What is installed now; `changed` is False when it was the newest already."""
+
+    collection: Collection
+    changed: bool
+
+
+def update(source: Vendor, folder: Path, web: Web, clock: Clock) -> Updated:
+    """Bring `source` up to date in `folder`. Raises GeoError; the old files are in use then as before."""
+    try:
+        with locked(folder):
+            return _update(source, folder, web, clock)
+    except OSError as e:
+        raise GeoError(f"{folder}: {e.strerror or e}") from e
+
+
+def _update(source: Vendor, folder: Path, web: Web, clock: Clock) -> Updated:
+    try:
+        manifest = read_manifest(folder) or Manifest()
+    except GeoError:
+        manifest = Manifest()  # damaged: everything is fetched anew
+    done = [_one(part, source.name, manifest, folder, web, clock) for part in source.parts]
+    name = source.name or _whose(entry for entry, _ in done)
+    installed = manifest.of(name)
+    # Of files that somebody has, one alone may be given: what it does not tell stays as it was.
+    told = {what for entry, _ in done for what in entry.holds}
+    done += [(e, folder / e.name) for e in (installed.files if installed else ()) if not told & set(e.holds)]
+    entries, paths = tuple(entry for entry, _ in done), tuple(path for _, path in done)
+    collection = Collection(
+        source=name,
+        fetched=clock.wall(),
+        licence=source.licence or _licence(entries),
+        credit=source.credit or _credit(entries),
+        files=entries,
+    )
+    open_together(name, paths).close()  # as the agent will
+    install(folder, collection, paths)
+    return Updated(collection, installed is None or installed.files != entries)
+
+
+def _whose(entries: Iterable[Entry]) -> str:
+    """The one vendor of all of them; "mmdb" for files of nobody known, or of several."""
+    found = {vendor(entry.type) or OTHERS for entry in entries}
+    return found.pop() if len(found) == 1 else OTHERS
+
+
+def _one(part: Database, source: str, manifest: Manifest, folder: Path, web: Web, clock: Clock) -> tuple[Entry, Path]:
+    """What is to be installed of one part, and where it lies now."""
+    old = _holding(manifest.of(source), part.holds)
+
+    def is_installed(origin: str, archive: str) -> bool:
+        return old is not None and old.origin == origin and archive in ("", old.archive) and intact(folder, old)
+
+    fetched = part.fetch(web, folder, clock.wall(), is_installed)
+    if fetched is None and old is not None:
+        return old, folder / old.name
+    if fetched is None:
+        raise GeoError("nothing was fetched")  # no part says so without having been told that it is installed
+    with named(fetched.origin):
+        facts = examine(fetched.path, clock.wall(), part.holds)
+        rival = old or _holding(manifest.of(source or vendor(facts.type) or OTHERS), facts.holds[0])
+        not_older(facts, rival.built if rival else None)
+    sha256 = digest(fetched.path)
+    entry = Entry(
+        name=f"{'-'.join(facts.holds)}-{sha256[:16]}.mmdb",
+        type=facts.type,
+        holds=facts.holds,
+        built=facts.built,
+        size=fetched.path.stat().st_size,
+        sha256=sha256,
+        origin=fetched.origin,
+        archive=fetched.archive,
+    )
+    return entry, fetched.path
+
+
+def _holding(installed: Collection | None, what: str) -> Entry | None:
+    return next((e for e in installed.files if what in e.holds), None) if installed else None
+
+
+def intact(folder: Path, entry: Entry) -> bool:
+    """Whether the installed file is what it was when it was verified."""
+    try:
+        return digest(folder / Path(entry.name).name) == entry.sha256
+    except OSError:
+        return False
+
+
+def _licence(entries: Iterable[Entry]) -> str:
+    known = {"dbip": "CC BY 4.0", "maxmind": "GeoLite2 End User License Agreement"}
+    return ", ".join(dict.fromkeys(known.get(vendor(e.type) or "", "see its vendor") for e in entries))
+
+
+def _credit(entries: Iterable[Entry]) -> str:
+    known = {"dbip": DBIP_CREDIT, "maxmind": MAXMIND_CREDIT}
+    return "; ".join(dict.fromkeys(c for e in entries if (c := known.get(vendor(e.type) or ""))))
