@@ -1,0 +1,94 @@
+"""What the rules are made from: the tunnel and its server, the LAN, our own server, the owner's policy."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from ipaddress import ip_network
+from pathlib import Path as File
+from typing import Final
+
+from vpn_sentinel.agent.containment.containment import Facts
+from vpn_sentinel.agent.containment.proof import Cause
+from vpn_sentinel.agent.containment.rules import Ways
+from vpn_sentinel.agent.endpoints import TCP, UDP, Endpoint, parse_endpoint
+from vpn_sentinel.agent.http import split
+from vpn_sentinel.agent.interfaces import Paths, Survey
+from vpn_sentinel.agent.leakwatch.ground import Ground, Tables, ground
+from vpn_sentinel.agent.names import Names
+from vpn_sentinel.agent.netlink import Kernel
+from vpn_sentinel.domain.observation import Path
+from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy, is_public
+
+_ENDPOINTS: Final = "containment.endpoints"
+_HOSTS: Final = "containment.hosts"
+_FORWARDING: Final = (File("/proc/sys/net/ipv4/ip_forward"), File("/proc/sys/net/ipv6/conf/all/forwarding"))
+_PROTOCOLS: Final = {"tcp": TCP, "udp": UDP}
+
+
+@dataclass(slots=True, kw_only=True)
+class Surroundings:
+    """`endpoints` are the tunnel's own, as far as they are known now; `urls` are our server's."""
+
+    kernel: Kernel | None
+    tables: Tables | None
+    survey: Callable[[], Survey]
+    endpoints: Callable[[], tuple[Endpoint, ...]]
+    facts: Facts
+    names: Names
+    urls: tuple[str, ...]
+    policy: Policy
+    _ground: Ground = field(default_factory=Ground)
+
+    def remember(self) -> Survey:
+        """Look, and keep what leads to the VPN's server: when the tunnel is gone, nobody can tell any more.
+
+        Raises OSError.
+        """
+        found = self.survey()
+        self._ground = ground(
+            found,
+            self.tables,
+            allowed=self.policy.allowed_outside,
+            resolvers=self.policy.allowed_resolvers,
+            before=self._ground,
+        )
+        if endpoints := self.endpoints():
+            self.facts.keep(_ENDPOINTS, ",".join(str(e) for e in endpoints))
+        if self._ground.openvpn and self._ground.hosts:
+            self.facts.keep(_HOSTS, ",".join(str(h) for h in self._ground.hosts))
+        return found
+
+    def ways(self, cause: Cause) -> Ways | None:
+        """What stays open now, None when no tunnel is known. Raises OSError."""
+        found = self.remember()
+        if found.tunnel is None:
+            return None
+        endpoints = self.endpoints() or tuple(parse_endpoint(e) for e in self._kept(_ENDPOINTS))
+        servers = [(w, a) for w in map(split, self.urls) for a in self.names.known(w.host)]
+        rules = self._ground.with_endpoints(endpoints, (a for _, a in servers))
+        # OpenVPN without a management socket: its server is one of the hosts that had a route of their own.
+        hosts: tuple[IPNetwork, ...] = ()
+        if not endpoints and not rules.marks:
+            hosts = tuple(ip_network(h) for h in self._kept(_HOSTS))
+        return Ways(
+            tunnel=found.tunnel,
+            endpoints=endpoints,
+            marks=rules.marks,
+            services=tuple(Endpoint(a, w.port, TCP) for w, a in servers if not is_public(a)),
+            lan=tuple(dict.fromkeys((*rules.outside, *hosts))),
+            resolvers=self.policy.allowed_resolvers,
+            leaking_names=tuple(sorted((a for a in cause.nameservers if a.is_loopback), key=str)),
+            forwards=any(_is_on(file) for file in _FORWARDING),
+        )
+
+    def path_of(self, address: IPAddress, port: int, protocol: str) -> Path:
+        return Paths(self.kernel, self.survey()).of(address, port, _PROTOCOLS.get(protocol, UDP))
+
+    def _kept(self, name: str) -> list[str]:
+        return [word for word in (self.facts.fact(name) or "").split(",") if word]
+
+
+def _is_on(file: File) -> bool:
+    try:
+        return file.read_bytes().strip() == b"1"
+    except OSError:  # a kernel without IPv6
+        return False

@@ -1,0 +1,178 @@
+"""What the agent does about what it sees: containment at once, remedies beside it, and an account of both.
+
+One object that the wiring tells of every round and of every packet that the leak watch saw leave.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from dataclasses import replace
+
+from vpn_sentinel.agent.containment.containment import Containment, Facts, Mode, Standing
+from vpn_sentinel.agent.containment.nft import Nftables
+from vpn_sentinel.agent.containment.proof import cause_of
+from vpn_sentinel.agent.containment.seat import Seat
+from vpn_sentinel.agent.containment.surroundings import Surroundings
+from vpn_sentinel.agent.containment.table import owner_of
+from vpn_sentinel.agent.http import Client
+from vpn_sentinel.agent.introspect.gluetun import CONTROL
+from vpn_sentinel.agent.introspect.settings import IntrospectSettings
+from vpn_sentinel.agent.remedies import gluetun, hook
+from vpn_sentinel.agent.remedies.plan import Wants
+from vpn_sentinel.agent.remedies.qbittorrent import QBittorrent
+from vpn_sentinel.agent.remedies.remedies import Remedies
+from vpn_sentinel.agent.remedies.settings import ReactionSettings
+from vpn_sentinel.agent.remedies.torrents import TorrentClient
+from vpn_sentinel.agent.remedies.transmission import Transmission
+from vpn_sentinel.domain.observation import Action, Escape, Observation, Outcome, Trigger
+from vpn_sentinel.domain.policy import Policy
+from vpn_sentinel.domain.verdict import State, Verdict, judge
+from vpn_sentinel.runtime.clock import Clock
+from vpn_sentinel.runtime.settings import environment
+from vpn_sentinel.wire import limits
+
+log = logging.getLogger(__name__)
+
+
+class History:
+    """Actions that wait for the next observation, with the time of each."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._waiting: deque[tuple[float, Action]] = deque(maxlen=limits.PER_OBSERVATION)
+
+    def tell(self, name: str, outcome: Outcome, detail: str) -> None:
+        short = " ".join(detail.split())[: limits.TEXT]
+        self._waiting.append((self._clock.boottime(), Action(name=name, outcome=outcome, detail=short)))
+
+    def take(self) -> tuple[Action, ...]:
+        now = self._clock.boottime()
+        found = tuple(replace(action, age=max(0.0, now - at)) for at, action in self._waiting)
+        self._waiting.clear()
+        return found
+
+
+class Reactions:
+    """Off by default in every part; then `add_to`, `done` and `escaped` cost next to nothing."""
+
+    def __init__(
+        self,
+        settings: ReactionSettings,
+        around: Surroundings,
+        facts: Facts,
+        http: Client,
+        clock: Clock,
+        *,
+        client_id: str,
+        control: IntrospectSettings,
+    ) -> None:
+        self._mode = settings.contain
+        self._around = around
+        self._history = History(clock)
+        self._seat = Seat()
+        self._containment = Containment(
+            settings.contain,
+            client_id,
+            facts,
+            Standing(
+                ways=around.ways,
+                path_of=around.path_of,
+                nft=Nftables(),
+                owner_of=owner_of,
+                take_seat=self._seat.take,
+                tell=self._history.tell,
+            ),
+            clock,
+        )
+        self._remedies = _remedies(settings, around.policy, facts, http, clock, self._history, client_id, control)
+        self._news: asyncio.Queue[tuple[Observation, Verdict]] = asyncio.Queue()
+
+    def add_to(self, seen: Observation) -> Observation:
+        """The same round, with what was done since the last one."""
+        contained = self._containment.contained if self._mode is Mode.ON else None
+        return replace(seen, contained=contained, actions=self._history.take())
+
+    def done(self, seen: Observation, verdict: Verdict) -> None:
+        """A round has been judged."""
+        if self._mode is Mode.ON and verdict.state is State.PROTECTED:
+            with contextlib.suppress(OSError):  # told when it matters: when the rules are to be made
+                self._around.remember()
+        self._news.put_nowait((seen, verdict))
+        self._remedies.saw(seen, verdict)
+
+    def escaped(self, escape: Escape) -> None:
+        """The leak watch saw a packet leave: judged alone and at once, without waiting for a round."""
+        if self._mode is Mode.OFF:
+            return
+        seen = Observation(trigger=Trigger.LEAK, link=self._around.survey().link(), escapes=(escape,))
+        verdict = judge(seen, self._around.policy)
+        if verdict.state is State.LEAKING:
+            self._news.put_nowait((seen, verdict))
+
+    async def run(self) -> None:
+        """Work until cancelled. The rules stay in the kernel when this ends."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._remedies.run())
+            await self._containment.start()
+            while True:
+                seen, verdict = await self._news.get()
+                if verdict.state is State.LEAKING:
+                    await self._containment.leaking(cause_of(seen, verdict, self._around.policy))
+                else:
+                    await self._containment.saw(seen, verdict)
+
+    def close(self) -> None:
+        self._seat.leave()
+
+
+def _remedies(
+    settings: ReactionSettings,
+    policy: Policy,
+    facts: Facts,
+    http: Client,
+    clock: Clock,
+    history: History,
+    client_id: str,
+    control: IntrospectSettings,
+) -> Remedies:
+    clients: list[TorrentClient] = []
+    if settings.qbittorrent_url:
+        user, password = settings.qbittorrent_user, settings.qbittorrent_password
+        clients.append(QBittorrent(http, settings.qbittorrent_url, user, password))
+    if settings.transmission_url:
+        user, password = settings.transmission_user, settings.transmission_password
+        clients.append(Transmission(http, settings.transmission_url, user, password))
+    after = settings.after
+    settled = {State.DOWN: policy.grace_down, State.DEGRADED: policy.grace_degraded}
+    settled[State.PROTECTED] = policy.grace_recovery
+
+    async def run_hook(document: bytes) -> str:
+        said = await hook.run_hook(settings.hook, document, hook.clean(environment()), settings.hook_timeout)
+        if said:
+            log.info("the command said", extra={"output": said})
+        return "ended well"
+
+    async def restart() -> str:
+        return await gluetun.restart(http, control.gluetun or CONTROL, control.login.headers())
+
+    return Remedies(
+        Wants(
+            hook=bool(settings.hook),
+            restart=settings.gluetun_restart,
+            clients=tuple(c.name for c in clients),
+            resume=settings.resume,
+            restart_after=30.0 if after is None else after,
+            pause_after=0.0 if after is None else after,
+            settled=settled if after is None else dict.fromkeys(settled, after) | {State.LEAKING: after},
+            cap=settings.cap,
+        ),
+        facts,
+        clock,
+        history.tell,
+        client_id=client_id,
+        hook=run_hook if settings.hook else None,
+        restart=restart,
+        clients=tuple(clients),
+        dry_run=settings.dry_run,
+    )

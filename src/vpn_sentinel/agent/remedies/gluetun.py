@@ -1,0 +1,43 @@
+"""gluetun's VPN, stopped and started again through its control server (its documentation: PUT /v1/vpn/status)."""
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable, Mapping
+from http import HTTPStatus
+from typing import Final
+
+from vpn_sentinel.agent.http import Client, HttpError
+from vpn_sentinel.agent.introspect.gluetun import STATUS
+from vpn_sentinel.agent.remedies.failure import RemedyError
+
+_LIMIT: Final = 15.0  # seconds: it answers when OpenVPN has ended
+_PAUSE: Final = 1.0  # seconds between the two
+
+
+async def restart(
+    http: Client,
+    url: str,
+    headers: Mapping[str, str],
+    sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+) -> str:
+    """Stop and start the VPN; what runs in its network namespace keeps it. Raises RemedyError."""
+    await _put(http, url, headers, "stopped")
+    await sleep(_PAUSE)
+    await _put(http, url, headers, "running")
+    return "the VPN was stopped and started"
+
+
+async def _put(http: Client, url: str, headers: Mapping[str, str], status: str) -> None:
+    body = json.dumps({"status": status}).encode()
+    more = {"Content-Type": "application/json", **headers}
+    try:
+        answer = await http.send("PUT", url + STATUS, body=body, headers=more, limit=_LIMIT)
+    except HttpError as e:
+        raise RemedyError(f"gluetun: {e}") from e
+    match answer.status:
+        case HTTPStatus.OK:
+            return
+        case HTTPStatus.UNAUTHORIZED | HTTPStatus.FORBIDDEN:
+            raise RemedyError("gluetun refuses: its role needs the route PUT /v1/vpn/status")
+        case other:
+            raise RemedyError(f"gluetun answered with status {other}")

@@ -1,0 +1,103 @@
+"""A command of the owner's, run when the state changes: JSON on its standard input, a time limit, no shell."""
+
+import asyncio
+import contextlib
+import os
+import signal
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Final
+
+from vpn_sentinel.agent.remedies.failure import RemedyError
+
+KEPT: Final = 4096  # bytes of its output that are kept for the log
+_LATE: Final = 0.5  # seconds for output that is still in the pipe when the command has ended
+_PRIVATE: Final = ("VPN_SENTINEL_", "TELEGRAM_")
+
+
+def clean(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment without our own settings, which hold keys, tokens and passwords."""
+    return {name: value for name, value in environment.items() if not name.startswith(_PRIVATE)}
+
+
+async def run_hook(command: Sequence[str], document: bytes, environment: Mapping[str, str], limit: float) -> str:
+    """Run `command` in a process group of its own with `document` as input; returns the beginning of its output.
+
+    After `limit` seconds the whole group is killed; what a command that ends in time leaves running, is left alone.
+    Raises RemedyError.
+    """
+    output = bytearray()
+    async with _pipe() as (reader, write_end):
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *command,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=write_end,
+                stderr=asyncio.subprocess.STDOUT,
+                env=dict(environment),
+                cwd="/",
+                start_new_session=True,
+            )
+        except (OSError, ValueError) as e:
+            raise RemedyError(f"cannot be started: {getattr(e, 'strerror', None) or e}") from e
+        finally:
+            os.close(write_end)
+        try:
+            async with asyncio.timeout(limit), asyncio.TaskGroup() as group:
+                reading = group.create_task(_drain(reader, output))
+                feeding = group.create_task(_feed(process.stdin, document))
+                await process.wait()
+                await asyncio.wait([reading], timeout=_LATE)
+                reading.cancel()
+                feeding.cancel()
+        except TimeoutError as e:
+            raise RemedyError(f"took longer than {limit:g} s and was killed{_said(output)}") from e
+        finally:
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                await process.wait()
+    if process.returncode != 0:
+        raise RemedyError(f"ended with status {process.returncode}{_said(output)}")
+    return _text(output)
+
+
+@contextlib.asynccontextmanager
+async def _pipe() -> AsyncIterator[tuple[asyncio.StreamReader, int]]:
+    """A pipe for output: not asyncio's own, so that it can be closed while somebody else still holds its other end."""
+    read_end, write_end = os.pipe()
+    reader = asyncio.StreamReader()
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(read_end, "rb", buffering=0)
+    )
+    try:
+        yield reader, write_end
+    finally:
+        transport.close()
+
+
+async def _drain(stream: asyncio.StreamReader, output: bytearray) -> None:
+    """Read to the end, so that the command never blocks on a full pipe, and keep the beginning."""
+    while piece := await stream.read(8192):
+        output += piece[: max(0, KEPT - len(output))]
+
+
+async def _feed(stream: asyncio.StreamWriter | None, document: bytes) -> None:
+    if stream is None:
+        return
+    try:
+        # A command need not read its input.
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            stream.write(document)
+            await stream.drain()
+    finally:
+        stream.close()
+
+
+def _said(output: bytearray) -> str:
+    text = _text(output)
+    return f": {text.splitlines()[-1][:120]}" if text else ""
+
+
+def _text(output: bytearray) -> str:
+    kept = output.decode("utf-8", "replace").strip()
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in kept)

@@ -1,0 +1,110 @@
+"""qBittorrent's Web API, version 2: pause all, resume those that were running.
+
+Version 5 of the program calls it stop and start, version 4 pause and resume; the other one's route is a 404.
+"""
+
+import json
+import logging
+from http import HTTPStatus
+from typing import Any, Final
+from urllib.parse import urlencode
+
+from vpn_sentinel.agent.http import Client, HttpError, Response, split
+from vpn_sentinel.agent.remedies.failure import RemedyError
+from vpn_sentinel.agent.remedies.torrents import LIMIT, MOST
+from vpn_sentinel.runtime.secret import Secret
+
+log = logging.getLogger(__name__)
+
+_PAGE: Final = 200  # torrents of one answer
+_PAGES: Final = 50
+_AT_ONCE: Final = 200  # hashes of one request
+# States of a torrent that does nothing: of version 5 and of version 4, and of one that cannot run.
+_AT_REST: Final = frozenset({"stoppedDL", "stoppedUP", "pausedDL", "pausedUP", "error", "missingFiles"})
+
+
+class QBittorrent:
+    """`user` may be empty where the program trusts this address (its setting for localhost)."""
+
+    name = "qbittorrent"
+
+    def __init__(self, http: Client, url: str, user: str, password: Secret) -> None:
+        self._http = http
+        self._url = url
+        self._user = user
+        self._password = password
+
+    async def pause(self) -> tuple[str, ...]:
+        cookie = await self._login()
+        running: tuple[str, ...] = ()
+        try:
+            running = await self._running(cookie)
+        except RemedyError as e:  # to stop is what matters; who ran is only needed to resume
+            log.warning("which torrents run could not be read; none will be resumed", extra={"reason": e})
+        await self._act(cookie, ("stop", "pause"), "all")
+        return running
+
+    async def resume(self, hashes: tuple[str, ...]) -> None:
+        cookie = await self._login()
+        for first in range(0, len(hashes), _AT_ONCE):
+            await self._act(cookie, ("start", "resume"), "|".join(hashes[first : first + _AT_ONCE]))
+
+    async def _login(self) -> str:
+        """The session's cookie, empty where none is needed."""
+        if not self._user:
+            return ""
+        body = {"username": self._user, "password": self._password.reveal()}
+        answer = await self._ask("POST", "/api/v2/auth/login", body, "")
+        said = answer.body.strip()
+        if answer.status not in (HTTPStatus.OK, HTTPStatus.NO_CONTENT) or said == b"Fails.":
+            raise RemedyError("qBittorrent refuses user or password")
+        return answer.headers.get("set-cookie", "").partition(";")[0]
+
+    async def _running(self, cookie: str) -> tuple[str, ...]:
+        found: list[str] = []
+        for page in range(_PAGES):
+            answer = await self._ask("GET", f"/api/v2/torrents/info?limit={_PAGE}&offset={page * _PAGE}", {}, cookie)
+            if answer.status != HTTPStatus.OK:
+                raise RemedyError(_refusal(answer))
+            torrents = _list_of(answer.body)
+            found += [t["hash"] for t in torrents if t.get("state") not in _AT_REST and isinstance(t.get("hash"), str)]
+            if len(torrents) < _PAGE:
+                break
+        return tuple(found)
+
+    async def _act(self, cookie: str, verbs: tuple[str, str], hashes: str) -> None:
+        for verb in verbs:
+            answer = await self._ask("POST", f"/api/v2/torrents/{verb}", {"hashes": hashes}, cookie)
+            if answer.status in (HTTPStatus.OK, HTTPStatus.NO_CONTENT):
+                return
+            if answer.status != HTTPStatus.NOT_FOUND:
+                break
+        raise RemedyError(_refusal(answer))
+
+    async def _ask(self, method: str, path: str, form: dict[str, str], cookie: str) -> Response:
+        # It compares where a request comes from with its own address, against forged requests.
+        headers = {"Referer": self._url, "Origin": self._url} | ({"Cookie": cookie} if cookie else {})
+        if form:
+            headers["Content-Type"] = "application/x-www-form-urlencoded"
+        try:
+            return await self._http.send(
+                method, self._url + path, body=urlencode(form).encode(), headers=headers, limit=LIMIT, most=MOST
+            )
+        except HttpError as e:
+            raise RemedyError(f"qBittorrent at {split(self._url).authority}: {e}") from e
+
+
+def _refusal(answer: Response) -> str:
+    if answer.status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+        return "qBittorrent wants a login: set VPN_SENTINEL_QBITTORRENT_USER and _PASSWORD"
+    return f"qBittorrent answered with status {answer.status}"
+
+
+def _list_of(body: bytes) -> list[dict[str, Any]]:
+    try:
+        found = json.loads(body)
+    except ValueError as e:
+        raise RemedyError("qBittorrent answered with something that is no JSON") from e
+    if not isinstance(found, list) or not all(isinstance(t, dict) for t in found):
+        raise RemedyError("qBittorrent answered with something that is no list of torrents")
+    return found

@@ -1,0 +1,143 @@
+"""Doing what the plan says is due: each remedy in a task of its own, one run of the same at a time."""
+
+import asyncio
+import json
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import UTC, datetime
+from typing import Final, Protocol
+
+from vpn_sentinel.agent.remedies.failure import RemedyError
+from vpn_sentinel.agent.remedies.plan import Memory, Plan, Step, Wants
+from vpn_sentinel.agent.remedies.torrents import TorrentClient
+from vpn_sentinel.domain.observation import Observation, Outcome
+from vpn_sentinel.domain.verdict import Verdict
+from vpn_sentinel.runtime.clock import Clock
+
+log = logging.getLogger(__name__)
+
+_MEMORY: Final = "remedies"
+Tell = Callable[[str, Outcome, str], None]
+Hook = Callable[[bytes], Awaitable[str]]
+Restart = Callable[[], Awaitable[str]]
+
+
+class Facts(Protocol):
+    """The part of the spool that remembers."""
+
+    def fact(self, name: str) -> str | None: ...
+
+    def keep(self, name: str, value: str) -> None: ...
+
+
+class Remedies:
+    """`saw` takes every round's verdict; `run` does what is due until it is cancelled."""
+
+    def __init__(
+        self,
+        wants: Wants,
+        facts: Facts,
+        clock: Clock,
+        tell: Tell,
+        *,
+        client_id: str,
+        hook: Hook | None = None,
+        restart: Restart | None = None,
+        clients: tuple[TorrentClient, ...] = (),
+        dry_run: bool = False,
+    ) -> None:
+        self._plan = Plan(wants, Memory.from_text(facts.fact(_MEMORY)))
+        self._facts = facts
+        self._clock = clock
+        self._tell = tell
+        self._client_id = client_id
+        self._hook = hook
+        self._restart = restart
+        self._clients: Mapping[str, TorrentClient] = {c.name: c for c in clients}
+        self._dry_run = dry_run
+        self._due: asyncio.Queue[tuple[Step, bytes]] = asyncio.Queue()
+        self._busy: set[str] = set()
+
+    def saw(self, seen: Observation, verdict: Verdict) -> None:
+        """Take in a round. What is due begins in the background."""
+        told = self._plan.memory.told
+        for step in self._plan.due(verdict, self._clock.boottime(), self._clock.wall()):
+            if step.name in self._busy:
+                continue
+            if step.held is not None:
+                log.warning("a remedy is held back", extra={"remedy": step.name, "reason": step.held})
+                self._tell(step.name, Outcome.HELD, step.held)
+                continue
+            self._busy.add(step.name)
+            self._plan.tried(step, self._clock.wall())
+            self._due.put_nowait((step, document(seen, verdict, told, self._client_id, self._clock.wall())))
+        self._remember()
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            while True:
+                step, text = await self._due.get()
+                group.create_task(self._do(step, text))
+
+    async def _do(self, step: Step, text: bytes) -> None:
+        outcome, detail = Outcome.DONE, ""
+        try:
+            if self._dry_run:
+                outcome, detail = Outcome.DRY_RUN, "would have been done"
+            else:
+                detail = await self._call(step, text)
+        except RemedyError as e:
+            outcome, detail = Outcome.FAILED, str(e)
+        finally:
+            self._busy.discard(step.name)
+        level = logging.WARNING if outcome is Outcome.FAILED else logging.INFO
+        log.log(level, "remedy", extra={"remedy": step.name, "outcome": outcome, "detail": detail})
+        self._plan.ended(step, well=outcome is not Outcome.FAILED, dry=outcome is Outcome.DRY_RUN)
+        self._remember()
+        self._tell(step.name, outcome, detail)
+
+    async def _call(self, step: Step, text: bytes) -> str:
+        """Raises RemedyError."""
+        if step.name == "hook" and self._hook is not None:
+            return await self._hook(text)
+        if step.name == "gluetun_restart" and self._restart is not None:
+            return await self._restart()
+        client = self._clients.get(step.client)
+        if client is None:
+            raise RemedyError("is not configured any more")
+        if step.name.endswith("_pause"):
+            running = await client.pause()
+            self._facts.keep(_running_fact(client), json.dumps(running))
+            return f"{len(running)} torrents were running and are paused"
+        running = tuple(str(h) for h in json.loads(self._facts.fact(_running_fact(client)) or "[]"))
+        await client.resume(running)
+        self._facts.keep(_running_fact(client), "[]")
+        return f"{len(running)} torrents run again"
+
+    def _remember(self) -> None:
+        self._facts.keep(_MEMORY, self._plan.memory.to_text())
+
+
+def document(seen: Observation, verdict: Verdict, before: str | None, client_id: str, wall: float) -> bytes:
+    """What a command gets on its standard input: one JSON object. What is not known is null."""
+    exits = {f"ipv{family}": str(seen.exit(family)) if seen.exit(family) else None for family in (4, 6)}
+    link = seen.link
+    return json.dumps(
+        {
+            "client_id": client_id,
+            "at": datetime.fromtimestamp(wall, UTC).isoformat(timespec="milliseconds"),
+            "state": verdict.state,
+            "previous": before,
+            "findings": [
+                {"code": f.code, "severity": f.severity, "message": f.message, "evidence": dict(f.evidence)}
+                for f in verdict.findings
+            ],
+            "exit": exits,
+            "tunnel": {"interface": link.name, "present": link.present, "up": link.up} if link else None,
+            "contained": seen.contained,
+        }
+    ).encode()
+
+
+def _running_fact(client: TorrentClient) -> str:
+    return f"remedies.{client.name}"

@@ -1,0 +1,70 @@
+"""What the agent may do about a leak or a dead tunnel: read once, all of it off unless somebody asks for it."""
+
+import shlex
+from dataclasses import dataclass
+from typing import Final
+
+from vpn_sentinel.agent.containment.containment import Mode
+from vpn_sentinel.runtime import settings as s
+from vpn_sentinel.runtime.secret import Secret
+from vpn_sentinel.runtime.settings import SettingError, Source
+
+_NONE: Final[tuple[str, ...]] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReactionSettings:
+    """`hook` is a command and its arguments. `after` is seconds, None for each remedy's own; `cap` is times an hour."""
+
+    contain: Mode
+    hook: tuple[str, ...]
+    hook_timeout: float
+    gluetun_restart: bool
+    qbittorrent_url: str | None
+    qbittorrent_user: str
+    qbittorrent_password: Secret
+    transmission_url: str | None
+    transmission_user: str
+    transmission_password: Secret
+    resume: bool
+    after: float | None
+    cap: int
+    dry_run: bool
+
+    @classmethod
+    def read(cls, source: Source) -> "ReactionSettings":
+        """Raises SettingError naming the setting that cannot be used."""
+        url = source.get("QBITTORRENT_URL", s.url, None)
+        user = source.get("QBITTORRENT_USER", s.text, "")
+        password = source.get("QBITTORRENT_PASSWORD", s.secret, Secret(""))
+        if bool(user) is not bool(password):
+            raise SettingError("VPN_SENTINEL_QBITTORRENT_USER", "takes VPN_SENTINEL_QBITTORRENT_PASSWORD beside it")
+        return cls(
+            contain=source.get("CONTAIN", _mode, Mode.OFF),
+            hook=source.get("HOOK", _command, _NONE),
+            hook_timeout=source.get("HOOK_TIMEOUT", s.number(1, 300, "seconds"), 10.0),
+            gluetun_restart=source.get("REMEDY_GLUETUN_RESTART", s.boolean, False),
+            qbittorrent_url=url,
+            qbittorrent_user=user,
+            qbittorrent_password=password,
+            transmission_url=source.get("TRANSMISSION_URL", s.url, None),
+            transmission_user=source.get("TRANSMISSION_USER", s.text, ""),
+            transmission_password=source.get("TRANSMISSION_PASSWORD", s.secret, Secret("")),
+            resume=source.get("REMEDY_RESUME", s.boolean, False),
+            after=source.get("REMEDY_AFTER", s.number(0, 3600, "seconds"), None),
+            cap=source.get("REMEDY_CAP", s.integer(1, 60), 3),
+            dry_run=source.get("REMEDY_DRY_RUN", s.boolean, False),
+        )
+
+
+def _mode(value: str) -> Mode:
+    return Mode(s.one_of(*Mode)(value))
+
+
+def _command(value: str) -> tuple[str, ...]:
+    """A command line taken apart as a shell would, without a shell. Raises ValueError."""
+    found = tuple(shlex.split(value))
+    if not found or not found[0].startswith("/"):
+        msg = "takes a command with its whole path, such as /usr/local/bin/on-change --quiet"
+        raise ValueError(msg)
+    return found

@@ -1,0 +1,40 @@
+"""`vpn-sentinel release`: open what an agent's containment closed in this network namespace."""
+
+import argparse
+import asyncio
+from typing import Any
+
+from vpn_sentinel.cli.process import report
+from vpn_sentinel.runtime.unusable import Unusable
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser("release", help="open what containment closed in this network namespace")
+    parser.set_defaults(func=run)
+
+
+def run(_: argparse.Namespace) -> int:
+    """Raises Unusable when the rules cannot be seen or removed."""
+    from vpn_sentinel.agent.containment.containment import why_not
+    from vpn_sentinel.agent.containment.nft import Nftables
+    from vpn_sentinel.agent.containment.rules import TABLE, removal
+    from vpn_sentinel.agent.containment.seat import Seat
+    from vpn_sentinel.agent.containment.table import owner_of
+
+    seat = Seat()
+    try:
+        owner = owner_of(TABLE)
+        if owner is None:
+            report("Nothing is closed here.")
+            return 0
+        # Nobody needs to be told when no agent runs: whoever starts finds no rules.
+        alone = seat.take()
+        asyncio.run(Nftables()(removal(leave_word=None if alone else owner)))
+    except OSError as e:
+        raise Unusable(f"the containment could not be removed: {why_not(e)}") from e
+    finally:
+        seat.leave()
+    name = owner.rpartition("/")[0] or "an agent without a name"
+    after = "No agent runs here." if alone else "The agent that runs here closes again only on a new leak."
+    report(f"Open: the rules of {name} are removed. {after}")
+    return 0

@@ -1,0 +1,89 @@
+"""Commands of the owner's, with real processes."""
+
+import asyncio
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from vpn_sentinel.agent.remedies.failure import RemedyError
+from vpn_sentinel.agent.remedies.hook import KEPT, clean, run_hook
+
+ENV = {"PATH": "/usr/bin:/bin"}
+
+
+def python(code: str) -> list[str]:
+    return [sys.executable, "-c", code]
+
+
+async def test_it_gets_json_and_its_output_comes_back() -> None:
+    code = "import json, sys; print(json.load(sys.stdin)['state'])"
+    assert await run_hook(python(code), json.dumps({"state": "leaking"}).encode(), ENV, 5) == "leaking"
+
+
+async def test_one_that_reads_nothing_is_no_trouble() -> None:
+    assert await run_hook(["/bin/true"], b"x" * 1_000_000, ENV, 5) == ""
+
+
+async def test_a_failure_names_the_status_and_the_last_words() -> None:
+    code = "import sys; print('one', flush=True); print('no such client', file=sys.stderr); sys.exit(3)"
+    with pytest.raises(RemedyError, match="status 3: no such client"):
+        await run_hook(python(code), b"{}", ENV, 5)
+
+
+@pytest.mark.parametrize("command", ["/no/such/program", "/etc/passwd"])
+async def test_what_cannot_be_started_says_so(command: str) -> None:
+    with pytest.raises(RemedyError, match="cannot be started"):
+        await run_hook([command], b"{}", ENV, 5)
+
+
+async def test_much_output_is_read_and_little_is_kept() -> None:
+    code = "import sys; sys.stdout.write('x' * 5_000_000)"
+    assert await run_hook(python(code), b"{}", ENV, 20) == "x" * KEPT
+
+
+async def test_control_characters_do_not_reach_the_log() -> None:
+    assert await run_hook(python(r"print('a\x1b[31mb')"), b"{}", ENV, 5) == "a?[31mb"
+
+
+async def test_after_its_time_the_whole_group_is_killed(tmp_path: Path) -> None:
+    pids = tmp_path / "pids"
+    code = f"""
+import os, subprocess, time
+child = subprocess.Popen(["sleep", "60"])
+open({str(pids)!r}, "w").write(f"{{os.getpid()}} {{child.pid}}")
+time.sleep(60)
+"""
+    with pytest.raises(RemedyError, match="longer than 1 s and was killed"):
+        await run_hook(python(code), b"{}", ENV, 1)
+    end = time.monotonic() + 5
+    while any(_lives(int(pid)) for pid in pids.read_text().split()):
+        assert time.monotonic() < end, "the command or its child lives"
+
+
+def _lives(pid: int) -> bool:
+    """Running: one that waits to be reaped by somebody else is dead."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+async def test_what_it_leaves_running_in_time_does_not_hold_us_up() -> None:
+    code = "import subprocess; p = subprocess.Popen(['sleep', '30']); print(p.pid)"
+    async with asyncio.timeout(5):
+        pid = int(await run_hook(python(code), b"{}", ENV, 4))
+    assert _lives(pid)
+    os.kill(pid, 9)
+
+
+async def test_its_environment_holds_none_of_our_settings() -> None:
+    ours = {"VPN_SENTINEL_API_KEY": "k", "VPN_SENTINEL_QBITTORRENT_PASSWORD": "p", "TELEGRAM_BOT_TOKEN": "t"}
+    environment = clean({**ENV, **ours, "HOME": "/root"})
+    said = await run_hook(python("import os; print(sorted(os.environ))"), b"{}", environment, 5)
+    assert "HOME" in said
+    assert "SENTINEL" not in said
+    assert "TELEGRAM" not in said
