@@ -108,7 +108,7 @@ class Stand:
             f"{self.name} to be {state}; it is {json.dumps(self.status(), default=str)[:600]}",
             interval=0.1,
         )
-        return dict(found)
+        return dict(found or {})
 
     def history(self) -> list[dict[str, Any]]:
         """Transitions, oldest first: at, old, new, findings."""
@@ -135,9 +135,8 @@ class Stand:
             return next((m for m in self.messages()[after:] if word.lower() in m["plain"].lower()), None)
 
         told = [m["plain"][:80] for m in self.messages()[after:]]
-        return dict(
-            until(found, limit, f"a message to {self.name} with {word!r}; there are {told}", interval=0.05) or {}
-        )
+        message = until(found, limit, f"a message to {self.name} with {word!r}; there are {told}", interval=0.05)
+        return dict(message or {})
 
     def quiet(self, after: int, seconds: float) -> None:
         """Nothing more is told for `seconds`."""

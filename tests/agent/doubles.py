@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from ipaddress import ip_address
+from pathlib import Path
 
 from vpn_sentinel.agent.netlink import IFF_LOOPBACK, IFF_LOWER_UP, IFF_POINTOPOINT, IFF_UP, Interface, Route
 from vpn_sentinel.agent.probes.targets import Seen
@@ -77,9 +78,11 @@ async def udp(
         transport.close()
 
 
-@asynccontextmanager
-async def tcp(talk: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]) -> AsyncIterator[int]:
-    """A TCP server; at the end every one of its connections is over too."""
+Talk = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+def _tracked(talk: Talk) -> tuple[Talk, set[asyncio.Task[None]]]:
+    """`talk` as a server wants it, and the conversations that are going on."""
     open_: set[asyncio.Task[None]] = set()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -92,6 +95,26 @@ async def tcp(talk: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Await
         with suppress(OSError):
             await writer.wait_closed()
 
+    return serve, open_
+
+
+@asynccontextmanager
+async def unix(path: Path, talk: Talk) -> AsyncIterator[None]:
+    """A server on a UNIX socket; at the end every one of its connections is over too."""
+    serve, open_ = _tracked(talk)
+    server = await asyncio.start_unix_server(serve, path)
+    try:
+        yield
+    finally:
+        server.close()
+        await asyncio.gather(*open_)
+        await server.wait_closed()
+
+
+@asynccontextmanager
+async def tcp(talk: Talk) -> AsyncIterator[int]:
+    """A TCP server; at the end every one of its connections is over too."""
+    serve, open_ = _tracked(talk)
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     try:
         yield server.sockets[0].getsockname()[1]

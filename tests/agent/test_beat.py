@@ -1,13 +1,10 @@
-import asyncio
-from contextlib import suppress
 from ipaddress import ip_address
 
 import pytest
 
-from tests.agent.doubles import Loopback, udp
-from tests.conftest import until
+from tests.agent.doubles import Loopback
 from vpn_sentinel.agent.probes.targets import CLOUDFLARE
-from vpn_sentinel.agent.sensors.beat import Beat, Rhythm, choose
+from vpn_sentinel.agent.sensors.beat import Beats, choose
 from vpn_sentinel.domain.observation import Answer, Canary, Observation, Probe, Trigger
 
 
@@ -32,13 +29,13 @@ BEATS = {
 
 
 @pytest.mark.parametrize(("beats", "rings"), BEATS.values(), ids=BEATS.keys())
-def test_rhythm(beats: list[Canary], rings: list[bool]) -> None:
-    rhythm = Rhythm()
+def test_beats(beats: list[Canary], rings: list[bool]) -> None:
+    rhythm = Beats()
     assert [rhythm.beat(b) for b in beats] == rings
 
 
 def test_after_one_lost_the_next_does_not_wait() -> None:
-    rhythm = Rhythm()
+    rhythm = Beats()
     rhythm.beat(LOST)
     assert rhythm.in_doubt
     rhythm.beat(LOST)
@@ -46,18 +43,20 @@ def test_after_one_lost_the_next_does_not_wait() -> None:
 
 
 def test_what_a_round_saw_is_no_news() -> None:
-    rhythm = Rhythm()
+    rhythm = Beats()
     rhythm.beat(EXIT)
     rhythm.start_from([HOME, LOST])
     assert not rhythm.beat(HOME)
 
 
 ECHO = Loopback("echo", 1)
+OTHER = canary("203.0.113.4", target="cloudflare")
 WHOM = {
-    "nothing seen yet": (None, "cloudflare"),
+    "nothing seen yet": (None, "echo"),
+    "the echo was not asked yet": ((OTHER,), "echo"),
     "the echo answers": ((EXIT,), "echo"),
-    "the server is down": ((LOST, canary("203.0.113.4", target="cloudflare")), "cloudflare"),
-    "nothing answers": ((LOST,), "cloudflare"),
+    "the server is down": ((LOST, OTHER), "cloudflare"),
+    "nothing answers": ((LOST,), "echo"),
 }
 
 
@@ -68,21 +67,6 @@ def test_whom_to_ask(seen: tuple[Canary, ...] | None, name: str) -> None:
     assert choose([], None) is CLOUDFLARE[0]
 
 
-async def test_a_tunnel_that_dies_without_a_word_rings() -> None:
-    rang = []
-    answer: list[bytes | None] = [b"203.0.113.4"]
-    async with udp(lambda _: answer[0]) as (port, served):
-        beat = Beat(0.02, echoes=lambda: [Loopback("echo", port)], ring=lambda: rang.append(1))
-        beat.saw(Observation(trigger=Trigger.START, canaries=(EXIT,)))
-        task = asyncio.get_running_loop().create_task(beat.run())
-        try:
-            await until(lambda: len(served.got) > 3)
-            assert not rang
-            answer[0] = b"198.51.100.7"
-            await until(lambda: rang)
-            answer[0] = None
-            await until(lambda: len(rang) == 2)
-        finally:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+def test_a_way_that_leaves_beside_the_tunnel_on_purpose_is_not_asked() -> None:
+    seen = Observation(trigger=Trigger.TIMER, canaries=(EXIT, OTHER))
+    assert choose([ECHO], seen, fits=lambda _: False) is CLOUDFLARE[0]

@@ -432,3 +432,41 @@ async def test_a_name_that_is_not_found_is_said(spool: Spool, caplog: pytest.Log
 def test_a_fact_that_is_no_list_is_an_empty_one() -> None:
     assert read_list('["a", 1, "b"]') == ["a", "b"]
     assert read_list(None) == read_list("{") == read_list("{}") == []
+
+
+async def test_bad_news_that_gets_no_answer_goes_the_other_way(spool: Spool) -> None:
+    first, second = Server(), Server()
+    async with first.listening() as one, second.listening() as two, carrying(spool, one, two) as courier:
+        fill(spool, 1)
+        courier.wake()
+        await until(lambda: first.stored == [1])
+        first.silent = True  # as behind a tunnel that died: the connection stands, nothing comes back
+        fill(spool, 1)
+        courier.hurry()
+        began = SystemClock().boottime()
+        await until(lambda: spool.pending == 0)
+        assert second.stored == [2]
+        assert SystemClock().boottime() - began < 1.5
+
+
+async def test_bad_news_waits_where_there_is_no_other_way(spool: Spool) -> None:
+    server = Server()
+    async with server.listening() as url, carrying(spool, url, patience=30.0) as courier:
+        fill(spool, 1)
+        courier.wake()
+        await until(lambda: server.stored == [1])
+        server.silent = True
+        fill(spool, 1)
+        courier.hurry()
+        await until(lambda: len(server.open) == 1)
+        await asyncio.sleep(1.0)
+        assert len(server.hellos) == 1  # the same connection still
+
+
+async def test_a_way_that_is_merely_slow_is_come_back_to(spool: Spool, free_port: int) -> None:
+    server = Server()
+    async with server.listening() as url, carrying(spool, f"http://127.0.0.1:{free_port}", url) as courier:
+        fill(spool, 2)
+        courier.hurry()
+        await until(lambda: server.stored == [1, 2])
+        assert spool.pending == 0

@@ -11,6 +11,8 @@ from vpn_sentinel.agent.probes import dns, dnswire
 from vpn_sentinel.agent.probes.dns import Nameserver
 from vpn_sentinel.agent.probes.dnswire import Reply
 from vpn_sentinel.domain.observation import Answer, Path
+from vpn_sentinel.wire import canary
+from vpn_sentinel.wire.messages import Echo
 
 HERE = ip_address("127.0.0.1")
 NOWHERE = Paths(None, Survey())
@@ -83,7 +85,7 @@ def whoami(data: bytes) -> bytes:
 
 async def test_a_resolver_shows_its_egress() -> None:
     async with udp(whoami) as (port, _):
-        seen = await dns.resolvers(NOWHERE, [Nameserver(HERE, port=port)])
+        seen = (await dns.resolvers(NOWHERE, [Nameserver(HERE, port=port)])).sightings
     assert {s.method for s in seen} == {"google", "akahelp", "akamai"}
     assert {str(s.egress) for s in seen} == {"192.0.2.7"}
     assert {s.answer for s in seen} == {Answer.ANSWERED}
@@ -92,19 +94,19 @@ async def test_a_resolver_shows_its_egress() -> None:
 
 async def test_one_that_tells_who_asked_proves_the_path() -> None:
     async with udp(lambda data: answer(data, text(b"203.0.113.4"))) as (port, _):
-        seen = await dns.resolvers(NOWHERE, [Nameserver(HERE, port=port)])
+        seen = (await dns.resolvers(NOWHERE, [Nameserver(HERE, port=port)])).sightings
     assert [str(s.client) for s in seen if s.method == "path"] == ["203.0.113.4"]
 
 
 async def test_one_that_can_look_nothing_up_is_out_of_reach() -> None:
     async with udp(lambda data: answer(data, flags=0x8182)) as (port, _):
-        seen = await dns.resolvers(NOWHERE, [Nameserver(HERE, port=port)])
+        seen = (await dns.resolvers(NOWHERE, [Nameserver(HERE, port=port)])).sightings
     assert {s.answer for s in seen} == {Answer.UNREACHABLE}
 
 
 async def test_one_that_refuses_is_there_and_tells_nothing() -> None:
     async with udp(lambda data: answer(data, flags=0x8185)) as (port, _):
-        seen = await dns.resolvers(NOWHERE, [Nameserver(HERE, port=port)])
+        seen = (await dns.resolvers(NOWHERE, [Nameserver(HERE, port=port)])).sightings
     assert {(s.answer, s.egress) for s in seen} == {(Answer.ANSWERED, None)}
 
 
@@ -131,3 +133,87 @@ async def test_something_that_answers_where_nobody_serves_is_noticed() -> None:
 def test_a_zone_stays_at_home() -> None:
     assert str(dns.plain(ip_address("fe80::1%eth0"))) == "fe80::1"
     assert dns.plain(HERE) == HERE
+
+
+# --- with a zone of our own -----------------------------------------------------------------------------------------
+
+ZONE = dns.CanaryZone("canary.example.org", b"identity", bytes(32))
+
+
+def delegated(data: bytes, *, key: bytes = ZONE.key, egress: str = "192.0.2.9") -> bytes:
+    """A resolver that passes canaries on to a server whose agents' keys are `key`."""
+    if ZONE.name.split(".")[0].encode() not in data or b"nx-" in data:
+        return answer(data, flags=0x8183)
+    nonce = bytes.fromhex(data[13 : 13 + canary.LABEL].decode())[canary.ID : canary.ID + canary.NONCE]
+    return answer(data, text(*(s.encode() for s in canary.answer(ip_address(egress), nonce, key))))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_with_a_zone_it_is_asked_first_and_strangers_remain(count: int) -> None:
+    plan = dns.plan((Nameserver(ip_address(f"10.0.0.{i}")) for i in range(count)), ZONE)
+    assert 5 <= len(plan) <= 10
+    assert plan[0][1].name == "canary"
+    assert len({method.name for _, method in plan}) >= 2
+    own = [method.domain for _, method in plan if method.name == "canary"]
+    assert len(set(own)) == len(own) >= count  # random names: no cache answers
+
+
+async def test_our_own_server_tells_the_egress() -> None:
+    async with udp(delegated) as (port, _):
+        seen = await dns.resolvers(NOWHERE, [Nameserver(HERE, port=port)], ZONE)
+    assert {str(s.egress) for s in seen.sightings if s.method == "canary"} == {"192.0.2.9"}
+    assert not seen.forged
+
+
+async def test_an_answer_in_its_name_is_forged_and_tells_nothing() -> None:
+    async with udp(lambda data: delegated(data, key=b"x" * 32)) as (port, _):
+        seen = await dns.resolvers(NOWHERE, [Nameserver(HERE, port=port)], ZONE)
+    assert {(s.answer, s.egress) for s in seen.sightings if s.method == "canary"} == {(Answer.ANSWERED, None)}
+    assert seen.forged
+
+
+async def test_a_zone_that_does_not_exist_is_no_forgery() -> None:
+    async with udp(lambda data: answer(data, flags=0x8183)) as (port, _):
+        seen = await dns.resolvers(NOWHERE, [Nameserver(HERE, port=port)], ZONE)
+    assert not seen.forged
+    assert {s.egress for s in seen.sightings} == {None}
+
+
+async def test_when_our_own_server_is_down_the_nameserver_is_not() -> None:
+    def resolver(data: bytes) -> bytes:
+        return answer(data, flags=0x8182) if b"canary" in data else whoami(data)
+
+    async with udp(resolver) as (port, _):
+        seen = await dns.resolvers(NOWHERE, [Nameserver(HERE, port=port)], ZONE)
+    assert {s.answer for s in seen.sightings} == {Answer.ANSWERED}
+    assert "canary" not in {s.method for s in seen.sightings}
+
+
+@pytest.mark.parametrize("zone", [ZONE, None])
+async def test_an_address_for_a_name_that_cannot_exist_is_rewriting(zone: dns.CanaryZone | None) -> None:
+    async with udp(lambda data: answer(data, record(dnswire.A, bytes([203, 0, 113, 80])))) as (port, _):
+        assert await dns.rewritten([Nameserver(HERE, port=port)], zone) is True
+    got: list[bytes] = []
+
+    def honest(data: bytes) -> bytes:
+        got.append(data)
+        return answer(data, flags=0x8183)
+
+    async with udp(honest) as (port, _):
+        assert await dns.rewritten([Nameserver(HERE, port=port)], zone) is False
+    assert (b"canary" in got[0]) is (zone is not None)
+    async with udp(lambda data: answer(data, flags=0x8182)) as (port, _):
+        assert await dns.rewritten([Nameserver(HERE, port=port)], zone) is None
+    assert await dns.rewritten([], zone) is None
+
+
+def test_a_welcome_tells_the_zone() -> None:
+    told = dns.ToldZone()
+    echo = Echo(port=1, id="00" * 8, key="11" * 32)
+    assert told.learn("canary.example.org", echo)
+    assert told.zone == dns.CanaryZone("canary.example.org", bytes(8), b"\x11" * 32)
+    assert "11" not in repr(told)
+    assert not told.learn("canary.example.org", echo)  # known
+    for name, of in ((None, echo), ("canary.example.org", None), ("x" * 64, echo), ("a..b", echo), ("é.org", echo)):
+        assert not told.learn(name, of)
+        assert told.zone is None

@@ -3,7 +3,7 @@
 import asyncio
 import socket
 import struct
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 
 import pytest
 from hypothesis import given
@@ -59,6 +59,17 @@ def test_an_address_is_the_local_one() -> None:
     assert parse_address(struct.pack("=BBBBi", 2, 24, 0, 0, 3)) is None
 
 
+def test_the_network_of_an_address_and_the_next_hop_of_a_route() -> None:
+    assert netlink.parse_network(address(7, "10.66.0.2")) == (7, ip_network("10.66.0.0/24"))
+    assert (
+        netlink.parse_network(struct.pack("=BBBBi", 2, 99, 0, 0, 7) + attribute(1, ip_address("10.66.0.2").packed))
+        is None
+    )
+    found = netlink.parse_route(route() + attribute(5, ip_address("10.66.0.9").packed))
+    assert found is not None
+    assert (found.gateway, found.next_hop) == (True, ip_address("10.66.0.9"))
+
+
 def test_what_is_cut_off_is_left_out() -> None:
     whole = message(16, link(1, "lo", 0))
     assert [m.kind for m in messages(whole + whole[:20])] == [16]
@@ -74,6 +85,7 @@ def test_what_is_cut_off_is_left_out() -> None:
 def test_no_bytes_break_the_parsers(data: bytes) -> None:
     parse_link(data)
     parse_address(data)
+    netlink.parse_network(data)
     netlink.parse_route(data)
     Changes().notice(data)
     Changes().notice(message(16, data) + message(20, data) + message(24, data))
@@ -83,6 +95,7 @@ def test_the_kernel_knows_the_loopback() -> None:
     kernel = Netlink()
     try:
         lo = next(i for i in kernel.interfaces() if i.name == "lo")
+        assert ip_network("127.0.0.0/8") in lo.networks
         found = kernel.route(ip_address("127.0.0.1"), port=53)
         assert found is not None
         assert (found.interface, found.kind) == (lo.index, netlink.LOCAL)

@@ -10,6 +10,7 @@ from netaddr import IPSet
 
 from tests.agent.doubles import http, reply
 from tests.conftest import ManualClock
+from vpn_sentinel.agent.geo.databases import Databases
 from vpn_sentinel.agent.http import Client
 from vpn_sentinel.agent.names import Names
 from vpn_sentinel.agent.probes import mmdb, placing
@@ -80,7 +81,7 @@ def test_texts_are_made_fit_to_keep_and_show() -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "code"), [("nl", "NL"), ("XX", None), ("T1", None), ("NLD", None), (None, None), (7, None)]
+    ("said", "code"), [("nl", "NL"), ("XX", None), ("T1", None), ("ZZ", None), ("NLD", None), (None, None), (7, None)]
 )
 def test_country_codes(said: object, code: str | None) -> None:
     assert placing.country_code(said) == code
@@ -261,15 +262,18 @@ def database(tmp_path: Path) -> Path:
 
 
 async def test_a_file_counts_as_an_opinion(database: Path, clock: ManualClock) -> None:
-    databases = mmdb.open_databases([str(database)])
+    databases = Databases(clock, files=[str(database)])
     world = World()
     async with http(world) as (port, got):
-        places = Places(CLIENT, world.services(port)[:1], clock, databases=databases)
+        places = Places(CLIENT, world.services(port)[:1], clock, look_up=databases.look_up)
         await places.gather(EXIT)
         assert paths(got) == ["/info"]
     (place, _) = places.known([EXIT])
+    databases_name = databases.opened[0].name
+    databases.close()
+    assert databases_name.startswith("maxmind:20")
     assert place == Place(
-        ip=EXIT, source="mmdb:city", country="NL", region="North Holland", city="Amsterdam",
+        ip=EXIT, source=databases_name, country="NL", region="North Holland", city="Amsterdam",
         timezone="Europe/Amsterdam",
         asn=39351, org="31173 Services AB",
     )  # fmt: skip
@@ -287,5 +291,4 @@ def test_ipinfos_own_layout_is_read() -> None:
 def test_a_file_that_is_no_database_is_named(tmp_path: Path) -> None:
     (tmp_path / "x.mmdb").write_text("nothing")
     with pytest.raises(ValueError, match=r"x\.mmdb"):
-        mmdb.open_databases([str(tmp_path / "x.mmdb")])
-    assert mmdb.open_databases([]) == ()
+        mmdb.open_file(tmp_path / "x.mmdb")

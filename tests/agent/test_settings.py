@@ -36,6 +36,7 @@ def test_all_of_it(tmp_path: Path) -> None:
         URL="https://a.example, http://192.168.1.5:5000", API_PATH="x/", CLIENT_ID="nl-1", INTERVAL="300", TIMEOUT="7",
         GEOLOCATION_SERVICE="ipwho.is", TLS_CERT_PATH=str(tmp_path / "ca"), HOME_NETWORKS="198.51.100.7,2001:db8::/32",
         EXPECTED_COUNTRIES="nl,de", ALLOWED_RESOLVERS="10.0.0.1", TUNNEL_INTERFACE="tun0", PULSE_SECONDS="5",
+        ALLOWED_OUTSIDE="192.0.2.0/24", TUNNEL_ENDPOINTS="198.51.100.7:51820, [2001:db8::7]:443/tcp",
         GEO_DB=f"{tmp_path / 'ca'}", DATA_DIR=str(tmp_path), HEALTH_HOST="0.0.0.0", DEBUG="true",
     )  # fmt: skip
     assert settings.urls == ("https://a.example", "http://192.168.1.5:5000")
@@ -43,6 +44,8 @@ def test_all_of_it(tmp_path: Path) -> None:
     assert settings.probes.ca_file == str(tmp_path / "ca")
     assert settings.probes.policy.expected_countries == ("NL", "DE")
     assert [str(n) for n in settings.probes.policy.home_networks] == ["198.51.100.7/32", "2001:db8::/32"]
+    assert [str(n) for n in settings.probes.policy.allowed_outside] == ["192.0.2.0/24"]
+    assert [str(e) for e in settings.probes.tunnel_endpoints] == ["198.51.100.7:51820/udp", "[2001:db8::7]:443/tcp"]
     assert settings.probes.databases == (str(tmp_path / "ca"),)
 
 
@@ -55,6 +58,8 @@ BAD = {
     "HOME_NETWORKS": ["home"],
     "EXPECTED_COUNTRIES": ["Netherlands"],
     "TUNNEL_INTERFACE": ["a/b", "x" * 16],
+    "TUNNEL_ENDPOINTS": ["vpn.example:1194", "198.51.100.7", "198.51.100.7:1194/sctp"],
+    "ALLOWED_OUTSIDE": ["everything"],
     "HEALTH_HOST": ["localhost"],
     "HEALTH_PORT": ["0", "x"],
     "PULSE_SECONDS": ["0"],

@@ -26,6 +26,7 @@ from vpn_sentinel.server.store.schema import observations, outbox, transitions, 
 KEY = "durability-key-0123456789"
 HOME = "91.10.11.20"
 EXIT = "185.65.134.10"
+ENOUGH = 100  # reports, for the counts to say something
 SENDERS = 8
 # Between two reports of one sender, in seconds: each owes a delivery, and these go out one after the other.
 PAUSE = 0.1
@@ -174,6 +175,7 @@ async def killed_again_and_again(url: str, folder: Path, kills: int) -> None:
         server.kill()
         server.start()
     wait_until(lambda: server_answers(ports[0]), 30, "the server is back")
+    wait_until(lambda: sum(s.acked for s in senders) > ENOUGH, 60, "enough reports are taken")
     for sender in senders:
         sender.stop.set()
     for sender in senders:
@@ -199,7 +201,7 @@ async def delivered(store: Any) -> None:
 
 async def nothing_is_missing(store: Any, senders: list[Sender], sink: Sink) -> None:
     ids = {r.name: r.id for r in await store.read(select(tunnels.c.id, tunnels.c.name))}
-    assert sum(s.acked for s in senders) > 100
+    assert sum(s.acked for s in senders) > ENOUGH
     for sender in senders:
         tunnel = ids[sender.name]
         seqs = {r.seq for r in await store.read(select(observations.c.seq).where(observations.c.tunnel_id == tunnel))}
@@ -229,6 +231,7 @@ def settings(url: str, folder: Path, ports: list[int], sink: int) -> dict[str, s
         "VPN_SENTINEL_SERVER_DASHBOARD_PORT": str(ports[2]),
         "VPN_SENTINEL_SERVER_RATE_LIMIT_REQUESTS": "1000000",
         "VPN_SENTINEL_GRACE_RECOVERY": "0",
+        "VPN_SENTINEL_FLAP_CALM": "0",
         "VPN_SENTINEL_WEBHOOK_URL": f"http://127.0.0.1:{sink}/hook",
         "VPN_SENTINEL_WEBHOOK_ALLOW_PRIVATE": "true",
         "VPN_SENTINEL_TRACE_URL": "http://127.0.0.1:9",

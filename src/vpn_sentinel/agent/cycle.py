@@ -23,7 +23,9 @@ RECHECKS: Final = (1.0, 2.0, 3.0, 5.0, 5.0)
 UNWELL: Final = 15.0  # seconds between rounds while trouble lasts
 GAP: Final = 1.0  # seconds from one round to the next that is not on the timer
 # The more telling one wins when several wait.
-_TELLING: Final = (Trigger.RECHECK, Trigger.TIMER, Trigger.CANARY, Trigger.NETWORK, Trigger.START)
+_TELLING: Final = (
+    Trigger.RECHECK, Trigger.TIMER, Trigger.DEVICE, Trigger.CANARY, Trigger.NETWORK, Trigger.LEAK, Trigger.START,
+)  # fmt: skip
 
 
 class Bell:
@@ -83,6 +85,7 @@ class Cycle:
         clock: Clock,
         rng: random.Random | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        judge: Callable[[Observation, Policy], Verdict] = judge,
     ) -> None:
         self.bell = Bell()
         self.last_success: float | None = None
@@ -91,8 +94,14 @@ class Cycle:
         self._done = done
         self._policy = policy
         self._clock = clock
+        self._judge = judge
         self._sleep = sleep
         self._schedule = Schedule(interval, rng)
+
+    @property
+    def policy(self) -> Policy:
+        """What is judged by here, with the home networks that were learned."""
+        return self._policy
 
     async def run(self) -> None:
         trigger, may_cut = Trigger.START, True
@@ -119,7 +128,7 @@ class Cycle:
 
     def _conclude(self, seen: Observation) -> None:
         self._policy = learned_home(seen, self._policy)
-        verdict = judge(seen, self._policy)
+        verdict = self._judge(seen, self._policy)
         self._say(verdict)
         self.verdict = verdict
         self.last_success = self._clock.boottime()

@@ -1,24 +1,33 @@
 """What a round needs, made from the settings: for the agent, and for `check`, which has no spool and no uplink."""
 
 import logging
+from collections.abc import Callable
 from typing import Final
 
+from vpn_sentinel.agent.asides import Portal
+from vpn_sentinel.agent.geo.databases import Databases
 from vpn_sentinel.agent.http import Client, split, tls_context
 from vpn_sentinel.agent.interfaces import Paths
 from vpn_sentinel.agent.names import Names
 from vpn_sentinel.agent.netlink import Netlink
-from vpn_sentinel.agent.probes import dns, mmdb
+from vpn_sentinel.agent.probes import dns
 from vpn_sentinel.agent.probes.canary import Flock
+from vpn_sentinel.agent.probes.gateway import gateway
 from vpn_sentinel.agent.probes.placing import Service, services
+from vpn_sentinel.agent.probes.portal import portal
 from vpn_sentinel.agent.probes.targets import CLOUDFLARE, OPENDNS, Target, address_in
+from vpn_sentinel.agent.probes.trace import LIMIT as TRACE_LIMIT
 from vpn_sentinel.agent.probes.trace import trace
 from vpn_sentinel.agent.settings import ProbeSettings
 from vpn_sentinel.domain.observation import Path
+from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.runtime.settings import SettingError
 
 log = logging.getLogger(__name__)
 
 TCP: Final = 6
+# Seconds of silence, and those of a round then: together longer than the grace of a dead tunnel.
+_SILENT, _HURRY = 0.7, 1.1
 
 
 def open_kernel() -> Netlink | None:
@@ -44,22 +53,53 @@ def chosen_services(settings: ProbeSettings) -> tuple[Service, ...]:
     return found if chosen == "auto" else tuple(s for s in found if s.name in (chosen, "cloudflare"))
 
 
-def open_databases(settings: ProbeSettings) -> tuple[tuple[str, mmdb.Reader], ...]:
+def open_databases(settings: ProbeSettings, clock: Clock) -> Databases:
+    """Those that are named, else those that `geo update` installed. Raises SettingError."""
     try:
-        return mmdb.open_databases(settings.databases)
+        return Databases(clock, files=settings.databases, folder=settings.geo_folder)
     except ValueError as e:
         raise SettingError("VPN_SENTINEL_GEO_DB", str(e)) from e
 
 
-def flock(settings: ProbeSettings, http: Client, echoes: tuple[Target, ...], paths: Paths) -> Flock:
-    """Who is asked in a round: the server's echo and Cloudflare, then OpenDNS, then Cloudflare over HTTPS."""
+def flock(
+    settings: ProbeSettings,
+    http: Client,
+    echoes: tuple[Target, ...],
+    paths: Paths,
+    *,
+    beside: Callable[[int], None] | None = None,
+    silent_for: float = 0.0,
+) -> Flock:
+    """Who is asked in a round: the server's echo and Cloudflare, then OpenDNS, then Cloudflare over HTTPS.
+
+    After pulses that went unanswered for most of a second, `silent_for`, the last of them is not waited for so long.
+    """
+    patience = _HURRY if silent_for >= _SILENT else TRACE_LIMIT
     path = path_to(settings.trace_url, paths)
     # A nameserver in use is judged as one: what escapes to it is a DNS leak, and says nothing of other traffic.
     nameservers = {server.address for server in dns.system_nameservers()}
     usual, reserve = (tuple(t for t in some if t.address not in nameservers) for some in (CLOUDFLARE, OPENDNS))
     if len(usual) < len(CLOUDFLARE):
         usual, reserve = (*usual, *reserve), ()
-    return Flock(targets=(*echoes, *usual), reserve=reserve, others=(lambda: trace(http, settings.trace_url, path),))
+    return Flock(
+        targets=(*echoes, *usual),
+        reserve=reserve,
+        others=(lambda: trace(http, settings.trace_url, path, patience),),
+        gateway=gateway(paths, (n.address for n in dns.system_nameservers())),
+        beside=beside,
+        may_leave=settings.policy.allows_outside,
+    )
+
+
+def portal_beside(settings: ProbeSettings, names: Names, *, own: Callable[[int], None]) -> Portal:
+    """How a round looks for a captive portal: at the trace service's host, without TLS. `own` is told local ports."""
+    host = split(settings.trace_url).host
+
+    async def ask(device: str) -> bool | None:
+        address = next(iter(names.known(host)), None)
+        return None if address is None else await portal(address, host, device, own=own)
+
+    return ask
 
 
 def path_to(url: str, paths: Paths) -> Path:

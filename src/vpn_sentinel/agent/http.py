@@ -4,6 +4,7 @@ The agent asks few, short questions and owes 25 MB in all; the stock clients cos
 """
 
 import asyncio
+import socket
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ from vpn_sentinel.agent.names import Names
 from vpn_sentinel.domain.policy import IPAddress
 
 MOST: Final = 64 * 1024  # bytes of a body
+SEGMENT: Final = 1100  # bytes of TCP payload in a packet: passes a WireGuard tunnel over any path of 1,280 and less
 _MOST_HEADERS: Final = 100
 
 
@@ -63,15 +65,23 @@ class Client:
     names: Names
     tls: ssl.SSLContext | None = None
 
-    async def get(self, url: str, *, limit: float, family: int | None = None) -> Response:
+    async def get(
+        self, url: str, *, limit: float, family: int | None = None, headers: Mapping[str, str] | None = None
+    ) -> Response:
         """GET `url` within `limit` seconds, over IPv4 or IPv6 only when `family` says so. Raises HttpError."""
-        return await self._exchange("GET", url, {}, b"", limit, family)
+        return await self._exchange("GET", url, headers or {}, b"", limit, family)
 
     async def post(
         self, url: str, body: bytes, headers: Mapping[str, str], *, limit: float, at: IPAddress | None = None
     ) -> Response:
         """POST `body`; `at` is the server's address when the caller knows it. Raises HttpError."""
         return await self._exchange("POST", url, headers, body, limit, None, at)
+
+    async def send(
+        self, method: str, url: str, *, limit: float, body: bytes = b"", headers: Mapping[str, str], most: int = MOST
+    ) -> Response:
+        """Any method; the answer may be as large as `most` bytes. Raises HttpError."""
+        return await self._exchange(method, url, headers, body, limit, None, most=most)
 
     async def _exchange(
         self,
@@ -82,6 +92,8 @@ class Client:
         limit: float,
         family: int | None,
         at: IPAddress | None = None,
+        *,
+        most: int = MOST,
     ) -> Response:
         try:
             async with asyncio.timeout(limit):
@@ -90,18 +102,19 @@ class Client:
                 chosen = next((a for a in addresses if family in (None, a.version)), None)
                 if chosen is None:
                     raise HttpError(f"{where.host} has no IPv{family} address")
-                return await self._ask(method, where, chosen, headers, body)
+                return await self._ask(method, where, chosen, headers, body, most)
         except TimeoutError as e:
             raise HttpError(f"no answer within {limit:g} s") from e
         except (OSError, ValueError, EOFError, asyncio.LimitOverrunError) as e:
             raise e if isinstance(e, HttpError) else HttpError(reason(e)) from e
 
     async def _ask(
-        self, method: str, where: Address, at: IPAddress, headers: Mapping[str, str], body: bytes
+        self, method: str, where: Address, at: IPAddress, headers: Mapping[str, str], body: bytes, most: int
     ) -> Response:
+        # `limit` bounds the whole.
+        sock = await connected(at, where.port)
         reader, writer = await asyncio.open_connection(
-            str(at),
-            where.port,
+            sock=sock,
             ssl=self.tls if where.secure else None,
             server_hostname=where.host if where.secure else None,
             limit=16 * 1024,
@@ -112,19 +125,39 @@ class Client:
                 "User-Agent": "vpn-sentinel",
                 "Accept": "*/*",
                 "Connection": "close",
-                **({"Content-Length": str(len(body))} if method == "POST" else {}),
+                **({"Content-Length": str(len(body))} if method in ("POST", "PUT") else {}),
                 **headers,
             }
             head = f"{method} {where.path} HTTP/1.1\r\n" + "".join(f"{k}: {v}\r\n" for k, v in fields.items()) + "\r\n"
             writer.write(head.encode("latin-1") + body)
-            return await read_response(reader)
+            return await read_response(reader, most)
         finally:
             # Aborted, not closed: one that stopped answering would hold a closing handshake for long.
             writer.transport.abort()
 
 
-async def read_response(reader: asyncio.StreamReader) -> Response:
-    """Read status, headers and body. Raises HttpError, or what the reader raises when the peer stops early."""
+async def connected(at: IPAddress, port: int) -> socket.socket:
+    """A TCP connection whose segments are small, so that it also works where large packets vanish.
+
+    A tunnel whose path takes less than its interface promises is one of the things that must be told (situation 30),
+    and Linux does not look for such a path by itself (net.ipv4.tcp_mtu_probing is 0). Raises OSError.
+    """
+    sock = socket.socket(socket.AF_INET if at.version == 4 else socket.AF_INET6, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, SEGMENT)
+        await asyncio.get_running_loop().sock_connect(sock, (str(at), port))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+async def read_response(reader: asyncio.StreamReader, most: int = MOST) -> Response:
+    """Read status, headers and a body of at most `most` bytes.
+
+    Raises HttpError, or what the reader raises when the peer stops early.
+    """
     while True:
         version, _, rest = (await _line(reader)).partition(" ")
         status_text = rest[:3]
@@ -141,36 +174,36 @@ async def read_response(reader: asyncio.StreamReader) -> Response:
             raise HttpError("too many headers")
         status = int(status_text)
         if status >= 200:
-            return Response(status, await _body(reader, status, headers), headers)
+            return Response(status, await _body(reader, status, headers, most), headers)
 
 
 async def _line(reader: asyncio.StreamReader) -> str:
     return (await reader.readuntil(b"\n")).decode("latin-1").rstrip("\r\n")
 
 
-async def _body(reader: asyncio.StreamReader, status: int, headers: Mapping[str, str]) -> bytes:
+async def _body(reader: asyncio.StreamReader, status: int, headers: Mapping[str, str], most: int) -> bytes:
     if status in (204, 304):
         return b""
     if headers.get("transfer-encoding", "").lower() == "chunked":
-        return await _chunks(reader)
+        return await _chunks(reader, most)
     length = headers.get("content-length")
     if length is not None:
-        if not (length.isascii() and length.isdigit()) or int(length) > MOST:
+        if not (length.isascii() and length.isdigit()) or int(length) > most:
             raise HttpError("the answer is too large")
         return await reader.readexactly(int(length))
     found = bytearray()
     while piece := await reader.read(8192):
         found += piece
-        if len(found) > MOST:
+        if len(found) > most:
             raise HttpError("the answer is too large")
     return bytes(found)
 
 
-async def _chunks(reader: asyncio.StreamReader) -> bytes:
+async def _chunks(reader: asyncio.StreamReader, most: int) -> bytes:
     found = bytearray()
     while True:
         size = int((await _line(reader)).partition(";")[0], 16)
-        if size < 0 or len(found) + size > MOST:
+        if size < 0 or len(found) + size > most:
             raise HttpError("the answer is too large")
         if size == 0:
             return bytes(found)

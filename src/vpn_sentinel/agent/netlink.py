@@ -10,15 +10,15 @@ import socket
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from ipaddress import IPv6Address, ip_address
+from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Final, Protocol
 
-from vpn_sentinel.domain.policy import IPAddress
+from vpn_sentinel.domain.policy import IPAddress, IPNetwork
 
 NEWLINK, DELLINK, GETLINK = 16, 17, 18
 NEWADDR, DELADDR, GETADDR = 20, 21, 22
 NEWROUTE, DELROUTE, GETROUTE = 24, 25, 26
-NEWRULE, DELRULE = 32, 33
+NEWRULE, DELRULE, GETRULE = 32, 33, 34
 IFF_UP, IFF_LOOPBACK, IFF_POINTOPOINT, IFF_LOWER_UP = 0x1, 0x8, 0x10, 0x10000
 UNICAST, LOCAL = 1, 2  # rtm_type
 
@@ -31,6 +31,7 @@ _U32: Final = struct.Struct("=I")
 _ERROR, _DONE = 2, 3
 _REQUEST, _DUMP, _DUMP_INTERRUPTED = 0x1, 0x300, 0x10
 _FIB_MATCH = 0x2000
+_FIB_RULE_INVERT = 0x2
 _NESTED_MASK = 0x3FFF
 _NO_ROUTE = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL, errno.ENODEV, errno.ESRCH})
 
@@ -46,6 +47,18 @@ class Interface:
     rx_bytes: int = 0
     tx_bytes: int = 0
     addresses: tuple[IPAddress, ...] = ()
+    master: int | None = None  # the index of the bridge, bond or VRF that it is a part of
+    networks: tuple[IPNetwork, ...] = ()  # those of its addresses
+    mtu: int = 0  # bytes of an IP packet; 0 when it was not told
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Way:
+    """An entry of a routing table: packets to `network` leave by `interface`, by a router when `gateway`."""
+
+    network: IPNetwork
+    interface: int
+    gateway: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +70,7 @@ class Route:
     gateway: bool = False
     source: IPAddress | None = None
     prefix: int | None = None
+    next_hop: IPAddress | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +126,12 @@ def parse_link(body: bytes) -> Interface | None:
     rx, tx = struct.unpack_from("=2Q", counters, 16) if len(counters) >= 32 else (0, 0)
     # A name may hold any byte but '/' and white space; what cannot be printed cannot be reported either.
     name = "".join(c if c.isprintable() else "?" for c in name)
-    return Interface(index=index, name=name, kind=kind, flags=flags, rx_bytes=rx, tx_bytes=tx)
+    master, mtu = found.get(10, b""), found.get(4, b"")
+    return Interface(
+        index=index, name=name, kind=kind, flags=flags, rx_bytes=rx, tx_bytes=tx,
+        master=_U32.unpack(master)[0] if len(master) == 4 else None,
+        mtu=_U32.unpack(mtu)[0] if len(mtu) == 4 else 0,
+    )  # fmt: skip
 
 
 def parse_address(body: bytes) -> tuple[int, IPAddress] | None:
@@ -123,6 +142,14 @@ def parse_address(body: bytes) -> tuple[int, IPAddress] | None:
     found = attributes(body, _ADDR.size)
     address = _address(found.get(2) or found.get(1))
     return None if address is None else (index, address)
+
+
+def parse_network(body: bytes) -> tuple[int, IPNetwork] | None:
+    """The interface's index and the local address's network out of RTM_NEWADDR."""
+    found = parse_address(body)
+    if found is None or body[1] > found[1].max_prefixlen:
+        return None
+    return found[0], ip_network((found[1], body[1]), strict=False)
 
 
 def parse_route(body: bytes) -> Route | None:
@@ -137,7 +164,39 @@ def parse_route(body: bytes) -> Route | None:
         gateway=5 in found or 18 in found,
         source=_address(found.get(7)),
         prefix=fixed[1],
+        next_hop=_address(found.get(5)),
     )
+
+
+def parse_way(body: bytes) -> Way | None:
+    """A routing table's entry out of RTM_NEWROUTE; None for a default route, and for what leads to no interface."""
+    if len(body) < _ROUTE.size:
+        return None
+    fixed = _ROUTE.unpack_from(body)
+    prefix, kind = fixed[1], fixed[7]
+    found = attributes(body, _ROUTE.size)
+    network, oif = _address(found.get(1)), found.get(4, b"")
+    if network is None or len(oif) != 4 or kind != UNICAST or not 0 < prefix <= network.max_prefixlen:
+        return None
+    return Way(
+        network=ip_network((network, prefix), strict=False),
+        interface=_U32.unpack(oif)[0],
+        gateway=5 in found or 18 in found,
+    )
+
+
+def parse_spared(body: bytes) -> tuple[int, int] | None:
+    """Mark and mask of a rule `not fwmark …` out of RTM_NEWRULE: packets with that mark pass by the table it names.
+
+    So wg-quick, gluetun and Mullvad let the tunnel's own packets out (ip-rule(8); linux/fib_rules.h).
+    """
+    if len(body) < _ROUTE.size or not _ROUTE.unpack_from(body)[8] & _FIB_RULE_INVERT:
+        return None
+    found = attributes(body, _ROUTE.size)
+    mark, mask = found.get(10, b""), found.get(16, b"\xff" * 4)
+    if len(mark) != 4 or len(mask) != 4 or not _U32.unpack(mark)[0]:
+        return None
+    return _U32.unpack(mark)[0], _U32.unpack(mask)[0]
 
 
 def dump_request(kind: int, sequence: int) -> bytes:
@@ -185,10 +244,16 @@ class Netlink:
     def interfaces(self) -> tuple[Interface, ...]:
         links = [link for m in self._dump(GETLINK) if m.kind == NEWLINK and (link := parse_link(m.body))]
         addresses: dict[int, list[IPAddress]] = {}
+        networks: dict[int, list[IPNetwork]] = {}
         for message in self._dump(GETADDR):
             if message.kind == NEWADDR and (parsed := parse_address(message.body)):
                 addresses.setdefault(parsed[0], []).append(parsed[1])
-        return tuple(replace(link, addresses=tuple(addresses.get(link.index, ()))) for link in links)
+            if message.kind == NEWADDR and (network := parse_network(message.body)):
+                networks.setdefault(network[0], []).append(network[1])
+        return tuple(
+            replace(link, addresses=tuple(addresses.get(link.index, ())), networks=tuple(networks.get(link.index, ())))
+            for link in links
+        )
 
     def route(
         self, destination: IPAddress, *, port: int = 0, protocol: int = 17, via: int | None = None, match: bool = False
@@ -207,6 +272,15 @@ class Netlink:
                         return None
                     raise OSError(code, "netlink refuses to look a route up")
                 return parse_route(message.body)
+
+    def ways(self) -> tuple[Way, ...]:
+        """Every routing table's entries but the default routes."""
+        return tuple(w for m in self._dump(GETROUTE) if m.kind == NEWROUTE and (w := parse_way(m.body)))
+
+    def spared(self) -> tuple[tuple[int, int], ...]:
+        """Marks, each with its mask, whose packets the rules let pass by another table: see `parse_spared`."""
+        found = (parse_spared(m.body) for m in self._dump(GETRULE) if m.kind == NEWRULE)
+        return tuple(dict.fromkeys(f for f in found if f))
 
     def _dump(self, kind: int) -> list[Message]:
         for _ in range(3):

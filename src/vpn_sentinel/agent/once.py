@@ -1,10 +1,13 @@
 """One round on this machine, judged here: what `check` does, without spool, server or memory."""
 
+import asyncio
 from dataclasses import dataclass, replace
+from typing import Final
 
 from vpn_sentinel.agent import round as rounds
 from vpn_sentinel.agent.equipment import chosen_services, flock, http_client, open_databases, open_kernel, path_to
 from vpn_sentinel.agent.interfaces import Paths, Survey, survey
+from vpn_sentinel.agent.leakwatch.watch import LeakWatch
 from vpn_sentinel.agent.names import Names
 from vpn_sentinel.agent.probes.canary import Flock
 from vpn_sentinel.agent.probes.place import Places
@@ -14,6 +17,8 @@ from vpn_sentinel.domain.observation import Observation, Trigger
 from vpn_sentinel.domain.policy import Policy
 from vpn_sentinel.domain.verdict import Verdict, judge, learned_home
 from vpn_sentinel.runtime.clock import Clock
+
+LISTEN: Final = 1.0  # seconds that packets outside the tunnel are watched for, at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +31,22 @@ class Looked:
 async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, server: str | None = None) -> Looked:
     """Look and judge. `server` is the address of a VPN Sentinel server that is asked as well. Raises SettingError."""
     http = http_client(settings, Names())
-    databases = open_databases(settings)
+    databases = open_databases(settings, clock)
     kernel = open_kernel()
     found = survey(kernel, configured=settings.tunnel_interface)
 
+    watch = LeakWatch(
+        tables=kernel,
+        policy=policy,
+        clock=clock,
+        told=lambda: None,
+        survey=lambda: survey(kernel, configured=settings.tunnel_interface, remembered=found.tunnel),
+        endpoints=lambda: settings.tunnel_endpoints,
+    )
+
     def whom(paths: Paths) -> Flock:
-        usual = flock(settings, http, (), paths)
+        usual = flock(settings, http, (), paths, beside=watch.expect)
+        usual = replace(usual, may_leave=policy.allows_outside)
         if server is None:
             return usual
         path = path_to(server, paths)
@@ -41,12 +56,22 @@ async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, se
         kernel=kernel,
         survey=lambda: found,
         flock=whom,
-        places=Places(http, chosen_services(settings), clock, databases=databases, limit=min(settings.timeout, 4.0)),
+        places=Places(
+            http, chosen_services(settings), clock, look_up=databases.look_up, limit=min(settings.timeout, 4.0)
+        ),
         clock=clock,
+        watch=watch,
     )
     try:
+        started = clock.boottime()
         seen = await rounds.look(eyes, Trigger.START, policy)
+        if watch.on:
+            # A round may be over in milliseconds; programs behind the tunnel get a moment to show what they do.
+            await asyncio.sleep(max(0.0, started + LISTEN - clock.boottime()))
+            seen = replace(seen, escapes=watch.escapes(Paths(kernel, found), seen.canaries))
     finally:
+        watch.close()
+        databases.close()
         if kernel is not None:
             kernel.close()
     return Looked(seen, judge(seen, learned_home(seen, policy)), found)

@@ -6,21 +6,35 @@ and geolocation services asked, which takes up to some seconds.
 
 import asyncio
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from typing import Final
+from dataclasses import dataclass, field, replace
+from typing import Final, Protocol
 
+from vpn_sentinel.agent.asides import Asides
 from vpn_sentinel.agent.interfaces import Paths, Survey
+from vpn_sentinel.agent.leakwatch.watch import LeakWatch
 from vpn_sentinel.agent.netlink import Kernel
 from vpn_sentinel.agent.probes import dns
 from vpn_sentinel.agent.probes.canary import Flock, canaries
 from vpn_sentinel.agent.probes.place import Places
-from vpn_sentinel.domain.observation import Canary, Observation, Trigger
+from vpn_sentinel.domain.observation import Answer, Canary, Link, Observation, Probe, Quality, Trigger
 from vpn_sentinel.domain.policy import IPAddress, Policy
 from vpn_sentinel.domain.verdict import State, judge
 from vpn_sentinel.runtime.clock import Clock
 
 _PLACES_PATIENCE: Final = 0.5  # seconds that places get beyond a DNS leak that is waiting to be told
 _URGENT: Final = frozenset({State.LEAKING, State.DOWN})
+
+
+class Sight(Protocol):
+    """What the pulses tell a round: see `sensors.pulse.Pulse`."""
+
+    def canary(self, paths: Paths) -> Canary | None: ...
+
+    def silent_for(self) -> float: ...
+
+    def quality(self, link: Link | None) -> Quality | None: ...
+
+    def works(self) -> bool | None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,23 +48,51 @@ class Eyes:
     clock: Clock
     nameservers: Callable[[], tuple[dns.Nameserver, ...]] = dns.system_nameservers
     no_dns: dns.Nameserver = dns.NO_DNS_HERE
+    asides: Asides = field(default_factory=Asides)
+    canary: Callable[[], dns.CanaryZone | None] = lambda: None
+    sight: Sight | None = None
+    watch: LeakWatch | None = None
 
 
 async def look(eyes: Eyes, trigger: Trigger, policy: Policy) -> Observation:
     """Run one round. Takes about 0.3 s when all is well, 1.3 s when the tunnel is dead, some seconds when DNS is."""
     start = eyes.clock.boottime()
     survey = eyes.survey()
+    if eyes.watch is not None:
+        eyes.watch.look(survey)
     paths = Paths(eyes.kernel, survey)
     seen = Observation(trigger=trigger, link=survey.link(), interfaces=survey.names())
+    silent_for = eyes.sight.silent_for() if eyes.sight is not None else 0.0
 
     def leaks(found: tuple[Canary, ...]) -> bool:
         return judge(replace(seen, canaries=found), policy).state is State.LEAKING
 
-    seen = replace(seen, canaries=await canaries(eyes.flock(paths), paths, enough=leaks))
+    async with asyncio.TaskGroup() as group:
+        aside = eyes.asides.begin(group, survey)
+        found = await canaries(aside.flock(eyes.flock(paths)), paths, enough=leaks, silence=aside.silence)
+        seen = await aside.add(replace(seen, canaries=found), hurry=leaks(found))
+    if eyes.sight is not None:
+        seen = _with_pulses(eyes.sight, seen, paths, silent_for)
     if judge(seen, policy).state not in _URGENT:
         seen = await _slow_part(eyes, seen, policy, paths)
+    if eyes.watch is not None:
+        # At the end: what leaks was told at once, and what follows here is the whole picture.
+        seen = replace(seen, leak_watch=eyes.watch.on, escapes=eyes.watch.escapes(paths, seen.canaries))
     known = eyes.places.known(_addresses(seen, policy))
     return replace(seen, places=known, took_ms=round((eyes.clock.boottime() - start) * 1000, 1))
+
+
+def _with_pulses(sight: Sight, seen: Observation, paths: Paths, silent_for: float) -> Observation:
+    """Add what the pulses saw; where nothing else answers, a late reply to one of them shows that the tunnel lives."""
+    alive = any(c.answer is Answer.ANSWERED for c in seen.asked(Probe.DEFAULT))
+    late = None if alive else sight.canary(paths)
+    return replace(
+        seen,
+        canaries=(*seen.canaries, late) if late else seen.canaries,
+        quality=sight.quality(seen.link),
+        pulses=sight.works(),
+        silent_for=0.0 if alive or late else silent_for,
+    )
 
 
 async def _slow_part(eyes: Eyes, seen: Observation, policy: Policy, paths: Paths) -> Observation:
@@ -59,16 +101,20 @@ async def _slow_part(eyes: Eyes, seen: Observation, policy: Policy, paths: Paths
         # The services learn nothing that a canary did not tell others already: none was seen leaking.
         placing = group.create_task(eyes.places.gather(exit_)) if exit_ and eyes.places.due(exit_) else None
         proxied = group.create_task(dns.intercepted(at=eyes.no_dns))
-        found = await dns.resolvers(paths, eyes.nameservers())
-        seen = replace(seen, resolvers=found)
+        nameservers, zone = eyes.nameservers(), eyes.canary()
+        rewriting = group.create_task(dns.rewritten(nameservers, zone))
+        found = await dns.resolvers(paths, nameservers, zone)
+        # Somebody who answers in our server's name stands between.
+        seen = replace(seen, resolvers=found.sightings, dns_intercepted=found.forged or None)
         if judge(seen, policy).state is State.LEAKING:
             if placing is not None:
                 await asyncio.wait([placing], timeout=_PLACES_PATIENCE)
                 placing.cancel()
-            if not proxied.done():
+            if not (proxied.done() and rewriting.done()):
                 proxied.cancel()
+                rewriting.cancel()
                 return seen
-        return replace(seen, dns_intercepted=await proxied)
+        return replace(seen, dns_intercepted=await proxied or found.forged, dns_rewritten=await rewriting)
 
 
 def _addresses(seen: Observation, policy: Policy) -> Iterable[IPAddress]:

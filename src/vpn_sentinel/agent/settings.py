@@ -6,10 +6,14 @@ from ipaddress import ip_network
 from pathlib import Path
 from typing import Final
 
+from vpn_sentinel.agent.endpoints import Endpoint, parse_endpoint
+from vpn_sentinel.agent.geo.shelf import FOLDER
 from vpn_sentinel.agent.http import split
+from vpn_sentinel.agent.introspect.settings import IntrospectSettings
 from vpn_sentinel.agent.probes.targets import address_in
+from vpn_sentinel.agent.remedies.settings import ReactionSettings
 from vpn_sentinel.domain.policy import Policy, is_public
-from vpn_sentinel.domain.tunnel import tunnel_name
+from vpn_sentinel.domain.tunnel import site_name, tunnel_name
 from vpn_sentinel.runtime import settings as s
 from vpn_sentinel.runtime.secret import Secret
 from vpn_sentinel.runtime.settings import SettingError, Source
@@ -17,6 +21,7 @@ from vpn_sentinel.runtime.settings import SettingError, Source
 _LOCAL_NAMES: Final = (".localhost", ".local", ".lan", ".internal", ".home.arpa", ".localdomain")
 _SHARED: Final = ip_network("100.64.0.0/10")  # carrier-grade NAT: not public, but not ours alone either
 _NONE: Final[tuple[str, ...]] = ()
+_NO_ENDPOINTS: Final[tuple[Endpoint, ...]] = ()
 _SERVICES: Final = ("auto", "ipinfo.io", "ip-api.com", "ipwho.is")
 
 
@@ -31,7 +36,9 @@ class ProbeSettings:
     trace_url: str
     ca_file: str | None
     databases: tuple[str, ...]
+    geo_folder: Path
     tunnel_interface: str | None
+    tunnel_endpoints: tuple[Endpoint, ...]
     timeout: float
     policy: Policy
 
@@ -49,24 +56,32 @@ class ProbeSettings:
             trace_url=source.get("TRACE_URL", s.url, "https://1.1.1.1"),
             ca_file=str(ca or replaced_ca) if ca or replaced_ca else None,
             databases=source.get("GEO_DB", _files, _NONE),
+            geo_folder=source.get("DATA_DIR", Path, Path(s.default_data_dir())) / FOLDER,
             tunnel_interface=source.get("TUNNEL_INTERFACE", _interface, None),
+            tunnel_endpoints=source.get("TUNNEL_ENDPOINTS", _endpoints, _NO_ENDPOINTS),
             timeout=source.get("TIMEOUT", s.number(1, 300, "seconds"), 10.0),
             policy=Policy(
                 home_networks=source.get("HOME_NETWORKS", s.networks, base.home_networks),
                 expected_countries=source.get("EXPECTED_COUNTRIES", s.countries, base.expected_countries),
                 allowed_resolvers=source.get("ALLOWED_RESOLVERS", s.networks, base.allowed_resolvers),
+                allowed_outside=source.get("ALLOWED_OUTSIDE", s.networks, base.allowed_outside),
             ),
         )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentSettings:
-    """`urls`: the first is preferred. `interval` and `pulse` are seconds. `health_port` is on `health_host`."""
+    """`urls`: the first is preferred. `interval` and `pulse` are seconds. `health_port` is on `health_host`.
+
+    `role` is "tunnel" or "reference", `site` where it runs, "" for none.
+    """
 
     urls: tuple[str, ...]
     api_path: str
     api_key: Secret
     client_id: str
+    role: str
+    site: str
     interval: float
     pulse: float
     allow_insecure: bool
@@ -75,7 +90,9 @@ class AgentSettings:
     health_host: str
     health_port: int
     data_dir: Path
+    reactions: ReactionSettings
     probes: ProbeSettings
+    introspect: IntrospectSettings
 
     @classmethod
     def read(cls, source: Source, *, hostname: str | None = None) -> "AgentSettings":
@@ -93,11 +110,17 @@ class AgentSettings:
                     "VPN_SENTINEL_URL",
                     f"{url} would carry the key in clear; use https, or VPN_SENTINEL_ALLOW_INSECURE=true if you must",
                 )
+        role = source.get("ROLE", s.one_of("tunnel", "reference"), "tunnel")
+        site = source.get("SITE", site_name, "")
+        if role == "reference" and not site:
+            raise SettingError("VPN_SENTINEL_SITE", "is not set: a reference agent names the site that it stands for")
         return cls(
             urls=urls,
             api_path=source.get("API_PATH", s.path, "/api/v1"),
             api_key=api_key,
             client_id=source.get("CLIENT_ID", tunnel_name, valid_name(hostname or socket.gethostname())),
+            role=role,
+            site=site,
             interval=source.get("INTERVAL", s.number(1, 3600, "seconds"), 30.0),
             pulse=source.get("PULSE_SECONDS", s.number(0.2, 3600, "seconds"), 2.0),
             allow_insecure=allow_insecure,
@@ -106,7 +129,9 @@ class AgentSettings:
             health_host=source.get("HEALTH_HOST", _literal, "127.0.0.1"),
             health_port=source.get("HEALTH_PORT", s.port, 8082),
             data_dir=source.get("DATA_DIR", Path, Path(s.default_data_dir())),
+            reactions=ReactionSettings.read(source),
             probes=ProbeSettings.read(source),
+            introspect=IntrospectSettings.read(source, insecure=lambda url: not allow_insecure and is_insecure(url)),
         )
 
 
@@ -141,6 +166,10 @@ def _interface(value: str) -> str:
         msg = f"{value!r} is not the name of a network interface"
         raise ValueError(msg)
     return value
+
+
+def _endpoints(value: str) -> tuple[Endpoint, ...]:
+    return tuple(parse_endpoint(part) for part in s.words(value))
 
 
 def _files(value: str) -> tuple[str, ...]:

@@ -15,16 +15,19 @@ def add(commands: Any) -> None:
     parser.add_argument("--url", dest="URL", metavar="URL", help="the server's address; commas separate several")
     parser.add_argument("--client-id", dest="CLIENT_ID", metavar="NAME", help="the tunnel's name (this host's)")
     parser.add_argument("--interface", dest="TUNNEL_INTERFACE", metavar="NAME", help="the tunnel's interface (found)")
+    parser.add_argument("--role", dest="ROLE", metavar="ROLE", help="tunnel, or reference for one beside the tunnels")
+    parser.add_argument("--site", dest="SITE", metavar="NAME", help="where this runs: tunnels of one home share it")
     parser.add_argument("--data-dir", dest="DATA_DIR", metavar="FOLDER", help="where reports wait to be sent")
     parser.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    from vpn_sentinel.agent import app
+    from vpn_sentinel.agent import app, reference
     from vpn_sentinel.agent.settings import AgentSettings
 
     source = source_of(args)
     settings = AgentSettings.read(source)
     warn_unread(source)
     logs.open_log(debug=settings.debug, file=settings.log_file)
-    return run_until_stopped(lambda stop: app.run(settings, SystemClock(), stop), fast=False)
+    work = reference.run if settings.role == "reference" else app.run
+    return run_until_stopped(lambda stop: work(settings, SystemClock(), stop), fast=False)

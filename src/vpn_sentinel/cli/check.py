@@ -43,7 +43,9 @@ def add(commands: Any) -> None:
     add_config(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
     parser.add_argument(
-        "--policy", metavar="FILE", help="TOML with home_networks, expected_countries, allowed_resolvers"
+        "--policy",
+        metavar="FILE",
+        help="TOML with home_networks, expected_countries, allowed_resolvers, allowed_outside",
     )
     parser.add_argument("--home", metavar="CIDR", action="append", help="addresses that must never be seen outside")
     parser.add_argument("--country", metavar="CC", action="append", help="a country where the exit may be")
@@ -85,6 +87,7 @@ def _policy(base: Policy, args: argparse.Namespace) -> Policy:
         "home_networks": _flag("home_networks", read.networks, said.get("home_networks", "")),
         "expected_countries": _flag("expected_countries", read.countries, said.get("expected_countries", "")),
         "allowed_resolvers": _flag("allowed_resolvers", read.networks, said.get("allowed_resolvers", "")),
+        "allowed_outside": _flag("allowed_outside", read.networks, said.get("allowed_outside", "")),
     }
     both: dict[str, Any] = {
         name: tuple(dict.fromkeys((*getattr(base, name), *more, *lists.get(name, ()))))
@@ -98,7 +101,7 @@ def _policy_file(path: str) -> dict[str, str]:
         said = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
         raise SettingError(f"--policy {path}", str(e)) from e
-    allowed = {"home_networks", "expected_countries", "allowed_resolvers"}
+    allowed = {"home_networks", "expected_countries", "allowed_resolvers", "allowed_outside"}
     if unknown := sorted(said.keys() - allowed):
         raise SettingError(f"--policy {path}", f"{unknown[0]!r} is not one of {', '.join(sorted(allowed))}")
     found = {}
@@ -142,6 +145,21 @@ def as_plain(seen: Observation, verdict: Verdict) -> dict[str, Any]:
             "received_bytes": link.rx_bytes if link else 0,
             "sent_bytes": link.tx_bytes if link else 0,
         },
+        "leak_watch": seen.leak_watch,
+        "escapes": [
+            {
+                "interface": e.interface,
+                "protocol": e.protocol,
+                "source": str(e.source),
+                "source_port": e.source_port,
+                "destination": str(e.destination),
+                "destination_port": e.destination_port,
+                "packets": e.packets,
+                "bytes": e.size,
+                "name": e.name,
+            }
+            for e in seen.escapes
+        ],
         "took_ms": round(seen.took_ms),
     }
 
@@ -183,6 +201,8 @@ def unseen(looked: "Looked") -> list[str]:
             found.append("The kill switch: no other network interface is in use here.")
         elif all(c.answer is Answer.UNKNOWN for c in beside):
             found.append(f"The kill switch: sending on {survey.physical.name} is not permitted; it takes CAP_NET_RAW.")
+    if seen.leak_watch is False:
+        found.append("Packets that leave outside the tunnel: watching them takes CAP_NET_RAW.")
     if not seen.resolvers:
         urgent = looked.verdict.state in (State.LEAKING, State.DOWN)
         why = "not asked, as the traffic itself already shows the trouble" if urgent else "/etc/resolv.conf names none"
@@ -232,6 +252,9 @@ def _facts(seen: Observation) -> list[tuple[str, str]]:
     for egress in _egresses(seen):
         org = _first(seen.places_of(egress), "org")
         rows.append(("resolver", f"{egress}{f' ({org})' if org else ''}"))
+    if seen.link is not None:
+        on = {True: "on", False: "off: needs CAP_NET_RAW", None: "off: nothing tells the tunnel's own packets"}
+        rows.append(("leak watch", on[seen.leak_watch]))
     rows.append(("asked", ", ".join(_asked(c) for c in seen.asked(Probe.DEFAULT)) or "nobody"))
     rows.append(("took", f"{seen.took_ms / 1000:.1f} s"))
     return rows

@@ -21,6 +21,9 @@ COMMANDS: Final = {
     "token": ("create, list and revoke agents' credentials", "token"),
     "tunnel": ("list and show the watched tunnels", "tunnel"),
     "notify": ("send a test message", "notify"),
+    "geo": ("fetch and show the offline databases of places", "geo"),
+    "doctor": ("explain what can and cannot be seen from here, and how to mend it", "doctor"),
+    "release": ("open what containment closed in this network namespace", "release"),
     "db": ("migrate or check the database", "db"),
 }
 

@@ -44,16 +44,23 @@ def warn_unread(source: Source) -> None:
     """A misspelt setting is told, not ignored. One environment file often serves agent and server, so what the other
     role reads is known too.
     """
-    source.asked |= _names_of_every_role()
-    for name in source.unread():
+    for name in unread(source):
         print(f"vpn-sentinel: {name}: no such setting; is it misspelt?", file=sys.stderr)
 
 
+def unread(source: Source) -> list[str]:
+    """Names that are set and that no role reads."""
+    source.asked |= _names_of_every_role()
+    return source.unread()
+
+
 def _names_of_every_role() -> set[str]:
+    from vpn_sentinel.agent.geo.settings import GeoSettings
     from vpn_sentinel.agent.settings import AgentSettings
     from vpn_sentinel.server.settings import ServerSettings
 
     plain = Source(env={"VPN_SENTINEL_URL": "http://127.0.0.1"})
     ServerSettings.read(plain)
     AgentSettings.read(plain)
+    GeoSettings.read(plain)
     return plain.asked

@@ -6,7 +6,7 @@ exits (situation 35) never looks like a dead tunnel.
 """
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Set
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -14,40 +14,63 @@ from vpn_sentinel.agent.interfaces import Paths
 from vpn_sentinel.agent.probes.datagram import Destination, Outcome, ask
 from vpn_sentinel.agent.probes.targets import CLOUDFLARE, OPENDNS, Seen, Target
 from vpn_sentinel.domain.observation import Answer, Canary, Path, Probe
+from vpn_sentinel.domain.policy import IPAddress
 
 SETTLE: Final = 0.3  # seconds that slower targets get once one has answered; then the reserve is asked where none has
+# Of C2: no system begins with as many, so that a leak watch knows those of another program of ours, such as `check`.
+BESIDE_HOPS: Final = 65
 # Asks a target that takes no datagram, such as the HTTPS trace.
 Other = Callable[[], Coroutine[Any, Any, Canary]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Flock:
-    """Whom to ask: `targets` and `also` always, `reserve` and `others` when a family has shown no address by then."""
+    """Whom to ask: `targets` and `also` always, `reserve` and `others` when a family has shown no address by then.
+
+    `gateway` is the tunnel's other end, asked when nobody at all has answered. `suspects` are targets by name and
+    family that are waited for though others have answered. `beside` is told the source port of each canary that leaves
+    beside the tunnel on purpose; what goes to addresses that `may_leave` proves nothing.
+    """
 
     targets: tuple[Target, ...] = CLOUDFLARE
     also: tuple[Other, ...] = ()
     reserve: tuple[Target, ...] = OPENDNS
     others: tuple[Other, ...] = ()
+    gateway: Target | None = None
+    suspects: Set[tuple[str, int]] = frozenset()
+    beside: Callable[[int], None] | None = None
+    may_leave: Callable[[IPAddress], bool] = lambda _: False
 
 
-async def one(target: Target, path: Path, probe: Probe = Probe.DEFAULT, device: str | None = None) -> Canary:
+async def one(
+    target: Target,
+    path: Path,
+    probe: Probe = Probe.DEFAULT,
+    device: str | None = None,
+    sending: Callable[[int], None] | None = None,
+) -> Canary:
     """Send one canary and wait for its end, at most one second."""
     payload, read = target.question()
-    hops = 1 if probe is Probe.FIRST_HOP else None
-    destination = Destination(address=target.address, port=target.port, device=device, hops=hops)
+    hops = {Probe.FIRST_HOP: 1, Probe.PHYSICAL: BESIDE_HOPS}.get(probe)
+    destination = Destination(address=target.address, port=target.port, device=device, hops=hops, sending=sending)
     return told(await ask(destination, payload, read), target, path, probe)
 
 
 def told(outcome: Outcome[Seen], target: Target, path: Path, probe: Probe) -> Canary:
     """What an outcome says as a canary. The address of C3 is the router that reported it expired."""
     address = outcome.value.address if outcome.value else None
+    answer = outcome.answer
+    if probe is Probe.GATEWAY and answer is Answer.UNREACHABLE and outcome.router == target.address:
+        answer = Answer.ANSWERED  # "nobody listens on this port", said by the host itself
+    if probe is Probe.FIRST_HOP:
+        address = outcome.router if answer is Answer.EXPIRED else None
     return Canary(
         probe=probe,
         target=target.name,
         family=target.address.version,
-        answer=outcome.answer,
+        answer=answer,
         path=path,
-        address=outcome.router if probe is Probe.FIRST_HOP else address,
+        address=address,
         rtt_ms=None if outcome.rtt_ms is None else round(outcome.rtt_ms, 1),
     )
 
@@ -57,12 +80,16 @@ class _Sent:
     probe: Probe
     family: int
     path: Path
+    awaited: bool = False
 
 
 class _Asked:
     """The canaries that are out, and what has come back."""
 
-    def __init__(self, group: asyncio.TaskGroup, paths: Paths, device: str | None) -> None:
+    def __init__(self, group: asyncio.TaskGroup, paths: Paths, device: str | None, flock: Flock) -> None:
+        self._suspects = flock.suspects
+        self._beside = flock.beside
+        self._may_leave = flock.may_leave
         self._group = group
         self._paths = paths
         self._device = device
@@ -72,16 +99,22 @@ class _Asked:
         for target in targets:
             if probe is Probe.DEFAULT:
                 path, device = self._paths.of(target.address, target.port), None
-                if path is Path.OUTSIDE and _is_meant_to(target, self._paths):
+                if path is Path.OUTSIDE and (self._may_leave(target.address) or _is_meant_to(target, self._paths)):
                     continue
             else:
                 path, device = Path.OUTSIDE, self._device
-            task = self._group.create_task(one(target, path, probe, device))
-            self._sent[task] = _Sent(probe, target.address.version, path)
+            task = self._group.create_task(one(target, path, probe, device, self._beside if device else None))
+            family = target.address.version
+            awaited = probe is Probe.DEFAULT and (path is Path.OUTSIDE or (target.name, family) in self._suspects)
+            self._sent[task] = _Sent(probe, family, path, awaited)
+
+    def send_gateway(self, gateway: Target, device: str | None) -> None:
+        task = self._group.create_task(one(gateway, Path.TUNNEL, Probe.GATEWAY, device))
+        self._sent[task] = _Sent(Probe.GATEWAY, gateway.address.version, Path.TUNNEL)
 
     def send_others(self, others: Iterable[Other], path: Path) -> None:
         for other in others:
-            self._sent[self._group.create_task(other())] = _Sent(Probe.DEFAULT, 4, path)
+            self._sent[self._group.create_task(other())] = _Sent(Probe.DEFAULT, 4, path, path is Path.OUTSIDE)
 
     async def wait(self, seconds: float | None = None, *, until: str) -> None:
         if waiting := [t for t in self._sent if not t.done()]:
@@ -93,6 +126,11 @@ class _Asked:
     def silent(self) -> set[int]:
         """The families of which no C1 has shown an address."""
         return {4, 6} - {c.family for c in self.back() if c.probe is Probe.DEFAULT and c.address is not None}
+
+    def nothing(self) -> bool:
+        """Whether no C1 has been answered, though this host sent some."""
+        found = {c.answer for c in self.back() if c.probe is Probe.DEFAULT}
+        return Answer.ANSWERED not in found and found != {Answer.BLOCKED}
 
     def refused(self, family: int) -> bool:
         """Whether this host itself refused to send every C1 of `family`: a kill switch."""
@@ -109,10 +147,7 @@ class _Asked:
             for c in self.back()
             if c.address is not None or (c.probe is not Probe.DEFAULT and c.answer in (Answer.ANSWERED, Answer.EXPIRED))
         }
-        return all(
-            t.done() or ((s.probe, s.family) in told_ and not (s.probe is Probe.DEFAULT and s.path is Path.OUTSIDE))
-            for t, s in self._sent.items()
-        )
+        return all(t.done() or ((s.probe, s.family) in told_ and not s.awaited) for t, s in self._sent.items())
 
     def stop(self) -> None:
         for task in self._sent:
@@ -120,15 +155,20 @@ class _Asked:
 
 
 async def canaries(
-    flock: Flock, paths: Paths, *, enough: Callable[[tuple[Canary, ...]], bool] = lambda _: False
+    flock: Flock,
+    paths: Paths,
+    *,
+    enough: Callable[[tuple[Canary, ...]], bool] = lambda _: False,
+    silence: Callable[[tuple[Canary, ...]], None] = lambda _: None,
 ) -> tuple[Canary, ...]:
     """Send them all and wait about 1.3 s at most, or as long as the slowest of `flock.others`.
 
-    `enough` is asked from 0.3 s on whether what has come back already tells all that matters.
+    `enough` is asked from 0.3 s on whether what has come back already tells all that matters. `silence` is told what
+    has come back by then when no C1 has been answered.
     """
     device = paths.survey.physical.name if paths.survey.physical and paths.survey.tunnel else None
     async with asyncio.TaskGroup() as group:
-        asked = _Asked(group, paths, device)
+        asked = _Asked(group, paths, device, flock)
         asked.send(flock.targets, Probe.DEFAULT)
         if device is not None:
             asked.send(flock.targets, Probe.PHYSICAL)
@@ -136,6 +176,10 @@ async def canaries(
         # Whoever names one wants its answer: waited for like one that may leak.
         asked.send_others(flock.also, Path.OUTSIDE)
         await asked.wait(SETTLE, until=asyncio.ALL_COMPLETED)
+        if asked.nothing():
+            if flock.gateway is not None:
+                asked.send_gateway(flock.gateway, paths.survey.tunnel)
+            silence(asked.back())
         silent = asked.silent()
         asked.send((t for t in flock.reserve if t.address.version in silent), Probe.DEFAULT)
         # What this host itself refuses to send, it refuses in any other form too: waiting would only be slower.

@@ -30,18 +30,22 @@ _REFUSED: Final = frozenset({errno.EPERM, errno.EACCES, errno.EINVAL})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Destination:
-    """Where to send. `device` binds to one interface, `hops` limits how far the datagram may go."""
+    """Where to send. `device` binds to one interface, `hops` limits how far the datagram may go.
+
+    `sending` is told the source port before anything is sent.
+    """
 
     address: IPAddress
     port: int
     scope: int = 0
     device: str | None = None
     hops: int | None = None
+    sending: Callable[[int], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome(Generic[T]):
-    """`value` is what `read` made of the answer; `router` who reported an expired datagram."""
+    """`value` is what `read` made of the answer; `router` who reported an expired or unreachable one."""
 
     answer: Answer
     value: T | None = None
@@ -64,6 +68,8 @@ async def ask(
         refused = _prepare(sock, destination)
         if refused is not None:
             return Outcome(refused)
+        if destination.sending is not None:
+            destination.sending(sock.getsockname()[1])
         start = loop.time()
         try:
             sock.send(payload)
@@ -137,7 +143,7 @@ def _failed(error: OSError, sock: socket.socket) -> Outcome[T]:
         if origin in _TIME_EXCEEDED and icmp_type == _TIME_EXCEEDED[origin]:
             return Outcome(Answer.EXPIRED, router=offender(data[_EXTENDED_ERROR.size :]))
         if origin in _TIME_EXCEEDED:
-            return Outcome(Answer.UNREACHABLE)
+            return Outcome(Answer.UNREACHABLE, router=offender(data[_EXTENDED_ERROR.size :]))
     return Outcome(Answer.BLOCKED if error.errno in _REFUSED else Answer.UNREACHABLE)
 
 

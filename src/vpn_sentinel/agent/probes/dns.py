@@ -1,5 +1,6 @@
 """Which resolver asks for this host: the same few questions to each of the system's nameservers.
 
+`canary`: TXT of a random name in the zone of our own server → the resolver's egress, from no third party.
 `google`: TXT o-o.myaddr.l.google.com → the resolver's egress, and the client subnet it passed on.
 `akahelp`: TXT whoami.ds.akahelp.net → `"ns" "<egress>"`, `"ecs" "<subnet>"`.
 `akamai`: A whoami.akamai.net → the egress.
@@ -10,10 +11,10 @@ import asyncio
 import secrets
 import socket
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from ipaddress import IPv6Address, ip_address, ip_network
 from pathlib import Path as FilePath
-from typing import Final
+from typing import Final, TypeVar
 
 from vpn_sentinel.agent.interfaces import Paths
 from vpn_sentinel.agent.probes import dnswire
@@ -21,6 +22,10 @@ from vpn_sentinel.agent.probes.datagram import Destination, Outcome, ask
 from vpn_sentinel.agent.probes.targets import address_in
 from vpn_sentinel.domain.observation import Answer, Path, ResolverSighting
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork
+from vpn_sentinel.wire import canary
+from vpn_sentinel.wire.messages import Echo
+
+T = TypeVar("T")
 
 RESOLV_CONF: Final = FilePath("/etc/resolv.conf")
 LIMIT, RESEND = 2.0, 0.8  # seconds
@@ -47,6 +52,7 @@ class Revealed:
     client: IPAddress | None = None
     subnet: IPNetwork | None = None
     failed: bool = False
+    forged: bool = False  # it is not what our own server says
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +62,56 @@ class Method:
     kind: int
     read: Callable[[dnswire.Reply], Revealed]
     klass: int = dnswire.IN
+
+
+@dataclass(frozen=True, slots=True)
+class CanaryZone:
+    """The zone that our server is authoritative for, and what we are known by there."""
+
+    name: str
+    ident: bytes
+    key: bytes = field(repr=False)
+
+    def method(self) -> Method:
+        """A question that nobody asked before, so that no cache answers it."""
+        nonce = secrets.token_bytes(canary.NONCE)
+
+        def read(reply: dnswire.Reply) -> Revealed:
+            egress = next((a for t in reply.texts if (a := canary.read_answer(t, nonce, self.key))), None)
+            return Revealed(egress=egress, forged=egress is None and bool(reply.texts or reply.addresses))
+
+        return Method("canary", f"{canary.label(self.ident, nonce, self.key)}.{self.name}", dnswire.TXT, read)
+
+
+@dataclass(slots=True)
+class ToldZone:
+    """The canary zone as the server's last Welcome told, None without one."""
+
+    zone: CanaryZone | None = None
+
+    def learn(self, name: str | None, echo: Echo | None) -> bool:
+        """Take in a Welcome; whether a zone is known now that was not."""
+        old, self.zone = self.zone, None
+        if name and echo is not None and is_domain(name):
+            self.zone = CanaryZone(name, bytes.fromhex(echo.id), bytes.fromhex(echo.key))
+        return self.zone not in (None, old)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the lookups of one round revealed. `forged`: a canary's answer was not our server's."""
+
+    sightings: tuple[ResolverSighting, ...] = ()
+    forged: bool = False
+
+
+def is_domain(name: str) -> bool:
+    """Whether a canary's name can be made below it."""
+    try:
+        dnswire.query(0, f"{'0' * canary.LABEL}.{name}", dnswire.TXT)
+    except ValueError:
+        return False
+    return True
 
 
 def nameservers(text: str) -> tuple[Nameserver, ...]:
@@ -133,20 +189,28 @@ PATH: Final = Method("path", "whoami.cloudflare", dnswire.TXT, read_path, dnswir
 _ROOT: Final = Method("root", "a.root-servers.net", dnswire.A, read_akamai)
 
 
-def plan(servers: Iterable[Nameserver]) -> list[tuple[Nameserver, Method]]:
-    """Five to ten questions over all nameservers: a resolver with several egresses shows more than one."""
+def plan(servers: Iterable[Nameserver], zone: CanaryZone | None = None) -> list[tuple[Nameserver, Method]]:
+    """Five to ten questions over all nameservers, by two methods at least; with a zone, our own server's first.
+
+    A resolver with several egresses shows more than one.
+    """
     servers = tuple(servers)
     methods = {1: (GOOGLE, GOOGLE, AKAHELP, AKAMAI, PATH), 2: (GOOGLE, AKAHELP, AKAMAI, PATH)}.get(
         len(servers), (GOOGLE, AKAHELP, PATH)
     )
-    return [(server, method) for server in servers for method in methods]
+    if zone is None:
+        return [(server, method) for server in servers for method in methods]
+    own = {1: 3, 2: 2}.get(len(servers), 1)
+    whoami = (GOOGLE, AKAHELP, PATH) if len(servers) < 2 else (GOOGLE, PATH)
+    return [(server, m) for server in servers for m in (*(zone.method() for _ in range(own)), *whoami)]
 
 
-async def resolvers(paths: Paths, servers: Iterable[Nameserver]) -> tuple[ResolverSighting, ...]:
+async def resolvers(paths: Paths, servers: Iterable[Nameserver], zone: CanaryZone | None = None) -> Asked:
     """Ask all at once; at most two seconds."""
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(_sighting(server, method, paths)) for server, method in plan(servers)]
-    return tuple(s for t in tasks if (s := t.result()) is not None)
+        tasks = [group.create_task(_sighting(server, method, paths)) for server, method in plan(servers, zone)]
+    found = [t.result() for t in tasks]
+    return Asked(tuple(s for s, _ in found if s is not None), any(forged for _, forged in found))
 
 
 async def intercepted(limit: float = _INTERCEPTION_LIMIT, at: Nameserver = NO_DNS_HERE) -> bool:
@@ -154,13 +218,31 @@ async def intercepted(limit: float = _INTERCEPTION_LIMIT, at: Nameserver = NO_DN
     return (await lookup(at, _ROOT, limit=limit, resend=None)).answer is Answer.ANSWERED
 
 
-async def _sighting(server: Nameserver, method: Method, paths: Paths) -> ResolverSighting | None:
-    path = path_to(server, paths)
+async def rewritten(servers: Iterable[Nameserver], zone: CanaryZone | None = None) -> bool | None:
+    """Whether a nameserver gives a name that cannot exist an address; None when none says either way."""
+    # Below the zone nothing like it exists; without one, no top level domain is called so.
+    name = f"nx-{secrets.token_hex(8)}.{zone.name if zone else 'nx' + secrets.token_hex(8)}"
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(_invents(server, name)) for server in servers]
+    told = {t.result() for t in tasks}
+    return True if True in told else (False if False in told else None)
+
+
+async def sighting(server: Nameserver, zone: CanaryZone) -> ResolverSighting | None:
+    """One canary through one nameserver, its path not looked at; None when the zone cannot be asked."""
+    return (await _sighting(server, zone.method(), None))[0]
+
+
+async def _sighting(server: Nameserver, method: Method, paths: Paths | None) -> tuple[ResolverSighting | None, bool]:
+    """What one lookup showed, None when it says nothing of the nameserver; and whether the answer was forged."""
+    path = path_to(server, paths) if paths else Path.UNKNOWN
     outcome = await lookup(server, method, limit=LIMIT, resend=RESEND)
     revealed = outcome.value or Revealed()
     if method is PATH and revealed.client is None:
-        return None  # most nameservers refuse it, which says nothing of them
-    return ResolverSighting(
+        return None, False  # most nameservers refuse it, which says nothing of them
+    if method.name == "canary" and revealed.failed:
+        return None, False  # it may be our own server that is down
+    seen = ResolverSighting(
         method=method.name,
         nameserver=plain(server.address),
         # A nameserver that is there and cannot look anything up serves nobody: as good as out of reach.
@@ -170,6 +252,17 @@ async def _sighting(server: Nameserver, method: Method, paths: Paths) -> Resolve
         client=revealed.client,
         subnet=revealed.subnet,
     )
+    return seen, revealed.forged
+
+
+async def _invents(server: Nameserver, name: str) -> bool | None:
+    """Whether this nameserver has an address for `name`; None when it does not say that there is none."""
+
+    def read(reply: dnswire.Reply) -> bool | None:
+        return True if reply.addresses else (False if reply.rcode == dnswire.NXDOMAIN else None)
+
+    found = await _exchange(server, dnswire.query(secrets.randbits(16), name, dnswire.A), lambda r: (read(r),))
+    return found.value[0] if found.value else None
 
 
 def path_to(server: Nameserver, paths: Paths) -> Path:
@@ -184,12 +277,26 @@ def plain(address: IPAddress) -> IPAddress:
 async def lookup(server: Nameserver, method: Method, *, limit: float, resend: float | None) -> Outcome[Revealed]:
     asked = dnswire.query(secrets.randbits(16), method.domain, method.kind, method.klass)
 
-    def read(datagram: bytes) -> Revealed | None:
+    def read(reply: dnswire.Reply) -> Revealed:
+        return Revealed(failed=True) if reply.rcode == dnswire.SERVFAIL else method.read(reply)
+
+    return await _exchange(server, asked, read, limit=limit, resend=resend)
+
+
+async def _exchange(
+    server: Nameserver,
+    asked: bytes,
+    read: Callable[[dnswire.Reply], T],
+    *,
+    limit: float = LIMIT,
+    resend: float | None = RESEND,
+) -> Outcome[T]:
+    def parsed(datagram: bytes) -> T | None:
         try:
             reply = dnswire.parse(datagram, asked)
         except dnswire.BadMessageError:
             return None
-        return Revealed(failed=True) if reply.rcode == dnswire.SERVFAIL else method.read(reply)
+        return read(reply)
 
     where = Destination(address=server.address, port=server.port, scope=server.scope)
-    return await ask(where, asked, read, limit=limit, resend=resend)
+    return await ask(where, asked, parsed, limit=limit, resend=resend)

@@ -6,12 +6,11 @@ alone is often wrong about VPN exits. One that refuses rests for hours, one that
 
 import asyncio
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from vpn_sentinel.agent.http import Client, HttpError, Response
-from vpn_sentinel.agent.probes.mmdb import Reader, look_up
 from vpn_sentinel.agent.probes.placing import BadAnswerError, Service
 from vpn_sentinel.domain.observation import Place
 from vpn_sentinel.domain.policy import IPAddress
@@ -26,6 +25,12 @@ _FAILED_REST: Final = 60.0  # after the first failure, doubled by each that foll
 _LONGEST_REST: Final = 3600.0
 _WANTED: Final = 2  # opinions that agree
 _REMEMBERED: Final = 16  # addresses
+
+LookUp = Callable[[IPAddress], tuple[Place, ...]]
+
+
+def _no_files(_address: IPAddress) -> tuple[Place, ...]:
+    return ()
 
 
 @dataclass(slots=True)
@@ -43,14 +48,14 @@ class Places:
         services: Sequence[Service],
         clock: Clock,
         *,
-        databases: Sequence[tuple[str, Reader]] = (),
+        look_up: LookUp = _no_files,
         limit: float = 5.0,
     ) -> None:
-        """`limit` is the time in seconds that one service gets."""
+        """`look_up` asks files; `limit` is the time in seconds that one service gets."""
         self._http = http
         self._services = tuple(services)
         self._clock = clock
-        self._databases = tuple(databases)
+        self._look_up = look_up
         self._limit = limit
         self._opinions: dict[IPAddress, dict[str, Place]] = {}
         self._asked: dict[IPAddress, float] = {}
@@ -60,7 +65,7 @@ class Places:
         """What files and earlier answers say of these addresses, without asking anyone."""
         found: list[Place] = []
         for address in dict.fromkeys(a for a in addresses if a is not None):
-            found += look_up(self._databases, address)
+            found += self._look_up(address)
             found += self._opinions.get(address, {}).values()
         return tuple(found[: limits.PER_OBSERVATION])
 
@@ -93,7 +98,7 @@ class Places:
         return [s for s in self._services if self._rest[s.name].until <= now]
 
     def _agreed(self, exit_: IPAddress) -> bool:
-        places = (*look_up(self._databases, exit_), *self._opinions.get(exit_, {}).values())
+        places = (*self._look_up(exit_), *self._opinions.get(exit_, {}).values())
         countries = [p.country for p in places if p.country]
         return any(countries.count(c) >= _WANTED for c in countries)
 

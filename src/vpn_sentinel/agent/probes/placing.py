@@ -101,9 +101,9 @@ def clean(value: object) -> str | None:
 
 
 def country_code(value: object) -> str | None:
-    """ISO 3166-1 alpha-2. Cloudflare writes XX where it knows nothing and T1 for Tor: neither is a country."""
+    """ISO 3166-1 alpha-2. Cloudflare writes XX where it knows nothing and T1 for Tor, DB-IP ZZ: none is a country."""
     text = value.strip().upper() if isinstance(value, str) else ""
-    return text if len(text) == 2 and text.isascii() and text.isalpha() and text != "XX" else None
+    return text if len(text) == 2 and text.isascii() and text.isalpha() and text not in ("XX", "ZZ") else None
 
 
 def asn_of(value: object) -> int | None:

@@ -1,21 +1,20 @@
-"""The beat: one light canary every few seconds, so that a tunnel that dies without a word is noticed.
+"""Whom to ask for a sign of life, and what the answers of strangers mean when the server's echo cannot be asked.
 
-Two beats lost in a row, an answer that comes from elsewhere, or answers that come back after a loss start a round.
+Two beats lost in a row, an answer that comes from elsewhere, or answers that come back after a loss are a reason
+to look.
 """
 
-import asyncio
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from vpn_sentinel.agent.probes.canary import one
 from vpn_sentinel.agent.probes.targets import CLOUDFLARE, OPENDNS, Target
-from vpn_sentinel.domain.observation import Answer, Canary, Observation, Path, Probe
+from vpn_sentinel.domain.observation import Answer, Canary, Observation, Probe
 
 LITERAL: Final = 5.0  # seconds between beats to a service of strangers
 _LOST: Final = 2
 
 
-class Rhythm:
+class Beats:
     """What the answers of consecutive beats mean; no I/O."""
 
     def __init__(self) -> None:
@@ -34,12 +33,16 @@ class Rhythm:
             self._lost += 1
             return self._lost == _LOST
         was_lost, self._lost = self._lost >= _LOST, 0
+        return self.moved(canary) or was_lost
+
+    def moved(self, canary: Canary) -> bool:
+        """Whether an answer names another address than the target's last one did."""
         if canary.address is None:
-            return was_lost
+            return False
         key = (canary.target, canary.family)
         old = self._addresses.get(key)
         self._addresses[key] = canary.address
-        return was_lost or (old is not None and old != canary.address)
+        return old is not None and old != canary.address
 
     @property
     def in_doubt(self) -> bool:
@@ -47,42 +50,26 @@ class Rhythm:
         return self._lost == 1
 
 
-def choose(echoes: Sequence[Target], seen: Observation | None) -> Target:
-    """Whom to ask: the server's echo, as long as rounds show that it answers, else a literal address.
+def choose(
+    echoes: Sequence[Target], seen: Observation | None, fits: Callable[[Target], bool] = lambda _: True
+) -> Target:
+    """Whom to ask: the server's echo, unless the last round shows that others answer and it does not.
 
-    A server that is down must not look like a tunnel that is.
+    A server that is down must not look like a tunnel that is. `fits` is whether the way to it tells of the tunnel.
     """
-    if seen is None:
-        return CLOUDFLARE[0]
-    answering = {(c.target, c.family) for c in seen.asked(Probe.DEFAULT) if c.answer is Answer.ANSWERED}
-    candidates = (*echoes, *CLOUDFLARE, *OPENDNS)
-    return next((t for t in candidates if (t.name, t.address.version) in answering), CLOUDFLARE[0])
+    canaries = seen.asked(Probe.DEFAULT) if seen is not None else ()
+    asked = {(c.target, c.family) for c in canaries}
+    answering = {(c.target, c.family) for c in canaries if c.answer is Answer.ANSWERED}
+    fitting = [t for t in echoes if fits(t)]
+    for target in fitting:
+        if _key(target) in answering:
+            return target
+    for target in fitting:
+        # Where nothing answers at all, the server may still hear us, and tells what it sees.
+        if _key(target) not in asked or not answering:
+            return target
+    return next((t for t in (*CLOUDFLARE, *OPENDNS) if _key(t) in answering), CLOUDFLARE[0])
 
 
-class Beat:
-    def __init__(
-        self,
-        pulse: float,
-        *,
-        echoes: Callable[[], Sequence[Target]],
-        ring: Callable[[], None],
-    ) -> None:
-        """`pulse` is seconds between beats to our own server."""
-        self._pulse = pulse
-        self._echoes = echoes
-        self._ring = ring
-        self._rhythm = Rhythm()
-        self._seen: Observation | None = None
-
-    def saw(self, seen: Observation) -> None:
-        """A round is over."""
-        self._seen = seen
-        self._rhythm.start_from(seen.canaries)
-
-    async def run(self) -> None:
-        while True:
-            target = choose(self._echoes(), self._seen)
-            pulse = self._pulse if target.name == "echo" else max(self._pulse, LITERAL)
-            await asyncio.sleep(0 if self._rhythm.in_doubt else pulse)
-            if self._rhythm.beat(await one(target, Path.UNKNOWN)):  # what it means is the round's to find out
-                self._ring()
+def _key(target: Target) -> tuple[str, int]:
+    return target.name, target.address.version

@@ -20,6 +20,9 @@ from vpn_sentinel.runtime.secret import Secret
 from vpn_sentinel.wire.messages import Hello, Report
 
 CONNECT: Final = 4.0  # seconds for a connection with its handshakes
+# The same, and the seconds for an answer, while bad news waits and another way may be open.
+BRISK: Final = 0.7
+IMPATIENT: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,11 +47,15 @@ class Ground:
 
 
 class Wakeup:
-    """Stirs whoever waits: there is more to send, something came in, or the network changed (`kicked`)."""
+    """Stirs whoever waits: there is more to send, something came in, or the network changed (`kicked`).
+
+    `urgent` while bad news waits for its acknowledgement.
+    """
 
     def __init__(self) -> None:
         self._changed = asyncio.Event()
         self.kicked = False
+        self.urgent = False
 
     def wake(self) -> None:
         self._changed.set()
@@ -70,7 +77,8 @@ class Wakeup:
 class Conversation:
     """With one address of the server under one URL. `greeted` becomes true once the server answered there.
 
-    `arrived` is called for each greeting, `acked` for each acknowledgement.
+    `arrived` is called for each greeting, `acked` for each acknowledgement. `brisk` is asked
+    whether bad news waits and another way may be open, so that this one is given little time.
     """
 
     to: Destination
@@ -84,7 +92,9 @@ class Conversation:
     wakeup: Wakeup
     arrived: Callable[[str, Greeted], None]
     acked: Callable[[], None]
+    brisk: Callable[[], bool] = lambda: False
     greeted: bool = False
+    _until: float | None = None
     _inbox: list[bytes | ChannelError] = field(default_factory=list)
     _sent: list[Report] = field(default_factory=list)
 
@@ -155,13 +165,20 @@ class Conversation:
         async with asyncio.TaskGroup() as group:
             opening = group.create_task(attempt())
             opening.add_done_callback(lambda _: self.wakeup.wake())
+            why, until = "the way to the server changed", None
             while not opening.done():
-                await self.wakeup.wait(None)
+                # Bad news may come while this is on its way.
+                now = self.clock.boottime()
+                until = (until or now + BRISK) if self.brisk() else None
+                if until is not None and now >= until:
+                    why = f"no connection within {BRISK:g} s, and bad news waits"
+                    break
+                await self.wakeup.wait(None if until is None else until - now)
                 if self.wakeup.kicked and self._way() != way:
                     break
             opening.cancel()
         if opening.cancelled():
-            raise ChannelError(Fault.BROKEN, "the way to the server changed")
+            raise ChannelError(Fault.BROKEN, why)
         result = opening.result()
         if isinstance(result, ChannelError):
             raise result
@@ -197,8 +214,19 @@ class Conversation:
                 pending, thinned = self.load.left_behind(reports), self.spool.thinned
                 now = self.clock.boottime()
                 await self._send(channel, session.offer(reports, pending=pending, thinned=thinned, now=now))
-            deadlines = [d for d in (session.deadline, leave.look_at if leave else None) if d is not None]
+            self._press(session)
+            deadlines = [d for d in (session.deadline, self._until, leave.look_at if leave else None) if d is not None]
             await self.wakeup.wait(max(0.0, min(deadlines) - self.clock.boottime()) if deadlines else None)
+
+    def _press(self, session: Session) -> None:
+        """Give an awaited answer little time while bad news waits. Raises ChannelError when that has passed."""
+        now = self.clock.boottime()
+        if session.deadline is None or not self.brisk():
+            self._until = None
+        elif self._until is None:
+            self._until = now + IMPATIENT
+        elif now >= self._until:
+            raise ChannelError(Fault.BROKEN, "no answer to bad news: another way is tried")
 
     def _session(self) -> Session:
         hello = msgspec.structs.replace(self.to.hello, spool=self.spool.identity, wall=self.clock.wall())

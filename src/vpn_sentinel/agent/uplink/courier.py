@@ -22,7 +22,6 @@ from vpn_sentinel.agent.uplink.session import Greeted
 from vpn_sentinel.domain.policy import IPAddress, is_public
 from vpn_sentinel.runtime.backoff import backoff
 from vpn_sentinel.runtime.clock import Clock
-from vpn_sentinel.wire.messages import Echo
 
 log = logging.getLogger(__name__)
 
@@ -36,10 +35,13 @@ _BACK_FIRST: Final = 60.0  # seconds on a second way until the preferred one is 
 _BACK_MOST: Final = 900.0
 _STEADY: Final = 10.0  # seconds that a connection must have held for its end to be no reason to wait
 _MOST_ADDRESSES: Final = 4  # of one name
+_BRISK: Final = 2  # rounds through all ways that give each but little time, while bad news waits
 
 
 class Courier:
-    """`run` never ends by itself. `wake` says that the spool holds more, `kick` that the network changed."""
+    """`run` never ends by itself. `wake` says that the spool holds more, `kick` that the network changed, `hurry` that
+    what was put into the spool is bad news: then a way that does not answer soon is left for another.
+    """
 
     def __init__(
         self,
@@ -49,7 +51,7 @@ class Courier:
         clock: Clock,
         *,
         ground: Ground | None = None,
-        greeted: Callable[[Echo | None], None] = lambda _echo: None,
+        greeted: Callable[[Greeted], None] = lambda _event: None,
         patience: float = _PATIENCE,
         back_first: float = _BACK_FIRST,
         wakeup: Wakeup | None = None,
@@ -69,6 +71,9 @@ class Courier:
         self._url, self._stored = "", False  # of the conversation that was greeted last: whether reports were stored
         self._fruitless: set[str] = set()  # greeted there and stored nothing
         self._back_after = back_first
+        self._left: str | None = None  # the way that bad news got no answer on
+        self._turned = False
+        self._passes = 0  # through all ways, since there is bad news
         self.acked_at: float | None = None
 
     def wake(self) -> None:
@@ -76,6 +81,11 @@ class Courier:
 
     def kick(self) -> None:
         self._wakeup.kick()
+
+    def hurry(self) -> None:
+        if not self._wakeup.urgent:
+            self._wakeup.urgent, self._passes = True, 0
+        self._wakeup.wake()
 
     async def run(self) -> None:
         for host in {split(url).host for url in self._to.urls}:
@@ -88,18 +98,19 @@ class Courier:
             greeted, denied = await self._all_ways()
             if self._wakeup.kicked or (greeted and self._clock.boottime() - started > _STEADY):
                 waits = backoff(0.5, longest)
-            if not self._wakeup.kicked:
+            if not (self._wakeup.kicked or self._turned):
                 await self._pause(max(next(waits), _SLOWLY if denied else 0.0))
             elif (early := started + _APART - self._clock.boottime()) > 0:
                 await asyncio.sleep(early)
-            self._hurried, self._wakeup.kicked = self._wakeup.kicked, False
+            self._hurried, self._wakeup.kicked, self._turned = self._wakeup.kicked, False, False
 
     async def _all_ways(self) -> tuple[bool, bool]:
         """Try each URL until one has served; whether one did, and whether one denied us."""
         denied = False
-        for index, url in enumerate(self._to.urls):
+        self._passes += 1
+        for url in self._order():
             try:
-                tried = await self._serve(url, second_way=index > 0)
+                tried = await self._serve(url, second_way=url != self._to.urls[0])
             except ChannelError as e:
                 denied = denied or e.fault is Fault.DENIED
                 self._say(url, str(e))
@@ -107,6 +118,13 @@ class Courier:
             if tried:
                 return True, denied
         return False, denied
+
+    def _order(self) -> tuple[str, ...]:
+        """The ways as they are preferred; one that left bad news unanswered comes last."""
+        urls = self._to.urls
+        if self._left is None:
+            return urls
+        return (*(u for u in urls if u != self._left), self._left)
 
     async def _pause(self, seconds: float) -> None:
         """Wait, but not on when the network changes: what was shut may be open now."""
@@ -119,7 +137,8 @@ class Courier:
         where = split(url)
         try:
             # When the network just changed, DNS may be what broke: then the last good addresses must do.
-            addresses = await self._http.names.addresses(where.host, patience=_HURRIED if self._hurried else None)
+            hurried = self._hurried or self._wakeup.urgent
+            addresses = await self._http.names.addresses(where.host, patience=_HURRIED if hurried else None)
         except NotFoundError as e:
             raise ChannelError(Fault.BROKEN, str(e)) from e
         error = ChannelError(Fault.BROKEN, "it has no address")
@@ -132,6 +151,8 @@ class Courier:
                 await self._by_any_means(tried, _WayBack(self, self._to.urls[0]) if second_way else None)
             except ChannelError as e:
                 error = e
+                if self._brisk():
+                    self._left, self._turned = url, tried.greeted
                 if tried.greeted:
                     if not self._stored:
                         self._fruitless.add(url)
@@ -155,7 +176,11 @@ class Courier:
             wakeup=self._wakeup,
             arrived=self._arrived,
             acked=self._acked,
+            brisk=self._brisk,
         )
+
+    def _brisk(self) -> bool:
+        return self._wakeup.urgent and len(self._to.urls) > 1 and self._passes <= _BRISK
 
     async def _by_any_means(self, tried: Conversation, back: "_WayBack | None") -> None:
         until = self._post_until.get(tried.url, 0.0)
@@ -206,10 +231,12 @@ class Courier:
         # A server whose disk is full greets all the same: after a greeting that led to nothing, only an ack is news.
         if url not in self._fruitless:
             self._say(url, None)
-        self._greeted(event.echo)
+        self._greeted(event)
 
     def _acked(self) -> None:
         self.acked_at = self._clock.boottime()
+        if not self._spool.pending:
+            self._wakeup.urgent, self._left = False, None
         if not self._stored:
             self._stored = True
             self._fruitless.discard(self._url)

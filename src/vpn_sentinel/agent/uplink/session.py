@@ -40,6 +40,7 @@ class Greeted:
     stale: bool
     seen_from: str | None
     echo: Echo | None
+    canary_zone: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +122,13 @@ class Session:
                 self._deadline = None
                 self._acked = message.ack
                 stale = message.ack > self._last
-                return Greeted(ack=message.ack, stale=stale, seen_from=message.seen_from, echo=message.echo)
+                return Greeted(
+                    ack=message.ack,
+                    stale=stale,
+                    seen_from=message.seen_from,
+                    echo=message.echo,
+                    canary_zone=message.canary_zone,
+                )
             case Ack(), Phase.WAITING:
                 if not self._acked < message.seq <= self._sent:  # one that moves nothing would have us send for ever
                     raise self._fail(f"the server acknowledges {message.seq}, {self._sent} was sent")

@@ -9,7 +9,7 @@ from typing import Final
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, WebSocketException
 
-from vpn_sentinel.agent.http import reason, split
+from vpn_sentinel.agent.http import connected, reason, split
 from vpn_sentinel.agent.uplink.channel import ChannelError, Fault
 from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.runtime.secret import Secret
@@ -57,11 +57,10 @@ async def open_websocket(
     Raises ChannelError.
     """
     where = split(url)
-    sock = socket.socket(socket.AF_INET if at.version == 4 else socket.AF_INET6, socket.SOCK_STREAM)
-    sock.setblocking(False)
+    sock: socket.socket | None = None
     try:
         async with asyncio.timeout(limit):
-            await asyncio.get_running_loop().sock_connect(sock, (str(at), where.port))
+            sock = await connected(at, where.port)
             connection = await connect(
                 url.replace("http", "ws", 1),
                 sock=sock,
@@ -79,19 +78,24 @@ async def open_websocket(
                 max_size=limits.BODY_BYTES,
             )
     except TimeoutError as e:
-        sock.close()
+        _close(sock)
         raise ChannelError(Fault.BROKEN, f"no connection within {limit:g} s") from e
     except InvalidStatus as e:
         raise _refused(e.response.status_code) from e
     except (InvalidHandshake, ValueError) as e:
         raise ChannelError(Fault.NO_WEBSOCKET, "the answer to the WebSocket handshake is not one") from e
     except (OSError, WebSocketException, EOFError) as e:
-        sock.close()
+        _close(sock)
         raise ChannelError(Fault.BROKEN, reason(e)) from e
     except BaseException:
-        sock.close()
+        _close(sock)
         raise
     return WebSocket(connection)
+
+
+def _close(sock: socket.socket | None) -> None:
+    if sock is not None:
+        sock.close()
 
 
 def _refused(status: int) -> ChannelError:

@@ -1,0 +1,249 @@
+"""gluetun's own account, by its control server and its health server.
+
+Only routes that read are asked, and none that shows settings. A route that is refused or missing rests; status and
+forwarded port are asked every few seconds, the rest when the status changes and once a minute.
+"""
+
+import asyncio
+import base64
+import json
+import logging
+import random
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from vpn_sentinel.agent.http import Client, HttpError, Response, split
+from vpn_sentinel.agent.probes.targets import address_in
+from vpn_sentinel.domain.observation import Claim
+from vpn_sentinel.domain.policy import IPAddress
+from vpn_sentinel.runtime.backoff import backoff
+from vpn_sentinel.runtime.secret import Secret
+from vpn_sentinel.wire import limits
+
+log = logging.getLogger(__name__)
+
+LIMIT: Final = 2.0  # seconds for one answer
+EVERY: Final = (6.0, 9.0)  # seconds between two looks while it answers
+REST: Final = 60.0  # seconds until what is missing, refused or slow to change is asked again
+STATUS, ADDRESS, DNS = "/v1/vpn/status", "/v1/publicip/ip", "/v1/dns/status"
+PORT, OLD_PORT = "/v1/portforward", "/v1/openvpn/portforwarded"
+CONTROL: Final = "http://127.0.0.1:8000"
+HEALTH: Final = "http://127.0.0.1:9999/"
+
+
+@dataclass(frozen=True, slots=True)
+class Login:
+    """A key, or a user with a password; neither where gluetun's default role lets everybody read."""
+
+    key: Secret = Secret("")  # noqa: RUF009 - never changes
+    user: str = ""
+    password: Secret = Secret("")  # noqa: RUF009
+
+    def headers(self) -> dict[str, str]:
+        if self.key:
+            return {"X-API-Key": self.key.reveal()}
+        if self.user:
+            pair = f"{self.user}:{self.password.reveal()}".encode()
+            return {"Authorization": "Basic " + base64.b64encode(pair).decode()}
+        return {}
+
+
+class Gluetun:
+    """Asks again and again, remembers the last answers, and calls `changed` when status or port become others."""
+
+    def __init__(
+        self,
+        http: Client,
+        url: str,
+        login: Login,
+        changed: Callable[[], None],
+        *,
+        health: str | None = HEALTH,
+        every: tuple[float, float] = EVERY,
+        rest: float = REST,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self._http = http
+        self._url = url
+        self._login = login
+        self._changed = changed
+        self._every = every
+        self._rest = rest
+        self._sleep = sleep
+        # Its health server listens on the loopback of its own namespace only.
+        host = address_in(split(url).host)
+        self._health = health if host is not None and host.is_loopback else None
+        self._asleep: dict[str, float] = {}  # route -> loop time until which it rests
+        self._refused: set[str] = set()
+        self._status: str | None = None
+        self._trouble: str | None = None
+        self._unhealthy: str | None = None
+        self._dns: str | None = None
+        self._address: IPAddress | None = None
+        self._connecting = False  # it runs, and has not been through its tunnel to ask for its address
+        self.port: int | None = None
+        self._port_route = PORT
+
+    def claim(self) -> Claim | None:
+        """None before the first answer. `status` is gluetun's word, and behind it what is out of order."""
+        if self._trouble is not None:
+            return Claim(source="gluetun", status=f"error: {self._trouble}"[: limits.TEXT])
+        if self._status is None:
+            return None
+        notes = [
+            *(["no public address yet"] if self._connecting else []),
+            *([f"unhealthy: {self._unhealthy}"] if self._unhealthy else []),
+            *([f"DNS {self._dns}"] if self._dns not in (None, "running") else []),
+        ]
+        status = f"{self._status} ({'; '.join(notes)})" if notes else self._status
+        return Claim(source="gluetun", status=status[: limits.TEXT], address=self._address)
+
+    async def run(self) -> None:
+        """Look, for ever: every few seconds while it answers, with back-off while it does not."""
+        waits = backoff(self._every[0], 60.0)
+        while True:
+            before = (self._status, self._trouble, self.port)
+            first = before == (None, None, None)
+            await self.look()
+            if not first and before != (self._status, self._trouble, self.port):
+                self._changed()
+            if self._trouble is None:
+                waits = backoff(self._every[0], 60.0)
+                await self._sleep(random.uniform(*self._every))  # noqa: S311 - spreads load, guards nothing
+            else:
+                await self._sleep(next(waits))
+
+    async def look(self) -> None:
+        """Ask once. A control server that does not answer leaves an error as status, and forgets the rest."""
+        try:
+            said = await self._get(STATUS)
+        except HttpError as e:
+            self._failed(word(str(e)) or "no answer")
+            return
+        status = word(said.get("status")) if said is not None else None
+        if status is None:
+            self._failed("it refuses to tell its status" if STATUS in self._refused else "its answer makes no sense")
+            return
+        if self._trouble is not None:
+            log.info("gluetun answers", extra={"url": self._url})
+        if status != self._status:
+            self._asleep.pop(ADDRESS, None)
+            self._asleep.pop(DNS, None)
+        self._trouble, self._status = None, status
+        await self._look_further()
+
+    def _failed(self, why: str) -> None:
+        if why != self._trouble:
+            log.warning("gluetun's control server does not serve", extra={"url": self._url, "why": why})
+        self._trouble, self._status, self._address, self.port, self._unhealthy = why, None, None, None, None
+
+    async def _look_further(self) -> None:
+        try:
+            await self._ask_port()
+            if self._due(ADDRESS) and (said := await self._get(ADDRESS)) is not None:
+                text = said.get("public_ip")
+                self._address = address_in(text) if isinstance(text, str) else None
+                self._connecting = self._status == "running" and text == ""
+                if self._address is not None:
+                    self._sleep_on(ADDRESS)
+            if self._due(DNS) and (said := await self._get(DNS)) is not None:
+                self._dns = word(said.get("status"))
+                self._sleep_on(DNS)
+        except HttpError as e:
+            log.debug("gluetun leaves a question open", extra={"why": str(e)})
+        await self._ask_health()
+
+    async def _ask_port(self) -> None:
+        if not self._due(PORT):
+            return
+        said = await self._get(self._port_route)
+        if said is None and self._port_route not in self._refused:
+            self._port_route = OLD_PORT if self._port_route == PORT else PORT
+            said = await self._get(self._port_route)
+        if said is None:
+            self._sleep_on(PORT)
+        else:
+            self.port = port_in(said)
+
+    async def _ask_health(self) -> None:
+        if self._health is None or not self._due(self._health):
+            return
+        try:
+            answer = await self._http.get(self._health, limit=LIMIT)
+        except HttpError:
+            self._unhealthy = None
+            self._sleep_on(self._health)
+            return
+        self._unhealthy = None if answer.status == 200 else word(answer.body[:200].decode("utf-8", "replace")) or "?"
+
+    def _due(self, route: str) -> bool:
+        return asyncio.get_running_loop().time() >= self._asleep.get(route, 0.0)
+
+    def _sleep_on(self, route: str) -> None:
+        self._asleep[route] = asyncio.get_running_loop().time() + self._rest
+
+    async def _get(self, route: str) -> Mapping[str, Any] | None:
+        """The answer's object; None when the route is refused, missing, or answers with something else."""
+        answer = await self._http.get(self._url + route, limit=LIMIT, headers=self._login.headers())
+        if answer.status in (401, 403):
+            self._sleep_on(route)
+            self._say_refused(route)
+            return None
+        self._refused.discard(route)
+        if answer.status != 200:
+            self._sleep_on(route)
+            return None
+        return _object(answer)
+
+    def _say_refused(self, route: str) -> None:
+        if route in self._refused:
+            return
+        self._refused.add(route)
+        log.warning(
+            "gluetun refuses a question: set VPN_SENTINEL_GLUETUN_API_KEY, or VPN_SENTINEL_GLUETUN_USER and "
+            "VPN_SENTINEL_GLUETUN_PASSWORD, and let their role ask this route",
+            extra={"route": f"GET {route}"},
+        )
+
+
+def _object(answer: Response) -> Mapping[str, Any] | None:
+    try:
+        said = json.loads(answer.body)
+    except ValueError:
+        return None
+    return said if isinstance(said, dict) else None
+
+
+def word(value: object) -> str | None:
+    """A short printable text; None for anything else."""
+    if not isinstance(value, str):
+        return None
+    text = "".join(c if c.isprintable() else " " for c in value).strip()[:80]
+    return text or None
+
+
+def port_in(said: Mapping[str, Any]) -> int | None:
+    """`{"port": N, "ports": […]}`; 0 is none."""
+    ports = said.get("ports")
+    for found in (said.get("port"), *(ports if isinstance(ports, list) else ())):
+        if isinstance(found, int) and not isinstance(found, bool) and 0 < found < 2**16:
+            return found
+    return None
+
+
+async def found_here(http: Client, *, control: str = CONTROL, health: str = HEALTH) -> bool:
+    """Whether something in this namespace answers as gluetun does, so that an owner can be told of the setting.
+
+    It is never used by itself: whoever listens on this port of a shared namespace could tell us anything.
+    """
+    try:
+        answer = await http.get(control + STATUS, limit=1.0)
+        if answer.status in (401, 403) or "status" in (_object(answer) or {}):
+            return True
+    except HttpError:
+        pass
+    try:
+        return (await http.get(health, limit=1.0)).status in (200, 500)
+    except HttpError:
+        return False

@@ -1,0 +1,178 @@
+"""WireGuard's own account: endpoints, mark, last handshake and counters of one interface, and never a key.
+
+A userspace device (wireguard-go, boringtun) answers on a UNIX socket; see "Cross-platform Userspace Implementation" on
+wireguard.com. Its answer to `get=1` names the private key too: a line with a key is dropped as it is read. For a device
+in the kernel `wg show` is asked one thing at a time, so that no key is ever printed (`dump` would). Both need
+CAP_NET_ADMIN, or root.
+"""
+
+import asyncio
+import contextlib
+import shutil
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Final
+
+from vpn_sentinel.agent.endpoints import Endpoint, parse_endpoint
+from vpn_sentinel.domain.observation import Claim
+
+FOLDERS: Final = ("/run/wireguard", "/var/run/wireguard")
+LIMIT: Final = 0.5  # seconds for one look
+_LONGEST: Final = 4096  # bytes of a line
+_MOST: Final = 256 * 1024  # bytes of an answer: some thousand peers
+_SECRET: Final = (b"private_key=", b"preshared_key=")
+_SHOWN: Final = ("endpoints", "latest-handshakes", "transfer", "fwmark")
+
+
+class DeviceError(Exception):
+    """The device was found and could not be asked; the text says why and holds nothing that it answered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """`handshake` is the last one's time, seconds since the Unix epoch by this host's clock; 0: never."""
+
+    endpoint: Endpoint | None = None
+    handshake: int = 0
+    rx_bytes: int = 0
+    tx_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """`fwmark` is the mark of the tunnel's own packets, 0 for none."""
+
+    fwmark: int = 0
+    peers: tuple[Peer, ...] = ()
+
+    def claim(self, wall: float) -> Claim:
+        """The peer with the newest handshake. A time that lies in the future is a wrong clock's: unknown."""
+        peer = max(self.peers, key=lambda p: p.handshake, default=Peer())
+        age = wall - peer.handshake if peer.handshake else None
+        return Claim(
+            source="wireguard",
+            endpoint=None if peer.endpoint is None else str(peer.endpoint),
+            handshake_age=round(age, 1) if age is not None and age >= 0 else None,
+        )
+
+
+async def read_device(interface: str, *, kernel: bool, folders: Sequence[str] = FOLDERS) -> Device | None:
+    """Ask once, at most half a second; None when nothing here is to be asked about `interface`.
+
+    `kernel` tells that it is the kernel's own WireGuard. Raises DeviceError, and PermissionError without the privilege.
+    """
+    try:
+        async with asyncio.timeout(LIMIT):
+            for folder in folders:
+                with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                    return await _userspace(f"{folder}/{interface}.sock")
+            program = shutil.which("wg") if kernel else None
+            return None if program is None else await _kernel(program, interface)
+    except TimeoutError as e:
+        raise DeviceError("no answer in time") from e
+    except PermissionError:
+        raise
+    except (OSError, EOFError) as e:
+        raise DeviceError((e.strerror if isinstance(e, OSError) else None) or "the answer was broken off") from e
+    except ValueError as e:
+        raise DeviceError("the answer makes no sense") from e
+
+
+async def _userspace(path: str) -> Device:
+    reader, writer = await asyncio.open_unix_connection(path, limit=_LONGEST)
+    try:
+        writer.write(b"get=1\n\n")
+        return await read_answer(_lines(reader))
+    finally:
+        writer.transport.abort()
+
+
+async def _lines(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
+    """The answer's lines up to the empty one that ends it, without those that hold a key."""
+    taken = 0
+    while line := await reader.readline():
+        taken += len(line)
+        if taken > _MOST:
+            raise DeviceError("the answer is too large")
+        if line == b"\n":
+            return
+        if not line.startswith(_SECRET):
+            yield line.rstrip(b"\n")
+    raise EOFError
+
+
+async def read_answer(lines: AsyncIterator[bytes]) -> Device:
+    """Read the answer to `get=1`. Raises ValueError, or DeviceError with the device's own error number."""
+    device, peers = Device(), list[Peer]()
+    async for line in lines:
+        name, _, value = line.decode("ascii").partition("=")
+        match name:
+            case "fwmark":
+                device = replace(device, fwmark=int(value))
+            case "public_key":
+                peers.append(Peer())
+            case "endpoint" if peers:
+                peers[-1] = replace(peers[-1], endpoint=_endpoint(value))
+            case "last_handshake_time_sec" if peers:
+                peers[-1] = replace(peers[-1], handshake=int(value))
+            case "rx_bytes" if peers:
+                peers[-1] = replace(peers[-1], rx_bytes=int(value))
+            case "tx_bytes" if peers:
+                peers[-1] = replace(peers[-1], tx_bytes=int(value))
+            case "errno" if int(value) != 0:
+                raise DeviceError(f"it answers with error {int(value)}")
+    return replace(device, peers=tuple(peers))
+
+
+async def _kernel(program: str, interface: str) -> Device:
+    return read_shown({what: await _show(program, interface, what) for what in _SHOWN})
+
+
+async def _show(program: str, interface: str, what: str) -> str:
+    process = await asyncio.create_subprocess_exec(
+        program, "show", interface, what,
+        stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
+    )  # fmt: skip
+    assert process.stdout is not None  # noqa: S101 - it was asked for
+    try:
+        said = bytearray()
+        while piece := await process.stdout.read(65536):
+            said += piece
+            if len(said) > _MOST:
+                raise DeviceError("the answer is too large")
+        if await process.wait() != 0:
+            raise DeviceError("wg cannot show it")
+        return said.decode("ascii")
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+def read_shown(said: dict[str, str]) -> Device:
+    """Read what `wg show INTERFACE …` prints for each of four words. Raises ValueError."""
+    peers: dict[str, Peer] = {}
+    for words in _rows(said["endpoints"], 2):
+        peers[words[0]] = Peer(endpoint=_endpoint(words[1]))
+    for words in _rows(said["latest-handshakes"], 2):
+        peers[words[0]] = replace(peers.get(words[0], Peer()), handshake=int(words[1]))
+    for words in _rows(said["transfer"], 3):
+        peers[words[0]] = replace(peers.get(words[0], Peer()), rx_bytes=int(words[1]), tx_bytes=int(words[2]))
+    mark = said["fwmark"].strip()
+    return Device(fwmark=0 if mark in ("", "off") else int(mark, 0), peers=tuple(peers.values()))
+
+
+def _rows(text: str, columns: int) -> list[list[str]]:
+    rows = [line.split() for line in text.splitlines()]
+    if any(len(row) != columns for row in rows):
+        msg = f"a row of other than {columns} columns"
+        raise ValueError(msg)
+    return rows
+
+
+def _endpoint(text: str) -> Endpoint | None:
+    """None for `(none)`, and for a link-local address with its zone, which no tunnel's packets leave home by."""
+    try:
+        return parse_endpoint(text)
+    except ValueError:
+        return None

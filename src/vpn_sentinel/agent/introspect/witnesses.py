@@ -1,0 +1,88 @@
+"""Everyone who can tell of the tunnel besides the canaries, put together for the round and the leak watch."""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from vpn_sentinel.agent.endpoints import Endpoint
+from vpn_sentinel.agent.http import Client
+from vpn_sentinel.agent.interfaces import Survey
+from vpn_sentinel.agent.introspect.device import EVERY, Device
+from vpn_sentinel.agent.introspect.gluetun import Gluetun
+from vpn_sentinel.agent.introspect.openvpn import OpenVpn
+from vpn_sentinel.agent.introspect.port import ForwardedPort
+from vpn_sentinel.agent.introspect.settings import IntrospectSettings
+from vpn_sentinel.agent.introspect.wireguard import Device as WireGuard
+from vpn_sentinel.agent.introspect.wireguard import DeviceError, read_device
+from vpn_sentinel.domain.observation import Claim
+from vpn_sentinel.runtime.clock import Clock
+
+log = logging.getLogger(__name__)
+
+
+class Witnesses:
+    """`look` asks what is asked anew each round; the others are listened to by `run`."""
+
+    def __init__(self, settings: IntrospectSettings, http: Client, clock: Clock, ring: Callable[[], None]) -> None:
+        """`ring` is called when one of them tells of a change."""
+        self._clock = clock
+        self._ring = ring
+        self._tunnel: str | None = None
+        self._wireguard: WireGuard | None = None
+        self._hidden = False
+        self._openvpn = OpenVpn(settings.openvpn, settings.openvpn_password, ring) if settings.openvpn else None
+        self._gluetun = Gluetun(http, settings.gluetun, settings.login, ring) if settings.gluetun else None
+        self._port = ForwardedPort(settings.forwarded_port)
+        self._device = Device(lambda: self._tunnel, ring, clock)
+
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        """All far ends of the tunnel that were told of, also after it went away: its last packets are still its own."""
+        peers = self._wireguard.peers if self._wireguard else ()
+        known = [p.endpoint for p in peers if p.endpoint is not None]
+        return tuple(dict.fromkeys((*known, *(self._openvpn.endpoints() if self._openvpn else ()))))
+
+    def forwarded_port(self) -> int | None:
+        """The owner's word first, then gluetun's."""
+        self._port.read()
+        return self._port.port or (self._gluetun.port if self._gluetun else None)
+
+    async def look(self, survey: Survey) -> tuple[Claim, ...]:
+        """What each of them says now, within half a second."""
+        self._tunnel = survey.tunnel
+        found = [await self._ask_wireguard(survey)]
+        found += [witness.claim() for witness in (self._openvpn, self._gluetun) if witness is not None]
+        return tuple(claim for claim in found if claim is not None)
+
+    async def _ask_wireguard(self, survey: Survey) -> Claim | None:
+        interface = next((i for i in survey.interfaces or () if i.name == survey.tunnel), None)
+        if interface is None:
+            return None
+        try:
+            device = await read_device(interface.name, kernel=interface.kind == "wireguard")
+        except PermissionError:
+            if not self._hidden:
+                log.info("what WireGuard says of itself is not to be read here", extra={"interface": interface.name})
+            self._hidden = True
+            return None
+        except DeviceError as e:
+            return Claim(source="wireguard", status=f"error: {e}")
+        if device is None:
+            return None
+        self._wireguard = device
+        return device.claim(self._clock.wall())
+
+    async def run(self) -> None:
+        """Listen, for ever."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._device.run())
+            group.create_task(self._watch_port())
+            for witness in (self._openvpn, self._gluetun):
+                if witness is not None:
+                    group.create_task(witness.run())
+
+    async def _watch_port(self) -> None:
+        self._port.read()
+        while self._port.is_file:
+            await asyncio.sleep(EVERY)
+            if self._port.read():
+                self._ring()

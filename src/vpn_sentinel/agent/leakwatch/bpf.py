@@ -1,0 +1,181 @@
+"""A small assembler of classic BPF, and the filter that the kernel runs on each packet (linux/filter.h, packet(7)).
+
+The sockets are SOCK_DGRAM: the filter sees a packet from its IP header on. A load beyond its end rejects it.
+"""
+
+import ctypes
+import socket
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from ipaddress import ip_network
+from typing import Final
+
+from vpn_sentinel.agent.endpoints import TCP, UDP, Endpoint
+from vpn_sentinel.agent.leakwatch.rules import (
+    BOOTP,
+    DHCPV6,
+    DNS,
+    FRAGMENT,
+    ICMP,
+    ICMP6,
+    ICMP6_OWN,
+    ICMP_ANSWERS,
+    NEVER,
+    PRIVATE,
+    Rules,
+)
+from vpn_sentinel.domain.policy import IPNetwork
+
+SNAP: Final = 384  # bytes of a packet that come up: enough for the longest name asked
+DROP: Final = 0
+_SO_ATTACH_FILTER: Final = 26
+_MOST: Final = 4096  # BPF_MAXINSNS
+
+_LD_W, _LD_H, _LD_B, _LDH_X, _LDB_X, _LDX_MSH, _LDX_IMM = 0x20, 0x28, 0x30, 0x48, 0x50, 0xB1, 0x01
+_AND, _JA, _JEQ, _JGT, _JSET, _RET = 0x54, 0x05, 0x15, 0x25, 0x45, 0x06
+_ANCILLARY: Final = 0xFFFFF000  # SKF_AD_OFF
+_PROTOCOL, _PKTTYPE, _MARK = _ANCILLARY, _ANCILLARY + 4, _ANCILLARY + 20
+_OUTGOING: Final = 4  # PACKET_OUTGOING
+_IPV4, _IPV6 = 0x0800, 0x86DD
+_RST, _SYN_ACK = 0x04, 0x12
+
+
+@dataclass(frozen=True, slots=True)
+class Insn:
+    """One instruction: struct sock_filter."""
+
+    code: int
+    k: int = 0
+    true: int = 0
+    false: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Test:
+    """Loads, and what the accumulator must be; `otherwise` turns it round."""
+
+    loads: tuple[Insn, ...]
+    k: int
+    jump: int = _JEQ
+    otherwise: bool = False
+
+
+def verdict(*tests: Test, result: int = DROP) -> list[Insn]:
+    """Return `result` when all tests hold, else go on behind. No jump is longer than the tests themselves."""
+    length = sum(len(t.loads) + 1 for t in tests) + 1
+    made: list[Insn] = []
+    for test in tests:
+        made += test.loads
+        away = length - len(made) - 1
+        made.append(Insn(test.jump, test.k, *((away, 0) if test.otherwise else (0, away))))
+    return [*made, Insn(_RET, result)]
+
+
+def program(rules: Rules) -> list[Insn]:
+    """The filter: what it lets up is IP that leaves here and that no rule explains. Raises ValueError when too long."""
+    six = _half(rules, _SIX)
+    made = [
+        *verdict(Test((Insn(_LD_W, _PKTTYPE),), _OUTGOING, otherwise=True)),
+        *(i for mark, mask in rules.marks for i in verdict(Test((Insn(_LD_W, _MARK), Insn(_AND, mask)), mark & mask))),
+        Insn(_LD_H, _PROTOCOL),
+        Insn(_JEQ, _IPV4, 2, 0),
+        Insn(_JEQ, _IPV6, 2, 0),
+        Insn(_RET, DROP),
+        Insn(_JA, len(six)),
+        *six,
+        *_half(rules, _FOUR),
+    ]
+    if len(made) > _MOST:
+        msg = f"the filter takes {len(made)} instructions, and the kernel at most {_MOST}"
+        raise ValueError(msg)
+    return made
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Family:
+    """Where an IP version keeps what the rules look at. `whole` and `piece` tell a later fragment from the rest."""
+
+    version: int
+    protocol: Insn
+    behind: tuple[Insn, ...]  # points the index register behind the header
+    whole: tuple[Test, ...]
+    piece: Test | None
+    icmp: int
+    icmp_own: tuple[int, ...]
+    dhcp: int
+
+    def proto(self, number: int) -> tuple[Test, ...]:
+        return (Test((self.protocol,), number), *self.whole)
+
+    def byte(self, offset: int, value: int, *more: Insn, jump: int = _JEQ) -> Test:
+        return Test((*self.behind, Insn(_LDB_X, offset), *more), value, jump)
+
+    def port(self, number: int) -> Test:
+        return Test((*self.behind, Insn(_LDH_X, 2)), number)
+
+    def within(self, networks: Iterable[IPNetwork]) -> Iterator[tuple[Test, ...]]:
+        return (_within(net) for net in networks if net.version == self.version)
+
+
+_OFFSET: Final = (Insn(_LD_H, 6), Insn(_AND, 0x1FFF))
+_FOUR: Final = _Family(
+    version=4, protocol=Insn(_LD_B, 9), behind=(Insn(_LDX_MSH, 0),), whole=(Test(_OFFSET, 0),),
+    piece=Test(_OFFSET, 0, _JGT), icmp=ICMP, icmp_own=ICMP_ANSWERS, dhcp=BOOTP,
+)  # fmt: skip
+_SIX: Final = _Family(
+    version=6, protocol=Insn(_LD_B, 6), behind=(Insn(_LDX_IMM, 40),), whole=(),
+    piece=None, icmp=ICMP6, icmp_own=ICMP6_OWN, dhcp=DHCPV6,
+)  # fmt: skip
+
+
+def _half(rules: Rules, at: _Family) -> list[Insn]:
+    """The rules of one IP version, in the order of `Rules.allow`."""
+    made: list[Insn] = []
+    for end in rules.endpoints:
+        made += _tunnel(end, at)
+    for tests in at.within((*NEVER, *rules.outside)):
+        made += verdict(*tests)
+    for kind in at.icmp_own:
+        made += verdict(*at.proto(at.icmp), at.byte(0, kind))
+    made += verdict(*at.proto(UDP), at.port(at.dhcp))
+    made += verdict(*at.proto(TCP), at.byte(13, _RST, jump=_JSET))
+    made += verdict(*at.proto(TCP), at.byte(13, _SYN_ACK, Insn(_AND, _SYN_ACK)))
+    for protocol in (UDP, TCP):
+        for tests in at.within(rules.resolvers):
+            made += verdict(*tests, *at.proto(protocol), at.port(DNS))
+        made += verdict(*at.proto(protocol), at.port(DNS), result=SNAP)
+    for tests in at.within(PRIVATE):
+        made += verdict(*tests)
+    return [*made, Insn(_RET, SNAP)]
+
+
+def _tunnel(end: Endpoint, at: _Family) -> list[Insn]:
+    if end.address.version != at.version:
+        return []
+    to = _within(ip_network(end.address))
+    # Later fragments have no ports; those of the tunnel's packets are the tunnel's too.
+    pieces = Test((at.protocol,), FRAGMENT) if at.piece is None else at.piece
+    mine = () if at.piece is None else (Test((at.protocol,), end.protocol),)
+    return [*verdict(*to, *mine, pieces), *verdict(*to, *at.proto(end.protocol), at.port(end.port))]
+
+
+def _within(net: IPNetwork) -> tuple[Test, ...]:
+    words = len(net.network_address.packed) // 4
+    start = 16 if net.version == 4 else 24
+    masks, values = (struct.unpack(f"!{words}I", a.packed) for a in (net.netmask, net.network_address))
+    return tuple(
+        Test((Insn(_LD_W, start + 4 * i), *((Insn(_AND, mask),) if mask != 0xFFFFFFFF else ())), value)
+        for i, (mask, value) in enumerate(zip(masks, values, strict=True))
+        if mask
+    )
+
+
+def packed(made: list[Insn]) -> bytes:
+    return b"".join(struct.pack("=HBBI", i.code, i.true, i.false, i.k) for i in made)
+
+
+def attach(sock: socket.socket, made: list[Insn]) -> None:
+    """Put the filter on a socket in place of the one that is there, in one step. Raises OSError."""
+    code = ctypes.create_string_buffer(packed(made))
+    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("@HP", len(made), ctypes.addressof(code)))

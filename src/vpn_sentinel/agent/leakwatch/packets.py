@@ -1,0 +1,102 @@
+"""The first bytes of a packet, read: addresses, ports, the DNS name asked. Never raises, whatever the bytes are."""
+
+import struct
+from dataclasses import dataclass, replace
+from ipaddress import IPv4Address, IPv6Address
+from typing import Final
+
+from vpn_sentinel.domain.policy import IPAddress
+
+IPV4, IPV6 = 0x0800, 0x86DD  # of linux/if_ether.h
+_NAMES: Final = {1: "icmp", 6: "tcp", 17: "udp", 58: "icmp6"}
+_FRAGMENT: Final = 44
+_DNS: Final = 53
+_LONGEST: Final = 255
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Packet:
+    """`size` is the IP packet's, in bytes. `kind` is ICMP's type, `flags` TCP's, `payload` what is behind UDP's header.
+
+    `fragment` is a later piece of a packet, without ports of its own.
+    """
+
+    protocol: int
+    source: IPAddress
+    destination: IPAddress
+    source_port: int | None = None
+    destination_port: int | None = None
+    size: int = 0
+    kind: int | None = None
+    flags: int = 0
+    fragment: bool = False
+    hops: int = 64
+    name: str | None = None
+    payload: bytes = b""
+    payload_size: int = 0
+
+    @property
+    def called(self) -> str:
+        """The protocol's name as an observation says it."""
+        return _NAMES.get(self.protocol, str(self.protocol))
+
+
+def decode(ethertype: int, data: bytes) -> Packet | None:
+    """Read a packet from its IP header on, possibly cut off; None when it is no IP."""
+    if ethertype == IPV4 and len(data) >= 20 and data[0] >> 4 == 4 and data[0] & 0xF >= 5:
+        size, fragment = struct.unpack_from("!H", data, 2)[0], struct.unpack_from("!H", data, 6)[0] & 0x1FFF
+        return _transport(
+            data, (data[0] & 0xF) * 4, data[9], (IPv4Address(data[12:16]), IPv4Address(data[16:20])),
+            size or len(data), hops=data[8], later=fragment > 0,
+        )  # fmt: skip
+    if ethertype == IPV6 and len(data) >= 40 and data[0] >> 4 == 6:
+        size = 40 + struct.unpack_from("!H", data, 4)[0]
+        ends = IPv6Address(data[8:24]), IPv6Address(data[24:40])
+        return _transport(data, 40, data[6], ends, size, hops=data[7], later=data[6] == _FRAGMENT)
+    return None
+
+
+def _transport(
+    data: bytes, start: int, protocol: int, ends: tuple[IPAddress, IPAddress], size: int, *, hops: int, later: bool
+) -> Packet:
+    source, destination = ends
+    bare = Packet(protocol=protocol, source=source, destination=destination, size=size, hops=hops, fragment=later)
+    rest = data[start:]
+    if later:
+        return bare
+    if protocol in (1, 58) and rest:
+        return replace(bare, kind=rest[0])
+    if protocol not in (6, 17) or len(rest) < 4:
+        return bare
+    source_port, destination_port = struct.unpack_from("!HH", rest)
+    tcp = protocol == 6
+    payload = rest[(rest[12] >> 4) * 4 :] if tcp and len(rest) > 12 else b"" if tcp else rest[8:]
+    name = None
+    if destination_port == _DNS:
+        name = asked_name(payload[2:] if tcp else payload)
+    return replace(
+        bare,
+        source_port=source_port,
+        destination_port=destination_port,
+        flags=rest[13] if tcp and len(rest) > 13 else 0,
+        name=name,
+        payload=b"" if tcp else payload,
+        payload_size=0 if tcp else max(0, size - start - 8),
+    )
+
+
+def asked_name(message: bytes) -> str | None:
+    """The name in a DNS query (RFC 1035, 4.1.2); None when this is none. What cannot be printed becomes `?`."""
+    if len(message) < 13 or message[2] & 0x80 or struct.unpack_from("!H", message, 4)[0] == 0:
+        return None
+    labels, offset = [], 12
+    while offset < len(message) and 0 < message[offset] < 64:
+        length = message[offset]
+        label = message[offset + 1 : offset + 1 + length]
+        if len(label) < length:
+            return None
+        labels.append("".join(chr(b) if 0x20 < b < 0x7F and b != 0x2E else "?" for b in label))
+        offset += 1 + length
+    if offset >= len(message) or message[offset] != 0:
+        return None
+    return ".".join(labels)[:_LONGEST] or "."

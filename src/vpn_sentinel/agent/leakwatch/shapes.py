@@ -1,0 +1,78 @@
+"""Packets of VPN protocols, known by their shape: how the tunnel's own are told where nobody says where they go.
+
+WireGuard: section 5.4 of its paper; type, three zero bytes, and a counter whose upper bytes are zero. OpenVPN: the
+opcodes of its ssl_pkt.h; a client's first packet, and data packets, which all begin with the same opcode and peer id.
+"""
+
+from collections import OrderedDict
+from enum import Enum
+from typing import Final
+
+from vpn_sentinel.agent.endpoints import UDP, Endpoint
+from vpn_sentinel.agent.leakwatch.packets import Packet
+
+_HANDSHAKES: Final = {1: 148, 2: 92, 3: 64}
+_DATA: Final = 4
+_RESETS: Final = (0x38, 0x50)  # P_CONTROL_HARD_RESET_CLIENT_V2 and _V3, key 0
+_OPENVPN_DATA: Final = 9  # P_DATA_V2
+_TLS_CRYPT: Final = 54  # bytes of a reset under tls-crypt
+_TLS_AUTH: Final = frozenset(14 + 8 + mac for mac in (16, 20, 28, 32, 48, 64))
+ALIKE: Final = 8  # OpenVPN data packets in a row that begin alike until they are believed
+_DNS: Final = 53
+_MOST: Final = 16
+
+
+class Shape(Enum):
+    OWN = "own"  # a VPN's
+    MAYBE = "maybe"  # more packets will tell
+    OTHER = "other"
+
+
+def is_wireguard(packet: Packet) -> bool:
+    """Several packets that the kernel is to cut up (UDP segmentation) come as one: only the first one's head counts."""
+    head = packet.payload
+    if packet.protocol != UDP or len(head) < 16 or head[1:4] != b"\0\0\0":
+        return False
+    if head[0] == _DATA:
+        return packet.payload_size >= 32 and head[13:16] == b"\0\0\0"
+    return _HANDSHAKES.get(head[0]) == packet.payload_size
+
+
+def is_openvpn_reset(packet: Packet) -> bool:
+    head, size = packet.payload, packet.payload_size
+    if packet.protocol != UDP or packet.destination_port == _DNS or len(head) < 14 or head[0] not in _RESETS:
+        return False
+    ends_empty = head[:size][-5:] == b"\0" * 5  # no acknowledgement, message 0
+    return size == _TLS_CRYPT or (size in (14, *_TLS_AUTH) and ends_empty) or (head[0] == 0x50 and size > _TLS_CRYPT)
+
+
+class Shapes:
+    """Looks at packets of one flow after another; remembers how few flows began, and no more than that."""
+
+    def __init__(self) -> None:
+        self._began: OrderedDict[Endpoint, tuple[bytes, int]] = OrderedDict()
+
+    def of(self, packet: Packet, *, openvpn: bool, unsure: bool) -> Shape:
+        """`openvpn`: the tunnel may be OpenVPN's. `unsure`: nothing tells its packets yet, so that data packets count.
+
+        Any program's packet may begin like one of OpenVPN's data packets; a reset is certain enough by itself.
+        """
+        if is_wireguard(packet):
+            return Shape.OWN
+        port = packet.destination_port
+        if not openvpn or packet.protocol != UDP or port is None or port == _DNS:
+            return Shape.OTHER
+        if is_openvpn_reset(packet):
+            return Shape.OWN
+        return self._data(Endpoint(packet.destination, port, UDP), packet.payload[:4]) if unsure else Shape.OTHER
+
+    def _data(self, flow: Endpoint, head: bytes) -> Shape:
+        began, alike = self._began.get(flow, (head, 0))
+        if began != head or len(head) < 4 or head[0] >> 3 != _OPENVPN_DATA:
+            self._began.pop(flow, None)
+            return Shape.OTHER
+        self._began[flow] = head, alike + 1
+        self._began.move_to_end(flow)
+        if len(self._began) > _MOST:
+            self._began.popitem(last=False)
+        return Shape.OWN if alike + 1 >= ALIKE else Shape.MAYBE

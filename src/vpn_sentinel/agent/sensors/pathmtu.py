@@ -1,0 +1,91 @@
+"""When to look for packets that vanish by their size: when the tunnel is well, after each change, and every minute.
+
+While all is well that is one packet a minute. What was found stands until it is asked again.
+"""
+
+import asyncio
+from collections.abc import Callable
+from typing import Final
+
+from vpn_sentinel.agent.interfaces import Paths
+from vpn_sentinel.agent.probes.mtu import Found, Sizer, search
+from vpn_sentinel.agent.probes.targets import ServerEcho
+from vpn_sentinel.agent.sensors.pulse import Pulse
+from vpn_sentinel.domain.observation import Observation, Path
+from vpn_sentinel.domain.verdict import State, Verdict
+
+EVERY: Final = 60.0  # seconds
+WHILE_VANISHED: Final = 30.0
+_SETTLED: Final = 1.0  # seconds after a change
+_PATIENCE: Final = 0.4  # seconds for one packet, at least
+_SLOW: Final = 0.5  # a round trip of so many seconds: the line is full, and what is late is not lost
+
+
+class PathMtu:
+    def __init__(self, pulse: Pulse, look_around: Callable[[], Paths], *, changed: Callable[[], None]) -> None:
+        """`changed` is called when packets begin, or cease, to vanish."""
+        self._pulse = pulse
+        self._look_around = look_around
+        self._changed = changed
+        self._well = False
+        self._exits: object = None
+        self._due = 0.0
+        self._stirred = asyncio.Event()
+
+    def saw(self, seen: Observation, verdict: Verdict) -> None:
+        """A round is over."""
+        self._well = verdict.state in (State.PROTECTED, State.DEGRADED)
+        exits = (seen.exit(4), seen.exit(6))
+        if self._well and exits != self._exits:
+            self._exits = exits
+            self._due = 0.0
+        self._stirred.set()
+
+    def reset(self) -> None:
+        """Routes changed."""
+        self._due = 0.0
+
+    async def run(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            self._stirred.clear()
+            target = self._pulse.target if self._well else None
+            if target is not None and loop.time() >= self._due:
+                await asyncio.sleep(_SETTLED)
+                self._due = loop.time() + EVERY
+                await self._ask(target)
+                self._due = min(self._due, loop.time() + (WHILE_VANISHED if self._pulse.vanished else EVERY))
+            try:
+                async with asyncio.timeout(max(1.0, self._due - loop.time()) if target else None):
+                    await self._stirred.wait()
+            except TimeoutError:
+                continue
+
+    async def _ask(self, target: ServerEcho) -> None:
+        paths = self._look_around()
+        link = next((i for i in paths.survey.interfaces or () if i.name == paths.survey.tunnel), None)
+        if link is None or not link.mtu or paths.of(target.address, target.port) is not Path.TUNNEL:
+            return
+        rtt = self._pulse.rtt or 0.0
+        if rtt > _SLOW:
+            return
+        try:
+            with Sizer(target, self._numbered) as sizer:
+                size, patience = sizer.largest(link.mtu), max(_PATIENCE, 3 * rtt)
+                found = await search(lambda s: sizer.ask(s, patience), size, target.address.version)
+        except OSError:
+            return  # no way there just now: the round tells of that
+        if self._pulse.target == target and self._due > 0.0:
+            self._keep(found)
+
+    def _numbered(self, target: ServerEcho, size: int) -> tuple[int, int, bytes]:
+        number, datagram = self._pulse.datagram(target, size)
+        return self._pulse.numbers.run, number, datagram
+
+    def _keep(self, found: Found) -> None:
+        before = self._pulse.vanished
+        if found.mtu is None:
+            return  # nothing passed: what was known is still the best that is known
+        self._pulse.mtu, self._pulse.vanished = found.mtu, found.vanished
+        if (before is None) != (found.vanished is None):
+            self._changed()

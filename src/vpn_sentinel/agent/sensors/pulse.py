@@ -1,0 +1,358 @@
+"""Pulses: one small datagram every two seconds to the server's echo, over one socket that stays.
+
+A pulse that stays without a reply is followed by three quick ones; when those stay so too, an answer names another
+address, or answers come back, a round starts. Where UDP does not reach the server, one canary every five seconds goes
+to a literal address of strangers instead, and the reports over the WebSocket are the server's sign of life.
+"""
+
+import asyncio
+import logging
+import secrets
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from vpn_sentinel.agent.interfaces import Paths
+from vpn_sentinel.agent.probes.canary import one
+from vpn_sentinel.agent.probes.targets import ServerEcho, Target
+from vpn_sentinel.agent.sensors.beat import LITERAL, Beats, choose
+from vpn_sentinel.agent.sensors.quality import BURST_EVERY, Rates, Samples
+from vpn_sentinel.agent.sensors.rhythm import Rhythm
+from vpn_sentinel.domain.observation import Answer, Canary, Link, Observation, Path, Probe, Quality
+from vpn_sentinel.domain.policy import IPAddress
+from vpn_sentinel.wire import pulse
+
+log = logging.getLogger(__name__)
+
+LIFE: Final = 2.0  # seconds for which a reply to any pulse shows that the tunnel lives
+_WORKS: Final = 10.0  # seconds since the last reply for which pulses count as working
+_AGAIN: Final = (10.0, 600.0)  # a server that answers questions and no pulses: least and most seconds until a new run
+
+
+@dataclass(slots=True)
+class Numbers:
+    """Of one run: every pulse has its own, sized ones too, so that the server takes each once."""
+
+    run: int = field(default_factory=lambda: secrets.randbits(32))
+    number: int = 0
+    heard: int = 0
+
+    def next(self) -> int:
+        self.number += 1
+        return self.number
+
+
+class Pulse:
+    """`run` never ends by itself. What a round asks of it: `canary`, `silent_for`, `quality`, `works`."""
+
+    def __init__(
+        self,
+        every: float,
+        *,
+        echoes: Callable[[], Sequence[Target]],
+        ring: Callable[[], None],
+        fits: Callable[[Target], bool] = lambda _: True,
+        acked: Callable[[], float | None] = lambda: None,
+        boottime: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        """`every` is seconds between pulses; `fits` whether the way to a target tells of the tunnel; `acked` when the
+        server last acknowledged a report, by the clock `boottime`.
+        """
+        self._every = every
+        self._echoes = echoes
+        self._ring = ring
+        self._fits = fits
+        self._acked = acked
+        self._boottime = boottime
+        self.numbers = Numbers()
+        self.samples = Samples()
+        self.rates = Rates()
+        self._rhythm = Rhythm(every)
+        self._beats = Beats()
+        self._seen: Observation | None = None
+        self._target: ServerEcho | None = None
+        self._sock: socket.socket | None = None
+        self._stirred = asyncio.Event()
+        self._choice: Target | None = None
+        self._last: tuple[float, float, IPAddress] | None = None  # when the last reply came, its round trip, address
+        self._fresh_from = 0.0  # replies of before may have come another way
+        self._lost_since: float | None = None  # of beats to literal addresses
+        self._deaf_since: float | None = None  # since when others answer and the echo does not, by `boottime`
+        self._said_deaf = False
+        self._silent_from: float | None = None
+        self._closely = False
+        self._shun_until, self._shun_for = 0.0, _AGAIN[0]
+        # Set by whoever measures the path: the largest packet that passes, and one that vanished.
+        self.mtu: int | None = None
+        self.vanished: int | None = None
+
+    # --- what happens to it ---
+
+    def saw(self, seen: Observation) -> None:
+        """A round is over."""
+        self._seen = seen
+        self._choice = None
+        self._beats.start_from(seen.canaries)
+        answers = {c.target == "echo": c.answer is Answer.ANSWERED for c in _best_last(seen)}
+        if answers.get(True):
+            self._deaf_since, self._said_deaf = None, False
+        elif answers.get(True) is False and answers.get(False) and self._deaf_since is None:
+            self._deaf_since = self._boottime()
+        self._stirred.set()
+
+    def reset(self) -> None:
+        """Routes or addresses changed: the socket's own address may be stale, and what answered may answer no more."""
+        self._close()
+        self._choice = None
+        self._fresh_from = _now()
+        self._stirred.set()
+
+    # --- what a round asks ---
+
+    def canary(self, paths: Paths) -> Canary | None:
+        """A canary that says that a reply to a pulse came within the last two seconds; None when none did.
+
+        On a line with a deep queue replies are older than a round waits. Only for a tunnel whose interface stands.
+        """
+        target, link = self._target, paths.survey.link()
+        if self._last is None or target is None or (link is not None and not (link.present and link.up)):
+            return None
+        at, rtt, address = self._last
+        path = paths.of(target.address, target.port)
+        # Beside the tunnel it would be a leak, and that takes an answer of now.
+        if at < max(_now() - LIFE, self._fresh_from) or path is Path.OUTSIDE:
+            return None
+        return Canary(
+            probe=Probe.DEFAULT,
+            target="pulse",
+            family=target.address.version,
+            answer=Answer.ANSWERED,
+            path=path,
+            address=address,
+            rtt_ms=round(1000 * rtt, 1),
+        )
+
+    def silent_for(self) -> float:
+        """Seconds since the first pulse, or beat, that has no answer, when nothing has answered since; else 0."""
+        since = self._rhythm.unanswered_since if self._target is not None else self._lost_since
+        return 0.0 if since is None else round(max(0.0, _now() - since), 3)
+
+    def quality(self, link: Link | None) -> Quality | None:
+        """None before anything is known."""
+        now = _now()
+        received, sent = self.rates.of(link, now)
+        found = self.samples.quality(now)
+        if not found.sent and self.mtu is None and self.vanished is None and received is None:
+            return None
+        return Quality(
+            seconds=found.seconds,
+            sent=found.sent,
+            lost=found.lost,
+            reordered=found.reordered,
+            rtt_ms=found.rtt_ms,
+            jitter_ms=found.jitter_ms,
+            mtu=self.mtu,
+            vanished=self.vanished,
+            rx_rate=received,
+            tx_rate=sent,
+        )
+
+    def works(self) -> bool | None:
+        """Whether pulses reach the server and its replies reach us; False only while it takes reports another way."""
+        if self._last is not None and _now() - self._last[0] < _WORKS:
+            return True
+        acked = self._acked()
+        if self._deaf_since is None or acked is None or acked <= self._deaf_since:
+            return None
+        if not self._said_deaf:
+            self._said_deaf = True
+            log.warning("UDP does not reach the server: its reports are the sign of life, strangers are asked instead")
+        return False
+
+    @property
+    def rtt(self) -> float | None:
+        """The last round trip in seconds."""
+        return None if self._last is None else self._last[1]
+
+    @property
+    def target(self) -> ServerEcho | None:
+        """Whom pulses go to and get replies from; None while they do not."""
+        return self._target if self._last is not None and not self._rhythm.silent else None
+
+    # --- its work ---
+
+    async def run(self) -> None:
+        try:
+            while True:
+                self._stirred.clear()
+                target = self._choose()
+                if isinstance(target, ServerEcho):
+                    await self._step(target)
+                else:
+                    self._close()
+                    self._target = None
+                    await self._beat(target)
+        finally:
+            self._close()
+
+    def _choose(self) -> Target:
+        if self._choice is None:
+            shunned = _now() < self._shun_until
+            self._choice = choose(() if shunned else self._echoes(), self._seen, self._fits)
+        elif not isinstance(self._choice, ServerEcho) or self._choice not in self._echoes():
+            self._choice = None
+            return self._choose()
+        return self._choice
+
+    async def _step(self, target: ServerEcho) -> None:
+        """Send or decide what is due, and wait for the next thing, or for a reply."""
+        now = _now()
+        if target != self._target:
+            self._close()
+            self._target, self._rhythm, self._last = target, Rhythm(self._every), None
+        if self._rhythm.dead(now):
+            self._silent_from = now
+            self.samples.forgive(self._rhythm.unanswered_since or now)
+            self._ring()
+        self._mind_the_run(now)
+        if self._rhythm.due(now):
+            self._send(target, now)
+        self._look_closely(now)
+        await self._wait(self._rhythm.wait(_now()))
+
+    def _look_closely(self, now: float) -> None:
+        """Send faster while a burst runs; at its end a round tells what it found, if that is worth telling."""
+        was, self._closely = self._closely, self.samples.look_closely(now) and not self._rhythm.silent
+        if self._closely:
+            self._rhythm.hurry(now, BURST_EVERY)
+        elif was:
+            poor = self.samples.poor
+            self.samples.quality(now)
+            if poor or self.samples.poor:
+                self._ring()
+
+    def _mind_the_run(self, now: float) -> None:
+        """A server that answers a round's question and no pulse may hold this run for an old one's: begin another."""
+        if not self._rhythm.silent or self._silent_from is None or now < self._silent_from + _AGAIN[0]:
+            return
+        answered = self._seen is not None and any(
+            c.target == "echo" and c.answer is Answer.ANSWERED for c in self._seen.asked(Probe.DEFAULT)
+        )
+        if answered:
+            self._shun_until, self._shun_for = now + self._shun_for, min(_AGAIN[1], 2 * self._shun_for)
+            self.numbers, self._rhythm, self._choice = Numbers(), Rhythm(self._every), None
+
+    def datagram(self, target: ServerEcho, size: int | None = None) -> tuple[int, bytes]:
+        """The next pulse, a sized one of `size` bytes, and its number."""
+        numbers = self.numbers
+        number = numbers.next()
+        silent = pulse.NEVER if self._last is None else min(pulse.NEVER - 1, int(1000 * (_now() - self._last[0])))
+        return number, pulse.request(
+            target.ident, target.key, run=numbers.run, number=number, heard=numbers.heard, silent=silent, size=size
+        )
+
+    def _send(self, target: ServerEcho, now: float) -> None:
+        number, datagram = self.datagram(target)
+        try:
+            self._open(target).send(datagram)
+        except BlockingIOError:
+            pass  # this host's own queue is full: lost like any other
+        except OSError:
+            self._close()
+            if self._rhythm.refused(now):
+                self._silent_from = now
+                self._ring()
+            return
+        self.samples.sent(number, now, counts=not self._rhythm.silent)
+        self._rhythm.sent(now)
+
+    def _open(self, target: ServerEcho) -> socket.socket:
+        """The socket, connected: only the target's datagrams get in. Raises OSError."""
+        if self._sock is None:
+            family = socket.AF_INET if target.address.version == 4 else socket.AF_INET6
+            sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+            try:
+                sock.connect((str(target.address), target.port))
+            except OSError:
+                sock.close()
+                raise
+            self._sock = sock
+            asyncio.get_running_loop().add_reader(sock, self._readable, sock, target)
+        return self._sock
+
+    def _close(self) -> None:
+        if self._sock is not None:
+            asyncio.get_running_loop().remove_reader(self._sock)
+            self._sock.close()
+            self._sock = None
+            self.samples.forgive()
+
+    def _readable(self, sock: socket.socket, target: ServerEcho) -> None:
+        while self._sock is sock:
+            try:
+                data = sock.recv(2048)
+            except BlockingIOError:
+                return
+            except OSError:
+                # ECONNREFUSED and the like: an ICMP error came back for a pulse.
+                if self._rhythm.refused(_now()):
+                    self._silent_from = _now()
+                    self._ring()
+                self._stirred.set()
+                return
+            self._heard(data, target)
+
+    def _heard(self, data: bytes, target: ServerEcho) -> None:
+        told = pulse.read_reply(data, target.ident, self.numbers.run, target.key)
+        if told is None:
+            return
+        number, address = told
+        now = _now()
+        rtt = self.samples.heard(number, now)
+        if rtt is None:
+            return
+        newest = number > self.numbers.heard
+        self.numbers.heard = max(number, self.numbers.heard)
+        self._last = (now, rtt, address)
+        self._shun_for = _AGAIN[0]
+        again = self._rhythm.heard(rtt)
+        seen = Canary(
+            probe=Probe.DEFAULT,
+            target=target.name,
+            family=target.address.version,
+            answer=Answer.ANSWERED,
+            address=address,
+        )
+        if (newest and self._beats.moved(seen)) or again:
+            self._ring()
+        self._stirred.set()
+
+    async def _beat(self, target: Target) -> None:
+        """Ask a literal address, and wait."""
+        began = _now()
+        seen = await one(target, Path.UNKNOWN)  # what it means is the round's to find out
+        if seen.answer is Answer.ANSWERED:
+            self._lost_since = None
+        elif self._lost_since is None:
+            self._lost_since = began
+        if self._beats.beat(seen):
+            self._ring()
+        if not self._beats.in_doubt:
+            await self._wait(began + max(self._every, LITERAL) - _now())
+
+    async def _wait(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(max(0.0, seconds)):
+                await self._stirred.wait()
+        except TimeoutError:
+            return
+
+
+def _best_last(seen: Observation) -> list[Canary]:
+    """The canaries on the default route, those that were answered behind the others."""
+    return sorted(seen.asked(Probe.DEFAULT), key=lambda c: c.answer is Answer.ANSWERED)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()

@@ -1,0 +1,64 @@
+from tests.agent.leakwatch.bytes import ip, query, tcp, udp
+from vpn_sentinel.agent.leakwatch.book import FLOWS, HOLD, NAMES, Book
+from vpn_sentinel.agent.leakwatch.packets import Packet, decode
+
+ME = "192.168.1.20"
+
+
+def seen(to: str, port: int = 443, source_port: int = 4000, name: str | None = None) -> Packet:
+    rest = udp(source_port, port, query(name)) if name else tcp(source_port, port, 0x18, b"x" * 60)
+    packet = decode(*ip(ME, to, 17 if name else 6, rest))
+    assert packet is not None
+    return packet
+
+
+def test_a_destination_is_news_once_and_its_packets_add_up() -> None:
+    book = Book()
+    first = book.see(seen("203.0.113.5"), "eth0", 10.0)
+    assert first is not None
+    assert (first.interface, str(first.destination), first.destination_port) == ("eth0", "203.0.113.5", 443)
+    assert book.see(seen("203.0.113.5", source_port=4001), "eth0", 11.0) is None
+    (told,) = book.tell(12.0)
+    assert (told.packets, told.size, told.source_port) == (2, 200, 4000)
+    assert (told.first_age, told.last_age) == (2.0, 1.0)
+    assert book.see(seen("203.0.113.5", port=80), "eth0", 12.0) is not None
+
+
+def test_names_are_kept_apart_and_bounded() -> None:
+    book = Book()
+    news = [book.see(seen("1.1.1.1", 53, 5000 + i, f"n{i}.example"), "eth0", float(i)) for i in range(50)]
+    assert [n is not None for n in news] == [True] + [False] * 49
+    told = book.tell(50.0)
+    assert len(told) == NAMES
+    assert sum(e.packets for e in told) == 50
+    assert {e.name for e in told} == {f"n{i}.example" for i in range(NAMES)}
+
+
+def test_the_book_is_bounded_and_forgets_the_oldest() -> None:
+    book = Book()
+    for i in range(5000):
+        book.see(seen(f"203.0.{i // 250}.{i % 250}"), "eth0", float(i))
+    told = book.tell(5000.0)
+    assert len(told) == FLOWS
+    assert str(told[0].destination) == "203.0.19.249"
+
+
+def test_what_is_over_is_forgotten_unless_it_would_leave_again() -> None:
+    book = Book()
+    book.see(seen("203.0.113.5"), "eth0", 0.0)
+    book.see(seen("203.0.113.6"), "eth0", 0.0)
+    book.forget(HOLD, lambda _: False)
+    assert len(book.tell(HOLD)) == 2
+    book.forget(HOLD + 0.1, lambda e: str(e.destination) == "203.0.113.6")
+    assert [str(e.destination) for e in book.tell(HOLD + 0.1)] == ["203.0.113.6"]
+    assert book.see(seen("203.0.113.5"), "eth0", 20.0) is not None  # leaks anew
+
+
+def test_packets_that_nobody_read_are_counted() -> None:
+    book = Book()
+    book.missed(5, 0.0)
+    assert book.tell(0.0) == ()
+    book.see(seen("203.0.113.5"), "eth0", 0.0)
+    book.missed(99, 1.0)
+    (told,) = book.tell(1.0)
+    assert (told.packets, told.size) == (100, 10_000)

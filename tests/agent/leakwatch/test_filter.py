@@ -1,0 +1,129 @@
+"""What the filter lets up, as sentences; and that the kernel's filter and the rules here say the same."""
+
+import socket
+from ipaddress import ip_address, ip_network
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.agent.leakwatch.bytes import HOST, ip, query, run, tcp, udp
+from vpn_sentinel.agent.endpoints import Endpoint, parse_endpoint
+from vpn_sentinel.agent.leakwatch import bpf
+from vpn_sentinel.agent.leakwatch.packets import decode
+from vpn_sentinel.agent.leakwatch.rules import Rules
+
+ME, ME6 = "192.168.1.20", "2001:db8:1::20"
+RULES = Rules(
+    endpoints=(parse_endpoint("198.51.100.7:51820"), parse_endpoint("[2001:db8:7::7]:1194/tcp")),
+    marks=((51820, 0xFFFFFFFF),),
+    outside=(ip_network("192.168.1.0/24"), ip_network("203.0.113.64/26"), ip_network("2001:db8:1::/64")),
+    resolvers=(ip_network("9.9.9.9/32"), ip_network("2620:fe::/48")),
+)
+MADE = bpf.program(RULES)
+
+LEAKS = {
+    "UDP to the internet": ip(ME, "203.0.113.5", 17, udp(4000, 443, b"x")),
+    "TCP's first packet": ip(ME, "203.0.113.5", 6, tcp(4000, 443, 0x02)),
+    "TCP's data": ip(ME, "203.0.113.5", 6, tcp(4000, 443, 0x18, b"secret")),
+    "a ping": ip(ME, "203.0.113.5", 1, b"\x08\0\0\0\0\1\0\1"),
+    "a later fragment": ip(ME, "203.0.113.5", 17, b"x" * 64, offset=100),
+    "another port of the VPN server": ip(ME, "198.51.100.7", 17, udp(4000, 443)),
+    "another protocol of the VPN server": ip(ME, "198.51.100.7", 6, tcp(4000, 51820)),
+    "a name asked of the internet": ip(ME, "1.1.1.1", 17, udp(4000, 53, query("a.example"))),
+    "a name asked behind the home router": ip(ME, "10.0.0.53", 17, udp(4000, 53, query("a.example"))),
+    "a name asked by TCP": ip(ME, "10.0.0.53", 6, tcp(4000, 53, 0x02)),
+    "IPv6 to the internet": ip(ME6, "2001:db8:9::1", 17, udp(4000, 443)),
+    "IPv6, TCP": ip(ME6, "2001:db8:9::1", 6, tcp(4000, 443, 0x02)),
+    "IPv6, a ping": ip(ME6, "2001:db8:9::1", 58, b"\x80\0\0\0\0\1\0\1"),
+    "a protocol without ports": ip(ME, "203.0.113.5", 47, b"\0\0\x08\0"),
+}
+FINE = {
+    "the tunnel's own": ip(ME, "198.51.100.7", 17, udp(4000, 51820, b"\4\0\0\0")),
+    "a fragment of the tunnel's own": ip(ME, "198.51.100.7", 17, b"x" * 64, offset=100),
+    "the tunnel's own over IPv6": ip(ME6, "2001:db8:7::7", 6, tcp(4000, 1194)),
+    "a fragment of it": ip(ME6, "2001:db8:7::7", 6, b"x" * 64, offset=100),
+    "the LAN": ip(ME, "192.168.1.1", 17, udp(4000, 53, query("a.example"))),
+    "an allowed network": ip(ME, "203.0.113.70", 6, tcp(4000, 443)),
+    "a private address beyond the LAN": ip(ME, "10.1.2.3", 6, tcp(4000, 443)),
+    "an allowed resolver": ip(ME, "9.9.9.9", 17, udp(4000, 53, query("a.example"))),
+    "an allowed resolver over IPv6": ip(ME6, "2620:fe::9", 6, tcp(4000, 53, 0x02)),
+    "multicast": ip(ME, "239.255.255.250", 17, udp(4000, 1900)),
+    "broadcast": ip(ME, "255.255.255.255", 17, udp(68, 67)),
+    "a lease renewed": ip(ME, "203.0.113.5", 17, udp(68, 67)),
+    "a neighbour asked for": ip(ME6, "ff02::1:ff00:1", 58, b"\x87\0\0\0"),
+    "a neighbour asked at its own address": ip(ME6, "2001:db8:9::1", 58, b"\x87\0\0\0"),
+    "DHCPv6": ip(ME6, "fe80::1", 17, udp(546, 547)),
+    "an ICMP error": ip(ME, "203.0.113.5", 1, b"\x03\x03\0\0\0\0\0\0"),
+    "an answer to a ping": ip(ME, "203.0.113.5", 1, b"\0\0\0\0\0\1\0\1"),
+    "a connection refused": ip(ME, "203.0.113.5", 6, tcp(4000, 443, 0x14)),
+    "a connection taken": ip(ME, "203.0.113.5", 6, tcp(443, 4000, 0x12)),
+}
+
+
+@pytest.mark.parametrize(("ethertype", "data"), LEAKS.values(), ids=LEAKS.keys())
+def test_a_leak_comes_up(ethertype: int, data: bytes) -> None:
+    assert run(MADE, data, protocol=ethertype) == bpf.SNAP
+    packet = decode(ethertype, data)
+    assert packet is not None
+    assert not RULES.allow(packet)
+
+
+@pytest.mark.parametrize(("ethertype", "data"), FINE.values(), ids=FINE.keys())
+def test_what_a_kill_switch_lets_out_does_not(ethertype: int, data: bytes) -> None:
+    assert run(MADE, data, protocol=ethertype) == bpf.DROP
+    packet = decode(ethertype, data)
+    assert packet is not None
+    assert RULES.allow(packet)
+
+
+def test_only_what_leaves_and_is_ip_and_carries_no_mark_of_the_tunnel() -> None:
+    ethertype, data = LEAKS["UDP to the internet"]
+    assert run(MADE, data, protocol=ethertype, kind=HOST) == bpf.DROP
+    assert run(MADE, data, protocol=0x0806) == bpf.DROP
+    assert run(MADE, data, protocol=ethertype, mark=51820) == bpf.DROP
+    assert run(MADE, data, protocol=ethertype, mark=1) == bpf.SNAP
+
+
+ADDRESSES = ["203.0.113.5", "203.0.113.70", "198.51.100.7", "198.51.100.8", "192.168.1.9", "10.0.0.53", "9.9.9.9",
+             "127.0.0.1", "169.254.1.1", "224.0.0.1", "255.255.255.255", "100.64.0.1"]  # fmt: skip
+ADDRESSES6 = ["2001:db8:9::1", "2001:db8:7::7", "2001:db8:1::99", "fe80::1", "fd00::1", "ff02::1", "2620:fe::fe"]
+
+
+@given(
+    st.sampled_from(ADDRESSES + ADDRESSES6),
+    st.sampled_from([1, 6, 17, 47, 58]),
+    st.sampled_from([53, 67, 443, 547, 1194, 51820]),
+    st.integers(0, 255),
+    st.sampled_from([0, 0, 5]),
+)
+def test_the_filter_and_the_rules_agree(to: str, protocol: int, port: int, byte: int, offset: int) -> None:
+    rest = tcp(4000, port, byte) if protocol == 6 else udp(4000, port) if protocol == 17 else bytes([byte]) * 32
+    ethertype, data = ip(ME if "." in to else ME6, to, protocol, rest, offset=offset)
+    packet = decode(ethertype, data)
+    assert packet is not None
+    assert (run(MADE, data, protocol=ethertype) == bpf.DROP) == RULES.allow(packet)
+
+
+@given(st.binary(max_size=120), st.sampled_from([0x0800, 0x86DD]))
+def test_any_bytes_end_in_a_verdict(data: bytes, ethertype: int) -> None:
+    assert run(MADE, data, protocol=ethertype) in (bpf.DROP, bpf.SNAP)
+
+
+def test_the_kernel_takes_it_with_many_networks() -> None:
+    many = tuple(ip_network(f"203.0.{i}.0/24") for i in range(64)) + tuple(
+        ip_network(f"2001:db8:{i:x}::/48") for i in range(64)
+    )
+    ends = tuple(Endpoint(ip_address(f"198.51.100.{i}"), 51820) for i in range(16))
+    made = bpf.program(Rules(endpoints=ends, outside=many))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        bpf.attach(sock, made)
+        bpf.attach(sock, MADE)
+    ethertype, data = ip(ME, "203.1.0.1", 17, udp(1, 2))
+    assert run(made, data, protocol=ethertype) == bpf.SNAP
+
+
+def test_too_many_rules_are_refused_by_name() -> None:
+    many = tuple(ip_network(f"203.{i}.{j}.0/24") for i in range(8) for j in range(200))
+    with pytest.raises(ValueError, match="instructions"):
+        bpf.program(Rules(outside=many))

@@ -1,0 +1,119 @@
+"""Which interfaces are watched, and what counts as LAN, as the VPN's host and as a way of its own."""
+
+import struct
+from dataclasses import dataclass, replace
+from ipaddress import ip_address, ip_network
+
+import pytest
+
+from tests.agent.doubles import ETH, LO, UP, WG
+from vpn_sentinel.agent.endpoints import parse_endpoint
+from vpn_sentinel.agent.interfaces import Survey
+from vpn_sentinel.agent.leakwatch.ground import Ground, ground
+from vpn_sentinel.agent.netlink import Interface, Way, parse_link, parse_spared, parse_way
+
+TUN = replace(WG, name="tun0", kind="tun")
+
+
+@dataclass
+class Tables:
+    found: tuple[Way, ...] = ()
+    marks: tuple[tuple[int, int], ...] = ()
+
+    def ways(self) -> tuple[Way, ...]:
+        return self.found
+
+    def spared(self) -> tuple[tuple[int, int], ...]:
+        return self.marks
+
+
+def way(network: str, interface: int = 2, *, gateway: bool = False) -> Way:
+    return Way(network=ip_network(network), interface=interface, gateway=gateway)
+
+
+def stand(tables: Tables, *links: Interface, tunnel: str = "wg0", before: Ground | None = None) -> Ground:
+    survey = Survey(interfaces=links or (LO, ETH, WG), tunnel=tunnel)
+    return ground(survey, tables, allowed=(), resolvers=(), before=before or Ground())
+
+
+def test_only_what_leads_out_of_this_host_is_watched() -> None:
+    bridge = Interface(index=5, name="br0", kind="bridge", flags=UP)
+    others = (
+        Interface(index=6, name="veth1", kind="veth", flags=UP, master=5),
+        Interface(index=7, name="dummy0", kind="dummy", flags=UP),
+        Interface(index=8, name="tailscale0", kind="tun", flags=UP),
+    )
+    assert [i.name for i in stand(Tables(), LO, ETH, WG, bridge, *others).interfaces] == ["eth0", "br0"]
+
+
+LAN = {
+    "the network that we are in": (way("192.168.1.0/24"), True),
+    "a private network behind a router": (way("192.168.9.0/24", gateway=True), True),
+    "a public network that we are in": (way("203.0.113.0/24"), True),
+    "a public network on the link, without an address of ours": (way("198.51.100.0/24"), False),
+    "a public network behind a router": (way("203.0.113.0/24", gateway=True), False),
+    "half of the internet": (way("0.0.0.0/1", gateway=True), False),
+    "the other half, without a router": (way("128.0.0.0/1"), False),
+    "a network behind the tunnel": (way("10.0.0.0/8", 3), False),
+    "unique local addresses": (way("fd00::/8", gateway=True), True),
+}
+
+
+@pytest.mark.parametrize(("found", "lan"), LAN.values(), ids=LAN.keys())
+def test_what_is_lan(found: Way, lan: bool) -> None:
+    eth = replace(ETH, addresses=(*ETH.addresses, ip_address("203.0.113.9")))
+    assert (found.network in stand(Tables((found,)), LO, eth, WG).rules.outside) is lan
+
+
+def test_a_host_route_is_believed_for_the_vpns_host_only() -> None:
+    hosts = Tables((way("198.51.100.7/32", gateway=True), way("203.0.113.5/32", gateway=True)))
+    openvpn = stand(hosts, LO, ETH, TUN, tunnel="tun0")
+    assert openvpn.tells(())
+    assert {str(n) for n in openvpn.with_endpoints((), ()).outside} == {"198.51.100.7/32", "203.0.113.5/32"}
+    known = openvpn.with_endpoints([parse_endpoint("198.51.100.7:1194")], ())
+    assert {str(n) for n in known.outside} == {"198.51.100.7/32"}
+    another = openvpn.with_endpoints((), (), [parse_endpoint("192.0.2.1:51820")])
+    assert {str(n) for n in another.outside} == {"198.51.100.7/32", "203.0.113.5/32"}
+    wireguard = stand(hosts)
+    assert not wireguard.tells(())
+    assert wireguard.with_endpoints((), ()).outside == ()
+    server = wireguard.with_endpoints((), [ip_address("203.0.113.5")])
+    assert {str(n) for n in server.outside} == {"203.0.113.5/32"}
+
+
+def test_what_told_the_tunnels_packets_holds_while_its_interface_is_gone() -> None:
+    before = stand(Tables((way("198.51.100.7/32", gateway=True),)), LO, ETH, TUN, tunnel="tun0")
+    gone = stand(Tables(), LO, ETH, tunnel="tun0", before=before)
+    assert gone.tells(())
+    assert [str(n) for n in gone.with_endpoints((), ()).outside] == ["198.51.100.7/32"]
+    marked = stand(Tables(marks=((51820, 0xFFFFFFFF),)))
+    assert stand(Tables(), LO, ETH, before=marked).rules.marks == ((51820, 0xFFFFFFFF),)
+
+
+def attribute(kind: int, value: bytes) -> bytes:
+    return struct.pack("=HH", 4 + len(value), kind) + value + b"\0" * (-len(value) % 4)
+
+
+def route(prefix: int, *attributes: bytes, kind: int = 1) -> bytes:
+    return struct.pack("=8BI", 2, prefix, 0, 0, 254, 0, 0, kind, 0) + b"".join(attributes)
+
+
+def test_routes_rules_and_masters_are_read() -> None:
+    net, oif = attribute(1, bytes([10, 1, 0, 0])), attribute(4, struct.pack("=I", 2))
+    assert parse_way(route(16, net, oif)) == way("10.1.0.0/16")
+    assert parse_way(route(16, net, oif, attribute(5, bytes(4)))) == way("10.1.0.0/16", gateway=True)
+    assert parse_way(route(0, oif)) is None
+    assert parse_way(route(16, net)) is None
+    assert parse_way(route(16, net, oif, kind=2)) is None
+    assert parse_way(b"short") is None
+    mark = attribute(10, struct.pack("=I", 51820))
+    inverted = struct.pack("=8BI", 2, 0, 0, 0, 0, 0, 0, 1, 2)
+    assert parse_spared(inverted + mark) == (51820, 0xFFFFFFFF)
+    assert parse_spared(inverted + mark + attribute(16, struct.pack("=I", 0xFF))) == (51820, 0xFF)
+    assert parse_spared(struct.pack("=8BI", 2, 0, 0, 0, 0, 0, 0, 1, 0) + mark) is None
+    assert parse_spared(inverted) is None
+    link = parse_link(
+        struct.pack("=BxHiII", 0, 1, 4, 1, 0) + attribute(3, b"p1\0") + attribute(10, struct.pack("=I", 7))
+    )
+    assert link is not None
+    assert (link.name, link.master) == ("p1", 7)

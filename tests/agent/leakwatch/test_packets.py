@@ -1,0 +1,106 @@
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.agent.leakwatch.bytes import ip, query, tcp, udp
+from vpn_sentinel.agent.endpoints import parse_endpoint
+from vpn_sentinel.agent.leakwatch.packets import asked_name, decode
+from vpn_sentinel.agent.leakwatch.shapes import ALIKE, Shape, Shapes, is_openvpn_reset, is_wireguard
+
+ME, FAR = "192.168.1.20", "203.0.113.5"
+
+
+def decoded(protocol: int, rest: bytes, to: str = FAR):
+    packet = decode(*ip(ME if "." in to else "2001:db8::2", to, protocol, rest))
+    assert packet is not None
+    return packet
+
+
+def test_the_name_asked_is_read() -> None:
+    packet = decoded(17, udp(4000, 53, query("tracker.example")))
+    assert (packet.called, packet.source_port, packet.destination_port) == ("udp", 4000, 53)
+    assert packet.name == "tracker.example"
+    assert packet.size == 28 + len(query("tracker.example"))
+    asked = query("a.example")
+    assert decoded(6, tcp(4000, 53, 0x18, struct.pack("!H", len(asked)) + asked)).name == "a.example"
+    assert decoded(17, udp(4000, 53, query("six.example")), "2001:db8::53").name == "six.example"
+
+
+def test_a_name_cannot_bring_control_characters() -> None:
+    asked = struct.pack("!6H", 1, 0x0100, 1, 0, 0, 0) + b"\x03a\x1b.\x00\x00\x01\x00\x01"
+    assert asked_name(asked) == "a??"
+    assert asked_name(struct.pack("!6H", 1, 0x0100, 1, 0, 0, 0) + b"\0\0\1\0\1") == "."
+    assert asked_name(query("x.example")[:14]) is None
+    assert asked_name(b"\0\0\x81\x80" + query("x.example")[4:]) is None  # an answer
+
+
+@given(st.binary(max_size=200), st.sampled_from([0x0800, 0x86DD, 0x0806]))
+def test_bytes_never_raise(data: bytes, ethertype: int) -> None:
+    packet = decode(ethertype, data)
+    if packet is not None:
+        assert packet.name is None or packet.name.isprintable()
+        Shapes().of(packet, openvpn=True, unsure=True)
+
+
+@given(st.sampled_from([0x45, 0x4F, 0x60]), st.sampled_from([1, 6, 17, 44, 58]), st.binary(max_size=120))
+def test_bytes_behind_a_true_header_never_raise(first: int, protocol: int, rest: bytes) -> None:
+    data = bytearray(rest)
+    data[:1] = bytes([first])
+    if len(data) > 9:
+        data[6 if first == 0x60 else 9] = protocol
+    decode(0x86DD if first == 0x60 else 0x0800, bytes(data))
+
+
+WIREGUARD = {
+    "a handshake begun": (b"\1\0\0\0" + b"k" * 144, True),
+    "a handshake answered": (b"\2\0\0\0" + b"k" * 88, True),
+    "an empty keepalive": (b"\4\0\0\0" + b"i" * 4 + (7).to_bytes(8, "little") + b"t" * 16, True),
+    "data": (b"\4\0\0\0" + b"i" * 4 + (7).to_bytes(8, "little") + b"t" * 1436, True),
+    "a DNS query": (query("a.example"), False),
+    "a handshake of another length": (b"\1\0\0\0" + b"k" * 100, False),
+    "data with an absurd counter": (b"\4\0\0\0" + b"i" * 4 + b"\xff" * 8 + b"t" * 16, False),
+    "nothing": (b"", False),
+}
+
+
+@pytest.mark.parametrize(("payload", "told"), WIREGUARD.values(), ids=WIREGUARD.keys())
+def test_wireguard_is_known_by_its_shape(payload: bytes, told: bool) -> None:
+    assert is_wireguard(decoded(17, udp(4000, 51820, payload))) is told
+
+
+RESETS = {
+    "plain": (b"\x38" + b"s" * 8 + b"\0" * 5, 1194, True),
+    "with tls-auth": (b"\x38" + b"s" * 8 + b"h" * 20 + b"\0\0\0\1tttt" + b"\0" * 5, 1194, True),
+    "with tls-crypt": (b"\x38" + b"s" * 53, 1194, True),
+    "with tls-crypt-v2": (b"\x50" + b"s" * 350, 1194, True),
+    "a DNS query that begins so": (b"\x38" + b"s" * 53, 53, False),
+    "another length": (b"\x38" + b"s" * 40, 1194, False),
+    "QUIC": (b"\xc3" + b"q" * 1199, 443, False),
+}
+
+
+@pytest.mark.parametrize(("payload", "port", "told"), RESETS.values(), ids=RESETS.keys())
+def test_an_openvpn_client_is_known_by_its_first_packet(payload: bytes, port: int, told: bool) -> None:
+    assert is_openvpn_reset(decoded(17, udp(4000, port, payload))) is told
+
+
+def test_openvpn_data_is_believed_when_it_goes_on_alike() -> None:
+    shapes = Shapes()
+    packet = decoded(17, udp(4000, 1194, b"\x48\0\0\1" + b"d" * 60))
+    seen = [shapes.of(packet, openvpn=True, unsure=True) for _ in range(ALIKE)]
+    assert seen == [Shape.MAYBE] * (ALIKE - 1) + [Shape.OWN]
+    other = decoded(17, udp(4000, 1194, b"\x49\0\0\1" + b"d" * 60))
+    assert shapes.of(other, openvpn=True, unsure=True) is Shape.OTHER
+    assert Shapes().of(packet, openvpn=True, unsure=False) is Shape.OTHER
+    assert Shapes().of(packet, openvpn=False, unsure=True) is Shape.OTHER
+
+
+def test_endpoints_are_written_and_read() -> None:
+    for text in ("198.51.100.7:51820/udp", "[2001:db8::7]:443/tcp"):
+        assert str(parse_endpoint(text)) == text
+    assert str(parse_endpoint("198.51.100.7:1194")) == "198.51.100.7:1194/udp"
+    for text in ("198.51.100.7", "198.51.100.7:0", "2001:db8::7:443", "[198.51.100.7]:1", "x:1", "1.2.3.4:1/sctp"):
+        with pytest.raises(ValueError, match=r"endpoint|address"):
+            parse_endpoint(text)

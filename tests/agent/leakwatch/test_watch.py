@@ -1,0 +1,196 @@
+"""The watch on real sockets: in a namespace of its own, with a cable whose other end is another namespace's."""
+
+import asyncio
+import json
+import os
+import sys
+
+import pytest
+
+ALONE = ["unshare", "--user", "--net", "--map-root-user", sys.executable, "-c"]
+BEGIN = """
+import asyncio, json, socket, subprocess, sys
+from ipaddress import ip_network
+from vpn_sentinel.agent.endpoints import parse_endpoint
+from vpn_sentinel.agent.interfaces import Paths, survey
+from vpn_sentinel.agent.leakwatch import watch as w
+from vpn_sentinel.agent.netlink import Netlink
+from vpn_sentinel.domain.policy import Policy
+from vpn_sentinel.runtime.clock import SystemClock
+
+for line in ("link set lo up", "link add eth0 type veth peer name far", "link set far up", "link set eth0 up",
+             "addr add 192.168.7.2/24 dev eth0", "neigh add 192.168.7.1 lladdr 02:00:00:00:00:01 dev eth0",
+             "route add default via 192.168.7.1"):
+    subprocess.run(["ip", *line.split()], check=True)
+kernel, told, acted = Netlink(), [], []
+
+def around():
+    return survey(kernel, configured="wg0")
+
+def make(endpoints=("198.51.100.7:51820",), allowed=()):
+    found = w.LeakWatch(
+        tables=kernel, policy=Policy(allowed_outside=tuple(ip_network(a) for a in allowed)), clock=SystemClock(),
+        told=lambda: told.append(len(acted)), survey=around, on_escape=acted.append,
+        endpoints=lambda: [parse_endpoint(e) for e in endpoints],
+    )
+    found.look(around())
+    return found
+
+sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+sock.bind(("192.168.7.2", 4000))
+
+def send(to, port=443, payload=b"x", times=1, by=sock):
+    for _ in range(times):
+        by.sendto(payload, (to, port))
+
+def flows(watch):
+    return sorted([str(e.destination), e.destination_port, e.packets] for e in watch.escapes(Paths(kernel, around())))
+
+def say(**facts):
+    print(json.dumps(facts))
+"""
+
+
+async def ran(script: str, *prefix: str) -> dict[str, object]:
+    lines = [f"    {line}" for line in script.strip().splitlines()]
+    code = "\n".join([BEGIN, "async def main():", *lines, "asyncio.run(main())"])
+    env = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = await asyncio.create_subprocess_exec(*ALONE, code, *prefix, env=env, stdout=-1, stderr=-1)
+    async with asyncio.timeout(30):
+        out, err = await process.communicate()
+    if b"unshare" in err:
+        pytest.skip(f"no namespaces here: {err.decode().strip()}")
+    assert process.returncode == 0, err.decode()
+    return dict(json.loads(out.splitlines()[-1]), err=err.decode())
+
+
+async def test_a_packet_outside_is_told_at_once_and_what_may_leave_is_not() -> None:
+    seen = await ran("""
+watch = make(allowed=["203.0.113.64/26"])
+send("198.51.100.7", 51820); send("192.168.7.1", 53); send("203.0.113.70"); send("10.1.1.1", 80)
+probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); probe.bind(("192.168.7.2", 0))
+watch.expect(probe.getsockname()[1]); send("203.0.113.5", 53, by=probe)
+await asyncio.sleep(0.1)
+quiet = flows(watch)
+send("203.0.113.5", times=3)
+await asyncio.sleep(0.1)
+say(on=watch.on, quiet=quiet, flows=flows(watch), told=told, source=acted[0].source_port)
+""")
+    assert seen["on"] is True
+    assert seen["quiet"] == []
+    assert seen["flows"] == [["203.0.113.5", 443, 3]]
+    assert seen["told"] == [1]
+    assert seen["source"] == 4000
+
+
+async def test_canaries_that_another_program_of_ours_sends_beside_the_tunnel_are_none() -> None:
+    seen = await ran("""
+from ipaddress import ip_address
+from vpn_sentinel.agent.probes.canary import one
+from vpn_sentinel.agent.probes.targets import CLOUDFLARE
+from vpn_sentinel.domain.observation import Path, Probe
+watch = make()
+await asyncio.gather(*(one(CLOUDFLARE[0], Path.OUTSIDE, p, "eth0") for p in (Probe.PHYSICAL, Probe.FIRST_HOP)))
+beside = flows(watch)
+await one(CLOUDFLARE[0], Path.OUTSIDE)
+say(beside=beside, names=[e.name for e in acted])
+""")
+    assert seen["beside"] == []
+    assert seen["names"] == ["whoami.cloudflare"]  # C1, which should have gone through the tunnel
+
+
+async def test_other_destinations_are_told_once_a_second() -> None:
+    seen = await ran("""
+watch = make()
+for i in range(5):
+    send(f"203.0.113.{i}"); await asyncio.sleep(0.02)
+first = list(told)
+await asyncio.sleep(1.1)
+say(first=first, told=told, acted=len(acted))
+""")
+    assert seen["first"] == [1]
+    assert seen["told"] == [1, 5]
+    assert seen["acted"] == 5
+
+
+async def test_a_flood_is_read_in_small_portions_and_counted() -> None:
+    seen = await ran("""
+watch = make()
+reads, real = [], w.decode
+w.decode = lambda *a: reads.append(1) or real(*a)
+send("203.0.113.5", times=20000)
+for _ in range(40):
+    await asyncio.sleep(0.25)
+    if flows(watch) and flows(watch)[0][2] >= 20000: break
+say(flows=flows(watch), reads=len(reads))
+""")
+    assert seen["flows"] == [["203.0.113.5", 443, 20000]]
+    assert isinstance(seen["reads"], int)
+    assert seen["reads"] < 2000
+
+
+async def test_nothing_is_claimed_where_nothing_tells_the_tunnels_packets() -> None:
+    seen = await ran("""
+watch = make(endpoints=())
+send("203.0.113.5"); await asyncio.sleep(0.1)
+before = [watch.on, flows(watch)]
+send("203.0.113.9", 51820, bytes([1, 0, 0, 0]) + bytes(144)); await asyncio.sleep(0.1)
+send("203.0.113.9", 51820, b"any"); send("203.0.113.5"); await asyncio.sleep(0.1)
+say(before=before, on=watch.on, flows=flows(watch))
+""")
+    assert seen["before"] == [None, []]
+    assert seen["on"] is True
+    assert seen["flows"] == [["203.0.113.5", 443, 1]]
+    assert "the leak watch says nothing" in str(seen["err"])
+
+
+async def test_marks_that_rules_spare_are_the_tunnels() -> None:
+    seen = await ran("""
+subprocess.run("ip rule add not fwmark 51820 table 51820".split(), check=True)
+watch = make(endpoints=())
+marked = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+marked.setsockopt(socket.SOL_SOCKET, 36, 51820)
+send("203.0.113.9", 51820, by=marked); send("203.0.113.9", 51820)
+await asyncio.sleep(0.1)
+say(on=watch.on, flows=flows(watch))
+""")
+    assert seen["on"] is True
+    assert seen["flows"] == [["203.0.113.9", 51820, 1]]
+
+
+async def test_interfaces_come_and_go() -> None:
+    seen = await ran("""
+watch = make()
+subprocess.run("ip link add eth1 type veth peer name far1".split(), check=True)
+for line in ("link set far1 up", "link set eth1 up", "addr add 192.168.8.2/24 dev eth1",
+             "neigh add 192.168.8.1 lladdr 02:00:00:00:00:02 dev eth1", "route add 203.0.113.9 via 192.168.8.1"):
+    subprocess.run(["ip", *line.split()], check=True)
+watch.look(around())
+send("203.0.113.9"); await asyncio.sleep(0.1)
+by = [e.interface for e in acted]
+subprocess.run("ip link set eth0 down".split(), check=True); await asyncio.sleep(0.1)
+subprocess.run("ip link set eth0 up".split(), check=True)
+subprocess.run("ip route add default via 192.168.7.1".split(), check=True)
+subprocess.run("ip neigh replace 192.168.7.1 lladdr 02:00:00:00:00:01 dev eth0".split(), check=True)
+subprocess.run("ip link del eth1".split(), check=True); await asyncio.sleep(0.1)
+watch.look(around())
+send("203.0.113.10"); await asyncio.sleep(0.1)
+say(by=by, later=[e.interface for e in acted][1:])
+""")
+    assert seen["by"] == ["eth1"]
+    assert seen["later"] == ["eth0"]
+
+
+async def test_without_the_capability_it_says_so_once() -> None:
+    seen = await ran("""
+import ctypes
+libc = ctypes.CDLL(None)
+# prctl(2): no capability is left to this thread but those of an ordinary user.
+header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+assert libc.capset(header, none) == 0
+watch = make()
+watch.look(around()); watch.look(around())
+say(on=watch.on, flows=flows(watch))
+""")
+    assert seen["on"] is False
+    assert str(seen["err"]).count("packets cannot be watched here") == 1

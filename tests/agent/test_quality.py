@@ -1,0 +1,139 @@
+"""Loss, order, round trips and jitter from simulated pulses; time is a number."""
+
+import random
+
+import pytest
+
+from vpn_sentinel.agent.sensors.quality import BURST_EVERY, Rates, Samples
+from vpn_sentinel.agent.sensors.rhythm import Rhythm
+from vpn_sentinel.domain.observation import Answer, Canary, Link, Observation, Probe, Trigger
+from vpn_sentinel.domain.policy import Policy
+from vpn_sentinel.domain.verdict import Code, judge
+
+ANSWERED = Canary(probe=Probe.DEFAULT, target="echo", family=4, answer=Answer.ANSWERED)
+
+
+class Pulses:
+    """A line that loses a share of its pulses; a round trip takes 50 ms. One that is lost is asked again, as ever."""
+
+    def __init__(self, loss: float, seed: int = 1) -> None:
+        self.samples, self.dice, self.loss = Samples(), random.Random(seed), loss
+        self.now, self.number, self.close = 0.0, 0, 0
+        self.rhythm = Rhythm(2.0, random.Random(seed))
+
+    def run(self, seconds: float) -> None:
+        end = self.now + seconds
+        while self.now < end:
+            rhythm = self.rhythm
+            if rhythm.dead(self.now):
+                self.samples.forgive(rhythm.unanswered_since or 0.0)
+            if rhythm.due(self.now):
+                self.number += 1
+                self.samples.sent(self.number, self.now, counts=not rhythm.silent)
+                rhythm.sent(self.now)
+                if self.dice.random() >= self.loss:
+                    self.samples.heard(self.number, self.now + 0.05)
+                    rhythm.heard(0.05)
+            if self.samples.look_closely(self.now) and not rhythm.silent:
+                self.close += 1
+                rhythm.hurry(self.now, BURST_EVERY)
+            self.now += min(max(0.001, rhythm.wait(self.now)), end - self.now)
+
+    @property
+    def high_loss(self) -> bool:
+        seen = Observation(trigger=Trigger.TIMER, canaries=(ANSWERED,), quality=self.samples.quality(self.now))
+        return Code.HIGH_LOSS in {f.code for f in judge(seen, Policy()).findings}
+
+
+def test_a_good_line() -> None:
+    line = Pulses(0.0)
+    line.run(200)
+    found = line.samples.quality(line.now)
+    assert (found.sent, found.lost, found.reordered, found.rtt_ms) == (60, 0, 0, 50.0)
+    assert found.jitter_ms == pytest.approx(0.0, abs=0.01)
+    assert line.close == 0
+
+
+def test_a_third_lost_is_found_within_twenty_seconds() -> None:
+    took = []
+    for seed in range(200):
+        line = Pulses(0.0, seed)
+        line.run(120)
+        began, line.loss = line.now, 0.3
+        while not line.high_loss and line.now < began + 120:
+            line.run(0.1)
+        took.append(line.now - began)
+    took.sort()
+    assert took[100] < 20, took[100]
+    assert took[150] < 30, took[150]
+
+
+def test_the_end_of_loss_is_found_too() -> None:
+    for seed in range(20):
+        line = Pulses(0.3, seed)
+        line.run(120)
+        began, line.loss = line.now, 0.0
+        while line.high_loss:
+            line.run(1)
+        assert line.now - began <= 75
+
+
+def test_five_percent_lost_never_alarms() -> None:
+    """Twelve tunnels for half an hour, looked at every four seconds."""
+    for seed in range(12):
+        line = Pulses(0.05, seed)
+        for _ in range(450):
+            line.run(4)
+            assert not line.high_loss
+
+
+def test_a_few_pulses_are_no_share() -> None:
+    line = Pulses(0.5)
+    line.samples.look_closely = lambda _now: False  # type: ignore[method-assign]
+    line.run(60)
+    assert line.samples.quality(line.now).sent < 20
+    assert not line.high_loss
+
+
+def test_an_outage_is_no_loss() -> None:
+    line = Pulses(0.0)
+    line.run(200)
+    began = line.now
+    for number in range(1000, 1020):
+        line.samples.sent(number, line.now, counts=number < 1004)
+        line.now += 0.4
+    line.samples.forgive(began)
+    line.run(60)
+    assert line.samples.quality(line.now).lost == 0
+
+
+def test_a_late_reply_is_none_lost_and_is_out_of_order() -> None:
+    samples = Samples()
+    for number in range(1, 12):
+        samples.sent(number, float(number))
+        if number != 5:
+            samples.heard(number, number + 0.1)
+    assert samples.quality(20.0).lost == 1
+    assert samples.heard(5, 20.0) == 15.0
+    assert samples.heard(5, 20.1) is None
+    found = samples.quality(20.0)
+    assert (found.lost, found.reordered) == (0, 1)
+
+
+def test_jitter_is_smoothed() -> None:
+    samples = Samples()
+    for number in range(1, 200):
+        samples.sent(number, float(number))
+        samples.heard(number, number + (0.1 if number % 2 else 0.12))
+    assert samples.quality(200.0).jitter_ms == pytest.approx(20.0, abs=0.1)
+
+
+def test_rates_come_from_counters() -> None:
+    rates = Rates()
+    wg = Link(name="wg0", present=True, up=True, rx_bytes=1000, tx_bytes=500)
+    assert rates.of(wg, 10.0) == (None, None)
+    more = Link(name="wg0", present=True, up=True, rx_bytes=3000, tx_bytes=1500)
+    assert rates.of(more, 12.0) == (1000.0, 500.0)
+    assert rates.of(wg, 14.0) == (None, None)  # made anew
+    assert rates.of(None, 16.0) == (None, None)
+    assert rates.of(wg, 18.0) == (None, None)
