@@ -1,8 +1,17 @@
-"""`python -m bench [ingest] [agent]`: run the benchmarks that are named, or all."""
+"""`python -m bench [ingest] [agent]`: run the benchmarks that are named, or these two.
+
+`python -m bench situations|soak|detection|pulse|fuzz [options]` runs one that takes long, and passes its options on.
+"""
 
 import sys
 from importlib import import_module
 
-for name in sys.argv[1:] or ("ingest", "agent"):
-    print(f"# {name}", flush=True)
-    import_module(f"bench.{name}").main([])
+LONG = {"situations": "bench.situations.run", "soak": "bench.soak", "detection": "bench.detection.run"}
+LONG |= {"pulse": "bench.pulse", "fuzz": "bench.fuzz"}
+
+if sys.argv[1:2] and sys.argv[1] in LONG:
+    import_module(LONG[sys.argv[1]]).main(sys.argv[2:])
+else:
+    for name in sys.argv[1:] or ("ingest", "agent"):
+        print(f"# {name}", flush=True)
+        import_module(f"bench.{name}").main([])

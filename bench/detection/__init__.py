@@ -1,0 +1,1 @@
+"""How soon others would find the same faults, side by side on the same tunnels."""

@@ -1,0 +1,137 @@
+"""What a run found, as a page for people and as figures for programs."""
+
+import json
+import os
+import platform
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from bench.situations.trial import Row, Trial
+
+if TYPE_CHECKING:
+    from bench.situations.run import Result
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+MESSAGE = 1.0  # seconds from the verdict until it has reached people
+_HEAD = """# Measured
+
+Every situation of [the table](situations.md) on real tunnels in the lab, each several times, written by the run itself
+(`python -m bench situations`). Right means: this state with its findings, no other state on the way, the one message
+that is due and no second, and health again after the repair. Seconds count from the moment before the fault's first
+command; the verdict's time is the server's own record, the message's is its arrival at a stand-in of Telegram. A
+finding that moves no state has no record, and is timed by the event stream, which is at most 0.25 s late. Faults with a
+promised time meet an agent with default settings that has been at rest. Two settings differ: a server waits 4 s
+instead of 60 for calm after repeated trouble, except in row 42, because here all trouble is repeated; and where silence
+is awaited or a change that nothing announces, rounds are 4 s apart and not 30.
+"""
+
+
+def line(result: "Result") -> str:
+    """One result, for the terminal."""
+    good = sum(t.right for t in result.trials)
+    mark = "right" if good == len(result.trials) else "WRONG"
+    times = _pair([t.verdict for t in result.trials])
+    return f"{mark} {good}/{len(result.trials)}  {result.row.name:>4} {result.kind:<9} {result.row.title}: {times}"
+
+
+def section(results: Sequence["Result"], began: float, took: float, *, repeat: int, unprivileged: bool) -> str:
+    """The page's part of this run."""
+    title = "As uid 65534, without a capability" if unprivileged else "As root"
+    when = datetime.fromtimestamp(began, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    good, whole = sum(t.right for r in results for t in r.trials), sum(len(r.trials) for r in results)
+    lines = [
+        f"## {title}",
+        "",
+        f"{when}, {took / 60:.0f} minutes, each row {repeat} times: {good} of {whole} trials right. {_machine()}.",
+        "",
+        "| # | situation | tunnel | right verdict | right | fault → verdict, median / worst | promised "
+        "| fault → message, median / worst | verdict → message, worst | note |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        *(_cells(r, unprivileged=unprivileged) for r in results),
+    ]
+    wrong = [(r, t) for r in results for t in r.trials if not t.right]
+    if wrong:
+        lines += ["", "What was wrong:", ""]
+        lines += [f"- {r.row.name}, {r.kind}: {'; '.join(t.complaints)[:300]}" for r, t in wrong]
+    return "\n".join(lines) + "\n"
+
+
+def _cells(result: "Result", *, unprivileged: bool) -> str:
+    row, trials = result.row, result.trials
+    verdict = f"{row.state} {' '.join(f'`{c}`' for c in sorted(row.codes))}".strip()
+    verdicts = [t.verdict for t in trials]
+    good = sum(t.right for t in trials)
+    share = f"{good} of {len(trials)}"
+    worst_message = [t.message_after_verdict for t in trials if t.message_after_verdict is not None]
+    late = f"{max(worst_message):.2f} s{'' if max(worst_message) <= MESSAGE else ' **late**'}" if worst_message else ""
+    told = _pair([t.message for t in trials]) if row.told else "none is due"
+    cells = (
+        row.name, row.title, {"wireguard": "WireGuard", "openvpn": "OpenVPN"}[result.kind], verdict,
+        share if good == len(trials) else f"**{share}**", _pair(verdicts),
+        _promise(row, verdicts, unprivileged=unprivileged), told, late, row.note,
+    )  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
+def _promise(row: Row, verdicts: Sequence[float | None], *, unprivileged: bool) -> str:
+    median, worst = row.median, row.worst
+    if unprivileged and row.without_watch is not None:
+        median = worst = row.without_watch
+    if median is None or worst is None:
+        return ""
+    there = [v for v in verdicts if v is not None]
+    kept = len(there) == len(verdicts) and statistics.median(there) <= median and max(there) <= worst
+    return f"{median:g} / {worst:g} s: {'met' if kept else '**not met**'}"
+
+
+def _pair(values: Sequence[float | None]) -> str:
+    there = [v for v in values if v is not None]
+    if not there:
+        return "–"
+    lost = "" if len(there) == len(values) else f", {len(values) - len(there)} missing"
+    return f"{statistics.median(there):.2f} / {max(there):.2f} s{lost}"
+
+
+def _machine() -> str:
+    model = platform.machine()
+    for entry in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if entry.startswith("model name"):
+            model = entry.partition(":")[2].strip()
+            break
+    return f"{os.cpu_count()} cores ({model}), Linux {platform.release()}, Python {platform.python_version()}"
+
+
+def write_raw(results: Sequence["Result"], began: float, took: float, *, unprivileged: bool) -> None:
+    """All figures, one file a way of running."""
+    RESULTS.mkdir(exist_ok=True)
+    name = "situations-unprivileged.json" if unprivileged else "situations.json"
+    found = {
+        "began": datetime.fromtimestamp(began, UTC).isoformat(timespec="seconds"),
+        "seconds": round(took),
+        "machine": _machine(),
+        "rows": [
+            {"row": r.row.name, "title": r.row.title, "tunnel": r.kind, "state": r.row.state,
+             "codes": sorted(r.row.codes), "trials": [_raw(t) for t in r.trials]}
+            for r in results
+        ],
+    }  # fmt: skip
+    (RESULTS / name).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def _raw(trial: Trial) -> dict[str, object]:
+    facts = {k: round(v, 3) if isinstance(v, float) else v for k, v in asdict(trial).items()}
+    return {"right": trial.right, **facts}
+
+
+def put(page: Path, text: str) -> None:
+    """Write this run's section into the page and leave the other one as it is."""
+    old = page.read_text(encoding="utf-8") if page.exists() else _HEAD
+    parts = {part.split("\n", 1)[0]: part for part in old.split("\n## ")[1:]}
+    own = text.removeprefix("## ")
+    parts[own.split("\n", 1)[0]] = own
+    first = sorted(parts, key=lambda title: title != "As root")
+    page.write_text(_HEAD + "".join(f"\n## {parts[title].rstrip()}\n" for title in first), encoding="utf-8")
