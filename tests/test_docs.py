@@ -10,6 +10,7 @@ import pytest
 
 from docs import make_states
 from tests.conftest import ManualClock
+from vpn_sentinel.agent.geo.settings import GeoSettings
 from vpn_sentinel.agent.health import Health, Signs
 from vpn_sentinel.agent.settings import AgentSettings
 from vpn_sentinel.cli.main import COMMANDS
@@ -27,7 +28,7 @@ REFERENCE = ROOT / "docs" / "reference"
 OTHER_ROUTES = {"POST /keepalive", "GET /agent", "POST /agent", "GET /schema/openapi.json"}
 AGENT = "/client/health"
 # What prometheus_client puts behind the name that the code says.
-ENDINGS = {"Counter": "_total", "InfoMetricFamily": "_info"}
+ENDINGS = {"Counter": "_total", "CounterMetricFamily": "_total", "InfoMetricFamily": "_info"}
 PAGES = sorted([ROOT / "README.md", ROOT / "ARCHITECTURE.md", *(ROOT / "docs").rglob("*.md")])
 LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)")
 
@@ -45,6 +46,7 @@ def settings_asked() -> set[str]:
     server, agent = Source(env={}), Source(env={PREFIX + "URL": "https://sentinel.example"})
     ServerSettings.read(server)
     AgentSettings.read(agent)
+    GeoSettings.read(agent)
     return {name if name in UNPREFIXED else PREFIX + name for name in server.asked | agent.asked}
 
 
