@@ -51,6 +51,10 @@ class Caller:
     def may_report_as(self, tunnel: str) -> bool:
         return self.shared or self.name == tunnel
 
+    def may_stand_for(self, site: str) -> bool:
+        """Whether its word counts as the home connection of all tunnels of `site`: else one could accuse another's."""
+        return self.shared or self.name == site
+
 
 class TooManyWrongKeys(Exception):
     """This address guesses. `retry_after` in seconds."""

@@ -8,6 +8,7 @@ from vpn_sentinel.domain.verdict import HARM, State, Verdict
 from vpn_sentinel.server.store import rows
 from vpn_sentinel.server.store.owing import ADD_DELIVERY
 from vpn_sentinel.server.store.store import Batch, Changes, TunnelRow
+from vpn_sentinel.wire import limits
 from vpn_sentinel.wire.codec import encode, encode_observation
 
 
@@ -36,7 +37,9 @@ class Writes:
         """Add one observation, and what the agent did that it tells of."""
         body = encode_observation(seen).decode()
         self.observations.append((tunnel, spool, seq, at, received_at, verdict.state.value, body))
-        self.actions += [(tunnel, at - a.age, a.name, a.outcome.value, a.detail) for a in seen.actions]
+        self.actions += [
+            (tunnel, at - min(a.age, limits.OLDEST_REPORT), a.name, a.outcome.value, a.detail) for a in seen.actions
+        ]
 
     def changes(self) -> Changes:
         batches: list[Batch] = [

@@ -107,6 +107,31 @@ def test_one_seat_in_a_namespace_and_free_after_death(namespace: None) -> None:
     one.leave()
 
 
+@pytest.mark.parametrize("listens", [True, False])
+def test_another_users_program_cannot_keep_the_seat_from_an_agent(namespace: None, *, listens: bool) -> None:
+    squat = (
+        "import os, socket; os.setuid(1234); "
+        "s = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET); s.bind(chr(0) + 'vpn-sentinel-containment'); "
+        f"{'s.listen(8); ' if listens else ''}print('there', flush=True); input()"
+    )
+    with subprocess.Popen([sys.executable, "-c", squat], stdin=-1, stdout=-1, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "there\n"
+        seat = Seat()
+        assert seat.take()
+        assert not seat.bound
+        process.kill()
+    assert seat.take()
+    assert seat.bound
+    seat.leave()
+
+
+def test_a_comment_that_is_no_owners_is_not_repeated() -> None:
+    for comment in ('x" } include "/etc/passwd', "x\ny", "x" * 200):
+        assert comment not in removal(leave_word=comment)
+    assert 'comment "anna/0123"' in removal(leave_word="anna/0123")
+
+
 def test_release_from_the_command_line(namespace: None) -> None:
     command = [sys.executable, "-m", "vpn_sentinel", "release"]
     nothing = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -6,6 +6,7 @@ from ipaddress import ip_address, ip_network
 import pytest
 
 from vpn_sentinel.agent.containment.proof import Cause, Flow, cause_of, from_text, proven, to_text
+from vpn_sentinel.domain.judge import judge
 from vpn_sentinel.domain.observation import (
     Answer,
     Canary,
@@ -18,7 +19,7 @@ from vpn_sentinel.domain.observation import (
     Trigger,
 )
 from vpn_sentinel.domain.policy import IPAddress, Policy
-from vpn_sentinel.domain.verdict import State, judge
+from vpn_sentinel.domain.verdict import State
 
 POLICY = Policy(home_networks=(ip_network("91.10.10.20/32"),))
 DNS = ip_address("9.9.9.9")

@@ -20,6 +20,7 @@ from vpn_sentinel.agent.geo.databases import Databases
 from vpn_sentinel.agent.geo.fetch import Bounds, Login, Web
 from vpn_sentinel.agent.geo.shelf import GeoError, Manifest, locked, read_manifest
 from vpn_sentinel.agent.geo.sources import Vendor, dbip, from_files, maxmind
+from vpn_sentinel.agent.geo.unpack import only_database
 from vpn_sentinel.agent.geo.update import update
 from vpn_sentinel.domain.observation import Place
 from vpn_sentinel.runtime.secret import Secret
@@ -364,6 +365,20 @@ def test_files_of_a_known_vendor_are_its_own(folder: Path, tmp_path: Path, clock
 def test_a_file_that_is_missing_is_named(folder: Path, tmp_path: Path, clock: ManualClock) -> None:
     with pytest.raises(GeoError, match=re.escape(f"{tmp_path}/none.mmdb: No such file")):
         fetch(from_files((tmp_path / "none.mmdb",)), folder, clock)
+
+
+def test_an_extended_header_is_passed_over_unread(tmp_path: Path) -> None:
+    """The tarfile module takes hours for this one."""
+    head, size = tarfile.TarInfo("././@PaxHeader"), 64 * 1024 * 1024
+    head.type, head.size = tarfile.XHDTYPE, size
+    data = tarfile.TarInfo("GeoLite2-ASN_20260101/GeoLite2-ASN.mmdb")
+    data.size = 5
+    with (tmp_path / "x.tar").open("wb") as file:
+        file.write(head.tobuf() + b"1" * size + data.tobuf() + b"whole".ljust(512, b"\0") + b"\0" * 1024)
+    assert only_database(tmp_path / "x.tar", tmp_path / "x.mmdb", 10) == "GeoLite2-ASN.mmdb"
+    assert (tmp_path / "x.mmdb").read_bytes() == b"whole"
+    with pytest.raises(GeoError, match="more than 4 bytes"):
+        only_database(tmp_path / "x.tar", tmp_path / "x.mmdb", 4)
 
 
 @pytest.mark.parametrize("what", ["link", "nothing"])

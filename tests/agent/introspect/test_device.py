@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ManualClock
-from vpn_sentinel.agent.introspect.device import Device, Stall, counters
+from vpn_sentinel.agent.introspect.device import Stall, StallWatch, counters
 from vpn_sentinel.agent.introspect.port import ForwardedPort, port_of
 
 HEAD = """Inter-|   Receive                                                |  Transmit
@@ -67,7 +67,7 @@ async def test_the_file_is_read_for_the_tunnel_of_the_moment(tmp_path: Path) -> 
         file.write_bytes(table(wg0=(5, n), tun0=(5, n)))
 
     file.write_bytes(table(wg0=(5, 0), tun0=(5, 0)))
-    device = Device(name, lambda: rang.append(clock.now), clock, path=str(file), sleep=second)
+    device = StallWatch(name, lambda: rang.append(clock.now), clock, path=str(file), sleep=second)
     with pytest.raises(Done):
         await device.run()
     assert len(rang) == 1
@@ -76,7 +76,7 @@ async def test_the_file_is_read_for_the_tunnel_of_the_moment(tmp_path: Path) -> 
 
 async def test_without_the_file_it_ends(tmp_path: Path) -> None:
     rang: list[None] = []
-    device = Device(lambda: "wg0", lambda: rang.append(None), ManualClock(), path=str(tmp_path / "none"))
+    device = StallWatch(lambda: "wg0", lambda: rang.append(None), ManualClock(), path=str(tmp_path / "none"))
     await device.run()
     assert rang == []
 

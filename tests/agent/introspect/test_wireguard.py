@@ -13,7 +13,7 @@ from tests.agent.doubles import unix
 from vpn_sentinel.agent.endpoints import Endpoint
 from vpn_sentinel.agent.introspect.wireguard import Device, DeviceError, Peer, read_device, read_shown
 from vpn_sentinel.domain.policy import IPAddress
-from vpn_sentinel.wire import codec
+from vpn_sentinel.wire import codec, limits
 
 PRIVATE = "e84b5a6d2717c1003a13b431570353dbaca9146cf150c5f8575680feba52027a"
 SHARED = "188515093e952f5f22e865cef3012e72f8b5f0b598ac0309d5dacce3b70fcf52"
@@ -100,6 +100,10 @@ BROKEN = {
     "too many peers": ANSWER.replace("errno=0\n\n", "") * 2000,
     "an error": "errno=2\n\n",
     "no number": ANSWER.replace("=1800000000", "=soon"),
+    "no time": ANSWER.replace("=1800000000", "=" + "9" * 4000),
+    "a time before all": ANSWER.replace("=1800000000", "=-" + "9" * 4000),
+    "no mark": ANSWER.replace("=51820\n", "=-5\n"),
+    "an error without end": "errno=" + "9" * 4000 + "\n\n",
     "no ASCII": "endpoint=\x80\n\n",
 }
 
@@ -117,6 +121,7 @@ async def test_a_broken_answer_is_an_error_without_its_words(
         with pytest.raises(DeviceError) as caught:
             await read_device("wg0", kernel=False, folders=[str(tmp_path)])
     told = f"{caught.value!r} {caplog.text}"
+    assert len(told) < limits.TEXT
     assert PRIVATE[:8] not in told
     assert "aaaa" not in told
 

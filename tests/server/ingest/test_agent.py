@@ -13,7 +13,7 @@ from tests.server.ingest.test_keepalive import Broken
 from vpn_sentinel.server.access import create_token, revoke_token
 from vpn_sentinel.server.ingest.ledger import Ledger
 from vpn_sentinel.server.ingest.pulse import PulseProtocol
-from vpn_sentinel.server.store.schema import observations
+from vpn_sentinel.server.store.schema import actions, observations
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
 from vpn_sentinel.wire import echo, limits
 
@@ -146,6 +146,14 @@ async def test_a_tunnels_token_speaks_for_that_tunnel(house: House, connect: Con
     assert await refused(socket) == ("this token may only report as nl", False, 1008)
 
 
+async def test_a_tunnels_own_token_speaks_for_no_other_site(house: House, store: Store) -> None:
+    token = await create_token(store, "nl", shared=False, now=START)
+    for site, key, status in (("attic", token, 403), ("nl", token, 200), ("attic", KEY, 200)):
+        beside = hello(role="reference", site=site)
+        assert (await house.exchange(exchange(1, greeting=beside), key=key)).status == status
+    assert (await house.exchange(exchange(2, greeting=hello(site="attic")), key=token)).status == 200
+
+
 async def test_a_token_that_is_revoked_ends_the_session(house: House, connect: Connect, store: Store) -> None:
     token = await create_token(store, "nl", shared=False, now=START)
     socket = connect(house, key=token)
@@ -264,6 +272,13 @@ async def test_an_absurd_age_is_taken_as_a_year(house: House) -> None:
     assert row.at == START - 366 * DAY
 
 
+async def test_an_action_before_all_times_is_taken_as_a_year_old(house: House) -> None:
+    absurd = {"name": "hook", "outcome": "done", "age": 9e11}
+    await house.exchange(exchange(1, observation={**saw(), "actions": [absurd]}))
+    (row,) = await house.store.read(select(actions.c.at))
+    assert row.at == START - 366 * DAY
+
+
 async def test_what_only_the_server_may_say_is_not_taken_from_an_agent(build: Build) -> None:
     house = build(HOME_NETWORKS="91.10.20.0/24")
     claimed = {"reported_from": "91.10.20.30", "reference_up": False, "unheard": True}
@@ -331,9 +346,9 @@ async def test_too_many_that_wait_are_sent_away_with_a_time(lobby: House) -> Non
         def __len__(self) -> int:
             return 5000
 
-    waiting, lobby.tracker._waiting = lobby.tracker._waiting, Full()  # type: ignore[assignment]
+    waiting, lobby.tracker._commits._deliveries = lobby.tracker._commits._deliveries, Full()  # type: ignore[assignment]
     answer = await lobby.exchange(exchange(1))
-    lobby.tracker._waiting = waiting
+    lobby.tracker._commits._deliveries = waiting
     assert (answer.status, answer.headers["retry-after"]) == (503, "2")
     assert answer.json["detail"] == "too many reports wait; nothing was stored"
 

@@ -15,7 +15,7 @@ from tests.conftest import until
 from vpn_sentinel.server.ingest.ledger import Ledger, Seen, Window
 from vpn_sentinel.server.ingest.pulse import Lookout, Names, PulseMetrics, PulseProtocol
 from vpn_sentinel.server.store.store import StoreUnavailable
-from vpn_sentinel.server.tracker import Sighting
+from vpn_sentinel.server.works import Sighting
 from vpn_sentinel.wire import echo, pulse
 
 SECRET = b"s" * 32
@@ -99,13 +99,6 @@ def test_questions_of_old_agents_are_answered_and_noted_nowhere() -> None:
     assert port.told == []
 
 
-def test_an_old_server_answers_a_pulse() -> None:
-    agent = Agent()
-    answer = echo.reply(agent.pulse(), EXIT[0], EXIT[1], SECRET)
-    assert answer is not None
-    assert pulse.read_reply(answer, agent.ident, RUN, agent.key) == (1, ip_address(EXIT[0]))
-
-
 def test_who_was_never_greeted_is_not_answered_and_asked_about() -> None:
     port, agent = Port("nl"), Agent("de")
     assert port.gets(agent.pulse()) is None
@@ -186,14 +179,40 @@ def test_when_most_agents_hear_nothing_it_is_this_servers_own_way_back() -> None
     assert not any(s.unheard for s in port.told)
 
 
-def test_a_new_run_counts_from_the_start_and_an_old_one_never_again() -> None:
-    port, old = Port("nl"), Agent()
+def test_a_new_run_is_answered_at_once_and_counts_when_the_old_one_is_over() -> None:
+    port, old, new = Port("nl"), Agent(), Agent(run=78)
     kept = [old.pulse() for _ in range(10)]
-    assert port.gets(kept[0]) is not None
-    new = Agent(run=78)
-    assert port.gets(new.pulse()) is not None
-    assert [port.gets(k, HOME) for k in kept] == [None] * 10
+    for pulse_ in kept:
+        assert port.gets(pulse_) is not None
+    assert port.gets(new.pulse(), HOME) is not None
     assert len(port.told) == 1
+    port.now += 7
+    assert port.gets(new.pulse(), HOME) is not None
+    assert [str(s.address) for s in port.told] == [EXIT[0], HOME[0]]
+    port.now += 7
+    assert [port.gets(k) for k in kept] == [None] * 10  # each number once
+
+
+def test_who_kept_pulses_of_an_old_run_cannot_speak_for_the_one_that_lives() -> None:
+    port, agent = Port("nl"), Agent()
+    kept = [old.pulse(silent=60_000) for old in (Agent(run=run) for run in range(20)) for _ in range(5)]
+    for number in range(100):
+        assert port.gets(agent.pulse()) is not None  # and is not shut out by them
+        port.gets(kept[number], HOME)
+        port.now += 2
+    assert [str(s.address) for s in port.told] == [EXIT[0]]
+
+
+def test_a_run_that_an_old_one_displaced_in_a_silence_comes_back() -> None:
+    port, agent, old = Port("nl"), Agent(), Agent(run=78)
+    heard = agent.pulse()
+    port.gets(heard)
+    port.now += 60
+    port.gets(old.pulse(), HOME)
+    port.now += 7
+    assert port.gets(heard) is None
+    assert port.gets(agent.pulse()) is not None
+    assert [str(s.address) for s in port.told] == [EXIT[0], HOME[0], EXIT[0]]
 
 
 @given(st.lists(st.integers(1, 400), max_size=300))

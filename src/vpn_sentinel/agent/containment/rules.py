@@ -17,6 +17,7 @@ from vpn_sentinel.domain.policy import IPAddress, IPNetwork
 TABLE: Final = "vpn_sentinel"
 RELEASED: Final = f"{TABLE}_released"  # an empty table: `release` leaves it for the agent that runs
 _INTERFACE: Final = re.compile(r"[\w.:@+-]{1,15}", re.ASCII)  # no quote, no wildcard
+_OWNER: Final = re.compile(r"[A-Za-z0-9._/-]{1,120}", re.ASCII)
 _DNS_PORTS: Final = "{ 53, 853 }"
 _NEIGHBOURS: Final = (
     "icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert, nd-router-solicit, mld2-listener-report } accept"
@@ -79,6 +80,8 @@ def removal(*, leave_word: str | None = None) -> str:
     """Commands that remove the table. With `leave_word`, an empty one stays that names who was released."""
     word = ""
     if leave_word is not None:
+        # It may be the comment of somebody else's table, and the text of a rule can include files.
+        leave_word = leave_word if _OWNER.fullmatch(leave_word) else ""
         word = f'{forget_word()}table inet {RELEASED} {{\n  comment "{leave_word}"\n}}\n'
     return f"table inet {TABLE}\ndelete table inet {TABLE}\n{word}"
 

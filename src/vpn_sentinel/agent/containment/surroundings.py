@@ -9,7 +9,7 @@ from typing import Final
 from vpn_sentinel.agent.containment.containment import Facts
 from vpn_sentinel.agent.containment.proof import Cause
 from vpn_sentinel.agent.containment.rules import Ways
-from vpn_sentinel.agent.endpoints import TCP, UDP, Endpoint, parse_endpoint
+from vpn_sentinel.agent.endpoints import PROTOCOLS, TCP, UDP, Endpoint, parse_endpoint
 from vpn_sentinel.agent.http import split
 from vpn_sentinel.agent.interfaces import Paths, Survey
 from vpn_sentinel.agent.leakwatch.ground import Ground, Tables, ground
@@ -21,7 +21,6 @@ from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy, is_public
 _ENDPOINTS: Final = "containment.endpoints"
 _HOSTS: Final = "containment.hosts"
 _FORWARDING: Final = (File("/proc/sys/net/ipv4/ip_forward"), File("/proc/sys/net/ipv6/conf/all/forwarding"))
-_PROTOCOLS: Final = {"tcp": TCP, "udp": UDP}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -81,7 +80,7 @@ class Surroundings:
         )
 
     def path_of(self, address: IPAddress, port: int, protocol: str) -> Path:
-        return Paths(self.kernel, self.survey()).of(address, port, _PROTOCOLS.get(protocol, UDP))
+        return Paths(self.kernel, self.survey()).of(address, port, PROTOCOLS.get(protocol, UDP))
 
     def _kept(self, name: str) -> list[str]:
         return [word for word in (self.facts.fact(name) or "").split(",") if word]

@@ -32,17 +32,31 @@ def gunzip(packed: Path, to: Path, most: int) -> None:
 def only_database(archive: Path, to: Path, most: int) -> str:
     """Take the one `.mmdb` out of a tar file; returns its name. Raises GeoError."""
     try:
-        with tarfile.open(archive, "r:") as tar:
-            for member in tar:
-                # Read as a stream: what a path or link in the archive says is never used as a path here.
-                if member.isfile() and member.name.endswith(".mmdb") and (source := tar.extractfile(member)):
-                    with to.open("wb") as target:
-                        if _copy(source, target, most) != member.size:
-                            raise GeoError("is cut off (tar)")
+        with archive.open("rb") as tar:
+            # Header by header, for tarfile reads extended ones whole, and one of 300 MB for many minutes. What a path
+            # or link in the archive says is never used as a path here.
+            while (head := tar.read(tarfile.BLOCKSIZE)).strip(b"\0"):
+                member = tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
+                if member.size < 0:
+                    raise GeoError("is damaged (tar)")
+                if member.isreg() and member.name.endswith(".mmdb"):
+                    _take(tar, member.size, to, most)
                     return Path(member.name).name
+                tar.seek(-member.size % tarfile.BLOCKSIZE + member.size, 1)
     except (tarfile.TarError, EOFError) as e:
         raise GeoError("is damaged (tar)") from e
     raise GeoError("holds no .mmdb file")
+
+
+def _take(tar: IO[bytes], size: int, to: Path, most: int) -> None:
+    if size > most:
+        raise GeoError(f"unpacks to more than {most} bytes")
+    with to.open("wb") as target:
+        while size and (piece := tar.read(min(size, _PIECE))):
+            target.write(piece)
+            size -= len(piece)
+    if size:
+        raise GeoError("is cut off (tar)")
 
 
 def digest(path: Path) -> str:

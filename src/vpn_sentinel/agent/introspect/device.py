@@ -54,7 +54,7 @@ def counters(text: bytes, interface: str) -> tuple[int, int] | None:
     return None
 
 
-class Device:
+class StallWatch:
     """Reads the counters of the interface that `tunnel` names at that moment, and rings at a stall."""
 
     def __init__(

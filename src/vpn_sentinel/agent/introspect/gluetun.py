@@ -6,14 +6,13 @@ forwarded port are asked every few seconds, the rest when the status changes and
 
 import asyncio
 import base64
-import json
 import logging
 import random
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from vpn_sentinel.agent.http import Client, HttpError, Response, split
+from vpn_sentinel.agent.http import Client, HttpError, Response, json_in, split
 from vpn_sentinel.agent.probes.targets import address_in
 from vpn_sentinel.domain.observation import Claim
 from vpn_sentinel.domain.policy import IPAddress
@@ -209,7 +208,7 @@ class Gluetun:
 
 def _object(answer: Response) -> Mapping[str, Any] | None:
     try:
-        said = json.loads(answer.body)
+        said = json_in(answer.body)
     except ValueError:
         return None
     return said if isinstance(said, dict) else None

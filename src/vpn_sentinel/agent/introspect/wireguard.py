@@ -108,19 +108,19 @@ async def read_answer(lines: AsyncIterator[bytes]) -> Device:
         name, _, value = line.decode("ascii").partition("=")
         match name:
             case "fwmark":
-                device = replace(device, fwmark=int(value))
+                device = replace(device, fwmark=_number(value, 32))
             case "public_key":
                 peers.append(Peer())
             case "endpoint" if peers:
                 peers[-1] = replace(peers[-1], endpoint=_endpoint(value))
             case "last_handshake_time_sec" if peers:
-                peers[-1] = replace(peers[-1], handshake=int(value))
+                peers[-1] = replace(peers[-1], handshake=_number(value))
             case "rx_bytes" if peers:
-                peers[-1] = replace(peers[-1], rx_bytes=int(value))
+                peers[-1] = replace(peers[-1], rx_bytes=_number(value))
             case "tx_bytes" if peers:
-                peers[-1] = replace(peers[-1], tx_bytes=int(value))
-            case "errno" if int(value) != 0:
-                raise DeviceError(f"it answers with error {int(value)}")
+                peers[-1] = replace(peers[-1], tx_bytes=_number(value))
+            case "errno" if value != "0":
+                raise DeviceError(f"it answers with error {int(value[:12])}")
     return replace(device, peers=tuple(peers))
 
 
@@ -155,11 +155,19 @@ def read_shown(said: dict[str, str]) -> Device:
     for words in _rows(said["endpoints"], 2):
         peers[words[0]] = Peer(endpoint=_endpoint(words[1]))
     for words in _rows(said["latest-handshakes"], 2):
-        peers[words[0]] = replace(peers.get(words[0], Peer()), handshake=int(words[1]))
+        peers[words[0]] = replace(peers.get(words[0], Peer()), handshake=_number(words[1]))
     for words in _rows(said["transfer"], 3):
-        peers[words[0]] = replace(peers.get(words[0], Peer()), rx_bytes=int(words[1]), tx_bytes=int(words[2]))
+        peers[words[0]] = replace(peers.get(words[0], Peer()), rx_bytes=_number(words[1]), tx_bytes=_number(words[2]))
     mark = said["fwmark"].strip()
-    return Device(fwmark=0 if mark in ("", "off") else int(mark, 0), peers=tuple(peers.values()))
+    return Device(fwmark=0 if mark in ("", "off") else _number(mark, 32), peers=tuple(peers.values()))
+
+
+def _number(text: str, bits: int = 63) -> int:
+    """Raises ValueError for what the kernel has no room for: nobody can count with it."""
+    found = int(text, 0) if text.startswith("0x") else int(text)
+    if not 0 <= found < 2**bits:
+        raise ValueError(text[:20])
+    return found
 
 
 def _rows(text: str, columns: int) -> list[list[str]]:

@@ -7,13 +7,12 @@ from collections.abc import Callable
 from vpn_sentinel.agent.endpoints import Endpoint
 from vpn_sentinel.agent.http import Client
 from vpn_sentinel.agent.interfaces import Survey
-from vpn_sentinel.agent.introspect.device import EVERY, Device
+from vpn_sentinel.agent.introspect.device import EVERY, StallWatch
 from vpn_sentinel.agent.introspect.gluetun import Gluetun
 from vpn_sentinel.agent.introspect.openvpn import OpenVpn
 from vpn_sentinel.agent.introspect.port import ForwardedPort
 from vpn_sentinel.agent.introspect.settings import IntrospectSettings
-from vpn_sentinel.agent.introspect.wireguard import Device as WireGuard
-from vpn_sentinel.agent.introspect.wireguard import DeviceError, read_device
+from vpn_sentinel.agent.introspect.wireguard import Device, DeviceError, read_device
 from vpn_sentinel.domain.observation import Claim
 from vpn_sentinel.runtime.clock import Clock
 
@@ -28,12 +27,12 @@ class Witnesses:
         self._clock = clock
         self._ring = ring
         self._tunnel: str | None = None
-        self._wireguard: WireGuard | None = None
+        self._wireguard: Device | None = None
         self._hidden = False
         self._openvpn = OpenVpn(settings.openvpn, settings.openvpn_password, ring) if settings.openvpn else None
         self._gluetun = Gluetun(http, settings.gluetun, settings.login, ring) if settings.gluetun else None
         self._port = ForwardedPort(settings.forwarded_port)
-        self._device = Device(lambda: self._tunnel, ring, clock)
+        self._stalls = StallWatch(lambda: self._tunnel, ring, clock)
 
     def endpoints(self) -> tuple[Endpoint, ...]:
         """All far ends of the tunnel that were told of, also after it went away: its last packets are still its own."""
@@ -74,7 +73,7 @@ class Witnesses:
     async def run(self) -> None:
         """Listen, for ever."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._device.run())
+            group.create_task(self._stalls.run())
             group.create_task(self._watch_port())
             for witness in (self._openvpn, self._gluetun):
                 if witness is not None:

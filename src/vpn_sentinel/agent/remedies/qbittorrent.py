@@ -3,13 +3,12 @@
 Version 5 of the program calls it stop and start, version 4 pause and resume; the other one's route is a 404.
 """
 
-import json
 import logging
 from http import HTTPStatus
 from typing import Any, Final
 from urllib.parse import urlencode
 
-from vpn_sentinel.agent.http import Client, HttpError, Response, split
+from vpn_sentinel.agent.http import Client, HttpError, Response, json_in, split
 from vpn_sentinel.agent.remedies.failure import RemedyError
 from vpn_sentinel.agent.remedies.torrents import LIMIT, MOST
 from vpn_sentinel.runtime.secret import Secret
@@ -102,7 +101,7 @@ def _refusal(answer: Response) -> str:
 
 def _list_of(body: bytes) -> list[dict[str, Any]]:
     try:
-        found = json.loads(body)
+        found = json_in(body)
     except ValueError as e:
         raise RemedyError("qBittorrent answered with something that is no JSON") from e
     if not isinstance(found, list) or not all(isinstance(t, dict) for t in found):

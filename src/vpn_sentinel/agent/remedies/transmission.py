@@ -8,7 +8,7 @@ import logging
 from http import HTTPStatus
 from typing import Any, Final
 
-from vpn_sentinel.agent.http import Client, HttpError, split
+from vpn_sentinel.agent.http import Client, HttpError, json_in, split
 from vpn_sentinel.agent.remedies.failure import RemedyError
 from vpn_sentinel.agent.remedies.torrents import LIMIT, MOST
 from vpn_sentinel.runtime.secret import Secret
@@ -76,7 +76,7 @@ class Transmission:
 
 def _arguments(body: bytes) -> dict[str, Any]:
     try:
-        found = json.loads(body)
+        found = json_in(body)
     except ValueError as e:
         raise RemedyError("Transmission answered with something that is no JSON") from e
     if not isinstance(found, dict) or found.get("result") != "success":

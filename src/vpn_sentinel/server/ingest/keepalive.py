@@ -8,7 +8,8 @@ import msgspec
 from vpn_sentinel.domain.policy import is_public
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.server.ingest.door import Door, Refusal, json_body
-from vpn_sentinel.server.tracker import Delivery, Stored, Tracker
+from vpn_sentinel.server.tracker import Tracker
+from vpn_sentinel.server.works import Delivery, Stored
 from vpn_sentinel.wire.codec import encode
 from vpn_sentinel.wire.keepalive import Received, read
 

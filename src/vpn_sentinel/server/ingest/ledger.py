@@ -5,7 +5,6 @@ greeted here or has a row in the database; nothing a stranger sends makes one.
 """
 
 import math
-import socket
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -17,7 +16,9 @@ from vpn_sentinel.wire import echo, pulse
 
 _WIDTH: Final = 128  # numbers that the replay window spans
 _MASK: Final = (1 << _WIDTH) - 1
-_RETIRED: Final = 8  # runs of one agent that are over and never count again
+_RUNS: Final = 8  # runs of one agent whose numbers are remembered
+# Seconds without a pulse of the run that counts until another may take its place: an agent sends every two.
+_QUIET: Final = 6.0
 _MOST: Final = 50_000  # tunnels that are known at a time
 # Pulses in a row, over so many seconds, that tell of no new reply, before the replies count as unheard. An agent whose
 # pulses go unanswered sends ten within 3 s; of which, at 30 % loss, all are lost once in 100,000 times.
@@ -53,13 +54,12 @@ class Window:
 
 @dataclass(slots=True)
 class Record:
-    """One tunnel's pulses. Times are by a clock that never jumps."""
+    """One tunnel's pulses. Times are by a clock that never jumps. Of `windows`, by run, the newest used is the last."""
 
     name: str
     key: bytes
     run: int = -1
-    retired: tuple[int, ...] = ()
-    window: Window = field(default_factory=Window)
+    windows: dict[int, Window] = field(default_factory=dict)
     host: str = ""
     packed: bytes = b""
     address: IPAddress | None = None
@@ -129,17 +129,26 @@ class Ledger:
         """The bytes of the address that a datagram came from, an IPv4-mapped one as the IPv4 address it is."""
         if host != record.host:
             record.host = host
-            record.packed = _packed(host)
+            record.packed = pulse.packed(host)
         return record.packed
 
     def take(self, record: Record, said: pulse.Pulse, now: float) -> bool:
-        """Note a genuine pulse; False for one that is a replay or too old, which changes nothing."""
-        if said.run != record.run:
-            if said.run in record.retired:
-                return False
-            self._new_run(record, said, now)
-        if not record.window.take(said.number):
+        """Note a genuine pulse; False for one that is a replay or too old, which changes nothing.
+
+        While one run lives, another is answered and not believed: it may be an old one that somebody has kept, and
+        sends from where he likes. A run that was replaced so can come back.
+        """
+        window = record.windows.pop(said.run, None) or Window()
+        taken = window.take(said.number)
+        record.windows[said.run] = window
+        if len(record.windows) > _RUNS:
+            del record.windows[next(r for r in record.windows if r != record.run)]
+        if not taken:
             return False
+        if said.run != record.run:
+            if now - record.last < _QUIET:
+                return True
+            self._new_run(record, said, now)
         record.last = now
         self._note_heard(record, said, now)
         self._note_address(record, now)
@@ -147,9 +156,7 @@ class Ledger:
 
     def _new_run(self, record: Record, said: pulse.Pulse, now: float) -> None:
         """The agent was started anew, or this server was: nothing that was counted goes on."""
-        if record.run >= 0:
-            record.retired = (*record.retired, record.run)[-_RETIRED:]
-        record.run, record.window = said.run, Window()
+        record.run = said.run
         record.heard, record.waiting, record.advanced = said.heard, 0, now
 
     def _note_heard(self, record: Record, said: pulse.Pulse, now: float) -> None:
@@ -188,11 +195,3 @@ class Ledger:
         record.told = now
         if record.address is not None:
             self._told(Seen(record.name, record.address, record.unheard))
-
-
-def _packed(host: str) -> bytes:
-    bare = host.partition("%")[0]
-    if ":" not in bare:
-        return socket.inet_pton(socket.AF_INET, bare)
-    packed = socket.inet_pton(socket.AF_INET6, bare)
-    return packed[12:] if packed[:12] == b"\0" * 10 + b"\xff\xff" else packed

@@ -8,10 +8,12 @@ from typing import Final
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily
 
+from vpn_sentinel.server.groupcommit import Busy
 from vpn_sentinel.server.ingest.ledger import Ledger, Seen
 from vpn_sentinel.server.store.store import StoreUnavailable
-from vpn_sentinel.server.tracker import Busy, Sighting
+from vpn_sentinel.server.works import Sighting
 from vpn_sentinel.wire import pulse
+from vpn_sentinel.wire.echo import is_genuine
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +52,7 @@ class PulseProtocol(asyncio.DatagramProtocol):
         if record is None:
             self._look_up(data)
             return "unknown"
-        if not pulse.is_genuine(data, record.key):
+        if not is_genuine(data, record.key):
             return "forged"
         packed = self._ledger.came_from(record, addr[0])
         said = pulse.read(data)
@@ -65,7 +67,7 @@ class PulseProtocol(asyncio.DatagramProtocol):
         now = self._now()
         until, left = self._checks if now < self._checks[0] else (now + 1.0, _CHECKS)
         self._checks = (until, left - 1)
-        if left > 0 and pulse.is_genuine(data, self._ledger.key_for(pulse.ident_of(data))):
+        if left > 0 and is_genuine(data, self._ledger.key_for(pulse.ident_of(data))):
             self._missed()
 
 

@@ -16,7 +16,8 @@ from vpn_sentinel.server.ingest.door import Refusal
 from vpn_sentinel.server.ingest.ledger import Ledger
 from vpn_sentinel.server.store.schema import tunnels
 from vpn_sentinel.server.store.store import Store
-from vpn_sentinel.server.tracker import Delivery, Stored, Tracker
+from vpn_sentinel.server.tracker import Tracker
+from vpn_sentinel.server.works import Delivery, Stored
 from vpn_sentinel.wire import echo, limits
 from vpn_sentinel.wire.codec import check_observation, check_policy, checked_text, decoder
 from vpn_sentinel.wire.messages import PROTOCOL, Ack, Echo, Exchange, FromAgent, Hello, Report, Reports, Welcome
@@ -55,6 +56,8 @@ class Sessions:
         _check_hello(hello)
         if not caller.may_report_as(hello.client_id):
             raise Refusal(403, f"this token may only report as {caller.name}")
+        if hello.role == "reference" and not caller.may_stand_for(hello.site):
+            raise Refusal(403, f"this token may only be the reference of the site {caller.name}; a shared key, of any")
         found = await self._store.read(select(tunnels.c.spool, tunnels.c.seq).where(tunnels.c.name == hello.client_id))
         stored = found[0].seq if found and found[0].spool == hello.spool else 0
         if self._ledger is not None:

@@ -16,8 +16,9 @@ from typing import Final
 from vpn_sentinel.domain.observation import Answer, PortCheck
 from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.runtime.clock import Clock
+from vpn_sentinel.server.groupcommit import Busy
 from vpn_sentinel.server.store.store import StoreUnavailable
-from vpn_sentinel.server.tracker import Busy, PortTried
+from vpn_sentinel.server.works import PortTried
 
 log = logging.getLogger(__name__)
 
