@@ -6,13 +6,13 @@ import signal
 import sys
 import time
 from collections.abc import Mapping
-from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 
-from vpn_sentinel.agent.app import Echoes
 from vpn_sentinel.agent.equipment import chosen_services
+from vpn_sentinel.agent.footing import Echoes
+from vpn_sentinel.agent.names import Names
 from vpn_sentinel.agent.settings import ProbeSettings
 from vpn_sentinel.runtime.settings import Source
 from vpn_sentinel.wire.messages import Echo
@@ -72,11 +72,10 @@ async def test_what_cannot_be_used_stops_the_start_with_one_line(
 
 
 def test_the_echo_is_asked_at_public_addresses_once_a_family() -> None:
-    echoes = Echoes()
-    addresses = [ip_address(a) for a in ("192.168.1.5", "65.108.77.20", "65.108.77.21", "2a01:4f9::1")]
-    echoes.learn(Echo(port=5000, id="00" * 8, key="11" * 32), tuple(addresses))
+    echoes = Echoes(Names(), ("192.168.1.5", "65.108.77.20", "65.108.77.21", "2a01:4f9::1"))
+    echoes.greet(Echo(port=5000, id="00" * 8, key="11" * 32))
     assert [str(t.address) for t in echoes.targets] == ["65.108.77.20", "2a01:4f9::1"]
-    echoes.learn(None, tuple(addresses))
+    echoes.greet(None)
     assert echoes.targets == ()
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from tests.agent.doubles import ETH, WG, FakeKernel, Loopback, udp
 from tests.agent.test_dnswire import answer, record, text
+from tests.wire.answering import reply
 from vpn_sentinel.agent.interfaces import Paths, Survey
 from vpn_sentinel.agent.netlink import Route
 from vpn_sentinel.agent.probes import dnswire, targets
@@ -25,14 +26,14 @@ def here(name: str, port: int) -> Loopback:
 
 
 async def test_the_server_echo_says_where_we_come_from() -> None:
-    async with udp(lambda data: echo.reply(data, "127.0.0.1", 1, SECRET)) as (port, _):
+    async with udp(lambda data: reply(data, "127.0.0.1", 1, SECRET)) as (port, _):
         seen = await one(ServerEcho(HERE, port, IDENT, echo.key_for(SECRET, IDENT)), Path.TUNNEL)
     assert (seen.answer, seen.address, seen.target, seen.family) == (Answer.ANSWERED, HERE, "echo", 4)
 
 
 async def test_an_echo_signed_by_another_is_no_answer() -> None:
     def forged(data: bytes) -> bytes | None:
-        return echo.reply(data, "203.0.113.1", 1, SECRET)
+        return reply(data, "203.0.113.1", 1, SECRET)
 
     async with udp(forged) as (port, _):
         seen = await one(ServerEcho(HERE, port, IDENT, b"another key".ljust(32)), Path.TUNNEL)

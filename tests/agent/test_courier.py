@@ -20,7 +20,7 @@ from tests.conftest import until
 from vpn_sentinel.agent.http import Client
 from vpn_sentinel.agent.names import Names
 from vpn_sentinel.agent.spool import Spool
-from vpn_sentinel.agent.uplink.conversation import Destination, Ground, Wakeup
+from vpn_sentinel.agent.uplink.conversation import Destination, Routes, Wakeup
 from vpn_sentinel.agent.uplink.courier import Courier, read_list
 from vpn_sentinel.domain.observation import Observation, Trigger
 from vpn_sentinel.runtime.clock import SystemClock
@@ -189,8 +189,8 @@ async def test_an_acknowledgement_that_stays_away_ends_the_connection(
 async def test_a_way_that_changed_is_left_at_once(spool: Spool) -> None:
     way = ["wg0"]
     server = Server()
-    ground = Ground(way=lambda _a, _p: way[0])
-    async with server.listening() as url, carrying(spool, url, ground=ground) as courier:
+    routes = Routes(way=lambda _a, _p: way[0])
+    async with server.listening() as url, carrying(spool, url, routes=routes) as courier:
         await until(lambda: len(server.hellos) == 1)
         courier.kick()
         fill(spool, 1)  # is sent only after the kick was looked into
@@ -204,8 +204,8 @@ async def test_a_way_that_changed_is_left_at_once(spool: Spool) -> None:
 async def test_an_address_that_is_gone_is_left_at_once(spool: Spool) -> None:
     server = Server()
     gone: list[bool] = []
-    ground = Ground(owns=lambda _: not gone)
-    async with server.listening() as url, carrying(spool, url, ground=ground) as courier:
+    routes = Routes(owns=lambda _: not gone)
+    async with server.listening() as url, carrying(spool, url, routes=routes) as courier:
         await until(lambda: len(server.hellos) == 1)
         gone.append(True)
         courier.kick()
@@ -221,11 +221,11 @@ async def test_a_change_while_connecting_begins_anew(spool: Spool) -> None:
         begun.set()
         await reader.read()
 
-    ground = Ground(way=lambda _a, _p: way[0])
+    routes = Routes(way=lambda _a, _p: way[0])
     async with (
         tcp(slow) as port,
         server.listening() as url,
-        carrying(spool, f"http://127.0.0.1:{port}", url, ground=ground) as courier,
+        carrying(spool, f"http://127.0.0.1:{port}", url, routes=routes) as courier,
     ):
         await begun.wait()
         way[0] = "eth0"
@@ -468,5 +468,5 @@ async def test_a_way_that_is_merely_slow_is_come_back_to(spool: Spool, free_port
     async with server.listening() as url, carrying(spool, f"http://127.0.0.1:{free_port}", url) as courier:
         fill(spool, 2)
         courier.hurry()
-        await until(lambda: server.stored == [1, 2])
-        assert spool.pending == 0
+        await until(lambda: spool.pending == 0)
+        assert server.stored == [1, 2]

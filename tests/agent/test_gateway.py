@@ -8,9 +8,10 @@ from vpn_sentinel.agent.interfaces import Paths, Survey
 from vpn_sentinel.agent.netlink import IFF_LOWER_UP, Interface, Route
 from vpn_sentinel.agent.probes.canary import Flock, canaries, one
 from vpn_sentinel.agent.probes.gateway import Gateway, gateway
+from vpn_sentinel.domain.judge import judge
 from vpn_sentinel.domain.observation import Answer, Observation, Path, Probe, Trigger
 from vpn_sentinel.domain.policy import Policy
-from vpn_sentinel.domain.verdict import State, judge
+from vpn_sentinel.domain.verdict import State
 
 HERE = ip_address("127.0.0.1")
 LAN = Route(interface=2)

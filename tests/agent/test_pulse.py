@@ -33,7 +33,7 @@ class Server:
     got: list[pulse.Pulse] = field(default_factory=list)
 
     def answer(self, data: bytes) -> bytes | None:
-        if not (pulse.is_request(data) and pulse.is_genuine(data, KEY)):
+        if not (pulse.is_request(data) and echo.is_genuine(data, KEY)):
             return None
         self.got.append(pulse.read(data))
         return None if self.deaf else pulse.reply(data, ip_address(self.seen).packed, 1, KEY)
@@ -124,12 +124,16 @@ async def test_a_changed_route_gets_a_new_socket() -> None:
     transport, _ = await loop.create_datagram_endpoint(Noting, local_addr=("127.0.0.1", 0))
     server.port = transport.get_extra_info("sockname")[1]
     rang: list[float] = []
-    sensor = Pulse(0.05, echoes=lambda: (server.target,), ring=lambda: rang.append(1))
+    ways = ["wg0"]
+    sensor = Pulse(0.05, echoes=lambda: (server.target,), ring=lambda: rang.append(1), way=lambda *_: ways[-1])
     task = loop.create_task(sensor.run())
     await until(lambda: len(server.got) > 3)
+    assert len(ports) == 1
+    ways.append("eth0")  # the kernel's word of it is still on its way: no pulse may go on by the old flow
+    await until(lambda: len(ports) == 2)
     sensor.reset()
     assert sensor.canary(TUNNEL) is None  # what came before the change proves nothing after it
-    await until(lambda: len(ports) == 2)
+    await until(lambda: len(ports) == 3)
     await until(lambda: sensor.canary(TUNNEL) is not None)
     task.cancel()
     with suppress(asyncio.CancelledError):

@@ -6,9 +6,10 @@ import pytest
 
 from vpn_sentinel.agent.sensors.quality import BURST_EVERY, Rates, Samples
 from vpn_sentinel.agent.sensors.rhythm import Rhythm
+from vpn_sentinel.domain.judge import judge
 from vpn_sentinel.domain.observation import Answer, Canary, Link, Observation, Probe, Trigger
 from vpn_sentinel.domain.policy import Policy
-from vpn_sentinel.domain.verdict import Code, judge
+from vpn_sentinel.domain.verdict import Code
 
 ANSWERED = Canary(probe=Probe.DEFAULT, target="echo", family=4, answer=Answer.ANSWERED)
 
@@ -66,6 +67,20 @@ def test_a_third_lost_is_found_within_twenty_seconds() -> None:
     took.sort()
     assert took[100] < 20, took[100]
     assert took[150] < 30, took[150]
+
+
+def test_a_lucky_stretch_is_no_recovery() -> None:
+    calm = 0
+    for seed in range(100):
+        line = Pulses(0.0, seed)
+        line.run(120)
+        line.loss = 0.3
+        while not line.high_loss:
+            line.run(0.5)
+        for _ in range(30):  # a round every 15 s, for some minutes
+            line.run(15)
+            calm += not line.high_loss
+    assert calm < 0.03 * 3000, calm
 
 
 def test_the_end_of_loss_is_found_too() -> None:

@@ -20,9 +20,10 @@ from vpn_sentinel.agent.introspect.settings import IntrospectSettings
 from vpn_sentinel.agent.names import Names
 from vpn_sentinel.agent.reactions import Reactions
 from vpn_sentinel.agent.remedies.settings import ReactionSettings
+from vpn_sentinel.domain.judge import judge
 from vpn_sentinel.domain.observation import Answer, Escape, Outcome
 from vpn_sentinel.domain.observation import Path as Way
-from vpn_sentinel.domain.verdict import State, judge
+from vpn_sentinel.domain.verdict import State
 from vpn_sentinel.runtime.settings import SettingError, Source
 
 LEAKING = replace(WELL, canaries=(canary(Answer.ANSWERED, Way.OUTSIDE, "91.10.10.20"),))

@@ -10,9 +10,10 @@ from tests.agent.doubles import udp
 from tests.agent.test_dnswire import answer, text
 from vpn_sentinel.agent.probes.dns import CanaryZone, Nameserver
 from vpn_sentinel.agent.sensors.resolver import ResolverWatch, Strays, mark
+from vpn_sentinel.domain.judge import judge
 from vpn_sentinel.domain.observation import Answer, Canary, Observation, Probe, ResolverSighting, Trigger
 from vpn_sentinel.domain.policy import Policy
-from vpn_sentinel.domain.verdict import Code, judge
+from vpn_sentinel.domain.verdict import Code
 from vpn_sentinel.wire import canary
 
 HERE = ip_address("127.0.0.1")

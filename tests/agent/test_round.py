@@ -16,9 +16,10 @@ from vpn_sentinel.agent.probes.dns import Nameserver
 from vpn_sentinel.agent.probes.place import Places
 from vpn_sentinel.agent.probes.placing import Service
 from vpn_sentinel.agent.round import Eyes, look
+from vpn_sentinel.domain.judge import judge
 from vpn_sentinel.domain.observation import Trigger
 from vpn_sentinel.domain.policy import Policy
-from vpn_sentinel.domain.verdict import State, judge
+from vpn_sentinel.domain.verdict import State
 from vpn_sentinel.runtime.clock import SystemClock
 from vpn_sentinel.runtime.settings import networks
 

@@ -25,7 +25,9 @@ async def test_both_say_where_we_come_from() -> None:
     ]
 
 
-@pytest.mark.parametrize("body", ["<html>Please log in</html>", "[]", '{"ip":5}', '{"ip":"x"}', "", "ip=\n"])
+@pytest.mark.parametrize(
+    "body", ["<html>Please log in</html>", "[]", '{"ip":5}', '{"ip":"x"}', "", "ip=\n", "[" * 50_000]
+)
 async def test_a_captive_portals_page_is_no_answer(body: str) -> None:
     async with http(lambda _: reply(body)) as (port, _):
         base = f"http://127.0.0.1:{port}"

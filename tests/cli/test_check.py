@@ -15,6 +15,7 @@ from vpn_sentinel.agent.once import Looked, look_once
 from vpn_sentinel.agent.settings import ProbeSettings
 from vpn_sentinel.cli import check
 from vpn_sentinel.cli.main import main
+from vpn_sentinel.domain.judge import judge
 from vpn_sentinel.domain.observation import (
     Answer,
     Canary,
@@ -27,7 +28,7 @@ from vpn_sentinel.domain.observation import (
     Trigger,
 )
 from vpn_sentinel.domain.policy import Policy
-from vpn_sentinel.domain.verdict import State, judge
+from vpn_sentinel.domain.verdict import State
 from vpn_sentinel.runtime.clock import SystemClock
 from vpn_sentinel.runtime.settings import SettingError, Source
 

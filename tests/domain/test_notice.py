@@ -57,6 +57,20 @@ def tunnel() -> Tunnel:
     return tunnel
 
 
+def test_a_home_connection_that_is_down_is_told_by_the_reference_agent_alone(tunnel: Tunnel) -> None:
+    uplink = Finding(Code.UPLINK_DOWN, "The home connection is down.", {"reference": "down"})
+    for at in (200.0, 206.0):
+        before = tunnel.memory
+        tunnel.memory, events = advance(before, Verdict(D, (uplink,)), at, POLICY, (None, None))
+        tunnel._hear(*notices(before, tunnel.memory, events, caught_up=True))
+    assert tunnel.memory.state is D
+    tunnel.reports((300.0, P), (305.0, P), exits=(FIRST,))
+    assert (tunnel.memory.state, tunnel.kinds) == (P, [])
+    # What outlasts the home connection's outage is the tunnel's own, and told.
+    tunnel.reports((400.0, D), (405.0, D))
+    assert tunnel.kinds == [Kind.DOWN]
+
+
 def test_a_new_tunnel_connects() -> None:
     tunnel = Tunnel()
     tunnel.reports((99.0, U))

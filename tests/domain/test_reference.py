@@ -4,8 +4,9 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
+from vpn_sentinel.domain.judge import home_of, judge_reference
 from vpn_sentinel.domain.observation import Answer, Canary, Observation, Path, Probe, Trigger
-from vpn_sentinel.domain.verdict import Code, State, home_of, judge_reference
+from vpn_sentinel.domain.verdict import Code, State
 
 
 def saw(

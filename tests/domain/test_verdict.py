@@ -5,6 +5,7 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
+from vpn_sentinel.domain.judge import agreed_country, judge, learned_home
 from vpn_sentinel.domain.observation import (
     Answer,
     Canary,
@@ -21,18 +22,7 @@ from vpn_sentinel.domain.observation import (
     Trigger,
 )
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy
-from vpn_sentinel.domain.verdict import (
-    HARM,
-    MEANING,
-    Code,
-    Finding,
-    Severity,
-    State,
-    agreed_country,
-    judge,
-    learned_home,
-    worst,
-)
+from vpn_sentinel.domain.verdict import HARM, MEANING, Code, Finding, Severity, State, worst
 
 HOME, HOME6 = "91.10.20.30", "2003:e0::30"
 EXIT, EXIT6 = "146.70.1.2", "2a0d:5600::2"
@@ -488,6 +478,14 @@ def test_a_finding_says_what_and_shows_its_facts(seen: Observation, policy: Poli
 
 # Said by the machine, by the tracker, and never by the judge.
 ELSEWHERE = {Code.NO_REPORTS, Code.FLAPPING, Code.CLOCK_SKEW, Code.OBSERVATIONS_LOST}
+
+
+def test_a_dns_leak_seen_both_ways_tells_what_both_show() -> None:
+    dns = (asked("91.10.20.53", "91.10.20.53", Path.OUTSIDE),)
+    (leak,) = judge(replace(saw(EXIT, dns=dns), escapes=escaped("91.10.20.53", 53, "example.org")), POLICY).findings
+    assert (leak.evidence["name"], leak.evidence["resolver"], leak.evidence["method"]) == (
+        "example.org", "91.10.20.53", "akamai",
+    )  # fmt: skip
 
 
 def test_every_code_has_a_case() -> None:

@@ -9,8 +9,8 @@ import pytest
 from tests.conftest import ManualClock
 from vpn_sentinel.domain.observation import Answer
 from vpn_sentinel.domain.policy import IPAddress
-from vpn_sentinel.server.tracker import PortTried
 from vpn_sentinel.server.watch.ports import CLOSED, EVERY, Ports, knock
+from vpn_sentinel.server.works import PortTried
 
 HERE = ip_address("127.0.0.1")
 EXIT = (ip_address("146.70.1.2"), 41000)

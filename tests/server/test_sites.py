@@ -15,7 +15,7 @@ from vpn_sentinel.domain.policy import Policy
 from vpn_sentinel.server.sites import LEFT, Sites
 from vpn_sentinel.server.store.schema import actions, observations
 from vpn_sentinel.server.store.store import Store
-from vpn_sentinel.server.tracker import PortTried, Sighting
+from vpn_sentinel.server.works import PortTried, Sighting
 
 OLD_HOME, NEW_HOME = ip_address("91.10.33.7"), ip_address("91.10.99.8")
 HOME_DOWN = Observation(trigger=Trigger.CANARY, canaries=(canary(None, Path.OUTSIDE),))
@@ -195,6 +195,15 @@ async def test_unheard_pulses_are_a_dead_tunnel_at_once_and_keep_it_from_silence
     assert (await site.row()).state == "down"
     site.clock.now += 60
     await site.tracker.sweep(["nl"], site.clock.now)
+    assert (await site.row()).state == "silent"
+
+
+async def test_pulses_that_come_back_before_the_replay_leave_the_silence_to_it(site: Site) -> None:
+    await site.tunnel(WELL)
+    site.clock.now += 200
+    await site.tracker.sweep(["nl"], site.clock.now)
+    assert (await site.row()).state == "silent"
+    await site.tracker.sighted(sighting(site, unheard=True))
     assert (await site.row()).state == "silent"
 
 

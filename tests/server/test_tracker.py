@@ -24,11 +24,13 @@ from vpn_sentinel.domain.observation import (
     Trigger,
 )
 from vpn_sentinel.domain.policy import IPNetwork, Policy
+from vpn_sentinel.server.groupcommit import Busy
 from vpn_sentinel.server.live.hub import Hub
 from vpn_sentinel.server.store.open import open_store
 from vpn_sentinel.server.store.schema import incidents, observations, outbox, transitions, tunnels
 from vpn_sentinel.server.store.store import Decide, Store, StoreUnavailable
-from vpn_sentinel.server.tracker import Busy, Delivery, Stored, Tracker
+from vpn_sentinel.server.tracker import Tracker
+from vpn_sentinel.server.works import Delivery, Stored
 
 START = 1_800_000_000.0
 POLICY = Policy(home_networks=(ip_network("91.10.20.0/24"),), grace_down=4.0, grace_recovery=4.0)

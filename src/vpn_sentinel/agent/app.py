@@ -3,17 +3,14 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Final
 
 from vpn_sentinel import __version__
 from vpn_sentinel.agent import round as rounds
 from vpn_sentinel.agent.asides import Asides
 from vpn_sentinel.agent.containment.surroundings import Surroundings
 from vpn_sentinel.agent.cycle import Cycle
+from vpn_sentinel.agent.endpoints import UDP
 from vpn_sentinel.agent.equipment import (
-    TCP,
     chosen_services,
     flock,
     http_client,
@@ -21,102 +18,51 @@ from vpn_sentinel.agent.equipment import (
     open_kernel,
     portal_beside,
 )
-from vpn_sentinel.agent.health import Health, Signs
+from vpn_sentinel.agent.footing import (
+    Echoes,
+    Repeats,
+    destination,
+    health,
+    need_key,
+    open_spool,
+    routes,
+    watch_network,
+    way,
+)
 from vpn_sentinel.agent.http import split
 from vpn_sentinel.agent.interfaces import Paths, Survey, survey
 from vpn_sentinel.agent.introspect.witnesses import Witnesses
 from vpn_sentinel.agent.leakwatch.watch import LeakWatch
-from vpn_sentinel.agent.names import Names, NotFoundError
+from vpn_sentinel.agent.names import Names
 from vpn_sentinel.agent.probes import dns
 from vpn_sentinel.agent.probes.place import Places
-from vpn_sentinel.agent.probes.targets import ServerEcho, Target
+from vpn_sentinel.agent.probes.targets import Target
 from vpn_sentinel.agent.reactions import Reactions
-from vpn_sentinel.agent.sensors.netlink import NetworkSensor
 from vpn_sentinel.agent.sensors.pathmtu import PathMtu
 from vpn_sentinel.agent.sensors.pulse import Pulse
 from vpn_sentinel.agent.sensors.resolver import ResolverWatch
 from vpn_sentinel.agent.settings import AgentSettings
-from vpn_sentinel.agent.spool import Spool, SpoolInUseError
-from vpn_sentinel.agent.spoolfile import check_folder
-from vpn_sentinel.agent.uplink.conversation import Destination, Ground
 from vpn_sentinel.agent.uplink.courier import Courier
 from vpn_sentinel.agent.uplink.session import Greeted
 from vpn_sentinel.domain.observation import Observation, Path, Trigger
-from vpn_sentinel.domain.policy import IPAddress, Policy, is_public
+from vpn_sentinel.domain.policy import Policy
 from vpn_sentinel.domain.verdict import State, Verdict
 from vpn_sentinel.runtime.clock import Clock
-from vpn_sentinel.runtime.settings import SettingError
 from vpn_sentinel.wire import codec
-from vpn_sentinel.wire.messages import PROTOCOL, Echo, Hello
 
 log = logging.getLogger(__name__)
-
-_SEEK_APART: Final = 60.0  # seconds
-
-
-@dataclass(slots=True)
-class Echoes:
-    """The server's UDP echo, as its last Welcome told: one target for each family of its public addresses."""
-
-    targets: tuple[Target, ...] = field(default=())
-    greeted: asyncio.Event = field(default_factory=asyncio.Event)
-
-    async def seek(self, names: Names, hosts: Sequence[str], relearn: Callable[[], None]) -> None:
-        """Look up the server's other names: where reports go over the LAN, nobody else asks for the public one's."""
-        while True:
-            await self.greeted.wait()
-            self.greeted.clear()
-            for host in hosts:
-                if not names.known(host):
-                    with contextlib.suppress(NotFoundError):  # the next greeting, or the next minute, tries again
-                        await names.addresses(host)
-            relearn()
-            if not all(names.known(host) for host in hosts):
-                self.greeted.set()
-            await asyncio.sleep(_SEEK_APART)
-
-    def learn(self, echo: Echo | None, addresses: tuple[IPAddress, ...]) -> None:
-        if echo is None:
-            self.targets = ()
-            return
-        ident, key = bytes.fromhex(echo.id), bytes.fromhex(echo.key)
-        # A server on the LAN or on this machine does not see where we leave for the internet.
-        public = {a.version: a for a in reversed(addresses) if is_public(a)}
-        self.targets = tuple(ServerEcho(public[v], echo.port, ident, key) for v in sorted(public))
-
-
-def watch_network(stack: contextlib.AsyncExitStack, changed: Callable[[], None], now: Survey) -> None:
-    """Listen to the kernel until `stack` ends; a sandbox that forbids it leaves the timer and the pulses."""
-    try:
-        sensor = NetworkSensor(changed, now.interfaces or ())
-    except OSError as e:
-        log.warning("changes of the network are not told here", extra={"reason": e.strerror})
-        return
-    stack.callback(sensor.close)
-    sensor.start()
 
 
 async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> None:  # noqa: C901 - wiring
     """Run the agent until `stop` is set. Raises SettingError when it cannot start."""
-    if not settings.api_key:
-        raise SettingError(
-            "VPN_SENTINEL_API_KEY", "is not set: on the server, `vpn-sentinel token create NAME` makes one"
-        )
+    need_key(settings)
     probes = settings.probes
-    started = clock.boottime()
     names = Names()
     http = http_client(probes, names)
     databases = open_databases(probes, clock)
-    try:
-        check_folder(settings.data_dir)
-    except OSError as e:
-        raise SettingError("VPN_SENTINEL_DATA_DIR", f"{settings.data_dir}: {e.strerror}") from e
-    try:
-        spool = Spool(settings.data_dir / f"agent-{settings.client_id}.sqlite", clock)
-    except SpoolInUseError as e:
-        raise SettingError("VPN_SENTINEL_DATA_DIR", str(e)) from e
+    spool = open_spool(settings, clock)
     kernel = open_kernel()
-    echoes = Echoes()
+    echoes = Echoes(names, tuple(split(url).host for url in settings.urls))
     canary_zone = dns.ToldZone()
     places = Places(http, chosen_services(probes), clock, look_up=databases.look_up, limit=min(probes.timeout, 5.0))
 
@@ -135,7 +81,7 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
         told=lambda: leaked(),
         survey=look_around,
         endpoints=lambda: (*probes.tunnel_endpoints, *witnesses.endpoints()),
-        meant=lambda: (a for url in settings.urls for a in names.known(split(url).host)),
+        meant=lambda: (a for host in echoes.hosts for a in names.known(host)),
         on_escape=lambda escape: reactions.escaped(escape),
     )
     reactions = Reactions(
@@ -169,6 +115,7 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
         fits=tells_of_the_tunnel,
         acked=lambda: courier.acked_at,
         boottime=clock.boottime,
+        way=way(kernel, UDP),
     )
     eyes = rounds.Eyes(
         kernel=kernel,
@@ -188,62 +135,24 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
         ),
     )
 
-    def way(address: IPAddress, port: int) -> object:
-        if kernel is None:
-            return None
-        try:
-            route = kernel.route(address, port=port, protocol=TCP)
-        except OSError:
-            return None
-        return route and (route.interface, route.source)
-
-    def owns(address: IPAddress) -> bool:
-        return kernel is None or look_around().owns(address)
-
-    hosts = tuple(split(url).host for url in settings.urls)
-    told: list[Echo | None] = [None]
-
-    def learn_echoes() -> None:
-        echoes.learn(told[0], tuple(a for host in hosts for a in names.known(host)))
-
     def greeted(event: Greeted) -> None:
         if canary_zone.learn(event.canary_zone, event.echo):
             cycle.bell.ring(Trigger.RECHECK)  # the first round had to ask strangers
-        told[0] = event.echo
-        learn_echoes()
-        echoes.greeted.set()
+        echoes.greet(event.echo)
 
     courier = Courier(
-        Destination(
-            urls=settings.urls,
-            api_path=settings.api_path,
-            key=settings.api_key,
-            allow_insecure=settings.allow_insecure,
-            hello=Hello(
-                protocol=PROTOCOL,
-                client_id=settings.client_id,
-                spool="",
-                version=__version__,
-                interval=settings.interval,
-                wall=0.0,
-                policy=probes.policy,
-                role=settings.role,
-                site=settings.site,
-            ),
-        ),
+        destination(settings),
         spool,
         http,
         clock,
-        ground=Ground(way=way, owns=owns),
+        routes=routes(kernel, look_around),
         greeted=greeted,
     )
-    marks: list[object] = [None]
+    repeats = Repeats()
 
     def done(seen: Observation, verdict: Verdict) -> None:
         reactions.done(seen, verdict)  # first: what closes the way out waits for no disk
-        mark = (verdict.state, tuple(f.code for f in verdict.findings), seen.exit(4), seen.exit(6))
-        spool.append(codec.encode(seen), routine=mark == marks[0] and not seen.actions)
-        marks[0] = mark
+        spool.append(codec.encode(seen), routine=repeats.again(seen, verdict))
         pulse.saw(seen)
         path_mtu.saw(seen, verdict)
         resolver_watch.saw(seen, verdict, cycle.policy)
@@ -259,7 +168,7 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
             trigger=Trigger.LEAK, link=around.link(), interfaces=around.names(), escapes=escapes, leak_watch=watch.on
         )
         spool.append(codec.encode(seen), routine=False)
-        marks[0] = None  # the round after it is no repetition
+        repeats.forget()
         courier.wake()
         cycle.bell.ring(Trigger.LEAK)
 
@@ -291,17 +200,7 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
         changed=lambda: cycle.bell.ring(Trigger.NETWORK),
         strayed=lambda: cycle.bell.ring(Trigger.CANARY),
     )
-    health = Health(
-        lambda: Signs(
-            started,
-            cycle.last_success,
-            courier.acked_at,
-            cycle.verdict.state if cycle.verdict else None,
-            spool.pending,
-        ),
-        clock,
-        settings.interval,
-    )
+    signs = health(settings, clock, cycle, courier, spool)
     async with contextlib.AsyncExitStack() as stack, asyncio.TaskGroup() as group:
         stack.callback(spool.close)
         stack.callback(databases.close)
@@ -311,12 +210,12 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
         stack.callback(watch.close)
         if kernel is not None:
             watch_network(stack, network_changed, look_around())
-        server = await health.serve(settings.health_host, settings.health_port)
+        server = await signs.serve(settings.health_host, settings.health_port)
         stack.callback(server.close)
         log.info("agent started", extra={"client_id": settings.client_id, "version": __version__})
         works = (cycle, pulse, path_mtu, courier, resolver_watch, witnesses, reactions)
         tasks = [group.create_task(work.run()) for work in works]
-        tasks.append(group.create_task(echoes.seek(names, hosts, learn_echoes)))
+        tasks.append(group.create_task(echoes.seek()))
         await stop.wait()
         for task in tasks:
             task.cancel()

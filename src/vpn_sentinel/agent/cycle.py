@@ -1,4 +1,4 @@
-"""When to look: at the start, on the timer, when the network changes, when beats go missing, and again after trouble.
+"""When to look: at the start, on the timer, when a sensor rings, and again after trouble.
 
 One round at a time. A change during a round means that its answers may be of before: it is cut short and begun again,
 but never twice in a row, so that constant change cannot keep the agent from ever seeing anything.
@@ -11,9 +11,10 @@ import random
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final
 
+from vpn_sentinel.domain.judge import judge, learned_home
 from vpn_sentinel.domain.observation import Observation, Trigger
 from vpn_sentinel.domain.policy import Policy
-from vpn_sentinel.domain.verdict import State, Verdict, judge, learned_home
+from vpn_sentinel.domain.verdict import State, Verdict
 from vpn_sentinel.runtime.clock import Clock
 
 log = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from vpn_sentinel.wire import codec
 
 TCP: Final = 6
 UDP: Final = 17
-_PROTOCOLS: Final = {"udp": UDP, "tcp": TCP}
+PROTOCOLS: Final = {"udp": UDP, "tcp": TCP}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ def parse_endpoint(text: str) -> Endpoint:
     where, _, word = text.strip().partition("/")
     host, colon, port = where.rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
-    protocol = _PROTOCOLS.get(word.lower() or "udp")
+    protocol = PROTOCOLS.get(word.lower() or "udp")
     if not colon or protocol is None or not port.isascii() or not port.isdigit() or not 0 < int(port) < 2**16:
         msg = f"{text!r} is no endpoint such as 198.51.100.7:51820/udp or [2001:db8::7]:1194/tcp"
         raise ValueError(msg)

@@ -2,9 +2,9 @@
 
 import logging
 from collections.abc import Callable
-from typing import Final
 
 from vpn_sentinel.agent.asides import Portal
+from vpn_sentinel.agent.endpoints import TCP
 from vpn_sentinel.agent.geo.databases import Databases
 from vpn_sentinel.agent.http import Client, split, tls_context
 from vpn_sentinel.agent.interfaces import Paths
@@ -25,7 +25,6 @@ from vpn_sentinel.runtime.settings import SettingError
 
 log = logging.getLogger(__name__)
 
-TCP: Final = 6
 # Seconds of silence, and those of a round then: together longer than the grace of a dead tunnel.
 _SILENT, _HURRY = 0.7, 1.1
 

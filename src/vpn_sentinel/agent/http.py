@@ -4,11 +4,12 @@ The agent asks few, short questions and owes 25 MB in all; the stock clients cos
 """
 
 import asyncio
+import json
 import socket
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 from vpn_sentinel.agent.names import Names
@@ -210,6 +211,15 @@ async def _chunks(reader: asyncio.StreamReader, most: int) -> bytes:
         found += await reader.readexactly(size)
         if await _line(reader):
             raise HttpError("a chunk is longer than it says")
+
+
+def json_in(body: bytes) -> Any:
+    """An answer's JSON. Raises ValueError, also for one that is nested too deep to be read."""
+    try:
+        return json.loads(body)
+    except RecursionError as e:
+        msg = "is nested too deep"
+        raise ValueError(msg) from e
 
 
 def reason(error: BaseException) -> str:

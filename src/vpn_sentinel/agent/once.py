@@ -13,9 +13,10 @@ from vpn_sentinel.agent.probes.canary import Flock
 from vpn_sentinel.agent.probes.place import Places
 from vpn_sentinel.agent.probes.trace import whoami
 from vpn_sentinel.agent.settings import ProbeSettings
+from vpn_sentinel.domain.judge import judge, learned_home
 from vpn_sentinel.domain.observation import Observation, Trigger
 from vpn_sentinel.domain.policy import Policy
-from vpn_sentinel.domain.verdict import Verdict, judge, learned_home
+from vpn_sentinel.domain.verdict import Verdict
 from vpn_sentinel.runtime.clock import Clock
 
 LISTEN: Final = 1.0  # seconds that packets outside the tunnel are watched for, at least

@@ -25,9 +25,10 @@ from vpn_sentinel.agent.remedies.remedies import Remedies
 from vpn_sentinel.agent.remedies.settings import ReactionSettings
 from vpn_sentinel.agent.remedies.torrents import TorrentClient
 from vpn_sentinel.agent.remedies.transmission import Transmission
+from vpn_sentinel.domain.judge import judge
 from vpn_sentinel.domain.observation import Action, Escape, Observation, Outcome, Trigger
 from vpn_sentinel.domain.policy import Policy
-from vpn_sentinel.domain.verdict import State, Verdict, judge
+from vpn_sentinel.domain.verdict import State, Verdict
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.runtime.settings import environment
 from vpn_sentinel.wire import limits

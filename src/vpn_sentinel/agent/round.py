@@ -16,9 +16,10 @@ from vpn_sentinel.agent.netlink import Kernel
 from vpn_sentinel.agent.probes import dns
 from vpn_sentinel.agent.probes.canary import Flock, canaries
 from vpn_sentinel.agent.probes.place import Places
+from vpn_sentinel.domain.judge import judge
 from vpn_sentinel.domain.observation import Answer, Canary, Link, Observation, Probe, Quality, Trigger
 from vpn_sentinel.domain.policy import IPAddress, Policy
-from vpn_sentinel.domain.verdict import State, judge
+from vpn_sentinel.domain.verdict import State
 from vpn_sentinel.runtime.clock import Clock
 
 _PLACES_PATIENCE: Final = 0.5  # seconds that places get beyond a DNS leak that is waiting to be told

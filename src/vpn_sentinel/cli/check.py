@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from vpn_sentinel.cli.reading import add_config, source_of
+from vpn_sentinel.domain.judge import agreed_country
 from vpn_sentinel.domain.observation import Answer, Canary, Observation, Place, Probe
 from vpn_sentinel.domain.policy import IPAddress, Policy
-from vpn_sentinel.domain.verdict import Severity, State, Verdict, agreed_country
+from vpn_sentinel.domain.verdict import Severity, State, Verdict
 from vpn_sentinel.runtime import settings as read
 from vpn_sentinel.runtime.clock import SystemClock
 from vpn_sentinel.runtime.settings import SettingError

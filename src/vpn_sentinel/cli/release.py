@@ -28,7 +28,7 @@ def run(_: argparse.Namespace) -> int:
             report("Nothing is closed here.")
             return 0
         # Nobody needs to be told when no agent runs: whoever starts finds no rules.
-        alone = seat.take()
+        alone = seat.take() and seat.bound
         asyncio.run(Nftables()(removal(leave_word=None if alone else owner)))
     except OSError as e:
         raise Unusable(f"the containment could not be removed: {why_not(e)}") from e

@@ -81,7 +81,7 @@ def notices(before: Memory, after: Memory, events: Sequence[Event], *, caught_up
     known = after.told_exit if after.told_exit and exit_ and after.told_exit.version == exit_.version else exit_
     # On its way back: what a replay brings to light now is told with the recovery, not as fresh trouble.
     recovering = after.candidate is not None and after.candidate.state is State.PROTECTED
-    if caught_up and state is not told and state is not State.PENDING and not recovering:
+    if caught_up and state is not told and state is not State.PENDING and not recovering and not _is_the_sites(after):
         notice = _standing(after, told, outage)
         left = told is State.LEAKING and notice.kind is not Kind.RECOVERED
         out.append(replace(notice, was=State.LEAKING) if left else notice)
@@ -104,6 +104,13 @@ def notices(before: Memory, after: Memory, events: Sequence[Event], *, caught_up
     if (told, told_exit, outage, told_port) == (after.told, after.told_exit, after.outage, after.told_port):
         return after, out
     return replace(after, told=told, told_exit=told_exit, outage=outage, told_port=told_port), out
+
+
+def _is_the_sites(memory: Memory) -> bool:
+    """Down because the site's home connection is: its reference agent says so once for all of its tunnels."""
+    return memory.state is State.DOWN and any(
+        f.code is Code.UPLINK_DOWN and f.evidence.get("reference") == "down" for f in memory.findings
+    )
 
 
 def _worth_telling(notice: Notice) -> tuple[Finding, ...]:

@@ -44,7 +44,7 @@ class Trigger(StrEnum):
     START = "start"
     TIMER = "timer"
     NETWORK = "network"  # rtnetlink told of a link, an address, a route or a rule
-    CANARY = "canary"  # beats of the canary went missing, or came back from elsewhere
+    CANARY = "canary"  # pulses or canaries between rounds went missing, or came back from elsewhere
     LEAK = "leak"  # the leak watch saw a packet leave outside the tunnel
     DEVICE = "device"  # the tunnel's own program, or its counters, told of a change
     RECHECK = "recheck"  # the round before was not well

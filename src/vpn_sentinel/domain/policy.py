@@ -52,7 +52,7 @@ NOT_PUBLIC: Final[tuple[IPNetwork, ...]] = tuple(
 
 def is_public(address: IPAddress) -> bool:
     """Whether `address` can be one that the internet sees."""
-    return not _within(address, NOT_PUBLIC)
+    return not within(address, NOT_PUBLIC)
 
 
 @dataclass(frozen=True, kw_only=True)  # without slots: settings read the defaults from the class
@@ -80,13 +80,13 @@ class Policy:
     flap_calm: float = 60.0
 
     def is_home(self, address: IPAddress) -> bool:
-        return _within(address, self.home_networks)
+        return within(address, self.home_networks)
 
     def allows_resolver(self, address: IPAddress) -> bool:
-        return _within(address, self.allowed_resolvers)
+        return within(address, self.allowed_resolvers)
 
     def allows_outside(self, address: IPAddress) -> bool:
-        return _within(address, self.allowed_outside)
+        return within(address, self.allowed_outside)
 
     def with_home(self, more: Iterable[IPNetwork]) -> "Policy":
         """The same policy with further home networks, each once."""
@@ -94,5 +94,6 @@ class Policy:
         return self if networks == self.home_networks else replace(self, home_networks=networks)
 
 
-def _within(address: IPAddress, networks: Iterable[IPNetwork]) -> bool:
+def within(address: IPAddress, networks: Iterable[IPNetwork]) -> bool:
+    """Whether one of `networks`, of either version, holds `address`."""
     return any(address.version == network.version and address in network for network in networks)

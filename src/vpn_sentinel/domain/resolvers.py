@@ -1,11 +1,11 @@
 """Which resolver asks for this host, and whether its path gives the home connection away."""
 
-from dataclasses import dataclass, field
 from ipaddress import ip_network
 from typing import Final
 
 from vpn_sentinel.domain.observation import Answer, Observation, Path, ResolverSighting
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy, is_public
+from vpn_sentinel.domain.verdict import Code, Finding
 
 # Large public resolvers by the AS that their queries come out of (RIPEstat, PeeringDB). Their egress sits in any
 # country; reached through the tunnel it tells nothing of home.
@@ -23,13 +23,7 @@ PUBLIC_RESOLVER_NETWORKS: Final[tuple[IPNetwork, ...]] = tuple(
 )  # fmt: skip
 
 
-@dataclass(frozen=True, slots=True)
-class Leak:
-    message: str
-    evidence: dict[str, str] = field(default_factory=dict)
-
-
-def leak(sighting: ResolverSighting, seen: Observation, policy: Policy) -> Leak | None:
+def leak(sighting: ResolverSighting, seen: Observation, policy: Policy) -> Finding | None:
     """Tell why this lookup gave the home connection away, or None.
 
     A resolver that the policy allows never leaks: its owner knows of it.
@@ -43,17 +37,23 @@ def leak(sighting: ResolverSighting, seen: Observation, policy: Policy) -> Leak 
     if egress is not None:
         facts["resolver"] = str(egress)
         if policy.is_home(egress):
-            return Leak(f"DNS queries come out at {egress}, in the home network.", facts)
+            return Finding(Code.DNS_LEAK, f"DNS queries come out at {egress}, in the home network.", facts)
     if sighting.client is not None and policy.is_home(sighting.client):
-        return Leak(f"The nameserver {server} is asked from the home address {sighting.client}.", facts)
+        return Finding(
+            Code.DNS_LEAK, f"The nameserver {server} is asked from the home address {sighting.client}.", facts
+        )
     if sighting.subnet is not None and any(
         sighting.subnet.version == home.version and sighting.subnet.overlaps(home) for home in policy.home_networks
     ):
-        return Leak(f"The resolver passes on the home network {sighting.subnet} as client subnet.", facts)
+        return Finding(
+            Code.DNS_LEAK, f"The resolver passes on the home network {sighting.subnet} as client subnet.", facts
+        )
     if sighting.path is Path.OUTSIDE and is_public(server) and seen.link is not None:
-        return Leak(f"Queries to the nameserver {server} leave outside the tunnel.", facts)
+        return Finding(Code.DNS_LEAK, f"Queries to the nameserver {server} leave outside the tunnel.", facts)
     if egress is not None and (asn := _isp_asn(egress, seen, policy)):
-        return Leak(f"DNS queries come out at {egress}, in the home provider's network AS{asn}.", facts)
+        return Finding(
+            Code.DNS_LEAK, f"DNS queries come out at {egress}, in the home provider's network AS{asn}.", facts
+        )
     return None
 
 

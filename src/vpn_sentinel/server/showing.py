@@ -3,10 +3,11 @@
 from dataclasses import replace
 from typing import Final
 
+from vpn_sentinel.domain.judge import agreed_country
 from vpn_sentinel.domain.notice import Notice
 from vpn_sentinel.domain.observation import Observation, Place, Trigger
 from vpn_sentinel.domain.policy import IPAddress
-from vpn_sentinel.domain.verdict import Code, Finding, State, Verdict, agreed_country, worst
+from vpn_sentinel.domain.verdict import Code, Finding, State, Verdict, worst
 from vpn_sentinel.server.store.store import TunnelRow
 from vpn_sentinel.wire.codec import decoder, encode
 

@@ -1,117 +1,45 @@
 """The one transaction: read the tunnels' states, judge, advance, write what follows, all or nothing.
 
-Reports that wait together are committed together (group commit), so durability costs one fsync a batch. Whatever
-enters, a report or a passed deadline, goes through here; nothing else changes a tunnel's state.
+Whatever enters, a report, a sighting or a passed deadline, goes through here; nothing else changes a tunnel's state.
 """
 
-import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from typing import Final
 
-import msgspec
 from sqlalchemy import select
 
+from vpn_sentinel.domain.judge import judge
 from vpn_sentinel.domain.machine import Event, Memory, advance, overdue, silence_finding
 from vpn_sentinel.domain.notice import notices
-from vpn_sentinel.domain.observation import Observation, PortCheck, Trigger
+from vpn_sentinel.domain.observation import Observation, Trigger
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy, is_public
-from vpn_sentinel.domain.verdict import State, judge
+from vpn_sentinel.domain.verdict import State
 from vpn_sentinel.runtime.clock import Clock
+from vpn_sentinel.server.groupcommit import GroupCommit
 from vpn_sentinel.server.live.hub import Hub
 from vpn_sentinel.server.showing import CLOCK_SKEW, complete, show
 from vpn_sentinel.server.sites import REFERENCE, Sites, silent_too
 from vpn_sentinel.server.store.owing import owed
 from vpn_sentinel.server.store.schema import tunnels
-from vpn_sentinel.server.store.store import Changes, Store, StoreUnavailable, TunnelRow
+from vpn_sentinel.server.store.store import Changes, Store, TunnelRow
 from vpn_sentinel.server.weighing import Scales, silence_between
+from vpn_sentinel.server.works import Delivery, PortTried, Sighting, Work
 from vpn_sentinel.server.writes import Writes, record
 from vpn_sentinel.wire.codec import decoder, encode, encode_observation
 
 log = logging.getLogger(__name__)
 
-# Reports that one transaction takes at most: bounds how long a reader of the same rows waits.
-_BATCH: Final = 256
 # A tunnel whose row trips the program is looked at again after so many seconds.
 _AGAIN: Final = 300.0
-# Reports that wait at most; beyond it the server says "busy" rather than grow.
-_WAITING: Final = 5000
 # Pulses that were seen in trouble so many seconds ago are a sign of life: no silence, though reports stay away.
 _PULSED: Final = 15.0
 # So many seconds the agent's own word, that its tunnel is alive, stands against "your pulses are unheard".
 _REFUTED: Final = 600.0
 # Ports below belong to a system's own services: no VPN forwards them, and nobody should be made to knock there.
 _LEAST_PORT: Final = 1024
-
-
-class Stored(msgspec.Struct, frozen=True, kw_only=True):
-    """One observation on its way into the database; `at` is when it was seen, by the server's clock."""
-
-    seq: int
-    at: float
-    observation: Observation
-
-
-class Delivery(msgspec.Struct, frozen=True, kw_only=True):
-    """What one message brought of one tunnel. `spool` is the agent's; a keepalive has none and is numbered here.
-
-    `silent_after` is how many seconds without a further message make the tunnel silent. `caught_up` is False while the
-    agent still holds later observations. `skew` is the sender's clock minus ours; `connected_at` is since when it has
-    been able to send. `peer` is the address that the message came from. `role` and `site`: see wire.messages.Hello.
-    """
-
-    tunnel: str
-    received_at: float
-    observations: Sequence[Stored]
-    silent_after: float
-    interval: float
-    version: str
-    spool: str | None = None
-    policy: Policy | None = None
-    caught_up: bool = True
-    thinned: int = 0
-    skew: float | None = None
-    connected_at: float = 0.0
-    dns_loc: str = ""
-    dns_colo: str = ""
-    peer: IPAddress | None = None
-    role: str = "tunnel"
-    site: str = ""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sighting:
-    """What the server itself sees of a tunnel's pulses at the time `at` (seconds since the epoch).
-
-    They come from `address`; `unheard` says that they have come for a while without the agent hearing the replies.
-    To be told when either changes, and again every few seconds while `unheard` lasts.
-    """
-
-    tunnel: str
-    address: IPAddress
-    unheard: bool
-    at: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PortTried:
-    """How the attempt to reach a tunnel's forwarded port ended, at the time `at`."""
-
-    tunnel: str
-    check: PortCheck
-    at: float
-
-
-class Busy(Exception):
-    """More reports wait than can be taken; the sender tries again later."""
-
-
-@dataclass(slots=True)
-class _Waiting:
-    work: Delivery | Sighting | PortTried
-    done: "asyncio.Future[None]"
 
 
 _memory: Final = decoder(Memory)
@@ -153,72 +81,32 @@ class Tracker:
         self._sighted: dict[str, dict[int, IPAddress]] = {}
         # By tunnel: the forwarded port, at an address that its packets really came from.
         self.forwarded: dict[str, tuple[IPAddress, int]] = {}
-        self._waiting: list[_Waiting] = []
-        self._notes: list[_Waiting] = []
-        self._arrived = asyncio.Event()
+        self._commits = GroupCommit(self._take)
 
     async def submit(self, delivery: Delivery) -> None:
         """Return when `delivery` is committed. Raises StoreUnavailable, or Busy when too many wait."""
-        await self._queued(self._waiting, delivery)
+        await self._commits.put(delivery)
 
     async def sighted(self, sighting: Sighting) -> None:
         """Take what the server itself saw of a tunnel's pulses; only trouble is stored. Raises as `submit` does.
 
         Without effect for a name that has no tunnel, and for a reference agent.
         """
-        await self._queued(self._notes, sighting)
+        await self._commits.put(sighting)
 
     async def tried(self, port: PortTried) -> None:
         """Keep how an attempt to reach a forwarded port ended, to judge what the agent sees next by it.
 
         Raises as `submit` does.
         """
-        await self._queued(self._notes, port)
-
-    async def _queued(self, queue: list[_Waiting], work: Delivery | Sighting | PortTried) -> None:
-        if len(queue) >= _WAITING:
-            raise Busy
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        queue.append(_Waiting(work, done))
-        self._arrived.set()
-        await done
+        await self._commits.put(port)
 
     async def run(self) -> None:
         """Commit what waits, for ever. On cancellation whoever waits is told that the server is going."""
-        try:
-            while True:
-                await self._arrived.wait()
-                for queue in (self._waiting, self._notes):
-                    if batch := queue[:_BATCH]:
-                        del queue[:_BATCH]
-                        await self._commit(batch)
-                if not self._waiting and not self._notes:
-                    self._arrived.clear()
-        finally:
-            closing = StoreUnavailable("closing", "the server is shutting down")
-            _settle([*self._waiting, *self._notes], closing)
+        await self._commits.run()
 
-    async def _commit(self, batch: list[_Waiting]) -> None:
-        try:
-            await self._take([w.work for w in batch])
-        except StoreUnavailable as e:
-            _settle(batch, e)
-        except asyncio.CancelledError:
-            _settle(batch, StoreUnavailable("closing", "the server is shutting down"))
-            raise
-        except Exception as e:
-            if len(batch) == 1:
-                log.exception("a report could not be judged", extra={"tunnel": batch[0].work.tunnel})
-                _settle(batch, e)
-                return
-            # One report that trips the program must not take the others of its batch with it.
-            for waiting in batch:
-                await self._commit([waiting])
-        else:
-            _settle(batch, None)
-
-    async def _take(self, works: Sequence[Delivery | Sighting | PortTried]) -> None:
-        """Commit works of one queue: deliveries, which make the tunnels that they name, or notes, which do not."""
+    async def _take(self, works: Sequence[Work]) -> None:
+        """Commit works of one kind: deliveries, which make the tunnels that they name, or notes, which do not."""
         now = self._clock.wall()
         # What a reference agent says counts for what the tunnels of its site say at the same moment.
         works = sorted(works, key=lambda w: isinstance(w, Delivery) and w.role != REFERENCE)
@@ -364,7 +252,9 @@ class Tracker:
         verdict = judge(seen, policy)
         known = _heard(before, sighting)
         refuted = known.unheard_since <= known.refuted and sighting.at - known.refuted < _REFUTED
-        if verdict.state is State.LEAKING or (verdict.state is State.DOWN and not refuted):
+        # After a silence the agent's replay is on its way, and knows better than pulses that have only just come back.
+        may_be_down = not refuted and known.state is not State.SILENT
+        if verdict.state is State.LEAKING or (verdict.state is State.DOWN and may_be_down):
             # Whoever calls them unheard has waited before.
             memory, events = advance(known, verdict, sighting.at, policy, began=sighting.at - policy.grace_down)
         elif known is not before:
@@ -392,7 +282,7 @@ class Tracker:
         return True
 
     def _policy_for(self, delivery: Delivery) -> Policy:
-        """The server's policy and what the agent declared, together: networks add up, the agent's countries win."""
+        """What it is judged by. A keepalive declares nothing: its home is the server's, unless one is set."""
         own = self._default
         if delivery.policy is not None:
             return self._scales.rules(delivery.policy)
@@ -468,20 +358,9 @@ def _mark(row: TunnelRow, delivery: Delivery, seen: Observation) -> int:
 
 
 def _extras(delivery: Delivery) -> bool:
-    """Whether `_with_extras` would add anything."""
+    """Whether `showing.received` would add anything."""
     return bool(delivery.thinned) or (delivery.skew is not None and abs(delivery.skew) > CLOCK_SKEW)
 
 
 def _load(row: TunnelRow) -> Memory:
     return replace(_memory(row.memory), seen_at=row.seen_at) if row.memory else Memory()
-
-
-def _settle(batch: Iterable[_Waiting], error: Exception | None) -> None:
-    """Answer whoever waits; one that has gone meanwhile needs no answer."""
-    for waiting in batch:
-        if waiting.done.done():
-            continue
-        if error is None:
-            waiting.done.set_result(None)
-        else:
-            waiting.done.set_exception(error)

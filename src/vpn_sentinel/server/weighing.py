@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+from vpn_sentinel.domain.judge import home_of, judge, judge_reference, learned_home
 from vpn_sentinel.domain.machine import Event, Memory, advance, overdue, silence_finding
 from vpn_sentinel.domain.observation import Answer, Observation, Probe
 from vpn_sentinel.domain.policy import IPNetwork, Policy
-from vpn_sentinel.domain.verdict import Code, State, Verdict, home_of, judge, judge_reference, learned_home
+from vpn_sentinel.domain.verdict import Code, State, Verdict
 from vpn_sentinel.server.showing import received
 from vpn_sentinel.server.sites import REFERENCE, Sites, newest
 from vpn_sentinel.server.store.store import TunnelRow
@@ -50,7 +51,7 @@ class Scales:
         skew: float | None,
         thinned: int,
     ) -> tuple[Memory, Verdict, list[Event]]:
-        """Judge what was seen at `at` and advance `memory` by it. `skew` and `thinned`: see tracker.Delivery."""
+        """Judge what was seen at `at` and advance `memory` by it. `skew` and `thinned`: see works.Delivery."""
         reference = row.role == REFERENCE
         if reference:
             effective, verdict = policy, judge_reference(seen)

@@ -12,25 +12,21 @@ the highest number of which the reply came, 0 for none; `silent` the millisecond
 none. So the server knows whether its replies arrive, though it never hears of it otherwise.
 """
 
-import hmac
+import socket
 import struct
 from dataclasses import dataclass
-from hashlib import blake2s
 from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
 from vpn_sentinel.domain.policy import IPAddress
+from vpn_sentinel.wire.echo import MAC, MAGIC, REPLY, SIZE, is_genuine, mac
 
-SMALL: Final = 64
 LARGEST: Final = 1472  # what an Ethernet frame takes of a UDP datagram in IPv4 (RFC 894)
 NEVER: Final = 0xFFFFFFFF
-_MAGIC: Final = b"VSE1"
 _ASK, _TELL, _ASK_SIZED, _TELL_SIZED = 1, 2, 3, 4
-_MAC: Final = 16
 _IS_PULSE: Final = 1
 _REQUEST: Final = struct.Struct("!4sB3x8sIIB3xII12x")
-_REPLY: Final = struct.Struct("!4sBBH8s8s16s8x")
-_HEADS: Final = (_MAGIC + bytes([_ASK]), _MAGIC + bytes([_ASK_SIZED]))
+_HEADS: Final = (MAGIC + bytes([_ASK]), MAGIC + bytes([_ASK_SIZED]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,25 +47,20 @@ def request(
 ) -> bytes:
     """A pulse, or a sized one of `size` bytes (64 to 1472)."""
     kind = _ASK if size is None else _ASK_SIZED
-    body = _REQUEST.pack(_MAGIC, kind, ident, run, number, _IS_PULSE, heard, silent)
+    body = _REQUEST.pack(MAGIC, kind, ident, run, number, _IS_PULSE, heard, silent)
     if size is not None:
-        body = body.ljust(size - _MAC, b"\0")
-    return body + _mac(body, key)
+        body = body.ljust(size - MAC, b"\0")
+    return body + mac(body, key)
 
 
 def is_request(datagram: bytes) -> bool:
     """Whether it has the shape of a request; whose MAC is another question."""
     head = datagram[:5]
-    return (head == _HEADS[0] and len(datagram) == SMALL) or (head == _HEADS[1] and SMALL <= len(datagram) <= LARGEST)
+    return (head == _HEADS[0] and len(datagram) == SIZE) or (head == _HEADS[1] and SIZE <= len(datagram) <= LARGEST)
 
 
 def ident_of(datagram: bytes) -> bytes:
     return datagram[8:16]
-
-
-def is_genuine(datagram: bytes, key: bytes) -> bool:
-    """Whether the MAC is right, in constant time."""
-    return hmac.compare_digest(_mac(datagram[:-_MAC], key), datagram[-_MAC:])
 
 
 def read(datagram: bytes) -> Pulse:
@@ -78,26 +69,31 @@ def read(datagram: bytes) -> Pulse:
     return Pulse(ident, run, number, heard, silent, bool(flags & _IS_PULSE), kind == _ASK_SIZED)
 
 
-def reply(datagram: bytes, packed: bytes, port: int, key: bytes) -> bytes:
-    """The answer to a genuine request from the address `packed` (4 or 16 bytes) and `port`: exactly as large."""
+def packed(host: str) -> bytes:
+    """The bytes of an address as a socket tells it, an IPv4-mapped one as the IPv4 address it is."""
+    bare = host.partition("%")[0]
+    if ":" not in bare:
+        return socket.inet_pton(socket.AF_INET, bare)
+    found = socket.inet_pton(socket.AF_INET6, bare)
+    return found[12:] if found[:12] == b"\0" * 10 + b"\xff\xff" else found
+
+
+def reply(datagram: bytes, address: bytes, port: int, key: bytes) -> bytes:
+    """The answer to a genuine request from `address` (4 or 16 bytes) and `port`: exactly as large."""
     kind = _TELL if datagram[4] == _ASK else _TELL_SIZED
-    family = 4 if len(packed) == 4 else 6
-    body = _REPLY.pack(_MAGIC, kind, family, port, datagram[8:16], datagram[16:24], packed)
-    body = body.ljust(len(datagram) - _MAC, b"\0")
-    return body + _mac(body, key)
+    family = 4 if len(address) == 4 else 6
+    body = REPLY.pack(MAGIC, kind, family, port, datagram[8:16], datagram[16:24], address)
+    body = body.ljust(len(datagram) - MAC, b"\0")
+    return body + mac(body, key)
 
 
 def read_reply(datagram: bytes, ident: bytes, run: int, key: bytes) -> tuple[int, IPAddress] | None:
     """The number of the pulse of `run` that a genuine reply answers, and the address it names; else None."""
-    if not SMALL <= len(datagram) <= LARGEST or not is_genuine(datagram, key):
+    if not SIZE <= len(datagram) <= LARGEST or not is_genuine(datagram, key):
         return None
-    magic, kind, family, _port, got_ident, nonce, packed = _REPLY.unpack_from(datagram)
-    if magic != _MAGIC or kind not in (_TELL, _TELL_SIZED) or got_ident != ident or family not in (4, 6):
+    magic, kind, family, _port, got_ident, nonce, raw = REPLY.unpack_from(datagram)
+    if magic != MAGIC or kind not in (_TELL, _TELL_SIZED) or got_ident != ident or family not in (4, 6):
         return None
     if int.from_bytes(nonce[:4], "big") != run:
         return None
-    return int.from_bytes(nonce[4:], "big"), IPv4Address(packed[:4]) if family == 4 else IPv6Address(packed)
-
-
-def _mac(body: bytes, key: bytes) -> bytes:
-    return blake2s(body, key=key, digest_size=_MAC).digest()
+    return int.from_bytes(nonce[4:], "big"), IPv4Address(raw[:4]) if family == 4 else IPv6Address(raw)

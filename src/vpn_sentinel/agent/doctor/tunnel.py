@@ -15,9 +15,9 @@ from vpn_sentinel.agent.introspect import gluetun as control
 from vpn_sentinel.agent.introspect.wireguard import Device, DeviceError, read_device
 from vpn_sentinel.agent.leakwatch.ground import Ground as WatchGround
 from vpn_sentinel.agent.leakwatch.ground import ground as watch_ground
+from vpn_sentinel.domain.judge import learned_home
 from vpn_sentinel.domain.observation import Answer, Canary, Observation, Probe
 from vpn_sentinel.domain.policy import IPAddress, Policy
-from vpn_sentinel.domain.verdict import learned_home
 
 _TCP_TABLES: Final = (Path("/proc/self/net/tcp"), Path("/proc/self/net/tcp6"))
 _KERNEL: Final = ("wireguard", "amneziawg")

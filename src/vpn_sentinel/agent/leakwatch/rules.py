@@ -9,7 +9,7 @@ from typing import Final
 
 from vpn_sentinel.agent.endpoints import TCP, UDP, Endpoint
 from vpn_sentinel.agent.leakwatch.packets import Packet
-from vpn_sentinel.domain.policy import NOT_PUBLIC, IPAddress, IPNetwork
+from vpn_sentinel.domain.policy import NOT_PUBLIC, IPNetwork, within
 
 ICMP, ICMP6 = 1, 58
 DNS, BOOTP, DHCPV6 = 53, 67, 547
@@ -66,7 +66,3 @@ def _keeps_the_network_running(packet: Packet) -> bool:
             return bool(packet.flags & 0x04) or packet.flags & 0x12 == 0x12  # RST, or SYN with ACK: answers
         case _:
             return False
-
-
-def within(address: IPAddress, networks: tuple[IPNetwork, ...]) -> bool:
-    return any(address.version == n.version and address in n for n in networks)

@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Final
 
-from vpn_sentinel.agent.endpoints import UDP, Endpoint
+from vpn_sentinel.agent.endpoints import PROTOCOLS, UDP, Endpoint
 from vpn_sentinel.agent.interfaces import Paths, Survey
 from vpn_sentinel.agent.leakwatch import bpf
 from vpn_sentinel.agent.leakwatch.book import Book
@@ -112,7 +112,7 @@ class LeakWatch:
         def still(escape: Escape) -> bool:
             if not works or escape.destination.version in held:
                 return False
-            protocol = {"udp": 17, "tcp": 6}.get(escape.protocol, 0)
+            protocol = PROTOCOLS.get(escape.protocol, 0)
             return paths.of(escape.destination, escape.destination_port or 0, protocol) is Path.OUTSIDE
 
         self._make_rules()  # a round has asked the tunnel's own program again

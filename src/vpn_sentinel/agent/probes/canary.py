@@ -7,7 +7,7 @@ exits (situation 35) never looks like a dead tunnel.
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from vpn_sentinel.agent.interfaces import Paths
@@ -81,6 +81,7 @@ class _Sent:
     family: int
     path: Path
     awaited: bool = False
+    target: Target | None = None
 
 
 class _Asked:
@@ -106,7 +107,7 @@ class _Asked:
             task = self._group.create_task(one(target, path, probe, device, self._beside if device else None))
             family = target.address.version
             awaited = probe is Probe.DEFAULT and (path is Path.OUTSIDE or (target.name, family) in self._suspects)
-            self._sent[task] = _Sent(probe, family, path, awaited)
+            self._sent[task] = _Sent(probe, family, path, awaited, target)
 
     def send_gateway(self, gateway: Target, device: str | None) -> None:
         task = self._group.create_task(one(gateway, Path.TUNNEL, Probe.GATEWAY, device))
@@ -121,7 +122,14 @@ class _Asked:
             await asyncio.wait(waiting, timeout=seconds, return_when=until)
 
     def back(self) -> tuple[Canary, ...]:
-        return tuple(t.result() for t in self._sent if t.done() and not t.cancelled())
+        return tuple(self._told(t.result(), s) for t, s in self._sent.items() if t.done() and not t.cancelled())
+
+    def _told(self, canary: Canary, sent: _Sent) -> Canary:
+        """A route that was outside and is not any more says nothing of the way that the answer came."""
+        if canary.probe is not Probe.DEFAULT or canary.path is not Path.OUTSIDE or sent.target is None:
+            return canary
+        now = self._paths.of(sent.target.address, sent.target.port)
+        return canary if now is Path.OUTSIDE else replace(canary, path=Path.UNKNOWN)
 
     def silent(self) -> set[int]:
         """The families of which no C1 has shown an address."""

@@ -1,8 +1,6 @@
 """Where an HTTPS service sees us come from: for networks that let no datagram through."""
 
-import json
-
-from vpn_sentinel.agent.http import Client, HttpError
+from vpn_sentinel.agent.http import Client, HttpError, json_in
 from vpn_sentinel.agent.probes.targets import address_in
 from vpn_sentinel.domain.observation import Answer, Canary, Path, Probe
 from vpn_sentinel.domain.policy import IPAddress
@@ -44,7 +42,7 @@ def _address(target: str, body: bytes) -> IPAddress | None:
     if target == "trace":
         return address_in(parse_trace(body).get("ip", ""))
     try:
-        said = json.loads(body)
+        said = json_in(body)
     except ValueError:
         return None
     text = said.get("ip") if isinstance(said, dict) else None

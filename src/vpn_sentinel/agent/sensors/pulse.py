@@ -55,9 +55,10 @@ class Pulse:
         fits: Callable[[Target], bool] = lambda _: True,
         acked: Callable[[], float | None] = lambda: None,
         boottime: Callable[[], float] = lambda: 0.0,
+        way: Callable[[IPAddress, int], object] = lambda _address, _port: None,
     ) -> None:
         """`every` is seconds between pulses; `fits` whether the way to a target tells of the tunnel; `acked` when the
-        server last acknowledged a report, by the clock `boottime`.
+        server last acknowledged a report, by the clock `boottime`; `way` how the kernel routes there now.
         """
         self._every = every
         self._echoes = echoes
@@ -65,6 +66,8 @@ class Pulse:
         self._fits = fits
         self._acked = acked
         self._boottime = boottime
+        self._way = way
+        self._went: object = None
         self.numbers = Numbers()
         self.samples = Samples()
         self.rates = Rates()
@@ -268,8 +271,16 @@ class Pulse:
         self._rhythm.sent(now)
 
     def _open(self, target: ServerEcho) -> socket.socket:
-        """The socket, connected: only the target's datagrams get in. Raises OSError."""
+        """The socket, connected: only the target's datagrams get in. Raises OSError.
+
+        Where the route leads elsewhere by now, a new one is made: a kill switch that spares established flows would
+        let the old one out with the tunnel's address, which says nothing of what a program could send.
+        """
+        way = self._way(target.address, target.port)
+        if way != self._went:
+            self._close()
         if self._sock is None:
+            self._went = way
             family = socket.AF_INET if target.address.version == 4 else socket.AF_INET6
             sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
             try:

@@ -19,10 +19,14 @@ from itertools import islice
 from statistics import median
 from typing import Final
 
+from vpn_sentinel.domain.judge import LEAST_PULSES
 from vpn_sentinel.domain.observation import Link, Quality
-from vpn_sentinel.domain.verdict import LEAST_PULSES
 
 LEAST: Final = 60  # pulses that a share is told of
+# Once so large a share is lost, it is told of up to so many, counted from when it began: else a lucky stretch of a
+# link that loses 30 % would read as a recovery.
+HIGH: Final = 0.2
+WIDE: Final = 150
 WORTH_TELLING: Final = 0.1
 _SUSPICIOUS: Final = (2, 10)  # so many lost of the last so many
 BURST: Final = 50
@@ -53,6 +57,7 @@ class Samples:
         self._burst_left = 0
         self._burst_at: float | None = None
         self._told: Quality | None = None
+        self._high_from: float | None = None  # when the pulses began of which too many were lost
 
     def sent(self, number: int, now: float, *, counts: bool = True) -> None:
         """A pulse went out; `counts` is False while nothing answers at all, which is no matter of quality."""
@@ -125,10 +130,16 @@ class Samples:
         if self._burst_left and self._told is not None:
             return self._told
         recent = self._settled(now, LEAST)
+        if self._high_from is not None:
+            recent = [s for s in self._settled(now, WIDE) if s.at >= self._high_from]
         if len(recent) < LEAST:
             recent = recent[-(LEAST_PULSES - 1) :]  # too few for a share, and the judge reads none into them
         answered = [s.rtt for s in recent if s.rtt is not None]
         began = recent[0].at if recent else now
+        if len(recent) - len(answered) <= HIGH * len(recent):
+            self._high_from = None
+        elif self._high_from is None and len(recent) >= LEAST:
+            self._high_from = began
         self._told = Quality(
             seconds=round(now - began, 1),
             sent=len(recent),

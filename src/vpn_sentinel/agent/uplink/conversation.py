@@ -37,7 +37,7 @@ class Destination:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ground:
+class Routes:
     """What the kernel knows of ways: `way` is where a TCP connection to an address and port would leave, in any
     comparable form; `owns` is whether an address is still this host's.
     """
@@ -88,7 +88,7 @@ class Conversation:
     load: Load
     http: Client
     clock: Clock
-    ground: Ground
+    routes: Routes
     wakeup: Wakeup
     arrived: Callable[[str, Greeted], None]
     acked: Callable[[], None]
@@ -103,7 +103,7 @@ class Conversation:
         return self.url + self.to.api_path + "/agent"
 
     def _way(self) -> object:
-        return self.ground.way(self.address, split(self.url).port)
+        return self.routes.way(self.address, split(self.url).port)
 
     async def by_websocket(self, leave: "Leave | None" = None) -> None:
         """Report until the connection ends, which raises ChannelError, or until `leave` says that it is time to."""
@@ -204,7 +204,7 @@ class Conversation:
                 self.load.overdue()
                 raise ChannelError(Fault.BROKEN, "the server does not answer")
             if self.wakeup.kicked:
-                if not self.ground.owns(channel.local) or self._way() != way:
+                if not self.routes.owns(channel.local) or self._way() != way:
                     raise ChannelError(Fault.BROKEN, "the way to the server changed")
                 self.wakeup.kicked = False
             if leave is not None and session.phase is Phase.READY and await leave.is_time():

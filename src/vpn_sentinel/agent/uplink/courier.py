@@ -16,7 +16,7 @@ from vpn_sentinel.agent.http import Client, split
 from vpn_sentinel.agent.names import NotFoundError
 from vpn_sentinel.agent.spool import Spool
 from vpn_sentinel.agent.uplink.channel import ChannelError, Fault
-from vpn_sentinel.agent.uplink.conversation import Conversation, Destination, Ground, Wakeup
+from vpn_sentinel.agent.uplink.conversation import Conversation, Destination, Routes, Wakeup
 from vpn_sentinel.agent.uplink.load import Load
 from vpn_sentinel.agent.uplink.session import Greeted
 from vpn_sentinel.domain.policy import IPAddress, is_public
@@ -50,7 +50,7 @@ class Courier:
         http: Client,
         clock: Clock,
         *,
-        ground: Ground | None = None,
+        routes: Routes | None = None,
         greeted: Callable[[Greeted], None] = lambda _event: None,
         patience: float = _PATIENCE,
         back_first: float = _BACK_FIRST,
@@ -60,7 +60,7 @@ class Courier:
         self._spool = spool
         self._http = http
         self._clock = clock
-        self._ground = ground or Ground()
+        self._routes = routes or Routes()
         self._greeted = greeted
         self._load = Load(spool, patience)
         self._wakeup = wakeup or Wakeup()
@@ -172,7 +172,7 @@ class Courier:
             load=self._load,
             http=self._http,
             clock=self._clock,
-            ground=self._ground,
+            routes=self._routes,
             wakeup=self._wakeup,
             arrived=self._arrived,
             acked=self._acked,

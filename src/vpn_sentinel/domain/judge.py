@@ -1,0 +1,264 @@
+"""The judge: what one observation means under a policy, without clock, I/O or memory.
+
+"Could not look" is never read as "looks fine", nor as "leaks": it is `State.UNKNOWN`.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from ipaddress import ip_network
+from typing import Final
+
+from vpn_sentinel.domain import leaks, outages, resolvers
+from vpn_sentinel.domain.observation import Answer, Observation, Path, Place, Probe, Trigger
+from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy, is_public
+from vpn_sentinel.domain.verdict import Code, Finding, State, Verdict, worst
+
+# Pulses in a window below which a share of lost ones says nothing.
+LEAST_PULSES: Final = 20
+
+
+def judge(seen: Observation, policy: Policy) -> Verdict:
+    """Judge one observation. No clock, no I/O, no memory of the past.
+
+    Knowing of a dead tunnel, nothing else is asked; knowing of a leak, the rest is still told.
+    """
+    if seen.trigger is Trigger.PULSE:
+        return _by_pulse(seen, policy)
+    leaking = leaks.each_once((*leaks.by_canaries(seen, policy), *leaks.by_packets(seen, policy)))
+    canaries = seen.asked(Probe.DEFAULT)
+    # A keepalive that arrived proves that something carries it; an agent's report may have come by a second way.
+    alive = any(c.answer is Answer.ANSWERED for c in canaries) or seen.trigger is Trigger.KEEPALIVE
+    if not leaking and not alive:
+        findings = (*outages.why_dead(seen), *_kill_switch(seen))
+    else:
+        known = bool(leaking)
+        leaking, dns = _told_once(leaking, tuple(_dns(seen, policy)))
+        findings = (
+            *leaking,
+            *(() if known else outages.tunnel_gone(seen)),
+            *_unverifiable(seen, policy),
+            *dns,
+            *_place(seen, policy),
+            *_quality(seen, policy),
+            *_port(seen),
+            *_kill_switch(seen),
+        )
+    findings = (*findings, *_about_the_agent(seen))
+    return Verdict(worst(findings), findings)
+
+
+def judge_reference(seen: Observation) -> Verdict:
+    """Judge what an agent outside the tunnels of its site saw: whether the home connection works, and no more."""
+    canaries = seen.asked(Probe.DEFAULT)
+    answered = [c for c in canaries if c.answer is Answer.ANSWERED]
+    if any(c.path is Path.TUNNEL for c in answered):
+        findings: tuple[Finding, ...] = (
+            Finding(Code.NOTHING_SEEN, "A tunnel carries this host's traffic: a reference agent must run beside it."),
+        )
+    elif answered:
+        findings = ()
+    elif all(c.answer is Answer.BLOCKED for c in canaries):
+        findings = (Finding(Code.NOTHING_SEEN, "No canary could be sent.", outages.answers(canaries)),)
+    elif seen.portal:
+        findings = (outages.captive_portal(canaries),)
+    else:
+        said = "Nothing on the internet answers from here: the home connection is down."
+        findings = (Finding(Code.UPLINK_DOWN, said, outages.answers(canaries)),)
+    flaky = tuple(f for f in _about_the_agent(seen) if f.code in (Code.CANARY_FLAKY, Code.PULSES_BLOCKED))
+    return Verdict(worst(findings), (*findings, *flaky))
+
+
+def home_of(seen: Observation) -> tuple[IPNetwork, ...]:
+    """The home networks that a reference agent's observation shows: one IPv4 address, and the /64 of an IPv6 one.
+
+    Hosts of one site share the IPv4 address of its router, and have IPv6 addresses of their own in one /64.
+    """
+    found = [seen.exit(4), seen.exit(6)] if judge_reference(seen).state is State.PROTECTED else []
+    return tuple(ip_network((a, 32 if a.version == 4 else 64), strict=False) for a in found if a and is_public(a))
+
+
+def learned_home(seen: Observation, policy: Policy) -> Policy:
+    """Add the address that a canary beside a working tunnel came from: by definition it is home.
+
+    Only when the tunnel works and comes out elsewhere; otherwise the two cannot be told apart.
+    """
+    if seen.link is None or not (seen.link.present and seen.link.up):
+        return policy
+    through = {c.address for c in seen.asked(Probe.DEFAULT) if c.path is Path.TUNNEL and c.address}
+    beside = {c.address for c in seen.asked(Probe.PHYSICAL) if c.answer is Answer.ANSWERED and c.address}
+    if not through or not beside - through:
+        return policy
+    return policy.with_home(ip_network(a) for a in sorted(beside - through, key=str))
+
+
+def _told_once(
+    leaking: tuple[Finding, ...], dns: tuple[Finding, ...]
+) -> tuple[tuple[Finding, ...], tuple[Finding, ...]]:
+    """A DNS leak that both a packet and a lookup show is one: the lookup's word, and the facts of both."""
+    seen = next((f for f in leaking if f.code is Code.DNS_LEAK), None)
+    asked = next((f for f in dns if f.code is Code.DNS_LEAK), None)
+    if seen is None or asked is None:
+        return leaking, dns
+    one = replace(asked, evidence={**seen.evidence, **asked.evidence})
+    return tuple(f for f in leaking if f is not seen), tuple(one if f is asked else f for f in dns)
+
+
+def _by_pulse(seen: Observation, policy: Policy) -> Verdict:
+    """What the server sees of an agent's pulses by itself. It proves trouble and never health."""
+    findings = tuple(leaks.by_canaries(seen, policy))
+    if not findings and seen.unheard:
+        findings = (
+            Finding(
+                Code.NO_TRAFFIC,
+                "The agent's pulses reach the server, and nothing comes back to the agent: one direction is dead.",
+                {"seen_by": "server"},
+            ),
+        )
+    return Verdict(worst(findings), findings) if findings else Verdict(State.UNKNOWN)
+
+
+def _unverifiable(seen: Observation, policy: Policy) -> Iterator[Finding]:
+    if seen.link is not None:
+        return
+    exits = [e for e in (seen.exit(4), seen.exit(6)) if e] or ([seen.reported_from] if seen.reported_from else [])
+    if any(e.version == home.version for e in exits for home in policy.home_networks):
+        return
+    named = ", ".join(str(e) for e in exits)
+    yield Finding(
+        Code.TUNNEL_UNKNOWN,
+        f"Traffic leaves from {named or 'an unknown address'}, and nothing here tells whether that is a VPN.",
+        {"exit": named} if named else {},
+    )
+
+
+def _quality(seen: Observation, policy: Policy) -> Iterator[Finding]:
+    found = seen.quality
+    if found is None:
+        return
+    if found.vanished is not None:
+        passes = f"; {found.mtu} bytes pass" if found.mtu else ""
+        yield Finding(
+            Code.MTU_BLACKHOLE,
+            f"Packets of {found.vanished} bytes vanish in the tunnel without a word{passes}.",
+            {"vanished": str(found.vanished), **({"passes": str(found.mtu)} if found.mtu else {})},
+        )
+    if found.sent >= LEAST_PULSES and found.lost / found.sent > policy.max_loss:
+        share = round(100 * found.lost / found.sent)
+        yield Finding(
+            Code.HIGH_LOSS,
+            f"{share} % of the pulses of the last {found.seconds:.0f} s were lost.",
+            {"lost": str(found.lost), "sent": str(found.sent)},
+        )
+    if found.rtt_ms is not None and found.rtt_ms > policy.max_rtt_ms:
+        yield Finding(
+            Code.HIGH_LATENCY,
+            f"An answer takes {found.rtt_ms:.0f} ms.",
+            {"rtt_ms": f"{found.rtt_ms:.0f}", "most": f"{policy.max_rtt_ms:.0f}"},
+        )
+
+
+def _port(seen: Observation) -> Iterator[Finding]:
+    check = seen.port_check
+    if check is not None and check.answer is Answer.LOST and check.port == seen.forwarded_port:
+        where = leaks.end(check.address, check.port)
+        yield Finding(
+            Code.PORT_CLOSED,
+            f"The forwarded port {check.port} takes no connection from outside.",
+            {"asked": where, "answer": check.answer},
+        )
+
+
+def _about_the_agent(seen: Observation) -> Iterator[Finding]:
+    """What it does, and what it cannot see here."""
+    if seen.contained:
+        yield Finding(Code.CONTAINED, "The agent has closed the ways out beside the tunnel.")
+    if seen.flaky:
+        names = ", ".join(seen.flaky)
+        yield Finding(Code.CANARY_FLAKY, f"No answer from {names}, while others answer.", {"targets": names})
+    if seen.leak_watch is False:
+        yield Finding(Code.LEAK_WATCH_OFF, "Packets cannot be watched here: the agent lacks CAP_NET_RAW.")
+    if seen.pulses is False:
+        yield Finding(Code.PULSES_BLOCKED, "UDP does not reach the server; the WebSocket carries the sign of life.")
+
+
+def _kill_switch(seen: Observation) -> Iterator[Finding]:
+    """Only beside a tunnel that routes: without one, the physical interface is the way out."""
+    if seen.link is None:
+        return
+    open_ = [c for c in seen.asked(Probe.PHYSICAL) if c.answer is Answer.ANSWERED]
+    hops = [c for c in seen.asked(Probe.FIRST_HOP) if c.answer is Answer.EXPIRED]
+    if open_:
+        yield Finding(
+            Code.KILLSWITCH_OPEN,
+            f"A packet sent beside the tunnel came out at {open_[0].address}.",
+            {"address": str(open_[0].address), "seen_by": open_[0].target},
+        )
+    elif hops:
+        yield Finding(
+            Code.KILLSWITCH_OPEN,
+            "A packet sent beside the tunnel reached the first router.",
+            {"router": str(hops[0].address) if hops[0].address else "unnamed"},
+        )
+
+
+def _dns(seen: Observation, policy: Policy) -> Iterator[Finding]:
+    """By path, in the order of docs/reference/situations.md; a country is never a reason."""
+    if seen.dns_intercepted:
+        yield Finding(Code.DNS_INTERCEPTED, "An address that runs no DNS answered a query.")
+    if seen.dns_rewritten:
+        yield Finding(Code.DNS_REWRITTEN, "A name that does not exist was given an address.")
+    if not seen.resolvers:
+        return
+    leak = next((f for s in seen.resolvers if (f := resolvers.leak(s, seen, policy))), None)
+    if leak is not None:
+        yield leak
+        return
+    if all(s.answer in (Answer.LOST, Answer.UNREACHABLE, Answer.BLOCKED) for s in seen.resolvers):
+        servers = ", ".join(sorted({str(s.nameserver) for s in seen.resolvers}))
+        yield Finding(Code.DNS_DOWN, f"No nameserver answers: {servers}.", {"nameservers": servers})
+        return
+    telling = [s for s in seen.resolvers if s.answer is Answer.ANSWERED and s.egress]
+    if not telling:
+        yield Finding(Code.RESOLVER_UNKNOWN, "No method could tell which resolver asks for this host.")
+    for egress in dict.fromkeys(s.egress for s in telling if not policy.allows_resolver(s.nameserver)):
+        if egress is not None and not resolvers.is_expected(egress, seen, policy):
+            yield Finding(
+                Code.RESOLVER_UNEXPECTED,
+                f"DNS queries come out at {egress}, neither in the exit's network nor at a known resolver.",
+                {"resolver": str(egress), **_country_of(egress, seen)},
+            )
+
+
+def _country_of(address: IPAddress, seen: Observation) -> dict[str, str]:
+    return next(({"country": p.country} for p in seen.places_of(address) if p.country), {})
+
+
+def _place(seen: Observation, policy: Policy) -> Iterator[Finding]:
+    exit_ = seen.exit(4) or seen.exit(6)
+    places = seen.places_of(exit_)
+    if len(places) < 2:
+        return  # one source alone neither disagrees nor convinces
+    claims = {p.source: p.country for p in places if p.country}
+    country = agreed_country(places)
+    if claims and country is None and len(claims) > 1:
+        said = ", ".join(f"{source} says {c}" for source, c in claims.items())
+        yield Finding(Code.LOCATION_UNCERTAIN, f"Sources disagree on the place of {exit_}: {said}.", dict(claims))
+    elif country and policy.expected_countries and country not in policy.expected_countries:
+        agreeing = [s for s, c in claims.items() if c == country]
+        if len(agreeing) > 1:  # a single one is often wrong about VPN exits
+            yield Finding(
+                Code.COUNTRY_MISMATCH,
+                f"The exit {exit_} is in {country}, not in {' or '.join(policy.expected_countries)}.",
+                {"country": country, "expected": ", ".join(policy.expected_countries), "sources": ", ".join(agreeing)},
+            )
+
+
+def agreed_country(places: tuple[Place, ...]) -> str | None:
+    """The country that most sources name; None when they are split or none speaks."""
+    if len(places) == 1:
+        return places[0].country
+    ranked = Counter(p.country for p in places if p.country).most_common(2)
+    if not ranked or (len(ranked) == 2 and ranked[0][1] == ranked[1][1]):
+        return None
+    return ranked[0][0]

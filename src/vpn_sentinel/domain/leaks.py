@@ -1,0 +1,91 @@
+"""What proves a leak: an answer that came from home or from beside the tunnel, or a packet seen leaving there."""
+
+from collections.abc import Iterator
+
+from vpn_sentinel.domain.observation import Answer, Canary, Observation, Path, Probe
+from vpn_sentinel.domain.policy import IPAddress, Policy
+from vpn_sentinel.domain.verdict import Code, Finding
+
+
+def by_canaries(seen: Observation, policy: Policy) -> Iterator[Finding]:
+    """Where the canaries came out, and, told by the server alone, where the report did."""
+    for family, code in ((4, Code.IP_LEAK), (6, Code.IPV6_LEAK)):
+        answered = [c for c in seen.asked(Probe.DEFAULT) if c.family == family and c.answer is Answer.ANSWERED]
+        escaped = next((c for c in answered if _escapes(c, seen, policy)), None)
+        inside = next((c for c in answered if c.address is not None and not _escapes(c, seen, policy)), None)
+        if escaped is not None and inside is not None:
+            yield _split_route(escaped, inside)
+        elif escaped is not None:
+            yield _ip_leak(code, escaped, policy)
+        elif seen.reported_from and seen.reported_from.version == family and policy.is_home(seen.reported_from):
+            yield Finding(
+                code,
+                f"This report reached the server from the home address {seen.reported_from}.",
+                {"address": str(seen.reported_from), "seen_by": "server"},
+            )
+
+
+def by_packets(seen: Observation, policy: Policy) -> Iterator[Finding]:
+    """What the leak watch saw leave: names asked are a DNS leak, the rest by what else leaves from here."""
+    told = [e for e in seen.escapes if not policy.allows_outside(e.destination)]
+    through = {c.family for c in seen.asked(Probe.DEFAULT) if c.address and not _escapes(c, seen, policy)}
+    if not seen.asked(Probe.DEFAULT) and seen.link is not None and seen.link.present and seen.link.up:
+        through = {4}  # told before the canaries are back; IPv6 beside an IPv4 tunnel is the usual whole leak
+    for escape in told:
+        facts = {
+            "source": end(escape.source, escape.source_port),
+            "destination": end(escape.destination, escape.destination_port),
+            "protocol": escape.protocol,
+            "interface": escape.interface,
+            "packets": str(sum(e.packets for e in told if e.destination == escape.destination)),
+            "bytes": str(sum(e.size for e in told if e.destination == escape.destination)),
+            "seen_by": "leak watch",
+        }
+        where = f"{escape.protocol.upper()} to {facts['destination']}"
+        if escape.destination_port == 53:
+            if policy.allows_resolver(escape.destination):
+                continue
+            asked = f' for "{escape.name}"' if escape.name else ""
+            facts |= {"name": escape.name} if escape.name else {}
+            yield Finding(Code.DNS_LEAK, f"A DNS query{asked} left outside the tunnel: {where}.", facts)
+        elif escape.destination.version in through:
+            yield Finding(Code.SPLIT_ROUTE, f"A packet left outside the tunnel: {where}.", facts)
+        else:
+            code = Code.IP_LEAK if escape.destination.version == 4 else Code.IPV6_LEAK
+            yield Finding(code, f"A packet left outside the tunnel: {where}.", facts)
+
+
+def each_once(found: tuple[Finding, ...]) -> tuple[Finding, ...]:
+    """Each code once: a canary's word comes before a packet's."""
+    return tuple({f.code: f for f in reversed(found)}[c] for c in dict.fromkeys(f.code for f in found))
+
+
+def _escapes(canary: Canary, seen: Observation, policy: Policy) -> bool:
+    if canary.answer is not Answer.ANSWERED or canary.address is None:
+        return False
+    return policy.is_home(canary.address) or (seen.link is not None and canary.path is Path.OUTSIDE)
+
+
+def _ip_leak(code: Code, canary: Canary, policy: Policy) -> Finding:
+    home = canary.address is not None and policy.is_home(canary.address)
+    what = "the home address" if home else "outside the tunnel, from"
+    return Finding(
+        code,
+        f"IPv{canary.family} traffic leaves {what if not home else 'from ' + what} {canary.address}.",
+        {"address": str(canary.address), "seen_by": canary.target, "path": canary.path},
+    )
+
+
+def _split_route(escaped: Canary, inside: Canary) -> Finding:
+    return Finding(
+        Code.SPLIT_ROUTE,
+        f"Part of the IPv{escaped.family} traffic leaves from {escaped.address}, outside the tunnel.",
+        {"address": str(escaped.address), "seen_by": escaped.target, "through_the_tunnel": inside.target},
+    )
+
+
+def end(address: IPAddress, port: int | None) -> str:
+    """One end of a flow, for people to read."""
+    if port is None:
+        return str(address)
+    return f"[{address}]:{port}" if address.version == 6 else f"{address}:{port}"

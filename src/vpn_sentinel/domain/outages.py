@@ -1,0 +1,100 @@
+"""Why nothing comes back: this host's network, home, the tunnel's interface, the VPN server, or what lies beyond it."""
+
+from collections.abc import Iterator, Mapping
+
+from vpn_sentinel.domain.observation import Answer, Canary, Link, Observation, Path, Probe
+from vpn_sentinel.domain.verdict import Code, Finding
+
+
+def why_dead(seen: Observation) -> Iterator[Finding]:
+    """Why nothing came back on the default route."""
+    canaries = seen.asked(Probe.DEFAULT)
+    if seen.link is None:
+        if canaries:
+            yield Finding(
+                Code.NO_NETWORK,
+                "Nothing answers on the default route, and no tunnel is known here.",
+                answers(canaries),
+            )
+        else:
+            yield Finding(Code.NOTHING_SEEN, "No canary could be sent.")
+        return
+    if not canaries and seen.link.present and seen.link.up:
+        yield Finding(Code.NOTHING_SEEN, "The tunnel's interface is up, and no canary could be sent.")
+        return
+    physical = seen.asked(Probe.PHYSICAL)
+    if seen.interfaces == ():
+        yield Finding(
+            Code.ORPHANED_NAMESPACE,
+            f"Only the loopback interface is left: {seen.link.name} and all others are gone.",
+            {"interface": seen.link.name},
+        )
+    elif seen.portal:
+        yield captive_portal(canaries)
+    elif seen.reference_up is False and not seen.contained:
+        yield Finding(
+            Code.UPLINK_DOWN,
+            "Nothing answers, and the site's reference agent has no internet either: the home connection is down.",
+            {"reference": "down", **answers(canaries)},
+        )
+    elif (
+        seen.reference_up is None and physical and all(c.answer in (Answer.LOST, Answer.UNREACHABLE) for c in physical)
+    ):
+        yield Finding(
+            Code.UPLINK_DOWN,
+            "Nothing answers, neither through the tunnel nor beside it: the home connection is down.",
+            {"beside_the_tunnel": ", ".join(sorted({c.answer for c in physical})), **answers(canaries)},
+        )
+    elif not seen.link.present or not seen.link.up:
+        yield _tunnel_down(seen.link, answers(canaries))
+    elif (gateway := next((c for c in seen.asked(Probe.GATEWAY) if c.answer is Answer.ANSWERED), None)) is not None:
+        yield Finding(
+            Code.NO_FORWARDING,
+            f"The VPN server answers at {gateway.target}, and nothing beyond it does.",
+            {"gateway": gateway.target, **answers(canaries), **_claimed(seen)},
+        )
+    else:
+        yield Finding(
+            Code.NO_TRAFFIC,
+            f"The interface {seen.link.name} is up, but nothing comes back through it.",
+            {
+                "interface": seen.link.name,
+                "sent_bytes": str(seen.link.tx_bytes),
+                "received_bytes": str(seen.link.rx_bytes),
+                **answers(canaries),
+                **_claimed(seen),
+            },
+        )
+
+
+def tunnel_gone(seen: Observation) -> Iterator[Finding]:
+    """Something answers, though the tunnel's interface cannot carry it and no leak is proven."""
+    by_tunnel = any(c.path is Path.TUNNEL and c.answer is Answer.ANSWERED for c in seen.asked(Probe.DEFAULT))
+    if seen.link is not None and not (seen.link.present and seen.link.up) and not by_tunnel:
+        yield _tunnel_down(seen.link, {})
+
+
+def captive_portal(canaries: tuple[Canary, ...]) -> Finding:
+    said = "A page of somebody else's answers on this network, and nothing else does: a captive portal."
+    return Finding(Code.CAPTIVE_PORTAL, said, answers(canaries))
+
+
+def _tunnel_down(link: Link, facts: Mapping[str, str]) -> Finding:
+    message = f"The tunnel's interface {link.name} is {'down' if link.present else 'gone'}."
+    return Finding(Code.TUNNEL_DOWN, message, {"interface": link.name, **facts})
+
+
+def answers(canaries: tuple[Canary, ...]) -> dict[str, str]:
+    """How each of them ended, as evidence."""
+    return {f"{c.target}_ipv{c.family}": c.answer for c in canaries}
+
+
+def _claimed(seen: Observation) -> dict[str, str]:
+    """What the tunnel's own program says, beside what the canaries found."""
+    facts: dict[str, str] = {}
+    for claim in seen.claims:
+        if claim.status:
+            facts[f"{claim.source}_says"] = claim.status
+        if claim.handshake_age is not None:
+            facts["handshake_seconds_ago"] = f"{claim.handshake_age:.0f}"
+    return facts

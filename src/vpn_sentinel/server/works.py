@@ -1,0 +1,70 @@
+"""What enters the tracker: deliveries of agents and old clients, and what the server found out by itself."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from vpn_sentinel.domain.observation import Observation, PortCheck
+from vpn_sentinel.domain.policy import IPAddress, Policy
+
+
+class Stored(msgspec.Struct, frozen=True, kw_only=True):
+    """One observation on its way into the database; `at` is when it was seen, by the server's clock."""
+
+    seq: int
+    at: float
+    observation: Observation
+
+
+class Delivery(msgspec.Struct, frozen=True, kw_only=True):
+    """What one message brought of one tunnel. `spool` is the agent's; a keepalive has none and is numbered here.
+
+    `silent_after` is how many seconds without a further message make the tunnel silent. `caught_up` is False while the
+    agent still holds later observations. `skew` is the sender's clock minus ours; `connected_at` is since when it has
+    been able to send. `peer` is the address that the message came from. `role` and `site`: see wire.messages.Hello.
+    """
+
+    tunnel: str
+    received_at: float
+    observations: Sequence[Stored]
+    silent_after: float
+    interval: float
+    version: str
+    spool: str | None = None
+    policy: Policy | None = None
+    caught_up: bool = True
+    thinned: int = 0
+    skew: float | None = None
+    connected_at: float = 0.0
+    dns_loc: str = ""
+    dns_colo: str = ""
+    peer: IPAddress | None = None
+    role: str = "tunnel"
+    site: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sighting:
+    """What the server itself sees of a tunnel's pulses at the time `at` (seconds since the epoch).
+
+    They come from `address`; `unheard` says that they have come for a while without the agent hearing the replies.
+    To be told when either changes, and again every few seconds while `unheard` lasts.
+    """
+
+    tunnel: str
+    address: IPAddress
+    unheard: bool
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PortTried:
+    """How the attempt to reach a tunnel's forwarded port ended, at the time `at`."""
+
+    tunnel: str
+    check: PortCheck
+    at: float
+
+
+Work = Delivery | Sighting | PortTried
