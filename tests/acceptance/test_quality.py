@@ -25,7 +25,6 @@ def stand(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         lab = ends.enter_context(Lab([site]))
         urls = f"http://{lab.site('well').server_lan}:5000,http://{lab.server4}:5000"
         made = Stand(lab, "well", 0, tmp_path_factory.mktemp("well"), agent={"VPN_SENTINEL_URL": urls})
-        made.server_settings["VPN_SENTINEL_FLAP_CALM"] = "4"  # one fault after the other is what these tests do
         ends.callback(made.stop)
         made.start()
         made.wait_message("protected", 0, 10)
