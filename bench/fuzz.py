@@ -20,7 +20,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
@@ -49,7 +49,6 @@ class Found:
     largest: int = 0
     probes: int = 0
     probes_lost: int = 0
-    by_size: dict[int, int] = field(default_factory=dict)
 
 
 class Target:
@@ -76,7 +75,7 @@ class PulsePort(Target):
     def seeds(self) -> list[bytes]:
         made = []
         for n in range(2000):
-            size = None if n % 2 else random.Random(n).randrange(pulse.SMALL, pulse.LARGEST + 1)
+            size = None if n % 2 else random.Random(n).randrange(echo.SIZE, pulse.LARGEST + 1)
             made.append(pulse.request(self.ident, self.key, run=n % 7, number=n + 1, heard=n, silent=n, size=size))
         made += [echo.request(self.ident, n.to_bytes(8, "big"), self.key) for n in range(500)]
         return made
@@ -86,7 +85,7 @@ class PulsePort(Target):
         self.number += 1
         number, ident = self.number, echo.ident_for(self.secret, PROBE)
         key = echo.key_for(self.secret, ident)
-        size = None if number % 2 else pulse.SMALL + number * 37 % (pulse.LARGEST - pulse.SMALL + 1)
+        size = None if number % 2 else echo.SIZE + number * 37 % (pulse.LARGEST - echo.SIZE + 1)
         asked = pulse.request(ident, key, run=1, number=number, size=size)
 
         def answers(reply: bytes) -> bool:

@@ -20,8 +20,6 @@ from bench.situations.rows import PROFILES, ROWS
 from bench.situations.trial import Row, Trial
 from lab import Lab
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @dataclass
 class Result:
