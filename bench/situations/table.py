@@ -19,7 +19,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 MESSAGE = 1.0  # seconds from the verdict until it has reached people
 _HEAD = """# Measured
 
-Every situation of [the table](situations.md) on real tunnels in the lab, each several times, written by the run itself
+Situations of [the table](situations.md) on real tunnels in the lab, each several times, written by the run itself
 (`python -m bench situations`). Right means: this state with its findings, no other state on the way, the one message
 that is due and no second, and health again after the repair. Seconds count from the moment before the fault's first
 command; the verdict's time is the server's own record, the message's is its arrival at a stand-in of Telegram. A
