@@ -5,7 +5,7 @@ cd "$(dirname "$0")/.."
 compile() {
     out=$1
     shift
-    .venv/bin/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --python-version 3.11 \
+    .venv/bin/uv pip compile --quiet --universal --generate-hashes --no-emit-index-url --no-strip-extras --python-version 3.11 \
         --custom-compile-command "make lock" "$@" --output-file "requirements/$out.lock"
 }
 compile agent pyproject.toml
