@@ -15,6 +15,7 @@ from vpn_sentinel.domain.policy import Policy
 from vpn_sentinel.server.sites import LEFT, Sites
 from vpn_sentinel.server.store.schema import actions, observations
 from vpn_sentinel.server.store.store import Store
+from vpn_sentinel.server.tracker import Tracker
 from vpn_sentinel.server.works import PortTried, Sighting
 
 OLD_HOME, NEW_HOME = ip_address("91.10.33.7"), ip_address("91.10.99.8")
@@ -31,6 +32,14 @@ class Site(Watch):
     """One site, "attic", with a tunnel "nl" and a reference agent "beside"."""
 
     seq = 0
+
+    def __init__(self, store: Store, clock: ManualClock, policy: Policy) -> None:
+        super().__init__(store, clock, policy)
+        self.pulsed: dict[str, float] = {}
+        self.tracker = Tracker(
+            self.store, clock, self.hub, policy, channels=("telegram",), on_commit=self._wake,
+            sites=Sites(lambda name: self.pulsed.get(name, 0.0)),
+        )  # fmt: skip
 
     async def tunnel(self, *seen: Observation, **more: Any) -> None:
         await self._says("nl", seen, {"site": "attic", **more})
@@ -109,6 +118,54 @@ async def test_a_dead_tunnel_beside_a_working_home_is_the_vpns_fault(site: Site)
     await site.reference(at_home(OLD_HOME))
     await site.tunnel(replace(CLOSED_UP, silent_for=3.0))
     assert "no_traffic" in await site.codes()
+
+
+async def test_a_pulse_of_the_reference_shows_that_home_is_well(site: Site) -> None:
+    await site.reference(at_home(OLD_HOME))
+    await site.tunnel(WELL)
+    site.clock.now += 5
+    site.pulsed["beside"] = site.clock.now - 1
+    await site.tunnel(replace(CLOSED_UP, silent_for=3.0))
+    assert (await site.kinds())[-1] == "down"
+    assert "no_traffic" in await site.codes()
+
+
+async def test_a_dead_tunnel_waits_for_the_reference_that_home_is_told_once(site: Site) -> None:
+    await site.reference(at_home(OLD_HOME))
+    await site.tunnel(WELL)
+    site.pulsed["beside"] = site.clock.now
+    told = await site.kinds()
+    site.clock.now += 5
+    await site.tunnel(replace(CLOSED_UP, silent_for=3.0))
+    assert (await site.row()).state == "down"
+    site.clock.now += 1
+    await site.reference(replace(HOME_DOWN, silent_for=2.0))
+    await site.tunnel(replace(CLOSED_UP, silent_for=4.0))
+    assert await site.kinds() == [*told, "down"]  # of the reference alone
+    assert "uplink_down" in await site.codes()
+
+
+async def test_a_dead_tunnel_is_told_after_all_when_the_reference_says_nothing(site: Site) -> None:
+    await site.reference(at_home(OLD_HOME))
+    site.clock.now += 1
+    await site.tunnel(WELL)
+    told = await site.kinds()
+    for silent_for in (2.0, 4.0):
+        assert await site.kinds() == told
+        site.clock.now += 2
+        await site.tunnel(replace(CLOSED_UP, silent_for=silent_for))
+    assert (await site.row()).state == "down"
+    site.clock.now += 2
+    await site.tunnel(replace(CLOSED_UP, silent_for=6.0))
+    assert await site.kinds() == [*told, "down"]
+
+
+async def test_a_leak_waits_for_nobody(site: Site) -> None:
+    await site.reference(at_home(OLD_HOME))
+    await site.tunnel(WELL)
+    site.clock.now += 5
+    await site.tunnel(replace(WELL, canaries=(canary(str(OLD_HOME)),)))
+    assert (await site.kinds())[-1] == "leaking"
 
 
 async def test_a_reference_that_was_silent_before_says_nothing_of_a_tunnel_that_worked_meanwhile(site: Site) -> None:

@@ -146,7 +146,7 @@ async def _run(
         channels = build_channels(settings, http, clock=clock, api=bot_api)
         dispatcher = Dispatcher(store, channels, clock, NotifyMetrics(registry, channels))
         own_address = OwnAddress(http, settings.trace_url)
-        sites = Sites()
+        sites = Sites(lambda name: _pulsed(ledger, name, clock))
         await sites.load(store, clock.wall())
         tracker = Tracker(
             store,
@@ -258,6 +258,12 @@ async def _names(store: Store) -> list[str]:
         return [row.name for row in await store.read(select(tunnels.c.name).order_by(tunnels.c.id))]
     except StoreUnavailable:
         return []  # whoever is greeted is known all the same, and the next pulse of another asks again
+
+
+def _pulsed(ledger: Ledger, name: str, clock: Clock) -> float:
+    """When the last pulse of `name` came over the internet, by the wall clock; 0 when none did."""
+    silent_for = ledger.silent_for(name, clock.boottime())
+    return 0.0 if silent_for is None else clock.wall() - silent_for
 
 
 async def _secret(store: Store) -> bytes:

@@ -6,7 +6,7 @@ tells it what it takes itself, so that it is never behind a report of this serve
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -32,6 +32,10 @@ _MOST_TURNS: Final = 64
 _AFTER: Final = 0.001
 # Seconds for the way of a report.
 _SLACK: Final = 2.0
+# Seconds between two pulses, and some.
+_TOGETHER: Final = 3.0
+# Seconds into a trouble from which on a pulse of the reference agent was not sent before it.
+_LATER: Final = 0.5
 
 _memory: Final = decoder(Memory)
 
@@ -40,13 +44,15 @@ _memory: Final = decoder(Memory)
 class Reference:
     """One reference agent. `turns` are the times since when each of its words held, oldest first.
 
-    `seen_at` is its last observation; `deadline` when it counts as silent, `patience` seconds after it was heard.
+    `seen_at` is its last observation, `well_at` the last that found home well; `deadline` when it counts as silent,
+    `patience` seconds after it was heard.
     """
 
     site: str
     homes: tuple[Home, ...] = ()
     turns: list[tuple[float, State]] = field(default_factory=list)
     seen_at: float = 0.0
+    well_at: float = 0.0
     deadline: float | None = None
     patience: float = 0.0
 
@@ -57,15 +63,18 @@ class Reference:
         if not self.turns or self.turns[-1][1] is not state:
             self.turns = [*self.turns, (since, state)][-_MOST_TURNS:]
 
-    def up(self, at: float, well_until: float, began: float) -> bool | None:
+    def up(self, at: float, well_until: float, began: float, pulsed: float) -> bool | None:
         """Whether home had internet at `at`, to a tunnel that was well until `well_until` and in trouble since `began`.
 
         A silence says that it had none, unless the tunnel still worked in it. A word from before the trouble says
-        nothing of it.
+        nothing of it; a pulse that came at `pulsed`, after it began, does.
         """
         state, since = State.UNKNOWN, 0.0
         for turn, was in self.turns:
             if turn > at:
+                # Both died together; its pulse that stayed away was only later due than the tunnel's.
+                if was is State.DOWN and turn < began + _TOGETHER:
+                    return False
                 break
             state, since = was, turn
         if state is State.DOWN:
@@ -74,13 +83,22 @@ class Reference:
             state, since = State.SILENT, self.seen_at
         if state is State.SILENT:
             return False if well_until <= since + self.patience else None
-        return True if state is State.PROTECTED and self.seen_at >= began else None
+        later = self.well_at >= began or pulsed >= began + _LATER
+        return True if state is State.PROTECTED and later else None
+
+    def works(self) -> bool:
+        """Whether the last that was heard of it was good, and it is not silent."""
+        return bool(self.turns) and self.turns[-1][1] is State.PROTECTED
 
 
 class Sites:
-    """Reference agents by name. Its methods are called from the thread that writes and from the event loop."""
+    """Reference agents by name. Its methods are called from the thread that writes and from the event loop.
 
-    def __init__(self) -> None:
+    `pulsed` tells when, by the server's clock, the last pulse of an agent came over the internet, 0 when none did.
+    """
+
+    def __init__(self, pulsed: Callable[[str], float] = lambda _: 0.0) -> None:
+        self._pulsed = pulsed
         self._references: dict[str, Reference] = {}
         self._by_site: dict[str, tuple[Reference, ...]] = {}
 
@@ -94,6 +112,8 @@ class Sites:
         if state in (State.PROTECTED, State.DOWN):
             known.said(min(since, at), state)
         known.seen_at = max(known.seen_at, at)
+        if state is State.PROTECTED:
+            known.well_at = known.seen_at
 
     def heard(self, name: str, deadline: float, patience: float) -> None:
         if (known := self._references.get(name)) is not None:
@@ -118,8 +138,16 @@ class Sites:
         """Whether the internet of `site` worked at `at`; None when nobody can tell. See `Reference.up`."""
         if not site:
             return None
-        said = {known.up(at, well_until, began) for known in self._by_site.get(site, ())}
+        said = {
+            known.up(at, well_until, began, self._pulsed(name))
+            for name, known in self._references.items()
+            if known.site == site
+        }
         return True if True in said else False if False in said else None
+
+    def may_tell(self, site: str) -> bool:
+        """Whether a reference agent of `site` was well when last heard of: it tells soon if home has no internet."""
+        return any(known.works() for known in self._by_site.get(site, ())) if site else False
 
     def _put(self, references: dict[str, Reference]) -> None:
         by_site: dict[str, tuple[Reference, ...]] = {}
@@ -191,6 +219,8 @@ def _read(row: Row[Any], spans: Sequence[Row[Any]]) -> Reference | None:
     known.patience = max(0.0, row.deadline - row.last_seen) if row.deadline is not None else 0.0
     if memory.state is not State.PENDING:
         known.said(0.0, State.PROTECTED)
+    if memory.state is State.PROTECTED and memory.candidate is None:
+        known.well_at = row.seen_at
     for span in sorted((s for s in spans if s.tunnel_id == row.id), key=lambda s: s.opened_at):
         known.said(span.opened_at, State.DOWN if span.worst == State.DOWN else State.SILENT)
         if span.closed_at is not None:

@@ -40,6 +40,8 @@ _PULSED: Final = 15.0
 _REFUTED: Final = 600.0
 # Ports below belong to a system's own services: no VPN forwards them, and nobody should be made to knock there.
 _LEAST_PORT: Final = 1024
+# Seconds that a reference agent gets to find out that home is down, when a tunnel there died: three of its pulses.
+_HOME_TELLS: Final = 6.0
 
 
 _memory: Final = decoder(Memory)
@@ -188,7 +190,7 @@ class Tracker:
             return
         _introduce(row, delivery)
         was, before = row.memory, _load(row)
-        memory, events = before, list[Event]()
+        memory, events, home_known = before, list[Event](), False
         spool = delivery.spool if delivery.spool is not None else "keepalive"
         last = row.seq if row.spool == spool else 0
         for item in delivery.observations:
@@ -201,6 +203,7 @@ class Tracker:
                 events += gap
             last = seq
             seen = self._scales.informed(row, memory, item.observation, item.at)
+            home_known = seen.reference_up is not None
             memory, verdict, more = self._scales.weigh(
                 row, memory, seen, item.at, policy, delivery.skew, delivery.thinned
             )
@@ -211,12 +214,21 @@ class Tracker:
         self._note_sender(row, delivery)
         # After a silence the first words are of the time before the agent could speak; how things stand now follows.
         stale = before.told is State.SILENT and memory.seen_at < delivery.connected_at
-        self._follow(row, before, memory, events, now, writes, caught_up=delivery.caught_up and not stale)
+        settled = delivery.caught_up and not stale and (home_known or not self._waits_for_home(row, memory))
+        self._follow(row, before, memory, events, now, writes, caught_up=settled)
         if delivery.spool is None:
             self._steady.pop(row.name, None)
             # The same again would move as little: what depends on time (a grace, a wrong clock) is not of this kind.
             if row.memory == was and memory.candidate is None and not _extras(delivery):
                 self._steady[row.name] = (_mark(row, delivery, seen), verdict.state.value)
+
+    def _waits_for_home(self, row: TunnelRow, memory: Memory) -> bool:
+        """Whether a dead tunnel is not told yet, because its reference agent may be about to say that home is down.
+
+        That one pulses too, so while home is well the server knows it at once, and nothing waits.
+        """
+        fresh = memory.state is State.DOWN and memory.seen_at - memory.since < _HOME_TELLS
+        return fresh and self._sites.may_tell(row.site)
 
     def _note_sender(self, row: TunnelRow, delivery: Delivery) -> None:
         """That it was heard, and what that means for its site and its forwarded port."""

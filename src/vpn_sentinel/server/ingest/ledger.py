@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Final
 
-from vpn_sentinel.domain.policy import IPAddress
+from vpn_sentinel.domain.policy import IPAddress, is_public
 from vpn_sentinel.wire import echo, pulse
 
 _WIDTH: Final = 128  # numbers that the replay window spans
@@ -112,6 +112,13 @@ class Ledger:
 
     def find(self, ident: bytes) -> Record | None:
         return self._records.get(ident)
+
+    def silent_for(self, name: str, now: float) -> float | None:
+        """Seconds since the last pulse of `name`; None when there is none, or when that came over a LAN."""
+        record = self._records.get(echo.ident_for(self._secret, name))
+        if record is None or record.address is None or not is_public(record.address):
+            return None
+        return now - record.last
 
     def key_for(self, ident: bytes) -> bytes:
         return echo.key_for(self._secret, ident)
