@@ -144,6 +144,18 @@ async def test_many_rings_are_one_round() -> None:
     assert all(0.0 <= seconds <= GAP for seconds in running.slept)
 
 
+async def test_a_round_on_the_schedule_holds_up_no_event() -> None:
+    async with Running(look_well) as running:
+        await until(lambda: running.seen)
+        running.cycle.bell.ring(Trigger.NETWORK)
+        await until(lambda: len(running.seen) == 2)
+        running.cycle.bell.ring(Trigger.NETWORK)
+        await until(lambda: len(running.seen) == 3)
+    at_once, held = running.slept
+    assert at_once == 0.0
+    assert held > 0.0
+
+
 async def test_the_timer_makes_rounds_without_any_event() -> None:
     async with Running(look_well, interval=0.05) as running:
         await until(lambda: len(running.seen) >= 3)

@@ -121,7 +121,13 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
         kernel=kernel,
         survey=look_around,
         flock=lambda paths: flock(
-            probes, http, echoes.targets, paths, beside=watch.expect, silent_for=pulse.silent_for()
+            probes,
+            http,
+            echoes.targets,
+            paths,
+            beside=watch.expect,
+            silent_for=pulse.silent_for(),
+            pulsed=bool(pulse.works()),
         ),
         places=places,
         clock=clock,

@@ -22,11 +22,12 @@ log = logging.getLogger(__name__)
 # Seconds until the rounds after a change of state: together longer than every grace, so that the change is settled.
 RECHECKS: Final = (1.0, 2.0, 3.0, 5.0, 5.0)
 UNWELL: Final = 15.0  # seconds between rounds while trouble lasts
-GAP: Final = 1.0  # seconds from one round to the next that is not on the timer
+GAP: Final = 1.0  # seconds from a round that a bell started to the next such
 # The more telling one wins when several wait.
 _TELLING: Final = (
     Trigger.RECHECK, Trigger.TIMER, Trigger.DEVICE, Trigger.CANARY, Trigger.NETWORK, Trigger.LEAK, Trigger.START,
 )  # fmt: skip
+_ON_TIME: Final = frozenset({Trigger.TIMER, Trigger.RECHECK, Trigger.START})
 
 
 class Bell:
@@ -112,9 +113,11 @@ class Cycle:
             if seen is None:
                 trigger, may_cut = self.bell.take() or Trigger.NETWORK, False
                 continue
+            # One that was on the schedule holds up nothing: what a change shows may be a leak.
+            gap = 0.0 if trigger in _ON_TIME and may_cut else GAP
             may_cut = True
             self._conclude(seen)
-            trigger = await self._next(started)
+            trigger = await self._next(started, gap)
 
     async def _round(self, trigger: Trigger, *, may_cut: bool) -> Observation | None:
         """Look once; None when a change came in between."""
@@ -144,8 +147,8 @@ class Cycle:
         reasons = "; ".join(f.message for f in verdict.findings)
         log.log(level, "verdict", extra={"state": verdict.state, "codes": ",".join(sorted(codes)), "why": reasons})
 
-    async def _next(self, started: float) -> Trigger:
-        """Wait for what comes first: the schedule or the bell."""
+    async def _next(self, started: float, gap: float) -> Trigger:
+        """Wait for what comes first: the schedule, or the bell from `gap` seconds after the last start on."""
         state = self.verdict.state if self.verdict else State.UNKNOWN
         wait, trigger = self._schedule.after(state)
         with contextlib.suppress(TimeoutError):
@@ -154,5 +157,5 @@ class Cycle:
         rang = self.bell.take()
         if rang is None:
             return trigger
-        await self._sleep(max(0.0, started + GAP - self._clock.boottime()))
+        await self._sleep(max(0.0, started + gap - self._clock.boottime()))
         return self.bell.take() or rang

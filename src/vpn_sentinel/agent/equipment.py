@@ -68,12 +68,14 @@ def flock(
     *,
     beside: Callable[[int], None] | None = None,
     silent_for: float = 0.0,
+    pulsed: bool = False,
 ) -> Flock:
     """Who is asked in a round: the server's echo and Cloudflare, then OpenDNS, then Cloudflare over HTTPS.
 
-    After pulses that went unanswered for most of a second, `silent_for`, the last of them is not waited for so long.
+    The last of them is for networks that let no datagram through. Where pulses have had replies until now (`pulsed`),
+    or went unanswered for most of a second, `silent_for`, it is not waited for so long.
     """
-    patience = _HURRY if silent_for >= _SILENT else TRACE_LIMIT
+    patience = _HURRY if pulsed or silent_for >= _SILENT else TRACE_LIMIT
     path = path_to(settings.trace_url, paths)
     # A nameserver in use is judged as one: what escapes to it is a DNS leak, and says nothing of other traffic.
     nameservers = {server.address for server in dns.system_nameservers()}

@@ -105,7 +105,8 @@ class Gluetun:
             before = (self._status, self._trouble, self.port)
             first = before == (None, None, None)
             await self.look()
-            if not first and before != (self._status, self._trouble, self.port):
+            # Its first answer is no change, but a port that it knows is not to wait for the next round.
+            if before != (self._status, self._trouble, self.port) and (not first or self.port is not None):
                 self._changed()
             if self._trouble is None:
                 waits = backoff(self._every[0], 60.0)
