@@ -9,7 +9,7 @@ import pytest
 from tests.conftest import ManualClock
 from vpn_sentinel.domain.observation import Answer
 from vpn_sentinel.domain.policy import IPAddress
-from vpn_sentinel.server.watch.ports import CLOSED, EVERY, Ports, knock
+from vpn_sentinel.server.watch.ports import EVERY, Ports, knock
 from vpn_sentinel.server.works import PortTried
 
 HERE = ip_address("127.0.0.1")
@@ -78,10 +78,19 @@ async def test_each_is_tried_now_and_then_a_changed_one_soon_and_a_gone_one_neve
     assert ports.due() == []
 
 
-async def test_a_closed_one_is_looked_at_sooner(clock: ManualClock) -> None:
-    door = Door(*[Answer.LOST] * 3)
-    ports = Ports({"nl": EXIT}, door.tried, clock, knock=door.knock, pause=0.0)
-    ((name, where),) = ports.due()
-    await ports._try(name, where)
-    clock.now += CLOSED * 1.1
+async def test_one_whose_answer_is_still_awaited_is_not_asked_again(clock: ManualClock) -> None:
+    door, answer = Door(), asyncio.Event()
+
+    async def knock(_address: object, _port: int) -> Answer:
+        await answer.wait()
+        return Answer.ANSWERED
+
+    ports = Ports({"nl": EXIT}, door.tried, clock, knock=knock, pause=0.0)
+    async with asyncio.TaskGroup() as group:
+        ((name, where),) = ports.due()
+        group.create_task(ports._try(name, where))
+        await asyncio.sleep(0)
+        clock.now += EVERY * 1.1
+        assert ports.due() == []
+        answer.set()
     assert ports.due() == [("nl", EXIT)]

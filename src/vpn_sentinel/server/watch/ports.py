@@ -22,9 +22,7 @@ from vpn_sentinel.server.works import PortTried
 
 log = logging.getLogger(__name__)
 
-EVERY: Final = 300.0
-# One that is closed is looked at sooner: its end should be told soon too.
-CLOSED: Final = 60.0
+EVERY: Final = 60.0
 # A tunnel that changes its port all the time is followed no faster than this.
 _APART: Final = 30.0
 _TRIES: Final = 3
@@ -45,6 +43,7 @@ class _Plan:
     where: Where
     due: float
     tried: float = 0.0
+    asking: bool = False
 
 
 async def knock(address: IPAddress, port: int, *, limit: float = _LIMIT) -> Answer:
@@ -106,19 +105,22 @@ class Ports:
                 plan = self._plans[name] = _Plan(where, now)
             elif plan.where != where:
                 plan.where, plan.due = where, min(plan.due, max(now, plan.tried + _APART))
-            if plan.due <= now:
+            if plan.due <= now and not plan.asking:
                 plan.tried, plan.due = now, now + EVERY * self._rng.uniform(0.9, 1.1)
                 found.append((name, where))
         return found
 
     async def _try(self, name: str, where: Where) -> None:
-        async with self._slots:
-            answer = await self._ask(where)
+        if (plan := self._plans.get(name)) is None:
+            return
+        plan.asking = True  # closed ports take long: however many there are, each waits for its turn once
+        try:
+            async with self._slots:
+                answer = await self._ask(where)
+        finally:
+            plan.asking = False
         if answer is Answer.UNKNOWN or self._forwarded.get(name) != where:
             return
-        plan = self._plans.get(name)
-        if plan is not None and answer is Answer.LOST:
-            plan.due = min(plan.due, plan.tried + CLOSED * self._rng.uniform(0.9, 1.1))
         check = PortCheck(address=where[0], port=where[1], answer=answer)
         try:
             await self._tried(PortTried(tunnel=name, check=check, at=self._clock.wall()))
