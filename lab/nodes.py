@@ -17,12 +17,12 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
-def until(condition: Callable[[], T], timeout: float, what: str, interval: float = 0.01) -> T:
-    """Wait for a condition to become true and return its value; TimeoutError names what was awaited."""
+def until(condition: Callable[[], T], timeout: float, what: str | Callable[[], str], interval: float = 0.01) -> T:
+    """Wait for a condition to become true and return its value; TimeoutError names `what` was awaited."""
     deadline = time.monotonic() + timeout
     while not (value := condition()):
         if time.monotonic() > deadline:
-            raise TimeoutError(f"after {timeout:g} s still waiting for: {what}")
+            raise TimeoutError(f"after {timeout:g} s still waiting for: {what() if callable(what) else what}")
         time.sleep(interval)
     return value
 

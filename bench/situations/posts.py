@@ -127,6 +127,8 @@ class Post(Stand):
         self.chat = CHAT + number
         urls = [self.url, *([f"http://{self.site.server_lan}:{self.port}"] if self.site.server_lan else [])]
         self.agent_settings |= {"VPN_SENTINEL_URL": ",".join(urls), "VPN_SENTINEL_INTERVAL": f"{profile.interval:g}"}
+        if self.site.reference is not None:
+            self.agent_settings |= {"VPN_SENTINEL_SITE": name}
         self.agent_settings |= profile.agent
         self.server_settings |= {"TELEGRAM_CHAT_ID": str(self.chat), **REPEATED, **profile.server}
         if profile.zone:
@@ -172,7 +174,6 @@ class Post(Stand):
         settings = {
             **self.agent_settings,
             "VPN_SENTINEL_CLIENT_ID": f"{self.name}-ref",
-            "VPN_SENTINEL_SITE": self.name,
             "VPN_SENTINEL_DATA_DIR": str(folder),
             "VPN_SENTINEL_HEALTH_PORT": "8083",
         }

@@ -7,6 +7,7 @@ from typing import Any
 from bench.situations import special, traffic
 from bench.situations.posts import Post, Profile
 from bench.situations.trial import Row, Way, by_fault, by_message, by_replay, by_watching
+from lab import until
 from lab.plan import CLOUDFLARE, HOSTS, ISP_RESOLVER_EGRESS
 
 SHORT = 4.0  # seconds between rounds where silence or a slow finding is awaited
@@ -52,6 +53,8 @@ def _gluetun_with_port(post: Post) -> None:
 
 def _next_port(post: Post) -> None:
     """What the VPN has done by the time that gluetun tells another port: it is open, and a program listens."""
+    known = "the port to be known, which it may not be a second after the start"
+    until(lambda: post.now().body["forwarded_port"] == post.port_told, 20, known, interval=0.1)
     _listen(post, post.port_told + 1)
     post.site.open_port(post.port_told + 1)
 
@@ -263,7 +266,7 @@ ROWS: tuple[Row, ...] = (
         told="degraded", codes=frozenset({"high_loss"}), limit=150, never=LEAKS | {"no_traffic"}, quiet=20.0,
         note="a share needs 20 pulses; *degraded* counts after 15 s"),
     _dead(33, "home", "home internet down", "uplink_down", _do("home_internet_down"),
-          note="a reference agent beside the tunnel"),
+          note="told once for the site, by the reference agent beside the tunnel"),
     _dead(34, "portal", "captive portal", "captive_portal", _do("captive_portal")),
     _quiet(35, "place", "one canary site blocks VPN exits", _do("drop_destination", CLOUDFLARE), quiet=15.0,
            codes=frozenset({"canary_flaky"}), limit=60.0),
@@ -274,7 +277,7 @@ ROWS: tuple[Row, ...] = (
         prepare=_next_port, fault=_another_port, told="port", never=ALARMS, limit=45),
     Row(number=38, post="port", title="forwarded port closed", state="degraded", way=by_fault,
         fault=_do("close_port", FORWARDED), told="degraded", codes=frozenset({"port_closed"}), limit=150, never=LEAKS,
-        note="asked every so often; *degraded* counts after 15 s"),
+        note="tried once a minute; *degraded* counts after 15 s"),
     Row(number=39, post="gone", title="agent killed", state="silent", way=special.agent_killed, told="silent",
         limit=20, never=LEAKS | {"tunnel_down", "no_traffic"}, note="3 intervals of 4 s and one second"),
     Row(number=40, post="away", title="server unreachable, tunnel fine", state="protected", way=special.server_away,

@@ -107,7 +107,7 @@ class Stand:
         found = until(
             lambda: s if (s := self.status()).get("state") == state else None,
             limit,
-            f"{self.name} to be {state}; it is {json.dumps(self.status(), default=str)[:600]}",
+            lambda: f"{self.name} to be {state}; it is {json.dumps(self.api(f'/tunnels/{self.name}'))}",
             interval=0.1,
         )
         return dict(found or {})
@@ -136,8 +136,11 @@ class Stand:
         def found() -> dict[str, Any] | None:
             return next((m for m in self.messages()[after:] if word.lower() in m["plain"].lower()), None)
 
-        told = [m["plain"][:80] for m in self.messages()[after:]]
-        message = until(found, limit, f"a message to {self.name} with {word!r}; there are {told}", interval=0.05)
+        def missing() -> str:
+            told = [m["plain"][:80] for m in self.messages()[after:]]
+            return f"a message to {self.name} with {word!r}; there are {told}"
+
+        message = until(found, limit, missing, interval=0.05)
         return dict(message or {})
 
     def quiet(self, after: int, seconds: float) -> None:
