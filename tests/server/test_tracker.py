@@ -30,7 +30,7 @@ from vpn_sentinel.server.store.open import open_store
 from vpn_sentinel.server.store.schema import incidents, observations, outbox, transitions, tunnels
 from vpn_sentinel.server.store.store import Decide, Store, StoreUnavailable
 from vpn_sentinel.server.tracker import Tracker
-from vpn_sentinel.server.works import Delivery, Stored
+from vpn_sentinel.server.works import Arrival, Stored
 
 START = 1_800_000_000.0
 POLICY = Policy(home_networks=(ip_network("91.10.20.0/24"),), grace_down=4.0, grace_recovery=4.0)
@@ -102,7 +102,7 @@ class Watch:
     def _wake(self) -> None:
         self.woken += 1
 
-    def delivery(self, *rounds: tuple[int, float, Observation], **more: Any) -> Delivery:
+    def arrival(self, *rounds: tuple[int, float, Observation], **more: Any) -> Arrival:
         """What an agent's message brought: rounds with their number and their age."""
         now = self.clock.wall()
         given: dict[str, Any] = {
@@ -110,10 +110,10 @@ class Watch:
             "spool": "s1", "policy": Policy(),
             "observations": tuple(Stored(seq=seq, at=now - age, observation=seen) for seq, age, seen in rounds),
         }  # fmt: skip
-        return Delivery(**{**given, **more})
+        return Arrival(**{**given, **more})
 
     async def take(self, *rounds: tuple[int, float, Observation], **more: Any) -> None:
-        await self.tracker.submit(self.delivery(*rounds, **more))
+        await self.tracker.submit(self.arrival(*rounds, **more))
 
     async def keepalive(self, seen: Observation, **more: Any) -> None:
         await self.take((0, 0.0, seen), spool=None, policy=None, **more)
@@ -475,7 +475,7 @@ async def test_whoever_waits_for_a_database_that_is_gone_is_told(watch: Watch) -
 async def test_a_report_that_trips_the_program_takes_no_other_with_it(
     watch: Watch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    poison = watch.delivery((1, 0.0, WELL), tunnel="bad", policy="no policy")
+    poison = watch.arrival((1, 0.0, WELL), tunnel="bad", policy="no policy")
     watch.store.gate.clear()
     first = asyncio.create_task(watch.take((1, 0.0, WELL), tunnel="first"))
     await yielded()

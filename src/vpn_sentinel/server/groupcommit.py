@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from vpn_sentinel.server.store.store import StoreUnavailable
-from vpn_sentinel.server.works import Delivery, Work
+from vpn_sentinel.server.works import Arrival, Work
 
 log = logging.getLogger(__name__)
 
@@ -28,17 +28,17 @@ class _Waiting:
 
 
 class GroupCommit:
-    """`take` commits works, all deliveries or none of them; it raises when nothing of them was stored."""
+    """`take` commits works, all arrivals or none of them; it raises when nothing of them was stored."""
 
     def __init__(self, take: Callable[[Sequence[Work]], Awaitable[None]]) -> None:
         self._take = take
-        self._deliveries: list[_Waiting] = []
+        self._arrivals: list[_Waiting] = []
         self._notes: list[_Waiting] = []
         self._arrived = asyncio.Event()
 
     async def put(self, work: Work) -> None:
         """Return when `work` is committed. Raises StoreUnavailable, or Busy when too many wait."""
-        queue = self._deliveries if isinstance(work, Delivery) else self._notes
+        queue = self._arrivals if isinstance(work, Arrival) else self._notes
         if len(queue) >= _MOST:
             raise Busy
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -51,15 +51,15 @@ class GroupCommit:
         try:
             while True:
                 await self._arrived.wait()
-                for queue in (self._deliveries, self._notes):
+                for queue in (self._arrivals, self._notes):
                     if batch := queue[:_BATCH]:
                         del queue[:_BATCH]
                         await self._commit(batch)
-                if not self._deliveries and not self._notes:
+                if not self._arrivals and not self._notes:
                     self._arrived.clear()
         finally:
             closing = StoreUnavailable("closing", "the server is shutting down")
-            _settle([*self._deliveries, *self._notes], closing)
+            _settle([*self._arrivals, *self._notes], closing)
 
     async def _commit(self, batch: list[_Waiting]) -> None:
         try:

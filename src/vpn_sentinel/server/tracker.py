@@ -26,7 +26,7 @@ from vpn_sentinel.server.store.owing import owed
 from vpn_sentinel.server.store.schema import tunnels
 from vpn_sentinel.server.store.store import Changes, Store, TunnelRow
 from vpn_sentinel.server.weighing import Scales, silence_between
-from vpn_sentinel.server.works import Delivery, PortTried, Sighting, Work
+from vpn_sentinel.server.works import Arrival, PortTried, Sighting, Work
 from vpn_sentinel.server.writes import Writes, record
 from vpn_sentinel.wire.codec import decoder, encode, encode_observation
 
@@ -49,7 +49,7 @@ _policy: Final = decoder(Policy)
 
 
 class Tracker:
-    """Takes deliveries, answers when they are durable.
+    """Takes arrivals, answers when they are durable.
 
     `channels` are the names of the channels that every notice is owed to; `on_commit` is called after each commit that
     owes something. `own_address` gives the server's own public address, which stands for the home of old clients
@@ -85,9 +85,9 @@ class Tracker:
         self.forwarded: dict[str, tuple[IPAddress, int]] = {}
         self._commits = GroupCommit(self._take)
 
-    async def submit(self, delivery: Delivery) -> None:
-        """Return when `delivery` is committed. Raises StoreUnavailable, or Busy when too many wait."""
-        await self._commits.put(delivery)
+    async def submit(self, arrival: Arrival) -> None:
+        """Return when `arrival` is committed. Raises StoreUnavailable, or Busy when too many wait."""
+        await self._commits.put(arrival)
 
     async def sighted(self, sighting: Sighting) -> None:
         """Take what the server itself saw of a tunnel's pulses; only trouble is stored. Raises as `submit` does.
@@ -108,17 +108,17 @@ class Tracker:
         await self._commits.run()
 
     async def _take(self, works: Sequence[Work]) -> None:
-        """Commit works of one kind: deliveries, which make the tunnels that they name, or notes, which do not."""
+        """Commit works of one kind: arrivals, which make the tunnels that they name, or notes, which do not."""
         now = self._clock.wall()
         # What a reference agent says counts for what the tunnels of its site say at the same moment.
-        works = sorted(works, key=lambda w: isinstance(w, Delivery) and w.role != REFERENCE)
+        works = sorted(works, key=lambda w: isinstance(w, Arrival) and w.role != REFERENCE)
         debts = 0
 
         def decide(found: Mapping[str, TunnelRow]) -> Changes:
             nonlocal debts
             writes = Writes()
             for work in works:
-                if isinstance(work, Delivery):
+                if isinstance(work, Arrival):
                     self._apply(found[work.tunnel], work, now, writes)
                 elif (row := found.get(work.tunnel)) is not None and isinstance(work, Sighting):
                     self._sight(row, work, now, writes)
@@ -130,7 +130,7 @@ class Tracker:
 
         changed: list[str] = []
         names = list(dict.fromkeys(w.tunnel for w in works))
-        await self._store.transact(names, now, decide, create=isinstance(works[0], Delivery))
+        await self._store.transact(names, now, decide, create=isinstance(works[0], Arrival))
         self._committed(changed, debts)
 
     async def sweep(self, names: Sequence[str], now: float) -> None:
@@ -184,43 +184,43 @@ class Tracker:
         if debts:
             self._on_commit()
 
-    def _apply(self, row: TunnelRow, delivery: Delivery, now: float, writes: Writes) -> None:
-        policy = self._policy_for(delivery)
-        if delivery.spool is None and self._same_again(row, delivery, writes):
+    def _apply(self, row: TunnelRow, arrival: Arrival, now: float, writes: Writes) -> None:
+        policy = self._policy_for(arrival)
+        if arrival.spool is None and self._same_again(row, arrival, writes):
             return
-        _introduce(row, delivery)
+        _introduce(row, arrival)
         was, before = row.memory, _load(row)
         memory, events, home_known = before, list[Event](), False
-        spool = delivery.spool if delivery.spool is not None else "keepalive"
+        spool = arrival.spool if arrival.spool is not None else "keepalive"
         last = row.seq if row.spool == spool else 0
-        for item in delivery.observations:
+        for item in arrival.observations:
             # Milliseconds, so that the numbers go on where they were when a tunnel's other kind of sender stops.
-            seq = item.seq if delivery.spool is not None else max(last + 1, int(1000 * item.at))
+            seq = item.seq if arrival.spool is not None else max(last + 1, int(1000 * item.at))
             if seq <= last:
                 continue  # a replay of what the database holds changes nothing
-            if delivery.spool is not None and seq == last + 1:
-                memory, gap = silence_between(memory, item.at, delivery.silent_after)
+            if arrival.spool is not None and seq == last + 1:
+                memory, gap = silence_between(memory, item.at, arrival.silent_after)
                 events += gap
             last = seq
             seen = self._scales.informed(row, memory, item.observation, item.at)
             home_known = seen.reference_up is not None
             memory, verdict, more = self._scales.weigh(
-                row, memory, seen, item.at, policy, delivery.skew, delivery.thinned
+                row, memory, seen, item.at, policy, arrival.skew, arrival.thinned
             )
             events += more
-            writes.saw(row.id, spool, seq, item.at, delivery.received_at, verdict, seen)
+            writes.saw(row.id, spool, seq, item.at, arrival.received_at, verdict, seen)
             show(row, seen)
         row.spool, row.seq = spool, last
-        self._note_sender(row, delivery)
+        self._note_sender(row, arrival)
         # After a silence the first words are of the time before the agent could speak; how things stand now follows.
-        stale = before.told is State.SILENT and memory.seen_at < delivery.connected_at
-        settled = delivery.caught_up and not stale and (home_known or not self._waits_for_home(row, memory))
+        stale = before.told is State.SILENT and memory.seen_at < arrival.connected_at
+        settled = arrival.caught_up and not stale and (home_known or not self._waits_for_home(row, memory))
         self._follow(row, before, memory, events, now, writes, caught_up=settled)
-        if delivery.spool is None:
+        if arrival.spool is None:
             self._steady.pop(row.name, None)
             # The same again would move as little: what depends on time (a grace, a wrong clock) is not of this kind.
-            if row.memory == was and memory.candidate is None and not _extras(delivery):
-                self._steady[row.name] = (_mark(row, delivery, seen), verdict.state.value)
+            if row.memory == was and memory.candidate is None and not _extras(arrival):
+                self._steady[row.name] = (_mark(row, arrival, seen), verdict.state.value)
 
     def _waits_for_home(self, row: TunnelRow, memory: Memory) -> bool:
         """Whether a dead tunnel is not told yet, because its reference agent may be about to say that home is down.
@@ -230,16 +230,16 @@ class Tracker:
         fresh = memory.state is State.DOWN and memory.seen_at - memory.since < _HOME_TELLS
         return fresh and self._sites.may_tell(row.site)
 
-    def _note_sender(self, row: TunnelRow, delivery: Delivery) -> None:
+    def _note_sender(self, row: TunnelRow, arrival: Arrival) -> None:
         """That it was heard, and what that means for its site and its forwarded port."""
-        row.last_seen = delivery.received_at
-        row.deadline = delivery.received_at + delivery.silent_after
+        row.last_seen = arrival.received_at
+        row.deadline = arrival.received_at + arrival.silent_after
         if row.role == REFERENCE:
-            self._sites.heard(row.name, row.deadline, delivery.silent_after)
+            self._sites.heard(row.name, row.deadline, arrival.silent_after)
             return
         self._sites.forget(row.name)
-        if delivery.spool is not None and delivery.caught_up and delivery.observations:
-            self._note_port(row, delivery.observations[-1].observation, delivery.peer)
+        if arrival.spool is not None and arrival.caught_up and arrival.observations:
+            self._note_port(row, arrival.observations[-1].observation, arrival.peer)
 
     def _note_port(self, row: TunnelRow, seen: Observation, peer: IPAddress | None) -> None:
         """Whether the forwarded port may be tried: only at an address that this tunnel's packets came from."""
@@ -276,28 +276,28 @@ class Tracker:
         writes.saw(row.id, "pulse", int(1000 * sighting.at), sighting.at, now, verdict, seen)
         self._follow(row, before, memory, events, now, writes, caught_up=True)
 
-    def _same_again(self, row: TunnelRow, delivery: Delivery, writes: Writes) -> bool:
+    def _same_again(self, row: TunnelRow, arrival: Arrival, writes: Writes) -> bool:
         """Take a keepalive that says what the last one said, if that one moved nothing; else leave it to be judged.
 
         Most keepalives are of this kind, and judging them anew costs several times as much.
         """
-        item, steady = delivery.observations[0], self._steady.get(row.name)
-        if steady is None or _extras(delivery) or steady[0] != _mark(row, delivery, item.observation):
+        item, steady = arrival.observations[0], self._steady.get(row.name)
+        if steady is None or _extras(arrival) or steady[0] != _mark(row, arrival, item.observation):
             return False
         row.seq = max(row.seq + 1, int(1000 * item.at))
         row.seen_at = max(row.seen_at, item.at)
-        row.last_seen = delivery.received_at
-        row.deadline = delivery.received_at + delivery.silent_after
+        row.last_seen = arrival.received_at
+        row.deadline = arrival.received_at + arrival.silent_after
         body = encode_observation(item.observation).decode()
-        writes.observations.append((row.id, row.spool, row.seq, item.at, delivery.received_at, steady[1], body))
+        writes.observations.append((row.id, row.spool, row.seq, item.at, arrival.received_at, steady[1], body))
         writes.touched[row.id] = row
         return True
 
-    def _policy_for(self, delivery: Delivery) -> Policy:
+    def _policy_for(self, arrival: Arrival) -> Policy:
         """What it is judged by. A keepalive declares nothing: its home is the server's, unless one is set."""
         own = self._default
-        if delivery.policy is not None:
-            return self._scales.rules(delivery.policy)
+        if arrival.policy is not None:
+            return self._scales.rules(arrival.policy)
         policy = own if own.home_networks else own.with_home(self._own_address())
         if policy != self._keepalive_policy:
             self._keepalive_policy = policy
@@ -330,14 +330,14 @@ class Tracker:
         writes.tunnels[row.id] = row
 
 
-def _introduce(row: TunnelRow, delivery: Delivery) -> None:
+def _introduce(row: TunnelRow, arrival: Arrival) -> None:
     """Take over what a sender says of itself."""
-    row.source = "keepalive" if delivery.spool is None else "agent"
-    row.role, row.site = delivery.role, delivery.site
-    row.version, row.interval = delivery.version, delivery.interval
-    row.policy = _policy_text(delivery.policy) if delivery.policy is not None else ""
-    if delivery.spool is None:
-        row.dns_loc, row.dns_colo = delivery.dns_loc, delivery.dns_colo
+    row.source = "keepalive" if arrival.spool is None else "agent"
+    row.role, row.site = arrival.role, arrival.site
+    row.version, row.interval = arrival.version, arrival.interval
+    row.policy = _policy_text(arrival.policy) if arrival.policy is not None else ""
+    if arrival.spool is None:
+        row.dns_loc, row.dns_colo = arrival.dns_loc, arrival.dns_colo
 
 
 @lru_cache(maxsize=1024)
@@ -363,15 +363,15 @@ def _keep_port_check(row: TunnelRow, tried: PortTried, writes: Writes) -> None:
     writes.tunnels[row.id] = row
 
 
-def _mark(row: TunnelRow, delivery: Delivery, seen: Observation) -> int:
+def _mark(row: TunnelRow, arrival: Arrival, seen: Observation) -> int:
     """Tells one keepalive, and the memory that it met, from another; costs less memory than keeping them."""
     said = (seen.exit(4), seen.exit(6), seen.reported_from, seen.places)
-    return hash((row.spool, row.memory, said, delivery.version, delivery.dns_loc, delivery.dns_colo))
+    return hash((row.spool, row.memory, said, arrival.version, arrival.dns_loc, arrival.dns_colo))
 
 
-def _extras(delivery: Delivery) -> bool:
+def _extras(arrival: Arrival) -> bool:
     """Whether `showing.received` would add anything."""
-    return bool(delivery.thinned) or (delivery.skew is not None and abs(delivery.skew) > CLOCK_SKEW)
+    return bool(arrival.thinned) or (arrival.skew is not None and abs(arrival.skew) > CLOCK_SKEW)
 
 
 def _load(row: TunnelRow) -> Memory:

@@ -51,7 +51,7 @@ class Scales:
         skew: float | None,
         thinned: int,
     ) -> tuple[Memory, Verdict, list[Event]]:
-        """Judge what was seen at `at` and advance `memory` by it. `skew` and `thinned`: see works.Delivery."""
+        """Judge what was seen at `at` and advance `memory` by it. `skew` and `thinned`: see works.Arrival."""
         reference = row.role == REFERENCE
         if reference:
             effective, verdict = policy, judge_reference(seen)

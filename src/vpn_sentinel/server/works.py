@@ -1,4 +1,4 @@
-"""What enters the tracker: deliveries of agents and old clients, and what the server found out by itself."""
+"""What enters the tracker: arrivals from agents and old clients, and what the server found out by itself."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ class Stored(msgspec.Struct, frozen=True, kw_only=True):
     observation: Observation
 
 
-class Delivery(msgspec.Struct, frozen=True, kw_only=True):
+class Arrival(msgspec.Struct, frozen=True, kw_only=True):
     """What one message brought of one tunnel. `spool` is the agent's; a keepalive has none and is numbered here.
 
     `silent_after` is how many seconds without a further message make the tunnel silent. `caught_up` is False while the
@@ -67,4 +67,4 @@ class PortTried:
     at: float
 
 
-Work = Delivery | Sighting | PortTried
+Work = Arrival | Sighting | PortTried

@@ -9,7 +9,7 @@ from vpn_sentinel.domain.policy import is_public
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.server.ingest.door import Door, Refusal, json_body
 from vpn_sentinel.server.tracker import Tracker
-from vpn_sentinel.server.works import Delivery, Stored
+from vpn_sentinel.server.works import Arrival, Stored
 from vpn_sentinel.wire.codec import encode
 from vpn_sentinel.wire.keepalive import Received, read
 
@@ -41,7 +41,7 @@ class Keepalives:
         if not guest.caller.may_report_as(said.client_id):
             raise Refusal(403, f"this token may only report as {guest.caller.name}")
         await self._tracker.submit(
-            Delivery(
+            Arrival(
                 tunnel=said.client_id,
                 received_at=now,
                 observations=(Stored(seq=0, at=now, observation=said.observation),),

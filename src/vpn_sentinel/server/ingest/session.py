@@ -1,4 +1,4 @@
-"""An agent's session, whichever way its messages come: checks them and turns them into deliveries."""
+"""An agent's session, whichever way its messages come: checks them and turns them into arrivals."""
 
 import math
 from dataclasses import replace
@@ -17,7 +17,7 @@ from vpn_sentinel.server.ingest.ledger import Ledger
 from vpn_sentinel.server.store.schema import tunnels
 from vpn_sentinel.server.store.store import Store
 from vpn_sentinel.server.tracker import Tracker
-from vpn_sentinel.server.works import Delivery, Stored
+from vpn_sentinel.server.works import Arrival, Stored
 from vpn_sentinel.wire import echo, limits
 from vpn_sentinel.wire.codec import check_observation, check_policy, checked_text, decoder
 from vpn_sentinel.wire.messages import PROTOCOL, Ack, Echo, Exchange, FromAgent, Hello, Report, Reports, Welcome
@@ -82,7 +82,7 @@ class Sessions:
         now = self._clock.wall()
         _check_reports(reports)
         await self._tracker.submit(
-            Delivery(
+            Arrival(
                 tunnel=hello.client_id,
                 received_at=now,
                 observations=tuple(_stored(r, now) for r in reports.items),
