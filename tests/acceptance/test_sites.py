@@ -153,12 +153,14 @@ def test_row_42_a_tunnel_that_comes_and_goes_is_one_open_incident(attic: Attic) 
     attic.settle()
     before = len(attic.messages())
     for _ in range(2):
+        told = len(attic.messages())
         attic.site.block_endpoint()
-        attic.wait_state("down", 15)
+        attic.wait_message("is down", told, 20)
         attic.site.heal()
-        attic.wait_state("protected", 40)
+        attic.wait_message("is protected again", told, 40)
+    told = len(attic.messages())
     attic.site.block_endpoint()
-    attic.wait_state("down", 15)
+    attic.wait_message("is down", told, 20)
     until(lambda: "flapping" in attic.codes(), 10, "flapping", interval=0.1)
     for _ in range(2):  # now it comes and goes, and nobody hears of it
         attic.site.heal()
@@ -168,7 +170,7 @@ def test_row_42_a_tunnel_that_comes_and_goes_is_one_open_incident(attic: Attic) 
     attic.site.heal()
     attic.wait_state("protected", 60)
     until(lambda: not attic.owed(), 10, "nothing owed", interval=0.1)
-    told = [m["plain"].splitlines()[0] for m in attic.messages()[before:]]
-    assert [line[0] for line in told] == ["🟠", "🟢"] * 3, told
+    lines = [m["plain"].splitlines()[0] for m in attic.messages()[before:]]
+    assert [line[0] for line in lines] == ["🟠", "🟢"] * 3, lines
     assert "comes and goes" in attic.messages()[before + 4]["plain"]
-    assert KEY not in str(told)
+    assert KEY not in str(lines)

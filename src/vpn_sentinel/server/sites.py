@@ -34,8 +34,9 @@ _AFTER: Final = 0.001
 _SLACK: Final = 2.0
 # Seconds between two pulses, and some.
 _TOGETHER: Final = 3.0
-# Seconds into a trouble from which on a pulse of the reference agent was not sent before it.
-_LATER: Final = 0.5
+# Seconds into a trouble from which on a pulse of the reference agent was not sent before it. A dead tunnel is known
+# 2.3 s into it at the soonest, and two pulses are 2.2 s apart at most: so while home is well, one has come by then.
+_LATER: Final = 0.1
 
 _memory: Final = decoder(Memory)
 

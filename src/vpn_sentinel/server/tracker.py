@@ -16,7 +16,7 @@ from vpn_sentinel.domain.machine import Event, Memory, advance, overdue, silence
 from vpn_sentinel.domain.notice import notices
 from vpn_sentinel.domain.observation import Observation, Trigger
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy, is_public
-from vpn_sentinel.domain.verdict import State
+from vpn_sentinel.domain.verdict import Code, State
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.server.groupcommit import GroupCommit
 from vpn_sentinel.server.live.hub import Hub
@@ -42,6 +42,7 @@ _REFUTED: Final = 600.0
 _LEAST_PORT: Final = 1024
 # Seconds that a reference agent gets to find out that home is down, when a tunnel there died: three of its pulses.
 _HOME_TELLS: Final = 6.0
+_MAYBE_HOME: Final = frozenset({Code.NO_TRAFFIC, Code.UPLINK_DOWN})
 
 
 _memory: Final = decoder(Memory)
@@ -225,10 +226,11 @@ class Tracker:
     def _waits_for_home(self, row: TunnelRow, memory: Memory) -> bool:
         """Whether a dead tunnel is not told yet, because its reference agent may be about to say that home is down.
 
-        That one pulses too, so while home is well the server knows it at once, and nothing waits.
+        That one pulses too, so while home is well the server knows it at once, and nothing waits. Nor does an interface
+        that is gone: home has no part in that.
         """
         fresh = memory.state is State.DOWN and memory.seen_at - memory.since < _HOME_TELLS
-        return fresh and self._sites.may_tell(row.site)
+        return fresh and any(f.code in _MAYBE_HOME for f in memory.findings) and self._sites.may_tell(row.site)
 
     def _note_sender(self, row: TunnelRow, arrival: Arrival) -> None:
         """That it was heard, and what that means for its site and its forwarded port."""
