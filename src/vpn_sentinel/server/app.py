@@ -26,7 +26,7 @@ from vpn_sentinel.server.dashboard.app import DashboardServices, build_dashboard
 from vpn_sentinel.server.ingest.door import Door
 from vpn_sentinel.server.ingest.keepalive import Keepalives
 from vpn_sentinel.server.ingest.ledger import Ledger
-from vpn_sentinel.server.ingest.pulse import Lookout, Names, PulseMetrics, PulseProtocol
+from vpn_sentinel.server.ingest.pulse import Lookout, Names, PulseMetrics, PulseProtocol, names_of
 from vpn_sentinel.server.ingest.session import Sessions
 from vpn_sentinel.server.ingest.switch import Switch
 from vpn_sentinel.server.live.hub import Hub
@@ -41,8 +41,8 @@ from vpn_sentinel.server.settings import ServerSettings
 from vpn_sentinel.server.sites import Sites
 from vpn_sentinel.server.store.open import open_store
 from vpn_sentinel.server.store.owing import owe
-from vpn_sentinel.server.store.schema import meta, outbox, tunnels
-from vpn_sentinel.server.store.store import Store, StoreUnavailable
+from vpn_sentinel.server.store.schema import meta, outbox
+from vpn_sentinel.server.store.store import Store
 from vpn_sentinel.server.tracker import Tracker
 from vpn_sentinel.server.watch.overdue import Overdue
 from vpn_sentinel.server.watch.ports import Ports
@@ -162,7 +162,7 @@ async def _run(
         door = Door(settings, access, clock)
         lookout = Lookout(tracker.sighted, clock.wall)
         ledger = Ledger(secret, lookout.note)
-        known = Names(ledger, lambda: _names(store))
+        known = Names(ledger, lambda: names_of(store))
         pulses = PulseProtocol(ledger, clock.boottime, missed=known.missed)
         PulseMetrics(registry, lambda: pulses.counts)
         sessions = Sessions(
@@ -250,14 +250,6 @@ def _spare_the_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
-
-
-async def _names(store: Store) -> list[str]:
-    """The tunnels that are known, the newest last."""
-    try:
-        return [row.name for row in await store.read(select(tunnels.c.name).order_by(tunnels.c.id))]
-    except StoreUnavailable:
-        return []  # whoever is greeted is known all the same, and the next pulse of another asks again
 
 
 def _pulsed(ledger: Ledger, name: str, clock: Clock) -> float:

@@ -7,10 +7,12 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily
+from sqlalchemy import func, select
 
 from vpn_sentinel.server.groupcommit import Busy
 from vpn_sentinel.server.ingest.ledger import Ledger, Seen
-from vpn_sentinel.server.store.store import StoreUnavailable
+from vpn_sentinel.server.store.schema import tokens, tunnels
+from vpn_sentinel.server.store.store import Store, StoreUnavailable
 from vpn_sentinel.server.works import Sighting
 from vpn_sentinel.wire import pulse
 from vpn_sentinel.wire.echo import is_genuine
@@ -90,6 +92,20 @@ class Names:
             self._ledger.know(await self._read())
             self._asked.clear()
             await asyncio.sleep(self._apart)
+
+
+async def names_of(store: Store) -> list[str]:
+    """The tunnels that the database holds, the newest last, without those of whose tokens all are revoked.
+
+    The key of a pulse is made from the name, so a revoked agent has it still. One that came back by another key is
+    greeted.
+    """
+    revoked = select(tokens.c.name).group_by(tokens.c.name).having(func.count() == func.count(tokens.c.revoked_at))
+    held = select(tunnels.c.name).where(tunnels.c.name.not_in(revoked)).order_by(tunnels.c.id)
+    try:
+        return [row.name for row in await store.read(held)]
+    except StoreUnavailable:
+        return []  # whoever is greeted is known all the same, and the next pulse of another asks again
 
 
 class Lookout:
