@@ -5,6 +5,7 @@ import io
 import os
 import re
 import ssl
+import stat
 import subprocess
 import tarfile
 from collections.abc import Callable, Iterator
@@ -18,7 +19,16 @@ from tests.agent.geo.world import DAY, NOW, Server, mmdb, serving
 from tests.conftest import ManualClock
 from vpn_sentinel.agent.geo.databases import Databases
 from vpn_sentinel.agent.geo.fetch import Bounds, Login, Web
-from vpn_sentinel.agent.geo.shelf import GeoError, Manifest, locked, read_manifest
+from vpn_sentinel.agent.geo.shelf import (
+    Collection,
+    Entry,
+    GeoError,
+    Manifest,
+    install,
+    locked,
+    read_manifest,
+    writing,
+)
 from vpn_sentinel.agent.geo.sources import Vendor, dbip, from_files, maxmind
 from vpn_sentinel.agent.geo.unpack import only_database
 from vpn_sentinel.agent.geo.update import update
@@ -220,6 +230,97 @@ def test_what_a_killed_update_left_is_swept(server: Server, folder: Path, tmp_pa
     server.dbip(tmp_path)
     fetch(dbip(server.base), folder, clock)
     assert not list(folder.glob("*.part"))
+
+
+# --- a folder in which somebody else may write ---
+
+
+class Watched(Web):
+    """Each time a download begins, somebody who cannot know new names puts `plant` under those that he can guess."""
+
+    def __init__(self, clock: ManualClock, names: list[Path], plant: Callable[[Path], None]) -> None:
+        super().__init__(ssl.create_default_context(), clock, bounds=Bounds())
+        self._names, self._plant = names, plant
+
+    def save(self, url: str, to: Path, login: Login | None = None) -> str:
+        for path in self._names:
+            path.unlink(missing_ok=True)
+            self._plant(path)
+        return super().save(url, to, login)
+
+
+@pytest.mark.parametrize("kind", ["symlink", "dangling", "hardlink"])
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_planted_links_are_not_followed(
+    kind: str, when: str, server: Server, folder: Path, tmp_path: Path, clock: ManualClock
+) -> None:
+    server.dbip(tmp_path)
+    fetch(dbip(server.base), tmp_path / "known", clock)  # the names are those of the contents
+    final = [p.name for p in (tmp_path / "known").iterdir() if not p.name.startswith(".")]
+    parts = ["city-lite.gz.part", "city-lite.part", "asn-lite.gz.part", "asn-lite.part", "geo.json.part"]
+    folder.mkdir(parents=True)
+    names = [folder / name for name in (*parts, *final)]
+    victim, nobody = tmp_path / "victim", tmp_path / "nobody"
+    victim.write_bytes(b"somebody else's")
+    victim.chmod(0o600)
+
+    def plant(path: Path) -> None:
+        if kind == "hardlink":
+            path.hardlink_to(victim)
+        else:
+            path.symlink_to(victim if kind == "symlink" else nobody)
+
+    if when == "before":
+        for path in names:
+            plant(path)
+        assert fetch(dbip(server.base), folder, clock)
+    else:
+        assert update(dbip(server.base), folder, Watched(clock, names, plant), clock).changed
+    assert (victim.read_bytes(), victim.stat().st_mode & 0o777, victim.stat().st_nlink) == (
+        b"somebody else's",
+        0o600,
+        1,
+    )
+    assert not nobody.exists()
+    assert sorted(contents(folder)) == sorted(final)
+    assert {p.lstat().st_mode for p in folder.iterdir()} == {stat.S_IFREG | 0o644}
+    assert len(asked(folder, clock)) == 1
+
+
+def test_a_link_in_the_place_of_the_lock_is_not_followed(folder: Path, tmp_path: Path) -> None:
+    folder.mkdir(parents=True)
+    (folder / ".lock").symlink_to(tmp_path / "nobody")
+    with pytest.raises(GeoError, match="symbolic links"), locked(folder):
+        pass
+    assert not (tmp_path / "nobody").exists()
+
+
+def test_a_link_in_the_place_of_what_was_fetched_opens_no_file(folder: Path, tmp_path: Path) -> None:
+    folder.mkdir(parents=True)
+    (victim := tmp_path / "victim").write_bytes(b"somebody else's")
+    victim.chmod(0o600)
+    (folder / "x.part").symlink_to(victim)
+    entry = Entry(name="x.mmdb", type="x", holds=("places",), built=0, size=1, sha256="", origin="")
+    collection = Collection(source="mmdb", fetched=NOW, licence="", credit="", files=(entry,))
+    install(folder, collection, (folder / "x.part",))
+    assert victim.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_file_is_its_writers_alone_until_it_is_whole(tmp_path: Path) -> None:
+    with writing(path := tmp_path / "x") as file:
+        file.write(b"half")
+        assert path.stat().st_mode & 0o777 == 0o600
+    assert (path.read_bytes(), path.stat().st_mode & 0o777) == (b"half", 0o644)
+    with pytest.raises(FileExistsError), writing(path):
+        pass
+
+
+def test_a_folder_that_is_called_like_a_leftover_stops_nothing(
+    server: Server, folder: Path, tmp_path: Path, clock: ManualClock
+) -> None:
+    (folder / "city-lite.part").mkdir(parents=True)
+    server.dbip(tmp_path)
+    assert fetch(dbip(server.base), folder, clock)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")

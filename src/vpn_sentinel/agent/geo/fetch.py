@@ -16,7 +16,7 @@ from http.client import HTTPMessage
 from pathlib import Path
 from typing import IO, Any, Final
 
-from vpn_sentinel.agent.geo.shelf import GeoError
+from vpn_sentinel.agent.geo.shelf import GeoError, writing
 from vpn_sentinel.agent.http import reason
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.runtime.secret import Secret
@@ -80,9 +80,9 @@ class Web:
             self._opener.add_handler(handler)
 
     def save(self, url: str, to: Path, login: Login | None = None) -> str:
-        """Download to a file; returns its SHA-256. Raises GeoError, NotThereError for a 404."""
+        """Download to a new file; returns its SHA-256. Raises GeoError, NotThereError for a 404."""
         digest = hashlib.sha256()
-        with to.open("wb") as file:
+        with writing(to) as file:
 
             def write(piece: bytes) -> None:
                 digest.update(piece)

@@ -7,10 +7,11 @@ mixture. Without a `geo.json` every `*.mmdb` in the folder counts.
 
 import fcntl
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 import msgspec
 
@@ -18,7 +19,7 @@ from vpn_sentinel.runtime.unusable import Unusable
 
 FOLDER: Final = "geo"  # below DATA_DIR
 MANIFEST: Final = "geo.json"
-PART: Final = ".part"  # what is being fetched or unpacked
+_PART: Final = ".part"  # what is being fetched or unpacked
 _LOCK: Final = ".lock"
 
 
@@ -94,7 +95,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         folder.mkdir(exist_ok=True, mode=0o755)
-        handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     except OSError as e:
         raise GeoError(f"{folder}: {e.strerror}") from e
     try:
@@ -111,6 +112,29 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def part(folder: Path) -> Path:
+    """A new name for what is being fetched or unpacked: nobody can have put a link there before."""
+    return folder / f"{secrets.token_hex(8)}{_PART}"
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[IO[bytes]]:
+    """A new file, its writer's alone until it is whole. Raises FileExistsError for whatever bears its name, a link too.
+
+    Root may run this in a folder where others write, who can put a link in the place of a name at any time: so the
+    mode is set by the handle.
+    """
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    with os.fdopen(handle, "wb") as file:
+        yield file
+        os.fchmod(handle, 0o644)  # public data, and the agent may be another user
+
+
+def path_of(folder: Path, entry: Entry) -> Path:
+    """Where an installed file is: in the folder, whatever its manifest says."""
+    return folder / Path(entry.name).name
+
+
 def install(folder: Path, collection: Collection, fetched: tuple[Path, ...]) -> None:
     """Put `fetched`, the files of `collection` in its order, in the place of the source's old ones. Raises OSError."""
     try:
@@ -118,22 +142,21 @@ def install(folder: Path, collection: Collection, fetched: tuple[Path, ...]) -> 
     except GeoError:
         old = Manifest()
     for path, entry in zip(fetched, collection.files, strict=True):
-        path.chmod(0o644)  # public data, and the agent may be another user
         _to_disk(path)
-        path.replace(folder / entry.name)
+        path.replace(path_of(folder, entry))  # of a link there the link itself
     _to_disk(folder)
     others = tuple(c for c in old.collections if c.source != collection.source)
     new = Manifest(collections=(*others, collection))
     write_manifest(folder, new)
     kept = {entry.name for c in new.collections for entry in c.files}
     for entry in (e for c in old.collections for e in c.files if e.name not in kept):
-        (folder / Path(entry.name).name).unlink(missing_ok=True)
+        path_of(folder, entry).unlink(missing_ok=True)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    written = folder / (MANIFEST + PART)
-    written.write_bytes(msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n")
-    written.chmod(0o644)
+    written = part(folder)
+    with writing(written) as file:
+        file.write(msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n")
     _to_disk(written)
     written.replace(folder / MANIFEST)
     _to_disk(folder)
@@ -148,5 +171,6 @@ def _to_disk(path: Path) -> None:
 
 
 def _sweep(folder: Path) -> None:
-    for path in folder.glob(f"*{PART}"):
-        path.unlink(missing_ok=True)
+    for path in folder.glob(f"*{_PART}"):
+        with suppress(OSError):  # a folder of that name, perhaps: it is in nobody's way
+            path.unlink()

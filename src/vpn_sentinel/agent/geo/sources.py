@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from vpn_sentinel.agent.geo.fetch import Login, NotThereError, Web, shown
-from vpn_sentinel.agent.geo.shelf import PART, GeoError, named
+from vpn_sentinel.agent.geo.shelf import GeoError, named, part
 from vpn_sentinel.agent.geo.unpack import copy_of, gunzip, only_database
 
 DBIP_CREDIT: Final = "IP geolocation by DB-IP, https://db-ip.com"
@@ -62,12 +62,12 @@ class DbipPart:
     holds: str
 
     def fetch(self, web: Web, folder: Path, now: float, installed: Installed) -> Fetched | None:
-        packed, found = folder / f"{self.edition}.gz{PART}", folder / f"{self.edition}{PART}"
         tried = []
         for month in _months(now):
             url = f"{self.base}/free/dbip-{self.edition}-{month}.mmdb.gz"
             if installed(url, ""):
                 return None
+            packed, found = part(folder), part(folder)
             try:
                 archive = web.save(url, packed)
             except NotThereError:
@@ -98,7 +98,7 @@ class MaxmindPart:
             raise GeoError(f"{shown(url)}: the answer holds no SHA-256")
         if installed(shown(url), wanted):
             return None
-        packed, tar, found = (folder / f"{self.edition}{end}{PART}" for end in (".tar.gz", ".tar", ""))
+        packed, tar, found = part(folder), part(folder), part(folder)
         archive = web.save(url, packed, self.login)
         if archive != wanted:
             raise GeoError(f"{shown(url)}: its SHA-256 is not the one that MaxMind gives")
@@ -115,12 +115,11 @@ class FilePart:
     """A file that somebody has: `.mmdb`, `.mmdb.gz` or a `.tar.gz` that holds one."""
 
     file: Path
-    number: int
     holds: str = ""
 
     def fetch(self, web: Web, folder: Path, now: float, installed: Installed) -> Fetched | None:
         del now, installed
-        tar, found = folder / f"file{self.number}.tar{PART}", folder / f"file{self.number}{PART}"
+        tar, found = part(folder), part(folder)
         most = web.bounds.unpacked
         try:
             with named(str(self.file)):
@@ -156,8 +155,7 @@ def maxmind(base: str, login: Login) -> Vendor:
 
 
 def from_files(files: tuple[Path, ...]) -> Vendor:
-    parts = tuple(FilePart(file=file, number=number) for number, file in enumerate(files, 1))
-    return Vendor(name="", licence="", credit="", parts=parts)
+    return Vendor(name="", licence="", credit="", parts=tuple(FilePart(file=file) for file in files))
 
 
 def _months(now: float) -> tuple[str, str]:

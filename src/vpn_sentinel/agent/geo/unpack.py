@@ -1,4 +1,4 @@
-"""Out of gzip and tar, to disk, and never more than a bound allows."""
+"""Out of gzip and tar, to new files, and never more than a bound allows."""
 
 import gzip
 import hashlib
@@ -7,7 +7,7 @@ import zlib
 from pathlib import Path
 from typing import IO, Final, Protocol
 
-from vpn_sentinel.agent.geo.shelf import GeoError
+from vpn_sentinel.agent.geo.shelf import GeoError, writing
 
 _PIECE: Final = 256 * 1024
 _GZIP: Final = b"\x1f\x8b"
@@ -23,7 +23,7 @@ def gunzip(packed: Path, to: Path, most: int) -> None:
         if file.read(2) != _GZIP:
             raise GeoError("is not a gzip file; perhaps a web page came in its place")
     try:
-        with gzip.open(packed) as source, to.open("wb") as target:
+        with gzip.open(packed) as source, writing(to) as target:
             _copy(source, target, most)
     except (gzip.BadGzipFile, EOFError, zlib.error) as e:
         raise GeoError("is cut off or damaged (gzip)") from e
@@ -51,7 +51,7 @@ def only_database(archive: Path, to: Path, most: int) -> str:
 def _take(tar: IO[bytes], size: int, to: Path, most: int) -> None:
     if size > most:
         raise GeoError(f"unpacks to more than {most} bytes")
-    with to.open("wb") as target:
+    with writing(to) as target:
         while size and (piece := tar.read(min(size, _PIECE))):
             target.write(piece)
             size -= len(piece)
@@ -66,7 +66,7 @@ def digest(path: Path) -> str:
 
 
 def copy_of(path: Path, to: Path, most: int) -> None:
-    with path.open("rb") as source, to.open("wb") as target:
+    with path.open("rb") as source, writing(to) as target:
         _copy(source, target, most)
 
 

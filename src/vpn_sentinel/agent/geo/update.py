@@ -7,7 +7,17 @@ from typing import Final
 
 from vpn_sentinel.agent.geo.databases import open_together, vendor
 from vpn_sentinel.agent.geo.fetch import Web
-from vpn_sentinel.agent.geo.shelf import Collection, Entry, GeoError, Manifest, install, locked, named, read_manifest
+from vpn_sentinel.agent.geo.shelf import (
+    Collection,
+    Entry,
+    GeoError,
+    Manifest,
+    install,
+    locked,
+    named,
+    path_of,
+    read_manifest,
+)
 from vpn_sentinel.agent.geo.sources import DBIP_CREDIT, MAXMIND_CREDIT, Database, Vendor
 from vpn_sentinel.agent.geo.unpack import digest
 from vpn_sentinel.agent.geo.verify import examine, not_older
@@ -43,7 +53,7 @@ def _update(source: Vendor, folder: Path, web: Web, clock: Clock) -> Updated:
     installed = manifest.of(name)
     # Of files that somebody has, one alone may be given: what it does not tell stays as it was.
     told = {what for entry, _ in done for what in entry.holds}
-    done += [(e, folder / e.name) for e in (installed.files if installed else ()) if not told & set(e.holds)]
+    done += [(e, path_of(folder, e)) for e in (installed.files if installed else ()) if not told & set(e.holds)]
     entries, paths = tuple(entry for entry, _ in done), tuple(path for _, path in done)
     collection = Collection(
         source=name,
@@ -72,7 +82,7 @@ def _one(part: Database, source: str, manifest: Manifest, folder: Path, web: Web
 
     fetched = part.fetch(web, folder, clock.wall(), is_installed)
     if fetched is None and old is not None:
-        return old, folder / old.name
+        return old, path_of(folder, old)
     if fetched is None:
         raise GeoError("nothing was fetched")  # no part says so without having been told that it is installed
     with named(fetched.origin):
@@ -100,7 +110,7 @@ def _holding(installed: Collection | None, what: str) -> Entry | None:
 def intact(folder: Path, entry: Entry) -> bool:
     """Whether the installed file is what it was when it was verified."""
     try:
-        return digest(folder / Path(entry.name).name) == entry.sha256
+        return digest(path_of(folder, entry)) == entry.sha256
     except OSError:
         return False
 
