@@ -150,7 +150,7 @@ def late_kill_switch(row: Row, post: Post) -> Trial:
     """29: two seconds in which traffic leaves before the kill switch is up. It stays in the history for ever."""
     struck = time.time()
     trial = by_fault(row, post)
-    kept = [m["new"] for m in post.history() if post.seconds(m["at"]) >= struck]
+    kept = [m["new"] for m in post.moves(struck)]  # a leak may be dated at the beginning of the round that it met
     if kept.count("leaking") != 1 or kept[-1] != "protected":
         trial.complaints.append(f"the history says {kept}")
     return trial
