@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -23,14 +24,13 @@ class App:
     def __init__(self) -> None:
         self.seen: list[dict[str, Any]] = []
         self.left = 0
+        self.read = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         self.seen.append(scope)
         if scope["type"] == "websocket":
             await receive()
-            await send({"type": "websocket.accept"})
-            while (event := await receive())["type"] == "websocket.receive":
-                await send({"type": "websocket.send", "text": event["text"]})
+            await self._socket(scope, receive, send)
             return
         match scope["path"]:
             case "/stream":
@@ -51,12 +51,22 @@ class App:
                 body = b""
                 while (event := await receive())["type"] == "http.request":
                     body += event["body"]
+                    self.read += len(event["body"])
                     if not event["more_body"]:
                         break
                 answer = str(len(body)).encode()
                 headers = [(b"content-length", str(len(answer)).encode())]
                 await send({"type": "http.response.start", "status": 200, "headers": headers})
                 await send({"type": "http.response.body", "body": answer})
+
+    async def _socket(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/denied":
+            await send({"type": "websocket.http.response.start", "status": 403, "headers": []})
+            await send({"type": "websocket.http.response.body", "body": b"no"})
+            return
+        await send({"type": "websocket.accept"})
+        while (event := await receive())["type"] == "websocket.receive":
+            await send({"type": "websocket.send", "text": event["text"]})
 
     async def _gone(self, receive: Any) -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -92,6 +102,34 @@ class House:
 
     def _open(self) -> int:
         return self.server.crowd.open.total()
+
+
+class Hand:
+    """The loop's clock in a test's hand: it stands until it is moved, and goes on by itself at the end."""
+
+    def __enter__(self) -> "Hand":
+        self._loop = asyncio.get_running_loop()
+        self._real = self._loop.time
+        self.now = self._real()
+        self._loop.time = lambda: self.now  # type: ignore[method-assign]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        real, ahead = self._real, self.now - self._real()
+        self._loop.time = lambda: real() + ahead  # type: ignore[method-assign]
+
+    async def go(self, seconds: float) -> None:
+        """Move it, and let every timer that is due ring."""
+        self.now += seconds
+        for _ in range(5):
+            await asyncio.sleep(0)
+
+    async def until(self, condition: Callable[[], object]) -> None:
+        """Wait for `condition()` to hold while it stands."""
+        end = time.monotonic() + 10
+        while not condition():
+            assert time.monotonic() < end
+            await asyncio.sleep(0)
 
 
 async def rest(reader: asyncio.StreamReader) -> bytes:
@@ -202,36 +240,40 @@ async def test_who_stalls_is_closed(sent: bytes) -> None:
         writer.transport.pause_reading()
         writer.write(sent)
         await until(lambda: at.server.crowd.open.total() == 1)
-        async with asyncio.timeout(1.5):
-            await until(lambda: not at.server.crowd.open)
+        await until(lambda: not at.server.crowd.open)
 
 
 async def test_who_drips_a_head_is_closed() -> None:
     async with house(**SHORT) as at:
-        _, writer = await at.connect()
-        started = asyncio.get_running_loop().time()
-        for byte in HEAD * 10:
-            writer.write(bytes([byte]))
-            await asyncio.sleep(0.03)
-            if started + 0.1 < asyncio.get_running_loop().time() and not at.server.crowd.open:
-                break
-        assert asyncio.get_running_loop().time() - started < 0.6
+        with Hand() as clock:
+            _, writer = await at.connect()
+            await clock.until(lambda: at.server.crowd.open.total() == 1)
+            started = clock.now
+            for byte in HEAD * 10:
+                writer.write(bytes([byte]))
+                await clock.go(0.03)
+                if not at.server.crowd.open:
+                    break
+            assert 0.15 < clock.now - started < 0.6
 
 
 async def test_a_slow_body_and_later_requests_are_served() -> None:
     async with house(**SHORT) as at:
         reader, writer = await at.connect()
-        writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 6\r\n\r\n")
-        for _ in range(6):  # longer than any one limit
-            await asyncio.sleep(0.12)
-            writer.write(b"x")
-        assert (await reader.readuntil(b"\r\n\r\n6")).startswith(b"HTTP/1.1 200")
-        for _ in range(8):
-            await asyncio.sleep(0.08)
-            writer.write(HEAD + b"\r\n")
-            assert (await reader.readuntil(b"\r\n\r\n0")).startswith(b"HTTP/1.1 200")
-        writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 400000\r\n\r\n" + b"x" * 400_000)
-        assert await reader.readuntil(b"400000")
+        with Hand() as clock:
+            writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 6\r\n\r\n")
+            await clock.until(lambda: at.app.seen)
+            for n in range(1, 7):  # longer than any one limit
+                await clock.go(0.12)
+                writer.write(b"x")
+                await clock.until(lambda n=n: at.app.read == n)  # type: ignore[misc]
+            assert (await reader.readuntil(b"\r\n\r\n6")).startswith(b"HTTP/1.1 200")
+            for _ in range(8):
+                await clock.go(0.08)
+                writer.write(HEAD + b"\r\n")
+                assert (await reader.readuntil(b"\r\n\r\n0")).startswith(b"HTTP/1.1 200")
+            writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 400000\r\n\r\n" + b"x" * 400_000)
+            assert await reader.readuntil(b"400000")
 
 
 async def test_a_short_pipeline_is_answered_in_order() -> None:
@@ -257,6 +299,15 @@ async def test_a_stream_and_a_websocket_outlive_every_timer() -> None:
             assert not reader.at_eof()
             assert at.server.crowd.open.total() == 2
         await until(lambda: at.server.crowd.open.total() == 1)
+
+
+async def test_a_refused_websocket_is_no_error_of_ours(caplog: pytest.LogCaptureFixture) -> None:
+    async with house() as at:
+        with pytest.raises(websockets.InvalidStatus) as refused:
+            await websockets.connect(f"ws://127.0.0.1:{at.port}/denied")
+        await until(lambda: not at.server.crowd.open)
+    assert (refused.value.response.status_code, refused.value.response.body) == (403, b"no")
+    assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == []
 
 
 async def test_a_stream_with_a_request_behind_it_ends_with_its_connection() -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -226,6 +227,18 @@ async def test_messages_of_one_tunnel_in_one_batch_follow_each_other(watch: Watc
     assert watch.store.transactions == [["other"], ["nl"]]
     assert (await watch.row()).seq == 3
     assert [m for m in await watch.moves() if m[2] == "leaking"] == [(-8.0, "protected", "leaking")]
+
+
+async def test_each_transition_is_logged_once_it_is_stored(watch: Watch, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    rounds = ((1, 9.0, WELL), (2, 8.0, LEAK), (3, 7.0, WELL), (4, 0.0, WELL))
+    await watch.take(*rounds)
+    await watch.take(*rounds)
+    said = [vars(r) for r in caplog.records if r.name.endswith("tracker")]
+    assert [(r["levelname"], r["tunnel"], r["was"], r["state"], r["codes"]) for r in said] == [
+        ("WARNING", "nl", "protected", "leaking", "ip_leak"),
+        ("INFO", "nl", "leaking", "protected", ""),
+    ]
 
 
 async def test_a_replay_changes_nothing(watch: Watch) -> None:

@@ -105,6 +105,11 @@ class BoundedWebSocket(WebSocketsSansIOProtocol):
 
     left: Callable[[], None] | None = None
 
+    async def send(self, message: Any) -> None:
+        await super().send(message)
+        if message["type"] == "websocket.http.response.body":
+            self.handshake_complete = True  # else uvicorn logs each refused agent as a fault of ours
+
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         if self.left is not None:

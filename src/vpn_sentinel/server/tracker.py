@@ -4,7 +4,7 @@ Whatever enters, a report, a sighting or a passed deadline, goes through here; n
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import Final
@@ -12,7 +12,7 @@ from typing import Final
 from sqlalchemy import select
 
 from vpn_sentinel.domain.judge import judge
-from vpn_sentinel.domain.machine import Event, Memory, advance, overdue, silence_finding
+from vpn_sentinel.domain.machine import Event, Memory, Moved, advance, overdue, silence_finding
 from vpn_sentinel.domain.notice import notices
 from vpn_sentinel.domain.observation import Observation, Trigger
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy, is_public
@@ -113,10 +113,10 @@ class Tracker:
         now = self._clock.wall()
         # What a reference agent says counts for what the tunnels of its site say at the same moment.
         works = sorted(works, key=lambda w: isinstance(w, Arrival) and w.role != REFERENCE)
-        debts = 0
+        writes = Writes()
 
         def decide(found: Mapping[str, TunnelRow]) -> Changes:
-            nonlocal debts
+            nonlocal writes
             writes = Writes()
             for work in works:
                 if isinstance(work, Arrival):
@@ -125,14 +125,11 @@ class Tracker:
                     self._sight(row, work, now, writes)
                 elif row is not None and isinstance(work, PortTried):
                     _keep_port_check(row, work, writes)
-            debts = len(writes.deliveries)
-            changed[:] = [row.name for row in writes.tunnels.values()] + [r.name for r in writes.touched.values()]
             return writes.changes()
 
-        changed: list[str] = []
         names = list(dict.fromkeys(w.tunnel for w in works))
         await self._store.transact(names, now, decide, create=isinstance(works[0], Arrival))
-        self._committed(changed, debts)
+        self._committed(writes)
 
     async def sweep(self, names: Sequence[str], now: float) -> None:
         """Make those of the tunnels `names` silent whose deadline has really passed. Raises StoreUnavailable.
@@ -140,26 +137,22 @@ class Tracker:
         The deadline is read again under the row's lock, so of many replicas exactly one makes the transition, and a
         report that came in between keeps the tunnel alive.
         """
-        debts = 0
-        changed: list[str] = []
+        writes = Writes()
         c, own = tunnels.c, tunnels.alias()
         sites = select(own.c.site).where(own.c.name.in_(names), own.c.site != "")
         company = await self._store.read(select(c.name, c.site, c.interval, c.last_seen).where(c.site.in_(sites)))
 
         def decide(found: Mapping[str, TunnelRow]) -> Changes:
-            nonlocal debts
+            nonlocal writes
             writes = Writes()
-            changed.clear()
             for row in found.values():
                 if row.deadline is None or row.deadline > now:
                     continue
                 writes.take(self._silenced(row, row.deadline, now, silent_too(row, company, now)))
-                changed.append(row.name)
-            debts = len(writes.deliveries)
             return writes.changes()
 
         await self._store.transact(names, now, decide, create=False)
-        self._committed(changed, debts)
+        self._committed(writes)
 
     def _silenced(self, row: TunnelRow, deadline: float, now: float, others: Sequence[str]) -> Writes:
         writes = Writes()
@@ -180,9 +173,11 @@ class Tracker:
             return Writes(tunnels={row.id: row})
         return writes
 
-    def _committed(self, names: Iterable[str], debts: int) -> None:
-        self._hub.publish(set(names))
-        if debts:
+    def _committed(self, writes: Writes) -> None:
+        for name, moved in writes.moves:
+            _say(name, moved)
+        self._hub.publish({row.name for row in (*writes.tunnels.values(), *writes.touched.values())})
+        if writes.deliveries:
             self._on_commit()
 
     def _apply(self, row: TunnelRow, arrival: Arrival, now: float, writes: Writes) -> None:
@@ -321,6 +316,8 @@ class Tracker:
         memory, told = notices(before, memory, events, caught_up=caught_up)
         for event in events:
             record(row.id, event, now, writes)
+            if isinstance(event, Moved):
+                writes.moves.append((row.name, event))
         for notice in told:
             writes.deliveries += owed(complete(notice, row), self._channels, now)
         row.seen_at = memory.seen_at
@@ -330,6 +327,15 @@ class Tracker:
                 row.findings = encode(memory.findings).decode()
         row.state, row.since = memory.state.value, memory.since or row.created_at
         writes.tunnels[row.id] = row
+
+
+def _say(name: str, moved: Moved) -> None:
+    """Log a transition. Not that a tunnel is there and well: of a fleet that would be thousands of lines at a start."""
+    if (moved.old, moved.new) == (State.PENDING, State.PROTECTED):
+        return
+    level = logging.INFO if moved.new is State.PROTECTED else logging.WARNING
+    codes = ",".join(f.code for f in moved.findings)
+    log.log(level, "tunnel changed", extra={"tunnel": name, "state": moved.new, "was": moved.old, "codes": codes})
 
 
 def _introduce(row: TunnelRow, arrival: Arrival) -> None:

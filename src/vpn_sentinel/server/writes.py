@@ -14,7 +14,7 @@ from vpn_sentinel.wire.codec import encode, encode_observation
 
 @dataclass(slots=True)
 class Writes:
-    """What a transaction will write, gathered by statement."""
+    """What a transaction will write, gathered by statement; `moves` are for the log once it has."""
 
     tunnels: dict[int, TunnelRow] = field(default_factory=dict)
     touched: dict[int, TunnelRow] = field(default_factory=dict)
@@ -22,6 +22,7 @@ class Writes:
     ordered: list[Batch] = field(default_factory=list)
     deliveries: list[tuple[object, ...]] = field(default_factory=list)
     actions: list[tuple[object, ...]] = field(default_factory=list)
+    moves: list[tuple[str, Moved]] = field(default_factory=list)
 
     def take(self, more: "Writes") -> None:
         self.tunnels |= more.tunnels
@@ -30,6 +31,7 @@ class Writes:
         self.ordered += more.ordered
         self.deliveries += more.deliveries
         self.actions += more.actions
+        self.moves += more.moves
 
     def saw(
         self, tunnel: int, spool: str, seq: int, at: float, received_at: float, verdict: Verdict, seen: Observation

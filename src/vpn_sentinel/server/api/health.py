@@ -119,6 +119,7 @@ class TunnelsCollector(Collector):
                 return
             try:
                 async with asyncio.timeout(self._patience):
+                    await self._store.ping()  # a write: a full disk still answers questions
                     self._counts = await reading.counts(self._store)
             except (TimeoutError, StoreUnavailable):
                 self._counts = None
@@ -129,7 +130,9 @@ class TunnelsCollector(Collector):
         build.add_metric([], {"version": __version__, "python": platform.python_version()})
         yield build
         answered = 0.0 if self._counts is None else 1.0
-        yield GaugeMetricFamily("vpn_sentinel_database_up", "1 when the database answered this scrape.", value=answered)
+        yield GaugeMetricFamily(
+            "vpn_sentinel_database_up", "1 when the database took a write for this scrape.", value=answered
+        )
         if self._counts is not None:
             tunnels = GaugeMetricFamily("vpn_sentinel_tunnels", "Tunnels by state.", labels=["state"])
             for state in HARM:
