@@ -11,23 +11,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench.situations import table
 from bench.situations.posts import Post
 from bench.situations.rows import PROFILES, ROWS
-from bench.situations.trial import Row, Trial
+from bench.situations.trial import Result, Row, Trial
 from lab import Lab
-
-
-@dataclass
-class Result:
-    """All repeats of one row on one kind of tunnel."""
-
-    row: Row
-    kind: str
-    trials: list[Trial] = field(default_factory=list)
 
 
 class Run:

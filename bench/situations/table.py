@@ -8,12 +8,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from bench.situations.trial import Row, Trial
-
-if TYPE_CHECKING:
-    from bench.situations.run import Result
+from bench.situations.trial import Result, Row, Trial
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 MESSAGE = 1.0  # seconds from the verdict until it has reached people
@@ -30,7 +26,7 @@ is awaited or a change that nothing announces, rounds are 4 s apart and not 30.
 """
 
 
-def line(result: "Result") -> str:
+def line(result: Result) -> str:
     """One result, for the terminal."""
     good = sum(t.right for t in result.trials)
     mark = "right" if good == len(result.trials) else "WRONG"
@@ -38,7 +34,7 @@ def line(result: "Result") -> str:
     return f"{mark} {good}/{len(result.trials)}  {result.row.name:>4} {result.kind:<9} {result.row.title}: {times}"
 
 
-def section(results: Sequence["Result"], began: float, took: float, *, repeat: int, unprivileged: bool) -> str:
+def section(results: Sequence[Result], began: float, took: float, *, repeat: int, unprivileged: bool) -> str:
     """The page's part of this run."""
     title = "As uid 65534, without a capability" if unprivileged else "As root"
     when = datetime.fromtimestamp(began, UTC).strftime("%Y-%m-%d %H:%M UTC")
@@ -60,7 +56,7 @@ def section(results: Sequence["Result"], began: float, took: float, *, repeat: i
     return "\n".join(lines) + "\n"
 
 
-def _cells(result: "Result", *, unprivileged: bool) -> str:
+def _cells(result: Result, *, unprivileged: bool) -> str:
     row, trials = result.row, result.trials
     verdict = f"{row.state} {' '.join(f'`{c}`' for c in sorted(row.codes))}".strip()
     verdicts = [t.verdict for t in trials]
@@ -105,7 +101,7 @@ def _machine() -> str:
     return f"{os.cpu_count()} cores ({model}), Linux {platform.release()}, Python {platform.python_version()}"
 
 
-def write_raw(results: Sequence["Result"], began: float, took: float, *, unprivileged: bool) -> None:
+def write_raw(results: Sequence[Result], began: float, took: float, *, unprivileged: bool) -> None:
     """All figures, one file a way of running."""
     RESULTS.mkdir(exist_ok=True)
     name = "situations-unprivileged.json" if unprivileged else "situations.json"

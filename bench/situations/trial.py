@@ -68,6 +68,15 @@ class Trial:
         return not self.complaints
 
 
+@dataclass
+class Result:
+    """All repeats of one row on one kind of tunnel."""
+
+    row: Row
+    kind: str
+    trials: list[Trial] = field(default_factory=list)
+
+
 Way = Callable[[Row, Post], Trial]
 
 
