@@ -1,13 +1,14 @@
 """Between rounds: a resolv.conf that changes, and a nameserver that asks from elsewhere."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 from tests.agent.doubles import udp
 from tests.agent.test_dnswire import answer, text
+from tests.conftest import until
 from vpn_sentinel.agent.probes.dns import CanaryZone, Nameserver
 from vpn_sentinel.agent.sensors.resolver import ResolverWatch, Strays, mark
 from vpn_sentinel.domain.judge import judge
@@ -79,10 +80,12 @@ def test_what_is_remembered_is_bounded() -> None:
 
 
 @asynccontextmanager
-async def watching(file: Path, port: int = 1, zone: CanaryZone | None = None) -> AsyncIterator[asyncio.Queue[str]]:
+async def watching(
+    file: Path, port: int = 1, zone: Callable[[], CanaryZone | None] = lambda: None
+) -> AsyncIterator[asyncio.Queue[str]]:
     rang: asyncio.Queue[str] = asyncio.Queue()
     watch = ResolverWatch(
-        canary=lambda: zone,
+        canary=zone,
         changed=lambda: rang.put_nowait("changed"),
         strayed=lambda: rang.put_nowait("strayed"),
         file=file,
@@ -135,7 +138,7 @@ async def test_a_nameserver_that_strays_rings(tmp_path: Path) -> None:
         said = canary.answer(ip_address(egress[0]), nonce, ZONE.key)
         return answer(asked, text(*(s.encode() for s in said)))
 
-    async with udp(resolver) as (port, _), watching(tmp_path / "none", port, ZONE) as rang:
+    async with udp(resolver) as (port, _), watching(tmp_path / "none", port, lambda: ZONE) as rang:
         async with asyncio.timeout(5):
             await thrice.wait()
         assert rang.empty()
@@ -146,7 +149,8 @@ async def test_a_nameserver_that_strays_rings(tmp_path: Path) -> None:
 
 async def test_without_a_zone_nobody_is_asked(tmp_path: Path) -> None:
     got: list[bytes] = []
-    async with udp(got.append) as (port, _), watching(tmp_path / "none", port) as rang:
-        await asyncio.sleep(0.1)
+    turns: list[None] = []
+    async with udp(got.append) as (port, _), watching(tmp_path / "none", port, lambda: turns.append(None)) as rang:
+        await until(lambda: len(turns) > 3)
         assert rang.empty()
     assert got == []

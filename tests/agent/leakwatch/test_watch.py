@@ -1,36 +1,60 @@
-"""The watch on real sockets: in a namespace of its own, with a cable whose other end is another namespace's."""
+"""The watch on real sockets: in a namespace of its own, with a cable whose other end is another namespace's.
+
+A packet is in the watch's socket when `send` returns, and those of one interface come up in their order: what has come
+up proves that all before it has. The watch's clock stands unless a test moves it.
+"""
 
 import asyncio
+import inspect
 import json
 import os
 import sys
 
 import pytest
 
+from tests.conftest import ManualClock, until
+
 ALONE = ["unshare", "--user", "--net", "--map-root-user", sys.executable, "-c"]
-BEGIN = """
+SHARED = f"""
 import asyncio, json, socket, subprocess, sys
+from collections.abc import Callable
+from functools import partial
 from ipaddress import ip_network
 from vpn_sentinel.agent.endpoints import parse_endpoint
 from vpn_sentinel.agent.interfaces import Paths, survey
 from vpn_sentinel.agent.leakwatch import watch as w
 from vpn_sentinel.agent.netlink import Netlink
 from vpn_sentinel.domain.policy import Policy
-from vpn_sentinel.runtime.clock import SystemClock
 
+{inspect.getsource(ManualClock)}
+{inspect.getsource(until)}
+until = partial(until, limit=20.0)
+"""
+BEGIN = """
 for line in ("link set lo up", "link add eth0 type veth peer name far", "link set far up", "link set eth0 up",
              "addr add 192.168.7.2/24 dev eth0", "neigh add 192.168.7.1 lladdr 02:00:00:00:00:01 dev eth0",
              "route add default via 192.168.7.1"):
     subprocess.run(["ip", *line.split()], check=True)
-kernel, told, acted = Netlink(), [], []
+kernel, clock, acted, told, told_at, came = Netlink(), ManualClock(), [], [], [], []
 
 def around():
     return survey(kernel, configured="wg0")
 
+def tell():
+    told.append(len(acted))
+    told_at.append(asyncio.get_running_loop().time())
+
+def decode(*raw, real=w.decode):
+    packet = real(*raw)
+    came.append(packet and str(packet.destination))
+    return packet
+
+w.decode = decode
+
 def make(endpoints=("198.51.100.7:51820",), allowed=()):
     found = w.LeakWatch(
-        tables=kernel, policy=Policy(allowed_outside=tuple(ip_network(a) for a in allowed)), clock=SystemClock(),
-        told=lambda: told.append(len(acted)), survey=around, on_escape=acted.append,
+        tables=kernel, policy=Policy(allowed_outside=tuple(ip_network(a) for a in allowed)), clock=clock,
+        told=tell, survey=around, on_escape=acted.append,
         endpoints=lambda: [parse_endpoint(e) for e in endpoints],
     )
     found.look(around())
@@ -46,6 +70,13 @@ def send(to, port=443, payload=b"x", times=1, by=sock):
 def flows(watch):
     return sorted([str(e.destination), e.destination_port, e.packets] for e in watch.escapes(Paths(kernel, around())))
 
+def count(watch):
+    return sum(packets for *_, packets in flows(watch))
+
+async def turns():
+    for _ in range(20):
+        await asyncio.sleep(0)
+
 def say(**facts):
     print(json.dumps(facts))
 """
@@ -53,10 +84,10 @@ def say(**facts):
 
 async def ran(script: str, *prefix: str) -> dict[str, object]:
     lines = [f"    {line}" for line in script.strip().splitlines()]
-    code = "\n".join([BEGIN, "async def main():", *lines, "asyncio.run(main())"])
+    code = "\n".join([SHARED, BEGIN, "async def main():", *lines, "asyncio.run(main())"])
     env = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONPATH": os.pathsep.join(sys.path)}
     process = await asyncio.create_subprocess_exec(*ALONE, code, *prefix, env=env, stdout=-1, stderr=-1)
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         out, err = await process.communicate()
     if b"unshare" in err:
         pytest.skip(f"no namespaces here: {err.decode().strip()}")
@@ -70,14 +101,11 @@ watch = make(allowed=["203.0.113.64/26"])
 send("198.51.100.7", 51820); send("192.168.7.1", 53); send("203.0.113.70"); send("10.1.1.1", 80)
 probe = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); probe.bind(("192.168.7.2", 0))
 watch.expect(probe.getsockname()[1]); send("203.0.113.5", 53, by=probe)
-await asyncio.sleep(0.1)
-quiet = flows(watch)
-send("203.0.113.5", times=3)
-await asyncio.sleep(0.1)
-say(on=watch.on, quiet=quiet, flows=flows(watch), told=told, source=acted[0].source_port)
+send("203.0.113.5", times=3)  # behind them
+await until(lambda: count(watch) >= 3)
+say(on=watch.on, flows=flows(watch), told=told, source=acted[0].source_port)
 """)
     assert seen["on"] is True
-    assert seen["quiet"] == []
     assert seen["flows"] == [["203.0.113.5", 443, 3]]
     assert seen["told"] == [1]
     assert seen["source"] == 4000
@@ -91,38 +119,37 @@ from vpn_sentinel.agent.probes.targets import CLOUDFLARE
 from vpn_sentinel.domain.observation import Path, Probe
 watch = make()
 await asyncio.gather(*(one(CLOUDFLARE[0], Path.OUTSIDE, p, "eth0") for p in (Probe.PHYSICAL, Probe.FIRST_HOP)))
+send("203.0.113.5")  # behind them
+await until(lambda: "203.0.113.5" in came)
 beside = flows(watch)
 await one(CLOUDFLARE[0], Path.OUTSIDE)
+await until(lambda: len(acted) > 1)
 say(beside=beside, names=[e.name for e in acted])
 """)
-    assert seen["beside"] == []
-    assert seen["names"] == ["whoami.cloudflare"]  # C1, which should have gone through the tunnel
+    assert seen["beside"] == [["203.0.113.5", 443, 1]]
+    assert seen["names"] == [None, "whoami.cloudflare"]  # C1, which should have gone through the tunnel
 
 
 async def test_other_destinations_are_told_once_a_second() -> None:
     seen = await ran("""
 watch = make()
 for i in range(5):
-    send(f"203.0.113.{i}"); await asyncio.sleep(0.02)
-first = list(told)
-await asyncio.sleep(1.1)
-say(first=first, told=told, acted=len(acted))
+    send(f"203.0.113.{i}")
+await until(lambda: told and told[-1] == 5)
+say(told=told, apart=told_at[-1] - told_at[0], acted=len(acted))
 """)
-    assert seen["first"] == [1]
     assert seen["told"] == [1, 5]
+    assert isinstance(seen["apart"], float)
+    assert seen["apart"] > 0.99
     assert seen["acted"] == 5
 
 
 async def test_a_flood_is_read_in_small_portions_and_counted() -> None:
     seen = await ran("""
 watch = make()
-reads, real = [], w.decode
-w.decode = lambda *a: reads.append(1) or real(*a)
 send("203.0.113.5", times=20000)
-for _ in range(40):
-    await asyncio.sleep(0.25)
-    if flows(watch) and flows(watch)[0][2] >= 20000: break
-say(flows=flows(watch), reads=len(reads))
+await until(lambda: count(watch) >= 20000)
+say(flows=flows(watch), reads=len(came))
 """)
     assert seen["flows"] == [["203.0.113.5", 443, 20000]]
     assert isinstance(seen["reads"], int)
@@ -132,10 +159,11 @@ say(flows=flows(watch), reads=len(reads))
 async def test_nothing_is_claimed_where_nothing_tells_the_tunnels_packets() -> None:
     seen = await ran("""
 watch = make(endpoints=())
-send("203.0.113.5"); await asyncio.sleep(0.1)
+send("203.0.113.5"); await until(lambda: "203.0.113.5" in came)
 before = [watch.on, flows(watch)]
-send("203.0.113.9", 51820, bytes([1, 0, 0, 0]) + bytes(144)); await asyncio.sleep(0.1)
-send("203.0.113.9", 51820, b"any"); send("203.0.113.5"); await asyncio.sleep(0.1)
+send("203.0.113.9", 51820, bytes([1, 0, 0, 0]) + bytes(144)); await until(lambda: watch.on)
+clock.now += 2 * w.LOOK
+send("203.0.113.9", 51820, b"any"); send("203.0.113.5"); await until(lambda: came.count("203.0.113.5") == 2)
 say(before=before, on=watch.on, flows=flows(watch))
 """)
     assert seen["before"] == [None, []]
@@ -151,7 +179,7 @@ watch = make(endpoints=())
 marked = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
 marked.setsockopt(socket.SOL_SOCKET, 36, 51820)
 send("203.0.113.9", 51820, by=marked); send("203.0.113.9", 51820)
-await asyncio.sleep(0.1)
+await until(lambda: acted)
 say(on=watch.on, flows=flows(watch))
 """)
     assert seen["on"] is True
@@ -166,15 +194,15 @@ for line in ("link set far1 up", "link set eth1 up", "addr add 192.168.8.2/24 de
              "neigh add 192.168.8.1 lladdr 02:00:00:00:00:02 dev eth1", "route add 203.0.113.9 via 192.168.8.1"):
     subprocess.run(["ip", *line.split()], check=True)
 watch.look(around())
-send("203.0.113.9"); await asyncio.sleep(0.1)
+send("203.0.113.9"); await until(lambda: acted)
 by = [e.interface for e in acted]
-subprocess.run("ip link set eth0 down".split(), check=True); await asyncio.sleep(0.1)
+subprocess.run("ip link set eth0 down".split(), check=True); await turns()
 subprocess.run("ip link set eth0 up".split(), check=True)
 subprocess.run("ip route add default via 192.168.7.1".split(), check=True)
 subprocess.run("ip neigh replace 192.168.7.1 lladdr 02:00:00:00:00:01 dev eth0".split(), check=True)
-subprocess.run("ip link del eth1".split(), check=True); await asyncio.sleep(0.1)
+subprocess.run("ip link del eth1".split(), check=True); await turns()
 watch.look(around())
-send("203.0.113.10"); await asyncio.sleep(0.1)
+send("203.0.113.10"); await until(lambda: len(acted) > 1)
 say(by=by, later=[e.interface for e in acted][1:])
 """)
     assert seen["by"] == ["eth1"]
