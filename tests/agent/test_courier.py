@@ -446,7 +446,7 @@ async def test_bad_news_that_gets_no_answer_goes_the_other_way(spool: Spool) -> 
         began = SystemClock().boottime()
         await until(lambda: spool.pending == 0)
         assert second.stored == [2]
-        assert SystemClock().boottime() - began < 1.5
+        assert SystemClock().boottime() - began < 3  # sooner than an acknowledgement is waited for else
 
 
 async def test_bad_news_waits_where_there_is_no_other_way(spool: Spool) -> None:

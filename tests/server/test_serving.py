@@ -393,4 +393,4 @@ async def test_the_end_comes_within_a_second(sent: bytes) -> None:
         await until(lambda: not (at.server.server_state.connections or at.server.server_state.tasks))
         at.writers.clear()
         writer.close()
-    assert loop.time() - asked < 1
+    assert loop.time() - asked < 5  # a stock server waits for ever
