@@ -1,6 +1,7 @@
 import argparse
 import asyncio
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -101,17 +102,39 @@ def test_every_state_has_its_exit_status() -> None:
 
 
 def test_people_see_state_exit_and_advice(capsys: pytest.CaptureFixture[str]) -> None:
-    check.show(looked(SEEN, Policy(home_networks=check.read.networks("203.0.113.4"))))
+    policy = Policy(home_networks=check.read.networks("203.0.113.4"))
+    check.show(looked(SEEN, policy), policy)
     out = capsys.readouterr().out
     for expected in ("LEAKING", "203.0.113.4", "Amsterdam", "AS64500", "wg0, up", "Resolver Ltd", "ip_leak", "→ Stop"):
         assert expected in out
 
 
 def test_the_terminal_obeys_nobody_else(capsys: pytest.CaptureFixture[str]) -> None:
-    check.show(looked(SEEN))
+    check.show(looked(SEEN), Policy())
     out = capsys.readouterr().out
     assert "\x1b" not in out
     assert "Example \\x1b[31m" in out
+
+
+ALONE = replace(SEEN, link=None)
+SILENT = replace(ALONE, canaries=(replace(SEEN.canaries[0], address=None),))
+MISSING = {
+    "no home network": (ALONE, "", "no home network is declared: set VPN_SENTINEL_HOME_NETWORKS"),
+    "none of the exit's family": (ALONE, "2001:db8::/32", "None of the declared home networks is IPv4: add yours"),
+    "no exit": (SILENT, "198.51.100.7", "Nobody told from which address traffic leaves"),
+}
+
+
+@pytest.mark.parametrize(("seen", "home", "advice"), MISSING.values(), ids=MISSING.keys())
+def test_what_is_missing_to_judge_the_exit_is_said(
+    seen: Observation, home: str, advice: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy = Policy(home_networks=check.read.networks(home))
+    check.show(looked(seen, policy), policy)
+    out = capsys.readouterr().out
+    assert "tunnel_unknown" in out
+    assert advice in out
+    assert ("no home network is declared" in out) == (not home)
 
 
 UNSEEN = {
@@ -221,3 +244,19 @@ async def test_without_any_network_it_says_unknown_and_why() -> None:
     said = json.loads(out)
     assert out.count(b"\n") == 1
     assert (said["state"], [f["code"] for f in said["findings"]]) == ("unknown", ["no_network"])
+
+
+def test_what_is_wrong_beside_the_round_is_said_apart_from_its_object(tmp_path: FilePath) -> None:
+    (tmp_path / "file").touch()
+    command = ["unshare", "--user", "--net", "--map-root-user", sys.executable, "-m", "vpn_sentinel", "check", "--json"]
+    env = {
+        "PATH": os.environ["PATH"],
+        "VPN_SENTINEL_DATA_DIR": str(tmp_path / "file"),
+        "VPN_SENTINEL_HOME_NETWORK": "1.2.3.4",
+    }
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=20, check=False)
+    assert json.loads(done.stdout)["state"] == "unknown"
+    misspelt, unusable = done.stderr.splitlines()
+    assert misspelt == "vpn-sentinel: VPN_SENTINEL_HOME_NETWORK: no such setting; is it misspelt?"
+    assert "a database of places cannot be used" in unusable
+    assert f"{tmp_path}/file/geo/geo.json: Not a directory" in unusable

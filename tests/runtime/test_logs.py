@@ -113,6 +113,17 @@ def test_a_log_goes_to_standard_error_otherwise(capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.usefixtures("_root")
+def test_a_quiet_log_leaves_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    open_log(quiet=True)
+    log.info("seen")
+    log.warning("broken")
+    assert capsys.readouterr().err.endswith(" WARNING uplink broken\n")
+    open_log(debug=True, quiet=True)
+    log.debug("looked for")
+    assert "DEBUG" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_root")
 def test_a_log_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(Unusable, match="No such file"):
         open_log(file=str(tmp_path / "none" / "sentinel.log"))

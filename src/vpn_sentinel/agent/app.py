@@ -48,6 +48,7 @@ from vpn_sentinel.domain.observation import Observation, Path, Trigger
 from vpn_sentinel.domain.policy import Policy
 from vpn_sentinel.domain.verdict import State, Verdict
 from vpn_sentinel.runtime.clock import Clock
+from vpn_sentinel.runtime.settings import SettingError
 from vpn_sentinel.wire import codec
 
 log = logging.getLogger(__name__)
@@ -59,8 +60,12 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
     probes = settings.probes
     names = Names()
     http = http_client(probes, names)
-    databases = open_databases(probes, clock)
-    spool = open_spool(settings, clock)
+    spool = open_spool(settings, clock)  # first: of a folder that cannot be used one line is enough
+    try:
+        databases = open_databases(probes, clock)
+    except SettingError:
+        spool.close()
+        raise
     kernel = open_kernel()
     echoes = Echoes(names, tuple(split(url).host for url in settings.urls))
     canary_zone = dns.ToldZone()

@@ -9,6 +9,7 @@
 
 import asyncio
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -69,7 +70,8 @@ class Health:
         try:
             return await asyncio.start_server(self._connected, host, port, limit=_MOST)
         except OSError as e:
-            why = e.strerror or str(e)
+            # The loop's own text repeats the address.
+            why = os.strerror(e.errno) if e.errno else str(e)
             raise SettingError("VPN_SENTINEL_HEALTH_PORT", f"cannot listen on {host} port {port}: {why}") from e
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

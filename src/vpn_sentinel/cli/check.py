@@ -10,11 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from vpn_sentinel.cli.reading import add_config, source_of
+from vpn_sentinel.cli.reading import add_config, source_of, warn_unread
 from vpn_sentinel.domain.judge import agreed_country
 from vpn_sentinel.domain.observation import Answer, Canary, Observation, Place, Probe
 from vpn_sentinel.domain.policy import IPAddress, Policy
-from vpn_sentinel.domain.verdict import Severity, State, Verdict
+from vpn_sentinel.domain.verdict import Code, Finding, Severity, State, Verdict
+from vpn_sentinel.runtime import logs
 from vpn_sentinel.runtime import settings as read
 from vpn_sentinel.runtime.clock import SystemClock
 from vpn_sentinel.runtime.settings import SettingError
@@ -60,9 +61,12 @@ def run(args: argparse.Namespace) -> int:
     from vpn_sentinel.agent.settings import ProbeSettings
 
     try:
-        settings = ProbeSettings.read(source_of(args))
+        source = source_of(args)
+        settings = ProbeSettings.read(source)
         policy = _policy(settings.policy, args)
         server = _flag("--server", read.url, args.server) if args.server else None
+        warn_unread(source)
+        logs.open_log(quiet=True)
         looked = asyncio.run(look_once(settings, policy, SystemClock(), server=server))
     except SettingError as e:
         print(f"vpn-sentinel: {e}", file=sys.stderr)
@@ -70,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(as_plain(looked.seen, looked.verdict)))
     else:
-        show(looked)
+        show(looked, policy)
     return STATUS[looked.verdict.state]
 
 
@@ -101,7 +105,7 @@ def _policy_file(path: str) -> dict[str, str]:
     try:
         said = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
-        raise SettingError(f"--policy {path}", str(e)) from e
+        raise SettingError(f"--policy {path}", read.why(e)) from e
     allowed = {"home_networks", "expected_countries", "allowed_resolvers", "allowed_outside"}
     if unknown := sorted(said.keys() - allowed):
         raise SettingError(f"--policy {path}", f"{unknown[0]!r} is not one of {', '.join(sorted(allowed))}")
@@ -214,7 +218,7 @@ def unseen(looked: "Looked") -> list[str]:
     return found
 
 
-def show(looked: "Looked") -> None:
+def show(looked: "Looked", policy: Policy) -> None:
     """Print for people. Everything from outside goes through `_safe`: a terminal obeys control characters."""
     from rich.console import Console
     from rich.table import Table
@@ -232,11 +236,22 @@ def show(looked: "Looked") -> None:
         console.print(Text.assemble((f"{mark} ", style), (finding.code.value, style), f"  {_safe(finding.message)}"))
         for key, value in finding.evidence.items():
             console.print(Text(f"    {_safe(key)}: {_safe(value)}", style="dim"))
-        console.print(Text(f"    → {finding.advice}"))
+        console.print(Text(f"    → {_advice(finding, seen, policy)}"))
     if missing := unseen(looked):
         console.print(Text("Not looked at:", style="dim"))
         for line in missing:
             console.print(Text(f"  {_safe(line)}", style="dim"))
+
+
+def _advice(finding: Finding, seen: Observation, policy: Policy) -> str:
+    """The finding's own, except where it would ask for a home network although one is declared."""
+    if finding.code is not Code.TUNNEL_UNKNOWN or not policy.home_networks:
+        return finding.advice
+    exits = [e for e in (seen.exit(4), seen.exit(6)) if e]
+    if not exits:
+        return "Nobody told from which address traffic leaves: there is nothing to compare with the home networks."
+    families = " or ".join(f"IPv{e.version}" for e in exits)
+    return f"None of the declared home networks is {families}: add yours with --home or VPN_SENTINEL_HOME_NETWORKS."
 
 
 def _facts(seen: Observation) -> list[tuple[str, str]]:

@@ -1,14 +1,13 @@
 """`vpn-sentinel db migrate|check`."""
 
 import argparse
-from typing import Any
-
-from sqlalchemy import func, select
+from typing import TYPE_CHECKING, Any
 
 from vpn_sentinel.cli.storing import add_database, with_store
-from vpn_sentinel.server.settings import ServerSettings
-from vpn_sentinel.server.store.schema import incidents, observations, outbox, tunnels
-from vpn_sentinel.server.store.store import Store
+
+if TYPE_CHECKING:
+    from vpn_sentinel.server.settings import ServerSettings
+    from vpn_sentinel.server.store.store import Store
 
 
 def add(commands: Any) -> None:
@@ -24,7 +23,11 @@ def add(commands: Any) -> None:
 
 
 def _migrate(args: argparse.Namespace) -> int:
-    async def work(store: Store, _settings: ServerSettings) -> None:
+    from sqlalchemy import func, select
+
+    from vpn_sentinel.server.store.schema import tunnels
+
+    async def work(store: "Store", _settings: "ServerSettings") -> None:
         await store.read(select(func.count()).select_from(tunnels))
 
     with_store(args, work, create=True)
@@ -33,7 +36,11 @@ def _migrate(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    async def work(store: Store, _settings: ServerSettings) -> dict[str, int]:
+    from sqlalchemy import func, select
+
+    from vpn_sentinel.server.store.schema import incidents, observations, outbox, tunnels
+
+    async def work(store: "Store", _settings: "ServerSettings") -> dict[str, int]:
         counts = {}
         for table in (tunnels, observations, incidents, outbox):
             counts[table.name] = int((await store.read(select(func.count()).select_from(table)))[0][0])

@@ -3,24 +3,27 @@
 import argparse
 import asyncio
 import sys
-from typing import Any
-
-import httpx
+from typing import TYPE_CHECKING, Any, Final
 
 from vpn_sentinel.cli.reading import add_config, server_settings
 from vpn_sentinel.domain.notice import Kind, Notice
 from vpn_sentinel.runtime.clock import SystemClock
-from vpn_sentinel.server.notify.channel import DeliveryError
-from vpn_sentinel.server.notify.channels import build_channels
-from vpn_sentinel.server.notify.guard import tls
-from vpn_sentinel.server.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from vpn_sentinel.server.settings import ServerSettings
+
+# Channel -> why it may not be there.
+CHANNELS: Final = {
+    "telegram": "is not set up, or turned off: set TELEGRAM_BOT_TOKEN and TELEGRAM_CHAT_ID",
+    "webhook": "is not set up: set VPN_SENTINEL_WEBHOOK_URL",
+}
 
 
 def add(commands: Any) -> None:
     parser = commands.add_parser("notify", help="send a test message")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     test = verbs.add_parser("test", help="send one message now, past the outbox, and say how it went")
-    test.add_argument("channel", metavar="CHANNEL", help="telegram or webhook")
+    test.add_argument("channel", metavar="CHANNEL", choices=tuple(CHANNELS), help=" or ".join(CHANNELS))
     add_config(test)
     test.set_defaults(func=_test)
 
@@ -29,13 +32,18 @@ def _test(args: argparse.Namespace) -> int:
     return asyncio.run(_send(server_settings(args), args.channel))
 
 
-async def _send(settings: ServerSettings, name: str) -> int:
+async def _send(settings: "ServerSettings", name: str) -> int:
+    import httpx
+
+    from vpn_sentinel.server.notify.channel import DeliveryError
+    from vpn_sentinel.server.notify.channels import build_channels
+    from vpn_sentinel.server.notify.guard import tls
+
     clock = SystemClock()
     async with httpx.AsyncClient(verify=tls(settings.ca_file), timeout=15.0, trust_env=False) as http:
         channels = build_channels(settings, http, clock=clock)
         if name not in channels:
-            known = ", ".join(channels) or "none"
-            print(f"vpn-sentinel: no channel {name!r} is set up; there is: {known}", file=sys.stderr)
+            print(f"vpn-sentinel: {name} {CHANNELS[name]}", file=sys.stderr)
             return 1
         try:
             await channels[name].send(Notice(kind=Kind.TEST, at=clock.wall()), 0)

@@ -1,10 +1,12 @@
 """`vpn-sentinel server`."""
 
 import argparse
+import asyncio
 from typing import Any
 
 from vpn_sentinel.cli.process import report, run_until_stopped
 from vpn_sentinel.cli.reading import add_config, server_settings
+from vpn_sentinel.cli.storing import naming_the_setting
 from vpn_sentinel.runtime import logs
 from vpn_sentinel.runtime.clock import SystemClock
 
@@ -24,4 +26,9 @@ def run(args: argparse.Namespace) -> int:
 
     settings = server_settings(args)
     logs.open_log(debug=settings.debug, file=settings.log_file)
-    return run_until_stopped(lambda stop: serve(settings, SystemClock(), stop, report), fast=True)
+
+    async def work(stop: asyncio.Event) -> None:
+        with naming_the_setting(settings):
+            await serve(settings, SystemClock(), stop, report)
+
+    return run_until_stopped(work, fast=True)

@@ -2,14 +2,17 @@
 
 import argparse
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from vpn_sentinel.cli.reading import add_config, server_settings
-from vpn_sentinel.server.settings import ServerSettings
-from vpn_sentinel.server.store.open import open_store
-from vpn_sentinel.server.store.store import Store, StoreUnusable
+from vpn_sentinel.runtime.settings import PREFIX, SettingError
+
+if TYPE_CHECKING:
+    from vpn_sentinel.server.settings import ServerSettings
+    from vpn_sentinel.server.store.store import Store
 
 T = TypeVar("T")
 
@@ -21,23 +24,66 @@ def add_database(parser: argparse.ArgumentParser) -> None:
 
 
 def with_store(
-    args: argparse.Namespace, work: Callable[[Store, ServerSettings], Awaitable[T]], *, create: bool = False
+    args: argparse.Namespace,
+    work: "Callable[[Store, ServerSettings], Awaitable[T]]",
+    *,
+    create: bool = False,
 ) -> T:
     """Open the server's store, run `work`, close it. Raises SettingError, StoreUnusable, StoreUnavailable.
 
     Without `create` a file that is not there is an error: the folder is probably mistyped.
     """
+    from vpn_sentinel.server.store.open import open_store
+
     settings = server_settings(args)
-    path = Path(settings.database_url.removeprefix("sqlite:///"))
-    if settings.database_url.startswith("sqlite:") and not create and not path.exists():
-        msg = f"there is no database at {path}: a server makes it when it starts, or `vpn-sentinel db migrate`"
-        raise StoreUnusable(msg)
+    if not create:
+        _need_file(settings)
 
     async def run() -> T:
-        store = await open_store(settings.database_url)
+        with naming_the_setting(settings):
+            store = await open_store(settings.database_url)
         try:
             return await work(store, settings)
         finally:
             await store.close()
 
     return asyncio.run(run())
+
+
+@contextmanager
+def naming_the_setting(settings: "ServerSettings") -> Iterator[None]:
+    """Say which setting to change when the database's file cannot be had. Raises SettingError in its place."""
+    from vpn_sentinel.server.store.store import StoreUnusable
+
+    try:
+        yield
+    except StoreUnusable as e:
+        if not _is_file(settings) or not isinstance(e.__cause__, OSError):
+            raise
+        raise SettingError(_setting(settings), str(e)) from e.__cause__
+
+
+def _need_file(settings: "ServerSettings") -> None:
+    """Raises StoreUnusable when there is no database yet, SettingError when that cannot be told."""
+    from vpn_sentinel.server.store.store import StoreUnusable
+
+    if not _is_file(settings):
+        return
+    path = Path(settings.database_url.removeprefix("sqlite:///"))
+    try:
+        path.stat()
+    except FileNotFoundError:
+        msg = f"there is no database at {path}: a server makes it when it starts, or `vpn-sentinel db migrate`"
+        raise StoreUnusable(msg) from None
+    except OSError as e:
+        raise SettingError(_setting(settings), f"{path}: {e.strerror}") from e
+
+
+def _is_file(settings: "ServerSettings") -> bool:
+    return settings.database_url.startswith("sqlite:")
+
+
+def _setting(settings: "ServerSettings") -> str:
+    """The one that says where the file is."""
+    usual = settings.database_url == f"sqlite:///{settings.data_dir}/sentinel.db"
+    return PREFIX + ("DATA_DIR" if usual else "DATABASE_URL")

@@ -5,14 +5,10 @@ import json
 import sys
 from typing import Any
 
-from sqlalchemy import select
-
 from vpn_sentinel.cli.showing import local_time, table
 from vpn_sentinel.cli.storing import add_database, with_store
 from vpn_sentinel.domain.tunnel import tunnel_name
 from vpn_sentinel.runtime.clock import SystemClock
-from vpn_sentinel.server.access import create_token, revoke_token
-from vpn_sentinel.server.store.schema import tokens
 
 
 def add(commands: Any) -> None:
@@ -38,6 +34,8 @@ def _name(text: str) -> str:
 
 
 def _create(args: argparse.Namespace) -> int:
+    from vpn_sentinel.server.access import create_token
+
     now = SystemClock().wall()
     try:
         made = with_store(
@@ -51,6 +49,10 @@ def _create(args: argparse.Namespace) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
+    from sqlalchemy import select
+
+    from vpn_sentinel.server.store.schema import tokens
+
     rows = with_store(args, lambda store, _: store.read(select(tokens).order_by(tokens.c.created_at)))
     listed = [
         {"name": r.name, "shared": bool(r.shared), "created_at": r.created_at, "revoked_at": r.revoked_at} for r in rows
@@ -69,6 +71,8 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _revoke(args: argparse.Namespace) -> int:
+    from vpn_sentinel.server.access import revoke_token
+
     now = SystemClock().wall()
     if not with_store(args, lambda store, _: revoke_token(store, args.name, now)):
         print(f"vpn-sentinel: there is no token called {args.name}", file=sys.stderr)

@@ -3,13 +3,13 @@
 import argparse
 import json
 import sys
-from typing import Any
-
-from sqlalchemy import Row, select
+from typing import TYPE_CHECKING, Any
 
 from vpn_sentinel.cli.showing import local_time, printable, table
 from vpn_sentinel.cli.storing import add_database, with_store
-from vpn_sentinel.server.store.schema import transitions, tunnels
+
+if TYPE_CHECKING:
+    from sqlalchemy import Row
 
 
 def add(commands: Any) -> None:
@@ -25,6 +25,10 @@ def add(commands: Any) -> None:
 
 
 def _list(args: argparse.Namespace) -> int:
+    from sqlalchemy import select
+
+    from vpn_sentinel.server.store.schema import tunnels
+
     rows = with_store(args, lambda store, _: store.read(select(tunnels).order_by(tunnels.c.name)))
     if args.json:
         print(json.dumps([_plain(r) for r in rows]))
@@ -50,6 +54,10 @@ def _list(args: argparse.Namespace) -> int:
 
 
 def _show(args: argparse.Namespace) -> int:
+    from sqlalchemy import select
+
+    from vpn_sentinel.server.store.schema import transitions, tunnels
+
     found = with_store(args, lambda store, _: store.read(select(tunnels).where(tunnels.c.name == args.name)))
     if not found:
         print(f"vpn-sentinel: there is no tunnel called {printable(args.name)}", file=sys.stderr)
@@ -68,7 +76,7 @@ def _show(args: argparse.Namespace) -> int:
     return 0
 
 
-def _plain(row: Row[Any]) -> dict[str, object]:
+def _plain(row: "Row[Any]") -> dict[str, object]:
     return {
         "name": row.name,
         "state": row.state,

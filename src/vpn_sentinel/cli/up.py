@@ -3,21 +3,22 @@
 import argparse
 import asyncio
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from vpn_sentinel.agent import app as agent
-from vpn_sentinel.agent.settings import AgentSettings
 from vpn_sentinel.cli.process import report, run_until_stopped
 from vpn_sentinel.cli.reading import add_config, source_of, warn_unread
+from vpn_sentinel.cli.storing import naming_the_setting
 from vpn_sentinel.runtime import logs
 from vpn_sentinel.runtime.clock import Clock, SystemClock
 from vpn_sentinel.runtime.secret import Secret
 from vpn_sentinel.runtime.settings import PREFIX, SettingError
-from vpn_sentinel.server import app as server
-from vpn_sentinel.server.access import create_token, revoke_token
-from vpn_sentinel.server.settings import ServerSettings
-from vpn_sentinel.server.store.store import Store
+
+if TYPE_CHECKING:
+    from vpn_sentinel.agent.settings import AgentSettings
+    from vpn_sentinel.server.settings import ServerSettings
+    from vpn_sentinel.server.store.store import Store
 
 
 def add(commands: Any) -> None:
@@ -31,6 +32,11 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from vpn_sentinel.agent.settings import AgentSettings
+    from vpn_sentinel.server.settings import ServerSettings
+
+    # Before any task is made: out of a group of tasks nobody would hear in one line that a package is missing.
+    import_module("vpn_sentinel.server.app")
     source = source_of(args)
     # The agent here reports to the server here, whatever address other agents are given.
     source.flags = {**source.flags, "URL": "http://127.0.0.1:5000"}
@@ -41,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     return run_until_stopped(lambda stop: _both(serving, watching, SystemClock(), stop), fast=True)
 
 
-def _own_url(serving: ServerSettings) -> str:
+def _own_url(serving: "ServerSettings") -> str:
     """Where the agent here reaches the server here. Raises SettingError."""
     if serving.tls_cert is None:
         return f"http://127.0.0.1:{serving.api_port}"
@@ -52,7 +58,9 @@ def _own_url(serving: ServerSettings) -> str:
     return serving.public_url
 
 
-async def _both(serving: ServerSettings, watching: AgentSettings, clock: Clock, stop: asyncio.Event) -> None:
+async def _both(serving: "ServerSettings", watching: "AgentSettings", clock: Clock, stop: asyncio.Event) -> None:
+    from vpn_sentinel.agent import app as agent
+
     ready: asyncio.Future[Store] = asyncio.get_running_loop().create_future()
     async with asyncio.TaskGroup() as tasks:
         tasks.create_task(_server(serving, clock, stop, ready))
@@ -62,17 +70,24 @@ async def _both(serving: ServerSettings, watching: AgentSettings, clock: Clock, 
         _say_hello(serving, watching)
 
 
-async def _server(settings: ServerSettings, clock: Clock, stop: asyncio.Event, ready: "asyncio.Future[Store]") -> None:
+async def _server(
+    settings: "ServerSettings", clock: Clock, stop: asyncio.Event, ready: "asyncio.Future[Store]"
+) -> None:
+    from vpn_sentinel.server import app as server
+
     try:
-        await server.serve(settings, clock, stop, report, started=ready.set_result)
+        with naming_the_setting(settings):
+            await server.serve(settings, clock, stop, report, started=ready.set_result)
     finally:
         # The server's own failure tells why; whoever waits for it must not wait for ever.
         if not ready.done():
             ready.cancel()
 
 
-async def _local_key(store: Store, kept: Path, name: str, clock: Clock) -> Secret:
+async def _local_key(store: "Store", kept: Path, name: str, clock: Clock) -> Secret:
     """The token of this machine's own agent, made at the first start and kept beside the database."""
+    from vpn_sentinel.server.access import create_token, revoke_token
+
     if (token := await asyncio.to_thread(_read_token, kept, name)) is None:
         await revoke_token(store, name, clock.wall(), shared=False)
         token = await create_token(store, name, shared=False, now=clock.wall())
@@ -100,7 +115,7 @@ def _keep_token(kept: Path, name: str, token: str) -> None:
         raise SettingError(str(kept), str(e.strerror)) from e
 
 
-def _say_hello(serving: ServerSettings, watching: AgentSettings) -> None:
+def _say_hello(serving: "ServerSettings", watching: "AgentSettings") -> None:
     if serving.dashboard_enabled:
         report(f"Dashboard:  http://localhost:{serving.dashboard_port}")
     report(f"API:        {watching.urls[0]}{serving.api_path}")

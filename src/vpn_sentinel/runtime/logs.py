@@ -27,8 +27,11 @@ class LineFormatter(logging.Formatter):
         return line
 
 
-def open_log(*, debug: bool = False, file: str | None = None) -> None:
-    """Send log lines to standard error, or to `file`. Raises Unusable when the file cannot be opened."""
+def open_log(*, debug: bool = False, quiet: bool = False, file: str | None = None) -> None:
+    """Send log lines to standard error, or to `file`; `quiet` leaves warnings and errors.
+
+    Raises Unusable when the file cannot be opened.
+    """
     try:
         handler = logging.FileHandler(file, encoding="utf-8") if file else logging.StreamHandler(sys.stderr)
     except OSError as e:
@@ -37,7 +40,7 @@ def open_log(*, debug: bool = False, file: str | None = None) -> None:
     handler.setFormatter(LineFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    root.setLevel(logging.DEBUG if debug else logging.INFO)
+    root.setLevel(logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO)
     # These print a line, with its URL, for each request; a Bot API URL holds the token.
     for noisy in ("httpx", "httpcore", "uvicorn.access", "uvicorn.error", "websockets", "asyncio", "alembic"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

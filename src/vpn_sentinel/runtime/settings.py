@@ -54,7 +54,7 @@ class Source:
             try:
                 values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
             except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
-                raise SettingError(f"configuration file {path}", str(e)) from e
+                raise SettingError(f"configuration file {path}", why(e)) from e
         given = {k: v for k, v in flags.items() if v is not None}
         return cls(env=env, file=values, flags=given)
 
@@ -70,7 +70,7 @@ class Source:
             try:
                 return Path(path).read_text(encoding="utf-8").strip() or None
             except (OSError, UnicodeDecodeError) as e:
-                raise SettingError(f"{key}_FILE", str(e)) from e
+                raise SettingError(f"{key}_FILE", f"{path}: {why(e)}") from e
         value_in_file = self.file.get(name.lower())
         match value_in_file:
             case None:
@@ -102,6 +102,11 @@ class Source:
         in_env = [k for k in self.env if k.startswith(PREFIX) and k not in plain and k != PREFIX + "CONFIG"]
         in_file = [k for k in self.file if k.upper() not in self.asked]
         return sorted(in_env + in_file)
+
+
+def why(error: Exception) -> str:
+    """What keeps a file from being used, in words and without its name."""
+    return (isinstance(error, OSError) and error.strerror) or str(error)
 
 
 def environment() -> Mapping[str, str]:
