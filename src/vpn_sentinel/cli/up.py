@@ -86,9 +86,10 @@ async def _server(
 
 async def _local_key(store: "Store", kept: Path, name: str, clock: Clock) -> Secret:
     """The token of this machine's own agent, made at the first start and kept beside the database."""
-    from vpn_sentinel.server.access import create_token, revoke_token
+    from vpn_sentinel.server.access import Access, create_token, revoke_token
 
-    if (token := await asyncio.to_thread(_read_token, kept, name)) is None:
+    token = await asyncio.to_thread(_read_token, kept, name)
+    if token is None or await Access(store, clock, None).caller(token) is None:  # revoked since, perhaps
         await revoke_token(store, name, clock.wall(), shared=False)
         token = await create_token(store, name, shared=False, now=clock.wall())
         await asyncio.to_thread(_keep_token, kept, name, token)

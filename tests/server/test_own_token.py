@@ -1,0 +1,21 @@
+"""The token that `vpn-sentinel up` makes for the agent beside it: on both engines."""
+
+from pathlib import Path
+
+from tests.conftest import ManualClock
+from vpn_sentinel.cli.up import _local_key
+from vpn_sentinel.server.access import Access, revoke_token
+from vpn_sentinel.server.store.store import Store
+
+
+async def test_it_is_kept_and_replaced_once_it_is_revoked(store: Store, clock: ManualClock, tmp_path: Path) -> None:
+    kept = tmp_path / "agent.token"
+    first = await _local_key(store, kept, "here", clock)
+    assert (await _local_key(store, kept, "here", clock)).reveal() == first.reveal()
+    await revoke_token(store, "here", clock.wall())
+    second = await _local_key(store, kept, "here", clock)
+    access = Access(store, clock, None)
+    assert await access.caller(first.reveal()) is None
+    caller = await access.caller(second.reveal())
+    assert caller is not None
+    assert caller.may_report_as("here")
