@@ -229,6 +229,17 @@ async def test_messages_of_one_tunnel_in_one_batch_follow_each_other(watch: Watc
     assert [m for m in await watch.moves() if m[2] == "leaking"] == [(-8.0, "protected", "leaking")]
 
 
+@pytest.mark.parametrize(("seen", "told"), [(WELL, ["recovered"]), (DEAD, [])], ids=["well", "dead"])
+async def test_what_an_agent_saw_just_before_it_connected(watch: Watch, seen: Observation, told: list[str]) -> None:
+    """One that was started again looks around first: that all is well is told at once, trouble is looked at anew."""
+    await watch.take((1, 0.0, WELL))
+    watch.clock.now += 100
+    await watch.tracker.sweep(["nl"], watch.clock.now)
+    watch.clock.now += 60
+    await watch.take((1, 1.0, seen), spool="s2", connected_at=watch.clock.now - 0.1)
+    assert await watch.kinds() == ["connected", "silent", *told]
+
+
 async def test_each_transition_is_logged_once_it_is_stored(watch: Watch, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     rounds = ((1, 9.0, WELL), (2, 8.0, LEAK), (3, 7.0, WELL), (4, 0.0, WELL))

@@ -40,6 +40,8 @@ _PULSED: Final = 15.0
 _REFUTED: Final = 600.0
 # Ports below belong to a system's own services: no VPN forwards them, and nobody should be made to knock there.
 _LEAST_PORT: Final = 1024
+# Seconds before an agent could speak that what it saw still stands for now.
+_FRESH: Final = 2.0
 # Seconds that a reference agent gets to find out that home is down, when a tunnel there died: three of its pulses.
 _HOME_TELLS: Final = 6.0
 _MAYBE_HOME: Final = frozenset({Code.NO_TRAFFIC, Code.UPLINK_DOWN})
@@ -209,7 +211,9 @@ class Tracker:
         row.spool, row.seq = spool, last
         self._note_sender(row, arrival)
         # After a silence the first words are of the time before the agent could speak; how things stand now follows.
-        stale = before.told is State.SILENT and memory.seen_at < arrival.connected_at
+        # That all is well is as good as new: an agent that was started looks around before it connects.
+        lately = _FRESH if memory.state is State.PROTECTED else 0.0
+        stale = before.told is State.SILENT and memory.seen_at < arrival.connected_at - lately
         settled = arrival.caught_up and not stale and (home_known or not self._waits_for_home(row, memory))
         self._follow(row, before, memory, events, now, writes, caught_up=settled)
         if arrival.spool is None:
