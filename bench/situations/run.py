@@ -125,6 +125,7 @@ def _cost(row: Row) -> float:
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench situations", description=__doc__.split("\n")[0])
     parser.add_argument("--rows", default="", help="numbers, with or without a part: 1,5,45b")
+    parser.add_argument("--again", action="store_true", help="keep what the last run found of the other rows")
     parser.add_argument("--kind", choices=["wireguard", "openvpn", "both"], default="both")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--parallel", type=int, default=5)
@@ -159,13 +160,17 @@ def main(words: Sequence[str] | None = None) -> None:
         with ThreadPoolExecutor(given.parallel) as pool:
             for future in [pool.submit(run.chain, *item) for item in work]:
                 future.result()
+    wrong = sum(not t.right for r in results for t in r.trials)
+    tried = sum(len(r.trials) for r in results)
+    if given.again:
+        results += table.earlier(results, ROWS, unprivileged=given.unprivileged)
     results.sort(key=lambda r: (r.kind != "wireguard", r.row.number, r.row.part))
     took = time.time() - began
     table.write_raw(results, began, took, unprivileged=given.unprivileged)
-    page = table.section(results, began, took, repeat=given.repeat, unprivileged=given.unprivileged)
+    again = given.rows if given.again else ""
+    page = table.section(results, began, took, repeat=given.repeat, unprivileged=given.unprivileged, again=again)
     if given.out is not None:
         table.put(given.out, page)
     print(page)
-    wrong = sum(not t.right for r in results for t in r.trials)
-    print(f"{wrong} of {sum(len(r.trials) for r in results)} trials were wrong; {took / 60:.1f} minutes")
+    print(f"{wrong} of {tried} trials were wrong; {took / 60:.1f} minutes")
     sys.exit(1 if wrong else 0)

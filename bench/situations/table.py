@@ -34,15 +34,29 @@ def line(result: Result) -> str:
     return f"{mark} {good}/{len(result.trials)}  {result.row.name:>4} {result.kind:<9} {result.row.title}: {times}"
 
 
-def section(results: Sequence[Result], began: float, took: float, *, repeat: int, unprivileged: bool) -> str:
-    """The page's part of this run."""
+def earlier(results: Sequence[Result], rows: Sequence[Row], *, unprivileged: bool) -> list[Result]:
+    """What the last run found of the rows that are not among `results`, out of its raw figures."""
+    by_name, tried = {row.name: row for row in rows}, {(r.row.name, r.kind) for r in results}
+    raw = json.loads(_raw_file(unprivileged=unprivileged).read_text(encoding="utf-8"))["rows"]
+    return [
+        Result(by_name[r["row"]], r["tunnel"], [Trial(**{k: t[k] for k in t if k != "right"}) for t in r["trials"]])
+        for r in raw
+        if (r["row"], r["tunnel"]) not in tried
+    ]
+
+
+def section(
+    results: Sequence[Result], began: float, took: float, *, repeat: int, unprivileged: bool, again: str = ""
+) -> str:
+    """The page's part of this run, which tried only the rows `again` anew where some are named."""
     title = "As uid 65534, without a capability" if unprivileged else "As root"
     when = datetime.fromtimestamp(began, UTC).strftime("%Y-%m-%d %H:%M UTC")
     good, whole = sum(t.right for r in results for t in r.trials), sum(len(r.trials) for r in results)
     lines = [
         f"## {title}",
         "",
-        f"{when}, {took / 60:.0f} minutes, each row {repeat} times: {good} of {whole} trials right. {_machine()}.",
+        f"{when}, {took / 60:.0f} minutes, each row {repeat} times: {good} of {whole} trials right. {_machine()}."
+        + (f" In this run rows {again} were tried again; the others are of the run before." if again else ""),
         "",
         "| # | situation | tunnel | right verdict | right | fault → verdict, median / worst | promised "
         "| fault → message, median / worst | verdict → message, worst | note |",
@@ -104,7 +118,6 @@ def _machine() -> str:
 def write_raw(results: Sequence[Result], began: float, took: float, *, unprivileged: bool) -> None:
     """All figures, one file a way of running."""
     RESULTS.mkdir(exist_ok=True)
-    name = "situations-unprivileged.json" if unprivileged else "situations.json"
     found = {
         "began": datetime.fromtimestamp(began, UTC).isoformat(timespec="seconds"),
         "seconds": round(took),
@@ -115,7 +128,11 @@ def write_raw(results: Sequence[Result], began: float, took: float, *, unprivile
             for r in results
         ],
     }  # fmt: skip
-    (RESULTS / name).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    _raw_file(unprivileged=unprivileged).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def _raw_file(*, unprivileged: bool) -> Path:
+    return RESULTS / ("situations-unprivileged.json" if unprivileged else "situations.json")
 
 
 def _raw(trial: Trial) -> dict[str, object]:
