@@ -139,6 +139,8 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--mbit", type=float, default=0.0, help="then also with so much traffic in the tunnel")
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting of the agent")
     given = parser.parse_args(words)
+    if given.pid is not None and given.mbit:
+        parser.error("--mbit needs the lab: it goes without --pid")
     settings = {f"VPN_SENTINEL_{name}": value for name, _, value in (item.partition("=") for item in given.set)}
     with bare() as reference:
         if given.pid is not None:

@@ -136,6 +136,7 @@ def main(words: Sequence[str] | None = None) -> None:
     given = parser.parse_args(words)
     kinds = ["wireguard", "openvpn"] if given.kind == "both" else [given.kind]
     todo = chosen(given.rows, kinds, unprivileged=given.unprivileged)
+    before = table.earlier(ROWS, unprivileged=given.unprivileged) if given.again else []
     results: list[Result] = []
     began = time.time()
     with ExitStack() as ends:
@@ -163,7 +164,8 @@ def main(words: Sequence[str] | None = None) -> None:
     wrong = sum(not t.right for r in results for t in r.trials)
     tried = sum(len(r.trials) for r in results)
     if given.again:
-        results += table.earlier(results, ROWS, unprivileged=given.unprivileged)
+        anew = {(r.row.name, r.kind) for r in results}
+        results += [r for r in before if (r.row.name, r.kind) not in anew]
     results.sort(key=lambda r: (r.kind != "wireguard", r.row.number, r.row.part))
     took = time.time() - began
     table.write_raw(results, began, took, unprivileged=given.unprivileged)
