@@ -1,6 +1,7 @@
 """Forwarded ports are tried from outside: who, when, and what counts as closed."""
 
 import asyncio
+import errno
 import random
 from ipaddress import ip_address
 
@@ -64,18 +65,46 @@ async def test_each_is_tried_now_and_then_a_changed_one_soon_and_a_gone_one_neve
     forwarded = {"nl": EXIT}
     door = Door(*[Answer.ANSWERED] * 9)
     ports = Ports(forwarded, door.tried, clock, knock=door.knock, pause=0.0, rng=random.Random(1))
-    assert ports.due() == [("nl", EXIT)]
-    assert ports.due() == []
+
+    async def tried() -> list[object]:
+        due = ports.due()
+        for name, where in due:
+            await ports._try(name, where)
+        return list(due)
+
+    assert await tried() == [("nl", EXIT)]
+    assert await tried() == []
     forwarded["nl"] = (EXIT[0], 42000)
     clock.now += 10
-    assert ports.due() == []  # not as fast as an agent likes
+    assert await tried() == []  # not as fast as an agent likes
     clock.now += 25
-    assert ports.due() == [("nl", (EXIT[0], 42000))]
+    assert await tried() == [("nl", (EXIT[0], 42000))]
     clock.now += EVERY * 1.1
-    assert ports.due() == [("nl", (EXIT[0], 42000))]
+    assert await tried() == [("nl", (EXIT[0], 42000))]
     forwarded.clear()
     clock.now += EVERY * 2
     assert ports.due() == []
+
+
+async def test_a_host_out_of_descriptors_knows_nothing_of_a_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> object:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("socket.socket", refuse)
+    assert await knock(*EXIT) is Answer.UNKNOWN
+
+
+async def test_what_cannot_be_kept_stops_no_other_try(clock: ManualClock, caplog: pytest.LogCaptureFixture) -> None:
+    async def knock(_address: object, _port: int) -> Answer:
+        return Answer.ANSWERED
+
+    async def tried(_port: PortTried) -> None:
+        raise ValueError("a row of a newer version")
+
+    ports = Ports({"nl": EXIT}, tried, clock, knock=knock, pause=0.0)
+    ((name, where),) = ports.due()
+    await ports._try(name, where)
+    assert "cannot be kept" in caplog.text
 
 
 async def test_one_whose_answer_is_still_awaited_is_not_asked_again(clock: ManualClock) -> None:

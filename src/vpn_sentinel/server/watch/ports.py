@@ -31,9 +31,11 @@ _LIMIT: Final = 5.0
 _AT_ONCE: Final = 16
 _TICK: Final = 1.0
 # Nothing of this host leads there, or it forbids to ask: that says nothing of the port.
-_OURS: Final = frozenset(
-    {errno.ENETUNREACH, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.EADDRNOTAVAIL}
-)
+_OURS: Final = {
+    errno.ENETUNREACH, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM,
+    errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT,
+}  # fmt: skip
+
 
 Where = tuple[IPAddress, int]
 
@@ -48,19 +50,17 @@ class _Plan:
 
 async def knock(address: IPAddress, port: int, *, limit: float = _LIMIT) -> Answer:
     """Connect once and hang up. UNKNOWN when this host cannot ask."""
-    sock = socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6, socket.SOCK_STREAM)
-    sock.setblocking(False)
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     try:
-        async with asyncio.timeout(limit):
-            await asyncio.get_running_loop().sock_connect(sock, (str(address), port))
+        with socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as sock:
+            async with asyncio.timeout(limit):
+                await asyncio.get_running_loop().sock_connect(sock, (str(address), port))
     except ConnectionRefusedError:
         return Answer.UNREACHABLE
     except TimeoutError:
         return Answer.LOST
     except OSError as e:
         return Answer.UNKNOWN if e.errno in _OURS else Answer.LOST
-    finally:
-        sock.close()
     return Answer.ANSWERED
 
 
@@ -106,19 +106,19 @@ class Ports:
             elif plan.where != where:
                 plan.where, plan.due = where, min(plan.due, max(now, plan.tried + _APART))
             if plan.due <= now and not plan.asking:
+                plan.asking = True  # closed ports take long: however many there are, each waits for its turn once
                 plan.tried, plan.due = now, now + EVERY * self._rng.uniform(0.9, 1.1)
                 found.append((name, where))
         return found
 
     async def _try(self, name: str, where: Where) -> None:
-        if (plan := self._plans.get(name)) is None:
-            return
-        plan.asking = True  # closed ports take long: however many there are, each waits for its turn once
+        plan = self._plans.get(name)
         try:
             async with self._slots:
                 answer = await self._ask(where)
         finally:
-            plan.asking = False
+            if plan is not None:
+                plan.asking = False
         if answer is Answer.UNKNOWN or self._forwarded.get(name) != where:
             return
         check = PortCheck(address=where[0], port=where[1], answer=answer)
@@ -126,6 +126,9 @@ class Ports:
             await self._tried(PortTried(tunnel=name, check=check, at=self._clock.wall()))
         except (StoreUnavailable, Busy) as e:
             log.warning("a forwarded port's state was not kept", extra={"tunnel": name, "reason": str(e)})
+        except Exception:
+            # One bad row, say of a newer version, must not keep the others' ports from being tried.
+            log.exception("a forwarded port's state cannot be kept", extra={"tunnel": name})
 
     async def _ask(self, where: Where) -> Answer:
         """One lost packet is no closed port: only the third silence counts."""
