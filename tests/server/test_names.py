@@ -30,6 +30,15 @@ async def test_the_tunnels_of_the_database_are_known_but_not_those_whose_tokens_
     assert await names_of(store) == ["shared-key", "own", "renewed"]
 
 
+async def test_who_reported_since_came_by_another_key(store: Store, clock: ManualClock) -> None:
+    await _hold(store, clock.now, "nl", "de")
+    await create_token(store, "nl", shared=False, now=clock.now - 60)
+    await revoke_token(store, "nl", clock.now - 60)
+    await create_token(store, "de", shared=True, now=clock.now)  # a shared one that is merely called so
+    await revoke_token(store, "de", clock.now)
+    assert await names_of(store) == ["nl", "de"]
+
+
 async def test_a_revoked_agents_pulse_key_stays_refused_after_a_restart(store: Store, clock: ManualClock) -> None:
     await _hold(store, clock.now, "nl", "de")
     await create_token(store, "nl", shared=False, now=clock.now)

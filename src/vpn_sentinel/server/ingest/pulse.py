@@ -7,7 +7,7 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily
-from sqlalchemy import func, select
+from sqlalchemy import func, or_, select
 
 from vpn_sentinel.server.groupcommit import Busy
 from vpn_sentinel.server.ingest.ledger import Ledger, Seen
@@ -24,6 +24,8 @@ _CHECKS: Final = 50
 # News that wait at most; each tunnel has one line at a time, so this is never reached by those that are known.
 _WAITING: Final = 100_000
 _TOGETHER: Final = 256
+# Seconds for which a revoked key may still have been taken (see access), and some.
+_REVOKED: Final = 10.0
 
 
 class PulseProtocol(asyncio.DatagramProtocol):
@@ -95,13 +97,15 @@ class Names:
 
 
 async def names_of(store: Store) -> list[str]:
-    """The tunnels that the database holds, the newest last, without those of whose tokens all are revoked.
+    """The tunnels that the database holds, the newest last, without those of whose own tokens all are revoked.
 
-    The key of a pulse is made from the name, so a revoked agent has it still. One that came back by another key is
-    greeted.
+    The key of a pulse is made from the name, so a revoked agent has it still. One that has reported since came by
+    another key.
     """
-    revoked = select(tokens.c.name).group_by(tokens.c.name).having(func.count() == func.count(tokens.c.revoked_at))
-    held = select(tunnels.c.name).where(tunnels.c.name.not_in(revoked)).order_by(tunnels.c.id)
+    own = select(tokens.c.name, func.max(tokens.c.revoked_at).label("at")).where(tokens.c.shared == 0)
+    gone = own.group_by(tokens.c.name).having(func.count() == func.count(tokens.c.revoked_at)).subquery()
+    held = select(tunnels.c.name).outerjoin(gone, gone.c.name == tunnels.c.name)
+    held = held.where(or_(gone.c.at.is_(None), tunnels.c.last_seen > gone.c.at + _REVOKED)).order_by(tunnels.c.id)
     try:
         return [row.name for row in await store.read(held)]
     except StoreUnavailable:
