@@ -21,10 +21,13 @@ class Patient:
         self._store = store
         self.fault: Exception | None = None
         self.hang = False
+        self.full = False
         self.pings = 0
 
     async def ping(self) -> None:
         self.pings += 1
+        if self.full:
+            raise StoreUnavailable("disk_full", "database or disk is full")
         if self.hang:
             await asyncio.Event().wait()
         if self.fault:
@@ -130,11 +133,16 @@ async def test_metrics(
     assert families["vpn_sentinel_build_info"].samples[0].labels["version"]
     assert "seedbox" not in text
     assert "198.51.100" not in text
-    patient.fault = StoreUnavailable("connection", "refused")
+    patient.full = True
     assert "vpn_sentinel_database_up 1.0" in (await probe.get("/metrics")).text, "asked a moment ago"
     clock.now += 6
     text = (await probe.get("/metrics")).text
-    assert "vpn_sentinel_database_up 0.0" in text  # a ping writes: so it is on a full disk
+    assert "vpn_sentinel_database_up 0.0" in text
+    assert 'vpn_sentinel_tunnels{state="leaking"} 1.0' in text, "reading works: whoever leaks is still to be seen"
+    patient.fault = StoreUnavailable("connection", "refused")
+    clock.now += 6
+    text = (await probe.get("/metrics")).text
+    assert "vpn_sentinel_database_up 0.0" in text
     assert "vpn_sentinel_tunnels{" not in text
 
 

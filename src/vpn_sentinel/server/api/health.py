@@ -2,10 +2,10 @@
 
 import asyncio
 import platform
-from collections.abc import Awaitable, Callable, Iterable, MutableMapping
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, MutableMapping
 from dataclasses import dataclass
 from http import HTTPStatus
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 import msgspec
 from prometheus_client import CollectorRegistry
@@ -25,6 +25,8 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 # How long an answer is given again instead of asking anew: nobody who calls here may wear the database out.
+T = TypeVar("T")
+
 _FRESH: Final = 1.0
 _COUNTS_FRESH: Final = 5.0
 
@@ -110,6 +112,7 @@ class TunnelsCollector(Collector):
         self._store, self._clock, self._patience = services.store, services.clock, services.patience
         self._asking = asyncio.Lock()
         self._counts: dict[State, int] | None = None
+        self._writes = False
         self._asked_at = float("-inf")
 
     async def refresh(self) -> None:
@@ -117,21 +120,27 @@ class TunnelsCollector(Collector):
         async with self._asking:
             if self._clock.boottime() - self._asked_at <= _COUNTS_FRESH:
                 return
-            try:
-                async with asyncio.timeout(self._patience):
-                    await self._store.ping()  # a write: a full disk still answers questions
-                    self._counts = await reading.counts(self._store)
-            except (TimeoutError, StoreUnavailable):
-                self._counts = None
+            self._counts = await self._within(reading.counts(self._store))
+            self._writes = await self._within(self._pinged()) or False
             self._asked_at = self._clock.boottime()
+
+    async def _within(self, asked: Coroutine[Any, Any, T]) -> T | None:
+        try:
+            async with asyncio.timeout(self._patience):
+                return await asked
+        except (TimeoutError, StoreUnavailable):
+            return None
+
+    async def _pinged(self) -> bool:
+        await self._store.ping()  # a write: a full disk still answers questions
+        return True
 
     def collect(self) -> Iterable[Metric]:
         build = InfoMetricFamily("vpn_sentinel_build", "What is running.")
         build.add_metric([], {"version": __version__, "python": platform.python_version()})
         yield build
-        answered = 0.0 if self._counts is None else 1.0
         yield GaugeMetricFamily(
-            "vpn_sentinel_database_up", "1 when the database took a write for this scrape.", value=answered
+            "vpn_sentinel_database_up", "1 when the database took a write for this scrape.", value=float(self._writes)
         )
         if self._counts is not None:
             tunnels = GaugeMetricFamily("vpn_sentinel_tunnels", "Tunnels by state.", labels=["state"])
