@@ -10,9 +10,20 @@ from sqlalchemy import select
 
 from tests.conftest import ManualClock
 from tests.server.test_tracker import DEAD, EXIT, START, WELL, Watch, canary, running
-from vpn_sentinel.domain.observation import Action, Answer, Link, Observation, Outcome, Path, PortCheck, Trigger
+from vpn_sentinel.domain.observation import (
+    Action,
+    Answer,
+    Link,
+    Observation,
+    Outcome,
+    Path,
+    PortCheck,
+    Probe,
+    Quality,
+    Trigger,
+)
 from vpn_sentinel.domain.policy import Policy
-from vpn_sentinel.server.sites import LEFT, Sites
+from vpn_sentinel.server.sites import LEFT, Sites, Span
 from vpn_sentinel.server.store.schema import actions, observations
 from vpn_sentinel.server.store.store import Store
 from vpn_sentinel.server.tracker import Tracker
@@ -35,10 +46,10 @@ class Site(Watch):
 
     def __init__(self, store: Store, clock: ManualClock, policy: Policy) -> None:
         super().__init__(store, clock, policy)
-        self.pulsed: dict[str, float] = {}
+        self.pulsed: dict[str, Span] = {}
         self.tracker = Tracker(
             self.store, clock, self.hub, policy, channels=("telegram",), on_commit=self._wake,
-            sites=Sites(lambda name: self.pulsed.get(name, 0.0)),
+            sites=Sites(self.pulsed.get),
         )  # fmt: skip
 
     async def tunnel(self, *seen: Observation, **more: Any) -> None:
@@ -124,16 +135,45 @@ async def test_a_pulse_of_the_reference_shows_that_home_is_well(site: Site) -> N
     await site.reference(at_home(OLD_HOME))
     await site.tunnel(WELL)
     site.clock.now += 5
-    site.pulsed["beside"] = site.clock.now - 1
+    site.pulsed["beside"] = (START - 60, site.clock.now - 1)
     await site.tunnel(replace(CLOSED_UP, silent_for=3.0))
     assert (await site.kinds())[-1] == "down"
     assert "no_traffic" in await site.codes()
 
 
+async def test_pulses_that_only_came_back_say_nothing_of_the_outage(site: Site) -> None:
+    """Home was away for half a minute; what comes back first is the tunnel's report, and then the reference's."""
+    await site.reference(at_home(OLD_HOME))
+    await site.tunnel(WELL)
+    told = await site.kinds()
+    site.clock.now += 35
+    site.pulsed["beside"] = (site.clock.now - 1, site.clock.now)
+    beside = replace(canary(None, Path.OUTSIDE), probe=Probe.PHYSICAL)
+    dead = replace(CLOSED_UP, canaries=(*CLOSED_UP.canaries, beside), silent_for=3.0)
+    await site.take((10, 27.0, dead), (11, 20.0, dead), tunnel="nl", site="attic", caught_up=False)
+    assert "uplink_down" in await site.codes()
+    assert "no_traffic" not in await site.codes()
+    await site.reference(replace(HOME_DOWN, silent_for=3.0), at_home(OLD_HOME))
+    assert "down" not in (await site.kinds())[len(told) :]
+
+
+async def test_a_round_trip_is_allowed_for(site: Site) -> None:
+    """The reply to the tunnel's pulse died on its way, and the reference's later pulse was still let out."""
+    await site.reference(at_home(OLD_HOME))
+    await site.tunnel(WELL)
+    told = await site.kinds()
+    site.clock.now += 5
+    slow = Quality(seconds=60.0, sent=30, lost=0, rtt_ms=400.0)
+    began = site.clock.now - 3.0
+    site.pulsed["beside"] = (START - 60, began + 0.3)
+    await site.tunnel(replace(CLOSED_UP, silent_for=3.0, quality=slow))
+    assert await site.kinds() == told
+
+
 async def test_a_dead_tunnel_waits_for_the_reference_that_home_is_told_once(site: Site) -> None:
     await site.reference(at_home(OLD_HOME))
     await site.tunnel(WELL)
-    site.pulsed["beside"] = site.clock.now
+    site.pulsed["beside"] = (START - 60, site.clock.now)
     told = await site.kinds()
     site.clock.now += 5
     await site.tunnel(replace(CLOSED_UP, silent_for=3.0))

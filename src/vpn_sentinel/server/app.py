@@ -38,7 +38,7 @@ from vpn_sentinel.server.notify.metrics import NotifyMetrics
 from vpn_sentinel.server.own_address import OwnAddress
 from vpn_sentinel.server.serving import embedded, listen, serve_until
 from vpn_sentinel.server.settings import ServerSettings
-from vpn_sentinel.server.sites import Sites
+from vpn_sentinel.server.sites import Sites, Span
 from vpn_sentinel.server.store.open import open_store
 from vpn_sentinel.server.store.owing import owe
 from vpn_sentinel.server.store.schema import meta, outbox
@@ -252,10 +252,11 @@ def _spare_the_collector() -> None:
     gc.set_threshold(50_000, 20, 50)
 
 
-def _pulsed(ledger: Ledger, name: str, clock: Clock) -> float:
-    """When the last pulse of `name` came over the internet, by the wall clock; 0 when none did."""
-    silent_for = ledger.silent_for(name, clock.boottime())
-    return 0.0 if silent_for is None else clock.wall() - silent_for
+def _pulsed(ledger: Ledger, name: str, clock: Clock) -> Span | None:
+    """From when to when pulses of `name` came over the internet without a gap, by the wall clock."""
+    offset = clock.wall() - clock.boottime()
+    span = ledger.steady(name)
+    return None if span is None else (span[0] + offset, span[1] + offset)
 
 
 async def _secret(store: Store) -> bytes:

@@ -32,11 +32,14 @@ _MOST_TURNS: Final = 64
 _AFTER: Final = 0.001
 # Seconds for the way of a report.
 _SLACK: Final = 2.0
-# Seconds between two pulses, and some.
-_TOGETHER: Final = 3.0
-# Seconds into a trouble from which on a pulse of the reference agent was not sent before it. A dead tunnel is known
-# 2.3 s into it at the soonest, and two pulses are 2.2 s apart at most: so while home is well, one has come by then.
+# Seconds between two pulses, and some: so much later than its tunnel a reference agent may find out that home died.
+_PULSE: Final = 3.0
+# A pulse that arrives sooner than so many seconds (and the tunnel's round trip) after the trouble began may have been
+# sent before it. A dead tunnel is known 2.3 s into it at the soonest, and two pulses are 2.2 s apart at most: so while
+# home is well, one has come by then.
 _LATER: Final = 0.1
+# From when to when pulses came without a gap, in seconds since the epoch.
+Span = tuple[float, float]
 
 _memory: Final = decoder(Memory)
 
@@ -64,17 +67,18 @@ class Reference:
         if not self.turns or self.turns[-1][1] is not state:
             self.turns = [*self.turns, (since, state)][-_MOST_TURNS:]
 
-    def up(self, at: float, well_until: float, began: float, pulsed: float) -> bool | None:
+    def up(self, at: float, well_until: float, began: float, rtt: float, pulsed: Span | None) -> bool | None:
         """Whether home had internet at `at`, to a tunnel that was well until `well_until` and in trouble since `began`.
 
         A silence says that it had none, unless the tunnel still worked in it. A word from before the trouble says
-        nothing of it; a pulse that came at `pulsed`, after it began, does.
+        nothing of it; pulses that came without a gap from before it until after it began do, and those that only came
+        back after an outage do not. `rtt` is the tunnel's round trip in seconds.
         """
         state, since = State.UNKNOWN, 0.0
         for turn, was in self.turns:
             if turn > at:
                 # Both died together; its pulse that stayed away was only later due than the tunnel's.
-                if was is State.DOWN and turn < began + _TOGETHER:
+                if was is State.DOWN and turn < began + _PULSE:
                     return False
                 break
             state, since = was, turn
@@ -84,24 +88,25 @@ class Reference:
             state, since = State.SILENT, self.seen_at
         if state is State.SILENT:
             return False if well_until <= since + self.patience else None
-        later = self.well_at >= began or pulsed >= began + _LATER
-        return True if state is State.PROTECTED and later else None
+        through = pulsed is not None and pulsed[0] < began and pulsed[1] >= began + rtt + _LATER
+        return True if state is State.PROTECTED and (self.well_at >= began or through) else None
 
-    def works(self) -> bool:
+    def works(self, now: float) -> bool:
         """Whether the last that was heard of it was good, and it is not silent."""
-        return bool(self.turns) and self.turns[-1][1] is State.PROTECTED
+        silent = self.deadline is not None and now > self.deadline
+        return bool(self.turns) and self.turns[-1][1] is State.PROTECTED and not silent
 
 
 class Sites:
     """Reference agents by name. Its methods are called from the thread that writes and from the event loop.
 
-    `pulsed` tells when, by the server's clock, the last pulse of an agent came over the internet, 0 when none did.
+    `pulsed` tells when, by the server's clock, pulses of an agent last came over the internet.
     """
 
-    def __init__(self, pulsed: Callable[[str], float] = lambda _: 0.0) -> None:
+    def __init__(self, pulsed: Callable[[str], Span | None] = lambda _: None) -> None:
         self._pulsed = pulsed
         self._references: dict[str, Reference] = {}
-        self._by_site: dict[str, tuple[Reference, ...]] = {}
+        self._by_site: dict[str, dict[str, Reference]] = {}
 
     def saw(self, name: str, site: str, homes: tuple[Home, ...], since: float, at: float, state: State) -> None:
         """Take one observation of the reference agent `name`, made at `at`, whose verdict held since `since`."""
@@ -114,7 +119,7 @@ class Sites:
             known.said(min(since, at), state)
         known.seen_at = max(known.seen_at, at)
         if state is State.PROTECTED:
-            known.well_at = known.seen_at
+            known.well_at = max(known.well_at, at)
 
     def heard(self, name: str, deadline: float, patience: float) -> None:
         if (known := self._references.get(name)) is not None:
@@ -133,27 +138,24 @@ class Sites:
 
     def homes(self, site: str) -> tuple[IPNetwork, ...]:
         """The networks that must not be seen outside the tunnels of `site`."""
-        return tuple(home.network for known in self._by_site.get(site, ()) for home in known.homes) if site else ()
+        return tuple(home.network for known in self._of(site).values() for home in known.homes)
 
-    def up(self, site: str, at: float, well_until: float, began: float) -> bool | None:
+    def up(self, site: str, at: float, well_until: float, began: float, rtt: float = 0.0) -> bool | None:
         """Whether the internet of `site` worked at `at`; None when nobody can tell. See `Reference.up`."""
-        if not site:
-            return None
-        said = {
-            known.up(at, well_until, began, self._pulsed(name))
-            for name, known in self._references.items()
-            if known.site == site
-        }
+        said = {known.up(at, well_until, began, rtt, self._pulsed(name)) for name, known in self._of(site).items()}
         return True if True in said else False if False in said else None
 
-    def may_tell(self, site: str) -> bool:
+    def may_tell(self, site: str, now: float) -> bool:
         """Whether a reference agent of `site` was well when last heard of: it tells soon if home has no internet."""
-        return any(known.works() for known in self._by_site.get(site, ())) if site else False
+        return any(known.works(now) for known in self._of(site).values())
+
+    def _of(self, site: str) -> Mapping[str, Reference]:
+        return self._by_site.get(site, {}) if site else {}
 
     def _put(self, references: dict[str, Reference]) -> None:
-        by_site: dict[str, tuple[Reference, ...]] = {}
-        for known in references.values():
-            by_site[known.site] = (*by_site.get(known.site, ()), known)
+        by_site: dict[str, dict[str, Reference]] = {}
+        for name, known in references.items():
+            by_site.setdefault(known.site, {})[name] = known
         self._references, self._by_site = references, by_site
 
     async def load(self, store: Store, now: float) -> None:

@@ -6,13 +6,14 @@ Whatever enters, a report, a sighting or a passed deadline, goes through here; n
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Final
 
 from sqlalchemy import select
 
 from vpn_sentinel.domain.judge import judge
-from vpn_sentinel.domain.machine import Event, Memory, Moved, advance, overdue, silence_finding
+from vpn_sentinel.domain.machine import Event, Memory, Moved, Revised, advance, overdue, silence_finding
 from vpn_sentinel.domain.notice import notices
 from vpn_sentinel.domain.observation import Observation, Trigger
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy, is_public
@@ -41,7 +42,7 @@ _REFUTED: Final = 600.0
 # Ports below belong to a system's own services: no VPN forwards them, and nobody should be made to knock there.
 _LEAST_PORT: Final = 1024
 # Seconds before an agent could speak that what it saw still stands for now.
-_FRESH: Final = 2.0
+_LATELY: Final = 2.0
 # Seconds that a reference agent gets to find out that home is down, when a tunnel there died: three of its pulses.
 _HOME_TELLS: Final = 6.0
 _MAYBE_HOME: Final = frozenset({Code.NO_TRAFFIC, Code.UPLINK_DOWN})
@@ -212,24 +213,25 @@ class Tracker:
         self._note_sender(row, arrival)
         # After a silence the first words are of the time before the agent could speak; how things stand now follows.
         # That all is well is as good as new: an agent that was started looks around before it connects.
-        lately = _FRESH if memory.state is State.PROTECTED else 0.0
+        lately = _LATELY if memory.state is State.PROTECTED else 0.0
         stale = before.told is State.SILENT and memory.seen_at < arrival.connected_at - lately
-        settled = arrival.caught_up and not stale and (home_known or not self._waits_for_home(row, memory))
-        self._follow(row, before, memory, events, now, writes, caught_up=settled)
+        waits = not home_known and self._waits_for_home(row, memory, now)
+        self._follow(row, before, memory, events, now, writes, caught_up=arrival.caught_up and not stale and not waits)
         if arrival.spool is None:
             self._steady.pop(row.name, None)
             # The same again would move as little: what depends on time (a grace, a wrong clock) is not of this kind.
             if row.memory == was and memory.candidate is None and not _extras(arrival):
                 self._steady[row.name] = (_mark(row, arrival, seen), verdict.state.value)
 
-    def _waits_for_home(self, row: TunnelRow, memory: Memory) -> bool:
+    def _waits_for_home(self, row: TunnelRow, memory: Memory, now: float) -> bool:
         """Whether a dead tunnel is not told yet, because its reference agent may be about to say that home is down.
 
-        That one pulses too, so while home is well the server knows it at once, and nothing waits. Nor does an interface
-        that is gone: home has no part in that.
+        That one pulses too, so while home is well this server knows it at once, and nothing waits; unless the pulses go
+        to another replica, or come over a LAN, or not at all. An interface that is gone waits never: home has no part
+        in that.
         """
         fresh = memory.state is State.DOWN and memory.seen_at - memory.since < _HOME_TELLS
-        return fresh and any(f.code in _MAYBE_HOME for f in memory.findings) and self._sites.may_tell(row.site)
+        return fresh and any(f.code in _MAYBE_HOME for f in memory.findings) and self._sites.may_tell(row.site, now)
 
     def _note_sender(self, row: TunnelRow, arrival: Arrival) -> None:
         """That it was heard, and what that means for its site and its forwarded port."""
@@ -320,7 +322,7 @@ class Tracker:
         memory, told = notices(before, memory, events, caught_up=caught_up)
         for event in events:
             record(row.id, event, now, writes)
-            if isinstance(event, Moved):
+            if isinstance(event, Moved | Revised):
                 writes.moves.append((row.name, event))
         for notice in told:
             writes.deliveries += owed(complete(notice, row), self._channels, now)
@@ -333,13 +335,16 @@ class Tracker:
         writes.tunnels[row.id] = row
 
 
-def _say(name: str, moved: Moved) -> None:
+def _say(name: str, event: Moved | Revised) -> None:
     """Log a transition. Not that a tunnel is there and well: of a fleet that would be thousands of lines at a start."""
-    if (moved.old, moved.new) == (State.PENDING, State.PROTECTED):
-        return
-    level = logging.INFO if moved.new is State.PROTECTED else logging.WARNING
-    codes = ",".join(f.code for f in moved.findings)
-    log.log(level, "tunnel changed", extra={"tunnel": name, "state": moved.new, "was": moved.old, "codes": codes})
+    at = datetime.fromtimestamp(event.at, UTC).isoformat(timespec="seconds")
+    if isinstance(event, Revised):
+        log.info("the silence is void: the agent watched all along", extra={"tunnel": name, "at": at})
+    elif (event.old, event.new) != (State.PENDING, State.PROTECTED):
+        level = logging.INFO if event.new is State.PROTECTED else logging.WARNING
+        codes = ",".join(f.code for f in event.findings)
+        facts = {"tunnel": name, "state": event.new, "was": event.old, "at": at, "codes": codes}
+        log.log(level, "tunnel changed", extra=facts)
 
 
 def _introduce(row: TunnelRow, arrival: Arrival) -> None:

@@ -82,7 +82,8 @@ class Scales:
             seen = replace(seen, port_check=check)
         if row.site:
             well = _well_until(memory)
-            up = self._sites.up(row.site, at, well, max(at - seen.silent_for, well))
+            rtt = (seen.quality.rtt_ms or 0.0) / 1000 if seen.quality else 0.0
+            up = self._sites.up(row.site, at, well, max(at - seen.silent_for, well), rtt)
             if up is not None:
                 seen = replace(seen, reference_up=up)
         return seen

@@ -22,7 +22,7 @@ class Writes:
     ordered: list[Batch] = field(default_factory=list)
     deliveries: list[tuple[object, ...]] = field(default_factory=list)
     actions: list[tuple[object, ...]] = field(default_factory=list)
-    moves: list[tuple[str, Moved]] = field(default_factory=list)
+    moves: list[tuple[str, Moved | Revised]] = field(default_factory=list)
 
     def take(self, more: "Writes") -> None:
         self.tunnels |= more.tunnels

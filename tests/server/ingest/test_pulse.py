@@ -215,6 +215,20 @@ def test_a_run_that_an_old_one_displaced_in_a_silence_comes_back() -> None:
     assert [str(s.address) for s in port.told] == [EXIT[0], HOME[0], EXIT[0]]
 
 
+def test_it_is_known_since_when_pulses_come_without_a_gap() -> None:
+    port, agent = Port("nl"), Agent()
+    assert port.ledger.steady("nl") is None
+    for _ in range(3):
+        port.gets(agent.pulse())
+        port.now += 2
+    assert port.ledger.steady("nl") == (100.0, 104.0)
+    port.now += 3
+    port.gets(agent.pulse())
+    assert port.ledger.steady("nl") == (109.0, 109.0)
+    port.gets(agent.pulse(), ("192.168.7.2", 40000))
+    assert port.ledger.steady("nl") is None  # over a LAN: that says nothing of the internet
+
+
 @given(st.lists(st.integers(1, 400), max_size=300))
 def test_a_window_takes_each_number_once_and_none_that_is_old(numbers: list[int]) -> None:
     window, taken, top = Window(), set[int](), 0

@@ -19,6 +19,8 @@ _MASK: Final = (1 << _WIDTH) - 1
 _RUNS: Final = 8  # runs of one agent whose numbers are remembered
 # Seconds without a pulse of the run that counts until another may take its place: an agent sends every two.
 _QUIET: Final = 6.0
+# More seconds than this between two pulses are a gap: one that was lost, or a line that was dead.
+_GAP: Final = 3.0
 _MOST: Final = 50_000  # tunnels that are known at a time
 # Pulses in a row, over so many seconds, that tell of no new reply, before the replies count as unheard. An agent whose
 # pulses go unanswered sends ten within 3 s; of which, at 30 % loss, all are lost once in 100,000 times.
@@ -54,7 +56,10 @@ class Window:
 
 @dataclass(slots=True)
 class Record:
-    """One tunnel's pulses. Times are by a clock that never jumps. Of `windows`, by run, the newest used is the last."""
+    """One tunnel's pulses. Times are by a clock that never jumps. Of `windows`, by run, the newest used is the last.
+
+    Since `steady` they have come without a gap.
+    """
 
     name: str
     key: bytes
@@ -65,6 +70,7 @@ class Record:
     address: IPAddress | None = None
     by_family: dict[int, IPAddress] = field(default_factory=dict)
     last: float = -math.inf
+    steady: float = -math.inf
     heard: int = 0
     advanced: float = 0.0
     waiting: int = 0
@@ -113,12 +119,12 @@ class Ledger:
     def find(self, ident: bytes) -> Record | None:
         return self._records.get(ident)
 
-    def silent_for(self, name: str, now: float) -> float | None:
-        """Seconds since the last pulse of `name`; None when there is none, or when that came over a LAN."""
+    def steady(self, name: str) -> tuple[float, float] | None:
+        """From when to when pulses of `name` have come without a gap; None when none has, or over a LAN alone."""
         record = self._records.get(echo.ident_for(self._secret, name))
         if record is None or record.address is None or not is_public(record.address):
             return None
-        return now - record.last
+        return record.steady, record.last
 
     def key_for(self, ident: bytes) -> bytes:
         return echo.key_for(self._secret, ident)
@@ -156,6 +162,8 @@ class Ledger:
             if now - record.last < _QUIET:
                 return True
             self._new_run(record, said, now)
+        if now - record.last > _GAP:
+            record.steady = now
         record.last = now
         self._note_heard(record, said, now)
         self._note_address(record, now)
