@@ -50,11 +50,12 @@ def section(
     """The page's part of this run, which tried only the rows `again` anew where some are named."""
     title = "As uid 65534, without a capability" if unprivileged else "As root"
     when = datetime.fromtimestamp(began, UTC).strftime("%Y-%m-%d %H:%M UTC")
+    times = "once" if repeat == 1 else f"{repeat} times"
     good, whole = sum(t.right for r in results for t in r.trials), sum(len(r.trials) for r in results)
     lines = [
         f"## {title}",
         "",
-        f"{when}, {took / 60:.0f} minutes, each row {repeat} times: {good} of {whole} trials right. {_machine()}."
+        f"{when}, {took / 60:.0f} minutes, each row {times}: {good} of {whole} trials right. {_machine()}."
         + (f" In this run rows {again} were tried again; the others are of the run before." if again else ""),
         "",
         "| # | situation | tunnel | right verdict | right | fault → verdict, median / worst | promised "
