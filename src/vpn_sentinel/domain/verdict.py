@@ -154,8 +154,14 @@ MEANING: Final[Mapping[Code, Meaning]] = {
     Code.RESOLVER_UNEXPECTED: Meaning(
         State.PROTECTED, _WARNING, "Check that you know this resolver; if you do, allow it in the policy."
     ),
-    Code.RESOLVER_UNKNOWN: Meaning(State.PROTECTED, _INFO, "No method could tell which resolver asks for this host."),
-    Code.LOCATION_UNCERTAIN: Meaning(State.PROTECTED, _INFO, "Sources disagree on the place of the exit address."),
+    Code.RESOLVER_UNKNOWN: Meaning(
+        State.PROTECTED,
+        _INFO,
+        "Delegate a DNS zone to the server (docs/how-to/dns-canary.md): it sees who asks for it.",
+    ),
+    Code.LOCATION_UNCERTAIN: Meaning(
+        State.PROTECTED, _INFO, "Nothing to do: databases often disagree on VPN exits; see the evidence."
+    ),
     Code.CANARY_FLAKY: Meaning(State.PROTECTED, _INFO, "Nothing to do: the other canaries answer."),
     Code.LEAK_WATCH_OFF: Meaning(
         State.PROTECTED, _INFO, "Give the agent CAP_NET_RAW, and it sees each packet that leaves outside the tunnel."
