@@ -63,7 +63,7 @@ def test_row_32_a_third_lost_is_degraded_and_never_down(stand: Stand) -> None:
     pulsing(stand)
     began = time.time()
     stand.site.loss(30)
-    stand.wait_state("degraded", 75)
+    stand.wait_state("degraded", 150)  # a burst of pulses that happens to lose few is repeated a minute later
     print(f"30 % loss: degraded after {time.time() - began:.1f} s")
     assert "high_loss" in stand.codes()
     assert "down" not in [m["new"] for m in stand.history() if stand.seconds(m["at"]) > began]
@@ -86,6 +86,6 @@ def test_row_30_packets_that_vanish_by_their_size(stand: Stand) -> None:
     pulsing(stand)
     began = time.time()
     stand.site.mtu_black_hole()
-    stand.wait_state("degraded", 110)
+    stand.wait_state("degraded", 150)
     print(f"MTU black hole: degraded after {time.time() - began:.1f} s, {newest(stand, began).get('quality')}")
     assert "mtu_blackhole" in stand.codes()
