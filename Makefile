@@ -15,7 +15,7 @@ SUDO_FREE := $(shell [ "$$(id -u)" = 0 ] && echo yes)
 # Tests side by side: as many as there are cores; in the lab, where they mostly wait, some more.
 WORKERS  := $(shell nproc 2>/dev/null || echo 2)
 LABS     ?= 3
-# The lab lives in real time on shared cores: what fails there is tried once more in a fresh lab, and told as RERUN.
+# The lab lives in real time on shared cores: what fails there is tried once more, and told as RERUN.
 # A rerun is a race to find, not a pass to keep.
 ACCEPTANCE := -m pytest -q -raR -n $(LABS) --dist loadgroup --reruns 1 -m acceptance
 
