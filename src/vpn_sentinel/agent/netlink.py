@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Final, Protocol
 
+from vpn_sentinel.agent.net.attributes import attribute, attributes
+from vpn_sentinel.agent.net.fib import Fib, parse_entry, parse_rule
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork
 
 NEWLINK, DELLINK, GETLINK = 16, 17, 18
@@ -26,13 +28,11 @@ _HEADER: Final = struct.Struct("=IHHII")
 _LINK: Final = struct.Struct("=BxHiII")
 _ADDR: Final = struct.Struct("=BBBBi")
 _ROUTE: Final = struct.Struct("=8BI")
-_ATTR: Final = struct.Struct("=HH")
 _U32: Final = struct.Struct("=I")
 _ERROR, _DONE = 2, 3
 _REQUEST, _DUMP, _DUMP_INTERRUPTED = 0x1, 0x300, 0x10
 _FIB_MATCH = 0x2000
 _FIB_RULE_INVERT = 0x2
-_NESTED_MASK = 0x3FFF
 _NO_ROUTE = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL, errno.ENODEV, errno.ESRCH})
 
 
@@ -90,6 +90,8 @@ class Kernel(Protocol):
         self, destination: IPAddress, *, port: int = 0, protocol: int = 17, via: int | None = None, match: bool = False
     ) -> Route | None: ...
 
+    def fib(self) -> Fib: ...
+
 
 def messages(data: bytes) -> Iterator[Message]:
     """Split one datagram from the kernel. What is cut off at the end is left out."""
@@ -100,18 +102,6 @@ def messages(data: bytes) -> Iterator[Message]:
             return
         yield Message(kind, flags, sequence, data[offset + _HEADER.size : offset + length])
         offset += (length + 3) & ~3
-
-
-def attributes(body: bytes, offset: int = 0) -> dict[int, bytes]:
-    """The attributes behind a message's fixed part, the last of each kind; broken ones end the list."""
-    found = {}
-    while offset + _ATTR.size <= len(body):
-        length, kind = _ATTR.unpack_from(body, offset)
-        if length < _ATTR.size or offset + length > len(body):
-            break
-        found[kind & _NESTED_MASK] = body[offset + _ATTR.size : offset + length]
-        offset += (length + 3) & ~3
-    return found
 
 
 def parse_link(body: bytes) -> Interface | None:
@@ -210,19 +200,15 @@ def route_request(
 ) -> bytes:
     """Ask for the route that a packet of `protocol` to `destination` and `port` would take (0: any port)."""
     family = socket.AF_INET6 if isinstance(destination, IPv6Address) else socket.AF_INET
-    attrs = _attribute(1, destination.packed)
+    attrs = attribute(1, destination.packed)
     if via is not None:
-        attrs += _attribute(4, _U32.pack(via))
+        attrs += attribute(4, _U32.pack(via))
     if port:
         # Rules may look at protocol and port (`ip rule … ipproto udp dport 53`); older kernels skip these attributes.
-        attrs += _attribute(27, bytes([protocol])) + _attribute(29, struct.pack("!H", port))
+        attrs += attribute(27, bytes([protocol])) + attribute(29, struct.pack("!H", port))
     flags = _FIB_MATCH if match else 0
     body = _ROUTE.pack(family, len(destination.packed) * 8, 0, 0, 0, 0, 0, 0, flags) + attrs
     return _HEADER.pack(_HEADER.size + len(body), GETROUTE, _REQUEST, sequence, 0) + body
-
-
-def _attribute(kind: int, value: bytes) -> bytes:
-    return _ATTR.pack(_ATTR.size + len(value), kind) + value + b"\0" * (-len(value) % 4)
 
 
 def _address(packed: bytes | None) -> IPAddress | None:
@@ -272,6 +258,12 @@ class Netlink:
                         return None
                     raise OSError(code, "netlink refuses to look a route up")
                 return parse_route(message.body)
+
+    def fib(self) -> Fib:
+        """All routing rules and tables of both IP versions."""
+        rules = (parse_rule(m.body) for m in self._dump(GETRULE) if m.kind == NEWRULE)
+        entries = (parse_entry(m.body) for m in self._dump(GETROUTE) if m.kind == NEWROUTE)
+        return Fib(tuple(r for r in rules if r), tuple(e for e in entries if e))
 
     def ways(self) -> tuple[Way, ...]:
         """Every routing table's entries but the default routes."""

@@ -1,10 +1,7 @@
 """nftables for real, in a network namespace of the test's own."""
 
-import ctypes
-import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from ipaddress import ip_address, ip_network
 
 import pytest
@@ -15,7 +12,6 @@ from vpn_sentinel.agent.containment.seat import Seat
 from vpn_sentinel.agent.containment.table import comment_in, owner_of
 from vpn_sentinel.agent.endpoints import TCP, Endpoint
 
-CLONE_NEWNET = 0x40000000
 WAYS = Ways(
     tunnel="wg0",
     endpoints=(Endpoint(ip_address("185.65.134.2"), 51820), Endpoint(ip_address("2a03:1b20:3::2"), 443, TCP)),
@@ -25,23 +21,6 @@ WAYS = Ways(
     leaking_names=(ip_address("127.0.0.11"),),
     forwards=True,
 )
-
-
-@pytest.fixture
-def namespace() -> Iterator[None]:
-    """This thread in a network namespace of its own, while the test runs."""
-    if os.geteuid() != 0:
-        pytest.skip("needs root: it makes a network namespace and rules in it")
-    libc = ctypes.CDLL(None, use_errno=True)
-    home = os.open("/proc/thread-self/ns/net", os.O_RDONLY)
-    try:
-        if libc.unshare(CLONE_NEWNET) != 0:
-            pytest.skip("network namespaces cannot be made here")
-        subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-        yield
-    finally:
-        assert libc.setns(home, CLONE_NEWNET) == 0
-        os.close(home)
 
 
 def ruleset() -> str:

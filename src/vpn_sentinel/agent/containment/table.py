@@ -10,7 +10,8 @@ import socket
 import struct
 from typing import Final
 
-from vpn_sentinel.agent.netlink import attributes, messages
+from vpn_sentinel.agent.net.attributes import attributes
+from vpn_sentinel.agent.netlink import messages
 
 _NETFILTER: Final = 12  # NETLINK_NETFILTER
 _GET_TABLE: Final = (10 << 8) | 1  # NFNL_SUBSYS_NFTABLES, NFT_MSG_GETTABLE

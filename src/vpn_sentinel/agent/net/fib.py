@@ -1,0 +1,497 @@
+"""The kernel's routing rules and tables, and the walk through them that the kernel does for each packet.
+
+Both are readable without any capability. Sources: ip-rule(8), ip-route(8), linux/fib_rules.h, linux/rtnetlink.h, and
+the kernel's fib_rule_match(), fib_rules_lookup() and fib_table_lookup().
+
+`Fib.lookup` answers for one packet. `Fib.spread` answers for all destinations at once: which part of the address space
+leaves by which device. Addresses are integers there, parts of the space are closed intervals of them.
+"""
+
+import socket
+import struct
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from typing import Final
+
+from vpn_sentinel.agent.net.attributes import attributes
+from vpn_sentinel.domain.policy import IPAddress, IPNetwork
+
+RT_TABLE_MAIN, RT_TABLE_LOCAL = 254, 255
+RTN_UNICAST, RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST, RTN_MULTICAST = 1, 2, 3, 4, 5
+RTN_BLACKHOLE, RTN_UNREACHABLE, RTN_PROHIBIT, RTN_THROW = 6, 7, 8, 9
+FR_ACT_TO_TBL, FR_ACT_GOTO, FR_ACT_NOP = 1, 2, 3
+FR_ACT_BLACKHOLE, FR_ACT_UNREACHABLE, FR_ACT_PROHIBIT = 6, 7, 8
+
+_FIXED: Final = struct.Struct("=8BI")  # rtmsg, and fib_rule_hdr, which has the same shape
+_U32: Final = struct.Struct("=I")
+_2U16: Final = struct.Struct("=HH")
+_2U32: Final = struct.Struct("=II")
+_NEXTHOP: Final = struct.Struct("=HBBi")  # rtnexthop
+_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC = 1, 4, 5, 6, 7
+_RTA_MULTIPATH, _RTA_TABLE, _RTA_VIA = 9, 15, 18
+_FRA_DST, _FRA_SRC, _FRA_IIFNAME, _FRA_GOTO, _FRA_PRIORITY, _FRA_FWMARK = 1, 2, 3, 4, 6, 10
+_FRA_SUPPRESS_PREFIXLEN, _FRA_TABLE, _FRA_FWMASK, _FRA_OIFNAME, _FRA_L3MDEV, _FRA_UID_RANGE = 14, 15, 16, 17, 19, 20
+_FRA_IP_PROTO, _FRA_SPORT_RANGE, _FRA_DPORT_RANGE = 22, 23, 24
+_FIB_RULE_INVERT: Final = 0x2
+_RTNH_F_DEAD: Final = 0x1  # also said of a link without carrier where the kernel ignores routes by such
+_RTM_F_CLONED: Final = 0x200
+_BITS: Final = {socket.AF_INET: 32, socket.AF_INET6: 128}
+VERSION: Final = {socket.AF_INET: 4, socket.AF_INET6: 6}
+_REFUSING: Final = frozenset({RTN_BLACKHOLE, RTN_UNREACHABLE, RTN_PROHIBIT})
+# Where what this host itself sends is said to come in (fib_rules.c: LOOPBACK_IFINDEX).
+_LOOPBACK: Final = "lo"
+
+Interval = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rule:
+    """A routing rule. Selectors that are None, or "" for a name, match everything; `invert` turns all of them round.
+
+    `version` is 4 or 6. `mark` is compared under `mask`; `uids`, `source_ports` and `destination_ports` are closed
+    ranges; `table` counts for the action FR_ACT_TO_TBL, `target` for FR_ACT_GOTO. A route of the table whose prefix is
+    not longer than `suppress_prefix` is passed over.
+    """
+
+    version: int
+    priority: int
+    action: int = FR_ACT_TO_TBL
+    table: int = 0
+    target: int = 0
+    invert: bool = False
+    source: IPNetwork | None = None
+    destination: IPNetwork | None = None
+    mark: int | None = None
+    mask: int = 0xFFFFFFFF
+    uids: tuple[int, int] | None = None
+    protocol: int | None = None
+    source_ports: tuple[int, int] | None = None
+    destination_ports: tuple[int, int] | None = None
+    incoming: str = ""
+    outgoing: str = ""
+    tos: int = 0
+    l3mdev: bool = False
+    suppress_prefix: int | None = None
+
+    def names_sender(self) -> bool:
+        """Whether it selects by who sends: by mark, user or port of the sender, or by a protocol without ports.
+
+        So VPN programs except their own packets. What a rule selects by destination is a part of the traffic instead.
+        """
+        own_protocol = self.protocol is not None and self.protocol not in (
+            socket.IPPROTO_TCP,
+            socket.IPPROTO_UDP,
+            socket.IPPROTO_ICMP,
+            socket.IPPROTO_ICMPV6,
+        )
+        return bool(self.mark) or self.uids is not None or self.source_ports is not None or own_protocol
+
+
+@dataclass(frozen=True, slots=True)
+class Hop:
+    """A way that a route offers: the device's index, and whether a router there takes the packets."""
+
+    interface: int
+    gateway: IPAddress | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouteEntry:
+    """An entry of a routing table. `first` is the lowest address of its prefix, as an integer; `hops` may be empty.
+
+    `kind` is rtm_type (RTN_UNICAST and so on), `preferred` the source address that it gives to packets.
+    """
+
+    version: int
+    table: int
+    first: int
+    prefix: int
+    kind: int = RTN_UNICAST
+    hops: tuple[Hop, ...] = ()
+    metric: int = 0
+    preferred: IPAddress | None = None
+
+    @property
+    def last(self) -> int:
+        return self.first | ((1 << (self.bits - self.prefix)) - 1)
+
+    @property
+    def bits(self) -> int:
+        return 32 if self.version == 4 else 128
+
+    @property
+    def network(self) -> IPNetwork:
+        address = IPv4Address(self.first) if self.version == 4 else IPv6Address(self.first)
+        return ip_network((address, self.prefix))
+
+    def leads_by(self, interface: int) -> bool:
+        return any(hop.interface == interface for hop in self.hops)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sender:
+    """What of a packet beside its destination decides where it goes. 0 for ports and protocol: any that no rule names.
+
+    `uid` None is a sender whom no rule by user selects; `outgoing` is the device that its socket is bound to.
+    """
+
+    mark: int = 0
+    uid: int | None = None
+    source: IPAddress | None = None
+    protocol: int = 0
+    source_port: int = 0
+    destination_port: int = 0
+    outgoing: str = ""
+
+
+EVERYBODY: Final = Sender()
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A part of the address space and the route that it takes; None where a rule refuses it."""
+
+    first: int
+    last: int
+    entry: RouteEntry | None
+
+    @property
+    def interfaces(self) -> tuple[int, ...]:
+        """Indices of the devices that it leaves by; none for this host's own addresses and what is refused."""
+        if self.entry is None or self.entry.kind != RTN_UNICAST:
+            return ()
+        return tuple(dict.fromkeys(hop.interface for hop in self.entry.hops))
+
+
+def parse_rule(body: bytes) -> Rule | None:
+    """A rule out of RTM_NEWRULE; None for other families and what is too short."""
+    if len(body) < _FIXED.size:
+        return None
+    family, dst_len, src_len, tos, table, _, _, action, flags = _FIXED.unpack_from(body)
+    if family not in VERSION:
+        return None
+    found = attributes(body, _FIXED.size)
+    mark = _u32(found.get(_FRA_FWMARK))
+    suppress = found.get(_FRA_SUPPRESS_PREFIXLEN)
+    protocol = found.get(_FRA_IP_PROTO)
+    return Rule(
+        version=VERSION[family],
+        priority=_u32(found.get(_FRA_PRIORITY)) or 0,
+        action=action,
+        table=_u32(found.get(_FRA_TABLE)) or table,
+        target=_u32(found.get(_FRA_GOTO)) or 0,
+        invert=bool(flags & _FIB_RULE_INVERT),
+        source=_network(found.get(_FRA_SRC), src_len),
+        destination=_network(found.get(_FRA_DST), dst_len),
+        mark=mark,
+        mask=_or(_u32(found.get(_FRA_FWMASK)), 0xFFFFFFFF),
+        uids=_pair(found.get(_FRA_UID_RANGE), _2U32),
+        protocol=protocol[0] if protocol else None,
+        source_ports=_pair(found.get(_FRA_SPORT_RANGE), _2U16),
+        destination_ports=_pair(found.get(_FRA_DPORT_RANGE), _2U16),
+        incoming=_name(found.get(_FRA_IIFNAME)),
+        outgoing=_name(found.get(_FRA_OIFNAME)),
+        tos=tos,
+        l3mdev=bool(found.get(_FRA_L3MDEV, b"\0")[0]),
+        # -1, as an unsigned number, says that nothing is suppressed.
+        suppress_prefix=None if suppress is None or suppress == b"\xff" * 4 else _u32(suppress),
+    )
+
+
+def parse_entry(body: bytes) -> RouteEntry | None:
+    """An entry out of RTM_NEWROUTE; None for other families, cache entries, and routes for one type of service."""
+    if len(body) < _FIXED.size:
+        return None
+    family, prefix, _src_len, tos, table, _protocol, _scope, kind, flags = _FIXED.unpack_from(body)
+    if family not in VERSION or flags & _RTM_F_CLONED or tos or prefix > _BITS[family]:
+        return None
+    found = attributes(body, _FIXED.size)
+    destination = found.get(_RTA_DST, b"")
+    if len(destination) * 8 != _BITS[family]:
+        if prefix:
+            return None
+        destination = b"\0" * (_BITS[family] // 8)
+    shift = _BITS[family] - prefix
+    hops = _hops(found, family) if not flags & _RTNH_F_DEAD else ()
+    return RouteEntry(
+        version=VERSION[family],
+        table=_u32(found.get(_RTA_TABLE)) or table,
+        first=int.from_bytes(destination) >> shift << shift,
+        prefix=prefix,
+        kind=kind,
+        hops=hops,
+        metric=_u32(found.get(_RTA_PRIORITY)) or 0,
+        preferred=_address(found.get(_RTA_PREFSRC)),
+    )
+
+
+def _hops(found: dict[int, bytes], family: int) -> tuple[Hop, ...]:
+    several = found.get(_RTA_MULTIPATH)
+    if several is None:
+        interface = _u32(found.get(_RTA_OIF))
+        return () if interface is None else (Hop(interface, _gateway(found, family)),)
+    hops, offset = [], 0
+    while offset + _NEXTHOP.size <= len(several):
+        length, flags, _weight, interface = _NEXTHOP.unpack_from(several, offset)
+        if length < _NEXTHOP.size or offset + length > len(several):
+            break
+        if not flags & _RTNH_F_DEAD:
+            nested = attributes(several[offset + _NEXTHOP.size : offset + length])
+            hops.append(Hop(interface, _gateway(nested, family)))
+        offset += (length + 3) & ~3
+    return tuple(hops)
+
+
+def _gateway(found: dict[int, bytes], family: int) -> IPAddress | None:
+    """RTA_GATEWAY, or RTA_VIA: a router of the other IP version (RFC 5549), behind its family in two bytes."""
+    if (near := _address(found.get(_RTA_GATEWAY))) is not None:
+        return near
+    via = found.get(_RTA_VIA, b"")
+    return _address(via[2:]) if family == socket.AF_INET else None
+
+
+def _address(packed: bytes | None) -> IPAddress | None:
+    return ip_address(packed) if packed is not None and len(packed) in (4, 16) else None
+
+
+def _network(packed: bytes | None, prefix: int) -> IPNetwork | None:
+    address = _address(packed)
+    if address is None or not 0 < prefix <= address.max_prefixlen:
+        return None
+    return ip_network((address, prefix), strict=False)
+
+
+def _u32(data: bytes | None) -> int | None:
+    return int(_U32.unpack(data)[0]) if data is not None and len(data) == 4 else None
+
+
+def _pair(data: bytes | None, shape: struct.Struct) -> tuple[int, int] | None:
+    if data is None or len(data) != shape.size:
+        return None
+    low, high = shape.unpack(data)
+    return low, high
+
+
+def _or(value: int | None, default: int) -> int:
+    return default if value is None else value
+
+
+def _name(data: bytes | None) -> str:
+    return (data or b"").rstrip(b"\0").decode("utf-8", "replace")
+
+
+@dataclass(eq=False)
+class Fib:
+    """All rules and tables at one moment. Rules keep the kernel's order, which is that of their priorities."""
+
+    rules: tuple[Rule, ...] = ()
+    entries: tuple[RouteEntry, ...] = ()
+    _by_table: dict[tuple[int, int], list[RouteEntry]] = field(init=False, repr=False)
+    _segments: dict[tuple[int, int], list[Segment]] = field(init=False, repr=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.rules = tuple(sorted(self.rules, key=lambda rule: rule.priority))
+        self._by_table = defaultdict(list)
+        for entry in self.entries:
+            self._by_table[entry.version, entry.table].append(entry)
+
+    def table(self, version: int, table: int) -> Sequence[RouteEntry]:
+        return self._by_table.get((version, table), ())
+
+    def without(self, interface: int) -> "Fib":
+        """The same without any route by one device: what the kernel would do if that device went away."""
+        kept = []
+        for entry in self.entries:
+            if entry.leads_by(interface):
+                hops = tuple(hop for hop in entry.hops if hop.interface != interface)
+                if hops:
+                    kept.append(replace(entry, hops=hops))
+            else:
+                kept.append(entry)
+        return Fib(self.rules, tuple(kept))
+
+    def only(self, interface: int) -> "Fib":
+        """The same with nothing but the routes by one device: what a socket sees that is bound to it."""
+        kept = (
+            replace(e, hops=tuple(h for h in e.hops if h.interface == interface))
+            for e in self.entries
+            if e.leads_by(interface)
+        )
+        return Fib(self.rules, tuple(kept))
+
+    def lookup(self, destination: IPAddress, sender: Sender = EVERYBODY) -> RouteEntry | None:
+        """The route that a packet takes; None when nothing leads there or a rule refuses it."""
+        number = int(destination)
+        found = self._walk(destination.version, sender, [(number, number)])
+        entry = found[0].entry if found else None
+        return None if entry is None or entry.kind in _REFUSING else entry
+
+    def spread(self, version: int, sender: Sender = EVERYBODY) -> list[Segment]:
+        """The whole address space of one IP version in disjoint parts, in order; what has no route is left out."""
+        found = self._walk(version, sender, [(0, (1 << (32 if version == 4 else 128)) - 1)])
+        return sorted(found, key=lambda s: s.first)
+
+    def _walk(self, version: int, sender: Sender, space: list[Interval]) -> list[Segment]:
+        out: list[Segment] = []
+        self._from(0, [r for r in self.rules if r.version == version], sender, space, out)
+        return out
+
+    def _from(self, at: int, rules: list[Rule], sender: Sender, space: list[Interval], out: list[Segment]) -> None:
+        """Go through the rules from number `at` on, with what of the address space is not decided yet."""
+        while space and at < len(rules):
+            rule = rules[at]
+            at += 1
+            hit = intersect(space, list(_selected(rule, sender)))
+            if not hit:
+                continue
+            if rule.action == FR_ACT_GOTO:
+                target = next((n for n in range(at, len(rules)) if rules[n].priority >= rule.target), None)
+                if target is not None:
+                    self._from(target, rules, sender, hit, out)
+                    space = subtract(space, hit)
+            elif rule.action in (FR_ACT_BLACKHOLE, FR_ACT_UNREACHABLE, FR_ACT_PROHIBIT):
+                out += [Segment(first, last, None) for first, last in hit]
+                space = subtract(space, hit)
+            elif rule.action == FR_ACT_TO_TBL and rule.table:
+                taken = list(self._routed(rule, hit))
+                out += taken
+                space = subtract(space, [(s.first, s.last) for s in taken])
+
+    def _routed(self, rule: Rule, space: list[Interval]) -> Iterator[Segment]:
+        segments = self._of_table(rule.version, rule.table)
+        at = 0
+        for first, last in space:
+            while at and segments[at - 1].last >= first:
+                at -= 1
+            while at < len(segments) and segments[at].last < first:
+                at += 1
+            while at < len(segments) and segments[at].first <= last:
+                segment, entry = segments[at], segments[at].entry
+                at += 1
+                if entry is None or entry.kind == RTN_THROW:
+                    continue
+                suppressed = rule.suppress_prefix is not None and entry.prefix <= rule.suppress_prefix
+                if not suppressed or entry.kind in _REFUSING:
+                    yield Segment(max(first, segment.first), min(last, segment.last), entry)
+
+    def _of_table(self, version: int, table: int) -> list[Segment]:
+        """The table as disjoint parts of the address space, each with its most specific route."""
+        key = version, table
+        if key not in self._segments:
+            self._segments[key] = list(_flattened(_best(self._by_table.get(key, []))))
+        return self._segments[key]
+
+
+def _selected(rule: Rule, sender: Sender) -> Iterable[Interval]:
+    """The destinations for which the rule selects what `sender` sends."""
+    whole = (0, (1 << (32 if rule.version == 4 else 128)) - 1)
+    others = _selects(rule, sender)
+    if rule.destination is None:
+        return [whole] if others is not rule.invert else []
+    within = (int(rule.destination.network_address), int(rule.destination.broadcast_address))
+    if not rule.invert:
+        return [within] if others else []
+    return subtract([whole], [within]) if others else [whole]
+
+
+def _selects(rule: Rule, sender: Sender) -> bool:
+    """Whether all selectors but that of the destination agree, before the inversion."""
+    return (
+        rule.incoming in ("", _LOOPBACK)
+        and rule.outgoing in ("", sender.outgoing)
+        and (rule.mark is None or (rule.mark ^ sender.mark) & rule.mask == 0)
+        and (rule.uids is None or (sender.uid is not None and rule.uids[0] <= sender.uid <= rule.uids[1]))
+        and (rule.source is None or (sender.source is not None and sender.source in rule.source))
+        and rule.protocol in (None, sender.protocol)
+        and (rule.source_ports is None or rule.source_ports[0] <= sender.source_port <= rule.source_ports[1])
+        and (
+            rule.destination_ports is None
+            or rule.destination_ports[0] <= sender.destination_port <= rule.destination_ports[1]
+        )
+        and rule.tos == 0
+        and not rule.l3mdev
+    )
+
+
+def _best(entries: Iterable[RouteEntry]) -> list[RouteEntry]:
+    """Of the routes with one prefix, that with the lowest metric whose devices are there.
+
+    IPv6 keeps routes of one prefix and metric by several routers as entries of their own and uses all of them.
+    """
+    best: dict[tuple[int, int], RouteEntry] = {}
+    for entry in entries:
+        if entry.kind == RTN_UNICAST and not entry.hops:
+            continue
+        key = entry.first, entry.prefix
+        known = best.get(key)
+        if known is None or entry.metric < known.metric:
+            best[key] = entry
+        elif entry.version == 6 and entry.metric == known.metric and entry.kind == known.kind == RTN_UNICAST:
+            best[key] = replace(known, hops=tuple(dict.fromkeys((*known.hops, *entry.hops))))
+    return sorted(best.values(), key=lambda e: (e.first, e.prefix))
+
+
+def _flattened(entries: Iterable[RouteEntry]) -> Iterator[Segment]:
+    """Nested prefixes, in order, as disjoint parts, each with the innermost."""
+    open_: list[RouteEntry] = []
+    at = 0
+    for entry in entries:
+        while open_ and open_[-1].last < entry.first:
+            done = open_.pop()
+            if at <= done.last:
+                yield Segment(at, done.last, done)
+                at = done.last + 1
+        if open_ and at < entry.first:
+            yield Segment(at, entry.first - 1, open_[-1])
+        at = entry.first
+        open_.append(entry)
+    while open_:
+        done = open_.pop()
+        if at <= done.last:
+            yield Segment(at, done.last, done)
+            at = done.last + 1
+
+
+def intersect(one: Sequence[Interval], other: Sequence[Interval]) -> list[Interval]:
+    """What is in both; each is a list of disjoint intervals in order."""
+    out, i, j = [], 0, 0
+    while i < len(one) and j < len(other):
+        first, last = max(one[i][0], other[j][0]), min(one[i][1], other[j][1])
+        if first <= last:
+            out.append((first, last))
+        if one[i][1] < other[j][1]:
+            i += 1
+        else:
+            j += 1
+    return out
+
+
+def subtract(one: Sequence[Interval], other: Sequence[Interval]) -> list[Interval]:
+    """What is in `one` and not in `other`; each is a list of disjoint intervals in order."""
+    out, j = [], 0
+    for first, last in one:
+        at = first
+        while j < len(other) and other[j][1] < at:
+            j += 1
+        k = j
+        while k < len(other) and other[k][0] <= last:
+            if other[k][0] > at:
+                out.append((at, other[k][0] - 1))
+            at = max(at, other[k][1] + 1)
+            k += 1
+        if at <= last:
+            out.append((at, last))
+    return out
+
+
+def joined(parts: Iterable[Interval]) -> list[Interval]:
+    """The same addresses in as few intervals as possible, in order."""
+    out: list[Interval] = []
+    for first, last in sorted(parts):
+        if out and first <= out[-1][1] + 1:
+            out[-1] = out[-1][0], max(out[-1][1], last)
+        else:
+            out.append((first, last))
+    return out

@@ -1,0 +1,217 @@
+"""The walk through rules and tables, held against the kernel's own answers."""
+
+import random
+import subprocess
+from collections.abc import Sequence
+from ipaddress import IPv4Address, IPv6Address, ip_address
+
+import pytest
+
+from vpn_sentinel.agent.net.fib import RTN_UNICAST, Fib, Sender, intersect, joined, subtract
+from vpn_sentinel.agent.netlink import LOCAL, Netlink
+
+DEVICES = """
+link set lo up
+link add eth0 type veth peer name far0
+link add eth1 type veth peer name far1
+link set eth0 up
+link set far0 up
+link set eth1 up
+link set far1 up
+addr add 172.17.0.2/16 dev eth0
+addr add 172.18.0.2/16 dev eth1
+addr add 2001:db8:17::2/64 dev eth0 nodad
+tuntap add wg0 mode tun
+link set wg0 up
+addr add 10.2.0.2/32 dev wg0
+addr add fd00:2::2/128 dev wg0 nodad
+route add default via 172.17.0.1
+route add default via 172.18.0.1 metric 100
+-6 route add default via 2001:db8:17::1
+"""
+SETUPS = {
+    "wg-quick": """
+        route add default dev wg0 table 51820
+        rule add not fwmark 51820 table 51820
+        rule add table main suppress_prefixlength 0
+        -6 route add default dev wg0 table 51820
+        -6 rule add not fwmark 51820 table 51820
+        -6 rule add table main suppress_prefixlength 0
+        route add 5.9.10.0/24 via 172.17.0.1
+    """,
+    "OpenVPN": """
+        route add 198.51.100.7/32 via 172.17.0.1
+        route add 0.0.0.0/1 dev wg0
+        route add 128.0.0.0/1 dev wg0
+        -6 route add 2000::/3 dev wg0
+        -6 route add 2000::/4 via 2001:db8:17::1
+    """,
+    "gluetun": """
+        route add default via 172.17.0.1 table 200
+        rule add from 172.17.0.2 lookup 200 pref 100
+        rule add to 172.17.0.0/16 lookup main pref 98
+        route add default dev wg0 table 51820
+        rule add not fwmark 51820 lookup 51820 pref 101
+    """,
+    "Tailscale": """
+        route add default dev wg0 table 52
+        route add throw 192.168.0.0/16 table 52
+        rule add fwmark 0x80000/0xff0000 lookup main pref 5210
+        rule add fwmark 0x80000/0xff0000 lookup default pref 5230
+        rule add fwmark 0x80000/0xff0000 unreachable pref 5250
+        rule add lookup 52 pref 5270
+    """,
+    "one user": """
+        route add default dev wg0 table 42
+        rule add uidrange 997-997 lookup 42
+        rule add uidrange 998-998 prohibit
+    """,
+    "by protocol and port": """
+        route add default dev wg0 table 51820
+        rule add lookup 51820 pref 1000
+        rule add ipproto tcp dport 443 lookup main pref 900
+        rule add ipproto udp sport 51820 lookup main pref 901
+        rule add ipproto icmp lookup main pref 902
+        rule add not to 10.0.0.0/8 fwmark 7 lookup main pref 903
+    """,
+    "refused and passed over": """
+        route add blackhole 1.1.1.0/24
+        route add unreachable 8.8.0.0/16
+        route add prohibit 9.9.9.9
+        route add throw 5.0.0.0/8 table 7
+        route add default dev wg0 table 7
+        rule add lookup 7 pref 50
+        rule add goto 32766 pref 40 to 93.184.216.0/24
+        rule add blackhole to 208.67.0.0/16 pref 45
+    """,
+    "halves": """
+        route add default dev wg0 table 51820
+        rule add lookup 51820 pref 1000
+        route add 128.0.0.0/1 via 172.17.0.1 table 51820
+        route add 5.9.0.0/16 via 172.18.0.1 table 51820 metric 5
+        route add 5.9.0.0/16 dev wg0 table 51820 metric 9
+    """,
+}
+SENDERS = (
+    Sender(),
+    Sender(mark=51820),
+    Sender(mark=0x80000),
+    Sender(mark=7),
+    Sender(uid=997),
+    Sender(uid=998),
+    Sender(protocol=6, destination_port=443),
+    Sender(protocol=17, destination_port=443),
+    Sender(protocol=17, source_port=51820, destination_port=53),
+    Sender(protocol=1),
+    Sender(source=ip_address("172.17.0.2")),
+    Sender(source=ip_address("10.2.0.2")),
+)
+
+
+def ip(lines: str) -> None:
+    for line in lines.strip().splitlines():
+        subprocess.run(["ip", *line.split()], check=True)
+
+
+def asked(destination: str, sender: Sender) -> str | None:
+    """The device by `ip route get`, "" for this host itself, None when the kernel refuses."""
+    words: list[str] = ["ip", "-o", "route", "get", destination]
+    words += ["mark", str(sender.mark)] if sender.mark else []
+    words += ["uid", str(sender.uid if sender.uid is not None else 12345)]
+    words += ["from", str(sender.source)] if sender.source else []
+    words += ["ipproto", str(sender.protocol)] if sender.protocol else []
+    words += ["sport", str(sender.source_port)] if sender.source_port else []
+    words += ["dport", str(sender.destination_port)] if sender.destination_port else []
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    if done.returncode:
+        return None
+    said = done.stdout.split()
+    return "" if said[0] == "local" else said[said.index("dev") + 1]
+
+
+def destinations() -> Sequence[str]:
+    rng = random.Random(7)
+    some = [str(IPv4Address(rng.getrandbits(32))) for _ in range(12)]
+    some += ["5.9.10.20", "5.1.2.3", "1.1.1.1", "8.8.8.8", "9.9.9.9", "198.51.100.7", "93.184.216.34", "208.67.222.222"]
+    some += ["192.168.1.1", "172.17.0.9", "10.2.0.2", "10.9.9.9"]
+    some += [str(IPv6Address((0b001 << 125) | rng.getrandbits(125))) for _ in range(4)]
+    return [d for d in (*some, "2001:db8:17::2") if d.split(".")[0] not in ("0", "127") and d.split(".")[0] < "224"]
+
+
+@pytest.mark.parametrize("setup", SETUPS.values(), ids=SETUPS.keys())
+def test_it_walks_as_the_kernel_does(namespace: None, setup: str) -> None:
+    ip(DEVICES)
+    ip(setup)
+    kernel = Netlink()
+    try:
+        fib, names = kernel.fib(), {i.index: i.name for i in kernel.interfaces()}
+    finally:
+        kernel.close()
+    wrong = []
+    for destination in destinations():
+        for sender in SENDERS:
+            address = ip_address(destination)
+            if sender.source is not None and sender.source.version != address.version:
+                continue
+            if sender.protocol == 1 and address.version == 6:
+                continue
+            found = fib.lookup(address, sender)
+            if found is None:
+                mine: str | None = None
+            elif found.kind == LOCAL:
+                mine = ""
+            else:
+                mine = names[found.hops[0].interface] if found.kind == RTN_UNICAST else None
+            if mine != (said := asked(destination, sender)):
+                wrong.append((destination, sender, mine, said))
+            parts = [s for s in fib.spread(address.version, sender) if s.first <= int(address) <= s.last]
+            assert len(parts) <= 1
+            spread = parts[0].entry if parts else None
+            assert spread is found or (found is None and spread is not None and spread.kind != RTN_UNICAST)
+    assert not wrong
+
+
+def test_a_balanced_route_leads_by_all_its_devices(namespace: None) -> None:
+    ip(DEVICES)
+    ip("route replace default nexthop dev wg0 nexthop via 172.17.0.1 dev eth0")
+    kernel = Netlink()
+    try:
+        fib, names = kernel.fib(), {i.index: i.name for i in kernel.interfaces()}
+    finally:
+        kernel.close()
+    found = fib.lookup(ip_address("1.1.1.1"))
+    assert found is not None
+    assert {names[h.interface] for h in found.hops} == {"wg0", "eth0"}
+    wg0 = next(h.interface for h in found.hops if names[h.interface] == "wg0")
+    left = fib.without(wg0).lookup(ip_address("1.1.1.1"))
+    assert left is not None
+    assert [names[h.interface] for h in left.hops] == ["eth0"]
+    only = fib.only(wg0).lookup(ip_address("1.1.1.1"))
+    assert only is not None
+    assert [names[h.interface] for h in only.hops] == ["wg0"]
+
+
+def test_ten_thousand_routes_are_one_walk(namespace: None) -> None:
+    ip(DEVICES)
+    lines = "".join(
+        f"route add {20 + n // 65536}.{n // 256 % 256}.{n % 256}.0/24 via 172.17.0.1\n" for n in range(10_000)
+    )
+    subprocess.run(["ip", "-batch", "-"], input=lines, text=True, check=True)
+    kernel = Netlink()
+    try:
+        fib = kernel.fib()
+    finally:
+        kernel.close()
+    assert len([s for s in fib.spread(4) if s.entry is not None and s.entry.prefix == 24]) == 10_000
+
+
+def test_an_empty_kernel_routes_nothing() -> None:
+    assert Fib().lookup(ip_address("1.1.1.1")) is None
+    assert Fib().spread(4) == []
+
+
+def test_intervals() -> None:
+    assert intersect([(0, 10), (20, 30)], [(5, 25)]) == [(5, 10), (20, 25)]
+    assert subtract([(0, 10), (20, 30)], [(5, 25)]) == [(0, 4), (26, 30)]
+    assert subtract([(0, 10)], [(2, 3), (5, 6)]) == [(0, 1), (4, 4), (7, 10)]
+    assert joined([(5, 6), (0, 4), (9, 9)]) == [(0, 6), (9, 9)]
