@@ -7,7 +7,11 @@ from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
 
-from vpn_sentinel.agent.netlink import IFF_LOOPBACK, IFF_LOWER_UP, IFF_POINTOPOINT, IFF_UP, Interface, Route
+from vpn_sentinel.agent.interfaces import Survey
+from vpn_sentinel.agent.net.fib import Fib, Hop, RouteEntry, Rule
+from vpn_sentinel.agent.net.link import IFF_LOOPBACK, IFF_LOWER_UP, IFF_POINTOPOINT, IFF_UP, Interface
+from vpn_sentinel.agent.net.roles import roles
+from vpn_sentinel.agent.netlink import Route
 from vpn_sentinel.agent.probes.targets import Seen
 from vpn_sentinel.domain.policy import IPAddress
 
@@ -35,8 +39,33 @@ class FakeKernel:
             raise OSError(1, "not permitted")
         return self.links
 
+    def fib(self) -> Fib:
+        """All by the interface `default`; beneath it, for marked packets, the interfaces with a gateway."""
+        if self.broken:
+            raise OSError(1, "not permitted")
+        main = tuple(
+            RouteEntry(version=4, table=254, first=0, prefix=0, hops=(Hop(i, ip_address("192.0.2.254")),), metric=i)
+            for i in sorted(self.gateways)
+            if any(link.index == i for link in self.links)
+        )
+        if self.default is None:
+            return Fib((Rule(version=4, priority=2, table=254),), ())
+        over = RouteEntry(version=4, table=51820, first=0, prefix=0, hops=(Hop(self.default),))
+        rules = (
+            Rule(version=4, priority=1, table=51820, mark=51820, invert=True),
+            Rule(version=4, priority=2, table=254),
+        )
+        return Fib(rules, (over, *main))
+
     def route(
-        self, destination: IPAddress, *, port: int = 0, protocol: int = 17, via: int | None = None, match: bool = False
+        self,
+        destination: IPAddress,
+        *,
+        port: int = 0,
+        protocol: int = 17,
+        via: int | None = None,
+        match: bool = False,
+        source: tuple[IPAddress, int] | None = None,
     ) -> Route | None:
         if self.broken:
             raise OSError(1, "not permitted")
@@ -45,6 +74,12 @@ class FakeKernel:
         if str(destination) in self.routes:
             return self.routes[str(destination)]
         return None if self.default is None else Route(interface=self.default, prefix=0)
+
+
+def surveyed(*links: Interface, tunnel: str = "wg0") -> Survey:
+    """These devices with `tunnel` as the tunnel, and all others that lead out of this host beside it."""
+    found = roles(links, Fib(), configured=tunnel)
+    return Survey(interfaces=links, tunnel=tunnel, uplinks=found.uplinks, beside=found.beside)
 
 
 class Answering(asyncio.DatagramProtocol):

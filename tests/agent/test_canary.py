@@ -114,7 +114,7 @@ async def test_a_leak_that_is_plain_is_not_waited_on() -> None:
 async def test_a_canary_that_goes_outside_is_waited_for() -> None:
     """It could be the one that leaks, and a slow leak is one too."""
     kernel = FakeKernel(routes={"127.0.0.1": Route(interface=2), "127.0.0.2": Route(interface=3)})
-    survey = Survey(interfaces=(ETH, WG), tunnel="wg0")
+    survey = Survey(interfaces=(ETH, WG), tunnel="wg0", beside=(ETH,))
     async with udp(lambda _: b"203.0.113.1") as (fast, _), udp(lambda _: None) as (slow, _):
         flock = Flock(targets=(here("out", slow), here("in", fast)), reserve=())
         seen = await canaries(flock, Paths(kernel, survey))
@@ -126,7 +126,7 @@ async def test_an_echo_with_a_route_of_its_own_is_not_asked() -> None:
     kernel = FakeKernel(routes={"127.0.0.1": Route(interface=2, prefix=32)})
     async with udp(lambda _: b"203.0.113.1") as (port, _):
         flock = Flock(targets=(here("echo", port), here("other", port)), reserve=())
-        seen = await canaries(flock, Paths(kernel, Survey(interfaces=(ETH, WG), tunnel="wg0")))
+        seen = await canaries(flock, Paths(kernel, Survey(interfaces=(ETH, WG), tunnel="wg0", beside=(ETH,))))
     assert [c.target for c in seen] == ["other"]
 
 
@@ -134,8 +134,8 @@ async def test_what_may_leave_beside_the_tunnel_is_not_asked_there() -> None:
     kernel = FakeKernel(routes={"127.0.0.1": Route(interface=2)})
     async with udp(lambda _: b"203.0.113.1") as (port, _):
         flock = Flock(targets=(here("a", port),), reserve=(), may_leave=lambda a: a == ip_address("127.0.0.1"))
-        assert await canaries(flock, Paths(kernel, Survey(interfaces=(ETH, WG), tunnel="wg0"))) == ()
-        inside = await canaries(flock, Paths(FakeKernel(), Survey(interfaces=(ETH, WG), tunnel="wg0")))
+        assert await canaries(flock, Paths(kernel, Survey(interfaces=(ETH, WG), tunnel="wg0", beside=(ETH,)))) == ()
+        inside = await canaries(flock, Paths(FakeKernel(), Survey(interfaces=(ETH, WG), tunnel="wg0", beside=(ETH,))))
     assert [c.target for c in inside] == ["a"]
 
 
@@ -144,7 +144,7 @@ async def test_the_ports_of_canaries_beside_the_tunnel_are_told_and_of_no_others
     ports: list[int] = []
     async with udp(lambda _: b"203.0.113.1") as (port, echo):
         flock = Flock(targets=(here("a", port),), reserve=(), beside=ports.append)
-        await canaries(flock, Paths(FakeKernel(), Survey(interfaces=(lo, WG), tunnel="wg0", physical=lo)))
+        await canaries(flock, Paths(FakeKernel(), Survey(interfaces=(lo, WG), tunnel="wg0", uplinks=(lo,))))
         assert len(echo.got) == 2  # C1 and C2
         assert len(ports) in (2, 3)  # C2, and C3 for each family that this machine has
         ports.clear()
@@ -156,7 +156,7 @@ async def test_beside_the_tunnel_is_asked_on_the_physical_interface() -> None:
     lo = FakeKernel().links[0]
     async with udp(lambda _: b"203.0.113.1") as (port, _):
         flock = Flock(targets=(here("a", port),), reserve=())
-        seen = await canaries(flock, Paths(FakeKernel(), Survey(interfaces=(lo, WG), tunnel="wg0", physical=lo)))
+        seen = await canaries(flock, Paths(FakeKernel(), Survey(interfaces=(lo, WG), tunnel="wg0", uplinks=(lo,))))
     assert {c.probe for c in seen} >= {Probe.DEFAULT, Probe.PHYSICAL}
     assert all(c.path is Path.OUTSIDE for c in seen if c.probe is not Probe.DEFAULT)
 

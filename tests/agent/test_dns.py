@@ -118,7 +118,7 @@ async def test_nonsense_is_no_answer() -> None:
 
 def test_the_path_to_a_nameserver_is_its_routes() -> None:
     kernel = FakeKernel(routes={"192.168.1.1": Route(interface=2)}, default=3)
-    paths = Paths(kernel, Survey(interfaces=(LO, ETH, WG), tunnel="wg0"))
+    paths = Paths(kernel, Survey(interfaces=(LO, ETH, WG), tunnel="wg0", beside=(ETH,)))
     found = [dns.path_to(Nameserver(ip_address(a)), paths) for a in ("10.0.0.1", "192.168.1.1", "127.0.0.11", "::1")]
     assert found == [Path.TUNNEL, Path.OUTSIDE, Path.LOCAL, Path.LOCAL]
 

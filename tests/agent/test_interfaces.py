@@ -3,9 +3,11 @@ from ipaddress import ip_address
 
 import pytest
 
-from tests.agent.doubles import ETH, LO, UP, WG, FakeKernel
-from vpn_sentinel.agent.interfaces import Paths, Survey, survey
-from vpn_sentinel.agent.netlink import IFF_POINTOPOINT, IFF_UP, LOCAL, Interface, Route
+from tests.agent.doubles import ETH, LO, UP, WG, FakeKernel, surveyed
+from vpn_sentinel.agent.interfaces import Paths, survey
+from vpn_sentinel.agent.net.link import IFF_POINTOPOINT, IFF_UP, Interface
+from vpn_sentinel.agent.net.roles import Remembered
+from vpn_sentinel.agent.netlink import LOCAL, Route
 from vpn_sentinel.domain.observation import Path
 
 TAILSCALE = Interface(
@@ -34,22 +36,22 @@ def test_one_rule_for_one_destination_does_not_hide_the_tunnel() -> None:
 
 
 def test_a_remembered_tunnel_is_missed() -> None:
-    link = survey(FakeKernel(links=(LO, ETH), default=2), remembered="wg0").link()
+    link = survey(FakeKernel(links=(LO, ETH), default=2), remembered=Remembered(tunnel="wg0")).link()
     assert link is not None
     assert (link.name, link.present, link.up) == ("wg0", False, False)
 
 
 def test_another_tunnel_takes_the_place_of_a_remembered_one() -> None:
-    assert survey(FakeKernel(), remembered="tun0").tunnel == "wg0"
+    assert survey(FakeKernel(), remembered=Remembered(tunnel="tun0")).tunnel == "wg0"
 
 
 def test_a_home_line_over_ppp_does_not_take_its_place() -> None:
-    assert survey(FakeKernel(links=(LO, PPP), default=5), remembered="wg0").tunnel == "wg0"
-    assert survey(FakeKernel(links=(LO, PPP), default=5)).tunnel == "ppp0"
+    assert survey(FakeKernel(links=(LO, PPP), default=5), remembered=Remembered(tunnel="wg0")).tunnel == "wg0"
+    assert survey(FakeKernel(links=(LO, PPP), default=5)).tunnel is None
 
 
 def test_a_configured_name_wins() -> None:
-    assert survey(FakeKernel(), configured="tun7", remembered="wg0").tunnel == "tun7"
+    assert survey(FakeKernel(), configured="tun7", remembered=Remembered(tunnel="wg0")).tunnel == "tun7"
 
 
 def test_a_tun_without_its_process_is_down() -> None:
@@ -67,7 +69,7 @@ def test_where_the_kernel_cannot_be_asked_nothing_is_known(kernel: FakeKernel | 
 
 
 def test_the_physical_interface_is_the_one_with_a_gateway() -> None:
-    found = survey(FakeKernel(links=(LO, BRIDGE, TAILSCALE, replace(ETH, index=9), WG), gateways={9, 3, 4}))
+    found = survey(FakeKernel(links=(LO, BRIDGE, TAILSCALE, replace(ETH, index=9), WG), gateways={9, 3}))
     assert found.physical is not None
     assert found.physical.name == "eth0"
 
@@ -92,7 +94,7 @@ def test_names_are_all_but_lo() -> None:
     assert found.names() == ("eth0", "wg0")
     assert found.owns(ip_address("10.66.0.2"))
     assert not found.owns(ip_address("10.66.0.3"))
-    assert survey(FakeKernel(links=(LO,), default=None), remembered="wg0").names() == ()
+    assert survey(FakeKernel(links=(LO,), default=None), remembered=Remembered(tunnel="wg0")).names() == ()
 
 
 PATHS = {
@@ -108,12 +110,12 @@ PATHS = {
 
 @pytest.mark.parametrize(("route", "path"), PATHS.values(), ids=PATHS.keys())
 def test_paths(route: Route | None, path: Path) -> None:
-    seen = Survey(interfaces=(LO, ETH, WG, TAILSCALE), tunnel="wg0")
+    seen = surveyed(LO, ETH, WG, TAILSCALE)
     assert Paths(FakeKernel(routes={"192.0.2.1": route}), seen).of(ip_address("192.0.2.1")) is path
 
 
 def test_a_kernel_that_stops_answering_makes_paths_unknown() -> None:
-    seen = Survey(interfaces=(LO, ETH, WG), tunnel="wg0")
+    seen = surveyed(LO, ETH, WG)
     kernel = FakeKernel(broken=True)
     assert Paths(kernel, seen).of(ip_address("192.0.2.1")) is Path.UNKNOWN
     assert not Paths(kernel, seen).has_own_way(ip_address("192.0.2.1"), 5000)
@@ -121,7 +123,7 @@ def test_a_kernel_that_stops_answering_makes_paths_unknown() -> None:
 
 
 def test_a_host_route_is_a_way_of_its_own() -> None:
-    seen = Survey(interfaces=(LO, ETH, WG), tunnel="wg0")
+    seen = surveyed(LO, ETH, WG)
     kernel = FakeKernel(routes={"192.0.2.1": Route(interface=2, prefix=32), "192.0.2.2": Route(interface=2, prefix=0)})
     assert Paths(kernel, seen).has_own_way(ip_address("192.0.2.1"), 5000)
     assert not Paths(kernel, seen).has_own_way(ip_address("192.0.2.2"), 5000)

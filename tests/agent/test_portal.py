@@ -74,7 +74,9 @@ async def test_a_portal_is_looked_for_only_without_a_kill_switch(beside: list[An
     lost = canary(Probe.DEFAULT, Answer.LOST)
     seen = Observation(trigger=Trigger.TIMER, canaries=(lost,))
     async with asyncio.TaskGroup() as group:
-        aside = Asides(portal=look).begin(group, Survey(interfaces=(LO, ETH, WG), tunnel="wg0", physical=ETH))
+        aside = Asides(portal=look).begin(
+            group, Survey(interfaces=(LO, ETH, WG), tunnel="wg0", uplinks=(ETH,), beside=(ETH,))
+        )
         aside.silence((lost, *(canary(Probe.PHYSICAL, a) for a in beside)))
         found = await aside.add(seen, hurry=False)
     assert (found.portal, devices) == ((True, ["eth0"]) if asks else (None, []))

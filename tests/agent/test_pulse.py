@@ -164,7 +164,7 @@ async def test_a_reply_of_just_now_is_a_canary_of_the_round() -> None:
         assert seen is not None
         assert (seen.target, seen.answer, str(seen.address)) == ("pulse", Answer.ANSWERED, server.seen)
         assert seen.path is Path.TUNNEL
-        outside = Paths(FakeKernel(default=2), Survey(interfaces=(LO, ETH, WG), tunnel="wg0"))
+        outside = Paths(FakeKernel(default=2), Survey(interfaces=(LO, ETH, WG), tunnel="wg0", beside=(ETH,)))
         gone = Paths(FakeKernel(), Survey(interfaces=(LO, ETH), tunnel="wg0"))
         assert sensor.canary(outside) is None
         assert sensor.canary(gone) is None

@@ -55,7 +55,7 @@ SEEN = Observation(
     ),
     took_ms=321.4,
 )
-SURVEY = Survey(interfaces=(ETH,), tunnel="wg0", physical=ETH)
+SURVEY = Survey(interfaces=(ETH,), tunnel="wg0", uplinks=(ETH,), beside=(ETH,))
 
 
 def looked(seen: Observation, policy: Policy | None = None, survey: Survey = SURVEY) -> Looked:

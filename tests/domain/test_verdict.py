@@ -19,6 +19,7 @@ from vpn_sentinel.domain.observation import (
     Probe,
     Quality,
     ResolverSighting,
+    Routed,
     Trigger,
 )
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy
@@ -101,6 +102,24 @@ def asked(
     )
 
 
+def routed(
+    interface: str = "eth0",
+    *networks: str,
+    share: float = 0.4,
+    answer: Answer = EXPIRED,
+    only: str = "",
+    more: int = 0,
+    tunnel: bool = True,
+) -> tuple[Routed, ...]:
+    """What routes send where: a part by the tunnel, and `networks` by another device."""
+    found = [ip_network(n) for n in networks]
+    family = found[0].version if found else 4
+    part = Routed(
+        interface=interface, family=family, share=share, networks=tuple(found), answer=answer, only=only, more=more
+    )
+    return (Routed(interface="wg0", family=family, share=1.0), part) if tunnel else (part,)
+
+
 def place(ip: str, country: str | None = None, source: str = "mmdb", asn: int | None = None) -> Place:
     return Place(ip=ip_address(ip), source=source, country=country, asn=asn)
 
@@ -133,7 +152,43 @@ NL_ONLY = replace(POLICY, expected_countries=("NL", "SE"))
 TWO_SAY_DE = (place(EXIT, "DE"), place(EXIT, "DE", "ipinfo"))
 ISP_PLACES = (place(HOME, "DE", asn=3320), place("91.11.0.53", "DE", asn=3320), place(EXIT, "NL", asn=9009))
 
+ONE_NETWORK = ("eth0", "5.9.10.0/24")
 CASES: dict[str, tuple[Observation, Policy, State, list[Code]]] = {
+    "routes send a network past the tunnel": (
+        replace(saw(EXIT), routed=routed(*ONE_NETWORK)), POLICY, State.LEAKING, [Code.SPLIT_ROUTE],
+    ),
+    "the same, and nothing that was sent there was refused": (
+        replace(saw(EXIT, beside=None), routed=routed(*ONE_NETWORK, answer=LOST)), POLICY, State.LEAKING,
+        [Code.SPLIT_ROUTE],
+    ),
+    "the same, and this host refuses to send there": (
+        replace(saw(EXIT), routed=routed(*ONE_NETWORK, answer=BLOCKED)), POLICY, State.PROTECTED, [],
+    ),
+    "a kill switch holds on that way out, and nothing shows a hole": (
+        replace(
+            saw(EXIT, replace(canary(BLOCKED, Path.OUTSIDE, Probe.PHYSICAL), interface="eth0")),
+            routed=routed(*ONE_NETWORK, answer=LOST),
+        ),
+        POLICY, State.PROTECTED, [],
+    ),
+    "a kill switch holds on another way out only": (
+        replace(
+            saw(EXIT, replace(canary(BLOCKED, Path.OUTSIDE, Probe.PHYSICAL), interface="eth1")),
+            routed=routed(*ONE_NETWORK, answer=LOST),
+        ),
+        POLICY, State.LEAKING, [Code.SPLIT_ROUTE],
+    ),
+    "routes past the tunnel that are meant": (
+        replace(saw(EXIT), routed=routed(*ONE_NETWORK)),
+        Policy(allowed_outside=(ip_network("5.9.0.0/16"),)), State.PROTECTED, [],
+    ),
+    "everything goes another way, and the tunnel nothing": (
+        replace(saw(EXIT, path=Path.UNKNOWN), routed=routed("eth0", "0.0.0.0/0", tunnel=False)),
+        POLICY, State.PROTECTED, [],
+    ),
+    "a balanced route, and the answers came through the tunnel": (
+        saw(EXIT, canary(EXIT, Path.OUTSIDE, target="cloudflare")), UNDECLARED, State.PROTECTED, [],
+    ),
     # -- the numbers are rows of the scenarios
     "1 healthy, kill switch on": (saw(EXIT), POLICY, State.PROTECTED, []),
     "2 healthy, no kill switch": (saw(EXIT, beside=HOME), POLICY, State.PROTECTED, [Code.KILLSWITCH_OPEN]),

@@ -17,6 +17,7 @@ from vpn_sentinel.agent.equipment import (
     open_databases,
     open_kernel,
     portal_beside,
+    route_audit,
 )
 from vpn_sentinel.agent.footing import (
     Echoes,
@@ -34,6 +35,7 @@ from vpn_sentinel.agent.interfaces import Paths, Survey, survey
 from vpn_sentinel.agent.introspect.witnesses import Witnesses
 from vpn_sentinel.agent.leakwatch.watch import LeakWatch
 from vpn_sentinel.agent.names import Names
+from vpn_sentinel.agent.net.roles import Remembered
 from vpn_sentinel.agent.probes import dns
 from vpn_sentinel.agent.probes.place import Places
 from vpn_sentinel.agent.probes.targets import Target
@@ -74,9 +76,14 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
     witnesses = Witnesses(settings.introspect, http, clock, ring=lambda: cycle.bell.ring(Trigger.DEVICE))
 
     def look_around() -> Survey:
-        found = survey(kernel, configured=probes.tunnel_interface, remembered=spool.fact("tunnel"))
+        remembered = Remembered(
+            tunnel=spool.fact("tunnel_device"), uplinks=frozenset((spool.fact("uplinks") or "").split(",")) - {""}
+        )
+        found = survey(kernel, configured=probes.tunnel_interface, remembered=remembered)
         if found.tunnel is not None:
-            spool.keep("tunnel", found.tunnel)
+            spool.keep("tunnel_device", found.tunnel)
+        if found.carries:
+            spool.keep("uplinks", ",".join(i.name for i in found.uplinks))
         return found
 
     watch = LeakWatch(
@@ -137,6 +144,9 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
         places=places,
         clock=clock,
         watch=watch,
+        audit=route_audit(
+            probes, lambda: watch.endpoints, lambda: (a for host in echoes.hosts for a in names.known(host))
+        ),
         canary=lambda: canary_zone.zone,
         sight=pulse,
         asides=Asides(
@@ -195,6 +205,8 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
     )
 
     def network_changed() -> None:
+        if kernel is not None:
+            kernel.changed()
         watch.look(look_around())
         courier.kick()
         pulse.reset()

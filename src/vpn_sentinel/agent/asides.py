@@ -61,7 +61,13 @@ class Aside:
         beside = {c.answer for c in back if c.probe is Probe.PHYSICAL}
         physical = self._survey.physical
         # On its way still is good enough: a refusal comes at once.
-        if self._asides.portal and physical and self._survey.tunnel and not beside & {Answer.BLOCKED, Answer.UNKNOWN}:
+        if (
+            self._asides.portal
+            and physical
+            and self._survey.tunnel
+            and Answer.BLOCKED not in beside
+            and beside != {Answer.UNKNOWN}
+        ):
             self._portal = self._group.create_task(self._asides.portal(physical.name))
 
     async def add(self, seen: Observation, *, hurry: bool) -> Observation:

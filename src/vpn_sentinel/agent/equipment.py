@@ -1,14 +1,16 @@
 """What a round needs, made from the settings: for the agent, and for `check`, which has no spool and no uplink."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from ipaddress import ip_network
 
 from vpn_sentinel.agent.asides import Portal
-from vpn_sentinel.agent.endpoints import TCP
+from vpn_sentinel.agent.endpoints import TCP, Endpoint
 from vpn_sentinel.agent.geo.databases import Databases
 from vpn_sentinel.agent.http import Client, split, tls_context
-from vpn_sentinel.agent.interfaces import Paths
+from vpn_sentinel.agent.interfaces import Paths, Survey
 from vpn_sentinel.agent.names import Names
+from vpn_sentinel.agent.net.audit import audit
 from vpn_sentinel.agent.netlink import Netlink
 from vpn_sentinel.agent.probes import dns
 from vpn_sentinel.agent.probes.canary import Flock
@@ -19,7 +21,8 @@ from vpn_sentinel.agent.probes.targets import CLOUDFLARE, OPENDNS, Target, addre
 from vpn_sentinel.agent.probes.trace import LIMIT as TRACE_LIMIT
 from vpn_sentinel.agent.probes.trace import trace
 from vpn_sentinel.agent.settings import ProbeSettings
-from vpn_sentinel.domain.observation import Path
+from vpn_sentinel.domain.observation import Path, Routed
+from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.runtime.settings import SettingError
 
@@ -90,6 +93,25 @@ def flock(
         beside=beside,
         may_leave=settings.policy.allows_outside,
     )
+
+
+def route_audit(
+    settings: ProbeSettings,
+    endpoints: Callable[[], Iterable[Endpoint]],
+    meant: Callable[[], Iterable[IPAddress]] = tuple,
+) -> Callable[[Survey], tuple[Routed, ...] | None]:
+    """How a round reads the routing tables. A nameserver's own route is judged as the nameserver's way is.
+
+    `meant` are hosts that may have a route of their own: our server may run on the VPN's.
+    """
+    policy = settings.policy
+
+    def look(survey: Survey) -> tuple[Routed, ...] | None:
+        hosts = (*(n.address for n in dns.system_nameservers()), *meant())
+        may_leave = (*policy.allowed_outside, *policy.allowed_resolvers, *(ip_network(dns.plain(h)) for h in hosts))
+        return audit(survey, may_leave=may_leave, servers=(e.address for e in endpoints()))
+
+    return look
 
 
 def portal_beside(settings: ProbeSettings, names: Names, *, own: Callable[[int], None]) -> Portal:

@@ -15,13 +15,14 @@ from typing import Final, Protocol
 
 from vpn_sentinel.agent.net.attributes import attribute, attributes
 from vpn_sentinel.agent.net.fib import Fib, parse_entry, parse_rule
+from vpn_sentinel.agent.net.link import Interface
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork
+from vpn_sentinel.runtime.clock import Clock, SystemClock
 
 NEWLINK, DELLINK, GETLINK = 16, 17, 18
 NEWADDR, DELADDR, GETADDR = 20, 21, 22
 NEWROUTE, DELROUTE, GETROUTE = 24, 25, 26
 NEWRULE, DELRULE, GETRULE = 32, 33, 34
-IFF_UP, IFF_LOOPBACK, IFF_POINTOPOINT, IFF_LOWER_UP = 0x1, 0x8, 0x10, 0x10000
 UNICAST, LOCAL = 1, 2  # rtm_type
 
 _HEADER: Final = struct.Struct("=IHHII")
@@ -33,23 +34,9 @@ _ERROR, _DONE = 2, 3
 _REQUEST, _DUMP, _DUMP_INTERRUPTED = 0x1, 0x300, 0x10
 _FIB_MATCH = 0x2000
 _FIB_RULE_INVERT = 0x2
+# What was read of routes and rules is used for so many times as long as reading took, and never longer than seconds.
+_FIB_REST, _FIB_OLDEST = 30, 10.0
 _NO_ROUTE = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL, errno.ENODEV, errno.ESRCH})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Interface:
-    """A network interface. `kind` is rtnetlink's (`wireguard`, `tun`, `veth`, … or empty); counters are bytes."""
-
-    index: int
-    name: str
-    kind: str = ""
-    flags: int = 0
-    rx_bytes: int = 0
-    tx_bytes: int = 0
-    addresses: tuple[IPAddress, ...] = ()
-    master: int | None = None  # the index of the bridge, bond or VRF that it is a part of
-    networks: tuple[IPNetwork, ...] = ()  # those of its addresses
-    mtu: int = 0  # bytes of an IP packet; 0 when it was not told
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +74,14 @@ class Kernel(Protocol):
     def interfaces(self) -> tuple[Interface, ...]: ...
 
     def route(
-        self, destination: IPAddress, *, port: int = 0, protocol: int = 17, via: int | None = None, match: bool = False
+        self,
+        destination: IPAddress,
+        *,
+        port: int = 0,
+        protocol: int = 17,
+        via: int | None = None,
+        match: bool = False,
+        source: tuple[IPAddress, int] | None = None,
     ) -> Route | None: ...
 
     def fib(self) -> Fib: ...
@@ -108,7 +102,7 @@ def parse_link(body: bytes) -> Interface | None:
     """An interface out of RTM_NEWLINK or RTM_DELLINK, without addresses; None when it is too short to be one."""
     if len(body) < _LINK.size:
         return None
-    _family, _type, index, flags, _change = _LINK.unpack_from(body)
+    _family, hardware, index, flags, _change = _LINK.unpack_from(body)
     found = attributes(body, _LINK.size)
     name = found.get(3, b"").rstrip(b"\0").decode("utf-8", "replace")
     kind = attributes(found.get(18, b"")).get(1, b"").rstrip(b"\0").decode("ascii", "replace")
@@ -118,7 +112,7 @@ def parse_link(body: bytes) -> Interface | None:
     name = "".join(c if c.isprintable() else "?" for c in name)
     master, mtu = found.get(10, b""), found.get(4, b"")
     return Interface(
-        index=index, name=name, kind=kind, flags=flags, rx_bytes=rx, tx_bytes=tx,
+        index=index, name=name, kind=kind, hardware=hardware, flags=flags, rx_bytes=rx, tx_bytes=tx,
         master=_U32.unpack(master)[0] if len(master) == 4 else None,
         mtu=_U32.unpack(mtu)[0] if len(mtu) == 4 else 0,
     )  # fmt: skip
@@ -196,9 +190,20 @@ def dump_request(kind: int, sequence: int) -> bytes:
 
 
 def route_request(
-    destination: IPAddress, sequence: int, *, port: int, protocol: int, via: int | None, match: bool
+    destination: IPAddress,
+    sequence: int,
+    *,
+    port: int,
+    protocol: int,
+    via: int | None,
+    match: bool,
+    source: tuple[IPAddress, int] | None = None,
 ) -> bytes:
-    """Ask for the route that a packet of `protocol` to `destination` and `port` would take (0: any port)."""
+    """Ask for the route that a packet of `protocol` to `destination` and `port` would take (0: any port).
+
+    With the address and port of a connected socket as `source`, the answer is that socket's own route, also where
+    routes are balanced by a hash of both ends.
+    """
     family = socket.AF_INET6 if isinstance(destination, IPv6Address) else socket.AF_INET
     attrs = attribute(1, destination.packed)
     if via is not None:
@@ -206,8 +211,11 @@ def route_request(
     if port:
         # Rules may look at protocol and port (`ip rule … ipproto udp dport 53`); older kernels skip these attributes.
         attrs += attribute(27, bytes([protocol])) + attribute(29, struct.pack("!H", port))
+    if source is not None:
+        attrs += attribute(2, source[0].packed) + (attribute(28, struct.pack("!H", source[1])) if port else b"")
     flags = _FIB_MATCH if match else 0
-    body = _ROUTE.pack(family, len(destination.packed) * 8, 0, 0, 0, 0, 0, 0, flags) + attrs
+    source_length = 0 if source is None else len(source[0].packed) * 8
+    body = _ROUTE.pack(family, len(destination.packed) * 8, source_length, 0, 0, 0, 0, 0, flags) + attrs
     return _HEADER.pack(_HEADER.size + len(body), GETROUTE, _REQUEST, sequence, 0) + body
 
 
@@ -218,11 +226,14 @@ def _address(packed: bytes | None) -> IPAddress | None:
 class Netlink:
     """A `Kernel` over one netlink socket. Answers come within microseconds, so it asks without the loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock | None = None) -> None:
         """Raises OSError where the sandbox has no netlink."""
+        self._clock = clock or SystemClock()
         self._sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
         self._sock.settimeout(1.0)
         self._sequence = 0
+        self._fib: Fib | None = None
+        self._fib_until = 0.0
 
     def close(self) -> None:
         self._sock.close()
@@ -242,11 +253,20 @@ class Netlink:
         )
 
     def route(
-        self, destination: IPAddress, *, port: int = 0, protocol: int = 17, via: int | None = None, match: bool = False
+        self,
+        destination: IPAddress,
+        *,
+        port: int = 0,
+        protocol: int = 17,
+        via: int | None = None,
+        match: bool = False,
+        source: tuple[IPAddress, int] | None = None,
     ) -> Route | None:
         """Where a packet would go, None when no route (or one that prohibits) leads there."""
         self._sequence += 1
-        request = route_request(destination, self._sequence, port=port, protocol=protocol, via=via, match=match)
+        request = route_request(
+            destination, self._sequence, port=port, protocol=protocol, via=via, match=match, source=source
+        )
         self._sock.send(request)
         while True:
             for message in messages(self._sock.recv(65536)):
@@ -260,7 +280,21 @@ class Netlink:
                 return parse_route(message.body)
 
     def fib(self) -> Fib:
-        """All routing rules and tables of both IP versions."""
+        """All routing rules and tables of both IP versions.
+
+        Read anew after `changed`, and when the last reading is old beside what it cost: full tables take a while.
+        """
+        now = self._clock.boottime()
+        if self._fib is None or now >= self._fib_until:
+            self._fib = self._read_fib()
+            self._fib_until = now + min((self._clock.boottime() - now) * _FIB_REST, _FIB_OLDEST)
+        return self._fib
+
+    def changed(self) -> None:
+        """Routes or rules may have changed: the next look reads them anew."""
+        self._fib = None
+
+    def _read_fib(self) -> Fib:
         rules = (parse_rule(m.body) for m in self._dump(GETRULE) if m.kind == NEWRULE)
         entries = (parse_entry(m.body) for m in self._dump(GETROUTE) if m.kind == NEWROUTE)
         return Fib(tuple(r for r in rules if r), tuple(e for e in entries if e))

@@ -5,10 +5,19 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from vpn_sentinel.agent import round as rounds
-from vpn_sentinel.agent.equipment import chosen_services, flock, http_client, open_databases, open_kernel, path_to
+from vpn_sentinel.agent.equipment import (
+    chosen_services,
+    flock,
+    http_client,
+    open_databases,
+    open_kernel,
+    path_to,
+    route_audit,
+)
 from vpn_sentinel.agent.interfaces import Paths, Survey, survey
 from vpn_sentinel.agent.leakwatch.watch import LeakWatch
 from vpn_sentinel.agent.names import Names
+from vpn_sentinel.agent.net.roles import Remembered
 from vpn_sentinel.agent.probes.canary import Flock
 from vpn_sentinel.agent.probes.place import Places
 from vpn_sentinel.agent.probes.trace import whoami
@@ -41,7 +50,7 @@ async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, se
         policy=policy,
         clock=clock,
         told=lambda: None,
-        survey=lambda: survey(kernel, configured=settings.tunnel_interface, remembered=found.tunnel),
+        survey=lambda: survey(kernel, configured=settings.tunnel_interface, remembered=Remembered(tunnel=found.tunnel)),
         endpoints=lambda: settings.tunnel_endpoints,
     )
 
@@ -62,6 +71,7 @@ async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, se
         ),
         clock=clock,
         watch=watch,
+        audit=route_audit(settings, lambda: watch.endpoints),
     )
     try:
         started = clock.boottime()

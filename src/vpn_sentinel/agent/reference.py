@@ -40,7 +40,7 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
 
     def look_around() -> Survey:
         # Without a physical interface no canary is sent beside a tunnel, should there be one.
-        return replace(survey(kernel), physical=None)
+        return replace(survey(kernel), uplinks=(), beside=())
 
     courier = Courier(
         destination(settings),

@@ -13,11 +13,11 @@ from vpn_sentinel.agent.asides import Asides
 from vpn_sentinel.agent.interfaces import Paths, Survey
 from vpn_sentinel.agent.leakwatch.watch import LeakWatch
 from vpn_sentinel.agent.netlink import Kernel
-from vpn_sentinel.agent.probes import dns
+from vpn_sentinel.agent.probes import bypass, dns
 from vpn_sentinel.agent.probes.canary import Flock, canaries
 from vpn_sentinel.agent.probes.place import Places
 from vpn_sentinel.domain.judge import judge
-from vpn_sentinel.domain.observation import Answer, Canary, Link, Observation, Probe, Quality, Trigger
+from vpn_sentinel.domain.observation import Answer, Canary, Link, Observation, Probe, Quality, Routed, Trigger
 from vpn_sentinel.domain.policy import IPAddress, Policy
 from vpn_sentinel.domain.verdict import State
 from vpn_sentinel.runtime.clock import Clock
@@ -52,6 +52,7 @@ class Eyes:
     asides: Asides = field(default_factory=Asides)
     canary: Callable[[], dns.CanaryZone | None] = lambda: None
     sight: Sight | None = None
+    audit: Callable[[Survey], tuple[Routed, ...] | None] = lambda _: None
     watch: LeakWatch | None = None
 
 
@@ -62,7 +63,8 @@ async def look(eyes: Eyes, trigger: Trigger, policy: Policy) -> Observation:
     if eyes.watch is not None:
         eyes.watch.look(survey)
     paths = Paths(eyes.kernel, survey)
-    seen = Observation(trigger=trigger, link=survey.link(), interfaces=survey.names())
+    seen = Observation(trigger=trigger, link=survey.link(), interfaces=survey.names(), uplinks=survey.uplink_names())
+    parts = eyes.audit(survey)
     silent_for = eyes.sight.silent_for() if eyes.sight is not None else 0.0
 
     def leaks(found: tuple[Canary, ...]) -> bool:
@@ -70,8 +72,10 @@ async def look(eyes: Eyes, trigger: Trigger, policy: Policy) -> Observation:
 
     async with asyncio.TaskGroup() as group:
         aside = eyes.asides.begin(group, survey)
+        trying = group.create_task(bypass.tried(parts or (), survey.tunnel))
         found = await canaries(aside.flock(eyes.flock(paths)), paths, enough=leaks, silence=aside.silence)
         seen = await aside.add(replace(seen, canaries=found), hurry=leaks(found))
+        seen = replace(seen, routed=None if parts is None else await trying)
     if eyes.sight is not None:
         seen = _with_pulses(eyes.sight, seen, paths, silent_for)
     if judge(seen, policy).state not in _URGENT:

@@ -1,10 +1,14 @@
 """What proves a leak: an answer that came from home or from beside the tunnel, or a packet seen leaving there."""
 
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Final
 
-from vpn_sentinel.domain.observation import Answer, Canary, Observation, Path, Probe
-from vpn_sentinel.domain.policy import IPAddress, Policy
+from vpn_sentinel.domain.observation import Answer, Canary, Observation, Path, Probe, Routed
+from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy
 from vpn_sentinel.domain.verdict import Code, Finding
+
+_NAMED: Final = 4  # networks that a message names
 
 
 def by_canaries(seen: Observation, policy: Policy) -> Iterator[Finding]:
@@ -23,6 +27,54 @@ def by_canaries(seen: Observation, policy: Policy) -> Iterator[Finding]:
                 f"This report reached the server from the home address {seen.reported_from}.",
                 {"address": str(seen.reported_from), "seen_by": "server"},
             )
+
+
+def by_routes(seen: Observation, policy: Policy) -> Iterator[Finding]:
+    """What routes and rules send past a tunnel that carries the rest, unless this host refuses to send it there."""
+    link = seen.link
+    if link is None or not (link.present and link.up):
+        return
+    parts = seen.routed or ()
+    carried = {part.family for part in parts if part.interface == link.name}
+    held = {(c.interface, c.family) for c in seen.asked(Probe.PHYSICAL) if c.answer is Answer.BLOCKED}
+    held -= {(c.interface, c.family) for c in seen.asked(Probe.PHYSICAL) if c.answer is Answer.ANSWERED}
+    for part in parts:
+        if part.interface == link.name or part.family not in carried or part.answer is Answer.BLOCKED:
+            continue
+        if (part.interface, part.family) in held and part.answer not in (Answer.ANSWERED, Answer.EXPIRED):
+            continue
+        meant = [n for n in part.networks if any(_inside(n, allowed) for allowed in policy.allowed_outside)]
+        left = [n for n in part.networks if n not in meant]
+        if left or part.more:
+            yield _routed_outside(part, left)
+
+
+def _inside(network: IPNetwork, other: IPNetwork) -> bool:
+    return network.version == other.version and network.subnet_of(other)  # type: ignore[arg-type]
+
+
+def _routed_outside(part: Routed, networks: list[IPNetwork]) -> Finding:
+    named = ", ".join(str(n) for n in networks[:_NAMED])
+    more = part.more + len(networks) - len(networks[:_NAMED])
+    which = f"{named} and {more} more" if named and more else named or f"{more} networks"
+    what = f"{part.only} in " if part.only else ""
+    return Finding(
+        Code.SPLIT_ROUTE,
+        f"Routes send {what}{which} past the tunnel by {part.interface}, "
+        f"{_percent(part.share)} of the IPv{part.family} internet.",
+        {
+            "interface": part.interface,
+            "networks": which,
+            "share": _percent(part.share),
+            "seen_by": "routing tables",
+            **({"traffic": part.only} if part.only else {}),
+            **({"asked": f"{part.asked}: {part.answer}"} if part.asked else {}),
+        },
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %" if share >= 0.01 else "less than 1 %"
 
 
 def by_packets(seen: Observation, policy: Policy) -> Iterator[Finding]:
@@ -56,14 +108,23 @@ def by_packets(seen: Observation, policy: Policy) -> Iterator[Finding]:
 
 
 def each_once(found: tuple[Finding, ...]) -> tuple[Finding, ...]:
-    """Each code once: a canary's word comes before a packet's."""
-    return tuple({f.code: f for f in reversed(found)}[c] for c in dict.fromkeys(f.code for f in found))
+    """Each code once: a canary's word comes before a route's, and that before a packet's. Facts are kept of all."""
+    told: dict[Code, Finding] = {}
+    for finding in found:
+        first = told.setdefault(finding.code, finding)
+        if first is not finding:
+            told[finding.code] = replace(first, evidence={**finding.evidence, **first.evidence})
+    return tuple(told.values())
 
 
 def _escapes(canary: Canary, seen: Observation, policy: Policy) -> bool:
+    """Whether it came out beside the tunnel: by its address, and only where that says nothing by its route."""
     if canary.answer is not Answer.ANSWERED or canary.address is None:
         return False
-    return policy.is_home(canary.address) or (seen.link is not None and canary.path is Path.OUTSIDE)
+    if policy.is_home(canary.address):
+        return True
+    exits = {c.address for c in seen.asked(Probe.DEFAULT) if c.path is Path.TUNNEL and c.address is not None}
+    return seen.link is not None and canary.path is Path.OUTSIDE and canary.address not in exits
 
 
 def _ip_leak(code: Code, canary: Canary, policy: Policy) -> Finding:

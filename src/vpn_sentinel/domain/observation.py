@@ -74,6 +74,7 @@ class Canary:
     path: Path = Path.UNKNOWN
     address: IPAddress | None = None
     rtt_ms: float | None = None
+    interface: str | None = None  # the device that it was bound to, None when it went as the kernel routes
 
     def __post_init__(self) -> None:
         if self.family not in (4, 6):
@@ -132,6 +133,25 @@ class Escape:
     first_age: float = 0.0
     last_age: float = 0.0
     name: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Routed:
+    """A part of the public address space that rules and routing tables send out by one device.
+
+    `share` is above 0 and at most 1. Of a device beside the tunnel `networks` are the largest that are not meant to go
+    there, and `more` says how many further ones there are. `only` names the kind of traffic that this is true of ("TCP
+    to port 443"), "" for all. `answer` is how a packet of one hop ended that was sent to `asked`, in that part.
+    """
+
+    interface: str
+    family: int
+    share: float
+    networks: tuple[IPNetwork, ...] = ()
+    more: int = 0
+    only: str = ""
+    asked: IPAddress | None = None
+    answer: Answer = Answer.UNKNOWN
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,6 +227,9 @@ class Observation:
 
     `link` is None when no tunnel interface is known here. `reported_from` is added by the server to a keepalive and to
     a pulse: the global address that it came from, None when it came over a LAN. An agent has canaries for that.
+    `uplinks` are the ways out beside the tunnel by name, and `routed` is what routes send where; None when nobody could
+    look.
+
     `dns_intercepted` is True when an address that runs no DNS answered a query, `dns_rewritten` when a name that does
     not exist was given an address; None when nobody asked.
 
@@ -224,6 +247,8 @@ class Observation:
     canaries: tuple[Canary, ...] = ()
     resolvers: tuple[ResolverSighting, ...] = ()
     places: tuple[Place, ...] = ()
+    uplinks: tuple[str, ...] | None = None
+    routed: tuple[Routed, ...] | None = None
     dns_intercepted: bool | None = None
     dns_rewritten: bool | None = None
     escapes: tuple[Escape, ...] = ()
@@ -251,8 +276,10 @@ class Observation:
         return tuple([p for p in self.places if p.ip == address])
 
     def exit(self, family: int) -> IPAddress | None:
-        """The address that the far end saw on the default route, None when no canary came back."""
-        for canary in self.canaries:
-            if canary.family == family and canary.probe is Probe.DEFAULT and canary.address is not None:
-                return canary.address
-        return None
+        """The address that the far end saw on the default route, None when no canary came back.
+
+        Where a part of the traffic goes beside the tunnel, the exit is where the tunnel's own part comes out.
+        """
+        seen = [c for c in self.canaries if c.family == family and c.probe is Probe.DEFAULT and c.address is not None]
+        through = next((c.address for c in seen if c.path is Path.TUNNEL), None)
+        return through or (seen[0].address if seen else None)

@@ -101,7 +101,8 @@ _NUMBER: Final = 1e12
 _PORT: Final = 2.0**16
 _LIMITS: Final[dict[type, dict[str, float]]] = {
     o.Link: {"rx_bytes": 2.0**64, "tx_bytes": 2.0**64},
-    o.Canary: {"target": 64},
+    o.Canary: {"target": 64, "interface": 64},
+    o.Routed: {"interface": 64, "share": 1.000001, "more": _NUMBER, "only": 64},
     o.ResolverSighting: {"method": 64},
     o.Escape: {
         "interface": 64, "protocol": 16, "name": 255, "source_port": _PORT, "destination_port": _PORT,
@@ -129,6 +130,9 @@ def check_observation(seen: Observation) -> None:
         raise ValueError(msg)
     for interface in (*(seen.interfaces or ()), *((seen.link.name,) if seen.link else ())):
         checked_text("interface", interface, 64)
+    for uplink in seen.uplinks or ():
+        checked_text("uplinks", uplink, 64)
+    _check_routed(seen)
     for target in seen.flaky:
         checked_text("flaky", target, 64)
     for item in (seen, seen.link, seen.quality, *seen.canaries, *seen.resolvers, *seen.escapes, *seen.claims):
@@ -137,6 +141,18 @@ def check_observation(seen: Observation) -> None:
         _check_limits(action)
     for place in seen.places:
         check_place(place)
+
+
+def _check_routed(seen: Observation) -> None:
+    for name in ("uplinks", "routed"):
+        if len(getattr(seen, name) or ()) > limits.PER_OBSERVATION * 4:
+            msg = f"{name} holds too many entries"
+            raise ValueError(msg)
+    for part in seen.routed or ():
+        _check_limits(part)
+        if len(part.networks) > limits.PER_OBSERVATION or part.family not in (4, 6):
+            msg = "routed names networks of IPv4 or IPv6, at most 64 for a device"
+            raise ValueError(msg)
 
 
 def _check_limits(item: object) -> None:

@@ -24,7 +24,7 @@ OK, GAP, UNKNOWN = State.OK, State.GAP, State.UNKNOWN
 URL, NOW, DAY = "https://sentinel.example", 1_800_000_000.0, 86400.0
 HOME, EXIT, EGRESS = (ip_address(a) for a in ("198.51.100.7", "203.0.113.4", "203.0.113.53"))
 DECLARED = Policy(home_networks=(ip_network("198.51.100.7"),))
-SURVEY = Survey(interfaces=(LO, ETH, WG), tunnel="wg0", physical=ETH)
+SURVEY = Survey(interfaces=(LO, ETH, WG), tunnel="wg0", uplinks=(ETH,), beside=(ETH,))
 WELCOME = Welcome(ack=0, wall=NOW)
 
 
@@ -100,11 +100,13 @@ CASES: dict[str, tuple[Check | Sequence[Check], list[State], str]] = {
     "a tunnel": (network.about_interfaces(SURVEY, None), [OK, OK], "wg0, kind wireguard: it carries the way"),
     "a tunnel by its setting": (network.about_interfaces(SURVEY, "wg0"), [OK, OK], "as configured"),
     "no tunnel": (
-        network.about_interfaces(Survey(interfaces=(LO, ETH), physical=ETH), None), [GAP, OK], "network_mode: service",
+        network.about_interfaces(Survey(interfaces=(LO, ETH), uplinks=(ETH,)), None),
+        [GAP, OK],
+        "network_mode: service",
     ),
     "no interface at all": (network.about_interfaces(Survey(interfaces=(LO,)), None), [GAP, UNKNOWN], "none besides"),
     "a tunnel that is gone": (
-        network.about_interfaces(Survey(interfaces=(LO, ETH), tunnel="wg7", physical=ETH), "wg7"), [GAP, OK],
+        network.about_interfaces(Survey(interfaces=(LO, ETH), tunnel="wg7", uplinks=(ETH,)), "wg7"), [GAP, OK],
         "wg7 (as configured) is not here",
     ),
     "a tunnel switched off": (

@@ -6,11 +6,11 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
-from tests.agent.doubles import ETH, LO, UP, WG
+from tests.agent.doubles import ETH, LO, UP, WG, surveyed
 from vpn_sentinel.agent.endpoints import parse_endpoint
-from vpn_sentinel.agent.interfaces import Survey
 from vpn_sentinel.agent.leakwatch.ground import Ground, ground
-from vpn_sentinel.agent.netlink import Interface, Way, parse_link, parse_spared, parse_way
+from vpn_sentinel.agent.net.link import IFF_POINTOPOINT, Interface
+from vpn_sentinel.agent.netlink import Way, parse_link, parse_spared, parse_way
 
 TUN = replace(WG, name="tun0", kind="tun")
 
@@ -32,8 +32,9 @@ def way(network: str, interface: int = 2, *, gateway: bool = False) -> Way:
 
 
 def stand(tables: Tables, *links: Interface, tunnel: str = "wg0", before: Ground | None = None) -> Ground:
-    survey = Survey(interfaces=links or (LO, ETH, WG), tunnel=tunnel)
-    return ground(survey, tables, allowed=(), resolvers=(), before=before or Ground())
+    return ground(
+        surveyed(*(links or (LO, ETH, WG)), tunnel=tunnel), tables, allowed=(), resolvers=(), before=before or Ground()
+    )
 
 
 def test_only_what_leads_out_of_this_host_is_watched() -> None:
@@ -41,7 +42,7 @@ def test_only_what_leads_out_of_this_host_is_watched() -> None:
     others = (
         Interface(index=6, name="veth1", kind="veth", flags=UP, master=5),
         Interface(index=7, name="dummy0", kind="dummy", flags=UP),
-        Interface(index=8, name="tailscale0", kind="tun", flags=UP),
+        Interface(index=8, name="tailscale0", kind="tun", flags=UP | IFF_POINTOPOINT),
     )
     assert [i.name for i in stand(Tables(), LO, ETH, WG, bridge, *others).interfaces] == ["eth0", "br0"]
 

@@ -87,7 +87,7 @@ SETUPS = {
     "halves": """
         route add default dev wg0 table 51820
         rule add lookup 51820 pref 1000
-        route add 128.0.0.0/1 via 172.17.0.1 table 51820
+        route add 128.0.0.0/1 via 172.17.0.1 dev eth0 table 51820
         route add 5.9.0.0/16 via 172.18.0.1 table 51820 metric 5
         route add 5.9.0.0/16 dev wg0 table 51820 metric 9
     """,
@@ -110,7 +110,8 @@ SENDERS = (
 
 def ip(lines: str) -> None:
     for line in lines.strip().splitlines():
-        subprocess.run(["ip", *line.split()], check=True)
+        if line.strip():
+            subprocess.run(["ip", *line.split()], check=True)
 
 
 def asked(destination: str, sender: Sender) -> str | None:

@@ -7,8 +7,9 @@ from typing import Final
 
 from vpn_sentinel.agent.doctor.check import Check, gap, ok, unknown
 from vpn_sentinel.agent.doctor.ground import Ground
-from vpn_sentinel.agent.interfaces import Survey, is_certainly_vpn, is_up
-from vpn_sentinel.agent.netlink import IFF_LOOPBACK, Netlink
+from vpn_sentinel.agent.interfaces import Survey, is_up
+from vpn_sentinel.agent.net.link import IFF_LOOPBACK
+from vpn_sentinel.agent.netlink import Netlink
 from vpn_sentinel.agent.probes import dns
 from vpn_sentinel.domain.observation import Answer, Path, ResolverSighting
 from vpn_sentinel.domain.policy import IPAddress
@@ -41,26 +42,26 @@ def _tunnel(survey: Survey, configured: str | None, every: str) -> Check:
     if survey.tunnel is None:
         means = "nothing tells whether traffic goes through a VPN; leaks are judged by home addresses alone."
         fix = "start the VPN, run this in its network namespace (network_mode: service:NAME), or name its interface in "
-        return gap("tunnel", f"no VPN interface carries the way to the internet; {every}", means, fix + _NAME)
-    why = "as configured" if configured else "it carries the way to the internet"
+        return gap("tunnel", f"nothing shows that a VPN carries the way to the internet; {every}", means, fix + _NAME)
+    why = "as configured" if configured else "it carries the way to the internet, and its own packets leave beside it"
     if link is None:
         fix = f"start the VPN, or correct {_NAME}"
         return gap("tunnel", f"{survey.tunnel} ({why}) is not here; {every}", "the tunnel counts as down.", fix)
     if not is_up(link):
         return gap("tunnel", f"{link.name} ({why}) is switched off", "the tunnel counts as down.", "start the VPN")
-    kind = f"kind {link.kind}" if is_certainly_vpn(link) else "by its name"
-    return ok("tunnel", f"{link.name}, {kind}: {why}")
+    kind = f", kind {link.kind}" if link.kind else ""
+    return ok("tunnel", f"{link.name}{kind}: {why}")
 
 
 _NAME: Final = "VPN_SENTINEL_TUNNEL_INTERFACE"
 
 
 def _physical(survey: Survey, every: str) -> Check:
-    if survey.physical is None:
+    if not survey.uplinks:
         means = "nothing can leave beside the tunnel from here; whether a kill switch holds cannot be tried."
         return unknown("way beside it", f"no other interface with an address; {every}", means)
-    addresses = ", ".join(str(a) for a in survey.physical.addresses if not a.is_link_local)
-    return ok("way beside it", f"{survey.physical.name} ({addresses})")
+    found = (f"{i.name} ({', '.join(str(a) for a in i.addresses if not a.is_link_local)})" for i in survey.uplinks)
+    return ok("ways beside it" if len(survey.uplinks) > 1 else "way beside it", ", ".join(found))
 
 
 @dataclass(frozen=True, slots=True)

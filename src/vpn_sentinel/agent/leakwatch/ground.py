@@ -5,12 +5,12 @@ from dataclasses import dataclass, field, replace
 from typing import Final, Protocol
 
 from vpn_sentinel.agent.endpoints import Endpoint
-from vpn_sentinel.agent.interfaces import Survey, may_be_vpn
+from vpn_sentinel.agent.interfaces import Survey
 from vpn_sentinel.agent.leakwatch.rules import Rules
-from vpn_sentinel.agent.netlink import IFF_LOOPBACK, Interface, Way
+from vpn_sentinel.agent.net.link import Interface
+from vpn_sentinel.agent.netlink import Way
 from vpn_sentinel.domain.policy import NOT_PUBLIC, IPAddress, IPNetwork
 
-_NOWHERE: Final = frozenset({"dummy", "ifb", "nlmon", "vcan"})  # kinds of which nothing leaves this host
 _WIREGUARD: Final = frozenset({"wireguard", "amneziawg"})
 _SHORTEST: Final = {4: 16, 6: 48}  # prefix lengths of a public LAN
 _MOST: Final = 128  # networks of the LAN that the filter takes in
@@ -69,7 +69,7 @@ def ground(
     """
     if survey.interfaces is None:
         return Ground()
-    watched = tuple(i for i in survey.interfaces if _is_way_out(i, survey.tunnel))
+    watched = survey.beside
     beside = {i.index for i in watched}
     own = [a for i in watched for a in i.addresses]
     ways = [w for w in tables.ways() if w.interface in beside] if tables else []
@@ -85,17 +85,6 @@ def ground(
         rules=Rules(marks=spared, outside=(*allowed, *lan), resolvers=resolvers),
         hosts=tuple(dict.fromkeys(hosts))[:_MOST],
         openvpn=not spared and (before.openvpn if tunnel is None else tunnel.kind not in _WIREGUARD),
-    )
-
-
-def _is_way_out(interface: Interface, tunnel: str | None) -> bool:
-    """Parts of a bridge or bond are left out: what this host sends leaves by the whole, the rest is somebody else's."""
-    return not (
-        interface.flags & IFF_LOOPBACK
-        or interface.name == tunnel
-        or interface.master is not None
-        or interface.kind in _NOWHERE
-        or may_be_vpn(interface)
     )
 
 

@@ -151,11 +151,12 @@ EVERYBODY: Final = Sender()
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A part of the address space and the route that it takes; None where a rule refuses it."""
+    """A part of the address space, the rule that decided, and the route that it takes; None where the rule refuses."""
 
     first: int
     last: int
     entry: RouteEntry | None
+    rule: Rule | None = None
 
     @property
     def interfaces(self) -> tuple[int, ...]:
@@ -163,6 +164,15 @@ class Segment:
         if self.entry is None or self.entry.kind != RTN_UNICAST:
             return ()
         return tuple(dict.fromkeys(hop.interface for hop in self.entry.hops))
+
+    @property
+    def named(self) -> IPNetwork | None:
+        """The network by which its route or its rule names it, whichever says more; None without a route."""
+        if self.entry is None:
+            return None
+        network = self.entry.network
+        by_rule = self.rule.destination if self.rule is not None and not self.rule.invert else None
+        return by_rule if by_rule is not None and by_rule.prefixlen > network.prefixlen else network
 
 
 def parse_rule(body: bytes) -> Rule | None:
@@ -352,7 +362,7 @@ class Fib:
                     self._from(target, rules, sender, hit, out)
                     space = subtract(space, hit)
             elif rule.action in (FR_ACT_BLACKHOLE, FR_ACT_UNREACHABLE, FR_ACT_PROHIBIT):
-                out += [Segment(first, last, None) for first, last in hit]
+                out += [Segment(first, last, None, rule) for first, last in hit]
                 space = subtract(space, hit)
             elif rule.action == FR_ACT_TO_TBL and rule.table:
                 taken = list(self._routed(rule, hit))
@@ -374,7 +384,7 @@ class Fib:
                     continue
                 suppressed = rule.suppress_prefix is not None and entry.prefix <= rule.suppress_prefix
                 if not suppressed or entry.kind in _REFUSING:
-                    yield Segment(max(first, segment.first), min(last, segment.last), entry)
+                    yield Segment(max(first, segment.first), min(last, segment.last), entry, rule)
 
     def _of_table(self, version: int, table: int) -> list[Segment]:
         """The table as disjoint parts of the address space, each with its most specific route."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from vpn_sentinel.agent.interfaces import Paths
+from vpn_sentinel.agent.net.link import Interface
 from vpn_sentinel.agent.probes.datagram import Destination, Outcome, ask
 from vpn_sentinel.agent.probes.targets import CLOUDFLARE, OPENDNS, Seen, Target
 from vpn_sentinel.domain.observation import Answer, Canary, Path, Probe
@@ -19,6 +20,7 @@ from vpn_sentinel.domain.policy import IPAddress
 SETTLE: Final = 0.3  # seconds that slower targets get once one has answered; then the reserve is asked where none has
 # Of C2: no system begins with as many, so that a leak watch knows those of another program of ours, such as `check`.
 BESIDE_HOPS: Final = 65
+MAX_UPLINKS: Final = 4  # ways out beside the tunnel that are asked in one round
 # Asks a target that takes no datagram, such as the HTTPS trace.
 Other = Callable[[], Coroutine[Any, Any, Canary]]
 
@@ -48,15 +50,21 @@ async def one(
     probe: Probe = Probe.DEFAULT,
     device: str | None = None,
     sending: Callable[[int], None] | None = None,
+    paths: Paths | None = None,
 ) -> Canary:
-    """Send one canary and wait for its end, at most one second."""
+    """Send one canary and wait for its end, at most one second. With `paths` its way is looked up once more then."""
     payload, read = target.question()
     hops = {Probe.FIRST_HOP: 1, Probe.PHYSICAL: BESIDE_HOPS}.get(probe)
     destination = Destination(address=target.address, port=target.port, device=device, hops=hops, sending=sending)
-    return told(await ask(destination, payload, read), target, path, probe)
+    outcome = await ask(destination, payload, read)
+    if outcome.local is not None and paths is not None:
+        now = paths.of(target.address, target.port, source=outcome.local)
+        # A balanced route has an answer for each socket; any other that changed says nothing of the way taken.
+        path = now if paths.is_balanced(target.address) or now is path else Path.UNKNOWN
+    return told(outcome, target, path, probe, device)
 
 
-def told(outcome: Outcome[Seen], target: Target, path: Path, probe: Probe) -> Canary:
+def told(outcome: Outcome[Seen], target: Target, path: Path, probe: Probe, device: str | None = None) -> Canary:
     """What an outcome says as a canary. The address of C3 is the router that reported it expired."""
     address = outcome.value.address if outcome.value else None
     answer = outcome.answer
@@ -72,6 +80,7 @@ def told(outcome: Outcome[Seen], target: Target, path: Path, probe: Probe) -> Ca
         path=path,
         address=address,
         rtt_ms=None if outcome.rtt_ms is None else round(outcome.rtt_ms, 1),
+        interface=device if probe in (Probe.PHYSICAL, Probe.FIRST_HOP) else None,
     )
 
 
@@ -81,33 +90,40 @@ class _Sent:
     family: int
     path: Path
     awaited: bool = False
-    target: Target | None = None
+    uplink: Interface | None = None
+
+    @property
+    def question(self) -> tuple[Probe, int, str | None]:
+        return self.probe, self.family, self.uplink.name if self.uplink else None
 
 
 class _Asked:
     """The canaries that are out, and what has come back."""
 
-    def __init__(self, group: asyncio.TaskGroup, paths: Paths, device: str | None, flock: Flock) -> None:
+    def __init__(self, group: asyncio.TaskGroup, paths: Paths, flock: Flock) -> None:
         self._suspects = flock.suspects
         self._beside = flock.beside
         self._may_leave = flock.may_leave
         self._group = group
         self._paths = paths
-        self._device = device
         self._sent: dict[asyncio.Task[Canary], _Sent] = {}
 
-    def send(self, targets: Iterable[Target], probe: Probe) -> None:
+    def send(self, targets: Iterable[Target]) -> None:
+        """C1: as the kernel routes it."""
         for target in targets:
-            if probe is Probe.DEFAULT:
-                path, device = self._paths.of(target.address, target.port), None
-                if path is Path.OUTSIDE and (self._may_leave(target.address) or _is_meant_to(target, self._paths)):
-                    continue
-            else:
-                path, device = Path.OUTSIDE, self._device
-            task = self._group.create_task(one(target, path, probe, device, self._beside if device else None))
+            path = self._paths.of(target.address, target.port)
+            if path is Path.OUTSIDE and (self._may_leave(target.address) or _is_meant_to(target, self._paths)):
+                continue
+            task = self._group.create_task(one(target, path, paths=self._paths))
             family = target.address.version
-            awaited = probe is Probe.DEFAULT and (path is Path.OUTSIDE or (target.name, family) in self._suspects)
-            self._sent[task] = _Sent(probe, family, path, awaited, target)
+            awaited = path is Path.OUTSIDE or (target.name, family) in self._suspects
+            self._sent[task] = _Sent(Probe.DEFAULT, family, path, awaited)
+
+    def send_beside(self, targets: Iterable[Target], probe: Probe, uplink: Interface) -> None:
+        """C2 and C3: bound to one of the ways out beside the tunnel."""
+        for target in targets:
+            task = self._group.create_task(one(target, Path.OUTSIDE, probe, uplink.name, self._beside))
+            self._sent[task] = _Sent(probe, target.address.version, Path.OUTSIDE, uplink=uplink)
 
     def send_gateway(self, gateway: Target, device: str | None) -> None:
         task = self._group.create_task(one(gateway, Path.TUNNEL, Probe.GATEWAY, device))
@@ -125,11 +141,11 @@ class _Asked:
         return tuple(self._told(t.result(), s) for t, s in self._sent.items() if t.done() and not t.cancelled())
 
     def _told(self, canary: Canary, sent: _Sent) -> Canary:
-        """A route that was outside and is not any more says nothing of the way that the answer came."""
-        if canary.probe is not Probe.DEFAULT or canary.path is not Path.OUTSIDE or sent.target is None:
+        """Where no route leads out by an uplink, nobody could be asked by it, so that silence there says nothing."""
+        silent = canary.answer in (Answer.LOST, Answer.UNREACHABLE)
+        if sent.uplink is None or not silent or self._paths.survey.has_way(sent.uplink, canary.family):
             return canary
-        now = self._paths.of(sent.target.address, sent.target.port)
-        return canary if now is Path.OUTSIDE else replace(canary, path=Path.UNKNOWN)
+        return replace(canary, answer=Answer.UNKNOWN)
 
     def silent(self) -> set[int]:
         """The families of which no C1 has shown an address."""
@@ -151,11 +167,11 @@ class _Asked:
         A C1 that the kernel routes outside is always waited for: its answer would be a leak, and a slow one is one too.
         """
         told_ = {
-            (c.probe, c.family)
+            (c.probe, c.family, c.interface)
             for c in self.back()
             if c.address is not None or (c.probe is not Probe.DEFAULT and c.answer in (Answer.ANSWERED, Answer.EXPIRED))
         }
-        return all(t.done() or ((s.probe, s.family) in told_ and not s.awaited) for t, s in self._sent.items())
+        return all(t.done() or (s.question in told_ and not s.awaited) for t, s in self._sent.items())
 
     def stop(self) -> None:
         for task in self._sent:
@@ -174,13 +190,13 @@ async def canaries(
     `enough` is asked from 0.3 s on whether what has come back already tells all that matters. `silence` is told what
     has come back by then when no C1 has been answered.
     """
-    device = paths.survey.physical.name if paths.survey.physical and paths.survey.tunnel else None
+    uplinks = paths.survey.uplinks[:MAX_UPLINKS] if paths.survey.tunnel else ()
     async with asyncio.TaskGroup() as group:
-        asked = _Asked(group, paths, device, flock)
-        asked.send(flock.targets, Probe.DEFAULT)
-        if device is not None:
-            asked.send(flock.targets, Probe.PHYSICAL)
-            asked.send(CLOUDFLARE, Probe.FIRST_HOP)
+        asked = _Asked(group, paths, flock)
+        asked.send(flock.targets)
+        for uplink in uplinks:
+            asked.send_beside(flock.targets, Probe.PHYSICAL, uplink)
+            asked.send_beside(CLOUDFLARE, Probe.FIRST_HOP, uplink)
         # Whoever names one wants its answer: waited for like one that may leak.
         asked.send_others(flock.also, Path.OUTSIDE)
         await asked.wait(SETTLE, until=asyncio.ALL_COMPLETED)
@@ -189,7 +205,7 @@ async def canaries(
                 asked.send_gateway(flock.gateway, paths.survey.tunnel)
             silence(asked.back())
         silent = asked.silent()
-        asked.send((t for t in flock.reserve if t.address.version in silent), Probe.DEFAULT)
+        asked.send(t for t in flock.reserve if t.address.version in silent)
         # What this host itself refuses to send, it refuses in any other form too: waiting would only be slower.
         if 4 in silent and not asked.refused(4):
             asked.send_others(flock.others, Path.UNKNOWN)

@@ -51,6 +51,7 @@ class Outcome(Generic[T]):
     value: T | None = None
     rtt_ms: float | None = None
     router: IPAddress | None = None
+    local: tuple[IPAddress, int] | None = None  # the address and port that it was asked from
 
 
 async def ask(
@@ -68,8 +69,9 @@ async def ask(
         refused = _prepare(sock, destination)
         if refused is not None:
             return Outcome(refused)
+        local = _end(sock)
         if destination.sending is not None:
-            destination.sending(sock.getsockname()[1])
+            destination.sending(local[1])
         start = loop.time()
         try:
             sock.send(payload)
@@ -83,7 +85,7 @@ async def ask(
                 while True:
                     value = read(await loop.sock_recv(sock, 4096))
                     if value is not None:
-                        return Outcome(Answer.ANSWERED, value, (loop.time() - start) * 1000)
+                        return Outcome(Answer.ANSWERED, value, (loop.time() - start) * 1000, local=local)
         except TimeoutError:
             return Outcome(Answer.LOST)
         except OSError as e:
@@ -118,6 +120,11 @@ def _prepare(sock: socket.socket, destination: Destination) -> Answer | None:
     except OSError as e:
         return _failed(e, sock).answer
     return None
+
+
+def _end(sock: socket.socket) -> tuple[IPAddress, int]:
+    host, port = sock.getsockname()[:2]
+    return ip_address(host.partition("%")[0]), port
 
 
 def _send_again(sock: socket.socket, payload: bytes) -> None:

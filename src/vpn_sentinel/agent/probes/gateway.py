@@ -10,7 +10,7 @@ from ipaddress import ip_network
 from typing import Final
 
 from vpn_sentinel.agent.interfaces import INTERNET, Paths, is_up
-from vpn_sentinel.agent.netlink import Interface
+from vpn_sentinel.agent.net.link import Interface
 from vpn_sentinel.agent.probes import dnswire
 from vpn_sentinel.agent.probes.targets import Seen
 from vpn_sentinel.domain.observation import Path

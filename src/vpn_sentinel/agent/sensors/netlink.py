@@ -11,18 +11,16 @@ import struct
 from collections.abc import Callable
 from typing import Final
 
+from vpn_sentinel.agent.net.link import IFF_LOWER_UP, IFF_UP, Interface
 from vpn_sentinel.agent.netlink import (
     DELADDR,
     DELLINK,
     DELROUTE,
     DELRULE,
-    IFF_LOWER_UP,
-    IFF_UP,
     NEWADDR,
     NEWLINK,
     NEWROUTE,
     NEWRULE,
-    Interface,
     messages,
     parse_address,
     parse_link,

@@ -1,0 +1,128 @@
+"""What rules and tables send past the tunnel: known before a packet takes that way, and without any capability."""
+
+import os
+from collections.abc import Iterable, Iterator
+from ipaddress import ip_network
+from typing import Final
+
+from vpn_sentinel.agent.endpoints import TCP, UDP
+from vpn_sentinel.agent.interfaces import Survey
+from vpn_sentinel.agent.net.coverage import by_device, interval, names, public_space, size
+from vpn_sentinel.agent.net.fib import RTN_UNICAST, Fib, Interval, Rule, Sender, intersect, joined, subtract
+from vpn_sentinel.agent.net.link import Interface
+from vpn_sentinel.domain.observation import Routed
+from vpn_sentinel.domain.policy import IPAddress, IPNetwork, is_public
+
+MAX_NETWORKS: Final = 16  # networks that are named of one device; how many more there are is counted
+MAX_CLASSES: Final = 16  # rules for a protocol or a port that are walked for themselves
+_SHORTEST_LAN: Final = {4: 16, 6: 48}  # prefix lengths of a public network that is a LAN
+_PROTOCOLS: Final = {TCP: "TCP", UDP: "UDP", 1: "ICMP", 58: "ICMPv6"}
+
+
+def audit(
+    survey: Survey, *, may_leave: Iterable[IPNetwork] = (), servers: Iterable[IPAddress] = (), uid: int | None = None
+) -> tuple[Routed, ...] | None:
+    """By which devices the internet leaves, and which part of it goes beside the tunnel. None when nobody can tell.
+
+    Left out is what is meant to go there: `may_leave`, the LAN, and the VPN's `servers`. Where none of those is known,
+    each host that has a route of its own by a router may be one.
+    """
+    if survey.fib is None or survey.tunnel is None:
+        return None
+    device, sender = survey.device(), Sender(uid=os.geteuid() if uid is None else uid)
+    if device is None:
+        return ()
+    known = [s for s in servers if not s.is_loopback and not survey.owns(s)]
+    excepted = [*may_leave, *(_lan(survey.beside))]
+    excepted += [_host(s) for s in known] if known else list(_hosts_with_a_router(survey.fib, device))
+    found: list[Routed] = []
+    for version in (4, 6):
+        free = joined(interval(n) for n in excepted if n.version == version)
+        found += _of_version(survey.fib, device, survey.beside, version, sender, free)
+    return tuple(found)
+
+
+def _of_version(
+    fib: Fib, device: Interface, beside: tuple[Interface, ...], version: int, sender: Sender, free: list[Interval]
+) -> Iterator[Routed]:
+    total = size(public_space(version))
+    spread = by_device(fib, version, sender)
+    inside = spread.get(device.index, [])
+    if inside:
+        yield Routed(interface=device.name, family=version, share=size(inside) / total)
+    again = _with_address(fib, device, version, sender)
+    bound = by_device(fib, version, again) if again else {}
+    told: dict[int, list[Interval]] = {}
+    for other in beside:
+        # What a socket looks up once more when it has the tunnel's address: a rule by source may lead it elsewhere.
+        parts = joined([*spread.get(other.index, []), *intersect(inside, bound.get(other.index, []))])
+        told[other.index] = parts = subtract(parts, free)
+        if parts:
+            found = names(fib, version, sender, other.index, parts)
+            if again and not found:
+                found = names(fib, version, again, other.index, parts)
+            yield _routed(other, version, found, size(parts) / total)
+    for only, rule_sender in _classes(fib, version, sender):
+        by_class = by_device(fib, version, rule_sender)
+        for other in beside:
+            more = subtract(subtract(by_class.get(other.index, []), free), told[other.index])
+            if more:
+                found = names(fib, version, rule_sender, other.index, more)
+                yield _routed(other, version, found, size(more) / total, only)
+
+
+def _routed(device: Interface, version: int, found: list[IPNetwork], share: float, only: str = "") -> Routed:
+    return Routed(
+        interface=device.name,
+        family=version,
+        share=share,
+        networks=tuple(found[:MAX_NETWORKS]),
+        more=max(0, len(found) - MAX_NETWORKS),
+        only=only,
+    )
+
+
+def _with_address(fib: Fib, device: Interface, version: int, sender: Sender) -> Sender | None:
+    """The sender once its socket has the device's address; None where no rule looks at sources."""
+    if not any(rule.source is not None and rule.version == version for rule in fib.rules):
+        return None
+    source = next((a for a in device.addresses if a.version == version and not a.is_link_local), None)
+    return None if source is None else Sender(uid=sender.uid, source=source)
+
+
+def _classes(fib: Fib, version: int, sender: Sender) -> Iterator[tuple[str, Sender]]:
+    """Kinds of traffic that rules tell from the rest by protocol or destination port, each with a name for people."""
+    rules = [r for r in fib.rules if r.version == version and _is_class(r)]
+    seen: set[str] = set()
+    for rule in rules[:MAX_CLASSES]:
+        low, high = rule.destination_ports or (0, 0)
+        words = [_PROTOCOLS.get(rule.protocol, f"protocol {rule.protocol}") if rule.protocol else ""]
+        if low:
+            words.append(f"to port {low}" if low == high else f"to ports {low}-{high}")
+        name = " ".join(w for w in words if w)
+        if name not in seen:
+            seen.add(name)
+            # A port has a protocol; rules that name another one do not select it.
+            protocol = rule.protocol or TCP
+            yield name, Sender(uid=sender.uid, protocol=protocol, destination_port=low)
+
+
+def _is_class(rule: Rule) -> bool:
+    return not rule.names_sender() and (rule.protocol is not None or rule.destination_ports is not None)
+
+
+def _lan(beside: Iterable[Interface]) -> Iterator[IPNetwork]:
+    """The networks that this host has an address in, but for those too large to be a LAN."""
+    for device in beside:
+        yield from (n for n in device.networks if n.prefixlen >= _SHORTEST_LAN[n.version])
+
+
+def _hosts_with_a_router(fib: Fib, tunnel: Interface) -> Iterator[IPNetwork]:
+    for entry in fib.entries:
+        single = entry.kind == RTN_UNICAST and entry.prefix == entry.bits and not entry.leads_by(tunnel.index)
+        if single and any(h.gateway is not None for h in entry.hops) and is_public(entry.network.network_address):
+            yield entry.network
+
+
+def _host(address: IPAddress) -> IPNetwork:
+    return ip_network(address)

@@ -1,0 +1,25 @@
+"""A network device as rtnetlink tells it (linux/if.h, linux/if_arp.h, linux/if_link.h)."""
+
+from dataclasses import dataclass
+
+from vpn_sentinel.domain.policy import IPAddress, IPNetwork
+
+IFF_UP, IFF_LOOPBACK, IFF_POINTOPOINT, IFF_LOWER_UP = 0x1, 0x8, 0x10, 0x10000
+ARPHRD_ETHER, ARPHRD_PPP, ARPHRD_NONE = 1, 512, 0xFFFE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interface:
+    """A network interface. `kind` is rtnetlink's (`wireguard`, `tun`, `veth`, … or empty); counters are bytes."""
+
+    index: int
+    name: str
+    kind: str = ""
+    hardware: int = 0  # ARPHRD_*, 0 when it was not told
+    flags: int = 0
+    rx_bytes: int = 0
+    tx_bytes: int = 0
+    addresses: tuple[IPAddress, ...] = ()
+    master: int | None = None  # the index of the bridge, bond or VRF that it is a part of
+    networks: tuple[IPNetwork, ...] = ()  # those of its addresses
+    mtu: int = 0  # bytes of an IP packet; 0 when it was not told

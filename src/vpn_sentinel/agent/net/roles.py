@@ -1,0 +1,229 @@
+"""Which device is the tunnel, and which ones are ways out beside it: one answer for everybody who asks.
+
+A device's kind or name proves nothing. TUN and TAP are uplinks of rootless containers and virtual machines, PPP is that
+of a home line, and names lie. The roles follow from what carries what: a tunnel takes packets to the internet, and its
+own outer packets leave by another device, for which rules or routes make an exception; that device is the uplink. What
+was an uplink once does not become the tunnel when the tunnel is gone.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Final
+
+from vpn_sentinel.agent.net.coverage import public_share
+from vpn_sentinel.agent.net.fib import RTN_UNICAST, Fib, Rule, Sender
+from vpn_sentinel.agent.net.link import (
+    ARPHRD_NONE,
+    ARPHRD_PPP,
+    IFF_LOOPBACK,
+    IFF_POINTOPOINT,
+    IFF_UP,
+    Interface,
+)
+from vpn_sentinel.domain.policy import IPAddress, is_public
+
+# Where "the internet" is, when single packets are asked about: more than one, since a rule may send one elsewhere.
+INTERNET: Final[tuple[IPAddress, ...]] = tuple(
+    ip_address(a) for a in ("1.1.1.1", "8.8.8.8", "193.0.14.129", "2606:4700:4700::1111", "2001:4860:4860::8888")
+)
+# Kinds of devices (IFLA_INFO_KIND) that nothing but a tunnel has, whatever it is used for.
+_ENCRYPTING: Final = frozenset({"wireguard", "amneziawg", "ovpn", "ovpn-dco"})
+# Kinds that may be a tunnel when routing says so. PPP is not among them: most of it is a home line or a modem, and
+# routers with two lines have rules and routes that look like a tunnel's.
+_TUNNELS: Final = _ENCRYPTING | {"tun", "xfrm", "vti", "vti6", "ipip", "ip6tnl", "gre", "ip6gre", "gretap", "sit"}
+_NOWHERE: Final = frozenset({"dummy", "ifb", "nlmon", "vcan"})  # kinds of which nothing leaves this host
+_LEAST_SHARE: Final = 0.2  # of the public address space: what a device carries that may be the tunnel to the internet
+# Where user-space implementations of WireGuard listen (wg(8); amneziawg-go), by interface.
+_CONTROL_SOCKETS: Final = ("/run/wireguard/{}.sock", "/run/amneziawg/{}.sock")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Remembered:
+    """What is known of before: the tunnel's name, and the names of the devices that were ways out beside it."""
+
+    tunnel: str | None = None
+    uplinks: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Roles:
+    """`tunnel` is the tunnel's name, also when its device is gone; None when nothing shows which device is one.
+
+    `uplinks` are the ways out beside it that packets can be sent by, the usual one first. `beside` are all devices
+    that a packet could leave by which the tunnel should carry. `carries` says whether the tunnel carries anything now.
+    """
+
+    tunnel: str | None = None
+    uplinks: tuple[Interface, ...] = ()
+    beside: tuple[Interface, ...] = ()
+    carries: bool = False
+
+
+def claimed_by_program(name: str) -> bool:
+    """Whether a user-space WireGuard says that this device is its own."""
+    return "/" not in name and any(Path(path.format(name)).exists() for path in _CONTROL_SOCKETS)
+
+
+def roles(
+    interfaces: tuple[Interface, ...],
+    fib: Fib,
+    *,
+    configured: str | None = None,
+    remembered: Remembered | None = None,
+    claimed: Callable[[str], bool] = claimed_by_program,
+    uid: int | None = None,
+) -> Roles:
+    """Decide. `configured` is the owner's word and wins; `uid` is the user whose packets count, this process's usually.
+
+    Of the devices that carry packets to the internet now, the tunnel is the one that is remembered as such; else one
+    whose outer packets are seen to be excepted; else the one that is remembered stays it, so that its absence is seen.
+    """
+    known = remembered or Remembered()
+    sender = Sender(uid=os.geteuid() if uid is None else uid)
+    look = _Look(interfaces, fib, sender, claimed)
+    if configured is not None:
+        tunnel: str | None = configured
+    elif known.tunnel in look.carriers and look.may_stay(known.tunnel):
+        tunnel = known.tunnel
+    else:
+        found = (name for name in look.candidates if name not in known.uplinks and look.is_tunnel(name))
+        tunnel = next(found, None) or (None if known.tunnel in look.carriers else known.tunnel)
+    return look.roles(tunnel)
+
+
+class _Look:
+    """One look at devices, rules and tables. Devices are called by their names, which are unique at one moment."""
+
+    def __init__(
+        self, interfaces: tuple[Interface, ...], fib: Fib, sender: Sender, claimed: Callable[[str], bool]
+    ) -> None:
+        self._all = interfaces
+        self._fib, self._sender, self._claimed = fib, sender, claimed
+        self._named: Mapping[str, Interface] = {i.name: i for i in interfaces}
+        self._by_index = {i.index: i for i in interfaces}
+        share = {4: public_share(fib, 4, sender), 6: public_share(fib, 6, sender)}
+        ranked = sorted(share[4] | share[6], key=lambda i: (-share[4].get(i, 0.0), -share[6].get(i, 0.0), i))
+        # Names of the devices by which packets to the internet leave, the one that takes most first.
+        self.carriers = [self._by_index[i].name for i in ranked if i in self._by_index]
+        # Those that take more than single networks: a tunnel to somebody's own network is none to the internet.
+        self.candidates = [
+            name for name in self.carriers
+            if max(share[v].get(self._named[name].index, 0.0) for v in (4, 6)) >= _LEAST_SHARE
+        ]  # fmt: skip
+
+    def may_stay(self, name: str | None) -> bool:
+        """Whether what is remembered as the tunnel can still be it: memory alone proves nothing for a usual uplink."""
+        found = self._named.get(name or "")
+        return found is not None and (_is_layer3_tunnel(found) or self.is_tunnel(found.name))
+
+    def is_tunnel(self, name: str) -> bool:
+        """Whether something shows that this device is a tunnel: its program, or an exception for its outer packets."""
+        found = self._named[name]
+        if found.kind in _ENCRYPTING or self._claimed(name):
+            return True
+        if found.kind == "ppp" or found.hardware == ARPHRD_PPP:
+            return False
+        may_be = found.kind in _TUNNELS or (not found.kind and found.hardware == ARPHRD_NONE)
+        return may_be and (self._a_host_is_excepted(found) or self._a_sender_is_excepted(found))
+
+    def _a_host_is_excepted(self, tunnel: Interface) -> bool:
+        """Whether a route leads to a single host of the internet by a router on another device: the VPN's server."""
+        return any(
+            entry.kind == RTN_UNICAST
+            and entry.prefix == entry.bits
+            and any(h.gateway is not None and h.interface != tunnel.index for h in entry.hops)
+            and not entry.leads_by(tunnel.index)
+            and is_public(entry.network.network_address)
+            for entry in self._fib.entries
+        )
+
+    def _a_sender_is_excepted(self, tunnel: Interface) -> bool:
+        """Whether rules send by another device what carries a mark, a user or a port of its own."""
+        for rule in self._fib.rules:
+            if not rule.names_sender():
+                continue
+            for other in (self._selected_by(rule), Sender()):
+                for address in INTERNET:
+                    if address.version != rule.version:
+                        continue
+                    ours, theirs = self._fib.lookup(address, self._sender), self._fib.lookup(address, other)
+                    if ours is None or not ours.leads_by(tunnel.index) or theirs is None:
+                        continue
+                    if theirs.kind == RTN_UNICAST and theirs.hops and not theirs.leads_by(tunnel.index):
+                        return True
+        return False
+
+    def _selected_by(self, rule: Rule) -> Sender:
+        """A sender whom the rule's selectors name."""
+        return Sender(
+            mark=(rule.mark or 0) & rule.mask,
+            uid=rule.uids[0] if rule.uids else self._sender.uid,
+            protocol=rule.protocol or 0,
+            source_port=rule.source_ports[0] if rule.source_ports else 0,
+            destination_port=rule.destination_ports[0] if rule.destination_ports else 0,
+        )
+
+    def roles(self, tunnel: str | None) -> Roles:
+        """The ways out beside `tunnel`: first those that would take over, then those with a route, then the rest."""
+        device = self._named.get(tunnel or "")
+        left = self._fib if device is None else self._fib.without(device.index)
+        takes_over = [public_share(left, version, self._sender) for version in (4, 6)]
+        ranks: list[tuple[int, float, int, Interface]] = []
+        for found in self._all:
+            if _cannot_leave(found) or found.name == tunnel:
+                continue
+            share = sum(shares.get(found.index, 0.0) for shares in takes_over)
+            with_route = any(has_way(found, self._fib, version) for version in (4, 6))
+            rank = 0 if share >= _LEAST_SHARE else 1 if share or with_route else 2
+            # A second VPN's device that leads to its own networks only is no way to the internet.
+            if rank == 0 or not self._is_another_vpn(found, with_route=rank == 1):
+                ranks.append((rank, -share, found.index, found))
+        beside = tuple(i for *_, i in sorted(ranks, key=lambda r: r[:3]))
+        return Roles(
+            tunnel=tunnel,
+            uplinks=tuple(i for i in beside if _can_send(i)),
+            beside=beside,
+            carries=tunnel in self.carriers,
+        )
+
+    def _is_another_vpn(self, found: Interface, *, with_route: bool) -> bool:
+        certain = found.kind in _ENCRYPTING or self._claimed(found.name)
+        return certain if with_route else _is_layer3_tunnel(found)
+
+
+def has_way(interface: Interface, fib: Fib, version: int) -> bool:
+    """Whether a socket bound to this device can reach the internet by a route: by a router, or on a line to one.
+
+    Where none leads there the kernel takes every address for a neighbour's, and nobody answers for it.
+    """
+    return any(
+        entry.version == version
+        and entry.kind == RTN_UNICAST
+        and any(
+            h.interface == interface.index and (h.gateway is not None or bool(interface.flags & IFF_POINTOPOINT))
+            for h in entry.hops
+        )
+        and (entry.prefix < 8 or is_public(entry.network.network_address))
+        for entry in fib.entries
+    )
+
+
+def _is_layer3_tunnel(found: Interface) -> bool:
+    """A device that packets are put into, not frames: WireGuard, TUN and their like. PPP and TAP are not meant."""
+    if found.kind == "ppp" or found.hardware == ARPHRD_PPP:
+        return False
+    return found.kind in _ENCRYPTING or (
+        found.kind in _TUNNELS and bool(found.flags & IFF_POINTOPOINT or found.hardware == ARPHRD_NONE)
+    )
+
+
+def _cannot_leave(found: Interface) -> bool:
+    """Parts of a bridge or bond are left out: what this host sends leaves by the whole."""
+    return bool(found.flags & IFF_LOOPBACK) or found.master is not None or found.kind in _NOWHERE
+
+
+def _can_send(found: Interface) -> bool:
+    return bool(found.flags & IFF_UP) and any(not a.is_link_local for a in found.addresses)

@@ -1,0 +1,92 @@
+"""What routes and rules send past the tunnel, on real tables in a namespace."""
+
+from ipaddress import ip_address, ip_network
+
+import pytest
+
+from tests.agent.net.test_fib import ip
+from tests.agent.net.test_roles import GATEWAY, LAN, OPENCONNECT, OPENVPN, SECOND, WG_QUICK
+from vpn_sentinel.agent.interfaces import survey
+from vpn_sentinel.agent.net.audit import audit
+from vpn_sentinel.agent.netlink import Netlink
+from vpn_sentinel.domain.observation import Routed
+
+WG = LAN + GATEWAY + WG_QUICK.format("wg0")
+SIX = """
+addr add 2001:db8:17::2/64 dev eth0 nodad
+-6 route add default via 2001:db8:17::1
+addr add fd00:2::2/128 dev wg0 nodad
+-6 route add default dev wg0 table 51820
+-6 rule add not fwmark 51820 table 51820
+-6 rule add table main suppress_prefixlength 0
+"""
+# Set-up, and by device (and kind of traffic) the networks that leave beside the tunnel.
+OUTSIDE: dict[str, tuple[str, dict[str, list[str]]]] = {
+    "wg-quick": (WG, {}),
+    "OpenVPN": (LAN + GATEWAY + OPENVPN.format("tun0", "tun"), {}),
+    "OpenConnect": (LAN + GATEWAY + OPENCONNECT, {}),
+    "both versions": (WG + SIX, {}),
+    "one half": (WG + "route add 128.0.0.0/1 via 172.17.0.1 dev eth0 table 51820", {"eth0": ["128.0.0.0/1"]}),
+    "one network": (WG + "route add 5.9.10.0/24 via 172.17.0.1", {"eth0": ["5.9.10.0/24"]}),
+    "a rule to one network": (WG + "rule add to 5.9.10.0/24 lookup main pref 10", {"eth0": ["5.9.10.0/24"]}),
+    "by the second uplink": (WG + SECOND + "route add 5.9.0.0/16 via 172.18.0.1", {"eth1": ["5.9.0.0/16"]}),
+    "part of IPv6": (WG + SIX + "-6 route add 2000::/4 via 2001:db8:17::1", {"eth0": ["2000::/4"]}),
+    "balanced": (
+        WG + "route replace default table 51820 nexthop dev wg0 nexthop via 172.17.0.1 dev eth0",
+        {"eth0": ["0.0.0.0/0"]},
+    ),
+    "one port": (WG + "rule add ipproto tcp dport 443 lookup main pref 10", {"eth0 TCP to port 443": ["0.0.0.0/0"]}),
+    "one protocol": (WG + "rule add ipproto udp lookup main pref 10", {"eth0 UDP": ["0.0.0.0/0"]}),
+    "what has the tunnel's address": (WG + "rule add from 10.2.0.2 lookup main pref 10", {"eth0": ["0.0.0.0/0"]}),
+    "private networks": (WG + "route add 192.168.0.0/16 via 172.17.0.1", {}),
+    "refused": (WG + "route add blackhole 5.9.10.0/24", {}),
+    "a second host beside the VPN's": (
+        LAN + GATEWAY + OPENCONNECT + "route add 5.9.10.20/32 via 172.17.0.1", {"eth0": ["5.9.10.20/32"]}
+    ),
+    "one user is meant to go outside": (WG + "rule add uidrange 990-990 lookup main pref 10", {}),
+    "the default class of another mark": (WG + "rule add fwmark 0x80000/0xff0000 lookup main pref 10", {}),
+}  # fmt: skip
+SERVER = ip_address("198.51.100.7")
+
+
+def look(*may_leave: str, servers: bool = True) -> tuple[Routed, ...]:
+    kernel = Netlink()
+    try:
+        networks = [ip_network(n) for n in may_leave]
+        found = audit(survey(kernel), may_leave=networks, servers=[SERVER] if servers else [])
+    finally:
+        kernel.close()
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(("setup", "outside"), OUTSIDE.values(), ids=OUTSIDE.keys())
+def test_what_leaves_beside_the_tunnel_is_named(namespace: None, setup: str, outside: dict[str, list[str]]) -> None:
+    ip(setup)
+    tunnel = {"wg0", "tun0"}
+    found = {f"{p.interface} {p.only}".strip(): p for p in look() if p.interface not in tunnel}
+    assert found.keys() == outside.keys()
+    for name, networks in outside.items():
+        assert {ip_network(n) for n in networks} <= set(found[name].networks)
+    inside = [p for p in look() if p.interface in tunnel and p.family == 4]
+    assert inside
+    assert inside[0].share > 0.4 or outside
+
+
+def test_what_is_meant_to_leave_is_left_out(namespace: None) -> None:
+    ip(WG + "route add 5.9.10.0/24 via 172.17.0.1")
+    assert {p.interface for p in look("5.9.0.0/16")} == {"wg0"}
+    found = next(p for p in look("5.9.10.0/25") if p.interface == "eth0")
+    assert found.networks == (ip_network("5.9.10.128/25"),)
+
+
+def test_while_nobody_knows_the_vpns_server_a_host_by_a_router_may_be_it(namespace: None) -> None:
+    ip(LAN + GATEWAY + OPENCONNECT)
+    assert {p.interface for p in look(servers=False)} == {"tun0"}
+
+
+def test_a_country_is_named_by_its_largest_networks(namespace: None) -> None:
+    ip(WG + "\n".join(f"route add 5.{n}.0.0/17 via 172.17.0.1" for n in range(40)))
+    found = next(p for p in look() if p.interface == "eth0")
+    assert (len(found.networks), found.more) == (16, 24)
+    assert 0 < found.share < 0.001

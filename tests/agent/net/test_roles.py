@@ -1,0 +1,173 @@
+"""Who is the tunnel and who the way home, on real devices, rules and routes in a namespace.
+
+Each set-up is what a program or a machine really makes: wg-quick(8), OpenVPN's redirect-gateway, vpnc-script, gluetun,
+tailscaled, slirp4netns, a PPP line, two home lines.
+"""
+
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+
+import pytest
+
+from tests.agent.net.test_fib import ip
+from vpn_sentinel.agent.interfaces import Paths, Survey, survey
+from vpn_sentinel.agent.net.roles import Remembered
+from vpn_sentinel.agent.netlink import Netlink
+from vpn_sentinel.domain.observation import Path
+
+LAN = """
+link set lo up
+link add eth0 type veth peer name far0
+link set eth0 up
+link set far0 up
+addr add 172.17.0.2/16 dev eth0
+"""
+GATEWAY = "route add default via 172.17.0.1"
+SECOND = """
+link add eth1 type veth peer name far1
+link set eth1 up
+link set far1 up
+addr add 172.18.0.2/16 dev eth1
+"""
+ROOTLESS = """
+link set lo up
+tuntap add tap0 mode tap
+link set tap0 up
+addr add 10.0.2.100/24 dev tap0
+route add default via 10.0.2.2
+"""
+PPP_LIKE = """
+link set lo up
+tuntap add ppp0 mode tun
+link set ppp0 up
+addr add 83.46.112.77 peer 83.46.112.1 dev ppp0
+route add default dev ppp0
+"""
+WG_QUICK = """
+tuntap add {0} mode tun
+link set {0} up
+addr add 10.2.0.2/32 dev {0}
+route add default dev {0} table 51820
+rule add not fwmark 51820 table 51820
+rule add table main suppress_prefixlength 0
+"""
+OPENVPN = """
+tuntap add {0} mode {1}
+link set {0} up
+addr add 10.8.0.2/24 dev {0}
+route add 198.51.100.7/32 via 172.17.0.1
+route add 0.0.0.0/1 via 10.8.0.1 dev {0}
+route add 128.0.0.0/1 via 10.8.0.1 dev {0}
+"""
+OPENCONNECT = """
+tuntap add tun0 mode tun
+link set tun0 up
+addr add 10.9.0.2/32 dev tun0
+route add 198.51.100.7/32 via 172.17.0.1 dev eth0
+route replace default dev tun0
+"""
+TAILSCALE = """
+tuntap add tailscale0 mode tun
+link set tailscale0 up
+addr add 100.101.1.2/32 dev tailscale0
+route add 100.64.0.0/10 dev tailscale0 table 52
+rule add fwmark 0x80000/0xff0000 lookup main pref 5210
+rule add lookup 52 pref 5270
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    setup: str
+    tunnel: str | None
+    uplinks: tuple[str, ...]
+    remembered: Remembered = field(default_factory=Remembered)
+    path: Path = Path.TUNNEL
+    configured: str | None = None
+
+
+AFTER_WG = Remembered(tunnel="wg0", uplinks=frozenset({"tap0", "ppp0", "eth0", "tun0"}))
+CASES = {
+    "WireGuard as wg-quick makes it": Case(LAN + GATEWAY + WG_QUICK.format("wg0"), "wg0", ("eth0",)),
+    "the same by an odd name": Case(LAN + GATEWAY + WG_QUICK.format("eth7"), "eth7", ("eth0",)),
+    "OpenVPN": Case(LAN + GATEWAY + OPENVPN.format("tun0", "tun"), "tun0", ("eth0",)),
+    "OpenVPN with dev tap": Case(LAN + GATEWAY + OPENVPN.format("tap0", "tap"), "tap0", ("eth0",)),
+    "OpenConnect": Case(LAN + GATEWAY + OPENCONNECT, "tun0", ("eth0",)),
+    "a host route to the VPN server and no default beside it": Case(
+        LAN + "route add 198.51.100.7/32 via 172.17.0.1" + WG_QUICK.format("wg0"), "wg0", ("eth0",)
+    ),
+    "rootless container": Case(ROOTLESS + WG_QUICK.format("wg0"), "wg0", ("tap0",)),
+    "rootless container, tunnel gone": Case(ROOTLESS, "wg0", ("tap0",), AFTER_WG, Path.OUTSIDE),
+    "rootless container, tunnel gone, its rules left": Case(
+        ROOTLESS + "rule add not fwmark 51820 table 51820", "wg0", ("tap0",), AFTER_WG, Path.OUTSIDE
+    ),
+    "rootless container without a VPN": Case(ROOTLESS, None, ("tap0",), path=Path.OUTSIDE),
+    "the same, remembered wrongly": Case(ROOTLESS, None, ("tap0",), Remembered(tunnel="tap0"), Path.OUTSIDE),
+    "PPP line": Case(PPP_LIKE + WG_QUICK.format("wg0"), "wg0", ("ppp0",)),
+    "PPP line, tunnel gone": Case(PPP_LIKE, "wg0", ("ppp0",), AFTER_WG, Path.OUTSIDE),
+    "PPP line without a VPN": Case(PPP_LIKE, None, ("ppp0",), path=Path.OUTSIDE),
+    "PPP line and a second one": Case(
+        PPP_LIKE + LAN.replace("link set lo up", "") + "route add default via 172.17.0.1 metric 100", None,
+        ("ppp0", "eth0"), path=Path.OUTSIDE,
+    ),
+    "bare host without a VPN": Case(LAN + GATEWAY, None, ("eth0",), path=Path.OUTSIDE),
+    "two networks": Case(
+        LAN + SECOND + GATEWAY + "\nroute add default via 172.18.0.1 metric 100" + WG_QUICK.format("wg0"),
+        "wg0", ("eth0", "eth1"),
+    ),
+    "two networks, one default route": Case(LAN + SECOND + GATEWAY + WG_QUICK.format("wg0"), "wg0", ("eth0", "eth1")),
+    "Tailscale beside the tunnel": Case(LAN + GATEWAY + WG_QUICK.format("wg0") + TAILSCALE, "wg0", ("eth0",)),
+    "Tailscale without a VPN": Case(LAN + GATEWAY + TAILSCALE, None, ("eth0",), path=Path.OUTSIDE),
+    "Tailscale's exit node": Case(
+        LAN + GATEWAY + TAILSCALE + "route add default dev tailscale0 table 52", "tailscale0", ("eth0",)
+    ),
+    "a tunnel in a tunnel": Case(
+        LAN + GATEWAY + OPENCONNECT + WG_QUICK.format("wg0"), "wg0", ("tun0", "eth0")
+    ),
+    "the inner one gone": Case(
+        LAN + GATEWAY + OPENVPN.format("tun0", "tun"), "wg0", ("tun0", "eth0"), AFTER_WG, Path.OUTSIDE
+    ),
+    "another program takes over": Case(
+        LAN + GATEWAY + OPENVPN.format("tun3", "tun"), "tun3", ("eth0",), AFTER_WG
+    ),
+    "one half routed outside": Case(
+        LAN + GATEWAY + WG_QUICK.format("wg0") + "route add 128.0.0.0/1 via 172.17.0.1 dev eth0 table 51820",
+        "wg0", ("eth0",), path=Path.OUTSIDE,
+    ),
+    "only a company's network": Case(
+        LAN + GATEWAY + """
+        tuntap add tun0 mode tun
+        link set tun0 up
+        addr add 10.8.0.2/24 dev tun0
+        route add 198.51.100.7/32 via 172.17.0.1
+        route add 192.0.0.0/16 dev tun0""",
+        None, ("eth0", "tun0"), path=Path.OUTSIDE,
+    ),
+    "a name that is configured": Case(
+        LAN + GATEWAY, "vpn7", ("eth0",), path=Path.OUTSIDE, configured="vpn7"
+    ),
+}  # fmt: skip
+
+
+def look(case: Case) -> tuple[Survey, Path]:
+    kernel = Netlink()
+    try:
+        found = survey(kernel, configured=case.configured, remembered=case.remembered)
+        return found, Paths(kernel, found).of(ip_address("193.0.14.129"))
+    finally:
+        kernel.close()
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_roles_follow_from_what_carries_what(namespace: None, case: Case) -> None:
+    ip(case.setup)
+    found, path = look(case)
+    assert (found.tunnel, tuple(i.name for i in found.uplinks), path) == (case.tunnel, case.uplinks, case.path)
+
+
+def test_no_way_to_ask_is_known(namespace: None) -> None:
+    ip(LAN + "route add 198.51.100.7/32 via 172.17.0.1" + WG_QUICK.format("wg0"))
+    ip(SECOND)
+    found, _ = look(Case("", None, ()))
+    ways = {i.name: found.has_way(i, 4) for i in found.uplinks}
+    assert ways == {"eth0": True, "eth1": False}
