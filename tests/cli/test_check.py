@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from pathlib import Path as FilePath
 
 import pytest
@@ -26,6 +26,7 @@ from vpn_sentinel.domain.observation import (
     Place,
     Probe,
     ResolverSighting,
+    Routed,
     Trigger,
 )
 from vpn_sentinel.domain.policy import Policy
@@ -64,7 +65,9 @@ def looked(seen: Observation, policy: Policy | None = None, survey: Survey = SUR
 
 def test_the_object_has_the_promised_shape() -> None:
     said = check.as_plain(SEEN, judge(SEEN, Policy()))
-    assert list(said) == ["state", "findings", "exit", "resolvers", "tunnel", "leak_watch", "escapes", "took_ms"]
+    assert list(said) == [
+        "state", "findings", "exit", "resolvers", "tunnel", "uplinks", "routes", "leak_watch", "escapes", "took_ms",
+    ]  # fmt: skip
     assert said["state"] == "protected"
     assert said["exit"] == {
         "ipv4": "203.0.113.4", "ipv6": None, "country": "NL", "city": "Amsterdam", "region": "North Holland",
@@ -77,6 +80,18 @@ def test_the_object_has_the_promised_shape() -> None:
     }  # fmt: skip
     assert (said["leak_watch"], said["escapes"]) == (None, [])
     assert said["took_ms"] == 321
+
+
+def test_routes_and_ways_out_are_told() -> None:
+    part = Routed(interface="eth0", family=4, share=0.43, networks=(ip_network("128.0.0.0/1"),))
+    seen = replace(SEEN, uplinks=("eth0", "eth1"), routed=(Routed(interface="wg0", family=4, share=1.0), part))
+    said = check.as_plain(seen, judge(seen, Policy()))
+    assert said["uplinks"] == ["eth0", "eth1"]
+    assert said["routes"][1] == {
+        "interface": "eth0", "family": 4, "share": 0.43, "networks": ["128.0.0.0/1"], "more": 0, "traffic": "",
+    }  # fmt: skip
+    assert ("routes", "eth0: 43 % of IPv4, past the tunnel (128.0.0.0/1)") in check._facts(seen)
+    assert ("beside it", "eth0, eth1") in check._facts(seen)
 
 
 def test_nothing_known_is_none_and_never_a_guess() -> None:

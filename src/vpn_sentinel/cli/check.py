@@ -14,6 +14,7 @@ from vpn_sentinel.cli.reading import add_config, source_of, warn_unread
 from vpn_sentinel.domain.judge import agreed_country
 from vpn_sentinel.domain.observation import Answer, Canary, Observation, Place, Probe
 from vpn_sentinel.domain.policy import IPAddress, Policy
+from vpn_sentinel.domain.routes import spoken
 from vpn_sentinel.domain.verdict import Code, Finding, Severity, State, Verdict
 from vpn_sentinel.runtime import logs
 from vpn_sentinel.runtime import settings as read
@@ -150,6 +151,18 @@ def as_plain(seen: Observation, verdict: Verdict) -> dict[str, Any]:
             "received_bytes": link.rx_bytes if link else 0,
             "sent_bytes": link.tx_bytes if link else 0,
         },
+        "uplinks": list(seen.uplinks or ()),
+        "routes": [
+            {
+                "interface": r.interface,
+                "family": r.family,
+                "share": round(r.share, 6),
+                "networks": [str(n) for n in r.networks],
+                "more": r.more,
+                "traffic": r.only,
+            }
+            for r in seen.routed or ()
+        ],
         "leak_watch": seen.leak_watch,
         "escapes": [
             {
@@ -264,7 +277,10 @@ def _facts(seen: Observation) -> list[tuple[str, str]]:
         state = "up" if seen.link.up else "down" if seen.link.present else "gone"
         rows.append(("tunnel", f"{seen.link.name}, {state}"))
     else:
-        rows.append(("tunnel", "no interface found that carries the traffic through a VPN"))
+        rows.append(("tunnel", "nothing shows that a VPN carries the traffic"))
+    if seen.uplinks:
+        rows.append(("beside it", ", ".join(seen.uplinks)))
+    rows += [("routes", spoken(part, seen.link.name if seen.link else None)) for part in seen.routed or ()]
     for egress in _egresses(seen):
         org = _first(seen.places_of(egress), "org")
         rows.append(("resolver", f"{egress}{f' ({org})' if org else ''}"))

@@ -9,7 +9,7 @@ from dataclasses import replace
 from ipaddress import ip_network
 from typing import Final
 
-from vpn_sentinel.domain import leaks, outages, resolvers
+from vpn_sentinel.domain import leaks, outages, resolvers, routes
 from vpn_sentinel.domain.observation import Answer, Observation, Path, Place, Probe, Trigger
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy, is_public
 from vpn_sentinel.domain.verdict import Code, Finding, State, Verdict, worst
@@ -26,7 +26,7 @@ def judge(seen: Observation, policy: Policy) -> Verdict:
     if seen.trigger is Trigger.PULSE:
         return _by_pulse(seen, policy)
     leaking = leaks.each_once(
-        (*leaks.by_canaries(seen, policy), *leaks.by_routes(seen, policy), *leaks.by_packets(seen, policy))
+        (*leaks.by_canaries(seen, policy), *routes.bypasses(seen, policy), *leaks.by_packets(seen, policy))
     )
     canaries = seen.asked(Probe.DEFAULT)
     # A keepalive that arrived proves that something carries it; an agent's report may have come by a second way.

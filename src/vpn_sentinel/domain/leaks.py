@@ -2,13 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Final
 
-from vpn_sentinel.domain.observation import Answer, Canary, Observation, Path, Probe, Routed
-from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy
+from vpn_sentinel.domain.observation import Answer, Canary, Observation, Path, Probe
+from vpn_sentinel.domain.policy import IPAddress, Policy
 from vpn_sentinel.domain.verdict import Code, Finding
-
-_NAMED: Final = 4  # networks that a message names
 
 
 def by_canaries(seen: Observation, policy: Policy) -> Iterator[Finding]:
@@ -27,54 +24,6 @@ def by_canaries(seen: Observation, policy: Policy) -> Iterator[Finding]:
                 f"This report reached the server from the home address {seen.reported_from}.",
                 {"address": str(seen.reported_from), "seen_by": "server"},
             )
-
-
-def by_routes(seen: Observation, policy: Policy) -> Iterator[Finding]:
-    """What routes and rules send past a tunnel that carries the rest, unless this host refuses to send it there."""
-    link = seen.link
-    if link is None or not (link.present and link.up):
-        return
-    parts = seen.routed or ()
-    carried = {part.family for part in parts if part.interface == link.name}
-    held = {(c.interface, c.family) for c in seen.asked(Probe.PHYSICAL) if c.answer is Answer.BLOCKED}
-    held -= {(c.interface, c.family) for c in seen.asked(Probe.PHYSICAL) if c.answer is Answer.ANSWERED}
-    for part in parts:
-        if part.interface == link.name or part.family not in carried or part.answer is Answer.BLOCKED:
-            continue
-        if (part.interface, part.family) in held and part.answer not in (Answer.ANSWERED, Answer.EXPIRED):
-            continue
-        meant = [n for n in part.networks if any(_inside(n, allowed) for allowed in policy.allowed_outside)]
-        left = [n for n in part.networks if n not in meant]
-        if left or part.more:
-            yield _routed_outside(part, left)
-
-
-def _inside(network: IPNetwork, other: IPNetwork) -> bool:
-    return network.version == other.version and network.subnet_of(other)  # type: ignore[arg-type]
-
-
-def _routed_outside(part: Routed, networks: list[IPNetwork]) -> Finding:
-    named = ", ".join(str(n) for n in networks[:_NAMED])
-    more = part.more + len(networks) - len(networks[:_NAMED])
-    which = f"{named} and {more} more" if named and more else named or f"{more} networks"
-    what = f"{part.only} in " if part.only else ""
-    return Finding(
-        Code.SPLIT_ROUTE,
-        f"Routes send {what}{which} past the tunnel by {part.interface}, "
-        f"{_percent(part.share)} of the IPv{part.family} internet.",
-        {
-            "interface": part.interface,
-            "networks": which,
-            "share": _percent(part.share),
-            "seen_by": "routing tables",
-            **({"traffic": part.only} if part.only else {}),
-            **({"asked": f"{part.asked}: {part.answer}"} if part.asked else {}),
-        },
-    )
-
-
-def _percent(share: float) -> str:
-    return f"{100 * share:.0f} %" if share >= 0.01 else "less than 1 %"
 
 
 def by_packets(seen: Observation, policy: Policy) -> Iterator[Finding]:

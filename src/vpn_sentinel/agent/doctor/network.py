@@ -7,12 +7,14 @@ from typing import Final
 
 from vpn_sentinel.agent.doctor.check import Check, gap, ok, unknown
 from vpn_sentinel.agent.doctor.ground import Ground
+from vpn_sentinel.agent.equipment import route_audit
 from vpn_sentinel.agent.interfaces import Survey, is_up
 from vpn_sentinel.agent.net.link import IFF_LOOPBACK
 from vpn_sentinel.agent.netlink import Netlink
 from vpn_sentinel.agent.probes import dns
-from vpn_sentinel.domain.observation import Answer, Path, ResolverSighting
+from vpn_sentinel.domain.observation import Answer, Path, ResolverSighting, Routed
 from vpn_sentinel.domain.policy import IPAddress
+from vpn_sentinel.domain.routes import spoken
 
 _ASKED: Final = {4: ip_address("1.1.1.1"), 6: ip_address("2606:4700:4700::1111")}
 _STUBS: Final = {
@@ -76,7 +78,17 @@ class Way:
 async def routes(ground: Ground) -> list[Check]:
     if ground.kernel is None:
         return [unknown("route IPv4", _NO_NETLINK, fix=_ALLOW_NETLINK), unknown("route IPv6", _NO_NETLINK)]
-    return about_routes(*(_way(ground, ground.kernel, family) for family in (4, 6)), tunnel=ground.survey.tunnel)
+    found = about_routes(*(_way(ground, ground.kernel, family) for family in (4, 6)), tunnel=ground.survey.tunnel)
+    probes = ground.read.agent.probes
+    return [*found, *about_bypasses(route_audit(probes, lambda: probes.tunnel_endpoints)(ground.survey))]
+
+
+def about_bypasses(parts: Sequence[Routed] | None) -> list[Check]:
+    """What goes past the tunnel by routes of its own; nothing is said where nothing does."""
+    beside = [p for p in parts or () if p.networks]
+    fix = "remove that route or rule (`ip route`, `ip rule`), or declare it: VPN_SENTINEL_ALLOWED_OUTSIDE"
+    means = "what is sent there leaves in the open, unless a firewall holds it."
+    return [gap("route past the tunnel", spoken(part, None), means, fix) for part in beside]
 
 
 def _way(ground: Ground, kernel: Netlink, family: int) -> Way:

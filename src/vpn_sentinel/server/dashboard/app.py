@@ -71,7 +71,7 @@ class Dashboard:
         found = await reading.past(self._store, name)
         if found is None:
             raise NotFoundException(detail="No tunnel has this name.")
-        now, moved = self._clock.wall(), found.transitions
+        now, moved, seen = self._clock.wall(), found.transitions, view.observations(found.observations)
         return self.pages.render(
             "tunnel.html",
             row=view.tunnel(found.tunnel),
@@ -79,7 +79,8 @@ class Dashboard:
             strip=view.strip(found.tunnel, moved, now, complete=len(moved) < reading.TRANSITIONS),
             transitions=view.transitions(moved, now),
             incidents=view.incidents(found.incidents, now),
-            observations=view.observations(found.observations),
+            observations=seen,
+            routes=next((o.routes for o in seen if o.routes), ()),
             actions=view.actions(found.actions),
             now=now,
         )

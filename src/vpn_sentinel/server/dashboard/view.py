@@ -10,6 +10,7 @@ import msgspec
 from sqlalchemy import Row
 
 from vpn_sentinel.domain.observation import Observation
+from vpn_sentinel.domain.routes import spoken
 from vpn_sentinel.domain.verdict import HARM, State
 from vpn_sentinel.wire import codec, rest
 
@@ -263,6 +264,7 @@ class ObservationView:
     trigger: str
     exits: tuple[str, ...]
     took: str
+    routes: tuple[str, ...] = ()
 
 
 def observations(rows: Sequence[Row[Any]]) -> list[ObservationView]:
@@ -279,6 +281,9 @@ def observations(rows: Sequence[Row[Any]]) -> list[ObservationView]:
                 trigger=seen.trigger.value if seen else "",
                 exits=tuple(str(e) for e in (seen.exit(4), seen.exit(6)) if e) if seen else (),
                 took=f"{seen.took_ms:.0f} ms" if seen and seen.took_ms else "",
+                routes=tuple(spoken(p, seen.link.name if seen.link else None) for p in seen.routed or ())
+                if seen
+                else (),
             )
         )
     return found

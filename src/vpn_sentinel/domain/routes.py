@@ -1,0 +1,67 @@
+"""What routes and rules send past the tunnel, and the words for it."""
+
+from collections.abc import Iterator, Sequence
+from typing import Final
+
+from vpn_sentinel.domain.observation import Answer, Observation, Probe, Routed
+from vpn_sentinel.domain.policy import IPNetwork, Policy
+from vpn_sentinel.domain.verdict import Code, Finding
+
+_NAMED: Final = 4  # networks that a message names
+
+
+def bypasses(seen: Observation, policy: Policy) -> Iterator[Finding]:
+    """What routes and rules send past a tunnel that carries the rest, unless this host refuses to send it there."""
+    link = seen.link
+    if link is None or not (link.present and link.up):
+        return
+    parts = seen.routed or ()
+    carried = {part.family for part in parts if part.interface == link.name}
+    held = {(c.interface, c.family) for c in seen.asked(Probe.PHYSICAL) if c.answer is Answer.BLOCKED}
+    held -= {(c.interface, c.family) for c in seen.asked(Probe.PHYSICAL) if c.answer is Answer.ANSWERED}
+    for part in parts:
+        if part.interface == link.name or part.family not in carried or part.answer is Answer.BLOCKED:
+            continue
+        if (part.interface, part.family) in held and part.answer not in (Answer.ANSWERED, Answer.EXPIRED):
+            continue
+        meant = [n for n in part.networks if any(_inside(n, allowed) for allowed in policy.allowed_outside)]
+        left = [n for n in part.networks if n not in meant]
+        if left or part.more:
+            yield _routed_outside(part, left)
+
+
+def _inside(network: IPNetwork, other: IPNetwork) -> bool:
+    return network.version == other.version and network.subnet_of(other)  # type: ignore[arg-type]
+
+
+def _routed_outside(part: Routed, left: Sequence[IPNetwork]) -> Finding:
+    which, share = _networks(left, part.more), percent(part.share)
+    facts = {"interface": part.interface, "networks": which, "share": share, "seen_by": "routing tables"}
+    if part.only:
+        facts["traffic"] = part.only
+    if part.asked is not None:
+        facts["asked"] = f"{part.asked}: {part.answer}"
+    only = f"{part.only} in " if part.only else ""
+    return Finding(
+        Code.SPLIT_ROUTE,
+        f"Routes send {only}{which} past the tunnel by {part.interface}, {share} of the IPv{part.family} internet.",
+        facts,
+    )
+
+
+def spoken(part: Routed, tunnel: str | None) -> str:
+    """One part for people to read: `wg0: 100 % of IPv4`, `eth0: 43 % of IPv4, past the tunnel (128.0.0.0/1)`."""
+    only = f", {part.only} only" if part.only else ""
+    beside = "" if part.interface == tunnel else f", past the tunnel ({_networks(part.networks, part.more)})"
+    return f"{part.interface}: {percent(part.share)} of IPv{part.family}{only}{beside}"
+
+
+def percent(share: float) -> str:
+    """A share from 0 to 1 in words."""
+    return f"{100 * share:.0f} %" if share >= 0.01 else "less than 1 %"
+
+
+def _networks(networks: Sequence[IPNetwork], more: int) -> str:
+    named = ", ".join(str(n) for n in networks[:_NAMED])
+    more += max(0, len(networks) - _NAMED)
+    return f"{named} and {more} more" if named and more else named or f"{more} networks"
