@@ -154,6 +154,15 @@ ISP_PLACES = (place(HOME, "DE", asn=3320), place("91.11.0.53", "DE", asn=3320), 
 
 ONE_NETWORK = ("eth0", "5.9.10.0/24")
 CASES: dict[str, tuple[Observation, Policy, State, list[Code]]] = {
+    "one of two ways out is open": (
+        saw(
+            EXIT,
+            replace(canary(BLOCKED, Path.OUTSIDE, Probe.PHYSICAL), interface="eth0"),
+            replace(canary(HOME, Path.OUTSIDE, Probe.PHYSICAL), interface="eth1"),
+            beside=None,
+        ),
+        POLICY, State.PROTECTED, [Code.KILLSWITCH_OPEN],
+    ),
     "routes send a network past the tunnel": (
         replace(saw(EXIT), routed=routed(*ONE_NETWORK)), POLICY, State.LEAKING, [Code.SPLIT_ROUTE],
     ),

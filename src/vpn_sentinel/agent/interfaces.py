@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from vpn_sentinel.agent.net.fib import Fib
-from vpn_sentinel.agent.net.link import IFF_LOOPBACK, IFF_LOWER_UP, IFF_UP, Interface
-from vpn_sentinel.agent.net.roles import INTERNET, Remembered, has_way, roles
+from vpn_sentinel.agent.net.link import IFF_LOOPBACK, IFF_LOWER_UP, IFF_POINTOPOINT, IFF_UP, Interface
+from vpn_sentinel.agent.net.roles import INTERNET, Remembered, roles
 from vpn_sentinel.agent.netlink import LOCAL, Kernel
 from vpn_sentinel.domain.observation import Link, Path
 from vpn_sentinel.domain.policy import IPAddress
@@ -61,10 +61,6 @@ class Survey:
     def owns(self, address: IPAddress) -> bool:
         """Whether an interface still has this address; True when nobody can tell."""
         return self.interfaces is None or any(address in i.addresses for i in self.interfaces)
-
-    def has_way(self, uplink: Interface, version: int) -> bool:
-        """Whether a route leads to the internet by this uplink; True when nobody can tell."""
-        return self.fib is None or has_way(uplink, self.fib, version)
 
 
 def is_up(interface: Interface) -> bool:
@@ -126,6 +122,19 @@ class Paths:
             return Path.TUNNEL
         # A device of another VPN that leads to that one's own network only is neither this tunnel nor a way home.
         return Path.OUTSIDE if found in self.survey.beside else Path.UNKNOWN
+
+    def leads_there(self, uplink: Interface, destination: IPAddress) -> bool:
+        """Whether a socket bound to `uplink` has a route to `destination`; True when nobody can tell.
+
+        Where none is, the kernel takes the address for a neighbour's, and nobody answers for it.
+        """
+        if self.kernel is None:
+            return True
+        try:
+            route = self.kernel.route(destination, via=uplink.index)
+        except OSError:
+            return True
+        return route is not None and (route.gateway or bool(uplink.flags & IFF_POINTOPOINT))
 
     def is_balanced(self, destination: IPAddress) -> bool:
         """Whether the route there leads by several devices, from which the kernel chooses for each socket."""

@@ -190,18 +190,23 @@ def _kill_switch(seen: Observation) -> Iterator[Finding]:
         return
     open_ = [c for c in seen.asked(Probe.PHYSICAL) if c.answer is Answer.ANSWERED]
     hops = [c for c in seen.asked(Probe.FIRST_HOP) if c.answer is Answer.EXPIRED]
-    if open_:
-        yield Finding(
-            Code.KILLSWITCH_OPEN,
-            f"A packet sent beside the tunnel came out at {open_[0].address}.",
-            {"address": str(open_[0].address), "seen_by": open_[0].target},
-        )
-    elif hops:
-        yield Finding(
-            Code.KILLSWITCH_OPEN,
-            "A packet sent beside the tunnel reached the first router.",
-            {"router": str(hops[0].address) if hops[0].address else "unnamed"},
-        )
+    # An answer that names an address says most; the ways out by name say where to close.
+    proof = next((c for c in open_ if c.address), next(iter(open_ or hops), None))
+    if proof is None:
+        return
+    ways = ", ".join(dict.fromkeys(c.interface for c in (*open_, *hops) if c.interface))
+    if proof.probe is Probe.FIRST_HOP:
+        came = f"reached the first router{f', {proof.address}' if proof.address else ''}"
+        facts = {"router": str(proof.address) if proof.address else "unnamed"}
+    else:
+        came = f"came out at {proof.address}" if proof.address else f"was answered by {proof.target}"
+        facts = {"address": str(proof.address) if proof.address else "not told", "seen_by": proof.target}
+    by = f" by {ways}" if ways else ""
+    yield Finding(
+        Code.KILLSWITCH_OPEN,
+        f"A packet sent beside the tunnel{by} {came}.",
+        {**facts, **({"interfaces": ways} if ways else {})},
+    )
 
 
 def _dns(seen: Observation, policy: Policy) -> Iterator[Finding]:

@@ -166,8 +166,14 @@ def test_roles_follow_from_what_carries_what(namespace: None, case: Case) -> Non
 
 
 def test_no_way_to_ask_is_known(namespace: None) -> None:
+    """A way out with nothing but the VPN server's route is no way to ask whether home's line works."""
     ip(LAN + "route add 198.51.100.7/32 via 172.17.0.1" + WG_QUICK.format("wg0"))
-    ip(SECOND)
-    found, _ = look(Case("", None, ()))
-    ways = {i.name: found.has_way(i, 4) for i in found.uplinks}
-    assert ways == {"eth0": True, "eth1": False}
+    ip(SECOND + "route add default via 172.18.0.1")
+    kernel = Netlink()
+    try:
+        found = survey(kernel)
+        paths = Paths(kernel, found)
+        ways = {i.name: paths.leads_there(i, ip_address("1.1.1.1")) for i in found.uplinks}
+    finally:
+        kernel.close()
+    assert ways == {"eth0": False, "eth1": True}

@@ -91,6 +91,7 @@ class _Sent:
     path: Path
     awaited: bool = False
     uplink: Interface | None = None
+    target: Target | None = None
 
     @property
     def question(self) -> tuple[Probe, int, str | None]:
@@ -123,7 +124,7 @@ class _Asked:
         """C2 and C3: bound to one of the ways out beside the tunnel."""
         for target in targets:
             task = self._group.create_task(one(target, Path.OUTSIDE, probe, uplink.name, self._beside))
-            self._sent[task] = _Sent(probe, target.address.version, Path.OUTSIDE, uplink=uplink)
+            self._sent[task] = _Sent(probe, target.address.version, Path.OUTSIDE, uplink=uplink, target=target)
 
     def send_gateway(self, gateway: Target, device: str | None) -> None:
         task = self._group.create_task(one(gateway, Path.TUNNEL, Probe.GATEWAY, device))
@@ -143,7 +144,9 @@ class _Asked:
     def _told(self, canary: Canary, sent: _Sent) -> Canary:
         """Where no route leads out by an uplink, nobody could be asked by it, so that silence there says nothing."""
         silent = canary.answer in (Answer.LOST, Answer.UNREACHABLE)
-        if sent.uplink is None or not silent or self._paths.survey.has_way(sent.uplink, canary.family):
+        if sent.uplink is None or sent.target is None or not silent:
+            return canary
+        if self._paths.leads_there(sent.uplink, sent.target.address):
             return canary
         return replace(canary, answer=Answer.UNKNOWN)
 
