@@ -31,11 +31,10 @@ from vpn_sentinel.agent.footing import (
     way,
 )
 from vpn_sentinel.agent.http import split
-from vpn_sentinel.agent.interfaces import Paths, Survey, survey
+from vpn_sentinel.agent.interfaces import Paths, Surveyor
 from vpn_sentinel.agent.introspect.witnesses import Witnesses
 from vpn_sentinel.agent.leakwatch.watch import LeakWatch
 from vpn_sentinel.agent.names import Names
-from vpn_sentinel.agent.net.roles import Remembered
 from vpn_sentinel.agent.probes import dns
 from vpn_sentinel.agent.probes.place import Places
 from vpn_sentinel.agent.probes.targets import Target
@@ -75,16 +74,7 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
 
     witnesses = Witnesses(settings.introspect, http, clock, ring=lambda: cycle.bell.ring(Trigger.DEVICE))
 
-    def look_around() -> Survey:
-        remembered = Remembered(
-            tunnel=spool.fact("tunnel_device"), uplinks=frozenset((spool.fact("uplinks") or "").split(",")) - {""}
-        )
-        found = survey(kernel, configured=probes.tunnel_interface, remembered=remembered)
-        if found.tunnel is not None:
-            spool.keep("tunnel_device", found.tunnel)
-        if found.carries:
-            spool.keep("uplinks", ",".join(i.name for i in found.uplinks))
-        return found
+    look_around = Surveyor(kernel, configured=probes.tunnel_interface, memory=spool).look
 
     watch = LeakWatch(
         tables=kernel,

@@ -105,11 +105,18 @@ def route_audit(
     `meant` are hosts that may have a route of their own: our server may run on the VPN's.
     """
     policy = settings.policy
+    last: tuple[object, tuple[Routed, ...] | None] | None = None
 
     def look(survey: Survey) -> tuple[Routed, ...] | None:
+        nonlocal last
         hosts = (*(n.address for n in dns.system_nameservers()), *meant())
         may_leave = (*policy.allowed_outside, *policy.allowed_resolvers, *(ip_network(dns.plain(h)) for h in hosts))
-        return audit(survey, may_leave=may_leave, servers=(e.address for e in endpoints()))
+        servers = tuple(e.address for e in endpoints())
+        # Walking full tables takes a while: the last answer holds while they, and what may leave, are the same.
+        now = (survey.fib, survey.tunnel, tuple(i.index for i in survey.beside), may_leave, servers)
+        if last is None or last[0] != now:
+            last = now, audit(survey, may_leave=may_leave, servers=servers)
+        return last[1]
 
     return look
 

@@ -1,16 +1,17 @@
 """The network devices here at one moment, the role of each, and which kind of way a packet would take."""
 
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, replace
+from typing import Final, Protocol
 
 from vpn_sentinel.agent.net.fib import Fib
 from vpn_sentinel.agent.net.link import IFF_LOOPBACK, IFF_LOWER_UP, IFF_POINTOPOINT, IFF_UP, Interface
-from vpn_sentinel.agent.net.roles import INTERNET, Remembered, roles
+from vpn_sentinel.agent.net.roles import INTERNET, Remembered, Roles, roles
 from vpn_sentinel.agent.netlink import LOCAL, Kernel
 from vpn_sentinel.domain.observation import Link, Path
 from vpn_sentinel.domain.policy import IPAddress
 
-__all__ = ["INTERNET", "Paths", "Survey", "is_up", "survey"]
+__all__ = ["INTERNET", "Memory", "Paths", "Survey", "Surveyor", "is_up", "recalled", "survey"]
+_TUNNEL, _UPLINKS = "tunnel_device", "uplinks"  # facts of a memory
 _MOST: Final = 256  # interfaces named in one observation: what the wire takes
 
 
@@ -68,24 +69,81 @@ def is_up(interface: Interface) -> bool:
     return bool(interface.flags & IFF_UP) and bool(interface.flags & IFF_LOWER_UP)
 
 
+class Memory(Protocol):
+    """Facts by name, for instance those of the spool."""
+
+    def fact(self, name: str) -> str | None: ...
+
+    def keep(self, name: str, value: str) -> None: ...
+
+
+class Recollection:
+    """A memory that ends with the process."""
+
+    def __init__(self) -> None:
+        self._facts: dict[str, str] = {}
+
+    def fact(self, name: str) -> str | None:
+        return self._facts.get(name)
+
+    def keep(self, name: str, value: str) -> None:
+        self._facts[name] = value
+
+
+def recalled(memory: Memory) -> Remembered:
+    """What a memory holds of the roles that devices had."""
+    uplinks = (memory.fact(_UPLINKS) or "").split(",")
+    return Remembered(tunnel=memory.fact(_TUNNEL), uplinks=frozenset(name for name in uplinks if name))
+
+
+class Surveyor:
+    """Looks at the interfaces again and again. Roles are decided anew when devices, rules or routes changed."""
+
+    def __init__(self, kernel: Kernel | None, *, configured: str | None = None, memory: Memory | None = None) -> None:
+        """`memory` keeps what was seen of the tunnel across restarts; without one it lasts as long as this object."""
+        self._kernel, self._configured = kernel, configured
+        self._memory = memory if memory is not None else Recollection()
+        self._decided: tuple[object, Roles] | None = None
+
+    def look(self) -> Survey:
+        """Raises nothing: a kernel that cannot be asked makes a survey that knows nothing."""
+        if self._kernel is None:
+            return Survey(tunnel=self._configured)
+        known = recalled(self._memory)
+        try:
+            interfaces, fib = self._kernel.interfaces(), self._kernel.fib()
+        except OSError:
+            return Survey(tunnel=self._configured or known.tunnel)
+        found = self._roles(interfaces, fib, known)
+        if found.tunnel is not None:
+            self._memory.keep(_TUNNEL, found.tunnel)
+        if found.carries:
+            self._memory.keep(_UPLINKS, ",".join(i.name for i in found.uplinks))
+        return Survey(
+            interfaces=interfaces,
+            tunnel=found.tunnel,
+            uplinks=found.uplinks,
+            beside=found.beside,
+            carries=found.carries,
+            fib=fib,
+        )
+
+    def _roles(self, interfaces: tuple[Interface, ...], fib: Fib, known: Remembered) -> Roles:
+        """What was read of routes is the same object while nothing changed; counters are no change."""
+        now = (fib, tuple(replace(i, rx_bytes=0, tx_bytes=0) for i in interfaces), known)
+        if self._decided is None or self._decided[0] != now:
+            self._decided = now, roles(interfaces, fib, configured=self._configured, remembered=known)
+        return self._decided[1]
+
+
 def survey(kernel: Kernel | None, *, configured: str | None = None, remembered: Remembered | None = None) -> Survey:
-    """Look at the interfaces. Raises nothing: a kernel that cannot be asked makes a survey that knows nothing."""
-    known = remembered or Remembered()
-    if kernel is None:
-        return Survey(tunnel=configured)
-    try:
-        interfaces, fib = kernel.interfaces(), kernel.fib()
-    except OSError:
-        return Survey(tunnel=configured or known.tunnel)
-    found = roles(interfaces, fib, configured=configured, remembered=known)
-    return Survey(
-        interfaces=interfaces,
-        tunnel=found.tunnel,
-        uplinks=found.uplinks,
-        beside=found.beside,
-        carries=found.carries,
-        fib=fib,
-    )
+    """One look, with what is `remembered`."""
+    memory = Recollection()
+    if remembered is not None:
+        memory.keep(_UPLINKS, ",".join(remembered.uplinks))
+        if remembered.tunnel is not None:
+            memory.keep(_TUNNEL, remembered.tunnel)
+    return Surveyor(kernel, configured=configured, memory=memory).look()
 
 
 @dataclass(frozen=True, slots=True)

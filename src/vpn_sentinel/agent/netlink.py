@@ -35,7 +35,7 @@ _REQUEST, _DUMP, _DUMP_INTERRUPTED = 0x1, 0x300, 0x10
 _FIB_MATCH = 0x2000
 _FIB_RULE_INVERT = 0x2
 # What was read of routes and rules is used for so many times as long as reading took, and never longer than seconds.
-_FIB_REST, _FIB_OLDEST = 30, 10.0
+_FIB_REST, _FIB_OLDEST = 500, 60.0
 _NO_ROUTE = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL, errno.ENODEV, errno.ESRCH})
 
 

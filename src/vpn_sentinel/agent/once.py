@@ -14,10 +14,9 @@ from vpn_sentinel.agent.equipment import (
     path_to,
     route_audit,
 )
-from vpn_sentinel.agent.interfaces import Paths, Survey, survey
+from vpn_sentinel.agent.interfaces import Paths, Survey, Surveyor
 from vpn_sentinel.agent.leakwatch.watch import LeakWatch
 from vpn_sentinel.agent.names import Names
-from vpn_sentinel.agent.net.roles import Remembered
 from vpn_sentinel.agent.probes.canary import Flock
 from vpn_sentinel.agent.probes.place import Places
 from vpn_sentinel.agent.probes.trace import whoami
@@ -43,14 +42,15 @@ async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, se
     http = http_client(settings, Names())
     databases = open_databases(settings, clock)
     kernel = open_kernel()
-    found = survey(kernel, configured=settings.tunnel_interface)
+    around = Surveyor(kernel, configured=settings.tunnel_interface)
+    found = around.look()
 
     watch = LeakWatch(
         tables=kernel,
         policy=policy,
         clock=clock,
         told=lambda: None,
-        survey=lambda: survey(kernel, configured=settings.tunnel_interface, remembered=Remembered(tunnel=found.tunnel)),
+        survey=around.look,
         endpoints=lambda: settings.tunnel_endpoints,
     )
 
