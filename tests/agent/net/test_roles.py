@@ -104,6 +104,16 @@ CASES = {
     "rootless container without a VPN": Case(ROOTLESS, None, ("tap0",), path=Path.OUTSIDE),
     "the same, remembered wrongly": Case(ROOTLESS, None, ("tap0",), Remembered(tunnel="tap0"), Path.OUTSIDE),
     "PPP line": Case(PPP_LIKE + WG_QUICK.format("wg0"), "wg0", ("ppp0",)),
+    "PPP line and OpenVPN": Case(
+        PPP_LIKE + """
+        tuntap add tun0 mode tun
+        link set tun0 up
+        addr add 10.8.0.2/24 dev tun0
+        route add 198.51.100.7/32 dev ppp0
+        route add 0.0.0.0/1 via 10.8.0.1 dev tun0
+        route add 128.0.0.0/1 via 10.8.0.1 dev tun0""",
+        "tun0", ("ppp0",),
+    ),
     "PPP line, tunnel gone": Case(PPP_LIKE, "wg0", ("ppp0",), AFTER_WG, Path.OUTSIDE),
     "PPP line without a VPN": Case(PPP_LIKE, None, ("ppp0",), path=Path.OUTSIDE),
     "PPP line and a second one": Case(

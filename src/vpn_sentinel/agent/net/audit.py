@@ -8,7 +8,7 @@ from typing import Final
 from vpn_sentinel.agent.endpoints import TCP, UDP
 from vpn_sentinel.agent.interfaces import Survey
 from vpn_sentinel.agent.net.coverage import by_device, interval, names, public_space, size
-from vpn_sentinel.agent.net.fib import RTN_UNICAST, Fib, Interval, Rule, Sender, intersect, joined, subtract
+from vpn_sentinel.agent.net.fib import Fib, Interval, Rule, Sender, intersect, joined, subtract
 from vpn_sentinel.agent.net.link import Interface
 from vpn_sentinel.domain.observation import Routed
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, is_public
@@ -25,7 +25,7 @@ def audit(
     """By which devices the internet leaves, and which part of it goes beside the tunnel. None when nobody can tell.
 
     Left out is what is meant to go there: `may_leave`, the LAN, and the VPN's `servers`. Where none of those is known,
-    each host that has a route of its own by a router may be one.
+    each host that has a route of its own may be one.
     """
     if survey.fib is None or survey.tunnel is None:
         return None
@@ -34,7 +34,7 @@ def audit(
         return ()
     known = [s for s in servers if not s.is_loopback and not survey.owns(s)]
     excepted = [*may_leave, *(_lan(survey.beside))]
-    excepted += [_host(s) for s in known] if known else list(_hosts_with_a_router(survey.fib, device))
+    excepted += [_host(s) for s in known] if known else list(_hosts_with_own_routes(survey.fib, device))
     found: list[Routed] = []
     for version in (4, 6):
         free = joined(interval(n) for n in excepted if n.version == version)
@@ -117,10 +117,9 @@ def _lan(beside: Iterable[Interface]) -> Iterator[IPNetwork]:
         yield from (n for n in device.networks if n.prefixlen >= _SHORTEST_LAN[n.version])
 
 
-def _hosts_with_a_router(fib: Fib, tunnel: Interface) -> Iterator[IPNetwork]:
+def _hosts_with_own_routes(fib: Fib, tunnel: Interface) -> Iterator[IPNetwork]:
     for entry in fib.entries:
-        single = entry.kind == RTN_UNICAST and entry.prefix == entry.bits and not entry.leads_by(tunnel.index)
-        if single and any(h.gateway is not None for h in entry.hops) and is_public(entry.network.network_address):
+        if entry.is_for_one_host() and not entry.leads_by(tunnel.index) and is_public(entry.network.network_address):
             yield entry.network
 
 

@@ -37,6 +37,7 @@ _FRA_IP_PROTO, _FRA_SPORT_RANGE, _FRA_DPORT_RANGE = 22, 23, 24
 _FIB_RULE_INVERT: Final = 0x2
 _RTNH_F_DEAD: Final = 0x1  # also said of a link without carrier where the kernel ignores routes by such
 _RTM_F_CLONED: Final = 0x200
+_RTPROT_KERNEL: Final = 2
 _BITS: Final = {socket.AF_INET: 32, socket.AF_INET6: 128}
 VERSION: Final = {socket.AF_INET: 4, socket.AF_INET6: 6}
 _REFUSING: Final = frozenset({RTN_BLACKHOLE, RTN_UNREACHABLE, RTN_PROHIBIT})
@@ -101,7 +102,8 @@ class Hop:
 class RouteEntry:
     """An entry of a routing table. `first` is the lowest address of its prefix, as an integer; `hops` may be empty.
 
-    `kind` is rtm_type (RTN_UNICAST and so on), `preferred` the source address that it gives to packets.
+    `kind` is rtm_type (RTN_UNICAST and so on), `preferred` the source address that it gives to packets. `by_kernel`: it
+    came with an address of this host, such as that of a line's other end, and nobody asked for it (RTPROT_KERNEL).
     """
 
     version: int
@@ -112,6 +114,7 @@ class RouteEntry:
     hops: tuple[Hop, ...] = ()
     metric: int = 0
     preferred: IPAddress | None = None
+    by_kernel: bool = False
 
     @property
     def last(self) -> int:
@@ -125,6 +128,10 @@ class RouteEntry:
     def network(self) -> IPNetwork:
         address = IPv4Address(self.first) if self.version == 4 else IPv6Address(self.first)
         return ip_network((address, self.prefix))
+
+    def is_for_one_host(self) -> bool:
+        """Whether somebody gave a single host a route of its own: so the VPN's server is excepted from the tunnel."""
+        return self.kind == RTN_UNICAST and self.prefix == self.bits and bool(self.hops) and not self.by_kernel
 
     def leads_by(self, interface: int) -> bool:
         return any(hop.interface == interface for hop in self.hops)
@@ -214,7 +221,7 @@ def parse_entry(body: bytes) -> RouteEntry | None:
     """An entry out of RTM_NEWROUTE; None for other families, cache entries, and routes for one type of service."""
     if len(body) < _FIXED.size:
         return None
-    family, prefix, _src_len, tos, table, _protocol, _scope, kind, flags = _FIXED.unpack_from(body)
+    family, prefix, _src_len, tos, table, protocol, _scope, kind, flags = _FIXED.unpack_from(body)
     if family not in VERSION or flags & _RTM_F_CLONED or tos or prefix > _BITS[family]:
         return None
     found = attributes(body, _FIXED.size)
@@ -234,6 +241,7 @@ def parse_entry(body: bytes) -> RouteEntry | None:
         hops=hops,
         metric=_u32(found.get(_RTA_PRIORITY)) or 0,
         preferred=_address(found.get(_RTA_PREFSRC)),
+        by_kernel=protocol == _RTPROT_KERNEL,
     )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from vpn_sentinel.agent.net.coverage import public_share
-from vpn_sentinel.agent.net.fib import RTN_UNICAST, Fib, Rule, Sender
+from vpn_sentinel.agent.net.fib import RTN_UNICAST, Fib, RouteEntry, Rule, Sender
 from vpn_sentinel.agent.net.link import (
     ARPHRD_NONE,
     ARPHRD_PPP,
@@ -130,15 +130,19 @@ class _Look:
         return may_be and (self._a_host_is_excepted(found) or self._a_sender_is_excepted(found))
 
     def _a_host_is_excepted(self, tunnel: Interface) -> bool:
-        """Whether a route leads to a single host of the internet by a router on another device: the VPN's server."""
+        """Whether a single host of the internet has a route of its own by another device: the VPN's server."""
         return any(
-            entry.kind == RTN_UNICAST
-            and entry.prefix == entry.bits
-            and any(h.gateway is not None and h.interface != tunnel.index for h in entry.hops)
+            entry.is_for_one_host()
             and not entry.leads_by(tunnel.index)
+            and self._leads_out(entry)
             and is_public(entry.network.network_address)
             for entry in self._fib.entries
         )
+
+    def _leads_out(self, entry: RouteEntry) -> bool:
+        """By a router, or by a line that has no routers: a host on the link is no host of the internet."""
+        lines = {i.index for i in self._all if i.flags & IFF_POINTOPOINT}
+        return any(h.gateway is not None or h.interface in lines for h in entry.hops)
 
     def _a_sender_is_excepted(self, tunnel: Interface) -> bool:
         """Whether rules send by another device what carries a mark, a user or a port of its own."""
