@@ -26,7 +26,7 @@ def judge(seen: Observation, policy: Policy) -> Verdict:
     if seen.trigger is Trigger.PULSE:
         return _by_pulse(seen, policy)
     leaking = leaks.each_once(
-        (*leaks.by_canaries(seen, policy), *routes.bypasses(seen, policy), *leaks.by_packets(seen, policy))
+        (*leaks.by_canaries(seen, policy), *leaks.by_packets(seen, policy), *routes.bypasses(seen, policy))
     )
     canaries = seen.asked(Probe.DEFAULT)
     # A keepalive that arrived proves that something carries it; an agent's report may have come by a second way.

@@ -57,7 +57,7 @@ def by_packets(seen: Observation, policy: Policy) -> Iterator[Finding]:
 
 
 def each_once(found: tuple[Finding, ...]) -> tuple[Finding, ...]:
-    """Each code once: a canary's word comes before a route's, and that before a packet's. Facts are kept of all."""
+    """Each code once: a canary's word comes before a packet's, and that before a route's. Facts are kept of all."""
     told: dict[Code, Finding] = {}
     for finding in found:
         first = told.setdefault(finding.code, finding)
