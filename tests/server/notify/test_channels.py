@@ -21,7 +21,7 @@ from vpn_sentinel.domain.notice import Kind, Notice
 from vpn_sentinel.domain.verdict import Code, Finding, State
 from vpn_sentinel.runtime.secret import Secret
 from vpn_sentinel.runtime.settings import SettingError, Source
-from vpn_sentinel.server.notify.channel import DeliveryError, PermanentError, SetupError, TransientError
+from vpn_sentinel.server.notify.channel import DeliveryError, SetupError, TransientError
 from vpn_sentinel.server.notify.channels import build_channels
 from vpn_sentinel.server.notify.channels.bot_api import BotApi
 from vpn_sentinel.server.notify.channels.telegram import TelegramChannel
@@ -117,6 +117,24 @@ TELEGRAM_FAILURES = {
     "no such bot": (telegram_error(404, "Not Found"), SetupError, "auth", None),
     "blocked by the user": (telegram_error(403, "Forbidden: bot was blocked"), SetupError, "forbidden", None),
     "no such chat": (telegram_error(400, "Bad Request: chat not found"), SetupError, "chat_not_found", None),
+    "html that says bad request": (Answer(400, b"<html>Bad Request"), SetupError, "unexpected_status", None),
+    **{
+        words: (telegram_error(status, words), SetupError, reason, None)
+        for status, words, reason in (
+            (400, "Bad Request: TOPIC_CLOSED", "topic_closed"),
+            (400, "Bad Request: TOPIC_DELETED", "topic_gone"),
+            (400, "Bad Request: message thread not found", "topic_gone"),
+            (400, "Bad Request: not enough rights to send text messages to the chat", "no_right_to_write"),
+            (400, "Bad Request: have no rights to send a message", "no_right_to_write"),
+            (400, "Bad Request: CHAT_WRITE_FORBIDDEN", "no_right_to_write"),
+            (400, "Bad Request: need administrator rights in the channel chat", "no_right_to_write"),
+            (400, "Bad Request: group chat was upgraded to a supergroup chat", "chat_moved"),
+            (400, "Bad Request: chat_id is empty", "chat_not_found"),
+            (400, "Bad Request: a sentence of next year", "refused"),
+            (403, "Forbidden: bot was kicked from the supergroup chat", "forbidden"),
+            (402, "Payment Required", "unexpected_status"),
+        )
+    },
     "a stranger's page": (
         Answer(302, b"", {"Location": "https://example.org/"}),
         SetupError,
@@ -150,9 +168,19 @@ async def test_rejected_markup_is_sent_again_as_plain_text(api: BotApi, server: 
     assert "A packet <left>." in server.asked[1].json["text"]
 
 
-async def test_a_message_that_is_never_taken_is_rejected(api: BotApi, server: StandIn) -> None:
-    server.answers = [telegram_error(400, "Bad Request: no")] * 2
-    with pytest.raises(PermanentError, match="rejected"):
+@pytest.mark.parametrize(
+    "words", ["message is too long", "can't parse entities: x", "text must be non-empty", "message text is empty"]
+)
+async def test_a_message_that_is_not_taken_is_told_in_two_plain_lines(api: BotApi, server: StandIn, words: str) -> None:
+    server.answers = [telegram_error(400, f"Bad Request: {words}")] * 2
+    await TelegramChannel(api, "42").send(NOTICE, 7)
+    told = server.asked[2].json["text"].splitlines()
+    assert (len(told), "nl-1 is protected again" in told[0], "parse_mode" in server.asked[2].json) == (2, True, False)
+
+
+async def test_what_is_refused_even_at_its_shortest_is_kept(api: BotApi, server: StandIn) -> None:
+    server.answers = [telegram_error(400, "Bad Request: message is too long")] * 3
+    with pytest.raises(SetupError, match="rejected"):
         await TelegramChannel(api, "42").send(NOTICE, 7)
 
 
@@ -271,7 +299,14 @@ WEBHOOK_FAILURES = {
     "never an answer": (Answer(None), TransientError, "timeout", None),
     "unauthorised": (Answer(401), SetupError, "auth", None),
     "gone": (Answer(410), SetupError, "not_found", None),
-    "malformed": (Answer(422, b"SECRET echo"), PermanentError, "rejected", None),
+    **{
+        f"status {status}": (Answer(status, b"<html>SECRET</html>"), SetupError, f"http_{status}", None)
+        for status in (402, 406, 409, 411, 415, 418, 421, 424, 426, 428, 431, 451, 499)
+    },
+    "too early": (Answer(425), TransientError, "server_error", None),
+    "a number that nobody knows": (Answer(599), TransientError, "server_error", None),
+    "no number": (Answer(raw=b"HTTP/1.1 OK fine\r\n\r\n"), TransientError, "garbage", None),
+    "nothing": (Answer(raw=b""), TransientError, "garbage", None),
 }
 
 
@@ -282,6 +317,26 @@ async def test_webhook_failures(
     server.answers = [answer]
     failure = await failure_of(await webhook_for(server, time))
     assert (type(failure), failure.reason, getattr(failure, "retry_after", None)) == (kind, reason, wait)
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+async def test_a_webhook_that_refuses_the_body_gets_a_short_one(server: StandIn, time: Time, status: int) -> None:
+    server.answers = [Answer(status, b"<html>SECRET</html>")]
+    await (await webhook_for(server, time)).send(NOTICE, 7)
+    long, short = server.asked
+    assert long.json.keys() == short.json.keys()
+    assert (short.json["kind"], short.json["tunnel"], short.json["findings"]) == ("recovered", "nl-1", [])
+    assert len(short.json["text"].splitlines()) == 2
+    assert short.headers["x-sentinel-delivery"] == "7"
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+async def test_a_webhook_that_refuses_the_short_body_too_is_set_up_wrongly(
+    server: StandIn, time: Time, status: int
+) -> None:
+    server.answers = [Answer(status)] * 2
+    failure = await failure_of(await webhook_for(server, time))
+    assert (type(failure), failure.reason) == (SetupError, f"http_{status}")
 
 
 async def test_webhook_follows_no_redirect(server: StandIn, time: Time) -> None:

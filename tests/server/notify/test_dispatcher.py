@@ -241,13 +241,13 @@ async def test_a_wrong_setup_keeps_what_it_owes_until_it_is_repaired(store: Stor
         assert pager.told == [("nl-1", "leaking"), ("nl-1", "recovered")]
 
 
-async def test_a_dead_channel_is_given_up_after_a_day(store: Store) -> None:
+async def test_a_dead_channel_is_given_up_after_a_week(store: Store) -> None:
     pager = Pager()
     pager.always = TransientError("unreachable")
     async with at_work(Desk(store, pager)) as desk:
         await desk.owes(LEAK)
         await desk.passes(3000)
-        await desk.jumps(86400 - 3600)
+        await desk.jumps(7 * 86400 - 3600)
         assert await desk.outcomes() == [None]
         await desk.jumps(700)
         assert await desk.outcomes() == ["given_up"]
@@ -308,11 +308,29 @@ async def test_a_row_that_cannot_be_read_stops_no_other(store: Store) -> None:
     pager = Pager()
     async with at_work(Desk(store, pager)) as desk:
         [row] = owe(Notice(kind=Kind.LEAKING, tunnel="old", at=0), ("pager",), desk.time.now)
-        await store.write(insert(outbox).values({**row, "body": "{"}))
+        await store.write(insert(outbox).values({**row, "body": "{", "kind": "of_the_future"}))
         await desk.owes(LEAK)
         await desk.passes()
         assert pager.told == [("nl-1", "leaking")]
-        assert await desk.reasons() == [("permanent", "unreadable"), ("done", "")]
+        assert await desk.reasons() == [("done", ""), ("permanent", "unreadable")]
+
+
+async def test_a_leak_whose_details_cannot_be_read_is_told_all_the_same(store: Store) -> None:
+    pager = Pager()
+    async with at_work(Desk(store, pager)) as desk:
+        [row] = owe(Notice(kind=Kind.LEAKING, tunnel="old", at=0), ("pager",), desk.time.now)
+        await store.write(insert(outbox).values({**row, "body": '{"kind": "leaking", "exit": 5}'}))
+        await desk.passes(31)
+        assert pager.told == [("old", "leaking")]
+
+
+async def test_health_names_the_channel_that_fails_and_why(store: Store) -> None:
+    pager = Pager()
+    pager.always = SetupError("topic_closed")
+    async with at_work(Desk(store, pager)) as desk:
+        await desk.owes(LEAK)
+        await desk.passes(20)
+        assert desk.dispatcher.healthy()[1].endswith("; pager fails: topic_closed")
 
 
 async def test_a_lost_database_is_said_once_and_survived(store: Store, caplog: pytest.LogCaptureFixture) -> None:
@@ -389,9 +407,9 @@ async def test_two_dispatchers_on_one_database_tell_everything_once(store: Store
 async def test_what_is_owed_to_a_channel_that_was_taken_away(store: Store, caplog: pytest.LogCaptureFixture) -> None:
     async with at_work(Desk(store, Pager())) as desk:
         await desk.owes(LEAK, channels=("fax",))
-        await desk.jumps(3600)
+        await desk.jumps(6 * 86400)
         assert await desk.outcomes() == [None]
-        await desk.jumps(86400)
+        await desk.jumps(86400 + 3600)
         assert await desk.outcomes() == ["given_up"]
     said = [r.message for r in caplog.records]
     assert said == ["notices are owed to a channel that is not set up", "notices given up"]

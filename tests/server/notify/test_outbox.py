@@ -340,7 +340,7 @@ def test_tried_again(failure: DeliveryError, delivery: Delivery, least: float, m
 
 GIVEN_UP = {
     "malformed": (PermanentError("rejected"), a_delivery(1)),
-    "after a day": (TransientError("timeout"), a_delivery(300, DAY)),
+    "after a week": (TransientError("timeout"), a_delivery(2000, 7 * DAY)),
     "a wrong token for a week": (SetupError("auth"), a_delivery(2000, 7 * DAY)),
 }
 

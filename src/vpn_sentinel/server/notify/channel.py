@@ -1,5 +1,10 @@
 """What a channel is, and the three ways in which it can fail.
 
+The rule, for every channel: **a notice is given up only where it is proved that this one message is at fault.** A
+channel that is told so sends a plainer or shorter form first; when even the shortest is refused, the message was not
+the cause. Whatever else the other side answers, known or not, is trouble of the set-up or of the moment: kept, tried
+again, said.
+
 The dispatcher looks at the type alone; `reason` is a short word for the log, the `attempts` table and the metric. It
 never holds an address, a token, or what the other side answered. Raise these outside the `except` block of an HTTP
 error, so that the error, which carries the request and so its URL, does not hang on as `__context__`.
@@ -29,12 +34,13 @@ class TransientError(DeliveryError):
 class SetupError(DeliveryError):
     """Nothing can be delivered until the owner repairs the channel: a wrong token, a chat that shuts the bot out.
 
-    Tried slowly and for long, because that repair may come at any time.
+    Also for every answer that nobody here understands. Tried slowly and for long, because that repair may come at any
+    time.
     """
 
 
 class PermanentError(DeliveryError):
-    """The other side will never take this notice; it may well take the next one."""
+    """The other side will never take this form of this notice, by its own word; it may well take another."""
 
 
 class Channel(Protocol):

@@ -63,11 +63,12 @@ class Dispatcher:
         idle = max((now - w.turned_at for w in self._workers.values()), default=0.0)
         if idle > _STALLED:
             return False, f"deliveries have stood still for {duration(idle)}"
+        failing = "".join(f"; {name} fails: {w.failing}" for name, w in self._workers.items() if w.failing is not None)
         debts = [d for d in self._debts if d.channel in self._workers]
         if not debts:
-            return True, "nothing is owed"
+            return True, f"nothing is owed{failing}"
         oldest = self._clock.wall() - min(d.since for d in debts)
-        return True, f"{sum(d.count for d in debts)} owed, the oldest for {duration(oldest)}"
+        return True, f"{sum(d.count for d in debts)} owed, the oldest for {duration(oldest)}{failing}"
 
     async def _look_after(self) -> None:
         never = asyncio.Event()

@@ -8,6 +8,8 @@ from email.utils import parsedate_to_datetime
 
 import httpx
 
+from vpn_sentinel.server.notify.channel import DeliveryError, SetupError, TransientError
+
 
 def keep_urls_out_of_the_log() -> None:
     """Stop httpx from printing each request's URL, however logging is set up. Called where URLs hold credentials."""
@@ -31,6 +33,12 @@ def reason_of(error: Exception) -> str:
             return "bad_url"
         case _:
             return "broken_off"
+
+
+def before_an_answer(error: Exception) -> DeliveryError:
+    """What failed before there was an answer: somebody must mend a certificate or an address, the rest passes."""
+    reason = reason_of(error)
+    return SetupError(reason) if reason in ("tls", "bad_url") else TransientError(reason)
 
 
 def retry_after(value: str | None, now: float) -> float | None:

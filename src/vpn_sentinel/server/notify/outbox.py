@@ -66,6 +66,13 @@ class Delivery:
         """The notice. Raises msgspec.MsgspecError when another version wrote it in a way that this one cannot read."""
         return _notice(self.body)
 
+    def outline(self) -> Notice | None:
+        """What the row's own columns say of a notice that cannot be read; None when not even its kind is known here."""
+        if self.kind not in set(Kind):
+            return None
+        said = ("The details were written by another version of VPN Sentinel, and cannot be read.",)
+        return Notice(kind=Kind(self.kind), tunnel=self.tunnel, at=self.created_at, details=said)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:

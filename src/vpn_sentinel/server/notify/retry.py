@@ -10,8 +10,8 @@ FIRST: Final = 1.0
 MOST: Final = 300.0
 # A receiver may ask for patience, but not for a silence as long as it likes.
 MOST_ASKED: Final = 3600.0
-KEEP: Final = 86400.0
-KEEP_FOR_REPAIR: Final = 7 * 86400.0
+# A receiver that is away over a long weekend must still hear of the leak.
+KEEP: Final = 7 * 86400.0
 # Age alone gives nothing up: a server that was off for two days, or whose clock just jumped, still tries in earnest.
 TRIES: Final = 10
 
@@ -22,14 +22,14 @@ def after(failure: DeliveryError, delivery: Delivery, now: float, rng: random.Ra
     - PermanentError: given up at once; the next notice may fare better.
     - SetupError: every five minutes for a week; the owner can repair it at any time, and a restart, which some repairs
       take, makes everything due at once.
-    - TransientError: after what the receiver asks for, else 1 s, 2 s, 4 s … 5 min, for a day.
+    - TransientError: after what the receiver asks for, else 1 s, 2 s, 4 s … 5 min, for a week.
     """
     age = now - delivery.created_at
     match failure:
         case PermanentError():
             return Outcome(result=Result.PERMANENT, reason=failure.reason)
         case SetupError():
-            result, keep, wait = Result.PERMANENT, KEEP_FOR_REPAIR, MOST * rng.uniform(0.8, 1.2)
+            result, keep, wait = Result.PERMANENT, KEEP, MOST * rng.uniform(0.8, 1.2)
         case TransientError(retry_after=float() | int() as asked):
             result, keep, wait = Result.TRANSIENT, KEEP, min(max(float(asked), FIRST), MOST_ASKED)
         case _:

@@ -66,6 +66,11 @@ def plain(notice: Notice, zone: tzinfo | None = None) -> str:
     return "\n".join((headline(notice), *rows))
 
 
+def brief(notice: Notice, zone: tzinfo | None = None) -> str:
+    """What may never be lost of a notice, in two short lines of plain text: for whoever takes no more."""
+    return f"{headline(notice)}\nTime: {moment(notice.at, zone)}"
+
+
 def html(notice: Notice, zone: tzinfo | None = None) -> str:
     """The notice in the Bot API's HTML (https://core.telegram.org/bots/api#html-style), one element a line at most."""
     return "\n".join((f"<b>{escape(headline(notice))}</b>", *map(html_line, _lines(notice, zone))))

@@ -66,6 +66,11 @@ class Worker:
         """Something may be due: look at once."""
         self._alarm.set()
 
+    @property
+    def failing(self) -> str | None:
+        """Why the latest try failed, None when it did not."""
+        return self._failing
+
     async def run(self) -> None:
         """Deliver until cancelled."""
         await self._insist(lambda: outbox.hasten(self._store, self._channel.name, self._clock.wall()))
@@ -117,7 +122,9 @@ class Worker:
         try:
             notice = delivery.notice()
         except (msgspec.MsgspecError, ValueError):
-            return PermanentError("unreadable")
+            if (outline := delivery.outline()) is None:
+                return PermanentError("unreadable")
+            notice = outline
         try:
             async with asyncio.timeout(SEND):
                 await self._channel.send(notice, delivery.id)

@@ -17,7 +17,7 @@ import msgspec
 
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.server.notify.channel import DeliveryError, PermanentError, SetupError, TransientError
-from vpn_sentinel.server.notify.failures import keep_urls_out_of_the_log, reason_of
+from vpn_sentinel.server.notify.failures import before_an_answer, keep_urls_out_of_the_log
 from vpn_sentinel.server.settings import Telegram
 
 log = logging.getLogger(__name__)
@@ -86,6 +86,39 @@ class ConflictError(TransientError):
     def __init__(self) -> None:
         super().__init__("conflict")
 
+
+# What Telegram says of a message alone, by telegram-bot-api (Client.cpp) and
+# https://core.telegram.org/method/messages.sendMessage. Short on purpose: what does not stand here is kept.
+_OF_THE_MESSAGE: Final = (
+    "can't parse entities",
+    "can't parse message text",
+    "message is too long",
+    "message_too_long",
+    "message text is empty",
+    "message_empty",
+    "text must be non-empty",
+    "text must be encoded in utf-8",
+    "strings must be encoded in utf-8",
+    "entities_too_long",
+    "entity_bounds_invalid",
+)
+# Why a chat takes nothing, by Telegram's words; the reason is ours.
+_OF_THE_CHAT: Final = (
+    ("topic_closed", "topic_closed"),
+    ("topic_deleted", "topic_gone"),
+    ("message thread not found", "topic_gone"),
+    ("upgraded to a supergroup", "chat_moved"),
+    ("not enough rights", "no_right_to_write"),
+    ("have no rights", "no_right_to_write"),
+    ("need administrator rights", "no_right_to_write"),
+    ("chat_write_forbidden", "no_right_to_write"),
+    ("chat_restricted", "no_right_to_write"),
+    ("forbidden", "forbidden"),
+    ("kicked", "forbidden"),
+    ("blocked", "forbidden"),
+    ("chat", "chat_not_found"),
+    ("peer_id_invalid", "chat_not_found"),
+)
 
 _reply = msgspec.json.Decoder(Reply).decode
 _user = msgspec.json.Decoder(User).decode
@@ -163,7 +196,8 @@ class BotApi:
 
     async def _call(self, method: str, params: Mapping[str, object], wait: float = 0.0) -> msgspec.Raw:
         limit = wait + self._limit
-        status, body, broken = 0, b"", ""
+        status, body = 0, b""
+        broken: DeliveryError | None = None
         try:
             async with asyncio.timeout(limit):
                 response = await self._http.post(
@@ -171,9 +205,9 @@ class BotApi:
                 )
             status, body = response.status_code, response.content
         except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, UnicodeError) as e:
-            broken = reason_of(e)
-        if broken:
-            raise TransientError(broken)
+            broken = before_an_answer(e)
+        if broken is not None:
+            raise broken
         reply = _read(body)
         if reply is not None and reply.ok and status == HTTPStatus.OK:
             return reply.result
@@ -201,7 +235,6 @@ def _read(body: bytes) -> Reply | None:
 def _failure(status: int, reply: Reply | None) -> DeliveryError:
     """What an answer other than "ok" means for whoever asked."""
     said = reply or Reply()
-    description = said.description.lower()
     match status:
         case HTTPStatus.TOO_MANY_REQUESTS:
             return TransientError("rate_limited", retry_after=_seconds(said.parameters.retry_after))
@@ -213,16 +246,23 @@ def _failure(status: int, reply: Reply | None) -> DeliveryError:
             return SetupError("forbidden")
         case HTTPStatus.BAD_REQUEST if said.parameters.migrate_to_chat_id is not None:
             return ChatMovedError(said.parameters.migrate_to_chat_id)
-        case HTTPStatus.BAD_REQUEST if "chat" in description or "not enough rights" in description:
-            return SetupError("chat_not_found")
-        case HTTPStatus.BAD_REQUEST | HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
-            return PermanentError("rejected")
+        case HTTPStatus.BAD_REQUEST if reply is not None:
+            return _refused(said.description.lower())
+        case HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+            return PermanentError("too_large")
         case _ if status >= HTTPStatus.INTERNAL_SERVER_ERROR or status == HTTPStatus.REQUEST_TIMEOUT:
             return TransientError("server_error")
         case HTTPStatus.OK:
             return TransientError("garbage")
         case _:  # a redirect or a stranger's page: TELEGRAM_API_URL leads somewhere else
             return SetupError("unexpected_status")
+
+
+def _refused(description: str) -> DeliveryError:
+    """What a 400 is about, by Telegram's words in lower case."""
+    if any(words in description for words in _OF_THE_MESSAGE):
+        return PermanentError("rejected")
+    return SetupError(next((reason for words, reason in _OF_THE_CHAT if words in description), "refused"))
 
 
 def _seconds(value: float | None) -> float | None:

@@ -4,7 +4,7 @@ from datetime import tzinfo
 
 from vpn_sentinel.domain.notice import Notice
 from vpn_sentinel.server.notify import text
-from vpn_sentinel.server.notify.channel import PermanentError
+from vpn_sentinel.server.notify.channel import PermanentError, SetupError
 from vpn_sentinel.server.notify.channels.bot_api import BotApi
 from vpn_sentinel.server.notify.split import split
 
@@ -21,14 +21,19 @@ class TelegramChannel:
 
     async def send(self, notice: Notice, delivery_id: int) -> None:  # noqa: ARG002 - Telegram knows no idempotency key
         """Raises a DeliveryError. A message too long for one comes as several; a failure repeats them all."""
-        try:
-            await self._send(text.html(notice, self._zone), html=True)
-        except PermanentError:
-            # Whatever was wrong with the markup: an ugly alarm is better than none.
-            pass
-        else:
-            return
-        await self._send(text.plain(notice, self._zone), html=False)
+        forms = (
+            (text.html(notice, self._zone), True),
+            (text.plain(notice, self._zone), False),
+            (text.brief(notice, self._zone), False),
+        )
+        for message, html in forms:
+            try:
+                await self._send(message, html=html)
+            except PermanentError:
+                continue  # whatever was wrong with it: an ugly alarm is better than none
+            else:
+                return
+        raise SetupError("rejected")
 
     async def _send(self, message: str, *, html: bool) -> None:
         for part in split(message):

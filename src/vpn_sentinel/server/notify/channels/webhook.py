@@ -8,12 +8,15 @@ Body (fields may be added, none is taken away):
 
 `at` and `began` are ISO 8601 in UTC; what is not known is null or empty. Headers: `X-Sentinel-Delivery` is the same for
 every try of one notice; `X-Sentinel-Signature: t=SECONDS,v1=HEX`, when a secret is set, holds the HMAC-SHA256 over
-`SECONDS.BODY`. Any 2xx is taken as delivered. Redirects are not followed, and the answer's body is never read.
+`SECONDS.BODY`. Any 2xx is taken as delivered. Redirects are not followed, and the answer's body is never read. A body
+that is refused as such (400, 413, 422) is sent once more as a short one: the same fields, without findings, details and
+resolvers, and `text` in two lines.
 """
 
 import asyncio
 import hmac
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from http import HTTPStatus
 from typing import Any, Final
@@ -25,7 +28,7 @@ from vpn_sentinel.domain.verdict import State
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.server.notify import text
 from vpn_sentinel.server.notify.channel import DeliveryError, PermanentError, SetupError, TransientError
-from vpn_sentinel.server.notify.failures import reason_of, retry_after
+from vpn_sentinel.server.notify.failures import before_an_answer, retry_after
 from vpn_sentinel.server.notify.guard import ForbiddenAddressError
 from vpn_sentinel.server.settings import Webhook
 from vpn_sentinel.wire.codec import encode
@@ -56,7 +59,22 @@ class WebhookChannel:
 
     async def send(self, notice: Notice, delivery_id: int) -> None:
         """Raises a DeliveryError."""
-        content = encode(body(notice))
+        try:
+            await self._post(encode(body(notice)), delivery_id)
+        except PermanentError as e:
+            reason = e.reason
+        else:
+            return
+        try:
+            await self._post(encode(short_body(notice)), delivery_id)
+        except PermanentError:
+            pass  # not the message, then
+        else:
+            return
+        raise SetupError(reason)
+
+    async def _post(self, content: bytes, delivery_id: int) -> None:
+        """Raises a DeliveryError, a PermanentError where the status can be about the body."""
         headers = {"Content-Type": "application/json", "X-Sentinel-Delivery": str(delivery_id)}
         if self._webhook.secret is not None:
             headers["X-Sentinel-Signature"] = signature(self._webhook.secret.reveal(), content, int(self._clock.wall()))
@@ -72,7 +90,7 @@ class WebhookChannel:
         except ForbiddenAddressError:
             failure = SetupError("private_address")
         except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, UnicodeError) as e:
-            failure = TransientError(reason_of(e))
+            failure = before_an_answer(e)
         if failure is not None:
             raise failure
 
@@ -106,6 +124,12 @@ def body(notice: Notice) -> dict[str, Any]:
     }
 
 
+def short_body(notice: Notice) -> dict[str, Any]:
+    """The notice without what can be long or odd in it."""
+    said = body(replace(notice, findings=(), details=(), resolvers=(), place="", provider=""))
+    return {**said, "text": text.brief(notice)}
+
+
 def signature(secret: str, content: bytes, at: int) -> str:
     """`t=SECONDS,v1=HEX`; a receiver checks the HMAC and that the time is near, so that a copy cannot be replayed."""
     mac = hmac.new(secret.encode(), f"{at}.".encode() + content, "sha256")
@@ -113,6 +137,7 @@ def signature(secret: str, content: bytes, at: int) -> str:
 
 
 def _failure(status: int, wait: float | None) -> DeliveryError | None:
+    """What a status means. 400, 413 and 422 can be about the body; every other one is about the receiver."""
     match status:
         case _ if 200 <= status < 300:
             return None
@@ -124,12 +149,14 @@ def _failure(status: int, wait: float | None) -> DeliveryError | None:
             return TransientError("server_error", retry_after=wait)
         case HTTPStatus.UNAUTHORIZED | HTTPStatus.FORBIDDEN | HTTPStatus.PROXY_AUTHENTICATION_REQUIRED:
             return SetupError("auth")
+        case HTTPStatus.BAD_REQUEST | HTTPStatus.REQUEST_ENTITY_TOO_LARGE | HTTPStatus.UNPROCESSABLE_ENTITY:
+            return PermanentError(f"http_{status}")
         case HTTPStatus.NOT_FOUND | HTTPStatus.GONE | HTTPStatus.METHOD_NOT_ALLOWED:
             return SetupError("not_found")
         case _ if 300 <= status < 400:
             return SetupError("redirect")
         case _:
-            return PermanentError("rejected")
+            return SetupError(f"http_{status}")
 
 
 def _iso(at: float) -> str | None:
