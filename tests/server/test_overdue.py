@@ -241,3 +241,10 @@ async def test_a_database_that_is_gone_is_said(clock: ManualClock, caplog: pytes
     task.cancel()
     await asyncio.wait([task])
     assert [r.message for r in caplog.records] == ["deadlines cannot be watched"]
+
+
+async def test_health_says_when_deadlines_are_not_watched(store: Store, clock: ManualClock) -> None:
+    overdue = Overdue(store, Tracker(store, clock, Hub(), Policy()), clock)
+    assert overdue.healthy() == (True, "")
+    clock.now += 60
+    assert overdue.healthy() == (False, "not watched for 60 s: stuck")

@@ -13,6 +13,7 @@ from sqlalchemy import Engine, event, insert, select
 from sqlalchemy.engine import make_url
 
 from vpn_sentinel.server.store import rows
+from vpn_sentinel.server.store.address import parse
 from vpn_sentinel.server.store.open import open_store
 from vpn_sentinel.server.store.postgres import PostgresStore
 from vpn_sentinel.server.store.schema import meta, tunnels
@@ -205,7 +206,7 @@ async def test_a_database_that_was_dropped(store: Store, database_url: str) -> N
 @pytest.mark.parametrize("by", ["socket", "network"])
 async def test_a_server_that_is_not_there(by: str, tmp_path: Path, free_port: int) -> None:
     where = {"socket": f"/x?host={tmp_path}", "network": f"127.0.0.1:{free_port}/x"}[by]
-    async with opened(PostgresStore(f"postgresql://sentinel:hush@{where}")) as store:
+    async with opened(PostgresStore(parse(f"postgresql://sentinel:hush@{where}"))) as store:
         for work in (store.ping, lambda: store.transact(["nl"], 5.0, leaking, create=True)):
             failed = await refused(work)
             assert failed.reason == "unreachable"

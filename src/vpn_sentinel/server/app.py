@@ -180,12 +180,14 @@ async def _run(
         crowd = 10 * settings.rate_limit
         api = Switch(door, keepalives, sessions, build_api(services), settings.api_path, crowd=crowd)
         canary = build_canary(settings.canary, secret, own_address, registry) if settings.canary else None
+        overdue = Overdue(store, tracker, clock)
         health = build_health(
             HealthServices(
                 store=store,
                 clock=clock,
                 registry=registry,
                 dispatcher=dispatcher.healthy,
+                deadlines=overdue.healthy,
                 canary=canary.healthy if canary else None,
             )
         )
@@ -193,7 +195,7 @@ async def _run(
         running = [
             tasks.create_task(tracker.run(), name="tracker"),
             tasks.create_task(dispatcher.run(), name="dispatcher"),
-            tasks.create_task(Overdue(store, tracker, clock).run(), name="overdue"),
+            tasks.create_task(overdue.run(), name="overdue"),
             tasks.create_task(Retention(store, clock, settings.retention_days).run(), name="retention"),
             tasks.create_task(own_address.run(), name="own address"),
             tasks.create_task(sites.run(store, clock), name="sites"),

@@ -12,6 +12,7 @@ from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy
 from vpn_sentinel.runtime import settings as read
 from vpn_sentinel.runtime.secret import Secret
 from vpn_sentinel.runtime.settings import SettingError, Source
+from vpn_sentinel.server.store.address import parse
 
 _LABEL: Final = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?", re.ASCII)
 _NO_ADDRESSES: Final[tuple[IPAddress, ...]] = ()
@@ -201,10 +202,10 @@ def _addresses(value: str) -> tuple[IPAddress, ...]:
 
 
 def _database_url(value: str) -> str:
-    if not value.startswith(("sqlite:///", "postgresql://", "postgres://")):
-        msg = "takes sqlite:///PATH or postgresql://USER:PASSWORD@HOST/NAME"
-        raise ValueError(msg)
-    return value.replace("postgres://", "postgresql://", 1)
+    """A file's or a PostgreSQL's address. Raises ValueError that repeats no password."""
+    if not value.startswith("sqlite:///"):
+        parse(value)
+    return value
 
 
 def _key(value: str) -> Secret:

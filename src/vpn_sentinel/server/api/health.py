@@ -44,6 +44,8 @@ class HealthServices:
     dispatcher: Callable[[], tuple[bool, str]]
     patience: float = 2.0
     canary: Callable[[], tuple[bool, str]] | None = None
+    # Whether deadlines are watched, and if not why.
+    deadlines: Callable[[], tuple[bool, str]] | None = None
 
 
 class Part(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -77,7 +79,9 @@ class Readiness:
         async with self._asking:
             if self._services.clock.boottime() - self._asked_at > _FRESH:
                 ok, detail = self._services.dispatcher()
-                parts = {"database": await self._database(), "dispatcher": Part(ok, "" if ok else detail)}
+                parts = {"database": await self._database(), "dispatcher": Part(ok, detail)}
+                if self._services.deadlines is not None:
+                    parts["deadlines"] = Part(*self._services.deadlines())
                 if self._services.canary is not None:
                     parts["canary"] = Part(*self._services.canary())
                 self._report = Report("ok" if all(p.ok for p in parts.values()) else "failing", parts)

@@ -1,6 +1,7 @@
 """Opening a store: the right engine for its address, migrated to the newest schema."""
 
 import asyncio
+import logging
 from pathlib import Path
 from typing import Final
 
@@ -10,13 +11,15 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
 from sqlalchemy import Connection, create_engine, pool
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.exc import SQLAlchemyError
 
+from vpn_sentinel.server.store.address import PostgresAddress, parse
+from vpn_sentinel.server.store.connecting import CONNECT_ERRORS, engine, said
 from vpn_sentinel.server.store.postgres import PostgresStore
 from vpn_sentinel.server.store.sqlite import SqliteStore, prepare_file
 from vpn_sentinel.server.store.store import Store, StoreUnusable
+
+log = logging.getLogger(__name__)
 
 _MIGRATIONS: Final = Path(__file__).parent / "migrations"
 # Replicas that start together migrate one after the other behind this advisory lock ("vpn-sentinel" in digits).
@@ -31,17 +34,21 @@ async def open_store(url: str) -> Store:
         await asyncio.to_thread(_migrate_sqlite, path)
         return SqliteStore(str(path))
     try:
-        where = make_url(url)
-    except ArgumentError as e:
-        msg = "VPN_SENTINEL_DATABASE_URL is not an address of a database"
+        address = parse(url)
+    except ValueError as e:
+        msg = f"VPN_SENTINEL_DATABASE_URL: {e}"
         raise StoreUnusable(msg) from e
+    for unmet in address.unmet:
+        log.warning("the database's address asks for what is not checked here", extra={"parameter": unmet})
+    trouble = ""
     try:
-        await _migrate_postgres(url)
-    except (OSError, SQLAlchemyError, TimeoutError) as e:
-        why = getattr(e, "orig", None) or e
-        msg = f"database at {where.host or 'the local socket'}: {' '.join(str(why).split()) or type(why).__name__}"
-        raise StoreUnusable(msg) from e
-    return PostgresStore(url)
+        await _migrate_postgres(address)
+    except (SQLAlchemyError, *CONNECT_ERRORS) as e:
+        trouble = said(e, address)
+    if trouble:  # raised here, where no error that knows the address hangs on to it
+        msg = f"database at {address.where}: {trouble}"
+        raise StoreUnusable(msg)
+    return PostgresStore(address)
 
 
 def _migrate_sqlite(path: Path) -> None:
@@ -56,16 +63,14 @@ def _migrate_sqlite(path: Path) -> None:
         engine.dispose()
 
 
-async def _migrate_postgres(url: str) -> None:
-    engine = create_async_engine(
-        url.replace("postgresql://", "postgresql+asyncpg://", 1), poolclass=pool.NullPool, connect_args={"timeout": 5.0}
-    )
+async def _migrate_postgres(address: PostgresAddress) -> None:
+    opened = engine(address, poolclass=pool.NullPool)
     try:
-        async with engine.begin() as connection:
+        async with opened.begin() as connection:
             await connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
             await connection.run_sync(_upgrade)
     finally:
-        await engine.dispose()
+        await opened.dispose()
 
 
 def _upgrade(connection: Connection) -> None:

@@ -9,24 +9,18 @@ import asyncpg
 from sqlalchemy import Executable, Row, text
 from sqlalchemy.exc import DBAPIError, InterfaceError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.ext.asyncio import create_async_engine
 
 from vpn_sentinel.server.store import rows
+from vpn_sentinel.server.store.address import PostgresAddress
+from vpn_sentinel.server.store.connecting import engine
 from vpn_sentinel.server.store.store import PING, Decide, StoreUnavailable, TunnelRow
 
 
 class PostgresStore:
     """See `store.Store`. Rows are locked in the order of their ids, so replicas cannot deadlock each other."""
 
-    def __init__(self, url: str) -> None:
-        self._engine = create_async_engine(
-            url.replace("postgresql://", "postgresql+asyncpg://", 1),
-            pool_size=4,
-            max_overflow=4,
-            pool_pre_ping=True,
-            pool_timeout=5.0,
-            connect_args={"timeout": 5.0, "command_timeout": 30.0},
-        )
+    def __init__(self, address: PostgresAddress) -> None:
+        self._engine = engine(address, pool_size=4, max_overflow=4, pool_pre_ping=True, pool_timeout=5.0)
 
     async def read(self, statement: Executable) -> Sequence[Row[Any]]:
         async with _translated(), self._engine.connect() as connection:
@@ -69,7 +63,7 @@ async def _translated() -> AsyncIterator[None]:
         yield
     except (DBAPIError, InterfaceError) as e:
         raise StoreUnavailable("database_error", type(e.orig).__name__) from e
-    except (asyncpg.PostgresError, asyncpg.InterfaceError) as e:
+    except (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError) as e:
         raise StoreUnavailable("database_error", type(e).__name__) from e
     except (PoolTimeout, TimeoutError) as e:
         raise StoreUnavailable("timeout", "no connection or no answer in time") from e

@@ -34,6 +34,12 @@ class Overdue:
         self._clock = clock
         self._said: str | None = None
         self._started = False
+        self._ticked_at = clock.boottime()
+
+    def healthy(self) -> tuple[bool, str]:
+        """For /health/ready: whether deadlines are watched, and if not why, in a word."""
+        since = self._clock.boottime() - self._ticked_at
+        return (True, "") if since <= OUTAGE else (False, f"not watched for {since:.0f} s: {self._said or 'stuck'}")
 
     async def run(self) -> None:
         while True:
@@ -44,6 +50,7 @@ class Overdue:
                     self._said = e.reason
                     log.error("deadlines cannot be watched", extra={"reason": e.reason})  # noqa: TRY400 - said without a trace
             else:
+                self._ticked_at = self._clock.boottime()
                 if self._said is not None:
                     log.info("deadlines are watched again", extra={"after": self._said})
                     self._said = None

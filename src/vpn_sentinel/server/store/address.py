@@ -1,0 +1,223 @@
+"""The address of a PostgreSQL database, as libpq documents it, read once for both ways that we reach one.
+
+https://www.postgresql.org/docs/current/libpq-connect.html, 34.1.1.2 (connection URIs) and 34.1.2 (parameters). Nothing
+here imports a driver: settings are read on machines that have none.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Final
+from urllib.parse import unquote
+
+SCHEMES: Final = ("postgresql", "postgres", "postgresql+asyncpg", "postgres+asyncpg")
+SSL_MODES: Final = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+SESSIONS: Final = ("any", "read-write", "read-only", "primary", "standby", "prefer-standby")
+_DEFAULT_PORT: Final = 5432
+_TIMEOUT: Final = 5.0
+_LEAST_TIMEOUT: Final = 2.0  # as libpq's
+# About TLS: handed to the driver as they stand. Those of the second line name a file that must be there.
+_TLS: Final = ("sslpassword", "ssl_min_protocol_version", "ssl_max_protocol_version", "sslnegotiation")
+_TLS_FILES: Final = ("sslrootcert", "sslcert", "sslkey", "sslcrl")
+# They tune a connection, or ask for what is so anyway: passed over.
+_TUNING: Final = frozenset(
+    [
+        "keepalives",
+        "keepalives_idle",
+        "keepalives_interval",
+        "keepalives_count",
+        "tcp_user_timeout",
+        "sslcompression",
+        "sslsni",
+        "gssencmode",
+        "client_encoding",
+        "load_balance_hosts",
+        "gssdelegation",
+        "max_protocol_version",
+        "min_protocol_version",
+        "pool_timeout",
+        "prepared_statement_cache_size",
+        "statement_cache_size",
+        "pgbouncer",
+    ]
+)
+_PORT_LIMIT: Final = 65536
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PostgresAddress:
+    """`hosts` are tried in turn, a folder or an absolute path is a socket; empty leaves it to PGHOST or the driver.
+
+    `timeout` is seconds for one of them. `tls` are libpq's parameters about it. `session` is target_session_attrs.
+    `settings` go to the server as they are. What is None is left to libpq's variables (PGUSER, PGPASSWORD, …).
+    """
+
+    hosts: tuple[tuple[str, int], ...] = ()
+    user: str | None = None
+    password: str | None = field(default=None, repr=False)
+    passfile: str | None = None
+    database: str | None = None
+    timeout: float = _TIMEOUT
+    session: str = "any"
+    tls: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, str] = field(default_factory=dict)
+    # What was asked for and is not done, to be said.
+    unmet: tuple[str, ...] = ()
+
+    @property
+    def where(self) -> str:
+        """The hosts, for people."""
+        return ", ".join(host for host, _ in self.hosts) or "the local socket"
+
+
+def parse(url: str) -> PostgresAddress:
+    """Raises ValueError with one line that repeats no password."""
+    scheme, _, rest = url.partition("://")
+    if scheme not in SCHEMES:
+        msg = "takes sqlite:///PATH or postgresql://USER:PASSWORD@HOST/NAME"
+        raise ValueError(msg)
+    if any(c.isspace() for c in rest.partition("?")[0]) or "#" in rest:
+        msg = "write a space as %20 and # as %23 in the address"
+        raise ValueError(msg)
+    authority, _, query = rest.partition("?")
+    authority, _, path = authority.partition("/")
+    login, _, hosts = authority.rpartition("@")
+    user, _, password = login.partition(":")
+    given = _parameters(query)
+    ports = given.pop("port", "").split(",") if given.get("port") else []
+    listed = given.pop("hostaddr", "") or given.pop("host", "") or hosts
+    given.pop("host", None)
+    found = _hosts(listed, ports)
+    settings = {name: given.pop(name) for name in ("application_name", "options") if given.get(name)}
+    settings.setdefault("application_name", given.pop("fallback_application_name", "") or "vpn-sentinel")
+    # A server writes: of several hosts the one that takes writes is meant, unless the address says otherwise.
+    session = _one_of("target_session_attrs", given.pop("target_session_attrs", ""), SESSIONS)
+    address = PostgresAddress(
+        hosts=found,
+        user=given.pop("user", "") or _plain("the user", user) or None,
+        password=given.pop("password", "") or _plain("the password", password) or None,
+        passfile=given.pop("passfile", "") or None,
+        database=given.pop("dbname", "") or given.pop("database", "") or _plain("the name", path) or None,
+        timeout=_timeout(given.pop("connect_timeout", "")),
+        session=session or ("read-write" if len(found) > 1 else "any"),
+        tls=_tls(given),
+        settings=settings,
+        unmet=("channel_binding=require",) if given.pop("channel_binding", "") == "require" else (),
+    )
+    unknown = sorted(set(given) - _TUNING)
+    if unknown:
+        msg = f"the parameter {unknown[0][:40]!r} of the address is not supported here"
+        raise ValueError(msg)
+    return address
+
+
+def _parameters(query: str) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for part in query.split("&") if query else ():
+        name, equals, value = part.partition("=")
+        if not equals or not name:
+            msg = "what follows '?' in the address takes NAME=VALUE, joined by '&'"
+            raise ValueError(msg)
+        found[_plain("a parameter", name)] = _plain(name[:40], value)
+    return found
+
+
+def _plain(what: str, text: str) -> str:
+    """Without its %-escapes. A '+' is a plus here, as for libpq."""
+    try:
+        return unquote(text, errors="strict")
+    except UnicodeDecodeError:
+        msg = f"{what} in the address holds %-escapes that are not UTF-8"
+        raise ValueError(msg) from None
+
+
+def _hosts(listed: str, ports: list[str]) -> tuple[tuple[str, int], ...]:
+    """`a:1,[2001:db8::1]:2,/run/postgresql`, with ports of their own in `ports`: one for all, or one each."""
+    if not listed:
+        return (("localhost", _port(ports[0])),) if ports else ()
+    names = listed.split(",")
+    if len(ports) not in (0, 1, len(names)):
+        msg = f"{len(names)} hosts and {len(ports)} ports in the address do not match"
+        raise ValueError(msg)
+    found = []
+    for n, item in enumerate(names):
+        default = ports[n] if len(ports) == len(names) else ports[0] if ports else ""
+        host, port = _host(item)
+        host = _plain("a host", host)  # a socket's folder stands as %2Frun%2Fpostgresql
+        if not host:
+            msg = "a host in the address is empty"
+            raise ValueError(msg)
+        found.append((host, _port(port or default)))
+    return tuple(found)
+
+
+def _host(item: str) -> tuple[str, str]:
+    if item.startswith("/"):
+        return item, ""
+    if item.startswith("["):
+        host, closed, port = item[1:].partition("]")
+        if not closed or not _is_ipv6(host) or (port and not port.startswith(":")):
+            msg = "an IPv6 address in the address takes brackets: [2001:db8::1]:5432"
+            raise ValueError(msg)
+        return host, port[1:]
+    if _is_ipv6(item):  # in ?host= it stands without brackets
+        return item, ""
+    host, _, port = item.partition(":")
+    return host, port
+
+
+def _is_ipv6(text: str) -> bool:
+    try:
+        return ip_address(text.partition("%")[0]).version == 6
+    except ValueError:
+        return False
+
+
+def _port(text: str) -> int:
+    if not text:
+        return _DEFAULT_PORT
+    if not (text.isascii() and text.isdigit()) or not 0 < int(text) < _PORT_LIMIT:
+        # Often a password with an unescaped character: its text is not repeated.
+        msg = "a port in the address is no number from 1 to 65535 (write / : @ # of a password as %2F %3A %40 %23)"
+        raise ValueError(msg)
+    return int(text)
+
+
+def _timeout(text: str) -> float:
+    if not text:
+        return _TIMEOUT
+    if not text.strip().lstrip("-").isdigit():
+        msg = "connect_timeout in the address is no whole number of seconds"
+        raise ValueError(msg)
+    # Zero and less mean "for ever" to libpq; a server that waits for ever tells nobody.
+    seconds = int(text)
+    return min(max(float(seconds), _LEAST_TIMEOUT), 60.0) if seconds > 0 else _TIMEOUT
+
+
+def _tls(given: dict[str, str]) -> dict[str, str]:
+    mode = given.pop("sslmode", "")
+    other = given.pop("ssl", "")  # as some hosters and drivers write it
+    mode = mode or {"true": "require", "1": "require", "false": "disable", "0": "disable"}.get(other, other)
+    found = {"sslmode": mode} if _one_of("sslmode", mode, SSL_MODES) else {}
+    for name in (*_TLS, *_TLS_FILES):
+        if value := given.pop(name, ""):
+            found[name] = value
+    for name in _TLS_FILES:
+        value = found.get(name, "")
+        if not value or (name == "sslrootcert" and value == "system"):
+            continue
+        try:
+            with Path(value).open("rb"):
+                pass
+        except OSError as e:
+            msg = f"{name} in the address: {value}: {e.strerror}"
+            raise ValueError(msg) from None
+    return found
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value and value not in allowed:
+        msg = f"{name} in the address is not one of {', '.join(allowed)}"
+        raise ValueError(msg)
+    return value
