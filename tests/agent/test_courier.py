@@ -1,6 +1,7 @@
 """The courier against a real server: WebSockets and HTTP over the loopback."""
 
 import asyncio
+import gzip
 import json
 import logging
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -14,12 +15,14 @@ import pytest
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
+from websockets.utils import accept_key
 
 from tests.agent.doubles import http, reply, tcp
 from tests.conftest import until
 from vpn_sentinel.agent.http import Client
 from vpn_sentinel.agent.names import Names
 from vpn_sentinel.agent.spool import Spool
+from vpn_sentinel.agent.uplink.answers import plain
 from vpn_sentinel.agent.uplink.conversation import Destination, Routes, Wakeup
 from vpn_sentinel.agent.uplink.courier import Courier, read_list
 from vpn_sentinel.domain.observation import Observation, Trigger
@@ -27,6 +30,7 @@ from vpn_sentinel.runtime.clock import SystemClock
 from vpn_sentinel.runtime.secret import Secret
 from vpn_sentinel.wire import codec
 from vpn_sentinel.wire.messages import PROTOCOL, Ack, Exchange, FromAgent, Hello, Refused, Reports, Welcome
+from vpn_sentinel.wire.problem import CONTENT_TYPE, problem
 
 read = codec.decoder(FromAgent)  # type: ignore[arg-type]
 BODY = codec.encode(Observation(trigger=Trigger.TIMER))
@@ -54,7 +58,12 @@ class Server:
         self.keys.append(request.headers.get("X-API-Key"))
         if self.status is None:
             return None
-        return connection.respond(HTTPStatus(self.status), "no\n")
+        response = connection.respond(HTTPStatus(self.status), "")
+        response.body = codec.encode(problem(self.status, "no"))
+        for name, value in (("Content-Type", CONTENT_TYPE), ("Content-Length", str(len(response.body)))):
+            del response.headers[name]
+            response.headers[name] = value
+        return response
 
     async def talk(self, connection: ServerConnection) -> None:
         self.open.add(connection)
@@ -373,6 +382,131 @@ async def test_without_websocket_reports_go_by_post(spool: Spool, caplog: pytest
     assert got == list(range(1, 122))
     assert [r.split(" ")[0] for r in requests].count("GET") == 1
     assert sum("go by POST" in r.getMessage() for r in caplog.records) == 1
+
+
+BETWEEN = {
+    "a proxy with a login": reply("<html>", 401, WWW_Authenticate="Basic"),
+    "a firewall": reply("<html>denied</html>", 403, Content_Type="text/html"),
+    "a login page": reply("", 302, Location="https://login.example/"),
+    "a page": reply("<html>Welcome to the hotel</html>", 200, Content_Type="text/html"),
+    "a proxy that wants an upgrade": reply("", 426),
+    "a gateway": reply("<html>bad gateway</html>", 502),
+    "a gateway whose backend is busy": reply("", 503, Retry_After="5"),
+    "problem details of another status": reply(
+        '{"status": 401, "title": "x", "detail": "x"}', 403, Content_Type="application/problem+json"
+    ),
+    "problem details that are cut off": reply('{"status": 403, "ti', 403, Content_Type="application/problem+json"),
+    "no HTTP": b"SSH-2.0-x\r\n\r\n",
+    "nothing": b"",
+}
+
+
+@pytest.mark.parametrize("answer", BETWEEN.values(), ids=BETWEEN.keys())
+async def test_what_stops_only_the_websocket_is_gone_round_by_post(
+    spool: Spool, answer: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill(spool, 1)
+    got: list[int] = []
+    respond, waits = stores(got), Waits()
+    async with (
+        http(lambda r: answer if r.startswith("GET") else respond(r)) as (port, _),
+        carrying(spool, f"http://127.0.0.1:{port}", wakeup=waits),
+    ):
+        await until(lambda: spool.pending == 0)
+    assert got == [1]
+    assert not any("key" in str(r.__dict__.get("reason", "")) for r in caplog.records)
+
+
+@pytest.mark.parametrize("opened", [False, True], ids=["unanswered", "opened, and silent for ever"])
+async def test_a_websocket_that_is_held_without_a_word_is_left_for_post(
+    spool: Spool, opened: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vpn_sentinel.agent.uplink.conversation.CONNECT", 0.3)
+    fill(spool, 1)
+    got: list[int] = []
+    respond = stores(got)
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        fields = {k.lower(): v.strip() for k, _, v in (line.partition(":") for line in head.splitlines())}
+        if head.startswith("POST"):
+            writer.write(respond(head + (await reader.readexactly(int(fields["content-length"]))).decode()))
+            return
+        if opened:
+            accept = accept_key(fields["sec-websocket-key"])
+            writer.write(f"HTTP/1.1 101 X\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+                         f"Sec-WebSocket-Accept: {accept}\r\n\r\n".encode())  # fmt: skip
+        while await reader.read(4096):
+            pass
+
+    async with tcp(talk) as port, carrying(spool, f"http://127.0.0.1:{port}", patience=0.3):
+        await until(lambda: spool.pending == 0)
+    assert got == [1]
+
+
+CAPTIVE = {name: answer for name, answer in BETWEEN.items() if not name.startswith("problem")}
+
+
+@pytest.mark.parametrize("answer", CAPTIVE.values(), ids=CAPTIVE.keys())
+async def test_a_portal_acknowledges_nothing_and_says_nothing_of_the_key(
+    spool: Spool, answer: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill(spool, 1)
+    asked = 0
+
+    def count(request: str) -> bytes:
+        nonlocal asked
+        asked += request.startswith("POST")
+        return answer
+
+    async with http(count) as (port, _), carrying(spool, f"http://127.0.0.1:{port}"):
+        await until(lambda: asked >= 2)  # soon again: it may let us pass any moment
+    assert spool.pending == 1
+    assert not any("key" in str(r.__dict__.get("reason", "")) for r in caplog.records)
+
+
+async def test_an_answer_that_was_compressed_on_the_way_is_read(spool: Spool) -> None:
+    fill(spool, 1)
+    got: list[int] = []
+    respond = stores(got)
+
+    def squeeze(request: str) -> bytes:
+        answer = respond(request)
+        if request.startswith("GET"):
+            return answer
+        return reply(gzip.compress(answer.partition(b"\r\n\r\n")[2]), Content_Encoding="gzip")
+
+    async with http(squeeze) as (port, _), carrying(spool, f"http://127.0.0.1:{port}"):
+        await until(lambda: spool.pending == 0)
+    assert got == [1]
+
+
+def test_a_compressed_answer_is_bounded_and_whole() -> None:
+    packed = {"content-encoding": "gzip"}
+    bomb, cut, bad = gzip.compress(b" " * 10_000_000), gzip.compress(b"{}" * 100)[:-9], b"{}"
+    for body in (bomb, cut, bad):
+        with pytest.raises(ValueError, match="a compressed answer is"):
+            plain(packed, body)
+
+
+@pytest.mark.parametrize("code", [1003, 1008, 1009])
+async def test_a_code_without_a_word_gives_no_report_up(spool: Spool, code: int) -> None:
+    fill(spool, 1)
+    closings = 0
+
+    async def talk(connection: ServerConnection) -> None:
+        nonlocal closings
+        await connection.recv()
+        await connection.send(codec.encode(Welcome(ack=0, wall=0.0)).decode())
+        await connection.recv()
+        closings += 1
+        await connection.close(code)
+
+    async with serve(talk, "127.0.0.1", 0, close_timeout=0.1) as server:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with carrying(spool, url):
+            await until(lambda: closings >= 3, 10.0)
+    assert spool.pending == 1
 
 
 @pytest.mark.parametrize("status", [200, 400, 401, 426, 500])

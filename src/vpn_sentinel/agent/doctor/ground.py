@@ -14,6 +14,7 @@ from vpn_sentinel.agent.http import Client, HttpError
 from vpn_sentinel.agent.interfaces import Paths, Survey
 from vpn_sentinel.agent.netlink import Netlink
 from vpn_sentinel.agent.probes.canary import canaries
+from vpn_sentinel.agent.uplink.answers import own_refusal
 from vpn_sentinel.domain.observation import Canary, Observation, Trigger
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.wire import codec
@@ -53,6 +54,7 @@ class Once(Generic[T]):
 class Greeting:
     """How a server took our hello. `status` is HTTP's, None when there was no answer, and `why` then says why not.
 
+    `ours` is false where the answer is not our server's, but somebody's on the way.
     `date` is the time by its clock, in seconds since 1970, where it told one; `sent` and `came` are ours.
     """
 
@@ -60,6 +62,7 @@ class Greeting:
     status: int | None = None
     why: str = ""
     welcome: Welcome | None = None
+    ours: bool = True
     date: float | None = None
     sent: float = 0.0
     came: float = 0.0
@@ -120,7 +123,8 @@ async def greet(read: Read, url: str, http: Client, clock: Clock) -> Greeting:
             said = None
         welcome = said if isinstance(said, Welcome) else None
     date = welcome.wall if welcome else _date(answer.headers.get("date"))
-    return Greeting(url=url, status=answer.status, welcome=welcome, date=date, sent=sent, came=clock.wall())
+    ours = welcome is not None or own_refusal(answer.status, answer.headers, answer.body) is not None
+    return Greeting(url=url, status=answer.status, welcome=welcome, ours=ours, date=date, sent=sent, came=clock.wall())
 
 
 def _date(text: str | None) -> float | None:

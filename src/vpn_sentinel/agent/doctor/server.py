@@ -34,6 +34,9 @@ def about_server(name: str, greeting: Greeting, *, has_key: bool) -> Check:
             return gap(name, f"{url}: {greeting.why}", _LOST, _cure(greeting.why))
         case 200 if greeting.welcome is not None:
             return ok(name, f"{url} is reached and accepts the key")
+        case _ if not greeting.ours:
+            fix = "look at what stands between: a proxy, a login page, a firewall; and at VPN_SENTINEL_URL"
+            return gap(name, f"{url}: something on the way answers in the server's place (HTTP {status})", _LOST, fix)
         case 401 | 403 if not has_key:
             return gap(name, f"{url} is reached; no key is configured", _LOST, _GET_KEY)
         case 401 | 403:

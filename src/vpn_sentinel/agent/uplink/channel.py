@@ -10,9 +10,10 @@ class Fault(StrEnum):
     """What to do about a failure; the words beside it are for people."""
 
     BROKEN = "broken"  # try again, soon
-    DENIED = "denied"  # the key or the name is not accepted: try again, slowly
-    NO_WEBSOCKET = "no_websocket"  # something on the way takes no WebSocket: use POST
-    REJECTED = "rejected"  # the message itself was refused: sending it again is no use
+    DENIED = "denied"  # the server itself does not accept the key or the name: try again, slowly
+    NO_WEBSOCKET = "no_websocket"  # no WebSocket leads to the server, whoever stops it: use POST
+    REJECTED = "rejected"  # the server itself refused the message: sending it again is no use
+    CUT = "cut"  # somebody closed the connection because of a message: send less, or by POST
 
 
 class ChannelError(Exception):

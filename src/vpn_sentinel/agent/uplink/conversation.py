@@ -94,6 +94,7 @@ class Conversation:
     acked: Callable[[], None]
     brisk: Callable[[], bool] = lambda: False
     greeted: bool = False
+    _told: bool = False  # the server itself said no
     _until: float | None = None
     _inbox: list[bytes | ChannelError] = field(default_factory=list)
     _sent: list[Report] = field(default_factory=list)
@@ -121,8 +122,13 @@ class Conversation:
                     receiving.cancel()
         finally:
             channel.abort()
-        if broken is not None:
-            raise broken
+        if broken is None:
+            return
+        silent = broken.fault in (Fault.BROKEN, Fault.CUT) and not (self.greeted or self._told)
+        if silent and not (self.wakeup.kicked or self.brisk()):
+            # It opened, and the server never spoke through it: so little leads there by a WebSocket.
+            raise ChannelError(Fault.NO_WEBSOCKET, str(broken)) from broken
+        raise broken
 
     async def by_post(self, until: float) -> None:
         """Report by one request after another. Raises ChannelError at the first that fails."""
@@ -143,6 +149,8 @@ class Conversation:
             except ChannelError as e:
                 if e.fault is Fault.REJECTED:
                     self.load.refused(reports, str(e))
+                elif e.fault is Fault.CUT:
+                    self.load.overdue()
                 raise
             self._take_in(session, answer)
             if reports and session.acked < reports[-1].seq:
@@ -201,7 +209,8 @@ class Conversation:
             while self._inbox:
                 self._take_in(session, self._inbox.pop(0))
             if session.overdue(self.clock.boottime()):
-                self.load.overdue()
+                if self.greeted:
+                    self.load.overdue()
                 raise ChannelError(Fault.BROKEN, "the server does not answer")
             if self.wakeup.kicked:
                 if not self.routes.owns(channel.local) or self._way() != way:
@@ -243,8 +252,8 @@ class Conversation:
         """Act on what the server said. Raises ChannelError when that ends the conversation."""
         waiting = session.phase is Phase.WAITING
         if isinstance(item, ChannelError):
-            if item.fault is Fault.REJECTED and waiting:
-                self.load.refused(self._sent, str(item))
+            if item.fault is Fault.CUT and waiting:
+                self.load.overdue()
             raise item
         try:
             event = session.receive(item)
@@ -268,6 +277,7 @@ class Conversation:
                 self.load.stored()
                 self.acked()
             case TurnedAway():
+                self._told = True
                 if waiting and not event.retry:
                     self.load.refused(self._sent, event.reason)
                 fault = Fault.BROKEN if event.retry or waiting else Fault.DENIED

@@ -199,7 +199,12 @@ class Courier:
             finally:
                 if tried.greeted:
                     self._posting.discard(tried.url)
-        await tried.by_post(until)
+        try:
+            await tried.by_post(until)
+        except ChannelError:
+            if not tried.greeted:  # then POST is no better: the next try begins with a WebSocket again
+                self._post_until.pop(tried.url, None)
+            raise
 
     async def is_open(self, url: str) -> bool:
         """Whether the server takes connections there."""

@@ -3,6 +3,7 @@
 from http import HTTPStatus
 
 from vpn_sentinel.agent.http import Client, HttpError
+from vpn_sentinel.agent.uplink.answers import own_refusal, plain, strangers
 from vpn_sentinel.agent.uplink.channel import ChannelError, Fault
 from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.runtime.secret import Secret
@@ -15,12 +16,23 @@ async def post(http: Client, url: str, at: IPAddress, key: Secret, body: bytes, 
         response = await http.post(url, body, headers, limit=limit, at=at)
     except HttpError as e:
         raise ChannelError(Fault.BROKEN, str(e)) from e
-    match response.status:
-        case HTTPStatus.OK:
-            return response.body
+    status = response.status
+    if status == HTTPStatus.OK:
+        try:
+            answer = plain(response.headers, response.body)
+        except ValueError as e:
+            raise ChannelError(Fault.BROKEN, str(e)) from e
+        if not answer.lstrip().startswith(b"{"):
+            raise ChannelError(Fault.BROKEN, strangers(status))
+        return answer
+    why = own_refusal(status, response.headers, response.body)
+    if why is None:
+        fault = Fault.CUT if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE else Fault.BROKEN
+        raise ChannelError(fault, strangers(status))
+    match status:
         case HTTPStatus.UNAUTHORIZED | HTTPStatus.FORBIDDEN:
-            raise ChannelError(Fault.DENIED, f"the server does not accept this key (HTTP {response.status})")
+            raise ChannelError(Fault.DENIED, f"the server refuses: {why} (HTTP {status})")
         case HTTPStatus.BAD_REQUEST | HTTPStatus.REQUEST_ENTITY_TOO_LARGE | HTTPStatus.UNPROCESSABLE_ENTITY:
-            raise ChannelError(Fault.REJECTED, f"the server does not take this report (HTTP {response.status})")
-        case status:
-            raise ChannelError(Fault.BROKEN, f"HTTP {status}")
+            raise ChannelError(Fault.REJECTED, f"the server does not take this report: {why} (HTTP {status})")
+        case _:
+            raise ChannelError(Fault.BROKEN, f"the server refuses: {why} (HTTP {status})")

@@ -7,16 +7,18 @@ from http import HTTPStatus
 from typing import Final
 
 from websockets.asyncio.client import ClientConnection, connect
-from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, WebSocketException
+from websockets.exceptions import ConnectionClosed, InvalidHandshake, InvalidStatus, InvalidURI, WebSocketException
+from websockets.http11 import Response
 
 from vpn_sentinel.agent.http import connected, reason, split
+from vpn_sentinel.agent.uplink.answers import own_refusal, strangers
 from vpn_sentinel.agent.uplink.channel import ChannelError, Fault
 from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.runtime.secret import Secret
 from vpn_sentinel.wire import codec, limits
 
+# Our server says why before it closes; who closes with such a code and no word is somebody else.
 _REJECTED_CODES: Final = frozenset({1003, 1007, 1008, 1009})
-_BUSY: Final = frozenset({HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.GATEWAY_TIMEOUT})
 
 
 class WebSocket:
@@ -79,10 +81,12 @@ async def open_websocket(
             )
     except TimeoutError as e:
         _close(sock)
-        raise ChannelError(Fault.BROKEN, f"no connection within {limit:g} s") from e
+        if sock is None:
+            raise ChannelError(Fault.BROKEN, f"no connection within {limit:g} s") from e
+        raise ChannelError(Fault.NO_WEBSOCKET, f"no answer to the WebSocket handshake within {limit:g} s") from e
     except InvalidStatus as e:
-        raise _refused(e.response.status_code) from e
-    except (InvalidHandshake, ValueError) as e:
+        raise _refused(e.response) from e
+    except (InvalidHandshake, InvalidURI, ValueError) as e:  # a redirect to a page is an InvalidURI
         raise ChannelError(Fault.NO_WEBSOCKET, "the answer to the WebSocket handshake is not one") from e
     except (OSError, WebSocketException, EOFError) as e:
         _close(sock)
@@ -98,16 +102,19 @@ def _close(sock: socket.socket | None) -> None:
         sock.close()
 
 
-def _refused(status: int) -> ChannelError:
+def _refused(response: Response) -> ChannelError:
+    status = response.status_code
+    headers = {name.lower(): value for name, value in response.headers.raw_items()}
+    why = own_refusal(status, headers, bytes(response.body or b""))
+    if why is None:
+        return ChannelError(Fault.NO_WEBSOCKET, strangers(status))
     if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
-        return ChannelError(Fault.DENIED, f"the server does not accept this key (HTTP {status})")
-    if status in _BUSY:
-        return ChannelError(Fault.BROKEN, f"the server is busy (HTTP {status})")
-    return ChannelError(Fault.NO_WEBSOCKET, f"no WebSocket there (HTTP {status})")
+        return ChannelError(Fault.DENIED, f"the server refuses: {why} (HTTP {status})")
+    return ChannelError(Fault.BROKEN, f"the server refuses: {why} (HTTP {status})")
 
 
 def _closed(error: Exception) -> ChannelError:
     received = error.rcvd if isinstance(error, ConnectionClosed) else None
     if received is not None and received.code in _REJECTED_CODES:
-        return ChannelError(Fault.REJECTED, f"the server closed the connection: {received.reason or received.code}")
+        return ChannelError(Fault.CUT, f"the connection was closed: {received.reason or received.code}")
     return ChannelError(Fault.BROKEN, "the connection was closed" if received else "the connection broke off")
