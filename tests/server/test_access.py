@@ -11,6 +11,7 @@ from sqlalchemy import Executable, Row, select
 
 from tests.conftest import ManualClock
 from vpn_sentinel.runtime.secret import Secret
+from vpn_sentinel.server import access as access_module
 from vpn_sentinel.server.access import (
     Access,
     Caller,
@@ -308,7 +309,16 @@ PEERS: dict[str, tuple[str, str | None, str]] = {
     "what stands before the first stranger is the stranger's word": ("10.0.0.1", "1.2.3.4, 146.70.1.2", "146.70.1.2"),
     "a proxy that says nothing": ("10.0.0.1", None, "10.0.0.1"),
     "a proxy that says less than nothing": ("10.0.0.1", " , ", "10.0.0.1"),
-    "a proxy that says no address": ("10.0.0.1", "146.70.1.2, unknown", "10.0.0.1"),
+    "with its port": ("10.0.0.1", "83.46.112.77:51008", "83.46.112.77"),
+    "in quotes and brackets": ("10.0.0.1", '"[2001:db8::5]"', "2001:db8::5"),
+    "in brackets with its port": ("10.0.0.1", "1.2.3.4, [2001:db8::5]:443", "2001:db8::5"),
+    "in quotes with its port": ("10.0.0.1", '"83.46.112.77:51008"', "83.46.112.77"),
+    "IPv6 without brackets": ("10.0.0.1", "2001:db8::5", "2001:db8::5"),
+    "IPv4 that a proxy of both versions saw": ("10.0.0.1", "::ffff:83.46.112.77", "83.46.112.77"),
+    "that, with its port": ("10.0.0.1", "[::ffff:83.46.112.77]:51008", "83.46.112.77"),
+    "commas at the end": ("10.0.0.1", "1.2.3.4, 83.46.112.77, ,", "83.46.112.77"),
+    "two proxies of ours with ports": ("10.0.0.1", "83.46.112.77:1, 10.0.0.2:2", "83.46.112.77"),
+    "a zone": ("10.0.0.1", "fe80::1%eth0", "fe80::1"),
     "proxies all the way": ("10.0.0.1", "10.0.0.3, 10.0.0.2", "10.0.0.3"),
 }
 
@@ -316,6 +326,18 @@ PEERS: dict[str, tuple[str, str | None, str]] = {
 @pytest.mark.parametrize(("remote", "header", "found"), PEERS.values(), ids=PEERS.keys())
 def test_where_a_request_really_came_from(remote: str, header: str | None, found: str) -> None:
     assert peer(remote, header, iter(PROXIES)) == ip_address(found)
+
+
+@pytest.mark.parametrize(
+    "hop", ["unknown", "_hidden", "example.org", "83.46.112.77:x", "[2001:db8::5", "[2001:db8::5]x", "1.2.3", '""']
+)
+def test_what_a_proxy_says_in_another_way_is_unknown_and_said_once(
+    hop: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(access_module, "_NOT_UNDERSTOOD", set())
+    assert [peer("10.0.0.1", f"146.70.1.2, {hop}", PROXIES) for _ in range(3)] == [None] * 3
+    [said] = caplog.records
+    assert (said.__dict__["proxy"], said.__dict__["says"]) == ("10.0.0.1", hop)
 
 
 def test_without_trusted_proxies_no_header_counts() -> None:

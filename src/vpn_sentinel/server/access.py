@@ -39,6 +39,9 @@ _MINUTE: Final = 60.0
 _MOST_GUESSERS: Final = 100_000
 _MOST_WELCOME: Final = 100_000
 _MOST_LINES: Final = 30
+# Proxies of which it was said that their header is not understood.
+_NOT_UNDERSTOOD: Final[set[IPAddress]] = set()
+_MOST_PROXIES: Final = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,8 +253,8 @@ async def first_key(store: Store, now: float) -> str | None:
     return await create_token(store, "shared", shared=True, now=now)
 
 
-def peer(remote: str, forwarded_for: str | None, trusted: Iterable[IPNetwork]) -> IPAddress:
-    """The address that a request really came from.
+def peer(remote: str, forwarded_for: str | None, trusted: Iterable[IPNetwork]) -> IPAddress | None:
+    """The address that a request really came from, None where a proxy of ours says it in a way that nobody understands.
 
     `X-Forwarded-For` is believed only from a trusted proxy, and read from its end: the first address there that is not
     itself a trusted proxy. Raises ValueError when `remote` is no address.
@@ -259,13 +262,47 @@ def peer(remote: str, forwarded_for: str | None, trusted: Iterable[IPNetwork]) -
     trusted = tuple(trusted)
     found = address(remote.partition("%")[0])
     for hop in reversed((forwarded_for or "").split(",")):
-        if not inside(found, trusted) or not hop.strip():
+        if not inside(found, trusted):
             break
+        if not hop.strip():
+            continue  # an empty element of a list says nothing (RFC 9110, section 5.6.1.2)
         try:
-            found = address(hop.strip())
+            found = _hop(hop)
         except ValueError:
-            break
+            _say_not_understood(found, hop)
+            return None
     return found
+
+
+def _hop(text: str) -> IPAddress:
+    """One element of `X-Forwarded-For`. Proxies add ports (Azure, IIS), brackets and quotes (RFC 7239, section 6).
+
+    Raises ValueError for what is no address: `unknown`, `_hidden`, a name.
+    """
+    text = text.strip().strip('"').strip()
+    if text.startswith("["):
+        text, closed, port = text[1:].partition("]")
+        if not closed or (port and not _is_port(port)):
+            msg = "brackets that do not close"
+            raise ValueError(msg)
+    elif text.count(":") == 1 and _is_port(":" + text.partition(":")[2]):
+        text = text.partition(":")[0]
+    return address(text.partition("%")[0])
+
+
+def _is_port(text: str) -> bool:
+    return len(text) <= 6 and text[0] == ":" and text[1:].isascii() and text[1:].isdigit()
+
+
+def _say_not_understood(proxy: IPAddress, hop: str) -> None:
+    """Once for a proxy, and not for more of them than anybody sets up."""
+    if proxy in _NOT_UNDERSTOOD or len(_NOT_UNDERSTOOD) >= _MOST_PROXIES:
+        return
+    _NOT_UNDERSTOOD.add(proxy)
+    log.warning(
+        "a proxy's X-Forwarded-For is not understood: where such requests come from is unknown",
+        extra={"proxy": str(proxy), "says": hop.strip()[:60]},
+    )
 
 
 def headers_of(scope: Mapping[str, Any]) -> dict[str, str]:

@@ -142,6 +142,21 @@ async def test_a_proxy_is_believed_only_when_it_is_ours(build: Build) -> None:
     assert (await house.keepalive(client=("172.17.0.2", 1), x_forwarded_for="146.70.1.7, 1.2.3.4")).status == 403
 
 
+async def test_a_leak_is_seen_behind_a_proxy_that_adds_the_port(build: Build) -> None:
+    house = build(HOME_NETWORKS="83.46.112.0/24", TRUSTED_PROXIES="172.17.0.0/16")
+    await house.keepalive(client=("172.17.0.2", 1), x_forwarded_for="83.46.112.77:51008")
+    assert (await house.tunnel()).state == "leaking"
+
+
+async def test_where_a_proxy_hides_them_each_tunnel_has_its_own_rate_and_no_list_lets_them_in(build: Build) -> None:
+    house = build(SERVER_RATE_LIMIT_REQUESTS="1", TRUSTED_PROXIES="172.17.0.0/16")
+    hidden: dict[str, Any] = {"client": ("172.17.0.2", 1), "x_forwarded_for": "unknown"}
+    said = [{"client_id": name, "public_ip": EXIT} for name in ("nl", "nl", "de")]
+    assert [(await house.keepalive(one, **hidden)).status for one in said] == [200, 429, 200]
+    closed = build(SERVER_ALLOWED_IPS="172.16.0.0/12", TRUSTED_PROXIES="172.17.0.0/16")
+    assert (await closed.keepalive(**hidden)).status == 403
+
+
 async def test_a_tunnels_token_reports_as_that_tunnel(house: House, store: Store) -> None:
     token = await create_token(store, "nl", shared=False, now=START)
     assert (await house.keepalive(key=token)).status == 200

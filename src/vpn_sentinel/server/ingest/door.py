@@ -28,11 +28,15 @@ class Refusal(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Guest:
-    """A caller that came in, the address it really came from, and its headers (names in lower case)."""
+    """A caller that came in, the address it really came from (None: unknown), and its headers (lower-case names)."""
 
     caller: Caller
-    address: IPAddress
+    address: IPAddress | None
     headers: Headers
+
+    def place(self, name: str) -> str:
+        """Whose rate counts: the address's, or, where that is unknown, that of what reports as `name`."""
+        return f"unknown {name[:100]}" if self.address is None else str(self.address)
 
 
 class Door:
@@ -46,8 +50,8 @@ class Door:
         """Let in who may report. Raises Refusal (401, 403, 429)."""
         headers = headers_of(scope)
         address = self.address(scope, headers)
-        if self._settings.allowed_ips and not inside(address, self._settings.allowed_ips):
-            raise Refusal(403, f"the address {address} is not on the allow-list")
+        if self._settings.allowed_ips and (address is None or not inside(address, self._settings.allowed_ips)):
+            raise Refusal(403, f"the address {address or 'that a proxy hides'} is not on the allow-list")
         key = key_from(headers)
         if key is None:
             raise Refusal(401, "a key is needed: send it in the header X-API-Key")
@@ -64,7 +68,7 @@ class Door:
         if await self._access.caller(key_from(guest.headers)) is None:
             raise Refusal(403, "this key is not known here any more")
 
-    def address(self, scope: Any, headers: Headers) -> IPAddress:
+    def address(self, scope: Any, headers: Headers) -> IPAddress | None:
         """Where a request really came from: see `access.peer`."""
         client = scope.get("client")
         if client is None:

@@ -26,11 +26,12 @@ class Keepalives:
     async def take(self, scope: Any, receive: Any) -> bytes:
         """Store one keepalive and return the answer's body. Raises Refusal."""
         guest = await self._door.enter(scope)
-        self._door.pace(str(guest.address))
+        if guest.address is not None:
+            self._door.pace(str(guest.address))
         now = self._clock.wall()
         body = await json_body(receive, guest.headers)
         try:
-            said = read(body, now, guest.address if is_public(guest.address) else None)
+            said = read(body, now, guest.address if guest.address and is_public(guest.address) else None)
         except msgspec.ValidationError as e:
             # The replaced server said 400 to a report that names nobody, and its clients know that.
             raise Refusal(400 if "missing required field `client_id`" in str(e) else 422, str(e)) from e
@@ -40,6 +41,8 @@ class Keepalives:
             raise Refusal(422, str(e)) from e
         if not guest.caller.may_report_as(said.client_id):
             raise Refusal(403, f"this token may only report as {guest.caller.name}")
+        if guest.address is None:
+            self._door.pace(guest.place(said.client_id))
         await self._tracker.submit(
             Arrival(
                 tunnel=said.client_id,

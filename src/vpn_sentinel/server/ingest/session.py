@@ -51,7 +51,7 @@ class Sessions:
         self._canary_zone = canary_zone
         self._ledger = ledger
 
-    async def welcome(self, hello: Hello, caller: Caller, address: IPAddress) -> Welcome:
+    async def welcome(self, hello: Hello, caller: Caller, address: IPAddress | None) -> Welcome:
         """Greet an agent: what of its spool is stored, and how to ask the echo. Raises Refusal (403, 422)."""
         _check_hello(hello)
         if not caller.may_report_as(hello.client_id):
@@ -67,12 +67,12 @@ class Sessions:
         return Welcome(
             ack=stored,
             wall=self._clock.wall(),
-            seen_from=str(address),
+            seen_from=None if address is None else str(address),
             echo=Echo(port=self._echo_port, id=ident.hex(), key=key.hex()),
             canary_zone=self._canary_zone,
         )
 
-    async def take(self, hello: Hello, reports: Reports, skew: float, since: float, peer: IPAddress) -> Ack:
+    async def take(self, hello: Hello, reports: Reports, skew: float, since: float, peer: IPAddress | None) -> Ack:
         """Store one message of reports of a session with `peer` since `since`; returns after the commit.
 
         Raises Refusal (422).

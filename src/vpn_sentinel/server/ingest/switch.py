@@ -106,8 +106,9 @@ class Switch:
         if not isinstance(said, Exchange):
             raise Refusal(422, "an exchange is needed")
         # By tunnel, for many may sit behind one exit; and by address, or one key could make names without end.
-        self._door.pace(f"{guest.address} {said.hello.client_id[:64]}")
-        if (wait := self._crowd.wait(str(guest.address), self._sessions.ticks())) > 0:
+        place = guest.place(said.hello.client_id)
+        self._door.pace(f"{place} {said.hello.client_id[:100]}")
+        if (wait := self._crowd.wait(place, self._sessions.ticks())) > 0:
             raise Refusal(429, "too many reports a minute from this address", wait)
         welcome = await self._sessions.welcome(said.hello, guest.caller, guest.address)
         since = self._sessions.now() - _EXCHANGE
