@@ -52,7 +52,7 @@ def test_all_of_it(tmp_path: Path) -> None:
 BAD = {
     "INTERVAL": ["0", "3601", "x", "nan"],
     "URL": ["sentinel.example", "ftp://x", "http://sentinel.example", "http://8.8.8.8:5000"],
-    "CLIENT_ID": ["-x", "a b", "x" * 65],
+    "CLIENT_ID": [".x", "a b", "x" * 101],
     "GEOLOCATION_SERVICE": ["google"],
     "CA_FILE": ["/nonexistent"],
     "HOME_NETWORKS": ["home"],
@@ -108,3 +108,9 @@ def test_the_key_goes_in_clear_only_where_nobody_listens(url: str, insecure: boo
 )
 def test_a_hostname_becomes_a_name(host: str, name: str) -> None:
     assert valid_name(host) == name
+
+
+@pytest.mark.parametrize("spelt", ["ipwhois.app", "ipwhois", "IPWHOIS.io", "https://ipwho.is/"])
+def test_a_geolocation_service_by_any_of_its_names(spelt: str) -> None:
+    source = Source(env={"VPN_SENTINEL_URL": "https://x.example", "VPN_SENTINEL_GEOLOCATION_SERVICE": spelt})
+    assert AgentSettings.read(source).probes.geolocation_service == "ipwho.is"

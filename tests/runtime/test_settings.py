@@ -212,3 +212,11 @@ def test_the_environment_is_the_processes(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_secret_setting_is_kept_as_one() -> None:
     found = Source(env={"VPN_SENTINEL_API_KEY": "hunter2"}).get("API_KEY", read.secret, None)
     assert found == Secret("hunter2")
+
+
+def test_a_user_without_a_home_has_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`docker run --user 12345`: neither HOME nor an entry in passwd(5)."""
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr("os.geteuid", lambda: 12345)
+    monkeypatch.setattr("os.getuid", lambda: 12345)
+    assert read.default_data_dir() == read.HOMELESS

@@ -23,6 +23,17 @@ _SHARED: Final = ip_network("100.64.0.0/10")  # carrier-grade NAT: not public, b
 _NONE: Final[tuple[str, ...]] = ()
 _NO_ENDPOINTS: Final[tuple[Endpoint, ...]] = ()
 _SERVICES: Final = ("auto", "ipinfo.io", "ip-api.com", "ipwho.is")
+# The same services as people and the replaced agent write them.
+_SPELLINGS: Final = {
+    "ipinfo": "ipinfo.io",
+    "ipapi": "ip-api.com",
+    "ip-api": "ip-api.com",
+    "ipapi.com": "ip-api.com",
+    "ipwhois": "ipwho.is",
+    "ipwhois.io": "ipwho.is",
+    "ipwhois.app": "ipwho.is",
+    "ipwho": "ipwho.is",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,7 +60,7 @@ class ProbeSettings:
         replaced_ca = source.get("TLS_CERT_PATH", s.readable_file, None)
         base = Policy()
         return cls(
-            geolocation_service=source.get("GEOLOCATION_SERVICE", s.one_of(*_SERVICES), "auto"),
+            geolocation_service=source.get("GEOLOCATION_SERVICE", _service, "auto"),
             ipinfo_url=source.get("IPINFO_URL", s.url, "https://ipinfo.io"),
             ipapi_url=source.get("IPAPI_URL", s.url, "http://ip-api.com"),
             ipwhois_url=source.get("IPWHOIS_URL", s.url, "https://ipwho.is"),
@@ -151,6 +162,11 @@ def valid_name(hostname: str) -> str:
     """The nearest valid tunnel name to a host's name."""
     kept = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in hostname)[:64].lstrip("._-")
     return kept or "agent"
+
+
+def _service(value: str) -> str:
+    name = value.strip().lower().removeprefix("https://").removeprefix("http://").removeprefix("www.").rstrip("/")
+    return s.one_of(*_SERVICES)(_SPELLINGS.get(name, name))
 
 
 def _literal(value: str) -> str:

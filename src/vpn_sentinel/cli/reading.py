@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
 from vpn_sentinel.runtime.settings import Source, environment
+from vpn_sentinel.runtime.timezone import is_understood
 
 if TYPE_CHECKING:
     from vpn_sentinel.server.settings import ServerSettings
@@ -46,6 +47,9 @@ def warn_unread(source: Source) -> None:
     """
     for name in unread(source):
         print(f"vpn-sentinel: {name}: no such setting; is it misspelt?", file=sys.stderr)
+    zone = source.raw("TZ")
+    if zone and not is_understood(zone):
+        print(f"vpn-sentinel: TZ: the system does not know {zone!r}: times are told in UTC", file=sys.stderr)
 
 
 def unread(source: Source) -> list[str]:

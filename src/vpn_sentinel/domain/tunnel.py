@@ -3,8 +3,8 @@
 import re
 from typing import Final
 
-MOST: Final = 64
-_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*", re.ASCII)
+MOST: Final = 100  # as the replaced system took
+_NAME: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", re.ASCII)
 
 
 def tunnel_name(text: str) -> str:
@@ -13,7 +13,7 @@ def tunnel_name(text: str) -> str:
         msg = f"a name takes at most {MOST} characters, this one has {len(text)}"
         raise ValueError(msg)
     if not _NAME.fullmatch(text):
-        msg = "a name takes letters, digits, '.', '_' and '-', and starts with a letter or digit"
+        msg = "a name takes letters, digits, '.', '_' and '-', and starts with no '.'"
         raise ValueError(msg)
     return text
 

@@ -21,6 +21,9 @@ PREFIX: Final = "VPN_SENTINEL_"
 # Of the replaced system and of Docker: these carry no prefix.
 UNPREFIXED: Final = frozenset({"TELEGRAM_BOT_TOKEN", "TELEGRAM_CHAT_ID", "TZ"})
 
+# The data folder of a user that has no home: VPN_SENTINEL_DATA_DIR must name one.
+HOMELESS: Final = "/nonexistent/vpn-sentinel"
+
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
@@ -115,8 +118,16 @@ def environment() -> Mapping[str, str]:
 
 
 def default_data_dir() -> str:
-    """Where state is kept when nobody says: the system's for root, else the user's (XDG base directories)."""
-    return "/var/lib/vpn-sentinel" if os.geteuid() == 0 else str(Path("~/.local/state/vpn-sentinel").expanduser())
+    """Where state is kept when nobody says: the system's for root, else the user's (XDG base directories).
+
+    A user without a home (`docker run --user 12345`) has none: what stands here then cannot be made, and says so.
+    """
+    if os.geteuid() == 0:
+        return "/var/lib/vpn-sentinel"
+    try:
+        return str(Path.home() / ".local/state/vpn-sentinel")
+    except (RuntimeError, KeyError):  # neither HOME nor an entry in passwd(5)
+        return HOMELESS
 
 
 def text(value: str) -> str:

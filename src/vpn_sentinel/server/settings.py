@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
-from zoneinfo import ZoneInfo
 
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy
 from vpn_sentinel.runtime import settings as read
@@ -141,7 +140,7 @@ class ServerSettings:
             log_file=get("LOG_FILE", read.text, None),
             canary=_canary(source),
         )
-        get("TZ", _zone, None)
+        source.raw("TZ")  # the system's: see runtime.timezone
         _distinct_ports(settings)
         return settings
 
@@ -234,17 +233,6 @@ def _telegram(source: Source) -> Telegram | None:
     if not number.isdigit() or not rest or not all(c.isalnum() or c in "_-" for c in rest):
         raise SettingError("TELEGRAM_BOT_TOKEN", "is not a bot token such as 123456:ABC-DEF")
     return Telegram(token=token, chat_id=chat, api_url=url)
-
-
-def _zone(value: str) -> str:
-    if "/" not in value:
-        return value  # "UTC", or POSIX's own form, which the C library reads
-    try:
-        ZoneInfo(value.removeprefix(":"))
-    except (ValueError, OSError, KeyError) as e:
-        msg = f"{value!r} is no time zone such as Europe/Amsterdam"
-        raise ValueError(msg) from e
-    return value
 
 
 def _chat(value: str) -> str:

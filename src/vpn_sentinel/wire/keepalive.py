@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import TypeVar
+from typing import Any, Final, TypeVar
 
 import msgspec
 
@@ -33,6 +33,8 @@ class DnsTest(msgspec.Struct, frozen=True):
 
 
 class Keepalive(msgspec.Struct, frozen=True, kw_only=True):
+    """The body as its clients should send it, for the schema; what is read of another one: `read`."""
+
     client_id: str
     timestamp: str | float | None = None
     public_ip: str | None = None
@@ -59,7 +61,10 @@ class Received(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Reading(msgspec.Struct, frozen=True, kw_only=True):
-    """A keepalive after every check: what it says, in the domain's words. `skew` is the client's clock minus ours."""
+    """A keepalive after every check: what it says, in the domain's words. `skew` is the client's clock minus ours.
+
+    `odd` are the fields that were not understood, with the beginning of what they held: they count as not said.
+    """
 
     client_id: str
     observation: Observation
@@ -67,50 +72,113 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
     dns_loc: str
     dns_colo: str
     skew: float | None
+    odd: tuple[tuple[str, str], ...] = ()
 
 
-_decode = msgspec.json.Decoder(Keepalive).decode
+class _Named(msgspec.Struct, frozen=True):
+    """The one field without which a report is nobody's."""
+
+    client_id: str | int
+
+
+_EXCERPT: Final = 60
+_named = msgspec.json.Decoder(_Named).decode
+_whole = msgspec.json.Decoder(dict[str, Any]).decode
 
 
 def read(body: bytes, now: float, came_from: IPAddress | None = None) -> Reading:
     """Parse and check a keepalive received at `now`; `came_from` is its sender's address where that is global.
 
-    Raises `msgspec.DecodeError` for what is not JSON (a 400) and `msgspec.ValidationError` or ValueError for JSON that
-    says something impossible (a 422). Each names the field.
+    Only the name is needed. What is not understood in another field is told in `odd`, and counts as not said: the
+    replaced server took such reports, and where they come from is seen without them. Raises `msgspec.DecodeError` for
+    what is not JSON (a 400) and `msgspec.ValidationError` or ValueError for a report that names nobody (a 422).
     """
     try:
         # Decoded first: the parser skips what it does not know, and would skip bytes there that are no text.
-        said = _decode(body.decode())
+        text = body.decode()
+        name = _field("client_id", tunnel_name, str(_named(text).client_id))
+        said = _Fields(_whole(text))
     except (RecursionError, UnicodeDecodeError) as e:
         raise msgspec.DecodeError(str(e)) from e
-    name = _field("client_id", tunnel_name, said.client_id)
-    location = said.location or Location()
-    values = {
-        "country": location.country or said.country,
-        "city": location.city or said.city,
-        "region": location.region or said.region,
-        "org": location.org or said.provider,
-        "timezone": location.timezone or said.timezone,
-        "client_version": said.client_version,
-        "status": said.status,
-        "dns_loc": (said.dns_test.location if said.dns_test else None) or said.dns_loc,
-        "dns_colo": (said.dns_test.colo if said.dns_test else None) or said.dns_colo,
+    location, dns_test = said.inner("location"), said.inner("dns_test")
+    texts = {
+        "country": location.text("country") or said.text("country"),
+        "city": location.text("city") or said.text("city"),
+        "region": location.text("region") or said.text("region"),
+        "org": location.text("org") or said.text("provider"),
+        "timezone": location.text("timezone") or said.text("timezone"),
+        "client_version": said.text("client_version"),
+        "status": said.text("status"),
+        "dns_loc": dns_test.text("location") or said.text("dns_loc"),
+        "dns_colo": dns_test.text("colo") or said.text("dns_colo"),
     }
-    texts = {key: _known(checked_text(key, value)) if value else None for key, value in values.items()}
-    key, ip_text = ("public_ip", _known(said.public_ip)) if _known(said.public_ip) else ("ip", _known(said.ip))
-    ip = _field(key, address, ip_text) if ip_text else None
-    skew = None if said.timestamp is None else _field("timestamp", _seconds, said.timestamp) - now
-    if skew is not None and abs(skew) > limits.CLOCK_SKEW_REFUSED:
-        msg = f"timestamp: is {abs(skew) / 86400:.0f} days from this server's clock"
-        raise ValueError(msg)
+    ip = said.parsed("public_ip", _address) or said.parsed("ip", _address)
+    when = said.parsed("timestamp", lambda value: _near(_seconds(value), now))
     return Reading(
         client_id=name,
         observation=_observation(ip, texts, came_from),
         version=texts["client_version"] or "",
         dns_loc=texts["dns_loc"] or "",
         dns_colo=texts["dns_colo"] or "",
-        skew=skew,
+        skew=None if when is None else when - now,
+        odd=tuple(said.odd),
     )
+
+
+class _Fields:
+    """An object of a keepalive, read field by field; what cannot be used goes to `odd`."""
+
+    def __init__(self, said: dict[str, Any], odd: list[tuple[str, str]] | None = None, prefix: str = "") -> None:
+        self._said = said
+        self._prefix = prefix
+        self.odd: list[tuple[str, str]] = [] if odd is None else odd
+
+    def inner(self, name: str) -> "_Fields":
+        found = self._said.get(name)
+        if found is not None and not isinstance(found, dict) and not (isinstance(found, str) and _known(found) is None):
+            self._note(name, found)
+        return _Fields(found if isinstance(found, dict) else {}, self.odd, f"{name}.")
+
+    def text(self, name: str) -> str | None:
+        """What is to be kept and shown; a number counts as its digits."""
+        return self.parsed(name, lambda value: checked_text(name, _as_text(value)))
+
+    def parsed(self, name: str, parse: Callable[[Any], A]) -> A | None:
+        value = self._said.get(name)
+        if isinstance(value, str) and _known(value) is None:
+            return None
+        try:
+            return None if value is None else parse(value.strip() if isinstance(value, str) else value)
+        except (ValueError, TypeError, OverflowError):
+            self._note(name, value)
+            return None
+
+    def _note(self, name: str, value: object) -> None:
+        shown = str(value)[:_EXCERPT] if isinstance(value, str | int | float) else type(value).__name__
+        self.odd.append((self._prefix + name, shown.encode("unicode_escape").decode()))
+
+
+def _as_text(value: object) -> str:
+    """Raises TypeError for what is no text and no number."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, int | float):
+        return str(value)[: limits.TEXT + 1]
+    raise TypeError
+
+
+def _address(value: object) -> IPAddress:
+    if not isinstance(value, str):
+        raise TypeError
+    return address(value)
+
+
+def _near(at: float, now: float) -> float:
+    """Raises ValueError for a time so far off that it is no clock, but a mistake."""
+    if abs(at - now) > limits.CLOCK_SKEW_REFUSED:
+        msg = "is no time of these days"
+        raise ValueError(msg)
+    return at
 
 
 def _observation(ip: IPAddress | None, texts: dict[str, str | None], came_from: IPAddress | None) -> Observation:
@@ -146,8 +214,10 @@ def _field(name: str, parse: Callable[[A], B], value: A) -> B:
 
 def _seconds(value: str | float) -> float:
     """Epoch seconds, or ISO 8601; without an offset it is taken as UTC, as the replaced server did."""
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise TypeError
     if isinstance(value, int | float):
-        return float(value)  # finite: the decoder refuses what is out of range
+        return float(value)
     if len(value) > 64:
         msg = "is not an ISO 8601 time"
         raise ValueError(msg)

@@ -1,7 +1,8 @@
 """`POST /api/v1/keepalive`: the replaced system's clients, which must just work."""
 
+import logging
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -11,7 +12,11 @@ from vpn_sentinel.server.ingest.door import Door, Refusal, json_body
 from vpn_sentinel.server.tracker import Tracker
 from vpn_sentinel.server.works import Arrival, Stored
 from vpn_sentinel.wire.codec import encode
-from vpn_sentinel.wire.keepalive import Received, read
+from vpn_sentinel.wire.keepalive import Reading, Received, read
+
+log = logging.getLogger(__name__)
+
+_MOST_SAID: Final = 1000  # fields of clients that a line tells of
 
 
 class Keepalives:
@@ -22,6 +27,7 @@ class Keepalives:
         self._tracker = tracker
         self._clock = clock
         self._silent_after = silent_after
+        self._said: set[tuple[str, str]] = set()
 
     async def take(self, scope: Any, receive: Any) -> bytes:
         """Store one keepalive and return the answer's body. Raises Refusal."""
@@ -41,6 +47,7 @@ class Keepalives:
             raise Refusal(422, str(e)) from e
         if not guest.caller.may_report_as(said.client_id):
             raise Refusal(403, f"this token may only report as {guest.caller.name}")
+        self._say_odd(said)
         if guest.address is None:
             self._door.pace(guest.place(said.client_id))
         await self._tracker.submit(
@@ -57,3 +64,11 @@ class Keepalives:
             )
         )
         return encode(Received(server_time=datetime.fromtimestamp(now, UTC).isoformat()))
+
+    def _say_odd(self, said: Reading) -> None:
+        """A field that is not understood is told once, with what it held: the report counts without it."""
+        for field, value in said.odd:
+            if (said.client_id, field) not in self._said and len(self._said) < _MOST_SAID:
+                self._said.add((said.client_id, field))
+                known = {"tunnel": said.client_id, "field": field, "value": value}
+                log.warning("an old client's field is not understood, and counts as not said", extra=known)
