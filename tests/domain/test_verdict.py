@@ -20,6 +20,7 @@ from vpn_sentinel.domain.observation import (
     Quality,
     ResolverSighting,
     Routed,
+    SystemLookup,
     Trigger,
 )
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy
@@ -36,6 +37,8 @@ UP = Link(name="wg0", present=True, up=True, rx_bytes=7000, tx_bytes=9000)
 SET_DOWN = replace(UP, up=False)
 GONE = Link(name="wg0", present=False, up=False)
 
+FAILS = SystemLookup(answer=Answer.UNREACHABLE, error="EAI_AGAIN")
+WORKS = SystemLookup(answer=Answer.ANSWERED)
 BLOCKED, LOST, UNREACHABLE, EXPIRED = Answer.BLOCKED, Answer.LOST, Answer.UNREACHABLE, Answer.EXPIRED
 
 
@@ -472,6 +475,85 @@ CASES: dict[str, tuple[Observation, Policy, State, list[Code]]] = {
     "a resolver on the LAN, outside the tunnel, that asks through it": (
         saw(EXIT, dns=(asked("146.70.1.99", "192.168.1.2", Path.OUTSIDE),)), POLICY, State.PROTECTED, [],
     ),
+    "16 the home router asks the ISP, and nothing but the path tells": (
+        saw(EXIT, dns=(asked("80.58.184.30", "192.168.1.1", Path.OUTSIDE),)), UNDECLARED, State.LEAKING,
+        [Code.DNS_LEAK],
+    ),
+    "16 a forwarder on the container's own subnet": (
+        saw(EXIT, dns=(asked("80.58.184.30", "172.17.0.1", Path.OUTSIDE),)), UNDECLARED, State.LEAKING,
+        [Code.DNS_LEAK],
+    ),
+    "16 a LAN forwarder that asks a public resolver from home": (
+        saw(EXIT, dns=(asked("172.70.1.1", "192.168.1.2", Path.OUTSIDE),)), UNDECLARED, State.LEAKING,
+        [Code.DNS_LEAK],
+    ),
+    "16 a carrier's resolver in shared address space": (
+        saw(EXIT, dns=(asked("80.58.184.30", "100.64.0.1", Path.OUTSIDE),)), UNDECLARED, State.LEAKING,
+        [Code.DNS_LEAK],
+    ),
+    "16 a router's link-local IPv6 address": (
+        saw(EXIT, dns=(asked("2a02:908::53", "fe80::1", Path.OUTSIDE),)), UNDECLARED, State.LEAKING, [Code.DNS_LEAK],
+    ),
+    "16 a unique local IPv6 address": (
+        saw(EXIT, dns=(asked("2a02:908::53", "fd00::1", Path.OUTSIDE),)), UNDECLARED, State.LEAKING, [Code.DNS_LEAK],
+    ),
+    "16 a LAN forwarder that Cloudflare saw ask from home": (
+        saw(EXIT, dns=(asked(None, "192.168.1.1", Path.OUTSIDE, client=HOME),)), UNDECLARED, State.LEAKING,
+        [Code.DNS_LEAK],
+    ),
+    "16 a LAN forwarder that Cloudflare saw ask from the exit": (
+        saw(EXIT, dns=(asked(None, "192.168.1.1", Path.OUTSIDE, client=EXIT),)), UNDECLARED, State.PROTECTED,
+        [Code.RESOLVER_UNKNOWN],
+    ),
+    "16 a LAN forwarder of which no egress shows": (
+        saw(EXIT, dns=(asked(None, "192.168.1.1", Path.OUTSIDE),)), UNDECLARED, State.PROTECTED,
+        [Code.RESOLVER_UNKNOWN],
+    ),
+    "16 the same beside one that is well": (
+        saw(EXIT, dns=(asked(None, "192.168.1.1", Path.OUTSIDE), asked("146.70.1.99"))), UNDECLARED, State.PROTECTED,
+        [Code.RESOLVER_UNKNOWN],
+    ),
+    "16 a LAN forwarder that asks in the exit's AS": (
+        saw(
+            EXIT, dns=(asked(STRANGER, "192.168.1.2", Path.OUTSIDE),),
+            places=(place(STRANGER, asn=9009), place(EXIT, asn=9009)),
+        ),
+        UNDECLARED, State.PROTECTED, [],
+    ),
+    "16 the same where home is in that AS too": (
+        saw(
+            EXIT, dns=(asked(STRANGER, "192.168.1.2", Path.OUTSIDE),),
+            places=(place(STRANGER, asn=3320), *ISP_PLACES, place(EXIT, asn=3320)),
+        ),
+        POLICY, State.LEAKING, [Code.DNS_LEAK],
+    ),
+    "an ad blocker's 0.0.0.0 is no egress": (
+        saw(EXIT, dns=(asked("0.0.0.0", "127.0.0.1", Path.LOCAL), asked("146.70.1.99"))), POLICY, State.PROTECTED, [],
+    ),
+    "the blocker's own address is no egress either": (
+        saw(EXIT, dns=(asked("192.168.1.2", "192.168.1.2", Path.OUTSIDE),)), POLICY, State.PROTECTED,
+        [Code.RESOLVER_UNKNOWN],
+    ),
+    "programs cannot look names up, though the nameserver answers": (
+        replace(saw(EXIT, dns=(asked("146.70.1.99"),)), system_lookup=FAILS), POLICY, State.DEGRADED, [Code.DNS_DOWN],
+    ),
+    "nothing names a nameserver, and programs fail": (
+        replace(saw(EXIT), system_lookup=FAILS), POLICY, State.DEGRADED, [Code.DNS_DOWN],
+    ),
+    "no nameserver answers, and programs fail": (
+        replace(saw(EXIT, dns=(asked(answer=LOST),)), system_lookup=FAILS), POLICY, State.DEGRADED, [Code.DNS_DOWN],
+    ),
+    "no nameserver answers, and programs look names up otherwise": (
+        replace(saw(EXIT, dns=(asked(answer=LOST),)), system_lookup=WORKS), POLICY, State.PROTECTED,
+        [Code.RESOLVER_UNKNOWN],
+    ),
+    "programs look names up": (
+        replace(saw(EXIT, dns=(asked("146.70.1.99"),)), system_lookup=WORKS), POLICY, State.PROTECTED, [],
+    ),
+    "a DNS leak, and programs cannot look names up": (
+        replace(saw(EXIT, dns=(asked("91.10.20.53", "91.10.20.53"),)), system_lookup=FAILS), POLICY, State.LEAKING,
+        [Code.DNS_LEAK, Code.DNS_DOWN],
+    ),
     "a public resolver outside, where no tunnel is known": (
         saw(EXIT, link=None, beside=None, dns=(asked("172.70.1.1", "1.1.1.1", Path.OUTSIDE),)),
         POLICY, State.PROTECTED, [],
@@ -586,6 +668,33 @@ def test_a_dns_leak_is_told_by_its_strongest_proof(sighting: ResolverSighting, w
     (finding,) = judge(saw(EXIT, dns=(sighting,), places=ISP_PLACES), POLICY).findings
     assert words in finding.message
     assert finding.evidence["nameserver"] == str(sighting.nameserver)
+
+
+def test_a_leak_by_a_local_forwarder_names_what_a_capture_shows() -> None:
+    (leak,) = judge(saw(EXIT, dns=(asked("80.58.184.30", "192.168.1.1", Path.OUTSIDE),)), UNDECLARED).findings
+    assert "192.168.1.1" in leak.message
+    assert "80.58.184.30" in leak.message
+
+
+MISSING = [
+    pytest.param((), UNDECLARED, "the AS number of 77.77.77.77", id="its own"),
+    pytest.param((place(STRANGER, asn=1),), UNDECLARED, "the home address", id="home"),
+    pytest.param((place(STRANGER, asn=1),), POLICY, "the AS number of the home network", id="home's"),
+]
+
+
+@pytest.mark.parametrize(("places", "policy", "gap"), MISSING)
+def test_an_unexpected_resolver_says_what_is_missing(places: tuple[Place, ...], policy: Policy, gap: str) -> None:
+    (finding,) = judge(saw(EXIT, dns=(asked(STRANGER),), places=places), policy).findings
+    assert finding.message.endswith(f"cannot be told without {gap}.") or gap in finding.message
+
+
+def test_a_system_resolver_that_fails_alone_is_told_as_such() -> None:
+    (finding,) = judge(replace(saw(EXIT, dns=(asked("146.70.1.99"),)), system_lookup=FAILS), POLICY).findings
+    assert finding.message == (
+        "Programs cannot look names up here: the system's resolver fails (EAI_AGAIN), though 10.64.0.1 answers when "
+        "asked directly."
+    )
 
 
 def test_a_country_is_never_a_reason_for_a_dns_leak() -> None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from ipaddress import ip_network
 from typing import Final
 
-from vpn_sentinel.domain import leaks, outages, resolvers, routes
+from vpn_sentinel.domain import leaks, lookups, outages, resolvers, routes
 from vpn_sentinel.domain.observation import Answer, Observation, Path, Place, Probe, Trigger
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy, is_public
 from vpn_sentinel.domain.verdict import Code, Finding, State, Verdict, worst
@@ -215,24 +215,31 @@ def _dns(seen: Observation, policy: Policy) -> Iterator[Finding]:
         yield Finding(Code.DNS_INTERCEPTED, "An address that runs no DNS answered a query.")
     if seen.dns_rewritten:
         yield Finding(Code.DNS_REWRITTEN, "A name that does not exist was given an address.")
-    if not seen.resolvers:
-        return
     leak = next((f for s in seen.resolvers if (f := resolvers.leak(s, seen, policy))), None)
     if leak is not None:
         yield leak
+    yield from lookups.system(seen)
+    if leak is not None or not seen.resolvers or lookups.all_dead(seen):
         return
-    if all(s.answer in (Answer.LOST, Answer.UNREACHABLE, Answer.BLOCKED) for s in seen.resolvers):
-        servers = ", ".join(sorted({str(s.nameserver) for s in seen.resolvers}))
-        yield Finding(Code.DNS_DOWN, f"No nameserver answers: {servers}.", {"nameservers": servers})
-        return
-    telling = [s for s in seen.resolvers if s.answer is Answer.ANSWERED and s.egress]
-    if not telling:
+    beside = resolvers.unverified(seen, policy)
+    if beside:
+        named = ", ".join(map(str, beside))
+        yield Finding(
+            Code.RESOLVER_UNKNOWN,
+            f"The nameserver {named} is reached outside the tunnel, and where it asks the internet from could not be "
+            "verified.",
+            {"nameservers": named, "path": str(Path.OUTSIDE)},
+        )
+    telling = [s for s in seen.resolvers if s.answer is Answer.ANSWERED and resolvers.egress_of(s)]
+    if not telling and not beside:
         yield Finding(Code.RESOLVER_UNKNOWN, "No method could tell which resolver asks for this host.")
-    for egress in dict.fromkeys(s.egress for s in telling if not policy.allows_resolver(s.nameserver)):
+    for egress in dict.fromkeys(resolvers.egress_of(s) for s in telling if not policy.allows_resolver(s.nameserver)):
         if egress is not None and not resolvers.is_expected(egress, seen, policy):
+            gap = resolvers.missing(egress, seen, policy)
             yield Finding(
                 Code.RESOLVER_UNEXPECTED,
-                f"DNS queries come out at {egress}, neither in the exit's network nor at a known resolver.",
+                f"DNS queries come out at {egress}, neither in the exit's network nor at a known resolver."
+                + (f" Whether it is the home provider's cannot be told without {gap}." if gap else ""),
                 {"resolver": str(egress), **_country_of(egress, seen)},
             )
 

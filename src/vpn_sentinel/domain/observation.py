@@ -100,6 +100,19 @@ class ResolverSighting:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SystemLookup:
+    """One fresh name, looked up by getaddrinfo(3) as programs do: by resolv.conf, nsswitch.conf and what they name.
+
+    ANSWERED: an address, or the word that there is none. UNREACHABLE: it failed, `error` says how. LOST: no answer in
+    time. `upstreams` are the nameservers that systemd-resolved wrote down, where the stub of it is in use.
+    """
+
+    answer: Answer
+    error: str = ""
+    upstreams: tuple[IPAddress, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
     """What one source says of one address. `country` is ISO 3166-1 alpha-2, `asn` the number alone."""
 
@@ -251,6 +264,7 @@ class Observation:
     routed: tuple[Routed, ...] | None = None
     dns_intercepted: bool | None = None
     dns_rewritten: bool | None = None
+    system_lookup: SystemLookup | None = None  # None: not asked, or not over yet
     escapes: tuple[Escape, ...] = ()
     leak_watch: bool | None = None
     claims: tuple[Claim, ...] = ()

@@ -28,7 +28,7 @@ def leak(sighting: ResolverSighting, seen: Observation, policy: Policy) -> Findi
 
     A resolver that the policy allows never leaks: its owner knows of it.
     """
-    server, egress = sighting.nameserver, sighting.egress
+    server, egress = sighting.nameserver, egress_of(sighting)
     if sighting.answer is not Answer.ANSWERED or policy.allows_resolver(server):
         return None
     if egress is not None and policy.allows_resolver(egress):
@@ -48,33 +48,114 @@ def leak(sighting: ResolverSighting, seen: Observation, policy: Policy) -> Findi
         return Finding(
             Code.DNS_LEAK, f"The resolver passes on the home network {sighting.subnet} as client subnet.", facts
         )
-    if sighting.path is Path.OUTSIDE and is_public(server) and seen.link is not None:
-        return Finding(Code.DNS_LEAK, f"Queries to the nameserver {server} leave outside the tunnel.", facts)
     if egress is not None and (asn := _isp_asn(egress, seen, policy)):
         return Finding(
-            Code.DNS_LEAK, f"DNS queries come out at {egress}, in the home provider's network AS{asn}.", facts
+            Code.DNS_LEAK,
+            f"DNS queries come out at {egress}, in the home provider's network AS{asn}.",
+            facts | {"asn": str(asn)},
         )
+    if sighting.path is Path.OUTSIDE and seen.link is not None:
+        return _beside(sighting, egress or _client_of(sighting), seen, policy, facts)
     return None
+
+
+def _beside(
+    sighting: ResolverSighting, shown: IPAddress | None, seen: Observation, policy: Policy, facts: dict[str, str]
+) -> Finding | None:
+    """What a nameserver that is reached outside the tunnel proves; `shown` is where it asks the internet from.
+
+    A question to a public one is on the internet already. One on the LAN passes it on, maybe by a VPN of its own: it is
+    known by its egress, and while that is unknown nothing is proved.
+    """
+    server = sighting.nameserver
+    if is_public(server):
+        return Finding(Code.DNS_LEAK, f"Queries to the nameserver {server} leave outside the tunnel.", facts)
+    if shown is None or _at_the_exit(shown, seen, policy):
+        return None
+    return Finding(
+        Code.DNS_LEAK,
+        f"The nameserver {server} is reached outside the tunnel, on the local network, and asks the internet from "
+        f"{shown}, which is not the VPN's.",
+        facts | {"resolver": str(shown)},
+    )
+
+
+def egress_of(sighting: ResolverSighting) -> IPAddress | None:
+    """Where the resolver asks the internet from; an address that cannot be on it tells nothing."""
+    return sighting.egress if sighting.egress is not None and is_public(sighting.egress) else None
+
+
+def _client_of(sighting: ResolverSighting) -> IPAddress | None:
+    """Where a public resolver behind a local forwarder saw the forwarder ask from."""
+    return sighting.client if sighting.client is not None and is_public(sighting.client) else None
+
+
+def unverified(seen: Observation, policy: Policy) -> tuple[IPAddress, ...]:
+    """Nameservers outside the tunnel that answer, and of which no lookup showed where they ask from."""
+    if seen.link is None:
+        return ()
+    answering = [s for s in seen.resolvers if s.answer is Answer.ANSWERED and not policy.allows_resolver(s.nameserver)]
+    shown = {s.nameserver for s in answering if egress_of(s) or _client_of(s)}
+    beside = dict.fromkeys(s.nameserver for s in answering if s.path is Path.OUTSIDE)
+    return tuple(n for n in beside if n not in shown)
+
+
+def unexplained(seen: Observation, policy: Policy) -> tuple[IPAddress, ...]:
+    """Egresses that only their AS could explain: neither declared, nor in the exit's block, nor a public resolver's."""
+    found: dict[IPAddress, None] = {}
+    for sighting in seen.resolvers:
+        egress = egress_of(sighting)
+        if egress is None or sighting.answer is not Answer.ANSWERED or policy.allows_resolver(sighting.nameserver):
+            continue
+        if policy.allows_resolver(egress) or policy.is_home(egress) or _in_exit_block(egress, seen):
+            continue
+        if not _is_known_public(egress):
+            found[egress] = None
+    return tuple(found)
 
 
 def is_expected(egress: IPAddress, seen: Observation, policy: Policy) -> bool:
     """Whether an egress needs no explanation: the exit, its network, a known public resolver, or the policy's."""
-    if policy.allows_resolver(egress) or any(
-        egress in n for n in PUBLIC_RESOLVER_NETWORKS if n.version == egress.version
-    ):
+    if policy.allows_resolver(egress) or _is_known_public(egress) or _in_exit_block(egress, seen):
         return True
-    if any(exit_ and _same_block(egress, exit_) for exit_ in (seen.exit(4), seen.exit(6), seen.reported_from)):
+    return bool(_asns(egress, seen) & (_exit_asns(seen) | PUBLIC_RESOLVER_ASNS))
+
+
+def missing(egress: IPAddress, seen: Observation, policy: Policy) -> str:
+    """What is not known that would tell whether an unexpected egress is the home provider's; "" when all is known."""
+    if not _asns(egress, seen):
+        return f"the AS number of {egress}"
+    if not policy.home_networks:
+        return "the home address (VPN_SENTINEL_HOME_NETWORKS)"
+    return "" if _home_asns(seen, policy) else "the AS number of the home network"
+
+
+def _at_the_exit(address: IPAddress, seen: Observation, policy: Policy) -> bool:
+    """Whether an address is the VPN's: the exit's block, or its AS unless home is in the same one."""
+    if _in_exit_block(address, seen):
         return True
-    asns = _asns(egress, seen)
-    exits = _asns(seen.exit(4), seen) | _asns(seen.exit(6), seen)
-    return bool(asns & (exits | PUBLIC_RESOLVER_ASNS))
+    return bool(_asns(address, seen) & (_exit_asns(seen) - _home_asns(seen, policy)))
+
+
+def _is_known_public(egress: IPAddress) -> bool:
+    return any(egress in n for n in PUBLIC_RESOLVER_NETWORKS if n.version == egress.version)
+
+
+def _in_exit_block(address: IPAddress, seen: Observation) -> bool:
+    return any(exit_ and _same_block(address, exit_) for exit_ in (seen.exit(4), seen.exit(6), seen.reported_from))
 
 
 def _isp_asn(egress: IPAddress, seen: Observation, policy: Policy) -> int | None:
     """The AS that a resolver shares with a home address and not with the exit."""
-    home = {p.asn for p in seen.places if p.asn and policy.is_home(p.ip)}
-    exits = _asns(seen.exit(4), seen) | _asns(seen.exit(6), seen)
-    return next(iter((_asns(egress, seen) & home) - exits), None)
+    return min((_asns(egress, seen) & _home_asns(seen, policy)) - _exit_asns(seen), default=None)
+
+
+def _home_asns(seen: Observation, policy: Policy) -> frozenset[int]:
+    return frozenset(p.asn for p in seen.places if p.asn and policy.is_home(p.ip))
+
+
+def _exit_asns(seen: Observation) -> frozenset[int]:
+    return _asns(seen.exit(4), seen) | _asns(seen.exit(6), seen)
 
 
 def _asns(address: IPAddress | None, seen: Observation) -> frozenset[int]:

@@ -104,6 +104,7 @@ _LIMITS: Final[dict[type, dict[str, float]]] = {
     o.Canary: {"target": 64, "interface": 64},
     o.Routed: {"interface": 64, "share": 1.000001, "more": _NUMBER, "only": 64},
     o.ResolverSighting: {"method": 64},
+    o.SystemLookup: {"error": limits.TEXT},
     o.Escape: {
         "interface": 64, "protocol": 16, "name": 255, "source_port": _PORT, "destination_port": _PORT,
         "packets": 2.0**63, "size": 2.0**63, "first_age": _NUMBER, "last_age": _NUMBER,
@@ -135,6 +136,11 @@ def check_observation(seen: Observation) -> None:
     _check_routed(seen)
     for target in seen.flaky:
         checked_text("flaky", target, 64)
+    if seen.system_lookup is not None:
+        _check_limits(seen.system_lookup)
+        if len(seen.system_lookup.upstreams) > limits.PER_OBSERVATION:
+            msg = "upstreams holds too many entries"
+            raise ValueError(msg)
     for item in (seen, seen.link, seen.quality, *seen.canaries, *seen.resolvers, *seen.escapes, *seen.claims):
         _check_limits(item)
     for action in seen.actions:
