@@ -32,31 +32,110 @@ nameserver 10.0.0.3
     assert dns.nameservers(text_) == (
         Nameserver(ip_address("10.0.0.1")),
         Nameserver(ip_address("fe80::1"), 1),
-        Nameserver(ip_address("10.0.0.2")),
-    )
+    )  # one that is named twice counts twice among the first three
 
 
 def test_a_zone_is_an_interface(tmp_path: FilePath) -> None:
     (tmp_path / "resolv.conf").write_text("nameserver fe80::1%lo\nnameserver fe80::2%nonesuch\n")
     assert [s.scope for s in dns.system_nameservers(tmp_path / "resolv.conf")] == [1, 0]
-    assert dns.system_nameservers(tmp_path / "none") == ()
+    assert dns.system_nameservers(tmp_path / "none") == (dns.THIS_HOST,)
+    assert dns.system_nameservers(tmp_path) == (dns.THIS_HOST,)
+
+
+# What glibc 2.36 makes of each: tried with res_ninit(3) over a bind-mounted file.
+FILES = {
+    "empty": ("", "127.0.0.1"),
+    "comments": ("# nameserver 10.0.0.1\n; nameserver 10.0.0.2\n", "127.0.0.1"),
+    "a blank before the word": ("  nameserver 10.0.0.1\nnameserver 10.0.0.2\n", "10.0.0.2"),
+    "a tab behind it, and more behind the address": ("nameserver\t10.0.0.4 trailing junk\n", "10.0.0.4"),
+    "ends of line of another system": ("nameserver 10.0.0.1\r\n", "127.0.0.1"),
+    "short and hexadecimal": ("nameserver 10.1\nnameserver 0x0a000002\n", "10.0.0.1 10.0.0.2"),
+    "a NUL behind the address": ("nameserver 10.0.0.7\0junk\nnameserver 10.0.0.8\0", "10.0.0.7 10.0.0.8"),
+    "no end of line": ("nameserver 10.0.0.8", "10.0.0.8"),
+    "the address on the next line": ("nameserver\n10.0.0.8\n", "127.0.0.1"),
+    "no address": ("nameserver nonsense\nnameserver\nnameservers 10.0.0.1\n", "127.0.0.1"),
+    "a port": ("nameserver 10.0.0.1#53\nnameserver 0.0.0.0\n", "0.0.0.0"),
+    "four": ("".join(f"nameserver 10.0.0.{i}\n" for i in range(1, 5)), "10.0.0.1 10.0.0.2 10.0.0.3"),
+    "other words": ("search a.example\noptions ndots:2 edns0\nnameserver ::1\ndomain b.example\n", "::1"),
+    "a line that Unicode alone would break": ("# x\u2028nameserver 10.0.0.1\n", "127.0.0.1"),
+}
+
+
+@pytest.mark.parametrize(("text_", "expected"), FILES.values(), ids=FILES.keys())
+def test_a_resolv_conf_names_what_the_c_library_finds_there(tmp_path: FilePath, text_: str, expected: str) -> None:
+    (tmp_path / "resolv.conf").write_bytes(text_.encode())
+    found = dns.system_nameservers(tmp_path / "resolv.conf")
+    assert " ".join(str(s.address) for s in found) == expected
+
+
+def test_of_a_huge_resolv_conf_the_beginning_is_read(tmp_path: FilePath) -> None:
+    (tmp_path / "resolv.conf").write_bytes(b"nameserver 10.0.0.1\n" + b"#" * 10_000_000)
+    assert dns.system_nameservers(tmp_path / "resolv.conf") == (Nameserver(ip_address("10.0.0.1")),)
+
+
+NOT_ON_THE_INTERNET = [
+    "0.0.0.0", "127.0.0.1", "192.168.1.2", "10.0.0.1", "100.64.0.1", "169.254.1.1", "198.18.0.1", "224.0.0.1",
+    "255.255.255.255", "192.0.2.1", "203.0.113.1", "::", "::1", "fe80::1", "fd00::1", "::ffff:127.0.0.1",
+    "2001:db8::1", "64:ff9b::101:101",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("said", NOT_ON_THE_INTERNET)
+def test_what_cannot_be_on_the_internet_is_no_egress(said: str) -> None:
+    address = ip_address(said)
+    readings = (
+        dns.read_google(Reply(1, 0, (), ((said,),))),
+        dns.read_akahelp(Reply(1, 0, (), (("ns", said), ("ecs", f"{said}/32")))),
+        dns.read_akamai(Reply(1, 0, (address,))),
+        dns.read_path(Reply(1, 0, (), ((said,),))),
+    )
+    assert set(readings) == {dns.Revealed()}
+
+
+async def test_a_name_that_a_blocker_answers_itself_tells_nothing() -> None:
+    async with udp(lambda data: answer(data, record(dnswire.A, bytes(4)))) as (port, _):
+        seen = (await dns.resolvers(NOWHERE, [Nameserver(HERE, port=port)])).sightings
+    assert {(s.answer, s.egress) for s in seen} == {(Answer.ANSWERED, None)}
+
+
+async def test_our_own_zone_that_saw_a_private_address_tells_nothing() -> None:
+    async with udp(lambda data: delegated(data, egress="192.168.1.2")) as (port, _):
+        seen = await dns.resolvers(NOWHERE, [Nameserver(HERE, port=port)], ZONE)
+    assert {(s.answer, s.egress) for s in seen.sightings if s.method == "canary"} == {(Answer.ANSWERED, None)}
+    assert not seen.forged
+
+
+def test_the_page_of_a_blocker_is_no_egress() -> None:
+    assert dns.read_akamai(Reply(1, 0, (ip_address("146.112.61.104"),), aliased=True)) == dns.Revealed()
+    mapped = dns.read_akamai(Reply(1, 0, (ip_address("0.0.0.0"), ip_address("::ffff:185.65.200.7"))))
+    assert mapped.egress == ip_address("185.65.200.7")
+
+
+async def test_an_answer_beside_a_refusal_is_none() -> None:
+    refused = lambda data: answer(data, record(dnswire.A, bytes([185, 65, 200, 7])), flags=0x8183)  # noqa: E731
+    async with udp(refused) as (port, _):
+        found = await dns.lookup(Nameserver(HERE, port=port), dns.AKAMAI, limit=1, resend=None)
+    assert found.value == dns.Revealed()
 
 
 def test_google_tells_egress_and_client_subnet() -> None:
-    reply = Reply(1, 0, (), (("192.0.2.7",), ("edns0-client-subnet 198.51.100.0/24",)))
-    assert dns.read_google(reply) == dns.Revealed(egress=ip_address("192.0.2.7"), subnet=ip_network("198.51.100.0/24"))
+    reply = Reply(1, 0, (), (("185.65.200.7",), ("edns0-client-subnet 91.10.20.0/24",)))
+    assert dns.read_google(reply) == dns.Revealed(egress=ip_address("185.65.200.7"), subnet=ip_network("91.10.20.0/24"))
     assert dns.read_google(Reply(1, 0)) == dns.Revealed()
 
 
 def test_akahelp_tells_them_by_name() -> None:
-    reply = Reply(1, 0, (), (("ns", "192.0.2.7"), ("ecs", "198.51.100.0/24/0"), ("odd",)))
-    assert dns.read_akahelp(reply) == dns.Revealed(egress=ip_address("192.0.2.7"), subnet=ip_network("198.51.100.0/24"))
+    reply = Reply(1, 0, (), (("ns", "185.65.200.7"), ("ecs", "91.10.20.0/24/0"), ("odd",)))
+    assert dns.read_akahelp(reply) == dns.Revealed(
+        egress=ip_address("185.65.200.7"), subnet=ip_network("91.10.20.0/24")
+    )
 
 
 def test_akamai_and_the_path_tell_one_address() -> None:
-    assert dns.read_akamai(Reply(1, 0, (HERE,))).egress == HERE
+    egress = ip_address("185.65.200.7")
+    assert dns.read_akamai(Reply(1, 0, (egress,))).egress == egress
     assert dns.read_akamai(Reply(1, 0)).egress is None
-    assert dns.read_path(Reply(1, 0, (), (("192.0.2.7",),))).client == ip_address("192.0.2.7")
+    assert dns.read_path(Reply(1, 0, (), (("185.65.200.7",),))).client == ip_address("185.65.200.7")
 
 
 @pytest.mark.parametrize("said", ["0.0.0.0/0", "::/0", "x", "", "10.0.0.0/99"])
@@ -73,29 +152,29 @@ def test_five_to_ten_questions(count: int) -> None:
 
 
 def whoami(data: bytes) -> bytes:
-    """A resolver that asks from 192.0.2.7 and refuses Chaos."""
+    """A resolver that asks from 185.65.200.7 and refuses Chaos."""
     if data[-2:] == b"\x00\x03":
         return answer(data, flags=0x8185)
     if b"akahelp" in data:
-        return answer(data, text(b"ns", b"192.0.2.7"))
+        return answer(data, text(b"ns", b"185.65.200.7"))
     if b"akamai" in data:
-        return answer(data, record(dnswire.A, bytes([192, 0, 2, 7])))
-    return answer(data, text(b"192.0.2.7"))
+        return answer(data, record(dnswire.A, bytes([185, 65, 200, 7])))
+    return answer(data, text(b"185.65.200.7"))
 
 
 async def test_a_resolver_shows_its_egress() -> None:
     async with udp(whoami) as (port, _):
         seen = (await dns.resolvers(NOWHERE, [Nameserver(HERE, port=port)])).sightings
     assert {s.method for s in seen} == {"google", "akahelp", "akamai"}
-    assert {str(s.egress) for s in seen} == {"192.0.2.7"}
+    assert {str(s.egress) for s in seen} == {"185.65.200.7"}
     assert {s.answer for s in seen} == {Answer.ANSWERED}
     assert {s.path for s in seen} == {Path.LOCAL}
 
 
 async def test_one_that_tells_who_asked_proves_the_path() -> None:
-    async with udp(lambda data: answer(data, text(b"203.0.113.4"))) as (port, _):
+    async with udp(lambda data: answer(data, text(b"185.65.134.4"))) as (port, _):
         seen = (await dns.resolvers(NOWHERE, [Nameserver(HERE, port=port)])).sightings
-    assert [str(s.client) for s in seen if s.method == "path"] == ["203.0.113.4"]
+    assert [str(s.client) for s in seen if s.method == "path"] == ["185.65.134.4"]
 
 
 async def test_one_that_can_look_nothing_up_is_out_of_reach() -> None:
@@ -121,6 +200,8 @@ def test_the_path_to_a_nameserver_is_its_routes() -> None:
     paths = Paths(kernel, Survey(interfaces=(LO, ETH, WG), tunnel="wg0", beside=(ETH,)))
     found = [dns.path_to(Nameserver(ip_address(a)), paths) for a in ("10.0.0.1", "192.168.1.1", "127.0.0.11", "::1")]
     assert found == [Path.TUNNEL, Path.OUTSIDE, Path.LOCAL, Path.LOCAL]
+    scoped = [dns.path_to(Nameserver(ip_address("fe80::1"), i), paths) for i in (LO.index, ETH.index, WG.index, 99)]
+    assert scoped == [Path.LOCAL, Path.OUTSIDE, Path.TUNNEL, Path.UNKNOWN]
 
 
 async def test_something_that_answers_where_nobody_serves_is_noticed() -> None:
@@ -140,7 +221,7 @@ def test_a_zone_stays_at_home() -> None:
 ZONE = dns.CanaryZone("canary.example.org", b"identity", bytes(32))
 
 
-def delegated(data: bytes, *, key: bytes = ZONE.key, egress: str = "192.0.2.9") -> bytes:
+def delegated(data: bytes, *, key: bytes = ZONE.key, egress: str = "185.65.134.9") -> bytes:
     """A resolver that passes canaries on to a server whose agents' keys are `key`."""
     if ZONE.name.split(".")[0].encode() not in data or b"nx-" in data:
         return answer(data, flags=0x8183)
@@ -161,7 +242,7 @@ def test_with_a_zone_it_is_asked_first_and_strangers_remain(count: int) -> None:
 async def test_our_own_server_tells_the_egress() -> None:
     async with udp(delegated) as (port, _):
         seen = await dns.resolvers(NOWHERE, [Nameserver(HERE, port=port)], ZONE)
-    assert {str(s.egress) for s in seen.sightings if s.method == "canary"} == {"192.0.2.9"}
+    assert {str(s.egress) for s in seen.sightings if s.method == "canary"} == {"185.65.134.9"}
     assert not seen.forged
 
 

@@ -52,7 +52,7 @@ async def test_a_round_sees_it_all() -> None:
         places = Places(Client(names=Names()), [service], SystemClock())
         seen = await look(eyes(canary, dns, places), Trigger.TIMER, Policy())
     assert (seen.trigger, seen.exit(4), seen.interfaces) == (Trigger.TIMER, ip_address("185.65.134.10"), ("wg0",))
-    assert {str(s.egress) for s in seen.resolvers} == {"192.0.2.7"}
+    assert {str(s.egress) for s in seen.resolvers} == {"185.65.200.7"}
     assert [p.country for p in seen.places] == ["NL"]
     assert seen.dns_intercepted is True  # the address that should run no DNS is the same one here
     assert seen.took_ms > 0
@@ -75,7 +75,7 @@ async def test_a_leak_is_told_without_asking_further() -> None:
 
 
 async def test_a_dns_leak_does_not_wait_for_places() -> None:
-    policy = Policy(home_networks=networks("192.0.2.7"))
+    policy = Policy(home_networks=networks("185.65.200.7"))
     release = asyncio.Event()
 
     async def hang(url: str, **_: object) -> None:
@@ -95,7 +95,7 @@ async def test_a_dns_leak_does_not_wait_for_places() -> None:
 
 
 async def test_what_was_found_out_about_a_proxy_beside_a_leak_is_kept() -> None:
-    policy = Policy(home_networks=networks("192.0.2.7"))
+    policy = Policy(home_networks=networks("185.65.200.7"))
     async with udp(lambda _: EXIT) as (canary, _), udp(whoami) as (dns, _), udp(answer) as (proxy, _):
         seen = await look(replace(eyes(canary, dns), no_dns=Nameserver(HERE, port=proxy)), Trigger.TIMER, policy)
     assert judge(seen, policy).state is State.LEAKING

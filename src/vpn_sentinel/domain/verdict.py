@@ -87,7 +87,7 @@ MEANING: Final[Mapping[Code, Meaning]] = {
     Code.DNS_LEAK: Meaning(
         State.LEAKING,
         _CRITICAL,
-        "Name a server that the tunnel reaches (the VPN's own) in resolv.conf or as Docker's dns, or allow this resolver.",
+        "Name the VPN's own nameserver (in resolv.conf, or as Docker's dns), or allow this resolver.",
     ),
     Code.SPLIT_ROUTE: Meaning(
         State.LEAKING, _CRITICAL, "Look for routes and rules that send some destinations past the tunnel."
@@ -110,7 +110,9 @@ MEANING: Final[Mapping[Code, Meaning]] = {
         State.DEGRADED, _WARNING, "Choose a VPN server in an expected country, or add this country to the policy."
     ),
     Code.DNS_DOWN: Meaning(
-        State.DEGRADED, _WARNING, "The tunnel carries traffic, but names cannot be looked up: check /etc/resolv.conf and its nameservers."
+        State.DEGRADED,
+        _WARNING,
+        "The tunnel carries traffic, but names cannot be looked up: check /etc/resolv.conf and its nameservers.",
     ),
     Code.MTU_BLACKHOLE: Meaning(
         State.DEGRADED, _WARNING, "Lower the MTU of the tunnel's interface to the size that passes."

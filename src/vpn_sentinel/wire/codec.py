@@ -136,11 +136,7 @@ def check_observation(seen: Observation) -> None:
     _check_routed(seen)
     for target in seen.flaky:
         checked_text("flaky", target, 64)
-    if seen.system_lookup is not None:
-        _check_limits(seen.system_lookup)
-        if len(seen.system_lookup.upstreams) > limits.PER_OBSERVATION:
-            msg = "upstreams holds too many entries"
-            raise ValueError(msg)
+    _check_system_lookup(seen.system_lookup)
     for item in (seen, seen.link, seen.quality, *seen.canaries, *seen.resolvers, *seen.escapes, *seen.claims):
         _check_limits(item)
     for action in seen.actions:
@@ -159,6 +155,13 @@ def _check_routed(seen: Observation) -> None:
         if len(part.networks) > limits.PER_OBSERVATION or part.family not in (4, 6):
             msg = "routed names networks of IPv4 or IPv6, at most 64 for a device"
             raise ValueError(msg)
+
+
+def _check_system_lookup(found: o.SystemLookup | None) -> None:
+    _check_limits(found)
+    if found is not None and len(found.upstreams) > limits.PER_OBSERVATION:
+        msg = "upstreams holds too many entries"
+        raise ValueError(msg)
 
 
 def _check_limits(item: object) -> None:

@@ -12,16 +12,17 @@ import secrets
 import socket
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from ipaddress import IPv6Address, ip_address, ip_network
+from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from pathlib import Path as FilePath
 from typing import Final, TypeVar
 
-from vpn_sentinel.agent.interfaces import Paths
+from vpn_sentinel.agent.interfaces import Paths, may_be_vpn
+from vpn_sentinel.agent.netlink import IFF_LOOPBACK
 from vpn_sentinel.agent.probes import dnswire
 from vpn_sentinel.agent.probes.datagram import Destination, Outcome, ask
 from vpn_sentinel.agent.probes.targets import address_in
 from vpn_sentinel.domain.observation import Answer, Path, ResolverSighting
-from vpn_sentinel.domain.policy import IPAddress, IPNetwork
+from vpn_sentinel.domain.policy import IPAddress, IPNetwork, is_public, within
 from vpn_sentinel.wire import canary
 from vpn_sentinel.wire.messages import Echo
 
@@ -31,6 +32,7 @@ RESOLV_CONF: Final = FilePath("/etc/resolv.conf")
 LIMIT, RESEND = 2.0, 0.8  # seconds
 _INTERCEPTION_LIMIT: Final = 0.9
 _MOST_NAMESERVERS: Final = 3  # as resolv.conf(5)
+_MOST_BYTES: Final = 1 << 18  # of a resolv.conf; one is some hundred
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,13 @@ class Nameserver:
     port: int = 53
 
 
+THIS_HOST: Final = Nameserver(ip_address("127.0.0.1"))
+# Addresses that are no public host's, besides the domain's NOT_PUBLIC: documentation (RFC 5737, 3849, 9637) and the
+# NAT64 prefix of every network (RFC 6052). Ad blockers and rebinding protection answer with what is at hand.
+_NOBODYS: Final[tuple[IPNetwork, ...]] = tuple(
+    ip_network(n)
+    for n in ("192.0.2.0/24", "198.51.100.0/24", "203.0.113.0/24", "2001:db8::/32", "3fff::/20", "64:ff9b::/96")
+)
 # TEST-NET-1 (RFC 5737): nobody runs DNS there, so an answer is a proxy's.
 NO_DNS_HERE: Final = Nameserver(ip_address("192.0.2.53"))
 
@@ -115,25 +124,47 @@ def is_domain(name: str) -> bool:
 
 
 def nameservers(text: str) -> tuple[Nameserver, ...]:
-    """The nameservers of a resolv.conf, each once; what is no address is skipped, as glibc does."""
-    found: dict[str, Nameserver] = {}
-    for line in text.splitlines():
-        words = line.split()
-        if len(words) < 2 or words[0] != "nameserver":
+    """The nameservers that programs use, each once, as the C library reads resolv.conf(5) (glibc res_init.c).
+
+    The word begins the line, a blank or a tab ends it; what follows the address is ignored; the first three count, one
+    that is named twice twice; a file that names none means this host. Tried against glibc 2.36.
+    """
+    found: list[Nameserver] = []
+    for line in text.split("\n"):
+        line = line.partition("\0")[0]  # a C string ends there
+        if not line.startswith(("nameserver ", "nameserver\t")):
             continue
-        host, _, zone = words[1].partition("%")
-        try:
-            address = ip_address(host)
-        except ValueError:
-            continue
-        found.setdefault(words[1], Nameserver(address, _scope(zone)))
-    return tuple(found.values())[:_MOST_NAMESERVERS]
+        word = line[len("nameserver") :].lstrip(" \t").replace("\t", " ").partition(" ")[0]
+        if (server := _nameserver(word)) is not None:
+            found.append(server)
+    return tuple(dict.fromkeys(found[:_MOST_NAMESERVERS])) or (THIS_HOST,)
+
+
+def _nameserver(word: str) -> Nameserver | None:
+    host, _, zone = word.partition("%")
+    try:
+        return Nameserver(IPv6Address(host), _scope(zone))
+    except ValueError:
+        pass
+    # inet_aton(3), which takes "10.1" too, but here no space behind the address: a CR makes it none.
+    if not word or not word.isascii() or word.split() != [word]:
+        return None
+    try:
+        return Nameserver(IPv4Address(socket.inet_aton(word)))
+    except OSError:
+        return None
 
 
 def system_nameservers(path: FilePath = RESOLV_CONF) -> tuple[Nameserver, ...]:
-    """Read each time: a VPN client rewrites the file when it connects."""
+    """Read each time: a VPN client rewrites the file when it connects.
+
+    Without a file the C library asks this host. Nothing is known of one that cannot be read here: others may.
+    """
     try:
-        return nameservers(path.read_text(encoding="utf-8", errors="replace"))
+        with path.open("rb") as file:
+            return nameservers(file.read(_MOST_BYTES).decode("utf-8", "replace"))
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return (THIS_HOST,)
     except OSError:
         return ()
 
@@ -154,21 +185,23 @@ def read_google(reply: dnswire.Reply) -> Revealed:
         if text.startswith("edns0-client-subnet "):
             subnet = network_in(text.split(" ", 1)[1])
         elif egress is None:
-            egress = address_in(text)
+            egress = on_the_internet(address_in(text))
     return Revealed(egress=egress, subnet=subnet)
 
 
 def read_akahelp(reply: dnswire.Reply) -> Revealed:
     said = {strings[0]: strings[1] for strings in reply.texts if len(strings) >= 2}
-    return Revealed(egress=address_in(said.get("ns", "")), subnet=network_in(said.get("ecs", "")))
+    return Revealed(egress=on_the_internet(address_in(said.get("ns", ""))), subnet=network_in(said.get("ecs", "")))
 
 
 def read_akamai(reply: dnswire.Reply) -> Revealed:
-    return Revealed(egress=reply.addresses[0] if reply.addresses else None)
+    """The name has no alias: one leads to the page of whoever blocks it."""
+    found = () if reply.aliased else reply.addresses
+    return Revealed(egress=next((a for a in map(on_the_internet, found) if a), None))
 
 
 def read_path(reply: dnswire.Reply) -> Revealed:
-    texts = (address_in(s) for strings in reply.texts for s in strings)
+    texts = (on_the_internet(address_in(s)) for strings in reply.texts for s in strings)
     return Revealed(client=next((a for a in texts if a), None))
 
 
@@ -179,7 +212,17 @@ def network_in(text: str) -> IPNetwork | None:
         found = ip_network("/".join(parts[:2]), strict=False)
     except ValueError:
         return None
-    return found if found.prefixlen else None
+    return found if found.prefixlen and on_the_internet(found.network_address) else None
+
+
+def on_the_internet(address: IPAddress | None) -> IPAddress | None:
+    """`address` as one that a host on the internet can have, an IPv4-mapped one as its IPv4 self; else None."""
+    address = _unmapped(address)
+    return address if address is not None and is_public(address) and not within(address, _NOBODYS) else None
+
+
+def _unmapped(address: IPAddress | None) -> IPAddress | None:
+    return address.ipv4_mapped or address if isinstance(address, IPv6Address) else address
 
 
 GOOGLE: Final = Method("google", "o-o.myaddr.l.google.com", dnswire.TXT, read_google)
@@ -242,13 +285,15 @@ async def _sighting(server: Nameserver, method: Method, paths: Paths | None) -> 
         return None, False  # most nameservers refuse it, which says nothing of them
     if method.name == "canary" and revealed.failed:
         return None, False  # it may be our own server that is down
+    egress = _unmapped(revealed.egress)
     seen = ResolverSighting(
         method=method.name,
         nameserver=plain(server.address),
         # A nameserver that is there and cannot look anything up serves nobody: as good as out of reach.
         answer=Answer.UNREACHABLE if revealed.failed else outcome.answer,
         path=path,
-        egress=revealed.egress,
+        # Our own server on the same LAN sees a private address: no egress either.
+        egress=egress if egress is not None and is_public(egress) else None,
         client=revealed.client,
         subnet=revealed.subnet,
     )
@@ -266,7 +311,19 @@ async def _invents(server: Nameserver, name: str) -> bool | None:
 
 
 def path_to(server: Nameserver, paths: Paths) -> Path:
-    return Path.LOCAL if server.address.is_loopback else paths.of(server.address, server.port)
+    """By which kind of interface a nameserver is reached; a zone (`fe80::1%eth0`) names the interface itself."""
+    if server.address.is_loopback or server.address.is_unspecified:
+        return Path.LOCAL
+    if not (server.scope and server.address.is_link_local):
+        return paths.of(server.address, server.port)
+    found = next((i for i in paths.survey.interfaces or () if i.index == server.scope), None)
+    if found is None:
+        return Path.UNKNOWN
+    if found.flags & IFF_LOOPBACK:
+        return Path.LOCAL
+    if found.name == paths.survey.tunnel:
+        return Path.TUNNEL
+    return Path.UNKNOWN if may_be_vpn(found) else Path.OUTSIDE
 
 
 def plain(address: IPAddress) -> IPAddress:
@@ -278,7 +335,9 @@ async def lookup(server: Nameserver, method: Method, *, limit: float, resend: fl
     asked = dnswire.query(secrets.randbits(16), method.domain, method.kind, method.klass)
 
     def read(reply: dnswire.Reply) -> Revealed:
-        return Revealed(failed=True) if reply.rcode == dnswire.SERVFAIL else method.read(reply)
+        if reply.rcode != dnswire.NOERROR:
+            return Revealed(failed=reply.rcode == dnswire.SERVFAIL)
+        return method.read(reply)
 
     return await _exchange(server, asked, read, limit=limit, resend=resend)
 

@@ -7,7 +7,7 @@ from typing import Final
 
 from vpn_sentinel.domain.policy import IPAddress
 
-A, TXT, AAAA, OPT = 1, 16, 28, 41
+A, CNAME, TXT, AAAA, OPT = 1, 5, 16, 28, 41
 IN, CHAOS = 1, 3
 NOERROR, SERVFAIL, NXDOMAIN, REFUSED = 0, 2, 3, 5
 _HEADER: Final = struct.Struct("!6H")
@@ -21,12 +21,16 @@ class BadMessageError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """`addresses` and `texts` are those of the answer section; a TXT record is a tuple of its strings."""
+    """`addresses` and `texts` are those of the answer section; a TXT record is a tuple of its strings.
+
+    `aliased`: a CNAME record is there.
+    """
 
     ident: int
     rcode: int
     addresses: tuple[IPAddress, ...] = ()
     texts: tuple[tuple[str, ...], ...] = ()
+    aliased: bool = False
 
 
 def query(ident: int, name: str, kind: int, klass: int = IN) -> bytes:
@@ -62,17 +66,20 @@ def parse(message: bytes, asked: bytes) -> Reply:
         raise BadMessageError("an answer without its question")
     addresses: list[IPAddress] = []
     texts: list[tuple[str, ...]] = []
+    aliased = False
     for _ in range(min(answers, _MOST_RECORDS)):
         try:
-            offset = _record(message, offset, addresses, texts)
+            offset, kind = _record(message, offset, addresses, texts)
+            aliased = aliased or kind == CNAME
         except BadMessageError:
             if flags & _TRUNCATED:
                 break
             raise
-    return Reply(ident, flags & 0xF, tuple(addresses), tuple(texts))
+    return Reply(ident, flags & 0xF, tuple(addresses), tuple(texts), aliased)
 
 
-def _record(message: bytes, offset: int, addresses: list[IPAddress], texts: list[tuple[str, ...]]) -> int:
+def _record(message: bytes, offset: int, addresses: list[IPAddress], texts: list[tuple[str, ...]]) -> tuple[int, int]:
+    """Take one record in; the offset behind it, and its type."""
     offset = _skip_name(message, offset)
     if offset + 10 > len(message):
         raise BadMessageError("a record is cut off")
@@ -88,7 +95,7 @@ def _record(message: bytes, offset: int, addresses: list[IPAddress], texts: list
         addresses.append(IPv6Address(data))
     elif kind == TXT:
         texts.append(_strings(data))
-    return offset + length
+    return offset + length, kind
 
 
 def _skip_name(message: bytes, offset: int) -> int:
