@@ -37,6 +37,7 @@ from vpn_sentinel.agent.leakwatch.watch import LeakWatch
 from vpn_sentinel.agent.names import Names
 from vpn_sentinel.agent.probes import dns
 from vpn_sentinel.agent.probes.place import Places
+from vpn_sentinel.agent.probes.system_resolver import SystemResolver
 from vpn_sentinel.agent.probes.targets import Target
 from vpn_sentinel.agent.reactions import Reactions
 from vpn_sentinel.agent.sensors.pathmtu import PathMtu
@@ -138,6 +139,7 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
             probes, lambda: watch.endpoints, lambda: (a for host in echoes.hosts for a in names.known(host))
         ),
         canary=lambda: canary_zone.zone,
+        system=SystemResolver(boottime=clock.boottime),
         sight=pulse,
         asides=Asides(
             claims=witnesses.look,

@@ -19,6 +19,7 @@ from vpn_sentinel.agent.leakwatch.watch import LeakWatch
 from vpn_sentinel.agent.names import Names
 from vpn_sentinel.agent.probes.canary import Flock
 from vpn_sentinel.agent.probes.place import Places
+from vpn_sentinel.agent.probes.system_resolver import SystemResolver
 from vpn_sentinel.agent.probes.trace import whoami
 from vpn_sentinel.agent.settings import ProbeSettings
 from vpn_sentinel.domain.judge import judge, learned_home
@@ -70,6 +71,7 @@ async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, se
             http, chosen_services(settings), clock, look_up=databases.look_up, limit=min(settings.timeout, 4.0)
         ),
         clock=clock,
+        system=SystemResolver(boottime=clock.boottime),
         watch=watch,
         audit=route_audit(settings, lambda: watch.endpoints),
     )

@@ -16,6 +16,7 @@ from vpn_sentinel.agent.netlink import Kernel
 from vpn_sentinel.agent.probes import bypass, dns
 from vpn_sentinel.agent.probes.canary import Flock, canaries
 from vpn_sentinel.agent.probes.place import Places
+from vpn_sentinel.agent.probes.system_resolver import SystemResolver
 from vpn_sentinel.domain.judge import judge
 from vpn_sentinel.domain.observation import Answer, Canary, Link, Observation, Probe, Quality, Routed, Trigger
 from vpn_sentinel.domain.policy import IPAddress, Policy
@@ -51,6 +52,7 @@ class Eyes:
     no_dns: dns.Nameserver = dns.NO_DNS_HERE
     asides: Asides = field(default_factory=Asides)
     canary: Callable[[], dns.CanaryZone | None] = lambda: None
+    system: SystemResolver | None = None
     sight: Sight | None = None
     audit: Callable[[Survey], tuple[Routed, ...] | None] = lambda _: None
     watch: LeakWatch | None = None
@@ -108,6 +110,7 @@ async def _slow_part(eyes: Eyes, seen: Observation, policy: Policy, paths: Paths
         proxied = group.create_task(dns.intercepted(at=eyes.no_dns))
         nameservers, zone = eyes.nameservers(), eyes.canary()
         rewriting = group.create_task(dns.rewritten(nameservers, zone))
+        using = group.create_task(eyes.system.ask(zone, nameservers)) if eyes.system is not None else None
         found = await dns.resolvers(paths, nameservers, zone)
         # Somebody who answers in our server's name stands between.
         seen = replace(seen, resolvers=found.sightings, dns_intercepted=found.forged or None)
@@ -118,7 +121,11 @@ async def _slow_part(eyes: Eyes, seen: Observation, policy: Policy, paths: Paths
             if not (proxied.done() and rewriting.done()):
                 proxied.cancel()
                 rewriting.cancel()
+                if using is not None:
+                    using.cancel()
                 return seen
+        if using is not None:
+            seen = replace(seen, system_lookup=await using)
         return replace(seen, dns_intercepted=await proxied or found.forged, dns_rewritten=await rewriting)
 
 

@@ -1,0 +1,139 @@
+"""The system's own resolver, as programs use it: one fresh name a round by getaddrinfo(3).
+
+resolv.conf may be empty, nsswitch.conf may ask elsewhere (nss-resolve, nothing at all): only the call itself tells.
+It blocks for up to half a minute, so it runs in one daemon thread at a time, which neither a round nor a stop awaits.
+"""
+
+import asyncio
+import secrets
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Final
+
+from vpn_sentinel.agent.probes import dns
+from vpn_sentinel.domain.observation import Answer, SystemLookup
+from vpn_sentinel.domain.policy import IPAddress
+
+PATIENCE: Final = 2.0  # seconds of a round
+_LOST_AFTER: Final = 12.0  # seconds; glibc tries a silent nameserver for ten: resolv.conf(5), timeout and attempts
+_NSSWITCH: Final = Path("/etc/nsswitch.conf")
+_RESOLVED: Final = Path("/run/systemd/resolve/resolv.conf")
+_STUB: Final = ip_address("127.0.0.53")
+# Services of nsswitch.conf(5) that know this host and its files alone.
+_LOCAL_SERVICES: Final = frozenset(
+    {"files", "myhostname", "mymachines", "mdns4_minimal", "mdns6_minimal", "mdns_minimal"}
+)
+# The name is not there, or has no address: somebody was asked, and answered. musl has no EAI_ADDRFAMILY.
+_NO_SUCH: Final = frozenset(
+    getattr(socket, name) for name in ("EAI_NONAME", "EAI_NODATA", "EAI_ADDRFAMILY") if hasattr(socket, name)
+)
+_NAMES: Final = {getattr(socket, n): n for n in sorted(dir(socket)) if n.startswith("EAI_")}
+
+# Looks a name up and returns nothing; raises OSError as getaddrinfo(3) fails.
+Lookup = Callable[[str], object]
+
+
+def _getaddrinfo(name: str) -> object:
+    return socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+
+
+def fresh_names(zone: dns.CanaryZone | None) -> tuple[str, str]:
+    """Two names that nobody asked before, of which one answer will do: either may be blocked, or its servers down.
+
+    They end in a dot, so that no search domain is tried.
+    """
+    first = zone.method().domain if zone else f"r{secrets.token_hex(8)}.l.google.com"
+    return f"{first}.", f"nx-{secrets.token_hex(8)}.nx{secrets.token_hex(8)}."
+
+
+class SystemResolver:
+    """`boottime` is the clock's; `nsswitch` and `resolved` are read when they matter."""
+
+    def __init__(
+        self,
+        lookup: Lookup = _getaddrinfo,
+        *,
+        boottime: Callable[[], float],
+        patience: float = PATIENCE,
+        lost_after: float = _LOST_AFTER,
+        nsswitch: Path = _NSSWITCH,
+        resolved: Path = _RESOLVED,
+    ) -> None:
+        self._lookup = lookup
+        self._patience, self._lost_after, self._boottime = patience, lost_after, boottime
+        self._nsswitch, self._resolved = nsswitch, resolved
+        self._running: asyncio.Future[SystemLookup] | None = None
+        self._since = 0.0
+
+    async def ask(self, zone: dns.CanaryZone | None, servers: Sequence[dns.Nameserver]) -> SystemLookup | None:
+        """Look a fresh name up; None while there is no answer yet. At most `patience` seconds."""
+        running = self._running
+        if running is None:
+            running = self._running = self._start(fresh_names(zone), self._upstreams(servers))
+            self._since = self._boottime()
+        await asyncio.wait([running], timeout=self._patience)
+        if running.done():
+            self._running = None
+            return running.result()
+        waited = self._boottime() - self._since
+        if waited < self._lost_after:
+            return None
+        return SystemLookup(answer=Answer.LOST, error=f"no answer for {waited:.0f} s")
+
+    def _start(self, names: Sequence[str], upstreams: tuple[IPAddress, ...]) -> asyncio.Future[SystemLookup]:
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[SystemLookup] = loop.create_future()
+
+        def finish(found: SystemLookup) -> None:
+            if not future.done():
+                future.set_result(found)
+
+        def work() -> None:
+            found = self._outcome(names, upstreams)
+            try:
+                loop.call_soon_threadsafe(finish, found)
+            except RuntimeError:  # the loop has ended meanwhile
+                return
+
+        threading.Thread(target=work, name="system-resolver", daemon=True).start()
+        return future
+
+    def _outcome(self, names: Sequence[str], upstreams: tuple[IPAddress, ...]) -> SystemLookup:
+        error = ""
+        for name in names:
+            try:
+                self._lookup(name)
+            except socket.gaierror as e:
+                if e.errno not in _NO_SUCH:
+                    error = f"{_NAMES.get(e.errno, e.errno)}: {e.strerror}"
+                    continue
+                if only_local(self._nsswitch):
+                    return SystemLookup(answer=Answer.UNREACHABLE, error="nsswitch.conf names no DNS for hosts")
+            except (OSError, ValueError) as e:
+                error = str(e)
+                continue
+            return SystemLookup(answer=Answer.ANSWERED, upstreams=upstreams)
+        return SystemLookup(answer=Answer.UNREACHABLE, error=error[:200], upstreams=upstreams)
+
+    def _upstreams(self, servers: Sequence[dns.Nameserver]) -> tuple[IPAddress, ...]:
+        """Whom systemd-resolved asks, as it writes it down beside its stub's file."""
+        if all(s.address != _STUB for s in servers) or not self._resolved.exists():
+            return ()
+        return tuple(dns.plain(s.address) for s in dns.system_nameservers(self._resolved))
+
+
+def only_local(nsswitch: Path) -> bool:
+    """Whether the hosts line of nsswitch.conf(5) names nobody who asks the network. musl reads no such file."""
+    try:
+        lines = nsswitch.read_text(encoding="utf-8", errors="replace").split("\n")
+    except OSError:
+        return False
+    for line in lines:
+        database, colon, services = line.partition("#")[0].partition(":")
+        if colon and database.strip() == "hosts":
+            named = {w for w in services.split() if w[0].isalnum()}
+            return bool(named) and named <= _LOCAL_SERVICES
+    return False
