@@ -172,14 +172,16 @@ class Paths:
         if route.kind == LOCAL:
             return Path.LOCAL
         found = next((i for i in self.survey.interfaces if i.index == route.interface), None)
-        if found is None:
-            return Path.UNKNOWN
-        if found.flags & IFF_LOOPBACK:
+        return Path.UNKNOWN if found is None else self.by(found)
+
+    def by(self, device: Interface) -> Path:
+        """Which kind of way a device of this survey is."""
+        if device.flags & IFF_LOOPBACK:
             return Path.LOCAL
-        if found.name == self.survey.tunnel:
+        if device.name == self.survey.tunnel:
             return Path.TUNNEL
         # A device of another VPN that leads to that one's own network only is neither this tunnel nor a way home.
-        return Path.OUTSIDE if found in self.survey.beside else Path.UNKNOWN
+        return Path.OUTSIDE if device in self.survey.beside else Path.UNKNOWN
 
     def leads_there(self, uplink: Interface, destination: IPAddress) -> bool:
         """Whether a socket bound to `uplink` has a route to `destination`; True when nobody can tell.

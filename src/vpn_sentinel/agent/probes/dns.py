@@ -16,8 +16,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from pathlib import Path as FilePath
 from typing import Final, TypeVar
 
-from vpn_sentinel.agent.interfaces import Paths, may_be_vpn
-from vpn_sentinel.agent.netlink import IFF_LOOPBACK
+from vpn_sentinel.agent.interfaces import Paths
 from vpn_sentinel.agent.probes import dnswire
 from vpn_sentinel.agent.probes.datagram import Destination, Outcome, ask
 from vpn_sentinel.agent.probes.targets import address_in
@@ -317,13 +316,7 @@ def path_to(server: Nameserver, paths: Paths) -> Path:
     if not (server.scope and server.address.is_link_local):
         return paths.of(server.address, server.port)
     found = next((i for i in paths.survey.interfaces or () if i.index == server.scope), None)
-    if found is None:
-        return Path.UNKNOWN
-    if found.flags & IFF_LOOPBACK:
-        return Path.LOCAL
-    if found.name == paths.survey.tunnel:
-        return Path.TUNNEL
-    return Path.UNKNOWN if may_be_vpn(found) else Path.OUTSIDE
+    return Path.UNKNOWN if found is None else paths.by(found)
 
 
 def plain(address: IPAddress) -> IPAddress:
