@@ -19,6 +19,7 @@ from vpn_sentinel.runtime.clock import SystemClock
 from vpn_sentinel.runtime.settings import Source
 from vpn_sentinel.wire import codec
 from vpn_sentinel.wire.messages import Exchange, Welcome
+from vpn_sentinel.wire.problem import CONTENT_TYPE, problem
 
 KEY = "k3y-that-nobody-may-see"
 COMMAND = [sys.executable, "-m", "vpn_sentinel", "doctor"]
@@ -155,7 +156,7 @@ async def test_a_server_is_greeted_and_given_no_report(tmp_path: Path) -> None:
     def answer(request: str) -> bytes:
         if KEY in request:
             return reply(codec.encode(Welcome(ack=0, wall=now - 3600)))
-        return reply("", 401)
+        return reply(codec.encode(problem(401, "a key is needed")), 401, Content_Type=CONTENT_TYPE)
 
     async with http(answer) as (port, got):
         settings = {"URL": f"http://127.0.0.1:{port}", "API_KEY": KEY, "DATA_DIR": str(tmp_path)}

@@ -1,8 +1,10 @@
 """What a stranger may hold of a listener: real connections on loopback, with limits short enough to wait for."""
 
 import asyncio
+import errno
 import json
 import logging
+import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -12,7 +14,9 @@ import pytest
 import websockets
 
 from tests.conftest import until
+from vpn_sentinel.runtime.settings import Source
 from vpn_sentinel.server.serving import Crowd, EmbeddedServer, Limits, embedded, listen, serve_until
+from vpn_sentinel.server.settings import ServerSettings
 
 HEAD = b"GET / HTTP/1.1\r\nHost: a\r\n"
 SHORT: dict[str, Any] = {"head_within": 0.2, "body_within": 0.3, "idle": 0.15, "drained_within": 0.3}
@@ -394,3 +398,29 @@ async def test_the_end_comes_within_a_second(sent: bytes) -> None:
         at.writers.clear()
         writer.close()
     assert loop.time() - asked < 5  # a stock server waits for ever
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
+def test_by_default_both_families_are_listened_to(kind: socket.SocketKind) -> None:
+    settings = ServerSettings.read(Source(env={"VPN_SENTINEL_DASHBOARD_PUBLIC": "true"}))
+    assert (settings.host, settings.health_host, settings.dashboard_host) == ("::", "::", "::")
+    with listen(settings.host, 0, "X", kind) as bound:
+        port = bound.getsockname()[1]
+        if kind is socket.SOCK_STREAM:
+            bound.listen()
+        for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+            with socket.socket(family, kind) as caller:
+                caller.connect((address, port))
+
+
+def test_a_machine_without_ipv6_listens_by_ipv4(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = socket.socket
+
+    def without(family: int = socket.AF_INET, *words: Any) -> socket.socket:
+        if family == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+        return real(family, *words)
+
+    monkeypatch.setattr("vpn_sentinel.server.serving.socket.socket", without)
+    with listen("::", 0, "X") as bound:
+        assert bound.family is socket.AF_INET

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import logging
 import resource
 import socket
@@ -397,25 +398,36 @@ def _descriptors() -> int:
 
 
 def listen(host: str, port: int, setting: str, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
-    """Bind a socket; `::` takes IPv4 too. Raises SettingError that names `setting` when it cannot be had."""
+    """Bind a socket; `::` takes IPv4 too, and is IPv4 alone on a machine without IPv6.
+
+    Raises SettingError that names `setting` when it cannot be had.
+    """
     try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        if host == "::" and not socket.has_dualstack_ipv6():
-            host, family = "0.0.0.0", socket.AF_INET  # noqa: S104 - a machine without IPv6
-        bound = socket.socket(family, kind)
         try:
-            if kind is socket.SOCK_STREAM:
-                bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if host == "::" else 1)
-            bound.setblocking(False)
-            bound.bind((host, port))
-        except BaseException:
-            bound.close()
-            raise
+            return _bound(host, port, kind)
+        except OSError as e:
+            if host != "::" or e.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
+                raise
+        return _bound("0.0.0.0", port, kind)  # noqa: S104 - the same, without IPv6
     except OSError as e:
         name = "udp" if kind is socket.SOCK_DGRAM else "tcp"
         raise SettingError(setting, f"cannot listen on {host} port {port}/{name}: {e.strerror}") from e
+
+
+def _bound(host: str, port: int, kind: socket.SocketKind) -> socket.socket:
+    """Raises OSError."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family, kind)
+    try:
+        if kind is socket.SOCK_STREAM:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if host == "::" else 1)
+        bound.setblocking(False)
+        bound.bind((host, port))
+    except BaseException:
+        bound.close()
+        raise
     return bound
 
 

@@ -101,13 +101,15 @@ class ServerSettings:
         settings = cls(
             data_dir=data_dir,
             database_url=get("DATABASE_URL", _database_url, f"sqlite:///{data_dir}/sentinel.db"),
-            host=get("SERVER_HOST", read.text, "0.0.0.0"),  # noqa: S104 - agents report from anywhere; every route asks for a key
+            host=get(
+                "SERVER_HOST", read.text, "::"
+            ),  # both families: agents report from anywhere; every route asks for a key
             api_port=get("SERVER_API_PORT", read.port, 5000),
             api_path=get("API_PATH", read.path, "/api/v1"),
             health_port=get("SERVER_HEALTH_PORT", read.port, 8081),
-            health_host=get("SERVER_HEALTH_HOST", read.text, "0.0.0.0"),  # noqa: S104 - says no name and no address
+            health_host=get("SERVER_HEALTH_HOST", read.text, "::"),  # says no name and no address
             dashboard_port=get("SERVER_DASHBOARD_PORT", read.port, 8080),
-            dashboard_host="0.0.0.0" if public else "127.0.0.1",  # noqa: S104 - the owner said so
+            dashboard_host="::" if public else "127.0.0.1",  # the owner said so
             dashboard_enabled=get("SERVER_WEB_DASHBOARD_ENABLED", read.boolean, default=True)
             and get("SERVER_DASHBOARD_ENABLED", read.boolean, default=True),
             api_key=get("API_KEY", _key, None),

@@ -221,3 +221,9 @@ def test_logins_in_addresses_are_not_repeated() -> None:
     for check in (ok("x", "http://me:s3cret@h/p"), gap("x", "at http://me:s3cret@h: no", "m", "http://me:s3cret@h")):
         assert "s3cret" not in f"{check}"
         assert "://***@h" in check.found
+
+
+def test_a_name_with_an_address_at_which_nobody_answers() -> None:
+    check = server.about_addresses("sentinel.example", 5000, ["2001:db8::5"])
+    assert (check.state, check.found) == (State.GAP, "nobody answers at 2001:db8::5 port 5000")
+    assert server.about_addresses("sentinel.example", 5000, []).state is State.OK

@@ -34,6 +34,7 @@ CHECKS: Final[tuple[tuple[str, Look], ...]] = (
     ("gluetun", tunnel.gluetun),
     ("resolvers", network.resolvers),
     ("server", server.server),
+    ("server addresses", server.addresses),
     ("pulse", server.echo),
     ("DNS zone", server.zone),
     ("clock", machine.clock),

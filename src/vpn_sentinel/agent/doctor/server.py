@@ -1,11 +1,12 @@
 """Checks of our own server: reached, key accepted, UDP, and its DNS zone."""
 
+import asyncio
 from collections.abc import Sequence
 from typing import Final
 
 from vpn_sentinel.agent.doctor.check import Check, gap, ok, unknown
 from vpn_sentinel.agent.doctor.ground import Greeting, Ground
-from vpn_sentinel.agent.http import split
+from vpn_sentinel.agent.http import connected, split
 from vpn_sentinel.agent.probes import dns
 from vpn_sentinel.agent.probes.datagram import Destination, ask
 from vpn_sentinel.agent.probes.targets import ServerEcho
@@ -13,6 +14,7 @@ from vpn_sentinel.domain.observation import Answer
 from vpn_sentinel.domain.policy import IPAddress
 
 _GET_KEY: Final = "the token of `vpn-sentinel token create NAME` on the server, as VPN_SENTINEL_API_KEY"
+_OPENS_WITHIN: Final = 2.0
 _LOST: Final = "reports wait in the spool, and people hear of trouble by silence alone."
 
 
@@ -59,6 +61,37 @@ def _cure(why: str) -> str:
     if "address found" in why:
         return "see the name in VPN_SENTINEL_URL; with an address in it no name must be looked up"
     return "see that the server runs, and that the VPN and its firewall let this connection pass"
+
+
+async def addresses(ground: Ground) -> list[Check]:
+    """A name with an address at which nobody answers: fine until the other family is all that is left."""
+    found = []
+    for greeting in await ground.greetings.result():
+        where = split(greeting.url)
+        known = ground.http.names.known(where.host)
+        if greeting.status is None or len(known) < 2:
+            continue
+        reached = await asyncio.gather(*(_opens(address, where.port) for address in known))
+        deaf = [str(a) for a, opens in zip(known, reached, strict=True) if not opens]
+        found.append(about_addresses(where.host, where.port, deaf))
+    return found
+
+
+async def _opens(address: IPAddress, port: int) -> bool:
+    try:
+        async with asyncio.timeout(_OPENS_WITHIN):
+            (await connected(address, port)).close()
+    except OSError:  # TimeoutError is one
+        return False
+    return True
+
+
+def about_addresses(host: str, port: int, deaf: Sequence[str]) -> Check:
+    if not deaf:
+        return ok("server addresses", f"every address of {host} answers on port {port}")
+    means = "when the way to the other addresses breaks, reports cannot leave, and people hear silent."
+    fix = f"let the server listen there (VPN_SENTINEL_SERVER_HOST=::), or take the address from the DNS of {host}"
+    return gap("server addresses", f"nobody answers at {', '.join(deaf)} port {port}", means, fix)
 
 
 async def echo(ground: Ground) -> list[Check]:

@@ -73,6 +73,7 @@ class Courier:
         self._back_after = back_first
         self._left: str | None = None  # the way that bad news got no answer on
         self._turned = False
+        self._several = False  # the name that is tried has more than one address
         self._passes = 0  # through all ways, since there is bad news
         self.acked_at: float | None = None
 
@@ -141,6 +142,7 @@ class Courier:
             addresses = await self._http.names.addresses(where.host, patience=_HURRIED if hurried else None)
         except NotFoundError as e:
             raise ChannelError(Fault.BROKEN, str(e)) from e
+        self._several = len(addresses) > 1  # such as one of each family
         error = ChannelError(Fault.BROKEN, "it has no address")
         for address in addresses[:_MOST_ADDRESSES]:
             if not where.secure and is_public(address) and not self._to.allow_insecure:
@@ -180,7 +182,8 @@ class Courier:
         )
 
     def _brisk(self) -> bool:
-        return self._wakeup.urgent and len(self._to.urls) > 1 and self._passes <= _BRISK
+        other_way = len(self._to.urls) > 1 or self._several
+        return self._wakeup.urgent and other_way and self._passes <= _BRISK
 
     async def _by_any_means(self, tried: Conversation, back: "_WayBack | None") -> None:
         until = self._post_until.get(tried.url, 0.0)
