@@ -328,7 +328,7 @@ async def test_an_answer_that_telegram_never_takes_is_dropped_with_a_line(
         desk.telegram.says("/help")
         assert await desk.telegram.until(1) == [commands.HELP]
     said = [r.__dict__["reason"] for r in caplog.records if r.message == "answer not delivered"]
-    assert said == ["rejected", "server_error"]
+    assert said == ["refused", "server_error"]
 
 
 async def test_a_telegram_that_is_down_is_asked_again_with_growing_waits(
