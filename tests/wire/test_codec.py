@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vpn_sentinel.domain.observation import Answer, Canary, Link, Observation, Place, Probe, ResolverSighting, Trigger
+from vpn_sentinel.domain.observation import (
+    Answer,
+    Canary,
+    Link,
+    Observation,
+    Place,
+    Probe,
+    ResolverSighting,
+    SystemLookup,
+    Trigger,
+)
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy
 from vpn_sentinel.wire import limits
 from vpn_sentinel.wire.codec import address, check_observation, check_policy, checked_text, decoder, encode
@@ -188,3 +198,24 @@ def test_a_problem_says_its_kind_by_its_status() -> None:
     assert (found.title, found.type) == ("Too Many Requests", "about:blank")
     assert problem(413, "").title == "Content Too Large"  # on every Python
     assert CONTENT_TYPE == "application/problem+json"
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        SystemLookup(answer=Answer.LOST, error="x" * 201),
+        SystemLookup(answer=Answer.LOST, error="\n"),
+        SystemLookup(answer=Answer.ANSWERED, upstreams=(ip_address("127.0.0.1"),) * (MOST + 1)),
+    ],
+)
+def test_a_lookup_that_no_agent_of_ours_tells(found: SystemLookup) -> None:
+    with pytest.raises(ValueError, match=r"error|upstreams"):
+        check_observation(replace(SEEN, system_lookup=found))
+
+
+def test_a_lookup_crosses_the_wire() -> None:
+    seen = replace(
+        SEEN, system_lookup=SystemLookup(answer=Answer.LOST, error="late", upstreams=(ip_address("10.0.0.1"),))
+    )
+    check_observation(seen)
+    assert decoder(Observation)(encode(seen)) == seen

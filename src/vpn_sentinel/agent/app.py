@@ -36,6 +36,7 @@ from vpn_sentinel.agent.introspect.witnesses import Witnesses
 from vpn_sentinel.agent.leakwatch.watch import LeakWatch
 from vpn_sentinel.agent.names import Names
 from vpn_sentinel.agent.probes import dns
+from vpn_sentinel.agent.probes.origin import Origins
 from vpn_sentinel.agent.probes.place import Places
 from vpn_sentinel.agent.probes.system_resolver import SystemResolver
 from vpn_sentinel.agent.probes.targets import Target
@@ -140,6 +141,7 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
         ),
         canary=lambda: canary_zone.zone,
         system=SystemResolver(boottime=clock.boottime),
+        origins=Origins(clock, spool),
         sight=pulse,
         asides=Asides(
             claims=witnesses.look,

@@ -18,6 +18,7 @@ from vpn_sentinel.agent.interfaces import Paths, Survey, Surveyor
 from vpn_sentinel.agent.leakwatch.watch import LeakWatch
 from vpn_sentinel.agent.names import Names
 from vpn_sentinel.agent.probes.canary import Flock
+from vpn_sentinel.agent.probes.origin import Origins
 from vpn_sentinel.agent.probes.place import Places
 from vpn_sentinel.agent.probes.system_resolver import SystemResolver
 from vpn_sentinel.agent.probes.trace import whoami
@@ -72,6 +73,7 @@ async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, se
         ),
         clock=clock,
         system=SystemResolver(boottime=clock.boottime),
+        origins=Origins(clock),
         watch=watch,
         audit=route_audit(settings, lambda: watch.endpoints),
     )

@@ -15,13 +15,16 @@ from vpn_sentinel.agent.leakwatch.watch import LeakWatch
 from vpn_sentinel.agent.netlink import Kernel
 from vpn_sentinel.agent.probes import bypass, dns
 from vpn_sentinel.agent.probes.canary import Flock, canaries
+from vpn_sentinel.agent.probes.origin import Origins
 from vpn_sentinel.agent.probes.place import Places
 from vpn_sentinel.agent.probes.system_resolver import SystemResolver
 from vpn_sentinel.domain.judge import judge
-from vpn_sentinel.domain.observation import Answer, Canary, Link, Observation, Probe, Quality, Routed, Trigger
+from vpn_sentinel.domain.observation import Answer, Canary, Link, Observation, Place, Probe, Quality, Routed, Trigger
 from vpn_sentinel.domain.policy import IPAddress, Policy
+from vpn_sentinel.domain.resolvers import unexplained
 from vpn_sentinel.domain.verdict import State
 from vpn_sentinel.runtime.clock import Clock
+from vpn_sentinel.wire import limits
 
 _PLACES_PATIENCE: Final = 0.5  # seconds that places get beyond a DNS leak that is waiting to be told
 _URGENT: Final = frozenset({State.LEAKING, State.DOWN})
@@ -53,6 +56,7 @@ class Eyes:
     asides: Asides = field(default_factory=Asides)
     canary: Callable[[], dns.CanaryZone | None] = lambda: None
     system: SystemResolver | None = None
+    origins: Origins | None = None
     sight: Sight | None = None
     audit: Callable[[Survey], tuple[Routed, ...] | None] = lambda _: None
     watch: LeakWatch | None = None
@@ -85,8 +89,7 @@ async def look(eyes: Eyes, trigger: Trigger, policy: Policy) -> Observation:
     if eyes.watch is not None:
         # At the end: what leaks was told at once, and what follows here is the whole picture.
         seen = replace(seen, leak_watch=eyes.watch.on, escapes=eyes.watch.escapes(paths, seen.canaries))
-    known = eyes.places.known(_addresses(seen, policy))
-    return replace(seen, places=known, took_ms=round((eyes.clock.boottime() - start) * 1000, 1))
+    return replace(seen, places=_places(eyes, seen, policy), took_ms=round((eyes.clock.boottime() - start) * 1000, 1))
 
 
 def _with_pulses(sight: Sight, seen: Observation, paths: Paths, silent_for: float) -> Observation:
@@ -114,6 +117,11 @@ async def _slow_part(eyes: Eyes, seen: Observation, policy: Policy, paths: Paths
         found = await dns.resolvers(paths, nameservers, zone)
         # Somebody who answers in our server's name stands between.
         seen = replace(seen, resolvers=found.sightings, dns_intercepted=found.forged or None)
+        if eyes.origins is not None and (odd := unexplained(seen, policy)):
+            # Only an egress that nothing else explains is worth a stranger's answer.
+            addresses = (*odd, *(a for a in (seen.exit(4), seen.exit(6)) if a), *_homes(policy))
+            await eyes.origins.learn(addresses, nameservers, paths)
+        seen = replace(seen, places=_places(eyes, seen, policy))
         if judge(seen, policy).state is State.LEAKING:
             if placing is not None:
                 await asyncio.wait([placing], timeout=_PLACES_PATIENCE)
@@ -129,8 +137,18 @@ async def _slow_part(eyes: Eyes, seen: Observation, policy: Policy, paths: Paths
         return replace(seen, dns_intercepted=await proxied or found.forged, dns_rewritten=await rewriting)
 
 
+def _places(eyes: Eyes, seen: Observation, policy: Policy) -> tuple[Place, ...]:
+    addresses = tuple(_addresses(seen, policy))
+    origins = eyes.origins.known(addresses) if eyes.origins is not None else ()
+    return (*eyes.places.known(addresses)[: limits.PER_OBSERVATION - len(origins)], *origins)[: limits.PER_OBSERVATION]
+
+
+def _homes(policy: Policy) -> Iterable[IPAddress]:
+    return (n.network_address for n in policy.home_networks)
+
+
 def _addresses(seen: Observation, policy: Policy) -> Iterable[IPAddress]:
     """Whose places matter: the exits', the resolvers' and home's, to compare their networks."""
     yield from (a for a in (seen.exit(4), seen.exit(6)) if a)
     yield from (s.egress for s in seen.resolvers if s.egress)
-    yield from (n.network_address for n in policy.home_networks if n.prefixlen == n.max_prefixlen)
+    yield from _homes(policy)

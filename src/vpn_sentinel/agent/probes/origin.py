@@ -1,0 +1,136 @@
+"""The AS number of an address by one DNS question: TXT <reversed>.origin.asn.cymru.com (Team Cymru's IP to ASN).
+
+Asked through the tunnel only, of the block and never of the host, once a block, and kept for two weeks. An answer is
+`"64496 | 192.0.2.0/24 | NL | ripencc | 2001-01-01"`; a block with several origins names several numbers.
+"""
+
+import asyncio
+import json
+from collections.abc import Callable, Iterable
+from ipaddress import ip_address, ip_network
+from typing import Final, Protocol
+
+from vpn_sentinel.agent.interfaces import Paths
+from vpn_sentinel.agent.probes import dns, dnswire
+from vpn_sentinel.agent.probes.placing import asn_of
+from vpn_sentinel.domain.observation import Answer, Path, Place
+from vpn_sentinel.domain.policy import IPAddress, IPNetwork, is_public
+from vpn_sentinel.runtime.clock import Clock
+
+SOURCE: Final = "cymru.com"
+FRESH: Final = 14 * 86400.0  # seconds
+_REST: Final = 600.0  # seconds after no answer
+_LIMIT, _RESEND = 1.0, 0.4  # seconds; a leak may be waiting to be told
+_MOST_ASKED: Final = 8  # blocks in a round
+_MOST_KEPT: Final = 64  # blocks
+_FACT: Final = "origins"
+# Public resolvers for where no nameserver lies inside the tunnel.
+_PUBLIC: Final = tuple(dns.Nameserver(ip_address(a)) for a in ("9.9.9.9", "1.1.1.1"))
+
+
+class Facts(Protocol):
+    """Where answers outlive the process: `agent.spool.Spool`."""
+
+    def fact(self, name: str) -> str | None: ...
+
+    def keep(self, name: str, value: str) -> None: ...
+
+
+class Origins:
+    """What is known of the origin of addresses. Without `facts` it is forgotten with the process."""
+
+    def __init__(
+        self,
+        clock: Clock,
+        facts: Facts | None = None,
+        *,
+        path_to: Callable[[dns.Nameserver, Paths], Path] = dns.path_to,
+    ) -> None:
+        self._path_to = path_to
+        self._clock = clock
+        self._facts = facts
+        self._known: dict[str, tuple[float, tuple[int, ...]]] = _read(facts.fact(_FACT) if facts else None)
+        self._tried: dict[str, float] = {}
+
+    def known(self, addresses: Iterable[IPAddress]) -> tuple[Place, ...]:
+        """What earlier answers say, without asking anyone. A block with several origins makes several places."""
+        found: list[Place] = []
+        for address in dict.fromkeys(addresses):
+            _, numbers = self._known.get(str(block(address)), (0.0, ()))
+            found += [Place(ip=address, source=SOURCE, asn=n) for n in numbers]
+        return tuple(found)
+
+    async def learn(self, addresses: Iterable[IPAddress], servers: Iterable[dns.Nameserver], paths: Paths) -> None:
+        """Ask for what is not known or too old, at most a second. Nothing is asked when no way leads by the tunnel."""
+        server = next((s for s in (*servers, *_PUBLIC) if self._path_to(s, paths) is Path.TUNNEL), None)
+        due = [b for b in dict.fromkeys(block(a) for a in addresses if is_public(a)) if self._due(str(b))]
+        if server is None or not due:
+            return
+        async with asyncio.TaskGroup() as group:
+            asked = {b: group.create_task(_ask(server, b)) for b in due[:_MOST_ASKED]}
+        for network, task in asked.items():
+            self._tried[str(network)] = self._clock.boottime()
+            if numbers := task.result():
+                self._known.pop(str(network), None)
+                self._known[str(network)] = (self._clock.wall(), numbers)
+        for kept in (self._known, self._tried):
+            while len(kept) > _MOST_KEPT:
+                del kept[next(iter(kept))]
+        if self._facts is not None:
+            self._facts.keep(_FACT, json.dumps(self._known))
+
+    def _due(self, network: str) -> bool:
+        since, _ = self._known.get(network, (0.0, ()))
+        if 0 <= self._clock.wall() - since < FRESH:
+            return False
+        return self._clock.boottime() - self._tried.get(network, -_REST) >= _REST
+
+
+def block(address: IPAddress) -> IPNetwork:
+    """The /24 or /48 of an address: what is routed, and all that a stranger is told of it."""
+    return ip_network((address, 24 if address.version == 4 else 48), strict=False)
+
+
+def question(network: IPNetwork) -> str:
+    """The name that holds the origin of a block."""
+    if network.version == 4:
+        return ".".join(reversed(str(network.network_address).split(".")[:3])) + ".origin.asn.cymru.com"
+    nibbles = network.network_address.packed.hex()[: network.prefixlen // 4]
+    return ".".join(reversed(nibbles)) + ".origin6.asn.cymru.com"
+
+
+def read(reply: dnswire.Reply, network: IPNetwork) -> tuple[int, ...]:
+    """The AS numbers of the longest prefix that covers the block; none when the answer tells none."""
+    best: tuple[int, tuple[int, ...]] = (-1, ())
+    for strings in reply.texts:
+        numbers, _, rest = "".join(strings).partition("|")
+        try:
+            prefix = ip_network(rest.partition("|")[0].strip())
+        except ValueError:
+            continue
+        found = tuple(n for w in numbers.split() if (n := asn_of(w)))
+        covers = prefix.version == network.version and network.network_address in prefix
+        if covers and found and prefix.prefixlen > best[0]:
+            best = (prefix.prefixlen, found[:4])
+    return best[1]
+
+
+async def _ask(server: dns.Nameserver, network: IPNetwork) -> tuple[int, ...]:
+    numbers: list[int] = []
+
+    def take(reply: dnswire.Reply) -> dns.Revealed:
+        numbers.extend(read(reply, network))
+        return dns.Revealed()
+
+    method = dns.Method("origin", question(network), dnswire.TXT, take)
+    outcome = await dns.lookup(server, method, limit=_LIMIT, resend=_RESEND)
+    return tuple(numbers) if outcome.answer is Answer.ANSWERED else ()
+
+
+def _read(text: str | None) -> dict[str, tuple[float, tuple[int, ...]]]:
+    """What was kept; nothing of what is damaged."""
+    try:
+        said = json.loads(text or "{}")
+        return {str(k): (float(at), tuple(int(n) for n in numbers)) for k, (at, numbers) in said.items()}
+    except (ValueError, TypeError, AttributeError):
+        return {}

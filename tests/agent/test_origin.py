@@ -1,0 +1,143 @@
+"""The AS number of an address: asked once a block, through the tunnel only, and kept."""
+
+from dataclasses import replace
+from ipaddress import ip_address, ip_network
+
+import pytest
+
+from tests.agent.doubles import ETH, LO, WG, FakeKernel, Loopback, udp
+from tests.agent.test_dnswire import answer, text
+from tests.conftest import ManualClock
+from vpn_sentinel.agent.http import Client
+from vpn_sentinel.agent.interfaces import Paths, Survey
+from vpn_sentinel.agent.names import Names
+from vpn_sentinel.agent.netlink import Route
+from vpn_sentinel.agent.probes.canary import Flock
+from vpn_sentinel.agent.probes.dns import Nameserver
+from vpn_sentinel.agent.probes.dnswire import Reply
+from vpn_sentinel.agent.probes.origin import FRESH, Origins, block, question, read
+from vpn_sentinel.agent.probes.place import Places
+from vpn_sentinel.agent.round import Eyes, look
+from vpn_sentinel.domain.judge import judge
+from vpn_sentinel.domain.observation import Path, Trigger
+from vpn_sentinel.domain.policy import Policy
+from vpn_sentinel.domain.verdict import Code
+from vpn_sentinel.runtime.clock import SystemClock
+
+EGRESS = ip_address("80.58.184.30")
+HERE = ip_address("127.0.0.1")
+LINKS = (LO, ETH, WG)
+
+
+def paths(interface: int, owner: str = "wg0") -> Paths:
+    """Where 127.0.0.1 is reached by the tunnel, which stands for a nameserver inside it."""
+    kernel = FakeKernel(routes={"127.0.0.1": Route(interface=interface)}, default=interface)
+    return Paths(kernel, Survey(interfaces=LINKS, tunnel=owner))
+
+
+def as_routed(server: Nameserver, paths: Paths) -> Path:
+    """A socket of this test is on loopback; the path is what the kernel would say of a nameserver elsewhere."""
+    return paths.of(server.address, server.port)
+
+
+class Facts:
+    def __init__(self) -> None:
+        self.kept: dict[str, str] = {}
+
+    def fact(self, name: str) -> str | None:
+        return self.kept.get(name)
+
+    def keep(self, name: str, value: str) -> None:
+        self.kept[name] = value
+
+
+def test_the_name_holds_the_block_and_never_the_host() -> None:
+    assert question(block(EGRESS)) == "184.58.80.origin.asn.cymru.com"
+    assert question(block(ip_address("2a02:908:1234::53"))) == "4.3.2.1.8.0.9.0.2.0.a.2.origin6.asn.cymru.com"
+
+
+ANSWERS = {
+    "one": ([("3352 | 80.58.0.0/16 | ES | ripencc | 2001-01-01",)], (3352,)),
+    "several origins": ([("3352 64500 | 80.58.0.0/16 | ES | ripencc |",)], (3352, 64500)),
+    "the longest prefix": ([("1 | 80.0.0.0/8 | | |",), ("2 | 80.58.0.0/16 | | |",)], (2,)),
+    "another block's": ([("1 | 81.0.0.0/8 | | |",)], ()),
+    "the other family's": ([("1 | ::/0 | | |",)], ()),
+    "junk": ([("hello",), ("| |",), ("x | 80.58.0.0/16",), (f"{'9' * 5000} | 80.58.0.0/16",), ()], ()),
+    "nothing": ([], ()),
+}
+
+
+@pytest.mark.parametrize(("texts", "numbers"), ANSWERS.values(), ids=ANSWERS.keys())
+def test_an_answer(texts: list[tuple[str, ...]], numbers: tuple[int, ...]) -> None:
+    assert read(Reply(1, 0, (), tuple(texts)), block(EGRESS)) == numbers
+
+
+def served(data: bytes) -> bytes:
+    return answer(data, text(b"3352 | 80.58.0.0/16 | ES | ripencc | 2001-01-01"))
+
+
+async def test_it_is_asked_once_and_outlives_the_process(clock: ManualClock) -> None:
+    facts = Facts()
+    async with udp(served) as (port, there):
+        origins = Origins(clock, facts, path_to=as_routed)
+        for _ in range(3):
+            await origins.learn([EGRESS, ip_address("80.58.184.31")], [Nameserver(HERE, port=port)], paths(WG.index))
+        assert [p.asn for p in origins.known([EGRESS])] == [3352]
+        again = Origins(clock, facts, path_to=as_routed)
+        await again.learn([EGRESS], [Nameserver(HERE, port=port)], paths(WG.index))
+        assert [p.asn for p in again.known([EGRESS])] == [3352]
+        assert len(there.got) == 1
+        clock.now += FRESH
+        await again.learn([EGRESS], [Nameserver(HERE, port=port)], paths(WG.index))
+        assert len(there.got) == 2
+
+
+async def test_no_question_leaves_outside_the_tunnel(clock: ManualClock) -> None:
+    async with udp(served) as (port, there):
+        await Origins(clock, path_to=as_routed).learn([EGRESS], [Nameserver(HERE, port=port)], paths(ETH.index))
+        assert there.got == []
+
+
+async def test_one_that_stays_silent_is_left_alone_for_a_while(clock: ManualClock) -> None:
+    async with udp(lambda data: answer(data, flags=0x8183)) as (port, there):
+        origins = Origins(clock, path_to=as_routed)
+        for _ in range(3):
+            await origins.learn([EGRESS], [Nameserver(HERE, port=port)], paths(WG.index))
+        assert len(there.got) == 1
+        assert origins.known([EGRESS]) == ()
+
+
+@pytest.mark.parametrize("kept", ["", "[]", "{", '{"a": 1}', '{"a": ["x", []]}', "null"])
+def test_damaged_facts_are_no_facts(clock: ManualClock, kept: str) -> None:
+    facts = Facts()
+    facts.kept["origins"] = kept
+    assert Origins(clock, facts).known([EGRESS]) == ()
+
+
+async def test_a_local_forwarder_in_the_home_providers_network_is_a_leak() -> None:
+    """Home is known, its provider's resolver by no database: the two share an AS, and the exit is in another."""
+    exit_, home = "185.65.134.10", ip_network("83.46.112.77")
+
+    def resolver(data: bytes) -> bytes:
+        for block_, asn in ((b"\x03134\x0265", 39351), (b"\x03184\x0258\x0280", 3352), (b"\x03112\x0246\x0283", 3352)):
+            if block_ in data:
+                return answer(data, text(f"{asn} | 0.0.0.0/0 | XX | x | x".encode()))
+        return answer(data, text(str(EGRESS).encode()))
+
+    async with udp(lambda _: exit_.encode()) as (canary, _), udp(resolver) as (port, _):
+        clock = SystemClock()
+        eyes = Eyes(
+            kernel=FakeKernel(default=WG.index),
+            survey=lambda: Survey(interfaces=(LO, WG), tunnel="wg0"),
+            flock=lambda _: Flock(targets=(Loopback("a", canary),), reserve=()),
+            places=Places(Client(names=Names()), (), clock),
+            clock=clock,
+            nameservers=lambda: (Nameserver(HERE, port=port),),
+            no_dns=Nameserver(HERE, port=9),
+            origins=Origins(clock, path_to=as_routed),
+        )
+        policy = Policy(home_networks=(home,))
+        (found,) = [f for f in judge(await look(eyes, Trigger.TIMER, policy), policy).findings if "dns_leak" in f.code]
+        unknown = await look(replace(eyes, origins=None), Trigger.TIMER, policy)
+    assert "AS3352" in found.message
+    assert Code.RESOLVER_UNEXPECTED in {f.code for f in judge(unknown, policy).findings}
