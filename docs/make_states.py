@@ -15,8 +15,10 @@ Drawn from `vpn_sentinel.domain.machine.TRANSITIONS` by `python docs/make_states
 
 A row is the state a tunnel is in, a column what comes in: the verdict of a report, or, for *silent*, the deadline that
 passed without one. A cell says how long that must last, without a break, before the state changes. An empty cell
-changes nothing. The verdict *unknown* has no column: nothing could be seen, so the state holds, and a change that was
-under way starts again.
+changes nothing. The column *unverified* is the verdict *unknown*: nothing could be seen. A good state ages then, and
+so does one that was never judged: after *grace unverified* the tunnel is *unverified*, with what could not be seen and
+why. A tunnel that was leaking or down stays so, with the same findings added: that nobody can look is no sign of an
+end. Sight that is lost three times within five minutes counts as lost, and is back after *flap calm*.
 
 A tunnel that left *protected* three times within five minutes is flapping: it shows the finding `flapping`, and where
 the table says *grace recovery*, *flap calm* counts. So the third outage stays one open incident until there is calm.

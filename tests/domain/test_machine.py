@@ -26,7 +26,7 @@ from vpn_sentinel.domain.policy import Policy
 from vpn_sentinel.domain.verdict import Code, Finding, State, Verdict
 
 POLICY = Policy(grace_down=4.0, grace_degraded=15.0, grace_recovery=6.0)
-TABLE = [(old, new) for old in TRANSITIONS for new in State]
+TABLE = [(old, new) for old in TRANSITIONS for new in State if new is not State.UNKNOWN]  # it counts as unverified
 VERDICTS = (State.LEAKING, State.DOWN, State.DEGRADED, State.UNKNOWN, State.PROTECTED)
 CODE = {
     State.LEAKING: Code.IP_LEAK,
@@ -38,6 +38,8 @@ OLD_EXIT, NEW_EXIT, EXIT6 = ip_address("146.70.1.2"), ip_address("146.70.9.9"), 
 
 
 def verdict(state: State) -> Verdict:
+    if state is State.UNVERIFIED:
+        state = State.UNKNOWN
     return Verdict(state, (Finding(CODE[state], f"It is {state}."),) if state in CODE else ())
 
 
@@ -131,7 +133,7 @@ def test_a_recovery_is_not_dated_by_the_trouble_before_it() -> None:
     assert turns(events) == [(203.0, State.PROTECTED)]
 
 
-def test_unknown_holds_what_was_known_and_starts_a_grace_again() -> None:
+def test_a_short_unknown_holds_what_was_known_and_starts_a_grace_again() -> None:
     memory, events = walk(standing(State.PROTECTED), (200.0, State.DOWN), (203.0, State.UNKNOWN), (204.0, State.DOWN))
     assert turns(events) == []
     assert memory.findings == standing(State.PROTECTED).findings
@@ -141,6 +143,59 @@ def test_unknown_holds_what_was_known_and_starts_a_grace_again() -> None:
 def test_a_tunnel_that_was_never_judged_shows_why() -> None:
     memory, _ = walk(Memory(), (200.0, State.UNKNOWN))
     assert (memory.state, memory.findings) == (State.PENDING, verdict(State.UNKNOWN).findings)
+
+
+def test_what_was_good_is_not_good_for_ever() -> None:
+    memory, events = walk(standing(State.PROTECTED), (200.0, State.UNKNOWN), (230.0, State.UNKNOWN))
+    assert turns(events) == [(200.0, State.UNVERIFIED)]
+    assert memory.findings == verdict(State.UNKNOWN).findings
+
+
+@pytest.mark.parametrize("state", [State.LEAKING, State.DOWN])
+def test_blindness_ends_no_trouble_and_is_shown_beside_it(state: State) -> None:
+    memory, events = walk(standing(state), (200.0, State.UNKNOWN), (900.0, State.UNKNOWN))
+    assert events == []
+    assert memory.state is state
+    assert memory.findings == (*standing(state).findings, *verdict(State.UNKNOWN).findings)
+
+
+def test_sight_that_comes_and_goes_is_lost() -> None:
+    life = [(200.0 + 30 * i, State.PROTECTED if i % 2 else State.UNKNOWN) for i in range(20)]
+    memory, events = walk(standing(State.PROTECTED), *life)
+    assert turns(events) == [(320.0, State.UNVERIFIED)]
+    _, events = walk(memory, (800.0, State.PROTECTED), (830.0, State.PROTECTED), (861.0, State.PROTECTED))
+    assert turns(events)[-1][1] is State.PROTECTED
+
+
+def test_two_short_looks_that_failed_alarm_nobody() -> None:
+    _, events = walk(
+        standing(State.PROTECTED),
+        (200.0, State.UNKNOWN), (201.0, State.PROTECTED), (260.0, State.UNKNOWN), (262.0, State.PROTECTED),
+    )  # fmt: skip
+    assert events == []
+
+
+def test_a_tunnel_that_was_never_judged_becomes_unverified_or_silent() -> None:
+    _, events = walk(Memory(), (200.0, State.UNKNOWN), (216.0, State.UNKNOWN))
+    assert turns(events) == [(200.0, State.UNVERIFIED)]
+    memory, events = overdue(Memory(), 300.0, silence_finding(200.0, 300.0))
+    assert turns(events) == [(300.0, State.SILENT)]
+    _, told = notices(Memory(), memory, events, caught_up=True)
+    assert [n.kind for n in told] == [Kind.SILENT]
+
+
+def test_people_hear_once_that_nothing_can_be_verified_and_that_it_can_again() -> None:
+    memory, told = standing(State.PROTECTED), []
+    for at, state in [(200.0 + i, State.UNKNOWN) for i in range(60)] + [
+        (260.0, State.PROTECTED),
+        (266.0, State.PROTECTED),
+    ]:
+        after, events = advance(memory, verdict(state), at, POLICY)
+        memory, out = notices(memory, after, events, caught_up=True)
+        told += out
+    assert [n.kind for n in told] == [Kind.UNVERIFIED, Kind.RECOVERED]
+    assert told[0].findings == verdict(State.UNKNOWN).findings
+    assert (told[1].was, told[1].outage) == (State.UNVERIFIED, 60.0)
 
 
 def test_the_same_state_brings_its_newest_findings() -> None:
@@ -174,9 +229,9 @@ def test_a_silence_says_how_long_nothing_came() -> None:
     assert silent(standing(State.PROTECTED)).findings[0].code is Code.NO_REPORTS
 
 
-@pytest.mark.parametrize("state", [State.PENDING, State.SILENT])
-def test_who_never_reported_or_is_silent_does_not_become_silent(state: State) -> None:
-    assert overdue(standing(state), 200.0, silence_finding(100.0, 200.0)) == (standing(state), [])
+def test_who_is_silent_does_not_become_silent() -> None:
+    before = standing(State.SILENT)
+    assert overdue(before, 200.0, silence_finding(100.0, 200.0)) == (before, [])
 
 
 def test_a_report_after_the_deadline_ends_the_silence_and_leaves_it_true() -> None:
@@ -354,12 +409,12 @@ def test_every_trouble_can_close(life: list[Report | Deadline]) -> None:
 
 @settings(deadline=None)
 @given(lives)
-def test_unknown_changes_no_state(life: list[Report | Deadline]) -> None:
+def test_unknown_leads_to_unverified_alone(life: list[Report | Deadline]) -> None:
     tunnel = Life(Memory())
     for stimulus in life:
         events = tunnel.step(stimulus)
         if isinstance(stimulus, Report) and stimulus.state is State.UNKNOWN:
-            assert turns(events) == []
+            assert {new for _, new in turns(events)} <= {State.UNVERIFIED}
 
 
 @settings(deadline=None)

@@ -410,12 +410,30 @@ async def test_a_deadline_that_has_not_passed_or_moved_is_no_silence(watch: Watc
     assert await watch.moves() == [(0.0, "pending", "protected")]
 
 
-async def test_a_tunnel_that_was_never_judged_does_not_become_silent(watch: Watch) -> None:
+async def test_a_tunnel_that_was_never_judged_becomes_silent_too(watch: Watch) -> None:
     await watch.take((1, 0.0, BLIND))
-    await watch.tracker.sweep(["nl"], START + 91)
+    assert (await watch.row()).state == "pending"
+    await watch.tracker.sweep(["nl"], (await watch.row()).deadline + 1)
     row = await watch.row()
-    assert (row.state, row.deadline) == ("pending", None)
-    assert await watch.rows(outbox) == []
+    assert (row.state, row.deadline) == ("silent", None)
+    assert await watch.kinds() == ["silent"]
+
+
+async def test_a_tunnel_that_cannot_be_seen_any_more_is_told_once(watch: Watch) -> None:
+    await watch.take((1, 0.0, WELL))
+    for n in range(4):
+        watch.clock.now += 10.0
+        await watch.take((2 + n, 0.0, BLIND))
+    row = await watch.row()
+    assert row.state == "unverified"
+    assert "nothing_seen" in row.findings
+    assert await watch.kinds() == ["connected", "unverified"]
+    assert [s[2] for s in await watch.spans()] == ["unverified"]
+    for n in range(2):
+        watch.clock.now += 10.0
+        await watch.take((10 + n, 0.0, WELL))
+    assert (await watch.row()).state == "protected"
+    assert await watch.kinds() == ["connected", "unverified", "recovered"]
 
 
 async def test_a_replay_makes_a_silence_void_and_the_truth_takes_its_place(watch: Watch) -> None:

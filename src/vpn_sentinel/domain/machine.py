@@ -11,7 +11,7 @@ from typing import Final
 
 from vpn_sentinel.domain.observation import PortCheck
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy
-from vpn_sentinel.domain.verdict import HARM, Code, Finding, State, Verdict
+from vpn_sentinel.domain.verdict import HARM, MEANING, Code, Finding, State, Verdict
 
 
 class Wait(StrEnum):
@@ -21,6 +21,7 @@ class Wait(StrEnum):
     DOWN = "grace_down"
     DEGRADED = "grace_degraded"
     RECOVERY = "grace_recovery"
+    UNVERIFIED = "grace_unverified"
     CALM = "flap_calm"
 
     def seconds(self, policy: Policy) -> float:
@@ -29,15 +30,18 @@ class Wait(StrEnum):
 
 
 _L, _D, _G, _S, _N, _P = State.LEAKING, State.DOWN, State.DEGRADED, State.SILENT, State.PENDING, State.PROTECTED
-# state -> verdict -> how long it must last. A missing pair changes nothing: what stays, and `unknown`, which holds.
-# The column `silent` is the deadline that passed without a report.
+_U = State.UNVERIFIED
+# state -> stimulus -> how long it must last. A missing pair changes nothing. The column `silent` is the deadline that
+# passed without a report, `unverified` the verdict `unknown`: what was good ages, while a leak and a dead tunnel stay
+# what they were until something else is seen.
 TRANSITIONS: Final[dict[State, dict[State, Wait]]] = {
-    _N: {_L: Wait.NONE, _D: Wait.DOWN, _G: Wait.DEGRADED, _P: Wait.NONE},
-    _P: {_L: Wait.NONE, _D: Wait.DOWN, _G: Wait.DEGRADED, _S: Wait.NONE},
-    _G: {_L: Wait.NONE, _D: Wait.DOWN, _P: Wait.RECOVERY, _S: Wait.NONE},
+    _N: {_L: Wait.NONE, _D: Wait.DOWN, _G: Wait.DEGRADED, _P: Wait.NONE, _U: Wait.UNVERIFIED, _S: Wait.NONE},
+    _P: {_L: Wait.NONE, _D: Wait.DOWN, _G: Wait.DEGRADED, _U: Wait.UNVERIFIED, _S: Wait.NONE},
+    _G: {_L: Wait.NONE, _D: Wait.DOWN, _P: Wait.RECOVERY, _U: Wait.UNVERIFIED, _S: Wait.NONE},
     _D: {_L: Wait.NONE, _G: Wait.RECOVERY, _P: Wait.RECOVERY, _S: Wait.NONE},
     _L: {_D: Wait.DOWN, _G: Wait.RECOVERY, _P: Wait.RECOVERY, _S: Wait.NONE},
-    _S: {_L: Wait.NONE, _D: Wait.NONE, _G: Wait.NONE, _P: Wait.NONE},
+    _S: {_L: Wait.NONE, _D: Wait.NONE, _G: Wait.NONE, _P: Wait.NONE, _U: Wait.UNVERIFIED},
+    _U: {_L: Wait.NONE, _D: Wait.DOWN, _G: Wait.RECOVERY, _P: Wait.RECOVERY, _S: Wait.NONE},
 }
 # For a tunnel that comes and goes: what must last longer then.
 FLAPPING: Final[dict[Wait, Wait]] = {Wait.RECOVERY: Wait.CALM}
@@ -87,7 +91,8 @@ class Memory:
     canaries sent beside the tunnel. `turns` are the times at which it lately left *protected*. `port` is the forwarded
     port it named last, `port_check` the last attempt to reach that, with this result since `port_checked_at`. Since
     `unheard_since` its pulses come in and their replies do not arrive, 0 while they do; `refuted` is when the agent
-    itself then showed a live tunnel. `homes` are where a reference agent came out.
+    itself then showed a live tunnel. `homes` are where a reference agent came out. `blinks` are the times at which it
+    lately could no more be verified, though it could just before.
     """
 
     state: State = State.PENDING
@@ -111,6 +116,7 @@ class Memory:
     unheard_since: float = 0.0
     refuted: float = 0.0
     homes: tuple[Home, ...] = ()
+    blinks: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,6 +228,9 @@ def overdue(memory: Memory, at: float, finding: Finding) -> tuple[Memory, list[E
 
 def _settle(step: _Step, verdict: Verdict, at: float, began: float, until: float, policy: Policy) -> None:
     memory, state = step.memory, verdict.state
+    if state is State.UNKNOWN:
+        state = State.UNVERIFIED
+        memory = step.memory = _blinked(memory, at, policy)
     if state is memory.state:
         findings = _with_flapping(verdict.findings, state, memory.turns, at, policy)
         if memory.candidate is not None or memory.findings != findings:
@@ -229,23 +238,37 @@ def _settle(step: _Step, verdict: Verdict, at: float, began: float, until: float
         return
     wait = TRANSITIONS[memory.state].get(state)
     if wait is None:
-        # Nothing could be seen, so nothing is known to have changed; a verdict on its way starts again.
-        step.memory = replace(memory, candidate=None, findings=_with_unknown(memory, verdict))
+        # A leak or a dead tunnel that can no more be seen: it is not known to have ended.
+        step.memory = replace(memory, candidate=None, findings=_with_unknown(memory.findings, verdict.findings))
         return
     candidate = memory.candidate
     if candidate is None or candidate.state is not state:
         start = at if state is State.PROTECTED else began
         candidate = Candidate(state=state, since=_trouble_start(candidate, state, start))
-    if _flaps(memory.turns, candidate.since, policy):
+    doubtful = memory.state is State.UNVERIFIED and _flaps(memory.blinks, candidate.since, policy)
+    if doubtful or _flaps(memory.turns, candidate.since, policy):
         wait = FLAPPING.get(wait, wait)
-    if until - candidate.since >= wait.seconds(policy):
+    # Sight that comes and goes verifies nothing: each look would forgive the blindness before it, for ever.
+    blinking = state is State.UNVERIFIED and _flaps(memory.blinks, at, policy)
+    if blinking or until - candidate.since >= wait.seconds(policy):
         turns = memory.turns
         if memory.state is State.PROTECTED:
             turns = (*_lately(turns, candidate.since, policy), candidate.since)[-_MOST_TURNS:]
             step.memory = replace(memory, turns=turns)
         step.move(state, candidate.since, _with_flapping(verdict.findings, state, turns, candidate.since, policy))
     else:
-        step.memory = replace(memory, candidate=candidate)
+        # A tunnel that was never judged shows at once why it cannot be.
+        unjudged = memory.state is State.PENDING and state is State.UNVERIFIED
+        step.memory = replace(memory, candidate=candidate, findings=verdict.findings if unjudged else memory.findings)
+
+
+def _blinked(memory: Memory, at: float, policy: Policy) -> Memory:
+    """Note that nothing can be verified from `at` on, unless that is known already."""
+    latest = memory.state if memory.candidate is None else memory.candidate.state
+    ages = memory.state is State.UNVERIFIED or State.UNVERIFIED in TRANSITIONS[memory.state]
+    if not ages or latest in (State.UNVERIFIED, State.PENDING, State.SILENT):
+        return memory
+    return replace(memory, blinks=(*_lately(memory.blinks, at, policy), at)[-_MOST_TURNS:])
 
 
 def _lately(turns: tuple[float, ...], at: float, policy: Policy) -> tuple[float, ...]:
@@ -275,9 +298,10 @@ def _trouble_start(candidate: Candidate | None, state: State, at: float) -> floa
     return candidate.since if HARM.index(candidate.state) < HARM.index(state) else at
 
 
-def _with_unknown(memory: Memory, verdict: Verdict) -> tuple[Finding, ...]:
-    """A tunnel that was never judged shows why it cannot be; any other keeps what it was judged by."""
-    return verdict.findings if memory.state is State.PENDING else memory.findings
+def _with_unknown(known: tuple[Finding, ...], unknown: tuple[Finding, ...]) -> tuple[Finding, ...]:
+    """What the trouble was judged by, and why it cannot be verified now."""
+    kept = tuple(f for f in known if MEANING[f.code].state is not State.UNKNOWN)
+    return (*kept, *(f for f in unknown if MEANING[f.code].state is State.UNKNOWN))
 
 
 def _note_exits(step: _Step, at: float, exits: tuple[IPAddress | None, IPAddress | None]) -> None:

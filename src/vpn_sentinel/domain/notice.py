@@ -20,6 +20,7 @@ class Kind(StrEnum):
     DOWN = "down"
     DEGRADED = "degraded"
     SILENT = "silent"
+    UNVERIFIED = "unverified"
     RECOVERED = "recovered"
     TEST = "test"
 
@@ -61,6 +62,7 @@ _KIND_OF = {
     State.DOWN: Kind.DOWN,
     State.DEGRADED: Kind.DEGRADED,
     State.SILENT: Kind.SILENT,
+    State.UNVERIFIED: Kind.UNVERIFIED,
 }
 
 

@@ -61,9 +61,11 @@ class Policy:
 
     `home_networks` are the addresses that must never be seen outside: the home connection's own, and its ISP's
     resolvers where known. `grace_*` is how long a verdict must last before it becomes the state; a leak has none.
-    `allowed_outside` are destinations whose traffic is meant to leave beside the tunnel. Of the pulses, more than
-    `max_loss` (0 to 1) lost, or a median round trip above `max_rtt_ms`, is trouble. A tunnel that left *protected*
-    `flap_count` times within `flap_window` is flapping, and has recovered only after `flap_calm` without a break.
+    `grace_unverified` is how long nothing may be verified before that is said: shorter than the quick rounds after a
+    change of verdict (16 s), so that one of them decides. `allowed_outside` are destinations whose traffic is meant to
+    leave beside the tunnel. Of the pulses, more than `max_loss` (0 to 1) lost, or a median round trip above
+    `max_rtt_ms`, is trouble. A tunnel that left *protected* `flap_count` times within `flap_window` is flapping, and
+    has recovered only after `flap_calm` without a break.
     """
 
     home_networks: tuple[IPNetwork, ...] = ()
@@ -75,6 +77,7 @@ class Policy:
     grace_down: float = 2.0
     grace_degraded: float = 15.0
     grace_recovery: float = 4.0
+    grace_unverified: float = 15.0
     flap_count: int = 3
     flap_window: float = 300.0
     flap_calm: float = 60.0

@@ -10,12 +10,17 @@ from typing import Final
 
 
 class State(StrEnum):
-    """Of a verdict or of a tunnel. `silent` and `pending` are never a verdict; `unknown` is never a tunnel's state."""
+    """Of a verdict or of a tunnel.
+
+    `silent`, `unverified` and `pending` are never a verdict; `unknown` is never a tunnel's state: where it lasts, the
+    tunnel is `unverified`.
+    """
 
     LEAKING = "leaking"
     DOWN = "down"
     DEGRADED = "degraded"
     SILENT = "silent"
+    UNVERIFIED = "unverified"
     PENDING = "pending"
     UNKNOWN = "unknown"
     PROTECTED = "protected"

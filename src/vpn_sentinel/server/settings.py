@@ -127,6 +127,7 @@ class ServerSettings:
                 allowed_outside=get("ALLOWED_OUTSIDE", read.networks, ()),
                 grace_down=get("GRACE_DOWN", read.number(0, 3600, "seconds"), Policy.grace_down),
                 grace_degraded=get("GRACE_DEGRADED", read.number(0, 3600, "seconds"), Policy.grace_degraded),
+                grace_unverified=get("GRACE_UNVERIFIED", read.number(0, 3600, "seconds"), Policy.grace_unverified),
                 grace_recovery=get("GRACE_RECOVERY", read.number(0, 3600, "seconds"), Policy.grace_recovery),
                 flap_calm=get("FLAP_CALM", read.number(0, 86400, "seconds"), Policy.flap_calm),
             ),

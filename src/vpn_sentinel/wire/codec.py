@@ -201,7 +201,7 @@ def check_policy(policy: Policy) -> None:
             raise ValueError(msg)
     for country in policy.expected_countries:
         checked_text("expected_countries", country, 2)
-    for grace in (policy.grace_down, policy.grace_degraded, policy.grace_recovery):
+    for grace in (policy.grace_down, policy.grace_degraded, policy.grace_recovery, policy.grace_unverified):
         if not 0 <= grace <= 86400:
             msg = "a grace takes 0 to 86400 seconds"
             raise ValueError(msg)

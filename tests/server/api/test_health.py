@@ -128,7 +128,16 @@ async def test_metrics(
     text = (await probe.get("/metrics")).text
     families = {f.name: f for f in text_string_to_metric_families(text)}
     tunnels = {s.labels["state"]: s.value for s in families["vpn_sentinel_tunnels"].samples}
-    assert tunnels == {"leaking": 1, "down": 1, "degraded": 1, "silent": 1, "pending": 1, "unknown": 0, "protected": 2}
+    assert tunnels == {
+        "leaking": 1,
+        "down": 1,
+        "degraded": 1,
+        "silent": 1,
+        "unverified": 0,
+        "pending": 1,
+        "unknown": 0,
+        "protected": 2,
+    }
     assert families["vpn_sentinel_test"].samples[0].labels == {"x": 'a"\\\n}'}
     assert families["vpn_sentinel_build_info"].samples[0].labels["version"]
     assert "seedbox" not in text

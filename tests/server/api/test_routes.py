@@ -195,7 +195,16 @@ async def test_deliveries_tell_every_attempt_and_no_secret(reader: httpx.AsyncCl
 async def test_summary(reader: httpx.AsyncClient, filled: dict[str, int]) -> None:
     assert await get(reader, "/summary") == {
         "total": 7,
-        "states": {"leaking": 1, "down": 1, "degraded": 1, "silent": 1, "pending": 1, "unknown": 0, "protected": 2},
+        "states": {
+            "leaking": 1,
+            "down": 1,
+            "degraded": 1,
+            "silent": 1,
+            "unverified": 0,
+            "pending": 1,
+            "unknown": 0,
+            "protected": 2,
+        },
         "worst": "leaking",
     }
 

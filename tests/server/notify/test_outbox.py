@@ -225,7 +225,7 @@ async def test_the_most_urgent_goes_first_then_the_oldest(store: Store) -> None:
     await owed_rows(store, *(notice(f"t{n}", kind) for n, kind in enumerate(kinds)))
     ranks = [
         [Kind.LEAKING],
-        [Kind.DOWN, Kind.SILENT],
+        [Kind.DOWN, Kind.SILENT, Kind.UNVERIFIED],
         [Kind.DEGRADED, Kind.RECOVERED],
         [Kind.SERVER_STARTED, Kind.CONNECTED, Kind.ADDRESS_CHANGED, Kind.PORT_CHANGED, Kind.TEST],
     ]

@@ -27,6 +27,7 @@ ABROAD = Finding(
     "The exit 198.51.100.7 is in US, not in NL.",
     {"country": "US", "expected": "NL", "sources": "ipinfo, ipapi"},
 )
+BLIND = Finding(Code.NOTHING_SEEN, "No canary could be sent.")
 QUIET = Finding(Code.NO_REPORTS, "No report for 92 s; who is gone cannot be seen.", {"silent_for_seconds": "92"})
 OPEN = Finding(
     Code.KILLSWITCH_OPEN, "A packet sent beside the tunnel reached the first router.", {"router": "10.0.0.1"}
@@ -130,6 +131,15 @@ Time: 2027-01-15 09:00:00 CET (08:00:00 UTC)""",
 ⚫ nl-1 is silent
 Why: No report for 92 s; who is gone cannot be seen.
 What to do: Look whether the agent runs and whether its tunnel is down.
+Exit last seen: 198.51.100.7
+Time: 2027-01-15 09:00:00 CET (08:00:00 UTC)""",
+    ),
+    "unverified": (
+        Notice(kind=Kind.UNVERIFIED, tunnel="nl-1", at=AT, exit=EXIT, findings=(BLIND,)),
+        """\
+🟣 nl-1 cannot be verified
+Why: No canary could be sent.
+What to do: No canary could be sent; look at the agent's log.
 Exit last seen: 198.51.100.7
 Time: 2027-01-15 09:00:00 CET (08:00:00 UTC)""",
     ),

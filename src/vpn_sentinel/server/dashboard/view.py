@@ -20,6 +20,7 @@ _SAID: Final = {
     State.DOWN: ("is down", "are down"),
     State.DEGRADED: ("is degraded", "are degraded"),
     State.SILENT: ("is silent", "are silent"),
+    State.UNVERIFIED: ("cannot be verified", "cannot be verified"),
     State.PENDING: ("has no verdict yet", "have no verdict yet"),
     State.UNKNOWN: ("is in an unknown state", "are in an unknown state"),
     State.PROTECTED: ("is protected", "are protected"),

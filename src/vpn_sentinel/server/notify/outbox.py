@@ -32,6 +32,7 @@ URGENCY: Final[dict[str, int]] = {
     Kind.LEAKING: 0,
     Kind.DOWN: 1,
     Kind.SILENT: 1,
+    Kind.UNVERIFIED: 1,
     Kind.RECOVERED: 2,
     Kind.DEGRADED: 2,
 }

@@ -23,6 +23,7 @@ ICON: Final[Mapping[State, str]] = {
     State.DOWN: "🟠",
     State.DEGRADED: "🟡",
     State.SILENT: "⚫",
+    State.UNVERIFIED: "🟣",
     State.PENDING: "⚪",
     State.UNKNOWN: "⚪",
     State.PROTECTED: "🟢",
@@ -36,6 +37,7 @@ _HEADLINE: Final[Mapping[Kind, tuple[str, str]]] = {
     Kind.DOWN: (ICON[State.DOWN], "{tunnel} is down"),
     Kind.DEGRADED: (ICON[State.DEGRADED], "{tunnel} is degraded"),
     Kind.SILENT: (ICON[State.SILENT], "{tunnel} is silent"),
+    Kind.UNVERIFIED: (ICON[State.UNVERIFIED], "{tunnel} cannot be verified"),
     Kind.RECOVERED: (ICON[State.PROTECTED], "{tunnel} is protected again"),
     Kind.TEST: ("🔔", "Test message of VPN Sentinel"),
 }
@@ -46,9 +48,10 @@ _HOME: Final[Mapping[Kind, str]] = {
     Kind.DOWN: "Home internet of {site} is down",
     Kind.DEGRADED: "Home internet of {site} is degraded",
     Kind.SILENT: "The reference agent of {site} is silent",
+    Kind.UNVERIFIED: "Home internet of {site} cannot be verified",
     Kind.RECOVERED: "Home internet of {site} works again",
 }
-_TROUBLE: Final = frozenset({Kind.LEAKING, Kind.DOWN, Kind.DEGRADED, Kind.SILENT})
+_TROUBLE: Final = frozenset({Kind.LEAKING, Kind.DOWN, Kind.DEGRADED, Kind.SILENT, Kind.UNVERIFIED})
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +111,7 @@ def _lines(notice: Notice, zone: tzinfo | None) -> Iterator[Line]:
     elif notice.exit is not None:
         # Where there is trouble, this address is the last good one or the leak itself: the findings say which.
         label = "Exit" if notice.role != "reference" else "Home address"
-        late = notice.kind in (Kind.LEAKING, Kind.DOWN, Kind.SILENT)
+        late = notice.kind in (Kind.LEAKING, Kind.DOWN, Kind.SILENT, Kind.UNVERIFIED)
         yield Line(f"{label} last seen" if late else label, str(notice.exit), fixed=True)
     for label, value in (
         ("Place", clean(notice.place)),

@@ -43,6 +43,7 @@ _STATE: Final[Mapping[Kind, State]] = {
     Kind.DOWN: State.DOWN,
     Kind.DEGRADED: State.DEGRADED,
     Kind.SILENT: State.SILENT,
+    Kind.UNVERIFIED: State.UNVERIFIED,
 }
 
 
