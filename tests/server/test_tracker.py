@@ -419,6 +419,23 @@ async def test_a_tunnel_that_was_never_judged_becomes_silent_too(watch: Watch) -
     assert await watch.kinds() == ["silent"]
 
 
+@pytest.mark.parametrize(("came_from", "state"), [(HOME, "leaking"), ("192.168.1.9", "protected")])
+async def test_memory_proves_the_leak_of_an_agent_that_starts_with_an_empty_folder(
+    store: Store, clock: ManualClock, came_from: str, state: str
+) -> None:
+    watch = Watch(store, clock, policy=Policy())
+    async with running(watch.tracker):
+        well = replace(WELL, interfaces=("eth0", "wg0"))
+        await watch.take((1, 0.0, well), peer=ip_address(EXIT))
+        watch.clock.now += 5
+        lost = Observation(trigger=Trigger.START, interfaces=("eth0",), canaries=(canary(HOME, Path.UNKNOWN),))
+        await watch.take((1, 0.0, lost), spool="new", peer=ip_address(came_from))
+        assert (await watch.row()).state == state
+        watch.clock.now += 20
+        await watch.take((2, 0.0, lost), spool="new", peer=ip_address(came_from))
+        assert (await watch.row()).state == ("leaking" if state == "leaking" else "unverified")
+
+
 async def test_a_tunnel_that_cannot_be_seen_any_more_is_told_once(watch: Watch) -> None:
     await watch.take((1, 0.0, WELL))
     for n in range(4):

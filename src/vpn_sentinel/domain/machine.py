@@ -11,6 +11,7 @@ from typing import Final
 
 from vpn_sentinel.domain.observation import PortCheck
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy
+from vpn_sentinel.domain.remembered import Working
 from vpn_sentinel.domain.verdict import HARM, MEANING, Code, Finding, State, Verdict
 
 
@@ -92,7 +93,7 @@ class Memory:
     port it named last, `port_check` the last attempt to reach that, with this result since `port_checked_at`. Since
     `unheard_since` its pulses come in and their replies do not arrive, 0 while they do; `refuted` is when the agent
     itself then showed a live tunnel. `homes` are where a reference agent came out. `blinks` are the times at which it
-    lately could no more be verified, though it could just before.
+    lately could no more be verified, though it could just before. `working` is the tunnel as it was when it worked.
     """
 
     state: State = State.PENDING
@@ -117,6 +118,7 @@ class Memory:
     refuted: float = 0.0
     homes: tuple[Home, ...] = ()
     blinks: tuple[float, ...] = ()
+    working: Working | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

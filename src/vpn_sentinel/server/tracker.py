@@ -192,6 +192,8 @@ class Tracker:
         memory, events, home_known = before, list[Event](), False
         spool = arrival.spool if arrival.spool is not None else "keepalive"
         last = row.seq if row.spool == spool else 0
+        sighted = self._sighted.get(row.name, {}).values()
+        came_from = tuple(a for a in (arrival.peer, *sighted) if a is not None and arrival.spool is not None)
         for item in arrival.observations:
             # Milliseconds, so that the numbers go on where they were when a tunnel's other kind of sender stops.
             seq = item.seq if arrival.spool is not None else max(last + 1, int(1000 * item.at))
@@ -201,7 +203,7 @@ class Tracker:
                 memory, gap = silence_between(memory, item.at, arrival.silent_after)
                 events += gap
             last = seq
-            seen = self._scales.informed(row, memory, item.observation, item.at)
+            seen = self._scales.informed(row, memory, item.observation, item.at, came_from)
             home_known = seen.reference_up is not None
             memory, verdict, more = self._scales.weigh(
                 row, memory, seen, item.at, policy, arrival.skew, arrival.thinned

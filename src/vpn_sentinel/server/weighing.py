@@ -6,7 +6,8 @@ from dataclasses import replace
 from vpn_sentinel.domain.judge import home_of, judge, judge_reference, learned_home
 from vpn_sentinel.domain.machine import Event, Memory, advance, overdue, silence_finding
 from vpn_sentinel.domain.observation import Answer, Observation, Probe
-from vpn_sentinel.domain.policy import IPNetwork, Policy
+from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy
+from vpn_sentinel.domain.remembered import learned_working, with_memory
 from vpn_sentinel.domain.verdict import Code, State, Verdict
 from vpn_sentinel.server.showing import received
 from vpn_sentinel.server.sites import REFERENCE, Sites, newest
@@ -73,10 +74,20 @@ class Scales:
         learned = tuple(n for n in effective.home_networks if n not in policy.home_networks)
         if learned != memory.home:
             memory = replace(memory, home=learned[-_HOMES:])
+        if not reference and verdict.state in (State.PROTECTED, State.DEGRADED):
+            working = learned_working(memory.working, seen)
+            memory = memory if working == memory.working else replace(memory, working=working)
         return memory, verdict, events
 
-    def informed(self, row: TunnelRow, memory: Memory, seen: Observation, at: float) -> Observation:
-        """Add what the server knows: the site's internet, and the forwarded port from outside."""
+    def informed(
+        self, row: TunnelRow, memory: Memory, seen: Observation, at: float, came_from: tuple[IPAddress, ...] = ()
+    ) -> Observation:
+        """Add what the server knows: the tunnel as it was, the site's internet, the forwarded port from outside.
+
+        `came_from` are the addresses that the agent's own packets came from.
+        """
+        if row.role != REFERENCE:
+            seen = with_memory(seen, memory.working, came_from)
         check = memory.port_check
         if check is not None and check.port == seen.forwarded_port and check.address in (seen.exit(4), seen.exit(6)):
             seen = replace(seen, port_check=check)
