@@ -89,7 +89,7 @@ def headline(notice: Notice) -> str:
     icon, words = _HEADLINE[notice.kind]
     if notice.role == "reference":
         words = _HOME.get(notice.kind, words)
-    said = words.format(tunnel=clean(notice.tunnel) or "A tunnel", site=clean(notice.site))
+    said = words.format(tunnel=clean(notice.tunnel) or "A tunnel", site=clean(notice.site) or "a site")
     if notice.outage is not None:
         said += f" after {duration(notice.outage)}"
     if notice.kind is Kind.DOWN and notice.was is State.LEAKING:
@@ -104,7 +104,11 @@ def _lines(notice: Notice, zone: tzinfo | None) -> Iterator[Line]:
     yield from _reasons(notice)
     yield from (Line("", clean(detail)) for detail in notice.details[:_MOST])
     if notice.port is not None:
-        yield Line("Forwarded port", f"{notice.old_port} → {notice.port}", fixed=True)
+        yield Line(
+            "Forwarded port",
+            str(notice.port) if notice.old_port is None else f"{notice.old_port} → {notice.port}",
+            fixed=True,
+        )
         yield Line("What to do", "Set the new port in the program that is to be reached by it.")
     if notice.old_exit is not None and notice.exit is not None:
         yield Line("Exit", f"{notice.old_exit} → {notice.exit}", fixed=True)

@@ -1,0 +1,119 @@
+"""Every sentence that people read, with all optional facts missing: no "None", no empty quotes, no double space."""
+
+import re
+from collections.abc import Iterator
+from ipaddress import ip_address
+from itertools import product
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vpn_sentinel.domain.judge import judge, judge_reference
+from vpn_sentinel.domain.notice import Kind, Notice
+from vpn_sentinel.domain.observation import (
+    Answer,
+    Canary,
+    Claim,
+    Escape,
+    Link,
+    Observation,
+    Path,
+    PortCheck,
+    Probe,
+    Quality,
+    ResolverSighting,
+    Trigger,
+)
+from vpn_sentinel.domain.policy import Policy
+from vpn_sentinel.domain.verdict import Code, Finding, State, Verdict
+from vpn_sentinel.server.notify.text import html, plain
+
+ADDRESS, ADDRESS6 = ip_address("146.70.1.2"), ip_address("2001:db8::7")
+_WRONG = re.compile(r"\bNone\b|\"\"|''|``|  |\(\)| [.,;:]|^\s|\s$")
+
+
+def wrong(text: str) -> bool:
+    return not text or any(_WRONG.search(line) for line in text.split("\n"))
+
+
+def texts(verdict: Verdict) -> Iterator[str]:
+    for finding in verdict.findings:
+        yield finding.message
+        yield from finding.evidence.values()
+
+
+_bare = st.builds(
+    Canary,
+    probe=st.sampled_from(Probe),
+    target=st.just("echo"),
+    family=st.sampled_from([4, 6]),
+    answer=st.sampled_from(Answer),
+    path=st.sampled_from(Path),
+    address=st.sampled_from([None, None, ADDRESS]),
+)
+_links = st.sampled_from([None, *(Link(name="wg0", present=p, up=u) for p, u in product((True, False), repeat=2))])
+_resolvers = st.builds(
+    ResolverSighting,
+    method=st.just("whoami"),
+    nameserver=st.just(ADDRESS),
+    answer=st.sampled_from(Answer),
+    path=st.sampled_from(Path),
+    egress=st.sampled_from([None, ADDRESS]),
+)
+_escapes = st.sampled_from([
+    Escape(interface="eth0", protocol=protocol, source=source, destination=source, destination_port=port)
+    for protocol in ("udp", "132") for source in (ADDRESS, ADDRESS6) for port in (None, 53)
+])  # fmt: skip
+_seen = st.builds(
+    Observation,
+    trigger=st.sampled_from([Trigger.TIMER, Trigger.KEEPALIVE, Trigger.PULSE]),
+    link=_links,
+    interfaces=st.sampled_from([None, (), ("eth0",)]),
+    canaries=st.lists(_bare, max_size=4).map(tuple),
+    resolvers=st.lists(_resolvers, max_size=2).map(tuple),
+    escapes=st.lists(_escapes, max_size=2).map(tuple),
+    claims=st.sampled_from([(), (Claim(source="gluetun"),)]),
+    quality=st.sampled_from([None, Quality(seconds=5.0, sent=60, lost=60, vanished=1400)]),
+    forwarded_port=st.just(4000),
+    port_check=st.sampled_from([None, PortCheck(address=ADDRESS, port=4000, answer=Answer.LOST)]),
+    portal=st.sampled_from([None, True]),
+    dns_intercepted=st.sampled_from([None, True]),
+    dns_rewritten=st.sampled_from([None, True]),
+    reported_from=st.sampled_from([None, ADDRESS]),
+    unheard=st.sampled_from([None, True]),
+    leak_watch=st.sampled_from([None, False]),
+)
+
+
+@settings(deadline=None, max_examples=1000)
+@given(_seen)
+def test_a_finding_reads_well_whatever_is_not_known(seen: Observation) -> None:
+    for text in (*texts(judge(seen, Policy())), *texts(judge_reference(seen))):
+        assert not wrong(text), text
+
+
+def test_an_answer_beside_the_tunnel_without_an_address_says_so() -> None:
+    beside = Canary(probe=Probe.PHYSICAL, target="trace", family=4, answer=Answer.ANSWERED)
+    through = Canary(
+        probe=Probe.DEFAULT, target="echo", family=4, answer=Answer.ANSWERED, path=Path.TUNNEL, address=ADDRESS
+    )
+    seen = Observation(trigger=Trigger.TIMER, link=Link(name="wg0", present=True, up=True), canaries=(through, beside))
+    (finding,) = judge(seen, Policy()).findings
+    assert finding.code is Code.KILLSWITCH_OPEN
+    assert finding.message == "A packet sent beside the tunnel was answered by trace."
+    assert finding.evidence == {"address": "not told", "seen_by": "trace"}
+
+
+@pytest.mark.parametrize("kind", Kind)
+@pytest.mark.parametrize("role", ["tunnel", "reference"])
+@pytest.mark.parametrize("tunnel", ["", "nl-1"])
+@pytest.mark.parametrize("was", [None, State.LEAKING])
+def test_a_notice_reads_well_whatever_is_not_known(kind: Kind, role: str, tunnel: str, was: State | None) -> None:
+    for notice in (
+        Notice(kind=kind, tunnel=tunnel, role=role, was=was),
+        Notice(kind=kind, tunnel=tunnel, role=role, was=was, port=4000),
+        Notice(kind=kind, tunnel=tunnel, role=role, was=was, findings=(Finding(Code.NO_TRAFFIC, "Dead.", {"x": ""}),)),
+    ):
+        assert not wrong(plain(notice)), plain(notice)
+        assert not wrong(html(notice)), html(notice)
