@@ -13,6 +13,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from vpn_sentinel.agent.names import Names
+from vpn_sentinel.agent.net.own import OWN
 from vpn_sentinel.domain.policy import IPAddress
 
 MOST: Final = 64 * 1024  # bytes of a body
@@ -147,6 +148,9 @@ async def connected(at: IPAddress, port: int) -> socket.socket:
     try:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, SEGMENT)
+        # Bound first: the leak watch may read the first packet before the connection stands.
+        sock.bind(("", 0))
+        OWN.add(sock, (at, port))
         await asyncio.get_running_loop().sock_connect(sock, (str(at), port))
     except BaseException:
         sock.close()

@@ -1,6 +1,7 @@
 """The UDP echo: the agent asks "where do you see me come from?", the server answers with an address.
 
-Request, 64 bytes: `VSE1`, 1 byte type (1), 3 bytes zero, 8 bytes id, 8 bytes nonce, 24 bytes zero, 16 bytes MAC.
+Request, 64 bytes: `VSE1`, 1 byte type (1), 3 bytes zero, 8 bytes id, 8 bytes nonce, 12 bytes zero, 8 bytes tag,
+4 bytes zero, 16 bytes MAC. The tag is the agent's own business: zero, or what lets a leak watch know the probe.
 Reply, 64 bytes: `VSE1`, 1 byte type (2), 1 byte family (4 or 6), 2 bytes port, 8 bytes id, 8 bytes nonce,
 16 bytes address (IPv4 left-aligned), 8 bytes zero, 16 bytes MAC.
 The MAC is keyed BLAKE2s (RFC 7693) over all before it. A reply is never larger than its request, and a request whose
@@ -19,7 +20,8 @@ from vpn_sentinel.domain.policy import IPAddress
 SIZE: Final = 64
 MAGIC: Final = b"VSE1"
 MAC: Final = 16
-_REQUEST: Final = struct.Struct("!4sBxxx8s8s24x")
+NONCE_AT, TAG_AT, TAG = 16, 36, 8
+_REQUEST: Final = struct.Struct("!4sBxxx8s8s12x8s4x")
 REPLY: Final = struct.Struct("!4sBBH8s8s16s8x")
 
 
@@ -33,8 +35,8 @@ def ident_for(secret: bytes, name: str) -> bytes:
     return blake2s(name.encode(), key=secret[:32], digest_size=8, person=b"vs-ident").digest()
 
 
-def request(ident: bytes, nonce: bytes, key: bytes) -> bytes:
-    body = _REQUEST.pack(MAGIC, 1, ident, nonce)
+def request(ident: bytes, nonce: bytes, key: bytes, tag: bytes = b"") -> bytes:
+    body = _REQUEST.pack(MAGIC, 1, ident, nonce, tag)
     return body + mac(body, key)
 
 

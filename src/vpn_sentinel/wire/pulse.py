@@ -2,7 +2,8 @@
 
 A pulse is a request of `wire.echo` whose 24 spare bytes are used, so a server that does not know pulses answers it:
 `VSE1`, 1 byte type (1), 3 bytes zero, 8 bytes id, 4 bytes run, 4 bytes number, 1 byte flags (bit 0 set), 3 bytes zero,
-4 bytes `heard`, 4 bytes `silent`, 12 bytes zero, 16 bytes MAC. Its reply is the echo's: run and number are its nonce.
+4 bytes `heard`, 4 bytes `silent`, 8 bytes tag, 4 bytes zero, 16 bytes MAC. Its reply is the echo's: run
+and number are its nonce.
 
 A sized pulse (type 3) carries zeros between that and the MAC, up to 1472 bytes in all; its reply (type 4) is exactly as
 large, so that both directions are tested. No reply is ever larger than its request.
@@ -25,7 +26,7 @@ LARGEST: Final = 1472  # what an Ethernet frame takes of a UDP datagram in IPv4 
 NEVER: Final = 0xFFFFFFFF
 _ASK, _TELL, _ASK_SIZED, _TELL_SIZED = 1, 2, 3, 4
 _IS_PULSE: Final = 1
-_REQUEST: Final = struct.Struct("!4sB3x8sIIB3xII12x")
+_REQUEST: Final = struct.Struct("!4sB3x8sIIB3xII8s4x")
 _HEADS: Final = (MAGIC + bytes([_ASK]), MAGIC + bytes([_ASK_SIZED]))
 
 
@@ -43,14 +44,27 @@ class Pulse:
 
 
 def request(
-    ident: bytes, key: bytes, *, run: int, number: int, heard: int = 0, silent: int = NEVER, size: int | None = None
+    ident: bytes,
+    key: bytes,
+    *,
+    run: int,
+    number: int,
+    heard: int = 0,
+    silent: int = NEVER,
+    size: int | None = None,
+    tag: bytes = b"",
 ) -> bytes:
     """A pulse, or a sized one of `size` bytes (64 to 1472)."""
     kind = _ASK if size is None else _ASK_SIZED
-    body = _REQUEST.pack(MAGIC, kind, ident, run, number, _IS_PULSE, heard, silent)
+    body = _REQUEST.pack(MAGIC, kind, ident, run, number, _IS_PULSE, heard, silent, tag)
     if size is not None:
         body = body.ljust(size - MAC, b"\0")
     return body + mac(body, key)
+
+
+def nonce(run: int, number: int) -> bytes:
+    """The 8 bytes of a pulse that the echo knows as its nonce."""
+    return struct.pack("!II", run, number)
 
 
 def is_request(datagram: bytes) -> bool:
@@ -65,7 +79,7 @@ def ident_of(datagram: bytes) -> bytes:
 
 def read(datagram: bytes) -> Pulse:
     """What a datagram says of which `is_request` and `is_genuine` hold."""
-    _magic, kind, ident, run, number, flags, heard, silent = _REQUEST.unpack_from(datagram)
+    _magic, kind, ident, run, number, flags, heard, silent, _tag = _REQUEST.unpack_from(datagram)
     return Pulse(ident, run, number, heard, silent, bool(flags & _IS_PULSE), kind == _ASK_SIZED)
 
 

@@ -1,7 +1,8 @@
 """One question in one UDP datagram, and how it ended: the way every canary and every DNS lookup goes.
 
 Sockets are made anew for each question: a random source port guards against forged answers, and the route is the
-current one. ip(7), ipv6(7) and recvmsg(2) describe the error queue that tells a lost packet from a refused one.
+current one. Each carries the mark of a probe (`tag`), and is known as our own (`net.own`). ip(7), ipv6(7) and
+recvmsg(2) describe the error queue that tells a lost packet from a refused one.
 """
 
 import asyncio
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Final, Generic, TypeVar
 
+from vpn_sentinel.agent.net.own import OWN
+from vpn_sentinel.agent.probes import tag
 from vpn_sentinel.domain.observation import Answer
 from vpn_sentinel.domain.policy import IPAddress
 
@@ -70,20 +73,22 @@ async def ask(
         if refused is not None:
             return Outcome(refused)
         local = _end(sock)
+        OWN.add(sock)
         if destination.sending is not None:
             destination.sending(local[1])
+        asked = tag.dns_question(payload, local[1])
         start = loop.time()
         try:
-            sock.send(payload)
+            sock.send(asked)
         except BlockingIOError:
             return Outcome(Answer.UNKNOWN)
         except OSError as e:
             return _failed(e, sock)
-        again = loop.call_later(resend, _send_again, sock, payload) if resend is not None and resend < limit else None
+        again = loop.call_later(resend, _send_again, sock, asked) if resend is not None and resend < limit else None
         try:
             async with asyncio.timeout(limit):
                 while True:
-                    value = read(await loop.sock_recv(sock, 4096))
+                    value = read(tag.unmarked(await loop.sock_recv(sock, 4096), asked, payload))
                     if value is not None:
                         return Outcome(Answer.ANSWERED, value, (loop.time() - start) * 1000, local=local)
         except TimeoutError:
@@ -109,11 +114,11 @@ def _prepare(sock: socket.socket, destination: Destination) -> Answer | None:
             sock.setsockopt(socket.IPPROTO_IPV6, IPV6_RECVERR, 1)
         else:
             sock.setsockopt(socket.IPPROTO_IP, IP_RECVERR, 1)
-        if destination.hops is not None:
-            if six:
-                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS, destination.hops)
-            else:
-                sock.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, destination.hops)
+        hops = destination.hops or tag.PROBE_HOPS
+        if six:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS, hops)
+        else:
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, hops)
         where = (str(destination.address), destination.port)
         # Connected: only answers from there get through, and ICMP errors come back to this socket.
         sock.connect((*where, 0, destination.scope) if six else where)

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
 
+from vpn_sentinel.agent.net.own import OWN
 from vpn_sentinel.agent.probes.targets import ServerEcho
 from vpn_sentinel.domain.observation import Answer
 from vpn_sentinel.wire import pulse
@@ -84,6 +85,7 @@ class Sizer:
         try:
             self._sock.setsockopt(*_MTU_DISCOVER[self._family], _PROBE)
             self._sock.connect((str(target.address), target.port))
+            OWN.add(self._sock)
         except OSError:
             self._sock.close()
             raise

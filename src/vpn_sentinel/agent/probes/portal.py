@@ -11,6 +11,7 @@ from typing import Final
 from urllib.parse import urljoin, urlsplit
 
 from vpn_sentinel.agent.http import Response, read_response
+from vpn_sentinel.agent.net.own import OWN
 from vpn_sentinel.agent.probes.trace import TRACE_PATH, parse_trace
 from vpn_sentinel.domain.policy import IPAddress
 
@@ -39,6 +40,7 @@ async def _get(address: IPAddress, host: str, device: str, port: int, own: Calla
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode() + b"\0")
         sock.bind(("", 0))
         own(sock.getsockname()[1])
+        OWN.add(sock, (address, port))
         await asyncio.get_running_loop().sock_connect(sock, (str(address), port))
         reader, writer = await asyncio.open_connection(sock=sock.dup(), limit=16 * 1024)
         try:

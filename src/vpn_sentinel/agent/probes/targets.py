@@ -7,7 +7,7 @@ from functools import partial
 from ipaddress import ip_address
 from typing import Final, Protocol
 
-from vpn_sentinel.agent.probes import dnswire
+from vpn_sentinel.agent.probes import dnswire, tag
 from vpn_sentinel.domain.policy import IPAddress, is_public
 from vpn_sentinel.wire import codec, echo
 
@@ -44,7 +44,7 @@ class ServerEcho:
 
     def question(self) -> tuple[bytes, Callable[[bytes], Seen | None]]:
         nonce = secrets.token_bytes(8)
-        return echo.request(self.ident, nonce, self.key), partial(self._read, nonce)
+        return echo.request(self.ident, nonce, self.key, tag.of_echo(nonce)), partial(self._read, nonce)
 
     def _read(self, nonce: bytes, datagram: bytes) -> Seen | None:
         address = echo.read_reply(datagram, self.ident, nonce, self.key)

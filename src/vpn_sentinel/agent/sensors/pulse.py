@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from vpn_sentinel.agent.interfaces import Paths
+from vpn_sentinel.agent.net.own import OWN
+from vpn_sentinel.agent.probes import tag
 from vpn_sentinel.agent.probes.canary import one
 from vpn_sentinel.agent.probes.targets import ServerEcho, Target
 from vpn_sentinel.agent.sensors.beat import LITERAL, Beats, choose
@@ -252,8 +254,9 @@ class Pulse:
         number = numbers.next()
         silent = pulse.NEVER if self._last is None else min(pulse.NEVER - 1, int(1000 * (_now() - self._last[0])))
         return number, pulse.request(
-            target.ident, target.key, run=numbers.run, number=number, heard=numbers.heard, silent=silent, size=size
-        )
+            target.ident, target.key, run=numbers.run, number=number, heard=numbers.heard, silent=silent, size=size,
+            tag=tag.of_echo(pulse.nonce(numbers.run, number)),
+        )  # fmt: skip
 
     def _send(self, target: ServerEcho, now: float) -> None:
         number, datagram = self.datagram(target)
@@ -289,6 +292,7 @@ class Pulse:
                 sock.close()
                 raise
             self._sock = sock
+            OWN.add(sock)
             asyncio.get_running_loop().add_reader(sock, self._readable, sock, target)
         return self._sock
 

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from ipaddress import ip_address
 from typing import Final
 
-from vpn_sentinel.agent.http import Client, split
+from vpn_sentinel.agent.http import Client, connected, split
 from vpn_sentinel.agent.names import NotFoundError
 from vpn_sentinel.agent.spool import Spool
 from vpn_sentinel.agent.uplink.channel import ChannelError, Fault
@@ -215,8 +215,7 @@ class Courier:
         try:
             async with asyncio.timeout(_LOOK):
                 address = (await self._http.names.addresses(where.host))[0]
-                _reader, writer = await asyncio.open_connection(str(address), where.port)
-                writer.transport.abort()
+                (await connected(address, where.port)).close()
         except OSError:  # TimeoutError is one
             return False
         return True

@@ -1,0 +1,62 @@
+"""The sockets by which this process itself asks and reports: their packets prove where traffic goes, and are no user's.
+
+A socket that probes, pulses or reports is told of here once it is connected. It counts as long as it is open, and for
+a few seconds more: its last packets may still wait to be read.
+"""
+
+import socket
+import weakref
+from collections.abc import Callable
+from typing import Final
+
+from vpn_sentinel.domain.policy import IPAddress
+from vpn_sentinel.runtime.clock import SystemClock
+from vpn_sentinel.wire import codec
+
+KEEP_S: Final = 3.0  # after the socket is closed
+_PROTOCOLS: Final = {socket.SOCK_DGRAM: socket.IPPROTO_UDP, socket.SOCK_STREAM: socket.IPPROTO_TCP}
+
+_Flow = tuple[int, int, IPAddress, int]  # protocol, local port, far address, far port
+
+
+class OwnSockets:
+    """Knows flows by protocol, local port, and far end: another program that gets the same port later is not meant."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        """`now` is a clock in seconds that never jumps."""
+        self._now = now
+        self._open: dict[_Flow, int] = {}
+        self._closed: dict[_Flow, float] = {}
+
+    def add(self, sock: socket.socket, far: tuple[IPAddress, int] | None = None) -> None:
+        """Remember a socket until it is gone. `far` is where it will send, if it is bound and not connected yet."""
+        try:
+            port = sock.getsockname()[1]
+            if far is None:
+                peer = sock.getpeername()
+                far = codec.address(str(peer[0]).partition("%")[0]), peer[1]
+        except OSError:
+            return  # closed meanwhile: it sends nothing any more
+        flow = _PROTOCOLS[socket.SocketKind(sock.type)], port, *far
+        self._open[flow] = self._open.get(flow, 0) + 1
+        weakref.finalize(sock, self._gone, flow).atexit = False
+
+    def has(self, protocol: int, port: int | None, address: IPAddress, far_port: int | None) -> bool:
+        """Whether a packet of `protocol` (6 or 17) from `port` to that address and port is this process's own."""
+        if port is None or far_port is None:
+            return False
+        flow = protocol, port, address, far_port
+        return flow in self._open or self._closed.get(flow, 0.0) > self._now()
+
+    def _gone(self, flow: _Flow) -> None:
+        now = self._now()
+        left = self._open.get(flow, 0) - 1
+        if left > 0:
+            self._open[flow] = left
+            return
+        self._open.pop(flow, None)
+        self._closed = {f: until for f, until in self._closed.items() if until > now}
+        self._closed[flow] = now + KEEP_S
+
+
+OWN: Final = OwnSockets(SystemClock().boottime)

@@ -1,0 +1,70 @@
+"""The mark that tells a probe of ours from the same question asked by any other program, for a leak watch to read.
+
+Two agents, or an agent and `check`, may share a network namespace: each sees the other's probes leave beside the
+tunnel, where they are sent on purpose. A mark on the socket (SO_MARK) would change the route, so the packet has one:
+
+- a DNS question leaves with 65 hops, which no system begins with, and its 16-bit id is a keyed hash of source port and
+  name. Both together an ordinary program has by chance never, since nothing else sends with 65 hops;
+- a question to the server's echo, and a pulse, carries in its spare bytes a keyed hash of its nonce.
+
+The key is the kernel's boot id (random(4)): all programs on this machine read the same, and nobody else can know it, so
+the id stays as hard to guess from outside as a random one. Where it cannot be read there is no mark.
+"""
+
+from functools import cache
+from hashlib import blake2s
+from pathlib import Path
+from typing import Final
+
+from vpn_sentinel.agent.endpoints import UDP
+from vpn_sentinel.agent.leakwatch.packets import Packet, asked_name
+from vpn_sentinel.wire.echo import MAGIC, NONCE_AT, TAG, TAG_AT
+
+PROBE_HOPS: Final = 65
+_BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
+_NONCE: Final = 8
+
+
+@cache
+def _key() -> bytes | None:
+    try:
+        return blake2s(_BOOT_ID.read_bytes(), person=b"vs-probe").digest()
+    except OSError:
+        return None
+
+
+def dns_question(message: bytes, port: int) -> bytes:
+    """The DNS question `message` with the id that marks it when it is sent from `port`; anything else as it is."""
+    name, key = asked_name(message), _key()
+    if message.startswith(MAGIC) or name is None or key is None:
+        return message
+    return _ident(key, port, name) + message[2:]
+
+
+def unmarked(answer: bytes, asked: bytes, message: bytes) -> bytes:
+    """The answer to `asked` as one to `message`, which `dns_question` made it of; nothing when its id is another."""
+    if asked is message:
+        return answer
+    return message[:2] + answer[2:] if answer[:2] == asked[:2] else b""
+
+
+def of_echo(nonce: bytes) -> bytes:
+    """What the spare bytes of an echo's question carry: 8 bytes, or none where there is no key."""
+    key = _key()
+    return b"" if key is None else blake2s(nonce, key=key, digest_size=TAG).digest()
+
+
+def is_probe(packet: Packet) -> bool:
+    """Whether the packet carries the mark of a probe from this machine."""
+    key, payload = _key(), packet.payload
+    if packet.protocol != UDP or key is None or packet.source_port is None:
+        return False
+    if payload.startswith(MAGIC):
+        nonce = payload[NONCE_AT : NONCE_AT + _NONCE]
+        return len(payload) >= TAG_AT + TAG and payload[TAG_AT : TAG_AT + TAG] == of_echo(nonce)
+    name = asked_name(payload) if packet.hops == PROBE_HOPS else None
+    return name is not None and payload[:2] == _ident(key, packet.source_port, name)
+
+
+def _ident(key: bytes, port: int, name: str) -> bytes:
+    return blake2s(port.to_bytes(2) + name.lower().encode(), key=key, digest_size=2).digest()
