@@ -87,6 +87,8 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
         endpoints=lambda: (*probes.tunnel_endpoints, *witnesses.endpoints()),
         meant=lambda: (a for host in echoes.hosts for a in names.known(host)),
         on_escape=lambda escape: reactions.escaped(escape),
+        declared=probes.meant_outside,
+        wanted=probes.leak_watch,
     )
     reactions = Reactions(
         settings.reactions,

@@ -54,6 +54,8 @@ async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, se
         told=lambda: None,
         survey=around.look,
         endpoints=lambda: settings.tunnel_endpoints,
+        declared=settings.meant_outside,
+        wanted=settings.leak_watch,
     )
 
     def whom(paths: Paths) -> Flock:

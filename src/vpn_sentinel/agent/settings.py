@@ -10,6 +10,7 @@ from vpn_sentinel.agent.endpoints import Endpoint, parse_endpoint
 from vpn_sentinel.agent.geo.shelf import FOLDER
 from vpn_sentinel.agent.http import split
 from vpn_sentinel.agent.introspect.settings import IntrospectSettings
+from vpn_sentinel.agent.leakwatch.meant import Meant, parse_meant
 from vpn_sentinel.agent.probes.targets import address_in
 from vpn_sentinel.agent.remedies.settings import ReactionSettings
 from vpn_sentinel.domain.policy import Policy, is_public
@@ -50,6 +51,8 @@ class ProbeSettings:
     geo_folder: Path
     tunnel_interface: str | None
     tunnel_endpoints: tuple[Endpoint, ...]
+    leak_watch: bool
+    meant_outside: Meant
     timeout: float
     policy: Policy
 
@@ -70,6 +73,8 @@ class ProbeSettings:
             geo_folder=source.get("DATA_DIR", Path, Path(s.default_data_dir())) / FOLDER,
             tunnel_interface=source.get("TUNNEL_INTERFACE", _interface, None),
             tunnel_endpoints=source.get("TUNNEL_ENDPOINTS", _endpoints, _NO_ENDPOINTS),
+            leak_watch=source.get("LEAK_WATCH", s.boolean, True),
+            meant_outside=source.get("MEANT_OUTSIDE", parse_meant, Meant()),
             timeout=source.get("TIMEOUT", s.number(1, 300, "seconds"), 10.0),
             policy=Policy(
                 home_networks=source.get("HOME_NETWORKS", s.networks, base.home_networks),

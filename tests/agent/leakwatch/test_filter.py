@@ -7,11 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.agent.leakwatch.bytes import HOST, ip, query, run, tcp, udp
+from tests.agent.leakwatch.bytes import HOST, OUTGOING, ip, query, run, tcp, udp
 from vpn_sentinel.agent.endpoints import Endpoint, parse_endpoint
 from vpn_sentinel.agent.leakwatch import bpf
 from vpn_sentinel.agent.leakwatch.packets import decode
-from vpn_sentinel.agent.leakwatch.rules import Rules
+from vpn_sentinel.agent.leakwatch.rules import Ports, Rules
+from vpn_sentinel.agent.net.fib import Rule
 
 ME, ME6 = "192.168.1.20", "2001:db8:1::20"
 RULES = Rules(
@@ -127,3 +128,49 @@ def test_too_many_rules_are_refused_by_name() -> None:
     many = tuple(ip_network(f"203.{i}.{j}.0/24") for i in range(8) for j in range(200))
     with pytest.raises(ValueError, match="instructions"):
         bpf.program(Rules(outside=many))
+
+
+WHOSE = Rules(
+    excepted=(
+        Rule(version=4, priority=1, protocol=50),
+        Rule(version=4, priority=1, protocol=17, source_ports=(4000, 4009)),
+        Rule(version=6, priority=1, source_ports=(4000, 4000), destination=ip_network("2001:db8:9::/48")),
+    ),
+    published=(Ports(6, 8000, 8003), Ports(17, 27015, 27015)),
+    ports=(Ports(17, 123, 123),),
+)
+WHOSE_MADE = bpf.program(WHOSE)
+
+
+@given(
+    st.sampled_from(ADDRESSES + ADDRESSES6),
+    st.sampled_from([6, 17, 47, 50]),
+    st.sampled_from([3999, 4000, 4009, 4010, 7999, 8000, 8003, 8004, 27015]),
+    st.sampled_from([53, 122, 123, 443]),
+    st.sampled_from([0x02, 0x10, 0x12, 0x18]),
+    st.sampled_from([0, 0, 5]),
+)
+def test_the_filter_and_the_rules_agree_on_senders(
+    to: str, protocol: int, own: int, port: int, flags: int, offset: int
+) -> None:
+    rest = tcp(own, port, flags) if protocol == 6 else udp(own, port) if protocol == 17 else bytes(32)
+    ethertype, data = ip(ME if "." in to else ME6, to, protocol, rest, offset=offset)
+    packet = decode(ethertype, data)
+    assert packet is not None
+    assert (run(WHOSE_MADE, data, protocol=ethertype) == bpf.DROP) == WHOSE.allow(packet)
+
+
+def test_only_what_begins_outside_comes_in() -> None:
+    made = bpf.inbound(RULES)
+
+    def comes(source: str, protocol: int, rest: bytes, kind: int = HOST) -> bool:
+        ethertype, data = ip(source, ME if "." in source else ME6, protocol, rest)
+        return run(made, data, protocol=ethertype, kind=kind) != bpf.DROP
+
+    assert comes("203.0.113.5", 6, tcp(5000, 8000, 0x02))
+    assert comes("203.0.113.5", 17, udp(5000, 27015))
+    assert comes("2001:db8:9::1", 6, tcp(5000, 8000, 0x02))
+    assert not comes("203.0.113.5", 6, tcp(5000, 8000, 0x10))
+    assert not comes("198.51.100.7", 17, udp(51820, 4000))  # the tunnel's own server
+    assert not comes("192.168.1.1", 17, udp(53, 4000))
+    assert not comes("203.0.113.5", 17, udp(5000, 27015), OUTGOING)

@@ -18,13 +18,9 @@ TUN = replace(WG, name="tun0", kind="tun")
 @dataclass
 class Tables:
     found: tuple[Way, ...] = ()
-    marks: tuple[tuple[int, int], ...] = ()
 
     def ways(self) -> tuple[Way, ...]:
         return self.found
-
-    def spared(self) -> tuple[tuple[int, int], ...]:
-        return self.marks
 
 
 def way(network: str, interface: int = 2, *, gateway: bool = False) -> Way:
@@ -87,8 +83,6 @@ def test_what_told_the_tunnels_packets_holds_while_its_interface_is_gone() -> No
     gone = stand(Tables(), LO, ETH, tunnel="tun0", before=before)
     assert gone.tells(())
     assert [str(n) for n in gone.with_endpoints((), ()).outside] == ["198.51.100.7/32"]
-    marked = stand(Tables(marks=((51820, 0xFFFFFFFF),)))
-    assert stand(Tables(), LO, ETH, before=marked).rules.marks == ((51820, 0xFFFFFFFF),)
 
 
 def attribute(kind: int, value: bytes) -> bytes:

@@ -15,6 +15,7 @@ import pytest
 from tests.conftest import ManualClock, until
 
 ALONE = ["unshare", "--user", "--net", "--map-root-user", sys.executable, "-c"]
+ALL_USERS = ["unshare", "--net", sys.executable, "-c"]
 SHARED = f"""
 import asyncio, json, socket, subprocess, sys
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from ipaddress import ip_network
 from vpn_sentinel.agent.endpoints import parse_endpoint
 from vpn_sentinel.agent.interfaces import Paths, survey
 from vpn_sentinel.agent.leakwatch import watch as w
+from vpn_sentinel.agent.leakwatch.meant import parse_meant
 from vpn_sentinel.agent.netlink import Netlink
 from vpn_sentinel.domain.policy import Policy
 
@@ -51,11 +53,11 @@ def decode(*raw, real=w.decode):
 
 w.decode = decode
 
-def make(endpoints=("198.51.100.7:51820",), allowed=()):
+def make(endpoints=("198.51.100.7:51820",), allowed=(), meant="", wanted=True):
     found = w.LeakWatch(
         tables=kernel, policy=Policy(allowed_outside=tuple(ip_network(a) for a in allowed)), clock=clock,
         told=tell, survey=around, on_escape=acted.append,
-        endpoints=lambda: [parse_endpoint(e) for e in endpoints],
+        endpoints=lambda: [parse_endpoint(e) for e in endpoints], declared=parse_meant(meant), wanted=wanted,
     )
     found.look(around())
     return found
@@ -73,6 +75,10 @@ def flows(watch):
 def count(watch):
     return sum(packets for *_, packets in flows(watch))
 
+def question(name):
+    head = b"\\x12\\x34\\x01\\x00\\0\\1\\0\\0\\0\\0\\0\\0"
+    return head + b"".join(bytes([len(p)]) + p.encode() for p in name.split(".")) + b"\\0\\0\\x10\\0\\3"
+
 async def turns():
     for _ in range(20):
         await asyncio.sleep(0)
@@ -82,14 +88,17 @@ def say(**facts):
 """
 
 
-async def ran(script: str, *prefix: str) -> dict[str, object]:
+async def ran(script: str, *, users: bool = False) -> dict[str, object]:
+    """Run it alone. `users`: as root of this machine, so that it may send as other users."""
     lines = [f"    {line}" for line in script.strip().splitlines()]
     code = "\n".join([SHARED, BEGIN, "async def main():", *lines, "asyncio.run(main())"])
     env = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = await asyncio.create_subprocess_exec(*ALONE, code, *prefix, env=env, stdout=-1, stderr=-1)
+    process = await asyncio.create_subprocess_exec(
+        *(ALL_USERS if users else ALONE), code, env=env, stdout=-1, stderr=-1
+    )
     async with asyncio.timeout(60):
         out, err = await process.communicate()
-    if b"unshare" in err:
+    if b"unshare:" in err:
         pytest.skip(f"no namespaces here: {err.decode().strip()}")
     assert process.returncode == 0, err.decode()
     return dict(json.loads(out.splitlines()[-1]), err=err.decode())
@@ -122,12 +131,14 @@ await asyncio.gather(*(one(CLOUDFLARE[0], Path.OUTSIDE, p, "eth0") for p in (Pro
 send("203.0.113.5")  # behind them
 await until(lambda: "203.0.113.5" in came)
 beside = flows(watch)
-await one(CLOUDFLARE[0], Path.OUTSIDE)
+await one(CLOUDFLARE[0], Path.OUTSIDE)  # C1: its answer tells of the leak
+send("1.1.1.1", 53, question("whoami.cloudflare"))
 await until(lambda: len(acted) > 1)
-say(beside=beside, names=[e.name for e in acted])
+say(beside=beside, names=[e.name for e in acted], ports=[e.source_port for e in acted])
 """)
     assert seen["beside"] == [["203.0.113.5", 443, 1]]
-    assert seen["names"] == [None, "whoami.cloudflare"]  # C1, which should have gone through the tunnel
+    assert seen["names"] == [None, "whoami.cloudflare"]  # the same question, asked by any other program
+    assert seen["ports"] == [4000, 4000]
 
 
 async def test_other_destinations_are_told_once_a_second() -> None:

@@ -7,7 +7,7 @@ import ctypes
 import socket
 import struct
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import ip_network
 from typing import Final
 
@@ -25,9 +25,11 @@ from vpn_sentinel.agent.leakwatch.rules import (
     PRIVATE,
     Rules,
 )
+from vpn_sentinel.agent.net.fib import Rule
 from vpn_sentinel.domain.policy import IPNetwork
 
 SNAP: Final = 384  # bytes of a packet that come up: enough for the longest name asked
+HEAD: Final = 80  # bytes of one that comes in: addresses, ports, flags
 DROP: Final = 0
 _SO_ATTACH_FILTER: Final = 26
 _MOST: Final = 4096  # BPF_MAXINSNS
@@ -36,9 +38,9 @@ _LD_W, _LD_H, _LD_B, _LDH_X, _LDB_X, _LDX_MSH, _LDX_IMM = 0x20, 0x28, 0x30, 0x48
 _AND, _JA, _JEQ, _JGT, _JSET, _RET = 0x54, 0x05, 0x15, 0x25, 0x45, 0x06
 _ANCILLARY: Final = 0xFFFFF000  # SKF_AD_OFF
 _PROTOCOL, _PKTTYPE, _MARK = _ANCILLARY, _ANCILLARY + 4, _ANCILLARY + 20
-_OUTGOING: Final = 4  # PACKET_OUTGOING
+_HOST, _OUTGOING = 0, 4  # PACKET_HOST, PACKET_OUTGOING
 _IPV4, _IPV6 = 0x0800, 0x86DD
-_RST, _SYN_ACK = 0x04, 0x12
+_SYN, _RST, _SYN_ACK = 0x02, 0x04, 0x12
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +79,8 @@ def program(rules: Rules) -> list[Insn]:
     six = _half(rules, _SIX)
     made = [
         *verdict(Test((Insn(_LD_W, _PKTTYPE),), _OUTGOING, otherwise=True)),
-        *(i for mark, mask in rules.marks for i in verdict(Test((Insn(_LD_W, _MARK), Insn(_AND, mask)), mark & mask))),
+        *(i for mark, mask in rules.marks for i in verdict(_marked(mark, mask))),
+        *(verdict(*(replace(_marked(*m), otherwise=True) for m in rules.inside)) if rules.inside else ()),
         Insn(_LD_H, _PROTOCOL),
         Insn(_JEQ, _IPV4, 2, 0),
         Insn(_JEQ, _IPV6, 2, 0),
@@ -90,6 +93,37 @@ def program(rules: Rules) -> list[Insn]:
         msg = f"the filter takes {len(made)} instructions, and the kernel at most {_MOST}"
         raise ValueError(msg)
     return made
+
+
+def inbound(rules: Rules) -> list[Insn]:
+    """The filter for what comes in: the first packets of TCP connections, and UDP, from public addresses.
+
+    What the tunnel's servers send is left out, so that the tunnel's own traffic costs nothing here.
+    """
+    six = _inbound_half(rules, _SIX)
+    return [
+        *verdict(Test((Insn(_LD_W, _PKTTYPE),), _HOST, otherwise=True)),
+        Insn(_LD_H, _PROTOCOL),
+        Insn(_JEQ, _IPV4, 2, 0),
+        Insn(_JEQ, _IPV6, 2, 0),
+        Insn(_RET, DROP),
+        Insn(_JA, len(six)),
+        *six,
+        *_inbound_half(rules, _FOUR),
+    ]
+
+
+def _inbound_half(rules: Rules, at: "_Family") -> list[Insn]:
+    made: list[Insn] = []
+    for end in rules.endpoints:
+        if end.address.version == at.version:
+            made += verdict(*_within(ip_network(end.address), source=True))
+    for net in (*NEVER, *PRIVATE):
+        if net.version == at.version:
+            made += verdict(*_within(net, source=True))
+    made += verdict(*at.proto(UDP), result=HEAD)
+    made += verdict(*at.proto(TCP), at.byte(13, _SYN, Insn(_AND, _SYN_ACK)), result=HEAD)
+    return [*made, Insn(_RET, DROP)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +148,12 @@ class _Family:
     def port(self, number: int) -> Test:
         return Test((*self.behind, Insn(_LDH_X, 2)), number)
 
+    def between(self, offset: int, low: int, high: int) -> tuple[Test, ...]:
+        """A port at `offset` in its header, from `low` to `high`."""
+        load = (*self.behind, Insn(_LDH_X, offset))
+        least = () if low == 0 else (Test(load, low - 1, _JGT),)
+        return (*least, Test(load, high, _JGT, otherwise=True))
+
     def within(self, networks: Iterable[IPNetwork]) -> Iterator[tuple[Test, ...]]:
         return (_within(net) for net in networks if net.version == self.version)
 
@@ -134,6 +174,14 @@ def _half(rules: Rules, at: _Family) -> list[Insn]:
     made: list[Insn] = []
     for end in rules.endpoints:
         made += _tunnel(end, at)
+    for rule in rules.excepted:
+        made += _excepted(rule, at)
+    for ports in rules.published:
+        begun = Test((*at.behind, Insn(_LDB_X, 13), Insn(_AND, _SYN_ACK)), _SYN, otherwise=True)
+        answers = (begun,) if ports.protocol == TCP else ()
+        made += verdict(*at.proto(ports.protocol), *at.between(0, ports.low, ports.high), *answers)
+    for ports in rules.ports:
+        made += verdict(*at.proto(ports.protocol), *at.between(2, ports.low, ports.high))
     for tests in at.within((*NEVER, *rules.outside)):
         made += verdict(*tests)
     for kind in at.icmp_own:
@@ -160,9 +208,31 @@ def _tunnel(end: Endpoint, at: _Family) -> list[Insn]:
     return [*verdict(*to, *mine, pieces), *verdict(*to, *at.proto(end.protocol), at.port(end.port))]
 
 
-def _within(net: IPNetwork) -> tuple[Test, ...]:
+def _excepted(rule: Rule, at: _Family) -> list[Insn]:
+    """A routing rule that selects by sender: `senders.selects`, and its mark. A user is not to be seen from here."""
+    if rule.version != at.version or rule.uids is not None or rule.outgoing:
+        return []
+    tests = [_marked(rule.mark, rule.mask)] if rule.mark else []
+    if rule.destination is not None:
+        tests += _within(rule.destination)
+    if rule.source is not None:
+        tests += _within(rule.source, source=True)
+    if rule.source_ports is None and rule.destination_ports is None:
+        return verdict(*tests, *((Test((at.protocol,), rule.protocol),) if rule.protocol else ()))
+    made: list[Insn] = []
+    for protocol in (TCP, UDP) if rule.protocol is None else (rule.protocol,):
+        ports = [t for o, r in ((0, rule.source_ports), (2, rule.destination_ports)) if r for t in at.between(o, *r)]
+        made += verdict(*tests, *at.proto(protocol), *ports)
+    return made
+
+
+def _marked(mark: int, mask: int) -> Test:
+    return Test((Insn(_LD_W, _MARK), Insn(_AND, mask)), mark & mask)
+
+
+def _within(net: IPNetwork, *, source: bool = False) -> tuple[Test, ...]:
     words = len(net.network_address.packed) // 4
-    start = 16 if net.version == 4 else 24
+    start = (12 if source else 16) if net.version == 4 else (8 if source else 24)
     masks, values = (struct.unpack(f"!{words}I", a.packed) for a in (net.netmask, net.network_address))
     return tuple(
         Test((Insn(_LD_W, start + 4 * i), *((Insn(_AND, mask),) if mask != 0xFFFFFFFF else ())), value)

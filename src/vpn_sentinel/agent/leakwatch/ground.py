@@ -7,9 +7,11 @@ from typing import Final, Protocol
 from vpn_sentinel.agent.endpoints import Endpoint
 from vpn_sentinel.agent.interfaces import Survey
 from vpn_sentinel.agent.leakwatch.rules import Rules
-from vpn_sentinel.agent.net.link import Interface
+from vpn_sentinel.agent.leakwatch.senders import Senders, is_mark, marks, senders
+from vpn_sentinel.agent.net.fib import Fib
+from vpn_sentinel.agent.net.link import IFF_LOOPBACK, Interface
 from vpn_sentinel.agent.netlink import Way
-from vpn_sentinel.domain.policy import NOT_PUBLIC, IPAddress, IPNetwork
+from vpn_sentinel.domain.policy import NOT_PUBLIC, IPAddress, IPNetwork, within
 
 _WIREGUARD: Final = frozenset({"wireguard", "amneziawg"})
 _SHORTEST: Final = {4: 16, 6: 48}  # prefix lengths of a public LAN
@@ -17,22 +19,24 @@ _MOST: Final = 128  # networks of the LAN that the filter takes in
 
 
 class Tables(Protocol):
-    """What is read of the kernel's routing. Each may raise OSError."""
+    """What is read of the kernel's routing. It may raise OSError."""
 
     def ways(self) -> tuple[Way, ...]: ...
-
-    def spared(self) -> tuple[tuple[int, int], ...]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ground:
     """`rules` are those of the kernel alone, without endpoints. `hosts` are the addresses with a route of their own
-    beside the tunnel. `openvpn`: the tunnel may be OpenVPN's, by its device and by the rules around it."""
+    beside the tunnel. `openvpn`: the tunnel may be OpenVPN's, by its device and by the rules around it. `senders` are
+    those that the routing rules tell of. `fib` is None where the kernel does not tell of its tables."""
 
     interfaces: tuple[Interface, ...] = ()
     rules: Rules = field(default_factory=Rules)
     hosts: tuple[IPNetwork, ...] = ()
     openvpn: bool = True
+    senders: Senders = field(default_factory=Senders)
+    fib: Fib | None = field(default=None, compare=False, repr=False)
+    others: frozenset[int] = frozenset()  # indices of devices that are neither the tunnel nor watched
 
     def with_endpoints(
         self, told: Iterable[Endpoint], meant: Iterable[IPAddress], learned: Iterable[Endpoint] = ()
@@ -43,16 +47,31 @@ class Ground:
         `learned` by shape may be another VPN's.
         """
         known = tuple(dict.fromkeys(told))
+        reaching = tuple(e for e in known if self._reaches(e.address))
         hosts = self.hosts
-        if known or not self.openvpn:
-            addresses = {e.address for e in known} | set(meant)
+        if reaching or not (self.openvpn or known):
+            addresses = {e.address for e in reaching} | set(meant)
             hosts = tuple(h for h in hosts if h.network_address in addresses)
         ends = tuple(dict.fromkeys((*known, *learned)))
         return replace(self.rules, endpoints=ends, outside=(*self.rules.outside, *hosts))
 
+    def _reaches(self, address: IPAddress) -> bool:
+        """Whether packets to an endpoint leave by what is watched.
+
+        Those to a wrapper on this host or on the LAN, and those through another tunnel, never come up here: they say
+        nothing of what carries the tunnel from here on.
+        """
+        if within(address, NOT_PUBLIC):
+            return False
+        entry = self.fib.lookup(address) if self.fib else None
+        # Where everybody is routed into a tunnel, the endpoint's packets are excepted by their sender.
+        return entry is None or not any(entry.leads_by(index) for index in self.others)
+
     def tells(self, endpoints: Iterable[Endpoint]) -> bool:
         """Whether the tunnel's own packets can be told from others."""
-        return bool(self.rules.marks) or bool(self.openvpn and self.hosts) or any(True for _ in endpoints)
+        known = tuple(endpoints)
+        by_host = bool(self.hosts) and (self.openvpn or bool(known))
+        return bool(self.senders.excepted) or by_host or any(self._reaches(e.address) for e in known)
 
 
 def ground(
@@ -75,17 +94,30 @@ def ground(
     ways = [w for w in tables.ways() if w.interface in beside] if tables else []
     lan = tuple(dict.fromkeys(w.network for w in ways if _is_lan(w, own)))[:_MOST]
     hosts = tuple(w.network for w in ways if w.gateway and w.network.prefixlen == w.network.max_prefixlen)
-    tunnel = next((i for i in survey.interfaces if i.name == survey.tunnel), None)
-    spared = tables.spared() if tables else ()
+    tunnel = survey.device()
+    fib = survey.fib
+    sent = before.senders if fib is None else senders(fib, tunnel.index if tunnel else None, before.senders)
     if tunnel is None:
-        spared = tuple(dict.fromkeys((*spared, *before.rules.marks)))
         hosts = (*hosts, *before.hosts)
     return Ground(
         interfaces=watched,
-        rules=Rules(marks=spared, outside=(*allowed, *lan), resolvers=resolvers),
+        rules=Rules(
+            marks=marks(sent.excepted),
+            excepted=tuple(r for r in sent.excepted if not is_mark(r) and r.uids is None),
+            inside=marks(sent.inside) if all(is_mark(r) for r in sent.inside) else (),
+            outside=(*allowed, *lan),
+            resolvers=resolvers,
+        ),
         hosts=tuple(dict.fromkeys(hosts))[:_MOST],
-        openvpn=not spared and (before.openvpn if tunnel is None else tunnel.kind not in _WIREGUARD),
+        openvpn=not sent.excepted and (before.openvpn if tunnel is None else tunnel.kind not in _WIREGUARD),
+        senders=sent,
+        fib=fib,
+        others=frozenset(i.index for i in survey.interfaces if not _is_known(i, survey)),
     )
+
+
+def _is_known(interface: Interface, survey: Survey) -> bool:
+    return interface in survey.beside or interface.name == survey.tunnel or bool(interface.flags & IFF_LOOPBACK)
 
 
 def _is_lan(way: Way, own: list[IPAddress]) -> bool:

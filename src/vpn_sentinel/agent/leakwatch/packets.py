@@ -16,7 +16,8 @@ _LONGEST: Final = 255
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packet:
-    """`size` is the IP packet's, in bytes. `kind` is ICMP's type, `flags` TCP's, `payload` what is behind UDP's header.
+    """`size` is the IP packet's, in bytes. `kind` is ICMP's type, `flags` TCP's, `payload` what is behind the header
+    of UDP or TCP.
 
     `fragment` is a later piece of a packet, without ports of its own.
     """
@@ -80,8 +81,8 @@ def _transport(
         destination_port=destination_port,
         flags=rest[13] if tcp and len(rest) > 13 else 0,
         name=name,
-        payload=b"" if tcp else payload,
-        payload_size=0 if tcp else max(0, size - start - 8),
+        payload=payload,
+        payload_size=max(0, size - start - (len(rest) - len(payload))) if tcp else max(0, size - start - 8),
     )
 
 

@@ -9,10 +9,13 @@ from typing import Final
 
 from vpn_sentinel.agent.endpoints import TCP, UDP, Endpoint
 from vpn_sentinel.agent.leakwatch.packets import Packet
+from vpn_sentinel.agent.leakwatch.senders import selects
+from vpn_sentinel.agent.net.fib import Rule
 from vpn_sentinel.domain.policy import NOT_PUBLIC, IPNetwork, within
 
 ICMP, ICMP6 = 1, 58
 DNS, BOOTP, DHCPV6 = 53, 67, 547
+_SYN, _SYN_ACK = 0x02, 0x12
 FRAGMENT: Final = 44  # IPv6's next header
 # Stays on the link whatever it is: multicast, broadcast, link-local, this host.
 NEVER: Final[tuple[IPNetwork, ...]] = tuple(
@@ -28,15 +31,34 @@ ICMP_ANSWERS: Final = (0, 3, 11, 12)
 ICMP6_OWN: Final = (1, 2, 3, 4, 129, 130, 131, 132, 133, 134, 135, 136, 137, 143)
 
 
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """A closed range of ports of a protocol (6 or 17)."""
+
+    protocol: int
+    low: int
+    high: int
+
+    def has(self, protocol: int, port: int) -> bool:
+        return protocol == self.protocol and self.low <= port <= self.high
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """`endpoints` and `marks` (mark and mask) tell the tunnel's own packets, `outside` is what may leave beside it:
-    the LAN, allowed networks, hosts with a route of their own. DNS to `resolvers` is allowed."""
+    """`endpoints`, `marks` (mark and mask) and `excepted`, rules that select by sender, tell the tunnel's own packets;
+    `outside` is what may leave beside it: the LAN, allowed networks, hosts with a route of their own. DNS to
+    `resolvers` is allowed. `published` are ports here that take connections from outside, `ports` those of far ends
+    that are meant to be reached beside the tunnel. Where `inside` has marks, only packets that carry one belong to it.
+    """
 
     endpoints: tuple[Endpoint, ...] = ()
     marks: tuple[tuple[int, int], ...] = ()
     outside: tuple[IPNetwork, ...] = ()
     resolvers: tuple[IPNetwork, ...] = ()
+    excepted: tuple[Rule, ...] = ()
+    published: tuple[Ports, ...] = ()
+    ports: tuple[Ports, ...] = ()
+    inside: tuple[tuple[int, int], ...] = ()
 
     def allow(self, packet: Packet) -> bool:
         """Whether this packet may leave; its mark is known to the kernel alone."""
@@ -46,11 +68,22 @@ class Rules:
             same_port = packet.fragment or packet.destination_port == end.port
             if end.address == to and same_port and packet.protocol in (end.protocol, FRAGMENT):
                 return True
+        if any(selects(rule, packet) for rule in self.excepted) or self._is_meant(packet):
+            return True
         if within(to, NEVER) or within(to, self.outside) or _keeps_the_network_running(packet):
             return True
         if packet.destination_port == DNS and packet.protocol in (UDP, TCP):
             return within(to, self.resolvers)
         return within(to, PRIVATE)
+
+    def _is_meant(self, packet: Packet) -> bool:
+        if packet.source_port is None or packet.destination_port is None:
+            return False
+        # A connection that is begun here is no answer, whichever port it is begun from.
+        answers = packet.protocol != TCP or packet.flags & _SYN_ACK != _SYN
+        return (answers and any(p.has(packet.protocol, packet.source_port) for p in self.published)) or any(
+            p.has(packet.protocol, packet.destination_port) for p in self.ports
+        )
 
 
 def _keeps_the_network_running(packet: Packet) -> bool:

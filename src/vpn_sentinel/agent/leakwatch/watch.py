@@ -5,10 +5,9 @@ Nothing here runs while nothing leaks: no timer, and no packet comes up. packet(
 
 import asyncio
 import logging
-import socket
-import struct
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Final
 
 from vpn_sentinel.agent.endpoints import PROTOCOLS, UDP, Endpoint
@@ -16,27 +15,26 @@ from vpn_sentinel.agent.interfaces import Paths, Survey
 from vpn_sentinel.agent.leakwatch import bpf
 from vpn_sentinel.agent.leakwatch.book import Book
 from vpn_sentinel.agent.leakwatch.ground import Ground, Tables, ground
+from vpn_sentinel.agent.leakwatch.inbound import Flows
+from vpn_sentinel.agent.leakwatch.meant import Meant
 from vpn_sentinel.agent.leakwatch.packets import Packet, decode
 from vpn_sentinel.agent.leakwatch.rules import Rules
 from vpn_sentinel.agent.leakwatch.shapes import Shape, Shapes
-from vpn_sentinel.agent.probes.canary import BESIDE_HOPS
-from vpn_sentinel.agent.probes.targets import CLOUDFLARE, OPENDNS
+from vpn_sentinel.agent.leakwatch.tap import BATCH, Tap
+from vpn_sentinel.agent.leakwatch.users import Users
+from vpn_sentinel.agent.net.own import OWN, OwnSockets
+from vpn_sentinel.agent.net.sockets import Sockets
+from vpn_sentinel.agent.probes.tag import is_probe
 from vpn_sentinel.domain.observation import Answer, Canary, Escape, Path, Probe
 from vpn_sentinel.domain.policy import IPAddress, Policy
 from vpn_sentinel.runtime.clock import Clock
 
 log = logging.getLogger(__name__)
 
-BATCH: Final = 64  # packets read at once; more of them are a flood
-PAUSE: Final = 0.25  # seconds that a flood is left alone; the kernel goes on counting
 AGAIN: Final = 1.0  # seconds between two tellings while it leaks
 LOOK: Final = 0.2  # seconds that a look at routes and endpoints holds for further doubts
 DOUBTS: Final = 4 * BATCH  # packets without a word to say about them, until the next look
 MEANT: Final = 3.0  # seconds that a port stays known as a probe's own: longer than any question waits
-_WHOAMI: Final = frozenset(t.domain for t in (*CLOUDFLARE, *OPENDNS))
-_ETH_P_ALL: Final = 0x0003
-_SOL_PACKET, _STATISTICS = 263, 6
-_BUFFER: Final = 64 * 1024
 _LEARNED: Final = 8
 
 
@@ -54,8 +52,13 @@ class LeakWatch:
         endpoints: Callable[[], Iterable[Endpoint]] = tuple,
         meant: Callable[[], Iterable[IPAddress]] = tuple,
         on_escape: Callable[[Escape], None] = lambda _: None,
+        declared: Meant | None = None,
+        wanted: bool = True,
+        own: OwnSockets = OWN,
     ) -> None:
         """`endpoints` are those that are known from elsewhere; `meant` are hosts whose own route is no leak.
+
+        `declared` is what the owner means to go beside the tunnel; `wanted` False turns the watch off.
 
         `on_escape` gets the first packet of each new destination at once. `told` is called when there is something to
         tell: with the first escape, then at most once a second.
@@ -63,7 +66,14 @@ class LeakWatch:
         self._tables, self._policy, self._clock = tables, policy, clock
         self._told, self._survey, self._endpoints, self._meant = told, survey, endpoints, meant
         self._on_escape = on_escape
-        self._taps: dict[int, _Tap] = {}
+        self._declared = declared or Meant()
+        self._wanted = wanted
+        self._own = own
+        self._taps: dict[int, Tap] = {}
+        self._inbound: dict[int, Tap] = {}
+        self._sockets = _sockets()
+        self._flows = Flows(self._sockets)
+        self._users = Users(self._sockets, self._declared)
         self._ground = Ground()
         self._rules = Rules()
         self._tunnel: str | None = None
@@ -122,7 +132,7 @@ class LeakWatch:
 
     @property
     def _refused(self) -> bool:
-        return self._permitted is False
+        return self._permitted is False or not self._wanted
 
     # --- what it stands on ---
 
@@ -132,7 +142,7 @@ class LeakWatch:
         self._stand_on(survey)
 
     def _stand_on(self, survey: Survey) -> None:
-        self._tunnel = survey.tunnel
+        self._tunnel = survey.tunnel if self._wanted else None
         self._looked = self._clock.boottime()
         if survey.tunnel is None or survey.interfaces is None or self._refused:
             self._close_taps(())
@@ -148,7 +158,8 @@ class LeakWatch:
         except OSError as e:
             log.warning("routes cannot be read: the leak watch stays as it is", extra={"reason": e.strerror})
             return
-        wanted = {i.index: i.name for i in self._ground.interfaces}
+        wanted = {i.index: i.name for i in self._ground.interfaces if i.name not in self._declared.interfaces}
+        self._users.learn(self._ground.senders)
         self._close_taps(wanted)
         self._make_rules()
         for index, name in wanted.items():
@@ -158,6 +169,8 @@ class LeakWatch:
 
     def close(self) -> None:
         self._close_taps(())
+        if self._sockets is not None:
+            self._sockets.close()
         if self._timer is not None:
             self._timer.cancel()
 
@@ -173,25 +186,31 @@ class LeakWatch:
             )
 
     def _open(self, index: int, name: str) -> None:
+        inbound = None
         try:
-            tap = _Tap(name, bpf.program(self._rules), self._packet, self._book_missed)
+            inbound = Tap(name, bpf.inbound(self._rules), self._came_in)
+            tap = Tap(name, bpf.program(self._rules), self._packet, self._book_missed)
         except PermissionError:
             self._permitted = False
             log.warning("packets cannot be watched here", extra={"remedy": "CAP_NET_RAW"})
             return
         except (OSError, ValueError) as e:
             # It went away in this moment, or the sandbox has no packet sockets.
+            if inbound is not None:
+                inbound.close()
             log.warning("an interface cannot be watched", extra={"interface": name, "reason": str(e)})
             return
         self._permitted = True
-        self._taps[index] = tap
+        self._taps[index], self._inbound[index] = tap, inbound
 
     def _close_taps(self, wanted: Iterable[int]) -> None:
         for index in set(self._taps) - set(wanted):
             self._taps.pop(index).close()
+            self._inbound.pop(index).close()
 
     def _make_rules(self) -> None:
         rules = self._ground.with_endpoints(self._endpoints(), self._meant(), self._learned)
+        rules = replace(rules, published=self._declared.published, ports=self._declared.ports)
         if rules == self._rules:
             return
         self._rules = rules
@@ -199,19 +218,18 @@ class LeakWatch:
             made = bpf.program(self._rules)
             for tap in self._taps.values():
                 tap.filter(made)
+            made = bpf.inbound(rules)
+            for tap in self._inbound.values():
+                tap.filter(made)
         except (OSError, ValueError) as e:
             log.error("the leak watch's filter was refused", extra={"reason": str(e)})  # noqa: TRY400 - its text is all
 
     # --- packets ---
 
-    def _packet(self, interface: str, packet: Packet) -> None:
+    def _packet(self, interface: str, ethertype: int, data: bytes) -> None:
+        packet = decode(ethertype, data)
         now = self._clock.boottime()
-        if (
-            self._ports.get(packet.source_port or 0, 0.0) > now
-            or _is_canary_beside(packet)
-            or self._rules.allow(packet)
-            or self._is_the_end_of_a_report(interface, packet)
-        ):
+        if packet is None or self._may_leave(interface, packet, now):
             return
         shape = self._shapes.of(packet, openvpn=self._ground.openvpn, unsure=not self._able())
         if shape is Shape.OWN and packet.destination_port is not None:
@@ -223,6 +241,9 @@ class LeakWatch:
             self._stand_on(self._survey())
             if self._rules.allow(packet):
                 return
+        if not self._users.belongs(packet):
+            return
+        self._flows.begins(packet, now)
         if not self.on:
             self._doubts += 1
             if self._doubts > DOUBTS:
@@ -232,6 +253,34 @@ class LeakWatch:
         if new is not None:
             self._on_escape(new)
             self._tell(now)
+
+    def _may_leave(self, interface: str, packet: Packet, now: float) -> bool:
+        return (
+            self._is_ours(packet, now)
+            or self._rules.allow(packet)
+            or self._is_the_end_of_a_report(interface, packet)
+            or self._flows.is_answer(packet, now)
+        )
+
+    def _came_in(self, _interface: str, ethertype: int, data: bytes) -> None:
+        """What comes in may be the answer to what left: that is read first. A flood out of here hides the order."""
+        for tap in self._taps.values():
+            tap.read()
+        packet = decode(ethertype, data)
+        if packet is not None and not (packet.protocol == UDP and any(t.rests for t in self._taps.values())):
+            self._flows.came_in(packet, self._clock.boottime())
+
+    def _is_ours(self, packet: Packet, now: float) -> bool:
+        """A probe shows where traffic goes, and a canary tells of it: its packets are no user's.
+
+        What has one hop to live gets no further than the LAN.
+        """
+        return (
+            packet.hops == 1
+            or self._ports.get(packet.source_port or 0, 0.0) > now
+            or self._own.has(packet.protocol, packet.source_port, packet.destination, packet.destination_port)
+            or is_probe(packet)
+        )
 
     def _is_the_end_of_a_report(self, interface: str, packet: Packet) -> bool:
         """Whether it is of our own connection to the server, begun through a tunnel that went away meanwhile.
@@ -270,61 +319,9 @@ class LeakWatch:
         self._tell(self._told_at + AGAIN)
 
 
-def _is_canary_beside(packet: Packet) -> bool:
-    """C2 or C3 of another program of ours in this namespace; what has one hop to live gets no further than the LAN."""
-    return packet.hops == 1 or (packet.hops == BESIDE_HOPS and packet.name in _WHOAMI)
-
-
-class _Tap:
-    """One packet socket. It takes nothing in before it is bound, so the filter is there before the first packet."""
-
-    def __init__(
-        self,
-        interface: str,
-        made: list[bpf.Insn],
-        packet: Callable[[str, Packet], None],
-        missed: Callable[[int], None],
-    ) -> None:
-        """Raises OSError: PermissionError without CAP_NET_RAW."""
-        self._packet, self._missed = packet, missed
-        self._resume: asyncio.TimerHandle | None = None
-        self._sock = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, 0)
-        try:
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
-            bpf.attach(self._sock, made)
-            self._sock.bind((interface, _ETH_P_ALL))
-        except OSError:
-            self._sock.close()
-            raise
-        asyncio.get_running_loop().add_reader(self._sock, self._readable)
-
-    def filter(self, made: list[bpf.Insn]) -> None:
-        bpf.attach(self._sock, made)
-
-    def close(self) -> None:
-        if self._resume is not None:
-            self._resume.cancel()
-        asyncio.get_running_loop().remove_reader(self._sock)
-        self._sock.close()
-
-    def _readable(self) -> None:
-        for _ in range(BATCH):
-            try:
-                data, (interface, ethertype, *_rest) = self._sock.recvfrom(bpf.SNAP)
-            except BlockingIOError:
-                return
-            except OSError:
-                return  # ENETDOWN: the interface went down; the socket hears of it again when it comes up
-            packet = decode(ethertype, data)
-            if packet is not None:
-                self._packet(interface, packet)
-            if self._sock.fileno() < 0:
-                return  # what the packet led to closed this socket
-        asyncio.get_running_loop().remove_reader(self._sock)
-        self._resume = asyncio.get_running_loop().call_later(PAUSE, self._go_on)
-
-    def _go_on(self) -> None:
-        self._resume = None
-        _taken, dropped = struct.unpack("=II", self._sock.getsockopt(_SOL_PACKET, _STATISTICS, 8))
-        self._missed(dropped)
-        asyncio.get_running_loop().add_reader(self._sock, self._readable)
+def _sockets() -> Sockets | None:
+    try:
+        return Sockets()
+    except OSError as e:
+        log.warning("whose packets leave cannot be asked here: users are unknown", extra={"reason": e.strerror})
+        return None

@@ -1,0 +1,88 @@
+"""What the owner declares as meant to go beside the tunnel: VPN_SENTINEL_MEANT_OUTSIDE.
+
+Entries are separated by `;` or line ends:
+
+    published 8000/tcp      answers of a port here to those who connect from outside; a range is `6881-6889/udp`
+    port 123/udp            what goes to that port of anybody
+    user backup             what that user's programs send, by name or number
+    only user vpn-user      the tunnel is for that user alone; nobody else's packets matter
+    interface eth1          that way out is not watched
+"""
+
+import pwd
+from dataclasses import dataclass
+from typing import Final
+
+from vpn_sentinel.agent.endpoints import PROTOCOLS
+from vpn_sentinel.agent.leakwatch.rules import Ports
+
+FORMS: Final = "`published 8000/tcp`, `port 123/udp`, `user NAME`, `only user NAME` or `interface NAME`"
+_MAX_ENTRIES: Final = 64  # the kernel's filter takes so many easily
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Meant:
+    """`users` and `only` are user ids; `interfaces` names."""
+
+    published: tuple[Ports, ...] = ()
+    ports: tuple[Ports, ...] = ()
+    users: frozenset[int] = frozenset()
+    only: frozenset[int] = frozenset()
+    interfaces: frozenset[str] = frozenset()
+
+
+def parse_meant(text: str) -> Meant:
+    """Raises ValueError that says which entry cannot be used, and why."""
+    published: list[Ports] = []
+    ports: list[Ports] = []
+    users: set[int] = set()
+    only: set[int] = set()
+    interfaces: set[str] = set()
+    entries = [e for line in text.splitlines() for e in line.split(";") if e.strip()]
+    if len(entries) > _MAX_ENTRIES:
+        msg = f"has {len(entries)} entries, and takes {_MAX_ENTRIES}"
+        raise ValueError(msg)
+    for entry in entries:
+        match entry.split():
+            case ["published", what]:
+                published.append(_ports(what))
+            case ["port", what]:
+                ports.append(_ports(what))
+            case ["user", name]:
+                users.add(_uid(name))
+            case ["only", "user", name] | ["user", name, "only"]:
+                only.add(_uid(name))
+            case ["interface", name] if len(name) < 16 and "/" not in name:
+                interfaces.add(name)
+            case _:
+                msg = f"{entry.strip()!r} is not understood; an entry is {FORMS}"
+                raise ValueError(msg)
+    return Meant(
+        published=tuple(published),
+        ports=tuple(ports),
+        users=frozenset(users),
+        only=frozenset(only),
+        interfaces=frozenset(interfaces),
+    )
+
+
+def _ports(text: str) -> Ports:
+    """`8000/tcp` or `6881-6889/udp`."""
+    numbers, _, word = text.partition("/")
+    low, dash, high = numbers.partition("-")
+    protocol = PROTOCOLS.get(word.lower())
+    found = [int(n) for n in (low, high or low) if n.isascii() and n.isdigit() and len(n) <= 5]
+    if protocol is None or len(found) != 2 or (dash and not high) or not 0 < found[0] <= found[1] < 2**16:
+        msg = f"{text!r} is no port such as 8000/tcp or 6881-6889/udp"
+        raise ValueError(msg)
+    return Ports(protocol, found[0], found[1])
+
+
+def _uid(name: str) -> int:
+    if name.isascii() and name.isdigit() and int(name) < 2**32 - 1:
+        return int(name)
+    try:
+        return pwd.getpwnam(name).pw_uid
+    except KeyError as e:
+        msg = f"no user is called {name!r} here; a number works for a user of another container"
+        raise ValueError(msg) from e

@@ -1,0 +1,129 @@
+"""Who is let out of the tunnel by who sends, and who alone is in it: read from the kernel's rules by walking them.
+
+A VPN program excepts its own packets by a mark, a user, a port of its own or a protocol without ports. Whether a rule
+does that for the tunnel that is watched depends on its place among the others, so it is tried: a packet of anybody goes
+into the tunnel, the same packet with the mark does not. What a rule selects by destination alone is a part of the
+traffic, and no exception.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from ipaddress import ip_address
+from typing import Final
+
+from vpn_sentinel.agent.endpoints import TCP, UDP
+from vpn_sentinel.agent.interfaces import INTERNET
+from vpn_sentinel.agent.leakwatch.packets import Packet
+from vpn_sentinel.agent.net.fib import EVERYBODY, Fib, Rule, Sender
+from vpn_sentinel.domain.policy import IPAddress
+
+# Besides the usual two a family, for where a rule sends one of those elsewhere.
+_SOME: Final = {4: INTERNET[0], 6: INTERNET[-1]}
+_ANYWHERE: Final[tuple[IPAddress, ...]] = (*INTERNET, *(ip_address(a) for a in ("9.9.9.9", "2620:fe::fe")))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Senders:
+    """`excepted`: rules, none of them inverted, whose senders go beside the tunnel while others go through it.
+    `inside`: rules whose senders alone go through it; none means that everybody should. `everybody` did, once."""
+
+    excepted: tuple[Rule, ...] = ()
+    inside: tuple[Rule, ...] = ()
+    everybody: bool = False
+
+
+def senders(fib: Fib, tunnel: int | None, before: Senders) -> Senders:
+    """What the rules say now. `tunnel` is the index of the tunnel's device, None while it is gone.
+
+    What was found `before` holds on where nobody's packets go through the tunnel: its program still sends.
+    """
+    turned = [replace(r, invert=False) for r in fib.rules if r.invert and r.names_sender()]
+    if tunnel is None:
+        return replace(before, excepted=tuple(dict.fromkeys((*before.excepted, *turned))))
+    excepted: list[Rule] = []
+    inside: list[Rule] = []
+    through = {version: _everybody(fib, tunnel, version) for version in (4, 6)}
+    everybody = before.everybody or any(through.values())
+    for rule in (replace(r, invert=False) for r in fib.rules if r.names_sender()):
+        to = rule.destination.network_address if rule.destination else through[rule.version] or _SOME[rule.version]
+        sends = _like(rule)
+        others, this = (_leads(fib, s, to, tunnel) for s in (_somebody_else(rule, sends), sends))
+        if others and not this:
+            excepted.append(rule)
+        elif this and not others and _is_who(rule):
+            inside.append(rule)
+    if not any(through.values()):
+        # A route or rule was put in front of the tunnel: the rules that told of its program are still there.
+        excepted += [*turned, *before.excepted]
+    return Senders(
+        excepted=tuple(dict.fromkeys(excepted)),
+        # Where everybody went through the tunnel before, a rule for one user that is left of it is a leak of the rest.
+        inside=() if everybody else tuple(dict.fromkeys(inside)),
+        everybody=everybody,
+    )
+
+
+def _everybody(fib: Fib, tunnel: int, version: int) -> IPAddress | None:
+    """An address to which everybody's packets go through the tunnel, if there is one."""
+    some = (a for a in _ANYWHERE if a.version == version)
+    return next((a for a in some if _leads(fib, EVERYBODY, a, tunnel)), None)
+
+
+def _leads(fib: Fib, sender: Sender, to: IPAddress, tunnel: int) -> bool:
+    found = fib.lookup(to, sender)
+    return found is not None and found.leads_by(tunnel)
+
+
+def _like(rule: Rule) -> Sender:
+    """A sender whom the rule selects."""
+    return Sender(
+        mark=rule.mark or 0,
+        uid=rule.uids[0] if rule.uids else None,
+        source=rule.source.network_address if rule.source else None,
+        protocol=rule.protocol or 0,
+        source_port=rule.source_ports[0] if rule.source_ports else 0,
+        destination_port=rule.destination_ports[0] if rule.destination_ports else 0,
+        outgoing=rule.outgoing,
+    )
+
+
+def _somebody_else(rule: Rule, sender: Sender) -> Sender:
+    """The same packet without what says who sends it: a part of the traffic that a rule selects is no sender's."""
+    ordinary = rule.protocol in (TCP, UDP)
+    return replace(sender, mark=0, uid=None, source_port=0, protocol=sender.protocol if ordinary else 0)
+
+
+def is_mark(rule: Rule) -> bool:
+    """Whether the rule selects by mark and by nothing else."""
+    return bool(rule.mark) and rule.uids is None and _has_nothing_else(rule)
+
+
+def _is_who(rule: Rule) -> bool:
+    """Whether it selects by user or mark and by nothing else: a program whose traffic alone belongs to the tunnel."""
+    return is_mark(rule) or (rule.uids is not None and not rule.mark and _has_nothing_else(rule))
+
+
+def _has_nothing_else(rule: Rule) -> bool:
+    others = (rule.source, rule.destination, rule.protocol, rule.source_ports, rule.destination_ports)
+    return all(o is None for o in others) and not (rule.outgoing or rule.tos or rule.l3mdev)
+
+
+def selects(rule: Rule, packet: Packet, uid: int | None = None) -> bool:
+    """Whether a rule without a mark selects a packet that `uid` sent; None is a user that nobody knows."""
+    to, port, own = packet.destination, packet.destination_port or 0, packet.source_port or 0
+    return (
+        rule.version == to.version
+        and not rule.mark
+        and not rule.outgoing
+        and (rule.uids is None or (uid is not None and rule.uids[0] <= uid <= rule.uids[1]))
+        and (rule.destination is None or to in rule.destination)
+        and (rule.source is None or packet.source in rule.source)
+        and rule.protocol in (None, packet.protocol)
+        and (rule.source_ports is None or rule.source_ports[0] <= own <= rule.source_ports[1])
+        and (rule.destination_ports is None or rule.destination_ports[0] <= port <= rule.destination_ports[1])
+    )
+
+
+def marks(rules: Iterable[Rule]) -> tuple[tuple[int, int], ...]:
+    """Mark and mask of those that select by mark alone."""
+    return tuple(dict.fromkeys((r.mark or 0, r.mask) for r in rules if is_mark(r)))

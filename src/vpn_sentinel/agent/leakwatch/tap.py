@@ -1,0 +1,79 @@
+"""One packet socket on the event loop, filtered in the kernel, read in small portions (packet(7))."""
+
+import asyncio
+import socket
+import struct
+from collections.abc import Callable
+from typing import Final
+
+from vpn_sentinel.agent.leakwatch import bpf
+
+BATCH: Final = 64  # packets read at once; more of them are a flood
+PAUSE: Final = 0.25  # seconds that a flood is left alone; the kernel goes on counting
+_ETH_P_ALL: Final = 0x0003
+_SOL_PACKET, _STATISTICS = 263, 6
+_BUFFER: Final = 64 * 1024
+
+
+class Tap:
+    """It takes nothing in before it is bound, so the filter is there before the first packet."""
+
+    def __init__(
+        self,
+        interface: str,
+        made: list[bpf.Insn],
+        packet: Callable[[str, int, bytes], None],
+        missed: Callable[[int], None] = lambda _: None,
+    ) -> None:
+        """`packet` gets the interface's name, the ethertype and the packet; `missed` how many were never read.
+
+        Raises OSError: PermissionError without CAP_NET_RAW.
+        """
+        self._packet, self._missed = packet, missed
+        self._resume: asyncio.TimerHandle | None = None
+        self._sock = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, 0)
+        try:
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
+            bpf.attach(self._sock, made)
+            self._sock.bind((interface, _ETH_P_ALL))
+        except OSError:
+            self._sock.close()
+            raise
+        asyncio.get_running_loop().add_reader(self._sock, self.read)
+
+    @property
+    def rests(self) -> bool:
+        """Whether it leaves a flood alone at the moment, so that packets wait unread."""
+        return self._resume is not None
+
+    def filter(self, made: list[bpf.Insn]) -> None:
+        bpf.attach(self._sock, made)
+
+    def close(self) -> None:
+        if self._resume is not None:
+            self._resume.cancel()
+        asyncio.get_running_loop().remove_reader(self._sock)
+        self._sock.close()
+
+    def read(self) -> None:
+        """Read what has come, one portion at most."""
+        if self.rests:
+            return
+        for _ in range(BATCH):
+            try:
+                data, (interface, ethertype, *_rest) = self._sock.recvfrom(bpf.SNAP)
+            except BlockingIOError:
+                return
+            except OSError:
+                return  # ENETDOWN: the interface went down; the socket hears of it again when it comes up
+            self._packet(interface, ethertype, data)
+            if self._sock.fileno() < 0:
+                return  # what the packet led to closed this socket
+        asyncio.get_running_loop().remove_reader(self._sock)
+        self._resume = asyncio.get_running_loop().call_later(PAUSE, self._go_on)
+
+    def _go_on(self) -> None:
+        self._resume = None
+        _taken, dropped = struct.unpack("=II", self._sock.getsockopt(_SOL_PACKET, _STATISTICS, 8))
+        self._missed(dropped)
+        asyncio.get_running_loop().add_reader(self._sock, self.read)

@@ -1,0 +1,237 @@
+"""Whose packet it is, on real sockets: for each exemption, the packet of an ordinary program beside it is still told.
+
+The tunnel is a tun device that a default route in a table of its own leads to; the cable is that of `test_watch`.
+"""
+
+import pytest
+
+from tests.agent.leakwatch.test_watch import ran
+
+# A tunnel whose rule spares nothing; `rule` adds what the case is about.
+TUNNEL = """
+def sh(*lines):
+    for line in lines:
+        subprocess.run(line.split(), check=True)
+
+def udp(mark=0, port=0, uid=None):
+    if uid is not None:
+        import os; os.setegid(0); os.seteuid(uid)
+    made = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    if uid is not None:
+        os.seteuid(0)
+    if mark:
+        made.setsockopt(socket.SOL_SOCKET, 36, mark)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
+    made.bind(("192.168.7.2", port))
+    return made
+
+sh("ip tuntap add wg0 mode tun", "ip link set wg0 up", "ip route add default dev wg0 table 42")
+"""
+TELLS = "sh('ip rule add pref 900 not fwmark 7777 table 42')\n"  # what makes the watch able to tell at all
+
+
+async def told(rules: str, script: str, **make: object) -> dict[str, object]:
+    arguments = ", ".join(f"{k}={v!r}" for k, v in make.items())
+    return await ran(
+        f"{TUNNEL}\nsh(*{rules.splitlines()!r})\nwatch = make({arguments})\n{script}\n"
+        "send('203.0.113.99', 9, by=udp())\n"  # an ordinary program's, behind them
+        "await until(lambda: any(str(e.destination) == '203.0.113.99' for e in acted))\n"
+        "say(on=watch.on, to=sorted(str(e.destination) for e in acted))"
+    )
+
+
+EXCEPTED = {
+    "a mark that a rule above the tunnel's lets out": (
+        "ip rule add pref 500 fwmark 0x80000/0xff0000 lookup main\nip rule add pref 900 table 42",
+        "send('203.0.113.1', 3478, by=udp(mark=0x80000)); send('203.0.113.2', 3478, by=udp(mark=0x10000))",
+    ),
+    "a port of its own": (
+        "ip rule add pref 500 ipproto udp sport 51820 lookup main\nip rule add pref 900 table 42",
+        "send('203.0.113.1', 3478, by=udp(port=51820)); send('203.0.113.2', 51820, by=udp(port=51821))",
+    ),
+    "a mark with a protocol": (
+        "ip rule add pref 500 fwmark 5 ipproto udp lookup main\nip rule add pref 900 table 42",
+        "send('203.0.113.1', 3478, by=udp(mark=5)); send('203.0.113.2', 3478, by=udp(mark=6))",
+    ),
+    "the mark of the tunnel's own rule, not another table's": (
+        "ip rule add pref 900 not fwmark 7 table 42\nip rule add pref 901 not fwmark 8 table 43",
+        "send('203.0.113.1', 3478, by=udp(mark=7)); send('203.0.113.2', 3478, by=udp(mark=8))",
+    ),
+    "a protocol without ports": (
+        "ip rule add pref 500 ipproto esp lookup main\nip rule add pref 900 table 42",
+        "esp = socket.socket(socket.AF_INET, socket.SOCK_RAW, 50)\n"
+        "gre = socket.socket(socket.AF_INET, socket.SOCK_RAW, 47)\n"
+        "for s, to in ((esp, '203.0.113.1'), (gre, '203.0.113.2')):\n"
+        "    s.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b'eth0'); s.sendto(b'x' * 40, (to, 0))",
+    ),
+}
+
+
+@pytest.mark.parametrize(("rules", "script"), EXCEPTED.values(), ids=EXCEPTED.keys())
+async def test_what_excepts_itself_by_its_sender_is_none_and_another_program_beside_it_is_told(
+    rules: str, script: str
+) -> None:
+    seen = await told(rules, script, endpoints=())
+    assert seen["on"] is True
+    assert seen["to"] == ["203.0.113.2", "203.0.113.99"]
+
+
+async def test_what_a_rule_selects_by_destination_alone_stays_a_leak() -> None:
+    rules = "ip rule add pref 500 to 203.0.113.1 lookup main\n"
+    rules += "ip rule add pref 501 ipproto udp dport 3478 lookup main\nip rule add pref 900 table 42"
+    seen = await told(rules, "send('203.0.113.1', by=udp()); send('203.0.113.2', 3478, by=udp())")
+    assert seen["to"] == ["203.0.113.1", "203.0.113.2", "203.0.113.99"]
+
+
+TWO_USERS = """
+a, b = udp(uid=993), udp(uid=997)
+send("203.0.113.1", by=a); send("203.0.113.2", by=b)
+await until(lambda: acted)
+"""
+
+
+async def as_root(rules: str, script: str, **make: object) -> dict[str, object]:
+    """A user namespace with one user has no other to send as: these take a network namespace alone."""
+    arguments = ", ".join(f"{k}={v!r}" for k, v in make.items())
+    return await ran(
+        f"{TUNNEL}\nsh(*{rules.splitlines()!r})\nwatch = make({arguments})\n{script}\n"
+        "say(on=watch.on, to=sorted(str(e.destination) for e in acted))",
+        users=True,
+    )
+
+
+async def test_a_user_that_a_rule_lets_out_is_none_and_another_user_is_told() -> None:
+    seen = await as_root(
+        "ip rule add pref 500 uidrange 990-995 lookup main\nip rule add pref 900 table 42",
+        TWO_USERS,
+        endpoints=(),
+    )
+    assert seen == {**seen, "on": True, "to": ["203.0.113.2"]}
+
+
+async def test_where_the_tunnel_is_one_users_alone_only_that_ones_packets_are_told() -> None:
+    seen = await as_root(
+        "ip rule add pref 500 uidrange 997-997 lookup 42",
+        TWO_USERS.replace("uid=993", ""),
+    )
+    assert seen["to"] == ["203.0.113.2"]
+
+
+@pytest.mark.parametrize(("words", "leak"), [("user 993", 2), ("only user 997", 2), ("only user 993", 1)])
+async def test_users_that_are_declared(words: str, leak: int) -> None:
+    seen = await as_root(
+        "ip rule add pref 900 table 42",
+        TWO_USERS,
+        meant=words,
+    )
+    assert seen["to"] == [f"203.0.113.{leak}"]
+
+
+async def test_declared_ports_and_ways_out() -> None:
+    seen = await told(
+        "ip rule add pref 900 table 42",
+        "send('203.0.113.1', 123, by=udp()); send('203.0.113.2', 124, by=udp())\n"
+        "send('203.0.113.3', 5000, by=udp(port=27015)); send('203.0.113.4', 27015, by=udp(port=27016))",
+        meant="port 123/udp; published 27015/udp",
+    )
+    assert seen["to"] == ["203.0.113.2", "203.0.113.4", "203.0.113.99"]
+    off = await ran(
+        f"{TUNNEL}\nwatch = make(meant='interface eth0')\nsay(watched=socket.if_nametoindex('eth0') in watch._taps)"
+    )
+    assert off["watched"] is False
+
+
+async def test_turned_off_it_watches_nothing() -> None:
+    seen = await ran(
+        f"{TUNNEL}\nwatch = make(wanted=False)\nsend('203.0.113.1'); await turns()\nsay(on=watch.on, came=came)"
+    )
+    assert seen["on"] is None
+    assert seen["came"] == []
+
+
+async def test_our_own_question_is_no_leak_and_the_same_of_another_program_is() -> None:
+    seen = await told(
+        "ip rule add pref 900 table 42",
+        "from ipaddress import ip_address\n"
+        "from vpn_sentinel.agent.net.own import OwnSockets\n"
+        "from vpn_sentinel.agent.probes import datagram, dns\n"
+        "from vpn_sentinel.agent.probes.targets import CLOUDFLARE, OPENDNS, ServerEcho\n"
+        "watch._own = OwnSockets(lambda: 0.0)  # of another process\n"
+        "echo = ServerEcho(ip_address('203.0.113.7'), 9999, b'i' * 8, b'k' * 32)\n"
+        "sh('ip rule add pref 1 lookup main')\n"  # whole bypass: each probe goes beside the tunnel
+        "for t in (CLOUDFLARE[0], OPENDNS[0], echo):\n"
+        "    payload, read = t.question()\n"
+        "    to = datagram.Destination(address=t.address, port=t.port)\n"
+        "    await datagram.ask(to, payload, read, limit=0.05, resend=None)\n"
+        "await dns.intercepted(limit=0.05)\n"
+        "await until(lambda: '192.0.2.53' in came)\n"
+        "send('208.67.222.222', 53, question('myip.opendns.com'), by=udp())\n"
+        "send('203.0.113.7', 9999, b'VSE1' + bytes(60), by=udp())",
+    )
+    assert seen["to"] == ["203.0.113.7", "203.0.113.99", "208.67.222.222"]
+
+
+async def test_our_own_connections_are_known_by_their_flow() -> None:
+    seen = await told(
+        "ip rule add pref 900 table 42",
+        "from ipaddress import ip_address\n"
+        "from vpn_sentinel.agent.http import connected\n"
+        "sh('ip rule add pref 1 lookup main')\n"
+        "ours = asyncio.create_task(connected(ip_address('203.0.113.1'), 443))\n"
+        "await until(lambda: '203.0.113.1' in came)\n"
+        "other = socket.socket(); other.setblocking(False); other.connect_ex(('203.0.113.2', 443))\n"
+        "await until(lambda: acted); ours.cancel()",
+    )
+    assert seen["to"] == ["203.0.113.2", "203.0.113.99"]
+
+
+# The far end of the cable sends what a visitor sends; a packet socket writes it as it is.
+VISITOR = """
+from tests.agent.leakwatch.bytes import ip, tcp as tcp_bytes, udp as udp_bytes
+def visit(protocol, rest):
+    far = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM)
+    kind, data = ip("203.0.113.50", "192.168.7.2", protocol, rest)
+    far.sendto(data, ("far", kind, 0, 0, MAC))
+import fcntl, struct
+probe = socket.socket(); MAC = fcntl.ioctl(probe, 0x8927, struct.pack("256s", b"eth0"))[18:24]
+"""
+
+
+async def test_an_answer_to_a_visitor_is_none_and_what_is_begun_from_here_is_told() -> None:
+    seen = await told(
+        "ip rule add pref 900 table 42\nip rule add pref 500 from 192.168.7.2 lookup main",
+        VISITOR + "server = udp(port=27015)\n"
+        "inbound = []\nreal = watch._flows.came_in\n"
+        "watch._flows.came_in = lambda p, now: (inbound.append(str(p.source)), real(p, now))\n"
+        "visit(17, udp_bytes(5000, 27015, b'hello')); await until(lambda: inbound)\n"
+        "send('203.0.113.50', 5000, by=server)\n"  # its answer
+        "send('203.0.113.51', 5000, by=server)\n"  # nobody asked for that
+        "send('203.0.113.50', 5001, by=server)",
+    )
+    assert seen["to"] == ["203.0.113.50", "203.0.113.51", "203.0.113.99"]
+
+
+async def test_a_port_that_takes_connections_answers_and_begins_none() -> None:
+    seen = await told(
+        "ip rule add pref 900 table 42",
+        "listener = socket.socket(); listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)\n"
+        "listener.bind(('0.0.0.0', 8000)); listener.listen()\n"
+        "from tests.agent.leakwatch.bytes import ip, tcp as tcp_bytes\n"
+        "raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)\n"
+        "raw.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b'eth0')\n"
+        "def out(to, port, flags, payload=b''):\n"
+        "    raw.sendto(ip('192.168.7.2', to, 6, tcp_bytes(port, 4444, flags, payload))[1], (to, 0))\n"
+        "out('203.0.113.1', 8000, 0x18, b'page'); out('203.0.113.1', 8000, 0x10)\n"  # of a connection taken
+        "out('203.0.113.2', 8001, 0x18, b'page')\n"  # nobody listens there
+        "out('203.0.113.3', 8000, 0x02); out('203.0.113.3', 8000, 0x18, b'page')",  # begun here, from the same port
+    )
+    assert seen["to"] == ["203.0.113.2", "203.0.113.3", "203.0.113.99"]
+
+
+async def test_a_flood_from_outside_does_not_hide_a_leak() -> None:
+    seen = await told(
+        "ip rule add pref 900 table 42",
+        VISITOR + "for n in range(3000):\n    visit(17, udp_bytes(5000 + n % 20000, 27015, b'x'))\n",
+    )
+    assert seen["to"] == ["203.0.113.99"]
