@@ -9,6 +9,7 @@ import pytest
 from tests.agent.doubles import ETH, LO, UP, WG, surveyed
 from vpn_sentinel.agent.endpoints import parse_endpoint
 from vpn_sentinel.agent.leakwatch.ground import Ground, ground
+from vpn_sentinel.agent.net.fib import Fib, Hop, RouteEntry, Rule
 from vpn_sentinel.agent.net.link import IFF_POINTOPOINT, Interface
 from vpn_sentinel.agent.netlink import Way, parse_link, parse_spared, parse_way
 
@@ -112,3 +113,24 @@ def test_routes_rules_and_masters_are_read() -> None:
     )
     assert link is not None
     assert (link.name, link.master) == ("p1", 7)
+
+
+def test_an_endpoint_that_nothing_here_reaches_switches_off_no_other_evidence() -> None:
+    hosts = Tables((way("198.51.100.7/32", gateway=True),))
+    wrapped = stand(hosts)  # WireGuard whose endpoint is a wrapper on this host, or on the LAN
+    for told in ("127.0.0.1:51820", "192.168.1.9:51820"):
+        ends = [parse_endpoint(told)]
+        assert wrapped.tells(ends)
+        assert [str(n) for n in wrapped.with_endpoints(ends, ()).outside] == ["198.51.100.7/32"]
+    elsewhere = [parse_endpoint("203.0.113.9:51820")]  # one that is reached here is the VPN's host, and no other
+    assert wrapped.with_endpoints(elsewhere, ()).outside == ()
+
+
+def test_an_endpoint_behind_another_tunnel_is_no_evidence_here() -> None:
+    other = Interface(index=9, name="wg1", kind="wireguard", flags=UP)
+    found = replace(stand(Tables((way("198.51.100.7/32", gateway=True),))), others=frozenset({9}))
+    route = RouteEntry(version=4, table=254, first=int(ip_address("203.0.113.9")), prefix=32, hops=(Hop(other.index),))
+    found = replace(found, fib=Fib((Rule(version=4, priority=1, table=254),), (route,)))
+    ends = [parse_endpoint("203.0.113.9:51820")]
+    assert [str(n) for n in found.with_endpoints(ends, ()).outside] == ["198.51.100.7/32"]
+    assert found.tells(ends)

@@ -70,11 +70,15 @@ def test_wireguard_is_known_by_its_shape(payload: bytes, told: bool) -> None:
     assert is_wireguard(decoded(17, udp(4000, 51820, payload))) is told
 
 
+COUNTED = struct.pack("!II", 1, 1_800_000_000)  # packet and time
 RESETS = {
     "plain": (b"\x38" + b"s" * 8 + b"\0" * 5, 1194, True),
     "with tls-auth": (b"\x38" + b"s" * 8 + b"h" * 20 + b"\0\0\0\1tttt" + b"\0" * 5, 1194, True),
-    "with tls-crypt": (b"\x38" + b"s" * 53, 1194, True),
-    "with tls-crypt-v2": (b"\x50" + b"s" * 350, 1194, True),
+    "with tls-crypt": (b"\x38" + b"s" * 8 + COUNTED + b"s" * 37, 1194, True),
+    "with tls-crypt-v2 of 2.6": (b"\x50" + b"s" * 8 + b"\x0f" + COUNTED[1:] + b"s" * 336, 1194, True),
+    "with tls-crypt-v2": (b"\x50" + b"s" * 8 + COUNTED + b"s" * 334, 1194, True),
+    "of its length, and no number of a packet": (b"\x38" + b"s" * 53, 1194, False),
+    "of its length, and no time": (b"\x38" + b"s" * 8 + b"\0\0\0\1" + b"\xff" * 41, 1194, False),
     "a DNS query that begins so": (b"\x38" + b"s" * 53, 53, False),
     "another length": (b"\x38" + b"s" * 40, 1194, False),
     "QUIC": (b"\xc3" + b"q" * 1199, 443, False),
@@ -95,6 +99,29 @@ def test_openvpn_data_is_believed_when_it_goes_on_alike() -> None:
     assert shapes.of(other, openvpn=True, unsure=True) is Shape.OTHER
     assert Shapes().of(packet, openvpn=True, unsure=False) is Shape.OTHER
     assert Shapes().of(packet, openvpn=False, unsure=True) is Shape.OTHER
+
+
+def ike(length: int | None = None, exchange: int = 34, other: bytes = bytes(8)) -> bytes:
+    body = b"k" * 200
+    size = 28 + len(body) if length is None else length
+    return b"i" * 8 + other + bytes([33, 0x20, exchange, 0x08]) + bytes(4) + struct.pack("!I", size) + body
+
+
+def test_a_program_that_changes_its_protocol_is_known_by_its_first_packet_whatever_the_tunnel_was() -> None:
+    def shape(payload: bytes, port: int, to: str = FAR, shapes: Shapes | None = None) -> Shape:
+        return (shapes or Shapes()).of(decoded(17, udp(4000, port, payload), to), openvpn=False, unsure=False)
+
+    assert shape(b"\x38" + b"s" * 8 + COUNTED + b"s" * 37, 1194) is Shape.OWN
+    assert shape(b"\x38" + b"s" * 8 + b"\0" * 5, 443) is Shape.OWN
+    assert shape(ike(), 500) is Shape.OWN
+    for other in (ike(length=99), ike(exchange=35), ike(other=b"r" * 8)):
+        assert shape(other, 500) is Shape.OTHER
+    assert shape(ike(), 501) is Shape.OTHER
+    shapes = Shapes()
+    assert shape(b"\0\0\0\1" + b"esp" * 9, 4500, shapes=shapes) is Shape.OTHER
+    assert shape(ike(), 500, shapes=shapes) is Shape.OWN
+    assert shape(b"\0\0\0\1" + b"esp" * 9, 4500, shapes=shapes) is Shape.OWN
+    assert shape(b"\0\0\0\1" + b"esp" * 9, 4500, "203.0.113.6", shapes=shapes) is Shape.OTHER
 
 
 def test_endpoints_are_written_and_read() -> None:

@@ -2,6 +2,7 @@
 
 WireGuard: section 5.4 of its paper; type, three zero bytes, and a counter whose upper bytes are zero. OpenVPN: the
 opcodes of its ssl_pkt.h; a client's first packet, and data packets, which all begin with the same opcode and peer id.
+IKE: RFC 7296, 3.1, the first message of an exchange; behind it its own port for NAT (RFC 3948) at the same host.
 """
 
 from collections import OrderedDict
@@ -10,6 +11,7 @@ from typing import Final
 
 from vpn_sentinel.agent.endpoints import UDP, Endpoint
 from vpn_sentinel.agent.leakwatch.packets import Packet
+from vpn_sentinel.domain.policy import IPAddress
 
 _HANDSHAKES: Final = {1: 148, 2: 92, 3: 64}
 _DATA: Final = 4
@@ -19,6 +21,8 @@ _TLS_CRYPT: Final = 54  # bytes of a reset under tls-crypt
 _TLS_AUTH: Final = frozenset(14 + 8 + mac for mac in (16, 20, 28, 32, 48, 64))
 ALIKE: Final = 8  # OpenVPN data packets in a row that begin alike until they are believed
 _DNS: Final = 53
+_IKE, _IKE_NAT = 500, 4500
+_SINCE_2020, _UNTIL_2050 = 1_577_836_800, 2_524_608_000
 _MOST: Final = 16
 
 
@@ -42,8 +46,28 @@ def is_openvpn_reset(packet: Packet) -> bool:
     head, size = packet.payload, packet.payload_size
     if packet.protocol != UDP or packet.destination_port == _DNS or len(head) < 14 or head[0] not in _RESETS:
         return False
+    # Behind opcode and session stands under tls-crypt a packet's number, small in a reset, and the time in seconds.
+    # Its upper byte says that the client can do early negotiation (ssl_pkt.h: EARLY_NEG_START).
+    counted = (
+        head[9] in (0, 0x0F) and head[10:12] == b"\0\0" and _SINCE_2020 <= int.from_bytes(head[13:17]) < _UNTIL_2050
+    )
+    if size == _TLS_CRYPT or (head[0] == _RESETS[1] and size > _TLS_CRYPT):
+        return counted
     ends_empty = head[:size][-5:] == b"\0" * 5  # no acknowledgement, message 0
-    return size == _TLS_CRYPT or (size in (14, *_TLS_AUTH) and ends_empty) or (head[0] == 0x50 and size > _TLS_CRYPT)
+    return size in (14, *_TLS_AUTH) and ends_empty
+
+
+def is_ike_begun(packet: Packet) -> bool:
+    head = packet.payload
+    return (
+        packet.protocol == UDP
+        and packet.destination_port == _IKE
+        and len(head) >= 28
+        and head[:8] != b"\0" * 8
+        and head[8:16] == b"\0" * 8  # the other side has chosen no index yet
+        and head[17:20] == b"\x20\x22\x08"  # version 2, IKE_SA_INIT, from who begins
+        and int.from_bytes(head[24:28]) == packet.payload_size
+    )
 
 
 class Shapes:
@@ -51,20 +75,32 @@ class Shapes:
 
     def __init__(self) -> None:
         self._began: OrderedDict[Endpoint, tuple[bytes, int]] = OrderedDict()
+        self._ike: OrderedDict[IPAddress, None] = OrderedDict()
 
     def of(self, packet: Packet, *, openvpn: bool, unsure: bool) -> Shape:
         """`openvpn`: the tunnel may be OpenVPN's. `unsure`: nothing tells its packets yet, so that data packets count.
 
-        Any program's packet may begin like one of OpenVPN's data packets; a reset is certain enough by itself.
+        Any program's packet may begin like one of OpenVPN's data packets; a reset is certain enough by itself, whatever
+        the tunnel was until now: programs change their protocol while they run.
         """
         if is_wireguard(packet):
             return Shape.OWN
         port = packet.destination_port
-        if not openvpn or packet.protocol != UDP or port is None or port == _DNS:
+        if packet.protocol != UDP or port is None or port == _DNS:
             return Shape.OTHER
-        if is_openvpn_reset(packet):
+        if is_openvpn_reset(packet) or self._is_ike(packet):
             return Shape.OWN
-        return self._data(Endpoint(packet.destination, port, UDP), packet.payload[:4]) if unsure else Shape.OTHER
+        if not (openvpn and unsure):
+            return Shape.OTHER
+        return self._data(Endpoint(packet.destination, port, UDP), packet.payload[:4])
+
+    def _is_ike(self, packet: Packet) -> bool:
+        if is_ike_begun(packet):
+            self._ike[packet.destination] = None
+            if len(self._ike) > _MOST:
+                self._ike.popitem(last=False)
+            return True
+        return packet.destination_port == _IKE_NAT and packet.destination in self._ike
 
     def _data(self, flow: Endpoint, head: bytes) -> Shape:
         began, alike = self._began.get(flow, (head, 0))
