@@ -17,6 +17,7 @@ from lab.nodes import Node, Process, Response, import_path, until
 from lab.plan import CLOUDFLARE, CLOUDFLARE6, ISP_RESOLVER, OPENDNS, PROVIDERS, HomePlan
 from lab.rules import Line, host, router_filter, router_nat
 from lab.tunnels import Client
+from lab.uplinks import Uplink, uplink
 
 _OUTSIDE = 100
 """Routing table whose default route is eth0, whatever the VPN does with the main table."""
@@ -29,7 +30,7 @@ class Site:
     name: str
     _: KW_ONLY
     vpn: str | None = "wireguard"
-    """wireguard, openvpn or None."""
+    """One of `plan.KINDS`, or None."""
     provider: str = "nl"
     """nl, ch or us."""
     kill_switch: bool = True
@@ -45,6 +46,24 @@ class Site:
     """The server has a second leg on this home's LAN."""
     reference: bool = False
     """A second host on the LAN without a VPN: `home.reference`."""
+    uplink: str = "lan"
+    """lan, docker, two, bare, rootless or ppp: see `uplinks.py`. Only lan, two and bare have the home's IPv6."""
+    cgnat: bool = False
+    """The line has no public address of its own: the ISP translates once more (RFC 6598)."""
+    mtu: int = 0
+    """Of the home's line, bytes; 0 for Ethernet's."""
+    device: str | None = None
+    """The tunnel's device, where it is not called as usual (wg-quick only)."""
+    other: str | None = None
+    """A second kind of tunnel to the same provider, which `switch_protocol` goes over to."""
+
+    def __post_init__(self) -> None:
+        if self.device and self.vpn != "wg-quick":
+            raise ValueError("only wg-quick takes another name for its device")
+        if self.uplink == "bare" and self.vpn not in ("wireguard", "wg-quick"):
+            raise ValueError("the other kinds look for a default route when they connect: bare takes WireGuard")
+        if self.uplink in ("rootless", "ppp", "docker") and (self.lan_server or self.kill_switch_lan):
+            raise ValueError(f"there is no LAN beside the host where the uplink is {self.uplink}")
 
     def line(self, number: int) -> Line:
         plan = HomePlan(number)
@@ -63,6 +82,9 @@ class Site:
             kill_switch=self.kill_switch,
             kill_switch_lan=self.kill_switch_lan,
             home4=plan.wan4,
+            device=self.device,
+            uplink=self.uplink,
+            cgnat=self.cgnat,
             resolvers=servers,
         )
 
@@ -82,14 +104,27 @@ class Home(Faults):
         self.site, self.name = site, site.name
         self.host, self.router, self._isp = host_node, router, isp
         self.line, self._healthy = line, line
-        self.client: Client | None = None
+        self.clients: dict[str, Client] = {}
         self.reference: Node | None = None
+        self.machine: Node | None = None
+        self.uplink: Uplink = uplink(site.uplink, line.plan)
         self._push = push
         self._now: Line | None = None
         self._helpers: dict[str, Process] = {}
+        self._line_process: Process | None = None
         self.portal_files: tuple[Path, Path] | None = None
 
     # Facts
+
+    @property
+    def client(self) -> Client | None:
+        """The tunnel's end here: of the kind that is in use now."""
+        return None if self.line.vpn is None else self.clients[self.line.vpn]
+
+    @property
+    def _six(self) -> bool:
+        """Whether the host has an IPv6 address of the home's."""
+        return self.site.ipv6 != "none" and self.uplink.ipv6
 
     @property
     def vpn_interface(self) -> str | None:
@@ -99,7 +134,7 @@ class Home(Faults):
     @property
     def endpoint(self) -> tuple[str, int] | None:
         """The VPN server's address and port."""
-        return (self.line.provider.endpoint, self.client.port) if self.line.provider and self.client else None
+        return (self.line.endpoint, self.line.kind.outer[0][1]) if self.client else None
 
     @property
     def home4(self) -> str:
@@ -109,7 +144,7 @@ class Home(Faults):
     @property
     def home6(self) -> str | None:
         """The host's own public IPv6 address, beside the tunnel."""
-        return None if self.site.ipv6 == "none" else f"{self.line.plan.lan6}:10"
+        return f"{self.line.plan.lan6}:10" if self._six else None
 
     @property
     def home_networks(self) -> list[str]:
@@ -245,33 +280,81 @@ class Home(Faults):
 
     def _link_host(self) -> None:
         if self.line.orphaned:
-            if self.client is not None:
-                self.client.kill()
-            self.host.ip("link del eth0", force=True)
+            for client in self.clients.values():
+                client.kill()
+            if self._line_process is not None:
+                self._line_process.stop()
+                self._line_process = None
+            self.host.ip("link del eth0", "link del eth1", force=True)
             return
-        if self.host.has_link("eth0"):
+        match self.uplink.kind:
+            case "ppp" if not self.host.has_link("ppp0"):
+                there = f"/proc/{self.host.pid}/ns/net"
+                self._connect_line(self.router, [sys.executable, "-m", "lab.ppp", there, "ppp0", "host"])
+                until(lambda: self.router.has_link("host"), 5, f"{self.name}: the router's end of its line")
+                mine, peer = f"{self.line.plan.lan4}.1", f"{self.line.plan.lan4}.10"
+                self.router.ip(f"addr replace {mine} peer {peer} dev host", "link set host mtu 1492 up")
+            case "rootless" if not self.host.has_link("tap0"):
+                assert self.machine is not None
+                there = f"/proc/{self.host.pid}/ns/net"
+                words = ["--configure", "--mtu=1500", "--disable-host-loopback", "--netns-type=path", there, "tap0"]
+                self._connect_line(self.machine, ["slirp4netns", *words])
+            case "ppp" | "rootless":
+                return
+            case "two":
+                self._plug("eth0", "host")
+                self._plug("eth1", "host2")
+                self.router.ip(f"addr replace {self.line.plan.second4}.1/24 dev host2", "link set host2 up")
+            case _:
+                self._plug("eth0", "host")
+
+    def _plug(self, here: str, there: str) -> None:
+        if self.host.has_link(here):
             return
-        if not self.router.has_link("host"):  # at first the lab has made the cable already
-            cable = f"link add eth0 netns {self.host.pid} type veth peer name host netns {self.router.pid}"
+        if not self.router.has_link(there):  # at first the lab has made the cable already
+            cable = f"link add {here} netns {self.host.pid} type veth peer name {there} netns {self.router.pid}"
             subprocess.run(["ip", *cable.split()], check=True)
-        self.router.ip("link set host master br0 up")
+        if there == "host":
+            self.router.ip("link set host master br0 up")
+
+    def _connect_line(self, node: Node, command: Sequence[str]) -> None:
+        """Start what makes the host's uplink, and wait for the device."""
+        process = self._line_process = node.spawn(command, env=import_path(), log="uplink")
+        device = self.uplink.interface
+
+        def there() -> bool:
+            if process.poll() is not None:
+                raise RuntimeError(f"{self.name}: the uplink ended:\n{process.output()}")
+            return self.host.has_link(device) and (self.uplink.address is not None or self._has_route(device))
+
+        until(there, 10, f"{self.name}: {device}")
+
+    def _has_route(self, device: str) -> bool:
+        routes = Path(f"/proc/{self.host.pid}/net/route").read_text().splitlines()[1:]
+        return any(fields[:2] == [device, "00000000"] for fields in map(str.split, routes))
 
     def _route_host(self, before: Line | None) -> None:
-        plan, line = self.line.plan, self.line
+        plan, line, way = self.line.plan, self.line, self.uplink
         if line.orphaned:
             return
-        lines = [
-            "link set lo up",
-            "link set eth0 up",
-            f"addr replace {plan.lan4}.10/24 dev eth0",
-            f"route replace default via {plan.lan4}.1 dev eth0",
-            f"route replace default via {plan.lan4}.1 dev eth0 table {_OUTSIDE}",
-        ]
-        if self.site.ipv6 != "none":
+        lines = ["link set lo up", f"link set {way.interface} up", f"route replace default {way.way} table {_OUTSIDE}"]
+        if way.address is not None:
+            lines.insert(2, f"addr replace {way.address} dev {way.interface}")
+        if way.kind == "ppp":
+            lines.insert(1, "link set ppp0 mtu 1492")
+        if way.kind == "two":
+            lines += ["link set eth1 up", f"addr replace {plan.second4}.2/24 dev eth1"]
+            lines += [f"route replace default via {plan.second4}.1 dev eth1 metric 100"]
+        held = self.client is not None and self.client.owns_default and before is not None
+        if way.kind == "bare":
+            lines += [f"route replace {line.endpoint} {way.way}"]
+        elif not held:
+            lines += [f"route replace default {way.way}"]
+        if self._six:
             lines += [
                 f"addr replace {plan.lan6}:10/64 dev eth0 nodad",
                 "addr replace fe80::10/64 dev eth0 nodad",
-                f"-6 route replace default via {plan.lan6}:1 dev eth0",
+                *([] if held or way.kind == "bare" else [f"-6 route replace default via {plan.lan6}:1 dev eth0"]),
                 # Without it, the gateway itself would not be on a link any more while the rule below is there.
                 f"-6 route replace {plan.lan6}:/64 dev eth0 table {_OUTSIDE}",
                 f"-6 route replace default via {plan.lan6}:1 dev eth0 table {_OUTSIDE}",
@@ -282,7 +365,7 @@ class Home(Faults):
         was_beside = before is not None and before.ipv6 != "tunnel"
         beside = line.ipv6 != "tunnel"
         if self.site.ipv6 == "tunnel" and beside != was_beside:
-            rules.append(f"-6 rule {'add' if beside else 'del'} pref 900 to 2000::/3 table {_OUTSIDE}")
+            rules.append(f"-6 rule {'add' if beside else 'del'} pref 90 to 2000::/3 table {_OUTSIDE}")
         if rules:
             self.host.ip(*rules)
 
@@ -290,16 +373,16 @@ class Home(Faults):
         line = self.line
         if before is None or before.home4 != line.home4:
             self.router.ip(
-                *([f"addr del {before.home4}/24 dev wan"] if before else []),
-                f"addr add {line.home4}/24 dev wan",
-                f"route replace default via {line.plan.isp_side} dev wan",
+                *([f"addr del {before.line4}/24 dev wan"] if before and not line.cgnat else []),
+                f"addr replace {line.line4}/24 dev wan",
+                f"route replace default via {f'{line.plan.carrier4}.1' if line.cgnat else line.plan.isp_side} dev wan",
             )
         if self.router.nft("lab_nat", router_nat(line)) and before is not None:
             self.router.run(["conntrack", "-F"])
         self.router.nft("lab", router_filter(line))
         if before is None or before.wan_down != line.wan_down:
             link = f"h{line.plan.number}"
-            self._isp.ip(*([f"link set {link} down"] if line.wan_down else isp_side(line.plan)))
+            self._isp.ip(*([f"link set {link} down"] if line.wan_down else isp_side(line.plan, self.site)))
         if before is not None and before.rate_kbit != line.rate_kbit:
             for node, link in ((self.router, "wan"), (self._isp, f"h{line.plan.number}")):
                 change = ["replace", "dev", link, "root", "tbf", "rate", f"{line.rate_kbit}kbit", "burst", "16kb",
@@ -310,7 +393,14 @@ class Home(Faults):
         line, client = self.line, self.client
         if client is None or line.orphaned:
             return
-        if before is not None and before.tunnel == "link_down" != line.tunnel and line.vpn == "openvpn":
+        for kind, other in self.clients.items():
+            if kind != line.vpn:
+                other.down()
+        if (
+            before is not None
+            and before.tunnel == "link_down" != line.tunnel
+            and line.vpn not in ("wireguard", "wg-quick")
+        ):
             client.kill()  # its routes went down with the link, and only a new start adds them again
         match line.tunnel:
             case "up":
@@ -348,15 +438,16 @@ def _answers(node: Node, address: str, timeout: float) -> bool:
 
 
 def _rule(verb: str, destination: str) -> str:
-    return f"{'-6 ' if ':' in destination else ''}rule {verb} pref 1000 to {destination} table {_OUTSIDE}"
+    return f"{'-6 ' if ':' in destination else ''}rule {verb} pref 100 to {destination} table {_OUTSIDE}"
 
 
-def isp_side(plan: HomePlan) -> list[str]:
+def isp_side(plan: HomePlan, site: Site) -> list[str]:
     """The ISP's end of a home's line: going down takes addresses and routes with it."""
     link = f"h{plan.number}"
     return [
         f"link set {link} up",
-        f"addr replace {plan.isp_side}/24 dev {link}",
+        f"addr replace {f'{plan.carrier4}.1' if site.cgnat else plan.isp_side}/24 dev {link}",
+        *([f"link set {link} mtu {site.mtu}"] if site.mtu else []),
         f"addr replace {plan.wan6}:1/64 dev {link} nodad",
         f"addr replace fe80::1/64 dev {link} nodad",
         f"-6 route replace {plan.prefix6} via {plan.wan6}:2 dev {link}",

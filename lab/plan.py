@@ -134,6 +134,10 @@ class Provider:
     def endpoint(self) -> str:
         return f"{self.net4}.2"
 
+    def server(self, octet: int) -> str:
+        """One of its VPN servers, by the last octet of the address."""
+        return f"{self.net4}.{octet}"
+
     @property
     def resolver4(self) -> str:
         """In-tunnel address of the provider's resolver."""
@@ -152,10 +156,10 @@ class Provider:
         return f"{self.elsewhere4}.53"
 
     def inner4(self, vpn: str, host: int) -> str:
-        return f"10.{64 + self.number}.{_KINDS[vpn]}.{host}"
+        return f"10.{64 + self.number}.{KINDS[vpn].number}.{host}"
 
     def inner6(self, vpn: str, host: int) -> str:
-        return f"fd64:{self.number}:{_KINDS[vpn]}::{host:x}"
+        return f"fd64:{self.number}:{KINDS[vpn].number}::{host:x}"
 
     def exits(self, host: int) -> dict[str, tuple[str, str]]:
         """A client's possible exit addresses: at first, after a hop within the country, in another country."""
@@ -178,8 +182,36 @@ class Provider:
         return place.country
 
 
-_KINDS = {"wireguard": 1, "openvpn": 2}
-PORTS = {"wireguard": 51820, "openvpn": 1194}
+@dataclass(frozen=True)
+class Kind:
+    """A way to build a tunnel, as the addresses and the firewalls of the lab see it.
+
+    `number` is the third octet of its addresses inside; `server` the last octet of the VPN server's own address;
+    `outer` the (protocol, port) pairs of its packets on the home's line. `through` is for a tunnel in a tunnel: the
+    device that carries the inner one, the last octet of the inner one's server, and its protocol and port.
+    """
+
+    number: int
+    interface: str
+    server: int
+    outer: tuple[tuple[str, int], ...]
+    through: tuple[str, int, str, int] | None = None
+
+
+KINDS = {
+    "wireguard": Kind(1, "wg0", 2, (("udp", 51820),)),
+    "wg-quick": Kind(1, "wg0", 2, (("udp", 51820),)),
+    "wireguard-tcp": Kind(1, "wg0", 6, (("tcp", 443),)),
+    "wireguard-in-openvpn": Kind(1, "wg0", 2, (("udp", 1194),), ("tun0", 7, "udp", 51820)),
+    "openvpn": Kind(2, "tun0", 2, (("udp", 1194),)),
+    "openvpn-in-wireguard": Kind(2, "tun0", 2, (("udp", 51820),), ("wg0", 8, "udp", 1194)),
+    "openvpn-tcp": Kind(3, "tun0", 3, (("tcp", 443),)),
+    "openvpn-tap": Kind(4, "tap0", 2, (("udp", 1195),)),
+    "openconnect": Kind(5, "tun0", 4, (("tcp", 443), ("udp", 443))),
+    "strongswan": Kind(6, "ipsec0", 5, (("udp", 500), ("udp", 4500))),
+}
+SERVERS = range(2, 9)
+"""Last octets of a provider's VPN servers."""
 
 PROVIDERS = {
     "nl": Provider("nl", 1, "185.65.134", "2a03:1b20:3:", "193.138.218", "2a03:1b20:5:"),
@@ -240,6 +272,16 @@ class HomePlan:
     @property
     def wan4(self) -> str:
         return f"91.10.{10 + self.number}.20"
+
+    @property
+    def carrier4(self) -> str:
+        """The line's own address behind a carrier's NAT (RFC 6598), without the last octet."""
+        return f"100.64.{10 + self.number}"
+
+    @property
+    def second4(self) -> str:
+        """A second network between the host and its router, as a container's second network, without the last octet."""
+        return f"172.18.{self.number}"
 
     @property
     def wan4_renewed(self) -> str:

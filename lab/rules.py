@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from lab.plan import ISP_RESOLVER, PORTS, REWRITER, HomePlan, Provider
+from lab.plan import ISP_RESOLVER, KINDS, REWRITER, HomePlan, Kind, Provider
+
+DOCKER = "172.17.0"
+"""Docker's usual network, without the last octet: the host is .2 there, and .1 is its gateway."""
 
 
 @dataclass
@@ -23,6 +26,9 @@ class Line:
     kill_switch: bool = False
     kill_switch_lan: bool = False
     home4: str = ""
+    device: str | None = None  # the tunnel's device, where it is not called as usual
+    uplink: str = "lan"
+    cgnat: bool = False
     # The tunnel's client
     tunnel: str = "up"  # up, link_down, deleted, killed
     peer_admitted: bool = True
@@ -53,8 +59,25 @@ class Line:
     ports: dict[int, bool] = field(default_factory=dict)  # forwarded port -> open
 
     @property
+    def kind(self) -> Kind:
+        assert self.vpn is not None
+        return KINDS[self.vpn]
+
+    @property
     def interface(self) -> str | None:
-        return {"wireguard": "wg0", "openvpn": "tun0", None: None}[self.vpn]
+        """The device that carries the host's traffic."""
+        return None if self.vpn is None else self.device or self.kind.interface
+
+    @property
+    def endpoint(self) -> str:
+        """The address that the tunnel's packets go to on the home's line."""
+        assert self.provider is not None
+        return self.provider.server(self.kind.server)
+
+    @property
+    def line4(self) -> str:
+        """What the home's packets come from on its line: the public address, or one behind a carrier's NAT."""
+        return f"{self.plan.carrier4}.20" if self.cgnat else self.home4
 
     @property
     def inner(self) -> tuple[str, str]:
@@ -85,12 +108,18 @@ def host(line: Line) -> str:
         rules += ['oifname "eth0" ip6 daddr 2000::/3 drop']
     if not line.kill_switch or line.provider is None or line.vpn is None:
         return _chain("output", "output", rules)
+    if line.uplink == "two":
+        rules += ['oifname "eth1" accept']  # a kill switch that knows the first network only
     rules += [
         f'oifname {{ "lo", "{line.interface}" }} accept',
-        f"ip daddr {line.provider.endpoint} udp dport {PORTS[line.vpn]} accept",
+        *(f"ip daddr {line.endpoint} {protocol} dport {port} accept" for protocol, port in line.kind.outer),
         "ct state established,related accept",
         "icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert, nd-router-solicit } accept",
     ]
+    if line.kind.through is not None:
+        device, server, protocol, port = line.kind.through
+        inner = f"ip daddr {line.provider.server(server)} {protocol} dport {port}"
+        rules += [f'oifname "{device}" {inner} accept']
     if line.kill_switch_lan:
         rules += [f"ip daddr {line.plan.lan4}.0/24 accept", f"ip6 daddr {{ fe80::/10, {line.plan.lan6}:/64 }} accept"]
     if line.ipv6 == "outside":
@@ -105,11 +134,12 @@ def router_nat(line: Line) -> str:
         before += ['iifname "br0" tcp dport 80 redirect to :8080', 'iifname "br0" tcp dport 443 redirect to :8443']
     if line.forwarder:
         before += [
-            f"ip daddr {line.plan.lan4}.1 {proto} dport 53 dnat ip to {ISP_RESOLVER}" for proto in ("udp", "tcp")
+            f"ip daddr {{ {line.plan.lan4}.1, {DOCKER}.1 }} {proto} dport 53 dnat ip to {ISP_RESOLVER}"
+            for proto in ("udp", "tcp")
         ]
     if line.transparent_proxy:
         before += [f'iifname "br0" meta nfproto ipv4 {p} dport 53 dnat ip to {ISP_RESOLVER}' for p in ("udp", "tcp")]
-    after = [f'oifname "wan" meta nfproto ipv4 snat ip to {line.home4}']
+    after = [f'oifname "wan" meta nfproto ipv4 snat ip to {line.line4}']
     return "\n".join(
         [_chain("before", "prerouting", before, kind="nat"), _chain("after", "postrouting", after, kind="nat")]
     )
@@ -127,20 +157,26 @@ def isp(lines: Iterable[Line]) -> str:
     for line in lines:
         if line.provider is None or line.vpn is None:
             continue
-        endpoint, port = line.provider.endpoint, PORTS[line.vpn]
-        there = f"ip saddr {line.home4} ip daddr {endpoint} udp dport {port}"
-        back = f"ip saddr {endpoint} ip daddr {line.home4} udp sport {port}"
+        home, endpoint = line.line4, line.endpoint
+        there = [f"ip saddr {home} ip daddr {endpoint} {protocol} dport {port}" for protocol, port in line.kind.outer]
+        back = [f"ip saddr {endpoint} ip daddr {home} {protocol} sport {port}" for protocol, port in line.kind.outer]
         if line.endpoint_blocked:
-            rules += [f"{there} drop"]
+            rules += [f"{packets} drop" for packets in there]
         if line.half_open:
-            rules += [f"{back} drop"]
+            rules += [f"{packets} drop" for packets in back]
         if line.mtu:
             # Fragments carry no port: a black hole swallows whole packets and fragments of that size alike.
-            rules += [f"ip saddr {line.home4} ip daddr {endpoint} ip length > {line.mtu} drop"]
-            rules += [f"ip saddr {endpoint} ip daddr {line.home4} ip length > {line.mtu} drop"]
+            rules += [f"ip saddr {home} ip daddr {endpoint} ip length > {line.mtu} drop"]
+            rules += [f"ip saddr {endpoint} ip daddr {home} ip length > {line.mtu} drop"]
         if line.loss:
-            rules += [f"{back} numgen random mod 100 < {line.loss} drop"]
+            rules += [f"{packets} numgen random mod 100 < {line.loss} drop" for packets in back]
     return _chain("forward", "forward", rules)
+
+
+def isp_nat(lines: Iterable[Line]) -> str:
+    """The carrier's NAT: homes without a public address of their own."""
+    after = [f"ip saddr {line.line4} snat ip to {line.home4}" for line in lines if line.cgnat]
+    return _chain("after", "postrouting", after, kind="nat")
 
 
 def provider_nat(provider: Provider, lines: Iterable[Line]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import secrets
 import signal
 import socket
 from dataclasses import dataclass
@@ -14,10 +15,13 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from lab.certs import Authority, Pair
 from lab.nodes import Node, Process, until
-from lab.plan import PORTS, Provider
+from lab.plan import KINDS, Provider
 
 FWMARK = 51820
 """Mark of WireGuard's own packets and number of its routing table, as wg-quick chooses them."""
+
+
+WIREGUARD_PORT = KINDS["wireguard"].outer[0][1]
 
 
 @dataclass(frozen=True)
@@ -39,15 +43,41 @@ class Client(Protocol):
 
     interface: str
     port: int
+    """Of the VPN server, where the tunnel's packets go on the home's line."""
 
-    def up(self) -> None: ...
-    def down(self) -> None: ...
-    def kill(self) -> None: ...
-    def reconnect(self) -> None: ...
+    @property
+    def owns_default(self) -> bool:
+        """Whether it has replaced the host's default route, which then must be left alone."""
+
+    def up(self) -> None:
+        """Connect, and return when the interface is there; nothing where it is up."""
+
+    def down(self) -> None:
+        """Take the interface away, and with it what an orderly end takes away."""
+
+    def kill(self) -> None:
+        """SIGKILL to the program."""
+
+    def reconnect(self) -> None:
+        """Begin anew at once, where the protocol itself would wait."""
+
+    def admit(self, *, admitted: bool) -> None:
+        """At the provider: let this client in, or throw it out and refuse its return."""
+
+
+class Server(Protocol):
+    """A provider's end."""
+
+    @property
+    def ready(self) -> bool: ...
+    def start(self) -> None: ...
 
 
 class WireGuardServer:
     """A provider's WireGuard."""
+
+    ready = True
+    """Once `start` has returned."""
 
     def __init__(self, node: Node, provider: Provider) -> None:
         self.key = Key.new()
@@ -63,7 +93,7 @@ class WireGuardServer:
 
     def start(self) -> None:
         start_wireguard(self._node, "wg0")
-        lines = ["[Interface]", f"PrivateKey = {self.key.private}", f"ListenPort = {PORTS['wireguard']}"]
+        lines = ["[Interface]", f"PrivateKey = {self.key.private}", f"ListenPort = {WIREGUARD_PORT}"]
         for public, allowed in self._peers.items():
             lines += ["[Peer]", f"PublicKey = {public}", f"AllowedIPs = {', '.join(allowed)}"]
         configure_wireguard(self._node, "wg0", lines)
@@ -82,23 +112,27 @@ class WireGuardServer:
 
 class WireGuardClient:
     """A home's WireGuard, routed as wg-quick does: policy routing, so that main's default route takes over
-    when the interface is gone."""
+    when the interface is gone.
+
+    `endpoint` is where its packets go, where that is not the provider's usual server.
+    """
 
     interface = "wg0"
-    port = PORTS["wireguard"]
+    owns_default = False
 
     def __init__(self, node: Node, provider: Provider, server: WireGuardServer, client: int, *, ipv6: bool,
-                 keepalive: int) -> None:  # fmt: skip
+                 keepalive: int, endpoint: tuple[str, int] | None = None) -> None:  # fmt: skip
         self.key = Key.new()
         server.prepare(client, self.key, ipv6=ipv6)
-        self._node = node
+        self._node, self._server = node, server
+        address, self.port = endpoint or (provider.endpoint, WIREGUARD_PORT)
         self._addresses = [f"{provider.inner4('wireguard', client)}/32"]
         if ipv6:
             self._addresses.append(f"{provider.inner6('wireguard', client)}/128")
         self._families = ("", "-6 ") if ipv6 else ("",)
         self._config = [
             "[Interface]", f"PrivateKey = {self.key.private}", f"FwMark = {FWMARK}",
-            "[Peer]", f"PublicKey = {server.key.public}", f"Endpoint = {provider.endpoint}:{self.port}",
+            "[Peer]", f"PublicKey = {server.key.public}", f"Endpoint = {address}:{self.port}",
             f"AllowedIPs = 0.0.0.0/0{', ::/0' if ipv6 else ''}", f"PersistentKeepalive = {keepalive}",
         ]  # fmt: skip
         for family in self._families:
@@ -130,16 +164,24 @@ class WireGuardClient:
         if self._node.has_link("wg0"):
             configure_wireguard(self._node, "wg0", self._config)
 
+    def admit(self, *, admitted: bool) -> None:
+        self._server.admit(self.key, admitted=admitted)
+
 
 class OpenVpnServer:
-    """A provider's OpenVPN."""
+    """A provider's OpenVPN of one kind: over UDP, over TCP with tls-crypt, or with a TAP device."""
 
-    def __init__(self, node: Node, provider: Provider, authority: Authority) -> None:
-        self._node, self._provider, self._authority = node, provider, authority
-        self._directory = node.directory / f"openvpn-{provider.name}"
+    def __init__(self, node: Node, provider: Provider, authority: Authority, kind: str = "openvpn") -> None:
+        self._node, self._provider, self._authority, self.kind = node, provider, authority, kind
+        self._directory = node.directory / f"{kind}-{provider.name}"
         (self._directory / "ccd").mkdir(parents=True)
         self._clients: dict[str, tuple[int, bool]] = {}
         self._process: Process | None = None
+        self.tls_crypt: Path | None = None
+        if KINDS[kind].outer[0][0] == "tcp":
+            self.tls_crypt = self._directory / "tls-crypt.key"
+            self.tls_crypt.touch(mode=0o600)
+            self.tls_crypt.write_text(_static_key())
 
     def prepare(self, name: str, client: int, *, ipv6: bool) -> None:
         """Give a client its fixed inner addresses, and so its exit address."""
@@ -147,17 +189,22 @@ class OpenVpnServer:
         self._write(name, admitted=True)
 
     def start(self) -> None:
-        provider, pair = self._provider, self._authority.issue(f"vpn-{self._provider.name}", [self._provider.endpoint])
-        inside4, inside6 = provider.inner4("openvpn", 0), provider.inner6("openvpn", 0)
+        provider = self._provider
+        pair = self._authority.issue(f"{self.kind}-{provider.name}", [provider.endpoint])
+        inside4, inside6 = provider.inner4(self.kind, 0), provider.inner6(self.kind, 0)
         config = self._directory / "server.conf"
+        protocol, port = KINDS[self.kind].outer[0]
+        # UDP on every address, because a tunnel in a tunnel has a server address of its own.
+        where = f"proto tcp4-server\nlocal {provider.server(KINDS[self.kind].server)}" if protocol == "tcp" else (
+            "proto udp4\nmultihome"
+        )  # fmt: skip
         config.write_text(
             f"""mode server
 tls-server
-proto udp4
-local {provider.endpoint}
-port {PORTS["openvpn"]}
-dev tun0
-dev-type tun
+{where}
+port {port}
+dev {self.kind}
+dev-type {"tap" if self.kind == "openvpn-tap" else "tun"}
 disable-dco
 topology subnet
 server {inside4} 255.255.255.0
@@ -170,11 +217,12 @@ dh none
 ca {self._authority.file}
 cert {pair.cert}
 key {pair.key}
-management /run/openvpn/server.sock unix
+{f"tls-crypt {self.tls_crypt}" if self.tls_crypt else ""}
+management /run/openvpn/{self.kind}.sock unix
 verb 3
 """
         )
-        self._process = self._node.spawn(["openvpn", "--config", config], log="openvpn-server")
+        self._process = self._node.spawn(["openvpn", "--config", config], log=f"{self.kind}-server")
 
     @property
     def ready(self) -> bool:
@@ -186,7 +234,7 @@ verb 3
         if not admitted:
             with socket.socket(socket.AF_UNIX) as management:
                 management.settimeout(5)
-                management.connect(str(self._node.root("/run/openvpn/server.sock")))
+                management.connect(str(self._node.root(f"/run/openvpn/{self.kind}.sock")))
                 management.sendall(f"kill {name}\nquit\n".encode())
                 with contextlib.suppress(OSError):
                     while management.recv(4096):
@@ -195,37 +243,46 @@ verb 3
     def _write(self, name: str, *, admitted: bool) -> None:
         client, ipv6 = self._clients[name]
         provider = self._provider
-        lines = [f"ifconfig-push {provider.inner4('openvpn', client)} 255.255.255.0"]
+        lines = [f"ifconfig-push {provider.inner4(self.kind, client)} 255.255.255.0"]
         if ipv6:
-            lines.append(f"ifconfig-ipv6-push {provider.inner6('openvpn', client)}/64 {provider.inner6('openvpn', 1)}")
+            lines.append(f"ifconfig-ipv6-push {provider.inner6(self.kind, client)}/64 {provider.inner6(self.kind, 1)}")
         if not admitted:
             lines.append("disable")
         (self._directory / "ccd" / name).write_text("\n".join(lines) + "\n")
 
 
 class OpenVpnClient:
-    """A home's OpenVPN: redirect-gateway def1, persist-tun. Its management socket is /run/openvpn/management.sock."""
+    """A home's OpenVPN: redirect-gateway def1, persist-tun. Its management socket is /run/openvpn/management.sock.
 
-    interface = "tun0"
-    port = PORTS["openvpn"]
+    `remote` is another address of the server; then the route to it is somebody else's business. `only` is the one
+    address that shall go by this tunnel, where it is there to carry another one.
+    """
 
-    def __init__(self, node: Node, provider: Provider, server: OpenVpnServer, client: int, *, ipv6: bool,
-                 authority: Authority, pair: Pair) -> None:  # fmt: skip
+    owns_default = False
+
+    def __init__(
+        self, node: Node, provider: Provider, server: OpenVpnServer, client: int, *, ipv6: bool,
+        authority: Authority, pair: Pair, remote: str | None = None, only: str | None = None,
+    ) -> None:  # fmt: skip
         server.prepare(node.name, client, ipv6=ipv6)
-        self._node = node
+        self._node, self._server = node, server
         self._process: Process | None = None
+        kind = KINDS[server.kind]
+        self.interface = kind.interface
+        protocol, self.port = kind.outer[0]
+        routes = f"redirect-gateway def1{' local' if remote else ''}{' ipv6' if ipv6 else ''}"
         self._config: Path = node.directory / f"openvpn-{node.name}.conf"
         self._config.write_text(
             f"""client
-proto udp4
-remote {provider.endpoint} {self.port}
+proto {"tcp4-client" if protocol == "tcp" else "udp4"}
+remote {remote or provider.server(kind.server)} {self.port}
 nobind
-dev tun0
-dev-type tun
+dev {kind.interface}
+dev-type {kind.interface.rstrip("0")}
 disable-dco
 persist-tun
 persist-key
-redirect-gateway def1{" ipv6" if ipv6 else ""}
+{f"route {only} 255.255.255.255" if only else routes}
 {"" if ipv6 else 'pull-filter ignore "ifconfig-ipv6"'}
 {"" if ipv6 else 'pull-filter ignore "route-ipv6"'}
 {"" if ipv6 else 'pull-filter ignore "tun-ipv6"'}
@@ -234,6 +291,7 @@ remote-cert-eku "TLS Web Server Authentication"
 ca {authority.file}
 cert {pair.cert}
 key {pair.key}
+{f"tls-crypt {server.tls_crypt}" if server.tls_crypt else ""}
 connect-retry 1 2
 auth-retry nointeract
 management /run/openvpn/management.sock unix
@@ -242,7 +300,7 @@ verb 3
         )
 
     def up(self) -> None:
-        if self._process is None or self._process.poll() is not None or not self._node.has_link("tun0"):
+        if self._process is None or self._process.poll() is not None or not self._node.has_link(self.interface):
             self.kill()
             self._process = self._node.spawn(["openvpn", "--config", self._config], log="openvpn")
             process = self._process
@@ -261,14 +319,24 @@ verb 3
             self._process.kill()
             self._process.wait()
             self._process.log.write_text("")
-            until(lambda: not self._node.has_link("tun0"), 5, f"{self._node.name}: tun0 gone")
+            until(lambda: not self._node.has_link(self.interface), 5, f"{self._node.name}: {self.interface} gone")
 
     def reconnect(self) -> None:
         """A soft restart, which keeps the interface: healing must not open the leak of a missing tunnel."""
-        if self._process is not None and self._process.poll() is None and self._node.has_link("tun0"):
+        if self._process is not None and self._process.poll() is None and self._node.has_link(self.interface):
             self._process.send_signal(signal.SIGUSR1)
         else:
             self.up()
+
+    def admit(self, *, admitted: bool) -> None:
+        self._server.admit(self._node.name, admitted=admitted)
+
+
+def _static_key() -> str:
+    """A static key as `openvpn --genkey` writes it: 2,048 random bits in hexadecimal."""
+    digits = secrets.token_hex(256)
+    body = "\n".join(digits[n : n + 32] for n in range(0, len(digits), 32))
+    return f"-----BEGIN OpenVPN Static key V1-----\n{body}\n-----END OpenVPN Static key V1-----\n"
 
 
 def _openvpn_is_up(process: Process) -> bool:

@@ -25,7 +25,7 @@ from lab.mmdb import write_mmdb
 from lab.nodes import Node, Process, Response, import_path, until
 from lab.resolvers import Resolver
 from lab.rules import Line
-from lab.tunnels import OpenVpnClient, OpenVpnServer, WireGuardClient, WireGuardServer
+from lab.vpn import Tunnels, Wanted
 
 
 class Lab:
@@ -43,8 +43,6 @@ class Lab:
         self.nodes: dict[str, Node] = {}
         self.homes: dict[str, Home] = {}
         self.resolvers: dict[str, Resolver] = {}
-        self._wireguard: dict[str, WireGuardServer] = {}
-        self._openvpn: dict[str, OpenVpnServer] = {}
         self._rewriters: dict[str, Process] = {}
         self._lock = threading.Lock()
         self._holder: subprocess.Popen[str] | None = None
@@ -161,12 +159,12 @@ class Lab:
 
         self._cable()
         _all(pool, [self._configurer(name) for name in self.nodes])
+        tunnels = Tunnels(authority)
         for number, site in enumerate(self.sites):
-            self._make_home(number, site, authority)
-        starts = [server.start for server in self._wireguard.values()]
-        starts += [server.start for server in self._openvpn.values()]
-        _all(pool, [self._start_outside, self._start_resolvers, *starts])
-        until(lambda: all(server.ready for server in self._openvpn.values()), 20, "OpenVPN servers")
+            self._make_home(number, site, tunnels)
+        servers = list(tunnels.servers.values())
+        _all(pool, [self._start_outside, self._start_resolvers, *(server.start for server in servers)])
+        until(lambda: all(server.ready for server in servers), 20, "VPN servers")
         _all(pool, [home.sync for home in self.homes.values()])
         _all(pool, [*(home.wait_up for home in self.homes.values()), *(home.wait_ipv6 for home in self.homes.values())])
         until(lambda: all(resolver.ready for resolver in self.resolvers.values()), 20, "resolvers")
@@ -182,6 +180,8 @@ class Lab:
                 forwards[site.provider] = True
             if site.reference:
                 forwards[f"{site.name}-ref"] = False
+            if site.uplink == "rootless":
+                forwards[f"{site.name}-machine"] = False
         order = {"prefix": self.prefix, "directory": str(self.dir), "nodes": forwards, "remove": self._given is None}
         self._holder = subprocess.Popen(
             [sys.executable, "-I", Path(__file__).with_name("holder.py")],
@@ -215,7 +215,12 @@ class Lab:
         cables = [("inet", name, name, "eth0") for name in self._neighbours]
         for number, site in enumerate(self.sites):
             router = f"{site.name}-home"
-            cables += [("isp", f"h{number}", router, "wan"), (router, "host", site.name, "eth0")]
+            cables += [("isp", f"h{number}", router, "wan")]
+            if site.uplink != "ppp":
+                machine = f"{site.name}-machine" if site.uplink == "rootless" else site.name
+                cables.append((router, "host", machine, "eth0"))
+            if site.uplink == "two":
+                cables.append((router, "host2", site.name, "eth1"))
             if site.lan_server:
                 cables.append((router, "srv", "srv", f"lan{number}"))
             if site.reference:
@@ -235,7 +240,11 @@ class Lab:
             lines = _edge(self._neighbours.index(name), _own_addresses(name))
         elif name.endswith("-home"):
             number = [site.name for site in self.sites].index(name.removesuffix("-home"))
-            lines = _router(plan.HomePlan(number), [end for end in ("srv", "ref") if node.has_link(end)])
+            lines = _router(plan.HomePlan(number), [end for end in ("host", "srv", "ref") if node.has_link(end)])
+            lines += _line(self.sites[number].mtu, "wan")
+        elif name.endswith("-machine"):
+            number = [site.name for site in self.sites].index(name.removesuffix("-machine"))
+            lines = _machine(plan.HomePlan(number))
         elif name.endswith("-ref"):
             number = [site.name for site in self.sites].index(name.removesuffix("-ref"))
             lines = _reference(plan.HomePlan(number), ipv6=self.sites[number].ipv6 != "none")
@@ -245,7 +254,7 @@ class Lab:
             for number, site in enumerate(self.sites):
                 if site.lan_server:
                     lines += _server_leg(plan.HomePlan(number), f"lan{number}", ipv6=site.ipv6 != "none")
-        resolver = plan.ISP_RESOLVER if name.endswith(("-home", "-ref")) else plan.GOOGLE
+        resolver = plan.ISP_RESOLVER if name.endswith(("-home", "-ref", "-machine")) else plan.GOOGLE
 
         def configure() -> None:
             node.resolv_conf([resolver])
@@ -253,30 +262,26 @@ class Lab:
 
         return configure
 
-    def _make_home(self, number: int, site: Site, authority: Authority) -> None:
+    def _make_home(self, number: int, site: Site, tunnels: Tunnels) -> None:
         host, router = self.nodes[site.name], self.nodes[f"{site.name}-home"]
         home = Home(site, site.line(number), host, router, self.nodes["isp"], self._push)
         home.reference = self.nodes.get(f"{site.name}-ref")
+        home.machine = self.nodes.get(f"{site.name}-machine")
         hotspot = self.dir / f"hotspot-{site.name}"
         hotspot.mkdir()
         pair = Authority(hotspot, "Hotspot").issue("login", ["login.hotspot.test"])
         home.portal_files = (pair.cert, pair.key)
         self.homes[site.name] = home
         host.ip("link set lo up")
-        if site.vpn is None or home.line.provider is None:
+        if home.line.provider is None:
             return
-        provider, node = home.line.provider, self.nodes[site.provider]
-        client, ipv6 = home.line.plan.client, site.ipv6 == "tunnel"
-        if site.vpn == "wireguard":
-            server = self._wireguard.setdefault(site.provider, WireGuardServer(node, provider))
-            home.client = WireGuardClient(host, provider, server, client, ipv6=ipv6, keepalive=site.keepalive)
-        else:
-            if site.provider not in self._openvpn:
-                self._openvpn[site.provider] = OpenVpnServer(node, provider, authority)
-            certificate = authority.issue(f"client-{site.name}", [site.name])
-            home.client = OpenVpnClient(
-                host, provider, self._openvpn[site.provider], client, ipv6=ipv6, authority=authority, pair=certificate
-            )
+        for kind in filter(None, (site.vpn, site.other)):
+            wanted = Wanted(
+                kind=kind, provider=home.line.provider, host=host, server=self.nodes[site.provider],
+                client=home.line.plan.client, ipv6=site.ipv6 == "tunnel", keepalive=site.keepalive, device=site.device,
+                way=home.uplink.way, lan=home.lan,
+            )  # fmt: skip
+            home.clients[kind] = tunnels.client(wanted)
 
     def _start_outside(self) -> None:
         command = [sys.executable, "-m", "lab.outside", str(self.dir)]
@@ -334,6 +339,7 @@ class Lab:
         line, lines = home.line, [other.line for other in self.homes.values()]
         with self._lock:
             self.nodes["isp"].nft("lab", rules.isp(lines))
+            self.nodes["isp"].nft("lab_nat", rules.isp_nat(lines))
             if before is not None and before.refused_names != line.refused_names:
                 refused = frozenset().union(*(other.refused_names for other in lines))
                 for resolver in self.resolvers.values():
@@ -352,7 +358,8 @@ class Lab:
                 node.run(["conntrack", "-D", "-s", line.provider.resolver_egress])
             admitted = before is None or before.peer_admitted
             if admitted != line.peer_admitted:
-                self._admit(home, admitted=line.peer_admitted)
+                assert home.client is not None
+                home.client.admit(admitted=line.peer_admitted)
 
     def _start_rewriter(self, provider: plan.Provider) -> None:
         if provider.name in self._rewriters:
@@ -362,12 +369,6 @@ class Lab:
         node = self.nodes[provider.name]
         self._rewriters[provider.name] = node.spawn(command, env=import_path(), log="rewriter")
         node.wait_port(plan.REWRITER, protocol="udp")
-
-    def _admit(self, home: Home, *, admitted: bool) -> None:
-        if isinstance(home.client, WireGuardClient):
-            self._wireguard[home.site.provider].admit(home.client.key, admitted=admitted)
-        else:
-            self._openvpn[home.site.provider].admit(home.name, admitted=admitted)
 
 
 def _all(pool: ThreadPoolExecutor, jobs: Sequence[Callable[[], object]]) -> None:
@@ -420,15 +421,17 @@ def _own_addresses(name: str) -> list[str]:
     if name == "svc":
         return ["5.9.10.2", "2a01:4f8:160:1::2", *plan.SVC_ADDRESSES]
     p = plan.PROVIDERS[name]
-    return [p.endpoint, f"{p.net6}:2", p.resolver4, p.resolver6, p.resolver_egress]
+    servers = [p.server(octet) for octet in plan.SERVERS]
+    return [*servers, f"{p.net6}:2", p.resolver4, p.resolver6, p.resolver_egress]
 
 
 def _router(home: plan.HomePlan, more: list[str]) -> list[str]:
     return [
         "link add br0 type bridge mcast_snooping 0",
         "link set br0 up",
-        *(f"link set {end} master br0 up" for end in ("host", *more)),
+        *(f"link set {end} master br0 up" for end in more),
         f"addr add {home.lan4}.1/24 dev br0",
+        f"addr add {rules.DOCKER}.1/16 dev br0",
         f"addr add {home.lan6}:1/64 dev br0 nodad",
         "addr add fe80::1/64 dev br0 nodad",
         "link set wan up",
@@ -438,6 +441,16 @@ def _router(home: plan.HomePlan, more: list[str]) -> list[str]:
         "addr add fe80::2/64 dev wan nodad",
         f"-6 route add default via {home.wan6}:1 dev wan",
     ]
+
+
+def _line(mtu: int, link: str) -> list[str]:
+    """A line that carries less than Ethernet does: 1,492 bytes by PPPoE, 1,460 where IPv4 is inside IPv6, 1,280."""
+    return [f"link set {link} mtu {mtu}"] if mtu else []
+
+
+def _machine(home: plan.HomePlan) -> list[str]:
+    """The machine that a rootless container runs on."""
+    return ["link set eth0 up", f"addr add {home.lan4}.10/24 dev eth0", f"route add default via {home.lan4}.1"]
 
 
 def _reference(home: plan.HomePlan, *, ipv6: bool) -> list[str]:
