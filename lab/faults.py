@@ -10,13 +10,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from lab.plan import CLOUDFLARE, ISP_RESOLVER
-from lab.rules import Line
+from lab.rules import DOCKER, Line
 
 
 class Faults(ABC):
     """The faults of one site. `heal()` undoes all of them."""
 
     line: Line
+    other: str | None
+    """The kind of tunnel that `switch_protocol` goes over to."""
 
     @abstractmethod
     def sync(self) -> None:
@@ -112,7 +114,8 @@ class Faults(ABC):
 
     def lan_forwarder(self) -> None:
         """16: the resolver is the home router, which asks the ISP. A kill switch that allows the LAN lets it pass."""
-        self._be(resolvers=(f"{self.line.plan.lan4}.1",), forwarder=True)
+        near = DOCKER if self.line.uplink == "docker" else self.line.plan.lan4
+        self._be(resolvers=(f"{near}.1",), forwarder=True)
 
     def public_outside(self, resolver: str = CLOUDFLARE) -> None:
         """18: a public resolver, asked outside the tunnel."""
@@ -161,6 +164,38 @@ class Faults(ABC):
     def split_route(self, *destinations: str) -> None:
         """27: these destinations (default: 1.1.1.1) are routed outside the tunnel."""
         self._be(outside=self.line.outside | set(destinations or (CLOUDFLARE,)))
+
+    def route_outside(self, *prefixes: str) -> None:
+        """57, 63, 65, 66: routes of the main table send these prefixes beside the tunnel.
+
+        A prefix that the tunnel has a route for itself (OpenVPN's halves) would replace it: take a longer one there."""
+        self._be(routed=self.line.routed | set(prefixes))
+
+    def balance_default(self) -> None:
+        """52: one default route over two ways, the tunnel and the uplink (WireGuard)."""
+        self._be(balanced=True)
+
+    def no_ipv4_route(self) -> None:
+        """69: nothing goes anywhere by IPv4 any more."""
+        self._be(no_ipv4=True)
+
+    def mark_outside(self) -> None:
+        """60: packets with Tailscale's mark (0x80000 of 0xff0000) go by main, above the tunnel's rule (WireGuard)."""
+        self._be(marked=True)
+
+    def publish(self, port: int) -> None:
+        """59: the home router forwards a TCP port to the host, and what the host sends from its LAN address goes back
+        beside the tunnel."""
+        self._be(published=self.line.published | {port})
+
+    def switch_protocol(self) -> None:
+        """64: the VPN's program gives one protocol up and takes the other (`Site(other=)`), its kill switch with it."""
+        vpn = self.line.vpn
+        self._be(vpn=self.other if vpn != self.other else vpn)
+
+    def ad_block(self) -> None:
+        """55: the system's resolver is a forwarder on this host that answers `whoami.akamai.net` with 0.0.0.0."""
+        self._be(ad_blocker=True, resolvers=("127.0.0.1",))
 
     # Home
 

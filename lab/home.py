@@ -16,9 +16,11 @@ from lab.gluetun import Gluetun
 from lab.nodes import Node, Process, Response, import_path, until
 from lab.plan import CLOUDFLARE, CLOUDFLARE6, ISP_RESOLVER, OPENDNS, PROVIDERS, HomePlan
 from lab.rules import Line, host, router_filter, router_nat
-from lab.tunnels import Client
+from lab.tunnels import FWMARK, Client
 from lab.uplinks import Uplink, uplink
 
+_LISTENS: dict[str, tuple[int, float, str]] = {"portal": (8443, 10, "tcp"), "adblock": (53, 10, "udp")}
+"""What some helpers listen on: port, seconds of patience, protocol."""
 _OUTSIDE = 100
 """Routing table whose default route is eth0, whatever the VPN does with the main table."""
 
@@ -54,6 +56,8 @@ class Site:
     """Of the home's line, bytes; 0 for Ethernet's."""
     device: str | None = None
     """The tunnel's device, where it is not called as usual (wg-quick only)."""
+    user: int | None = None
+    """Only this user's programs go by the VPN (WireGuard); the others are meant to go out beside it."""
     other: str | None = None
     """A second kind of tunnel to the same provider, which `switch_protocol` goes over to."""
 
@@ -85,6 +89,7 @@ class Site:
             device=self.device,
             uplink=self.uplink,
             cgnat=self.cgnat,
+            vpn_uid=self.user,
             resolvers=servers,
         )
 
@@ -101,7 +106,7 @@ class Home(Faults):
         isp: Node,
         push: Callable[[Home, Line | None], None],
     ) -> None:
-        self.site, self.name = site, site.name
+        self.site, self.name, self.other = site, site.name, site.other
         self.host, self.router, self._isp = host_node, router, isp
         self.line, self._healthy = line, line
         self.clients: dict[str, Client] = {}
@@ -271,6 +276,7 @@ class Home(Faults):
         self._sync_tunnel(before)
         self.host.resolv_conf(line.resolvers)
         self._help("portal", wanted=line.portal, on=self.router, command=self._portal_command)
+        self._help("adblock", wanted=line.ad_blocker, on=self.host, command=self._ad_blocker_command)
         flood = ["ping", "-q", "-f", "-l", "60", "-s", "1200", OPENDNS]  # keeps 60 packets under way
         self._help("flood", wanted=line.rate_kbit > 0, on=self.host, command=lambda: flood)
         self._now = replace(line)
@@ -360,14 +366,39 @@ class Home(Faults):
                 f"-6 route replace default via {plan.lan6}:1 dev eth0 table {_OUTSIDE}",
             ]
         self.host.ip(*lines)
-        had = before.outside if before else frozenset()
-        rules = [_rule("del", d) for d in had - line.outside] + [_rule("add", d) for d in line.outside - had]
-        was_beside = before is not None and before.ipv6 != "tunnel"
-        beside = line.ipv6 != "tunnel"
-        if self.site.ipv6 == "tunnel" and beside != was_beside:
-            rules.append(f"-6 rule {'add' if beside else 'del'} pref 90 to 2000::/3 table {_OUTSIDE}")
-        if rules:
-            self.host.ip(*rules)
+        had, has = self._rules(before) if before else set(), self._rules(line)
+        routed = before.routed if before else frozenset()
+        changes = [_rule("del", rule) for rule in sorted(had - has)] + [
+            _rule("add", rule) for rule in sorted(has - had)
+        ]
+        changes += [f"{self._route('del', destination)}" for destination in sorted(routed - line.routed)]
+        changes += [f"{self._route('replace', destination)}" for destination in sorted(line.routed - routed)]
+        if changes:
+            self.host.ip(*changes)
+
+    def _rules(self, line: Line) -> set[str]:
+        """Routing rules beside the tunnel's own, each as `ip rule add` takes it."""
+        rules = {f"pref 100 to {destination} table {_OUTSIDE}" for destination in line.outside}
+        if self.site.ipv6 == "tunnel" and line.ipv6 != "tunnel":
+            rules.add(f"pref 90 to 2000::/3 table {_OUTSIDE}")
+        if line.published:
+            rules.add(f"pref 60 from {self.uplink.host4} table {_OUTSIDE}")
+        if line.marked:
+            rules.add("pref 5210 fwmark 0x80000/0xff0000 table main")
+        if line.no_ipv4:
+            rules.add(f"pref 69 to {self.lan} table main")  # no gateway of a route could be set otherwise
+            rules.add("unreachable pref 70")
+        if line.vpn_uid is not None:
+            rules.add(f"pref 78 to {self.gateway4} table {FWMARK}")
+            rules.add(f"pref 79 fwmark {FWMARK} table main")
+            rules.add(f"pref 80 uidrange {line.vpn_uid}-{line.vpn_uid} table {FWMARK}")
+            rules.add("pref 81 table main")
+        return rules
+
+    def _route(self, verb: str, destination: str) -> str:
+        if ":" in destination:
+            return f"-6 route {verb} {destination} via {self.line.plan.lan6}:1 dev eth0"
+        return f"route {verb} {destination} {self.uplink.way}"
 
     def _sync_router(self, before: Line | None) -> None:
         line = self.line
@@ -405,6 +436,9 @@ class Home(Faults):
         match line.tunnel:
             case "up":
                 client.up()
+                if line.balanced:
+                    ways = f"nexthop dev {client.interface} weight 1 nexthop {self.uplink.way} weight 1"
+                    self.host.ip(f"route replace default table {FWMARK} {ways}")
             case "link_down":
                 if not self.host.has_link(client.interface):
                     client.up()
@@ -418,11 +452,24 @@ class Home(Faults):
         running = self._helpers.get(name)
         if wanted and running is None:
             self._helpers[name] = on.spawn(command(), log=name, env=import_path())
-            if name == "portal":
-                on.wait_port(8443)
+            if name in _LISTENS:
+                on.wait_port(*_LISTENS[name])
         elif not wanted and running is not None:
             running.stop()
             del self._helpers[name]
+
+    def _ad_blocker_command(self) -> Sequence[str]:
+        """A forwarder on this host that answers some names itself, and asks the usual resolver for the rest."""
+        words = [
+            "--keep-in-foreground",
+            "--conf-file=/dev/null",
+            "--pid-file=",
+            "--user=root",
+            "--no-resolv",
+            "--no-hosts",
+        ]
+        words += ["--listen-address=127.0.0.1", "--bind-interfaces", f"--server={self._healthy.resolvers[0]}"]
+        return ["dnsmasq", *words, "--address=/whoami.akamai.net/0.0.0.0"]
 
     def _portal_command(self) -> Sequence[str]:
         assert self.portal_files is not None
@@ -437,8 +484,8 @@ def _answers(node: Node, address: str, timeout: float) -> bool:
     return False
 
 
-def _rule(verb: str, destination: str) -> str:
-    return f"{'-6 ' if ':' in destination else ''}rule {verb} pref 100 to {destination} table {_OUTSIDE}"
+def _rule(verb: str, rule: str) -> str:
+    return f"{'-6 ' if ':' in rule else ''}rule {verb} {rule}"
 
 
 def isp_side(plan: HomePlan, site: Site) -> list[str]:

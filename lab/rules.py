@@ -35,7 +35,14 @@ class Line:
     orphaned: bool = False
     # Routes and resolvers of the host
     outside: frozenset[str] = frozenset()
+    routed: frozenset[str] = frozenset()  # by a route of main, not by a rule
+    published: frozenset[int] = frozenset()
+    marked: bool = False
+    balanced: bool = False
+    no_ipv4: bool = False
+    vpn_uid: int | None = None
     resolvers: tuple[str, ...] = ()
+    ad_blocker: bool = False
     # The home router
     wan_down: bool = False
     portal: bool = False
@@ -139,6 +146,8 @@ def router_nat(line: Line) -> str:
         ]
     if line.transparent_proxy:
         before += [f'iifname "br0" meta nfproto ipv4 {p} dport 53 dnat ip to {ISP_RESOLVER}' for p in ("udp", "tcp")]
+    here = f"{DOCKER}.2" if line.uplink == "docker" else f"{line.plan.lan4}.10"
+    before += [f'iifname "wan" tcp dport {port} dnat ip to {here}' for port in sorted(line.published)]
     after = [f'oifname "wan" meta nfproto ipv4 snat ip to {line.line4}']
     return "\n".join(
         [_chain("before", "prerouting", before, kind="nat"), _chain("after", "postrouting", after, kind="nat")]
