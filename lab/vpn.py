@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from lab.certs import Authority
@@ -49,19 +50,18 @@ class Tunnels:
                 )  # fmt: skip
             case "wireguard-tcp":
                 inner = self._wireguard(wanted, NEAR)
-                key = wanted.provider.name, "relay"
-                self.servers.setdefault(key, RelayServer(wanted.server, wanted.provider))
+                self._server(wanted, "relay", lambda: RelayServer(wanted.server, wanted.provider))
                 return WrappedClient(wanted.host, wanted.provider, inner, wanted.way)
             case "openvpn" | "openvpn-tcp" | "openvpn-tap":
                 return self._openvpn(wanted, wanted.kind)
             case "openconnect":
-                key = wanted.provider.name, "ocserv"
-                made = self.servers.setdefault(key, OcservServer(wanted.server, wanted.provider, self.authority))
+                made = self._server(
+                    wanted, "ocserv", lambda: OcservServer(wanted.server, wanted.provider, self.authority)
+                )
                 assert isinstance(made, OcservServer)
                 return OpenConnectClient(wanted.host, made, wanted.client, ipv6=wanted.ipv6, default=wanted.way)
             case "strongswan":
-                key = wanted.provider.name, "strongswan"
-                charon = self.servers.setdefault(key, StrongswanServer(wanted.server, wanted.provider))
+                charon = self._server(wanted, "charon", lambda: StrongswanServer(wanted.server, wanted.provider))
                 assert isinstance(charon, StrongswanServer)
                 return StrongswanClient(wanted.host, charon, wanted.client, ipv6=wanted.ipv6, lan=wanted.lan)
             case "wireguard-in-openvpn":
@@ -71,9 +71,15 @@ class Tunnels:
             case other:
                 raise ValueError(f"no kind of tunnel {other!r}; there are {', '.join(KINDS)}")
 
+    def _server(self, wanted: Wanted, name: str, make: Callable[[], Server]) -> Server:
+        """The provider's one server of this name."""
+        key = wanted.provider.name, name
+        if key not in self.servers:
+            self.servers[key] = make()
+        return self.servers[key]
+
     def _wireguard_server(self, wanted: Wanted) -> WireGuardServer:
-        key = wanted.provider.name, "wireguard"
-        server = self.servers.setdefault(key, WireGuardServer(wanted.server, wanted.provider))
+        server = self._server(wanted, "wireguard", lambda: WireGuardServer(wanted.server, wanted.provider))
         assert isinstance(server, WireGuardServer)
         return server
 
@@ -88,10 +94,7 @@ class Tunnels:
     def _openvpn(
         self, wanted: Wanted, kind: str, remote: str | None = None, only: str | None = None, *, ipv6: bool | None = None
     ) -> OpenVpnClient:
-        key = wanted.provider.name, kind
-        if key not in self.servers:
-            self.servers[key] = OpenVpnServer(wanted.server, wanted.provider, self.authority, kind)
-        server = self.servers[key]
+        server = self._server(wanted, kind, lambda: OpenVpnServer(wanted.server, wanted.provider, self.authority, kind))
         assert isinstance(server, OpenVpnServer)
         pair = self.authority.issue(f"client-{wanted.host.name}", [wanted.host.name])
         return OpenVpnClient(

@@ -47,9 +47,14 @@ class Profile:
     chain: str = ""
     zone: bool = False
     ready: Callable[["Post"], None] | None = None
+    watched: bool = True
+    """An agent runs here; without one, only what a row itself starts."""
+    user: int | None = None
+    """The agent runs as this user, with CAP_NET_RAW where agents are privileged at all."""
 
     def of(self, name: str, kind: str) -> Site:
-        return Site(name, vpn=kind, **self.site)
+        """The site; one that says itself which VPN it has is the same whatever `kind` is."""
+        return Site(name, **{"vpn": kind, **self.site})
 
 
 @dataclass(frozen=True)
@@ -129,7 +134,7 @@ class Post(Stand):
         self.agent_settings |= {"VPN_SENTINEL_URL": ",".join(urls), "VPN_SENTINEL_INTERVAL": f"{profile.interval:g}"}
         if self.site.reference is not None:
             self.agent_settings |= {"VPN_SENTINEL_SITE": name}
-        self.agent_settings |= profile.agent
+        self.agent_settings |= {k: v.replace("{port}", str(self.port)) for k, v in profile.agent.items()}
         self.server_settings |= {"TELEGRAM_CHAT_ID": str(self.chat), **REPEATED, **profile.server}
         if profile.zone:
             self.server_settings |= {"VPN_SENTINEL_CANARY_ZONE": CANARY_ZONE}
@@ -163,6 +168,12 @@ class Post(Stand):
             prefix = UNPRIVILEGED
             for path in (data, *data.iterdir()):
                 os.chown(path, NOBODY, NOBODY)
+        elif self.profile.user is not None:
+            who = self.profile.user
+            prefix = ("setpriv", f"--reuid={who}", f"--regid={who}", "--clear-groups", "--inh-caps=+net_raw",
+                      "--ambient-caps=+net_raw")  # fmt: skip
+            for path in (data, *data.iterdir()):
+                os.chown(path, who, who)
         command = [*prefix, sys.executable, *self.launcher, "agent"]
         self.agent = self.site.spawn(command, env=self.agent_settings, log=self.agent_log)
 
@@ -185,6 +196,8 @@ class Post(Stand):
         self.start_server()
         if self.profile.ready is not None:
             self.profile.ready(self)
+        if not self.profile.watched:
+            return
         self.start_agent()
         self.wait_state("protected", 40)
         self.wait_message("protected", 0, 20)

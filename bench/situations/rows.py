@@ -4,16 +4,18 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from bench.situations import special, traffic
+from bench.situations import field, special, traffic
 from bench.situations.posts import Post, Profile
 from bench.situations.trial import Row, Way, by_fault, by_message, by_replay, by_watching
 from lab import until
-from lab.plan import CLOUDFLARE, HOSTS, ISP_RESOLVER_EGRESS
+from lab.plan import CLOUDFLARE, HOSTS, ISP_RESOLVER_EGRESS, KINDS
 
 SHORT = 4.0  # seconds between rounds where silence or a slow finding is awaited
 FORWARDED = 41641
 _LAN = {"kill_switch": True, "kill_switch_lan": True, "lan_server": True}
 _OPEN = {"kill_switch": False, "lan_server": True}
+_KILLED = tuple(kind for kind in KINDS if kind != "wireguard")  # where a killed program is another thing than row 5
+EVERY = tuple(KINDS)  # rows that are tried on every kind of tunnel
 PORT = {"VPN_SENTINEL_FORWARDED_PORT": str(FORWARDED)}
 
 
@@ -101,6 +103,7 @@ PROFILES: dict[str, Profile] = {
     "gluetun": Profile(site=_LAN, ready=_gluetun),
     "given": Profile(site=_LAN, ready=_gluetun_with_port),
     "flap": Profile(site=_LAN, server={"VPN_SENTINEL_FLAP_CALM": "60"}),
+    **field.PROFILES,
 }
 
 
@@ -211,11 +214,11 @@ def _program_leaks(post: Post) -> None:
 
 
 ROWS: tuple[Row, ...] = (
-    _quiet(1, "closed", "healthy, kill switch on"),
-    _quiet(2, "open", "healthy, no kill switch", codes=frozenset({"killswitch_open"})),
+    _quiet(1, "closed", "healthy, kill switch on", kinds=EVERY),
+    _quiet(2, "open", "healthy, no kill switch", kinds=EVERY, codes=frozenset({"killswitch_open"})),
     _dead(3, "closed", "tunnel link set down, kill switch", "tunnel_down", _do("link_down")),
-    _dead(4, "closed", "tunnel deleted, kill switch", "tunnel_down", _do("delete_tunnel")),
-    _leak(5, "open", "tunnel deleted, no kill switch", "ip_leak", _do("delete_tunnel")),
+    _dead(4, "closed", "tunnel deleted, kill switch", "tunnel_down", _do("delete_tunnel"), kinds=EVERY),
+    _leak(5, "open", "tunnel deleted, no kill switch", "ip_leak", _do("delete_tunnel"), kinds=EVERY),
     _dead(6, "hole", "VPN server unreachable, no kill switch", "no_traffic", _do("block_endpoint"),
           codes=frozenset({"no_traffic", "killswitch_open"}), **HOLE),
     _dead(7, "hole", "handshake fresh, nothing forwarded", "no_forwarding", _do("no_forwarding"), **HOLE),
@@ -232,7 +235,7 @@ ROWS: tuple[Row, ...] = (
         prepare=_sources_disagree, fault=_do("move_exit"), told="address", never=ALARMS, check=_exit_is,
         codes=frozenset({"location_uncertain"})),
     _quiet(14, "closed", "exit is not the endpoint", check=_exit_is_not_the_endpoint),
-    _names(15, "names", "resolver reached outside the tunnel", _do("resolver_outside")),
+    _names(15, "names", "resolver reached outside the tunnel", _do("resolver_outside"), kinds=EVERY),
     _names(16, "forward", "LAN forwarder asks the ISP, kill switch", _do("lan_forwarder")),
     _quiet(16, "allowed", "the same, allowed by the policy", _do("lan_forwarder"), part="b", quiet=20.0),
     _quiet(17, "public", "public resolver through the tunnel"),
@@ -249,9 +252,9 @@ ROWS: tuple[Row, ...] = (
     _leak(24, "six", "IPv6 outside the tunnel", "ipv6_leak", _do("ipv6_outside"), never=frozenset({"ip_leak"})),
     _quiet(25, "dropped", "IPv6 present but dropped"),
     _quiet(26, "six", "IPv6 inside the tunnel", check=_exit6_is),
-    _leak(27, "split", "part of the traffic routed outside", "split_route", _do("split_route")),
+    _leak(27, "split", "part of the traffic routed outside", "split_route", _do("split_route"), kinds=EVERY),
     _leak(27, "split", "the same, where only a program's packets go", "split_route", _program_leaks, part="b",
-          prepare=_do("split_route", SHUNNED), needs_watch=True),
+          prepare=_do("split_route", SHUNNED), needs_watch=True, kinds=EVERY),
     Row(number=28, post="gone", title="orphaned namespace", state="silent", way=by_replay, fault=_do("orphan"),
         told="silent", codes=frozenset({"orphaned_namespace"}), limit=25, never=LEAKS,
         note="no way out is left: *silent*, and the replay says *down*"),
@@ -289,8 +292,10 @@ ROWS: tuple[Row, ...] = (
     _leak(43, "moving", "home address changes, then a leak", "ip_leak", _do("delete_tunnel"), way=special.home_moves,
           median=None, worst=None, note="a reference agent tells the new address; then row 5"),
     _dead(44, "gluetun", "gluetun says running, tunnel dead", "no_forwarding", _do("no_forwarding")),
-    _dead(45, "closed", "OpenVPN killed, kill switch", "tunnel_down", _do("kill_openvpn"), kinds=("openvpn",)),
-    _leak(45, "open", "OpenVPN killed, no kill switch", "ip_leak", _do("kill_openvpn"), part="b", kinds=("openvpn",)),
+    _dead(45, "closed", "client killed, kill switch", "tunnel_down", _do("kill_openvpn"), kinds=_KILLED),
+    _leak(45, "open", "client killed, no kill switch", "ip_leak", _do("kill_openvpn"), part="b",
+          kinds=tuple(kind for kind in _KILLED if kind != "openconnect")),
     Row(number=46, post="away", title="wrong clock on the agent", state="protected", way=special.wrong_clock, limit=20,
         codes=frozenset({"clock_skew"}), quiet=9.0, note="wall clock 600 s ahead"),
+    *field.ROWS,
 )  # fmt: skip

@@ -17,7 +17,7 @@ from bench.situations import table
 from bench.situations.posts import Post
 from bench.situations.rows import PROFILES, ROWS
 from bench.situations.trial import Result, Row, Trial
-from lab import Lab
+from lab import Lab, plan
 
 
 class Run:
@@ -66,7 +66,7 @@ class Run:
             if not isinstance(e, (AttributeError, TimeoutError, AssertionError)):
                 traceback.print_exc()
         for name, process in (("agent", post.agent), ("server", post.server)):
-            if process.poll() is not None:
+            if process is not None and process.poll() is not None:
                 trial.complaints.append(f"the {name} ended by itself: {process.output().strip().splitlines()[-1:]}")
         if not trial.right:
             self._print(f"      {row.name} on {post.name}: {'; '.join(trial.complaints)[:400]}")
@@ -78,9 +78,10 @@ class Run:
             post.heal()
             if post.server.poll() is not None:
                 post.start_server()
-            if post.agent.poll() is not None:
+            if post.agent is not None and post.agent.poll() is not None:
                 post.start_agent()
-            post.at_rest(60)
+            if post.profile.watched:
+                post.at_rest(60)
         except Exception as e:  # noqa: BLE001 - the next trial will say what is wrong
             self._print(f"      {post.name} does not mend: {_words(e)}")
 
@@ -126,7 +127,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench situations", description=__doc__.split("\n")[0])
     parser.add_argument("--rows", default="", help="numbers, with or without a part: 1,5,45b")
     parser.add_argument("--again", action="store_true", help="keep what the last run found of the other rows")
-    parser.add_argument("--kind", choices=["wireguard", "openvpn", "both"], default="both")
+    parser.add_argument("--kind", choices=[*plan.KINDS, "both", "all"], default="both")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--parallel", type=int, default=5)
     parser.add_argument("--unprivileged", action="store_true", help="agents as uid 65534 without any capability")
@@ -134,7 +135,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--logs", type=Path, default=None, help="where the labs' logs stay")
     parser.add_argument("--source", type=Path, default=None, help="the program to try: another tree's src")
     given = parser.parse_args(words)
-    kinds = ["wireguard", "openvpn"] if given.kind == "both" else [given.kind]
+    kinds = {"both": ["wireguard", "openvpn"], "all": list(plan.KINDS)}.get(given.kind, [given.kind])
     todo = chosen(given.rows, kinds, unprivileged=given.unprivileged)
     before = table.earlier(ROWS, unprivileged=given.unprivileged) if given.again else []
     results: list[Result] = []
@@ -166,7 +167,8 @@ def main(words: Sequence[str] | None = None) -> None:
     if given.again:
         anew = {(r.row.name, r.kind) for r in results}
         results += [r for r in before if (r.row.name, r.kind) not in anew]
-    results.sort(key=lambda r: (r.kind != "wireguard", r.row.number, r.row.part))
+    order = list(plan.KINDS)
+    results.sort(key=lambda r: (order.index(r.kind), r.row.number, r.row.part))
     took = time.time() - began
     table.write_raw(results, began, took, unprivileged=given.unprivileged)
     again = given.rows if given.again else ""

@@ -15,11 +15,11 @@ RECOVERY = 75.0  # seconds until a healed tunnel must be told as well again
 class Row:
     """One row of the table, or a part of it.
 
-    `codes` must be among the findings, `never` must not show at any time. `told` is a word of the only message; None
-    means that nobody hears a thing. `limit` is how long the verdict is waited for, `quiet` how long nothing else may
-    happen afterwards; `median` and `worst` are the promised seconds from fault to verdict, by `without_watch` where the
-    agent has no capability. `rest` seconds pass before a trial, so that the agent's rechecks after the last one are
-    over. A row that needs the leak watch `needs_watch`. `way` runs one trial.
+    `codes` must be among the findings, with one at least of `one_of` where there are any; `never` must not show at any
+    time. `told` is a word of the only message; None means that nobody hears a thing. `limit` is how long the verdict is
+    waited for, `quiet` how long nothing else may happen afterwards; `median` and `worst` are the promised seconds from
+    fault to verdict, by `without_watch` where the agent has no capability. `rest` seconds pass before a trial, so that
+    the agent's rechecks after the last one are over. A row that needs the leak watch `needs_watch`. `way` runs one trial.
     """
 
     number: int
@@ -29,6 +29,7 @@ class Row:
     way: "Way"
     part: str = ""
     codes: frozenset[str] = frozenset()
+    one_of: frozenset[str] = frozenset()
     never: frozenset[str] = frozenset()
     passing: frozenset[str] = frozenset()
     told: str | None = None
@@ -86,7 +87,8 @@ def by_fault(row: Row, post: Post) -> Trial:
     began = _strike(row, post, trial)
 
     def right(seen: Frame) -> bool:
-        return seen.state == row.state and row.codes <= seen.codes
+        either = not row.one_of or bool(row.one_of & seen.codes)
+        return seen.state == row.state and row.codes <= seen.codes and either
 
     found = post.ear.wait(began, right, row.limit)
     if found is None:
@@ -95,6 +97,7 @@ def by_fault(row: Row, post: Post) -> Trial:
         trial.verdict = _verdict_at(row, post, began, found) - began
     _hear(row, post, trial, began)
     _stay(row, post, trial, began)
+    trial.complaints += _asked(row, post)
     _recover(row, post, trial)
     return trial
 
