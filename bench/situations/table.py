@@ -12,6 +12,7 @@ from pathlib import Path
 from bench.situations.trial import Result, Row, Trial
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
+_NAMES = {"wireguard": "WireGuard", "openvpn": "OpenVPN"}  # the others are called as the lab calls them
 MESSAGE = 1.0  # seconds from the verdict until it has reached people
 _HEAD = """# Measured
 
@@ -31,7 +32,7 @@ def line(result: Result) -> str:
     good = sum(t.right for t in result.trials)
     mark = "right" if good == len(result.trials) else "WRONG"
     times = _pair([t.verdict for t in result.trials])
-    return f"{mark} {good}/{len(result.trials)}  {result.row.name:>4} {result.kind:<9} {result.row.title}: {times}"
+    return f"{mark} {good}/{len(result.trials)}  {result.row.name:>4} {result.kind:<11} {result.row.title}: {times}"
 
 
 def earlier(rows: Sequence[Row], *, unprivileged: bool) -> list[Result]:
@@ -80,7 +81,7 @@ def _cells(result: Result, *, unprivileged: bool) -> str:
     late = f"{max(worst_message):.2f} s{'' if max(worst_message) <= MESSAGE else ' **late**'}" if worst_message else ""
     told = _pair([t.message for t in trials]) if row.told else "none is due"
     cells = (
-        row.name, row.title, {"wireguard": "WireGuard", "openvpn": "OpenVPN"}[result.kind], verdict,
+        row.name, row.title, _NAMES.get(result.kind, result.kind), verdict,
         share if good == len(trials) else f"**{share}**", _pair(verdicts),
         _promise(row, verdicts, unprivileged=unprivileged), told, late, row.note,
     )  # fmt: skip

@@ -19,7 +19,7 @@ class Row:
     time. `told` is a word of the only message; None means that nobody hears a thing. `limit` is how long the verdict is
     waited for, `quiet` how long nothing else may happen afterwards; `median` and `worst` are the promised seconds from
     fault to verdict, by `without_watch` where the agent has no capability. `rest` seconds pass before a trial, so that
-    the agent's rechecks after the last one are over. A row that needs the leak watch `needs_watch`. `way` runs one trial.
+    the rechecks after the last one are over. A row that needs the leak watch `needs_watch`. `way` runs one trial.
     """
 
     number: int
