@@ -73,7 +73,7 @@ def section(
 
 def _cells(result: Result, *, unprivileged: bool) -> str:
     row, trials = result.row, result.trials
-    verdict = f"{row.state} {' '.join(f'`{c}`' for c in sorted(row.codes))}".strip()
+    verdict = f"{row.state} {' '.join(f'`{c}`' for c in sorted(row.codes | row.one_of))}".strip()
     verdicts = [t.verdict for t in trials]
     good = sum(t.right for t in trials)
     share = f"{good} of {len(trials)}"
