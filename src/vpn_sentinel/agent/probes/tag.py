@@ -42,10 +42,8 @@ def dns_question(message: bytes, port: int) -> bytes:
 
 
 def unmarked(answer: bytes, asked: bytes, message: bytes) -> bytes:
-    """The answer to `asked` as one to `message`, which `dns_question` made it of; nothing when its id is another."""
-    if asked is message:
-        return answer
-    return message[:2] + answer[2:] if answer[:2] == asked[:2] else b""
+    """The answer to `asked` as one to `message`, which `dns_question` made it of; as it is when its id is another."""
+    return message[:2] + answer[2:] if asked is not message and answer[:2] == asked[:2] else answer
 
 
 def of_echo(nonce: bytes) -> bytes:
