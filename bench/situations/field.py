@@ -194,7 +194,7 @@ PROFILES: dict[str, Profile] = {
     "byname": Profile(site={"kill_switch": False}, agent={"VPN_SENTINEL_URL": f"http://{plan.SRV_NAME}:{{port}}"}),
     "wginov": Profile(site={**_OPEN, "vpn": "wireguard-in-openvpn"}),
     "ovinwg": Profile(site={**_OPEN, "vpn": "openvpn-in-wireguard"}),
-    "killed": Profile(site={**_OPEN, "vpn": "openconnect"}),
+    "killed": Profile(site={**_OPEN, "vpn": "openconnect", "ipv6": "none"}),
     "again": Profile(site=_LAN),
 }
 

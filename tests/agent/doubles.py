@@ -39,6 +39,9 @@ class FakeKernel:
             raise OSError(1, "not permitted")
         return self.links
 
+    def changed(self) -> None:
+        """Every look is a fresh one."""
+
     def fib(self) -> Fib:
         """All by the interface `default`; beneath it, for marked packets, the interfaces with a gateway."""
         if self.broken:

@@ -76,14 +76,15 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
 
     witnesses = Witnesses(settings.introspect, http, clock, ring=lambda: cycle.bell.ring(Trigger.DEVICE))
 
-    look_around = Surveyor(kernel, configured=probes.tunnel_interface, memory=spool).look
+    surveyor = Surveyor(kernel, configured=probes.tunnel_interface, memory=spool)
+    look_around = surveyor.look
 
     watch = LeakWatch(
         tables=kernel,
         policy=probes.policy,
         clock=clock,
         told=lambda: leaked(),
-        survey=look_around,
+        survey=surveyor.look_anew,
         endpoints=lambda: (*probes.tunnel_endpoints, *witnesses.endpoints()),
         meant=lambda: (a for host in echoes.hosts for a in names.known(host)),
         on_escape=lambda escape: reactions.escaped(escape),
@@ -231,6 +232,7 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
             watch_network(stack, network_changed, look_around())
         server = await signs.serve(settings.health_host, settings.health_port)
         stack.callback(server.close)
+        await witnesses.look(look_around())  # before a packet is doubted: where the tunnel's own packets go
         log.info("agent started", extra={"client_id": settings.client_id, "version": __version__})
         works = (cycle, pulse, path_mtu, courier, resolver_watch, witnesses, reactions)
         tasks = [group.create_task(work.run()) for work in works]

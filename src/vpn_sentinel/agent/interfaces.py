@@ -128,6 +128,12 @@ class Surveyor:
             fib=fib,
         )
 
+    def look_anew(self) -> Survey:
+        """The same with routes and rules read in this moment, for whoever cannot wait for the kernel's news."""
+        if self._kernel is not None:
+            self._kernel.changed()
+        return self.look()
+
     def _roles(self, interfaces: tuple[Interface, ...], fib: Fib, known: Remembered) -> Roles:
         """What was read of routes is the same object while nothing changed; counters are no change."""
         now = (fib, tuple(replace(i, rx_bytes=0, tx_bytes=0) for i in interfaces), known)

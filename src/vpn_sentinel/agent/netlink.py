@@ -86,6 +86,10 @@ class Kernel(Protocol):
 
     def fib(self) -> Fib: ...
 
+    def changed(self) -> None:
+        """Something may have changed: the next look at routes and rules is a fresh one."""
+        ...
+
 
 def messages(data: bytes) -> Iterator[Message]:
     """Split one datagram from the kernel. What is cut off at the end is left out."""

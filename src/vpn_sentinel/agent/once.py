@@ -52,7 +52,7 @@ async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, se
         policy=policy,
         clock=clock,
         told=lambda: None,
-        survey=around.look,
+        survey=around.look_anew,
         endpoints=lambda: settings.tunnel_endpoints,
         declared=settings.meant_outside,
         wanted=settings.leak_watch,

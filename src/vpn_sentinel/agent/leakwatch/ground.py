@@ -104,7 +104,7 @@ def ground(
         rules=Rules(
             marks=marks(sent.excepted),
             excepted=tuple(r for r in sent.excepted if not is_mark(r) and r.uids is None),
-            inside=marks(sent.inside) if all(is_mark(r) for r in sent.inside) else (),
+            inside=marks(sent.inside) if all(is_mark(r) for r in sent.inside) and not sent.everybody else (),
             outside=(*allowed, *lan),
             resolvers=resolvers,
         ),

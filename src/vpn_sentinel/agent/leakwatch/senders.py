@@ -25,11 +25,12 @@ _ANYWHERE: Final[tuple[IPAddress, ...]] = (*INTERNET, *(ip_address(a) for a in (
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Senders:
     """`excepted`: rules, none of them inverted, whose senders go beside the tunnel while others go through it.
-    `inside`: rules whose senders alone go through it; none means that everybody should. `everybody` did, once."""
+    `inside`: rules whose senders alone go through it; none means that everybody should. Of the IP versions in
+    `everybody` all packets did, once."""
 
     excepted: tuple[Rule, ...] = ()
     inside: tuple[Rule, ...] = ()
-    everybody: bool = False
+    everybody: frozenset[int] = frozenset()
 
 
 def senders(fib: Fib, tunnel: int | None, before: Senders) -> Senders:
@@ -43,7 +44,7 @@ def senders(fib: Fib, tunnel: int | None, before: Senders) -> Senders:
     excepted: list[Rule] = []
     inside: list[Rule] = []
     through = {version: _everybody(fib, tunnel, version) for version in (4, 6)}
-    everybody = before.everybody or any(through.values())
+    everybody = before.everybody | {version for version, address in through.items() if address is not None}
     for rule in (replace(r, invert=False) for r in fib.rules if r.names_sender()):
         to = rule.destination.network_address if rule.destination else through[rule.version] or _SOME[rule.version]
         sends = _like(rule)
@@ -52,13 +53,13 @@ def senders(fib: Fib, tunnel: int | None, before: Senders) -> Senders:
             excepted.append(rule)
         elif this and not others and _is_who(rule):
             inside.append(rule)
-    if not any(through.values()):
+    if not (any(through.values()) or inside):
         # A route or rule was put in front of the tunnel: the rules that told of its program are still there.
         excepted += [*turned, *before.excepted]
     return Senders(
         excepted=tuple(dict.fromkeys(excepted)),
         # Where everybody went through the tunnel before, a rule for one user that is left of it is a leak of the rest.
-        inside=() if everybody else tuple(dict.fromkeys(inside)),
+        inside=tuple(dict.fromkeys(r for r in inside if r.version not in everybody)),
         everybody=everybody,
     )
 

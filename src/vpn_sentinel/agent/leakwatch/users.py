@@ -44,6 +44,7 @@ class Users:
             return False
         if only:
             return uid in only
+        inside = tuple(r for r in inside if r.version == packet.destination.version)
         return not inside or any(selects(r, packet, uid) for r in inside)
 
     def _uid(self, packet: Packet) -> int | None:

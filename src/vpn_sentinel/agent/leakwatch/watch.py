@@ -238,8 +238,10 @@ class LeakWatch:
             return
         if now - self._looked > LOOK:
             # The tunnel may have moved to another server, or the network changed, and the news is still on its way.
+            before = self._rules.marks
             self._stand_on(self._survey())
-            if self._rules.allow(packet):
+            if self._rules.allow(packet) or set(self._rules.marks) - set(before):
+                # A rule for a mark came in this moment: only the kernel knew whether this packet has it.
                 return
         if not self._users.belongs(packet):
             return

@@ -10,8 +10,9 @@ from vpn_sentinel.agent.interfaces import Survey
 from vpn_sentinel.agent.net.coverage import by_device, interval, names, public_space, size
 from vpn_sentinel.agent.net.fib import Fib, Interval, Rule, Sender, intersect, joined, subtract
 from vpn_sentinel.agent.net.link import Interface
+from vpn_sentinel.agent.net.servers import reached
 from vpn_sentinel.domain.observation import Routed
-from vpn_sentinel.domain.policy import IPAddress, IPNetwork, is_public
+from vpn_sentinel.domain.policy import IPAddress, IPNetwork
 
 MAX_NETWORKS: Final = 16  # networks that are named of one device; how many more there are is counted
 MAX_CLASSES: Final = 16  # rules for a protocol or a port that are walked for themselves
@@ -24,17 +25,25 @@ def audit(
 ) -> tuple[Routed, ...] | None:
     """By which devices the internet leaves, and which part of it goes beside the tunnel. None when nobody can tell.
 
-    Left out is what is meant to go there: `may_leave`, the LAN, and the VPN's `servers`. Where none of those is known,
-    each host that has a route of its own may be one.
+    Left out is what is meant to go there: `may_leave`, the LAN, and the VPN's `servers`. Where none of those is known
+    for a device, each host that has a route of its own there may be one.
     """
     if survey.fib is None or survey.tunnel is None:
         return None
     device, sender = survey.device(), Sender(uid=os.geteuid() if uid is None else uid)
     if device is None:
         return ()
-    known = [s for s in servers if not s.is_loopback and not survey.owns(s)]
-    excepted = [*may_leave, *(_lan(survey.beside))]
-    excepted += [_host(s) for s in known] if known else list(_hosts_with_own_routes(survey.fib, device))
+    known = tuple(servers)
+    told_of = reached(survey.fib, known, [i.index for i in survey.beside])
+    excepted = [*may_leave, *(_lan(survey.beside)), *(ip_network(s) for s in known)]
+    # A server that is known says nothing of devices that its packets do not take: one tunnel may carry another.
+    excepted += [
+        entry.network
+        for entry in survey.fib.entries
+        if entry.is_for_one_host()
+        and not entry.leads_by(device.index)
+        and not any(entry.leads_by(index) for index in told_of)
+    ]
     found: list[Routed] = []
     for version in (4, 6):
         free = joined(interval(n) for n in excepted if n.version == version)
@@ -115,13 +124,3 @@ def _lan(beside: Iterable[Interface]) -> Iterator[IPNetwork]:
     """The networks that this host has an address in, but for those too large to be a LAN."""
     for device in beside:
         yield from (n for n in device.networks if n.prefixlen >= _SHORTEST_LAN[n.version])
-
-
-def _hosts_with_own_routes(fib: Fib, tunnel: Interface) -> Iterator[IPNetwork]:
-    for entry in fib.entries:
-        if entry.is_for_one_host() and not entry.leads_by(tunnel.index) and is_public(entry.network.network_address):
-            yield entry.network
-
-
-def _host(address: IPAddress) -> IPNetwork:
-    return ip_network(address)

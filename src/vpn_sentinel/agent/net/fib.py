@@ -89,6 +89,16 @@ class Rule:
         )
         return bool(self.mark) or self.uids is not None or self.source_ports is not None or own_protocol
 
+    def sender(self, uid: int | None = None) -> "Sender":
+        """A sender whom the selectors name, before any inversion; `uid` is its user where none is named."""
+        return Sender(
+            mark=(self.mark or 0) & self.mask,
+            uid=self.uids[0] if self.uids else uid,
+            protocol=self.protocol or 0,
+            source_port=self.source_ports[0] if self.source_ports else 0,
+            destination_port=self.destination_ports[0] if self.destination_ports else 0,
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class Hop:

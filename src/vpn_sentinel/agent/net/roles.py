@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from vpn_sentinel.agent.net.coverage import public_share
-from vpn_sentinel.agent.net.fib import RTN_UNICAST, Fib, RouteEntry, Rule, Sender
+from vpn_sentinel.agent.net.fib import RTN_UNICAST, Fib, RouteEntry, Sender
 from vpn_sentinel.agent.net.link import (
     ARPHRD_NONE,
     ARPHRD_PPP,
@@ -149,7 +149,7 @@ class _Look:
         for rule in self._fib.rules:
             if not rule.names_sender():
                 continue
-            for other in (self._selected_by(rule), Sender()):
+            for other in (rule.sender(self._sender.uid), Sender()):
                 for address in INTERNET:
                     if address.version != rule.version:
                         continue
@@ -159,16 +159,6 @@ class _Look:
                     if theirs.kind == RTN_UNICAST and theirs.hops and not theirs.leads_by(tunnel.index):
                         return True
         return False
-
-    def _selected_by(self, rule: Rule) -> Sender:
-        """A sender whom the rule's selectors name."""
-        return Sender(
-            mark=(rule.mark or 0) & rule.mask,
-            uid=rule.uids[0] if rule.uids else self._sender.uid,
-            protocol=rule.protocol or 0,
-            source_port=rule.source_ports[0] if rule.source_ports else 0,
-            destination_port=rule.destination_ports[0] if rule.destination_ports else 0,
-        )
 
     def roles(self, tunnel: str | None) -> Roles:
         """The ways out beside `tunnel`: first those that would take over, then those with a route, then the rest."""
