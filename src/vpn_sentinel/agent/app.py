@@ -90,6 +90,8 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
         on_escape=lambda escape: reactions.escaped(escape),
         declared=probes.meant_outside,
         wanted=probes.leak_watch,
+        memory=spool,
+        server_found=lambda: cycle.bell.ring(Trigger.NETWORK),
     )
     reactions = Reactions(
         settings.reactions,
@@ -140,7 +142,7 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
         clock=clock,
         watch=watch,
         audit=route_audit(
-            probes, lambda: watch.endpoints, lambda: (a for host in echoes.hosts for a in names.known(host))
+            probes, lambda: watch.servers, lambda: (a for host in echoes.hosts for a in names.known(host))
         ),
         canary=lambda: canary_zone.zone,
         system=SystemResolver(boottime=clock.boottime),
@@ -234,7 +236,7 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
         stack.callback(server.close)
         await witnesses.look(look_around())  # before a packet is doubted: where the tunnel's own packets go
         log.info("agent started", extra={"client_id": settings.client_id, "version": __version__})
-        works = (cycle, pulse, path_mtu, courier, resolver_watch, witnesses, reactions)
+        works = (cycle, pulse, path_mtu, courier, resolver_watch, witnesses, reactions, watch.carrier)
         tasks = [group.create_task(work.run()) for work in works]
         tasks.append(group.create_task(echoes.seek()))
         await stop.wait()

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from ipaddress import ip_network
 
 from vpn_sentinel.agent.asides import Portal
-from vpn_sentinel.agent.endpoints import TCP, Endpoint
+from vpn_sentinel.agent.endpoints import TCP
 from vpn_sentinel.agent.geo.databases import Databases
 from vpn_sentinel.agent.http import Client, split, tls_context
 from vpn_sentinel.agent.interfaces import Paths, Survey
@@ -97,12 +97,12 @@ def flock(
 
 def route_audit(
     settings: ProbeSettings,
-    endpoints: Callable[[], Iterable[Endpoint]],
+    servers: Callable[[], Iterable[IPAddress]],
     meant: Callable[[], Iterable[IPAddress]] = tuple,
 ) -> Callable[[Survey], tuple[Routed, ...] | None]:
     """How a round reads the routing tables. A nameserver's own route is judged as the nameserver's way is.
 
-    `meant` are hosts that may have a route of their own: our server may run on the VPN's.
+    `servers` are the VPN's. `meant` are hosts that may have a route of their own: our server may run on the VPN's.
     """
     policy = settings.policy
     last: tuple[object, tuple[Routed, ...] | None] | None = None
@@ -111,11 +111,11 @@ def route_audit(
         nonlocal last
         hosts = (*(n.address for n in dns.system_nameservers()), *meant())
         may_leave = (*policy.allowed_outside, *policy.allowed_resolvers, *(ip_network(dns.plain(h)) for h in hosts))
-        servers = tuple(e.address for e in endpoints())
+        known = tuple(servers())
         # Walking full tables takes a while: the last answer holds while they, and what may leave, are the same.
-        now = (survey.fib, survey.tunnel, tuple(i.index for i in survey.beside), may_leave, servers)
+        now = (survey.fib, survey.tunnel, tuple(i.index for i in survey.beside), may_leave, known)
         if last is None or last[0] != now:
-            last = now, audit(survey, may_leave=may_leave, servers=servers)
+            last = now, audit(survey, may_leave=may_leave, servers=known)
         return last[1]
 
     return look

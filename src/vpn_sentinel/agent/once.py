@@ -77,10 +77,13 @@ async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, se
         system=SystemResolver(boottime=clock.boottime),
         origins=Origins(clock),
         watch=watch,
-        audit=route_audit(settings, lambda: watch.endpoints),
+        audit=route_audit(settings, lambda: watch.servers),
     )
     try:
         started = clock.boottime()
+        watch.look(found)
+        if watch.carrier.open:
+            await watch.carrier.settle()
         seen = await rounds.look(eyes, Trigger.START, policy)
         if watch.on:
             # A round may be over in milliseconds; programs behind the tunnel get a moment to show what they do.

@@ -80,7 +80,10 @@ async def routes(ground: Ground) -> list[Check]:
         return [unknown("route IPv4", _NO_NETLINK, fix=_ALLOW_NETLINK), unknown("route IPv6", _NO_NETLINK)]
     found = about_routes(*(_way(ground, ground.kernel, family) for family in (4, 6)), tunnel=ground.survey.tunnel)
     probes = ground.read.agent.probes
-    return [*found, *about_bypasses(route_audit(probes, lambda: probes.tunnel_endpoints)(ground.survey))]
+    return [
+        *found,
+        *about_bypasses(route_audit(probes, lambda: (e.address for e in probes.tunnel_endpoints))(ground.survey)),
+    ]
 
 
 def about_bypasses(parts: Sequence[Routed] | None) -> list[Check]:

@@ -26,7 +26,7 @@ from vpn_sentinel.agent.leakwatch.rules import (
     Rules,
 )
 from vpn_sentinel.agent.net.fib import Rule
-from vpn_sentinel.domain.policy import IPNetwork
+from vpn_sentinel.domain.policy import IPAddress, IPNetwork
 
 SNAP: Final = 384  # bytes of a packet that come up: enough for the longest name asked
 HEAD: Final = 80  # bytes of one that comes in: addresses, ports, flags
@@ -34,7 +34,7 @@ DROP: Final = 0
 _SO_ATTACH_FILTER: Final = 26
 _MOST: Final = 4096  # BPF_MAXINSNS
 
-_LD_W, _LD_H, _LD_B, _LDH_X, _LDB_X, _LDX_MSH, _LDX_IMM = 0x20, 0x28, 0x30, 0x48, 0x50, 0xB1, 0x01
+_LD_W, _LD_LEN, _LD_H, _LD_B, _LDH_X, _LDB_X, _LDX_MSH, _LDX_IMM = 0x20, 0x80, 0x28, 0x30, 0x48, 0x50, 0xB1, 0x01
 _AND, _JA, _JEQ, _JGT, _JSET, _RET = 0x54, 0x05, 0x15, 0x25, 0x45, 0x06
 _ANCILLARY: Final = 0xFFFFF000  # SKF_AD_OFF
 _PROTOCOL, _PKTTYPE, _MARK = _ANCILLARY, _ANCILLARY + 4, _ANCILLARY + 20
@@ -111,6 +111,18 @@ def inbound(rules: Rules) -> list[Insn]:
         *six,
         *_inbound_half(rules, _FOUR),
     ]
+
+
+def towards(hosts: Iterable[IPAddress], most: int) -> list[Insn]:
+    """The filter for what leaves here to some hosts, in packets of at most `most` bytes."""
+    made = [
+        *verdict(Test((Insn(_LD_W, _PKTTYPE),), _OUTGOING, otherwise=True)),
+        *verdict(Test((Insn(_LD_LEN),), most, _JGT)),
+    ]
+    for host in hosts:
+        version = Test((Insn(_LD_H, _PROTOCOL),), _IPV4 if host.version == 4 else _IPV6)
+        made += verdict(version, *_within(ip_network(host)), result=HEAD)
+    return [*made, Insn(_RET, DROP)]
 
 
 def _inbound_half(rules: Rules, at: "_Family") -> list[Insn]:

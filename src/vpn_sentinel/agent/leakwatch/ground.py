@@ -9,9 +9,9 @@ from vpn_sentinel.agent.interfaces import Survey
 from vpn_sentinel.agent.leakwatch.rules import Rules
 from vpn_sentinel.agent.leakwatch.senders import Senders, is_mark, marks, senders
 from vpn_sentinel.agent.net.fib import Fib
-from vpn_sentinel.agent.net.link import IFF_LOOPBACK, Interface
+from vpn_sentinel.agent.net.link import IFF_LOOPBACK, IFF_POINTOPOINT, Interface
 from vpn_sentinel.agent.netlink import Way
-from vpn_sentinel.domain.policy import NOT_PUBLIC, IPAddress, IPNetwork, within
+from vpn_sentinel.domain.policy import NOT_PUBLIC, IPAddress, IPNetwork, is_public, within
 
 _WIREGUARD: Final = frozenset({"wireguard", "amneziawg"})
 _SHORTEST: Final = {4: 16, 6: 48}  # prefix lengths of a public LAN
@@ -39,21 +39,37 @@ class Ground:
     others: frozenset[int] = frozenset()  # indices of devices that are neither the tunnel nor watched
 
     def with_endpoints(
-        self, told: Iterable[Endpoint], meant: Iterable[IPAddress], learned: Iterable[Endpoint] = ()
+        self,
+        told: Iterable[Endpoint],
+        meant: Iterable[IPAddress],
+        learned: Iterable[Endpoint] = (),
+        server: IPAddress | None = None,
     ) -> Rules:
         """All rules. A host's route says that what goes there may leave, when the host is the VPN's, or one of `meant`.
 
-        Where nobody told of the VPN's host, each such host may be it: OpenVPN makes a route for its server. What was
-        `learned` by shape may be another VPN's.
+        Where nobody told of the VPN's host, each such host may be it: OpenVPN makes a route for its server. `server` is
+        the one of them that was found to be it. What was `learned` by shape may be another VPN's.
         """
         known = tuple(dict.fromkeys(told))
-        reaching = tuple(e for e in known if self._reaches(e.address))
         hosts = self.hosts
-        if reaching or not (self.openvpn or known):
-            addresses = {e.address for e in reaching} | set(meant)
+        if server is not None or not self._is_open(known):
+            addresses = {e.address for e in known if self._reaches(e.address)} | set(meant)
+            addresses |= {server} if server is not None else set()
             hosts = tuple(h for h in hosts if h.network_address in addresses)
         ends = tuple(dict.fromkeys((*known, *learned)))
         return replace(self.rules, endpoints=ends, outside=(*self.rules.outside, *hosts))
+
+    def candidates(self, told: Iterable[Endpoint], meant: Iterable[IPAddress]) -> tuple[IPAddress, ...]:
+        """The hosts on the internet of which one may be the VPN's server; none where that is told."""
+        if not self._is_open(tuple(told)):
+            return ()
+        aside = set(meant)
+        found = (h.network_address for h in self.hosts)
+        return tuple(sorted({a for a in found if is_public(a) and a not in aside}, key=str))
+
+    def _is_open(self, told: tuple[Endpoint, ...]) -> bool:
+        """Whether each host with a route of its own may be the VPN's."""
+        return not any(self._reaches(e.address) for e in told) and (self.openvpn or bool(told))
 
     def _reaches(self, address: IPAddress) -> bool:
         """Whether packets to an endpoint leave by what is watched.
@@ -96,6 +112,9 @@ def ground(
     hosts = tuple(w.network for w in ways if w.gateway and w.network.prefixlen == w.network.max_prefixlen)
     tunnel = survey.device()
     fib = survey.fib
+    lines = [i.index for i in watched if i.flags & IFF_POINTOPOINT]  # whose routes have no gateway
+    entries = fib.entries if fib and lines else ()
+    hosts += tuple(e.network for e in entries if e.is_for_one_host() and any(e.leads_by(line) for line in lines))
     sent = before.senders if fib is None else senders(fib, tunnel.index if tunnel else None, before.senders)
     if tunnel is None:
         hosts = (*hosts, *before.hosts)

@@ -11,9 +11,10 @@ from dataclasses import replace
 from typing import Final
 
 from vpn_sentinel.agent.endpoints import PROTOCOLS, UDP, Endpoint
-from vpn_sentinel.agent.interfaces import Paths, Survey
+from vpn_sentinel.agent.interfaces import Memory, Paths, Recollection, Survey, is_up
 from vpn_sentinel.agent.leakwatch import bpf
 from vpn_sentinel.agent.leakwatch.book import Book
+from vpn_sentinel.agent.leakwatch.carrier import Carrier
 from vpn_sentinel.agent.leakwatch.ground import Ground, Tables, ground
 from vpn_sentinel.agent.leakwatch.inbound import Flows
 from vpn_sentinel.agent.leakwatch.meant import Meant
@@ -36,6 +37,7 @@ LOOK: Final = 0.2  # seconds that a look at routes and endpoints holds for furth
 DOUBTS: Final = 4 * BATCH  # packets without a word to say about them, until the next look
 MEANT: Final = 3.0  # seconds that a port stays known as a probe's own: longer than any question waits
 _LEARNED: Final = 8
+_HELD: Final = 16  # packets that wait until it is tried which host carries the tunnel
 
 
 class LeakWatch:
@@ -55,10 +57,13 @@ class LeakWatch:
         declared: Meant | None = None,
         wanted: bool = True,
         own: OwnSockets = OWN,
+        memory: Memory | None = None,
+        server_found: Callable[[], None] = lambda: None,
     ) -> None:
         """`endpoints` are those that are known from elsewhere; `meant` are hosts whose own route is no leak.
 
         `declared` is what the owner means to go beside the tunnel; `wanted` False turns the watch off.
+        `memory` keeps which host carries the tunnel; `server_found` is called when that was tried.
 
         `on_escape` gets the first packet of each new destination at once. `told` is called when there is something to
         tell: with the first escape, then at most once a second.
@@ -69,6 +74,11 @@ class LeakWatch:
         self._declared = declared or Meant()
         self._wanted = wanted
         self._own = own
+        self._server_found = server_found
+        self.carrier = Carrier(
+            memory=memory if memory is not None else Recollection(), now=clock.boottime, changed=self._tried
+        )
+        self._held: list[tuple[Packet, str]] = []
         self._taps: dict[int, Tap] = {}
         self._inbound: dict[int, Tap] = {}
         self._sockets = _sockets()
@@ -102,7 +112,14 @@ class LeakWatch:
     @property
     def endpoints(self) -> tuple[Endpoint, ...]:
         """Where the tunnel's own packets go, as far as that is known: told from elsewhere first, then learned."""
-        return tuple(dict.fromkeys((*self._endpoints(), *self._learned)))
+        found = () if self.carrier.found is None else (self.carrier.found,)
+        return tuple(dict.fromkeys((*self._endpoints(), *self._learned, *found)))
+
+    @property
+    def servers(self) -> tuple[IPAddress, ...]:
+        """The hosts that carry the tunnel, as far as they are known: also one of which no port is known."""
+        server = self.carrier.server
+        return tuple(dict.fromkeys((*(e.address for e in self.endpoints), *((server,) if server else ()))))
 
     def expect(self, port: int) -> None:
         """A probe will send beside the tunnel from this port: that is no leak."""
@@ -144,7 +161,7 @@ class LeakWatch:
     def _stand_on(self, survey: Survey) -> None:
         self._tunnel = survey.tunnel if self._wanted else None
         self._looked = self._clock.boottime()
-        if survey.tunnel is None or survey.interfaces is None or self._refused:
+        if survey.tunnel is None or survey.interfaces is None:
             self._close_taps(())
             return
         try:
@@ -158,6 +175,10 @@ class LeakWatch:
         except OSError as e:
             log.warning("routes cannot be read: the leak watch stays as it is", extra={"reason": e.strerror})
             return
+        self._look_for_server(survey)
+        if self._refused:
+            self._close_taps(())
+            return
         wanted = {i.index: i.name for i in self._ground.interfaces if i.name not in self._declared.interfaces}
         self._users.learn(self._ground.senders)
         self._close_taps(wanted)
@@ -166,6 +187,23 @@ class LeakWatch:
             if index not in self._taps and not self._refused:
                 self._open(index, name)
         self._say()
+
+    def _look_for_server(self, survey: Survey) -> None:
+        hosts = self._ground.candidates(self._endpoints(), self._meant())
+        ways = tuple(i.name for i in self._ground.interfaces)
+        device = survey.device()
+        standing = device is not None and is_up(device) and survey.carries
+        self.carrier.look(device if standing else None, hosts, ways, able=not self._refused)
+
+    def _tried(self) -> None:
+        """Which host carries the tunnel was tried: what went to another one meanwhile is told, or nobody knows."""
+        held, self._held = self._held, []
+        self._make_rules()
+        now = self._clock.boottime()
+        for packet, interface in held:
+            if not self._rules.allow(packet):
+                self._leaked(packet, interface, now)
+        self._server_found()
 
     def close(self) -> None:
         self._close_taps(())
@@ -209,7 +247,7 @@ class LeakWatch:
             self._inbound.pop(index).close()
 
     def _make_rules(self) -> None:
-        rules = self._ground.with_endpoints(self._endpoints(), self._meant(), self._learned)
+        rules = self._ground.with_endpoints(self._endpoints(), self._meant(), self._learned, self.carrier.server)
         rules = replace(rules, published=self._declared.published, ports=self._declared.ports)
         if rules == self._rules:
             return
@@ -229,12 +267,7 @@ class LeakWatch:
     def _packet(self, interface: str, ethertype: int, data: bytes) -> None:
         packet = decode(ethertype, data)
         now = self._clock.boottime()
-        if packet is None or self._may_leave(interface, packet, now):
-            return
-        shape = self._shapes.of(packet, openvpn=self._ground.openvpn, unsure=not self._able())
-        if shape is Shape.OWN and packet.destination_port is not None:
-            self._learn(Endpoint(packet.destination, packet.destination_port, UDP))
-        if shape is not Shape.OTHER:
+        if packet is None or self._may_leave(interface, packet, now) or self._is_a_vpns(packet):
             return
         if now - self._looked > LOOK:
             # The tunnel may have moved to another server, or the network changed, and the news is still on its way.
@@ -251,10 +284,33 @@ class LeakWatch:
             if self._doubts > DOUBTS:
                 self._close_taps(())  # until the next look: nothing is to be learned here, and watching costs
             return
+        if not self._waits(packet, interface):
+            self._leaked(packet, interface, now)
+
+    def _is_a_vpns(self, packet: Packet) -> bool:
+        """Whether its shape tells a VPN's packet, or may still do so."""
+        shape = self._shapes.of(packet, openvpn=self._ground.openvpn, unsure=not self._able())
+        if shape is Shape.OWN and packet.destination_port is not None:
+            self._learn(Endpoint(packet.destination, packet.destination_port, UDP))
+        return shape is not Shape.OTHER
+
+    def _waits(self, packet: Packet, interface: str) -> bool:
+        """Whether it is tried first which host carries the tunnel: its program may have gone on to this one."""
+        if self.carrier.found is None or self.carrier.sure or not self._has_own_route(packet.destination):
+            return False
+        if len(self._held) < _HELD:
+            self._held.append((packet, interface))
+        self.carrier.doubt()
+        return True
+
+    def _leaked(self, packet: Packet, interface: str, now: float) -> None:
         new = self._book.see(packet, interface, now)
         if new is not None:
             self._on_escape(new)
             self._tell(now)
+
+    def _has_own_route(self, to: IPAddress) -> bool:
+        return any(h.network_address == to for h in self._ground.hosts)
 
     def _may_leave(self, interface: str, packet: Packet, now: float) -> bool:
         return (

@@ -24,6 +24,7 @@ T = TypeVar("T")
 LIMIT: Final = 1.0  # seconds until a question counts as lost
 RESEND: Final = 0.4  # seconds until it is asked once more
 IP_RECVERR, IPV6_RECVERR = 11, 25
+_TRACEROUTE: Final = 33434  # the port that programs of this kind send to (traceroute(8))
 _EXTENDED_ERROR: Final = struct.Struct("=IBBBBII")  # sock_extended_err of linux/errqueue.h
 _ICMP, _ICMP6 = 2, 3  # its ee_origin
 _TIME_EXCEEDED: Final = {_ICMP: 11, _ICMP6: 3}
@@ -125,6 +126,18 @@ def _prepare(sock: socket.socket, destination: Destination) -> Answer | None:
     except OSError as e:
         return _failed(e, sock).answer
     return None
+
+
+def plain_probe(address: IPAddress, device: str, payload: bytes) -> None:
+    """Send one datagram by `device` that dies at the first hop, and expect nothing back. Raises OSError."""
+    six = address.version == 6
+    with socket.socket(socket.AF_INET6 if six else socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode() + b"\0")
+        if six:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS, 1)
+        else:
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, 1)
+        sock.sendto(payload, (str(address), _TRACEROUTE))
 
 
 def _end(sock: socket.socket) -> tuple[IPAddress, int]:

@@ -1,0 +1,219 @@
+"""Which host carries the tunnel, where several have a route of their own and no program says which one is its server.
+
+OpenConnect and OpenVPN make a host route to their server; so does anybody who wants one address beside the tunnel. It
+is tried: packets of different sizes are sent into the tunnel, and what carries it sends one of the same size and a
+little more at once, each time. They have one hop to live, so they die at the VPN server, and hold random bytes, so that
+compression changes nothing. Takes CAP_NET_RAW, some 4 kB and two thirds of a second.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import random
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+from ipaddress import ip_address
+from typing import Final
+
+from vpn_sentinel.agent.endpoints import TCP, UDP, Endpoint
+from vpn_sentinel.agent.interfaces import Memory
+from vpn_sentinel.agent.leakwatch import bpf
+from vpn_sentinel.agent.leakwatch.packets import decode
+from vpn_sentinel.agent.leakwatch.tap import Tap
+from vpn_sentinel.agent.net.link import Interface
+from vpn_sentinel.agent.probes.datagram import plain_probe
+from vpn_sentinel.domain.policy import IPAddress
+
+log = logging.getLogger(__name__)
+
+PROBES: Final = 6
+ENOUGH: Final = 5  # probes that the carrier must have followed: one may fall together with a retransmission
+FOLLOWS_S: Final = 0.11  # seconds after a probe in which its carrier's packet counts
+SIZES: Final = range(120, 1000)  # bytes of a probe's IP packet: smaller than those of an upload
+APART: Final = 100  # bytes between the sizes of two probes
+WRAPPING: Final = range(20, 180)  # bytes that a tunnel may add: headers outside, its own, padding, a MAC
+PADDING: Final = 32  # bytes by which that differs from packet to packet
+RETRY_S: Final = (5.0, 30.0, 300.0)
+SURE_S: Final = 30.0  # seconds that an answer holds against a packet to another host
+_ANYWHERE: Final[dict[int, IPAddress]] = {4: ip_address("1.1.1.1"), 6: ip_address("2606:4700:4700::1111")}
+_FACT: Final = "vpn_server"
+
+
+@dataclass(frozen=True, slots=True)
+class Outer:
+    """A packet that left beside the tunnel: to whom, its IP packet's size in bytes, and after how many probes."""
+
+    to: Endpoint
+    size: int
+    probe: int
+
+
+def carried(sizes: list[int], seen: Iterable[Outer]) -> Endpoint | None:
+    """Whose packets followed the probes of these `sizes`; None unless they are one host's alone."""
+    wraps: dict[Endpoint, list[set[int]]] = {}
+    for outer in seen:
+        wrap = outer.size - sizes[outer.probe]
+        if wrap in WRAPPING:
+            wraps.setdefault(outer.to, [set() for _ in sizes])[outer.probe].add(wrap)
+    scores = {end: _followed(found) for end, found in wraps.items()}
+    best = max(scores, key=lambda end: scores[end], default=None)
+    if best is None or scores[best] < ENOUGH:
+        return None
+    # A program that sends packets of all sizes follows every probe too: then nobody can tell.
+    if any(score > len(sizes) // 2 for end, score in scores.items() if end.address != best.address):
+        return None
+    return best
+
+
+def _followed(wraps: list[set[int]]) -> int:
+    """How many probes were followed by a packet that is larger by the same, but for padding."""
+    every = {w for some in wraps for w in some}
+    return max((sum(any(0 <= w - low < PADDING for w in some) for some in wraps) for low in every), default=0)
+
+
+async def search(tunnel: Interface, hosts: tuple[IPAddress, ...], ways: tuple[str, ...]) -> Endpoint | None:
+    """Try it. `ways` are the devices beside the tunnel. None when nobody can tell; raises OSError where it is refused.
+
+    PermissionError without CAP_NET_RAW.
+    """
+    version = next((a.version for a in tunnel.addresses if not a.is_link_local), None)
+    if version is None:
+        return None
+    sizes = [SIZES.start + APART * i + random.randrange(APART // 2) for i in range(PROBES)]  # noqa: S311 - no secret
+    random.shuffle(sizes)
+    seen: list[Outer] = []
+    probe = -1
+
+    def packet(_interface: str, ethertype: int, data: bytes) -> None:
+        found = decode(ethertype, data)
+        if found is not None and found.destination_port is not None and found.protocol in (TCP, UDP) and probe >= 0:
+            end = Endpoint(found.destination, found.destination_port, found.protocol)
+            seen.append(Outer(end, found.size, probe))
+
+    with contextlib.ExitStack() as stack:
+        made = bpf.towards(hosts, SIZES.stop + WRAPPING.stop)
+        for way in ways:
+            stack.callback(Tap(way, made, packet).close)
+        header = 28 if version == 4 else 48
+        for probe, size in enumerate(sizes):  # noqa: B007 - `packet` reads it
+            plain_probe(_ANYWHERE[version], tunnel.name, os.urandom(size - header))
+            await asyncio.sleep(FOLLOWS_S)
+    return carried(sizes, seen)
+
+
+Search = Callable[[Interface, tuple[IPAddress, ...], tuple[str, ...]], Awaitable[Endpoint | None]]
+
+
+@dataclass(slots=True, kw_only=True)
+class Carrier:
+    """What is known of the tunnel's server where nobody tells it, for one device and one set of hosts.
+
+    Where packets cannot be watched, the one host that had a route when the tunnel was seen first is remembered.
+    """
+
+    memory: Memory
+    now: Callable[[], float]
+    search: Search = search
+    changed: Callable[[], None] = lambda: None
+    found: Endpoint | None = None
+    _tunnel: Interface | None = None
+    _hosts: tuple[IPAddress, ...] = ()
+    _ways: tuple[str, ...] = ()
+    _able: bool = True
+    _sure_until: float = float("-inf")
+    _wake: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def server(self) -> IPAddress | None:
+        """The host that carries the tunnel, None when nobody can tell."""
+        if self.found is not None:
+            return self.found.address
+        return self._hosts[0] if len(self._hosts) == 1 else None if self._able else self._remembered()
+
+    @property
+    def sure(self) -> bool:
+        """Whether `found` was tried just now; where it cannot be tried, what is known is all there is."""
+        return not self._able or self.now() < self._sure_until
+
+    @property
+    def open(self) -> bool:
+        """Whether it is to be tried which of several hosts it is."""
+        return self._able and self.found is None and self._tunnel is not None and len(self._hosts) > 1
+
+    def look(
+        self, tunnel: Interface | None, hosts: tuple[IPAddress, ...], ways: tuple[str, ...], *, able: bool
+    ) -> None:
+        """What is there now: the tunnel's device, the hosts that may be its server, the ways beside it.
+
+        `able`: whether packets can be watched. A new device, or another host, begins anew.
+        """
+        self._able = self._able and able
+        if tunnel is None:
+            # Its program goes on sending, to the same server or the next one: nobody can tell which.
+            self.found, self._tunnel, self._hosts = None, None, ()
+            return
+        before = self._tunnel.index if self._tunnel is not None else None
+        if (before, self._hosts) != (tunnel.index, hosts):
+            self.found = None
+            self._wake.set()
+        self._tunnel, self._hosts, self._ways = tunnel, hosts, ways
+        if len(hosts) == 1:
+            self._keep(tunnel, hosts[0])
+
+    def doubt(self) -> None:
+        """A packet went to another of the hosts: the tunnel may have moved there."""
+        self._wake.set()
+
+    async def run(self) -> None:
+        """Try it whenever that is asked for, and later again when nobody could tell."""
+        tries = 0
+        while True:
+            await self._wait(RETRY_S[min(tries, len(RETRY_S)) - 1] if tries else None)
+            await self.settle()
+            tries = tries + 1 if self.open else 0
+
+    async def settle(self) -> None:
+        """Try it once, if there is something to try. Raises nothing."""
+        tunnel, hosts = self._tunnel, self._hosts
+        if tunnel is None or len(hosts) < 2 or not self._able:
+            return
+        found = await self._try(tunnel, hosts)
+        if found is None and self.found is not None:
+            found = await self._try(tunnel, hosts)  # once more, before what was known is given up
+        if not self._able:
+            self.changed()
+            return
+        if self._tunnel is None or (tunnel.index, hosts) != (self._tunnel.index, self._hosts):
+            return  # the network changed meanwhile; it is tried anew
+        if found is not None and found != self.found:
+            log.info("what carries the tunnel was found by its packets", extra={"endpoint": str(found)})
+            self._keep(tunnel, found.address)
+        self.found = found
+        self._sure_until = self.now() + SURE_S if found is not None else float("-inf")
+        self.changed()
+
+    async def _try(self, tunnel: Interface, hosts: tuple[IPAddress, ...]) -> Endpoint | None:
+        try:
+            return await self.search(tunnel, hosts, self._ways)
+        except PermissionError:
+            self._able = False
+        except (OSError, ValueError) as e:
+            log.info("which host carries the tunnel cannot be tried now", extra={"reason": str(e)})
+        return None
+
+    async def _wait(self, seconds: float | None) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._wake.wait()
+        self._wake.clear()
+
+    def _keep(self, tunnel: Interface, server: IPAddress) -> None:
+        """A device that is made anew has another index: its program may have gone on to another server."""
+        self.memory.keep(_FACT, f"{tunnel.index} {server}")
+
+    def _remembered(self) -> IPAddress | None:
+        index, _, address = (self.memory.fact(_FACT) or "").partition(" ")
+        if self._tunnel is None or index != str(self._tunnel.index):
+            return None
+        return next((h for h in self._hosts if str(h) == address), None)
