@@ -444,6 +444,52 @@ async def test_a_websocket_that_is_held_without_a_word_is_left_for_post(
     assert got == [1]
 
 
+async def test_an_address_that_says_nothing_is_left_for_the_other_family(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where all that is large, or all of one family, vanishes on the way: no report waits for a POST there."""
+    monkeypatch.setattr("vpn_sentinel.agent.uplink.conversation.CONNECT", 0.3)
+    fill(spool, 1)
+    server, held = Server(), []
+
+    async def swallow(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
+        held.append(await reader.readline())
+        while await reader.read(4096):
+            pass
+
+    names = Names(lambda _: (ip_address("127.0.0.1"), ip_address("::1")))
+    async with (
+        tcp(swallow) as port,
+        serve(server.talk, "::1", port, close_timeout=0.1),
+        carrying(spool, f"http://sentinel.test:{port}", names=names, patience=30.0),
+    ):
+        await until(lambda: spool.pending == 0)
+    assert (server.stored, [line.split()[0] for line in held]) == ([1], [b"GET"])
+
+
+async def test_where_no_address_lets_a_websocket_through_every_one_is_posted_to(
+    spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vpn_sentinel.agent.uplink.conversation.CONNECT", 0.3)
+    fill(spool, 1)
+    got: list[int] = []
+    respond = stores(got)
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = (await reader.readuntil(b"\r\n\r\n")).decode()
+        fields = {k.lower(): v.strip() for k, _, v in (line.partition(":") for line in head.splitlines())}
+        if head.startswith("POST"):
+            writer.write(respond(head + (await reader.readexactly(int(fields["content-length"]))).decode()))
+            return
+        while await reader.read(4096):
+            pass
+
+    names = Names(lambda _: (ip_address("::1"), ip_address("127.0.0.1")))
+    async with tcp(talk) as port, carrying(spool, f"http://sentinel.test:{port}", names=names, patience=0.3):
+        await until(lambda: spool.pending == 0)
+    assert got == [1]
+
+
 CAPTIVE = {name: answer for name, answer in BETWEEN.items() if not name.startswith("problem")}
 
 

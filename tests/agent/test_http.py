@@ -1,4 +1,5 @@
 import asyncio
+import socket
 import ssl
 from ipaddress import ip_address
 from pathlib import Path
@@ -6,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.agent.doubles import http, reply, tcp
-from vpn_sentinel.agent.http import Client, HttpError, read_response, reason, split, tls_context
+from vpn_sentinel.agent.http import Client, HttpError, connected, read_response, reason, split, tls_context
 from vpn_sentinel.agent.names import Names
 
 CLIENT = Client(names=Names())
@@ -22,6 +23,17 @@ async def test_get_and_post() -> None:
     assert got[0].startswith(f"GET /a?b=c HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n")
     assert "X-Key: k" in got[1]
     assert got[1].endswith("\r\n\r\nbody")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
+async def test_both_sides_send_small_segments(host: str) -> None:
+    """536 bytes, which every host takes (RFC 9293, 3.7.1): through any tunnel over a path that passes 700."""
+    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as listening:
+        mine = await connected(ip_address(host), listening.getsockname()[1])
+        theirs, _ = listening.accept()
+        with mine, theirs:
+            sizes = [s.getsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG) for s in (mine, theirs)]
+    assert all(0 < size <= 536 for size in sizes), sizes
 
 
 async def test_a_redirect_is_not_followed() -> None:

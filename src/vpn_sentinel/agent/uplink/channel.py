@@ -12,6 +12,7 @@ class Fault(StrEnum):
     BROKEN = "broken"  # try again, soon
     DENIED = "denied"  # the server itself does not accept the key or the name: try again, slowly
     NO_WEBSOCKET = "no_websocket"  # no WebSocket leads to the server, whoever stops it: use POST
+    HELD = "held"  # connected, and not a word came back: this address, or any WebSocket to it, leads nowhere
     REJECTED = "rejected"  # the server itself refused the message: sending it again is no use
     CUT = "cut"  # somebody closed the connection because of a message: send less, or by POST
 

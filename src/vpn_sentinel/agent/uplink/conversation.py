@@ -127,7 +127,7 @@ class Conversation:
         silent = broken.fault in (Fault.BROKEN, Fault.CUT) and not (self.greeted or self._told)
         if silent and not (self.wakeup.kicked or self.brisk()):
             # It opened, and the server never spoke through it: so little leads there by a WebSocket.
-            raise ChannelError(Fault.NO_WEBSOCKET, str(broken)) from broken
+            raise ChannelError(Fault.HELD, str(broken)) from broken
         raise broken
 
     async def by_post(self, until: float) -> None:

@@ -8,6 +8,7 @@ while a new one would leave at once. What fails is said when it changes, not eac
 import asyncio
 import json
 import logging
+from collections import deque
 from collections.abc import Callable
 from ipaddress import ip_address
 from typing import Final
@@ -144,26 +145,35 @@ class Courier:
             raise ChannelError(Fault.BROKEN, str(e)) from e
         self._several = len(addresses) > 1  # such as one of each family
         error = ChannelError(Fault.BROKEN, "it has no address")
-        for address in addresses[:_MOST_ADDRESSES]:
+        left = deque((address, False) for address in addresses[:_MOST_ADDRESSES])
+        while left:
+            address, by_post = left.popleft()
             if not where.secure and is_public(address) and not self._to.allow_insecure:
                 error = ChannelError(Fault.BROKEN, f"{address} is public, and the key is not sent there in clear")
                 continue
             tried = self._conversation(url, address)
             try:
-                await self._by_any_means(tried, _WayBack(self, self._to.urls[0]) if second_way else None)
+                back = _WayBack(self, self._to.urls[0]) if second_way else None
+                await self._by_any_means(tried, back, by_post=by_post)
             except ChannelError as e:
                 error = e
+                if e.fault is Fault.HELD:
+                    # Another family may be open; only where none is, it is the WebSocket that is not let through.
+                    left.append((address, True))
                 if self._brisk():
                     self._left, self._turned = url, tried.greeted
                 if tried.greeted:
-                    if not self._stored:
-                        self._fruitless.add(url)
-                    self._say(url, str(e))
+                    self._ended(url, str(e))
             if tried.greeted:
                 return True
             if error.fault is Fault.DENIED:
                 break
         raise error
+
+    def _ended(self, url: str, why: str) -> None:
+        if not self._stored:
+            self._fruitless.add(url)
+        self._say(url, why)
 
     def _conversation(self, url: str, address: IPAddress) -> Conversation:
         return Conversation(
@@ -185,18 +195,19 @@ class Courier:
         other_way = len(self._to.urls) > 1 or self._several
         return self._wakeup.urgent and other_way and self._passes <= _BRISK
 
-    async def _by_any_means(self, tried: Conversation, back: "_WayBack | None") -> None:
+    async def _by_any_means(self, tried: Conversation, back: "_WayBack | None", *, by_post: bool) -> None:
         until = self._post_until.get(tried.url, 0.0)
-        if until <= self._clock.boottime():
+        if by_post:
+            until = self._no_websocket(tried.url, "no answer at any address")
+        elif until <= self._clock.boottime():
             try:
                 await tried.by_websocket(back)
             except ChannelError as e:
-                if e.fault is not Fault.NO_WEBSOCKET or tried.greeted:
+                if e.fault not in (Fault.NO_WEBSOCKET, Fault.HELD) or tried.greeted:
                     raise
-                until = self._post_until[tried.url] = self._clock.boottime() + _POST_FOR
-                if tried.url not in self._posting:
-                    self._posting.add(tried.url)
-                    log.info("no WebSocket can be had, reports go by POST", extra={"url": tried.url, "reason": e})
+                if e.fault is Fault.HELD and self._several:
+                    raise
+                until = self._no_websocket(tried.url, str(e))
             else:
                 return
             finally:
@@ -208,6 +219,14 @@ class Courier:
             if not tried.greeted:  # then POST is no better: the next try begins with a WebSocket again
                 self._post_until.pop(tried.url, None)
             raise
+
+    def _no_websocket(self, url: str, why: str) -> float:
+        """Until when reports go by POST there."""
+        if url not in self._posting:
+            self._posting.add(url)
+            log.info("no WebSocket can be had, reports go by POST", extra={"url": url, "reason": why})
+        self._post_until[url] = self._clock.boottime() + _POST_FOR
+        return self._post_until[url]
 
     async def is_open(self, url: str) -> bool:
         """Whether the server takes connections there."""

@@ -83,7 +83,7 @@ async def open_websocket(
         _close(sock)
         if sock is None:
             raise ChannelError(Fault.BROKEN, f"no connection within {limit:g} s") from e
-        raise ChannelError(Fault.NO_WEBSOCKET, f"no answer to the WebSocket handshake within {limit:g} s") from e
+        raise ChannelError(Fault.HELD, f"no answer to the WebSocket handshake within {limit:g} s") from e
     except InvalidStatus as e:
         raise _refused(e.response) from e
     except (InvalidHandshake, InvalidURI, ValueError) as e:  # a redirect to a page is an InvalidURI
