@@ -1,6 +1,9 @@
 """`vpn-sentinel`: finds the command and runs it. Each command's module is imported only when it is asked for."""
 
 import argparse
+import contextlib
+import errno
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -35,12 +38,23 @@ class _Parser(argparse.ArgumentParser):
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status: 64 for a call that makes no sense, 1 for a failure."""
+    _open_closed_streams()
     try:
-        return _main(list(sys.argv[1:] if words is None else words))
+        status = _main(list(sys.argv[1:] if words is None else words))
+        sys.stdout.flush()
     except KeyboardInterrupt:
         return 130  # as a shell reports SIGINT
     except BrokenPipeError:
+        _drop_output()
         return 141  # and SIGPIPE
+    except OSError as e:
+        if e.errno != errno.ENOSPC:
+            raise
+        # Where output goes to a file, or whatever else could not be written to the end.
+        print(f"vpn-sentinel: {e.filename or 'what is printed or kept'}: {e.strerror}", file=sys.stderr)
+        _drop_output()
+        return FAILED
+    return status
 
 
 def _main(words: list[str]) -> int:
@@ -64,6 +78,28 @@ def _main(words: list[str]) -> int:
     except Unusable as e:
         print(f"vpn-sentinel: {e}", file=sys.stderr)
         return FAILED
+
+
+def _open_closed_streams() -> None:
+    """Open what is closed of standard input, output and error (`<&-`, some supervisors).
+
+    The next file or socket would take the number, and lines for people would be written into it (POSIX, open()).
+    """
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
+
+
+def _drop_output() -> None:
+    """Send what is still in the buffer nowhere, so that the interpreter's end does not fail on it again."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    with contextlib.suppress(OSError):  # no descriptor: an output of somebody's who calls `main`
+        os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def run() -> None:

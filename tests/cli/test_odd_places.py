@@ -1,0 +1,131 @@
+"""Every command where people start it: without a user entry, home, folder, streams, /proc or a disk that takes data."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="takes another user or mounts: needs root")
+PROGRAM = [sys.executable, "-m", "vpn_sentinel"]
+# A user without an entry in passwd(5), as `docker run --user 12345`. The capability is for the interpreter alone,
+# which may stand in somebody's home.
+NOBODY = [
+    "setpriv", "--reuid=12345", "--regid=12345", "--clear-groups",
+    "--inh-caps=-all,+dac_read_search", "--ambient-caps=-all,+dac_read_search",
+]  # fmt: skip
+LOOKING = ["doctor", "check"]
+QUICK = ["geo show", "token list", "tunnel list", "db check", "notify test webhook", "--version"]
+SOME = [*LOOKING, "token list", "--version"]
+STARTING = ["agent --url http://127.0.0.1:9", "server", "up", "token create x", "db migrate"]
+
+
+def run(words: Sequence[str], *, cwd: Path | None = None, **settings: str) -> subprocess.CompletedProcess[str]:
+    env = {"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1", **settings}
+    return subprocess.run(list(words), env=env, capture_output=True, text=True, timeout=40, check=False, cwd=cwd)
+
+
+def shell(script: str, **settings: str) -> subprocess.CompletedProcess[str]:
+    return run(["sh", "-c", script.replace("PROGRAM", " ".join(PROGRAM))], **settings)
+
+
+def ends_in_words(done: subprocess.CompletedProcess[str]) -> None:
+    assert "Traceback" not in done.stdout + done.stderr, done.stderr
+    assert "Exception ignored" not in done.stderr
+    assert 0 <= done.returncode < 120, done
+
+
+# --- a numeric user ---
+
+
+@ROOT
+@pytest.mark.parametrize("home", [{}, {"HOME": "/nonexistent"}], ids=["no HOME", "a HOME that is not there"])
+@pytest.mark.parametrize("command", [*LOOKING, *QUICK])
+def test_a_user_without_an_entry_looks(command: str, home: dict[str, str], tmp_path: Path) -> None:
+    done = run([*NOBODY, *PROGRAM, *command.split()], cwd=tmp_path, **home)
+    ends_in_words(done)
+    if command in LOOKING:
+        assert done.stdout
+    elif "db" in command or "list" in command:
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+
+
+@ROOT
+@pytest.mark.parametrize("command", STARTING)
+def test_a_user_without_an_entry_is_told_which_setting_names_a_folder(command: str) -> None:
+    done = run([*NOBODY, *PROGRAM, *command.split()], VPN_SENTINEL_API_KEY="k" * 8)
+    ends_in_words(done)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith("vpn-sentinel: VPN_SENTINEL_DATA_DIR: ")
+
+
+@ROOT
+def test_a_user_without_an_entry_works_in_the_folder_that_is_set(tmp_path: Path) -> None:
+    os.chown(tmp_path, 12345, 12345)
+    for folder in (tmp_path.parent, tmp_path.parent.parent):  # pytest's own are for root alone
+        folder.chmod(0o755)
+    settings = {"VPN_SENTINEL_DATA_DIR": str(tmp_path)}
+    for command in ("token create x", "token list", "db check"):
+        done = run([*NOBODY, *PROGRAM, *command.split()], **settings)
+        assert (done.returncode, done.stderr) == (0, ""), command
+
+
+# --- folders and file systems ---
+
+
+@pytest.mark.parametrize("command", [*LOOKING, "token list", "geo show"])
+@pytest.mark.parametrize("data", ["data", ""])
+def test_a_working_directory_that_was_removed(command: str, data: str, tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    script = f"cd {gone}; rmdir {gone}; exec PROGRAM {command}"
+    ends_in_words(shell(script, VPN_SENTINEL_DATA_DIR=data or str(tmp_path)))
+
+
+@ROOT
+@pytest.mark.parametrize("command", SOME)
+@pytest.mark.parametrize("proc", ["umount -l /proc", "mount -t tmpfs none /proc"], ids=["not mounted", "empty"])
+def test_without_proc(command: str, proc: str, tmp_path: Path) -> None:
+    script = f"unshare -m sh -c '{proc}; exec PROGRAM {command}'"
+    ends_in_words(shell(script, VPN_SENTINEL_DATA_DIR=str(tmp_path)))
+
+
+@ROOT
+@pytest.mark.parametrize("command", [*LOOKING, *QUICK, *STARTING])
+def test_where_nothing_can_be_written(command: str) -> None:
+    folders = ("/tmp", "/var/tmp", "/var/lib", "/dev/shm", "/run")
+    mounts = "; ".join(f"mount -t tmpfs -o ro none {folder}" for folder in folders)
+    script = f"unshare -m sh -c '{mounts}; cd /; exec PROGRAM {command}'"
+    done = shell(script, VPN_SENTINEL_DATA_DIR="/var/lib/vpn-sentinel", VPN_SENTINEL_API_KEY="k" * 8)
+    ends_in_words(done)
+    if command in STARTING:
+        assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+        assert "VPN_SENTINEL_DATA_DIR" in done.stderr
+
+
+# --- standard streams ---
+
+
+@pytest.mark.parametrize("command", SOME)
+@pytest.mark.parametrize("closed", ["0<&- 1>&- 2>&-", "0<&- 1>&-", "2>&-"])
+def test_streams_that_are_closed(command: str, closed: str, tmp_path: Path) -> None:
+    done = shell(f"exec PROGRAM {command} {closed}", VPN_SENTINEL_DATA_DIR=str(tmp_path))
+    ends_in_words(done)
+
+
+def test_no_file_of_ours_takes_the_number_of_a_closed_stream(tmp_path: Path) -> None:
+    """Else a line for people would be written into the database."""
+    done = shell(
+        "PROGRAM db migrate 0<&- 1>&- 2>&- && PROGRAM token create x 0<&- 1>&- 2>&- && PROGRAM db check",
+        VPN_SENTINEL_DATA_DIR=str(tmp_path),
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("command", ["doctor", "geo show"])
+def test_output_that_cannot_be_kept_is_said(command: str, tmp_path: Path) -> None:
+    done = shell(f"exec PROGRAM {command} >/dev/full", VPN_SENTINEL_DATA_DIR=str(tmp_path))
+    said = "vpn-sentinel: what is printed or kept: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, said)
