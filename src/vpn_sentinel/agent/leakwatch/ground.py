@@ -10,6 +10,8 @@ from vpn_sentinel.agent.leakwatch.rules import Rules
 from vpn_sentinel.agent.leakwatch.senders import Senders, is_mark, marks, senders
 from vpn_sentinel.agent.net.fib import Fib
 from vpn_sentinel.agent.net.link import IFF_LOOPBACK, IFF_POINTOPOINT, Interface
+from vpn_sentinel.agent.net.roles import is_layer3_tunnel
+from vpn_sentinel.agent.net.servers import reached
 from vpn_sentinel.agent.netlink import Way
 from vpn_sentinel.domain.policy import NOT_PUBLIC, IPAddress, IPNetwork, is_public, within
 
@@ -37,6 +39,7 @@ class Ground:
     senders: Senders = field(default_factory=Senders)
     fib: Fib | None = field(default=None, compare=False, repr=False)
     others: frozenset[int] = frozenset()  # indices of devices that are neither the tunnel nor watched
+    nested: bool = False  # a tunnel is among the ways out: this one may run inside it
 
     def with_endpoints(
         self,
@@ -55,9 +58,18 @@ class Ground:
         if server is not None or not self._is_open(known):
             addresses = {e.address for e in known if self._reaches(e.address)} | set(meant)
             addresses |= {server} if server is not None else set()
-            hosts = tuple(h for h in hosts if h.network_address in addresses)
+            believed = self._of_other_tunnels(e.address for e in known)
+            hosts = tuple(h for h in hosts if h.network_address in addresses or h in believed)
         ends = tuple(dict.fromkeys((*known, *learned)))
         return replace(self.rules, endpoints=ends, outside=(*self.rules.outside, *hosts))
+
+    def _of_other_tunnels(self, told: Iterable[IPAddress]) -> frozenset[IPNetwork]:
+        """Hosts on devices of which nothing is told, where one tunnel runs inside another: it has a server too."""
+        if self.fib is None or not self.nested:
+            return frozenset()
+        devices = reached(self.fib, told, [i.index for i in self.interfaces])
+        found = ((h, self.fib.lookup(h.network_address)) for h in self.hosts)
+        return frozenset(h for h, entry in found if entry and not any(entry.leads_by(d) for d in devices))
 
     def candidates(self, told: Iterable[Endpoint], meant: Iterable[IPAddress]) -> tuple[IPAddress, ...]:
         """The hosts on the internet of which one may be the VPN's server; none where that is told."""
@@ -86,7 +98,7 @@ class Ground:
     def tells(self, endpoints: Iterable[Endpoint]) -> bool:
         """Whether the tunnel's own packets can be told from others."""
         known = tuple(endpoints)
-        by_host = bool(self.hosts) and (self.openvpn or bool(known))
+        by_host = bool(self.hosts) and (self.openvpn or self.nested or bool(known))
         return bool(self.senders.excepted) or by_host or any(self._reaches(e.address) for e in known)
 
 
@@ -131,6 +143,7 @@ def ground(
         openvpn=not sent.excepted and (before.openvpn if tunnel is None else tunnel.kind not in _WIREGUARD),
         senders=sent,
         fib=fib,
+        nested=any(is_layer3_tunnel(i) for i in watched),
         others=frozenset(i.index for i in survey.interfaces if not _is_known(i, survey)),
     )
 

@@ -117,7 +117,7 @@ class _Look:
     def may_stay(self, name: str | None) -> bool:
         """Whether what is remembered as the tunnel can still be it: memory alone proves nothing for a usual uplink."""
         found = self._named.get(name or "")
-        return found is not None and (_is_layer3_tunnel(found) or self.is_tunnel(found.name))
+        return found is not None and (is_layer3_tunnel(found) or self.is_tunnel(found.name))
 
     def is_tunnel(self, name: str) -> bool:
         """Whether something shows that this device is a tunnel: its program, or an exception for its outer packets."""
@@ -185,7 +185,7 @@ class _Look:
 
     def _is_another_vpn(self, found: Interface, *, with_route: bool) -> bool:
         certain = found.kind in _ENCRYPTING or self._claimed(found.name)
-        return certain if with_route else _is_layer3_tunnel(found)
+        return certain if with_route else is_layer3_tunnel(found)
 
 
 def has_way(interface: Interface, fib: Fib, version: int) -> bool:
@@ -205,7 +205,7 @@ def has_way(interface: Interface, fib: Fib, version: int) -> bool:
     )
 
 
-def _is_layer3_tunnel(found: Interface) -> bool:
+def is_layer3_tunnel(found: Interface) -> bool:
     """A device that packets are put into, not frames: WireGuard, TUN and their like. PPP and TAP are not meant."""
     if found.kind == "ppp" or found.hardware == ARPHRD_PPP:
         return False
