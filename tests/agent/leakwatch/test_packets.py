@@ -7,7 +7,14 @@ from hypothesis import strategies as st
 from tests.agent.leakwatch.bytes import ip, query, tcp, udp
 from vpn_sentinel.agent.endpoints import parse_endpoint
 from vpn_sentinel.agent.leakwatch.packets import asked_name, decode
-from vpn_sentinel.agent.leakwatch.shapes import ALIKE, Shape, Shapes, is_openvpn_reset, is_wireguard
+from vpn_sentinel.agent.leakwatch.shapes import (
+    ALIKE,
+    Shape,
+    Shapes,
+    is_openvpn_reset,
+    is_openvpn_tcp_reset,
+    is_wireguard,
+)
 
 ME, FAR = "192.168.1.20", "203.0.113.5"
 
@@ -88,6 +95,21 @@ RESETS = {
 @pytest.mark.parametrize(("payload", "port", "told"), RESETS.values(), ids=RESETS.keys())
 def test_an_openvpn_client_is_known_by_its_first_packet(payload: bytes, port: int, told: bool) -> None:
     assert is_openvpn_reset(decoded(17, udp(4000, port, payload))) is told
+
+
+TLS_HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"r" * 506
+
+
+@pytest.mark.parametrize(("payload", "port", "told"), RESETS.values(), ids=RESETS.keys())
+def test_over_tcp_it_stands_behind_its_length(payload: bytes, port: int, told: bool) -> None:
+    def known(data: bytes) -> bool:
+        return is_openvpn_tcp_reset(decoded(6, tcp(4000, port, 0x18, data)))
+
+    assert known(len(payload).to_bytes(2) + payload) is told
+    assert not known((len(payload) + 1).to_bytes(2) + payload)
+    assert not known(payload)
+    assert not known(TLS_HELLO)
+    assert not known(b"")
 
 
 def test_openvpn_data_is_believed_when_it_goes_on_alike() -> None:

@@ -6,10 +6,11 @@ IKE: RFC 7296, 3.1, the first message of an exchange; behind it its own port for
 """
 
 from collections import OrderedDict
+from dataclasses import replace
 from enum import Enum
 from typing import Final
 
-from vpn_sentinel.agent.endpoints import UDP, Endpoint
+from vpn_sentinel.agent.endpoints import TCP, UDP, Endpoint
 from vpn_sentinel.agent.leakwatch.packets import Packet
 from vpn_sentinel.domain.policy import IPAddress
 
@@ -57,6 +58,14 @@ def is_openvpn_reset(packet: Packet) -> bool:
     return size in (14, *_TLS_AUTH) and ends_empty
 
 
+def is_openvpn_tcp_reset(packet: Packet) -> bool:
+    """The same over TCP, where each packet stands behind its length in two bytes (OpenVPN's socket.c)."""
+    head, size = packet.payload, packet.payload_size
+    if packet.protocol != TCP or len(head) < 16 or int.from_bytes(head[:2]) != size - 2:
+        return False
+    return is_openvpn_reset(replace(packet, protocol=UDP, payload=head[2:], payload_size=size - 2))
+
+
 def is_ike_begun(packet: Packet) -> bool:
     head = packet.payload
     return (
@@ -83,7 +92,7 @@ class Shapes:
         Any program's packet may begin like one of OpenVPN's data packets; a reset is certain enough by itself, whatever
         the tunnel was until now: programs change their protocol while they run.
         """
-        if is_wireguard(packet):
+        if is_wireguard(packet) or is_openvpn_tcp_reset(packet):
             return Shape.OWN
         port = packet.destination_port
         if packet.protocol != UDP or port is None or port == _DNS:

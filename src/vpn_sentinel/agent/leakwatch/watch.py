@@ -18,6 +18,7 @@ from vpn_sentinel.agent.leakwatch.carrier import Carrier
 from vpn_sentinel.agent.leakwatch.ground import Ground, Tables, ground
 from vpn_sentinel.agent.leakwatch.inbound import Flows
 from vpn_sentinel.agent.leakwatch.meant import Meant
+from vpn_sentinel.agent.leakwatch.openings import Openings
 from vpn_sentinel.agent.leakwatch.packets import Packet, decode
 from vpn_sentinel.agent.leakwatch.rules import Rules
 from vpn_sentinel.agent.leakwatch.shapes import Shape, Shapes
@@ -79,6 +80,8 @@ class LeakWatch:
             memory=memory if memory is not None else Recollection(), now=clock.boottime, changed=self._tried
         )
         self._held: list[tuple[Packet, str]] = []
+        self._killed: set[int] = set()  # families of which a kill switch refused a canary lately
+        self._openings = Openings(self._is_no_vpns)
         self._taps: dict[int, Tap] = {}
         self._inbound: dict[int, Tap] = {}
         self._sockets = _sockets()
@@ -134,7 +137,10 @@ class LeakWatch:
         """
         link = paths.survey.link()
         works = link is not None and link.up
-        held = {c.family for c in canaries if c.probe is Probe.PHYSICAL and c.answer is Answer.BLOCKED}
+        asked = [c for c in canaries if c.probe is Probe.PHYSICAL]
+        held = {c.family for c in asked if c.answer is Answer.BLOCKED}
+        if asked:
+            self._killed = held - {c.family for c in asked if c.answer is Answer.ANSWERED}
 
         def still(escape: Escape) -> bool:
             if not works or escape.destination.version in held:
@@ -199,14 +205,13 @@ class LeakWatch:
         """Which host carries the tunnel was tried: what went to another one meanwhile is told, or nobody knows."""
         held, self._held = self._held, []
         self._make_rules()
-        now = self._clock.boottime()
         for packet, interface in held:
-            if not self._rules.allow(packet):
-                self._leaked(packet, interface, now)
+            self._is_no_vpns(packet, interface)
         self._server_found()
 
     def close(self) -> None:
         self._close_taps(())
+        self._openings.close()
         if self._sockets is not None:
             self._sockets.close()
         if self._timer is not None:
@@ -284,14 +289,16 @@ class LeakWatch:
             if self._doubts > DOUBTS:
                 self._close_taps(())  # until the next look: nothing is to be learned here, and watching costs
             return
-        if not self._waits(packet, interface):
+        refused = packet.destination.version in self._killed
+        if not (self._waits(packet, interface) or self._openings.waits(packet, interface, begin=refused)):
             self._leaked(packet, interface, now)
 
     def _is_a_vpns(self, packet: Packet) -> bool:
         """Whether its shape tells a VPN's packet, or may still do so."""
         shape = self._shapes.of(packet, openvpn=self._ground.openvpn, unsure=not self._able())
         if shape is Shape.OWN and packet.destination_port is not None:
-            self._learn(Endpoint(packet.destination, packet.destination_port, UDP))
+            self._openings.belongs_to_vpn(packet)
+            self._learn(Endpoint(packet.destination, packet.destination_port, packet.protocol))
         return shape is not Shape.OTHER
 
     def _waits(self, packet: Packet, interface: str) -> bool:
@@ -302,6 +309,10 @@ class LeakWatch:
             self._held.append((packet, interface))
         self.carrier.doubt()
         return True
+
+    def _is_no_vpns(self, packet: Packet, interface: str) -> None:
+        if not self._rules.allow(packet):
+            self._leaked(packet, interface, self._clock.boottime())
 
     def _leaked(self, packet: Packet, interface: str, now: float) -> None:
         new = self._book.see(packet, interface, now)
