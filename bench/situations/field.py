@@ -263,7 +263,8 @@ ROWS: tuple[Row, ...] = (
     _leak(70, "wginov", "WireGuard inside OpenVPN, both ended", {"ip_leak"}, _do("delete_tunnel"), part="c",
           kinds=_ONE),
     Row(number=71, post="killed", title="OpenConnect killed, no default left", state="down", way=by_fault,
-        told="down", fault=_do("kill_openvpn"), codes=frozenset({"tunnel_down"}), never=LEAKS, rest=10.0, kinds=_ONE),
+        told="down", fault=_do("kill_openvpn"), codes=frozenset({"tunnel_down"}), never=LEAKS, rest=10.0, kinds=_ONE,
+        opens=True, note="the repair brings home's default route back before the tunnel"),
     _quiet(72, "again", "client restarted, kill switch", _restart, never=LEAKS, kinds=tuple(plan.KINDS),
            passing=frozenset({"down", "degraded"})),
 )  # fmt: skip

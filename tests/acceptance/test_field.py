@@ -1,0 +1,35 @@
+"""Situations from the field, each once on WireGuard: the rows that `bench situations` tries on all kinds."""
+
+from pathlib import Path
+
+import pytest
+
+from bench.situations import field
+from bench.situations.posts import Post
+from bench.situations.rows import PROFILES
+from bench.situations.trial import Row
+from lab import Lab
+
+pytestmark = pytest.mark.acceptance
+
+
+def _params() -> list[object]:
+    """Each row has a lab of its own, so that any worker may take it."""
+    found = (row for row in field.ROWS if "wireguard" in row.kinds)
+    return [pytest.param(row, id=row.name, marks=pytest.mark.xdist_group(f"field-{row.name}")) for row in found]
+
+
+@pytest.mark.parametrize("row", _params())
+def test_the_row_is_right(row: Row, tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)  # an agent may run as another user
+    for folder in tmp_path.parents[:2]:
+        folder.chmod(0o755)
+    profile = PROFILES[row.post]
+    with Lab([profile.of(row.post, "wireguard")]) as lab:
+        post = Post(lab, row.post, 0, tmp_path, profile, privileged=True)
+        try:
+            post.start()
+            trial = row.way(row, post)
+        finally:
+            post.stop()
+    assert trial.right, trial.complaints
