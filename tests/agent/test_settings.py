@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 
+from lab.certs import Authority
 from vpn_sentinel.agent.settings import AgentSettings, is_insecure, valid_name
 from vpn_sentinel.runtime.settings import SettingError, Source
 
@@ -31,7 +32,7 @@ def test_defaults() -> None:
 
 
 def test_all_of_it(tmp_path: Path) -> None:
-    (tmp_path / "ca").write_text("x")
+    Authority(tmp_path).file.rename(tmp_path / "ca")
     settings = read(
         URL="https://a.example, http://192.168.1.5:5000", API_PATH="x/", CLIENT_ID="nl-1", INTERVAL="300", TIMEOUT="7",
         GEOLOCATION_SERVICE="ipwho.is", TLS_CERT_PATH=str(tmp_path / "ca"), HOME_NETWORKS="198.51.100.7,2001:db8::/32",

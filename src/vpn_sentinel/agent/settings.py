@@ -59,8 +59,8 @@ class ProbeSettings:
     @classmethod
     def read(cls, source: Source) -> "ProbeSettings":
         """Raises SettingError naming the setting that cannot be used."""
-        ca = source.get("CA_FILE", s.readable_file, None)
-        replaced_ca = source.get("TLS_CERT_PATH", s.readable_file, None)
+        ca = source.get("CA_FILE", s.authorities, None)
+        replaced_ca = source.get("TLS_CERT_PATH", s.authorities, None)
         base = Policy()
         return cls(
             geolocation_service=source.get("GEOLOCATION_SERVICE", _service, "auto"),
@@ -183,7 +183,8 @@ def _literal(value: str) -> str:
 
 
 def _interface(value: str) -> str:
-    if not 0 < len(value) < 16 or "/" in value or any(c.isspace() for c in value):
+    # dev_valid_name() of net/core/dev.c: IFNAMSIZ is 16 bytes, the last of them a zero.
+    if len(value.encode()) > 15 or value in (".", "..") or any(c in "/:" or c.isspace() for c in value):
         msg = f"{value!r} is not the name of a network interface"
         raise ValueError(msg)
     return value

@@ -6,6 +6,8 @@ source holds and nobody asked for is reported by `Source.unread`, so a mistyped 
 
 import ipaddress
 import os
+import re
+import ssl
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,6 +25,9 @@ UNPREFIXED: Final = frozenset({"TELEGRAM_BOT_TOKEN", "TELEGRAM_CHAT_ID", "TZ"})
 
 # The data folder of a user that has no home: VPN_SENTINEL_DATA_DIR must name one.
 HOMELESS: Final = "/nonexistent/vpn-sentinel"
+
+_LABEL: Final = re.compile(r"(?!xn--$)[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?", re.ASCII | re.IGNORECASE)
+_LONGEST_NAME: Final = 253
 
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -186,7 +191,11 @@ def words(value: str) -> tuple[str, ...]:
 
 def url(value: str) -> str:
     """A base address, http or https, without its trailing slash."""
-    return address_of(value).rstrip("/")
+    found = address_of(value)
+    if "?" in found or "#" in found:
+        msg = "is the address that others begin with: it takes no ? and no #"
+        raise ValueError(msg)
+    return found.rstrip("/")
 
 
 def address_of(value: str) -> str:
@@ -197,7 +206,42 @@ def address_of(value: str) -> str:
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:  # of a port or an IPv6 address; its own text would repeat the address, which may hold a token
         raise ValueError(msg) from None
-    if not usable or any(c.isspace() for c in value):
+    if not usable or not is_host(parts.hostname or "") or any(c.isspace() for c in value):
+        raise ValueError(msg)
+    rest = value.partition(parts.netloc)[2]
+    if not (rest.isascii() and value.isprintable()):
+        msg = "holds characters that an address cannot hold: write them as %XX"
+        raise ValueError(msg)
+    return value
+
+
+def is_host(text: str) -> bool:
+    """Whether it is an IP address, or a name that can be asked for: labels of 1 to 63 bytes (RFC 1123, RFC 5890).
+
+    With `_`, which is not a host's, but the name of many a container.
+    """
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        pass
+    else:
+        return "%" not in text
+    if ":" in text:
+        return False
+    try:
+        name = text.removesuffix(".").encode("idna").decode("ascii")  # raises for labels that are empty or too long
+        for label in name.split("."):
+            if label.lower().startswith("xn--"):
+                label[4:].encode("ascii").decode("punycode")
+    except UnicodeError:
+        return False
+    return 0 < len(name) <= _LONGEST_NAME and all(_LABEL.fullmatch(label) for label in name.split("."))
+
+
+def listening_host(value: str) -> str:
+    """An address to listen on, or this host's name. Raises ValueError."""
+    if not is_host(value):
+        msg = f"{value!r} is neither an address nor a name"
         raise ValueError(msg)
     return value
 
@@ -238,6 +282,25 @@ def one_of(*allowed: str) -> Callable[[str], str]:
         return value.lower()
 
     return parse
+
+
+def mode_of(path: str) -> int:
+    """The mode of a file (inode(7)), 0 for what is not there or may not be looked at."""
+    try:
+        return Path(path).stat().st_mode
+    except (OSError, ValueError):
+        return 0
+
+
+def authorities(value: str) -> Path:
+    """A file of certificates, PEM, that OpenSSL takes."""
+    path = readable_file(value)
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+    except OSError as e:  # ssl.SSLError is one
+        msg = f"{value} holds no certificates that can be used (PEM)"
+        raise ValueError(msg) from e
+    return path
 
 
 def readable_file(value: str) -> Path:

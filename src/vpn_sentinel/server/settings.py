@@ -14,6 +14,8 @@ from vpn_sentinel.runtime.settings import SettingError, Source
 from vpn_sentinel.server.store.address import parse
 
 _LABEL: Final = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?", re.ASCII)
+_BOT_TOKEN: Final = re.compile(r"[0-9]+:[A-Za-z0-9_-]+", re.ASCII)
+_CHAT: Final = re.compile(r"-?[0-9]{1,20}|@[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 _NO_ADDRESSES: Final[tuple[IPAddress, ...]] = ()
 _NO_NAMES: Final[tuple[str, ...]] = ()
 _LONGEST_ZONE: Final = 190  # of 253, to leave room for an agent's label
@@ -102,12 +104,12 @@ class ServerSettings:
             data_dir=data_dir,
             database_url=get("DATABASE_URL", _database_url, f"sqlite:///{data_dir}/sentinel.db"),
             host=get(
-                "SERVER_HOST", read.text, "::"
+                "SERVER_HOST", read.listening_host, "::"
             ),  # both families: agents report from anywhere; every route asks for a key
             api_port=get("SERVER_API_PORT", read.port, 5000),
             api_path=get("API_PATH", read.path, "/api/v1"),
             health_port=get("SERVER_HEALTH_PORT", read.port, 8081),
-            health_host=get("SERVER_HEALTH_HOST", read.text, "::"),  # says no name and no address
+            health_host=get("SERVER_HEALTH_HOST", read.listening_host, "::"),  # says no name and no address
             dashboard_port=get("SERVER_DASHBOARD_PORT", read.port, 8080),
             dashboard_host="::" if public else "127.0.0.1",  # the owner said so
             dashboard_enabled=get("SERVER_WEB_DASHBOARD_ENABLED", read.boolean, default=True)
@@ -135,7 +137,7 @@ class ServerSettings:
             webhook=_webhook(source),
             webhook_private=get("WEBHOOK_ALLOW_PRIVATE", read.boolean, default=False),
             trace_url=get("TRACE_URL", read.url, "https://1.1.1.1"),
-            ca_file=get("CA_FILE", read.readable_file, None),
+            ca_file=get("CA_FILE", read.authorities, None),
             tls_cert=cert,
             tls_key=key,
             public_url=get("PUBLIC_URL", read.url, None),
@@ -232,14 +234,13 @@ def _telegram(source: Source) -> Telegram | None:
         raise SettingError(
             "TELEGRAM_CHAT_ID", "is needed for Telegram (VPN_SENTINEL_TELEGRAM_ENABLED=false turns it off)"
         )
-    number, _, rest = token.reveal().partition(":")
-    if not number.isdigit() or not rest or not all(c.isalnum() or c in "_-" for c in rest):
+    if not _BOT_TOKEN.fullmatch(token.reveal()):
         raise SettingError("TELEGRAM_BOT_TOKEN", "is not a bot token such as 123456:ABC-DEF")
     return Telegram(token=token, chat_id=chat, api_url=url)
 
 
 def _chat(value: str) -> str:
-    if not (value.removeprefix("-").isdigit() or (value.startswith("@") and value[1:].isidentifier())):
+    if not _CHAT.fullmatch(value):
         msg = f"{value!r} is neither a chat's number nor a channel's @name"
         raise ValueError(msg)
     return value

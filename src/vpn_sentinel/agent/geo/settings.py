@@ -26,8 +26,8 @@ class GeoSettings:
     @classmethod
     def read(cls, source: Source) -> "GeoSettings":
         """Raises SettingError naming the setting that cannot be used."""
-        ca = source.get("CA_FILE", s.readable_file, None)
-        replaced_ca = source.get("TLS_CERT_PATH", s.readable_file, None)
+        ca = source.get("CA_FILE", s.authorities, None)
+        replaced_ca = source.get("TLS_CERT_PATH", s.authorities, None)
         account = source.get("MAXMIND_ACCOUNT", _account, None)
         key = source.get("MAXMIND_KEY", s.secret, Secret(""))
         maxmind_url = source.get("MAXMIND_URL", _plain_url, "https://download.maxmind.com")

@@ -1,5 +1,7 @@
 """Whom the agent may ask about the tunnel, beside what the kernel tells everybody."""
 
+import os
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ from vpn_sentinel.runtime.secret import Secret
 from vpn_sentinel.runtime.settings import SettingError, Source
 
 _NO_LOGIN: Final = Login()
+_LONGEST_SOCKET: Final = 107  # bytes
 _EMPTY: Final = Secret("")
 
 
@@ -85,6 +88,13 @@ def _user(value: str) -> str:
 def _management(value: str) -> str:
     """A UNIX socket's path, or an address of the loopback with a port: what is said there is in clear text."""
     if value.startswith("/"):
+        if len(os.fsencode(value)) > _LONGEST_SOCKET:
+            msg = f"takes a path of at most {_LONGEST_SOCKET} bytes (unix(7))"
+            raise ValueError(msg)
+        mode = s.mode_of(value)
+        if mode and not stat.S_ISSOCK(mode):  # OpenVPN may not have made it yet
+            msg = f"{value} is no socket"
+            raise ValueError(msg)
         return value
     host, _, port = value.rpartition(":")
     address = address_in(host.strip("[]"))
@@ -97,5 +107,8 @@ def _management(value: str) -> str:
 
 def _port_or_file(value: str) -> int | Path:
     if value.startswith("/"):
+        if stat.S_ISDIR(s.mode_of(value)):  # one that is not there yet is written later
+            msg = f"{value} is a folder"
+            raise ValueError(msg)
         return Path(value)
     return s.port(value)

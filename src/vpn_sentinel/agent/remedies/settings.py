@@ -1,6 +1,8 @@
 """What the agent may do about a leak or a dead tunnel: read once, all of it off unless somebody asks for it."""
 
+import os
 import shlex
+import stat
 from dataclasses import dataclass
 from typing import Final
 
@@ -48,7 +50,7 @@ class ReactionSettings:
             qbittorrent_user=user,
             qbittorrent_password=password,
             transmission_url=source.get("TRANSMISSION_URL", s.url, None),
-            transmission_user=source.get("TRANSMISSION_USER", s.text, ""),
+            transmission_user=source.get("TRANSMISSION_USER", _basic_user, ""),
             transmission_password=source.get("TRANSMISSION_PASSWORD", s.secret, Secret("")),
             resume=source.get("REMEDY_RESUME", s.boolean, False),
             after=source.get("REMEDY_AFTER", s.number(0, 3600, "seconds"), None),
@@ -67,4 +69,15 @@ def _command(value: str) -> tuple[str, ...]:
     if not found or not found[0].startswith("/"):
         msg = "takes a command with its whole path, such as /usr/local/bin/on-change --quiet"
         raise ValueError(msg)
+    if not stat.S_ISREG(s.mode_of(found[0])) or not os.access(found[0], os.X_OK):
+        msg = f"{found[0]} is missing or cannot be run"
+        raise ValueError(msg)
     return found
+
+
+def _basic_user(value: str) -> str:
+    """A user of HTTP's basic authentication (RFC 7617)."""
+    if ":" in value:
+        msg = "takes a user without a colon"
+        raise ValueError(msg)
+    return value

@@ -4,6 +4,7 @@ https://www.postgresql.org/docs/current/libpq-connect.html, 34.1.1.2 (connection
 here imports a driver: settings are read on machines that have none.
 """
 
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
@@ -14,6 +15,7 @@ from urllib.parse import unquote
 SCHEMES: Final = ("postgresql", "postgres", "postgresql+asyncpg", "postgres+asyncpg")
 SSL_MODES: Final = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 SESSIONS: Final = ("any", "read-write", "read-only", "primary", "standby", "prefer-standby")
+_TLS_VERSIONS: Final = ("TLSv1", "TLSv1.1", "TLSv1.2", "TLSv1.3")
 _DEFAULT_PORT: Final = 5432
 _TIMEOUT: Final = 5.0
 _LEAST_TIMEOUT: Final = 2.0  # as libpq's
@@ -213,7 +215,29 @@ def _tls(given: dict[str, str]) -> dict[str, str]:
         except OSError as e:
             msg = f"{name} in the address: {value}: {e.strerror}"
             raise ValueError(msg) from None
+    for name in ("ssl_min_protocol_version", "ssl_max_protocol_version"):
+        _one_of(name, found.get(name, ""), _TLS_VERSIONS)
+    _one_of("sslnegotiation", found.get("sslnegotiation", ""), ("postgres", "direct"))
+    _try_certificates(found)
     return found
+
+
+def _try_certificates(tls: Mapping[str, str]) -> None:
+    """Raises ValueError for files that hold no certificates, or a key of another certificate."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    for name in ("sslrootcert", "sslcrl"):
+        if tls.get(name, "system") != "system":
+            try:
+                context.load_verify_locations(tls[name])
+            except OSError:  # ssl.SSLError is one
+                msg = f"{name} in the address: {tls[name]} holds none (PEM)"
+                raise ValueError(msg) from None
+    if "sslcert" in tls and "sslkey" in tls:
+        try:
+            context.load_cert_chain(tls["sslcert"], tls["sslkey"], password=lambda: tls.get("sslpassword", ""))
+        except OSError:
+            msg = "sslcert and sslkey in the address are no certificate with its key"
+            raise ValueError(msg) from None
 
 
 def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> str:
