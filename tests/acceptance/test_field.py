@@ -1,5 +1,6 @@
 """Situations from the field, each once on WireGuard: the rows that `bench situations` tries on all kinds."""
 
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -20,13 +21,11 @@ def _params() -> list[object]:
 
 
 @pytest.mark.parametrize("row", _params())
-def test_the_row_is_right(row: Row, tmp_path: Path) -> None:
-    tmp_path.chmod(0o755)  # an agent may run as another user
-    for folder in tmp_path.parents[:2]:
-        folder.chmod(0o755)
+def test_the_row_is_right(row: Row) -> None:
     profile = PROFILES[row.post]
-    with Lab([profile.of(row.post, "wireguard")]) as lab:
-        post = Post(lab, row.post, 0, tmp_path, profile, privileged=True)
+    with tempfile.TemporaryDirectory(prefix="vs-field-") as folder, Lab([profile.of(row.post, "wireguard")]) as lab:
+        Path(folder).chmod(0o755)  # an agent may run as another user
+        post = Post(lab, row.post, 0, Path(folder), profile, privileged=True)
         try:
             post.start()
             trial = row.way(row, post)

@@ -31,10 +31,11 @@ from vpn_sentinel.agent.footing import (
     way,
 )
 from vpn_sentinel.agent.http import split
-from vpn_sentinel.agent.interfaces import Paths, Surveyor
+from vpn_sentinel.agent.interfaces import Paths, Survey, Surveyor
 from vpn_sentinel.agent.introspect.witnesses import Witnesses
 from vpn_sentinel.agent.leakwatch.watch import LeakWatch
 from vpn_sentinel.agent.names import Names
+from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.agent.probes import dns
 from vpn_sentinel.agent.probes.origin import Origins
 from vpn_sentinel.agent.probes.place import Places
@@ -76,8 +77,12 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
 
     witnesses = Witnesses(settings.introspect, http, clock, ring=lambda: cycle.bell.ring(Trigger.DEVICE))
 
-    surveyor = Surveyor(kernel, configured=probes.tunnel_interface, memory=spool)
-    look_around = surveyor.look
+    surveyor = Surveyor(kernel, configured=probes.tunnel_interface, memory=spool, only=probes.meant_outside.only)
+
+    def look_around() -> Survey:
+        found = surveyor.look()
+        AS_USER.be(found.user)
+        return found
 
     watch = LeakWatch(
         tables=kernel,
@@ -115,7 +120,7 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
     def tells_of_the_tunnel(target: Target) -> bool:
         paths = Paths(kernel, look_around())
         beside = paths.of(target.address, target.port) is Path.OUTSIDE
-        return not (beside and paths.has_own_way(target.address, target.port))
+        return not AS_USER.refused and not (beside and paths.has_own_way(target.address, target.port))
 
     pulse = Pulse(
         settings.pulse,

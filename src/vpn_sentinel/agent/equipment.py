@@ -10,6 +10,7 @@ from vpn_sentinel.agent.geo.databases import Databases
 from vpn_sentinel.agent.http import Client, split, tls_context
 from vpn_sentinel.agent.interfaces import Paths, Survey
 from vpn_sentinel.agent.names import Names
+from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.agent.net.audit import audit
 from vpn_sentinel.agent.netlink import Netlink
 from vpn_sentinel.agent.probes import dns
@@ -78,6 +79,8 @@ def flock(
     The last of them is for networks that let no datagram through. Where pulses have had replies until now (`pulsed`),
     or went unanswered for most of a second, `silent_for`, it is not waited for so long.
     """
+    if AS_USER.refused:
+        return Flock(targets=(), reserve=())  # what is asked from here shows the way of others, who are meant to go out
     patience = _HURRY if pulsed or silent_for >= _SILENT else TRACE_LIMIT
     path = path_to(settings.trace_url, paths)
     # A nameserver in use is judged as one: what escapes to it is a DNS leak, and says nothing of other traffic.
@@ -113,9 +116,9 @@ def route_audit(
         may_leave = (*policy.allowed_outside, *policy.allowed_resolvers, *(ip_network(dns.plain(h)) for h in hosts))
         known = tuple(servers())
         # Walking full tables takes a while: the last answer holds while they, and what may leave, are the same.
-        now = (survey.fib, survey.tunnel, tuple(i.index for i in survey.beside), may_leave, known)
+        now = (survey.fib, survey.user, survey.tunnel, tuple(i.index for i in survey.beside), may_leave, known)
         if last is None or last[0] != now:
-            last = now, audit(survey, may_leave=may_leave, servers=known)
+            last = now, audit(survey, may_leave=may_leave, servers=known, uid=survey.user)
         return last[1]
 
     return look

@@ -13,6 +13,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from vpn_sentinel.agent.names import Names
+from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.agent.net.own import OWN
 from vpn_sentinel.domain.policy import IPAddress
 
@@ -146,7 +147,7 @@ async def connected(at: IPAddress, port: int) -> socket.socket:
     A tunnel whose path takes less than its interface promises is one of the things that must be told (situation 30),
     and Linux does not look for such a path by itself (net.ipv4.tcp_mtu_probing is 0). Raises OSError.
     """
-    sock = socket.socket(socket.AF_INET if at.version == 4 else socket.AF_INET6, socket.SOCK_STREAM)
+    sock = AS_USER.socket(socket.AF_INET if at.version == 4 else socket.AF_INET6, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, SEGMENT)

@@ -1,9 +1,11 @@
 """The network devices here at one moment, the role of each, and which kind of way a packet would take."""
 
+import os
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
-from vpn_sentinel.agent.net.fib import Fib
+from vpn_sentinel.agent.net.fib import Fib, Sender
 from vpn_sentinel.agent.net.link import IFF_LOOPBACK, IFF_LOWER_UP, IFF_POINTOPOINT, IFF_UP, Interface
 from vpn_sentinel.agent.net.roles import INTERNET, Remembered, Roles, roles
 from vpn_sentinel.agent.netlink import LOCAL, Kernel
@@ -11,7 +13,8 @@ from vpn_sentinel.domain.observation import Link, Path
 from vpn_sentinel.domain.policy import IPAddress
 
 __all__ = ["INTERNET", "Memory", "Paths", "Survey", "Surveyor", "is_up", "recalled", "survey"]
-_TUNNEL, _UPLINKS = "tunnel_device", "uplinks"  # facts of a memory
+_TUNNEL, _UPLINKS, _USER = "tunnel_device", "uplinks", "tunnel_user"  # facts of a memory
+_USERS: Final = 8  # users of rules that are tried
 _MOST: Final = 256  # interfaces named in one observation: what the wire takes
 
 
@@ -21,7 +24,8 @@ class Survey:
 
     `interfaces` is None when the kernel could not be asked. `uplinks` are the ways out beside the tunnel that packets
     can be sent by, the usual one first; `beside` are all devices by which packets could leave beside it: see
-    `net.roles`. `carries` says whether the tunnel carries anything.
+    `net.roles`. `carries` says whether the tunnel carries anything. `user` is whom the tunnel is for, when it is for
+    one alone.
     """
 
     interfaces: tuple[Interface, ...] | None = None
@@ -30,6 +34,7 @@ class Survey:
     beside: tuple[Interface, ...] = ()
     carries: bool = False
     fib: Fib | None = None
+    user: int | None = None
 
     @property
     def physical(self) -> Interface | None:
@@ -99,25 +104,37 @@ def recalled(memory: Memory) -> Remembered:
 class Surveyor:
     """Looks at the interfaces again and again. Roles are decided anew when devices, rules or routes changed."""
 
-    def __init__(self, kernel: Kernel | None, *, configured: str | None = None, memory: Memory | None = None) -> None:
-        """`memory` keeps what was seen of the tunnel across restarts; without one it lasts as long as this object."""
+    def __init__(
+        self,
+        kernel: Kernel | None,
+        *,
+        configured: str | None = None,
+        memory: Memory | None = None,
+        only: Collection[int] = (),
+    ) -> None:
+        """`memory` keeps what was seen of the tunnel across restarts; without one it lasts as long as this object.
+
+        `only` are the users whom the tunnel is for, by the owner's word.
+        """
         self._kernel, self._configured = kernel, configured
+        self._only = min(only, default=None)
         self._memory = memory if memory is not None else Recollection()
-        self._decided: tuple[object, Roles] | None = None
+        self._decided: tuple[object, tuple[Roles, int | None]] | None = None
 
     def look(self) -> Survey:
         """Raises nothing: a kernel that cannot be asked makes a survey that knows nothing."""
         if self._kernel is None:
-            return Survey(tunnel=self._configured)
+            return Survey(tunnel=self._configured, user=self._only)
         known = recalled(self._memory)
         try:
             interfaces, fib = self._kernel.interfaces(), self._kernel.fib()
         except OSError:
-            return Survey(tunnel=self._configured or known.tunnel)
-        found = self._roles(interfaces, fib, known)
+            return Survey(tunnel=self._configured or known.tunnel, user=self._only)
+        found, user = self._roles(interfaces, fib, known)
         if found.tunnel is not None:
             self._memory.keep(_TUNNEL, found.tunnel)
         if found.carries:
+            self._memory.keep(_USER, "" if user is None else str(user))
             self._memory.keep(_UPLINKS, ",".join(i.name for i in found.uplinks))
         return Survey(
             interfaces=interfaces,
@@ -126,6 +143,7 @@ class Surveyor:
             beside=found.beside,
             carries=found.carries,
             fib=fib,
+            user=user,
         )
 
     def look_anew(self) -> Survey:
@@ -134,12 +152,42 @@ class Surveyor:
             self._kernel.changed()
         return self.look()
 
-    def _roles(self, interfaces: tuple[Interface, ...], fib: Fib, known: Remembered) -> Roles:
+    def _roles(self, interfaces: tuple[Interface, ...], fib: Fib, known: Remembered) -> tuple[Roles, int | None]:
         """What was read of routes is the same object while nothing changed; counters are no change."""
         now = (fib, tuple(replace(i, rx_bytes=0, tx_bytes=0) for i in interfaces), known)
         if self._decided is None or self._decided[0] != now:
-            self._decided = now, roles(interfaces, fib, configured=self._configured, remembered=known)
+            self._decided = now, self._decide(interfaces, fib, known)
         return self._decided[1]
+
+    def _decide(self, interfaces: tuple[Interface, ...], fib: Fib, known: Remembered) -> tuple[Roles, int | None]:
+        """The roles, and the user whom the tunnel is for when nobody else's packets go through it.
+
+        Where everybody's went through it before, a rule for one user that is left of it makes no tunnel of that user's.
+        """
+        found = roles(interfaces, fib, configured=self._configured, remembered=known, uid=self._only)
+        if self._only is not None:
+            return found, self._only
+        remembered = self._memory.fact(_USER)
+        if not remembered and self._memory.fact(_UPLINKS):
+            return found, None
+        devices = {i.name: i.index for i in interfaces}
+        mine = _families(fib, os.geteuid(), devices.get(found.tunnel or ""))
+        for uid in sorted({rule.uids[0] for rule in fib.rules if rule.uids is not None and not rule.invert})[:_USERS]:
+            its = roles(interfaces, fib, configured=self._configured, remembered=known, uid=uid)
+            if its.carries and _families(fib, uid, devices.get(its.tunnel or "")) > mine:
+                return its, uid
+        if remembered and not mine:
+            uid = int(remembered)
+            return roles(interfaces, fib, configured=self._configured, remembered=known, uid=uid), uid
+        return found, None
+
+
+def _families(fib: Fib, uid: int, device: int | None) -> set[int]:
+    """The IP versions of which a user's packets to the internet go through a device."""
+    if device is None:
+        return set()
+    ways = [(a.version, fib.lookup(a, Sender(uid=uid))) for a in INTERNET]
+    return {version for version, entry in ways if entry is not None and entry.leads_by(device)}
 
 
 def survey(kernel: Kernel | None, *, configured: str | None = None, remembered: Remembered | None = None) -> Survey:
@@ -204,7 +252,7 @@ class Paths:
 
     def is_balanced(self, destination: IPAddress) -> bool:
         """Whether the route there leads by several devices, from which the kernel chooses for each socket."""
-        entry = self.survey.fib.lookup(destination) if self.survey.fib else None
+        entry = self.survey.fib.lookup(destination, Sender(uid=self.survey.user)) if self.survey.fib else None
         return entry is not None and len({hop.interface for hop in entry.hops}) > 1
 
     def has_own_way(self, destination: IPAddress, port: int) -> bool:

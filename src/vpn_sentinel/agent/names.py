@@ -7,6 +7,7 @@ from collections.abc import Callable
 from ipaddress import ip_address
 from typing import Final
 
+from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.domain.policy import IPAddress
 
 PATIENCE: Final = 1.0  # seconds; DNS is often dead exactly when a report is urgent
@@ -19,7 +20,8 @@ class NotFoundError(OSError):
 
 def system_lookup(host: str) -> tuple[IPAddress, ...]:
     """getaddrinfo(3): the hosts file, mDNS and search domains included. Blocks. Raises OSError."""
-    found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+    with AS_USER:
+        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
     return tuple(dict.fromkeys(ip_address(str(sockaddr[0]).partition("%")[0]) for *_, sockaddr in found))
 
 

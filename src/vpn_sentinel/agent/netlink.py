@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Final, Protocol
 
+from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.agent.net.attributes import attribute, attributes
 from vpn_sentinel.agent.net.fib import Fib, parse_entry, parse_rule
 from vpn_sentinel.agent.net.link import Interface
@@ -33,6 +34,7 @@ _U32: Final = struct.Struct("=I")
 _ERROR, _DONE = 2, 3
 _REQUEST, _DUMP, _DUMP_INTERRUPTED = 0x1, 0x300, 0x10
 _FIB_MATCH = 0x2000
+_RTA_UID = 25
 _FIB_RULE_INVERT = 0x2
 # What was read of routes and rules is used for so many times as long as reading took, and never longer than seconds.
 _FIB_REST, _FIB_OLDEST = 500, 60.0
@@ -202,11 +204,12 @@ def route_request(
     via: int | None,
     match: bool,
     source: tuple[IPAddress, int] | None = None,
+    uid: int | None = None,
 ) -> bytes:
     """Ask for the route that a packet of `protocol` to `destination` and `port` would take (0: any port).
 
     With the address and port of a connected socket as `source`, the answer is that socket's own route, also where
-    routes are balanced by a hash of both ends.
+    routes are balanced by a hash of both ends. `uid` is whose packet it is, this process's own where it is None.
     """
     family = socket.AF_INET6 if isinstance(destination, IPv6Address) else socket.AF_INET
     attrs = attribute(1, destination.packed)
@@ -217,6 +220,8 @@ def route_request(
         attrs += attribute(27, bytes([protocol])) + attribute(29, struct.pack("!H", port))
     if source is not None:
         attrs += attribute(2, source[0].packed) + (attribute(28, struct.pack("!H", source[1])) if port else b"")
+    if uid is not None:
+        attrs += attribute(_RTA_UID, _U32.pack(uid))
     flags = _FIB_MATCH if match else 0
     source_length = 0 if source is None else len(source[0].packed) * 8
     body = _ROUTE.pack(family, len(destination.packed) * 8, source_length, 0, 0, 0, 0, 0, flags) + attrs
@@ -266,10 +271,20 @@ class Netlink:
         match: bool = False,
         source: tuple[IPAddress, int] | None = None,
     ) -> Route | None:
-        """Where a packet would go, None when no route (or one that prohibits) leads there."""
+        """Where a packet of the user that sockets are made for would go (`net.as_user`).
+
+        None when no route (or one that prohibits) leads there.
+        """
         self._sequence += 1
         request = route_request(
-            destination, self._sequence, port=port, protocol=protocol, via=via, match=match, source=source
+            destination,
+            self._sequence,
+            port=port,
+            protocol=protocol,
+            via=via,
+            match=match,
+            source=source,
+            uid=AS_USER.uid,
         )
         self._sock.send(request)
         while True:

@@ -17,6 +17,7 @@ from vpn_sentinel.agent.equipment import (
 from vpn_sentinel.agent.interfaces import Paths, Survey, Surveyor
 from vpn_sentinel.agent.leakwatch.watch import LeakWatch
 from vpn_sentinel.agent.names import Names
+from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.agent.probes.canary import Flock
 from vpn_sentinel.agent.probes.origin import Origins
 from vpn_sentinel.agent.probes.place import Places
@@ -44,8 +45,9 @@ async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, se
     http = http_client(settings, Names())
     databases = open_databases(settings, clock)
     kernel = open_kernel()
-    around = Surveyor(kernel, configured=settings.tunnel_interface)
+    around = Surveyor(kernel, configured=settings.tunnel_interface, only=settings.meant_outside.only)
     found = around.look()
+    AS_USER.be(found.user)
 
     watch = LeakWatch(
         tables=kernel,

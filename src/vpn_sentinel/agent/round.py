@@ -12,6 +12,7 @@ from typing import Final, Protocol
 from vpn_sentinel.agent.asides import Asides
 from vpn_sentinel.agent.interfaces import Paths, Survey
 from vpn_sentinel.agent.leakwatch.watch import LeakWatch
+from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.agent.netlink import Kernel
 from vpn_sentinel.agent.probes import bypass, dns
 from vpn_sentinel.agent.probes.canary import Flock, canaries
@@ -51,7 +52,7 @@ class Eyes:
     flock: Callable[[Paths], Flock]
     places: Places
     clock: Clock
-    nameservers: Callable[[], tuple[dns.Nameserver, ...]] = dns.system_nameservers
+    nameservers: Callable[[], tuple[dns.Nameserver, ...]] = lambda: () if AS_USER.refused else dns.system_nameservers()
     no_dns: dns.Nameserver = dns.NO_DNS_HERE
     asides: Asides = field(default_factory=Asides)
     canary: Callable[[], dns.CanaryZone | None] = lambda: None

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Final, Generic, TypeVar
 
+from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.agent.net.own import OWN
 from vpn_sentinel.agent.probes import tag
 from vpn_sentinel.domain.observation import Answer
@@ -69,7 +70,7 @@ async def ask(
     """Send `payload` and wait up to `limit` seconds for a datagram that `read` accepts; others are ignored."""
     loop = asyncio.get_running_loop()
     family = socket.AF_INET if destination.address.version == 4 else socket.AF_INET6
-    with socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
+    with AS_USER.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
         refused = _prepare(sock, destination)
         if refused is not None:
             return Outcome(refused)

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
 
+from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.agent.net.own import OWN
 from vpn_sentinel.agent.probes.targets import ServerEcho
 from vpn_sentinel.domain.observation import Answer
@@ -81,7 +82,7 @@ class Sizer:
         self._numbered = numbered
         self._family = target.address.version
         kind = socket.AF_INET if self._family == 4 else socket.AF_INET6
-        self._sock = socket.socket(kind, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        self._sock = AS_USER.socket(kind, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
         try:
             self._sock.setsockopt(*_MTU_DISCOVER[self._family], _PROBE)
             self._sock.connect((str(target.address), target.port))

@@ -11,6 +11,7 @@ from typing import Final
 from urllib.parse import urljoin, urlsplit
 
 from vpn_sentinel.agent.http import Response, read_response
+from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.agent.net.own import OWN
 from vpn_sentinel.agent.probes.trace import TRACE_PATH, parse_trace
 from vpn_sentinel.domain.policy import IPAddress
@@ -36,7 +37,7 @@ async def portal(
 
 async def _get(address: IPAddress, host: str, device: str, port: int, own: Callable[[int], None]) -> Response:
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
-    with socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as sock:
+    with AS_USER.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode() + b"\0")
         sock.bind(("", 0))
         own(sock.getsockname()[1])

@@ -13,6 +13,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
 
+from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.agent.probes import dns
 from vpn_sentinel.domain.observation import Answer, SystemLookup
 from vpn_sentinel.domain.policy import IPAddress
@@ -37,7 +38,8 @@ Lookup = Callable[[str], object]
 
 
 def _getaddrinfo(name: str) -> object:
-    return socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+    with AS_USER:
+        return socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
 
 
 def fresh_names(zone: dns.CanaryZone | None) -> tuple[str, str]:
@@ -70,6 +72,8 @@ class SystemResolver:
 
     async def ask(self, zone: dns.CanaryZone | None, servers: Sequence[dns.Nameserver]) -> SystemLookup | None:
         """Look a fresh name up; None while there is no answer yet. At most `patience` seconds."""
+        if AS_USER.refused:
+            return None
         running = self._running
         if running is None:
             running = self._running = self._start(fresh_names(zone), self._upstreams(servers))

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from vpn_sentinel.agent.interfaces import Paths
+from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.agent.net.own import OWN
 from vpn_sentinel.agent.probes import tag
 from vpn_sentinel.agent.probes.canary import one
@@ -285,7 +286,7 @@ class Pulse:
         if self._sock is None:
             self._went = way
             family = socket.AF_INET if target.address.version == 4 else socket.AF_INET6
-            sock = socket.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+            sock = AS_USER.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
             try:
                 sock.connect((str(target.address), target.port))
             except OSError:

@@ -1,0 +1,62 @@
+"""Sockets that belong to another user: where the tunnel is for one user alone, only such ones go that user's way.
+
+The kernel gives a socket the file system user id of the thread that makes it (setfsuid(2); linux/net/socket.c,
+sock_alloc), and rules by user look at that (ip-rule(8), uidrange). It is changed for that moment and for this thread
+alone. It takes CAP_SETUID, as root has it.
+"""
+
+import codecs
+import ctypes
+import logging
+import os
+import socket
+from typing import Final
+
+log = logging.getLogger(__name__)
+
+_NOBODY: Final = 2**32 - 1  # changes nothing, and is answered with the id that holds
+
+
+class AsUser:
+    """`uid` is the user whose way is asked about, None for this process's own. `refused`: it may not be asked about."""
+
+    def __init__(self) -> None:
+        self.uid: int | None = None
+        self.refused = False
+        self._wanted: int | None = None
+        self._set = ctypes.CDLL(None).setfsuid
+        self._set.argtypes, self._set.restype = (ctypes.c_uint32,), ctypes.c_uint32
+
+    def be(self, uid: int | None) -> None:
+        """Make sockets as `uid` from now on; where that is not permitted it is said once, and `refused` is set."""
+        uid = None if uid == os.geteuid() else uid
+        if uid == self._wanted:
+            return
+        self._wanted = self.uid = uid
+        self.refused = False
+        if uid is None:
+            return
+        codecs.lookup("idna")  # for names; loaded at its first use, from files that the user may not be able to read
+        with self:
+            self.refused = self._set(_NOBODY) != uid
+        if self.refused:
+            self.uid = None
+            log.warning(
+                "only one user's programs go through the tunnel, and nothing can be asked in that user's place",
+                extra={"uid": uid, "remedy": "run the agent as that user, or with CAP_SETUID"},
+            )
+
+    def __enter__(self) -> None:
+        if self.uid is not None:
+            self._set(self.uid)
+
+    def __exit__(self, *_: object) -> None:
+        self._set(os.geteuid())
+
+    def socket(self, family: int, kind: int) -> socket.socket:
+        """A socket of that user's. Raises OSError."""
+        with self:
+            return socket.socket(family, kind)
+
+
+AS_USER: Final = AsUser()
