@@ -181,6 +181,7 @@ def advance(
     exits: tuple[IPAddress | None, IPAddress | None] = (None, None),
     *,
     began: float | None = None,
+    measured: bool = False,
     lasted: float = 0.0,
     port: int | None = None,
 ) -> tuple[Memory, list[Event]]:
@@ -188,7 +189,8 @@ def advance(
 
     Observations come in their order. `at` never runs backwards: an earlier one counts as simultaneous with the last.
     `began` is when the trouble that this verdict names began, where that is known: at the last observation that said
-    otherwise at the earliest. `lasted` is for how many seconds from `at` on it was watched to last: as long as a round
+    otherwise at the earliest, unless it is `measured` over a stretch, of which a part could not tell yet.
+    `lasted` is for how many seconds from `at` on it was watched to last: as long as a round
     waited for an answer in vain. `port` is the forwarded port, None when none is known.
     """
     at = max(at, memory.seen_at)
@@ -206,7 +208,8 @@ def advance(
             before=None,
             trouble_since=trouble,
         )
-    start = at if began is None else min(at, max(began, memory.seen_at or at, step.memory.since))
+    earliest = 0.0 if measured else memory.seen_at or at
+    start = at if began is None else min(at, max(began, earliest, step.memory.since))
     step.memory = replace(step.memory, seen_at=at)
     _settle(step, verdict, at, start, at + lasted, policy)
     if verdict.state in (State.PROTECTED, State.DEGRADED):

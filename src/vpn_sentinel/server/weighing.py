@@ -61,16 +61,18 @@ class Scales:
             effective = learned_home(seen, policy.with_home(memory.home))
             verdict = judge(seen, effective)
         verdict = received(verdict, skew, thinned)
-        began = _began(seen, verdict, at, memory)
+        since = began(seen, verdict, at, memory)
         if reference:
             homes = newest(memory.homes, home_of(seen), at)
             memory = replace(memory, homes=homes)
-            self._sites.saw(row.name, row.site, homes, at if began is None else began, at, verdict.state)
+            self._sites.saw(row.name, row.site, homes, at if since is None else since, at, verdict.state)
         elif _is_refuted(memory, seen, at):
             memory = replace(memory, refuted=at)
         exits = (seen.exit(4), seen.exit(6))
         port, lasted = seen.forwarded_port, _lasted(seen, verdict)
-        memory, events = advance(memory, verdict, at, effective, exits, began=began, lasted=lasted, port=port)
+        memory, events = advance(
+            memory, verdict, at, effective, exits, began=since, measured=is_measured(verdict), lasted=lasted, port=port
+        )
         learned = tuple(n for n in effective.home_networks if n not in policy.home_networks)
         if learned != memory.home:
             memory = replace(memory, home=learned[-_HOMES:])
@@ -122,13 +124,20 @@ def _well_until(memory: Memory) -> float:
     return candidate.since if candidate is not None else memory.seen_at
 
 
-def _began(seen: Observation, verdict: Verdict, at: float, memory: Memory) -> float | None:
+def began(seen: Observation, verdict: Verdict, at: float, memory: Memory) -> float | None:
     """When the trouble began that a verdict names, where more is known of it than when it was seen."""
     if verdict.state is State.DOWN and seen.silent_for > 0:
         return at - seen.silent_for
     if verdict.state is State.DEGRADED and any(f.code is Code.PORT_CLOSED for f in verdict.findings):
         return memory.port_checked_at
+    if seen.quality is not None and is_measured(verdict):
+        return at - seen.quality.seconds
     return None
+
+
+def is_measured(verdict: Verdict) -> bool:
+    """Whether the trouble is a share of pulses over a stretch, through which earlier rounds could not tell it yet."""
+    return verdict.state is State.DEGRADED and any(f.code is Code.HIGH_LOSS for f in verdict.findings)
 
 
 def _lasted(seen: Observation, verdict: Verdict) -> float:

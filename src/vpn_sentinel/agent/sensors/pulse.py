@@ -20,7 +20,7 @@ from vpn_sentinel.agent.probes import tag
 from vpn_sentinel.agent.probes.canary import one
 from vpn_sentinel.agent.probes.targets import ServerEcho, Target
 from vpn_sentinel.agent.sensors.beat import LITERAL, Beats, choose
-from vpn_sentinel.agent.sensors.quality import BURST_EVERY, Rates, Samples
+from vpn_sentinel.agent.sensors.quality import Rates, Samples
 from vpn_sentinel.agent.sensors.rhythm import Rhythm
 from vpn_sentinel.domain.observation import Answer, Canary, Link, Observation, Path, Probe, Quality
 from vpn_sentinel.domain.policy import IPAddress
@@ -228,15 +228,16 @@ class Pulse:
         await self._wait(self._rhythm.wait(_now()))
 
     def _look_closely(self, now: float) -> None:
-        """Send faster while a burst runs; at its end a round tells what it found, if that is worth telling."""
-        was, self._closely = self._closely, self.samples.look_closely(now) and not self._rhythm.silent
-        if self._closely:
-            self._rhythm.hurry(now, BURST_EVERY)
-        elif was:
-            poor = self.samples.poor
+        """Send faster while it is in doubt how many are lost; a round tells what was found, and that it is over."""
+        high, poor, was = self.samples.high, self.samples.poor, self._closely
+        pace = self.samples.pace(now)
+        self._closely = pace is not None
+        if pace is not None and not self._rhythm.silent:
+            self._rhythm.hurry(now, pace)
+        if was and not self._closely:
             self.samples.quality(now)
-            if poor or self.samples.poor:
-                self._ring()
+        if self.samples.high != high or (was and not self._closely and (poor or self.samples.poor)):
+            self._ring()
 
     def _mind_the_run(self, now: float) -> None:
         """A server that answers a round's question and no pulse may hold this run for an old one's: begin another."""

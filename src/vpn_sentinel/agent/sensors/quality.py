@@ -1,16 +1,14 @@
 """What the pulses say of a tunnel's quality: loss, order, round trip, jitter; no I/O, and time is an argument.
 
-One pulse every two seconds tells little: of 20 pulses on a link that loses 5 %, five are lost by chance (which would
-read as more than 20 %) in 0.3 % of all cases. So a share is told of no fewer than 60 pulses, and where two of the last
-ten are lost, 50 more are sent within some seconds, once a minute at most. By the binomial distribution, of 60 pulses
-more than 12 are lost with the odds
+One pulse every two seconds tells little, and late. So the first one that is missing begins a close look: 60 quick
+pulses, and more while over a tenth of the last 60 is lost. They are counted apart from the one that began the look, which would bias them. By the binomial
+distribution their odds of being called too many lost (9 of the first 30, or more than 12 of all 60) are
 
-    link loses    in any 60      when 2 of the first 10 are known to be lost
-     5 %          0.000 007      0.000 03
-    30 %          0.94           0.96
+    link loses 1 %  less than 0.000 000 1     5 %  0.000 02     30 %  0.95
 
-and 12 tunnels at 5 % for half an hour, which look closely once a minute, read wrongly in one such half hour of a
-hundred; to become a state it has to last longer than its grace besides.
+and to become a state the loss must outlast its grace besides. Once too many are lost, pulses stay quick. The end is
+looked for as soon as 8 in a row are answered: 40 quick pulses, of which a link that still loses 30 % loses 3 or fewer
+with odds of 0.000 5.
 """
 
 from collections import deque
@@ -22,16 +20,19 @@ from typing import Final
 from vpn_sentinel.domain.judge import LEAST_PULSES
 from vpn_sentinel.domain.observation import Link, Quality
 
-LEAST: Final = 60  # pulses that a share is told of
+LEAST: Final = 60  # pulses that a share is told of, where it is not plain after fewer
+EARLY: Final = (9, 30)  # so many lost of the first so many are plain
 # Once so large a share is lost, it is told of up to so many, counted from when it began: else a lucky stretch of a
 # link that loses 30 % would read as a recovery.
 HIGH: Final = 0.2
 WIDE: Final = 150
 WORTH_TELLING: Final = 0.1
-_SUSPICIOUS: Final = (2, 10)  # so many lost of the last so many
-BURST: Final = 50
-BURST_EVERY: Final = 0.15  # seconds between its pulses
-_BURST_APART: Final = 60.0  # seconds from the start of one to the start of the next, at least
+MISSING: Final = (0.3, 1.0)  # seconds after which a pulse without a reply is a reason to look: least and most
+FEW: Final = 1  # no more than so many lost of the first 30: the line is well
+CALM: Final = 8  # answered in a row: a reason to look whether the loss is over
+OVER: Final = (3, 40)  # no more than so many lost of so many: it is
+BURST_EVERY: Final = 0.1  # seconds between the pulses of a close look
+POOR_EVERY: Final = 0.5  # and while too many are lost
 _SETTLED: Final = (1.0, 10.0)  # a pulse is lost when no reply has come for so many seconds: least and most
 _MOST: Final = 600  # pulses kept
 
@@ -54,8 +55,9 @@ class Samples:
         self._last_rtt: float | None = None
         self._newest = 0
         self._late: deque[float] = deque(maxlen=_MOST)  # when replies came behind later ones
-        self._burst_left = 0
-        self._burst_at: float | None = None
+        self._look_from: float | None = None  # when the close look began that runs
+        self._looked_until = 0.0  # what was sent before has been looked into
+        self._counts_from = 0.0  # what was sent before was under a loss that is over
         self._told: Quality | None = None
         self._high_from: float | None = None  # when the pulses began of which too many were lost
 
@@ -66,7 +68,6 @@ class Samples:
         sample = _Sent(number, now, counts=counts)
         self._sent.append(sample)
         self._by_number[number] = sample
-        self._burst_left = max(0, self._burst_left - 1)
 
     def heard(self, number: int, now: float) -> float | None:
         """A reply to that pulse came: its round trip in seconds, None for one that is not waited for."""
@@ -92,23 +93,66 @@ class Samples:
         for sample in self._sent:
             if sample.rtt is None and sample.at >= since:
                 sample.counts = False
-        self._burst_left = 0
+        self._end_look(self._sent[-1].at if self._sent else since)
 
-    def look_closely(self, now: float) -> bool:
-        """Whether a burst runs; one begins when too many of the last pulses are lost, or none any more after many."""
-        if self._burst_left:
-            return True
-        if self._burst_at is not None and now < self._burst_at + _BURST_APART:
-            return False
-        lost, of = _SUSPICIOUS
-        recent = self._settled(now, of)
-        missing = sum(s.rtt is None for s in recent)
-        if missing == len(recent):
-            return False  # nothing at all comes back: that is no matter of quality
-        if missing < lost and (missing or not self.poor):
-            return False
-        self._burst_left, self._burst_at = BURST, now
-        return True
+    def pace(self, now: float) -> float | None:
+        """Seconds between pulses while they have to be quick: in doubt, and while too many are lost. None else."""
+        if self._look_from is not None:
+            self._conclude(self._look_from, now)
+        elif self._is_doubtful(now):
+            self._look_from = now
+        if self._look_from is not None:
+            return BURST_EVERY
+        return None if self._high_from is None else POOR_EVERY
+
+    def _is_doubtful(self, now: float) -> bool:
+        """Whether what was said last may be true no more: a pulse is missing, or none any more after many."""
+        if self._high_from is not None:
+            recent = [s for s in self._settled(now, CALM) if s.at > self._looked_until]
+            return len(recent) == CALM and all(s.rtt is not None for s in recent)
+        least, most = MISSING
+        patience = least if self._last_rtt is None else min(most, max(least, 3 * self._last_rtt))
+        newer = (s for s in reversed(self._sent) if s.at > self._looked_until)
+        return self._newest > 0 and any(s.counts and s.rtt is None and now - s.at >= patience for s in islice(newer, 3))
+
+    def _conclude(self, began: float, now: float) -> None:
+        """End the close look as soon as it is plain what it shows."""
+        seen = [s for s in self._settled(now, LEAST) if s.at > began]
+        lost = sum(s.rtt is None for s in seen)
+        if self._high_from is not None:
+            most, of = OVER
+            if lost > most:
+                self._end_look(now)
+            elif len(seen) >= of:
+                self._high_from, self._counts_from = None, began
+                self._end_look(now)
+            return
+        many, of = EARLY
+        plain = len(seen) >= of and sum(s.rtt is None for s in seen[:of]) >= many
+        if plain or (len(seen) >= LEAST and lost > HIGH * len(seen)):
+            self._high_from = self._onset(began, lost / len(seen))
+            self._end_look(now)
+        elif (len(seen) >= LEAST and lost <= WORTH_TELLING * len(seen)) or (len(seen) >= of and lost <= FEW):
+            self._end_look(now)
+
+    def _onset(self, look: float, share: float) -> float:
+        """When the loss may have begun: some pulses are answered before the first that is lost.
+
+        Their number is geometrically distributed; its mean and two standard deviations are taken back.
+        """
+        before = [s for s in self._sent if s.at <= look and s.counts]
+        first = next((i for i in range(len(before) - 1, -1, -1) if before[i].rtt is not None), -1) + 1
+        index = max(0, first - round((1 - share + 2 * (1 - share) ** 0.5) / share))
+        return before[index].at if before else look
+
+    def _end_look(self, now: float) -> None:
+        if self._look_from is not None:
+            self._look_from, self._looked_until = None, now
+
+    @property
+    def high(self) -> bool:
+        """Whether too many are lost, by the last close look."""
+        return self._high_from is not None
 
     @property
     def poor(self) -> bool:
@@ -123,23 +167,23 @@ class Samples:
         return list(islice(found, last))[::-1]
 
     def quality(self, now: float) -> Quality:
-        """Of the last 60 pulses: two minutes or, after a burst, some seconds. Of 19, while there are not so many.
+        """Of the last 60 pulses: two minutes or, after a close look, some seconds. Of 19, while there are not so many.
 
-        While a burst runs, what was said before it stays: to look again and again until it is bad would find it bad.
+        While a look runs, what was said before it stays: to look again and again until it is bad would find it bad.
+        More than `HIGH` is told by a look alone, and from the loss's beginning on.
         """
-        if self._burst_left and self._told is not None:
+        if self._look_from is not None and self._told is not None:
             return self._told
-        recent = self._settled(now, LEAST)
         if self._high_from is not None:
             recent = [s for s in self._settled(now, WIDE) if s.at >= self._high_from]
-        if len(recent) < LEAST:
-            recent = recent[-(LEAST_PULSES - 1) :]  # too few for a share, and the judge reads none into them
+            if sum(s.rtt is None for s in recent) <= HIGH * len(recent):
+                self._high_from, self._counts_from = None, now
+        if self._high_from is None:
+            recent = [s for s in self._settled(now, LEAST) if s.at >= self._counts_from]
+            if len(recent) < LEAST or sum(s.rtt is None for s in recent) > HIGH * len(recent):
+                recent = recent[-(LEAST_PULSES - 1) :]  # too few for a share, and the judge reads none into them
         answered = [s.rtt for s in recent if s.rtt is not None]
         began = recent[0].at if recent else now
-        if len(recent) - len(answered) <= HIGH * len(recent):
-            self._high_from = None
-        elif self._high_from is None and len(recent) >= LEAST:
-            self._high_from = began
         self._told = Quality(
             seconds=round(now - began, 1),
             sent=len(recent),
