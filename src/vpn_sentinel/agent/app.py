@@ -109,6 +109,7 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
             names=names,
             urls=settings.urls,
             policy=probes.policy,
+            meant=probes.meant_outside,
         ),
         spool,
         http,

@@ -8,9 +8,10 @@ that we have nothing against it.
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final
 
+from vpn_sentinel.agent.containment.exempt import Exempt
 from vpn_sentinel.agent.endpoints import TCP, Endpoint
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork
 
@@ -41,10 +42,15 @@ class Ways:
     resolvers: tuple[IPNetwork, ...] = ()
     leaking_names: tuple[IPAddress, ...] = ()
     forwards: bool = False
+    # What passes whatever else holds: see `exempt`.
+    exempt: Exempt = field(default_factory=Exempt)
 
     def __post_init__(self) -> None:
         if not _INTERFACE.fullmatch(self.tunnel):
             msg = f"the interface's name {self.tunnel!r} cannot stand in a rule"
+            raise ValueError(msg)
+        if not all(_INTERFACE.fullmatch(name) for name in self.exempt.meant.interfaces):
+            msg = "an interface's name in VPN_SENTINEL_MEANT_OUTSIDE cannot stand in a rule"
             raise ValueError(msg)
 
 
@@ -55,6 +61,7 @@ def render(ways: Ways, owner: str) -> str:
         f'oifname "{ways.tunnel}" accept',
         *(f"{_to(e)} accept" for e in dict.fromkeys((*ways.endpoints, *ways.services))),
         *(f"meta mark & {mask:#x} == {mark & mask:#x} accept" for mark, mask in (() if ways.endpoints else ways.marks)),
+        *(f"{match} accept" for match in ways.exempt.matches()),
         *(f"{_within(n)} meta l4proto {{ tcp, udp }} th dport {_DNS_PORTS} accept" for n in ways.resolvers),
         f'meta l4proto {{ tcp, udp }} th dport {_DNS_PORTS} counter name "held" drop',
         *(f"{_within(n)} accept" for n in _LINK_ONLY),

@@ -7,13 +7,17 @@ from pathlib import Path as File
 from typing import Final
 
 from vpn_sentinel.agent.containment.containment import Facts
+from vpn_sentinel.agent.containment.exempt import Exempt
 from vpn_sentinel.agent.containment.proof import Cause
 from vpn_sentinel.agent.containment.rules import Ways
 from vpn_sentinel.agent.endpoints import PROTOCOLS, TCP, UDP, Endpoint, parse_endpoint
 from vpn_sentinel.agent.http import split
 from vpn_sentinel.agent.interfaces import Paths, Survey
 from vpn_sentinel.agent.leakwatch.ground import Ground, Tables, ground
+from vpn_sentinel.agent.leakwatch.meant import Meant
+from vpn_sentinel.agent.leakwatch.senders import is_mark
 from vpn_sentinel.agent.names import Names
+from vpn_sentinel.agent.net.sockets import listening_ports
 from vpn_sentinel.agent.netlink import Kernel
 from vpn_sentinel.domain.observation import Path
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy, is_public
@@ -35,6 +39,8 @@ class Surroundings:
     names: Names
     urls: tuple[str, ...]
     policy: Policy
+    meant: Meant = field(default_factory=Meant)
+    taking: Callable[[], frozenset[int]] = listening_ports
     _ground: Ground = field(default_factory=Ground)
 
     def remember(self) -> Survey:
@@ -76,6 +82,11 @@ class Surroundings:
             lan=tuple(dict.fromkeys((*rules.outside, *hosts))),
             resolvers=self.policy.allowed_resolvers,
             leaking_names=tuple(sorted((a for a in cause.nameservers if a.is_loopback), key=str)),
+            exempt=Exempt(
+                meant=self.meant,
+                excepted=tuple(r for r in self._ground.senders.excepted if not is_mark(r)),
+                taking=self.taking(),
+            ),
             forwards=any(_is_on(file) for file in _FORWARDING),
         )
 

@@ -10,6 +10,7 @@ Entries are separated by `;` or line ends:
 """
 
 import pwd
+import re
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,6 +18,7 @@ from vpn_sentinel.agent.endpoints import PROTOCOLS
 from vpn_sentinel.agent.leakwatch.rules import Ports
 
 FORMS: Final = "`published 8000/tcp`, `port 123/udp`, `user NAME`, `only user NAME` or `interface NAME`"
+_INTERFACE: Final = re.compile(r"[\w.:@+-]{1,15}", re.ASCII)  # it may stand in a rule of nftables
 _MAX_ENTRIES: Final = 64  # the kernel's filter takes so many easily
 
 
@@ -52,7 +54,7 @@ def parse_meant(text: str) -> Meant:
                 users.add(_uid(name))
             case ["only", "user", name] | ["user", name, "only"]:
                 only.add(_uid(name))
-            case ["interface", name] if len(name) < 16 and "/" not in name:
+            case ["interface", name] if _INTERFACE.fullmatch(name):
                 interfaces.add(name)
             case _:
                 msg = f"{entry.strip()!r} is not understood; an entry is {FORMS}"

@@ -66,6 +66,16 @@ class Sockets:
         """Whether a TCP socket takes connections on this port. Raises OSError."""
         return bool(self._on_port(socket.IPPROTO_TCP, port, version, 1 << LISTEN))
 
+    def listening(self) -> frozenset[int]:
+        """The ports on which TCP connections are taken, but for those of the loopback alone. Raises OSError."""
+        everything = _ID.pack(0, 0, b"", b"")
+        found = (
+            s
+            for family in (socket.AF_INET, socket.AF_INET6)
+            for s in self._ask(family, socket.IPPROTO_TCP, 1 << LISTEN, everything, _REQUEST_DUMP)
+        )
+        return frozenset(s.port for s in found if not s.near.is_loopback)
+
     def of(self, protocol: int, source: IPAddress, port: int, far: IPAddress, far_port: int) -> Socket | None:
         """Who sends from `source` and `port` to `far`: the connected socket, else the unconnected one of UDP.
 
@@ -159,3 +169,17 @@ def _address(family: int, packed: bytes) -> IPAddress:
     if packed[:12] == b"\0" * 10 + b"\xff\xff":
         return ip_address(packed[12:])
     return ip_address(packed)
+
+
+def listening_ports() -> frozenset[int]:
+    """The ports on which TCP connections are taken here; none where the sandbox does not tell."""
+    try:
+        sockets = Sockets()
+    except OSError:
+        return frozenset()
+    try:
+        return sockets.listening()
+    except OSError:
+        return frozenset()
+    finally:
+        sockets.close()
