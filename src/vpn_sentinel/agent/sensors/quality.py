@@ -1,14 +1,15 @@
 """What the pulses say of a tunnel's quality: loss, order, round trip, jitter; no I/O, and time is an argument.
 
 One pulse every two seconds tells little, and late. So the first one that is missing begins a close look: 60 quick
-pulses, and more while over a tenth of the last 60 is lost. They are counted apart from the one that began the look, which would bias them. By the binomial
-distribution their odds of being called too many lost (9 of the first 30, or more than 12 of all 60) are
+pulses, and more while over a tenth of the last 60 is lost. They are counted apart from the one that began the look,
+which would bias them. By the binomial distribution their odds of being called too many lost (9 of the first 30, or
+more than 12 of all 60) are
 
     link loses 1 %  less than 0.000 000 1     5 %  0.000 02     30 %  0.95
 
 and to become a state the loss must outlast its grace besides. Once too many are lost, pulses stay quick. The end is
 looked for as soon as 8 in a row are answered: 40 quick pulses, of which a link that still loses 30 % loses 3 or fewer
-with odds of 0.000 5.
+with odds of 0.000 6.
 """
 
 from collections import deque
