@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vpn_sentinel.domain.judge import judge, judge_reference
+from vpn_sentinel.domain.machine import silence_finding
 from vpn_sentinel.domain.notice import Kind, Notice
 from vpn_sentinel.domain.observation import (
     Answer,
@@ -27,6 +28,7 @@ from vpn_sentinel.domain.observation import (
 )
 from vpn_sentinel.domain.policy import Policy
 from vpn_sentinel.domain.verdict import Code, Finding, State, Verdict
+from vpn_sentinel.server.notify.channels.webhook import body, short_body
 from vpn_sentinel.server.notify.text import html, plain
 
 ADDRESS, ADDRESS6 = ip_address("146.70.1.2"), ip_address("2001:db8::7")
@@ -117,3 +119,26 @@ def test_a_notice_reads_well_whatever_is_not_known(kind: Kind, role: str, tunnel
     ):
         assert not wrong(plain(notice)), plain(notice)
         assert not wrong(html(notice)), html(notice)
+
+
+def strings(value: object) -> Iterator[str]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for one in value:
+            yield from strings(one)
+    elif isinstance(value, str) and value:
+        yield value
+
+
+@pytest.mark.parametrize("kind", Kind)
+def test_a_webhook_reads_well_whatever_is_not_known(kind: Kind) -> None:
+    bare = Notice(kind=kind, tunnel="nl-1", findings=(Finding(Code.NO_TRAFFIC, "Dead.", {"x": ""}),))
+    for text in (*strings(body(bare)), *strings(short_body(bare))):
+        assert not wrong(text), text
+
+
+def test_silence_reads_well_with_and_without_a_site() -> None:
+    for finding in (silence_finding(0.0, 16.0), silence_finding(0.0, 16.0, "madrid", ["nl-1"])):
+        assert not wrong(finding.message), finding.message
+        assert not any(wrong(value) for value in finding.evidence.values())
