@@ -66,7 +66,8 @@ def looked(seen: Observation, policy: Policy | None = None, survey: Survey = SUR
 def test_the_object_has_the_promised_shape() -> None:
     said = check.as_plain(SEEN, judge(SEEN, Policy()))
     assert list(said) == [
-        "state", "findings", "exit", "resolvers", "tunnel", "uplinks", "routes", "leak_watch", "escapes", "took_ms",
+        "state", "findings", "exit", "resolvers", "tunnel", "uplinks", "routes", "system_lookup", "leak_watch",
+            "escapes", "took_ms",
     ]  # fmt: skip
     assert said["state"] == "protected"
     assert said["exit"] == {

@@ -163,6 +163,9 @@ def as_plain(seen: Observation, verdict: Verdict) -> dict[str, Any]:
             }
             for r in seen.routed or ()
         ],
+        "system_lookup": {"answer": seen.system_lookup.answer.value, "error": seen.system_lookup.error}
+        if seen.system_lookup
+        else None,
         "leak_watch": seen.leak_watch,
         "escapes": [
             {
@@ -284,6 +287,8 @@ def _facts(seen: Observation) -> list[tuple[str, str]]:
     for egress in _egresses(seen):
         org = _first(seen.places_of(egress), "org")
         rows.append(("resolver", f"{egress}{f' ({org})' if org else ''}"))
+    if (told := seen.system_lookup) is not None:
+        rows.append(("names", f"getaddrinfo: {told.answer}{f' ({told.error})' if told.error else ''}"))
     if seen.link is not None:
         on = {True: "on", False: "off: needs CAP_NET_RAW", None: "off: nothing tells the tunnel's own packets"}
         rows.append(("leak watch", on[seen.leak_watch]))

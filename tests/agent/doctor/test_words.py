@@ -16,7 +16,17 @@ from vpn_sentinel.agent.doctor.network import Server, Way
 from vpn_sentinel.agent.endpoints import parse_endpoint
 from vpn_sentinel.agent.interfaces import Survey
 from vpn_sentinel.agent.introspect.wireguard import Device, DeviceError, Peer
-from vpn_sentinel.domain.observation import Answer, Canary, Observation, Path, Probe, ResolverSighting, Trigger
+from vpn_sentinel.agent.leakwatch.meant import Meant, parse_meant
+from vpn_sentinel.domain.observation import (
+    Answer,
+    Canary,
+    Observation,
+    Path,
+    Probe,
+    ResolverSighting,
+    SystemLookup,
+    Trigger,
+)
 from vpn_sentinel.domain.policy import Policy
 from vpn_sentinel.wire.messages import Welcome
 
@@ -147,6 +157,18 @@ CASES: dict[str, tuple[Check | Sequence[Check], list[State], str]] = {
     ),
     "the watch knows a mark": (tunnel.about_leak_watch(["eth0"], [], told=True), [OK], "by their mark"),
     "the watch knows nothing": (tunnel.about_leak_watch(["eth0"], [], told=False), [GAP], "TUNNEL_ENDPOINTS"),
+    "names are found": (
+        network.about_system_resolver(SystemLookup(answer=Answer.ANSWERED)), [OK], "getaddrinfo finds names",
+    ),
+    "names are not found": (
+        network.about_system_resolver(SystemLookup(answer=Answer.UNREACHABLE, error="EAI_AGAIN")), [GAP], "EAI_AGAIN",
+    ),
+    "no word of a name yet": (network.about_system_resolver(None), [GAP], "no answer within"),
+    "nothing is meant outside": (tunnel.about_meant(Meant()), [], ""),
+    "much is meant outside": (
+        tunnel.about_meant(parse_meant("published 8000/tcp;port 123/udp;user 7;interface eth1;only user 9")), [OK],
+        "answers of port 8000/tcp; what goes to port 123/udp; what user 7 sends; what leaves by eth1; all but what",
+    ),
     "nothing to watch": (tunnel.about_leak_watch([], [], told=False), [UNKNOWN], "no interface"),
     "WireGuard tells": (
         tunnel.about_wireguard(Device(peers=(Peer(endpoint=WATCHED, handshake=int(NOW) - 30),)), NOW), [OK], "30 s ago",

@@ -12,10 +12,12 @@ from vpn_sentinel.agent.interfaces import Survey, is_up
 from vpn_sentinel.agent.net.link import IFF_LOOPBACK
 from vpn_sentinel.agent.netlink import Netlink
 from vpn_sentinel.agent.probes import dns
-from vpn_sentinel.domain.observation import Answer, Path, ResolverSighting, Routed
+from vpn_sentinel.agent.probes.system_resolver import SystemResolver
+from vpn_sentinel.domain.observation import Answer, Path, ResolverSighting, Routed, SystemLookup
 from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.domain.routes import spoken
 
+_PATIENCE: Final = 6.0  # seconds; glibc asks a silent nameserver for longer, but a check may take eight
 _ASKED: Final = {4: ip_address("1.1.1.1"), 6: ip_address("2606:4700:4700::1111")}
 _STUBS: Final = {
     "127.0.0.53": "systemd-resolved's stub: `resolvectl dns` names those behind it",
@@ -139,6 +141,22 @@ class Server:
     address: IPAddress
     path: Path
     allowed: bool = False
+
+
+async def system_resolver(ground: Ground) -> list[Check]:
+    asking = SystemResolver(boottime=ground.clock.boottime, patience=_PATIENCE)
+    return [about_system_resolver(await asking.ask(None, dns.system_nameservers()))]
+
+
+def about_system_resolver(told: SystemLookup | None) -> Check:
+    """One fresh name, looked up as programs do."""
+    name = "system resolver"
+    if told is not None and told.answer is Answer.ANSWERED:
+        behind = f", which asks {', '.join(map(str, told.upstreams))}" if told.upstreams else ""
+        return ok(name, f"getaddrinfo finds names{behind}")
+    found = f"no answer within {_PATIENCE:g} s" if told is None or not told.error else told.error
+    fix = "see /etc/resolv.conf and the line `hosts:` of /etc/nsswitch.conf, and that the nameserver answers"
+    return gap(name, f"getaddrinfo finds no name: {found}", "programs here cannot look names up.", fix)
 
 
 async def resolvers(ground: Ground) -> list[Check]:

@@ -9,12 +9,14 @@ from typing import Final
 from vpn_sentinel.agent.doctor.check import Check, gap, ok, unknown
 from vpn_sentinel.agent.doctor.ground import Ground
 from vpn_sentinel.agent.doctor.machine import packet_socket
-from vpn_sentinel.agent.endpoints import Endpoint
+from vpn_sentinel.agent.endpoints import TCP, Endpoint
 from vpn_sentinel.agent.http import HttpError
 from vpn_sentinel.agent.introspect import gluetun as control
 from vpn_sentinel.agent.introspect.wireguard import Device, DeviceError, read_device
 from vpn_sentinel.agent.leakwatch.ground import Ground as WatchGround
 from vpn_sentinel.agent.leakwatch.ground import ground as watch_ground
+from vpn_sentinel.agent.leakwatch.meant import Meant
+from vpn_sentinel.agent.leakwatch.rules import Ports
 from vpn_sentinel.domain.judge import learned_home
 from vpn_sentinel.domain.observation import Answer, Canary, Observation, Probe
 from vpn_sentinel.domain.policy import IPAddress, Policy
@@ -66,6 +68,9 @@ def about_home(declared: Policy, learned: Policy) -> Check:
 
 
 async def leak_watch(ground: Ground) -> list[Check]:
+    if not ground.read.agent.probes.leak_watch:
+        means = "packets that leave outside are not seen; routes and canaries are watched all the same."
+        return [ok("leak watch", "off, as VPN_SENTINEL_LEAK_WATCH=false says", means)]
     if (refused := packet_socket()) is not None:
         return [
             gap(
@@ -84,7 +89,30 @@ async def leak_watch(ground: Ground) -> list[Check]:
     found = watch_ground(
         ground.survey, ground.kernel, allowed=probes.policy.allowed_outside, resolvers=(), before=WatchGround()
     )
-    return [about_leak_watch([i.name for i in found.interfaces], endpoints, told=found.tells(endpoints))]
+    watched = [i.name for i in found.interfaces if i.name not in probes.meant_outside.interfaces]
+    return [about_leak_watch(watched, endpoints, told=found.tells(endpoints))]
+
+
+async def meant_outside(ground: Ground) -> list[Check]:
+    return about_meant(ground.read.agent.probes.meant_outside)
+
+
+def about_meant(meant: Meant) -> list[Check]:
+    """What VPN_SENTINEL_MEANT_OUTSIDE takes out of the leak watch; nothing where nothing is declared."""
+    parts = [f"answers of port {_spoken(p)}" for p in meant.published]
+    parts += [f"what goes to port {_spoken(p)}" for p in meant.ports]
+    parts += [f"what user {uid} sends" for uid in sorted(meant.users)]
+    parts += [f"what leaves by {name}" for name in sorted(meant.interfaces)]
+    if meant.only:
+        parts.append(f"all but what user {', '.join(map(str, sorted(meant.only)))} sends")
+    if not parts:
+        return []
+    return [ok("meant outside", "; ".join(parts), "that is neither told as a leak nor cut by containment.")]
+
+
+def _spoken(ports: Ports) -> str:
+    numbers = str(ports.low) if ports.low == ports.high else f"{ports.low}-{ports.high}"
+    return f"{numbers}/{'tcp' if ports.protocol == TCP else 'udp'}"
 
 
 def about_leak_watch(watched: Sequence[str], endpoints: Sequence[Endpoint], *, told: bool) -> Check:
