@@ -139,19 +139,6 @@ async def test_what_may_leave_beside_the_tunnel_is_not_asked_there() -> None:
     assert [c.target for c in inside] == ["a"]
 
 
-async def test_the_ports_of_canaries_beside_the_tunnel_are_told_and_of_no_others() -> None:
-    lo = FakeKernel().links[0]
-    ports: list[int] = []
-    async with udp(lambda _: b"203.0.113.1") as (port, echo):
-        flock = Flock(targets=(here("a", port),), reserve=(), beside=ports.append)
-        await canaries(flock, Paths(FakeKernel(), Survey(interfaces=(lo, WG), tunnel="wg0", uplinks=(lo,))))
-        assert len(echo.got) == 2  # C1 and C2
-        assert len(ports) in (2, 3)  # C2, and C3 for each family that this machine has
-        ports.clear()
-        await canaries(flock, NO_TUNNEL)
-    assert ports == []
-
-
 async def test_beside_the_tunnel_is_asked_on_the_physical_interface() -> None:
     lo = FakeKernel().links[0]
     async with udp(lambda _: b"203.0.113.1") as (port, _):

@@ -30,23 +30,21 @@ ANSWERS = {
 
 @pytest.mark.parametrize(("raw", "expected"), ANSWERS.values(), ids=ANSWERS.keys())
 async def test_who_answers(raw: bytes, expected: bool | None) -> None:
-    own: list[int] = []
     async with http(lambda _: raw) as (port, got):
-        assert await portal(HERE, "1.1.1.1", "lo", port=port, own=own.append) is expected
+        assert await portal(HERE, "1.1.1.1", "lo", port=port) is expected
     assert got[0].startswith("GET /cdn-cgi/trace HTTP/1.1\r\nHost: 1.1.1.1\r\n")
-    assert len(own) == 1
 
 
 async def test_nobody_is_no_portal(free_port: int) -> None:
-    assert await portal(HERE, "1.1.1.1", "lo", port=free_port, own=lambda _: None) is None
-    assert await portal(HERE, "1.1.1.1", "none0", port=free_port, own=lambda _: None) is None
+    assert await portal(HERE, "1.1.1.1", "lo", port=free_port) is None
+    assert await portal(HERE, "1.1.1.1", "none0", port=free_port) is None
 
     async def hang(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
         await reader.read()
         await reader.read()
 
     async with tcp(hang) as port:
-        assert await portal(HERE, "1.1.1.1", "lo", port=port, limit=0.1, own=lambda _: None) is None
+        assert await portal(HERE, "1.1.1.1", "lo", port=port, limit=0.1) is None
 
 
 def canary(probe: Probe, answer: Answer) -> Canary:

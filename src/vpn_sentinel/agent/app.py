@@ -140,7 +140,6 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
             http,
             echoes.targets,
             paths,
-            beside=watch.expect,
             silent_for=pulse.silent_for(),
             pulsed=bool(pulse.works()),
         ),
@@ -157,7 +156,7 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
         asides=Asides(
             claims=witnesses.look,
             forwarded_port=witnesses.forwarded_port,
-            portal=portal_beside(probes, names, own=watch.expect),
+            portal=portal_beside(probes, names),
         ),
     )
 

@@ -70,7 +70,6 @@ def flock(
     echoes: tuple[Target, ...],
     paths: Paths,
     *,
-    beside: Callable[[int], None] | None = None,
     silent_for: float = 0.0,
     pulsed: bool = False,
 ) -> Flock:
@@ -93,7 +92,6 @@ def flock(
         reserve=reserve,
         others=(lambda: trace(http, settings.trace_url, path, patience),),
         gateway=gateway(paths, (n.address for n in dns.system_nameservers())),
-        beside=beside,
         may_leave=settings.policy.allows_outside,
     )
 
@@ -124,13 +122,13 @@ def route_audit(
     return look
 
 
-def portal_beside(settings: ProbeSettings, names: Names, *, own: Callable[[int], None]) -> Portal:
-    """How a round looks for a captive portal: at the trace service's host, without TLS. `own` is told local ports."""
+def portal_beside(settings: ProbeSettings, names: Names) -> Portal:
+    """How a round looks for a captive portal: at the trace service's host, without TLS."""
     host = split(settings.trace_url).host
 
     async def ask(device: str) -> bool | None:
         address = next(iter(names.known(host)), None)
-        return None if address is None else await portal(address, host, device, own=own)
+        return None if address is None else await portal(address, host, device)
 
     return ask
 

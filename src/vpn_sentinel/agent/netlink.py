@@ -35,7 +35,6 @@ _ERROR, _DONE = 2, 3
 _REQUEST, _DUMP, _DUMP_INTERRUPTED = 0x1, 0x300, 0x10
 _FIB_MATCH = 0x2000
 _RTA_UID = 25
-_FIB_RULE_INVERT = 0x2
 # What was read of routes and rules is used for so many times as long as reading took, and never longer than seconds.
 _FIB_REST, _FIB_OLDEST = 500, 60.0
 _NO_ROUTE = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL, errno.ENODEV, errno.ESRCH})
@@ -175,20 +174,6 @@ def parse_way(body: bytes) -> Way | None:
     )
 
 
-def parse_spared(body: bytes) -> tuple[int, int] | None:
-    """Mark and mask of a rule `not fwmark …` out of RTM_NEWRULE: packets with that mark pass by the table it names.
-
-    So wg-quick, gluetun and Mullvad let the tunnel's own packets out (ip-rule(8); linux/fib_rules.h).
-    """
-    if len(body) < _ROUTE.size or not _ROUTE.unpack_from(body)[8] & _FIB_RULE_INVERT:
-        return None
-    found = attributes(body, _ROUTE.size)
-    mark, mask = found.get(10, b""), found.get(16, b"\xff" * 4)
-    if len(mark) != 4 or len(mask) != 4 or not _U32.unpack(mark)[0]:
-        return None
-    return _U32.unpack(mark)[0], _U32.unpack(mask)[0]
-
-
 def dump_request(kind: int, sequence: int) -> bytes:
     """Ask for all links or addresses; the rest of either request may be zero."""
     body = _LINK.pack(0, 0, 0, 0, 0)
@@ -321,11 +306,6 @@ class Netlink:
     def ways(self) -> tuple[Way, ...]:
         """Every routing table's entries but the default routes."""
         return tuple(w for m in self._dump(GETROUTE) if m.kind == NEWROUTE and (w := parse_way(m.body)))
-
-    def spared(self) -> tuple[tuple[int, int], ...]:
-        """Marks, each with its mask, whose packets the rules let pass by another table: see `parse_spared`."""
-        found = (parse_spared(m.body) for m in self._dump(GETRULE) if m.kind == NEWRULE)
-        return tuple(dict.fromkeys(f for f in found if f))
 
     def _dump(self, kind: int) -> list[Message]:
         for _ in range(3):

@@ -61,7 +61,7 @@ async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, se
     )
 
     def whom(paths: Paths) -> Flock:
-        usual = flock(settings, http, (), paths, beside=watch.expect)
+        usual = flock(settings, http, (), paths)
         usual = replace(usual, may_leave=policy.allows_outside)
         if server is None:
             return usual

@@ -11,7 +11,7 @@ from vpn_sentinel.agent.endpoints import parse_endpoint
 from vpn_sentinel.agent.leakwatch.ground import Ground, ground
 from vpn_sentinel.agent.net.fib import Fib, Hop, RouteEntry, Rule
 from vpn_sentinel.agent.net.link import IFF_POINTOPOINT, Interface
-from vpn_sentinel.agent.netlink import Way, parse_link, parse_spared, parse_way
+from vpn_sentinel.agent.netlink import Way, parse_link, parse_way
 
 TUN = replace(WG, name="tun0", kind="tun")
 
@@ -94,7 +94,7 @@ def route(prefix: int, *attributes: bytes, kind: int = 1) -> bytes:
     return struct.pack("=8BI", 2, prefix, 0, 0, 254, 0, 0, kind, 0) + b"".join(attributes)
 
 
-def test_routes_rules_and_masters_are_read() -> None:
+def test_routes_and_masters_are_read() -> None:
     net, oif = attribute(1, bytes([10, 1, 0, 0])), attribute(4, struct.pack("=I", 2))
     assert parse_way(route(16, net, oif)) == way("10.1.0.0/16")
     assert parse_way(route(16, net, oif, attribute(5, bytes(4)))) == way("10.1.0.0/16", gateway=True)
@@ -102,12 +102,6 @@ def test_routes_rules_and_masters_are_read() -> None:
     assert parse_way(route(16, net)) is None
     assert parse_way(route(16, net, oif, kind=2)) is None
     assert parse_way(b"short") is None
-    mark = attribute(10, struct.pack("=I", 51820))
-    inverted = struct.pack("=8BI", 2, 0, 0, 0, 0, 0, 0, 1, 2)
-    assert parse_spared(inverted + mark) == (51820, 0xFFFFFFFF)
-    assert parse_spared(inverted + mark + attribute(16, struct.pack("=I", 0xFF))) == (51820, 0xFF)
-    assert parse_spared(struct.pack("=8BI", 2, 0, 0, 0, 0, 0, 0, 1, 0) + mark) is None
-    assert parse_spared(inverted) is None
     link = parse_link(
         struct.pack("=BxHiII", 0, 1, 4, 1, 0) + attribute(3, b"p1\0") + attribute(10, struct.pack("=I", 7))
     )

@@ -36,7 +36,6 @@ log = logging.getLogger(__name__)
 AGAIN: Final = 1.0  # seconds between two tellings while it leaks
 LOOK: Final = 0.2  # seconds that a look at routes and endpoints holds for further doubts
 DOUBTS: Final = 4 * BATCH  # packets without a word to say about them, until the next look
-MEANT: Final = 3.0  # seconds that a port stays known as a probe's own: longer than any question waits
 _LEARNED: Final = 8
 _HELD: Final = 16  # packets that wait until it is tried which host carries the tunnel
 
@@ -92,7 +91,6 @@ class LeakWatch:
         self._tunnel: str | None = None
         self._shapes = Shapes()
         self._learned: OrderedDict[Endpoint, None] = OrderedDict()
-        self._ports: dict[int, float] = {}
         self._book = Book()
         self._permitted: bool | None = None
         self._looked = float("-inf")
@@ -123,12 +121,6 @@ class LeakWatch:
         """The hosts that carry the tunnel, as far as they are known: also one of which no port is known."""
         server = self.carrier.server
         return tuple(dict.fromkeys((*(e.address for e in self.endpoints), *((server,) if server else ()))))
-
-    def expect(self, port: int) -> None:
-        """A probe will send beside the tunnel from this port: that is no leak."""
-        now = self._clock.boottime()
-        self._ports = {p: until for p, until in self._ports.items() if until > now}
-        self._ports[port] = now + MEANT
 
     def escapes(self, paths: Paths, canaries: tuple[Canary, ...] = ()) -> tuple[Escape, ...]:
         """The flows that matter now: seen in the last ten seconds, or still routed outside beside a tunnel that works.
@@ -325,7 +317,7 @@ class LeakWatch:
 
     def _may_leave(self, interface: str, packet: Packet, now: float) -> bool:
         return (
-            self._is_ours(packet, now)
+            self._is_ours(packet)
             or self._rules.allow(packet)
             or self._is_the_end_of_a_report(interface, packet)
             or self._flows.is_answer(packet, now)
@@ -339,14 +331,13 @@ class LeakWatch:
         if packet is not None and not (packet.protocol == UDP and any(t.rests for t in self._taps.values())):
             self._flows.came_in(packet, self._clock.boottime())
 
-    def _is_ours(self, packet: Packet, now: float) -> bool:
+    def _is_ours(self, packet: Packet) -> bool:
         """A probe shows where traffic goes, and a canary tells of it: its packets are no user's.
 
         What has one hop to live gets no further than the LAN.
         """
         return (
             packet.hops == 1
-            or self._ports.get(packet.source_port or 0, 0.0) > now
             or self._own.has(packet.protocol, packet.source_port, packet.destination, packet.destination_port)
             or is_probe(packet)
         )

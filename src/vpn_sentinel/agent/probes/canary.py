@@ -18,8 +18,6 @@ from vpn_sentinel.domain.observation import Answer, Canary, Path, Probe
 from vpn_sentinel.domain.policy import IPAddress
 
 SETTLE: Final = 0.3  # seconds that slower targets get once one has answered; then the reserve is asked where none has
-# Of C2: no system begins with as many, so that a leak watch knows those of another program of ours, such as `check`.
-BESIDE_HOPS: Final = 65
 MAX_UPLINKS: Final = 4  # ways out beside the tunnel that are asked in one round
 # Asks a target that takes no datagram, such as the HTTPS trace.
 Other = Callable[[], Coroutine[Any, Any, Canary]]
@@ -30,8 +28,8 @@ class Flock:
     """Whom to ask: `targets` and `also` always, `reserve` and `others` when a family has shown no address by then.
 
     `gateway` is the tunnel's other end, asked when nobody at all has answered. `suspects` are targets by name and
-    family that are waited for though others have answered. `beside` is told the source port of each canary that leaves
-    beside the tunnel on purpose; what goes to addresses that `may_leave` proves nothing.
+    family that are waited for though others have answered. What goes to addresses that
+    `may_leave` proves nothing.
     """
 
     targets: tuple[Target, ...] = CLOUDFLARE
@@ -40,7 +38,6 @@ class Flock:
     others: tuple[Other, ...] = ()
     gateway: Target | None = None
     suspects: Set[tuple[str, int]] = frozenset()
-    beside: Callable[[int], None] | None = None
     may_leave: Callable[[IPAddress], bool] = lambda _: False
 
 
@@ -49,13 +46,12 @@ async def one(
     path: Path,
     probe: Probe = Probe.DEFAULT,
     device: str | None = None,
-    sending: Callable[[int], None] | None = None,
     paths: Paths | None = None,
 ) -> Canary:
     """Send one canary and wait for its end, at most one second. With `paths` its way is looked up once more then."""
     payload, read = target.question()
-    hops = {Probe.FIRST_HOP: 1, Probe.PHYSICAL: BESIDE_HOPS}.get(probe)
-    destination = Destination(address=target.address, port=target.port, device=device, hops=hops, sending=sending)
+    hops = 1 if probe is Probe.FIRST_HOP else None
+    destination = Destination(address=target.address, port=target.port, device=device, hops=hops)
     outcome = await ask(destination, payload, read)
     if outcome.local is not None and paths is not None:
         now = paths.of(target.address, target.port, source=outcome.local)
@@ -103,7 +99,6 @@ class _Asked:
 
     def __init__(self, group: asyncio.TaskGroup, paths: Paths, flock: Flock) -> None:
         self._suspects = flock.suspects
-        self._beside = flock.beside
         self._may_leave = flock.may_leave
         self._group = group
         self._paths = paths
@@ -123,7 +118,7 @@ class _Asked:
     def send_beside(self, targets: Iterable[Target], probe: Probe, uplink: Interface) -> None:
         """C2 and C3: bound to one of the ways out beside the tunnel."""
         for target in targets:
-            task = self._group.create_task(one(target, Path.OUTSIDE, probe, uplink.name, self._beside))
+            task = self._group.create_task(one(target, Path.OUTSIDE, probe, uplink.name))
             self._sent[task] = _Sent(probe, target.address.version, Path.OUTSIDE, uplink=uplink, target=target)
 
     def send_gateway(self, gateway: Target, device: str | None) -> None:

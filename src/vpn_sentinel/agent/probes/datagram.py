@@ -35,17 +35,13 @@ _REFUSED: Final = frozenset({errno.EPERM, errno.EACCES, errno.EINVAL})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Destination:
-    """Where to send. `device` binds to one interface, `hops` limits how far the datagram may go.
-
-    `sending` is told the source port before anything is sent.
-    """
+    """Where to send. `device` binds to one interface, `hops` limits how far the datagram may go."""
 
     address: IPAddress
     port: int
     scope: int = 0
     device: str | None = None
     hops: int | None = None
-    sending: Callable[[int], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +72,6 @@ async def ask(
             return Outcome(refused)
         local = _end(sock)
         OWN.add(sock)
-        if destination.sending is not None:
-            destination.sending(local[1])
         asked = tag.dns_question(payload, local[1])
         start = loop.time()
         try:

@@ -6,7 +6,6 @@ most 1.5 s, side by side with the reserve canaries.
 
 import asyncio
 import socket
-from collections.abc import Callable
 from typing import Final
 from urllib.parse import urljoin, urlsplit
 
@@ -20,27 +19,23 @@ LIMIT: Final = 1.5  # seconds
 _NETWORK_LOGIN: Final = 511  # Network Authentication Required (RFC 6585)
 
 
-async def portal(
-    address: IPAddress, host: str, device: str, *, port: int = 80, limit: float = LIMIT, own: Callable[[int], None]
-) -> bool | None:
+async def portal(address: IPAddress, host: str, device: str, *, port: int = 80, limit: float = LIMIT) -> bool | None:
     """Ask the trace service at `address`, whose name in URLs is `host`, bound to the interface `device`.
 
-    True: somebody else answers. False: the service does. None: nobody, or an answer that says neither. `own` is told
-    the local port before anything is sent.
+    True: somebody else answers. False: the service does. None: nobody, or an answer that says neither.
     """
     try:
         async with asyncio.timeout(limit):
-            return read_answer(await _get(address, host, device, port, own), host)
+            return read_answer(await _get(address, host, device, port), host)
     except (TimeoutError, OSError, EOFError, ValueError, asyncio.LimitOverrunError):
         return None
 
 
-async def _get(address: IPAddress, host: str, device: str, port: int, own: Callable[[int], None]) -> Response:
+async def _get(address: IPAddress, host: str, device: str, port: int) -> Response:
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     with AS_USER.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode() + b"\0")
         sock.bind(("", 0))
-        own(sock.getsockname()[1])
         OWN.add(sock, (address, port))
         await asyncio.get_running_loop().sock_connect(sock, (str(address), port))
         reader, writer = await asyncio.open_connection(sock=sock.dup(), limit=16 * 1024)
