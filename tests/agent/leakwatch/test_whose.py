@@ -235,3 +235,25 @@ async def test_a_flood_from_outside_does_not_hide_a_leak() -> None:
         VISITOR + "for n in range(3000):\n    visit(17, udp_bytes(5000 + n % 20000, 27015, b'x'))\n",
     )
     assert seen["to"] == ["203.0.113.99"]
+
+
+async def test_a_tcp_probe_of_another_program_of_ours_is_no_leak_and_the_same_of_any_other_is() -> None:
+    seen = await ran("""
+from ipaddress import ip_address
+from vpn_sentinel.agent.net.own import OwnSockets
+from vpn_sentinel.agent.probes import tag
+watch = make()
+def begin(bind):
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as own:
+        bind(own)
+        own.connect_ex(("203.0.113.5", 80))
+begin(lambda own: tag.bind_marked(own, ip_address("203.0.113.5")))
+send("203.0.113.9")  # behind it
+await until(lambda: "203.0.113.9" in came)
+probed = flows(watch)
+begin(lambda own: None)
+await until(lambda: len(acted) > 1)
+say(probed=probed, then=[str(e.destination) for e in acted])
+""")
+    assert seen["probed"] == [["203.0.113.9", 443, 1]]
+    assert seen["then"] == ["203.0.113.9", "203.0.113.5"]
