@@ -4,7 +4,7 @@ from ipaddress import ip_address
 import pytest
 
 from tests.agent.doubles import ETH, LO, UP, WG, FakeKernel, surveyed
-from vpn_sentinel.agent.interfaces import Paths, survey
+from vpn_sentinel.agent.interfaces import Paths, Surveyor, survey
 from vpn_sentinel.agent.net.link import IFF_POINTOPOINT, IFF_UP, Interface
 from vpn_sentinel.agent.net.roles import Remembered
 from vpn_sentinel.agent.netlink import LOCAL, Route
@@ -48,6 +48,17 @@ def test_another_tunnel_takes_the_place_of_a_remembered_one() -> None:
 def test_a_home_line_over_ppp_does_not_take_its_place() -> None:
     assert survey(FakeKernel(links=(LO, PPP), default=5), remembered=Remembered(tunnel="wg0")).tunnel == "wg0"
     assert survey(FakeKernel(links=(LO, PPP), default=5)).tunnel is None
+
+
+def test_what_the_server_remembers_is_believed_where_nothing_is_remembered_here() -> None:
+    fresh = Surveyor(FakeKernel(links=(LO, ETH), default=2))
+    assert fresh.look().tunnel is None
+    assert fresh.learn("wg0", ["eth0"])
+    link = fresh.look().link()
+    assert link is not None
+    assert (link.name, link.present) == ("wg0", False)
+    assert not fresh.learn("tun7", [])
+    assert fresh.look().tunnel == "wg0"
 
 
 def test_a_configured_name_wins() -> None:

@@ -164,6 +164,10 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
         if canary_zone.learn(event.canary_zone, event.echo):
             cycle.bell.ring(Trigger.RECHECK)  # the first round had to ask strangers
         echoes.greet(event.echo)
+        if event.known is not None:
+            cycle.learn_home(event.known.home)
+            if surveyor.learn(event.known.device, event.known.beside):
+                cycle.bell.ring(Trigger.NETWORK)
 
     courier = Courier(
         destination(settings),

@@ -8,12 +8,12 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, Final
 
 from vpn_sentinel.domain.judge import judge, learned_home
 from vpn_sentinel.domain.observation import Observation, Trigger
-from vpn_sentinel.domain.policy import Policy
+from vpn_sentinel.domain.policy import IPNetwork, Policy
 from vpn_sentinel.domain.verdict import State, Verdict
 from vpn_sentinel.runtime.clock import Clock
 
@@ -104,6 +104,10 @@ class Cycle:
     def policy(self) -> Policy:
         """What is judged by here, with the home networks that were learned."""
         return self._policy
+
+    def learn_home(self, networks: Iterable[IPNetwork]) -> None:
+        """Judge by these home networks too, which somebody else remembers."""
+        self._policy = self._policy.with_home(networks)
 
     async def run(self) -> None:
         trigger, may_cut = Trigger.START, True

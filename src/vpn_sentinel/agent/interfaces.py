@@ -1,7 +1,7 @@
 """The network devices here at one moment, the role of each, and which kind of way a packet would take."""
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
@@ -145,6 +145,14 @@ class Surveyor:
             fib=fib,
             user=user,
         )
+
+    def learn(self, tunnel: str, beside: Iterable[str]) -> bool:
+        """Take in what somebody else remembers, where nothing is remembered here; whether it was taken."""
+        if self._memory.fact(_TUNNEL) is not None:
+            return False
+        self._memory.keep(_TUNNEL, tunnel)
+        self._memory.keep(_UPLINKS, ",".join(beside))
+        return True
 
     def look_anew(self) -> Survey:
         """The same with routes and rules read in this moment, for whoever cannot wait for the kernel's news."""

@@ -10,7 +10,7 @@ from typing import Final
 import msgspec
 
 from vpn_sentinel.domain.observation import Observation
-from vpn_sentinel.domain.policy import Policy
+from vpn_sentinel.domain.policy import IPNetwork, Policy
 
 # Of this protocol. A server takes every version up to its own; an agent says which one it speaks.
 PROTOCOL: Final = 1
@@ -67,6 +67,15 @@ class Echo(msgspec.Struct, frozen=True, kw_only=True):
     key: str
 
 
+class Known(msgspec.Struct, frozen=True, kw_only=True):
+    """What the server remembers of a tunnel that worked: its `device` and those `beside` it, by name, and the `home`
+    networks that were learned. For an agent that lost its own memory; one that has some believes that."""
+
+    device: str
+    beside: tuple[str, ...] = ()
+    home: tuple[IPNetwork, ...] = ()
+
+
 class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
     """`ack` is the highest sequence number of this spool that is stored, 0 for none; `seen_from` the peer address.
 
@@ -78,6 +87,7 @@ class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
     seen_from: str | None = None
     echo: Echo | None = None
     canary_zone: str | None = None
+    known: Known | None = None
 
 
 class Ack(msgspec.Struct, frozen=True, kw_only=True, tag="ack"):

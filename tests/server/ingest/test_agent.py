@@ -84,6 +84,25 @@ async def test_an_agent_that_comes_back_is_told_what_is_stored(house: House, con
     assert (await greeted(connect(house), client_id="se"))["ack"] == 0
 
 
+async def test_what_is_remembered_of_a_tunnel_goes_back_to_its_agent_and_to_no_other(
+    house: House, connect: Connect
+) -> None:
+    """A stack that was made anew without its volume: the agent starts with an empty folder, and another spool."""
+    beside = {"probe": "physical", "target": "echo", "family": 4, "answer": "answered", "path": "outside"}
+    through = {"probe": "default", "target": "echo", "family": 4, "answer": "answered", "path": "tunnel"}
+    worked = {
+        "trigger": "timer",
+        "link": {"name": "wg0", "present": True, "up": True},
+        "interfaces": ["eth0", "wg0"],
+        "canaries": [{**through, "address": EXIT}, {**beside, "address": "91.10.20.30"}],
+    }
+    assert (await house.exchange(exchange(1, observation=worked))).status == 200
+    known = (await greeted(connect(house), spool="s2"))["known"]
+    assert known == {"device": "wg0", "beside": ["eth0"], "home": ["91.10.20.30/32"]}
+    assert (await greeted(connect(house), client_id="se"))["known"] is None
+    assert (await greeted(connect(house), role="reference", site="berlin"))["known"] is None
+
+
 async def test_an_ack_follows_the_commit(build: Build, store: Store, connect: Connect) -> None:
     broken = Broken(store, StoreUnavailable("disk_full", "no space left"))
     socket = connect(build(broken))

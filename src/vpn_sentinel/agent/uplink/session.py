@@ -15,7 +15,7 @@ from typing import Final
 import msgspec
 
 from vpn_sentinel.wire import codec
-from vpn_sentinel.wire.messages import Ack, Echo, Exchange, FromServer, Hello, Refused, Report, Reports, Welcome
+from vpn_sentinel.wire.messages import Ack, Echo, Exchange, FromServer, Hello, Known, Refused, Report, Reports, Welcome
 
 _decode: Final = codec.decoder(FromServer)
 
@@ -41,6 +41,7 @@ class Greeted:
     seen_from: str | None
     echo: Echo | None
     canary_zone: str | None = None
+    known: Known | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +129,7 @@ class Session:
                     seen_from=message.seen_from,
                     echo=message.echo,
                     canary_zone=message.canary_zone,
+                    known=message.known,
                 )
             case Ack(), Phase.WAITING:
                 if not self._acked < message.seq <= self._sent:  # one that moves nothing would have us send for ever

@@ -7,6 +7,7 @@ from typing import Final
 import msgspec
 from sqlalchemy import select
 
+from vpn_sentinel.domain.machine import Memory
 from vpn_sentinel.domain.observation import Trigger
 from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.domain.tunnel import site_name, tunnel_name
@@ -14,15 +15,17 @@ from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.server.access import Caller
 from vpn_sentinel.server.ingest.door import Refusal
 from vpn_sentinel.server.ingest.ledger import Ledger
+from vpn_sentinel.server.sites import REFERENCE
 from vpn_sentinel.server.store.schema import tunnels
 from vpn_sentinel.server.store.store import Store
 from vpn_sentinel.server.tracker import Tracker
 from vpn_sentinel.server.works import Arrival, Stored
 from vpn_sentinel.wire import echo, limits
 from vpn_sentinel.wire.codec import check_observation, check_policy, checked_text, decoder
-from vpn_sentinel.wire.messages import PROTOCOL, Ack, Echo, Exchange, FromAgent, Hello, Report, Reports, Welcome
+from vpn_sentinel.wire.messages import PROTOCOL, Ack, Echo, Exchange, FromAgent, Hello, Known, Report, Reports, Welcome
 
 _decode = decoder(FromAgent)
+_memory = decoder(Memory)
 _YEAR_5138: Final = 1e11
 _LONGEST_ROUND: Final = 60.0
 
@@ -58,7 +61,9 @@ class Sessions:
             raise Refusal(403, f"this token may only report as {caller.name}")
         if hello.role == "reference" and not caller.may_stand_for(hello.site):
             raise Refusal(403, f"this token may only be the reference of the site {caller.name}; a shared key, of any")
-        found = await self._store.read(select(tunnels.c.spool, tunnels.c.seq).where(tunnels.c.name == hello.client_id))
+        found = await self._store.read(
+            select(tunnels.c.spool, tunnels.c.seq, tunnels.c.memory).where(tunnels.c.name == hello.client_id)
+        )
         stored = found[0].seq if found and found[0].spool == hello.spool else 0
         if self._ledger is not None:
             self._ledger.greet(hello.client_id)
@@ -70,6 +75,7 @@ class Sessions:
             seen_from=None if address is None else str(address),
             echo=Echo(port=self._echo_port, id=ident.hex(), key=key.hex()),
             canary_zone=self._canary_zone,
+            known=_known(found[0].memory) if found and hello.role != REFERENCE else None,
         )
 
     async def take(self, hello: Hello, reports: Reports, skew: float, since: float, peer: IPAddress | None) -> Ack:
@@ -116,6 +122,17 @@ class Sessions:
 
     def ticks(self) -> float:
         return self._clock.boottime()
+
+
+def _known(text: str) -> Known | None:
+    """What a row's memory holds of a tunnel that worked; None of one that never did, and of a row of a newer server."""
+    try:
+        memory = _memory(text) if text else Memory()
+    except (msgspec.MsgspecError, ValueError):
+        return None
+    if memory.working is None:
+        return None
+    return Known(device=memory.working.device, beside=memory.working.beside, home=memory.home)
 
 
 def parse(body: bytes | str) -> Hello | Reports | Exchange:
