@@ -96,7 +96,8 @@ def test_without_proc(command: str, proc: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", [*LOOKING, *QUICK, *STARTING])
 def test_where_nothing_can_be_written(command: str) -> None:
     folders = ("/tmp", "/var/tmp", "/var/lib", "/dev/shm", "/run")
-    mounts = "; ".join(f"mount -t tmpfs -o ro none {folder}" for folder in folders)
+    # The folders as they are, read-only: the program itself may lie in one of them.
+    mounts = "; ".join(f"mount --bind {f} {f} && mount -o remount,bind,ro {f}" for f in folders)
     script = f"unshare -m sh -c '{mounts}; cd /; exec PROGRAM {command}'"
     done = shell(script, VPN_SENTINEL_DATA_DIR="/var/lib/vpn-sentinel", VPN_SENTINEL_API_KEY="k" * 8)
     ends_in_words(done)

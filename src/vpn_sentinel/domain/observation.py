@@ -188,7 +188,7 @@ class Quality:
 
     `lost` of `sent` were never answered. `mtu` is the largest IP packet that came through, None when nobody asked;
     `vanished` the size of one that the interface took and that got lost without an ICMP error, though smaller ones
-    passed.
+    passed; `vanished_for` is how many seconds ago one of the full size came through last, 0 when none ever did.
     """
 
     seconds: float
@@ -199,6 +199,7 @@ class Quality:
     jitter_ms: float | None = None
     mtu: int | None = None
     vanished: int | None = None
+    vanished_for: float = 0.0
     rx_rate: float | None = None
     tx_rate: float | None = None
 

@@ -13,6 +13,7 @@ from vpn_sentinel.server.showing import received
 from vpn_sentinel.server.sites import REFERENCE, Sites, newest
 from vpn_sentinel.server.store.store import TunnelRow
 
+_MEASURED = frozenset({Code.HIGH_LOSS, Code.MTU_BLACKHOLE})
 # Homes learned beside the tunnel that are remembered.
 _HOMES = 8
 
@@ -130,14 +131,16 @@ def began(seen: Observation, verdict: Verdict, at: float, memory: Memory) -> flo
         return at - seen.silent_for
     if verdict.state is State.DEGRADED and any(f.code is Code.PORT_CLOSED for f in verdict.findings):
         return memory.port_checked_at
-    if seen.quality is not None and is_measured(verdict):
+    if seen.quality is not None and any(f.code is Code.HIGH_LOSS for f in verdict.findings):
         return at - seen.quality.seconds
+    if seen.quality is not None and seen.quality.vanished_for and is_measured(verdict):
+        return at - seen.quality.vanished_for
     return None
 
 
 def is_measured(verdict: Verdict) -> bool:
-    """Whether the trouble is a share of pulses over a stretch, through which earlier rounds could not tell it yet."""
-    return verdict.state is State.DEGRADED and any(f.code is Code.HIGH_LOSS for f in verdict.findings)
+    """Whether the trouble takes a stretch of time to be measured: earlier rounds in it could not tell it yet."""
+    return verdict.state is State.DEGRADED and any(f.code in _MEASURED for f in verdict.findings)
 
 
 def _lasted(seen: Observation, verdict: Verdict) -> float:

@@ -112,7 +112,8 @@ _LIMITS: Final[dict[type, dict[str, float]]] = {
     o.Claim: {"source": 64, "status": limits.TEXT, "endpoint": limits.TEXT, "handshake_age": _NUMBER},
     o.Quality: {
         "seconds": _NUMBER, "sent": _NUMBER, "lost": _NUMBER, "reordered": _NUMBER, "rtt_ms": _NUMBER,
-        "jitter_ms": _NUMBER, "mtu": _NUMBER, "vanished": _NUMBER, "rx_rate": _NUMBER, "tx_rate": _NUMBER,
+        "jitter_ms": _NUMBER, "mtu": _NUMBER, "vanished": _NUMBER,
+        "vanished_for": _NUMBER, "rx_rate": _NUMBER, "tx_rate": _NUMBER,
     },
     o.Action: {"name": 64, "detail": limits.TEXT, "age": _NUMBER},
     o.Observation: {"silent_for": _NUMBER, "forwarded_port": _PORT, "took_ms": 1e9},

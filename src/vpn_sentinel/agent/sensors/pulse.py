@@ -92,6 +92,7 @@ class Pulse:
         # Set by whoever measures the path: the largest packet that passes, and one that vanished.
         self.mtu: int | None = None
         self.vanished: int | None = None
+        self.full_at: float | None = None  # when one of the full size passed last
 
     # --- what happens to it ---
 
@@ -160,6 +161,7 @@ class Pulse:
             jitter_ms=found.jitter_ms,
             mtu=self.mtu,
             vanished=self.vanished,
+            vanished_for=round(now - self.full_at, 1) if self.vanished and self.full_at is not None else 0.0,
             rx_rate=received,
             tx_rate=sent,
         )
