@@ -38,6 +38,17 @@ OUTSIDE: dict[str, tuple[str, dict[str, list[str]]]] = {
     "one port": (WG + "rule add ipproto tcp dport 443 lookup main pref 10", {"eth0 TCP to port 443": ["0.0.0.0/0"]}),
     "one protocol": (WG + "rule add ipproto udp lookup main pref 10", {"eth0 UDP": ["0.0.0.0/0"]}),
     "what has the tunnel's address": (WG + "rule add from 10.2.0.2 lookup main pref 10", {"eth0": ["0.0.0.0/0"]}),
+    "the server by a rule for it": (
+        LAN + GATEWAY + """
+        tuntap add wg0 mode tun
+        link set wg0 up
+        addr add 10.2.0.2/32 dev wg0
+        route add default dev wg0 table 100
+        rule add lookup 100 pref 1000
+        rule add to 198.51.100.7 lookup main pref 900
+        """,
+        {},
+    ),
     "private networks": (WG + "route add 192.168.0.0/16 via 172.17.0.1", {}),
     "refused": (WG + "route add blackhole 5.9.10.0/24", {}),
     "a second host beside the VPN's": (

@@ -104,6 +104,34 @@ CASES = {
     "rootless container without a VPN": Case(ROOTLESS, None, ("tap0",), path=Path.OUTSIDE),
     "the same, remembered wrongly": Case(ROOTLESS, None, ("tap0",), Remembered(tunnel="tap0"), Path.OUTSIDE),
     "PPP line": Case(PPP_LIKE + WG_QUICK.format("wg0"), "wg0", ("ppp0",)),
+    "the server is excepted by a rule for it": Case(
+        LAN + GATEWAY + """
+        tuntap add tun0 mode tun
+        link set tun0 up
+        addr add 10.8.0.2/24 dev tun0
+        route add default dev tun0 table 100
+        rule add lookup 100 pref 1000
+        rule add to 198.51.100.7 lookup main pref 900""",
+        "tun0", ("eth0",),
+    ),
+    "a default route by a nexthop object": Case(
+        LAN + "nexthop add id 7 via 172.17.0.1 dev eth0\nroute add default nhid 7" + WG_QUICK.format("wg0"),
+        "wg0", ("eth0",),
+    ),
+    "a bridge and its ports": Case(
+        LAN + """
+        link add br0 type bridge
+        link set far0 master br0
+        link set br0 up
+        addr add 192.168.9.2/24 dev br0
+        route add default via 192.168.9.1""" + WG_QUICK.format("wg0"),
+        "wg0", ("br0", "eth0"),
+    ),
+    "a blackhole for when the tunnel is gone": Case(
+        LAN + GATEWAY + WG_QUICK.format("wg0") + "route add blackhole default table 51820 metric 4096",
+        "wg0",
+        ("eth0",),
+    ),
     "PPP line and OpenVPN": Case(
         PPP_LIKE + """
         tuntap add tun0 mode tun

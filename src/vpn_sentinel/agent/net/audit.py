@@ -38,11 +38,9 @@ def audit(
     excepted = [*may_leave, *(_lan(survey.beside)), *(ip_network(s) for s in known)]
     # A server that is known says nothing of devices that its packets do not take: one tunnel may carry another.
     excepted += [
-        entry.network
-        for entry in survey.fib.entries
-        if entry.is_for_one_host()
-        and not entry.leads_by(device.index)
-        and not any(entry.leads_by(index) for index in told_of)
+        network
+        for network, entry in survey.fib.hosts_beside(device.index)
+        if not any(entry.leads_by(index) for index in told_of)
     ]
     found: list[Routed] = []
     for version in (4, 6):

@@ -349,6 +349,22 @@ class Fib:
         )
         return Fib(self.rules, tuple(kept))
 
+    def hosts_beside(self, tunnel: int) -> list[tuple[IPNetwork, RouteEntry]]:
+        """Single hosts with a way of their own past the tunnel's device: so a VPN client excepts its server.
+
+        By a route of their own, as OpenVPN and vpnc-script make it; only where there is none, by a rule for one host.
+        """
+        routes = [(e.network, e) for e in self.entries if e.is_for_one_host() and not e.leads_by(tunnel)]
+        if routes:
+            return routes
+        found = []
+        for network in dict.fromkeys(r.destination for r in self.rules if r.destination and not r.invert):
+            if network.prefixlen == network.max_prefixlen:
+                entry = self.lookup(network.network_address)
+                if entry is not None and entry.kind == RTN_UNICAST and entry.hops and not entry.leads_by(tunnel):
+                    found.append((network, entry))
+        return found
+
     def lookup(self, destination: IPAddress, sender: Sender = EVERYBODY) -> RouteEntry | None:
         """The route that a packet takes; None when nothing leads there or a rule refuses it."""
         number = int(destination)

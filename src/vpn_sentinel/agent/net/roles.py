@@ -130,14 +130,9 @@ class _Look:
         return may_be and (self._a_host_is_excepted(found) or self._a_sender_is_excepted(found))
 
     def _a_host_is_excepted(self, tunnel: Interface) -> bool:
-        """Whether a single host of the internet has a route of its own by another device: the VPN's server."""
-        return any(
-            entry.is_for_one_host()
-            and not entry.leads_by(tunnel.index)
-            and self._leads_out(entry)
-            and is_public(entry.network.network_address)
-            for entry in self._fib.entries
-        )
+        """Whether a single host of the internet has a way of its own by another device: the VPN's server."""
+        found = self._fib.hosts_beside(tunnel.index)
+        return any(self._leads_out(entry) and is_public(network.network_address) for network, entry in found)
 
     def _leads_out(self, entry: RouteEntry) -> bool:
         """By a router, or by a line that has no routers: a host on the link is no host of the internet."""
