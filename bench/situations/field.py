@@ -133,9 +133,9 @@ def _burst(row: Row, post: Post) -> Trial:
         trial.complaints.append(f"no {row.state} while it lasted: {post.brief()}")
     else:
         trial.verdict = found.time - began
+    time.sleep(max(0.0, began + lasts - time.time()))
     if not any("degraded" in m["plain"].lower() for m in post.heard(began)):
         trial.complaints.append("nobody was told while it lasted")
-    time.sleep(max(0.0, began + lasts - time.time()))
     post.heal()
     over = time.time()
     if post.ear.wait(over, lambda f: f.state == "protected", after) is None:

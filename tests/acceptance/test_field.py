@@ -13,10 +13,13 @@ from lab import Lab
 
 pytestmark = pytest.mark.acceptance
 
+# When a share of lost packets is noticed takes luck: tests/agent/test_loss_told.py holds its odds instead.
+LUCK = {67}
+
 
 def _params() -> list[object]:
     """Each row has a lab of its own, so that any worker may take it."""
-    found = (row for row in field.ROWS if "wireguard" in row.kinds)
+    found = (row for row in field.ROWS if "wireguard" in row.kinds and row.number not in LUCK)
     return [pytest.param(row, id=row.name, marks=pytest.mark.xdist_group(f"field-{row.name}")) for row in found]
 
 
