@@ -183,6 +183,10 @@ class Faults(ABC):
         """60: packets with Tailscale's mark (0x80000 of 0xff0000) go by main, above the tunnel's rule (WireGuard)."""
         self._be(marked=True)
 
+    def rule_outside(self, what: str) -> None:
+        """74: a routing rule sends `what` (the selectors of ip-rule(8)) by main, past the tunnel."""
+        self._be(ruled=self.line.ruled | {f"pref 75 {what} table main"})
+
     def publish(self, port: int) -> None:
         """59: the home router forwards a TCP port to the host, and what the host sends from its LAN address goes back
         beside the tunnel."""

@@ -37,6 +37,7 @@ class Site:
     """nl, ch or us."""
     kill_switch: bool = True
     kill_switch_lan: bool = False
+    kill_switch_udp_only: bool = False
     """The kill switch lets the LAN through, as gluetun's does."""
     ipv6: str = "tunnel"
     """tunnel (through it), outside (beside it), dropped (there, but a firewall drops it), none (not at all)."""
@@ -85,6 +86,7 @@ class Site:
             ipv6=self.ipv6,
             kill_switch=self.kill_switch,
             kill_switch_lan=self.kill_switch_lan,
+            kill_switch_udp_only=self.kill_switch_udp_only,
             home4=plan.wan4,
             device=self.device,
             uplink=self.uplink,
@@ -385,6 +387,7 @@ class Home(Faults):
             rules.add(f"pref 60 from {self.uplink.host4} table {_OUTSIDE}")
         if line.marked:
             rules.add("pref 5210 fwmark 0x80000/0xff0000 table main")
+        rules |= line.ruled
         if line.no_ipv4:
             rules.add(f"pref 69 to {self.lan} table main")  # no gateway of a route could be set otherwise
             rules.add("unreachable pref 70")

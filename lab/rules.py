@@ -25,6 +25,7 @@ class Line:
     ipv6: str  # tunnel, outside, dropped, none
     kill_switch: bool = False
     kill_switch_lan: bool = False
+    kill_switch_udp_only: bool = False
     home4: str = ""
     device: str | None = None  # the tunnel's device, where it is not called as usual
     uplink: str = "lan"
@@ -38,6 +39,7 @@ class Line:
     routed: frozenset[str] = frozenset()  # by a route of main, not by a rule
     published: frozenset[int] = frozenset()
     marked: bool = False
+    ruled: frozenset[str] = frozenset()  # further routing rules
     balanced: bool = False
     no_ipv4: bool = False
     vpn_uid: int | None = None
@@ -115,6 +117,8 @@ def host(line: Line) -> str:
         rules += ['oifname "eth0" ip6 daddr 2000::/3 drop']
     if not line.kill_switch or line.provider is None or line.vpn is None:
         return _chain("output", "output", rules)
+    if line.kill_switch_udp_only:
+        rules += ["meta l4proto != udp accept"]
     if line.uplink == "two":
         rules += ['oifname "eth1" accept']  # a kill switch that knows the first network only
     rules += [

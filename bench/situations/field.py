@@ -196,6 +196,7 @@ PROFILES: dict[str, Profile] = {
     "ovinwg": Profile(site={**_OPEN, "vpn": "openvpn-in-wireguard"}),
     "killed": Profile(site={**_OPEN, "vpn": "openconnect", "ipv6": "none"}),
     "again": Profile(site=_LAN),
+    "udponly": Profile(site={**_LAN, "kill_switch_udp_only": True}),
 }
 
 
@@ -267,4 +268,8 @@ ROWS: tuple[Row, ...] = (
         opens=True, note="the repair brings home's default route back before the tunnel"),
     _quiet(72, "again", "client restarted, kill switch", _restart, never=LEAKS, kinds=tuple(plan.KINDS),
            passing=frozenset({"down", "degraded"})),
+    _quiet(73, "udponly", "kill switch for datagrams only", codes=frozenset({"killswitch_open"})),
+    _leak(73, "udponly", "the same, deleted", {"ip_leak"}, _do("delete_tunnel"), part="b"),
+    _leak(74, "routes", "only DNS by a rule", {"dns_leak"}, _do("rule_outside", "ipproto udp dport 53"),
+          never=frozenset({"ip_leak"}), kinds=_BY_RULE, limit=45),
 )  # fmt: skip

@@ -1,6 +1,7 @@
 """The outside world of the agent's tests: real sockets on the loopback, and a kernel that answers what it is told."""
 
 import asyncio
+import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -77,6 +78,12 @@ class FakeKernel:
         if str(destination) in self.routes:
             return self.routes[str(destination)]
         return None if self.default is None else Route(interface=self.default, prefix=0)
+
+
+def refuse(rule: str) -> None:
+    """Have this namespace's output hook do what an nftables rule says."""
+    text = f"table inet t {{\nchain out {{\ntype filter hook output priority 0\n{rule}\n}}\n}}\n"
+    subprocess.run(["nft", "-f", "-"], input=text, text=True, check=True)
 
 
 def surveyed(*links: Interface, tunnel: str = "wg0") -> Survey:

@@ -4,13 +4,13 @@ from ipaddress import ip_address
 
 import pytest
 
-from tests.agent.doubles import ETH, WG, FakeKernel, Loopback, udp
+from tests.agent.doubles import ETH, WG, FakeKernel, Loopback, refuse, tcp, udp
 from tests.agent.test_dnswire import answer, record, text
 from tests.wire.answering import reply
 from vpn_sentinel.agent.interfaces import Paths, Survey
 from vpn_sentinel.agent.netlink import Route
 from vpn_sentinel.agent.probes import dnswire, targets
-from vpn_sentinel.agent.probes.canary import Flock, canaries, one
+from vpn_sentinel.agent.probes.canary import Flock, OverTcp, canaries, one
 from vpn_sentinel.agent.probes.targets import DnsWhoami, ServerEcho
 from vpn_sentinel.domain.observation import Answer, Canary, Path, Probe
 from vpn_sentinel.wire import echo
@@ -85,9 +85,54 @@ async def test_an_answer_without_address_has_the_others_asked() -> None:
         return asked
 
     async with udp(lambda _: b"none") as (hijacked, _):
-        seen = await canaries(Flock(targets=(here("a", hijacked),), reserve=(), others=(trace,)), NO_TUNNEL)
+        other = OverTcp(ask=trace, address=None, port=443)
+        seen = await canaries(Flock(targets=(here("a", hijacked),), reserve=(), others=(other,)), NO_TUNNEL)
     assert asked in seen
     assert ("a", Answer.ANSWERED, None) in [(c.target, c.answer, c.address) for c in seen]
+
+
+def _over(answer: Canary, port: int, path: Path = Path.UNKNOWN) -> OverTcp:
+    async def ask() -> Canary:
+        return answer
+
+    return OverTcp(ask=ask, address=HERE, port=port, path=path)
+
+
+def _trace(address: str, path: Path = Path.UNKNOWN) -> Canary:
+    found = ip_address(address)
+    return Canary(probe=Probe.DEFAULT, target="trace", family=4, answer=Answer.ANSWERED, address=found, path=path)
+
+
+def test_where_datagrams_are_refused_a_connection_is_tried(namespace: None, free_port: int) -> None:
+    refuse("meta l4proto udp drop")
+    home = _trace("91.10.10.20")
+
+    async def ask(port: int) -> tuple[Canary, ...]:
+        return await canaries(Flock(targets=(here("a", 53),), reserve=(), others=(_over(home, port),)), NO_TUNNEL)
+
+    async def both() -> tuple[tuple[Canary, ...], tuple[Canary, ...]]:
+        async with tcp(_take) as port:
+            return await ask(port), await ask(free_port)
+
+    open_, closed = asyncio.run(both())
+    assert ("a", Answer.BLOCKED) in [(c.target, c.answer) for c in open_]
+    assert home in open_
+    assert [c.answer for c in closed if c.target == "trace"] == [Answer.UNKNOWN]
+
+
+async def _take(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
+    await reader.read()
+
+
+async def test_where_a_rule_sends_datagrams_elsewhere_a_connection_shows_the_exit() -> None:
+    """Most canaries are DNS: a rule for its port sends them home while all else goes through the tunnel."""
+    kernel = FakeKernel(routes={"127.0.0.1": Route(interface=2)})
+    paths = Paths(kernel, Survey(interfaces=(ETH, WG), tunnel="wg0", beside=(ETH,)))
+    vpn = _trace("185.65.134.10", Path.TUNNEL)
+    async with udp(lambda _: b"203.0.113.1") as (port, _):
+        flock = Flock(targets=(here("a", port),), reserve=(), others=(_over(vpn, 443, Path.TUNNEL),))
+        seen = await canaries(flock, paths, enough=lambda found: any(c.target == "a" for c in found))
+    assert {c.target for c in seen} == {"a", "trace"}
 
 
 async def test_one_that_is_named_is_always_asked() -> None:

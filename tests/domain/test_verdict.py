@@ -190,6 +190,21 @@ CASES: dict[str, tuple[Observation, Policy, State, list[Code]]] = {
         ),
         POLICY, State.LEAKING, [Code.SPLIT_ROUTE],
     ),
+    "routes send DNS past the tunnel, and nothing else": (
+        replace(saw(EXIT), routed=routed("eth0", "0.0.0.0/0", only="UDP to port 53")), POLICY, State.LEAKING,
+        [Code.DNS_LEAK],
+    ),
+    "the same for DNS over TLS": (
+        replace(saw(EXIT), routed=routed("eth0", "0.0.0.0/0", only="TCP to port 853")), POLICY, State.LEAKING,
+        [Code.DNS_LEAK],
+    ),
+    "routes send one port past the tunnel": (
+        replace(saw(EXIT), routed=routed("eth0", "0.0.0.0/0", only="TCP to port 5353")), POLICY, State.LEAKING,
+        [Code.SPLIT_ROUTE],
+    ),
+    "DNS comes out at home by a rule for its port, and a connection at the VPN's exit": (
+        saw(HOME, canary(EXIT, target="trace"), path=Path.OUTSIDE), POLICY, State.LEAKING, [Code.SPLIT_ROUTE],
+    ),
     "routes past the tunnel that are meant": (
         replace(saw(EXIT), routed=routed(*ONE_NETWORK)),
         Policy(allowed_outside=(ip_network("5.9.0.0/16"),)), State.PROTECTED, [],
@@ -442,6 +457,10 @@ CASES: dict[str, tuple[Observation, Policy, State, list[Code]]] = {
     ),
     "no tunnel and no home is known": (
         saw(EXIT, beside=None, link=None), UNDECLARED, State.UNKNOWN, [Code.TUNNEL_UNKNOWN],
+    ),
+    "no tunnel is known, and lesser trouble is": (
+        replace(saw(EXIT, beside=None, link=None), system_lookup=FAILS), UNDECLARED, State.UNKNOWN,
+        [Code.TUNNEL_UNKNOWN, Code.DNS_DOWN],
     ),
     "no tunnel is known, and the answer showed no address": (
         saw("", beside=None, link=None), POLICY, State.UNKNOWN, [Code.TUNNEL_UNKNOWN],

@@ -14,13 +14,13 @@ from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.agent.net.audit import audit
 from vpn_sentinel.agent.netlink import Netlink
 from vpn_sentinel.agent.probes import dns
-from vpn_sentinel.agent.probes.canary import Flock
+from vpn_sentinel.agent.probes.canary import Flock, OverTcp
 from vpn_sentinel.agent.probes.gateway import gateway
 from vpn_sentinel.agent.probes.placing import Service, services
 from vpn_sentinel.agent.probes.portal import portal
 from vpn_sentinel.agent.probes.targets import CLOUDFLARE, OPENDNS, Target, address_in
 from vpn_sentinel.agent.probes.trace import LIMIT as TRACE_LIMIT
-from vpn_sentinel.agent.probes.trace import trace
+from vpn_sentinel.agent.probes.trace import TRACE_URL, TRACE_URL_6, trace
 from vpn_sentinel.agent.settings import ProbeSettings
 from vpn_sentinel.domain.observation import Path, Routed
 from vpn_sentinel.domain.policy import IPAddress
@@ -81,7 +81,6 @@ def flock(
     if AS_USER.refused:
         return Flock(targets=(), reserve=())  # what is asked from here shows the way of others, who are meant to go out
     patience = _HURRY if pulsed or silent_for >= _SILENT else TRACE_LIMIT
-    path = path_to(settings.trace_url, paths)
     # A nameserver in use is judged as one: what escapes to it is a DNS leak, and says nothing of other traffic.
     nameservers = {server.address for server in dns.system_nameservers()}
     usual, reserve = (tuple(t for t in some if t.address not in nameservers) for some in (CLOUDFLARE, OPENDNS))
@@ -90,9 +89,27 @@ def flock(
     return Flock(
         targets=(*echoes, *usual),
         reserve=reserve,
-        others=(lambda: trace(http, settings.trace_url, path, patience),),
+        others=tuple(_over_https(url, http, paths, patience) for url in _traces(settings.trace_url)),
         gateway=gateway(paths, (n.address for n in dns.system_nameservers())),
         may_leave=settings.policy.allows_outside,
+    )
+
+
+def _traces(url: str) -> tuple[str, ...]:
+    """The trace service, and its IPv6 address where it is Cloudflare's."""
+    return (url, TRACE_URL_6) if url == TRACE_URL else (url,)
+
+
+def _over_https(url: str, http: Client, paths: Paths, patience: float) -> OverTcp:
+    where, path = split(url), path_to(url, paths)
+    address = address_in(where.host)
+    family = address.version if address is not None else 4
+    return OverTcp(
+        ask=lambda: trace(http, url, path, patience, family),
+        address=address,
+        port=where.port,
+        path=path,
+        family=family,
     )
 
 

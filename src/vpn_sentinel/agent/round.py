@@ -14,8 +14,8 @@ from vpn_sentinel.agent.interfaces import Paths, Survey
 from vpn_sentinel.agent.leakwatch.watch import LeakWatch
 from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.agent.netlink import Kernel
-from vpn_sentinel.agent.probes import bypass, dns
-from vpn_sentinel.agent.probes.canary import Flock, canaries
+from vpn_sentinel.agent.probes import bypass, dns, tcp
+from vpn_sentinel.agent.probes.canary import MAX_UPLINKS, Flock, canaries
 from vpn_sentinel.agent.probes.origin import Origins
 from vpn_sentinel.agent.probes.place import Places
 from vpn_sentinel.agent.probes.system_resolver import SystemResolver
@@ -115,6 +115,7 @@ async def _slow_part(eyes: Eyes, seen: Observation, policy: Policy, paths: Paths
         nameservers, zone = eyes.nameservers(), eyes.canary()
         rewriting = group.create_task(dns.rewritten(nameservers, zone))
         using = group.create_task(eyes.system.ask(zone, nameservers)) if eyes.system is not None else None
+        connecting = group.create_task(tcp.beside(paths, seen.canaries, most=MAX_UPLINKS))
         found = await dns.resolvers(paths, nameservers, zone)
         # Somebody who answers in our server's name stands between.
         seen = replace(seen, resolvers=found.sightings, dns_intercepted=found.forged or None)
@@ -130,11 +131,13 @@ async def _slow_part(eyes: Eyes, seen: Observation, policy: Policy, paths: Paths
             if not (proxied.done() and rewriting.done()):
                 proxied.cancel()
                 rewriting.cancel()
+                connecting.cancel()
                 if using is not None:
                     using.cancel()
                 return seen
         if using is not None:
             seen = replace(seen, system_lookup=await using)
+        seen = replace(seen, canaries=(*seen.canaries, *await connecting))
         return replace(seen, dns_intercepted=await proxied or found.forged, dns_rewritten=await rewriting)
 
 

@@ -12,6 +12,7 @@ from vpn_sentinel.agent.http import split
 from vpn_sentinel.agent.introspect.settings import IntrospectSettings
 from vpn_sentinel.agent.leakwatch.meant import Meant, parse_meant
 from vpn_sentinel.agent.probes.targets import address_in
+from vpn_sentinel.agent.probes.trace import TRACE_URL
 from vpn_sentinel.agent.remedies.settings import ReactionSettings
 from vpn_sentinel.domain.policy import Policy, is_public
 from vpn_sentinel.domain.tunnel import site_name, tunnel_name
@@ -67,7 +68,7 @@ class ProbeSettings:
             ipinfo_url=source.get("IPINFO_URL", s.url, "https://ipinfo.io"),
             ipapi_url=source.get("IPAPI_URL", s.url, "http://ip-api.com"),
             ipwhois_url=source.get("IPWHOIS_URL", s.url, "https://ipwho.is"),
-            trace_url=source.get("TRACE_URL", s.url, "https://1.1.1.1"),
+            trace_url=source.get("TRACE_URL", s.url, TRACE_URL),
             ca_file=str(ca or replaced_ca) if ca or replaced_ca else None,
             databases=source.get("GEO_DB", _files, _NONE),
             geo_folder=source.get("DATA_DIR", Path, Path(s.default_data_dir())) / FOLDER,

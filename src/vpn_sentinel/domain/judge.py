@@ -196,7 +196,8 @@ def _kill_switch(seen: Observation) -> Iterator[Finding]:
         return
     ways = ", ".join(dict.fromkeys(c.interface for c in (*open_, *hops) if c.interface))
     if proof.probe is Probe.FIRST_HOP:
-        came = f"reached the first router{f', {proof.address}' if proof.address else ''}"
+        router = f", {proof.address}" if proof.address else ""
+        came = f"reached the first router{router}; whether that one lets it through is not known"
         facts = {"router": str(proof.address) if proof.address else "unnamed"}
     else:
         came = f"came out at {proof.address}" if proof.address else f"was answered by {proof.target}"

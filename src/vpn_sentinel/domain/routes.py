@@ -7,6 +7,8 @@ from vpn_sentinel.domain.observation import Answer, Observation, Probe, Routed
 from vpn_sentinel.domain.policy import IPNetwork, Policy
 from vpn_sentinel.domain.verdict import Code, Finding
 
+# How the kinds of traffic end that are DNS: over UDP or TCP, or over TLS (RFC 7858).
+_TO_DNS: Final = ("to port 53", "to port 853")
 _NAMED: Final = 4  # networks that a message names
 
 
@@ -43,7 +45,7 @@ def _routed_outside(part: Routed, left: Sequence[IPNetwork]) -> Finding:
         facts["asked"] = f"{part.asked}: {part.answer}"
     only = f"{part.only} in " if part.only else ""
     return Finding(
-        Code.SPLIT_ROUTE,
+        Code.DNS_LEAK if part.only.endswith(_TO_DNS) else Code.SPLIT_ROUTE,
         f"Routes send {only}{which} past the tunnel by {part.interface}, {share} of the IPv{part.family} internet.",
         facts,
     )

@@ -205,5 +205,11 @@ class Verdict:
 
 
 def worst(findings: tuple[Finding, ...]) -> State:
-    """The state that the most harmful of the findings stands for; protected without any."""
-    return min((MEANING[f.code].state for f in findings), key=HARM.index, default=State.PROTECTED)
+    """The state that the most harmful of the findings stands for; protected without any.
+
+    *Degraded* says that a tunnel works, with trouble: where that is unknown, nothing lesser makes it known.
+    """
+    states = {MEANING[f.code].state for f in findings}
+    if State.UNKNOWN in states:
+        states.discard(State.DEGRADED)
+    return min(states, key=HARM.index, default=State.PROTECTED)

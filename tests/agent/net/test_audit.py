@@ -37,6 +37,14 @@ OUTSIDE: dict[str, tuple[str, dict[str, list[str]]]] = {
     ),
     "one port": (WG + "rule add ipproto tcp dport 443 lookup main pref 10", {"eth0 TCP to port 443": ["0.0.0.0/0"]}),
     "one protocol": (WG + "rule add ipproto udp lookup main pref 10", {"eth0 UDP": ["0.0.0.0/0"]}),
+    "one type of service": (
+        WG + "rule add tos 0x10 lookup main pref 10", {"eth0 packets with TOS 0x10": ["0.0.0.0/0"]}
+    ),
+    "a route for one type of service": (
+        WG + "route add default via 172.17.0.1 dev eth0 tos 0x08 table 51820",
+        {"eth0 packets with TOS 0x08": ["0.0.0.0/0"]},
+    ),
+    "NAT64": (WG + SIX + "-6 route add 64:ff9b::/96 via 2001:db8:17::1", {"eth0": ["64:ff9b::/96"]}),
     "what has the tunnel's address": (WG + "rule add from 10.2.0.2 lookup main pref 10", {"eth0": ["0.0.0.0/0"]}),
     "the server by a rule for it": (
         LAN + GATEWAY + """

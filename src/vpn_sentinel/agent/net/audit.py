@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from ipaddress import ip_network
 from typing import Final
 
@@ -98,24 +99,29 @@ def _with_address(fib: Fib, device: Interface, version: int, sender: Sender) -> 
 
 
 def _classes(fib: Fib, version: int, sender: Sender) -> Iterator[tuple[str, Sender]]:
-    """Kinds of traffic that rules tell from the rest by protocol or destination port, each with a name for people."""
+    """Kinds of traffic, by protocol, port or type of service, that rules tell from the rest; each with a name."""
     rules = [r for r in fib.rules if r.version == version and _is_class(r)]
     seen: set[str] = set()
     for rule in rules[:MAX_CLASSES]:
         low, high = rule.destination_ports or (0, 0)
-        words = [_PROTOCOLS.get(rule.protocol, f"protocol {rule.protocol}") if rule.protocol else ""]
+        words = [_PROTOCOLS.get(rule.protocol, f"protocol {rule.protocol}") if rule.protocol else "packets"]
         if low:
             words.append(f"to port {low}" if low == high else f"to ports {low}-{high}")
+        if rule.tos:
+            words.append(f"with TOS 0x{rule.tos:02x}")
         name = " ".join(w for w in words if w)
         if name not in seen:
             seen.add(name)
             # A port has a protocol; rules that name another one do not select it.
             protocol = rule.protocol or TCP
-            yield name, Sender(uid=sender.uid, protocol=protocol, destination_port=low)
+            yield name, Sender(uid=sender.uid, protocol=protocol, destination_port=low, tos=rule.tos)
+    for tos in sorted({e.tos for e in fib.entries if e.tos and e.version == version})[:MAX_CLASSES]:
+        yield f"packets with TOS 0x{tos:02x}", replace(sender, tos=tos)
 
 
 def _is_class(rule: Rule) -> bool:
-    return not rule.names_sender() and (rule.protocol is not None or rule.destination_ports is not None)
+    named = rule.protocol is not None or rule.destination_ports is not None or rule.tos
+    return not rule.names_sender() and bool(named)
 
 
 def _lan(beside: Iterable[Interface]) -> Iterator[IPNetwork]:

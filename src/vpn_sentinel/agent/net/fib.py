@@ -33,7 +33,9 @@ _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC = 1, 4, 5, 6, 7
 _RTA_MULTIPATH, _RTA_TABLE, _RTA_VIA = 9, 15, 18
 _FRA_DST, _FRA_SRC, _FRA_IIFNAME, _FRA_GOTO, _FRA_PRIORITY, _FRA_FWMARK = 1, 2, 3, 4, 6, 10
 _FRA_SUPPRESS_PREFIXLEN, _FRA_TABLE, _FRA_FWMASK, _FRA_OIFNAME, _FRA_L3MDEV, _FRA_UID_RANGE = 14, 15, 16, 17, 19, 20
-_FRA_IP_PROTO, _FRA_SPORT_RANGE, _FRA_DPORT_RANGE = 22, 23, 24
+_FRA_IP_PROTO, _FRA_SPORT_RANGE, _FRA_DPORT_RANGE, _FRA_DSCP = 22, 23, 24, 25
+_FRA_FLOWLABEL: Final = 26  # from here on: selectors that no ordinary packet answers to, and masks of ports
+_WHOLE_PORT: Final = b"\xff\xff"
 _FIB_RULE_INVERT: Final = 0x2
 _RTNH_F_DEAD: Final = 0x1  # also said of a link without carrier where the kernel ignores routes by such
 _RTM_F_CLONED: Final = 0x200
@@ -53,7 +55,8 @@ class Rule:
 
     `version` is 4 or 6. `mark` is compared under `mask`; `uids`, `source_ports` and `destination_ports` are closed
     ranges; `table` counts for the action FR_ACT_TO_TBL, `target` for FR_ACT_GOTO. A route of the table whose prefix is
-    not longer than `suppress_prefix` is passed over.
+    not longer than `suppress_prefix` is passed over. `rare`: it has a selector that is not read here, such as
+    IPv6's flow label, so that it selects no ordinary packet.
     """
 
     version: int
@@ -74,6 +77,7 @@ class Rule:
     outgoing: str = ""
     tos: int = 0
     l3mdev: bool = False
+    rare: bool = False
     suppress_prefix: int | None = None
 
     def names_sender(self) -> bool:
@@ -112,8 +116,9 @@ class Hop:
 class RouteEntry:
     """An entry of a routing table. `first` is the lowest address of its prefix, as an integer; `hops` may be empty.
 
-    `kind` is rtm_type (RTN_UNICAST and so on), `preferred` the source address that it gives to packets. `by_kernel`: it
-    came with an address of this host, such as that of a line's other end, and nobody asked for it (RTPROT_KERNEL).
+    `kind` is rtm_type (RTN_UNICAST and so on), `preferred` the source address that it gives to packets. With a `tos` it
+    is for packets of that type of service alone. `by_kernel`: it came with an address of this host, such as that of a
+    line's other end, and nobody asked for it (RTPROT_KERNEL).
     """
 
     version: int
@@ -124,6 +129,7 @@ class RouteEntry:
     hops: tuple[Hop, ...] = ()
     metric: int = 0
     preferred: IPAddress | None = None
+    tos: int = 0
     by_kernel: bool = False
 
     @property
@@ -160,6 +166,7 @@ class Sender:
     protocol: int = 0
     source_port: int = 0
     destination_port: int = 0
+    tos: int = 0
     outgoing: str = ""
 
 
@@ -203,6 +210,7 @@ def parse_rule(body: bytes) -> Rule | None:
     mark = _u32(found.get(_FRA_FWMARK))
     suppress = found.get(_FRA_SUPPRESS_PREFIXLEN)
     protocol = found.get(_FRA_IP_PROTO)
+    dscp = found.get(_FRA_DSCP)
     return Rule(
         version=VERSION[family],
         priority=_u32(found.get(_FRA_PRIORITY)) or 0,
@@ -220,19 +228,20 @@ def parse_rule(body: bytes) -> Rule | None:
         destination_ports=_pair(found.get(_FRA_DPORT_RANGE), _2U16),
         incoming=_name(found.get(_FRA_IIFNAME)),
         outgoing=_name(found.get(_FRA_OIFNAME)),
-        tos=tos,
+        tos=dscp[0] << 2 if dscp else tos,
         l3mdev=bool(found.get(_FRA_L3MDEV, b"\0")[0]),
+        rare=any(kind >= _FRA_FLOWLABEL and value != _WHOLE_PORT for kind, value in found.items()),
         # -1, as an unsigned number, says that nothing is suppressed.
         suppress_prefix=None if suppress is None or suppress == b"\xff" * 4 else _u32(suppress),
     )
 
 
 def parse_entry(body: bytes) -> RouteEntry | None:
-    """An entry out of RTM_NEWROUTE; None for other families, cache entries, and routes for one type of service."""
+    """An entry out of RTM_NEWROUTE; None for other families and cache entries."""
     if len(body) < _FIXED.size:
         return None
     family, prefix, _src_len, tos, table, protocol, _scope, kind, flags = _FIXED.unpack_from(body)
-    if family not in VERSION or flags & _RTM_F_CLONED or tos or prefix > _BITS[family]:
+    if family not in VERSION or flags & _RTM_F_CLONED or prefix > _BITS[family]:
         return None
     found = attributes(body, _FIXED.size)
     destination = found.get(_RTA_DST, b"")
@@ -251,6 +260,7 @@ def parse_entry(body: bytes) -> RouteEntry | None:
         hops=hops,
         metric=_u32(found.get(_RTA_PRIORITY)) or 0,
         preferred=_address(found.get(_RTA_PREFSRC)),
+        tos=tos if family == socket.AF_INET else 0,
         by_kernel=protocol == _RTPROT_KERNEL,
     )
 
@@ -317,7 +327,7 @@ class Fib:
     rules: tuple[Rule, ...] = ()
     entries: tuple[RouteEntry, ...] = ()
     _by_table: dict[tuple[int, int], list[RouteEntry]] = field(init=False, repr=False)
-    _segments: dict[tuple[int, int], list[Segment]] = field(init=False, repr=False, default_factory=dict)
+    _segments: dict[tuple[int, int, int], list[Segment]] = field(init=False, repr=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         self.rules = tuple(sorted(self.rules, key=lambda rule: rule.priority))
@@ -399,12 +409,12 @@ class Fib:
                 out += [Segment(first, last, None, rule) for first, last in hit]
                 space = subtract(space, hit)
             elif rule.action == FR_ACT_TO_TBL and rule.table:
-                taken = list(self._routed(rule, hit))
+                taken = list(self._routed(rule, hit, sender.tos))
                 out += taken
                 space = subtract(space, [(s.first, s.last) for s in taken])
 
-    def _routed(self, rule: Rule, space: list[Interval]) -> Iterator[Segment]:
-        segments = self._of_table(rule.version, rule.table)
+    def _routed(self, rule: Rule, space: list[Interval], tos: int) -> Iterator[Segment]:
+        segments = self._of_table(rule.version, rule.table, tos)
         at = 0
         for first, last in space:
             while at and segments[at - 1].last >= first:
@@ -420,11 +430,12 @@ class Fib:
                 if not suppressed or entry.kind in _REFUSING:
                     yield Segment(max(first, segment.first), min(last, segment.last), entry, rule)
 
-    def _of_table(self, version: int, table: int) -> list[Segment]:
+    def _of_table(self, version: int, table: int, tos: int) -> list[Segment]:
         """The table as disjoint parts of the address space, each with its most specific route."""
-        key = version, table
+        key = version, table, tos
         if key not in self._segments:
-            self._segments[key] = list(_flattened(_best(self._by_table.get(key, []))))
+            entries = (e for e in self._by_table.get((version, table), ()) if e.tos in (0, tos))
+            self._segments[key] = list(_flattened(_best(entries)))
         return self._segments[key]
 
 
@@ -454,13 +465,14 @@ def _selects(rule: Rule, sender: Sender) -> bool:
             rule.destination_ports is None
             or rule.destination_ports[0] <= sender.destination_port <= rule.destination_ports[1]
         )
-        and rule.tos == 0
-        and not rule.l3mdev
+        and rule.tos in (0, sender.tos)
+        and not (rule.l3mdev or rule.rare)
     )
 
 
 def _best(entries: Iterable[RouteEntry]) -> list[RouteEntry]:
-    """Of the routes with one prefix, that with the lowest metric whose devices are there.
+    """Of the routes with one prefix, that for the type of service, then that with the lowest metric, of those whose
+    devices are there (fib_find_alias, fib_table_lookup).
 
     IPv6 keeps routes of one prefix and metric by several routers as entries of their own and uses all of them.
     """
@@ -470,7 +482,7 @@ def _best(entries: Iterable[RouteEntry]) -> list[RouteEntry]:
             continue
         key = entry.first, entry.prefix
         known = best.get(key)
-        if known is None or entry.metric < known.metric:
+        if known is None or (-entry.tos, entry.metric) < (-known.tos, known.metric):
             best[key] = entry
         elif entry.version == 6 and entry.metric == known.metric and entry.kind == known.kind == RTN_UNICAST:
             best[key] = replace(known, hops=tuple(dict.fromkeys((*known.hops, *entry.hops))))

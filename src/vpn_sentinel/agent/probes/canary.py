@@ -14,13 +14,28 @@ from vpn_sentinel.agent.interfaces import Paths
 from vpn_sentinel.agent.net.link import Interface
 from vpn_sentinel.agent.probes.datagram import Destination, Outcome, ask
 from vpn_sentinel.agent.probes.targets import CLOUDFLARE, OPENDNS, Seen, Target
+from vpn_sentinel.agent.probes.tcp import opens
 from vpn_sentinel.domain.observation import Answer, Canary, Path, Probe
 from vpn_sentinel.domain.policy import IPAddress
 
 SETTLE: Final = 0.3  # seconds that slower targets get once one has answered; then the reserve is asked where none has
 MAX_UPLINKS: Final = 4  # ways out beside the tunnel that are asked in one round
-# Asks a target that takes no datagram, such as the HTTPS trace.
+# Asks a target that takes no datagram.
 Other = Callable[[], Coroutine[Any, Any, Canary]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OverTcp:
+    """A target that is asked over TCP, such as the HTTPS trace: by `ask`, at `port` of `address`, which goes by `path`.
+
+    `address` is None for one that is known by its name only.
+    """
+
+    ask: Other
+    address: IPAddress | None
+    port: int
+    path: Path = Path.UNKNOWN
+    family: int = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +50,7 @@ class Flock:
     targets: tuple[Target, ...] = CLOUDFLARE
     also: tuple[Other, ...] = ()
     reserve: tuple[Target, ...] = OPENDNS
-    others: tuple[Other, ...] = ()
+    others: tuple[OverTcp, ...] = ()
     gateway: Target | None = None
     suspects: Set[tuple[str, int]] = frozenset()
     may_leave: Callable[[IPAddress], bool] = lambda _: False
@@ -90,6 +105,10 @@ class _Sent:
     target: Target | None = None
 
     @property
+    def is_default(self) -> bool:
+        return self.probe is Probe.DEFAULT
+
+    @property
     def question(self) -> tuple[Probe, int, str | None]:
         return self.probe, self.family, self.uplink.name if self.uplink else None
 
@@ -103,6 +122,7 @@ class _Asked:
         self._group = group
         self._paths = paths
         self._sent: dict[asyncio.Task[Canary], _Sent] = {}
+        self._witnesses: list[asyncio.Task[Canary]] = []
 
     def send(self, targets: Iterable[Target]) -> None:
         """C1: as the kernel routes it."""
@@ -125,9 +145,26 @@ class _Asked:
         task = self._group.create_task(one(gateway, Path.TUNNEL, Probe.GATEWAY, device))
         self._sent[task] = _Sent(Probe.GATEWAY, gateway.address.version, Path.TUNNEL)
 
-    def send_others(self, others: Iterable[Other], path: Path) -> None:
+    def send_also(self, others: Iterable[Other]) -> None:
+        """Whoever names one wants its answer: waited for like one that may leak."""
         for other in others:
-            self._sent[self._group.create_task(other())] = _Sent(Probe.DEFAULT, 4, path, path is Path.OUTSIDE)
+            self._sent[self._group.create_task(other())] = _Sent(Probe.DEFAULT, 4, Path.OUTSIDE, awaited=True)
+
+    def send_over_tcp(self, other: OverTcp, *, hasty: bool = False, witness: bool = False) -> None:
+        """`hasty`: only where a connection comes about at once. A `witness` is waited for."""
+        task = self._group.create_task(_if_it_opens(other) if hasty else other.ask())
+        self._sent[task] = _Sent(Probe.DEFAULT, other.family, other.path, awaited=witness)
+        if witness:
+            self._witnesses.append(task)
+
+    def differ(self, other: OverTcp) -> bool:
+        """Whether datagrams go beside the tunnel where a connection to the same family goes through it."""
+        if other.path is not Path.TUNNEL:
+            return False
+        return any(s.path is Path.OUTSIDE for s in self._sent.values() if s.family == other.family and s.is_default)
+
+    def heard_witnesses(self) -> bool:
+        return all(task.done() for task in self._witnesses)
 
     async def wait(self, seconds: float | None = None, *, until: str) -> None:
         if waiting := [t for t in self._sent if not t.done()]:
@@ -195,8 +232,11 @@ async def canaries(
         for uplink in uplinks:
             asked.send_beside(flock.targets, Probe.PHYSICAL, uplink)
             asked.send_beside(CLOUDFLARE, Probe.FIRST_HOP, uplink)
-        # Whoever names one wants its answer: waited for like one that may leak.
-        asked.send_others(flock.also, Path.OUTSIDE)
+        # A rule for datagrams, or for the port of DNS, sends most canaries elsewhere than the rest of the traffic.
+        witnesses = [other for other in flock.others if asked.differ(other)]
+        for other in witnesses:
+            asked.send_over_tcp(other, witness=True)
+        asked.send_also(flock.also)
         await asked.wait(SETTLE, until=asyncio.ALL_COMPLETED)
         if asked.nothing():
             if flock.gateway is not None:
@@ -204,13 +244,20 @@ async def canaries(
             silence(asked.back())
         silent = asked.silent()
         asked.send(t for t in flock.reserve if t.address.version in silent)
-        # What this host itself refuses to send, it refuses in any other form too: waiting would only be slower.
-        if 4 in silent and not asked.refused(4):
-            asked.send_others(flock.others, Path.UNKNOWN)
-        while not asked.settled() and not enough(asked.back()):
+        for other in flock.others:
+            if other.family in silent and other not in witnesses:
+                # What refuses datagrams most often refuses connections too, without a word. IPv6 is absent, mostly.
+                asked.send_over_tcp(other, hasty=other.family == 6 or asked.refused(other.family))
+        while not asked.settled() and not (enough(asked.back()) and asked.heard_witnesses()):
             await asked.wait(until=asyncio.FIRST_COMPLETED)
         asked.stop()
     return asked.back()
+
+
+async def _if_it_opens(other: OverTcp) -> Canary:
+    if other.address is not None and await opens(other.address, other.port):
+        return await other.ask()
+    return Canary(probe=Probe.DEFAULT, target="trace", family=other.family, answer=Answer.UNKNOWN, path=other.path)
 
 
 def _is_meant_to(target: Target, paths: Paths) -> bool:

@@ -1,11 +1,17 @@
 """Where an HTTPS service sees us come from: for networks that let no datagram through."""
 
+import asyncio
+from typing import Final
+
 from vpn_sentinel.agent.http import Client, HttpError, json_in
+from vpn_sentinel.agent.probes.datagram import RESEND
 from vpn_sentinel.agent.probes.targets import address_in
 from vpn_sentinel.domain.observation import Answer, Canary, Path, Probe
 from vpn_sentinel.domain.policy import IPAddress
 
 TRACE_PATH = "/cdn-cgi/trace"
+TRACE_URL: Final = "https://1.1.1.1"
+TRACE_URL_6: Final = "https://[2606:4700:4700::1111]"
 LIMIT = 2.5  # seconds
 
 
@@ -15,9 +21,23 @@ def parse_trace(body: bytes) -> dict[str, str]:
     return {key: value for key, found, value in (line.partition("=") for line in lines) if found}
 
 
-async def trace(http: Client, base: str, path: Path, limit: float = LIMIT) -> Canary:
-    """Ask Cloudflare's trace at a literal address."""
-    return await _canary(http, base + TRACE_PATH, "trace", path, limit)
+async def trace(http: Client, base: str, path: Path, limit: float = LIMIT, family: int = 4) -> Canary:
+    """Ask Cloudflare's trace at a literal address, of `family`; once more by a new connection when it is slow.
+
+    One that was begun while the tunnel went away has an address and a route that lead nowhere any more.
+    """
+    async with asyncio.TaskGroup() as group:
+        first = group.create_task(_canary(http, base + TRACE_PATH, "trace", path, limit, family))
+        done, asking = await asyncio.wait({first}, timeout=RESEND)
+        if asking:
+            again = _canary(http, base + TRACE_PATH, "trace", path, limit - RESEND, family)
+            asking.add(group.create_task(again))
+        while asking and not any(task.result().answer is Answer.ANSWERED for task in done):
+            done, asking = await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+        for task in asking:
+            task.cancel()
+    found = [task.result() for task in done]
+    return next((c for c in found if c.answer is Answer.ANSWERED), found[0])
 
 
 async def whoami(http: Client, server: str, path: Path, limit: float = LIMIT) -> Canary:
@@ -25,7 +45,7 @@ async def whoami(http: Client, server: str, path: Path, limit: float = LIMIT) ->
     return await _canary(http, server + "/api/v1/whoami", "server", path, limit)
 
 
-async def _canary(http: Client, url: str, target: str, path: Path, limit: float) -> Canary:
+async def _canary(http: Client, url: str, target: str, path: Path, limit: float, family: int = 4) -> Canary:
     address: IPAddress | None = None
     try:
         response = await http.get(url, limit=limit)
@@ -34,7 +54,7 @@ async def _canary(http: Client, url: str, target: str, path: Path, limit: float)
         answer = Answer.ANSWERED if address is not None else Answer.LOST
     except HttpError:
         answer = Answer.LOST
-    family = address.version if address else 4
+    family = address.version if address else family
     return Canary(probe=Probe.DEFAULT, target=target, family=family, answer=answer, path=path, address=address)
 
 

@@ -1,0 +1,64 @@
+"""Does a TCP connection come about, and by which way? One opening packet and its answer; then it is cut off.
+
+A kill switch may refuse datagrams alone, or all but some TCP port: what it does to one says nothing of the other.
+"""
+
+import asyncio
+import socket
+from typing import Final
+
+from vpn_sentinel.agent.interfaces import Paths
+from vpn_sentinel.agent.net.as_user import AS_USER
+from vpn_sentinel.agent.net.own import OWN
+from vpn_sentinel.agent.probes import tag
+from vpn_sentinel.agent.probes.targets import CLOUDFLARE
+from vpn_sentinel.domain.observation import Answer, Canary, Path, Probe
+from vpn_sentinel.domain.policy import IPAddress
+
+# Seconds. A rule that drops lets the opening packet vanish without a word, so that behind most kill switches all of
+# them pass; an answer takes one round trip.
+PATIENCE: Final = 0.3
+HTTPS: Final = 443
+TARGET: Final = "cloudflare_tcp"
+
+
+async def opens(address: IPAddress, port: int, *, device: str | None = None, limit: float = PATIENCE) -> bool:
+    """Whether somebody takes a connection to `port` of `address` within `limit` seconds, sent by `device` if named."""
+    family = socket.AF_INET if address.version == 4 else socket.AF_INET6
+    try:
+        with AS_USER.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as sock:
+            if device is not None:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode() + b"\0")
+            tag.bind_marked(sock, address)
+            # Closed without a farewell: nothing of it stays behind, here or there.
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            OWN.add(sock, (address, port))
+            async with asyncio.timeout(limit):
+                await asyncio.get_running_loop().sock_connect(sock, (str(address), port))
+    except OSError:  # TimeoutError is one
+        return False
+    return True
+
+
+async def beside(paths: Paths, found: tuple[Canary, ...], *, most: int) -> tuple[Canary, ...]:
+    """C2 by TCP, by each of the first `most` ways out where a datagram was not answered; what is silent is left out."""
+    open_ = {(c.interface, c.family) for c in found if c.probe is Probe.PHYSICAL and c.answer is Answer.ANSWERED}
+    wanted = [
+        (uplink, target.address)
+        for uplink in paths.survey.uplinks[:most]
+        for target in CLOUDFLARE
+        if (uplink.name, target.address.version) not in open_ and paths.leads_there(uplink, target.address)
+    ]
+    answered = await asyncio.gather(*(opens(address, HTTPS, device=uplink.name) for uplink, address in wanted))
+    return tuple(
+        Canary(
+            probe=Probe.PHYSICAL,
+            target=TARGET,
+            family=address.version,
+            answer=Answer.ANSWERED,
+            path=Path.OUTSIDE,
+            interface=uplink.name,
+        )
+        for (uplink, address), taken in zip(wanted, answered, strict=True)
+        if taken
+    )
