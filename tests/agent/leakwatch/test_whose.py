@@ -203,13 +203,27 @@ async def test_an_answer_to_a_visitor_is_none_and_what_is_begun_from_here_is_tol
         "ip rule add pref 900 table 42\nip rule add pref 500 from 192.168.7.2 lookup main",
         VISITOR + "server = udp(port=27015)\n"
         "inbound = []\nreal = watch._flows.came_in\n"
-        "watch._flows.came_in = lambda p, now: (inbound.append(str(p.source)), real(p, now))\n"
+        "watch._flows.came_in = lambda p, now, passed: (inbound.append(str(p.source)), real(p, now, passed))\n"
         "visit(17, udp_bytes(5000, 27015, b'hello')); await until(lambda: inbound)\n"
         "send('203.0.113.50', 5000, by=server)\n"  # its answer
         "send('203.0.113.51', 5000, by=server)\n"  # nobody asked for that
         "send('203.0.113.50', 5001, by=server)",
     )
     assert seen["to"] == ["203.0.113.50", "203.0.113.51", "203.0.113.99"]
+
+
+async def test_which_was_first_is_told_though_both_are_read_late() -> None:
+    """The agent may be busy while a visitor asks and is answered; then all of it is read at once."""
+    seen = await told(
+        "ip rule add pref 900 table 42\nip rule add pref 500 from 192.168.7.2 lookup main",
+        VISITOR + "server = udp(port=27015)\n"
+        "visit(17, udp_bytes(5000, 27015, b'hello'))\n"
+        "send('203.0.113.50', 5000, by=server)\n"  # its answer
+        "send('203.0.113.50', 5001, by=server)\n"
+        "visit(17, udp_bytes(5001, 27015, b'hello'))\n"  # which answers what was begun here
+        "send('203.0.113.50', 5001, by=server)",
+    )
+    assert seen["to"] == ["203.0.113.50", "203.0.113.99"]
 
 
 async def test_a_port_that_takes_connections_answers_and_begins_none() -> None:

@@ -85,7 +85,7 @@ async def search(tunnel: Interface, hosts: tuple[IPAddress, ...], ways: tuple[st
     seen: list[Outer] = []
     probe = -1
 
-    def packet(_interface: str, ethertype: int, data: bytes) -> None:
+    def packet(_interface: str, ethertype: int, data: bytes, _passed: float) -> None:
         found = decode(ethertype, data)
         if found is not None and found.destination_port is not None and found.protocol in (TCP, UDP) and probe >= 0:
             end = Endpoint(found.destination, found.destination_port, found.protocol)

@@ -13,6 +13,9 @@ PAUSE: Final = 0.25  # seconds that a flood is left alone; the kernel goes on co
 _ETH_P_ALL: Final = 0x0003
 _SOL_PACKET, _STATISTICS = 263, 6
 _BUFFER: Final = 64 * 1024
+_SO_TIMESTAMPNS: Final = 35  # asm-generic/socket.h; the kernel's time of each packet, as a timespec
+_TIMESPEC: Final = struct.Struct("@qq")
+_ANCILLARY: Final = socket.CMSG_SPACE(_TIMESPEC.size)
 
 
 class Tap:
@@ -22,10 +25,11 @@ class Tap:
         self,
         interface: str,
         made: list[bpf.Insn],
-        packet: Callable[[str, int, bytes], None],
+        packet: Callable[[str, int, bytes, float], None],
         missed: Callable[[int], None] = lambda _: None,
     ) -> None:
-        """`packet` gets the interface's name, the ethertype and the packet; `missed` how many were never read.
+        """`packet` gets the interface's name, the ethertype, the packet, and when it passed by the kernel's clock, in
+        seconds; `missed` how many were never read.
 
         Raises OSError: PermissionError without CAP_NET_RAW.
         """
@@ -34,6 +38,7 @@ class Tap:
         self._sock = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, 0)
         try:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
+            self._sock.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
             bpf.attach(self._sock, made)
             self._sock.bind((interface, _ETH_P_ALL))
         except OSError:
@@ -61,12 +66,12 @@ class Tap:
             return
         for _ in range(BATCH):
             try:
-                data, (interface, ethertype, *_rest) = self._sock.recvfrom(bpf.SNAP)
+                data, told, _flags, (interface, ethertype, *_rest) = self._sock.recvmsg(bpf.SNAP, _ANCILLARY)
             except BlockingIOError:
                 return
             except OSError:
                 return  # ENETDOWN: the interface went down; the socket hears of it again when it comes up
-            self._packet(interface, ethertype, data)
+            self._packet(interface, ethertype, data, _passed(told))
             if self._sock.fileno() < 0:
                 return  # what the packet led to closed this socket
         asyncio.get_running_loop().remove_reader(self._sock)
@@ -77,3 +82,10 @@ class Tap:
         _taken, dropped = struct.unpack("=II", self._sock.getsockopt(_SOL_PACKET, _STATISTICS, 8))
         self._missed(dropped)
         asyncio.get_running_loop().add_reader(self._sock, self.read)
+
+
+def _passed(told: list[tuple[int, int, bytes]]) -> float:
+    if not told:
+        return 0.0
+    seconds, nanoseconds = _TIMESPEC.unpack(told[0][2])
+    return float(seconds + nanoseconds / 1e9)

@@ -261,10 +261,10 @@ class LeakWatch:
 
     # --- packets ---
 
-    def _packet(self, interface: str, ethertype: int, data: bytes) -> None:
+    def _packet(self, interface: str, ethertype: int, data: bytes, passed: float) -> None:
         packet = decode(ethertype, data)
         now = self._clock.boottime()
-        if packet is None or self._may_leave(interface, packet, now) or self._is_a_vpns(packet):
+        if packet is None or self._may_leave(interface, packet, now, passed) or self._is_a_vpns(packet):
             return
         if now - self._looked > LOOK:
             # The tunnel may have moved to another server, or the network changed, and the news is still on its way.
@@ -315,21 +315,27 @@ class LeakWatch:
     def _has_own_route(self, to: IPAddress) -> bool:
         return any(h.network_address == to for h in self._ground.hosts)
 
-    def _may_leave(self, interface: str, packet: Packet, now: float) -> bool:
+    def _may_leave(self, interface: str, packet: Packet, now: float, passed: float) -> bool:
         return (
             self._is_ours(packet)
             or self._rules.allow(packet)
             or self._is_the_end_of_a_report(interface, packet)
-            or self._flows.is_answer(packet, now)
+            or self._is_answer(packet, now, passed)
         )
 
-    def _came_in(self, _interface: str, ethertype: int, data: bytes) -> None:
-        """What comes in may be the answer to what left: that is read first. A flood out of here hides the order."""
-        for tap in self._taps.values():
+    def _is_answer(self, packet: Packet, now: float, passed: float) -> bool:
+        """What it may be an answer to came in before it, and may still wait to be read."""
+        if self._flows.is_answer(packet, now, passed):
+            return True
+        for tap in self._inbound.values():
             tap.read()
+        return self._flows.is_answer(packet, now, passed)
+
+    def _came_in(self, _interface: str, ethertype: int, data: bytes, passed: float) -> None:
+        """A flood out of here hides what began a flow: its packets may be lost unread."""
         packet = decode(ethertype, data)
         if packet is not None and not (packet.protocol == UDP and any(t.rests for t in self._taps.values())):
-            self._flows.came_in(packet, self._clock.boottime())
+            self._flows.came_in(packet, self._clock.boottime(), passed)
 
     def _is_ours(self, packet: Packet) -> bool:
         """A probe shows where traffic goes, and a canary tells of it: its packets are no user's.
