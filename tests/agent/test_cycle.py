@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import ManualClock, until
+from tests.conftest import until
 from vpn_sentinel.agent.cycle import GAP, RECHECKS, UNWELL, Bell, Cycle, Schedule
+from vpn_sentinel.domain.judge import judge, judge_reference
 from vpn_sentinel.domain.observation import Answer, Canary, Link, Observation, Path, Probe, Trigger
 from vpn_sentinel.domain.policy import Policy
-from vpn_sentinel.domain.verdict import State, Verdict
+from vpn_sentinel.domain.verdict import Code, State, Verdict
 from vpn_sentinel.runtime.clock import SystemClock
+from vpn_sentinel.wire.codec import check_observation
 
 LINK = Link(name="wg0", present=True, up=True)
 
@@ -210,11 +212,81 @@ async def test_a_verdict_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
     assert said == [State.PROTECTED, State.DOWN, State.PROTECTED]
 
 
-async def test_a_round_that_breaks_ends_the_agent() -> None:
+async def test_a_round_that_raises_is_told_and_the_next_one_is_made(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    answers = iter([well, None, None, well])
+
+    async def look(trigger: Trigger, _: Policy) -> Observation:
+        made = next(answers, well)
+        if made is None:
+            raise ExceptionGroup("several", [OSError(24, "Too many open files")])
+        return made(trigger)
+
+    async with Running(look, interval=0.01) as running:
+        await until(lambda: len(running.seen) >= 4)
+    assert [state for _, state in running.seen[:4]] == [
+        State.PROTECTED, State.UNKNOWN, State.UNKNOWN, State.PROTECTED,
+    ]  # fmt: skip
+    (broke,) = [r for r in caplog.records if r.getMessage() == "a round broke"]
+    assert broke.__dict__["reason"] == "OSError: [Errno 24] Too many open files"
+    assert broke.exc_info
+    assert [r.getMessage() for r in caplog.records].count("rounds are made again") == 1
+
+
+async def test_rounds_that_always_raise_are_no_success_for_the_health_check() -> None:
     async def broken(_t: Trigger, _p: Policy) -> Observation:
         raise ZeroDivisionError
 
-    cycle = Cycle(broken, lambda _s, _v: None, policy=Policy(), interval=1.0, clock=ManualClock())
-    with pytest.raises(ExceptionGroup) as caught:
-        await cycle.run()
-    assert caught.group_contains(ZeroDivisionError)
+    async with Running(broken, interval=0.01) as running:
+        await until(lambda: len(running.seen) >= 3)
+    assert running.cycle.last_success is None
+    assert {state for _, state in running.seen} == {State.UNKNOWN}
+
+
+async def test_what_broke_a_round_is_told_in_words_that_the_server_takes() -> None:
+    told: list[Observation] = []
+
+    async def broken(_t: Trigger, _p: Policy) -> Observation:
+        raise ValueError("a line\nand another\x00 " + 300 * "x")
+
+    cycle = Cycle(broken, lambda seen, _: told.append(seen), policy=Policy(), interval=1.0, clock=SystemClock())
+    task = asyncio.get_running_loop().create_task(cycle.run())
+    await until(lambda: told)
+    task.cancel()
+    check_observation(told[0])
+    (finding,) = judge(told[0], Policy()).findings
+    assert finding.code is Code.NOTHING_SEEN
+    assert finding.message.startswith("The agent cannot look at its tunnel: ValueError: a line and another")
+    assert judge_reference(told[0]).findings == (finding,)
+
+
+async def test_a_round_that_never_ends_is_told() -> None:
+    told: list[Observation] = []
+
+    async def hangs(_t: Trigger, _p: Policy) -> Observation:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    clock = SystemClock()
+    cycle = Cycle(hangs, lambda s, _: told.append(s), policy=Policy(), interval=0.01, clock=clock, limit=0.02)
+    task = asyncio.get_running_loop().create_task(cycle.run())
+    await until(lambda: len(told) >= 2)
+    task.cancel()
+    assert {t.broken for t in told} == {"a round did not end within 0.02 s"}
+    assert judge(told[0], Policy()).state is State.UNKNOWN
+
+
+async def test_a_change_cuts_a_round_that_hangs() -> None:
+    begun: list[Trigger] = []
+
+    async def look(trigger: Trigger, _: Policy) -> Observation:
+        begun.append(trigger)
+        if len(begun) == 1:
+            await asyncio.Event().wait()
+        return well(trigger)
+
+    async with Running(look) as running:
+        await until(lambda: begun)
+        running.cycle.bell.ring(Trigger.NETWORK)
+        await until(lambda: running.seen)
+    assert running.seen == [(Trigger.NETWORK, State.PROTECTED)]

@@ -182,9 +182,10 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
     def done(seen: Observation, verdict: Verdict) -> None:
         reactions.done(seen, verdict)  # first: what closes the way out waits for no disk
         spool.append(codec.encode(seen), routine=repeats.again(seen, verdict))
-        pulse.saw(seen)
-        path_mtu.saw(seen, verdict)
-        resolver_watch.saw(seen, verdict, cycle.policy)
+        if not seen.broken:
+            pulse.saw(seen)
+            path_mtu.saw(seen, verdict)
+            resolver_watch.saw(seen, verdict, cycle.policy)
         if verdict.state in (State.DOWN, State.LEAKING):
             courier.hurry()
         courier.wake()

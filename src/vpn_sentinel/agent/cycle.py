@@ -2,6 +2,9 @@
 
 One round at a time. A change during a round means that its answers may be of before: it is cut short and begun again,
 but never twice in a row, so that constant change cannot keep the agent from ever seeing anything.
+
+A round that raises, or never ends, is a fact to be reported like any other: whoever starts a crashed agent again and
+again would see an agent that lives, and what it said last would look true.
 """
 
 import asyncio
@@ -22,11 +25,13 @@ log = logging.getLogger(__name__)
 # Seconds until the rounds after a change of state: together longer than every grace, so that the change is settled.
 RECHECKS: Final = (1.0, 2.0, 3.0, 5.0, 5.0)
 UNWELL: Final = 15.0  # seconds between rounds while trouble lasts
+LIMIT: Final = 25.0  # seconds for a round: more than one takes where nothing answers at all
 GAP: Final = 1.0  # seconds from a round that a bell started to the next such
 # The more telling one wins when several wait.
 _TELLING: Final = (
     Trigger.RECHECK, Trigger.TIMER, Trigger.DEVICE, Trigger.CANARY, Trigger.NETWORK, Trigger.LEAK, Trigger.START,
 )  # fmt: skip
+_REASON: Final = 200  # characters
 _ON_TIME: Final = frozenset({Trigger.TIMER, Trigger.RECHECK, Trigger.START})
 
 
@@ -88,6 +93,7 @@ class Cycle:
         rng: random.Random | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         judge: Callable[[Observation, Policy], Verdict] = judge,
+        limit: float = LIMIT,
     ) -> None:
         self.bell = Bell()
         self.last_success: float | None = None
@@ -98,6 +104,8 @@ class Cycle:
         self._clock = clock
         self._judge = judge
         self._sleep = sleep
+        self._limit = limit
+        self._broken = ""
         self._schedule = Schedule(interval, rng)
 
     @property
@@ -126,7 +134,7 @@ class Cycle:
     async def _round(self, trigger: Trigger, *, may_cut: bool) -> Observation | None:
         """Look once; None when a change came in between."""
         async with asyncio.TaskGroup() as group:
-            looking = group.create_task(self._look(trigger, self._policy))
+            looking = group.create_task(self._whole(trigger))
             ringing = group.create_task(self.bell.wait())
             await asyncio.wait([looking, ringing] if may_cut else [looking], return_when=asyncio.FIRST_COMPLETED)
             if not looking.done():
@@ -134,12 +142,31 @@ class Cycle:
             ringing.cancel()
         return None if looking.cancelled() else looking.result()
 
+    async def _whole(self, trigger: Trigger) -> Observation:
+        """One round to its end; one that has none becomes an observation that says so."""
+        broken = None
+        try:
+            async with asyncio.timeout(self._limit) as limit:
+                seen = await self._look(trigger, self._policy)
+        except Exception as e:  # noqa: BLE001 - whatever it is, it is told, and logged below
+            broken = e
+            reason = f"a round did not end within {self._limit:g} s" if limit.expired() else _reason(e)
+            seen = Observation(trigger=trigger, broken=reason)
+        if seen.broken != self._broken:
+            self._broken = seen.broken
+            if broken is not None:
+                log.error("a round broke", extra={"reason": seen.broken}, exc_info=broken)
+            else:
+                log.info("rounds are made again")
+        return seen
+
     def _conclude(self, seen: Observation) -> None:
         self._policy = learned_home(seen, self._policy)
         verdict = self._judge(seen, self._policy)
         self._say(verdict)
         self.verdict = verdict
-        self.last_success = self._clock.boottime()
+        if not seen.broken:
+            self.last_success = self._clock.boottime()
         self._done(seen, verdict)
 
     def _say(self, verdict: Verdict) -> None:
@@ -163,3 +190,11 @@ class Cycle:
             return trigger
         await self._sleep(max(0.0, started + gap - self._clock.boottime()))
         return self.bell.take() or rang
+
+
+def _reason(error: BaseException) -> str:
+    """The first cause of a group of errors, in one line that the wire takes."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+    return "".join(c if c.isprintable() else " " for c in text)[:_REASON]

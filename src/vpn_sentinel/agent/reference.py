@@ -70,7 +70,8 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
 
     def done(seen: Observation, verdict: Verdict) -> None:
         spool.append(codec.encode(seen), routine=repeats.again(seen, verdict))
-        pulse.saw(seen)
+        if not seen.broken:
+            pulse.saw(seen)
         if verdict.state is State.DOWN:
             courier.hurry()
         courier.wake()

@@ -25,6 +25,8 @@ def judge(seen: Observation, policy: Policy) -> Verdict:
     """
     if seen.trigger is Trigger.PULSE:
         return _by_pulse(seen, policy)
+    if seen.broken:
+        return Verdict(State.UNKNOWN, (outages.not_made(seen),))
     leaking = leaks.each_once(
         (*leaks.by_canaries(seen, policy), *leaks.by_packets(seen, policy), *routes.bypasses(seen, policy))
     )
@@ -54,8 +56,10 @@ def judge_reference(seen: Observation) -> Verdict:
     """Judge what an agent outside the tunnels of its site saw: whether the home connection works, and no more."""
     canaries = seen.asked(Probe.DEFAULT)
     answered = [c for c in canaries if c.answer is Answer.ANSWERED]
-    if any(c.path is Path.TUNNEL for c in answered):
-        findings: tuple[Finding, ...] = (
+    if seen.broken:
+        findings: tuple[Finding, ...] = (outages.not_made(seen),)
+    elif any(c.path is Path.TUNNEL for c in answered):
+        findings = (
             Finding(Code.NOTHING_SEEN, "A tunnel carries this host's traffic: a reference agent must run beside it."),
         )
     elif answered:

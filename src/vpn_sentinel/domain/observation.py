@@ -249,6 +249,7 @@ class Observation:
 
     `leak_watch` and `pulses` tell whether packets can be watched here and whether UDP reaches the server's echo.
     `silent_for` is how many seconds before this round the first canary was sent that nothing has answered since.
+    `broken` says why a round could not be made at all, empty for one that was: then nothing else was seen.
     `portal` is True when a web page of somebody else's answered beside the tunnel. `flaky` are canary targets that stay
     silent while others answer. `contained` is True while the agent's own rules close the namespace.
     `port_check`, `reference_up` (whether the site's reference agent reaches the internet) and `unheard` (pulses come
@@ -256,6 +257,7 @@ class Observation:
     """
 
     trigger: Trigger
+    broken: str = ""
     link: Link | None = None
     interfaces: tuple[str, ...] | None = None
     canaries: tuple[Canary, ...] = ()

@@ -74,6 +74,12 @@ def tunnel_gone(seen: Observation) -> Iterator[Finding]:
         yield _tunnel_down(seen.link, {})
 
 
+def not_made(seen: Observation) -> Finding:
+    """The agent lives, and could not look."""
+    said = f"The agent cannot look at its tunnel: {seen.broken}."
+    return Finding(Code.NOTHING_SEEN, said, {"reason": seen.broken})
+
+
 def captive_portal(canaries: tuple[Canary, ...]) -> Finding:
     said = "A page of somebody else's answers on this network, and nothing else does: a captive portal."
     return Finding(Code.CAPTIVE_PORTAL, said, answers(canaries))
