@@ -26,7 +26,7 @@ SAID = {
     "a name without an address": (socket.EAI_NODATA, Answer.ANSWERED),
     "nobody answers": (socket.EAI_AGAIN, Answer.UNREACHABLE),
     "a resolver that cannot": (socket.EAI_FAIL, Answer.UNREACHABLE),
-    "out of descriptors": (socket.EAI_SYSTEM, Answer.UNREACHABLE),
+    "a system error": (socket.EAI_SYSTEM, Answer.UNREACHABLE),
 }
 
 

@@ -17,6 +17,7 @@ from typing import Final, Generic, TypeVar
 from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.agent.net.own import OWN
 from vpn_sentinel.agent.probes import tag
+from vpn_sentinel.agent.probes.shortage import is_shortage
 from vpn_sentinel.domain.observation import Answer
 from vpn_sentinel.domain.policy import IPAddress
 
@@ -66,7 +67,12 @@ async def ask(
     """Send `payload` and wait up to `limit` seconds for a datagram that `read` accepts; others are ignored."""
     loop = asyncio.get_running_loop()
     family = socket.AF_INET if destination.address.version == 4 else socket.AF_INET6
-    with AS_USER.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
+    try:
+        made = AS_USER.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+    except OSError as e:
+        # A host without IPv6 has no such sockets (EAFNOSUPPORT): no way there.
+        return Outcome(Answer.UNKNOWN if is_shortage(e) else Answer.UNREACHABLE)
+    with made as sock:
         refused = _prepare(sock, destination)
         if refused is not None:
             return Outcome(refused)
@@ -164,6 +170,8 @@ def _failed(error: OSError, sock: socket.socket) -> Outcome[T]:
             return Outcome(Answer.EXPIRED, router=offender(data[_EXTENDED_ERROR.size :]))
         if origin in _TIME_EXCEEDED:
             return Outcome(Answer.UNREACHABLE, router=offender(data[_EXTENDED_ERROR.size :]))
+    if is_shortage(error):
+        return Outcome(Answer.UNKNOWN)
     return Outcome(Answer.BLOCKED if error.errno in _REFUSED else Answer.UNREACHABLE)
 
 

@@ -15,6 +15,7 @@ from typing import Final
 
 from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.agent.probes import dns
+from vpn_sentinel.agent.probes.shortage import out_of_descriptors
 from vpn_sentinel.domain.observation import Answer, SystemLookup
 from vpn_sentinel.domain.policy import IPAddress
 
@@ -120,7 +121,8 @@ class SystemResolver:
                 error = str(e)
                 continue
             return SystemLookup(answer=Answer.ANSWERED, upstreams=upstreams)
-        return SystemLookup(answer=Answer.UNREACHABLE, error=error[:200], upstreams=upstreams)
+        answer = Answer.UNKNOWN if out_of_descriptors() else Answer.UNREACHABLE
+        return SystemLookup(answer=answer, error=error[:200], upstreams=upstreams)
 
     def _upstreams(self, servers: Sequence[dns.Nameserver]) -> tuple[IPAddress, ...]:
         """Whom systemd-resolved asks, as it writes it down beside its stub's file."""

@@ -5,6 +5,7 @@ from typing import Final
 
 from vpn_sentinel.agent.http import Client, HttpError, json_in
 from vpn_sentinel.agent.probes.datagram import RESEND
+from vpn_sentinel.agent.probes.shortage import is_shortage
 from vpn_sentinel.agent.probes.targets import address_in
 from vpn_sentinel.domain.observation import Answer, Canary, Path, Probe
 from vpn_sentinel.domain.policy import IPAddress
@@ -52,8 +53,8 @@ async def _canary(http: Client, url: str, target: str, path: Path, limit: float,
         # A captive portal's page is an answer of the wrong kind: it is never taken for an exit.
         address = _address(target, response.body) if response.status == 200 else None
         answer = Answer.ANSWERED if address is not None else Answer.LOST
-    except HttpError:
-        answer = Answer.LOST
+    except HttpError as e:
+        answer = Answer.UNKNOWN if is_shortage(e.__cause__) else Answer.LOST
     family = address.version if address else family
     return Canary(probe=Probe.DEFAULT, target=target, family=family, answer=answer, path=path, address=address)
 
