@@ -14,6 +14,9 @@ from vpn_sentinel.domain.observation import Answer, Observation, Path, Place, Pr
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy, is_public
 from vpn_sentinel.domain.verdict import Code, Finding, State, Verdict, worst
 
+PACKETS_UNSEEN: Final = (
+    "Packets cannot be watched here, or not on every way out: the agent lacks CAP_NET_RAW, or its log tells why."
+)
 # Pulses in a window below which a share of lost ones says nothing.
 LEAST_PULSES: Final = 20
 
@@ -183,7 +186,7 @@ def _about_the_agent(seen: Observation) -> Iterator[Finding]:
         names = ", ".join(seen.flaky)
         yield Finding(Code.CANARY_FLAKY, f"No answer from {names}, while others answer.", {"targets": names})
     if seen.leak_watch is False:
-        yield Finding(Code.LEAK_WATCH_OFF, "Packets cannot be watched here: the agent lacks CAP_NET_RAW.")
+        yield Finding(Code.LEAK_WATCH_OFF, PACKETS_UNSEEN)
     if seen.pulses is False:
         yield Finding(Code.PULSES_BLOCKED, "UDP does not reach the server; the WebSocket carries the sign of life.")
 

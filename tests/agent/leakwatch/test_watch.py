@@ -218,6 +218,90 @@ say(by=by, later=[e.interface for e in acted][1:])
     assert seen["later"] == ["eth0"]
 
 
+REPLACE = """
+def again(*lines):
+    for line in (*lines, "link set far up", "link set eth0 up", "addr add 192.168.7.2/24 dev eth0",
+                 "neigh replace 192.168.7.1 lladdr 02:00:00:00:00:01 dev eth0",
+                 "route replace default via 192.168.7.1"):
+        subprocess.run(["ip", *line.split()], check=True)
+
+index = socket.if_nametoindex("eth0")
+watch = make()
+"""
+
+
+async def test_an_interface_that_was_replaced_by_one_of_the_same_name_and_number_is_watched() -> None:
+    """So it is after `ip link set eth0 netns` and back, within the 50 ms for which changes are gathered."""
+    seen = await ran(
+        REPLACE
+        + """
+again("link del eth0", f"link add eth0 index {index} type veth peer name far")
+assert socket.if_nametoindex("eth0") == index
+watch.look(around())
+send("203.0.113.5"); await until(lambda: acted)
+say(on=watch.on, flows=flows(watch))
+"""
+    )
+    assert seen["on"] is True
+    assert seen["flows"] == [["203.0.113.5", 443, 1]]
+
+
+async def test_an_interface_with_another_name_is_told_by_that_name() -> None:
+    seen = await ran(
+        REPLACE
+        + """
+subprocess.run("ip link set eth0 down".split(), check=True)
+for line in ("link set eth0 name lan0", "link set lan0 up", "route replace default via 192.168.7.1",
+             "neigh replace 192.168.7.1 lladdr 02:00:00:00:00:01 dev lan0"):
+    subprocess.run(["ip", *line.split()], check=True)
+watch.look(around())
+send("203.0.113.5"); await until(lambda: acted)
+say(on=watch.on, by=[e.interface for e in acted])
+"""
+    )
+    assert (seen["on"], seen["by"]) == (True, ["lan0"])
+
+
+async def test_out_of_descriptors_it_says_that_it_is_blind_and_comes_back() -> None:
+    seen = await ran(
+        REPLACE
+        + """
+import os, resource
+again("link del eth0", "link add eth0 type veth peer name far")
+limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+watch.look(around()); watch.look(around())
+blind = watch.on
+resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+watch.look(around())
+send("203.0.113.5"); await until(lambda: acted)
+say(blind=blind, on=watch.on, flows=flows(watch))
+"""
+    )
+    assert (seen["blind"], seen["on"]) == (False, True)
+    assert seen["flows"] == [["203.0.113.5", 443, 1]]
+    assert str(seen["err"]).count("cannot be watched") == 2  # of the cable's two ends, once each in two looks
+
+
+async def test_blind_on_one_way_out_it_still_tells_of_the_others() -> None:
+    seen = await ran("""
+import os, resource
+watch = make()
+subprocess.run("ip link add eth1 type veth peer name far1".split(), check=True)
+for line in ("link set far1 up", "link set eth1 up", "addr add 192.168.8.2/24 dev eth1",
+             "route add 203.0.113.9 via 192.168.8.1"):
+    subprocess.run(["ip", *line.split()], check=True)
+limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+watch.look(around())
+resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+send("203.0.113.5"); await until(lambda: acted)
+say(on=watch.on, flows=flows(watch))
+""")
+    assert seen["on"] is False
+    assert seen["flows"] == [["203.0.113.5", 443, 1]]
+
+
 async def test_without_the_capability_it_says_so_once() -> None:
     seen = await ran("""
 import ctypes

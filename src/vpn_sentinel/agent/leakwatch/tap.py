@@ -51,6 +51,14 @@ class Tap:
         """Whether it leaves a flood alone at the moment, so that packets wait unread."""
         return self._resume is not None
 
+    def hears(self, interface: str) -> bool:
+        """Whether it is bound to the interface of that name.
+
+        The kernel lets go of a socket for good when its interface is removed or leaves this namespace, also when one
+        of the same name and number follows (packet_notifier in net/packet/af_packet.c).
+        """
+        return bool(self._sock.getsockname()[0] == interface)
+
     def filter(self, made: list[bpf.Insn]) -> None:
         bpf.attach(self._sock, made)
 

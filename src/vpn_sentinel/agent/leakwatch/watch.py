@@ -4,6 +4,7 @@ Nothing here runs while nothing leaks: no timer, and no packet comes up. packet(
 """
 
 import asyncio
+import errno
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 AGAIN: Final = 1.0  # seconds between two tellings while it leaks
 LOOK: Final = 0.2  # seconds that a look at routes and endpoints holds for further doubts
 DOUBTS: Final = 4 * BATCH  # packets without a word to say about them, until the next look
+_GONE: Final = frozenset({errno.ENODEV, errno.ENXIO})
 _LEARNED: Final = 8
 _HELD: Final = 16  # packets that wait until it is tried which host carries the tunnel
 
@@ -98,12 +100,21 @@ class LeakWatch:
         self._timer: asyncio.TimerHandle | None = None
         self._said_unable = False
         self._doubts = 0
+        self._deaf: dict[int, str] = {}  # by index: why an interface that should be watched is not
 
     # --- what others ask ---
 
     @property
     def on(self) -> bool | None:
-        """Whether packets are watched; None when there is no tunnel to watch beside, or nothing tells its packets."""
+        """Whether packets are watched, on every interface that should be.
+
+        None when there is no tunnel to watch beside, or nothing tells its packets.
+        """
+        return False if self._deaf and self._tunnel is not None else self._judges
+
+    @property
+    def _judges(self) -> bool | None:
+        """Whether what comes up on the interfaces that are watched tells anything."""
         if self._tunnel is None or self._permitted is None:
             return None
         if not self._permitted:
@@ -143,7 +154,7 @@ class LeakWatch:
         self._make_rules()  # a round has asked the tunnel's own program again
         now = self._clock.boottime()
         self._book.forget(now, still)
-        return self._book.tell(now) if self.on else ()
+        return self._book.tell(now) if self._judges else ()
 
     @property
     def _refused(self) -> bool:
@@ -179,7 +190,8 @@ class LeakWatch:
             return
         wanted = {i.index: i.name for i in self._ground.interfaces if i.name not in self._declared.interfaces}
         self._users.learn(self._ground.senders)
-        self._close_taps(wanted)
+        self._close_taps(index for index, name in wanted.items() if self._hears(index, name))
+        self._deaf = {index: why for index, why in self._deaf.items() if index in wanted}
         self._make_rules()
         for index, name in wanted.items():
             if index not in self._taps and not self._refused:
@@ -220,6 +232,17 @@ class LeakWatch:
                 extra={"remedy": "set VPN_SENTINEL_TUNNEL_ENDPOINTS"},
             )
 
+    def _hears(self, index: int, name: str) -> bool:
+        return index in self._taps and self._taps[index].hears(name) and self._inbound[index].hears(name)
+
+    def _is_deaf(self, index: int, name: str, error: Exception) -> None:
+        """Say once why an interface is not watched; each look tries again."""
+        if isinstance(error, OSError) and error.errno in _GONE:
+            return  # it went away in this moment, and is not to be watched any more
+        if self._deaf.get(index) != str(error):
+            log.warning("an interface cannot be watched", extra={"interface": name, "reason": str(error)})
+        self._deaf[index] = str(error)
+
     def _open(self, index: int, name: str) -> None:
         inbound = None
         try:
@@ -230,12 +253,14 @@ class LeakWatch:
             log.warning("packets cannot be watched here", extra={"remedy": "CAP_NET_RAW"})
             return
         except (OSError, ValueError) as e:
-            # It went away in this moment, or the sandbox has no packet sockets.
+            # It went away, this process has no descriptor left, or the filter was refused.
             if inbound is not None:
                 inbound.close()
-            log.warning("an interface cannot be watched", extra={"interface": name, "reason": str(e)})
+            self._is_deaf(index, name, e)
             return
         self._permitted = True
+        if self._deaf.pop(index, None) is not None:
+            log.info("an interface is watched again", extra={"interface": name})
         self._taps[index], self._inbound[index] = tap, inbound
 
     def _close_taps(self, wanted: Iterable[int]) -> None:
@@ -257,7 +282,11 @@ class LeakWatch:
             for tap in self._inbound.values():
                 tap.filter(made)
         except (OSError, ValueError) as e:
-            log.error("the leak watch's filter was refused", extra={"reason": str(e)})  # noqa: TRY400 - its text is all
+            # With the old filter it would go on, and overlook what may not leave any more. The next look opens anew.
+            for interface in self._ground.interfaces:
+                if interface.index in self._taps:
+                    self._is_deaf(interface.index, interface.name, e)
+            self._close_taps(())
 
     # --- packets ---
 
@@ -276,7 +305,7 @@ class LeakWatch:
         if not self._users.belongs(packet):
             return
         self._flows.begins(packet, now)
-        if not self.on:
+        if not self._judges:
             self._doubts += 1
             if self._doubts > DOUBTS:
                 self._close_taps(())  # until the next look: nothing is to be learned here, and watching costs
@@ -327,7 +356,7 @@ class LeakWatch:
         """What it may be an answer to came in before it, and may still wait to be read."""
         if self._flows.is_answer(packet, now, passed):
             return True
-        for tap in self._inbound.values():
+        for tap in tuple(self._inbound.values()):
             tap.read()
         return self._flows.is_answer(packet, now, passed)
 
