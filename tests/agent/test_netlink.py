@@ -1,8 +1,11 @@
 """Messages captured from a kernel (6.18, x86-64) with strace, and ones made by hand."""
 
 import asyncio
+import errno
+import os
 import socket
 import struct
+import sys
 from ipaddress import ip_address, ip_network
 
 import pytest
@@ -165,6 +168,103 @@ async def test_the_sensor_tells_once_of_many_changes_at_once() -> None:
         await asyncio.sleep(0)
     finally:
         sensor.close()
+        kernel.close()
+
+
+def test_after_lost_messages_what_seems_to_repeat_the_known_is_news() -> None:
+    changes = Changes((ETH, WG))
+    up = message(16, link(3, "wg0", IFF_UP | IFF_LOWER_UP))
+    assert not changes.notice(up)
+    changes.forget()  # among what was lost: wg0 went down
+    assert changes.notice(up)
+    assert not changes.notice(up)
+    changes.forget()
+    assert changes.notice(message(17, link(2, "eth0", 0)))
+    assert changes.notice(message(21, address(2, "192.168.1.20")))
+
+
+class Broken(socket.socket):
+    """A socket that can be read, and fails each time, as no more than a bug or the kernel could make it."""
+
+    def recv(self, *_: object) -> bytes:  # type: ignore[override]
+        raise OSError(errno.EIO, "broken")
+
+
+async def test_a_socket_that_breaks_is_replaced_and_what_was_missed_is_looked_for() -> None:
+    told: list[int] = []
+    one, other = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    broken = Broken(fileno=one.detach())
+    kernel, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    for sock in (broken, ours):
+        sock.setblocking(False)
+    sensor = NetworkSensor(lambda: told.append(1), (ETH, WG), broken, subscribe=lambda: ours)
+    sensor.start()
+    try:
+        other.send(b"x")
+        await until(lambda: told)
+        kernel.send(message(32, b""))
+        await until(lambda: len(told) == 2)
+    finally:
+        sensor.close()
+        kernel.close()
+        other.close()
+
+
+OVERRUN = """
+import asyncio, socket, subprocess
+from vpn_sentinel.agent.sensors.netlink import NetworkSensor, subscribed
+
+async def main():
+    told = []
+    sock = subscribed()
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    sensor = NetworkSensor(lambda: told.append(1), (), sock)
+    sensor.start()
+    def burst(times):
+        lines = "".join(f"link set lo {state}\\n" for _ in range(times) for state in ("up", "down"))
+        subprocess.run(["ip", "-batch", "-"], input=lines, text=True, check=True)
+    burst(200)  # more than the socket holds: ENOBUFS
+    async with asyncio.timeout(20):
+        while not told:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)
+        once = len(told)
+        subprocess.run("ip link set lo up".split(), check=True)
+        while len(told) == once:
+            await asyncio.sleep(0.01)
+    sensor.close()
+    print(once)
+
+asyncio.run(main())
+"""
+
+
+async def test_more_news_than_the_socket_holds_are_news_and_the_next_are_heard() -> None:
+    alone = ["unshare", "--user", "--net", "--map-root-user", sys.executable, "-c", OVERRUN]
+    env = {"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = await asyncio.create_subprocess_exec(*alone, env=env, stdout=-1, stderr=-1)
+    async with asyncio.timeout(60):
+        out, err = await process.communicate()
+    if b"unshare:" in err:
+        pytest.skip(f"no namespaces here: {err.decode().strip()}")
+    assert process.returncode == 0, err.decode()
+    assert int(out) >= 1
+
+
+def test_a_kernel_socket_that_broke_fails_one_question() -> None:
+    descriptor = os.open("/dev/null", os.O_RDWR)  # the lowest that is free: the socket's
+    os.close(descriptor)
+    kernel = Netlink()
+    try:
+        assert kernel.interfaces()
+        other = os.open("/dev/null", os.O_RDWR)
+        os.dup2(other, descriptor)
+        os.close(other)
+        with pytest.raises(OSError, match="non-socket"):
+            kernel.interfaces()
+        assert any(i.name == "lo" for i in kernel.interfaces())
+        assert kernel.route(ip_address("127.0.0.1")) is not None
+    finally:
         kernel.close()
 
 

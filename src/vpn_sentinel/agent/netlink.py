@@ -5,6 +5,7 @@ of the namespace it was opened in; sysfs shows the namespace it was mounted in, 
 Numbers are those of linux/rtnetlink.h and linux/if_link.h; all fields are in host byte order.
 """
 
+import contextlib
 import errno
 import socket
 import struct
@@ -217,20 +218,46 @@ def _address(packed: bytes | None) -> IPAddress | None:
     return ip_address(packed) if packed is not None and len(packed) in (4, 16) else None
 
 
+def _opened() -> socket.socket:
+    sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
+    sock.settimeout(1.0)
+    return sock
+
+
 class Netlink:
     """A `Kernel` over one netlink socket. Answers come within microseconds, so it asks without the loop."""
 
     def __init__(self, clock: Clock | None = None) -> None:
         """Raises OSError where the sandbox has no netlink."""
         self._clock = clock or SystemClock()
-        self._sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
-        self._sock.settimeout(1.0)
+        self._sock = _opened()
         self._sequence = 0
         self._fib: Fib | None = None
         self._fib_until = 0.0
 
     def close(self) -> None:
         self._sock.close()
+
+    def _send(self, request: bytes) -> None:
+        try:
+            self._sock.send(request)
+        except OSError:
+            self._renew()
+            raise
+
+    def _receive(self) -> bytes:
+        try:
+            return self._sock.recv(65536)
+        except OSError:
+            self._renew()
+            raise
+
+    def _renew(self) -> None:
+        """This question is lost; the next one shall not fail for what became of the socket."""
+        with contextlib.suppress(OSError):  # then it is tried again at the next failure
+            fresh = _opened()
+            self._sock.close()
+            self._sock = fresh
 
     def interfaces(self) -> tuple[Interface, ...]:
         links = [link for m in self._dump(GETLINK) if m.kind == NEWLINK and (link := parse_link(m.body))]
@@ -271,9 +298,9 @@ class Netlink:
             source=source,
             uid=AS_USER.uid,
         )
-        self._sock.send(request)
+        self._send(request)
         while True:
-            for message in messages(self._sock.recv(65536)):
+            for message in messages(self._receive()):
                 if message.sequence != self._sequence:
                     continue
                 if message.kind == _ERROR:
@@ -310,10 +337,10 @@ class Netlink:
     def _dump(self, kind: int) -> list[Message]:
         for _ in range(3):
             self._sequence += 1
-            self._sock.send(dump_request(kind, self._sequence))
+            self._send(dump_request(kind, self._sequence))
             found, interrupted, done = [], False, False
             while not done:
-                for message in messages(self._sock.recv(65536)):
+                for message in messages(self._receive()):
                     if message.sequence != self._sequence:
                         continue
                     interrupted = interrupted or bool(message.flags & _DUMP_INTERRUPTED)

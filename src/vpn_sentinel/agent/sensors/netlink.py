@@ -6,6 +6,8 @@ what repeats the state that is known is left out.
 
 import asyncio
 import contextlib
+import errno
+import logging
 import socket
 import struct
 from collections.abc import Callable
@@ -27,6 +29,8 @@ from vpn_sentinel.agent.netlink import (
 )
 from vpn_sentinel.domain.policy import IPAddress
 
+log = logging.getLogger(__name__)
+
 # RTMGRP_LINK, _IPV4_IFADDR, _IPV4_ROUTE, _IPV4_RULE, _IPV6_IFADDR, _IPV6_ROUTE; IPv6 rules have a number only.
 _GROUPS: Final = 0x1 | 0x10 | 0x40 | 0x80 | 0x100 | 0x400
 _IPV6_RULE: Final = 19
@@ -34,6 +38,7 @@ _SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
 _TABLE_LOCAL: Final = 255
 _CLONED: Final = 0x200
 _FLAGS: Final = struct.Struct("=I")  # rtm_flags
+RETRY: Final = 1.0  # seconds until another socket is tried for
 DEBOUNCE: Final = 0.05  # seconds; one `ip link del` makes several messages
 
 
@@ -43,6 +48,13 @@ class Changes:
     def __init__(self, interfaces: tuple[Interface, ...] = ()) -> None:
         self._links = {i.index: _state(i) for i in interfaces}
         self._addresses: set[tuple[int, IPAddress]] = {(i.index, a) for i in interfaces for a in i.addresses}
+        self._complete = True
+
+    def forget(self) -> None:
+        """Messages were lost: what is known may be stale, and what seems to repeat it may be news."""
+        self._links.clear()
+        self._addresses.clear()
+        self._complete = False
 
     def notice(self, data: bytes) -> bool:
         """Take in one datagram; whether anything in it is new."""
@@ -68,7 +80,7 @@ class Changes:
         if link is None:
             return False
         if kind == DELLINK:
-            return self._links.pop(link.index, None) is not None
+            return self._links.pop(link.index, None) is not None or not self._complete
         old, self._links[link.index] = self._links.get(link.index), _state(link)
         return old != _state(link)
 
@@ -79,7 +91,7 @@ class Changes:
         known = address in self._addresses
         if kind == DELADDR:
             self._addresses.discard(address)
-            return known
+            return known or not self._complete
         self._addresses.add(address)
         return not known
 
@@ -92,21 +104,29 @@ class NetworkSensor:
     """Calls `changed` soon after something changed; many changes at once are one."""
 
     def __init__(
-        self, changed: Callable[[], None], interfaces: tuple[Interface, ...] = (), sock: socket.socket | None = None
+        self,
+        changed: Callable[[], None],
+        interfaces: tuple[Interface, ...] = (),
+        sock: socket.socket | None = None,
+        subscribe: Callable[[], socket.socket] | None = None,
     ) -> None:
         """`interfaces` is the state that is known; `sock` takes the kernel's place. Raises OSError without netlink."""
+        self._subscribe = subscribe or subscribed
         self._changed = changed
         self._changes = Changes(interfaces)
-        self._sock = sock or subscribed()
+        self._sock = sock or self._subscribe()
+        self._retry: asyncio.TimerHandle | None = None
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self) -> None:
         asyncio.get_running_loop().add_reader(self._sock, self._readable)
 
     def close(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._sock)
-        if self._timer is not None:
-            self._timer.cancel()
+        if self._sock.fileno() >= 0:
+            asyncio.get_running_loop().remove_reader(self._sock)
+        for timer in (self._timer, self._retry):
+            if timer is not None:
+                timer.cancel()
         self._sock.close()
 
     def _readable(self) -> None:
@@ -116,11 +136,35 @@ class NetworkSensor:
                 news = self._changes.notice(self._sock.recv(65536)) or news
             except BlockingIOError:
                 break
-            except OSError:
-                # ENOBUFS: so much changed that the kernel dropped some of it.
+            except OSError as e:
                 news = True
-        if news and self._timer is None:
+                self._changes.forget()
+                if e.errno != errno.ENOBUFS:  # that one: so much changed that the kernel dropped some of it
+                    self._renew(e)
+                    break
+        if news:
+            self._soon()
+
+    def _soon(self) -> None:
+        if self._timer is None:
             self._timer = asyncio.get_running_loop().call_later(DEBOUNCE, self._ring)
+
+    def _renew(self, error: OSError) -> None:
+        """A socket that fails otherwise hears nothing any more, and would fail at once again."""
+        log.warning("the kernel's news broke off: listening anew", extra={"reason": error.strerror})
+        asyncio.get_running_loop().remove_reader(self._sock)
+        self._sock.close()
+        self._open_again()
+
+    def _open_again(self) -> None:
+        self._retry = None
+        try:
+            self._sock = self._subscribe()
+        except OSError:
+            self._retry = asyncio.get_running_loop().call_later(RETRY, self._open_again)
+            return
+        self.start()
+        self._soon()  # what happened meanwhile was told to nobody
 
     def _ring(self) -> None:
         self._timer = None
