@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import until
+from tests.conftest import ManualClock, until
 from vpn_sentinel.agent.cycle import GAP, RECHECKS, UNWELL, Bell, Cycle, Schedule
 from vpn_sentinel.domain.judge import judge, judge_reference
 from vpn_sentinel.domain.observation import Answer, Canary, Link, Observation, Path, Probe, Trigger
@@ -290,3 +290,43 @@ async def test_a_change_cuts_a_round_that_hangs() -> None:
         running.cycle.bell.ring(Trigger.NETWORK)
         await until(lambda: running.seen)
     assert running.seen == [(Trigger.NETWORK, State.PROTECTED)]
+
+
+async def test_a_round_in_which_the_process_did_not_run_is_made_again() -> None:
+    clock, told, paused = ManualClock(), list[State](), list[int]()
+    begun = 0
+
+    async def look(trigger: Trigger, _: Policy) -> Observation:
+        nonlocal begun
+        begun += 1
+        if begun == 1:
+            clock.now += 30.0  # SIGSTOP and SIGCONT: every answer came too late
+            return dead(trigger)
+        return well(trigger)
+
+    cycle = Cycle(
+        look,
+        lambda _, verdict: told.append(verdict.state),
+        policy=Policy(),
+        interval=60.0,
+        clock=clock,
+        paused=lambda: paused.append(1),
+    )
+    task = asyncio.get_running_loop().create_task(cycle.run())
+    await until(lambda: told)
+    task.cancel()
+    assert (begun, told, paused) == (2, [State.PROTECTED], [1])
+
+
+async def test_a_machine_that_is_always_late_is_heard_all_the_same() -> None:
+    clock, told = ManualClock(), list[State]()
+
+    async def look(trigger: Trigger, _: Policy) -> Observation:
+        clock.now += 30.0
+        return dead(trigger)
+
+    cycle = Cycle(look, lambda _, v: told.append(v.state), policy=Policy(), interval=60.0, clock=clock)
+    task = asyncio.get_running_loop().create_task(cycle.run())
+    await until(lambda: told)
+    task.cancel()
+    assert told[0] is State.DOWN

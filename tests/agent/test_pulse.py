@@ -99,6 +99,19 @@ async def test_a_black_hole_rings_within_a_second_and_says_since_when() -> None:
         assert sensor.silent_for() < 0.3
 
 
+async def test_after_a_pause_silence_counts_from_now() -> None:
+    rang: list[float] = []
+    async with pulsing(rang) as (server, sensor):
+        await until(lambda: len(server.got) > 5)
+        server.deaf = True
+        await until(lambda: rang)
+        assert sensor.silent_for() > 0.3
+        sensor.paused()
+        assert sensor.silent_for() == 0.0
+        server.deaf = False
+        await until(lambda: sensor.target is not None)
+
+
 async def test_another_address_rings() -> None:
     rang: list[float] = []
     async with pulsing(rang) as (server, _):

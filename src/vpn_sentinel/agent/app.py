@@ -211,7 +211,14 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
         policy=probes.policy,
         interval=settings.interval,
         clock=clock,
+        paused=lambda: paused(),
     )
+
+    def paused() -> None:
+        pulse.paused()
+        path_mtu.reset()
+        courier.kick()
+        cycle.bell.ring(Trigger.RECHECK)
 
     def network_changed() -> None:
         if kernel is not None:

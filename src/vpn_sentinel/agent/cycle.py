@@ -14,6 +14,7 @@ import random
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any, Final
 
+from vpn_sentinel.agent.pauses import Pauses
 from vpn_sentinel.domain.judge import judge, learned_home
 from vpn_sentinel.domain.observation import Observation, Trigger
 from vpn_sentinel.domain.policy import IPNetwork, Policy
@@ -94,7 +95,9 @@ class Cycle:
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         judge: Callable[[Observation, Policy], Verdict] = judge,
         limit: float = LIMIT,
+        paused: Callable[[], None] = lambda: None,
     ) -> None:
+        """`paused` is called when this process did not run for a while: what waited then is of no worth."""
         self.bell = Bell()
         self.last_success: float | None = None
         self.verdict: Verdict | None = None
@@ -105,6 +108,7 @@ class Cycle:
         self._judge = judge
         self._sleep = sleep
         self._limit = limit
+        self._pauses = Pauses(clock.boottime, paused)
         self._broken = ""
         self._schedule = Schedule(interval, rng)
 
@@ -118,6 +122,11 @@ class Cycle:
         self._policy = self._policy.with_home(networks)
 
     async def run(self) -> None:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._pauses.run())
+            group.create_task(self._rounds())
+
+    async def _rounds(self) -> None:
         trigger, may_cut = Trigger.START, True
         while True:
             started = self._clock.boottime()
@@ -132,7 +141,8 @@ class Cycle:
             trigger = await self._next(started, gap)
 
     async def _round(self, trigger: Trigger, *, may_cut: bool) -> Observation | None:
-        """Look once; None when a change came in between."""
+        """Look once; None when a change came in between, or this process did not run for a while."""
+        began = self._clock.boottime()
         async with asyncio.TaskGroup() as group:
             looking = group.create_task(self._whole(trigger))
             ringing = group.create_task(self.bell.wait())
@@ -140,7 +150,10 @@ class Cycle:
             if not looking.done():
                 looking.cancel()
             ringing.cancel()
-        return None if looking.cancelled() else looking.result()
+        # Its waits ended while nobody could read an answer. Not twice in a row: a machine that is always late is heard.
+        if looking.cancelled() or (may_cut and self._pauses.ended_since(began)):
+            return None
+        return looking.result()
 
     async def _whole(self, trigger: Trigger) -> Observation:
         """One round to its end; one that has none becomes an observation that says so."""

@@ -29,7 +29,7 @@ from vpn_sentinel.wire import codec
 log = logging.getLogger(__name__)
 
 
-async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> None:
+async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> None:  # noqa: C901 - wiring
     """Run until `stop` is set. Raises SettingError when it cannot start."""
     need_key(settings)
     names = Names()
@@ -83,7 +83,12 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
         interval=settings.interval,
         clock=clock,
         judge=lambda seen, _: judge_reference(seen),
+        paused=lambda: paused(),
     )
+
+    def paused() -> None:
+        pulse.paused()
+        changed(Trigger.RECHECK)
 
     def changed(trigger: Trigger) -> None:
         courier.kick()

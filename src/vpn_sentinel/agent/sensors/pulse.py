@@ -115,6 +115,11 @@ class Pulse:
         self._fresh_from = _now()
         self._stirred.set()
 
+    def paused(self) -> None:
+        """This process did not run for a while: what it waited for since before says nothing."""
+        self._rhythm, self._lost_since = Rhythm(self._every), None
+        self.reset()
+
     # --- what a round asks ---
 
     def canary(self, paths: Paths) -> Canary | None:

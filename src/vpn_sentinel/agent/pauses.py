@@ -1,0 +1,46 @@
+"""Stretches in which this process did not run: stopped (SIGSTOP, a frozen container), or the machine was suspended.
+
+Waits that ended in such a stretch say nothing of the network: answers could not be read, and none may have been asked
+for. CLOCK_BOOTTIME runs on in all of them (clock_gettime(2)).
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Final
+
+log = logging.getLogger(__name__)
+
+EVERY: Final = 0.5  # seconds between two signs of life
+PAUSE: Final = 2.0  # seconds beyond that which no busy machine explains
+
+
+class Pauses:
+    """Notices that time went by without us; `paused` is told once for each stretch."""
+
+    def __init__(self, boottime: Callable[[], float], paused: Callable[[], None] = lambda: None) -> None:
+        """`boottime` is a clock in seconds that runs on while the machine is suspended."""
+        self._boottime = boottime
+        self._paused = paused
+        self._last = boottime()
+        self._ended = float("-inf")
+
+    def ended_since(self, since: float) -> bool:
+        """Whether a pause ended after `since`, also one that `run` has not noticed yet."""
+        self._note()
+        return self._ended >= since
+
+    async def run(self) -> None:
+        self._last = self._boottime()
+        while True:
+            await asyncio.sleep(EVERY)
+            self._note()
+
+    def _note(self) -> None:
+        now = self._boottime()
+        away = now - self._last - EVERY
+        self._last = now
+        if away > PAUSE:
+            self._ended = now
+            log.warning("this process did not run for a while", extra={"seconds": round(away)})
+            self._paused()
