@@ -174,6 +174,19 @@ async def test_a_clock_that_was_set_back_takes_the_deadlines_along(server: Serve
     assert await server.deadlines() == {"nl": -3599.0 + 90.0, "due": -3599.0 + RETURN}
 
 
+async def test_a_clock_that_was_set_back_takes_along_what_is_owed(server: Server) -> None:
+    await server.tick(1.0)
+    await server.knows(nl=0.5)
+    await server.tick(1.0)  # silent, which is owed
+    for due, leased in ((1.0, 61.0), (300.0, 0.0), (-5000.0, 0.0)):
+        await server.store.write(update(outbox).values(due_at=START + due, leased_until=START + leased))
+        await server.tick(1.0)
+        await server.tick(-3599.0)
+        (row,) = await server.store.read(select(outbox.c.due_at, outbox.c.leased_until))
+        moved = tuple(t - 3600.0 if t > -3599.0 else t for t in (due, leased))
+        assert (row.due_at - START, row.leased_until - START) == moved
+
+
 async def test_an_outage_is_counted_with_the_deadlines_or_not_at_all(server: Server) -> None:
     """A server that dies in the middle of forgiving finds, when it is back, the outage still to be forgiven."""
 

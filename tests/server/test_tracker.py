@@ -312,6 +312,41 @@ async def test_trouble_after_its_grace_and_its_end(watch: Watch) -> None:
     assert await watch.kinds("webhook") == await watch.kinds()
 
 
+@pytest.mark.parametrize(("seen", "state"), [(DEAD, "down"), (BLIND, "unverified")])
+async def test_a_server_clock_that_is_set_back_holds_up_no_grace(watch: Watch, seen: Observation, state: str) -> None:
+    await watch.take((1, 0.0, WELL))
+    watch.clock.now -= 3600
+    for seq in range(2, 22):
+        watch.clock.now += 1
+        await watch.take((seq, 0.0, seen))
+    assert (await watch.row()).state == state
+    assert (await watch.kinds())[1:] == [state]
+    for seq in range(22, 32):
+        watch.clock.now += 1
+        await watch.take((seq, 0.0, WELL))
+    assert (await watch.kinds())[1:] == [state, "recovered"]
+
+
+@pytest.mark.parametrize("jump", [-3600.0, 3600.0])
+async def test_a_server_clock_that_jumps_makes_no_trouble_of_a_healthy_tunnel(watch: Watch, jump: float) -> None:
+    await watch.take((1, 0.0, WELL))
+    watch.clock.now += jump
+    for seq in range(2, 8):
+        watch.clock.now += 1
+        await watch.take((seq, 0.0, WELL))
+    assert await watch.kinds() == ["connected"]
+    assert (await watch.row()).state == "protected"
+
+
+async def test_a_silence_across_a_clock_that_is_set_back_ends_with_the_next_report(watch: Watch) -> None:
+    await watch.take((1, 0.0, WELL))
+    await watch.tracker.sweep(["nl"], (await watch.row()).deadline + 1)
+    watch.clock.now -= 3600
+    await watch.take((2, 5.0, WELL))
+    assert (await watch.row()).state == "protected"
+    assert await watch.kinds() == ["connected", "silent", "recovered"]
+
+
 async def test_an_incident_takes_the_worst_and_only_one_is_open(watch: Watch) -> None:
     await watch.take((1, 9.0, WELL), (2, 8.0, DEAD), (3, 4.0, DEAD), (4, 3.0, LEAK), (5, 2.0, DEAD))
     assert await watch.spans() == [(-8.0, None, "leaking")]
@@ -417,6 +452,23 @@ async def test_a_tunnel_that_was_never_judged_becomes_silent_too(watch: Watch) -
     row = await watch.row()
     assert (row.state, row.deadline) == ("silent", None)
     assert await watch.kinds() == ["silent"]
+
+
+async def test_the_silence_of_an_old_client_that_could_not_be_judged_is_told(store: Store, clock: ManualClock) -> None:
+    watch = Watch(store, clock, Policy())  # no home network is declared, and the own address is not known
+    said = Observation(trigger=Trigger.KEEPALIVE, reported_from=ip_address(HOME))
+    async with running(watch.tracker):
+        await watch.keepalive(said)
+        assert (await watch.row()).state == "pending"
+        await watch.tracker.sweep(["nl"], (await watch.row()).deadline + 1)
+        assert ((await watch.row()).state, (await watch.row()).deadline) == ("silent", None)
+        assert await watch.kinds() == ["silent"]
+        assert [s[2] for s in await watch.spans()] == ["silent"]
+        watch.clock.now += 100
+        for _ in range(3):
+            await watch.keepalive(said)
+            watch.clock.now += 10
+        assert await watch.kinds() == ["silent", "unverified"]
 
 
 @pytest.mark.parametrize(("came_from", "state"), [(HOME, "leaking"), ("192.168.1.9", "protected")])

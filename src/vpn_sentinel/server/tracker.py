@@ -17,6 +17,7 @@ from vpn_sentinel.domain.machine import Event, Memory, Moved, Revised, advance, 
 from vpn_sentinel.domain.notice import notices
 from vpn_sentinel.domain.observation import Observation, Trigger
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy, is_public
+from vpn_sentinel.domain.timeshift import not_after
 from vpn_sentinel.domain.verdict import Code, State
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.server.groupcommit import GroupCommit
@@ -159,11 +160,11 @@ class Tracker:
 
     def _silenced(self, row: TunnelRow, deadline: float, now: float, others: Sequence[str]) -> Writes:
         writes = Writes()
-        if row.seen_at > row.last_seen and now - row.seen_at < _PULSED:
+        if row.seen_at > row.last_seen and abs(now - row.seen_at) < _PULSED:
             row.deadline = now + _PULSED
             return Writes(tunnels={row.id: row})
         try:
-            before = _load(row)
+            before = _load(row, now)
             memory, events = overdue(before, deadline, silence_finding(row.last_seen, deadline, row.site, others))
             row.deadline = None
             if row.role == REFERENCE:
@@ -188,7 +189,7 @@ class Tracker:
         if arrival.spool is None and self._same_again(row, arrival, writes):
             return
         _introduce(row, arrival)
-        was, before = row.memory, _load(row)
+        was, before = row.memory, _load(row, now)
         memory, events, home_known = before, list[Event](), False
         spool = arrival.spool if arrival.spool is not None else "keepalive"
         last = row.seq if row.spool == spool else 0
@@ -216,7 +217,7 @@ class Tracker:
         # After a silence the first words are of the time before the agent could speak; how things stand now follows.
         # That all is well is as good as new: an agent that was started looks around before it connects.
         lately = _LATELY if memory.state is State.PROTECTED else 0.0
-        stale = before.told is State.SILENT and memory.seen_at < arrival.connected_at - lately
+        stale = before.told is State.SILENT and memory.seen_at < min(arrival.connected_at, now) - lately
         waits = not home_known and self._waits_for_home(row, memory, now)
         self._follow(row, before, memory, events, now, writes, caught_up=arrival.caught_up and not stale and not waits)
         if arrival.spool is None:
@@ -263,7 +264,7 @@ class Tracker:
             self._sighted.setdefault(row.name, {})[sighting.address.version] = sighting.address
         address = sighting.address if public else None  # one of a LAN tells no exit
         seen = Observation(trigger=Trigger.PULSE, reported_from=address, unheard=sighting.unheard)
-        before = _load(row)
+        before = _load(row, now)
         said = _policy(row.policy) if row.policy else None
         policy = self._scales.rules(said).with_home(self._scales.home(row.site, before.home))
         verdict = judge(seen, policy)
@@ -373,7 +374,7 @@ def _heard(memory: Memory, sighting: Sighting) -> Memory:
 
 def _keep_port_check(row: TunnelRow, tried: PortTried, writes: Writes) -> None:
     """Since when an answer has been the same is kept: its trouble began then."""
-    memory = _load(row)
+    memory = _load(row, tried.at)
     since = memory.port_checked_at if memory.port_check == tried.check else tried.at
     row.memory = encode(replace(memory, port_check=tried.check, port_checked_at=since, seen_at=0.0)).decode()
     check = tried.check
@@ -393,5 +394,5 @@ def _extras(arrival: Arrival) -> bool:
     return bool(arrival.thinned) or (arrival.skew is not None and abs(arrival.skew) > CLOCK_SKEW)
 
 
-def _load(row: TunnelRow) -> Memory:
-    return replace(_memory(row.memory), seen_at=row.seen_at) if row.memory else Memory()
+def _load(row: TunnelRow, now: float) -> Memory:
+    return not_after(replace(_memory(row.memory), seen_at=row.seen_at), now) if row.memory else Memory()

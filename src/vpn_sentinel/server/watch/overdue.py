@@ -11,7 +11,7 @@ from typing import Final
 from sqlalchemy import case, exists, insert, select, update
 
 from vpn_sentinel.runtime.clock import Clock
-from vpn_sentinel.server.store.schema import meta, tunnels
+from vpn_sentinel.server.store.schema import meta, outbox, tunnels
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
 from vpn_sentinel.server.tracker import Tracker
 
@@ -88,9 +88,14 @@ class Overdue:
         # were. Replicas that start together wait for each other's row, and only the first finds its condition true.
         ours = meta.c.key == "alive", meta.c.value == rows[0].value
         moved = case((later >= least, later), else_=least)
+        # A clock that was set back would have what is owed wait until it has caught up with itself.
+        c = outbox.c
+        waiting = c.settled_at.is_(None), (c.due_at > now) | (c.leased_until > now), exists().where(*ours)
+        due, leased = (case((t > now, t + min(gap, 0.0)), else_=t) for t in (c.due_at, c.leased_until))
         *_, claimed = await self._store.write(
             select(meta.c.key).where(*ours).with_for_update(),
             update(tunnels).where(tunnels.c.deadline.is_not(None), exists().where(*ours)).values(deadline=moved),
+            update(outbox).where(*waiting).values(due_at=due, leased_until=leased),
             update(meta).where(*ours).values(value=repr(now)).returning(meta.c.key),
         )
         if not claimed:
