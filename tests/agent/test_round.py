@@ -1,6 +1,8 @@
 import asyncio
+import socket
 from dataclasses import replace
 from ipaddress import ip_address
+from pathlib import Path
 
 from tests.agent.doubles import ETH, LO, WG, FakeKernel, Loopback, http, reply, udp
 from tests.agent.test_dns import whoami
@@ -12,9 +14,10 @@ from vpn_sentinel.agent.names import Names
 from vpn_sentinel.agent.netlink import Route
 from vpn_sentinel.agent.probes import placing
 from vpn_sentinel.agent.probes.canary import Flock
-from vpn_sentinel.agent.probes.dns import Nameserver
+from vpn_sentinel.agent.probes.dns import Nameserver, system_nameservers
 from vpn_sentinel.agent.probes.place import Places
 from vpn_sentinel.agent.probes.placing import Service
+from vpn_sentinel.agent.probes.system_resolver import SystemResolver
 from vpn_sentinel.agent.round import Eyes, look
 from vpn_sentinel.domain.judge import judge
 from vpn_sentinel.domain.observation import Trigger
@@ -103,3 +106,20 @@ async def test_what_was_found_out_about_a_proxy_beside_a_leak_is_kept() -> None:
 
 def test_the_survey_is_what_the_kernel_says() -> None:
     assert survey(FakeKernel(links=(LO, ETH, WG), routes={"1.1.1.1": Route(interface=3)})).tunnel == "wg0"
+
+
+async def test_a_resolv_conf_that_cannot_be_read_here_is_no_dns_that_is_down(tmp_path: Path) -> None:
+    def fails(_name: str) -> None:
+        raise socket.gaierror(socket.EAI_AGAIN, "the C library cannot read the file either")
+
+    unreadable = tmp_path / "resolv.conf"
+    unreadable.symlink_to(unreadable)  # ELOOP; a test that runs as root may read any file
+    async with udp(lambda _: b"203.0.113.4") as (port, _):
+        looks = replace(
+            eyes(port),
+            nameservers=lambda: system_nameservers(unreadable),
+            system=SystemResolver(fails, boottime=SystemClock().boottime),
+        )
+        seen = await look(looks, Trigger.TIMER, Policy())
+    assert seen.resolvers == ()
+    assert "dns_down" not in {f.code.value for f in judge(seen, Policy()).findings}

@@ -114,7 +114,9 @@ async def _slow_part(eyes: Eyes, seen: Observation, policy: Policy, paths: Paths
         proxied = group.create_task(dns.intercepted(at=eyes.no_dns))
         nameservers, zone = eyes.nameservers(), eyes.canary()
         rewriting = group.create_task(dns.rewritten(nameservers, zone))
-        using = group.create_task(eyes.system.ask(zone, nameservers)) if eyes.system is not None else None
+        # Who may not read resolv.conf fails at every name, which says nothing of those who may.
+        system = eyes.system if nameservers else None
+        using = group.create_task(system.ask(zone, nameservers)) if system is not None else None
         connecting = group.create_task(tcp.beside(paths, seen.canaries, most=MAX_UPLINKS))
         found = await dns.resolvers(paths, nameservers, zone)
         # Somebody who answers in our server's name stands between.
