@@ -1,5 +1,7 @@
 """How rows become words."""
 
+from dataclasses import dataclass
+
 import pytest
 
 from vpn_sentinel.domain.verdict import State
@@ -30,3 +32,53 @@ HEADLINES = {
 def test_headline(counts: dict[State, int], headline: str, title: str) -> None:
     head = view.overview(counts)
     assert (head.headline, head.title) == (headline, title)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A transition's row, as far as the day's figures need it."""
+
+    at: float
+    new: str
+    old: str = "protected"
+
+
+@dataclass(frozen=True)
+class Known:
+    state: str
+    since: float
+    created_at: float = 0.0
+
+
+HOUR = 3600.0
+DAYS = {
+    "well all day": ([], "protected", "Protected 100 % of the time that was verified (1 d)."),
+    "an hour that nobody verified counts on no side": (
+        [Change(20 * HOUR, "unverified"), Change(21 * HOUR, "protected", "unverified")],
+        "protected",
+        "Protected 100 % of the time that was verified (23 h). Not verified for 1 h.",
+    ),
+    "silence is not verified either": (
+        [Change(22 * HOUR, "silent")],
+        "silent",
+        "Protected 100 % of the time that was verified (22 h). Not verified for 2 h.",
+    ),
+    "trouble is": (
+        [Change(18 * HOUR, "leaking"), Change(24 * HOUR - 1800, "protected", "leaking")],
+        "protected",
+        "Protected 77 % of the time that was verified (1 d).",
+    ),
+    "one second of a leak is not none": (
+        [Change(18 * HOUR, "leaking"), Change(18 * HOUR + 1, "protected", "leaking")],
+        "protected",
+        "Protected 99.9 % of the time that was verified (1 d).",
+    ),
+    "never verified": ([Change(1.0, "unverified", "pending")], "unverified", "Not verified for 1 d."),
+}
+
+
+@pytest.mark.parametrize(("moved", "state", "said"), DAYS.values(), ids=DAYS.keys())
+def test_what_was_not_verified_is_no_part_of_the_days_protection(moved: list[Change], state: str, said: str) -> None:
+    row = Known(state=state, since=moved[-1].at if moved else 0.0)
+    newest_first = sorted(moved, key=lambda c: -c.at)
+    assert view.day(row, newest_first, 24 * HOUR, complete=True) == said  # type: ignore[arg-type]

@@ -77,6 +77,7 @@ class Dashboard:
             row=view.tunnel(found.tunnel),
             created=view.Moment(found.tunnel.created_at),
             strip=view.strip(found.tunnel, moved, now, complete=len(moved) < reading.TRANSITIONS),
+            day=view.day(found.tunnel, moved, now, complete=len(moved) < reading.TRANSITIONS),
             transitions=view.transitions(moved, now),
             incidents=view.incidents(found.incidents, now),
             observations=seen,

@@ -1,5 +1,6 @@
 """Rows of the database as what the pages show. Renders what was judged elsewhere; everything stays text until Jinja."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
@@ -29,6 +30,7 @@ _UNITS: Final = ((86400, "d"), (3600, "h"), (60, "min"))
 # The strip of a tunnel's page: the last day, one unit of width a minute.
 _DAY: Final = 86400.0
 _THIN: Final = 10.0
+_NOT_VERIFIED: Final = frozenset({State.SILENT, State.UNVERIFIED, State.PENDING, State.UNKNOWN})
 
 
 def span(seconds: float) -> str:
@@ -204,12 +206,6 @@ def transitions(rows: Sequence[Row[Any]], now: float) -> list[TransitionView]:
 def strip(row: Row[Any], moved: Sequence[Row[Any]], now: float, *, complete: bool) -> list[Stretch]:
     """The last day as stretches of one state. What came before the oldest known transition is drawn if `complete`."""
     start = now - _DAY
-    changes = sorted(((r.at, rest.state_of(r.new)) for r in moved), key=lambda change: change[0])
-    if not changes:
-        changes = [(row.since, rest.state_of(row.state))]
-    elif complete:
-        changes.insert(0, (row.created_at, rest.state_of(min(moved, key=lambda r: r.at).old)))
-    ends = [at for at, _ in changes[1:]] + [now]
     found = [
         Stretch(
             state=state,
@@ -217,11 +213,39 @@ def strip(row: Row[Any], moved: Sequence[Row[Any]], now: float, *, complete: boo
             width=round(max((end - max(at, start)) / 60, _THIN), 2),
             said=f"{state.value} for {span(end - at)}, from {Moment(at).text}",
         )
-        for (at, state), end in zip(changes, ends, strict=True)
+        for state, at, end in _stretches(row, moved, now, complete=complete)
         if end > max(at, start)
     ]
     # A short leak is drawn wide enough to be seen, and over its neighbours.
     return sorted(found, key=lambda s: -HARM.index(s.state))
+
+
+def day(row: Row[Any], moved: Sequence[Row[Any]], now: float, *, complete: bool) -> str:
+    """How much of the last day a tunnel was protected; what nobody verified is no part of either side."""
+    sums = {State.PROTECTED: 0.0, State.DOWN: 0.0, State.UNVERIFIED: 0.0}
+    for state, at, end in _stretches(row, moved, now, complete=complete):
+        kind = State.UNVERIFIED if state in _NOT_VERIFIED else State.DOWN
+        sums[state if state is State.PROTECTED else kind] += max(0.0, end - max(at, now - _DAY))
+    protected, trouble, unverified = sums.values()
+    told = f" Not verified for {span(unverified)}." if unverified >= 1 else ""
+    verified = protected + trouble
+    if verified < 1:
+        return told.strip()
+    share = math.floor(1000 * protected / verified) / 10  # down: what is short of all is never "100 %"
+    return f"Protected {share:g} % of the time that was verified ({span(verified)}).{told}"
+
+
+def _stretches(
+    row: Row[Any], moved: Sequence[Row[Any]], now: float, *, complete: bool
+) -> list[tuple[State, float, float]]:
+    """State, beginning and end, oldest first."""
+    changes = sorted(((r.at, rest.state_of(r.new)) for r in moved), key=lambda change: change[0])
+    if not changes:
+        changes = [(row.since, rest.state_of(row.state))]
+    elif complete:
+        changes.insert(0, (row.created_at, rest.state_of(min(moved, key=lambda r: r.at).old)))
+    ends = [at for at, _ in changes[1:]] + [now]
+    return [(state, at, end) for (at, state), end in zip(changes, ends, strict=True)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
