@@ -104,6 +104,29 @@ async def test_what_was_found_out_about_a_proxy_beside_a_leak_is_kept() -> None:
     assert judge(seen, policy).state is State.LEAKING
 
 
+async def test_a_nameserver_that_programs_were_seen_to_ask_is_asked_too_and_its_egress_tells() -> None:
+    policy = Policy(home_networks=networks("185.65.200.7"))
+    async with (
+        udp(lambda _: EXIT) as (canary, _),
+        udp(lambda q: answer(q, flags=0x8185)) as (dns, _),
+        udp(whoami, host="127.0.0.2") as (other, _),
+    ):
+        there = Nameserver(ip_address("127.0.0.2"), port=other)
+        quiet = replace(eyes(canary, dns), no_dns=Nameserver(HERE, port=canary))
+        alone = await look(quiet, Trigger.TIMER, policy)
+        beside = await look(replace(quiet, neighbors=lambda: (there,)), Trigger.LEAK, policy)
+    assert judge(alone, policy).state is State.PROTECTED
+    assert {str(s.egress) for s in beside.resolvers if s.nameserver == there.address} == {"185.65.200.7"}
+    assert judge(beside, policy).state is State.LEAKING
+
+
+async def test_what_a_packet_went_to_and_does_not_answer_is_no_nameserver() -> None:
+    there = Nameserver(ip_address("127.0.0.3"), port=9)
+    async with udp(lambda _: EXIT) as (canary, _), udp(whoami) as (dns, _):
+        seen = await look(replace(eyes(canary, dns), neighbors=lambda: (there,)), Trigger.LEAK, Policy())
+    assert {str(s.nameserver) for s in seen.resolvers} == {"127.0.0.1"}
+
+
 def test_the_survey_is_what_the_kernel_says() -> None:
     assert survey(FakeKernel(links=(LO, ETH, WG), routes={"1.1.1.1": Route(interface=3)})).tunnel == "wg0"
 

@@ -377,6 +377,21 @@ CASES: dict[str, tuple[Observation, Policy, State, list[Code]]] = {
         replace(saw(EXIT), escapes=escaped("192.168.1.2", 53)),
         replace(POLICY, allowed_resolvers=(ip_network("192.168.1.2"),)), State.PROTECTED, [],
     ),
+    "16 a question to the home router was seen, and nothing tells whom that asks": (
+        replace(saw(EXIT), escapes=escaped("192.168.1.1", 53, "example.org")), POLICY, State.PROTECTED, [],
+    ),
+    "16 a question to a link-local resolver by TLS was seen": (
+        replace(saw(EXIT), escapes=escaped("fe80::1", 853)), POLICY, State.PROTECTED, [],
+    ),
+    "16 the router that was seen to be asked comes out at the ISP": (
+        replace(
+            saw(EXIT, dns=(asked("80.58.184.30", "192.168.1.1", Path.OUTSIDE),)), escapes=escaped("192.168.1.1", 53)
+        ),
+        UNDECLARED, State.LEAKING, [Code.DNS_LEAK],
+    ),
+    "15 DNS over TLS was seen to leave": (
+        replace(saw(EXIT), escapes=escaped("9.9.9.9", 853)), POLICY, State.LEAKING, [Code.DNS_LEAK],
+    ),
     "24 an IPv6 packet left beside a tunnel for IPv4": (
         replace(saw(EXIT), escapes=escaped("2a02:908::1")), POLICY, State.LEAKING, [Code.IPV6_LEAK],
     ),

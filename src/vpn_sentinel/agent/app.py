@@ -33,6 +33,7 @@ from vpn_sentinel.agent.footing import (
 from vpn_sentinel.agent.http import split
 from vpn_sentinel.agent.interfaces import Paths, Survey, Surveyor
 from vpn_sentinel.agent.introspect.witnesses import Witnesses
+from vpn_sentinel.agent.leakwatch.neighbors import Neighbor
 from vpn_sentinel.agent.leakwatch.watch import LeakWatch
 from vpn_sentinel.agent.names import Names
 from vpn_sentinel.agent.net.as_user import AS_USER
@@ -97,6 +98,7 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
         wanted=probes.leak_watch,
         memory=spool,
         server_found=lambda: cycle.bell.ring(Trigger.NETWORK),
+        on_neighbor=lambda neighbor: neighbor_found(neighbor),
     )
     reactions = Reactions(
         settings.reactions,
@@ -150,6 +152,7 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
             probes, lambda: watch.servers, lambda: (a for host in echoes.hosts for a in names.known(host))
         ),
         canary=lambda: canary_zone.zone,
+        neighbors=lambda: () if AS_USER.refused else (dns.on_link(n.address, n.interface) for n in watch.neighbors),
         system=SystemResolver(boottime=clock.boottime),
         origins=Origins(clock, spool),
         sight=pulse,
@@ -201,6 +204,11 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
         repeats.forget()
         courier.wake()
         cycle.bell.ring(Trigger.LEAK)
+
+    def neighbor_found(neighbor: Neighbor) -> None:
+        """A program asks a nameserver of the LAN: where that asks from is news, unless each round asks it anyway."""
+        if dns.besides(dns.system_nameservers(), [dns.on_link(neighbor.address, neighbor.interface)]):
+            cycle.bell.ring(Trigger.LEAK)
 
     async def look(trigger: Trigger, policy: Policy) -> Observation:
         return reactions.add_to(await rounds.look(eyes, trigger, policy))

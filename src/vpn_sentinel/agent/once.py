@@ -18,6 +18,7 @@ from vpn_sentinel.agent.interfaces import Paths, Survey, Surveyor
 from vpn_sentinel.agent.leakwatch.watch import LeakWatch
 from vpn_sentinel.agent.names import Names
 from vpn_sentinel.agent.net.as_user import AS_USER
+from vpn_sentinel.agent.probes import dns
 from vpn_sentinel.agent.probes.canary import Flock
 from vpn_sentinel.agent.probes.origin import Origins
 from vpn_sentinel.agent.probes.place import Places
@@ -76,6 +77,7 @@ async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, se
             http, chosen_services(settings), clock, look_up=databases.look_up, limit=min(settings.timeout, 4.0)
         ),
         clock=clock,
+        neighbors=lambda: () if AS_USER.refused else (dns.on_link(n.address, n.interface) for n in watch.neighbors),
         system=SystemResolver(boottime=clock.boottime),
         origins=Origins(clock),
         watch=watch,

@@ -20,7 +20,18 @@ from vpn_sentinel.agent.probes.origin import Origins
 from vpn_sentinel.agent.probes.place import Places
 from vpn_sentinel.agent.probes.system_resolver import SystemResolver
 from vpn_sentinel.domain.judge import judge
-from vpn_sentinel.domain.observation import Answer, Canary, Link, Observation, Place, Probe, Quality, Routed, Trigger
+from vpn_sentinel.domain.observation import (
+    Answer,
+    Canary,
+    Link,
+    Observation,
+    Place,
+    Probe,
+    Quality,
+    ResolverSighting,
+    Routed,
+    Trigger,
+)
 from vpn_sentinel.domain.policy import IPAddress, Policy
 from vpn_sentinel.domain.resolvers import unexplained
 from vpn_sentinel.domain.verdict import State
@@ -53,6 +64,7 @@ class Eyes:
     places: Places
     clock: Clock
     nameservers: Callable[[], tuple[dns.Nameserver, ...]] = lambda: () if AS_USER.refused else dns.system_nameservers()
+    neighbors: Callable[[], Iterable[dns.Nameserver]] = tuple
     no_dns: dns.Nameserver = dns.NO_DNS_HERE
     asides: Asides = field(default_factory=Asides)
     canary: Callable[[], dns.CanaryZone | None] = lambda: None
@@ -118,9 +130,10 @@ async def _slow_part(eyes: Eyes, seen: Observation, policy: Policy, paths: Paths
         system = eyes.system if nameservers else None
         using = group.create_task(system.ask(zone, nameservers)) if system is not None else None
         connecting = group.create_task(tcp.beside(paths, seen.canaries, most=MAX_UPLINKS))
-        found = await dns.resolvers(paths, nameservers, zone)
+        others = dns.besides(nameservers, eyes.neighbors())
+        found = await dns.resolvers(paths, (*nameservers, *others), zone)
         # Somebody who answers in our server's name stands between.
-        seen = replace(seen, resolvers=found.sightings, dns_intercepted=found.forged or None)
+        seen = replace(seen, resolvers=_of_use(found.sightings, nameservers), dns_intercepted=found.forged or None)
         if eyes.origins is not None and (odd := unexplained(seen, policy)):
             # Only an egress that nothing else explains is worth a stranger's answer.
             addresses = (*odd, *(a for a in (seen.exit(4), seen.exit(6)) if a), *_homes(policy))
@@ -141,6 +154,14 @@ async def _slow_part(eyes: Eyes, seen: Observation, policy: Policy, paths: Paths
             seen = replace(seen, system_lookup=await using)
         seen = replace(seen, canaries=(*seen.canaries, *await connecting))
         return replace(seen, dns_intercepted=await proxied or found.forged, dns_rewritten=await rewriting)
+
+
+def _of_use(
+    found: tuple[ResolverSighting, ...], nameservers: tuple[dns.Nameserver, ...]
+) -> tuple[ResolverSighting, ...]:
+    """A nameserver of resolv.conf that does not answer is trouble; one that a packet went to may be anything."""
+    own = {dns.plain(s.address) for s in nameservers}
+    return tuple(s for s in found if s.answer is Answer.ANSWERED or s.nameserver in own)
 
 
 def _places(eyes: Eyes, seen: Observation, policy: Policy) -> tuple[Place, ...]:

@@ -2,10 +2,13 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Final
 
 from vpn_sentinel.domain.observation import Answer, Canary, Observation, Path, Probe
-from vpn_sentinel.domain.policy import IPAddress, Policy
+from vpn_sentinel.domain.policy import IPAddress, Policy, is_public
 from vpn_sentinel.domain.verdict import Code, Finding
+
+DNS_PORTS: Final = (53, 853)  # plain, and by TLS or QUIC (RFC 7858, 9250)
 
 
 def by_canaries(seen: Observation, policy: Policy) -> Iterator[Finding]:
@@ -43,9 +46,9 @@ def by_packets(seen: Observation, policy: Policy) -> Iterator[Finding]:
             "seen_by": "leak watch",
         }
         where = f"{escape.protocol.upper()} to {facts['destination']}"
-        if escape.destination_port == 53:
-            if policy.allows_resolver(escape.destination):
-                continue
+        if escape.destination_port in DNS_PORTS:
+            if policy.allows_resolver(escape.destination) or not is_public(escape.destination):
+                continue  # one on the LAN is known by where it asks the internet from: `resolvers`
             asked = f' for "{escape.name}"' if escape.name else ""
             facts |= {"name": escape.name} if escape.name else {}
             yield Finding(Code.DNS_LEAK, f"A DNS query{asked} left outside the tunnel: {where}.", facts)

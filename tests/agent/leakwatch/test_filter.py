@@ -18,7 +18,8 @@ ME, ME6 = "192.168.1.20", "2001:db8:1::20"
 RULES = Rules(
     endpoints=(parse_endpoint("198.51.100.7:51820"), parse_endpoint("[2001:db8:7::7]:1194/tcp")),
     marks=((51820, 0xFFFFFFFF),),
-    outside=(ip_network("192.168.1.0/24"), ip_network("203.0.113.64/26"), ip_network("2001:db8:1::/64")),
+    outside=(ip_network("203.0.113.64/26"), ip_network("192.168.9.0/24")),
+    lan=(ip_network("192.168.1.0/24"), ip_network("203.0.113.128/26"), ip_network("2001:db8:1::/64")),
     resolvers=(ip_network("9.9.9.9/32"), ip_network("2620:fe::/48")),
 )
 MADE = bpf.program(RULES)
@@ -34,6 +35,13 @@ LEAKS = {
     "a name asked of the internet": ip(ME, "1.1.1.1", 17, udp(4000, 53, query("a.example"))),
     "a name asked behind the home router": ip(ME, "10.0.0.53", 17, udp(4000, 53, query("a.example"))),
     "a name asked by TCP": ip(ME, "10.0.0.53", 6, tcp(4000, 53, 0x02)),
+    "a name asked of the home router": ip(ME, "192.168.1.1", 17, udp(4000, 53, query("a.example"))),
+    "a name asked of a forwarder on the own subnet": ip(ME, "172.17.0.1", 6, tcp(4000, 53, 0x02)),
+    "a name asked of a host of a public LAN": ip(ME, "203.0.113.130", 17, udp(4000, 53, query("a.example"))),
+    "a name asked of a router's link-local address": ip(ME6, "fe80::1", 17, udp(4000, 53, query("a.example"))),
+    "a name asked of a cloud's resolver": ip(ME, "169.254.169.253", 17, udp(4000, 53, query("a.example"))),
+    "DNS over TLS to the home router": ip(ME, "192.168.1.1", 6, tcp(4000, 853, 0x02)),
+    "DNS over QUIC to it": ip(ME, "192.168.1.1", 17, udp(4000, 853, b"x")),
     "IPv6 to the internet": ip(ME6, "2001:db8:9::1", 17, udp(4000, 443)),
     "IPv6, TCP": ip(ME6, "2001:db8:9::1", 6, tcp(4000, 443, 0x02)),
     "IPv6, a ping": ip(ME6, "2001:db8:9::1", 58, b"\x80\0\0\0\0\1\0\1"),
@@ -44,7 +52,12 @@ FINE = {
     "a fragment of the tunnel's own": ip(ME, "198.51.100.7", 17, b"x" * 64, offset=100),
     "the tunnel's own over IPv6": ip(ME6, "2001:db8:7::7", 6, tcp(4000, 1194)),
     "a fragment of it": ip(ME6, "2001:db8:7::7", 6, b"x" * 64, offset=100),
-    "the LAN": ip(ME, "192.168.1.1", 17, udp(4000, 53, query("a.example"))),
+    "the LAN": ip(ME, "192.168.1.1", 17, udp(4000, 80)),
+    "a public LAN": ip(ME, "203.0.113.130", 6, tcp(4000, 443)),
+    "an answer to who asks the nameserver here": ip(ME, "192.168.1.30", 17, udp(53, 4000)),
+    "a name asked of an allowed network": ip(ME, "192.168.9.1", 17, udp(4000, 53, query("a.example"))),
+    "an allowed resolver by TLS": ip(ME, "9.9.9.9", 6, tcp(4000, 853, 0x02)),
+    "a name asked of all on the link": ip(ME6, "ff02::1", 17, udp(4000, 53, query("a.example"))),
     "an allowed network": ip(ME, "203.0.113.70", 6, tcp(4000, 443)),
     "a private address beyond the LAN": ip(ME, "10.1.2.3", 6, tcp(4000, 443)),
     "an allowed resolver": ip(ME, "9.9.9.9", 17, udp(4000, 53, query("a.example"))),
@@ -87,14 +100,15 @@ def test_only_what_leaves_and_is_ip_and_carries_no_mark_of_the_tunnel() -> None:
 
 
 ADDRESSES = ["203.0.113.5", "203.0.113.70", "198.51.100.7", "198.51.100.8", "192.168.1.9", "10.0.0.53", "9.9.9.9",
-             "127.0.0.1", "169.254.1.1", "224.0.0.1", "255.255.255.255", "100.64.0.1"]  # fmt: skip
+             "127.0.0.1", "203.0.113.130", "192.168.9.1", "169.254.1.1", "224.0.0.1", "255.255.255.255",
+             "100.64.0.1"]  # fmt: skip
 ADDRESSES6 = ["2001:db8:9::1", "2001:db8:7::7", "2001:db8:1::99", "fe80::1", "fd00::1", "ff02::1", "2620:fe::fe"]
 
 
 @given(
     st.sampled_from(ADDRESSES + ADDRESSES6),
     st.sampled_from([1, 6, 17, 47, 58]),
-    st.sampled_from([53, 67, 443, 547, 1194, 51820]),
+    st.sampled_from([53, 67, 443, 547, 853, 1194, 51820]),
     st.integers(0, 255),
     st.sampled_from([0, 0, 5]),
 )

@@ -60,7 +60,7 @@ LAN = {
 @pytest.mark.parametrize(("found", "lan"), LAN.values(), ids=LAN.keys())
 def test_what_is_lan(found: Way, lan: bool) -> None:
     eth = replace(ETH, addresses=(*ETH.addresses, ip_address("203.0.113.9")))
-    assert (found.network in stand(Tables((found,)), LO, eth, WG).rules.outside) is lan
+    assert (found.network in stand(Tables((found,)), LO, eth, WG).rules.lan) is lan
 
 
 def test_a_host_route_is_believed_for_the_vpns_host_only() -> None:

@@ -37,7 +37,7 @@ for line in ("link set lo up", "link add eth0 type veth peer name far", "link se
              "addr add 192.168.7.2/24 dev eth0", "neigh add 192.168.7.1 lladdr 02:00:00:00:00:01 dev eth0",
              "route add default via 192.168.7.1"):
     subprocess.run(["ip", *line.split()], check=True)
-kernel, clock, acted, told, told_at, came = Netlink(), ManualClock(), [], [], [], []
+kernel, clock, acted, told, told_at, came, asked = Netlink(), ManualClock(), [], [], [], [], []
 
 def around():
     return survey(kernel, configured="wg0")
@@ -53,11 +53,15 @@ def decode(*raw, real=w.decode):
 
 w.decode = decode
 
-def make(endpoints=("198.51.100.7:51820",), allowed=(), meant="", wanted=True):
+def make(endpoints=("198.51.100.7:51820",), allowed=(), meant="", wanted=True, resolvers=()):
     found = w.LeakWatch(
-        tables=kernel, policy=Policy(allowed_outside=tuple(ip_network(a) for a in allowed)), clock=clock,
+        tables=kernel, clock=clock,
+        policy=Policy(
+            allowed_outside=tuple(map(ip_network, allowed)), allowed_resolvers=tuple(map(ip_network, resolvers))
+        ),
         told=tell, survey=around, on_escape=acted.append,
         endpoints=lambda: [parse_endpoint(e) for e in endpoints], declared=parse_meant(meant), wanted=wanted,
+        on_neighbor=lambda neighbor: asked.append(f"{neighbor.address}%{neighbor.interface}"),
     )
     found.look(around())
     return found
@@ -107,7 +111,7 @@ async def ran(script: str, *, users: bool = False) -> dict[str, object]:
 async def test_a_packet_outside_is_told_at_once_and_what_may_leave_is_not() -> None:
     seen = await ran("""
 watch = make(allowed=["203.0.113.64/26"])
-send("198.51.100.7", 51820); send("192.168.7.1", 53); send("203.0.113.70"); send("10.1.1.1", 80)
+send("198.51.100.7", 51820); send("192.168.7.1", 80); send("203.0.113.70"); send("10.1.1.1", 80)
 send("203.0.113.5", times=3)  # behind them
 await until(lambda: count(watch) >= 3)
 say(on=watch.on, flows=flows(watch), told=told, source=acted[0].source_port)
@@ -315,3 +319,41 @@ say(on=watch.on, flows=flows(watch))
 """)
     assert seen["on"] is False
     assert str(seen["err"]).count("packets cannot be watched here") == 1
+
+
+async def test_a_nameserver_on_the_own_link_is_found_by_the_first_question_and_that_is_no_leak() -> None:
+    seen = await ran("""
+subprocess.run("ip addr add 169.254.7.2/16 dev eth0".split(), check=True)
+subprocess.run("ip neigh add 169.254.7.1 lladdr 02:00:00:00:00:01 dev eth0".split(), check=True)
+watch = make()
+send("192.168.7.1", 80)
+send("192.168.7.1", 53, question("nas.lan")); send("192.168.7.1", 53, question("7.168.192.in-addr.arpa"))
+send("192.168.7.1", 53, question("example.org"), times=3); send("169.254.7.1", 53, question("example.org"))
+send("10.0.0.53", 53, question("example.org"))
+send("203.0.113.5"); await until(lambda: acted)  # behind them
+watch.escapes(Paths(kernel, around()))
+send("192.168.7.1", 53, question("example.org")); send("203.0.113.6"); await until(lambda: len(acted) == 2)
+known, up = [str(n.address) for n in watch.neighbors], came.count("192.168.7.1")
+clock.now += 601.0
+after = [flows(watch), [str(n.address) for n in watch.neighbors]]
+send("192.168.7.1", 53, question("example.org")); await until(lambda: len(asked) > 3)
+say(asked=asked, flows=flows(watch), known=known, acted=[str(e.destination) for e in acted], up=up, after=after[1])
+""")
+    assert seen["asked"] == ["192.168.7.1%eth0", "169.254.7.1%eth0", "10.0.0.53%eth0", "192.168.7.1%eth0"]
+    assert seen["acted"] == ["203.0.113.5", "203.0.113.6"]
+    assert seen["known"] == ["192.168.7.1", "169.254.7.1", "10.0.0.53"]
+    assert seen["after"] == []  # nothing is good for ever
+    assert seen["up"] == 5  # two of the own network, three that were there before the filter knew it, none after
+
+
+@pytest.mark.parametrize(
+    "meant",
+    ['meant="port 53/udp"', 'resolvers=["192.168.7.1/32"]', 'allowed=["192.168.7.0/24"]', 'meant="interface eth0"'],
+)
+async def test_a_nameserver_on_the_own_link_that_is_meant_is_left_alone(meant: str) -> None:
+    seen = await ran(f"""
+watch = make({meant})
+send("192.168.7.1", 53, question("example.org")); await turns()
+say(asked=asked, came=came)
+""")
+    assert seen["asked"] == seen["came"] == []

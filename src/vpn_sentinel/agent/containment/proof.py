@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
+from vpn_sentinel.domain.leaks import DNS_PORTS
 from vpn_sentinel.domain.observation import Answer, Escape, Observation, Path, Probe
 from vpn_sentinel.domain.policy import IPAddress, Policy
 from vpn_sentinel.domain.verdict import Code, State, Verdict
@@ -62,7 +63,7 @@ def cause_of(seen: Observation, verdict: Verdict, policy: Policy) -> Cause:
 
 
 def _allowed_name(escape: Escape, policy: Policy) -> bool:
-    return escape.destination_port == 53 and policy.allows_resolver(escape.destination)
+    return escape.destination_port in DNS_PORTS and policy.allows_resolver(escape.destination)
 
 
 def proven(seen: Observation, verdict: Verdict, cause: Cause, path_of: PathOf) -> bool:

@@ -79,7 +79,7 @@ class Surroundings:
             endpoints=endpoints,
             marks=rules.marks,
             services=tuple(Endpoint(a, w.port, TCP) for w, a in servers if not is_public(a)),
-            lan=tuple(dict.fromkeys((*rules.outside, *hosts))),
+            lan=tuple(dict.fromkeys((*rules.outside, *rules.lan, *hosts))),
             resolvers=self.policy.allowed_resolvers,
             leaking_names=tuple(sorted((a for a in cause.nameservers if a.is_loopback), key=str)),
             exempt=Exempt(

@@ -9,19 +9,21 @@ import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from ipaddress import ip_network
+from itertools import product
 from typing import Final
 
 from vpn_sentinel.agent.endpoints import TCP, UDP, Endpoint
 from vpn_sentinel.agent.leakwatch.rules import (
     BOOTP,
     DHCPV6,
-    DNS,
+    DNS_PORTS,
     FRAGMENT,
     ICMP,
     ICMP6,
     ICMP6_OWN,
     ICMP_ANSWERS,
     NEVER,
+    NOBODY,
     PRIVATE,
     Rules,
 )
@@ -194,18 +196,18 @@ def _half(rules: Rules, at: _Family) -> list[Insn]:
         made += verdict(*at.proto(ports.protocol), *at.between(0, ports.low, ports.high), *answers)
     for ports in rules.ports:
         made += verdict(*at.proto(ports.protocol), *at.between(2, ports.low, ports.high))
-    for tests in at.within((*NEVER, *rules.outside)):
+    for tests in at.within((*NOBODY, *rules.outside)):
         made += verdict(*tests)
     for kind in at.icmp_own:
         made += verdict(*at.proto(at.icmp), at.byte(0, kind))
     made += verdict(*at.proto(UDP), at.port(at.dhcp))
     made += verdict(*at.proto(TCP), at.byte(13, _RST, jump=_JSET))
     made += verdict(*at.proto(TCP), at.byte(13, _SYN_ACK, Insn(_AND, _SYN_ACK)))
-    for protocol in (UDP, TCP):
+    for protocol, port in product((UDP, TCP), DNS_PORTS):
         for tests in at.within(rules.resolvers):
-            made += verdict(*tests, *at.proto(protocol), at.port(DNS))
-        made += verdict(*at.proto(protocol), at.port(DNS), result=SNAP)
-    for tests in at.within(PRIVATE):
+            made += verdict(*tests, *at.proto(protocol), at.port(port))
+        made += verdict(*at.proto(protocol), at.port(port), result=SNAP)
+    for tests in at.within((*NEVER, *rules.lan, *PRIVATE)):
         made += verdict(*tests)
     return [*made, Insn(_RET, SNAP)]
 

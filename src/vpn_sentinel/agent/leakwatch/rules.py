@@ -1,6 +1,7 @@
 """What may leave beside the tunnel: the same rules as values, as the kernel's filter (`bpf`), and for one packet here.
 
-They let out what a kill switch lets out: the tunnel's own packets, the LAN, and what the network needs to run.
+They let out what a kill switch lets out: the tunnel's own packets, the LAN, and what the network needs to run. Only a
+question for a name that goes to the LAN comes up: the home router passes it on to the internet.
 """
 
 from dataclasses import dataclass
@@ -15,15 +16,17 @@ from vpn_sentinel.domain.policy import NOT_PUBLIC, IPNetwork, within
 
 ICMP, ICMP6 = 1, 58
 DNS, BOOTP, DHCPV6 = 53, 67, 547
+DNS_PORTS: Final = (DNS, 853)  # plain, and by TLS or QUIC (RFC 7858, 9250)
 _SYN, _SYN_ACK = 0x02, 0x12
 FRAGMENT: Final = 44  # IPv6's next header
-# Stays on the link whatever it is: multicast, broadcast, link-local, this host.
-NEVER: Final[tuple[IPNetwork, ...]] = tuple(
+# Nobody there asks for a name elsewhere: multicast, broadcast, this host.
+NOBODY: Final[tuple[IPNetwork, ...]] = tuple(
     ip_network(block)
-    for block in ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4", "255.255.255.255/32", "::/127",
-                  "fe80::/9", "ff00::/8")
-)  # fmt: skip
-# Nothing of these is on the internet. Only a name that is asked there may still get out: the home router passes it on.
+    for block in ("0.0.0.0/8", "127.0.0.0/8", "224.0.0.0/4", "255.255.255.255/32", "::/127", "ff00::/8")
+)
+# Stays on the link whatever it is.
+NEVER: Final[tuple[IPNetwork, ...]] = (*NOBODY, ip_network("169.254.0.0/16"), ip_network("fe80::/9"))
+# Nothing of these is on the internet.
 PRIVATE: Final[tuple[IPNetwork, ...]] = tuple(n for n in NOT_PUBLIC if n not in NEVER)
 # The kernel's own words about packets that came in; they hold nothing of a program's.
 ICMP_ANSWERS: Final = (0, 3, 11, 12)
@@ -46,14 +49,16 @@ class Ports:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
     """`endpoints`, `marks` (mark and mask) and `excepted`, rules that select by sender, tell the tunnel's own packets;
-    `outside` is what may leave beside it: the LAN, allowed networks, hosts with a route of their own. DNS to
-    `resolvers` is allowed. `published` are ports here that take connections from outside, `ports` those of far ends
-    that are meant to be reached beside the tunnel. Where `inside` has marks, only packets that carry one belong to it.
+    `outside` is what may leave beside it: allowed networks, hosts with a route of their own. What goes to the `lan`
+    may leave too, but DNS: that is allowed to `resolvers`. `published` are ports here that take connections from
+    outside, `ports` those of far ends that are meant to be reached beside the tunnel. Where `inside` has marks, only
+    packets that carry one belong to it.
     """
 
     endpoints: tuple[Endpoint, ...] = ()
     marks: tuple[tuple[int, int], ...] = ()
     outside: tuple[IPNetwork, ...] = ()
+    lan: tuple[IPNetwork, ...] = ()
     resolvers: tuple[IPNetwork, ...] = ()
     excepted: tuple[Rule, ...] = ()
     published: tuple[Ports, ...] = ()
@@ -70,11 +75,11 @@ class Rules:
                 return True
         if any(selects(rule, packet) for rule in self.excepted) or self._is_meant(packet):
             return True
-        if within(to, NEVER) or within(to, self.outside) or _keeps_the_network_running(packet):
+        if within(to, NOBODY) or within(to, self.outside) or _keeps_the_network_running(packet):
             return True
-        if packet.destination_port == DNS and packet.protocol in (UDP, TCP):
+        if is_dns(packet):
             return within(to, self.resolvers)
-        return within(to, PRIVATE)
+        return within(to, NEVER) or within(to, self.lan) or within(to, PRIVATE)
 
     def _is_meant(self, packet: Packet) -> bool:
         if packet.source_port is None or packet.destination_port is None:
@@ -84,6 +89,11 @@ class Rules:
         return (answers and any(p.has(packet.protocol, packet.source_port) for p in self.published)) or any(
             p.has(packet.protocol, packet.destination_port) for p in self.ports
         )
+
+
+def is_dns(packet: Packet) -> bool:
+    """Whether it goes to a port of nameservers."""
+    return packet.destination_port in DNS_PORTS and packet.protocol in (UDP, TCP)
 
 
 def _keeps_the_network_running(packet: Packet) -> bool:

@@ -9,6 +9,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from ipaddress import ip_network
 from typing import Final
 
 from vpn_sentinel.agent.endpoints import PROTOCOLS, UDP, Endpoint
@@ -19,9 +20,10 @@ from vpn_sentinel.agent.leakwatch.carrier import Carrier
 from vpn_sentinel.agent.leakwatch.ground import Ground, Tables, ground
 from vpn_sentinel.agent.leakwatch.inbound import Flows
 from vpn_sentinel.agent.leakwatch.meant import Meant
+from vpn_sentinel.agent.leakwatch.neighbors import Neighbor, Neighbors
 from vpn_sentinel.agent.leakwatch.openings import Openings
 from vpn_sentinel.agent.leakwatch.packets import Packet, decode
-from vpn_sentinel.agent.leakwatch.rules import Rules
+from vpn_sentinel.agent.leakwatch.rules import Rules, is_dns
 from vpn_sentinel.agent.leakwatch.shapes import Shape, Shapes
 from vpn_sentinel.agent.leakwatch.tap import BATCH, Tap
 from vpn_sentinel.agent.leakwatch.users import Users
@@ -29,7 +31,7 @@ from vpn_sentinel.agent.net.own import OWN, OwnSockets
 from vpn_sentinel.agent.net.sockets import Sockets
 from vpn_sentinel.agent.probes.tag import is_probe
 from vpn_sentinel.domain.observation import Answer, Canary, Escape, Path, Probe
-from vpn_sentinel.domain.policy import IPAddress, Policy
+from vpn_sentinel.domain.policy import IPAddress, Policy, is_public, within
 from vpn_sentinel.runtime.clock import Clock
 
 log = logging.getLogger(__name__)
@@ -61,11 +63,13 @@ class LeakWatch:
         own: OwnSockets = OWN,
         memory: Memory | None = None,
         server_found: Callable[[], None] = lambda: None,
+        on_neighbor: Callable[[Neighbor], None] = lambda _: None,
     ) -> None:
         """`endpoints` are those that are known from elsewhere; `meant` are hosts whose own route is no leak.
 
         `declared` is what the owner means to go beside the tunnel; `wanted` False turns the watch off.
         `memory` keeps which host carries the tunnel; `server_found` is called when that was tried.
+        `on_neighbor` gets each nameserver of the LAN that is seen to be asked anew: see `neighbors`.
 
         `on_escape` gets the first packet of each new destination at once. `told` is called when there is something to
         tell: with the first escape, then at most once a second.
@@ -77,6 +81,8 @@ class LeakWatch:
         self._wanted = wanted
         self._own = own
         self._server_found = server_found
+        self._on_neighbor = on_neighbor
+        self._neighbors = Neighbors(clock.boottime)
         self.carrier = Carrier(
             memory=memory if memory is not None else Recollection(), now=clock.boottime, changed=self._tried
         )
@@ -133,6 +139,11 @@ class LeakWatch:
         server = self.carrier.server
         return tuple(dict.fromkeys((*(e.address for e in self.endpoints), *((server,) if server else ()))))
 
+    @property
+    def neighbors(self) -> tuple[Neighbor, ...]:
+        """Nameservers of the LAN that were seen to be asked beside the tunnel."""
+        return self._neighbors.known
+
     def escapes(self, paths: Paths, canaries: tuple[Canary, ...] = ()) -> tuple[Escape, ...]:
         """The flows that matter now: seen in the last ten seconds, or still routed outside beside a tunnel that works.
 
@@ -151,6 +162,7 @@ class LeakWatch:
             protocol = PROTOCOLS.get(escape.protocol, 0)
             return paths.of(escape.destination, escape.destination_port or 0, protocol) is Path.OUTSIDE
 
+        self._neighbors.forget()
         self._make_rules()  # a round has asked the tunnel's own program again
         now = self._clock.boottime()
         self._book.forget(now, still)
@@ -271,6 +283,9 @@ class LeakWatch:
     def _make_rules(self) -> None:
         rules = self._ground.with_endpoints(self._endpoints(), self._meant(), self._learned, self.carrier.server)
         rules = replace(rules, published=self._declared.published, ports=self._declared.ports)
+        # Those that are known are asked by each round: the next question of a program tells nothing new.
+        known = tuple(ip_network(n.address) for n in self._neighbors.known)
+        rules = replace(rules, resolvers=(*rules.resolvers, *known))
         if rules == self._rules:
             return
         self._rules = rules
@@ -293,7 +308,12 @@ class LeakWatch:
     def _packet(self, interface: str, ethertype: int, data: bytes, passed: float) -> None:
         packet = decode(ethertype, data)
         now = self._clock.boottime()
-        if packet is None or self._may_leave(interface, packet, now, passed) or self._is_a_vpns(packet):
+        if packet is None or self._may_leave(interface, packet, now, passed):
+            return
+        if self._is_to_a_neighbor(packet):
+            self._asked(packet, interface, now)
+            return
+        if self._is_a_vpns(packet):
             return
         if now - self._looked > LOOK:
             # The tunnel may have moved to another server, or the network changed, and the news is still on its way.
@@ -313,6 +333,20 @@ class LeakWatch:
         refused = packet.destination.version in self._killed
         if not (self._waits(packet, interface) or self._openings.waits(packet, interface, begin=refused)):
             self._leaked(packet, interface, now)
+
+    def _is_to_a_neighbor(self, packet: Packet) -> bool:
+        to = packet.destination
+        return is_dns(packet) and (not is_public(to) or within(to, self._ground.rules.lan))
+
+    def _asked(self, packet: Packet, interface: str, now: float) -> None:
+        """A question to a nameserver that is not on the internet: no leak by itself, and a reason to ask it."""
+        if not self._users.belongs(packet):
+            return
+        self._flows.begins(packet, now)
+        new = self._neighbors.saw(packet, interface)
+        if new is not None:
+            self._make_rules()
+            self._on_neighbor(new)
 
     def _is_a_vpns(self, packet: Packet) -> bool:
         """Whether its shape tells a VPN's packet, or may still do so."""

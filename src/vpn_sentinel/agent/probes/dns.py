@@ -168,6 +168,17 @@ def system_nameservers(path: FilePath = RESOLV_CONF) -> tuple[Nameserver, ...]:
         return ()
 
 
+def on_link(address: IPAddress, device: str) -> Nameserver:
+    """The nameserver at an address to which `device` leads."""
+    return Nameserver(address, _scope(device) if address.is_link_local else 0)
+
+
+def besides(servers: Iterable[Nameserver], more: Iterable[Nameserver]) -> tuple[Nameserver, ...]:
+    """Those of `more` whose addresses are not among `servers`, each once."""
+    known = {plain(s.address) for s in servers}
+    return tuple(s for s in dict.fromkeys(more) if plain(s.address) not in known)
+
+
 def _scope(zone: str) -> int:
     if zone.isdigit():
         return int(zone)

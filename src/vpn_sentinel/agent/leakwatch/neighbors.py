@@ -1,0 +1,67 @@
+"""Nameservers beside the tunnel that are no public ones, or on the own link, and that packets were seen to ask.
+
+Such a packet proves no leak: the home router, or a forwarder on the container's subnet, may answer by itself or ask
+through a VPN of its own. What it asks the internet from tells, so whoever finds one here asks it (`probes.dns`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from vpn_sentinel.agent.leakwatch.packets import Packet
+from vpn_sentinel.domain.policy import IPAddress
+
+KEEP: Final = 600.0  # seconds that one is asked after a packet to it, before another packet must show it again
+MOST: Final = 3  # as many as resolv.conf(5) takes
+# Names that a resolver answers from what it knows of the own network, and asks nobody for: RFC 6761, 6762, 8375, IANA's
+# special-use domain names, ICANN's `internal`; `lan`, `home` and `localdomain` are what home routers call theirs.
+_LOCAL: Final = frozenset({"local", "localhost", "internal", "lan", "home", "localdomain", "test", "invalid", "onion"})
+# Reverse names of private networks (RFC 6303).
+_REVERSE: Final = (
+    "10.in-addr.arpa", "168.192.in-addr.arpa", "254.169.in-addr.arpa", "127.in-addr.arpa", "d.f.ip6.arpa",
+    "8.e.f.ip6.arpa", "home.arpa", *(f"{n}.172.in-addr.arpa" for n in range(16, 32)),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Neighbor:
+    """`interface` is the name of the device that the question left by."""
+
+    address: IPAddress
+    interface: str
+
+
+class Neighbors:
+    """Knows whom packets asked lately. At most three; the one that was seen longest ago makes room."""
+
+    def __init__(self, now: Callable[[], float]) -> None:
+        """`now` is a clock in seconds that never jumps."""
+        self._now = now
+        self._seen: dict[Neighbor, float] = {}
+
+    @property
+    def known(self) -> tuple[Neighbor, ...]:
+        return tuple(self._seen)
+
+    def saw(self, packet: Packet, interface: str) -> Neighbor | None:
+        """Note a question to a nameserver. Returns it when it is a new one."""
+        if packet.name is not None and stays_local(packet.name):
+            return None
+        neighbor = Neighbor(packet.destination, interface)
+        new = neighbor not in self._seen
+        self._seen.pop(neighbor, None)
+        self._seen[neighbor] = self._now()
+        while len(self._seen) > MOST:
+            del self._seen[next(iter(self._seen))]
+        return neighbor if new else None
+
+    def forget(self) -> None:
+        """Drop those that no packet went to for ten minutes."""
+        now = self._now()
+        self._seen = {n: at for n, at in self._seen.items() if now - at < KEEP}
+
+
+def stays_local(name: str) -> bool:
+    """Whether a name is one of the own network, of which the internet is not asked."""
+    name = name.lower().rstrip(".")
+    return name.rpartition(".")[2] in _LOCAL or any(name == r or name.endswith("." + r) for r in _REVERSE)
