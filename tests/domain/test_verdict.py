@@ -39,6 +39,12 @@ GONE = Link(name="wg0", present=False, up=False)
 
 FAILS = SystemLookup(answer=Answer.UNREACHABLE, error="EAI_AGAIN")
 WORKS = SystemLookup(answer=Answer.ANSWERED)
+
+
+def comes_out(address: str) -> SystemLookup:
+    return SystemLookup(answer=Answer.ANSWERED, egress=(ip_address(address),))
+
+
 BLOCKED, LOST, UNREACHABLE, EXPIRED = Answer.BLOCKED, Answer.LOST, Answer.UNREACHABLE, Answer.EXPIRED
 
 
@@ -580,6 +586,30 @@ CASES: dict[str, tuple[Observation, Policy, State, list[Code]]] = {
     "no nameserver answers, and programs look names up otherwise": (
         replace(saw(EXIT, dns=(asked(answer=LOST),)), system_lookup=WORKS), POLICY, State.PROTECTED,
         [Code.RESOLVER_UNKNOWN],
+    ),
+    "programs use a resolver at home that resolv.conf does not name": (
+        replace(saw(EXIT, dns=(asked("146.70.1.99"),)), system_lookup=comes_out("91.10.20.53")), POLICY,
+        State.LEAKING, [Code.DNS_LEAK],
+    ),
+    "programs use the home provider's": (
+        replace(saw(EXIT, dns=(asked("146.70.1.99"),), places=ISP_PLACES), system_lookup=comes_out("91.11.0.53")),
+        POLICY, State.LEAKING, [Code.DNS_LEAK],
+    ),
+    "programs use a resolver of nobody's": (
+        replace(saw(EXIT, dns=(asked("146.70.1.99"),)), system_lookup=comes_out(STRANGER)), POLICY, State.PROTECTED,
+        [Code.RESOLVER_UNEXPECTED],
+    ),
+    "programs use the VPN's": (
+        replace(saw(EXIT, dns=(asked(answer=LOST),)), system_lookup=comes_out("146.70.1.99")), POLICY, State.PROTECTED,
+        [],
+    ),
+    "programs use one at home, and that may be a nameserver that the policy allows": (
+        replace(saw(EXIT, dns=(asked(None, "192.168.1.2", Path.OUTSIDE),)), system_lookup=comes_out("91.10.20.53")),
+        replace(POLICY, allowed_resolvers=(ip_network("192.168.1.2"),)), State.PROTECTED, [Code.RESOLVER_UNKNOWN],
+    ),
+    "the same by the resolver that the policy allows": (
+        replace(saw(EXIT, dns=(asked("146.70.1.99"),)), system_lookup=comes_out("91.10.20.53")),
+        replace(POLICY, allowed_resolvers=(ip_network("91.10.20.53"),)), State.PROTECTED, [],
     ),
     "programs look names up": (
         replace(saw(EXIT, dns=(asked("146.70.1.99"),)), system_lookup=WORKS), POLICY, State.PROTECTED, [],

@@ -206,6 +206,7 @@ def test_a_problem_says_its_kind_by_its_status() -> None:
         SystemLookup(answer=Answer.LOST, error="x" * 201),
         SystemLookup(answer=Answer.LOST, error="\n"),
         SystemLookup(answer=Answer.ANSWERED, upstreams=(ip_address("127.0.0.1"),) * (MOST + 1)),
+        SystemLookup(answer=Answer.ANSWERED, egress=(ip_address("80.58.184.30"),) * (MOST + 1)),
     ],
 )
 def test_a_lookup_that_no_agent_of_ours_tells(found: SystemLookup) -> None:

@@ -128,12 +128,15 @@ async def _slow_part(eyes: Eyes, seen: Observation, policy: Policy, paths: Paths
         rewriting = group.create_task(dns.rewritten(nameservers, zone))
         # Who may not read resolv.conf fails at every name, which says nothing of those who may.
         system = eyes.system if nameservers else None
-        using = group.create_task(system.ask(zone, nameservers)) if system is not None else None
+        ground = (seen.link and (seen.link.name, seen.link.up), seen.exit(4), seen.exit(6))
+        using = group.create_task(system.ask(zone, nameservers, ground)) if system is not None else None
         connecting = group.create_task(tcp.beside(paths, seen.canaries, most=MAX_UPLINKS))
         others = dns.besides(nameservers, eyes.neighbors())
         found = await dns.resolvers(paths, (*nameservers, *others), zone)
         # Somebody who answers in our server's name stands between.
         seen = replace(seen, resolvers=_of_use(found.sightings, nameservers), dns_intercepted=found.forged or None)
+        if using is not None and judge(seen, policy).state is not State.LEAKING:
+            seen = replace(seen, system_lookup=await using)
         if eyes.origins is not None and (odd := unexplained(seen, policy)):
             # Only an egress that nothing else explains is worth a stranger's answer.
             addresses = (*odd, *(a for a in (seen.exit(4), seen.exit(6)) if a), *_homes(policy))
@@ -150,7 +153,7 @@ async def _slow_part(eyes: Eyes, seen: Observation, policy: Policy, paths: Paths
                 if using is not None:
                     using.cancel()
                 return seen
-        if using is not None:
+        if using is not None and seen.system_lookup is None:
             seen = replace(seen, system_lookup=await using)
         seen = replace(seen, canaries=(*seen.canaries, *await connecting))
         return replace(seen, dns_intercepted=await proxied or found.forged, dns_rewritten=await rewriting)
@@ -178,4 +181,5 @@ def _addresses(seen: Observation, policy: Policy) -> Iterable[IPAddress]:
     """Whose places matter: the exits', the resolvers' and home's, to compare their networks."""
     yield from (a for a in (seen.exit(4), seen.exit(6)) if a)
     yield from (s.egress for s in seen.resolvers if s.egress)
+    yield from seen.system_lookup.egress if seen.system_lookup else ()
     yield from _homes(policy)

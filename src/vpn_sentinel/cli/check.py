@@ -207,7 +207,8 @@ def _first(places: Sequence[Place], name: str) -> Any:
 
 
 def _egresses(seen: Observation) -> list[IPAddress]:
-    return list(dict.fromkeys(s.egress for s in seen.resolvers if s.egress))
+    used = seen.system_lookup.egress if seen.system_lookup else ()
+    return list(dict.fromkeys((*(s.egress for s in seen.resolvers if s.egress), *used)))
 
 
 def unseen(looked: "Looked") -> list[str]:

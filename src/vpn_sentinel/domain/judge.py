@@ -224,10 +224,12 @@ def _dns(seen: Observation, policy: Policy) -> Iterator[Finding]:
     if seen.dns_rewritten:
         yield Finding(Code.DNS_REWRITTEN, "A name that does not exist was given an address.")
     leak = next((f for s in seen.resolvers if (f := resolvers.leak(s, seen, policy))), None)
+    leak = leak or resolvers.system_leak(seen, policy)
     if leak is not None:
         yield leak
     yield from lookups.system(seen)
-    if leak is not None or not seen.resolvers or lookups.all_dead(seen):
+    used = resolvers.of_system(seen, policy)
+    if leak is not None or not (used or (seen.resolvers and not lookups.all_dead(seen))):
         return
     beside = resolvers.unverified(seen, policy)
     if beside:
@@ -239,9 +241,10 @@ def _dns(seen: Observation, policy: Policy) -> Iterator[Finding]:
             {"nameservers": named, "path": str(Path.OUTSIDE)},
         )
     telling = [s for s in seen.resolvers if s.answer is Answer.ANSWERED and resolvers.egress_of(s)]
-    if not telling and not beside:
+    if not telling and not beside and not used:
         yield Finding(Code.RESOLVER_UNKNOWN, "No method could tell which resolver asks for this host.")
-    for egress in dict.fromkeys(resolvers.egress_of(s) for s in telling if not policy.allows_resolver(s.nameserver)):
+    shown = (resolvers.egress_of(s) for s in telling if not policy.allows_resolver(s.nameserver))
+    for egress in dict.fromkeys((*shown, *used)):
         if egress is not None and not resolvers.is_expected(egress, seen, policy):
             gap = resolvers.missing(egress, seen, policy)
             yield Finding(

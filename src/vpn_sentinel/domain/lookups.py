@@ -25,12 +25,13 @@ def system(seen: Observation) -> Iterator[Finding]:
             facts |= {"upstreams": ", ".join(map(str, used.upstreams))}
     if all_dead(seen):
         if used is not None and used.answer is Answer.ANSWERED:
-            yield Finding(
-                Code.RESOLVER_UNKNOWN,
-                f"Programs can look names up here, though no nameserver of resolv.conf answers ({servers}): which "
-                "resolver they use could not be seen.",
-                facts,
-            )
+            if not used.egress:
+                yield Finding(
+                    Code.RESOLVER_UNKNOWN,
+                    f"Programs can look names up here, though no nameserver of resolv.conf answers ({servers}): which "
+                    "resolver they use could not be seen.",
+                    facts,
+                )
             return
         yield Finding(Code.DNS_DOWN, f"No nameserver answers: {servers}.", facts)
     elif used is not None and used.answer in _DEAD:

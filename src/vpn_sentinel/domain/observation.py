@@ -104,11 +104,13 @@ class SystemLookup:
     """One fresh name, looked up by getaddrinfo(3) as programs do: by resolv.conf, nsswitch.conf and what they name.
 
     ANSWERED: an address, or the word that there is none. UNREACHABLE: it failed, `error` says how. LOST: no answer in
-    time. `upstreams` are the nameservers that systemd-resolved wrote down, where the stub of it is in use.
+    time. `egress` is where the authoritative side was asked from, where the name tells. `upstreams` are the nameservers
+    that systemd-resolved wrote down, where the stub of it is in use.
     """
 
     answer: Answer
     error: str = ""
+    egress: tuple[IPAddress, ...] = ()
     upstreams: tuple[IPAddress, ...] = ()
 
 

@@ -80,6 +80,32 @@ def _beside(
     )
 
 
+def system_leak(seen: Observation, policy: Policy) -> Finding | None:
+    """Tell why the system's own resolver gives the home connection away, or None: resolv.conf need not name it."""
+    for egress in of_system(seen, policy):
+        facts = {"resolver": str(egress), "method": "system"}
+        said = f"Programs here ask a resolver that comes out at {egress}"
+        if policy.is_home(egress):
+            return Finding(Code.DNS_LEAK, f"{said}, in the home network.", facts)
+        if asn := _isp_asn(egress, seen, policy):
+            return Finding(Code.DNS_LEAK, f"{said}, in the home provider's network AS{asn}.", facts | {"asn": str(asn)})
+    return None
+
+
+def of_system(seen: Observation, policy: Policy) -> tuple[IPAddress, ...]:
+    """Where the system's own resolver comes out, as far as no lookup through a nameserver showed the same.
+
+    Nothing where the policy allows one of the nameservers: it may be that one that was asked.
+    """
+    used = seen.system_lookup
+    if used is None or used.answer is not Answer.ANSWERED:
+        return ()
+    if any(policy.allows_resolver(n) for n in (*(s.nameserver for s in seen.resolvers), *used.upstreams)):
+        return ()
+    shown = {egress_of(s) for s in seen.resolvers}
+    return tuple(e for e in used.egress if is_public(e) and e not in shown and not policy.allows_resolver(e))
+
+
 def egress_of(sighting: ResolverSighting) -> IPAddress | None:
     """Where the resolver asks the internet from; an address that cannot be on it tells nothing."""
     return sighting.egress if sighting.egress is not None and is_public(sighting.egress) else None
@@ -110,6 +136,9 @@ def unexplained(seen: Observation, policy: Policy) -> tuple[IPAddress, ...]:
         if policy.allows_resolver(egress) or policy.is_home(egress) or _in_exit_block(egress, seen):
             continue
         if not _is_known_public(egress):
+            found[egress] = None
+    for egress in of_system(seen, policy):
+        if not (policy.is_home(egress) or _in_exit_block(egress, seen) or _is_known_public(egress)):
             found[egress] = None
     return tuple(found)
 

@@ -4,6 +4,7 @@ Name: one label of 48 hex digits below the zone: 8 bytes id, 8 bytes nonce, 8 by
 resolver that minimises names (RFC 9156) has none to ask for in between; hex, so that letter case carries nothing.
 Answer: a TXT record of two strings, the address that the question came from and 16 hex digits, the MAC over nonce and
 address. Both MACs are keyed BLAKE2s (RFC 7693) with the key of the UDP echo, each with a personalisation of its own.
+An A or AAAA record, as the asker's address is, tells the same to getaddrinfo(3), without a MAC.
 """
 
 import hmac

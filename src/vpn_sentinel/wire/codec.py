@@ -160,8 +160,8 @@ def _check_routed(seen: Observation) -> None:
 
 def _check_system_lookup(found: o.SystemLookup | None) -> None:
     _check_limits(found)
-    if found is not None and len(found.upstreams) > limits.PER_OBSERVATION:
-        msg = "upstreams holds too many entries"
+    if found is not None and max(len(found.upstreams), len(found.egress)) > limits.PER_OBSERVATION:
+        msg = "egress or upstreams hold too many entries"
         raise ValueError(msg)
 
 

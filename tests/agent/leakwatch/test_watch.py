@@ -357,3 +357,17 @@ send("192.168.7.1", 53, question("example.org")); await turns()
 say(asked=asked, came=came)
 """)
     assert seen["asked"] == seen["came"] == []
+
+
+async def test_a_name_that_an_agent_made_up_is_told_to_nobody_and_its_way_is() -> None:
+    seen = await ran("""
+from vpn_sentinel.agent.probes.system_resolver import fresh_names
+watch = make()
+for name in fresh_names(None):
+    send("80.58.61.250", 53, question(name.rstrip(".")))
+send("80.58.61.250", 53, question("example.org")); await until(lambda: count(watch) == 3)
+say(flows=flows(watch), names=[e.name for e in watch.escapes(Paths(kernel, around()))])
+""")
+    names = seen["names"]
+    assert isinstance(names, list)
+    assert sorted(names, key=str) == [None, "example.org"]

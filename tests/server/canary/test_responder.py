@@ -71,6 +71,15 @@ def test_over_udp_the_resolver_is_sent_to_tcp() -> None:
     assert (answer.header.tc, answer.header.rcode, answer.rr) == (1, RCODE.NOERROR, [])
 
 
+@pytest.mark.parametrize(("asker", "kind"), [("185.65.200.7", "A"), ("2001:db8:5::7", "AAAA")])
+def test_the_address_of_an_agents_name_is_where_the_question_came_from(asker: str, kind: str) -> None:
+    packed, outcome = responder().respond(query(own_name(), kind), asker, 0.0, datagram=False)
+    (record,) = DNSRecord.parse(packed).rr
+    assert (str(record.rdata), record.ttl, outcome) == (asker, 0, Outcome.SIGHTED)
+    over_udp, _ = responder().respond(query(own_name(), kind), asker, 0.0, datagram=True)
+    assert (DNSRecord.parse(over_udp).header.tc, DNSRecord.parse(over_udp).rr) == (1, [])
+
+
 def soa_is_there(answer: DNSRecord) -> None:
     assert [(str(r.rname), r.rtype, r.ttl) for r in answer.auth] == [(ZONE + ".", QTYPE.SOA, 1)]
     assert answer.auth[0].rdata.times[4] == 1
@@ -82,7 +91,8 @@ def soa_is_there(answer: DNSRecord) -> None:
         "a name that nobody could ask": (f"www.{ZONE}", "A", RCODE.NXDOMAIN, Outcome.NXDOMAIN),
         "one below an agent's": (f"a.{own_name()}", "TXT", RCODE.NXDOMAIN, Outcome.NXDOMAIN),
         "one with a wrong MAC": (f"{'0' * 48}.{ZONE}", "TXT", RCODE.NXDOMAIN, Outcome.NXDOMAIN),
-        "another type of an agent's": (own_name(), "A", RCODE.NOERROR, Outcome.ZONE),
+        "another type of an agent's": (own_name(), "MX", RCODE.NOERROR, Outcome.ZONE),
+        "an address of IPv6 where IPv4 asked": (own_name(), "AAAA", RCODE.NOERROR, Outcome.ZONE),
         "another type of the apex": (ZONE, "A", RCODE.NOERROR, Outcome.ZONE),
         "another type of the server": (f"ns.{ZONE}", "TXT", RCODE.NOERROR, Outcome.ZONE),
     }.values(),

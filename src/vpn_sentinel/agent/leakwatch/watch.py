@@ -29,6 +29,7 @@ from vpn_sentinel.agent.leakwatch.tap import BATCH, Tap
 from vpn_sentinel.agent.leakwatch.users import Users
 from vpn_sentinel.agent.net.own import OWN, OwnSockets
 from vpn_sentinel.agent.net.sockets import Sockets
+from vpn_sentinel.agent.probes.system_resolver import is_ours
 from vpn_sentinel.agent.probes.tag import is_probe
 from vpn_sentinel.domain.observation import Answer, Canary, Escape, Path, Probe
 from vpn_sentinel.domain.policy import IPAddress, Policy, is_public, within
@@ -370,6 +371,9 @@ class LeakWatch:
             self._leaked(packet, interface, self._clock.boottime())
 
     def _leaked(self, packet: Packet, interface: str, now: float) -> None:
+        if packet.name is not None and is_ours(packet.name):
+            # It shows the way of every program's lookups, as getaddrinfo(3) goes; the name itself is nobody's.
+            packet = replace(packet, name=None)
         new = self._book.see(packet, interface, now)
         if new is not None:
             self._on_escape(new)

@@ -1,14 +1,18 @@
 """The system's own resolver, as programs use it: one fresh name a round by getaddrinfo(3).
 
 resolv.conf may be empty, nsswitch.conf may ask elsewhere (nss-resolve, nothing at all): only the call itself tells.
+In the zone of our own server the name's address is where the resolver asked from. Without a zone `whoami.akamai.net` is
+looked up as well, which caches may keep: its answer counts once it is older than those do.
 It blocks for up to half a minute, so it runs in one daemon thread at a time, which neither a round nor a stop awaits.
 """
 
 import asyncio
+import re
 import secrets
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
@@ -16,8 +20,10 @@ from typing import Final
 from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.agent.probes import dns
 from vpn_sentinel.agent.probes.shortage import out_of_descriptors
+from vpn_sentinel.agent.probes.targets import address_in
 from vpn_sentinel.domain.observation import Answer, SystemLookup
 from vpn_sentinel.domain.policy import IPAddress
+from vpn_sentinel.wire import canary
 
 PATIENCE: Final = 2.0  # seconds of a round
 _LOST_AFTER: Final = 12.0  # seconds; glibc tries a silent nameserver for ten: resolv.conf(5), timeout and attempts
@@ -34,13 +40,48 @@ _NO_SUCH: Final = frozenset(
 )
 _NAMES: Final = {getattr(socket, n): n for n in sorted(dir(socket)) if n.startswith("EAI_")}
 
-# Looks a name up and returns nothing; raises OSError as getaddrinfo(3) fails.
-Lookup = Callable[[str], object]
+_WHOAMI: Final = "whoami.akamai.net."
+_CACHED: Final = 300.0  # seconds; its records live for less
+_PAUSE: Final = 120.0  # seconds without a look, after which a cache may hold what was before
+_MOST: Final = 8  # addresses
+_OURS: Final = re.compile(rf"r[0-9a-f]{{16}}\.l\.google\.com|nx-[0-9a-f]{{16}}\..+|[0-9a-f]{{{canary.LABEL}}}\..+")
+
+# Looks a name up and returns its addresses; raises OSError as getaddrinfo(3) fails.
+Lookup = Callable[[str], Iterable[IPAddress]]
 
 
-def _getaddrinfo(name: str) -> object:
+def _getaddrinfo(name: str) -> tuple[IPAddress, ...]:
     with AS_USER:
-        return socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM, flags=socket.AI_CANONNAME)
+    known = next((canonical for *_, canonical, _ in found if canonical), name)
+    if known.rstrip(".").lower() != name.rstrip(".").lower():
+        return ()  # an alias leads to the page of whoever blocks the name
+    return tuple(a for *_, at in found if (a := address_in(str(at[0]).partition("%")[0])))
+
+
+def is_ours(name: str) -> bool:
+    """Whether a DNS name is one that an agent made up, and so nothing that a user's program asked for."""
+    return _OURS.fullmatch(name.lower().rstrip(".")) is not None
+
+
+class Settled:
+    """Tells addresses that no cache can have kept from before the network changed. No I/O, and no clock."""
+
+    def __init__(self) -> None:
+        self._ground: object = None
+        self._looked = 0.0
+        self._since: dict[IPAddress, float] = {}
+
+    def of(self, found: Iterable[IPAddress], ground: object, now: float) -> tuple[IPAddress, ...]:
+        """Those of `found` that the same name had more than five minutes ago already.
+
+        `ground` is what the tunnel and its exit are: with another one it begins anew.
+        """
+        if ground != self._ground or now - self._looked > _PAUSE:
+            self._since = {}
+        self._ground, self._looked = ground, now
+        self._since = {a: self._since.get(a, now) for a in (*self._since, *found)}
+        return tuple(a for a in found if now - self._since[a] > _CACHED)
 
 
 def fresh_names(zone: dns.CanaryZone | None) -> tuple[str, str]:
@@ -68,16 +109,22 @@ class SystemResolver:
         self._lookup = lookup
         self._patience, self._lost_after, self._boottime = patience, lost_after, boottime
         self._nsswitch, self._resolved = nsswitch, resolved
+        self._settled = Settled()
         self._running: asyncio.Future[SystemLookup] | None = None
         self._since = 0.0
 
-    async def ask(self, zone: dns.CanaryZone | None, servers: Sequence[dns.Nameserver]) -> SystemLookup | None:
-        """Look a fresh name up; None while there is no answer yet. At most `patience` seconds."""
+    async def ask(
+        self, zone: dns.CanaryZone | None, servers: Sequence[dns.Nameserver], ground: object = None
+    ) -> SystemLookup | None:
+        """Look a fresh name up; None while there is no answer yet. At most `patience` seconds.
+
+        `ground` is anything that differs when the tunnel or its exit is another one.
+        """
         if AS_USER.refused:
             return None
         running = self._running
         if running is None:
-            running = self._running = self._start(fresh_names(zone), self._upstreams(servers))
+            running = self._running = self._start(zone, self._upstreams(servers), ground)
             self._since = self._boottime()
         await asyncio.wait([running], timeout=self._patience)
         if running.done():
@@ -88,7 +135,9 @@ class SystemResolver:
             return None
         return SystemLookup(answer=Answer.LOST, error=f"no answer for {waited:.0f} s")
 
-    def _start(self, names: Sequence[str], upstreams: tuple[IPAddress, ...]) -> asyncio.Future[SystemLookup]:
+    def _start(
+        self, zone: dns.CanaryZone | None, upstreams: tuple[IPAddress, ...], ground: object
+    ) -> asyncio.Future[SystemLookup]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[SystemLookup] = loop.create_future()
 
@@ -97,7 +146,9 @@ class SystemResolver:
                 future.set_result(found)
 
         def work() -> None:
-            found = self._outcome(names, upstreams)
+            found = self._outcome(fresh_names(zone), upstreams, tells=zone is not None)
+            if zone is None and found.answer is Answer.ANSWERED:
+                found = replace(found, egress=self._settled.of(self._whoami(), ground, self._boottime()))
             try:
                 loop.call_soon_threadsafe(finish, found)
             except RuntimeError:  # the loop has ended meanwhile
@@ -106,21 +157,30 @@ class SystemResolver:
         threading.Thread(target=work, name="system-resolver", daemon=True).start()
         return future
 
-    def _outcome(self, names: Sequence[str], upstreams: tuple[IPAddress, ...]) -> SystemLookup:
+    def _whoami(self) -> tuple[IPAddress, ...]:
+        try:
+            return _public(self._lookup(_WHOAMI))
+        except (OSError, ValueError):
+            return ()  # blocked, or its servers are down: nothing is known, and nothing amiss
+
+    def _outcome(self, names: Sequence[str], upstreams: tuple[IPAddress, ...], *, tells: bool) -> SystemLookup:
+        """`tells` says that the first of the names has the egress as its address."""
         error = ""
         for name in names:
             try:
-                self._lookup(name)
+                found = self._lookup(name)
             except socket.gaierror as e:
                 if e.errno not in _NO_SUCH:
                     error = f"{_NAMES.get(e.errno, e.errno)}: {e.strerror}"
                     continue
+                found = ()
                 if only_local(self._nsswitch):
                     return SystemLookup(answer=Answer.UNREACHABLE, error="nsswitch.conf names no DNS for hosts")
             except (OSError, ValueError) as e:
                 error = str(e)
                 continue
-            return SystemLookup(answer=Answer.ANSWERED, upstreams=upstreams)
+            egress = _public(found) if tells and name == names[0] else ()
+            return SystemLookup(answer=Answer.ANSWERED, egress=egress, upstreams=upstreams)
         answer = Answer.UNKNOWN if out_of_descriptors() else Answer.UNREACHABLE
         return SystemLookup(answer=answer, error=error[:200], upstreams=upstreams)
 
@@ -129,6 +189,12 @@ class SystemResolver:
         if all(s.address != _STUB for s in servers) or not self._resolved.exists():
             return ()
         return tuple(dns.plain(s.address) for s in dns.system_nameservers(self._resolved))
+
+
+def _public(found: Iterable[IPAddress]) -> tuple[IPAddress, ...]:
+    """The addresses that can be a resolver's. Beside an IPv4 one, one of IPv6 may be made up of it: DNS64, RFC 6147."""
+    known = tuple(dict.fromkeys(a for a in map(dns.on_the_internet, found) if a is not None))[:_MOST]
+    return tuple(a for a in known if a.version == 4) or known
 
 
 def only_local(nsswitch: Path) -> bool:

@@ -59,6 +59,8 @@ class Zone:
         if genuine is not None:
             nonce, key = genuine
             records = [Record(None, message.TXT, _NEVER_TWICE, texts(canary.answer(asker, nonce, key)))]
+            # getaddrinfo(3) asks for addresses alone: what programs use is seen by it, and by nothing else.
+            records.append(Record(None, _kind(asker), _NEVER_TWICE, asker.packed))
             return self._of(query, records)
         if len(query.labels) == depth:
             return self._of(query, [self._soa, *self._ns()], additional=self._glue())
@@ -88,10 +90,11 @@ class Zone:
                 yield from self._addresses(message.wire(name))
 
     def _addresses(self, owner: bytes | None) -> list[Record]:
-        return [
-            Record(owner, message.AAAA if isinstance(a, IPv6Address) else message.A, _ADDRESS_TTL, a.packed)
-            for a in self.addresses()
-        ]
+        return [Record(owner, _kind(a), _ADDRESS_TTL, a.packed) for a in self.addresses()]
+
+
+def _kind(address: IPAddress) -> int:
+    return message.AAAA if isinstance(address, IPv6Address) else message.A
 
 
 def labels_of(name: str) -> tuple[bytes, ...]:
