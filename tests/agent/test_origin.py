@@ -1,11 +1,12 @@
 """The AS number of an address: asked once a block, through the tunnel only, and kept."""
 
+import json
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
 
 import pytest
 
-from tests.agent.doubles import ETH, LO, WG, FakeKernel, Loopback, udp
+from tests.agent.doubles import ETH, LO, WG, FakeKernel, Loopback, http, reply, udp
 from tests.agent.test_dnswire import answer, text
 from tests.conftest import ManualClock
 from vpn_sentinel.agent.http import Client
@@ -17,9 +18,10 @@ from vpn_sentinel.agent.probes.dns import Nameserver
 from vpn_sentinel.agent.probes.dnswire import Reply
 from vpn_sentinel.agent.probes.origin import FRESH, Origins, block, question, read
 from vpn_sentinel.agent.probes.place import Places
+from vpn_sentinel.agent.probes.placing import Service, read_ipinfo
 from vpn_sentinel.agent.round import Eyes, look
 from vpn_sentinel.domain.judge import judge
-from vpn_sentinel.domain.observation import Path, Trigger
+from vpn_sentinel.domain.observation import Path, Place, Trigger
 from vpn_sentinel.domain.policy import Policy
 from vpn_sentinel.domain.verdict import Code
 from vpn_sentinel.runtime.clock import SystemClock
@@ -105,6 +107,66 @@ async def test_one_that_stays_silent_is_left_alone_for_a_while(clock: ManualCloc
             await origins.learn([EGRESS], [Nameserver(HERE, port=port)], paths(WG.index))
         assert len(there.got) == 1
         assert origins.known([EGRESS]) == ()
+
+
+class Counting:
+    """A geolocation service that knows networks, and what it was asked."""
+
+    def __init__(self, asn: str = "AS3352 TELEFONICA DE ESPANA", address: str = "80.58.184.0") -> None:
+        self.got: list[str] = []
+        self._said = {"ip": address, "country": "ES", "org": asn}
+
+    def __call__(self, request: str) -> bytes:
+        self.got.append(request.split(" ")[1])
+        return reply(json.dumps(self._said))
+
+
+def refused(data: bytes) -> bytes:
+    return answer(data, flags=0x8185)
+
+
+async def learned(
+    clock: ManualClock, service: Counting, interface: int = WG.index, facts: Facts | None = None, times: int = 1
+) -> tuple[Place, ...]:
+    """What is known of the egress when Team Cymru's zone does not answer."""
+    async with udp(refused) as (port, _), http(service) as (web, _):
+        known = Service("ipinfo.io", f"http://127.0.0.1:{web}", "/json", read_ipinfo, "/{}/json")
+        trace = Service("cloudflare", f"http://127.0.0.1:{web}", "/trace", read_ipinfo)
+        places = Places(Client(names=Names()), [trace, known], clock)
+        origins = Origins(clock, facts, path_to=as_routed, services=places.about, names=Names())
+        for _ in range(times):
+            await origins.learn([EGRESS], [Nameserver(HERE, port=port)], paths(interface))
+        return origins.known([EGRESS])
+
+
+async def test_a_geolocation_service_is_the_second_source_and_is_asked_of_the_block_once(clock: ManualClock) -> None:
+    service, facts = Counting(), Facts()
+    (place,) = await learned(clock, service, facts=facts, times=3)
+    assert (place.asn, place.source, place.ip) == (3352, "ipinfo.io", EGRESS)
+    assert service.got == ["/80.58.184.0/json"]
+    assert await learned(clock, service, facts=facts) == (place,)
+    assert len(service.got) == 1
+    clock.now += FRESH
+    await learned(clock, service, facts=facts)
+    assert len(service.got) == 2
+
+
+async def test_no_service_is_asked_beside_the_tunnel(clock: ManualClock) -> None:
+    service = Counting()
+    assert await learned(clock, service, ETH.index) == ()
+    assert service.got == []
+
+
+@pytest.mark.parametrize("service", [Counting(asn="3352"), Counting(address="81.0.0.0")], ids=["a name", "another's"])
+async def test_what_is_no_number_of_that_block_is_not_kept(clock: ManualClock, service: Counting) -> None:
+    assert await learned(clock, service, times=3) == ()
+    assert len(service.got) == 1
+
+
+async def test_what_was_kept_before_there_were_two_sources_is_read(clock: ManualClock) -> None:
+    facts = Facts()
+    facts.kept["origins"] = json.dumps({"80.58.184.0/24": [clock.wall(), [3352]]})
+    assert [(p.asn, p.source) for p in Origins(clock, facts).known([EGRESS])] == [(3352, "cymru.com")]
 
 
 @pytest.mark.parametrize("kept", ["", "[]", "{", '{"a": 1}', '{"a": ["x", []]}', "null"])

@@ -96,6 +96,16 @@ def test_networks_numbers(said: object, number: int | None) -> None:
     assert placing.asn_of(said) == number
 
 
+@pytest.mark.parametrize("org", ["360", "3352", "Level 3", "ASN 24 Ltd", "as a service"])
+def test_a_company_that_is_called_by_a_number_has_none(org: str) -> None:
+    place = placing.read_ipinfo(json.dumps({"ip": str(EXIT), "org": org}).encode())
+    assert (place.asn, place.org) == (None, org)
+    by_isp = json.dumps({"status": "success", "query": str(EXIT), "isp": org, "org": org, "as": ""})
+    assert placing.read_ipapi(by_isp.encode()).asn is None
+    whois = json.dumps({"success": True, "ip": str(EXIT), "connection": {"isp": org, "org": org}})
+    assert placing.read_ipwhois(whois.encode()).asn is None
+
+
 def test_an_organisation_without_its_number() -> None:
     assert placing.without_asn("AS1") is None
     assert placing.without_asn("Example") == "Example"

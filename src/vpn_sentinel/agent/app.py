@@ -154,7 +154,7 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
         canary=lambda: canary_zone.zone,
         neighbors=lambda: () if AS_USER.refused else (dns.on_link(n.address, n.interface) for n in watch.neighbors),
         system=SystemResolver(boottime=clock.boottime),
-        origins=Origins(clock, spool),
+        origins=Origins(clock, spool, services=places.about, names=names),
         sight=pulse,
         asides=Asides(
             claims=witnesses.look,

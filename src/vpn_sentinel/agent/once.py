@@ -43,7 +43,8 @@ class Looked:
 
 async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, server: str | None = None) -> Looked:
     """Look and judge. `server` is the address of a VPN Sentinel server that is asked as well. Raises SettingError."""
-    http = http_client(settings, Names())
+    names = Names()
+    http = http_client(settings, names)
     databases = open_databases(settings, clock)
     kernel = open_kernel()
     around = Surveyor(kernel, configured=settings.tunnel_interface, only=settings.meant_outside.only)
@@ -69,17 +70,16 @@ async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, se
         path = path_to(server, paths)
         return replace(usual, also=(lambda: whoami(http, server, path),))
 
+    places = Places(http, chosen_services(settings), clock, look_up=databases.look_up, limit=min(settings.timeout, 4.0))
     eyes = rounds.Eyes(
         kernel=kernel,
         survey=lambda: found,
         flock=whom,
-        places=Places(
-            http, chosen_services(settings), clock, look_up=databases.look_up, limit=min(settings.timeout, 4.0)
-        ),
+        places=places,
         clock=clock,
         neighbors=lambda: () if AS_USER.refused else (dns.on_link(n.address, n.interface) for n in watch.neighbors),
         system=SystemResolver(boottime=clock.boottime),
-        origins=Origins(clock),
+        origins=Origins(clock, services=places.about, names=names),
         watch=watch,
         audit=route_audit(settings, lambda: watch.servers),
     )

@@ -1,16 +1,20 @@
 """The AS number of an address by one DNS question: TXT <reversed>.origin.asn.cymru.com (Team Cymru's IP to ASN).
 
 Asked through the tunnel only, of the block and never of the host, once a block, and kept for two weeks. An answer is
-`"64496 | 192.0.2.0/24 | NL | ripencc | 2001-01-01"`; a block with several origins names several numbers.
+`"64496 | 192.0.2.0/24 | NL | ripencc | 2001-01-01"`; a block with several origins names several numbers. Where it does
+not answer, the geolocation services are asked of the block's first address, in the same way.
 """
 
 import asyncio
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from ipaddress import ip_address, ip_network
 from typing import Final, Protocol
 
+from vpn_sentinel.agent.endpoints import TCP
+from vpn_sentinel.agent.http import split
 from vpn_sentinel.agent.interfaces import Paths
+from vpn_sentinel.agent.names import Names, NotFoundError
 from vpn_sentinel.agent.probes import dns, dnswire
 from vpn_sentinel.agent.probes.placing import asn_of
 from vpn_sentinel.domain.observation import Answer, Path, Place
@@ -22,8 +26,11 @@ FRESH: Final = 14 * 86400.0  # seconds
 _REST: Final = 600.0  # seconds after no answer
 _LIMIT, _RESEND = 1.0, 0.4  # seconds; a leak may be waiting to be told
 _MOST_ASKED: Final = 8  # blocks in a round
+_MOST_SERVED: Final = 4  # blocks in a round that services are asked about
+_SERVED_WITHIN: Final = 2.0  # seconds
 _MOST_KEPT: Final = 64  # blocks
 _FACT: Final = "origins"
+_NEVER: Final = (0.0, (), SOURCE)
 # Public resolvers for where no nameserver lies inside the tunnel.
 _PUBLIC: Final = tuple(dns.Nameserver(ip_address(a)) for a in ("9.9.9.9", "1.1.1.1"))
 
@@ -36,6 +43,11 @@ class Facts(Protocol):
     def keep(self, name: str, value: str) -> None: ...
 
 
+# What a service says of an address, None when none does; the second argument tells which may be asked, by its URL.
+Services = Callable[[IPAddress, Callable[[str], Awaitable[bool]]], Awaitable[Place | None]]
+_Origin = tuple[float, tuple[int, ...], str]  # when it was asked (wall clock), the AS numbers, and who said so
+
+
 class Origins:
     """What is known of the origin of addresses. Without `facts` it is forgotten with the process."""
 
@@ -45,42 +57,83 @@ class Origins:
         facts: Facts | None = None,
         *,
         path_to: Callable[[dns.Nameserver, Paths], Path] = dns.path_to,
+        services: Services | None = None,
+        names: Names | None = None,
     ) -> None:
+        """`services` stand in where the DNS question has no answer; `names` knows where they are."""
+        self._services, self._names = services, names or Names()
         self._path_to = path_to
         self._clock = clock
         self._facts = facts
-        self._known: dict[str, tuple[float, tuple[int, ...]]] = _read(facts.fact(_FACT) if facts else None)
+        self._known: dict[str, _Origin] = _read(facts.fact(_FACT) if facts else None)
         self._tried: dict[str, float] = {}
 
     def known(self, addresses: Iterable[IPAddress]) -> tuple[Place, ...]:
         """What earlier answers say, without asking anyone. A block with several origins makes several places."""
         found: list[Place] = []
         for address in dict.fromkeys(addresses):
-            _, numbers = self._known.get(str(block(address)), (0.0, ()))
-            found += [Place(ip=address, source=SOURCE, asn=n) for n in numbers]
+            _, numbers, source = self._known.get(str(block(address)), _NEVER)
+            found += [Place(ip=address, source=source, asn=n) for n in numbers]
         return tuple(found)
 
     async def learn(self, addresses: Iterable[IPAddress], servers: Iterable[dns.Nameserver], paths: Paths) -> None:
-        """Ask for what is not known or too old, at most a second. Nothing is asked when no way leads by the tunnel."""
+        """Ask for what is not known or too old, at most three seconds. Nobody is asked beside the tunnel."""
         server = next((s for s in (*servers, *_PUBLIC) if self._path_to(s, paths) is Path.TUNNEL), None)
-        due = [b for b in dict.fromkeys(block(a) for a in addresses if is_public(a)) if self._due(str(b))]
-        if server is None or not due:
+        due = [b for b in dict.fromkeys(block(a) for a in addresses if is_public(a)) if self._due(str(b))][:_MOST_ASKED]
+        if not due:
             return
-        async with asyncio.TaskGroup() as group:
-            asked = {b: group.create_task(_ask(server, b)) for b in due[:_MOST_ASKED]}
-        for network, task in asked.items():
-            self._tried[str(network)] = self._clock.boottime()
-            if numbers := task.result():
-                self._known.pop(str(network), None)
-                self._known[str(network)] = (self._clock.wall(), numbers)
+        left = due
+        if server is not None:
+            async with asyncio.TaskGroup() as group:
+                asked = {b: group.create_task(_ask(server, b)) for b in due}
+            for network, task in asked.items():
+                self._tried[str(network)] = self._clock.boottime()
+                self._learned(network, task.result(), SOURCE)
+            left = [b for b, task in asked.items() if not task.result()]
+        await self._ask_services(left, paths)
         for kept in (self._known, self._tried):
             while len(kept) > _MOST_KEPT:
                 del kept[next(iter(kept))]
         if self._facts is not None:
             self._facts.keep(_FACT, json.dumps(self._known))
 
+    def _learned(self, network: IPNetwork, numbers: tuple[int, ...], source: str) -> None:
+        if numbers:
+            self._known.pop(str(network), None)
+            self._known[str(network)] = (self._clock.wall(), numbers, source)
+
+    async def _ask_services(self, due: list[IPNetwork], paths: Paths) -> None:
+        services = self._services
+        if services is None or not due:
+            return
+
+        async def ask(network: IPNetwork) -> None:
+            async def may_ask(url: str) -> bool:
+                inside = await self._is_inside(url, paths)
+                if inside:
+                    self._tried[str(network)] = self._clock.boottime()
+                return inside
+
+            place = await services(network.network_address, may_ask)
+            if place is not None and place.asn is not None:
+                self._learned(network, (place.asn,), place.source)
+
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(ask(network)) for network in due[:_MOST_SERVED]]
+            await asyncio.wait(tasks, timeout=_SERVED_WITHIN)
+            for task in tasks:
+                task.cancel()
+
+    async def _is_inside(self, url: str, paths: Paths) -> bool:
+        where = split(url)
+        try:
+            there = await self._names.addresses(where.host, patience=_LIMIT)
+        except NotFoundError:
+            return False
+        return all(paths.of(address, where.port, TCP) is Path.TUNNEL for address in there)
+
     def _due(self, network: str) -> bool:
-        since, _ = self._known.get(network, (0.0, ()))
+        since, *_ = self._known.get(network, _NEVER)
         if 0 <= self._clock.wall() - since < FRESH:
             return False
         return self._clock.boottime() - self._tried.get(network, -_REST) >= _REST
@@ -127,10 +180,13 @@ async def _ask(server: dns.Nameserver, network: IPNetwork) -> tuple[int, ...]:
     return tuple(numbers) if outcome.answer is Answer.ANSWERED else ()
 
 
-def _read(text: str | None) -> dict[str, tuple[float, tuple[int, ...]]]:
+def _read(text: str | None) -> dict[str, _Origin]:
     """What was kept; nothing of what is damaged."""
     try:
         said = json.loads(text or "{}")
-        return {str(k): (float(at), tuple(int(n) for n in numbers)) for k, (at, numbers) in said.items()}
+        return {
+            str(k): (float(at), tuple(int(n) for n in numbers), str(who[0]) if who else SOURCE)
+            for k, (at, numbers, *who) in said.items()
+        }
     except (ValueError, TypeError, AttributeError):
         return {}

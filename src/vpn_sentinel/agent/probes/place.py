@@ -6,7 +6,7 @@ alone is often wrong about VPN exits. One that refuses rests for hours, one that
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -93,6 +93,19 @@ class Places:
         if answered:
             self._asked[exit_] = self._clock.boottime()
 
+    async def about(self, address: IPAddress, may_ask: Callable[[str], Awaitable[bool]]) -> Place | None:
+        """What the first service that names a network says of an address that is nobody's exit here.
+
+        `may_ask` tells of a service's base URL whether it may be asked now.
+        """
+        for service in self._awake():
+            if not service.about or not await may_ask(service.base):
+                continue
+            place = await self._fetch(service, service.about.format(address), None)
+            if place is not None and place.ip == address and place.asn is not None:
+                return place
+        return None
+
     def _awake(self) -> list[Service]:
         now = self._clock.boottime()
         return [s for s in self._services if self._rest[s.name].until <= now]
@@ -103,23 +116,28 @@ class Places:
         return any(countries.count(c) >= _WANTED for c in countries)
 
     async def _ask(self, service: Service, family: int) -> bool:
+        place = await self._fetch(service, service.path, family)
+        if place is not None:
+            self._opinions.setdefault(place.ip, {})[service.name] = place
+        return place is not None
+
+    async def _fetch(self, service: Service, path: str, family: int | None) -> Place | None:
         try:
-            response = await self._http.get(service.base + service.path, limit=self._limit, family=family)
+            response = await self._http.get(service.base + path, limit=self._limit, family=family)
             if response.status != 200:
                 self._refused(service, response)
-                return False
+                return None
             place = service.read(response.body)
         except (HttpError, BadAnswerError) as e:
             self._failed(service, str(e))
-            return False
-        self._opinions.setdefault(place.ip, {})[service.name] = place
+            return None
         rest = self._rest[service.name]
         if rest.failures:
             log.info("geolocation service answers again", extra={"service": service.name})
         rest.failures = 0
         if response.headers.get("x-rl") == "0":
             rest.until = self._clock.boottime() + _seconds(response.headers.get("x-ttl"), 60.0)
-        return True
+        return place
 
     def _refused(self, service: Service, response: Response) -> None:
         if response.status not in (403, 429):

@@ -21,12 +21,14 @@ class BadAnswerError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """One source. `name` is what a setting chooses it by, `path` is added to its base URL."""
+    """One source. `name` is what a setting chooses it by; `path`, added to its base URL, asks about the asker, `about`
+    about another address. "" where it tells of no other."""
 
     name: str
     base: str
     path: str
     read: Callable[[bytes], Place]
+    about: str = ""
 
 
 def read_ipinfo(body: bytes) -> Place:
@@ -39,7 +41,7 @@ def read_ipinfo(body: bytes) -> Place:
         region=clean(said.get("region")),
         city=clean(said.get("city")),
         timezone=clean(said.get("timezone")),
-        asn=asn_of(org),
+        asn=asn_of(org) if org and _AS.match(org) else None,  # a company may be called by a number
         org=without_asn(org),
     )
 
@@ -85,9 +87,9 @@ def read_trace(body: bytes) -> Place:
 def services(ipinfo: str, ipapi: str, ipwhois: str, trace: str) -> tuple[Service, ...]:
     """All sources under their base URLs, in the order in which they are tried."""
     return (
-        Service("ipinfo.io", ipinfo, "/json", read_ipinfo),
-        Service("ipwho.is", ipwhois, "/", read_ipwhois),
-        Service("ip-api.com", ipapi, "/json", read_ipapi),
+        Service("ipinfo.io", ipinfo, "/json", read_ipinfo, "/{}/json"),
+        Service("ipwho.is", ipwhois, "/", read_ipwhois, "/{}"),
+        Service("ip-api.com", ipapi, "/json", read_ipapi, "/json/{}"),
         Service("cloudflare", trace, TRACE_PATH, read_trace),
     )
 
