@@ -61,6 +61,45 @@ FILES = {
 }
 
 
+LONG = "nameserver 10.0.0.1 " + "x" * 235 + "\nnameserver 10.0.0.2\n"
+# Where the two libraries differ: what glibc 2.36 and musl 1.2.3 make of each, by res_ninit(3) and by __get_resolv_conf
+# linked in, over a bind-mounted file.
+DIFFERENT = {
+    "ends of line of another system": ("nameserver 10.0.0.1\r\nnameserver ::1\r\n", "127.0.0.1", "10.0.0.1 ::1"),
+    "other blanks": ("nameserver\v10.0.0.1\nnameserver 10.0.0.2\f\n", "127.0.0.1", "10.0.0.1 10.0.0.2"),
+    "a line of 256 bytes": (LONG, "10.0.0.1 10.0.0.2", "10.0.0.2"),
+    "one of 255": (LONG.replace("xx", "x", 1), "10.0.0.1 10.0.0.2", "10.0.0.1 10.0.0.2"),
+    "a long one without an end": ("nameserver 10.0.0.1 " + "x" * 300, "10.0.0.1", "127.0.0.1"),
+    "a zone that is nothing": ("nameserver fe80::1%nonesuch\nnameserver fe80::2%1x\n", "fe80::1 fe80::2", "127.0.0.1"),
+    "no zone behind its sign": ("nameserver fe80::1%\nnameserver 10.0.0.1\n", "fe80::1 10.0.0.1", "10.0.0.1"),
+    "a zone": ("nameserver fe80::1%lo\nnameserver fe80::2%1\n", "fe80::1%1 fe80::2%1", "fe80::1%1 fe80::2%1"),
+    "a zone of what has none": ("nameserver 2001:db8::1%lo\nnameserver ::2\n", "2001:db8::1 ::2", "::2"),
+    "a zone by number of what has none": ("nameserver 2001:db8::1%1\n", "2001:db8::1%1", "2001:db8::1%1"),
+    "a zone beyond all": ("nameserver fe80::1%99999999999\n", "fe80::1", "127.0.0.1"),
+    "a digit of another script": ("nameserver fe80::1%\u00b2\n", "fe80::1", "127.0.0.1"),
+    "trailing blanks": ("nameserver \t 10.0.0.1 \t \n", "10.0.0.1", "10.0.0.1"),
+    "comments behind": (
+        "nameserver 10.0.0.1#x\nnameserver 10.0.0.2;x\nnameserver 10.0.0.3 # x\n", "10.0.0.3", "10.0.0.3",
+    ),
+    "brackets": ("nameserver [::1]\nnameserver [::1]:53\n", "127.0.0.1", "127.0.0.1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text_", "glibc", "musl"), DIFFERENT.values(), ids=DIFFERENT.keys())
+def test_each_c_library_reads_it_in_its_own_way(text_: str, glibc: str, musl: str) -> None:
+    def said(*, musl: bool) -> str:
+        found = dns.nameservers(text_, musl=musl)
+        return " ".join(f"{s.address}%{s.scope}" if s.scope else str(s.address) for s in found)
+
+    assert (said(musl=False), said(musl=True)) == (glibc, musl)
+
+
+@pytest.mark.parametrize("name", [k for k in FILES if not k.startswith(("a NUL", "ends of line"))])
+def test_in_the_rest_both_read_the_same(name: str) -> None:
+    text_, _ = FILES[name]
+    assert dns.nameservers(text_, musl=True) == dns.nameservers(text_)
+
+
 @pytest.mark.parametrize(("text_", "expected"), FILES.values(), ids=FILES.keys())
 def test_a_resolv_conf_names_what_the_c_library_finds_there(tmp_path: FilePath, text_: str, expected: str) -> None:
     (tmp_path / "resolv.conf").write_bytes(text_.encode())

@@ -8,10 +8,12 @@
 """
 
 import asyncio
+import os
 import secrets
 import socket
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from pathlib import Path as FilePath
 from typing import Final, TypeVar
@@ -31,6 +33,10 @@ RESOLV_CONF: Final = FilePath("/etc/resolv.conf")
 LIMIT, RESEND = 2.0, 0.8  # seconds
 _INTERCEPTION_LIMIT: Final = 0.9
 _MOST_NAMESERVERS: Final = 3  # as resolv.conf(5)
+_MUSL_LINE: Final = 255  # bytes with the end of the line
+_BLANKS: Final = " \t\r\v\f"
+_TO_BLANK: Final = str.maketrans(dict.fromkeys(_BLANKS, " "))
+_LINK_MULTICAST: Final = ip_network("ff02::/16")
 _MOST_BYTES: Final = 1 << 18  # of a resolv.conf; one is some hundred
 
 
@@ -122,29 +128,43 @@ def is_domain(name: str) -> bool:
     return True
 
 
-def nameservers(text: str) -> tuple[Nameserver, ...]:
-    """The nameservers that programs use, each once, as the C library reads resolv.conf(5) (glibc res_init.c).
+def nameservers(text: str, *, musl: bool = False) -> tuple[Nameserver, ...]:
+    """The nameservers that programs use, each once, as the C library reads resolv.conf(5).
 
     The word begins the line, a blank or a tab ends it; what follows the address is ignored; the first three count, one
-    that is named twice twice; a file that names none means this host. Tried against glibc 2.36.
+    that is named twice twice; a file that names none means this host. glibc's res_init.c and musl's resolvconf.c differ
+    in what a blank is, in long lines and in zones that are no interface. Tried against glibc 2.36 and musl 1.2.3.
     """
-    found: list[Nameserver] = []
-    for line in text.split("\n"):
-        line = line.partition("\0")[0]  # a C string ends there
-        if not line.startswith(("nameserver ", "nameserver\t")):
-            continue
-        word = line[len("nameserver") :].lstrip(" \t").replace("\t", " ").partition(" ")[0]
-        if (server := _nameserver(word)) is not None:
-            found.append(server)
+    words = _musl_words(text) if musl else _glibc_words(text)
+    found = [server for word in words if (server := _nameserver(word, musl=musl)) is not None]
     return tuple(dict.fromkeys(found[:_MOST_NAMESERVERS])) or (THIS_HOST,)
 
 
-def _nameserver(word: str) -> Nameserver | None:
-    host, _, zone = word.partition("%")
+def _glibc_words(text: str) -> Iterator[str]:
+    for line in text.split("\n"):
+        line = line.partition("\0")[0]  # a C string ends there
+        if line.startswith(("nameserver ", "nameserver\t")):
+            yield line[len("nameserver") :].lstrip(" \t").replace("\t", " ").partition(" ")[0]
+
+
+def _musl_words(text: str) -> Iterator[str]:
+    """A CR is a blank here as each of isspace(3); a line that fills fgets(3)'s buffer, or holds a NUL, is ignored."""
+    for line in text.split("\n"):
+        short = len(line.encode("utf-8", "replace")) < _MUSL_LINE and "\0" not in line
+        if short and line[:10] == "nameserver" and line[10:11] in tuple(_BLANKS):
+            yield line[11:].lstrip(_BLANKS).translate(_TO_BLANK).partition(" ")[0]
+
+
+def _nameserver(word: str, *, musl: bool) -> Nameserver | None:
+    host, percent, zone = word.partition("%")
     try:
-        return Nameserver(IPv6Address(host), _scope(zone))
+        address = IPv6Address(host)
     except ValueError:
         pass
+    else:
+        scope = _scope(address, zone)
+        # musl leaves out one of which the zone is nothing; glibc takes it as without one.
+        return None if musl and percent and scope is None else Nameserver(address, scope or 0)
     # inet_aton(3), which takes "10.1" too, but here no space behind the address: a CR makes it none.
     if not word or not word.isascii() or word.split() != [word]:
         return None
@@ -161,7 +181,7 @@ def system_nameservers(path: FilePath = RESOLV_CONF) -> tuple[Nameserver, ...]:
     """
     try:
         with path.open("rb") as file:
-            return nameservers(file.read(_MOST_BYTES).decode("utf-8", "replace"))
+            return nameservers(file.read(_MOST_BYTES).decode("utf-8", "replace"), musl=_is_musl())
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return (THIS_HOST,)
     except OSError:
@@ -170,7 +190,7 @@ def system_nameservers(path: FilePath = RESOLV_CONF) -> tuple[Nameserver, ...]:
 
 def on_link(address: IPAddress, device: str) -> Nameserver:
     """The nameserver at an address to which `device` leads."""
-    return Nameserver(address, _scope(device) if address.is_link_local else 0)
+    return Nameserver(address, (isinstance(address, IPv6Address) and _scope(address, device)) or 0)
 
 
 def besides(servers: Iterable[Nameserver], more: Iterable[Nameserver]) -> tuple[Nameserver, ...]:
@@ -179,13 +199,26 @@ def besides(servers: Iterable[Nameserver], more: Iterable[Nameserver]) -> tuple[
     return tuple(s for s in dict.fromkeys(more) if plain(s.address) not in known)
 
 
-def _scope(zone: str) -> int:
-    if zone.isdigit():
-        return int(zone)
+def _scope(address: IPv6Address, zone: str) -> int | None:
+    """The index that a zone stands for; None for what is no number and no interface here. Only what stays on the link
+    has a zone by name."""
+    if zone.isascii() and zone.isdigit():
+        return int(zone) if int(zone) < 2**32 else None
+    if not zone or not (address.is_link_local or address in _LINK_MULTICAST):
+        return None
     try:
-        return socket.if_nametoindex(zone) if zone else 0
+        return socket.if_nametoindex(zone)
     except OSError:
-        return 0
+        return None
+
+
+@cache
+def _is_musl() -> bool:
+    """Whether this process's C library is another one than glibc, which names itself: confstr(3)."""
+    try:
+        return not os.confstr("CS_GNU_LIBC_VERSION")
+    except (ValueError, OSError):
+        return True
 
 
 def read_google(reply: dnswire.Reply) -> Revealed:
