@@ -85,13 +85,18 @@ def test_the_object_has_the_promised_shape() -> None:
 
 def test_routes_and_ways_out_are_told() -> None:
     part = Routed(interface="eth0", family=4, share=0.43, networks=(ip_network("128.0.0.0/1"),))
-    seen = replace(SEEN, uplinks=("eth0", "eth1"), routed=(Routed(interface="wg0", family=4, share=1.0), part))
+    seen = replace(SEEN, uplinks=("eth0", "eth1"), routed=(Routed(interface="wg0", family=4, share=0.57), part))
     said = check.as_plain(seen, judge(seen, Policy()))
     assert said["uplinks"] == ["eth0", "eth1"]
     assert said["routes"][1] == {
         "interface": "eth0", "family": 4, "share": 0.43, "networks": ["128.0.0.0/1"], "more": 0, "traffic": "",
     }  # fmt: skip
     assert ("routes", "eth0: 43 % of IPv4, past the tunnel (128.0.0.0/1)") in check._facts(seen)
+    whole = replace(part, share=1.0, networks=(ip_network("0.0.0.0/0"),))
+    balanced = replace(seen, routed=(Routed(interface="wg0", family=4, share=1.0), whole))
+    assert [words for label, words in check._facts(balanced) if label == "routes"] == [
+        "wg0: some connections of IPv4", "eth0: some connections of IPv4, past the tunnel (0.0.0.0/0)",
+    ]  # fmt: skip
     assert ("beside it", "eth0, eth1") in check._facts(seen)
 
 

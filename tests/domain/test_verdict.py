@@ -126,7 +126,7 @@ def routed(
     part = Routed(
         interface=interface, family=family, share=share, networks=tuple(found), answer=answer, only=only, more=more
     )
-    return (Routed(interface="wg0", family=family, share=1.0), part) if tunnel else (part,)
+    return (Routed(interface="wg0", family=family, share=1.0 - share), part) if tunnel else (part,)
 
 
 def place(ip: str, country: str | None = None, source: str = "mmdb", asn: int | None = None) -> Place:
@@ -771,7 +771,7 @@ def test_a_country_is_never_a_reason_for_a_dns_leak() -> None:
 def test_a_leak_names_the_address_and_who_saw_it() -> None:
     (home,) = judge(saw(HOME, path=Path.OUTSIDE), POLICY).findings
     assert home.message == f"IPv4 traffic leaves from the home address {HOME}."
-    assert home.evidence == {"address": HOME, "seen_by": "echo", "path": "outside"}
+    assert home.evidence == {"address": HOME, "seen_by": "echo", "path": "outside", "tunnel": "up"}
     (outside,) = judge(saw(STRANGER, path=Path.OUTSIDE), POLICY).findings
     assert outside.message == f"IPv4 traffic leaves outside the tunnel, from {STRANGER}."
 

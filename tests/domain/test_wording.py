@@ -24,6 +24,8 @@ from vpn_sentinel.domain.observation import (
     Probe,
     Quality,
     ResolverSighting,
+    Routed,
+    SystemLookup,
     Trigger,
 )
 from vpn_sentinel.domain.policy import Policy
@@ -42,6 +44,7 @@ def wrong(text: str) -> bool:
 def texts(verdict: Verdict) -> Iterator[str]:
     for finding in verdict.findings:
         yield finding.message
+        yield finding.advice
         yield from finding.evidence.values()
 
 
@@ -65,7 +68,7 @@ _resolvers = st.builds(
 )
 _escapes = st.sampled_from([
     Escape(interface="eth0", protocol=protocol, source=source, destination=source, destination_port=port)
-    for protocol in ("udp", "132") for source in (ADDRESS, ADDRESS6) for port in (None, 53)
+    for protocol in ("udp", "132") for source in (ADDRESS, ADDRESS6) for port in (None, 53, 853)
 ])  # fmt: skip
 _seen = st.builds(
     Observation,
@@ -85,6 +88,23 @@ _seen = st.builds(
     reported_from=st.sampled_from([None, ADDRESS]),
     unheard=st.sampled_from([None, True]),
     leak_watch=st.sampled_from([None, False]),
+    system_lookup=st.sampled_from(
+        [None, *(SystemLookup(answer=a, egress=e) for a in Answer for e in ((), (ADDRESS,)))]
+    ),
+    routed=st.sampled_from(
+        [
+            None,
+            *(
+                (
+                    Routed(interface="wg0", family=4, share=inside),
+                    Routed(interface="eth0", family=4, share=share, only=only),
+                )
+                for inside in (0.5, 1.0)
+                for share in (0.001, 0.5, 1.0)
+                for only in ("", "UDP")
+            ),
+        ]
+    ),
 )
 
 

@@ -14,7 +14,7 @@ from vpn_sentinel.cli.reading import add_config, source_of, warn_unread
 from vpn_sentinel.domain.judge import agreed_country
 from vpn_sentinel.domain.observation import Answer, Canary, Observation, Place, Probe
 from vpn_sentinel.domain.policy import IPAddress, Policy
-from vpn_sentinel.domain.routes import spoken
+from vpn_sentinel.domain.routes import each_spoken
 from vpn_sentinel.domain.verdict import Code, Finding, Severity, State, Verdict
 from vpn_sentinel.runtime import logs
 from vpn_sentinel.runtime import settings as read
@@ -284,7 +284,7 @@ def _facts(seen: Observation) -> list[tuple[str, str]]:
         rows.append(("tunnel", "nothing shows that a VPN carries the traffic"))
     if seen.uplinks:
         rows.append(("beside it", ", ".join(seen.uplinks)))
-    rows += [("routes", spoken(part, seen.link.name if seen.link else None)) for part in seen.routed or ()]
+    rows += [("routes", words) for words in each_spoken(seen.routed or (), seen.link.name if seen.link else None)]
     for egress in _egresses(seen):
         org = _first(seen.places_of(egress), "org")
         rows.append(("resolver", f"{egress}{f' ({org})' if org else ''}"))

@@ -209,11 +209,14 @@ def _kill_switch(seen: Observation) -> Iterator[Finding]:
     else:
         came = f"came out at {proof.address}" if proof.address else f"was answered by {proof.target}"
         facts = {"address": str(proof.address) if proof.address else "not told", "seen_by": proof.target}
+    asked = seen.asked(Probe.PHYSICAL)
+    held = dict.fromkeys(c.interface for c in asked if c.answer is Answer.BLOCKED and c.interface)
+    closed = ", ".join(i for i in held if i not in {c.interface for c in (*open_, *hops)})
     by = f" by {ways}" if ways else ""
     yield Finding(
         Code.KILLSWITCH_OPEN,
         f"A packet sent beside the tunnel{by} {came}.",
-        {**facts, **({"interfaces": ways} if ways else {})},
+        {**facts, **({"interfaces": ways} if ways else {}), **({"held": closed} if closed else {})},
     )
 
 

@@ -20,7 +20,7 @@ def by_canaries(seen: Observation, policy: Policy) -> Iterator[Finding]:
         if escaped is not None and inside is not None:
             yield _split_route(escaped, inside)
         elif escaped is not None:
-            yield _ip_leak(code, escaped, policy)
+            yield _ip_leak(code, escaped, seen, policy)
         elif seen.reported_from and seen.reported_from.version == family and policy.is_home(seen.reported_from):
             yield Finding(
                 code,
@@ -50,13 +50,20 @@ def by_packets(seen: Observation, policy: Policy) -> Iterator[Finding]:
             if policy.allows_resolver(escape.destination) or not is_public(escape.destination):
                 continue  # one on the LAN is known by where it asks the internet from: `resolvers`
             asked = f' for "{escape.name}"' if escape.name else ""
+            what = f"A DNS query{asked}" if escape.destination_port == 53 else "A packet to an encrypted DNS resolver"
             facts |= {"name": escape.name} if escape.name else {}
-            yield Finding(Code.DNS_LEAK, f"A DNS query{asked} left outside the tunnel: {where}.", facts)
+            yield Finding(Code.DNS_LEAK, f"{what} left outside the tunnel: {where}.", facts)
         elif escape.destination.version in through:
             yield Finding(Code.SPLIT_ROUTE, f"A packet left outside the tunnel: {where}.", facts)
         else:
             code = Code.IP_LEAK if escape.destination.version == 4 else Code.IPV6_LEAK
-            yield Finding(code, f"A packet left outside the tunnel: {where}.", facts)
+            yield Finding(code, f"A packet left outside the tunnel: {where}.", facts | _tunnel(seen))
+
+
+def _tunnel(seen: Observation) -> dict[str, str]:
+    """Whether the tunnel's interface is up, as a fact: what to do differs."""
+    link = seen.link
+    return {} if link is None else {"tunnel": "gone" if not link.present else "up" if link.up else "down"}
 
 
 def each_once(found: tuple[Finding, ...]) -> tuple[Finding, ...]:
@@ -79,13 +86,13 @@ def _escapes(canary: Canary, seen: Observation, policy: Policy) -> bool:
     return seen.link is not None and canary.path is Path.OUTSIDE and canary.address not in exits
 
 
-def _ip_leak(code: Code, canary: Canary, policy: Policy) -> Finding:
+def _ip_leak(code: Code, canary: Canary, seen: Observation, policy: Policy) -> Finding:
     home = canary.address is not None and policy.is_home(canary.address)
     what = "the home address" if home else "outside the tunnel, from"
     return Finding(
         code,
         f"IPv{canary.family} traffic leaves {what if not home else 'from ' + what} {canary.address}.",
-        {"address": str(canary.address), "seen_by": canary.target, "path": canary.path},
+        {"address": str(canary.address), "seen_by": canary.target, "path": canary.path, **_tunnel(seen)},
     )
 
 

@@ -1,6 +1,6 @@
 """What routes and rules send past the tunnel, and the words for it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from vpn_sentinel.domain.observation import Answer, Observation, Probe, Routed
@@ -10,6 +10,7 @@ from vpn_sentinel.domain.verdict import Code, Finding
 # How the kinds of traffic end that are DNS: over UDP or TCP, or over TLS (RFC 7858).
 _TO_DNS: Final = ("to port 53", "to port 853")
 _NAMED: Final = 4  # networks that a message names
+_ROUNDING: Final = 1e-6
 
 
 def bypasses(seen: Observation, policy: Policy) -> Iterator[Finding]:
@@ -29,20 +30,34 @@ def bypasses(seen: Observation, policy: Policy) -> Iterator[Finding]:
         meant = [n for n in part.networks if any(_inside(n, allowed) for allowed in policy.allowed_outside)]
         left = [n for n in part.networks if n not in meant]
         if left or part.more:
-            yield _routed_outside(part, left)
+            yield _routed_outside(part, left, link.name if is_shared(part, parts, link.name) else "")
 
 
 def _inside(network: IPNetwork, other: IPNetwork) -> bool:
     return network.version == other.version and network.subnet_of(other)  # type: ignore[arg-type]
 
 
-def _routed_outside(part: Routed, left: Sequence[IPNetwork]) -> Finding:
+def is_shared(part: Routed, parts: Iterable[Routed], tunnel: str | None) -> bool:
+    """Whether some of the same space goes by the tunnel too: a route with several next hops, or a rule by source."""
+    inside = next((p.share for p in parts if p.interface == tunnel and p.family == part.family and not p.only), 0.0)
+    return not part.only and part.share + inside > 1 + _ROUNDING
+
+
+def _routed_outside(part: Routed, left: Sequence[IPNetwork], shared_with: str) -> Finding:
     which, share = _networks(left, part.more), percent(part.share)
     facts = {"interface": part.interface, "networks": which, "share": share, "seen_by": "routing tables"}
     if part.only:
         facts["traffic"] = part.only
     if part.asked is not None:
         facts["asked"] = f"{part.asked}: {part.answer}"
+    if shared_with:
+        # How much of the traffic that is depends on the kernel's choice for each connection.
+        del facts["share"]
+        return Finding(
+            Code.SPLIT_ROUTE,
+            f"Routes send some connections to {which} past the tunnel by {part.interface}, and others through it.",
+            facts | {"also_by": shared_with},
+        )
     only = f"{part.only} in " if part.only else ""
     return Finding(
         Code.DNS_LEAK if part.only.endswith(_TO_DNS) else Code.SPLIT_ROUTE,
@@ -51,11 +66,24 @@ def _routed_outside(part: Routed, left: Sequence[IPNetwork]) -> Finding:
     )
 
 
-def spoken(part: Routed, tunnel: str | None) -> str:
-    """One part for people to read: `wg0: 100 % of IPv4`, `eth0: 43 % of IPv4, past the tunnel (128.0.0.0/1)`."""
+def spoken(part: Routed, tunnel: str | None, *, shared: bool = False) -> str:
+    """One part for people to read: `wg0: 100 % of IPv4`, `eth0: 43 % of IPv4, past the tunnel (128.0.0.0/1)`.
+
+    `shared` says that the tunnel has some of it too, so that a share of the space is none of the traffic.
+    """
     only = f", {part.only} only" if part.only else ""
     beside = "" if part.interface == tunnel else f", past the tunnel ({_networks(part.networks, part.more)})"
-    return f"{part.interface}: {percent(part.share)} of IPv{part.family}{only}{beside}"
+    share = "some connections" if shared else percent(part.share)
+    return f"{part.interface}: {share} of IPv{part.family}{only}{beside}"
+
+
+def each_spoken(parts: Sequence[Routed], tunnel: str | None) -> tuple[str, ...]:
+    """All parts for people to read."""
+    shared = {p.family for p in parts if p.interface != tunnel and is_shared(p, parts, tunnel)}
+    return tuple(
+        spoken(p, tunnel, shared=p.family in shared and (p.interface == tunnel or is_shared(p, parts, tunnel)))
+        for p in parts
+    )
 
 
 def percent(share: float) -> str:

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Final
 
+from vpn_sentinel.domain.advice import advice
+
 
 class State(StrEnum):
     """Of a verdict or of a tunnel.
@@ -74,7 +76,7 @@ class Code(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Meaning:
-    """What a code says of the tunnel, how loud it is, and what its owner should do."""
+    """What a code says of the tunnel, how loud it is, and what its owner should do where the facts tell no more."""
 
     state: State
     severity: Severity
@@ -107,7 +109,11 @@ MEANING: Final[Mapping[Code, Meaning]] = {
     Code.CAPTIVE_PORTAL: Meaning(
         State.DOWN, _CRITICAL, "Open a web page on this network and log in there; until then no tunnel can come up."
     ),
-    Code.UPLINK_DOWN: Meaning(State.DOWN, _CRITICAL, "Look at the home connection first: it is not the VPN's fault."),
+    Code.UPLINK_DOWN: Meaning(
+        State.DOWN,
+        _CRITICAL,
+        "Look at the home connection first, and at a firewall here that drops answers: it is not the VPN's fault.",
+    ),
     Code.ORPHANED_NAMESPACE: Meaning(
         State.DOWN, _CRITICAL, "Recreate this container; a restart will not bring its network back."
     ),
@@ -133,7 +139,12 @@ MEANING: Final[Mapping[Code, Meaning]] = {
         State.DEGRADED, _WARNING, "The tunnel comes and goes: look at its log, or choose another VPN server."
     ),
     Code.NOTHING_SEEN: Meaning(State.UNKNOWN, _WARNING, "No canary could be sent; look at the agent's log."),
-    Code.NO_NETWORK: Meaning(State.UNKNOWN, _WARNING, "No network is reachable from here."),
+    Code.NO_NETWORK: Meaning(
+        State.UNKNOWN,
+        _WARNING,
+        "No answer came: see that there is a default route, and that no firewall here refuses what is sent (UDP) or "
+        "drops what comes back (INPUT).",
+    ),
     Code.TUNNEL_UNKNOWN: Meaning(
         State.UNKNOWN,
         _WARNING,
@@ -195,7 +206,7 @@ class Finding:
 
     @property
     def advice(self) -> str:
-        return MEANING[self.code].advice
+        return advice(self.code, self.evidence) or MEANING[self.code].advice
 
 
 @dataclass(frozen=True, slots=True)

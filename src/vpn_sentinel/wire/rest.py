@@ -5,6 +5,7 @@ from typing import Final, TypeVar
 
 import msgspec
 
+from vpn_sentinel.domain.advice import advice
 from vpn_sentinel.domain.verdict import MEANING, Code, Severity, State
 
 T = TypeVar("T")
@@ -274,7 +275,7 @@ class StoredFinding(msgspec.Struct, frozen=True):
             code=self.code,
             severity=meaning.severity,
             message=self.message,
-            advice=meaning.advice,
+            advice=advice(self.code, self.evidence) or meaning.advice,
             evidence=self.evidence,
         )
 

@@ -11,7 +11,7 @@ import msgspec
 from sqlalchemy import Row
 
 from vpn_sentinel.domain.observation import Observation
-from vpn_sentinel.domain.routes import spoken
+from vpn_sentinel.domain.routes import each_spoken
 from vpn_sentinel.domain.verdict import HARM, State
 from vpn_sentinel.wire import codec, rest
 
@@ -306,9 +306,7 @@ def observations(rows: Sequence[Row[Any]]) -> list[ObservationView]:
                 trigger=seen.trigger.value if seen else "",
                 exits=tuple(str(e) for e in (seen.exit(4), seen.exit(6)) if e) if seen else (),
                 took=f"{seen.took_ms:.0f} ms" if seen and seen.took_ms else "",
-                routes=tuple(spoken(p, seen.link.name if seen.link else None) for p in seen.routed or ())
-                if seen
-                else (),
+                routes=each_spoken(seen.routed or (), seen.link.name if seen.link else None) if seen else (),
             )
         )
     return found

@@ -1,0 +1,124 @@
+"""What to do about a finding where its code alone does not tell: by its facts, which say what the cause is.
+
+Facts are text to text, as a finding keeps them, so that what an older version stored is advised on as well.
+"""
+
+from collections.abc import Callable, Mapping
+from ipaddress import ip_address
+from typing import Final
+
+from vpn_sentinel.domain.policy import IPAddress, is_public
+
+Facts = Mapping[str, str]
+
+_NAME_ANOTHER: Final = "name the VPN's own nameserver (in resolv.conf, or as Docker's dns)"
+_ALLOW: Final = "If it is meant to be asked, put it into VPN_SENTINEL_ALLOWED_RESOLVERS."
+_MEANT: Final = "If it is meant to go there, say so in VPN_SENTINEL_ALLOWED_OUTSIDE or VPN_SENTINEL_MEANT_OUTSIDE."
+_DEAD: Final = "Stop the programs behind this tunnel, bring it back up, and switch its kill switch on."
+
+
+def advice(code: str, facts: Facts) -> str | None:
+    """What to do, None where the code's own advice fits."""
+    by_cause = _BY_CODE.get(code)
+    return by_cause(facts) if by_cause else None
+
+
+def _ip_leak(facts: Facts) -> str | None:
+    match facts.get("tunnel"):
+        case "up":
+            return (
+                "Stop the programs behind this tunnel. It is up, and traffic does not take it: see which route or rule "
+                "sends it elsewhere (ip rule; ip route show table all), and switch the kill switch on."
+            )
+        case "down" | "gone":
+            return _DEAD
+        case _:
+            return None
+
+
+def _ipv6_leak(facts: Facts) -> str | None:
+    return _DEAD if facts.get("tunnel") in ("down", "gone") else None
+
+
+def _dns_leak(facts: Facts) -> str | None:
+    server = _address(facts.get("nameserver"))
+    if server is None:
+        return _by_system() if facts.get("method") == "system" else _by_packet(facts)
+    if server.is_loopback:
+        return (
+            f"The forwarder on this host, {server}, asks a resolver at home: set that one's upstream to the VPN's "
+            f"nameserver (Docker's 127.0.0.11 takes it from dns of the container). {_ALLOW}"
+        )
+    if not is_public(server):
+        return (
+            f"The router or forwarder at {server} passes names on outside the VPN: {_NAME_ANOTHER}, and let the kill "
+            f"switch close port 53 to the local network. {_ALLOW}"
+        )
+    if facts.get("path") == "outside":
+        return f"Route {server} through the tunnel, or {_NAME_ANOTHER}. {_ALLOW}"
+    return f"The nameserver {server} passes names on to the home provider's resolver: {_NAME_ANOTHER}. {_ALLOW}"
+
+
+def _by_system() -> str:
+    return (
+        "Programs use another resolver than resolv.conf names: see the line `hosts:` of /etc/nsswitch.conf and what "
+        f"`resolvectl status` shows, and {_NAME_ANOTHER}. {_ALLOW}"
+    )
+
+
+def _by_packet(facts: Facts) -> str | None:
+    destination = facts.get("destination")
+    if not destination:
+        return None
+    if destination.endswith(":853"):
+        return (
+            f"A program asks {destination} by DNS over TLS or QUIC, whatever resolv.conf says: set its own resolver, "
+            f"or route that address through the tunnel. {_ALLOW}"
+        )
+    return f"Route {destination.rpartition(':')[0]} through the tunnel, or {_NAME_ANOTHER}. {_ALLOW}"
+
+
+def _split_route(facts: Facts) -> str | None:
+    by = f" by {facts['interface']}" if facts.get("interface") else ""
+    match facts.get("seen_by"):
+        case "routing tables" if facts.get("also_by"):
+            return (
+                f"Take {facts.get('interface', 'the way beside the tunnel')} out of the routes that share traffic with "
+                f"{facts['also_by']} (nexthop in ip route), or remove the rule that selects it by source. {_MEANT}"
+            )
+        case "routing tables" if facts.get("traffic"):
+            return f"Remove the rule (ip rule) that sends {facts['traffic']} past the tunnel{by}. {_MEANT}"
+        case "routing tables":
+            return f"Remove what leads past the tunnel{by}: see `ip rule` and `ip route show table all`. {_MEANT}"
+        case "leak watch" if facts.get("destination"):
+            return (
+                f"See which program sends to {facts['destination']} (ss -tunp) and why it leaves{by or ' there'}: a "
+                f"route, a rule, or a program that is bound to the interface. {_MEANT}"
+            )
+        case _:
+            return None
+
+
+def _killswitch_open(facts: Facts) -> str | None:
+    ways, held = facts.get("interfaces"), facts.get("held")
+    if not ways:
+        return None
+    if held:
+        return f"The kill switch holds {held} and not {ways}: extend it to {ways}."
+    return f"Switch the VPN's kill switch on: without one, traffic leaks by {ways} when the tunnel goes away."
+
+
+def _address(text: str | None) -> IPAddress | None:
+    try:
+        return ip_address(text) if text else None
+    except ValueError:
+        return None
+
+
+_BY_CODE: Final[Mapping[str, Callable[[Facts], str | None]]] = {
+    "ip_leak": _ip_leak,
+    "ipv6_leak": _ipv6_leak,
+    "dns_leak": _dns_leak,
+    "split_route": _split_route,
+    "killswitch_open": _killswitch_open,
+}

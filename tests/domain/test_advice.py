@@ -1,0 +1,169 @@
+"""What to do fits the cause: each cause has advice of its own, and it names what the owner has to look at."""
+
+from dataclasses import replace
+from ipaddress import ip_address, ip_network
+
+import pytest
+
+from vpn_sentinel.domain.advice import advice
+from vpn_sentinel.domain.judge import judge
+from vpn_sentinel.domain.observation import (
+    Answer,
+    Canary,
+    Escape,
+    Link,
+    Observation,
+    Path,
+    Place,
+    Probe,
+    ResolverSighting,
+    Routed,
+    SystemLookup,
+    Trigger,
+)
+from vpn_sentinel.domain.policy import Policy
+from vpn_sentinel.domain.verdict import MEANING, Code, Finding
+from vpn_sentinel.wire.rest import StoredFinding
+
+EXIT, HOME, ISP = ip_address("146.70.1.2"), ip_address("91.10.20.30"), ip_address("91.11.0.53")
+POLICY = Policy(home_networks=(ip_network("91.10.20.0/24"),))
+
+
+def canary(address: str | None, path: Path = Path.TUNNEL, **facts: object) -> Canary:
+    answer = Answer.ANSWERED if address else Answer.LOST
+    made = Canary(
+        probe=Probe.DEFAULT, target="echo", family=4, answer=answer, path=path,
+        address=ip_address(address) if address else None,
+    )  # fmt: skip
+    return replace(made, **facts)  # type: ignore[arg-type]
+
+
+WELL = Observation(trigger=Trigger.TIMER, link=Link(name="wg0", present=True, up=True), canaries=(canary(str(EXIT)),))
+AT_HOME = replace(WELL, canaries=(canary(str(HOME), Path.OUTSIDE),))
+
+
+def asked(nameserver: str, egress: str, path: Path) -> Observation:
+    sighting = ResolverSighting(
+        method="canary", nameserver=ip_address(nameserver), answer=Answer.ANSWERED, path=path,
+        egress=ip_address(egress),
+    )  # fmt: skip
+    places = (Place(ip=HOME, source="a", asn=3320), Place(ip=ip_address("91.10.20.0"), source="a", asn=3320),
+              Place(ip=ISP, source="a", asn=3320), Place(ip=EXIT, source="a", asn=9009))  # fmt: skip
+    return replace(WELL, resolvers=(sighting,), places=places)
+
+
+def left(destination: str, port: int) -> Observation:
+    escape = Escape(
+        interface="eth0", protocol="tcp", source=ip_address("172.17.0.2"), destination=ip_address(destination),
+        destination_port=port,
+    )  # fmt: skip
+    return replace(WELL, escapes=(escape,))
+
+
+def routed(share: float, only: str = "", inside: float | None = None) -> Observation:
+    part = Routed(interface="eth0", family=4, share=share, networks=(ip_network("128.0.0.0/1"),), only=only)
+    whole = Routed(interface="wg0", family=4, share=1.0 - share if inside is None else inside)
+    return replace(WELL, routed=(whole, part))
+
+
+def beside(*ways: tuple[str, Answer]) -> Observation:
+    more = (
+        canary("91.10.20.30" if a is Answer.ANSWERED else None, probe=Probe.PHYSICAL, interface=i, answer=a)
+        for i, a in ways
+    )
+    return replace(WELL, canaries=(*WELL.canaries, *more))
+
+
+CAUSES = {
+    "ip_leak, a living tunnel": (AT_HOME, Code.IP_LEAK, "It is up, and traffic does not take it"),
+    "ip_leak, a dead tunnel": (
+        replace(AT_HOME, link=Link(name="wg0", present=True, up=False)), Code.IP_LEAK, "bring it back up",
+    ),
+    "ip_leak, a tunnel that is gone": (
+        replace(AT_HOME, link=Link(name="wg0", present=False, up=False)), Code.IP_LEAK, "bring it back up",
+    ),
+    "dns_leak by the LAN's router": (
+        asked("192.168.1.1", str(ISP), Path.OUTSIDE), Code.DNS_LEAK, "The router or forwarder at 192.168.1.1",
+    ),
+    "dns_leak by a forwarder on the own link": (
+        asked("172.17.0.1", "80.58.184.30", Path.OUTSIDE), Code.DNS_LEAK, "close port 53 to the local network",
+    ),
+    "dns_leak by a link-local router": (
+        asked("fe80::1", "80.58.184.30", Path.OUTSIDE), Code.DNS_LEAK, "The router or forwarder at fe80::1",
+    ),
+    "dns_leak by a forwarder on this host": (
+        asked("127.0.0.11", str(HOME), Path.LOCAL), Code.DNS_LEAK, "The forwarder on this host, 127.0.0.11",
+    ),
+    "dns_leak by the provider's resolver beside the tunnel": (
+        asked(str(ISP), str(ISP), Path.OUTSIDE), Code.DNS_LEAK, f"Route {ISP} through the tunnel",
+    ),
+    "dns_leak by the provider's resolver through the tunnel": (
+        asked("10.64.0.1", str(ISP), Path.TUNNEL), Code.DNS_LEAK, "10.64.0.1",
+    ),
+    "dns_leak by a packet": (left("9.9.9.9", 53), Code.DNS_LEAK, "Route 9.9.9.9 through the tunnel"),
+    "dns_leak by TLS": (left("9.9.9.9", 853), Code.DNS_LEAK, "DNS over TLS"),
+    "dns_leak by TLS over IPv6": (left("2620:fe::fe", 853), Code.DNS_LEAK, "[2620:fe::fe]:853"),
+    "dns_leak by what resolv.conf does not name": (
+        replace(WELL, system_lookup=SystemLookup(answer=Answer.ANSWERED, egress=(HOME,))), Code.DNS_LEAK,
+        "nsswitch.conf",
+    ),
+    "split_route by routes": (routed(0.43), Code.SPLIT_ROUTE, "Remove what leads past the tunnel by eth0"),
+    "split_route by a rule": (routed(0.43, "TCP to port 443"), Code.SPLIT_ROUTE, "sends TCP to port 443 past"),
+    "split_route by a balanced route": (routed(1.0, inside=1.0), Code.SPLIT_ROUTE, "Take eth0 out of the routes"),
+    "split_route by a packet": (left("203.0.113.9", 443), Code.SPLIT_ROUTE, "sends to 203.0.113.9:443 (ss -tunp)"),
+    "killswitch_open by one way": (beside(("eth1", Answer.ANSWERED)), Code.KILLSWITCH_OPEN, "leaks by eth1"),
+    "killswitch_open by one of two": (
+        beside(("eth0", Answer.BLOCKED), ("eth1", Answer.ANSWERED)), Code.KILLSWITCH_OPEN,
+        "holds eth0 and not eth1",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("seen", "code", "words"), CAUSES.values(), ids=CAUSES.keys())
+def test_advice_fits_its_cause(seen: Observation, code: Code, words: str) -> None:
+    (found,) = [f for f in judge(seen, POLICY).findings if f.code is code]
+    assert words in found.advice
+    # What a server stored of it is advised on alike.
+    assert StoredFinding(code=found.code, evidence=dict(found.evidence)).full().advice == found.advice
+
+
+def test_each_cause_of_a_code_has_its_own() -> None:
+    said = {}
+    for name, (seen, code, _) in CAUSES.items():
+        (found,) = [f for f in judge(seen, POLICY).findings if f.code is code]
+        said.setdefault(found.advice, []).append(name)
+    alike = [names for names in said.values() if len(names) > 1]
+    assert alike == [["ip_leak, a dead tunnel", "ip_leak, a tunnel that is gone"]]
+
+
+def test_a_balanced_default_is_not_all_of_the_traffic() -> None:
+    (found,) = [f for f in judge(routed(1.0, inside=1.0), POLICY).findings if f.code is Code.SPLIT_ROUTE]
+    assert "%" not in found.message
+    assert "share" not in found.evidence
+    assert found.message == (
+        "Routes send some connections to 128.0.0.0/1 past the tunnel by eth0, and others through it."
+    )
+
+
+def test_nothing_is_said_to_be_unreachable_when_no_answer_came() -> None:
+    seen = Observation(trigger=Trigger.TIMER, canaries=(canary(None), canary(None, answer=Answer.BLOCKED)))
+    (found,) = judge(seen, POLICY).findings
+    assert found.code is Code.NO_NETWORK
+    assert "reachable" not in found.message + found.advice
+    assert found.advice.startswith("No answer came")
+
+
+@pytest.mark.parametrize("code", Code)
+@pytest.mark.parametrize(
+    "facts",
+    [
+        {}, {"nameserver": "", "destination": "", "interfaces": "", "interface": ""}, {"nameserver": "junk"},
+        {"seen_by": "routing tables"}, {"seen_by": "routing tables", "also_by": "wg0"},
+        {"seen_by": "routing tables", "traffic": "UDP"}, {"seen_by": "leak watch"}, {"tunnel": "?"}, {"held": "eth0"},
+    ],
+)  # fmt: skip
+def test_with_whatever_facts_advice_is_a_sentence(code: Code, facts: dict[str, str]) -> None:
+    said = Finding(code, "It is so.", facts).advice
+    assert said.endswith(".")
+    assert not any(wrong in said for wrong in ("None", "  ", "()", "''", " .", " ,", ".."))
+    assert advice(code, facts) or said == MEANING[code].advice
