@@ -52,6 +52,30 @@ def test_a_user_without_an_entry_looks(command: str, home: dict[str, str], tmp_p
         assert (done.returncode, done.stderr.count("\n")) == (1, 1)
 
 
+TUNNEL = """
+ip link set lo up
+ip link add eth0 type veth peer name far0; ip link set far0 up; ip link set eth0 up
+ip link add wg0 type veth peer name far1; ip link set far1 up; ip link set wg0 up
+ip addr add 192.168.7.2/24 dev eth0; ip addr add 10.8.0.2/24 dev wg0
+ip route add default via 192.168.7.1; ip route add 0.0.0.0/1 dev wg0; ip route add 128.0.0.0/1 dev wg0
+"""
+
+
+@ROOT
+@pytest.mark.parametrize("command", ["doctor", "check", "agent --url http://127.0.0.1:9"])
+def test_a_user_without_an_entry_beside_a_tunnel(command: str, tmp_path: Path) -> None:
+    tmp_path.chmod(0o777)
+    started = f"{' '.join(NOBODY)} --reset-env env VPN_SENTINEL_API_KEY=kkkkkkkk VPN_SENTINEL_TUNNEL_INTERFACE=wg0"
+    script = f"{TUNNEL} exec {started} VPN_SENTINEL_DATA_DIR={tmp_path} timeout 9 PROGRAM {command}"
+    done = run(["unshare", "--net", "sh", "-c", script.replace("PROGRAM", " ".join(PROGRAM))])
+    if done.returncode == 124:  # the agent, which runs until it is stopped
+        done.returncode = 0
+    ends_in_words(done)
+    assert {"doctor": "uid 12345", "check": "wg0, up", "agent": "agent started"}[command.split()[0]] in (
+        done.stdout + done.stderr
+    )
+
+
 @ROOT
 @pytest.mark.parametrize("command", STARTING)
 def test_a_user_without_an_entry_is_told_which_setting_names_a_folder(command: str) -> None:

@@ -143,7 +143,13 @@ def test_what_the_first_release_wrote_is_read_as_ever(name: str) -> None:
     assert decoder(kind)((GOLDEN / f"{name}_of_the_first_release.json").read_bytes()) == value
 
 
-EARLIER = {"reports_before_routes": "reports", "exchange_before_routes": "exchange", "welcome_before_memory": "welcome"}
+EARLIER = {
+    "reports_before_routes": "reports",
+    "exchange_before_routes": "exchange",
+    "reports_before_one_user": "reports",
+    "exchange_before_one_user": "exchange",
+    "welcome_before_memory": "welcome",
+}
 
 
 @pytest.mark.parametrize("name", EARLIER)

@@ -83,6 +83,7 @@ async def look(eyes: Eyes, trigger: Trigger, policy: Policy) -> Observation:
         eyes.watch.look(survey)
     paths = Paths(eyes.kernel, survey)
     seen = Observation(trigger=trigger, link=survey.link(), interfaces=survey.names(), uplinks=survey.uplink_names())
+    seen = replace(seen, refused_user=AS_USER.refused_uid)
     parts = eyes.audit(survey)
     silent_for = eyes.sight.silent_for() if eyes.sight is not None else 0.0
 

@@ -228,6 +228,8 @@ def unseen(looked: "Looked") -> list[str]:
     if not seen.resolvers:
         urgent = looked.verdict.state in (State.LEAKING, State.DOWN)
         why = "not asked, as the traffic itself already shows the trouble" if urgent else "/etc/resolv.conf names none"
+        if seen.refused_user is not None:
+            why = f"not asked, as that is not permitted in the place of user {seen.refused_user}"
         found.append(f"Nameservers: {why}.")
     exit_ = seen.exit(4) or seen.exit(6)
     if exit_ is not None and not seen.places_of(exit_):

@@ -99,6 +99,10 @@ def _split_route(facts: Facts) -> str | None:
             return None
 
 
+def _nothing_seen(facts: Facts) -> str | None:
+    return f"Run the agent as user {facts['user']}, or give it CAP_SETUID, as root has." if facts.get("user") else None
+
+
 def _killswitch_open(facts: Facts) -> str | None:
     ways, held = facts.get("interfaces"), facts.get("held")
     if not ways:
@@ -121,4 +125,5 @@ _BY_CODE: Final[Mapping[str, Callable[[Facts], str | None]]] = {
     "dns_leak": _dns_leak,
     "split_route": _split_route,
     "killswitch_open": _killswitch_open,
+    "nothing_seen": _nothing_seen,
 }

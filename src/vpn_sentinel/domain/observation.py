@@ -250,6 +250,8 @@ class Observation:
     not exist was given an address; None when nobody asked.
 
     `leak_watch` and `pulses` tell whether packets can be watched here and whether UDP reaches the server's echo.
+    `refused_user` is the id of the one user whose programs go through the tunnel, where the agent may not ask in that
+    user's place; None where it may, or everybody's go through it.
     `silent_for` is how many seconds before this round the first canary was sent that nothing has answered since.
     `broken` says why a round could not be made at all, empty for one that was: then nothing else was seen.
     `portal` is True when a web page of somebody else's answered beside the tunnel. `flaky` are canary targets that stay
@@ -272,6 +274,7 @@ class Observation:
     system_lookup: SystemLookup | None = None  # None: not asked, or not over yet
     escapes: tuple[Escape, ...] = ()
     leak_watch: bool | None = None
+    refused_user: int | None = None
     claims: tuple[Claim, ...] = ()
     quality: Quality | None = None
     pulses: bool | None = None

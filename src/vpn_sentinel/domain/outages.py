@@ -9,18 +9,12 @@ from vpn_sentinel.domain.verdict import Code, Finding
 def why_dead(seen: Observation) -> Iterator[Finding]:
     """Why nothing came back on the default route."""
     canaries = seen.asked(Probe.DEFAULT)
-    if seen.link is None:
-        if canaries:
-            yield Finding(
-                Code.NO_NETWORK,
-                "Nothing answers on the default route, and no tunnel is known here.",
-                answers(canaries),
-            )
-        else:
-            yield Finding(Code.NOTHING_SEEN, "No canary could be sent.")
+    if not canaries and (seen.refused_user is not None or seen.link is None or (seen.link.present and seen.link.up)):
+        yield _nobody_asked(seen)
         return
-    if not canaries and seen.link.present and seen.link.up:
-        yield Finding(Code.NOTHING_SEEN, "The tunnel's interface is up, and no canary could be sent.")
+    if seen.link is None:
+        said = "Nothing answers on the default route, and no tunnel is known here."
+        yield Finding(Code.NO_NETWORK, said, answers(canaries))
         return
     physical = seen.asked(Probe.PHYSICAL)
     if seen.interfaces == ():
@@ -65,6 +59,19 @@ def why_dead(seen: Observation) -> Iterator[Finding]:
                 **_claimed(seen),
             },
         )
+
+
+def _nobody_asked(seen: Observation) -> Finding:
+    user = seen.refused_user
+    if user is not None:
+        return Finding(
+            Code.NOTHING_SEEN,
+            f"The tunnel is for user {user} alone, and the agent is not permitted to ask in that user's place: where "
+            "traffic leaves is not known.",
+            {"user": str(user)},
+        )
+    up = "" if seen.link is None else "The tunnel's interface is up, and "
+    return Finding(Code.NOTHING_SEEN, f"{up}{'no' if up else 'No'} canary could be sent.")
 
 
 def tunnel_gone(seen: Observation) -> Iterator[Finding]:

@@ -116,7 +116,9 @@ _LIMITS: Final[dict[type, dict[str, float]]] = {
         "vanished_for": _NUMBER, "rx_rate": _NUMBER, "tx_rate": _NUMBER,
     },
     o.Action: {"name": 64, "detail": limits.TEXT, "age": _NUMBER},
-    o.Observation: {"broken": limits.TEXT, "silent_for": _NUMBER, "forwarded_port": _PORT, "took_ms": 1e9},
+    o.Observation: {
+        "broken": limits.TEXT, "refused_user": 2.0**32, "silent_for": _NUMBER, "forwarded_port": _PORT, "took_ms": 1e9,
+    },
 }  # fmt: skip
 _LISTS: Final = ("canaries", "resolvers", "places", "escapes", "claims", "flaky", "actions")
 

@@ -79,3 +79,56 @@ say(user=found.user, refused=AS_USER.refused, near=near(), uid=os.geteuid())
     )
     assert (seen["user"], seen["refused"], seen["near"]) == (997, True, "192.168.7.2")
     assert str(seen["err"]).count("in that user's place") == 1
+
+
+NOBODYS_PLACE = """
+import ctypes
+from vpn_sentinel.agent.probes.canary import Flock
+from vpn_sentinel.agent import round as rounds
+from vpn_sentinel.agent.doctor.examine import examine
+from vpn_sentinel.agent.doctor.forgiving import read_all
+from vpn_sentinel.runtime.settings import Source
+from vpn_sentinel.agent.probes.place import Places
+from vpn_sentinel.domain.judge import judge
+from vpn_sentinel.domain.observation import Trigger
+from vpn_sentinel.runtime.clock import SystemClock
+if {drop}:
+    header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    assert ctypes.CDLL(None).capset(header, none) == 0  # prctl(2): what an ordinary user has
+found = look(only={{997}})
+eyes = rounds.Eyes(
+    kernel=kernel, survey=lambda: found, flock=lambda _: Flock(targets=(), reserve=()), places=Places(None, (), clock),
+    clock=clock,
+)
+seen = await rounds.look(eyes, Trigger.TIMER, Policy())
+told = [[f.code, f.message, f.advice] for f in judge(seen, Policy()).findings]
+settings = {{"VPN_SENTINEL_TUNNEL_INTERFACE": "wg0", "VPN_SENTINEL_MEANT_OUTSIDE": "only user 997"}}
+checks = await examine(read_all(Source(settings)), SystemClock())
+say(user=seen.refused_user, told=told, checks=[[c.name, c.state, c.found] for c in checks])
+"""
+
+
+async def test_an_agent_that_may_not_ask_in_the_users_place_says_so_in_its_report_and_the_doctor_does() -> None:
+    seen = await ran(ONE_USER + NOBODYS_PLACE.format(drop=True), users=True)
+    assert seen["user"] == 997
+    told, checks = seen["told"], seen["checks"]
+    assert isinstance(told, list)
+    assert isinstance(checks, list)
+    ((code, message, advice),) = told
+    assert code == "nothing_seen"
+    assert "user 997 alone" in message
+    assert advice.startswith("Run the agent as user 997")
+    said = {name: (state, found) for name, state, found in checks}
+    assert "for user 997 alone" in said["tunnel of one user"][1]
+    for name in ("routes", "way out", "kill switch", "resolvers", "system resolver"):
+        assert said[name] == ("unknown", "not asked: the tunnel is for one user alone, and not for this one")
+
+
+async def test_the_doctor_looks_in_the_users_place_as_the_agent_does() -> None:
+    seen = await ran(ONE_USER + NOBODYS_PLACE.format(drop=False), users=True)
+    assert seen["user"] is None
+    checks = seen["checks"]
+    assert isinstance(checks, list)
+    said = {name: (state, found) for name, state, found in checks}
+    assert said["tunnel of one user"] == ("ok", "for user 997 alone")
+    assert said["route IPv4"] == ("ok", "by wg0: through the tunnel")

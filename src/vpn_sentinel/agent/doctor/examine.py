@@ -10,8 +10,9 @@ from vpn_sentinel.agent.doctor.check import Check, unknown
 from vpn_sentinel.agent.doctor.forgiving import Read
 from vpn_sentinel.agent.doctor.ground import Ground, Once, greet_all, look
 from vpn_sentinel.agent.http import Client, tls_context
-from vpn_sentinel.agent.interfaces import Paths, survey
+from vpn_sentinel.agent.interfaces import Paths, Surveyor
 from vpn_sentinel.agent.names import Names
+from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.agent.netlink import Netlink
 from vpn_sentinel.runtime.clock import Clock
 
@@ -46,6 +47,12 @@ CHECKS: Final[tuple[tuple[str, Look], ...]] = (
 )
 
 
+# What this user's own traffic shows says nothing of the one user whom the tunnel is for.
+_IN_THE_USERS_PLACE: Final = (
+    network.routes, tunnel.way_out, tunnel.kill_switch, network.resolvers, network.system_resolver,
+)  # fmt: skip
+
+
 async def examine(read: Read, clock: Clock) -> list[Check]:
     """Look at everything, within 10 seconds. Changes nothing here, and nothing on the server."""
     probes = read.agent.probes
@@ -58,7 +65,10 @@ async def examine(read: Read, clock: Clock) -> list[Check]:
         kernel = _netlink()
         if kernel is not None:
             stack.callback(kernel.close)
-        around = survey(kernel, configured=probes.tunnel_interface)
+        # As the agent looks: where the tunnel is for one user alone, in that user's place.
+        around = Surveyor(kernel, configured=probes.tunnel_interface, only=probes.meant_outside.only).look()
+        AS_USER.be(around.user)
+        stack.callback(AS_USER.be, None)
         paths = Paths(kernel, around)
         async with asyncio.TaskGroup() as group:
             ground = Ground(
@@ -79,6 +89,8 @@ async def examine(read: Read, clock: Clock) -> list[Check]:
 
 
 async def _one(name: str, check: Look, ground: Ground) -> list[Check]:
+    if AS_USER.refused and check in _IN_THE_USERS_PLACE:
+        return [unknown(name, "not asked: the tunnel is for one user alone, and not for this one")]
     try:
         async with asyncio.timeout(LIMIT):
             return await check(ground)

@@ -11,6 +11,7 @@ from typing import Final
 
 from vpn_sentinel.agent.doctor.check import Check, gap, ok, unknown
 from vpn_sentinel.agent.doctor.ground import Greeting, Ground
+from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.agent.spoolfile import check_folder
 
 _NET_ADMIN, _NET_RAW = 12, 13  # linux/capability.h
@@ -35,7 +36,8 @@ def about_system(system: str, release: str, python: tuple[int, ...]) -> Check:
 
 async def capabilities(_: Ground) -> list[Check]:
     effective = effective_capabilities(Path("/proc/self/status"))
-    return [about_user(os.geteuid(), _user(os.geteuid())), *about_capabilities(effective, packet_socket())]
+    who = [about_user(os.geteuid(), _user(os.geteuid())), *about_one_user(AS_USER.uid, AS_USER.refused_uid)]
+    return [*who, *about_capabilities(effective, packet_socket())]
 
 
 def effective_capabilities(status: Path) -> int | None:
@@ -63,6 +65,22 @@ def packet_socket() -> str | None:
 
 def about_user(uid: int, name: str | None) -> Check:
     return ok("user", f"{name or 'no name'} (uid {uid})")
+
+
+def about_one_user(uid: int | None, refused: int | None) -> list[Check]:
+    """Whether questions can be asked in the place of the one user whom the tunnel is for."""
+    if refused is not None:
+        return [
+            gap(
+                "tunnel of one user",
+                f"for user {refused} alone, and nothing may be asked in that user's place",
+                "where traffic leaves stays unknown.",
+                f"run the agent as user {refused}, or give it CAP_SETUID",
+            )
+        ]
+    if uid is None:
+        return []
+    return [ok("tunnel of one user", f"for user {uid} alone", "all is asked in that user's place.")]
 
 
 def about_capabilities(effective: int | None, packet: str | None) -> list[Check]:

@@ -46,6 +46,11 @@ class AsUser:
                 extra={"uid": uid, "remedy": "run the agent as that user, or with CAP_SETUID"},
             )
 
+    @property
+    def refused_uid(self) -> int | None:
+        """The user in whose place nothing may be asked, None where that is nobody."""
+        return self._wanted if self.refused else None
+
     def __enter__(self) -> None:
         if self.uid is not None:
             self._set(self.uid)
