@@ -26,7 +26,7 @@ from vpn_sentinel.agent.probes.system_resolver import SystemResolver
 from vpn_sentinel.agent.probes.trace import whoami
 from vpn_sentinel.agent.settings import ProbeSettings
 from vpn_sentinel.domain.judge import judge, learned_home
-from vpn_sentinel.domain.observation import Observation, Trigger
+from vpn_sentinel.domain.observation import Answer, Observation, Trigger
 from vpn_sentinel.domain.policy import Policy
 from vpn_sentinel.domain.verdict import Verdict
 from vpn_sentinel.runtime.clock import Clock
@@ -92,10 +92,22 @@ async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, se
         if watch.on:
             # A round may be over in milliseconds; programs behind the tunnel get a moment to show what they do.
             await asyncio.sleep(max(0.0, started + LISTEN - clock.boottime()))
-            seen = replace(seen, escapes=watch.escapes(Paths(kernel, found), seen.canaries))
+            paths = Paths(kernel, found)
+            seen = replace(seen, escapes=watch.escapes(paths, seen.canaries))
+            seen = await with_neighbors(seen, eyes, paths)
     finally:
         watch.close()
         databases.close()
         if kernel is not None:
             kernel.close()
     return Looked(seen, judge(seen, learned_home(seen, policy)), found)
+
+
+async def with_neighbors(seen: Observation, eyes: rounds.Eyes, paths: Paths) -> Observation:
+    """Nameservers of the LAN that programs asked since the round are asked as well."""
+    asked = {s.nameserver for s in seen.resolvers}
+    fresh = [n for n in dns.besides(eyes.nameservers(), eyes.neighbors()) if dns.plain(n.address) not in asked]
+    if not fresh:
+        return seen
+    found = (await dns.resolvers(paths, fresh)).sightings
+    return replace(seen, resolvers=(*seen.resolvers, *(s for s in found if s.answer is Answer.ANSWERED)))
