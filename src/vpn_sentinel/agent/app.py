@@ -148,6 +148,7 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
         places=places,
         clock=clock,
         watch=watch,
+        came_out=surveyor.came_out,
         audit=route_audit(
             probes, lambda: watch.servers, lambda: (a for host in echoes.hosts for a in names.known(host))
         ),

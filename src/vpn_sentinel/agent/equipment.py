@@ -131,7 +131,8 @@ def route_audit(
         may_leave = (*policy.allowed_outside, *policy.allowed_resolvers, *(ip_network(dns.plain(h)) for h in hosts))
         known = tuple(servers())
         # Walking full tables takes a while: the last answer holds while they, and what may leave, are the same.
-        now = (survey.fib, survey.user, survey.tunnel, tuple(i.index for i in survey.beside), may_leave, known)
+        devices = tuple(i.index for i in survey.beside)
+        now = (survey.fib, survey.user, survey.tunnel, survey.natted, devices, may_leave, known)
         if last is None or last[0] != now:
             last = now, audit(survey, may_leave=may_leave, servers=known, uid=survey.user)
         return last[1]

@@ -1,16 +1,17 @@
 """The network devices here at one moment, the role of each, and which kind of way a packet would take."""
 
 import os
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 from vpn_sentinel.agent.net.fib import Fib, Sender
 from vpn_sentinel.agent.net.link import IFF_LOOPBACK, IFF_LOWER_UP, IFF_POINTOPOINT, IFF_UP, Interface
+from vpn_sentinel.agent.net.local import natted
 from vpn_sentinel.agent.net.roles import INTERNET, Remembered, Roles, roles
 from vpn_sentinel.agent.netlink import LOCAL, Kernel
 from vpn_sentinel.domain.observation import Link, Path
-from vpn_sentinel.domain.policy import IPAddress
+from vpn_sentinel.domain.policy import IPAddress, IPNetwork
 
 __all__ = ["INTERNET", "Memory", "Paths", "Survey", "Surveyor", "is_up", "recalled", "survey"]
 _TUNNEL, _UPLINKS, _USER = "tunnel_device", "uplinks", "tunnel_user"  # facts of a memory
@@ -25,7 +26,7 @@ class Survey:
     `interfaces` is None when the kernel could not be asked. `uplinks` are the ways out beside the tunnel that packets
     can be sent by, the usual one first; `beside` are all devices by which packets could leave beside it: see
     `net.roles`. `carries` says whether the tunnel carries anything. `user` is whom the tunnel is for, when it is for
-    one alone.
+    one alone. `natted` are devices whose public IPv4 addresses are not the internet's: see `net.local`.
     """
 
     interfaces: tuple[Interface, ...] | None = None
@@ -35,6 +36,7 @@ class Survey:
     carries: bool = False
     fib: Fib | None = None
     user: int | None = None
+    natted: frozenset[str] = frozenset()
 
     @property
     def physical(self) -> Interface | None:
@@ -120,6 +122,7 @@ class Surveyor:
         self._only = min(only, default=None)
         self._memory = memory if memory is not None else Recollection()
         self._decided: tuple[object, tuple[Roles, int | None]] | None = None
+        self._outside: dict[str, frozenset[IPNetwork]] = {}
 
     def look(self) -> Survey:
         """Raises nothing: a kernel that cannot be asked makes a survey that knows nothing."""
@@ -144,7 +147,14 @@ class Surveyor:
             carries=found.carries,
             fib=fib,
             user=user,
+            natted=natted(found.beside, self._outside),
         )
+
+    def came_out(self, outside: Mapping[str, frozenset[IPNetwork]]) -> bool:
+        """Take in where packets by the devices of these names come out; whether it says anything new."""
+        news = {name: found for name, found in outside.items() if found != self._outside.get(name)}
+        self._outside |= news
+        return bool(news)
 
     def learn(self, tunnel: str, beside: Iterable[str]) -> bool:
         """Take in what somebody else remembers, where nothing is remembered here; whether it was taken."""

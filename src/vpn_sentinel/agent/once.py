@@ -73,7 +73,7 @@ async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, se
     places = Places(http, chosen_services(settings), clock, look_up=databases.look_up, limit=min(settings.timeout, 4.0))
     eyes = rounds.Eyes(
         kernel=kernel,
-        survey=lambda: found,
+        survey=around.look,
         flock=whom,
         places=places,
         clock=clock,
@@ -81,6 +81,7 @@ async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, se
         system=SystemResolver(boottime=clock.boottime),
         origins=Origins(clock, services=places.about, names=names),
         watch=watch,
+        came_out=around.came_out,
         audit=route_audit(settings, lambda: watch.servers),
     )
     try:

@@ -7,6 +7,7 @@ and geolocation services asked, which takes up to some seconds.
 import asyncio
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
+from ipaddress import ip_network
 from typing import Final, Protocol
 
 from vpn_sentinel.agent.asides import Asides
@@ -32,7 +33,7 @@ from vpn_sentinel.domain.observation import (
     Routed,
     Trigger,
 )
-from vpn_sentinel.domain.policy import IPAddress, Policy
+from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy
 from vpn_sentinel.domain.resolvers import unexplained
 from vpn_sentinel.domain.verdict import State
 from vpn_sentinel.runtime.clock import Clock
@@ -56,7 +57,10 @@ class Sight(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Eyes:
-    """What a round looks with. `survey` and `flock` are made anew for each round, since both change."""
+    """What a round looks with. `survey` and `flock` are made anew for each round, since both change.
+
+    `came_out` takes in where packets by the ways out beside the tunnel come out; True when that makes another survey.
+    """
 
     kernel: Kernel | None
     survey: Callable[[], Survey]
@@ -73,6 +77,7 @@ class Eyes:
     sight: Sight | None = None
     audit: Callable[[Survey], tuple[Routed, ...] | None] = lambda _: None
     watch: LeakWatch | None = None
+    came_out: Callable[[dict[str, frozenset[IPNetwork]]], bool] = lambda _: False
 
 
 async def look(eyes: Eyes, trigger: Trigger, policy: Policy) -> Observation:
@@ -95,6 +100,13 @@ async def look(eyes: Eyes, trigger: Trigger, policy: Policy) -> Observation:
         trying = group.create_task(bypass.tried(parts or (), survey.tunnel))
         found = await canaries(aside.flock(eyes.flock(paths)), paths, enough=leaks, silence=aside.silence)
         seen = await aside.add(replace(seen, canaries=found), hurry=leaks(found))
+        if eyes.came_out(_outside(survey, found, policy)):
+            survey = eyes.survey()
+            if eyes.watch is not None:
+                eyes.watch.look(survey)
+            if (now := eyes.audit(survey)) != parts:
+                trying.cancel()
+                parts, trying = now, group.create_task(bypass.tried(now or (), survey.tunnel))
         seen = replace(seen, routed=None if parts is None else await trying)
     if eyes.sight is not None:
         seen = _with_pulses(eyes.sight, seen, paths, silent_for)
@@ -104,6 +116,17 @@ async def look(eyes: Eyes, trigger: Trigger, policy: Policy) -> Observation:
         # At the end: what leaks was told at once, and what follows here is the whole picture.
         seen = replace(seen, leak_watch=eyes.watch.on, escapes=eyes.watch.escapes(paths, seen.canaries))
     return replace(seen, places=_places(eyes, seen, policy), took_ms=round((eyes.clock.boottime() - start) * 1000, 1))
+
+
+def _outside(survey: Survey, found: tuple[Canary, ...], policy: Policy) -> dict[str, frozenset[IPNetwork]]:
+    """Where packets by each way out beside the tunnel come out: seen by a canary, or home where there is one way."""
+    home = policy.home_networks if len(survey.uplinks) == 1 else ()
+    beside = [c for c in found if c.probe is Probe.PHYSICAL and c.address is not None]
+    return {
+        i.name: seen
+        for i in survey.uplinks
+        if (seen := frozenset((*home, *(ip_network(str(c.address)) for c in beside if c.interface == i.name))))
+    }
 
 
 def _with_pulses(sight: Sight, seen: Observation, paths: Paths, silent_for: float) -> Observation:

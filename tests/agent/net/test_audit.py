@@ -6,7 +6,7 @@ import pytest
 
 from tests.agent.net.test_fib import ip
 from tests.agent.net.test_roles import GATEWAY, LAN, OPENCONNECT, OPENVPN, SECOND, WG_QUICK
-from vpn_sentinel.agent.interfaces import survey
+from vpn_sentinel.agent.interfaces import Surveyor, survey
 from vpn_sentinel.agent.net.audit import audit
 from vpn_sentinel.agent.netlink import Netlink
 from vpn_sentinel.domain.observation import Routed
@@ -44,6 +44,13 @@ OUTSIDE: dict[str, tuple[str, dict[str, list[str]]]] = {
         WG + "route add default via 172.17.0.1 dev eth0 tos 0x08 table 51820",
         {"eth0 packets with TOS 0x08": ["0.0.0.0/0"]},
     ),
+    "people's packets": (
+        WG + "rule add uidrange 1000-60000 lookup main pref 10", {"eth0 packets of users 1000-60000": ["0.0.0.0/0"]}
+    ),
+    "everybody's but root's": (
+        WG + "rule add not uidrange 0-0 lookup main pref 10", {"eth0 packets of all but user 0": ["0.0.0.0/0"]}
+    ),
+    "the users of system programs": (WG + "rule add uidrange 100-999 lookup main pref 10", {}),
     "NAT64": (WG + SIX + "-6 route add 64:ff9b::/96 via 2001:db8:17::1", {"eth0": ["64:ff9b::/96"]}),
     "what has the tunnel's address": (WG + "rule add from 10.2.0.2 lookup main pref 10", {"eth0": ["0.0.0.0/0"]}),
     "the server by a rule for it": (
@@ -97,6 +104,23 @@ def test_what_is_meant_to_leave_is_left_out(namespace: None) -> None:
     assert {p.interface for p in look("5.9.0.0/16")} == {"wg0"}
     found = next(p for p in look("5.9.10.0/25") if p.interface == "eth0")
     assert found.networks == (ip_network("5.9.10.128/25"),)
+
+
+def test_a_public_network_behind_a_nat_is_not_local(namespace: None) -> None:
+    """A stranger's router gives out addresses of the internet's (LocalNet, CVE-2023-36672)."""
+    ip(WG + "addr add 93.184.216.99/24 dev eth0")
+    around = Surveyor(kernel := Netlink())
+    try:
+        before = audit(around.look())
+        assert around.came_out({"eth0": frozenset({ip_network("91.10.10.20/32")})})
+        assert not around.came_out({"eth0": frozenset({ip_network("91.10.10.20/32")})})
+        after = audit(around.look())
+    finally:
+        kernel.close()
+    assert before is not None
+    assert after is not None
+    assert {p.interface for p in before} == {"wg0"}
+    assert {p.networks for p in after if p.interface == "eth0"} == {(ip_network("93.184.216.0/24"),)}
 
 
 def test_while_nobody_knows_the_vpns_server_a_host_by_a_router_may_be_it(namespace: None) -> None:

@@ -10,13 +10,13 @@ from vpn_sentinel.agent.leakwatch.rules import Rules
 from vpn_sentinel.agent.leakwatch.senders import Senders, is_mark, marks, senders
 from vpn_sentinel.agent.net.fib import Fib
 from vpn_sentinel.agent.net.link import IFF_LOOPBACK, IFF_POINTOPOINT, Interface
+from vpn_sentinel.agent.net.local import SHORTEST, addresses
 from vpn_sentinel.agent.net.roles import is_layer3_tunnel
 from vpn_sentinel.agent.net.servers import reached
 from vpn_sentinel.agent.netlink import Way
 from vpn_sentinel.domain.policy import NOT_PUBLIC, IPAddress, IPNetwork, is_public, within
 
 _WIREGUARD: Final = frozenset({"wireguard", "amneziawg"})
-_SHORTEST: Final = {4: 16, 6: 48}  # prefix lengths of a public LAN
 _MOST: Final = 128  # networks of the LAN that the filter takes in
 
 
@@ -118,7 +118,7 @@ def ground(
         return Ground()
     watched = survey.beside
     beside = {i.index for i in watched}
-    own = [a for i in watched for a in i.addresses]
+    own = [a for i in watched for a in addresses(i, survey.natted)]
     ways = [w for w in tables.ways() if w.interface in beside] if tables else []
     lan = tuple(dict.fromkeys(w.network for w in ways if _is_lan(w, own)))[:_MOST]
     hosts = tuple(w.network for w in ways if w.gateway and w.network.prefixlen == w.network.max_prefixlen)
@@ -159,6 +159,6 @@ def _is_lan(way: Way, own: list[IPAddress]) -> bool:
     if any(network.version == n.version and network.subnet_of(n) for n in NOT_PUBLIC):  # type: ignore[arg-type]
         return True
     # A shorter one is no LAN but a part of the internet, e.g. the half that some programs route in place of the whole.
-    if way.gateway or network.prefixlen < _SHORTEST[network.version]:
+    if way.gateway or network.prefixlen < SHORTEST[network.version]:
         return False
     return any(a.version == network.version and a in network for a in own)

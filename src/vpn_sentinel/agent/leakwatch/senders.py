@@ -14,7 +14,7 @@ from typing import Final
 from vpn_sentinel.agent.endpoints import TCP, UDP
 from vpn_sentinel.agent.interfaces import INTERNET
 from vpn_sentinel.agent.leakwatch.packets import Packet
-from vpn_sentinel.agent.net.fib import EVERYBODY, Fib, Rule, Sender
+from vpn_sentinel.agent.net.fib import EVERYBODY, Fib, Rule, Sender, may_be_a_programs
 from vpn_sentinel.domain.policy import IPAddress
 
 # Besides the usual two a family, for where a rule sends one of those elsewhere.
@@ -38,7 +38,7 @@ def senders(fib: Fib, tunnel: int | None, before: Senders) -> Senders:
 
     What was found `before` holds on where nobody's packets go through the tunnel: its program still sends.
     """
-    turned = [replace(r, invert=False) for r in fib.rules if r.invert and r.names_sender()]
+    turned = [replace(r, invert=False) for r in fib.rules if r.invert and r.names_sender() and may_be_a_programs(r)]
     if tunnel is None:
         return replace(before, excepted=tuple(dict.fromkeys((*before.excepted, *turned))))
     excepted: list[Rule] = []
@@ -49,9 +49,9 @@ def senders(fib: Fib, tunnel: int | None, before: Senders) -> Senders:
         to = rule.destination.network_address if rule.destination else through[rule.version] or _SOME[rule.version]
         sends = _like(rule)
         others, this = (_leads(fib, s, to, tunnel) for s in (_somebody_else(rule, sends), sends))
-        if others and not this:
+        if others and not this and may_be_a_programs(rule):
             excepted.append(rule)
-        elif this and not others and _is_who(rule):
+        elif this and not others and _is_who(rule) and not _is_root(rule):
             inside.append(rule)
     if not (any(through.values()) or inside):
         # A route or rule was put in front of the tunnel: the rules that told of its program are still there.
@@ -102,6 +102,11 @@ def is_mark(rule: Rule) -> bool:
 def _is_who(rule: Rule) -> bool:
     """Whether it selects by user or mark and by nothing else: a program whose traffic alone belongs to the tunnel."""
     return is_mark(rule) or (rule.uids is not None and not rule.mark and _has_nothing_else(rule))
+
+
+def _is_root(rule: Rule) -> bool:
+    """Whether root is among the users: its programs are many, and nobody has a tunnel for them alone."""
+    return rule.uids is not None and rule.uids[0] == 0
 
 
 def _has_nothing_else(rule: Rule) -> bool:

@@ -9,15 +9,15 @@ from typing import Final
 from vpn_sentinel.agent.endpoints import TCP, UDP
 from vpn_sentinel.agent.interfaces import Survey
 from vpn_sentinel.agent.net.coverage import by_device, interval, names, public_space, size
-from vpn_sentinel.agent.net.fib import Fib, Interval, Rule, Sender, intersect, joined, subtract
+from vpn_sentinel.agent.net.fib import Fib, Interval, Rule, Sender, intersect, joined, may_be_a_programs, subtract
 from vpn_sentinel.agent.net.link import Interface
+from vpn_sentinel.agent.net.local import networks
 from vpn_sentinel.agent.net.servers import reached
 from vpn_sentinel.domain.observation import Routed
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork
 
 MAX_NETWORKS: Final = 16  # networks that are named of one device; how many more there are is counted
 MAX_CLASSES: Final = 16  # rules for a protocol or a port that are walked for themselves
-_SHORTEST_LAN: Final = {4: 16, 6: 48}  # prefix lengths of a public network that is a LAN
 _PROTOCOLS: Final = {TCP: "TCP", UDP: "UDP", 1: "ICMP", 58: "ICMPv6"}
 
 
@@ -36,7 +36,8 @@ def audit(
         return ()
     known = tuple(servers)
     told_of = reached(survey.fib, known, [i.index for i in survey.beside])
-    excepted = [*may_leave, *(_lan(survey.beside)), *(ip_network(s) for s in known)]
+    local = (n for i in survey.beside for n in networks(i, survey.natted))
+    excepted = [*may_leave, *local, *(ip_network(s) for s in known)]
     # A server that is known says nothing of devices that its packets do not take: one tunnel may carry another.
     excepted += [
         network
@@ -101,6 +102,8 @@ def _with_address(fib: Fib, device: Interface, version: int, sender: Sender) -> 
 def _classes(fib: Fib, version: int, sender: Sender) -> Iterator[tuple[str, Sender]]:
     """Kinds of traffic, by protocol, port or type of service, that rules tell from the rest; each with a name."""
     rules = [r for r in fib.rules if r.version == version and _is_class(r)]
+    for who, uid in _several_users(fib, version):
+        yield who, replace(sender, uid=uid)
     seen: set[str] = set()
     for rule in rules[:MAX_CLASSES]:
         low, high = rule.destination_ports or (0, 0)
@@ -119,12 +122,14 @@ def _classes(fib: Fib, version: int, sender: Sender) -> Iterator[tuple[str, Send
         yield f"packets with TOS 0x{tos:02x}", replace(sender, tos=tos)
 
 
+def _several_users(fib: Fib, version: int) -> Iterator[tuple[str, int]]:
+    """Groups of users that rules tell from the rest and that are no one program's, and one of each."""
+    rules = [r for r in fib.rules if r.version == version and r.uids is not None and not may_be_a_programs(r)]
+    for low, high, others in dict.fromkeys((*(r.uids or (0, 0)), r.invert) for r in rules[:MAX_CLASSES]):
+        named = f"user {low}" if low == high else f"users {low}-{high}"
+        yield (f"packets of all but {named}", high + 1) if others else (f"packets of {named}", low)
+
+
 def _is_class(rule: Rule) -> bool:
     named = rule.protocol is not None or rule.destination_ports is not None or rule.tos
     return not rule.names_sender() and bool(named)
-
-
-def _lan(beside: Iterable[Interface]) -> Iterator[IPNetwork]:
-    """The networks that this host has an address in, but for those too large to be a LAN."""
-    for device in beside:
-        yield from (n for n in device.networks if n.prefixlen >= _SHORTEST_LAN[n.version])

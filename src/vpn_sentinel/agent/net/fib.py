@@ -45,6 +45,7 @@ VERSION: Final = {socket.AF_INET: 4, socket.AF_INET6: 6}
 _REFUSING: Final = frozenset({RTN_BLACKHOLE, RTN_UNREACHABLE, RTN_PROHIBIT})
 # Where what this host itself sends is said to come in (fib_rules.c: LOOPBACK_IFINDEX).
 _LOOPBACK: Final = "lo"
+FIRST_PERSON: Final = 1000  # the first user id that is a person's
 
 Interval = tuple[int, int]
 
@@ -102,6 +103,18 @@ class Rule:
             source_port=self.source_ports[0] if self.source_ports else 0,
             destination_port=self.destination_ports[0] if self.destination_ports else 0,
         )
+
+
+def may_be_a_programs(rule: Rule) -> bool:
+    """Whether the users that a rule names may be those of one program, such as a VPN's own or one that is meant for it.
+
+    One user may be. Several, with people among them, are a part of everybody; so is root, whose programs are many.
+    Debian and Fedora, and login.defs(5), give numbers from 1000 on to people.
+    """
+    if rule.uids is None:
+        return True
+    low, high = rule.uids
+    return low > 0 and (low == high or high < FIRST_PERSON)
 
 
 @dataclass(frozen=True, slots=True)
