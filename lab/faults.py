@@ -187,6 +187,10 @@ class Faults(ABC):
         """74: a routing rule sends `what` (the selectors of ip-rule(8)) by main, past the tunnel."""
         self._be(ruled=self.line.ruled | {f"pref 75 {what} table main"})
 
+    def lease(self, address: str) -> None:
+        """76: the router gives the host a further address, such as 93.184.216.99/24, which is somebody else's."""
+        self._be(leased=address)
+
     def publish(self, port: int) -> None:
         """59: the home router forwards a TCP port to the host, and what the host sends from its LAN address goes back
         beside the tunnel."""

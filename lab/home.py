@@ -367,6 +367,10 @@ class Home(Faults):
                 f"-6 route replace {plan.lan6}:/64 dev eth0 table {_OUTSIDE}",
                 f"-6 route replace default via {plan.lan6}:1 dev eth0 table {_OUTSIDE}",
             ]
+        if line.leased is not None:
+            lines += [f"addr replace {line.leased} dev {way.interface}"]
+        elif before is not None and before.leased is not None:
+            lines += [f"addr del {before.leased} dev {way.interface}"]
         self.host.ip(*lines)
         had, has = self._rules(before) if before else set(), self._rules(line)
         routed = before.routed if before else frozenset()

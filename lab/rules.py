@@ -40,6 +40,7 @@ class Line:
     published: frozenset[int] = frozenset()
     marked: bool = False
     ruled: frozenset[str] = frozenset()  # further routing rules
+    leased: str | None = None  # a second address of eth0, with its prefix length
     balanced: bool = False
     no_ipv4: bool = False
     vpn_uid: int | None = None

@@ -272,4 +272,8 @@ ROWS: tuple[Row, ...] = (
     _leak(73, "udponly", "the same, deleted", {"ip_leak"}, _do("delete_tunnel"), part="b"),
     _leak(74, "routes", "only DNS by a rule", {"dns_leak"}, _do("rule_outside", "ipproto udp dport 53"),
           never=frozenset({"ip_leak"}), kinds=_BY_RULE, limit=45),
+    _leak(76, "routes", "a stranger's router gives out the internet's addresses", {"split_route"},
+          _do("lease", "93.184.216.99/24")),
+    _leak(77, "routes", "a rule sends people's packets outside", {"split_route"},
+          _do("rule_outside", "uidrange 1000-60000"), kinds=_BY_RULE),
 )  # fmt: skip
