@@ -15,7 +15,7 @@ from vpn_sentinel.agent.http import Client
 from vpn_sentinel.agent.interfaces import Paths, Survey
 from vpn_sentinel.agent.names import Names
 from vpn_sentinel.agent.probes import dns
-from vpn_sentinel.agent.probes.canary import Flock, canaries
+from vpn_sentinel.agent.probes.canary import Flock, OverTcp, canaries
 from vpn_sentinel.agent.probes.system_resolver import SystemResolver
 from vpn_sentinel.agent.probes.targets import Seen, address_in
 from vpn_sentinel.agent.probes.trace import trace
@@ -62,7 +62,7 @@ async def test_a_tunnel_that_could_not_be_looked_at_is_not_down() -> None:
         flock = Flock(
             targets=(Whoami("echo", port),),  # type: ignore[arg-type]
             reserve=(),
-            others=(lambda: trace(client, f"http://127.0.0.1:{web}", Way.TUNNEL),),
+            others=(OverTcp(ask=lambda: trace(client, f"http://127.0.0.1:{web}", Way.TUNNEL), address=HERE, port=web),),
         )
         with no_more_descriptors():
             found = await canaries(flock, paths)
