@@ -367,10 +367,9 @@ class Home(Faults):
                 f"-6 route replace {plan.lan6}:/64 dev eth0 table {_OUTSIDE}",
                 f"-6 route replace default via {plan.lan6}:1 dev eth0 table {_OUTSIDE}",
             ]
-        if line.leased is not None:
-            lines += [f"addr replace {line.leased} dev {way.interface}"]
-        elif before is not None and before.leased is not None:
-            lines += [f"addr del {before.leased} dev {way.interface}"]
+        lent = before.leased if before else None
+        lines += [f"addr del {lent} dev {way.interface}"] if lent and lent != line.leased else []
+        lines += [f"addr replace {line.leased} dev {way.interface}"] if line.leased else []
         self.host.ip(*lines)
         had, has = self._rules(before) if before else set(), self._rules(line)
         routed = before.routed if before else frozenset()

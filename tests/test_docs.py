@@ -154,6 +154,13 @@ def test_tests_named_in_situations_exist_and_none_is_left_out() -> None:
     assert {(n, test) for test in names_of_tests("acceptance") for n in rows_of(test)} <= program
 
 
+def test_each_exemption_of_the_leak_watch_names_tests_that_exist() -> None:
+    rows = re.findall(r"^\| [^|]+ \| [^|]+ \| ([^|]+) \|$", page("situations.md"), re.MULTILINE)
+    tests = [test for cell in rows for test in named(cell) if test.startswith("test_")]
+    assert len(tests) >= 11
+    assert set(tests) <= names_of_tests("")
+
+
 def test_situations_judged_in_the_case_table_are_in_it() -> None:
     cases = (ROOT / "tests" / "domain" / "test_verdict.py").read_text(encoding="utf-8")
     judged = {int(n) for n in re.findall(r'^    "(\d+) ', cases, re.MULTILINE)}

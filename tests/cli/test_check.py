@@ -164,7 +164,7 @@ UNSEEN = {
     "no other interface": (looked(SEEN, survey=Survey(tunnel="wg0")), ["The kill switch: no other"]),
     "not permitted": (
         looked(replace(SEEN, canaries=(SEEN.canaries[0], replace(SEEN.canaries[1], answer=Answer.UNKNOWN)))),
-        ["The kill switch: sending on eth0 is not permitted"],
+        ["The kill switch: nothing could be asked by eth0"],
     ),
     "no nameservers": (looked(replace(SEEN, resolvers=())), ["Nameservers: /etc/resolv.conf"]),
     "nameservers after a leak": (

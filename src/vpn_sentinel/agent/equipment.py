@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from ipaddress import ip_network
 
 from vpn_sentinel.agent.asides import Portal
@@ -22,7 +23,7 @@ from vpn_sentinel.agent.probes.targets import CLOUDFLARE, OPENDNS, Target, addre
 from vpn_sentinel.agent.probes.trace import LIMIT as TRACE_LIMIT
 from vpn_sentinel.agent.probes.trace import TRACE_URL, TRACE_URL_6, trace
 from vpn_sentinel.agent.settings import ProbeSettings
-from vpn_sentinel.domain.observation import Path, Routed
+from vpn_sentinel.domain.observation import Canary, Path, Routed
 from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.runtime.settings import SettingError
@@ -104,8 +105,14 @@ def _over_https(url: str, http: Client, paths: Paths, patience: float) -> OverTc
     where, path = split(url), path_to(url, paths)
     address = address_in(where.host)
     family = address.version if address is not None else 4
+
+    async def ask() -> Canary:
+        # Another tunnel may have come up meanwhile, and carried the answer.
+        found = await trace(http, url, path, patience, family)
+        return found if path_to(url, paths) is path else replace(found, path=Path.UNKNOWN)
+
     return OverTcp(
-        ask=lambda: trace(http, url, path, patience, family),
+        ask=ask,
         address=address,
         port=where.port,
         path=path,
@@ -134,7 +141,7 @@ def route_audit(
         devices = tuple(i.index for i in survey.beside)
         now = (survey.fib, survey.user, survey.tunnel, survey.natted, devices, may_leave, known)
         if last is None or last[0] != now:
-            last = now, audit(survey, may_leave=may_leave, servers=known, uid=survey.user)
+            last = now, audit(survey, may_leave=may_leave, servers=known)
         return last[1]
 
     return look

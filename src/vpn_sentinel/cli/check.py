@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from vpn_sentinel.cli.reading import add_config, source_of, warn_unread
-from vpn_sentinel.domain.judge import agreed_country
+from vpn_sentinel.domain.judge import PACKETS_UNSEEN, agreed_country
 from vpn_sentinel.domain.observation import Answer, Canary, Observation, Place, Probe
 from vpn_sentinel.domain.policy import IPAddress, Policy
 from vpn_sentinel.domain.routes import each_spoken
@@ -27,6 +27,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 USAGE: Final = 64  # EX_USAGE of sysexits(3)
 STATUS: Final = {State.PROTECTED: 0, State.DEGRADED: 1, State.LEAKING: 2, State.DOWN: 3, State.UNKNOWN: 4}
+_WATCH: Final = {
+    True: "on",
+    False: "off, or not on each way out: see below",
+    None: "off: switched off, or nothing tells the tunnel's own packets",
+}
 _COLOURS: Final = {
     State.PROTECTED: "green",
     State.DEGRADED: "yellow",
@@ -222,9 +227,12 @@ def unseen(looked: "Looked") -> list[str]:
         if survey.physical is None:
             found.append("The kill switch: no other network interface is in use here.")
         elif all(c.answer is Answer.UNKNOWN for c in beside):
-            found.append(f"The kill switch: sending on {survey.physical.name} is not permitted; it takes CAP_NET_RAW.")
+            ways = ", ".join(i.name for i in survey.uplinks)
+            found.append(
+                f"The kill switch: nothing could be asked by {ways}: there is no route, or it is not permitted."
+            )
     if seen.leak_watch is False:
-        found.append("Packets that leave outside the tunnel: watching them takes CAP_NET_RAW.")
+        found.append(PACKETS_UNSEEN)
     if not seen.resolvers:
         urgent = looked.verdict.state in (State.LEAKING, State.DOWN)
         why = "not asked, as the traffic itself already shows the trouble" if urgent else "/etc/resolv.conf names none"
@@ -293,8 +301,7 @@ def _facts(seen: Observation) -> list[tuple[str, str]]:
     if (told := seen.system_lookup) is not None:
         rows.append(("names", f"getaddrinfo: {told.answer}{f' ({told.error})' if told.error else ''}"))
     if seen.link is not None:
-        on = {True: "on", False: "off: needs CAP_NET_RAW", None: "off: nothing tells the tunnel's own packets"}
-        rows.append(("leak watch", on[seen.leak_watch]))
+        rows.append(("leak watch", _WATCH[seen.leak_watch]))
     rows.append(("asked", ", ".join(_asked(c) for c in seen.asked(Probe.DEFAULT)) or "nobody"))
     rows.append(("took", f"{seen.took_ms / 1000:.1f} s"))
     return rows

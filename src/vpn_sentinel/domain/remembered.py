@@ -43,8 +43,7 @@ def learned_working(known: Working | None, seen: Observation) -> Working | None:
     beside = tuple(sorted(n for n in seen.interfaces if n != seen.link.name))
     if not exits or len(beside) > MAX_INTERFACES:
         return known
-    same = known is not None and known.device == seen.link.name
-    old = known if same and known is not None else Working(device=seen.link.name)
+    old = known if known is not None and known.device == seen.link.name else Working(device=seen.link.name)
     asns = tuple(p.asn for e in exits for p in seen.places_of(e) if p.asn is not None)
     return replace(old, beside=beside, exits=_newest(old.exits, exits), asns=_newest(old.asns, asns))
 

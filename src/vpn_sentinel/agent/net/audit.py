@@ -22,7 +22,7 @@ _PROTOCOLS: Final = {TCP: "TCP", UDP: "UDP", 1: "ICMP", 58: "ICMPv6"}
 
 
 def audit(
-    survey: Survey, *, may_leave: Iterable[IPNetwork] = (), servers: Iterable[IPAddress] = (), uid: int | None = None
+    survey: Survey, *, may_leave: Iterable[IPNetwork] = (), servers: Iterable[IPAddress] = ()
 ) -> tuple[Routed, ...] | None:
     """By which devices the internet leaves, and which part of it goes beside the tunnel. None when nobody can tell.
 
@@ -31,7 +31,7 @@ def audit(
     """
     if survey.fib is None or survey.tunnel is None:
         return None
-    device, sender = survey.device(), Sender(uid=os.geteuid() if uid is None else uid)
+    device, sender = survey.device(), Sender(uid=os.geteuid() if survey.user is None else survey.user)
     if device is None:
         return ()
     known = tuple(servers)
@@ -100,7 +100,10 @@ def _with_address(fib: Fib, device: Interface, version: int, sender: Sender) -> 
 
 
 def _classes(fib: Fib, version: int, sender: Sender) -> Iterator[tuple[str, Sender]]:
-    """Kinds of traffic, by protocol, port or type of service, that rules tell from the rest; each with a name."""
+    """Kinds of traffic, by protocol, port or type of service, that rules tell from the rest; each with a name.
+
+    A name that ends with "to port 53" or "to port 853" is read as DNS (`domain.routes`).
+    """
     rules = [r for r in fib.rules if r.version == version and _is_class(r)]
     for who, uid in _several_users(fib, version):
         yield who, replace(sender, uid=uid)

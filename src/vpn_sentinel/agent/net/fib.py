@@ -18,10 +18,9 @@ from typing import Final
 from vpn_sentinel.agent.net.attributes import attributes
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork
 
-RT_TABLE_MAIN, RT_TABLE_LOCAL = 254, 255
-RTN_UNICAST, RTN_LOCAL, RTN_BROADCAST, RTN_ANYCAST, RTN_MULTICAST = 1, 2, 3, 4, 5
+RTN_UNICAST = 1
 RTN_BLACKHOLE, RTN_UNREACHABLE, RTN_PROHIBIT, RTN_THROW = 6, 7, 8, 9
-FR_ACT_TO_TBL, FR_ACT_GOTO, FR_ACT_NOP = 1, 2, 3
+FR_ACT_TO_TBL, FR_ACT_GOTO = 1, 2
 FR_ACT_BLACKHOLE, FR_ACT_UNREACHABLE, FR_ACT_PROHIBIT = 6, 7, 8
 
 _FIXED: Final = struct.Struct("=8BI")  # rtmsg, and fib_rule_hdr, which has the same shape
@@ -29,7 +28,7 @@ _U32: Final = struct.Struct("=I")
 _2U16: Final = struct.Struct("=HH")
 _2U32: Final = struct.Struct("=II")
 _NEXTHOP: Final = struct.Struct("=HBBi")  # rtnexthop
-_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC = 1, 4, 5, 6, 7
+_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY = 1, 4, 5, 6
 _RTA_MULTIPATH, _RTA_TABLE, _RTA_VIA = 9, 15, 18
 _FRA_DST, _FRA_SRC, _FRA_IIFNAME, _FRA_GOTO, _FRA_PRIORITY, _FRA_FWMARK = 1, 2, 3, 4, 6, 10
 _FRA_SUPPRESS_PREFIXLEN, _FRA_TABLE, _FRA_FWMASK, _FRA_OIFNAME, _FRA_L3MDEV, _FRA_UID_RANGE = 14, 15, 16, 17, 19, 20
@@ -129,9 +128,9 @@ class Hop:
 class RouteEntry:
     """An entry of a routing table. `first` is the lowest address of its prefix, as an integer; `hops` may be empty.
 
-    `kind` is rtm_type (RTN_UNICAST and so on), `preferred` the source address that it gives to packets. With a `tos` it
-    is for packets of that type of service alone. `by_kernel`: it came with an address of this host, such as that of a
-    line's other end, and nobody asked for it (RTPROT_KERNEL).
+    `kind` is rtm_type (RTN_UNICAST and so on). With a `tos` it is for packets of that type of service alone.
+    `by_kernel`: it came with an address of this host, such as that of a line's other end, and nobody asked for it
+    (RTPROT_KERNEL).
     """
 
     version: int
@@ -141,7 +140,6 @@ class RouteEntry:
     kind: int = RTN_UNICAST
     hops: tuple[Hop, ...] = ()
     metric: int = 0
-    preferred: IPAddress | None = None
     tos: int = 0
     by_kernel: bool = False
 
@@ -272,7 +270,6 @@ def parse_entry(body: bytes) -> RouteEntry | None:
         kind=kind,
         hops=hops,
         metric=_u32(found.get(_RTA_PRIORITY)) or 0,
-        preferred=_address(found.get(_RTA_PREFSRC)),
         tos=tos if family == socket.AF_INET else 0,
         by_kernel=protocol == _RTPROT_KERNEL,
     )
@@ -348,9 +345,6 @@ class Fib:
         for entry in self.entries:
             self._by_table[entry.version, entry.table].append(entry)
 
-    def table(self, version: int, table: int) -> Sequence[RouteEntry]:
-        return self._by_table.get((version, table), ())
-
     def without(self, interface: int) -> "Fib":
         """The same without any route by one device: what the kernel would do if that device went away."""
         kept = []
@@ -361,15 +355,6 @@ class Fib:
                     kept.append(replace(entry, hops=hops))
             else:
                 kept.append(entry)
-        return Fib(self.rules, tuple(kept))
-
-    def only(self, interface: int) -> "Fib":
-        """The same with nothing but the routes by one device: what a socket sees that is bound to it."""
-        kept = (
-            replace(e, hops=tuple(h for h in e.hops if h.interface == interface))
-            for e in self.entries
-            if e.leads_by(interface)
-        )
         return Fib(self.rules, tuple(kept))
 
     def hosts_beside(self, tunnel: int) -> list[tuple[IPNetwork, RouteEntry]]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork
 
 IFF_UP, IFF_LOOPBACK, IFF_POINTOPOINT, IFF_LOWER_UP = 0x1, 0x8, 0x10, 0x10000
-ARPHRD_ETHER, ARPHRD_PPP, ARPHRD_NONE = 1, 512, 0xFFFE
+ARPHRD_PPP, ARPHRD_NONE = 512, 0xFFFE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,15 +27,15 @@ def natted(devices: Iterable[Interface], outside: Mapping[str, Collection[IPNetw
     )
 
 
-def networks(device: Interface, natted: Collection[str]) -> tuple[IPNetwork, ...]:
+def networks(device: Interface, behind_nat: Collection[str]) -> tuple[IPNetwork, ...]:
     """The local networks that a device has an address in."""
     found = (n for n in device.networks if n.prefixlen >= SHORTEST[n.version])
-    return tuple(n for n in found if not (device.name in natted and _is_public4(n)))
+    return tuple(n for n in found if not (device.name in behind_nat and _is_public4(n)))
 
 
-def addresses(device: Interface, natted: Collection[str]) -> tuple[IPAddress, ...]:
+def addresses(device: Interface, behind_nat: Collection[str]) -> tuple[IPAddress, ...]:
     """The device's own addresses, but for those that are in no network of its own."""
-    return tuple(a for a in device.addresses if not (device.name in natted and a.version == 4 and is_public(a)))
+    return tuple(a for a in device.addresses if not (device.name in behind_nat and a.version == 4 and is_public(a)))
 
 
 def _public(device: Interface) -> list[IPNetwork]:

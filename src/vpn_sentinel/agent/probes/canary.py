@@ -148,7 +148,7 @@ class _Asked:
     def send_also(self, others: Iterable[Other]) -> None:
         """Whoever names one wants its answer: waited for like one that may leak."""
         for other in others:
-            self._sent[self._group.create_task(other())] = _Sent(Probe.DEFAULT, 4, Path.OUTSIDE, awaited=True)
+            self._sent[self._group.create_task(other())] = _Sent(Probe.DEFAULT, 4, Path.UNKNOWN, awaited=True)
 
     def send_over_tcp(self, other: OverTcp, *, hasty: bool = False, witness: bool = False) -> None:
         """`hasty`: only where a connection comes about at once. A `witness` is waited for."""

@@ -222,13 +222,15 @@ def strip(row: Row[Any], moved: Sequence[Row[Any]], now: float, *, complete: boo
 
 def day(row: Row[Any], moved: Sequence[Row[Any]], now: float, *, complete: bool) -> str:
     """How much of the last day a tunnel was protected; what nobody verified is no part of either side."""
-    sums = {State.PROTECTED: 0.0, State.DOWN: 0.0, State.UNVERIFIED: 0.0}
+    protected = verified = unverified = 0.0
     for state, at, end in _stretches(row, moved, now, complete=complete):
-        kind = State.UNVERIFIED if state in _NOT_VERIFIED else State.DOWN
-        sums[state if state is State.PROTECTED else kind] += max(0.0, end - max(at, now - _DAY))
-    protected, trouble, unverified = sums.values()
+        lasted = max(0.0, end - max(at, now - _DAY))
+        if state in _NOT_VERIFIED:
+            unverified += lasted
+        else:
+            verified += lasted
+            protected += lasted if state is State.PROTECTED else 0.0
     told = f" Not verified for {span(unverified)}." if unverified >= 1 else ""
-    verified = protected + trouble
     if verified < 1:
         return told.strip()
     share = math.floor(1000 * protected / verified) / 10  # down: what is short of all is never "100 %"

@@ -60,19 +60,13 @@ class WebhookChannel:
 
     async def send(self, notice: Notice, delivery_id: int) -> None:
         """Raises a DeliveryError."""
-        try:
-            await self._post(encode(body(notice)), delivery_id)
-        except PermanentError as e:
-            reason = e.reason
-        else:
-            return
-        try:
-            await self._post(encode(short_body(notice)), delivery_id)
-        except PermanentError:
-            pass  # not the message, then
-        else:
-            return
-        raise SetupError(reason)
+        reason = ""
+        for said in (body(notice), short_body(notice)):
+            try:
+                return await self._post(encode(said), delivery_id)
+            except PermanentError as e:
+                reason = e.reason
+        raise SetupError(reason)  # both were refused: it is not the message, then
 
     async def _post(self, content: bytes, delivery_id: int) -> None:
         """Raises a DeliveryError, a PermanentError where the status can be about the body."""
