@@ -1,11 +1,13 @@
 import asyncio
 import socket
 import ssl
+import subprocess
 from ipaddress import ip_address
 from pathlib import Path
 
 import pytest
 
+from lab.certs import Authority, Pair
 from tests.agent.doubles import http, reply, tcp
 from vpn_sentinel.agent.http import Client, HttpError, connected, read_response, reason, split, tls_context
 from vpn_sentinel.agent.names import Names
@@ -133,3 +135,43 @@ def test_a_ca_file_without_certificates_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(OSError):  # noqa: PT011 - ssl words it
         tls_context(str(tmp_path / "ca.pem"))
     assert tls_context(None).check_hostname
+
+
+def test_the_systems_authorities_are_read_when_they_are_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder by hashes will do, and authenticates as the whole list does; a file that is named comes first."""
+    authority = Authority(tmp_path)
+    pair = authority.issue("server", ["server.test"])
+    folder = tmp_path / "certs"
+    folder.mkdir()
+    said = subprocess.run(
+        ["openssl", "x509", "-hash", "-noout", "-in", authority.file], check=True, capture_output=True, text=True
+    )
+    (folder / f"{said.stdout.strip()}.0").symlink_to(authority.file)
+    monkeypatch.setenv("SSL_CERT_DIR", str(folder))
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "none.pem"))
+    for n in range(40):
+        (folder / f"{n:08x}.0").write_text("")
+    context = tls_context(None)
+    assert context.get_ca_certs() == []
+    assert _is_trusted(context, pair)
+    assert not _is_trusted(tls_context(None), Authority(tmp_path, "another").issue("other", ["server.test"]))
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority.file))
+    assert len(tls_context(None).get_ca_certs()) >= 1
+
+
+def _is_trusted(context: ssl.SSLContext, pair: Pair) -> bool:
+    """Whether a handshake with a server of this certificate, called server.test, comes about."""
+    serving = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    serving.load_cert_chain(pair.cert, pair.key)
+    there, back = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = context.wrap_bio(back, there, server_hostname="server.test")
+    server = serving.wrap_bio(there, back, server_side=True)
+    for _ in range(4):
+        for side in (client, server):
+            try:
+                side.do_handshake()
+            except ssl.SSLWantReadError:
+                continue
+            except ssl.SSLCertVerificationError:
+                return False
+    return client.version() is not None

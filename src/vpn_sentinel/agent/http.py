@@ -5,6 +5,8 @@ The agent asks few, short questions and owes 25 MB in all; the stock clients cos
 
 import asyncio
 import json
+import os
+import re
 import socket
 import ssl
 from collections.abc import Mapping
@@ -22,6 +24,8 @@ MOST: Final = 64 * 1024  # bytes of a body
 # that 700 bytes of path carry it through any tunnel. Reports are a few KB.
 SEGMENT: Final = 536
 _MOST_HEADERS: Final = 100
+_MANY: Final = 32  # authorities; fewer may have been added by hand to a folder that is not the system's
+_HASHED: Final = re.compile(r"[0-9a-f]{8}\.\d+")
 
 
 class HttpError(OSError):
@@ -244,7 +248,30 @@ def reason(error: BaseException) -> str:
 
 def tls_context(ca_file: str | None) -> ssl.SSLContext:
     """Verify against the system's authorities and those in `ca_file`. Raises OSError (ssl.SSLError is one)."""
-    context = ssl.create_default_context()
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    folder = _indexed()
+    if folder is not None:
+        context.load_verify_locations(capath=folder)
+    else:
+        context.load_default_certs()
     if ca_file is not None:
         context.load_verify_locations(cafile=ca_file)
     return context
+
+
+def _indexed() -> str | None:
+    """The folder of the system's authorities, where OpenSSL finds one by its name's hash (openssl-rehash(1)).
+
+    An authority is then read when it is needed: all of them at once are most of a megabyte. None where there is no such
+    folder with many, or somebody named a file (SSL_CERT_FILE), which comes first.
+    """
+    paths = ssl.get_default_verify_paths()
+    named = paths.cafile is not None and paths.cafile != paths.openssl_cafile
+    if named or paths.capath is None:
+        return None
+    try:
+        with os.scandir(paths.capath) as entries:
+            found = sum(1 for entry in entries if _HASHED.fullmatch(entry.name))
+    except OSError:
+        return None
+    return paths.capath if found >= _MANY else None

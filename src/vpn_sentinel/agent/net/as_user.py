@@ -6,15 +6,26 @@ alone. It takes CAP_SETUID, as root has it.
 """
 
 import codecs
-import ctypes
 import logging
 import os
 import socket
+from collections.abc import Callable
+from functools import cache
 from typing import Final
 
 log = logging.getLogger(__name__)
 
 _NOBODY: Final = 2**32 - 1  # changes nothing, and is answered with the id that holds
+
+
+@cache
+def _setfsuid() -> Callable[[int], int]:
+    """setfsuid(2). Only few need it, and ctypes costs a quarter of a megabyte."""
+    import ctypes
+
+    call = ctypes.CDLL(None).setfsuid
+    call.argtypes, call.restype = (ctypes.c_uint32,), ctypes.c_uint32
+    return call
 
 
 class AsUser:
@@ -24,8 +35,6 @@ class AsUser:
         self.uid: int | None = None
         self.refused = False
         self._wanted: int | None = None
-        self._set = ctypes.CDLL(None).setfsuid
-        self._set.argtypes, self._set.restype = (ctypes.c_uint32,), ctypes.c_uint32
 
     def be(self, uid: int | None) -> None:
         """Make sockets as `uid` from now on; where that is not permitted it is said once, and `refused` is set."""
@@ -38,7 +47,7 @@ class AsUser:
             return
         codecs.lookup("idna")  # for names; loaded at its first use, from files that the user may not be able to read
         with self:
-            self.refused = self._set(_NOBODY) != uid
+            self.refused = _setfsuid()(_NOBODY) != uid
         if self.refused:
             self.uid = None
             log.warning(
@@ -53,10 +62,11 @@ class AsUser:
 
     def __enter__(self) -> None:
         if self.uid is not None:
-            self._set(self.uid)
+            _setfsuid()(self.uid)
 
     def __exit__(self, *_: object) -> None:
-        self._set(os.geteuid())
+        if self.uid is not None:
+            _setfsuid()(os.geteuid())
 
     def socket(self, family: int, kind: int) -> socket.socket:
         """A socket of that user's. Raises OSError."""
