@@ -10,14 +10,17 @@ import httpx
 import pytest
 from litestar import Litestar
 from litestar.routes import HTTPRoute
-from sqlalchemy import update
+from sqlalchemy import insert, update
 
+from tests.conftest import ManualClock
 from tests.server.sample import HTML, finding, settings
+from vpn_sentinel.domain.observation import Link, Observation, Routed, Trigger
 from vpn_sentinel.domain.verdict import HARM
 from vpn_sentinel.server.dashboard.app import Dashboard, DashboardServices, build_dashboard
 from vpn_sentinel.server.live.hub import Hub
 from vpn_sentinel.server.store import schema
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
+from vpn_sentinel.wire.codec import encode
 
 
 class Page(HTMLParser):
@@ -79,6 +82,26 @@ async def test_page_of_one_tunnel(browser: httpx.AsyncClient, filled: dict[str, 
     rects = [(a["class"], float(str(a["x"])), float(str(a["width"]))) for a in shown.all("rect")]
     assert [r[0] for r in rects] == ["protected", "protected", "pending", "down", "leaking"]
     assert all(x >= 0 and x + width <= 1440.01 for _, x, width in rects)
+
+
+async def test_ways_to_the_internet_are_those_of_the_last_round_that_looked(
+    browser: httpx.AsyncClient, store: Store, filled: dict[str, int], clock: ManualClock
+) -> None:
+    """A tunnel that is gone carries nothing any more; a pulse did not look, and takes nothing back."""
+    link = Link(name="tun0", present=True, up=True)
+    whole = Routed(interface="tun0", family=4, share=1.0)
+    rounds = (
+        Observation(trigger=Trigger.TIMER, link=link, routed=(whole,)),
+        Observation(trigger=Trigger.PULSE, link=link),
+        Observation(trigger=Trigger.NETWORK, link=Link(name="tun0", present=False, up=False), routed=()),
+    )
+    shown = []
+    for n, seen in enumerate(rounds, 1000):
+        row = {"tunnel_id": filled["seedbox-nl"], "spool": "5f2c", "seq": n, "at": clock.now + n}
+        more = {"received_at": clock.now + n, "state": "leaking", "body": encode(seen).decode()}
+        await store.write(insert(schema.observations).values(row | more))
+        shown.append("tun0: 100 % of IPv4" in (await page(browser, "/tunnels/seedbox-nl")).text)
+    assert shown == [True, True, False]
 
 
 @pytest.mark.parametrize("name", ["nobody", "%ff", "%00", "..%2f..%2fetc%2fpasswd", "<script>"])

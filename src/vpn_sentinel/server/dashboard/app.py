@@ -81,7 +81,7 @@ class Dashboard:
             transitions=view.transitions(moved, now),
             incidents=view.incidents(found.incidents, now),
             observations=seen,
-            routes=next((o.routes for o in seen if o.routes), ()),
+            routes=next((o.routes for o in seen if o.routes is not None), ()),
             actions=view.actions(found.actions),
             now=now,
         )

@@ -291,7 +291,11 @@ class ObservationView:
     trigger: str
     exits: tuple[str, ...]
     took: str
-    routes: tuple[str, ...] = ()
+    routes: tuple[str, ...] | None = None  # None: not looked at
+
+
+def _routes(seen: Observation) -> tuple[str, ...] | None:
+    return None if seen.routed is None else each_spoken(seen.routed, seen.link.name if seen.link else None)
 
 
 def observations(rows: Sequence[Row[Any]]) -> list[ObservationView]:
@@ -308,7 +312,7 @@ def observations(rows: Sequence[Row[Any]]) -> list[ObservationView]:
                 trigger=seen.trigger.value if seen else "",
                 exits=tuple(str(e) for e in (seen.exit(4), seen.exit(6)) if e) if seen else (),
                 took=f"{seen.took_ms:.0f} ms" if seen and seen.took_ms else "",
-                routes=each_spoken(seen.routed or (), seen.link.name if seen.link else None) if seen else (),
+                routes=_routes(seen) if seen else None,
             )
         )
     return found
