@@ -47,12 +47,12 @@ def networks(parts: Iterable[Interval], version: int) -> list[IPNetwork]:
 def by_device(fib: Fib, version: int, sender: Sender = EVERYBODY) -> dict[int, list[Interval]]:
     """The public addresses that leave by each device (by its index); one that several devices share is under each."""
     found: dict[int, list[Interval]] = defaultdict(list)
-    space, translated = public_space(version), [interval(_NAT64)]
+    space, translated = public_space(version), [interval(_NAT64)] if version == 6 else []
     for segment in fib.spread(version, sender):
         parts = [(segment.first, segment.last)]
-        public = intersect(parts, space)
-        if segment.named is not None and segment.named.version == 6 and segment.named.prefixlen >= _OWN_ROUTE:
-            public += intersect(parts, translated)
+        public, also = intersect(parts, space), intersect(parts, translated)
+        if also and segment.named is not None and segment.named.prefixlen >= _OWN_ROUTE:
+            public += also
         for index in segment.interfaces:
             found[index] += public
     return {index: joined(parts) for index, parts in found.items() if parts}
