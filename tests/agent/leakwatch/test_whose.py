@@ -226,21 +226,65 @@ async def test_which_was_first_is_told_though_both_are_read_late() -> None:
     assert seen["to"] == ["203.0.113.50", "203.0.113.99"]
 
 
+# A listener on port 8000, and TCP packets as they are, without a socket of their own: `port` here, `far` there.
+LISTENS = """
+listener = socket.socket(); listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+listener.bind(("0.0.0.0", 8000)); listener.listen()
+from tests.agent.leakwatch.bytes import ip, tcp as tcp_bytes
+raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
+raw.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
+def out(to, port, flags, payload=b"", far=4444):
+    raw.sendto(ip("192.168.7.2", to, 6, tcp_bytes(port, far, flags, payload))[1], (to, 0))
+"""
+
+
 async def test_a_port_that_takes_connections_answers_and_begins_none() -> None:
     seen = await told(
         "ip rule add pref 900 table 42",
-        "listener = socket.socket(); listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)\n"
-        "listener.bind(('0.0.0.0', 8000)); listener.listen()\n"
-        "from tests.agent.leakwatch.bytes import ip, tcp as tcp_bytes\n"
-        "raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)\n"
-        "raw.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b'eth0')\n"
-        "def out(to, port, flags, payload=b''):\n"
-        "    raw.sendto(ip('192.168.7.2', to, 6, tcp_bytes(port, 4444, flags, payload))[1], (to, 0))\n"
-        "out('203.0.113.1', 8000, 0x18, b'page'); out('203.0.113.1', 8000, 0x10)\n"  # of a connection taken
+        LISTENS + "out('203.0.113.1', 8000, 0x18, b'page'); out('203.0.113.1', 8000, 0x10)\n"  # of a connection taken
         "out('203.0.113.2', 8001, 0x18, b'page')\n"  # nobody listens there
         "out('203.0.113.3', 8000, 0x02); out('203.0.113.3', 8000, 0x18, b'page')",  # begun here, from the same port
     )
     assert seen["to"] == ["203.0.113.2", "203.0.113.3", "203.0.113.99"]
+
+
+async def test_what_the_kernel_sends_for_a_service_that_was_stopped_is_an_answer() -> None:
+    seen = await told(
+        "ip rule add pref 900 table 42",
+        LISTENS + "watch.look(around())\n"
+        "listener.close()\n"
+        "out('203.0.113.1', 8000, 0x11)\n"  # the end of a connection that was quiet until then
+        "out('203.0.113.2', 8001, 0x11); out('203.0.113.3', 8000, 0x02)",
+    )
+    assert seen["to"] == ["203.0.113.2", "203.0.113.3", "203.0.113.99"]
+
+
+async def test_a_connection_that_a_service_took_stays_one_whatever_becomes_of_its_listener() -> None:
+    seen = await told(
+        "ip rule add pref 900 table 42",
+        LISTENS + "out('203.0.113.1', 8000, 0x18, b'page'); await until(lambda: '203.0.113.1' in came)\n"
+        "listener.close(); clock.now += 3600\n"
+        "out('203.0.113.1', 8000, 0x18, b'page'); out('203.0.113.2', 8000, 0x18, b'page')",
+    )
+    assert seen["to"] == ["203.0.113.2", "203.0.113.99"]
+
+
+# TCP_REPAIR (linux/tcp.h, 19) makes a connection that stands, without a packet; the kernel sends an ACK when it ends.
+async def test_a_session_with_a_containers_published_port_that_was_under_way_before_the_watch_is_no_leak() -> None:
+    """Neither its beginning was seen nor has it a socket here; nor has what a container sends by itself."""
+    seen = await told(
+        "ip rule add pref 900 table 42",
+        LISTENS + "out('203.0.113.1', 8080, 0x18, b'page', far=42226); out('203.0.113.1', 443, 0x10, far=1500)\n"
+        "out('203.0.113.2', 43210, 0x18, b'GET', far=443)\n"
+        "out('203.0.113.3', 20000, 0x18, b'GET', far=443)\n"  # masqueraded with --random-fully
+        "out('203.0.113.4', 43210, 0x18, b'data', far=51413)\n"
+        "sh('ip rule add pref 1 lookup main')\n"
+        "own = socket.socket(); own.setsockopt(socket.IPPROTO_TCP, 19, 1); own.bind(('192.168.7.2', 5000))\n"
+        "own.connect(('203.0.113.5', 42226))\n"
+        "own.setsockopt(socket.IPPROTO_TCP, 19, 0)\n"  # an ACK: a program's here goes on, from a port of its choice
+        "out('203.0.113.6', 8080, 0x02, far=42226)",
+    )
+    assert seen["to"] == [f"203.0.113.{n}" for n in (2, 3, 4, 5, 6, 99)]
 
 
 async def test_a_flood_from_outside_does_not_hide_a_leak() -> None:

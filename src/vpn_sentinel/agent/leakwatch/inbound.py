@@ -1,41 +1,68 @@
 """Which flows were begun from outside: what leaves in such a flow is an answer, as its owner wants it.
 
-TCP: a connection that the other side began, seen by its first packet, or one of a port that takes connections here.
+TCP: a connection that the other side began, seen by its first packet, or one of a port that takes connections here, or
+did until lately. One that is passed on, to a container's published port say, has no socket here: where its beginning
+was not seen, its ports tell, as `_is_between_service_and_client` says. That lets no new connection out.
 UDP: a packet of that very flow came in first. A flow that was begun from here never becomes one. Which was first is
 told by the kernel's times of both, since packets may be read long after they passed, and in another order.
 """
 
 from collections import OrderedDict
+from contextlib import suppress
 from typing import Final, Protocol, TypeVar
 
 from vpn_sentinel.agent.endpoints import TCP, UDP
 from vpn_sentinel.agent.leakwatch.packets import Packet
+from vpn_sentinel.agent.net.sockets import Socket
 from vpn_sentinel.domain.policy import IPAddress
 
 T = TypeVar("T")
 
 MAX_FLOWS: Final = 2048
 UDP_FLOW_S: Final = 180.0  # after its last packet, as the kernel's own table of connections keeps it
+# A port that took connections: what its sessions still send. FIN is repeated for some 100 s (tcp_orphan_retries, tcp(7)).
+TAKEN_S: Final = 600.0
+SERVICES_BELOW: Final = 1024  # privileged ports (ip_unprivileged_port_start, ip-sysctl)
+CLIENTS_FROM: Final = 32768  # ip_local_port_range of a network namespace that nobody set; IANA's range is in it
 _SYN, _SYN_ACK = 0x02, 0x12
 
 # protocol, address and port here, address and port there
 Flow = tuple[int, IPAddress, int, IPAddress, int]
 
 
-class Listeners(Protocol):
+class HostSockets(Protocol):
+    """TCP sockets of this network namespace. Each call may raise OSError."""
+
     def listens(self, port: int, version: int) -> bool:
-        """Whether a TCP socket takes connections on this port. Raises OSError."""
+        """Whether a socket takes connections on this port."""
+        ...
+
+    def listening(self) -> frozenset[int]:
+        """The ports on which connections are taken."""
+        ...
+
+    def of(self, protocol: int, source: IPAddress, port: int, far: IPAddress, far_port: int) -> Socket | None:
+        """The socket of a connection, None when there is none."""
         ...
 
 
 class Flows:
     """Bounded. Each call says the time, `now`, and when the packet `passed` by the kernel's clock, in seconds."""
 
-    def __init__(self, listeners: Listeners | None) -> None:
-        self._listeners = listeners
+    def __init__(self, sockets: HostSockets | None) -> None:
+        self._sockets = sockets
+        self._took: dict[int, float] = {}  # ports that take connections: when they were seen to do so last
         # When it was heard of last, and until an answer left, when its first packet passed.
         self._came: OrderedDict[Flow, tuple[float, float]] = OrderedDict()
         self._begun: OrderedDict[Flow, float] = OrderedDict()
+
+    def look(self, now: float) -> None:
+        """Note which ports take connections now."""
+        if self._sockets is None:
+            return
+        with suppress(OSError):  # a sandbox that does not tell: each packet asks again
+            self._took |= dict.fromkeys(self._sockets.listening(), now)
+        self._took = {port: at for port, at in self._took.items() if now - at <= TAKEN_S}
 
     def came_in(self, packet: Packet, now: float, passed: float) -> None:
         """A packet from outside: it begins a flow, unless one was begun from here."""
@@ -58,20 +85,47 @@ class Flows:
             return False
         if packet.protocol == TCP:
             # A packet that opens a connection is no answer, whichever port it leaves from.
-            return packet.flags & _SYN_ACK != _SYN and (flow in self._came or self._is_taken(packet))
+            if packet.flags & _SYN_ACK == _SYN:
+                return False
+            answers = flow in self._came or self._is_taken(flow, now) or self._is_passed_on(flow)
+            if answers:
+                _keep(self._came, flow, (now, float("-inf")))  # whatever becomes of the socket
+            return answers
         heard, first = self._came.get(flow, (float("-inf"), 0.0))
         answers = now - heard <= UDP_FLOW_S and first <= passed
         if answers:
             _keep(self._came, flow, (now, float("-inf")))  # from here on a clock that is set changes nothing
         return answers
 
-    def _is_taken(self, packet: Packet) -> bool:
-        if self._listeners is None or packet.source_port is None:
+    def _is_taken(self, flow: Flow, now: float) -> bool:
+        _protocol, near, port, _far, _far_port = flow
+        if now - self._took.get(port, float("-inf")) <= TAKEN_S:
+            return True
+        if self._sockets is None:
             return False
         try:
-            return self._listeners.listens(packet.source_port, packet.source.version)
+            return self._sockets.listens(port, near.version)
         except OSError:
             return False
+
+    def _is_passed_on(self, flow: Flow) -> bool:
+        """Whether a connection that has no socket here is one of a service behind this host."""
+        if self._sockets is None or not _is_between_service_and_client(flow):
+            return False
+        try:
+            return self._sockets.of(*flow) is None
+        except OSError:
+            return False
+
+
+def _is_between_service_and_client(flow: Flow) -> bool:
+    """Whether the port here is one that services have, and the far one a client's.
+
+    What a container or another host sends by itself keeps its port in masquerading, a client's (iptables-extensions(8),
+    MASQUERADE), or gets one from 1024 on.
+    """
+    _protocol, _near, port, _far, far_port = flow
+    return port < SERVICES_BELOW <= far_port or port < CLIENTS_FROM <= far_port
 
 
 def _flow(packet: Packet, *, inbound: bool = False) -> Flow | None:

@@ -203,6 +203,7 @@ class LeakWatch:
             return
         wanted = {i.index: i.name for i in self._ground.interfaces if i.name not in self._declared.interfaces}
         self._users.learn(self._ground.senders)
+        self._flows.look(self._looked)
         self._close_taps(index for index, name in wanted.items() if self._hears(index, name))
         self._deaf = {index: why for index, why in self._deaf.items() if index in wanted}
         self._make_rules()
