@@ -107,6 +107,50 @@ def test_five_percent_lost_never_alarms() -> None:
             assert not line.high_loss
 
 
+def stands_still(seconds: float, *, seed: int = 1) -> tuple[Pulses, float]:
+    """A good line whose far end stands still for so long, and answers all that came meanwhile in a few ms after it."""
+    line = Pulses(0.0, seed)
+    line.run(200)
+    line.loss = 1.0
+    waiting, end = line.number + 1, line.now + seconds
+    line.run(seconds)
+    for n, number in enumerate(range(waiting, line.number + 1)):
+        rtt = line.samples.heard(number, end + 0.05 + n * 0.002)
+        if rtt is not None:
+            line.rhythm.heard(rtt)
+    line.loss = 0.0
+    return line, end
+
+
+@pytest.mark.parametrize("seconds", [5, 12, 30, 90, 300])
+def test_answers_that_were_late_because_the_far_end_stood_still_say_nothing_of_the_line(seconds: int) -> None:
+    for seed in range(20):
+        line, _ = stands_still(seconds, seed=seed)
+        for _ in range(60):
+            line.run(2)
+            found = line.samples.quality(line.now)
+            assert found.rtt_ms in (50.0, None)
+            assert found.lost == 0
+        assert found.rtt_ms == 50.0
+        assert found.jitter_ms is not None
+        assert found.jitter_ms < 10
+
+
+@pytest.mark.parametrize("every", [0.1, 0.4, 2.0])
+def test_a_full_queue_is_told(every: float) -> None:
+    """Its answers are two seconds late and come as far apart as their pulses went out, or somewhat bunched."""
+    samples, dice = Samples(), random.Random(1)
+    due: list[tuple[float, int]] = []
+    for number in range(1, 200):
+        now = number * every
+        samples.sent(number, now)
+        due.append((round(now + 2.0, 1) + dice.random() * 0.02, number))
+    for at, number in sorted(due):
+        samples.heard(number, at)
+    found = samples.quality(200 * every + 3)
+    assert found.rtt_ms == pytest.approx(2010, abs=60)
+
+
 def test_a_few_pulses_are_no_share() -> None:
     line = Pulses(0.5)
     line.samples.pace = lambda _now: None  # type: ignore[method-assign]

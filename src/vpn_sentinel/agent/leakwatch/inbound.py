@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 MAX_FLOWS: Final = 2048
 UDP_FLOW_S: Final = 180.0  # after its last packet, as the kernel's own table of connections keeps it
-# A port that took connections: what its sessions still send. FIN is repeated for some 100 s (tcp_orphan_retries, tcp(7)).
+# Seconds that a port counts as taking connections when it takes none any more: FIN is repeated for some 100 s (tcp(7)).
 TAKEN_S: Final = 600.0
 SERVICES_BELOW: Final = 1024  # privileged ports (ip_unprivileged_port_start, ip-sysctl)
 CLIENTS_FROM: Final = 32768  # ip_local_port_range of a network namespace that nobody set; IANA's range is in it

@@ -36,6 +36,12 @@ BURST_EVERY: Final = 0.1  # seconds between the pulses of a close look
 POOR_EVERY: Final = 0.5  # and while too many are lost
 _SETTLED: Final = (1.0, 10.0)  # a pulse is lost when no reply has come for so many seconds: least and most
 _MOST: Final = 600  # pulses kept
+# Answers that come within this many seconds of one another came at once when their pulses were sent over so many
+# seconds at least, and over ten times as long: the far end, or this process, stood still. Those from a full queue come
+# as far apart as their pulses went out.
+AT_ONCE: Final = 0.05
+STALL: Final = 1.0
+STALL_TIMES: Final = 10
 
 
 @dataclass(slots=True)
@@ -44,6 +50,23 @@ class _Sent:
     at: float
     rtt: float | None = None
     counts: bool = True
+    stalled: bool = False  # answered, by somebody who stood still meanwhile: its round trip is not the line's
+
+
+@dataclass(slots=True)
+class _Burst:
+    """Answers that came close together, and what was known before the first of them."""
+
+    samples: list[_Sent]
+    began: float
+    newest: float
+    jitter: float | None
+    rtt: float | None
+
+    def is_at_once(self) -> bool:
+        sent = [s.at for s in self.samples]
+        span = max(sent) - min(sent)
+        return span >= STALL and self.newest - self.began <= span / STALL_TIMES
 
 
 class Samples:
@@ -54,6 +77,7 @@ class Samples:
         self._by_number: dict[int, _Sent] = {}
         self._jitter: float | None = None
         self._last_rtt: float | None = None
+        self._burst: _Burst | None = None
         self._newest = 0
         self._late: deque[float] = deque(maxlen=_MOST)  # when replies came behind later ones
         self._look_from: float | None = None  # when the close look began that runs
@@ -79,12 +103,31 @@ class Samples:
         if number < self._newest:
             self._late.append(now)
         self._newest = max(self._newest, number)
+        self._gather(sample, now)
         if self._last_rtt is not None:
             # RFC 3550, section 6.4.1; two round trips take the place of two transit times.
             difference = abs(sample.rtt - self._last_rtt)
             self._jitter = (self._jitter or 0.0) + (difference - (self._jitter or 0.0)) / 16
         self._last_rtt = sample.rtt
+        self._leave_out_a_stall()
         return sample.rtt
+
+    def _gather(self, sample: _Sent, now: float) -> None:
+        burst = self._burst
+        if burst is None or now - burst.newest > AT_ONCE:
+            self._burst = _Burst([sample], now, now, self._jitter, self._last_rtt)
+            return
+        burst.samples.append(sample)
+        burst.newest = now
+
+    def _leave_out_a_stall(self) -> None:
+        """Answers that came all at once say that the pulses were not lost, and nothing of the line's delay."""
+        burst = self._burst
+        if burst is None or not burst.is_at_once():
+            return
+        for sample in burst.samples:
+            sample.stalled = True
+        self._jitter, self._last_rtt = burst.jitter, burst.rtt
 
     def forgive(self, since: float = 0.0) -> None:
         """Pulses sent from `since` on that still wait count no more: an outage, or a socket that is closed now.
@@ -183,14 +226,15 @@ class Samples:
             recent = [s for s in self._settled(now, LEAST) if s.at >= self._counts_from]
             if len(recent) < LEAST or sum(s.rtt is None for s in recent) > HIGH * len(recent):
                 recent = recent[-(LEAST_PULSES - 1) :]  # too few for a share, and the judge reads none into them
-        answered = [s.rtt for s in recent if s.rtt is not None]
+        answered = [s for s in recent if s.rtt is not None]
+        told = [s.rtt for s in answered if s.rtt is not None and not s.stalled]
         began = recent[0].at if recent else now
         self._told = Quality(
             seconds=round(now - began, 1),
             sent=len(recent),
             lost=len(recent) - len(answered),
             reordered=sum(at >= began for at in self._late),
-            rtt_ms=_ms(median(answered) if answered else None),
+            rtt_ms=_ms(median(told) if told else None),
             jitter_ms=_ms(self._jitter),
         )
         return self._told
