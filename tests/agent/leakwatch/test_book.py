@@ -1,5 +1,7 @@
+import pytest
+
 from tests.agent.leakwatch.bytes import ip, query, tcp, udp
-from vpn_sentinel.agent.leakwatch.book import FLOWS, HOLD, NAMES, Book
+from vpn_sentinel.agent.leakwatch.book import FLOWS, HOLD, NAMES, ROUTED_AGAIN, Book, Way
 from vpn_sentinel.agent.leakwatch.packets import Packet, decode
 
 ME = "192.168.1.20"
@@ -47,11 +49,39 @@ def test_what_is_over_is_forgotten_unless_it_would_leave_again() -> None:
     book = Book()
     book.see(seen("203.0.113.5"), "eth0", 0.0)
     book.see(seen("203.0.113.6"), "eth0", 0.0)
-    book.forget(HOLD, lambda _: False)
+    book.forget(HOLD, lambda _: Way.TUNNEL)
     assert len(book.tell(HOLD)) == 2
-    book.forget(HOLD + 0.1, lambda e: str(e.destination) == "203.0.113.6")
+    book.forget(HOLD + 0.1, lambda e: Way.OUTSIDE if str(e.destination) == "203.0.113.6" else Way.TUNNEL)
     assert [str(e.destination) for e in book.tell(HOLD + 0.1)] == ["203.0.113.6"]
     assert book.see(seen("203.0.113.5"), "eth0", 20.0) is not None  # leaks anew
+
+
+def test_what_routes_led_outside_is_over_soon_when_they_lead_through_the_tunnel_again() -> None:
+    book = Book()
+    book.see(seen("203.0.113.5"), "eth0", 0.0, routed=True)
+    book.see(seen("203.0.113.6"), "eth0", 0.0, routed=False)  # by a socket that is bound to the device
+    book.forget(ROUTED_AGAIN, lambda _: Way.TUNNEL)
+    assert len(book.tell(ROUTED_AGAIN)) == 2
+    book.forget(ROUTED_AGAIN + 0.1, lambda _: Way.TUNNEL)
+    assert [str(e.destination) for e in book.tell(3.0)] == ["203.0.113.6"]
+
+
+@pytest.mark.parametrize(("way", "kept"), [(Way.OUTSIDE, 1), (Way.UNKNOWN, 1), (Way.TUNNEL, 0)])
+def test_what_may_leave_by_its_route_is_held_on_to(way: Way, kept: int) -> None:
+    book = Book()
+    book.see(seen("203.0.113.5"), "eth0", 0.0, routed=True)
+    book.forget(5.0, lambda _: way)
+    assert len(book.tell(5.0)) == kept
+
+
+def test_a_program_that_sends_every_five_seconds_against_the_routes_leaks_all_the_time() -> None:
+    book = Book()
+    for second in range(60):
+        if second % 5 == 0:
+            book.see(seen("203.0.113.5"), "eth0", float(second), routed=second == 0)
+        way = Way.TUNNEL if second > 5 else Way.OUTSIDE  # the route is mended at 6 s
+        book.forget(float(second), lambda _, way=way: way)
+        assert len(book.tell(float(second))) == 1
 
 
 def test_packets_that_nobody_read_are_counted() -> None:

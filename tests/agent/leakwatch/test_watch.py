@@ -371,3 +371,31 @@ say(flows=flows(watch), names=[e.name for e in watch.escapes(Paths(kernel, aroun
     names = seen["names"]
     assert isinstance(names, list)
     assert sorted(names, key=str) == [None, "example.org"]
+
+
+HEALED = """
+for line in ("ip tuntap add wg0 mode tun", "ip link set wg0 up", "ip route add default dev wg0 table 42",
+             "ip rule add pref 900 table 42", "ip route add 203.0.113.0/24 via 192.168.7.1 dev eth0 table 42"):
+    subprocess.run(line.split(), check=True)
+import os, fcntl, struct
+tun = os.open("/dev/net/tun", os.O_RDWR); fcntl.ioctl(tun, 0x400454CA, struct.pack("16sH", b"wg0", 0x1001))
+watch = make()
+bound = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+bound.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
+send("203.0.113.5"); send("198.51.100.200", by=bound)
+await until(lambda: len(acted) == 2)
+subprocess.run("ip route del 203.0.113.0/24 table 42".split(), check=True)
+watch.look(around())
+at_once = flows(watch)
+clock.now += 2.5
+soon = flows(watch)
+clock.now += 8
+say(at_once=at_once, soon=soon, late=flows(watch))
+"""
+
+
+async def test_a_leak_by_a_route_is_over_two_seconds_after_the_route_is_gone_and_a_bound_sockets_after_ten() -> None:
+    seen = await ran(HEALED)
+    assert seen["at_once"] == [["198.51.100.200", 443, 1], ["203.0.113.5", 443, 1]]
+    assert seen["soon"] == [["198.51.100.200", 443, 1]]
+    assert seen["late"] == []

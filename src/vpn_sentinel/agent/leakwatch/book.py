@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Final
 
 from vpn_sentinel.agent.leakwatch.packets import Packet
@@ -10,9 +11,20 @@ from vpn_sentinel.domain.observation import Escape
 from vpn_sentinel.domain.policy import IPAddress
 
 HOLD: Final = 10.0  # seconds that a flow is told of after its last packet
+# And where its packets left because they were routed there, and are routed through the tunnel again: nothing of that
+# kind can leave any more. What left against the routes, by a socket bound to a device, may leave again.
+ROUTED_AGAIN: Final = 2.0
 FLOWS: Final = 32
 NAMES: Final = 8  # different names asked of one nameserver that are kept apart
 _NAME: Final = 64  # characters of an interface's name
+
+
+class Way(Enum):
+    """Where a flow's packets would go now. UNKNOWN also where the tunnel is down, or a kill switch refuses them."""
+
+    OUTSIDE = auto()
+    TUNNEL = auto()
+    UNKNOWN = auto()
 
 
 @dataclass(slots=True)
@@ -23,6 +35,7 @@ class _Flow:
     last: float
     packets: int = 0
     size: int = 0
+    routed: bool = False
 
     def escape(self, now: float) -> Escape:
         packet = self.packet
@@ -52,8 +65,11 @@ class Book:
         self._flows: dict[_Key, _Flow] = {}
         self._kinds: Counter[_Kind] = Counter()
 
-    def see(self, packet: Packet, interface: str, now: float) -> Escape | None:
-        """Count one packet. Returns the flow when nothing else in the book went to that destination and port."""
+    def see(self, packet: Packet, interface: str, now: float, *, routed: bool = False) -> Escape | None:
+        """Count one packet; `routed` is whether the routes lead its destination outside, for everybody.
+
+        Returns the flow when nothing else in the book went to that destination and port.
+        """
         kind = packet.protocol, packet.destination, packet.destination_port
         key = (*kind, packet.source, packet.name)
         flow = self._flows.get(key)
@@ -66,6 +82,7 @@ class Book:
             flow = self._flows[key] = _Flow(interface, packet, first=now, last=now)
             self._kinds[kind] += 1
         flow.last = now
+        flow.routed = routed
         flow.packets += 1
         flow.size += packet.size
         return flow.escape(now) if new_kind else None
@@ -83,10 +100,23 @@ class Book:
         """All flows, the latest first."""
         return tuple(f.escape(now) for f in sorted(self._flows.values(), key=lambda f: -f.last))
 
-    def forget(self, now: float, still: Callable[[Escape], bool]) -> None:
-        """Drop flows without a packet in the last ten seconds, unless `still` says that they would leave again."""
-        for key in [k for k, f in self._flows.items() if now - f.last > HOLD and not still(f.escape(now))]:
+    def forget(self, now: float, way: Callable[[Escape], Way]) -> None:
+        """Drop what is over; `way` says where the flow's packets would go now."""
+        for key in [k for k, f in self._flows.items() if self._is_over(f, now, way)]:
             self._drop(key)
+
+    @staticmethod
+    def _is_over(flow: _Flow, now: float, way: Callable[[Escape], Way]) -> bool:
+        quiet = now - flow.last
+        if quiet <= ROUTED_AGAIN or (quiet <= HOLD and not flow.routed):
+            return False
+        match way(flow.escape(now)):
+            case Way.OUTSIDE:
+                return False
+            case Way.TUNNEL:
+                return flow.routed or quiet > HOLD
+            case Way.UNKNOWN:
+                return quiet > HOLD
 
     def clear(self) -> None:
         self._flows.clear()

@@ -15,7 +15,7 @@ from typing import Final
 from vpn_sentinel.agent.endpoints import PROTOCOLS, UDP, Endpoint
 from vpn_sentinel.agent.interfaces import Memory, Paths, Recollection, Survey, is_up
 from vpn_sentinel.agent.leakwatch import bpf
-from vpn_sentinel.agent.leakwatch.book import Book
+from vpn_sentinel.agent.leakwatch.book import Book, Way
 from vpn_sentinel.agent.leakwatch.carrier import Carrier
 from vpn_sentinel.agent.leakwatch.ground import Ground, Tables, ground
 from vpn_sentinel.agent.leakwatch.inbound import Flows
@@ -148,6 +148,7 @@ class LeakWatch:
     def escapes(self, paths: Paths, canaries: tuple[Canary, ...] = ()) -> tuple[Escape, ...]:
         """The flows that matter now: seen in the last ten seconds, or still routed outside beside a tunnel that works.
 
+        Two seconds are enough where the routes led them outside, and lead them through the tunnel again.
         Where a kill switch refuses a family, its packets do not leave, wherever they are routed.
         """
         link = paths.survey.link()
@@ -157,16 +158,17 @@ class LeakWatch:
         if asked:
             self._killed = held - {c.family for c in asked if c.answer is Answer.ANSWERED}
 
-        def still(escape: Escape) -> bool:
+        def way(escape: Escape) -> Way:
             if not works or escape.destination.version in held:
-                return False
+                return Way.UNKNOWN
             protocol = PROTOCOLS.get(escape.protocol, 0)
-            return paths.of(escape.destination, escape.destination_port or 0, protocol) is Path.OUTSIDE
+            path = paths.of(escape.destination, escape.destination_port or 0, protocol)
+            return {Path.OUTSIDE: Way.OUTSIDE, Path.TUNNEL: Way.TUNNEL}.get(path, Way.UNKNOWN)
 
         self._neighbors.forget()
         self._make_rules()  # a round has asked the tunnel's own program again
         now = self._clock.boottime()
-        self._book.forget(now, still)
+        self._book.forget(now, way)
         return self._book.tell(now) if self._judges else ()
 
     @property
@@ -375,10 +377,15 @@ class LeakWatch:
         if packet.name is not None and is_ours(packet.name):
             # It shows the way of every program's lookups, as getaddrinfo(3) goes; the name itself is nobody's.
             packet = replace(packet, name=None)
-        new = self._book.see(packet, interface, now)
+        new = self._book.see(packet, interface, now, routed=self._is_routed_outside(packet.destination))
         if new is not None:
             self._on_escape(new)
             self._tell(now)
+
+    def _is_routed_outside(self, to: IPAddress) -> bool:
+        """Whether routes lead there beside the tunnel, for a sender whom no rule names."""
+        entry = self._ground.fib.lookup(to) if self._ground.fib else None
+        return entry is not None and any(entry.leads_by(i.index) for i in self._ground.interfaces)
 
     def _has_own_route(self, to: IPAddress) -> bool:
         return any(h.network_address == to for h in self._ground.hosts)
