@@ -60,9 +60,10 @@ def test_what_routes_led_outside_is_over_soon_when_they_lead_through_the_tunnel_
     book = Book()
     book.see(seen("203.0.113.5"), "eth0", 0.0, routed=True)
     book.see(seen("203.0.113.6"), "eth0", 0.0, routed=False)  # by a socket that is bound to the device
-    book.forget(ROUTED_AGAIN, lambda _: Way.TUNNEL)
+    assert book.forget(0.5, lambda _: Way.OUTSIDE) is None
+    assert book.forget(0.5, lambda _: Way.TUNNEL) == ROUTED_AGAIN - 0.5
     assert len(book.tell(ROUTED_AGAIN)) == 2
-    book.forget(ROUTED_AGAIN + 0.1, lambda _: Way.TUNNEL)
+    assert book.forget(ROUTED_AGAIN + 1.0, lambda _: Way.TUNNEL) == HOLD - ROUTED_AGAIN - 1.0
     assert [str(e.destination) for e in book.tell(3.0)] == ["203.0.113.6"]
 
 

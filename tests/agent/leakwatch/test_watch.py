@@ -374,6 +374,7 @@ say(flows=flows(watch), names=[e.name for e in watch.escapes(Paths(kernel, aroun
 
 
 HEALED = """
+from vpn_sentinel.agent.leakwatch import book as w_book
 for line in ("ip tuntap add wg0 mode tun", "ip link set wg0 up", "ip route add default dev wg0 table 42",
              "ip rule add pref 900 table 42", "ip route add 203.0.113.0/24 via 192.168.7.1 dev eth0 table 42"):
     subprocess.run(line.split(), check=True)
@@ -385,12 +386,20 @@ bound.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
 send("203.0.113.5"); send("198.51.100.200", by=bound)
 await until(lambda: len(acted) == 2)
 subprocess.run("ip route del 203.0.113.0/24 table 42".split(), check=True)
+kernel.changed()
 watch.look(around())
 at_once = flows(watch)
 clock.now += 2.5
 soon = flows(watch)
 clock.now += 8
-say(at_once=at_once, soon=soon, late=flows(watch))
+late, before = flows(watch), len(told)
+send("198.51.100.200", by=bound)
+await until(lambda: len(told) > before)
+clock.now += w_book.HOLD - 0.1
+flows(watch)  # the last tenth of a second runs by the loop's clock
+ended = len(told)
+await until(lambda: len(told) > ended)
+say(at_once=at_once, soon=soon, late=late)
 """
 
 

@@ -100,23 +100,25 @@ class Book:
         """All flows, the latest first."""
         return tuple(f.escape(now) for f in sorted(self._flows.values(), key=lambda f: -f.last))
 
-    def forget(self, now: float, way: Callable[[Escape], Way]) -> None:
-        """Drop what is over; `way` says where the flow's packets would go now."""
-        for key in [k for k, f in self._flows.items() if self._is_over(f, now, way)]:
+    def forget(self, now: float, way: Callable[[Escape], Way]) -> float | None:
+        """Drop what is over; `way` says where the flow's packets would go now.
+
+        Returns the seconds until the next one is over, if no packet comes; None when that is not known of any.
+        """
+        left = {key: self._left(flow, now, way) for key, flow in self._flows.items()}
+        for key in [k for k, seconds in left.items() if seconds is not None and seconds < 0]:
             self._drop(key)
+        return min((s for s in left.values() if s is not None and s >= 0), default=None)
 
     @staticmethod
-    def _is_over(flow: _Flow, now: float, way: Callable[[Escape], Way]) -> bool:
-        quiet = now - flow.last
-        if quiet <= ROUTED_AGAIN or (quiet <= HOLD and not flow.routed):
-            return False
+    def _left(flow: _Flow, now: float, way: Callable[[Escape], Way]) -> float | None:
         match way(flow.escape(now)):
             case Way.OUTSIDE:
-                return False
-            case Way.TUNNEL:
-                return flow.routed or quiet > HOLD
-            case Way.UNKNOWN:
-                return quiet > HOLD
+                return None
+            case Way.TUNNEL if flow.routed:
+                return flow.last + ROUTED_AGAIN - now
+            case _:
+                return flow.last + HOLD - now
 
     def clear(self) -> None:
         self._flows.clear()

@@ -41,6 +41,7 @@ AGAIN: Final = 1.0  # seconds between two tellings while it leaks
 LOOK: Final = 0.2  # seconds that a look at routes and endpoints holds for further doubts
 DOUBTS: Final = 4 * BATCH  # packets without a word to say about them, until the next look
 _GONE: Final = frozenset({errno.ENODEV, errno.ENXIO})
+_MARGIN: Final = 0.05  # seconds
 _LEARNED: Final = 8
 _HELD: Final = 16  # packets that wait until it is tried which host carries the tunnel
 
@@ -105,6 +106,7 @@ class LeakWatch:
         self._looked = float("-inf")
         self._told_at = float("-inf")
         self._timer: asyncio.TimerHandle | None = None
+        self._over: asyncio.TimerHandle | None = None
         self._said_unable = False
         self._doubts = 0
         self._deaf: dict[int, str] = {}  # by index: why an interface that should be watched is not
@@ -163,13 +165,21 @@ class LeakWatch:
                 return Way.UNKNOWN
             protocol = PROTOCOLS.get(escape.protocol, 0)
             path = paths.of(escape.destination, escape.destination_port or 0, protocol)
+            if path is Path.TUNNEL and self._is_routed_outside(escape.destination):
+                return Way.UNKNOWN  # for some users alone
             return {Path.OUTSIDE: Way.OUTSIDE, Path.TUNNEL: Way.TUNNEL}.get(path, Way.UNKNOWN)
 
         self._neighbors.forget()
         self._make_rules()  # a round has asked the tunnel's own program again
         now = self._clock.boottime()
-        self._book.forget(now, way)
+        self._expect_the_end(self._book.forget(now, way))
         return self._book.tell(now) if self._judges else ()
+
+    def _expect_the_end(self, seconds: float | None) -> None:
+        """Have it told when a flow is over: else the next regular round would tell."""
+        if self._over is not None:
+            self._over.cancel()
+        self._over = None if seconds is None else asyncio.get_running_loop().call_later(seconds + _MARGIN, self._told)
 
     @property
     def _refused(self) -> bool:
@@ -234,8 +244,9 @@ class LeakWatch:
         self._openings.close()
         if self._sockets is not None:
             self._sockets.close()
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in (self._timer, self._over):
+            if timer is not None:
+                timer.cancel()
 
     def _able(self) -> bool:
         return self._ground.tells(self.endpoints)
