@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from ipaddress import ip_address
 from typing import Any
 
 from lab.outside.service import Reply, Request, Service
@@ -24,6 +25,15 @@ class PlaceService(Service):
         else:
             self._overrides.pop(address, None)
 
+    def asked(self, request: Request) -> str:
+        """The address that the path names, or the caller's: these services tell of any."""
+        for part in request.path.split("/"):
+            try:
+                return str(ip_address(part))
+            except ValueError:
+                continue
+        return request.client
+
     def _place(self, address: str) -> Place | None:
         place = place_of(address)
         changes = self._overrides.get(address)
@@ -34,16 +44,16 @@ class IpInfo(PlaceService):
     """ipinfo.io, with its v6 and `lite` siblings."""
 
     def answer(self, request: Request) -> Reply:
-        place = self._place(request.client)
+        place = self._place(self.asked(request))
         if request.path.startswith("/lite/"):
             return self._lite(request, place)
         if place is None:
-            return Reply(200, {"ip": request.client, "bogon": True})
+            return Reply(200, {"ip": self.asked(request), "bogon": True})
         return Reply(
             200,
             {
-                "ip": request.client,
-                "hostname": f"host-{request.client.replace(':', '-').replace('.', '-')}.example.net",
+                "ip": self.asked(request),
+                "hostname": f"host-{self.asked(request).replace(':', '-').replace('.', '-')}.example.net",
                 "city": place.city,
                 "region": place.region,
                 "country": place.country,
@@ -59,11 +69,11 @@ class IpInfo(PlaceService):
         if "token" not in request.query and "authorization" not in request.headers:
             return Reply(403, {"status": 403, "error": {"title": "Unknown token"}})
         if place is None:
-            return Reply(200, {"ip": request.client, "bogon": True})
+            return Reply(200, {"ip": self.asked(request), "bogon": True})
         return Reply(
             200,
             {
-                "ip": request.client,
+                "ip": self.asked(request),
                 "asn": f"AS{place.asn}",
                 "as_name": place.org,
                 "as_domain": "example.net",
@@ -93,9 +103,9 @@ class IpApi(PlaceService):
         headers = {"X-Rl": str(left), "X-Ttl": str(int(self.WINDOW - (time.monotonic() - start)))}
         if used >= self.LIMIT:
             return Reply(429, b"", headers)
-        place = self._place(request.client)
+        place = self._place(self.asked(request))
         if place is None:
-            return Reply(200, {"status": "fail", "message": "reserved range", "query": request.client}, headers)
+            return Reply(200, {"status": "fail", "message": "reserved range", "query": self.asked(request)}, headers)
         # This service's spelling of a country's name differs from the others', as in reality.
         name = {"NL": "The Netherlands"}.get(place.country, COUNTRIES.get(place.country, place.country))
         body = {
@@ -112,7 +122,7 @@ class IpApi(PlaceService):
             "isp": place.org,
             "org": place.org,
             "as": f"AS{place.asn} {place.org}",
-            "query": request.client,
+            "query": self.asked(request),
         }
         return Reply(200, body, headers)
 
@@ -121,15 +131,15 @@ class IpWhoIs(PlaceService):
     """ipwho.is."""
 
     def answer(self, request: Request) -> Reply:
-        place = self._place(request.client)
+        place = self._place(self.asked(request))
         if place is None:
-            return Reply(200, {"ip": request.client, "success": False, "message": "Reserved range"})
+            return Reply(200, {"ip": self.asked(request), "success": False, "message": "Reserved range"})
         return Reply(
             200,
             {
-                "ip": request.client,
+                "ip": self.asked(request),
                 "success": True,
-                "type": "IPv6" if ":" in request.client else "IPv4",
+                "type": "IPv6" if ":" in self.asked(request) else "IPv4",
                 "country": COUNTRIES.get(place.country, place.country),
                 "country_code": place.country,
                 "region": place.region,

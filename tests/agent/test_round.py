@@ -1,5 +1,6 @@
 import asyncio
 import socket
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -13,15 +14,17 @@ from vpn_sentinel.agent.interfaces import Survey, survey
 from vpn_sentinel.agent.names import Names
 from vpn_sentinel.agent.netlink import Route
 from vpn_sentinel.agent.probes import placing
-from vpn_sentinel.agent.probes.canary import Flock
+from vpn_sentinel.agent.probes.canary import Flock, OverTcp
 from vpn_sentinel.agent.probes.dns import Nameserver, system_nameservers
+from vpn_sentinel.agent.probes.origin import Origins
 from vpn_sentinel.agent.probes.place import Places
 from vpn_sentinel.agent.probes.placing import Service
 from vpn_sentinel.agent.probes.system_resolver import SystemResolver
 from vpn_sentinel.agent.round import Eyes, look
-from vpn_sentinel.domain.judge import judge
-from vpn_sentinel.domain.observation import Trigger
-from vpn_sentinel.domain.policy import Policy
+from vpn_sentinel.domain.judge import judge, learned_home
+from vpn_sentinel.domain.observation import Answer, Canary, Place, Probe, Trigger
+from vpn_sentinel.domain.observation import Path as DomainPath
+from vpn_sentinel.domain.policy import IPAddress, Policy
 from vpn_sentinel.domain.verdict import State
 from vpn_sentinel.runtime.clock import SystemClock
 from vpn_sentinel.runtime.settings import networks
@@ -146,3 +149,53 @@ async def test_a_resolv_conf_that_cannot_be_read_here_is_no_dns_that_is_down(tmp
         seen = await look(looks, Trigger.TIMER, Policy())
     assert seen.resolvers == ()
     assert "dns_down" not in {f.code.value for f in judge(seen, Policy()).findings}
+
+
+async def test_a_round_in_which_dns_is_intercepted_asks_another_kind_of_echo_for_the_exit() -> None:
+    asked: list[str] = []
+
+    async def trace() -> Canary:
+        asked.append("trace")
+        at = ip_address(EXIT.decode())
+        return Canary(
+            probe=Probe.DEFAULT, target="trace", family=4, answer=Answer.ANSWERED, path=DomainPath.TUNNEL, address=at
+        )
+
+    async with udp(lambda _: b"91.10.0.54") as (port, _), udp(whoami) as (nameserver, _), udp(answer) as (proxy, _):
+        flock = Flock(
+            targets=(Loopback("cloudflare", port),), reserve=(), others=(OverTcp(ask=trace, address=None, port=443),)
+        )
+        looks = replace(eyes(port, nameserver), flock=lambda _: flock)
+        intercepted = await look(replace(looks, no_dns=Nameserver(HERE, port=proxy)), Trigger.TIMER, Policy())
+        times = len(asked)
+        usual = await look(replace(looks, no_dns=Nameserver(HERE, port=9)), Trigger.TIMER, Policy())
+    assert (str(intercepted.exit(4)), times) == ("185.65.134.10", 1)
+    assert (str(usual.exit(4)), len(asked)) == ("91.10.0.54", 1)
+
+
+async def test_home_as_this_round_saw_it_is_placed_and_compared() -> None:
+    """A stub here asks the provider's resolver beside the tunnel, and nobody declared where home is."""
+    home = Canary(
+        probe=Probe.PHYSICAL, target="echo", family=4, answer=Answer.ANSWERED, path=DomainPath.OUTSIDE,
+        address=ip_address("185.65.201.20"),
+    )  # fmt: skip
+
+    async def beside() -> Canary:
+        return home
+
+    asked: list[str] = []
+
+    async def services(address: IPAddress, may_ask: Callable[[str], Awaitable[bool]]) -> Place | None:
+        asked.append(str(address))
+        return Place(ip=address, source="a service", asn={"185.65.134.0": 39351}.get(str(address), 3320))
+
+    clock = SystemClock()
+    origins = Origins(clock, services=services, path_to=lambda *_: DomainPath.OUTSIDE)
+    async with udp(lambda _: EXIT) as (port, _), udp(whoami) as (nameserver, _):
+        flock = Flock(targets=(Loopback("a", port),), reserve=(), also=(beside,))
+        looks = replace(eyes(port, nameserver), flock=lambda _: flock, origins=origins)
+        seen = await look(looks, Trigger.TIMER, Policy())
+    assert sorted(asked) == ["185.65.134.0", "185.65.200.0", "185.65.201.0"]
+    found = judge(seen, learned_home(seen, Policy()))
+    assert found.state is State.LEAKING
+    assert any("in the home provider's network AS3320" in f.message for f in found.findings)

@@ -839,3 +839,37 @@ def test_addresses_and_networks_of_both_versions_have_one_name() -> None:
 def test_a_canary_has_a_family() -> None:
     with pytest.raises(ValueError, match="family is 4 or 6"):
         canary(LOST, family=5)
+
+
+def test_an_echo_asked_by_dns_that_was_intercepted_is_no_exit() -> None:
+    by_dns = canary(ISP_RESOLVER, target="cloudflare")
+    assert saw(by_dns).exit(4) == ip_address(ISP_RESOLVER)  # nobody else tells, and nothing was seen amiss
+    assert saw(by_dns, intercepted=True).exit(4) is None
+    assert saw(by_dns, canary(EXIT, target="trace"), intercepted=True).exit(4) == ip_address(EXIT)
+    assert saw(by_dns, canary(EXIT, target="trace")).exit(4) == ip_address(EXIT)  # led elsewhere for these two alone
+    assert saw(by_dns, canary(EXIT, target="echo")).exit(4) == ip_address(EXIT)
+
+
+def test_a_forwarder_that_leads_names_home_is_no_exit_of_the_vpns() -> None:
+    """DNAT of all DNS: the canary that asks a nameserver and the lookups come out at the same address."""
+    dns = (asked(ISP_RESOLVER, server="192.168.1.1", path=Path.OUTSIDE),)
+    found = judge(saw(canary(ISP_RESOLVER, target="cloudflare"), dns=dns, intercepted=True), UNDECLARED)
+    assert found.state is State.LEAKING
+    assert Code.DNS_LEAK in {f.code for f in found.findings}
+
+
+def test_the_address_that_a_forging_resolver_gives_a_whoami_name_is_no_egress() -> None:
+    beside = asked(STRANGER, server="192.168.1.1", path=Path.OUTSIDE)
+    forged = replace(saw(EXIT, dns=(beside,)), dns_rewritten=True, system_lookup=comes_out(ISP_RESOLVER))
+    found = judge(forged, POLICY)
+    assert found.state is State.PROTECTED
+    assert {Code.DNS_REWRITTEN, Code.RESOLVER_UNKNOWN} <= {f.code for f in found.findings}
+    assert judge(replace(forged, dns_rewritten=False), POLICY).state is State.LEAKING
+
+
+@pytest.mark.parametrize("method", ["canary", "google"])
+def test_what_a_text_tells_of_a_forging_resolver_still_counts(method: str) -> None:
+    """Our own server's answer is signed, and providers that sell mistyped names make up addresses, no texts."""
+    told = replace(asked(ISP_RESOLVER, server="192.168.1.1", path=Path.OUTSIDE), method=method)
+    found = judge(replace(saw(EXIT, dns=(told,)), dns_rewritten=True), POLICY)
+    assert found.state is State.LEAKING

@@ -20,7 +20,7 @@ from vpn_sentinel.agent.probes.canary import MAX_UPLINKS, Flock, canaries
 from vpn_sentinel.agent.probes.origin import Origins
 from vpn_sentinel.agent.probes.place import Places
 from vpn_sentinel.agent.probes.system_resolver import SystemResolver
-from vpn_sentinel.domain.judge import judge
+from vpn_sentinel.domain.judge import judge, learned_home
 from vpn_sentinel.domain.observation import (
     Answer,
     Canary,
@@ -112,6 +112,8 @@ async def look(eyes: Eyes, trigger: Trigger, policy: Policy) -> Observation:
         seen = _with_pulses(eyes.sight, seen, paths, silent_for)
     if judge(seen, policy).state not in _URGENT:
         seen = await _slow_part(eyes, seen, policy, paths)
+        if seen.dns_intercepted:
+            seen = await _beyond_dns(eyes, seen, paths)
     if eyes.watch is not None:
         # At the end: what leaks was told at once, and what follows here is the whole picture.
         seen = replace(seen, leak_watch=eyes.watch.on, escapes=eyes.watch.escapes(paths, seen.canaries))
@@ -142,6 +144,18 @@ def _with_pulses(sight: Sight, seen: Observation, paths: Paths, silent_for: floa
     )
 
 
+async def _beyond_dns(eyes: Eyes, seen: Observation, paths: Paths) -> Observation:
+    """Who answered in the place of nameservers may have done so for the canaries that ask one: others tell the exit."""
+    silent = [f for f in (4, 6) if seen.exit(f) is None and any(c.family == f and c.address for c in seen.canaries)]
+    others = [o for o in eyes.flock(paths).others if o.family in silent]
+    found = await asyncio.gather(*(o.ask() for o in others))
+    seen = replace(seen, canaries=(*seen.canaries, *(c for c in found if c.answer is Answer.ANSWERED)))
+    exit_ = seen.exit(4) or seen.exit(6)
+    if found and exit_ and eyes.places.due(exit_):
+        await eyes.places.gather(exit_)
+    return seen
+
+
 async def _slow_part(eyes: Eyes, seen: Observation, policy: Policy, paths: Paths) -> Observation:
     exit_ = seen.exit(4) or seen.exit(6)
     async with asyncio.TaskGroup() as group:
@@ -159,20 +173,21 @@ async def _slow_part(eyes: Eyes, seen: Observation, policy: Policy, paths: Paths
         found = await dns.resolvers(paths, (*nameservers, *others), zone)
         # Somebody who answers in our server's name stands between.
         seen = replace(seen, resolvers=_of_use(found.sightings, nameservers), dns_intercepted=found.forged or None)
+        # Begun before and over as soon: what a resolver makes up must be known before its word proves anything.
+        seen = replace(seen, dns_rewritten=await rewriting)
         if using is not None and judge(seen, policy).state is not State.LEAKING:
             seen = replace(seen, system_lookup=await using)
         if eyes.origins is not None and (odd := unexplained(seen, policy)):
             # Only an egress that nothing else explains is worth a stranger's answer.
-            addresses = (*odd, *(a for a in (seen.exit(4), seen.exit(6)) if a), *_homes(policy))
+            addresses = (*odd, *(a for a in (seen.exit(4), seen.exit(6)) if a), *_homes(seen, policy))
             await eyes.origins.learn(addresses, nameservers, paths)
         seen = replace(seen, places=_places(eyes, seen, policy))
         if judge(seen, policy).state is State.LEAKING:
             if placing is not None:
                 await asyncio.wait([placing], timeout=_PLACES_PATIENCE)
                 placing.cancel()
-            if not (proxied.done() and rewriting.done()):
+            if not proxied.done():
                 proxied.cancel()
-                rewriting.cancel()
                 connecting.cancel()
                 if using is not None:
                     using.cancel()
@@ -180,7 +195,7 @@ async def _slow_part(eyes: Eyes, seen: Observation, policy: Policy, paths: Paths
         if using is not None and seen.system_lookup is None:
             seen = replace(seen, system_lookup=await using)
         seen = replace(seen, canaries=(*seen.canaries, *await connecting))
-        return replace(seen, dns_intercepted=await proxied or found.forged, dns_rewritten=await rewriting)
+        return replace(seen, dns_intercepted=await proxied or found.forged)
 
 
 def _of_use(
@@ -197,8 +212,9 @@ def _places(eyes: Eyes, seen: Observation, policy: Policy) -> tuple[Place, ...]:
     return (*eyes.places.known(addresses)[: limits.PER_OBSERVATION - len(origins)], *origins)[: limits.PER_OBSERVATION]
 
 
-def _homes(policy: Policy) -> Iterable[IPAddress]:
-    return (n.network_address for n in policy.home_networks)
+def _homes(seen: Observation, policy: Policy) -> Iterable[IPAddress]:
+    """One address of each home network, those included that this round itself saw beside a tunnel that works."""
+    return (n.network_address for n in learned_home(seen, policy).home_networks)
 
 
 def _addresses(seen: Observation, policy: Policy) -> Iterable[IPAddress]:
@@ -206,4 +222,4 @@ def _addresses(seen: Observation, policy: Policy) -> Iterable[IPAddress]:
     yield from (a for a in (seen.exit(4), seen.exit(6)) if a)
     yield from (s.egress for s in seen.resolvers if s.egress)
     yield from seen.system_lookup.egress if seen.system_lookup else ()
-    yield from _homes(policy)
+    yield from _homes(seen, policy)

@@ -75,7 +75,11 @@ def _by_packet(facts: Facts) -> str | None:
             f"A program asks {destination} by DNS over TLS or QUIC, whatever resolv.conf says: set its own resolver, "
             f"or route that address through the tunnel. {_ALLOW}"
         )
-    return f"Route {destination.rpartition(':')[0]} through the tunnel, or {_NAME_ANOTHER}. {_ALLOW}"
+    at = destination.rpartition(":")[0]
+    return (
+        f"Route {at} through the tunnel, or {_NAME_ANOTHER}. Where nothing here names {at}, a firewall rule here "
+        f"leads names there (nft list ruleset; iptables -t nat -S): remove it. {_ALLOW}"
+    )
 
 
 def _split_route(facts: Facts) -> str | None:

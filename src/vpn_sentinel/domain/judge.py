@@ -243,10 +243,10 @@ def _dns(seen: Observation, policy: Policy) -> Iterator[Finding]:
             "verified.",
             {"nameservers": named, "path": str(Path.OUTSIDE)},
         )
-    telling = [s for s in seen.resolvers if s.answer is Answer.ANSWERED and resolvers.egress_of(s)]
+    telling = [s for s in seen.resolvers if s.answer is Answer.ANSWERED and resolvers.egress_of(s, seen)]
     if not telling and not beside and not used:
         yield Finding(Code.RESOLVER_UNKNOWN, "No method could tell which resolver asks for this host.")
-    shown = (resolvers.egress_of(s) for s in telling if not policy.allows_resolver(s.nameserver))
+    shown = (resolvers.egress_of(s, seen) for s in telling if not policy.allows_resolver(s.nameserver))
     for egress in dict.fromkeys((*shown, *used)):
         if egress is not None and not resolvers.is_expected(egress, seen, policy):
             gap = resolvers.missing(egress, seen, policy)

@@ -5,8 +5,12 @@ Every value that can be missing has a name for it: `Answer.UNKNOWN` and `Path.UN
 
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Final
 
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork
+
+# Canaries by the name of their target that are questions to a nameserver: port 53 may be led elsewhere than the rest.
+ASKED_BY_DNS: Final = frozenset({"cloudflare", "opendns"})
 
 
 class Answer(StrEnum):
@@ -300,8 +304,14 @@ class Observation:
     def exit(self, family: int) -> IPAddress | None:
         """The address that the far end saw on the default route, None when no canary came back.
 
-        Where a part of the traffic goes beside the tunnel, the exit is where the tunnel's own part comes out.
+        Where a part of the traffic goes beside the tunnel, the exit is where the tunnel's own part comes out. An echo
+        that is asked by DNS may be answered by whoever intercepts that: it counts where no other one tells, and not at
+        all where interception was seen.
         """
         seen = [c for c in self.canaries if c.family == family and c.probe is Probe.DEFAULT and c.address is not None]
-        through = next((c.address for c in seen if c.path is Path.TUNNEL), None)
-        return through or (seen[0].address if seen else None)
+        others = [c for c in seen if c.target not in ASKED_BY_DNS]
+        for some in (others,) if self.dns_intercepted else (others, seen):
+            if through := next((c.address for c in some if c.path is Path.TUNNEL), None):
+                return through
+        known = others if self.dns_intercepted else seen
+        return known[0].address if known else None

@@ -22,13 +22,16 @@ PUBLIC_RESOLVER_NETWORKS: Final[tuple[IPNetwork, ...]] = tuple(
     )
 )  # fmt: skip
 
+# Lookups that tell by the address of a name, and not by a text, which nobody makes up.
+_BY_ADDRESS: Final = frozenset({"akamai"})
+
 
 def leak(sighting: ResolverSighting, seen: Observation, policy: Policy) -> Finding | None:
     """Tell why this lookup gave the home connection away, or None.
 
     A resolver that the policy allows never leaks: its owner knows of it.
     """
-    server, egress = sighting.nameserver, egress_of(sighting)
+    server, egress = sighting.nameserver, egress_of(sighting, seen)
     if sighting.answer is not Answer.ANSWERED or policy.allows_resolver(server):
         return None
     if egress is not None and policy.allows_resolver(egress):
@@ -98,17 +101,20 @@ def of_system(seen: Observation, policy: Policy) -> tuple[IPAddress, ...]:
     Nothing where the policy allows one of the nameservers: it may be that one that was asked.
     """
     used = seen.system_lookup
-    if used is None or used.answer is not Answer.ANSWERED:
-        return ()
+    if used is None or used.answer is not Answer.ANSWERED or seen.dns_rewritten:
+        return ()  # it tells by the address of a name, which a resolver may have made up
     if any(policy.allows_resolver(n) for n in (*(s.nameserver for s in seen.resolvers), *used.upstreams)):
         return ()
-    shown = {egress_of(s) for s in seen.resolvers}
+    shown = {egress_of(s, seen) for s in seen.resolvers}
     return tuple(e for e in used.egress if is_public(e) and e not in shown and not policy.allows_resolver(e))
 
 
-def egress_of(sighting: ResolverSighting) -> IPAddress | None:
-    """Where the resolver asks the internet from; an address that cannot be on it tells nothing."""
-    return sighting.egress if sighting.egress is not None and is_public(sighting.egress) else None
+def egress_of(sighting: ResolverSighting, seen: Observation) -> IPAddress | None:
+    """Where the resolver asks the internet from. An address that cannot be on it tells nothing, nor does one from a
+    resolver that makes addresses up."""
+    if sighting.egress is None or not is_public(sighting.egress):
+        return None
+    return None if seen.dns_rewritten and sighting.method in _BY_ADDRESS else sighting.egress
 
 
 def _client_of(sighting: ResolverSighting) -> IPAddress | None:
@@ -121,7 +127,7 @@ def unverified(seen: Observation, policy: Policy) -> tuple[IPAddress, ...]:
     if seen.link is None:
         return ()
     answering = [s for s in seen.resolvers if s.answer is Answer.ANSWERED and not policy.allows_resolver(s.nameserver)]
-    shown = {s.nameserver for s in answering if egress_of(s) or _client_of(s)}
+    shown = {s.nameserver for s in answering if egress_of(s, seen) or _client_of(s)}
     beside = dict.fromkeys(s.nameserver for s in answering if s.path is Path.OUTSIDE)
     return tuple(n for n in beside if n not in shown)
 
@@ -130,7 +136,7 @@ def unexplained(seen: Observation, policy: Policy) -> tuple[IPAddress, ...]:
     """Egresses that only their AS could explain: neither declared, nor in the exit's block, nor a public resolver's."""
     found: dict[IPAddress, None] = {}
     for sighting in seen.resolvers:
-        egress = egress_of(sighting)
+        egress = egress_of(sighting, seen)
         if egress is None or sighting.answer is not Answer.ANSWERED or policy.allows_resolver(sighting.nameserver):
             continue
         if policy.allows_resolver(egress) or policy.is_home(egress) or _in_exit_block(egress, seen):

@@ -16,6 +16,7 @@ from vpn_sentinel.agent.endpoints import TCP, UDP, Endpoint
 from vpn_sentinel.agent.leakwatch.rules import (
     BOOTP,
     DHCPV6,
+    DNS,
     DNS_PORTS,
     FRAGMENT,
     ICMP,
@@ -28,6 +29,7 @@ from vpn_sentinel.agent.leakwatch.rules import (
     Rules,
 )
 from vpn_sentinel.agent.net.fib import Rule
+from vpn_sentinel.agent.probes.tag import PROBE_HOPS
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork
 
 SNAP: Final = 384  # bytes of a packet that come up: enough for the longest name asked
@@ -81,8 +83,10 @@ def program(rules: Rules) -> list[Insn]:
     six = _half(rules, _SIX)
     made = [
         *verdict(Test((Insn(_LD_W, _PKTTYPE),), _OUTGOING, otherwise=True)),
-        *(i for mark, mask in rules.marks for i in verdict(_marked(mark, mask))),
         *(verdict(*(replace(_marked(*m), otherwise=True) for m in rules.inside)) if rules.inside else ()),
+        # Our own questions, whatever rule lets them out here: no program marks them, so this host's rules do.
+        *(i for at in (_FOUR, _SIX) for i in _probes(at)),
+        *(i for mark, mask in rules.marks for i in verdict(_marked(mark, mask))),
         Insn(_LD_H, _PROTOCOL),
         Insn(_JEQ, _IPV4, 2, 0),
         Insn(_JEQ, _IPV6, 2, 0),
@@ -146,6 +150,7 @@ class _Family:
 
     version: int
     protocol: Insn
+    hops: Insn
     behind: tuple[Insn, ...]  # points the index register behind the header
     whole: tuple[Test, ...]
     piece: Test | None
@@ -174,11 +179,11 @@ class _Family:
 
 _OFFSET: Final = (Insn(_LD_H, 6), Insn(_AND, 0x1FFF))
 _FOUR: Final = _Family(
-    version=4, protocol=Insn(_LD_B, 9), behind=(Insn(_LDX_MSH, 0),), whole=(Test(_OFFSET, 0),),
+    version=4, protocol=Insn(_LD_B, 9), hops=Insn(_LD_B, 8), behind=(Insn(_LDX_MSH, 0),), whole=(Test(_OFFSET, 0),),
     piece=Test(_OFFSET, 0, _JGT), icmp=ICMP, icmp_own=ICMP_ANSWERS, dhcp=BOOTP,
 )  # fmt: skip
 _SIX: Final = _Family(
-    version=6, protocol=Insn(_LD_B, 6), behind=(Insn(_LDX_IMM, 40),), whole=(),
+    version=6, protocol=Insn(_LD_B, 6), hops=Insn(_LD_B, 7), behind=(Insn(_LDX_IMM, 40),), whole=(),
     piece=None, icmp=ICMP6, icmp_own=ICMP6_OWN, dhcp=DHCPV6,
 )  # fmt: skip
 
@@ -210,6 +215,12 @@ def _half(rules: Rules, at: _Family) -> list[Insn]:
     for tests in at.within((*NEVER, *rules.lan, *PRIVATE)):
         made += verdict(*tests)
     return [*made, Insn(_RET, SNAP)]
+
+
+def _probes(at: _Family) -> list[Insn]:
+    """DNS questions that leave with the hops of a probe: `leakwatch.diverted` tells by them."""
+    version = Test((Insn(_LD_H, _PROTOCOL),), _IPV4 if at.version == 4 else _IPV6)
+    return verdict(version, Test((at.hops,), PROBE_HOPS), *at.proto(UDP), at.port(DNS), result=SNAP)
 
 
 def _tunnel(end: Endpoint, at: _Family) -> list[Insn]:

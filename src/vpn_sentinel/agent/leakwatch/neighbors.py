@@ -14,8 +14,9 @@ from vpn_sentinel.domain.policy import IPAddress
 KEEP: Final = 600.0  # seconds that one is asked after a packet to it, before another packet must show it again
 MOST: Final = 3  # as many as resolv.conf(5) takes
 # Names that a resolver answers from what it knows of the own network, and asks nobody for: RFC 6761, 6762, 8375, IANA's
-# special-use domain names, ICANN's `internal`; `lan`, `home` and `localdomain` are what home routers call theirs.
-_LOCAL: Final = frozenset({"local", "localhost", "internal", "lan", "home", "localdomain", "test", "invalid", "onion"})
+# special-use domain names, ICANN's `internal`; `lan`, `home` and `localdomain` are what home routers call theirs. Not
+# `test` and `invalid`: routers pass them on like any other (dnsmasq), so a question for one shows where others go too.
+_LOCAL: Final = frozenset({"local", "localhost", "internal", "lan", "home", "localdomain", "onion"})
 # Reverse names of private networks (RFC 6303).
 _REVERSE: Final = (
     "10.in-addr.arpa", "168.192.in-addr.arpa", "254.169.in-addr.arpa", "127.in-addr.arpa", "d.f.ip6.arpa",

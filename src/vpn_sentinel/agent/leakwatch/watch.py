@@ -17,6 +17,7 @@ from vpn_sentinel.agent.interfaces import Memory, Paths, Recollection, Survey, i
 from vpn_sentinel.agent.leakwatch import bpf
 from vpn_sentinel.agent.leakwatch.book import Book, Way
 from vpn_sentinel.agent.leakwatch.carrier import Carrier
+from vpn_sentinel.agent.leakwatch.diverted import is_diverted
 from vpn_sentinel.agent.leakwatch.ground import Ground, Tables, ground
 from vpn_sentinel.agent.leakwatch.inbound import Flows
 from vpn_sentinel.agent.leakwatch.meant import Meant
@@ -385,8 +386,8 @@ class LeakWatch:
             self._leaked(packet, interface, self._clock.boottime())
 
     def _leaked(self, packet: Packet, interface: str, now: float) -> None:
-        if packet.name is not None and is_ours(packet.name):
-            # It shows the way of every program's lookups, as getaddrinfo(3) goes; the name itself is nobody's.
+        if packet.name is not None and (is_ours(packet.name) or is_probe(packet)):
+            # It shows the way of every program's lookups, by getaddrinfo(3) or diverted; the name itself is nobody's.
             packet = replace(packet, name=None)
         new = self._book.see(packet, interface, now, routed=self._is_routed_outside(packet.destination))
         if new is not None:
@@ -402,6 +403,8 @@ class LeakWatch:
         return any(h.network_address == to for h in self._ground.hosts)
 
     def _may_leave(self, interface: str, packet: Packet, now: float, passed: float) -> bool:
+        if is_diverted(packet, self._own):
+            return self._rules.allow(packet)
         return (
             self._is_ours(packet)
             or self._rules.allow(packet)

@@ -14,6 +14,7 @@ from vpn_sentinel.runtime.clock import SystemClock
 from vpn_sentinel.wire import codec
 
 KEEP_S: Final = 3.0  # after the socket is closed
+_IFNAMSIZ: Final = 16  # bytes of a device's name, linux/if.h
 _PROTOCOLS: Final = {socket.SOCK_DGRAM: socket.IPPROTO_UDP, socket.SOCK_STREAM: socket.IPPROTO_TCP}
 
 _Flow = tuple[int, int, IPAddress, int]  # protocol, local port, far address, far port
@@ -27,6 +28,7 @@ class OwnSockets:
         self._now = now
         self._open: dict[_Flow, int] = {}
         self._closed: dict[_Flow, float] = {}
+        self._bound: set[_Flow] = set()  # of those that are open: sent by one device, whatever the routes say
 
     def add(self, sock: socket.socket, far: tuple[IPAddress, int] | None = None) -> None:
         """Remember a socket until it is gone. `far` is where it will send, if it is bound and not connected yet."""
@@ -39,6 +41,8 @@ class OwnSockets:
             return  # closed meanwhile: it sends nothing any more
         flow = _PROTOCOLS[socket.SocketKind(sock.type)], port, *far
         self._open[flow] = self._open.get(flow, 0) + 1
+        if _is_bound_to_device(sock):
+            self._bound.add(flow)
         weakref.finalize(sock, self._gone, flow).atexit = False
 
     def has(self, protocol: int, port: int | None, address: IPAddress, far_port: int | None) -> bool:
@@ -48,6 +52,10 @@ class OwnSockets:
         flow = protocol, port, address, far_port
         return flow in self._open or self._closed.get(flow, 0.0) > self._now()
 
+    def routed(self, protocol: int, port: int) -> list[tuple[IPAddress, int]]:
+        """Where the open sockets of that protocol and local port send, address and port, as far as routes decide."""
+        return [f[2:] for f in self._open if f[:2] == (protocol, port) and f not in self._bound]
+
     def _gone(self, flow: _Flow) -> None:
         now = self._now()
         left = self._open.get(flow, 0) - 1
@@ -55,8 +63,13 @@ class OwnSockets:
             self._open[flow] = left
             return
         self._open.pop(flow, None)
+        self._bound.discard(flow)
         self._closed = {f: until for f, until in self._closed.items() if until > now}
         self._closed[flow] = now + KEEP_S
+
+
+def _is_bound_to_device(sock: socket.socket) -> bool:
+    return sock.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, _IFNAMSIZ).strip(b"\0") != b""
 
 
 OWN: Final = OwnSockets(SystemClock().boottime)

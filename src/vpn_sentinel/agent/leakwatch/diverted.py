@@ -1,0 +1,22 @@
+"""Names that this host's own rules lead elsewhere: DNAT in the output hook, iptables' `nat OUTPUT` or nftables.
+
+Routes tell nothing of it: the kernel routes by the address that a program asked, and takes another one then. A question
+of ours that comes out at another address than it was sent to proves it, and a program's question goes the same way. One
+that is led to this host itself, as Docker's resolver and redirects to a local stub do it, never comes out.
+"""
+
+from vpn_sentinel.agent.leakwatch.packets import Packet
+from vpn_sentinel.agent.leakwatch.rules import DNS_PORTS, is_dns
+from vpn_sentinel.agent.net.own import OwnSockets
+from vpn_sentinel.agent.probes.tag import is_probe
+
+
+def is_diverted(packet: Packet, own: OwnSockets) -> bool:
+    """Whether this is a DNS question of this process that leaves for another address than it was sent to.
+
+    A socket that is bound to a device says nothing: a rule may be for what leaves by that device alone.
+    """
+    if packet.source_port is None or not is_dns(packet) or not is_probe(packet):
+        return False
+    sent = [address for address, port in own.routed(packet.protocol, packet.source_port) if port in DNS_PORTS]
+    return bool(sent) and packet.destination not in sent

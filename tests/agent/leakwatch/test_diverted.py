@@ -1,0 +1,109 @@
+"""Names led elsewhere by this host's own rules: real sockets, real nftables, in a namespace of their own."""
+
+from tests.agent.leakwatch.test_watch import ran
+
+RULES = """
+from ipaddress import ip_address
+from vpn_sentinel.agent.probes import dns
+
+def nft(rules):
+    subprocess.run(["nft", "-f", "-"], input=rules.encode(), check=True)
+
+def led(rule, priority=-100):
+    nft(f"table inet led {{ chain out {{ type nat hook output priority {priority}; {rule}; }}; }}")
+
+async def ask(server="10.65.0.1"):
+    return await dns.lookup(dns.Nameserver(ip_address(server)), dns.GOOGLE, limit=0.1, resend=None)
+"""
+
+
+async def test_our_question_that_leaves_for_another_nameserver_shows_the_way_of_all() -> None:
+    seen = await ran(f"""{RULES}
+watch = make()
+led("udp dport 53 dnat ip to 203.0.113.53")
+await ask()
+await until(lambda: acted)
+say(flows=flows(watch), names=[e.name for e in acted])
+""")
+    assert seen["flows"] == [["203.0.113.53", 53, 1]]
+    assert seen["names"] == [None]  # it is our own question: no program asked for that name
+
+
+async def test_it_is_seen_though_the_rule_gives_it_a_mark_that_is_a_vpns() -> None:
+    seen = await ran(f"""{RULES}
+for line in ("rule add pref 800 fwmark 7 lookup 100", "route add default via 192.168.7.1 dev eth0 table 100",
+             "link add wg0 type veth peer name inside", "link set inside up", "link set wg0 up",
+             "route replace default dev wg0"):
+    subprocess.run(["ip", *line.split()], check=True)
+nft("table inet marking {{ chain out {{ type route hook output priority -150;"
+    "ip daddr 10.65.0.1 udp dport 53 meta mark set 7; }}; }}")
+led("ip daddr 10.65.0.1 udp dport 53 dnat ip to 203.0.113.53")
+watch = make()
+marked = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+marked.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, 7)
+send("198.51.100.9", 53, question("a.example"), by=marked)  # as the VPN's program does: it may
+await ask()
+await until(lambda: acted)
+say(flows=flows(watch))
+""")
+    assert seen["flows"] == [["203.0.113.53", 53, 1]]
+
+
+async def test_led_to_a_nameserver_of_the_lan_has_that_one_asked() -> None:
+    seen = await ran(f"""{RULES}
+watch = make()
+led("ip daddr 10.65.0.1 udp dport 53 dnat ip to 192.168.7.1")
+await ask()
+await until(lambda: asked)
+await ask()  # behind it: known now, and the next round asks it
+say(asked=asked, flows=flows(watch))
+""")
+    assert seen["asked"] == ["192.168.7.1%eth0"]
+    assert seen["flows"] == []
+
+
+async def test_over_ipv6_too() -> None:
+    seen = await ran(f"""{RULES}
+for line in ("addr add 2001:db8:7::2/64 dev eth0 nodad", "-6 route add default via 2001:db8:7::1 dev eth0",
+             "neigh add 2001:db8:7::1 lladdr 02:00:00:00:00:01 dev eth0"):
+    subprocess.run(["ip", *line.split()], check=True)
+watch = make()
+led("udp dport 53 dnat ip6 to 2606:4700:4700::1111")
+await ask("fd00:65::1")
+await until(lambda: acted)
+say(flows=flows(watch))
+""")
+    assert seen["flows"] == [["2606:4700:4700::1111", 53, 1]]
+
+
+async def test_led_to_this_host_itself_it_never_leaves() -> None:
+    """Docker's resolver at 127.0.0.11, and gluetun's own by TLS, work so."""
+    seen = await ran(f"""{RULES}
+stub = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); stub.bind(("127.0.0.1", 5353)); stub.setblocking(False)
+watch = make()
+led("udp dport 53 dnat ip to 127.0.0.1:5353")
+await ask()
+got = len(stub.recv(512))
+send("203.0.113.5")  # behind it
+await until(lambda: "203.0.113.5" in came)
+say(flows=flows(watch), asked=asked, got=got)
+""")
+    assert seen["flows"] == [["203.0.113.5", 443, 1]]
+    assert seen["asked"] == []
+    assert seen["got"]
+
+
+async def test_one_sent_by_a_device_beside_the_tunnel_and_led_elsewhere_there_proves_nothing() -> None:
+    """A rule for what leaves by that device alone never meets what goes by the tunnel."""
+    seen = await ran(f"""{RULES}
+from vpn_sentinel.agent.probes.canary import one
+from vpn_sentinel.agent.probes.targets import CLOUDFLARE
+from vpn_sentinel.domain.observation import Path, Probe
+watch = make()
+led('oifname "eth0" udp dport 53 dnat ip to 203.0.113.53')
+await one(CLOUDFLARE[0], Path.OUTSIDE, Probe.PHYSICAL, "eth0")
+send("203.0.113.5")  # behind it
+await until(lambda: "203.0.113.5" in came)
+say(flows=flows(watch))
+""")
+    assert seen["flows"] == [["203.0.113.5", 443, 1]]
