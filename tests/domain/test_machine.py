@@ -446,11 +446,11 @@ def test_notices_alternate_between_trouble_and_its_end(life: list[Report | Deadl
     for notice in tunnel.told:
         match notice.kind:
             case Kind.CONNECTED:
-                assert not connected
-                assert trouble is None
-                connected = True
+                assert not connected  # once: from then on it is protected *again*
+                trouble, connected = None, True
             case Kind.RECOVERED:
                 assert trouble is not None
+                assert connected
                 assert notice.outage is not None
                 assert notice.outage >= 0
                 assert notice.was not in (State.PROTECTED, State.PENDING, State.UNKNOWN)

@@ -276,3 +276,23 @@ def test_an_address_that_is_seen_first_long_after_the_start_is_no_change() -> No
     assert tunnel.kinds == [Kind.CONNECTED]
     tunnel.reports((201.0, P), exits=(SECOND,))
     assert tunnel.kinds == [Kind.CONNECTED, Kind.ADDRESS_CHANGED]
+
+
+def test_an_agent_that_was_started_before_its_tunnel_is_not_protected_again() -> None:
+    new = Tunnel()
+    new.reports((100.0, U), (120.0, U), exits=())
+    new.reports((124.0, P), exits=(FIRST,))
+    new.reports((130.0, P), exits=(FIRST,))
+    assert new.kinds == [Kind.UNVERIFIED, Kind.CONNECTED]
+    assert (new.heard[1].was, new.heard[1].outage) == (None, None)
+    new.reports((200.0, U), (220.0, U), exits=())
+    new.reports((224.0, P), (230.0, P), exits=(FIRST,))
+    assert new.kinds[2:] == [Kind.UNVERIFIED, Kind.RECOVERED]  # this time it was well before
+
+
+def test_the_first_good_news_of_one_that_leaked_from_the_start_says_so() -> None:
+    new = Tunnel()
+    new.reports((100.0, L))
+    new.reports((104.0, P), (110.0, P), exits=(FIRST,))
+    assert new.kinds == [Kind.LEAKING, Kind.CONNECTED]
+    assert new.heard[1].was is L

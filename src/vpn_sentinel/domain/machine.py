@@ -87,8 +87,9 @@ class Home:
 class Memory:
     """All that a tunnel's past weighs. Times are seconds since the epoch, by the server's clock.
 
-    `told` is the state people last heard of, `told_exit` the exit address, `outage` what a recovery will tell the end
-    of; `trouble_since` is when the tunnel was last protected, None while it is. `home` are home networks learned from
+    `told` is the state people last heard of, `told_exit` the exit address, `told_protected` whether they ever heard
+    that it is protected, `outage` what a recovery will tell the end of; `trouble_since` is when the tunnel was last
+    protected, None while it is. `home` are home networks learned from
     canaries sent beside the tunnel. `turns` are the times at which it lately left *protected*. `port` is the forwarded
     port it named last, `port_check` the last attempt to reach that, with this result since `port_checked_at`. Since
     `unheard_since` its pulses come in and their replies do not arrive, 0 while they do; `refuted` is when the agent
@@ -107,6 +108,7 @@ class Memory:
     home: tuple[IPNetwork, ...] = ()
     told: State = State.PENDING
     told_exit: IPAddress | None = None
+    told_protected: bool = False
     trouble_since: float | None = None
     outage: Outage | None = None
     turns: tuple[float, ...] = ()

@@ -29,7 +29,8 @@ class Kind(StrEnum):
 class Notice:
     """One thing to tell. Times are seconds since the epoch; `began` is when the trouble began or the change was seen.
 
-    `was` is, for a recovery, the worst that the outage was, and for trouble the leak that it follows; `details` are
+    `was` is, for a recovery, the worst that the outage was, for trouble the leak that it follows, and for a tunnel that
+    is protected for the first time how bad it was before; `details` are
     lines that stand as they are. `role` and `site` are the agent's (see wire.messages.Hello).
     """
 
@@ -84,7 +85,7 @@ def notices(before: Memory, after: Memory, events: Sequence[Event], *, caught_up
     # On its way back: what a replay brings to light now is told with the recovery, not as fresh trouble.
     recovering = after.candidate is not None and after.candidate.state is State.PROTECTED
     if caught_up and state is not told and state is not State.PENDING and not recovering and not _is_the_sites(after):
-        notice = _standing(after, told, outage)
+        notice = _standing(after, told, outage, again=after.told_protected)
         left = told is State.LEAKING and notice.kind is not Kind.RECOVERED
         out.append(replace(notice, was=State.LEAKING) if left else notice)
         told = state
@@ -103,9 +104,9 @@ def notices(before: Memory, after: Memory, events: Sequence[Event], *, caught_up
         told_port = after.port
     if told in _WELL and state in _WELL:
         outage = None
-    if (told, told_exit, outage, told_port) == (after.told, after.told_exit, after.outage, after.told_port):
-        return after, out
-    return replace(after, told=told, told_exit=told_exit, outage=outage, told_port=told_port), out
+    heard = after.told_protected or told is State.PROTECTED
+    now = replace(after, told=told, told_exit=told_exit, told_protected=heard, outage=outage, told_port=told_port)
+    return (after if now == after else now), out
 
 
 def _is_the_sites(memory: Memory) -> bool:
@@ -130,12 +131,16 @@ def _worth_telling(notice: Notice) -> tuple[Finding, ...]:
     )
 
 
-def _standing(after: Memory, told: State, outage: Outage | None) -> Notice:
-    """Where the tunnel stands, for people who last heard that it was `told`."""
+def _standing(after: Memory, told: State, outage: Outage | None, *, again: bool) -> Notice:
+    """Where the tunnel stands, for people who last heard that it was `told`; `again` is whether it was ever well."""
     if after.state is not State.PROTECTED:
         return Notice(kind=_KIND_OF[after.state], at=after.since, began=after.since, findings=after.findings)
     if told is State.PENDING or outage is None:
         return Notice(kind=Kind.CONNECTED, at=after.since, findings=after.findings)
+    if not again:
+        # An agent that was started before its tunnel: nothing is restored, and what could not be seen was no outage.
+        was = outage.worst if outage.worst in (State.LEAKING, State.DOWN) else None
+        return Notice(kind=Kind.CONNECTED, at=after.since, was=was, findings=after.findings)
     # A silence that a replay made void did not end in a change of state: it ended when the agent was heard again.
     at = after.since if after.since > outage.began else max(after.seen_at, outage.began)
     return Notice(kind=Kind.RECOVERED, at=at, began=outage.began, was=outage.worst, findings=after.findings)
