@@ -112,8 +112,14 @@ class Faults(ABC):
         """15: the system's resolver (the ISP's, unless told otherwise) is asked outside the tunnel."""
         self._be(resolvers=(resolver,), outside=self.line.outside | {resolver})
 
-    def lan_forwarder(self) -> None:
-        """16: the resolver is the home router, which asks the ISP. A kill switch that allows the LAN lets it pass."""
+    def lan_forwarder(self, *, named: bool = True) -> None:
+        """16: the resolver is the home router, which asks the ISP. A kill switch that allows the LAN lets it pass.
+
+        75: resolv.conf goes on naming the VPN's nameserver where the router is not `named`.
+        """
+        if not named:
+            self._be(forwarder=True)
+            return
         near = DOCKER if self.line.uplink == "docker" else self.line.plan.lan4
         self._be(resolvers=(f"{near}.1",), forwarder=True)
 

@@ -36,6 +36,14 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as program:
         program.sendto(b"STUN", ("{APART}", 3478))
         time.sleep(0.5)
 """
+NAMES_ASKED = """
+import socket, struct, time
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as program:
+    for i in range(20):
+        name = b"".join(bytes([len(label)]) + label for label in (b"n%d" % i, b"example", b"com"))
+        program.sendto(struct.pack("!6H", i, 0x100, 1, 0, 0, 0) + name + b"\\0\\0\\1\\0\\1", ("ROUTER", 53))
+        time.sleep(0.1)
+"""
 
 
 def send_marked(post: Post) -> None:
@@ -170,6 +178,13 @@ def _others_talk(post: Post) -> None:
     traffic.call_out(post.site, APART)
 
 
+def _asks_the_router(post: Post) -> None:
+    """A program with a nameserver of its own, the home router, which asks the ISP; resolv.conf names the VPN's."""
+    post.site.lan_forwarder(named=False)
+    program = NAMES_ASKED.replace("ROUTER", post.site.router4)
+    post.site.run([sys.executable, "-c", program], check=True)
+
+
 PROFILES: dict[str, Profile] = {
     "rootless": Profile(site={"kill_switch": False, "uplink": "rootless"}, agent=_STRANGE),
     "novpn": Profile(site={"vpn": None, "uplink": "rootless"}, agent=_STRANGE, watched=False),
@@ -272,6 +287,8 @@ ROWS: tuple[Row, ...] = (
     _leak(73, "udponly", "the same, deleted", {"ip_leak"}, _do("delete_tunnel"), part="b"),
     _leak(74, "routes", "only DNS by a rule", {"dns_leak"}, _do("rule_outside", "ipproto udp dport 53"),
           never=frozenset({"ip_leak"}), kinds=_BY_RULE, limit=45),
+    _leak(75, "nodb", "a program asks the router itself", {"dns_leak"}, _asks_the_router, needs_watch=True, limit=35,
+          never=frozenset({"ip_leak", "ipv6_leak"})),
     _leak(76, "routes", "a stranger's router gives out the internet's addresses", {"split_route"},
           _do("lease", "93.184.216.99/24")),
     _leak(77, "routes", "a rule sends people's packets outside", {"split_route"},
