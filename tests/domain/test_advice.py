@@ -146,11 +146,34 @@ def test_a_balanced_default_is_not_all_of_the_traffic() -> None:
 
 
 def test_nothing_is_said_to_be_unreachable_when_no_answer_came() -> None:
-    seen = Observation(trigger=Trigger.TIMER, canaries=(canary(None), canary(None, answer=Answer.BLOCKED)))
+    seen = Observation(trigger=Trigger.TIMER, canaries=(canary(None), canary(None)))
     (found,) = judge(seen, POLICY).findings
     assert found.code is Code.NO_NETWORK
     assert "reachable" not in found.message + found.advice
     assert found.advice.startswith("No answer came")
+
+
+def test_a_firewall_that_refuses_this_programs_packets_is_said_and_proves_nothing_of_others() -> None:
+    refused = Observation(trigger=Trigger.TIMER, canaries=(canary(None, answer=Answer.BLOCKED),) * 2)
+    (found,) = judge(refused, POLICY).findings
+    assert found.code is Code.NO_NETWORK
+    assert "refuses what this program sends" in found.message
+    assert "other users' programs" in found.message
+
+
+def test_a_namespace_with_nothing_but_lo_is_called_so() -> None:
+    alone = Observation(trigger=Trigger.TIMER, interfaces=(), canaries=(canary(None, answer=Answer.UNREACHABLE),))
+    (found,) = judge(alone, POLICY).findings
+    assert found.code is Code.NO_NETWORK
+    assert "Only the loopback interface is here" in found.message
+
+
+def test_silence_by_either_way_does_not_blame_the_home_connection_alone() -> None:
+    canaries = (canary(None), replace(canary(None), probe=Probe.PHYSICAL, path=Path.OUTSIDE))
+    link = Link(name="wg0", present=True, up=True)
+    (found,) = judge(Observation(trigger=Trigger.TIMER, link=link, canaries=canaries), POLICY).findings
+    assert found.code is Code.UPLINK_DOWN
+    assert "may be down, or a firewall" in found.message
 
 
 @pytest.mark.parametrize("code", Code)

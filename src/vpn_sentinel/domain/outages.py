@@ -13,8 +13,7 @@ def why_dead(seen: Observation) -> Iterator[Finding]:
         yield _nobody_asked(seen)
         return
     if seen.link is None:
-        said = "Nothing answers on the default route, and no tunnel is known here."
-        yield Finding(Code.NO_NETWORK, said, answers(canaries))
+        yield _no_network(seen, canaries)
         return
     physical = seen.asked(Probe.PHYSICAL)
     if seen.interfaces == ():
@@ -36,7 +35,8 @@ def why_dead(seen: Observation) -> Iterator[Finding]:
     ):
         yield Finding(
             Code.UPLINK_DOWN,
-            "Nothing answers, neither through the tunnel nor beside it: the home connection is down.",
+            "Nothing answers, neither through the tunnel nor beside it: the home connection may be down, or a firewall "
+            "here or at the router drops everything.",
             {"beside_the_tunnel": ", ".join(sorted({c.answer for c in physical})), **answers(canaries)},
         )
     elif not seen.link.present or not seen.link.up:
@@ -59,6 +59,22 @@ def why_dead(seen: Observation) -> Iterator[Finding]:
                 **_claimed(seen),
             },
         )
+
+
+def _no_network(seen: Observation, canaries: tuple[Canary, ...]) -> Finding:
+    """Without a tunnel that is known: what kind of nothing this is."""
+    facts = answers(canaries)
+    if seen.interfaces == ():
+        said = "Only the loopback interface is here: this network namespace has no way out."
+        return Finding(Code.NO_NETWORK, said, facts | {"interfaces": "lo"})
+    if any(c.answer is Answer.BLOCKED for c in canaries):
+        return Finding(
+            Code.NO_NETWORK,
+            "This host refuses what this program sends on the default route, and no tunnel is known here: what other "
+            "users' programs send may pass.",
+            facts | {"refused": "this program's packets"},
+        )
+    return Finding(Code.NO_NETWORK, "Nothing answers on the default route, and no tunnel is known here.", facts)
 
 
 def _nobody_asked(seen: Observation) -> Finding:

@@ -24,6 +24,7 @@ from vpn_sentinel.domain.observation import (
     Path,
     Probe,
     ResolverSighting,
+    Routed,
     SystemLookup,
     Trigger,
 )
@@ -249,3 +250,15 @@ def test_a_name_with_an_address_at_which_nobody_answers() -> None:
     check = server.about_addresses("sentinel.example", 5000, ["2001:db8::5"])
     assert (check.state, check.found) == (State.GAP, "nobody answers at 2001:db8::5 port 5000")
     assert server.about_addresses("sentinel.example", 5000, []).state is State.OK
+
+
+def test_a_route_that_the_tunnel_shares_is_no_percentage_of_the_traffic() -> None:
+    parts = (
+        Routed(interface="wg0", family=4, share=1.0),
+        Routed(interface="eth0", family=4, share=1.0, networks=(ip_network("0.0.0.0/0"),)),
+    )
+    (found,) = network.about_bypasses(parts, tunnel="wg0")
+    assert "some connections of IPv4" in found.found
+    assert "%" not in found.found
+    (alone,) = network.about_bypasses((replace(parts[1], share=0.5), replace(parts[0], share=0.5)), tunnel="wg0")
+    assert "50 % of IPv4" in alone.found

@@ -15,7 +15,7 @@ from vpn_sentinel.agent.probes import dns
 from vpn_sentinel.agent.probes.system_resolver import SystemResolver
 from vpn_sentinel.domain.observation import Answer, Path, ResolverSighting, Routed, SystemLookup
 from vpn_sentinel.domain.policy import IPAddress
-from vpn_sentinel.domain.routes import spoken
+from vpn_sentinel.domain.routes import is_shared, spoken
 
 _PATIENCE: Final = 6.0  # seconds; glibc asks a silent nameserver for longer, but a check may take eight
 _ASKED: Final = {4: ip_address("1.1.1.1"), 6: ip_address("2606:4700:4700::1111")}
@@ -84,16 +84,23 @@ async def routes(ground: Ground) -> list[Check]:
     probes = ground.read.agent.probes
     return [
         *found,
-        *about_bypasses(route_audit(probes, lambda: (e.address for e in probes.tunnel_endpoints))(ground.survey)),
+        *about_bypasses(
+            route_audit(probes, lambda: (e.address for e in probes.tunnel_endpoints))(ground.survey),
+            tunnel=ground.survey.tunnel,
+        ),
     ]
 
 
-def about_bypasses(parts: Sequence[Routed] | None) -> list[Check]:
+def about_bypasses(parts: Sequence[Routed] | None, *, tunnel: str | None) -> list[Check]:
     """What goes past the tunnel by routes of its own; nothing is said where nothing does."""
-    beside = [p for p in parts or () if p.networks]
+    parts = parts or ()
+    beside = [p for p in parts if p.networks]
     fix = "remove that route or rule (`ip route`, `ip rule`), or declare it: VPN_SENTINEL_ALLOWED_OUTSIDE"
     means = "what is sent there leaves in the open, unless a firewall holds it."
-    return [gap("route past the tunnel", spoken(part, None), means, fix) for part in beside]
+    return [
+        gap("route past the tunnel", spoken(part, tunnel, shared=is_shared(part, parts, tunnel)), means, fix)
+        for part in beside
+    ]
 
 
 def _way(ground: Ground, kernel: Netlink, family: int) -> Way:
