@@ -107,3 +107,19 @@ await until(lambda: "203.0.113.5" in came)
 say(flows=flows(watch))
 """)
     assert seen["flows"] == [["203.0.113.5", 443, 1]]
+
+
+async def test_one_that_this_hosts_nat_gave_another_port_is_still_ours() -> None:
+    """`MASQUERADE --random-fully`, as gateways have it: the port that the mark was made with is gone."""
+    seen = await ran(f"""{RULES}
+from vpn_sentinel.agent.probes.canary import one
+from vpn_sentinel.agent.probes.targets import CLOUDFLARE
+from vpn_sentinel.domain.observation import Path, Probe
+nft("table inet nat {{ chain post {{ type nat hook postrouting priority 100; masquerade fully-random; }}; }}")
+watch = make()
+await one(CLOUDFLARE[0], Path.OUTSIDE, Probe.PHYSICAL, "eth0")
+send("203.0.113.5")  # behind it
+await until(lambda: "203.0.113.5" in came)
+say(flows=flows(watch))
+""")
+    assert seen["flows"] == [["203.0.113.5", 443, 1]]

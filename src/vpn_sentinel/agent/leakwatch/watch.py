@@ -434,7 +434,7 @@ class LeakWatch:
         return (
             packet.hops == 1
             or self._own.has(packet.protocol, packet.source_port, packet.destination, packet.destination_port)
-            or is_probe(packet)
+            or is_probe(packet, self._own.ports(packet.protocol, packet.destination, packet.destination_port))
         )
 
     def _is_the_end_of_a_report(self, interface: str, packet: Packet) -> bool:

@@ -52,6 +52,12 @@ class OwnSockets:
         flow = protocol, port, address, far_port
         return flow in self._open or self._closed.get(flow, 0.0) > self._now()
 
+    def ports(self, protocol: int, address: IPAddress, far_port: int | None) -> list[int]:
+        """The local ports of this process's sockets that send, or lately sent, to that address and port."""
+        now = self._now()
+        lately = (flow for flow, until in self._closed.items() if until > now)
+        return [f[1] for f in (*self._open, *lately) if (f[0], *f[2:]) == (protocol, address, far_port)]
+
     def routed(self, protocol: int, port: int) -> list[tuple[IPAddress, int]]:
         """Where the open sockets of that protocol and local port send, address and port, as far as routes decide."""
         return [f[2:] for f in self._open if f[:2] == (protocol, port) and f not in self._bound]

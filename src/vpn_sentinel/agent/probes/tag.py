@@ -16,7 +16,7 @@ the id stays as hard to guess from outside as a random one. Where it cannot be r
 import errno
 import random
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from hashlib import blake2s
 from pathlib import Path
@@ -60,8 +60,11 @@ def of_echo(nonce: bytes) -> bytes:
     return b"" if key is None else blake2s(nonce, key=key, digest_size=TAG).digest()
 
 
-def is_probe(packet: Packet) -> bool:
-    """Whether the packet carries the mark of a probe from this machine."""
+def is_probe(packet: Packet, ports: Iterable[int] = ()) -> bool:
+    """Whether the packet carries the mark of a probe from this machine.
+
+    `ports` are others that a DNS question may have been sent from: this host's NAT may have given it another one.
+    """
     key, payload = _key(), packet.payload
     if key is None or packet.source_port is None:
         return False
@@ -73,7 +76,7 @@ def is_probe(packet: Packet) -> bool:
         nonce = payload[NONCE_AT : NONCE_AT + _NONCE]
         return len(payload) >= TAG_AT + TAG and payload[TAG_AT : TAG_AT + TAG] == of_echo(nonce)
     name = asked_name(payload) if packet.hops == PROBE_HOPS else None
-    return name is not None and payload[:2] == _ident(key, packet.source_port, name)
+    return name is not None and any(payload[:2] == _ident(key, p, name) for p in (packet.source_port, *ports))
 
 
 def tcp_ports(to: IPAddress) -> Iterator[int]:
