@@ -450,7 +450,6 @@ def test_notices_alternate_between_trouble_and_its_end(life: list[Report | Deadl
                 trouble, connected = None, True
             case Kind.RECOVERED:
                 assert trouble is not None
-                assert connected
                 assert notice.outage is not None
                 assert notice.outage >= 0
                 assert notice.was not in (State.PROTECTED, State.PENDING, State.UNKNOWN)

@@ -149,6 +149,7 @@ EARLIER = {
     "reports_before_one_user": "reports",
     "exchange_before_one_user": "exchange",
     "welcome_before_memory": "welcome",
+    "memory_before_told": "memory",
 }
 
 

@@ -87,8 +87,8 @@ class Home:
 class Memory:
     """All that a tunnel's past weighs. Times are seconds since the epoch, by the server's clock.
 
-    `told` is the state people last heard of, `told_exit` the exit address, `told_protected` whether they ever heard
-    that it is protected, `outage` what a recovery will tell the end of; `trouble_since` is when the tunnel was last
+    `told` is the state people last heard of, `told_exit` the exit address, `was_protected` whether it was ever
+    known to be protected, `outage` what a recovery will tell the end of; `trouble_since` is when the tunnel was last
     protected, None while it is. `home` are home networks learned from
     canaries sent beside the tunnel. `turns` are the times at which it lately left *protected*. `port` is the forwarded
     port it named last, `port_check` the last attempt to reach that, with this result since `port_checked_at`. Since
@@ -108,7 +108,7 @@ class Memory:
     home: tuple[IPNetwork, ...] = ()
     told: State = State.PENDING
     told_exit: IPAddress | None = None
-    told_protected: bool = False
+    was_protected: bool = False
     trouble_since: float | None = None
     outage: Outage | None = None
     turns: tuple[float, ...] = ()

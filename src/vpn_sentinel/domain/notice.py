@@ -79,13 +79,14 @@ def notices(before: Memory, after: Memory, events: Sequence[Event], *, caught_up
         if isinstance(event, Moved) and event.new is State.LEAKING and told is not State.LEAKING:
             out.append(Notice(kind=Kind.LEAKING, at=event.at, began=event.at, findings=event.findings))
             told = State.LEAKING
+    was_well = after.was_protected or any(isinstance(e, Moved) and e.old is State.PROTECTED for e in events)
     state, exit_ = after.state, after.exit4 or after.exit6
     # Of the two versions' addresses one is told; when that one only now shows itself, nothing has changed.
     known = after.told_exit if after.told_exit and exit_ and after.told_exit.version == exit_.version else exit_
     # On its way back: what a replay brings to light now is told with the recovery, not as fresh trouble.
     recovering = after.candidate is not None and after.candidate.state is State.PROTECTED
     if caught_up and state is not told and state is not State.PENDING and not recovering and not _is_the_sites(after):
-        notice = _standing(after, told, outage, again=after.told_protected)
+        notice = _standing(after, told, outage, again=was_well)
         left = told is State.LEAKING and notice.kind is not Kind.RECOVERED
         out.append(replace(notice, was=State.LEAKING) if left else notice)
         told = state
@@ -104,8 +105,8 @@ def notices(before: Memory, after: Memory, events: Sequence[Event], *, caught_up
         told_port = after.port
     if told in _WELL and state in _WELL:
         outage = None
-    heard = after.told_protected or told is State.PROTECTED
-    now = replace(after, told=told, told_exit=told_exit, told_protected=heard, outage=outage, told_port=told_port)
+    heard = was_well or told is State.PROTECTED
+    now = replace(after, told=told, told_exit=told_exit, was_protected=heard, outage=outage, told_port=told_port)
     return (after if now == after else now), out
 
 
