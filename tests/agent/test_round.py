@@ -100,6 +100,25 @@ async def test_a_dns_leak_does_not_wait_for_places() -> None:
     assert places.due(ip_address("185.65.134.10"))  # a gathering that was cut short is made up for
 
 
+async def test_a_dns_leak_does_not_wait_for_the_systems_resolver() -> None:
+    """getaddrinfo may take seconds, and nothing that it says makes a leak less of one."""
+    asked = asyncio.Event()
+
+    class Slow(SystemResolver):
+        async def ask(self, *_: object) -> None:
+            asked.set()
+            await asyncio.Event().wait()
+
+    policy = Policy(home_networks=networks("185.65.200.7"))
+    async with udp(lambda _: EXIT) as (canary, _), udp(whoami) as (dns, _):
+        slow = replace(eyes(canary, dns), system=Slow(boottime=SystemClock().boottime))
+        async with asyncio.timeout(8):
+            seen = await look(slow, Trigger.TIMER, policy)
+    assert judge(seen, policy).state is State.LEAKING
+    assert asked.is_set()
+    assert seen.dns_intercepted is True  # what was known by then is kept
+
+
 async def test_what_was_found_out_about_a_proxy_beside_a_leak_is_kept() -> None:
     policy = Policy(home_networks=networks("185.65.200.7"))
     async with udp(lambda _: EXIT) as (canary, _), udp(whoami) as (dns, _), udp(answer) as (proxy, _):

@@ -186,12 +186,12 @@ async def _slow_part(eyes: Eyes, seen: Observation, policy: Policy, paths: Paths
             if placing is not None:
                 await asyncio.wait([placing], timeout=_PLACES_PATIENCE)
                 placing.cancel()
-            if not proxied.done():
-                proxied.cancel()
-                connecting.cancel()
-                if using is not None:
-                    using.cancel()
-                return seen
+            side = [task for task in (proxied, connecting, using) if task is not None]
+            if not all(task.done() for task in side):
+                proxy = proxied.result() if proxied.done() else None
+                for task in side:
+                    task.cancel()
+                return replace(seen, dns_intercepted=proxy or seen.dns_intercepted)
         if using is not None and seen.system_lookup is None:
             seen = replace(seen, system_lookup=await using)
         seen = replace(seen, canaries=(*seen.canaries, *await connecting))
