@@ -3,9 +3,9 @@
 The sockets are SOCK_DGRAM: the filter sees a packet from its IP header on. A load beyond its end rejects it.
 """
 
-import ctypes
 import socket
 import struct
+from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from ipaddress import ip_network
@@ -13,11 +13,11 @@ from itertools import product
 from typing import Final
 
 from vpn_sentinel.agent.endpoints import TCP, UDP, Endpoint
+from vpn_sentinel.agent.leakwatch.packets import RST, SYN, SYN_ACK
 from vpn_sentinel.agent.leakwatch.rules import (
     BOOTP,
     DHCPV6,
     DNS,
-    DNS_PORTS,
     FRAGMENT,
     ICMP,
     ICMP6,
@@ -30,6 +30,7 @@ from vpn_sentinel.agent.leakwatch.rules import (
 )
 from vpn_sentinel.agent.net.fib import Rule
 from vpn_sentinel.agent.probes.tag import PROBE_HOPS
+from vpn_sentinel.domain.leaks import DNS_PORTS
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork
 
 SNAP: Final = 384  # bytes of a packet that come up: enough for the longest name asked
@@ -44,7 +45,6 @@ _ANCILLARY: Final = 0xFFFFF000  # SKF_AD_OFF
 _PROTOCOL, _PKTTYPE, _MARK = _ANCILLARY, _ANCILLARY + 4, _ANCILLARY + 20
 _HOST, _OUTGOING = 0, 4  # PACKET_HOST, PACKET_OUTGOING
 _IPV4, _IPV6 = 0x0800, 0x86DD
-_SYN, _RST, _SYN_ACK = 0x02, 0x04, 0x12
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +140,7 @@ def _inbound_half(rules: Rules, at: "_Family") -> list[Insn]:
         if net.version == at.version:
             made += verdict(*_within(net, source=True))
     made += verdict(*at.proto(UDP), result=HEAD)
-    made += verdict(*at.proto(TCP), at.byte(13, _SYN, Insn(_AND, _SYN_ACK)), result=HEAD)
+    made += verdict(*at.proto(TCP), at.byte(13, SYN, Insn(_AND, SYN_ACK)), result=HEAD)
     return [*made, Insn(_RET, DROP)]
 
 
@@ -196,7 +196,7 @@ def _half(rules: Rules, at: _Family) -> list[Insn]:
     for rule in rules.excepted:
         made += _excepted(rule, at)
     for ports in rules.published:
-        begun = Test((*at.behind, Insn(_LDB_X, 13), Insn(_AND, _SYN_ACK)), _SYN, otherwise=True)
+        begun = Test((*at.behind, Insn(_LDB_X, 13), Insn(_AND, SYN_ACK)), SYN, otherwise=True)
         answers = (begun,) if ports.protocol == TCP else ()
         made += verdict(*at.proto(ports.protocol), *at.between(0, ports.low, ports.high), *answers)
     for ports in rules.ports:
@@ -206,8 +206,8 @@ def _half(rules: Rules, at: _Family) -> list[Insn]:
     for kind in at.icmp_own:
         made += verdict(*at.proto(at.icmp), at.byte(0, kind))
     made += verdict(*at.proto(UDP), at.port(at.dhcp))
-    made += verdict(*at.proto(TCP), at.byte(13, _RST, jump=_JSET))
-    made += verdict(*at.proto(TCP), at.byte(13, _SYN_ACK, Insn(_AND, _SYN_ACK)))
+    made += verdict(*at.proto(TCP), at.byte(13, RST, jump=_JSET))
+    made += verdict(*at.proto(TCP), at.byte(13, SYN_ACK, Insn(_AND, SYN_ACK)))
     for protocol, port in product((UDP, TCP), DNS_PORTS):
         for tests in at.within(rules.resolvers):
             made += verdict(*tests, *at.proto(protocol), at.port(port))
@@ -272,5 +272,6 @@ def packed(made: list[Insn]) -> bytes:
 
 def attach(sock: socket.socket, made: list[Insn]) -> None:
     """Put the filter on a socket in place of the one that is there, in one step. Raises OSError."""
-    code = ctypes.create_string_buffer(packed(made))
-    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("@HP", len(made), ctypes.addressof(code)))
+    code = array("B", packed(made))
+    address, _length = code.buffer_info()  # as sock_fprog wants it; the kernel copies what stands there
+    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("@HP", len(made), address))

@@ -6,9 +6,10 @@ that is led to this host itself, as Docker's resolver and redirects to a local s
 """
 
 from vpn_sentinel.agent.leakwatch.packets import Packet
-from vpn_sentinel.agent.leakwatch.rules import DNS_PORTS, is_dns
+from vpn_sentinel.agent.leakwatch.rules import is_dns
 from vpn_sentinel.agent.net.own import OwnSockets
 from vpn_sentinel.agent.probes.tag import is_probe
+from vpn_sentinel.domain.leaks import DNS_PORTS
 
 
 def is_diverted(packet: Packet, own: OwnSockets) -> bool:

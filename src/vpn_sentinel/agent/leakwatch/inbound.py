@@ -24,7 +24,6 @@ UDP_FLOW_S: Final = 180.0  # after its last packet, as the kernel's own table of
 TAKEN_S: Final = 600.0
 SERVICES_BELOW: Final = 1024  # privileged ports (ip_unprivileged_port_start, ip-sysctl)
 CLIENTS_FROM: Final = 32768  # ip_local_port_range of a network namespace that nobody set; IANA's range is in it
-_SYN, _SYN_ACK = 0x02, 0x12
 
 # protocol, address and port here, address and port there
 Flow = tuple[int, IPAddress, int, IPAddress, int]
@@ -69,7 +68,7 @@ class Flows:
         flow = _flow(packet, inbound=True)
         if flow is None or flow in self._begun:
             return
-        if packet.protocol == UDP or packet.flags & _SYN_ACK == _SYN:
+        if packet.protocol == UDP or packet.opens:
             _keep(self._came, flow, (now, self._came.get(flow, (now, passed))[1]))
 
     def begins(self, packet: Packet, now: float) -> None:
@@ -85,7 +84,7 @@ class Flows:
             return False
         if packet.protocol == TCP:
             # A packet that opens a connection is no answer, whichever port it leaves from.
-            if packet.flags & _SYN_ACK == _SYN:
+            if packet.opens:
                 return False
             answers = flow in self._came or self._is_taken(flow, now) or self._is_passed_on(flow)
             if answers:

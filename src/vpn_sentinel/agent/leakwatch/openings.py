@@ -15,7 +15,6 @@ from vpn_sentinel.domain.policy import IPAddress
 
 PATIENCE_S: Final = 0.7  # until the first data: with what follows, a leak is told within a second
 MAX_WAITING: Final = 16  # connections; more are no VPN program's
-_SYN, _SYN_ACK = 0x02, 0x12
 
 _Flow = tuple[IPAddress, int | None, IPAddress, int | None]
 
@@ -41,7 +40,7 @@ class Openings:
         if packet.protocol != TCP:
             return False
         flow = _flow(packet)
-        if packet.flags & _SYN_ACK == _SYN and flow not in self._waiting:
+        if packet.opens and flow not in self._waiting:
             if not begin or len(self._waiting) >= MAX_WAITING:
                 return False
             timer = asyncio.get_running_loop().call_later(PATIENCE_S, self._over, flow)

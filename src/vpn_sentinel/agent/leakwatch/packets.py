@@ -10,6 +10,7 @@ from vpn_sentinel.domain.policy import IPAddress
 IPV4, IPV6 = 0x0800, 0x86DD  # of linux/if_ether.h
 _NAMES: Final = {1: "icmp", 6: "tcp", 17: "udp", 58: "icmp6"}
 _FRAGMENT: Final = 44
+SYN, RST, SYN_ACK = 0x02, 0x04, 0x12  # TCP's flags (RFC 9293, 3.1)
 _DNS: Final = 53
 _LONGEST: Final = 255
 
@@ -35,6 +36,11 @@ class Packet:
     name: str | None = None
     payload: bytes = b""
     payload_size: int = 0
+
+    @property
+    def opens(self) -> bool:
+        """Whether it asks for a TCP connection."""
+        return self.flags & SYN_ACK == SYN
 
     @property
     def called(self) -> str:

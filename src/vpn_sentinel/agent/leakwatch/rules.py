@@ -9,15 +9,14 @@ from ipaddress import ip_network
 from typing import Final
 
 from vpn_sentinel.agent.endpoints import TCP, UDP, Endpoint
-from vpn_sentinel.agent.leakwatch.packets import Packet
+from vpn_sentinel.agent.leakwatch.packets import RST, SYN_ACK, Packet
 from vpn_sentinel.agent.leakwatch.senders import selects
 from vpn_sentinel.agent.net.fib import Rule
+from vpn_sentinel.domain.leaks import DNS_PORTS
 from vpn_sentinel.domain.policy import NOT_PUBLIC, IPNetwork, within
 
 ICMP, ICMP6 = 1, 58
 DNS, BOOTP, DHCPV6 = 53, 67, 547
-DNS_PORTS: Final = (DNS, 853)  # plain, and by TLS or QUIC (RFC 7858, 9250)
-_SYN, _SYN_ACK = 0x02, 0x12
 FRAGMENT: Final = 44  # IPv6's next header
 # Nobody there asks for a name elsewhere: multicast, broadcast, this host.
 NOBODY: Final[tuple[IPNetwork, ...]] = tuple(
@@ -85,7 +84,7 @@ class Rules:
         if packet.source_port is None or packet.destination_port is None:
             return False
         # A connection that is begun here is no answer, whichever port it is begun from.
-        answers = packet.protocol != TCP or packet.flags & _SYN_ACK != _SYN
+        answers = packet.protocol != TCP or not packet.opens
         return (answers and any(p.has(packet.protocol, packet.source_port) for p in self.published)) or any(
             p.has(packet.protocol, packet.destination_port) for p in self.ports
         )
@@ -106,6 +105,6 @@ def _keeps_the_network_running(packet: Packet) -> bool:
         case 17:
             return packet.destination_port == (BOOTP if four else DHCPV6)
         case 6:
-            return bool(packet.flags & 0x04) or packet.flags & 0x12 == 0x12  # RST, or SYN with ACK: answers
+            return bool(packet.flags & RST) or packet.flags & SYN_ACK == SYN_ACK  # both are answers
         case _:
             return False
