@@ -136,7 +136,8 @@ def _inbound_half(rules: Rules, at: "_Family") -> list[Insn]:
     for end in rules.endpoints:
         if end.address.version == at.version:
             made += verdict(*_within(ip_network(end.address), source=True))
-    for net in (*NEVER, *PRIVATE):
+    # What goes to these may leave whoever began it, the VPN's server with a route of its own among them.
+    for net in (*NEVER, *PRIVATE, *rules.outside, *rules.lan):
         if net.version == at.version:
             made += verdict(*_within(net, source=True))
     made += verdict(*at.proto(UDP), result=HEAD)
