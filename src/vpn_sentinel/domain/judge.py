@@ -136,7 +136,9 @@ def _unverifiable(seen: Observation, policy: Policy) -> Iterator[Finding]:
     named = ", ".join(str(e) for e in exits)
     yield Finding(
         Code.TUNNEL_UNKNOWN,
-        f"Traffic leaves from {named or 'an unknown address'}, and nothing here tells whether that is a VPN.",
+        f"Traffic leaves from {named}, and nothing here tells whether that is a VPN."
+        if named
+        else "Answers come, and none tells the address that traffic leaves from: nothing here shows a VPN.",
         {"exit": named} if named else {},
     )
 

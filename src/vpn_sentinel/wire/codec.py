@@ -26,6 +26,7 @@ _TEXTUAL: Final = (IPv4Address, IPv6Address, IPv4Network, IPv6Network)
 
 
 def _encode(value: object) -> object:
+    """msgspec's hook for what it has no form of its own for; NotImplementedError is its word for "nor have I"."""
     if isinstance(value, _TEXTUAL):
         return str(value)
     msg = f"{type(value).__name__} has no JSON form"
@@ -33,6 +34,7 @@ def _encode(value: object) -> object:
 
 
 def _decode(kind: Any, value: Any) -> Any:
+    """The same the other way; a ValueError or TypeError becomes msgspec's ValidationError, with the place in it."""
     if not isinstance(value, str):
         msg = f"Expected `str`, got `{type(value).__name__}`"
         raise TypeError(msg)
