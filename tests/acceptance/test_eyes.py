@@ -61,7 +61,7 @@ def test_out_of_descriptors_nothing_is_verified_and_then_it_is_again(stand: Stan
     limits = resource.prlimit(stand.agent.pid, resource.RLIMIT_NOFILE)
     resource.prlimit(stand.agent.pid, resource.RLIMIT_NOFILE, (3, limits[1]))
     try:
-        stand.wait_message("verified", before, 30)
+        stand.wait_message("verified", before, 60)
         assert stand.status()["state"] == "unverified"
         assert "nothing_seen" in stand.codes()
     finally:
