@@ -20,3 +20,14 @@ def test_importing(module: str, banned: set[str]) -> None:
     code = f"import sys, {module}; print(*sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert set(done.stdout.split()) & banned == set()
+
+
+def test_looking_an_ascii_name_up_loads_no_idna_tables() -> None:
+    code = """if True:
+        import sys
+        from vpn_sentinel.agent.names import system_lookup
+        from vpn_sentinel.runtime.settings import is_host
+        assert is_host("localhost"), system_lookup("localhost")
+        assert "encodings.idna" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -18,10 +18,15 @@ class NotFoundError(OSError):
     """A name that has no address, or whose address could not be found in time."""
 
 
+def encoded(host: str) -> bytes:
+    """A name as getaddrinfo(3) takes it; given as text, Python loads the tables of IDNA for any, which take 0.5 MB."""
+    return host.encode("ascii" if host.isascii() else "idna")
+
+
 def system_lookup(host: str) -> tuple[IPAddress, ...]:
     """getaddrinfo(3): the hosts file, mDNS and search domains included. Blocks. Raises OSError."""
     with AS_USER:
-        found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+        found = socket.getaddrinfo(encoded(host), None, type=socket.SOCK_STREAM)
     return tuple(dict.fromkeys(ip_address(str(sockaddr[0]).partition("%")[0]) for *_, sockaddr in found))
 
 

@@ -229,7 +229,9 @@ def is_host(text: str) -> bool:
     if ":" in text:
         return False
     try:
-        name = text.removesuffix(".").encode("idna").decode("ascii")  # raises for labels that are empty or too long
+        name = text.removesuffix(".")
+        if not name.isascii():  # the codec's tables take 0.5 MB
+            name = name.encode("idna").decode("ascii")  # raises for labels that are empty or too long
         for label in name.split("."):
             if label.lower().startswith("xn--"):
                 label[4:].encode("ascii").decode("punycode")

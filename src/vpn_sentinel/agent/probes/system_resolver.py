@@ -17,6 +17,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
 
+from vpn_sentinel.agent.names import encoded
 from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.agent.probes import dns
 from vpn_sentinel.agent.probes.shortage import out_of_descriptors
@@ -52,7 +53,7 @@ Lookup = Callable[[str], Iterable[IPAddress]]
 
 def _getaddrinfo(name: str) -> tuple[IPAddress, ...]:
     with AS_USER:
-        found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM, flags=socket.AI_CANONNAME)
+        found = socket.getaddrinfo(encoded(name), None, type=socket.SOCK_STREAM, flags=socket.AI_CANONNAME)
     known = next((canonical for *_, canonical, _ in found if canonical), name)
     if known.rstrip(".").lower() != name.rstrip(".").lower():
         return ()  # an alias leads to the page of whoever blocks the name
