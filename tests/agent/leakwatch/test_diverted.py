@@ -1,6 +1,14 @@
 """Names led elsewhere by this host's own rules: real sockets, real nftables, in a namespace of their own."""
 
+import socket
+from ipaddress import ip_address
+
 from tests.agent.leakwatch.test_watch import ran
+from vpn_sentinel.agent.leakwatch.diverted import is_diverted
+from vpn_sentinel.agent.leakwatch.packets import Packet
+from vpn_sentinel.agent.net.own import OwnSockets
+from vpn_sentinel.agent.probes import dnswire
+from vpn_sentinel.agent.probes.tag import PROBE_HOPS, dns_question
 
 RULES = """
 from ipaddress import ip_address
@@ -15,6 +23,29 @@ def led(rule, priority=-100):
 async def ask(server="10.65.0.1"):
     return await dns.lookup(dns.Nameserver(ip_address(server)), dns.GOOGLE, limit=0.1, resend=None)
 """
+
+
+def test_a_socket_of_the_other_family_with_the_same_port_proves_nothing() -> None:
+    """A canary that is bound to a device, and a lookup over IPv4 beside it."""
+    own = OwnSockets(lambda: 0.0)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as lookup:
+        lookup.connect(("127.0.0.1", 53))
+        own.add(lookup)
+        port = lookup.getsockname()[1]
+        payload = dns_question(dnswire.query(0, "a.example", dnswire.A), port)
+
+        def leaves(source: str, to: str) -> bool:
+            return is_diverted(
+                Packet(
+                    protocol=socket.IPPROTO_UDP, source=ip_address(source), destination=ip_address(to),
+                    source_port=port, destination_port=53, hops=PROBE_HOPS, payload=payload,
+                ),
+                own,
+            )  # fmt: skip
+
+        assert not leaves("2001:db8:7::2", "2606:4700:4700::1111")
+        assert leaves("192.168.7.2", "203.0.113.53")
+        assert not leaves("192.168.7.2", "127.0.0.1")
 
 
 async def test_our_question_that_leaves_for_another_nameserver_shows_the_way_of_all() -> None:

@@ -15,9 +15,11 @@ from vpn_sentinel.domain.leaks import DNS_PORTS
 def is_diverted(packet: Packet, own: OwnSockets) -> bool:
     """Whether this is a DNS question of this process that leaves for another address than it was sent to.
 
-    A socket that is bound to a device says nothing: a rule may be for what leaves by that device alone.
+    A socket that is bound to a device says nothing: a rule may be for what leaves by that device alone. Nor does one of
+    the other family, which no rule leads to: both families have each port once.
     """
     if packet.source_port is None or not is_dns(packet) or not is_probe(packet):
         return False
-    sent = [address for address, port in own.routed(packet.protocol, packet.source_port) if port in DNS_PORTS]
-    return bool(sent) and packet.destination not in sent
+    to, routed = packet.destination, own.routed(packet.protocol, packet.source_port)
+    sent = [address for address, port in routed if port in DNS_PORTS and address.version == to.version]
+    return bool(sent) and to not in sent
