@@ -491,10 +491,38 @@ CASES: dict[str, tuple[Observation, Policy, State, list[Code]]] = {
         Policy(home_networks=(ip_network("91.10.20.0/24"),)), State.UNKNOWN, [Code.TUNNEL_UNKNOWN],
     ),
     "no tunnel is known, but the exit is not the home": (
-        saw(EXIT, beside=None, link=None), POLICY, State.PROTECTED, [],
+        saw(EXIT, beside=None, link=None), POLICY, State.PROTECTED, [Code.TUNNEL_UNSEEN],
     ),
     "no tunnel is known: the physical interface is the way out": (
-        saw(EXIT, beside=EXIT, link=None, path=Path.OUTSIDE), POLICY, State.PROTECTED, [],
+        saw(EXIT, beside=EXIT, link=None, path=Path.OUTSIDE), POLICY, State.PROTECTED, [Code.TUNNEL_UNSEEN],
+    ),
+    "no tunnel is known, and the exit is in another AS than home": (
+        replace(
+            saw(EXIT, beside=None, link=None, path=Path.OUTSIDE),
+            places=(place(EXIT, asn=9009), place("91.10.20.0", asn=3320)),
+        ),
+        POLICY, State.PROTECTED, [],
+    ),
+    "no tunnel is known, and traffic leaves from another address of the home's provider": (
+        replace(
+            saw("91.33.7.8", beside=None, link=None, path=Path.OUTSIDE),
+            places=(place("91.33.7.8", asn=3320), place("91.10.20.0", asn=3320)),
+        ),
+        POLICY, State.UNKNOWN, [Code.TUNNEL_UNKNOWN],
+    ),
+    "no tunnel is known, and traffic leaves from the neighbourhood of the old home address": (
+        saw("91.10.20.99", beside=None, link=None, path=Path.OUTSIDE),
+        Policy(home_networks=(ip_network("91.10.20.30/32"),)), State.UNKNOWN, [Code.TUNNEL_UNKNOWN],
+    ),
+    "no tunnel is known, and IPv6 leaves from the next prefix of home's provider": (
+        replace(
+            saw("2003:f1::5", beside=None, link=None, path=Path.OUTSIDE),
+            places=(place("2003:f1::5", asn=3320), place("2003:e0::", asn=3320)),
+        ),
+        POLICY, State.UNKNOWN, [Code.TUNNEL_UNKNOWN],
+    ),
+    "an old client's word says no more than the home addresses do": (
+        replace(saw(EXIT, beside=None, link=None), interfaces=None), POLICY, State.PROTECTED, [],
     ),
     "no tunnel is known, and the exit is the home": (
         saw(HOME, beside=None, link=None, path=Path.OUTSIDE), POLICY, State.LEAKING, [Code.IP_LEAK],
@@ -620,7 +648,7 @@ CASES: dict[str, tuple[Observation, Policy, State, list[Code]]] = {
     ),
     "a public resolver outside, where no tunnel is known": (
         saw(EXIT, link=None, beside=None, dns=(asked("172.70.1.1", "1.1.1.1", Path.OUTSIDE),)),
-        POLICY, State.PROTECTED, [],
+        POLICY, State.PROTECTED, [Code.TUNNEL_UNSEEN],
     ),
     "a client subnet of the other family is not the home": (
         saw(EXIT, dns=(asked("74.125.1.1", "8.8.8.8", subnet="2a0d:5600::/48"),)),

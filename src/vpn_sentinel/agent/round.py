@@ -35,6 +35,7 @@ from vpn_sentinel.domain.observation import (
 )
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy
 from vpn_sentinel.domain.resolvers import unexplained
+from vpn_sentinel.domain.unseen import rests_on_home
 from vpn_sentinel.domain.verdict import State
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.wire import limits
@@ -177,8 +178,9 @@ async def _slow_part(eyes: Eyes, seen: Observation, policy: Policy, paths: Paths
         seen = replace(seen, dns_rewritten=await rewriting)
         if using is not None and judge(seen, policy).state is not State.LEAKING:
             seen = replace(seen, system_lookup=await using)
-        if eyes.origins is not None and (odd := unexplained(seen, policy)):
-            # Only an egress that nothing else explains is worth a stranger's answer.
+        odd = unexplained(seen, policy)
+        if eyes.origins is not None and (odd or rests_on_home(seen, policy)):
+            # Only what nothing else explains is worth a stranger's answer.
             addresses = (*odd, *(a for a in (seen.exit(4), seen.exit(6)) if a), *_homes(seen, policy))
             await eyes.origins.learn(addresses, nameservers, paths)
         seen = replace(seen, places=_places(eyes, seen, policy))

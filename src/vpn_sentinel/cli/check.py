@@ -272,7 +272,7 @@ def show(looked: "Looked", policy: Policy) -> None:
 
 def _advice(finding: Finding, seen: Observation, policy: Policy) -> str:
     """The finding's own, except where it would ask for a home network although one is declared."""
-    if finding.code is not Code.TUNNEL_UNKNOWN or not policy.home_networks:
+    if finding.code is not Code.TUNNEL_UNKNOWN or not policy.home_networks or "home" in finding.evidence:
         return finding.advice
     exits = [e for e in (seen.exit(4), seen.exit(6)) if e]
     if not exits:

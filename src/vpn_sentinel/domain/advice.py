@@ -107,6 +107,15 @@ def _nothing_seen(facts: Facts) -> str | None:
     return f"Run the agent as user {facts['user']}, or give it CAP_SETUID, as root has." if facts.get("user") else None
 
 
+def _tunnel_unknown(facts: Facts) -> str | None:
+    if not facts.get("home"):
+        return None
+    return (
+        f"See whether {facts.get('exit', 'this address')} is your own line's now, and put it into "
+        "VPN_SENTINEL_HOME_NETWORKS if it is; or run the agent where the tunnel's interface is."
+    )
+
+
 def _killswitch_open(facts: Facts) -> str | None:
     ways, held = facts.get("interfaces"), facts.get("held")
     if not ways:
@@ -130,4 +139,5 @@ _BY_CODE: Final[Mapping[str, Callable[[Facts], str | None]]] = {
     "split_route": _split_route,
     "killswitch_open": _killswitch_open,
     "nothing_seen": _nothing_seen,
+    "tunnel_unknown": _tunnel_unknown,
 }

@@ -9,7 +9,7 @@ from dataclasses import replace
 from ipaddress import ip_network
 from typing import Final
 
-from vpn_sentinel.domain import leaks, lookups, outages, resolvers, routes
+from vpn_sentinel.domain import leaks, lookups, outages, resolvers, routes, unseen
 from vpn_sentinel.domain.observation import Answer, Observation, Path, Place, Probe, Trigger
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy, is_public
 from vpn_sentinel.domain.verdict import Code, Finding, State, Verdict, worst
@@ -44,7 +44,7 @@ def judge(seen: Observation, policy: Policy) -> Verdict:
         findings = (
             *leaking,
             *(() if known else outages.tunnel_gone(seen)),
-            *_unverifiable(seen, policy),
+            *unseen.findings(seen, policy),
             *dns,
             *_place(seen, policy),
             *_quality(seen, policy),
@@ -125,22 +125,6 @@ def _by_pulse(seen: Observation, policy: Policy) -> Verdict:
             ),
         )
     return Verdict(worst(findings), findings) if findings else Verdict(State.UNKNOWN)
-
-
-def _unverifiable(seen: Observation, policy: Policy) -> Iterator[Finding]:
-    if seen.link is not None:
-        return
-    exits = [e for e in (seen.exit(4), seen.exit(6)) if e] or ([seen.reported_from] if seen.reported_from else [])
-    if any(e.version == home.version for e in exits for home in policy.home_networks):
-        return
-    named = ", ".join(str(e) for e in exits)
-    yield Finding(
-        Code.TUNNEL_UNKNOWN,
-        f"Traffic leaves from {named}, and nothing here tells whether that is a VPN."
-        if named
-        else "Answers come, and none tells the address that traffic leaves from: nothing here shows a VPN.",
-        {"exit": named} if named else {},
-    )
 
 
 def _quality(seen: Observation, policy: Policy) -> Iterator[Finding]:

@@ -4,6 +4,7 @@ from ipaddress import ip_network
 from typing import Final
 
 from vpn_sentinel.domain.observation import Answer, Observation, Path, ResolverSighting
+from vpn_sentinel.domain.origins import asns_of, exit_asns, home_asns, same_block
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy, is_public
 from vpn_sentinel.domain.verdict import Code, Finding
 
@@ -153,23 +154,23 @@ def is_expected(egress: IPAddress, seen: Observation, policy: Policy) -> bool:
     """Whether an egress needs no explanation: the exit, its network, a known public resolver, or the policy's."""
     if policy.allows_resolver(egress) or _is_known_public(egress) or _in_exit_block(egress, seen):
         return True
-    return bool(_asns(egress, seen) & (_exit_asns(seen) | PUBLIC_RESOLVER_ASNS))
+    return bool(asns_of(egress, seen) & (exit_asns(seen) | PUBLIC_RESOLVER_ASNS))
 
 
 def missing(egress: IPAddress, seen: Observation, policy: Policy) -> str:
     """What is not known that would tell whether an unexpected egress is the home provider's; "" when all is known."""
-    if not _asns(egress, seen):
+    if not asns_of(egress, seen):
         return f"the AS number of {egress}"
     if not policy.home_networks:
         return "the home address (VPN_SENTINEL_HOME_NETWORKS)"
-    return "" if _home_asns(seen, policy) else "the AS number of the home network"
+    return "" if home_asns(seen, policy) else "the AS number of the home network"
 
 
 def _at_the_exit(address: IPAddress, seen: Observation, policy: Policy) -> bool:
     """Whether an address is the VPN's: the exit's block, or its AS unless home is in the same one."""
     if _in_exit_block(address, seen):
         return True
-    return bool(_asns(address, seen) & (_exit_asns(seen) - _home_asns(seen, policy)))
+    return bool(asns_of(address, seen) & (exit_asns(seen) - home_asns(seen, policy)))
 
 
 def _is_known_public(egress: IPAddress) -> bool:
@@ -177,29 +178,9 @@ def _is_known_public(egress: IPAddress) -> bool:
 
 
 def _in_exit_block(address: IPAddress, seen: Observation) -> bool:
-    return any(exit_ and _same_block(address, exit_) for exit_ in (seen.exit(4), seen.exit(6), seen.reported_from))
+    return any(exit_ and same_block(address, exit_) for exit_ in (seen.exit(4), seen.exit(6), seen.reported_from))
 
 
 def _isp_asn(egress: IPAddress, seen: Observation, policy: Policy) -> int | None:
     """The AS that a resolver shares with a home address and not with the exit."""
-    return min((_asns(egress, seen) & _home_asns(seen, policy)) - _exit_asns(seen), default=None)
-
-
-def _home_asns(seen: Observation, policy: Policy) -> frozenset[int]:
-    return frozenset(p.asn for p in seen.places if p.asn and policy.is_home(p.ip))
-
-
-def _exit_asns(seen: Observation) -> frozenset[int]:
-    return _asns(seen.exit(4), seen) | _asns(seen.exit(6), seen)
-
-
-def _asns(address: IPAddress | None, seen: Observation) -> frozenset[int]:
-    return frozenset(p.asn for p in seen.places_of(address) if p.asn)
-
-
-def _same_block(one: IPAddress, other: IPAddress) -> bool:
-    """The same /24 or /48: the smallest blocks that are routed on the internet (RFC 7454, section 6.1.3)."""
-    if one.version != other.version:
-        return False
-    block = ip_network(f"{other}/{24 if other.version == 4 else 48}", strict=False)
-    return one in block
+    return min((asns_of(egress, seen) & home_asns(seen, policy)) - exit_asns(seen), default=None)

@@ -60,6 +60,7 @@ class Code(StrEnum):
     NO_NETWORK = "no_network"
     TUNNEL_UNKNOWN = "tunnel_unknown"
     NO_REPORTS = "no_reports"
+    TUNNEL_UNSEEN = "tunnel_unseen"
     KILLSWITCH_OPEN = "killswitch_open"
     CONTAINED = "contained"
     DNS_INTERCEPTED = "dns_intercepted"
@@ -151,6 +152,11 @@ MEANING: Final[Mapping[Code, Meaning]] = {
         "No tunnel interface is known here and no home network is declared: set VPN_SENTINEL_HOME_NETWORKS.",
     ),
     Code.NO_REPORTS: Meaning(State.SILENT, _CRITICAL, "Look whether the agent runs and whether its tunnel is down."),
+    Code.TUNNEL_UNSEEN: Meaning(
+        State.PROTECTED,
+        _INFO,
+        "Keep the declared home addresses true (VPN_SENTINEL_HOME_NETWORKS), or run the agent where the tunnel is.",
+    ),
     Code.KILLSWITCH_OPEN: Meaning(
         State.PROTECTED,
         _WARNING,

@@ -1,6 +1,7 @@
 """The AS number of an address by one DNS question: TXT <reversed>.origin.asn.cymru.com (Team Cymru's IP to ASN).
 
-Asked through the tunnel only, of the block and never of the host, once a block, and kept for two weeks. An answer is
+Asked through the tunnel only (by the one way out where no tunnel is in sight), of the block and never of the host, once
+a block, and kept for two weeks. An answer is
 `"64496 | 192.0.2.0/24 | NL | ripencc | 2001-01-01"`; a block with several origins names several numbers. Where it does
 not answer, the geolocation services are asked of the block's first address, in the same way.
 """
@@ -78,7 +79,7 @@ class Origins:
 
     async def learn(self, addresses: Iterable[IPAddress], servers: Iterable[dns.Nameserver], paths: Paths) -> None:
         """Ask for what is not known or too old, at most three seconds. Nobody is asked beside the tunnel."""
-        server = next((s for s in (*servers, *_PUBLIC) if self._path_to(s, paths) is Path.TUNNEL), None)
+        server = next((s for s in (*servers, *_PUBLIC) if _may_go(self._path_to(s, paths), paths)), None)
         due = [b for b in dict.fromkeys(block(a) for a in addresses if is_public(a)) if self._due(str(b))][:_MOST_ASKED]
         if not due:
             return
@@ -130,13 +131,18 @@ class Origins:
             there = await self._names.addresses(where.host, patience=_LIMIT)
         except NotFoundError:
             return False
-        return all(paths.of(address, where.port, TCP) is Path.TUNNEL for address in there)
+        return all(_may_go(paths.of(address, where.port, TCP), paths) for address in there)
 
     def _due(self, network: str) -> bool:
         since, *_ = self._known.get(network, _NEVER)
         if 0 <= self._clock.wall() - since < FRESH:
             return False
         return self._clock.boottime() - self._tried.get(network, -_REST) >= _REST
+
+
+def _may_go(path: Path, paths: Paths) -> bool:
+    """Whether a question may take this path. Without a tunnel in sight there is no way beside it."""
+    return path is Path.TUNNEL or paths.survey.tunnel is None
 
 
 def block(address: IPAddress) -> IPNetwork:

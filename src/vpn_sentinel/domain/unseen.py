@@ -1,0 +1,76 @@
+"""A tunnel whose interface is not in sight: on the router, on another host, or nowhere."""
+
+from collections.abc import Iterator
+
+from vpn_sentinel.domain.observation import Observation
+from vpn_sentinel.domain.origins import asns_of, home_asns, same_block
+from vpn_sentinel.domain.policy import IPAddress, Policy
+from vpn_sentinel.domain.verdict import Code, Finding
+
+
+def findings(seen: Observation, policy: Policy) -> Iterator[Finding]:
+    """What is not known without one, and what the home networks that are known say in its place.
+
+    A home address may have changed since it was declared, and then traffic from home leaves from "another" address:
+    one in home's own network proves nothing. Who came out at home itself leaks, which others tell.
+    """
+    if seen.link is not None:
+        return
+    exits = _exits(seen)
+    if not _comparable(exits, policy):
+        yield _unknown(exits)
+        return
+    away = [e for e in exits if not policy.is_home(e)]
+    near = next((e for e in away if _shared(e, seen, policy)), None)
+    if near is not None:
+        yield Finding(
+            Code.TUNNEL_UNKNOWN,
+            f"Traffic leaves from {near}, in the home network's own {_shared(near, seen, policy)}: by a VPN, or from a "
+            "home address that has changed. No tunnel interface is in sight to tell.",
+            {"exit": str(near), "home": ", ".join(map(str, policy.home_networks))},
+        )
+    elif away and seen.interfaces is not None and not all(_elsewhere(e, seen, policy) for e in away):
+        named = ", ".join(map(str, away))
+        yield Finding(
+            Code.TUNNEL_UNSEEN,
+            f"No tunnel interface is in sight: that {named} is not a home address rests on what is declared.",
+            {"exit": named, "home": ", ".join(map(str, policy.home_networks))},
+        )
+
+
+def rests_on_home(seen: Observation, policy: Policy) -> bool:
+    """Whether only the home networks tell traffic that is protected from traffic that is not."""
+    exits = _exits(seen)
+    return seen.link is None and _comparable(exits, policy) and not any(policy.is_home(e) for e in exits)
+
+
+def _exits(seen: Observation) -> list[IPAddress]:
+    told = [e for e in (seen.exit(4), seen.exit(6)) if e]
+    return told or ([seen.reported_from] if seen.reported_from else [])
+
+
+def _comparable(exits: list[IPAddress], policy: Policy) -> bool:
+    return any(e.version == home.version for e in exits for home in policy.home_networks)
+
+
+def _shared(exit_: IPAddress, seen: Observation, policy: Policy) -> str:
+    """What an exit shares with a home network: its block or its AS; "" for nothing that is known."""
+    if any(same_block(exit_, home.network_address) for home in policy.home_networks):
+        return f"block of addresses (/{24 if exit_.version == 4 else 48})"
+    number = min(asns_of(exit_, seen) & home_asns(seen, policy), default=None)
+    return f"AS{number}" if number else ""
+
+
+def _elsewhere(exit_: IPAddress, seen: Observation, policy: Policy) -> bool:
+    return bool(asns_of(exit_, seen) and home_asns(seen, policy))
+
+
+def _unknown(exits: list[IPAddress]) -> Finding:
+    named = ", ".join(map(str, exits))
+    return Finding(
+        Code.TUNNEL_UNKNOWN,
+        f"Traffic leaves from {named}, and nothing here tells whether that is a VPN."
+        if named
+        else "Answers come, and none tells the address that traffic leaves from: nothing here shows a VPN.",
+        {"exit": named} if named else {},
+    )
