@@ -189,9 +189,9 @@ async def test_our_own_connections_are_known_by_their_flow() -> None:
 # The far end of the cable sends what a visitor sends; a packet socket writes it as it is.
 VISITOR = """
 from tests.agent.leakwatch.bytes import ip, tcp as tcp_bytes, udp as udp_bytes
-def visit(protocol, rest):
+def visit(protocol, rest, source="203.0.113.50"):
     far = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM)
-    kind, data = ip("203.0.113.50", "192.168.7.2", protocol, rest)
+    kind, data = ip(source, "192.168.7.2", protocol, rest)
     far.sendto(data, ("far", kind, 0, 0, MAC))
 import fcntl, struct
 probe = socket.socket(); MAC = fcntl.ioctl(probe, 0x8927, struct.pack("256s", b"eth0"))[18:24]
@@ -224,6 +224,22 @@ async def test_which_was_first_is_told_though_both_are_read_late() -> None:
         "send('203.0.113.50', 5001, by=server)",
     )
     assert seen["to"] == ["203.0.113.50", "203.0.113.99"]
+
+
+async def test_a_flow_of_a_client_that_is_older_than_the_watch_is_no_visitors() -> None:
+    """A program is bound to the way out; the far end, which it asked before, happens to speak first."""
+    seen = await told(
+        "ip rule add pref 900 table 42\nip rule add pref 500 from 192.168.7.2 lookup main",
+        VISITOR + "client, server, one = udp(port=27014), udp(port=27015), udp(port=27015)\n"
+        "client.connect(('203.0.113.51', 443)); one.connect(('203.0.113.50', 5000))\n"
+        "inbound = []\nreal = watch._flows.came_in\n"
+        "watch._flows.came_in = lambda p, now, passed: (inbound.append(str(p.source)), real(p, now, passed))\n"
+        "visit(17, udp_bytes(443, 27014, b'push'), '203.0.113.51'); visit(17, udp_bytes(5000, 27015, b'hello'))\n"
+        "await until(lambda: len(inbound) == 2)\n"
+        "one.send(b'answer')\n"  # a server may have a socket for each visitor, beside the one that is for all
+        "client.send(b'ack')",
+    )
+    assert seen["to"] == ["203.0.113.51", "203.0.113.99"]
 
 
 # A listener on port 8000, and TCP packets as they are, without a socket of their own: `port` here, `far` there.

@@ -4,7 +4,9 @@ TCP: a connection that the other side began, seen by its first packet, or one of
 did until lately. One that is passed on, to a container's published port say, has no socket here: where its beginning
 was not seen, its ports tell, as `_is_between_service_and_client` says. That lets no new connection out.
 UDP: a packet of that very flow came in first. A flow that was begun from here never becomes one. Which was first is
-told by the kernel's times of both, since packets may be read long after they passed, and in another order.
+told by the kernel's times of both, since packets may be read long after they passed, and in another order. Of a flow
+that may be older than the watch the socket tells: one that is connected to the far end is a client's, unless another
+one with its port is there for everybody, as a server has it.
 """
 
 from collections import OrderedDict
@@ -22,7 +24,9 @@ MAX_FLOWS: Final = 2048
 UDP_FLOW_S: Final = 180.0  # after its last packet, as the kernel's own table of connections keeps it
 # Seconds that a port counts as taking connections when it takes none any more: FIN is repeated for some 100 s (tcp(7)).
 TAKEN_S: Final = 600.0
+OLDER_S: Final = 60.0  # after the first look: by then the flows that were there before have shown themselves
 SERVICES_BELOW: Final = 1024  # privileged ports (ip_unprivileged_port_start, ip-sysctl)
+_ANSWERED: Final = float("-inf")  # in the place of when its first packet passed
 CLIENTS_FROM: Final = 32768  # ip_local_port_range of a network namespace that nobody set; IANA's range is in it
 
 # protocol, address and port here, address and port there
@@ -30,7 +34,7 @@ Flow = tuple[int, IPAddress, int, IPAddress, int]
 
 
 class HostSockets(Protocol):
-    """TCP sockets of this network namespace. Each call may raise OSError."""
+    """Sockets of this network namespace. Each call may raise OSError."""
 
     def listens(self, port: int, version: int) -> bool:
         """Whether a socket takes connections on this port."""
@@ -38,6 +42,10 @@ class HostSockets(Protocol):
 
     def listening(self) -> frozenset[int]:
         """The ports on which connections are taken."""
+        ...
+
+    def serves(self, port: int, version: int) -> bool:
+        """Whether a UDP socket takes datagrams of everybody on this port."""
         ...
 
     def of(self, protocol: int, source: IPAddress, port: int, far: IPAddress, far_port: int) -> Socket | None:
@@ -50,6 +58,7 @@ class Flows:
 
     def __init__(self, sockets: HostSockets | None) -> None:
         self._sockets = sockets
+        self._since = float("inf")  # when the first look was
         self._took: dict[int, float] = {}  # ports that take connections: when they were seen to do so last
         # When it was heard of last, and until an answer left, when its first packet passed.
         self._came: OrderedDict[Flow, tuple[float, float]] = OrderedDict()
@@ -57,6 +66,7 @@ class Flows:
 
     def look(self, now: float) -> None:
         """Note which ports take connections now."""
+        self._since = min(self._since, now)
         if self._sockets is None:
             return
         with suppress(OSError):  # a sandbox that does not tell: each packet asks again
@@ -88,12 +98,14 @@ class Flows:
                 return False
             answers = flow in self._came or self._is_taken(flow, now) or self._is_passed_on(flow)
             if answers:
-                _keep(self._came, flow, (now, float("-inf")))  # whatever becomes of the socket
+                _keep(self._came, flow, (now, _ANSWERED))  # whatever becomes of the socket
             return answers
         heard, first = self._came.get(flow, (float("-inf"), 0.0))
         answers = now - heard <= UDP_FLOW_S and first <= passed
+        if answers and first != _ANSWERED and now - self._since <= OLDER_S and self._is_a_clients(flow):
+            return False
         if answers:
-            _keep(self._came, flow, (now, float("-inf")))  # from here on a clock that is set changes nothing
+            _keep(self._came, flow, (now, _ANSWERED))  # from here on a clock that is set changes nothing
         return answers
 
     def _is_taken(self, flow: Flow, now: float) -> bool:
@@ -104,6 +116,15 @@ class Flows:
             return False
         try:
             return self._sockets.listens(port, near.version)
+        except OSError:
+            return False
+
+    def _is_a_clients(self, flow: Flow) -> bool:
+        if self._sockets is None:
+            return False
+        try:
+            sender = self._sockets.of(*flow)
+            return sender is not None and sender.far == flow[3] and not self._sockets.serves(flow[2], flow[1].version)
         except OSError:
             return False
 

@@ -66,6 +66,10 @@ class Sockets:
         """Whether a TCP socket takes connections on this port. Raises OSError."""
         return bool(self._on_port(socket.IPPROTO_TCP, port, version, 1 << LISTEN))
 
+    def serves(self, port: int, version: int) -> bool:
+        """Whether a UDP socket on this port is connected to nobody, and so takes what anybody sends. Raises OSError."""
+        return any(s.far is None for s in self._on_port(socket.IPPROTO_UDP, port, version, _ALL_STATES))
+
     def listening(self) -> frozenset[int]:
         """The ports on which TCP connections are taken, but for those of the loopback alone. Raises OSError."""
         everything = _ID.pack(0, 0, b"", b"")
