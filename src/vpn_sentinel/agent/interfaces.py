@@ -8,7 +8,7 @@ from typing import Final, Protocol
 from vpn_sentinel.agent.net.fib import Fib, Sender
 from vpn_sentinel.agent.net.link import IFF_LOOPBACK, IFF_LOWER_UP, IFF_POINTOPOINT, IFF_UP, Interface
 from vpn_sentinel.agent.net.local import natted
-from vpn_sentinel.agent.net.roles import INTERNET, Remembered, Roles, roles
+from vpn_sentinel.agent.net.roles import INTERNET, Remembered, Roles, has_way, roles
 from vpn_sentinel.agent.netlink import LOCAL, Kernel
 from vpn_sentinel.domain.observation import Link, Path
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork
@@ -254,6 +254,24 @@ class Paths:
             return Path.TUNNEL
         # A device of another VPN that leads to that one's own network only is neither this tunnel nor a way home.
         return Path.OUTSIDE if device in self.survey.beside else Path.UNKNOWN
+
+    def takes_through(self, neighbor: IPAddress) -> bool:
+        """Whether this host is the router of a container or machine behind a bridge of its own, and passes what that
+        one sends to the internet on into the tunnel. A bridge that leads to the internet is an uplink, and none such.
+        """
+        if self.kernel is None or self.survey.fib is None:
+            return False
+        try:
+            route = self.kernel.route(neighbor)
+        except OSError:
+            return False
+        found = next((i for i in self.survey.interfaces or () if route and i.index == route.interface), None)
+        tunnel, fib = self.survey.device(), self.survey.fib
+        if found is None or found.kind != "bridge" or tunnel is None or has_way(found, fib, neighbor.version):
+            return False
+        to = next(a for a in INTERNET if a.version == neighbor.version)
+        entry = fib.lookup(to, Sender(source=neighbor, incoming=found.name))
+        return entry is not None and entry.leads_by(tunnel.index)
 
     def leads_there(self, uplink: Interface, destination: IPAddress) -> bool:
         """Whether a socket bound to `uplink` has a route to `destination`; True when nobody can tell.

@@ -13,6 +13,7 @@ from tests.agent.net.test_fib import ip
 from vpn_sentinel.agent.interfaces import Paths, Survey, survey
 from vpn_sentinel.agent.net.roles import Remembered
 from vpn_sentinel.agent.netlink import Netlink
+from vpn_sentinel.agent.probes.dns import Nameserver, path_to
 from vpn_sentinel.domain.observation import Path
 
 LAN = """
@@ -179,7 +180,28 @@ CASES = {
         addr add 10.8.0.2/24 dev tun0
         route add 198.51.100.7/32 via 172.17.0.1
         route add 192.0.0.0/16 dev tun0""",
-        None, ("eth0", "tun0"), path=Path.OUTSIDE,
+        None, ("eth0",), path=Path.OUTSIDE,
+    ),
+    "a company's network of public addresses beside the tunnel": Case(
+        LAN + GATEWAY + WG_QUICK.format("wg0") + """
+        tuntap add tun1 mode tun
+        link set tun1 up
+        addr add 10.8.0.2/24 dev tun1
+        route add 193.0.0.0/20 dev tun1""",
+        "wg0", ("eth0",), path=Path.UNKNOWN,
+    ),
+    "an overlay of public addresses, as ZeroTier and Hamachi may have one": Case(
+        LAN + GATEWAY + WG_QUICK.format("wg0") + """
+        tuntap add zt0 mode tap
+        link set zt0 up
+        addr add 193.0.0.5/8 dev zt0""",
+        "wg0", ("eth0",), path=Path.UNKNOWN,
+    ),
+    "a line's TUN that the tunnel's own packets leave by": Case(
+        PPP_LIKE + OPENCONNECT.replace("via 172.17.0.1 dev eth0", "dev ppp0"), "tun0", ("ppp0",)
+    ),
+    "a rootless container's TAP whose default route the tunnel took": Case(
+        ROOTLESS + OPENCONNECT.replace("via 172.17.0.1 dev eth0", "via 10.0.2.2"), "tun0", ("tap0",)
     ),
     "a name that is configured": Case(
         LAN + GATEWAY, "vpn7", ("eth0",), path=Path.OUTSIDE, configured="vpn7"
@@ -215,3 +237,38 @@ def test_no_way_to_ask_is_known(namespace: None) -> None:
     finally:
         kernel.close()
     assert ways == {"eth0": False, "eth1": True}
+
+
+BRIDGE = """
+link add docker0 type bridge
+link add veth0 type veth peer name inside
+link set veth0 master docker0
+link set veth0 up
+link set inside up
+link set docker0 up
+addr add 172.20.0.1/16 dev docker0
+"""
+OUT = """
+route add default via 172.17.0.1 dev eth0 table 100
+rule add pref 900 from 172.20.0.0/16 lookup 100
+"""
+
+
+@pytest.mark.parametrize(
+    ("more", "path"),
+    [
+        ("", Path.UNKNOWN),  # its packets go the way of this host's own
+        (OUT, Path.OUTSIDE),
+        (OUT.replace("from 172.20.0.0/16", "iif docker0"), Path.OUTSIDE),
+        ("route add default via 172.20.0.9 dev docker0 metric 900", Path.OUTSIDE),  # no container's network: a way out
+    ],
+)
+def test_a_nameserver_in_a_container_here_goes_where_this_host_takes_it(namespace: None, more: str, path: Path) -> None:
+    ip(LAN + GATEWAY + BRIDGE + WG_QUICK.format("wg0") + more)
+    kernel = Netlink()
+    try:
+        paths = Paths(kernel, survey(kernel))
+        assert path_to(Nameserver(ip_address("172.20.0.2")), paths) is path
+        assert path_to(Nameserver(ip_address("172.17.0.1")), paths) is Path.OUTSIDE
+    finally:
+        kernel.close()

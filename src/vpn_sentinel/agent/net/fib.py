@@ -168,7 +168,8 @@ class RouteEntry:
 class Sender:
     """What of a packet beside its destination decides where it goes. 0 for ports and protocol: any that no rule names.
 
-    `uid` None is a sender whom no rule by user selects; `outgoing` is the device that its socket is bound to.
+    `uid` None is a sender whom no rule by user selects; `outgoing` is the device that its socket is bound to. What this
+    host passes on for somebody else came in by the device `incoming`.
     """
 
     mark: int = 0
@@ -179,6 +180,7 @@ class Sender:
     destination_port: int = 0
     tos: int = 0
     outgoing: str = ""
+    incoming: str = _LOOPBACK
 
 
 EVERYBODY: Final = Sender()
@@ -452,7 +454,7 @@ def _selected(rule: Rule, sender: Sender) -> Iterable[Interval]:
 def _selects(rule: Rule, sender: Sender) -> bool:
     """Whether all selectors but that of the destination agree, before the inversion."""
     return (
-        rule.incoming in ("", _LOOPBACK)
+        rule.incoming in ("", sender.incoming)
         and rule.outgoing in ("", sender.outgoing)
         and (rule.mark is None or (rule.mark ^ sender.mark) & rule.mask == 0)
         and (rule.uids is None or (sender.uid is not None and rule.uids[0] <= sender.uid <= rule.uids[1]))

@@ -83,7 +83,7 @@ def roles(
     """
     known = remembered or Remembered()
     sender = Sender(uid=os.geteuid() if uid is None else uid)
-    look = _Look(interfaces, fib, sender, claimed)
+    look = _Look(interfaces, fib, sender, claimed, known.uplinks)
     if configured is not None:
         tunnel: str | None = configured
     elif known.tunnel in look.carriers and look.may_stay(known.tunnel):
@@ -98,9 +98,14 @@ class _Look:
     """One look at devices, rules and tables. Devices are called by their names, which are unique at one moment."""
 
     def __init__(
-        self, interfaces: tuple[Interface, ...], fib: Fib, sender: Sender, claimed: Callable[[str], bool]
+        self,
+        interfaces: tuple[Interface, ...],
+        fib: Fib,
+        sender: Sender,
+        claimed: Callable[[str], bool],
+        uplinks: frozenset[str],
     ) -> None:
-        self._all = interfaces
+        self._all, self._uplinks = interfaces, uplinks
         self._fib, self._sender, self._claimed = fib, sender, claimed
         self._named: Mapping[str, Interface] = {i.name: i for i in interfaces}
         self._by_index = {i.index: i for i in interfaces}
@@ -168,7 +173,7 @@ class _Look:
             with_route = any(has_way(found, self._fib, version) for version in (4, 6))
             rank = 0 if share >= _LEAST_SHARE else 1 if share or with_route else 2
             # A second VPN's device that leads to its own networks only is no way to the internet.
-            if rank == 0 or not self._is_another_vpn(found, with_route=rank == 1):
+            if rank == 0 or not self._is_another_vpn(found, device):
                 ranks.append((rank, -share, found.index, found))
         beside = tuple(i for *_, i in sorted(ranks, key=lambda r: r[:3]))
         return Roles(
@@ -178,9 +183,25 @@ class _Look:
             carries=tunnel in self.carriers,
         )
 
-    def _is_another_vpn(self, found: Interface, *, with_route: bool) -> bool:
-        certain = found.kind in _ENCRYPTING or self._claimed(found.name)
-        return certain if with_route else is_layer3_tunnel(found)
+    def _is_another_vpn(self, found: Interface, tunnel: Interface | None) -> bool:
+        """Whether a device that takes no great part of the internet leads to the network of somebody else's VPN.
+
+        TUN and TAP are home lines too; those were a way out before, or the tunnel's own packets leave by them.
+        """
+        if found.kind in _ENCRYPTING or self._claimed(found.name):
+            return True
+        if found.name in self._uplinks or (tunnel is not None and self._takes_a_host_of(tunnel, found)):
+            return False
+        return is_layer3_tunnel(found) or (found.kind == "tun" and self._has_its_own_networks_only(found))
+
+    def _takes_a_host_of(self, tunnel: Interface, found: Interface) -> bool:
+        excepted = self._fib.hosts_beside(tunnel.index)
+        return any(entry.leads_by(found.index) and is_public(n.network_address) for n, entry in excepted)
+
+    def _has_its_own_networks_only(self, found: Interface) -> bool:
+        """Whether all of the internet that it leads to came with its addresses, as an overlay's network does."""
+        public = [e for e in self._fib.entries if e.leads_by(found.index) and _is_of_the_internet(e)]
+        return bool(public) and all(e.by_kernel for e in public)
 
 
 def has_way(interface: Interface, fib: Fib, version: int) -> bool:
@@ -195,9 +216,13 @@ def has_way(interface: Interface, fib: Fib, version: int) -> bool:
             h.interface == interface.index and (h.gateway is not None or bool(interface.flags & IFF_POINTOPOINT))
             for h in entry.hops
         )
-        and (entry.prefix < 8 or is_public(entry.network.network_address))
+        and _is_of_the_internet(entry)
         for entry in fib.entries
     )
+
+
+def _is_of_the_internet(entry: RouteEntry) -> bool:
+    return entry.prefix < 8 or is_public(entry.network.network_address)
 
 
 def is_layer3_tunnel(found: Interface) -> bool:

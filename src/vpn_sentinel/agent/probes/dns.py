@@ -354,11 +354,15 @@ async def _invents(server: Nameserver, name: str) -> bool | None:
 
 
 def path_to(server: Nameserver, paths: Paths) -> Path:
-    """By which kind of interface a nameserver is reached; a zone (`fe80::1%eth0`) names the interface itself."""
+    """By which kind of interface a nameserver is reached; a zone (`fe80::1%eth0`) names the interface itself.
+
+    One that this host takes through the tunnel itself, as a container here, is not known to ask beside it.
+    """
     if server.address.is_loopback or server.address.is_unspecified:
         return Path.LOCAL
     if not (server.scope and server.address.is_link_local):
-        return paths.of(server.address, server.port)
+        path = paths.of(server.address, server.port)
+        return Path.UNKNOWN if path is Path.OUTSIDE and paths.takes_through(server.address) else path
     found = next((i for i in paths.survey.interfaces or () if i.index == server.scope), None)
     return Path.UNKNOWN if found is None else paths.by(found)
 
