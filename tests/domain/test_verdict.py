@@ -521,6 +521,10 @@ CASES: dict[str, tuple[Observation, Policy, State, list[Code]]] = {
         ),
         POLICY, State.UNKNOWN, [Code.TUNNEL_UNKNOWN],
     ),
+    "no tunnel is known, and a private network is declared as home": (
+        saw(EXIT, beside=None, link=None), Policy(home_networks=(ip_network("192.168.20.0/24"),)),
+        State.UNKNOWN, [Code.TUNNEL_UNKNOWN],
+    ),
     "an old client's word says no more than the home addresses do": (
         replace(saw(EXIT, beside=None, link=None), interfaces=None), POLICY, State.PROTECTED, [],
     ),

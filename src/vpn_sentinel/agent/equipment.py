@@ -141,7 +141,16 @@ def route_audit(
         devices = tuple(i.index for i in survey.beside)
         now = (survey.fib, survey.user, survey.tunnel, survey.natted, devices, may_leave, known)
         if last is None or last[0] != now:
-            last = now, audit(survey, may_leave=may_leave, servers=known)
+            last = (
+                now,
+                audit(
+                    survey,
+                    may_leave=may_leave,
+                    servers=known,
+                    interfaces=settings.meant_outside.interfaces,
+                    is_meant=settings.meant_outside.covers,
+                ),
+            )
         return last[1]
 
     return look

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from vpn_sentinel.domain.observation import Observation
 from vpn_sentinel.domain.origins import asns_of, home_asns, same_block
-from vpn_sentinel.domain.policy import IPAddress, Policy
+from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy, is_public
 from vpn_sentinel.domain.verdict import Code, Finding
 
 
@@ -50,7 +50,12 @@ def _exits(seen: Observation) -> list[IPAddress]:
 
 
 def _comparable(exits: list[IPAddress], policy: Policy) -> bool:
-    return any(e.version == home.version for e in exits for home in policy.home_networks)
+    """Whether a home network of their version is known; nobody on the internet is seen at a private one."""
+    return any(e.version == home.version for e in exits for home in policy.home_networks if _is_seen(home))
+
+
+def _is_seen(home: IPNetwork) -> bool:
+    return is_public(home.network_address) or is_public(home.broadcast_address)
 
 
 def _shared(exit_: IPAddress, seen: Observation, policy: Policy) -> str:

@@ -7,6 +7,7 @@ import pytest
 from tests.agent.net.test_fib import ip
 from tests.agent.net.test_roles import GATEWAY, LAN, OPENCONNECT, OPENVPN, SECOND, WG_QUICK
 from vpn_sentinel.agent.interfaces import Surveyor, survey
+from vpn_sentinel.agent.leakwatch.meant import Meant, parse_meant
 from vpn_sentinel.agent.net.audit import audit
 from vpn_sentinel.agent.netlink import Netlink
 from vpn_sentinel.domain.observation import Routed
@@ -69,6 +70,11 @@ OUTSIDE: dict[str, tuple[str, dict[str, list[str]]]] = {
     "a second host beside the VPN's": (
         LAN + GATEWAY + OPENCONNECT + "route add 5.9.10.20/32 via 172.17.0.1", {"eth0": ["5.9.10.20/32"]}
     ),
+    "the ports of everybody's connections": (
+        WG + "rule add ipproto udp sport 32768-60999 lookup main pref 10",
+        {"eth0 UDP from ports 32768-60999": ["0.0.0.0/0"]},
+    ),
+    "a program's own port": (WG + "rule add ipproto udp sport 41641 lookup main pref 10", {}),
     "one user is meant to go outside": (WG + "rule add uidrange 990-990 lookup main pref 10", {}),
     "the default class of another mark": (WG + "rule add fwmark 0x80000/0xff0000 lookup main pref 10", {}),
 }  # fmt: skip
@@ -104,6 +110,30 @@ def test_what_is_meant_to_leave_is_left_out(namespace: None) -> None:
     assert {p.interface for p in look("5.9.0.0/16")} == {"wg0"}
     found = next(p for p in look("5.9.10.0/25") if p.interface == "eth0")
     assert found.networks == (ip_network("5.9.10.128/25"),)
+
+
+@pytest.mark.parametrize(
+    ("rule", "meant", "other"),
+    [
+        ("ipproto udp dport 123", "port 123/udp", "port 124/udp"),
+        ("dport 8000-8010", "port 8000-8080/tcp; port 8000-8080/udp", "port 8000-8080/tcp"),
+        ("ipproto tcp dport 22", "interface eth0", "interface eth1"),
+    ],
+)
+def test_what_is_declared_to_go_outside_is_left_out(namespace: None, rule: str, meant: str, other: str) -> None:
+    ip(f"{WG}rule add {rule} lookup main pref 10")
+    kernel = Netlink()
+    try:
+        seen = survey(kernel)
+    finally:
+        kernel.close()
+
+    def outside(declared: Meant) -> set[str]:
+        found = audit(seen, servers=[SERVER], interfaces=declared.interfaces, is_meant=declared.covers)
+        return {p.interface for p in found or ()} - {"wg0"}
+
+    assert outside(parse_meant(meant)) == set()
+    assert outside(parse_meant(other)) == {"eth0"}
 
 
 def test_a_public_network_behind_a_nat_is_not_local(namespace: None) -> None:

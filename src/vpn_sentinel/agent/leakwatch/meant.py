@@ -14,8 +14,9 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-from vpn_sentinel.agent.endpoints import PROTOCOLS
+from vpn_sentinel.agent.endpoints import PROTOCOLS, TCP, UDP
 from vpn_sentinel.agent.leakwatch.rules import Ports
+from vpn_sentinel.agent.net.fib import Rule
 
 FORMS: Final = "`published 8000/tcp`, `port 123/udp`, `user NAME`, `only user NAME` or `interface NAME`"
 _INTERFACE: Final = re.compile(r"[\w.:@+-]{1,15}", re.ASCII)  # it may stand in a rule of nftables
@@ -31,6 +32,14 @@ class Meant:
     users: frozenset[int] = frozenset()
     only: frozenset[int] = frozenset()
     interfaces: frozenset[str] = frozenset()
+
+    def covers(self, rule: Rule) -> bool:
+        """Whether a routing rule selects ports that are meant to be reached beside the tunnel."""
+        if rule.invert or rule.destination_ports is None:
+            return False
+        low, high = rule.destination_ports
+        protocols = (TCP, UDP) if rule.protocol is None else (rule.protocol,)
+        return all(any(p.has(one, low) and p.has(one, high) for p in self.ports) for one in protocols)
 
 
 def parse_meant(text: str) -> Meant:

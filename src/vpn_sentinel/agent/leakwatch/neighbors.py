@@ -17,6 +17,11 @@ MOST: Final = 3  # as many as resolv.conf(5) takes
 # special-use domain names, ICANN's `internal`; `lan`, `home` and `localdomain` are what home routers call theirs. Not
 # `test` and `invalid`: routers pass them on like any other (dnsmasq), so a question for one shows where others go too.
 _LOCAL: Final = frozenset({"local", "localhost", "internal", "lan", "home", "localdomain", "onion"})
+# What home routers call themselves: names of the internet, which they answer themselves.
+_ROUTERS: Final = (
+    "fritz.box", "speedport.ip", "easy.box", "o2.box", "routerlogin.net", "tplinkwifi.net", "router.asus.com",
+    "asusrouter.com",
+)  # fmt: skip
 # Reverse names of private networks (RFC 6303).
 _REVERSE: Final = (
     "10.in-addr.arpa", "168.192.in-addr.arpa", "254.169.in-addr.arpa", "127.in-addr.arpa", "d.f.ip6.arpa",
@@ -65,4 +70,5 @@ class Neighbors:
 def stays_local(name: str) -> bool:
     """Whether a name is one of the own network, of which the internet is not asked."""
     name = name.lower().rstrip(".")
-    return name.rpartition(".")[2] in _LOCAL or any(name == r or name.endswith("." + r) for r in _REVERSE)
+    own = "." not in name or name.rpartition(".")[2] in _LOCAL
+    return own or any(name == r or name.endswith("." + r) for r in (*_REVERSE, *_ROUTERS))

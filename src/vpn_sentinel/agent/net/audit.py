@@ -1,7 +1,7 @@
 """What rules and tables send past the tunnel: known before a packet takes that way, and without any capability."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 from ipaddress import ip_network
 from typing import Final
@@ -22,12 +22,18 @@ _PROTOCOLS: Final = {TCP: "TCP", UDP: "UDP", 1: "ICMP", 58: "ICMPv6"}
 
 
 def audit(
-    survey: Survey, *, may_leave: Iterable[IPNetwork] = (), servers: Iterable[IPAddress] = ()
+    survey: Survey,
+    *,
+    may_leave: Iterable[IPNetwork] = (),
+    servers: Iterable[IPAddress] = (),
+    interfaces: Collection[str] = (),
+    is_meant: Callable[[Rule], bool] = lambda _: False,
 ) -> tuple[Routed, ...] | None:
     """By which devices the internet leaves, and which part of it goes beside the tunnel. None when nobody can tell.
 
     Left out is what is meant to go there: `may_leave`, the LAN, and the VPN's `servers`. Where none of those is known
-    for a device, each host that has a route of its own there may be one.
+    for a device, each host that has a route of its own there may be one. Left out as well are devices of `interfaces`,
+    and the kinds of traffic of rules that `is_meant` knows.
     """
     if survey.fib is None or survey.tunnel is None:
         return None
@@ -47,12 +53,20 @@ def audit(
     found: list[Routed] = []
     for version in (4, 6):
         free = joined(interval(n) for n in excepted if n.version == version)
-        found += _of_version(survey.fib, device, survey.beside, version, sender, free)
+        beside = tuple(i for i in survey.beside if i.name not in interfaces)
+        kinds = tuple(r for r in survey.fib.rules if r.version == version and not is_meant(r))
+        found += _of_version(survey.fib, device, beside, version, sender, free, kinds)
     return tuple(found)
 
 
 def _of_version(
-    fib: Fib, device: Interface, beside: tuple[Interface, ...], version: int, sender: Sender, free: list[Interval]
+    fib: Fib,
+    device: Interface,
+    beside: tuple[Interface, ...],
+    version: int,
+    sender: Sender,
+    free: list[Interval],
+    kinds: tuple[Rule, ...],
 ) -> Iterator[Routed]:
     total = size(public_space(version))
     spread = by_device(fib, version, sender)
@@ -71,7 +85,7 @@ def _of_version(
             if again and not found:
                 found = names(fib, version, again, other.index, parts)
             yield _routed(other, version, found, size(parts) / total)
-    for only, rule_sender in _classes(fib, version, sender):
+    for only, rule_sender in _classes(fib, kinds, version, sender):
         by_class = by_device(fib, version, rule_sender)
         for other in beside:
             more = subtract(subtract(by_class.get(other.index, []), free), told[other.index])
@@ -99,14 +113,18 @@ def _with_address(fib: Fib, device: Interface, version: int, sender: Sender) -> 
     return None if source is None else Sender(uid=sender.uid, source=source)
 
 
-def _classes(fib: Fib, version: int, sender: Sender) -> Iterator[tuple[str, Sender]]:
+def _classes(fib: Fib, kinds: tuple[Rule, ...], version: int, sender: Sender) -> Iterator[tuple[str, Sender]]:
     """Kinds of traffic, by protocol, port or type of service, that rules tell from the rest; each with a name.
 
     A name that ends with "to port 53" or "to port 853" is read as DNS (`domain.routes`).
     """
-    rules = [r for r in fib.rules if r.version == version and _is_class(r)]
-    for who, uid in _several_users(fib, version):
+    rules = [r for r in kinds if _is_class(r)]
+    for who, uid in _several_users(kinds):
         yield who, replace(sender, uid=uid)
+    for many in [r for r in kinds if r.source_ports is not None and not may_be_a_programs(r)][:MAX_CLASSES]:
+        low, high = many.source_ports or (0, 0)
+        named = f"{_PROTOCOLS.get(many.protocol or 0, 'packets')} from ports {low}-{high}"
+        yield named, replace(sender, protocol=many.protocol or TCP, source_port=low)
     seen: set[str] = set()
     for rule in rules[:MAX_CLASSES]:
         low, high = rule.destination_ports or (0, 0)
@@ -125,9 +143,9 @@ def _classes(fib: Fib, version: int, sender: Sender) -> Iterator[tuple[str, Send
         yield f"packets with TOS 0x{tos:02x}", replace(sender, tos=tos)
 
 
-def _several_users(fib: Fib, version: int) -> Iterator[tuple[str, int]]:
+def _several_users(kinds: tuple[Rule, ...]) -> Iterator[tuple[str, int]]:
     """Groups of users that rules tell from the rest and that are no one program's, and one of each."""
-    rules = [r for r in fib.rules if r.version == version and r.uids is not None and not may_be_a_programs(r)]
+    rules = [r for r in kinds if r.uids is not None and not may_be_a_programs(r)]
     for low, high, others in dict.fromkeys((*(r.uids or (0, 0)), r.invert) for r in rules[:MAX_CLASSES]):
         named = f"user {low}" if low == high else f"users {low}-{high}"
         yield (f"packets of all but {named}", high + 1) if others else (f"packets of {named}", low)

@@ -44,6 +44,7 @@ VERSION: Final = {socket.AF_INET: 4, socket.AF_INET6: 6}
 _REFUSING: Final = frozenset({RTN_BLACKHOLE, RTN_UNREACHABLE, RTN_PROHIBIT})
 # Where what this host itself sends is said to come in (fib_rules.c: LOOPBACK_IFINDEX).
 _LOOPBACK: Final = "lo"
+MOST_OWN_PORTS: Final = 256
 FIRST_PERSON: Final = 1000  # the first user id that is a person's
 
 Interval = tuple[int, int]
@@ -105,11 +106,15 @@ class Rule:
 
 
 def may_be_a_programs(rule: Rule) -> bool:
-    """Whether the users that a rule names may be those of one program, such as a VPN's own or one that is meant for it.
+    """Whether the users or ports that a rule names may be those of one program, such as a VPN's own or one that is
+    meant for it.
 
     One user may be. Several, with people among them, are a part of everybody; so is root, whose programs are many.
-    Debian and Fedora, and login.defs(5), give numbers from 1000 on to people.
+    Debian and Fedora, and login.defs(5), give numbers from 1000 on to people. One program has a port or a few of its
+    own; a long range has those of everybody's connections in it.
     """
+    if rule.source_ports is not None and rule.source_ports[1] - rule.source_ports[0] >= MOST_OWN_PORTS:
+        return False
     if rule.uids is None:
         return True
     low, high = rule.uids
