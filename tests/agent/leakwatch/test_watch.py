@@ -298,9 +298,9 @@ for line in ("link set far1 up", "link set eth1 up", "addr add 192.168.8.2/24 de
 limits = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
 watch.look(around())
-resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 send("203.0.113.5"); await until(lambda: acted)
 say(on=watch.on, flows=flows(watch))
+resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 """)
     assert seen["on"] is False
     assert seen["flows"] == [["203.0.113.5", 443, 1]]
@@ -327,7 +327,8 @@ subprocess.run("ip addr add 169.254.7.2/16 dev eth0".split(), check=True)
 subprocess.run("ip neigh add 169.254.7.1 lladdr 02:00:00:00:00:01 dev eth0".split(), check=True)
 watch = make()
 send("192.168.7.1", 80)
-send("192.168.7.1", 53, question("nas.lan")); send("192.168.7.1", 53, question("fritz.box")) send("192.168.7.1", 53, question("7.168.192.in-addr.arpa"))
+send("192.168.7.1", 53, question("nas.lan")); send("192.168.7.1", 53, question("fritz.box"))
+send("192.168.7.1", 53, question("7.168.192.in-addr.arpa"))
 send("192.168.7.1", 53, question("example.org"), times=3); send("169.254.7.1", 53, question("example.org"))
 send("10.0.0.53", 53, question("example.org"))
 send("203.0.113.5"); await until(lambda: acted)  # behind them

@@ -77,6 +77,17 @@ async def test_what_excepts_itself_by_its_sender_is_none_and_another_program_bes
     assert seen["to"] == ["203.0.113.2", "203.0.113.99"]
 
 
+async def test_a_rule_that_comes_between_two_looks_is_known_before_its_packet_is_told() -> None:
+    """A program makes one rule after another, and sends: news of the first are read, those of the second not yet."""
+    seen = await told(
+        "ip rule add pref 900 table 42",
+        "sh('ip rule add pref 400 fwmark 6 lookup main'); kernel.changed(); watch.look(around())\n"
+        "sh('ip rule add pref 500 fwmark 0x80000/0xff0000 lookup main')\n"
+        "send('203.0.113.1', 3478, by=udp(mark=0x80000)); await asyncio.sleep(0.4)",
+    )
+    assert seen["to"] == ["203.0.113.99"]
+
+
 async def test_what_a_rule_selects_by_destination_alone_stays_a_leak() -> None:
     rules = "ip rule add pref 500 to 203.0.113.1 lookup main\n"
     rules += "ip rule add pref 501 ipproto udp dport 3478 lookup main\nip rule add pref 900 table 42"

@@ -87,6 +87,10 @@ class Book:
         flow.size += packet.size
         return flow.escape(now) if new_kind else None
 
+    def has(self, packet: Packet) -> bool:
+        """Whether something in the book went to that destination and port."""
+        return (packet.protocol, packet.destination, packet.destination_port) in self._kinds
+
     def missed(self, packets: int, now: float) -> None:
         """Packets that left while nobody read: put down to the flow that was busiest, at its packets' mean size."""
         flow = max(self._flows.values(), key=lambda f: (f.last, f.packets), default=None)

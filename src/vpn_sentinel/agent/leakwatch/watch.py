@@ -105,6 +105,9 @@ class LeakWatch:
         self._book = Book()
         self._permitted: bool | None = None
         self._looked = float("-inf")
+        self._turned = float("-inf")  # when what may leave changed
+        self._unsure: list[tuple[Packet, str]] = []
+        self._again: asyncio.TimerHandle | None = None
         self._told_at = float("-inf")
         self._timer: asyncio.TimerHandle | None = None
         self._over: asyncio.TimerHandle | None = None
@@ -245,7 +248,7 @@ class LeakWatch:
         self._openings.close()
         if self._sockets is not None:
             self._sockets.close()
-        for timer in (self._timer, self._over):
+        for timer in (self._timer, self._over, self._again):
             if timer is not None:
                 timer.cancel()
 
@@ -304,6 +307,8 @@ class LeakWatch:
         rules = replace(rules, resolvers=(*rules.resolvers, *known))
         if rules == self._rules:
             return
+        if self._rules != Rules():  # else it is the first look: nothing turned
+            self._turned = self._clock.boottime()
         self._rules = rules
         try:
             made = bpf.program(self._rules)
@@ -331,16 +336,41 @@ class LeakWatch:
             return
         if self._is_a_vpns(packet):
             return
-        if now - self._looked > LOOK:
-            # The tunnel may have moved to another server, or the network changed, and the news is still on its way.
-            before = self._rules.marks
-            self._stand_on(self._survey())
-            if self._rules.allow(packet) or set(self._rules.marks) - set(before):
-                # A rule for a mark came in this moment: only the kernel knew whether this packet has it.
-                return
-        if not self._users.belongs(packet):
+        # The tunnel may have moved to another server, or the network changed, and the news is still on its way.
+        looks = now - self._looked > LOOK
+        if (looks and self._is_excused(packet)) or not self._users.belongs(packet):
             return
         self._flows.begins(packet, now)
+        if not looks and now - self._turned <= LOOK and not self._book.has(packet) and len(self._unsure) < _HELD:
+            # Where one thing changed, more is changing: what came between two looks waits for the second one.
+            self._unsure.append((packet, interface))
+            if self._again is None:
+                self._again = asyncio.get_running_loop().call_later(LOOK, self._judge_unsure, self._rules.marks)
+            return
+        self._judge(packet, interface, now)
+
+    def _is_excused(self, packet: Packet) -> bool:
+        """Look anew: whether the packet may leave by what is there now.
+
+        Where a rule for a mark came in this moment, only the kernel knew whether the packet has it.
+        """
+        before = self._rules.marks
+        self._stand_on(self._survey())
+        return self._rules.allow(packet) or bool(set(self._rules.marks) - set(before))
+
+    def _judge_unsure(self, marks: tuple[tuple[int, int], ...]) -> None:
+        """`marks` are those that were known when the first of these packets left."""
+        self._again = None
+        unsure, self._unsure = self._unsure, []
+        self._stand_on(self._survey())
+        if set(self._rules.marks) - set(marks):
+            return
+        for packet, interface in unsure:
+            if not self._rules.allow(packet):
+                self._judge(packet, interface, self._clock.boottime())
+
+    def _judge(self, packet: Packet, interface: str, now: float) -> None:
+        """What is known of it is that nothing lets it out."""
         if not self._judges:
             self._doubts += 1
             if self._doubts > DOUBTS:
