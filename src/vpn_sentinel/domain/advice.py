@@ -78,7 +78,7 @@ def _by_packet(facts: Facts) -> str | None:
     at = destination.rpartition(":")[0]
     return (
         f"Route {at} through the tunnel, or {_NAME_ANOTHER}. Where nothing here names {at}, a firewall rule here "
-        f"leads names there (nft list ruleset; iptables -t nat -S): remove it. {_ALLOW}"
+        f"leads names there (nft list ruleset; iptables-save): remove it. {_ALLOW}"
     )
 
 

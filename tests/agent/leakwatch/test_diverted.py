@@ -80,6 +80,40 @@ say(flows=flows(watch))
     assert seen["flows"] == [["203.0.113.53", 53, 1]]
 
 
+MARKED = """
+for line in ("rule add pref 800 fwmark 7 lookup 100", "route add default via 192.168.7.1 dev eth0 table 100",
+             "link add wg0 type veth peer name inside", "link set inside up", "link set wg0 up",
+             "route replace default dev wg0"):
+    subprocess.run(["ip", *line.split()], check=True)
+nft("table inet marking {{ chain out {{ type route hook output priority -150;"
+    "udp dport 53 meta mark set 7; }}; }}".replace("{{", "{").replace("}}", "}"))
+"""
+
+
+async def test_a_mark_that_leads_names_past_the_tunnel_is_seen_by_our_own_question() -> None:
+    """Policy routing: a VPN's program marks its packets too, but none of them is a question of ours."""
+    seen = await ran(f"""{RULES}{MARKED}
+watch = make()
+await ask("1.1.1.1")
+await until(lambda: acted)
+say(flows=flows(watch), names=[e.name for e in acted])
+""")
+    assert seen["flows"] == [["1.1.1.1", 53, 1]]
+    assert seen["names"] == [None]
+
+
+async def test_where_routes_lead_our_question_outside_it_is_a_probe_as_ever() -> None:
+    seen = await ran(f"""{RULES}{MARKED}
+for network in ("1.1.1.0/24", "203.0.113.0/24"):
+    subprocess.run(f"ip route add {{network}} via 192.168.7.1 dev eth0".split(), check=True)
+watch = make()
+await ask("1.1.1.1")
+send("203.0.113.5"); await until(lambda: "203.0.113.5" in came)  # behind it
+say(flows=flows(watch))
+""")
+    assert seen["flows"] == [["203.0.113.5", 443, 1]]
+
+
 async def test_led_to_a_nameserver_of_the_lan_has_that_one_asked() -> None:
     seen = await ran(f"""{RULES}
 watch = make()

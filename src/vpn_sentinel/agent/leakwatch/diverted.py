@@ -1,4 +1,5 @@
-"""Names that this host's own rules lead elsewhere: DNAT in the output hook, iptables' `nat OUTPUT` or nftables.
+"""Names that this host's own rules lead elsewhere: DNAT in the output hook, iptables' `nat OUTPUT` or nftables; or past
+the tunnel: a mark that they put on packets, and a routing rule for it (policy routing).
 
 Routes tell nothing of it: the kernel routes by the address that a program asked, and takes another one then. A question
 of ours that comes out at another address than it was sent to proves it, and a program's question goes the same way. One
@@ -23,3 +24,13 @@ def is_diverted(packet: Packet, own: OwnSockets) -> bool:
     to, routed = packet.destination, own.routed(packet.protocol, packet.source_port)
     sent = [address for address, port in routed if port in DNS_PORTS and address.version == to.version]
     return bool(sent) and to not in sent
+
+
+def is_led_out(packet: Packet, own: OwnSockets) -> bool:
+    """Whether this is a DNS question of this process from a socket that routes alone decide of, to where it was sent.
+
+    Where the routes lead there through the tunnel, this host's rules took it out.
+    """
+    if packet.source_port is None or not is_dns(packet) or not is_probe(packet):
+        return False
+    return (packet.destination, packet.destination_port) in own.routed(packet.protocol, packet.source_port)

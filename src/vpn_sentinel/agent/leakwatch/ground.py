@@ -30,7 +30,8 @@ class Tables(Protocol):
 class Ground:
     """`rules` are those of the kernel alone, without endpoints. `hosts` are the addresses with a route of their own
     beside the tunnel. `openvpn`: the tunnel may be OpenVPN's, by its device and by the rules around it. `senders` are
-    those that the routing rules tell of. `fib` is None where the kernel does not tell of its tables."""
+    those that the routing rules tell of. `fib` is None where the kernel does not tell of its tables, `tunnel`, its
+    index, while the device is not there."""
 
     interfaces: tuple[Interface, ...] = ()
     rules: Rules = field(default_factory=Rules)
@@ -39,6 +40,7 @@ class Ground:
     senders: Senders = field(default_factory=Senders)
     fib: Fib | None = field(default=None, compare=False, repr=False)
     others: frozenset[int] = frozenset()  # indices of devices that are neither the tunnel nor watched
+    tunnel: int | None = None
     nested: bool = False  # a tunnel is among the ways out: this one may run inside it
 
     def with_endpoints(
@@ -144,6 +146,7 @@ def ground(
         openvpn=not sent.excepted and (before.openvpn if tunnel is None else tunnel.kind not in _WIREGUARD),
         senders=sent,
         fib=fib,
+        tunnel=tunnel.index if tunnel else None,
         nested=any(is_layer3_tunnel(i) for i in watched),
         others=frozenset(i.index for i in survey.interfaces if not _is_known(i, survey)),
     )

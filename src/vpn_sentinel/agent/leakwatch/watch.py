@@ -6,6 +6,7 @@ Nothing here runs while nothing leaks: no timer, and no packet comes up. packet(
 import asyncio
 import errno
 import logging
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -17,7 +18,7 @@ from vpn_sentinel.agent.interfaces import Memory, Paths, Recollection, Survey, i
 from vpn_sentinel.agent.leakwatch import bpf
 from vpn_sentinel.agent.leakwatch.book import Book, Way
 from vpn_sentinel.agent.leakwatch.carrier import Carrier
-from vpn_sentinel.agent.leakwatch.diverted import is_diverted
+from vpn_sentinel.agent.leakwatch.diverted import is_diverted, is_led_out
 from vpn_sentinel.agent.leakwatch.ground import Ground, Tables, ground
 from vpn_sentinel.agent.leakwatch.inbound import Flows
 from vpn_sentinel.agent.leakwatch.meant import Meant
@@ -28,6 +29,7 @@ from vpn_sentinel.agent.leakwatch.rules import Rules, is_dns
 from vpn_sentinel.agent.leakwatch.shapes import Shape, Shapes
 from vpn_sentinel.agent.leakwatch.tap import BATCH, Tap
 from vpn_sentinel.agent.leakwatch.users import Users
+from vpn_sentinel.agent.net.fib import Sender
 from vpn_sentinel.agent.net.own import OWN, OwnSockets
 from vpn_sentinel.agent.net.sockets import Sockets
 from vpn_sentinel.agent.probes.system_resolver import is_ours
@@ -356,7 +358,10 @@ class LeakWatch:
         """
         before = self._rules.marks
         self._stand_on(self._survey())
-        return self._rules.allow(packet) or bool(set(self._rules.marks) - set(before))
+        return self._is_let_out(packet) or bool(set(self._rules.marks) - set(before))
+
+    def _is_let_out(self, packet: Packet) -> bool:
+        return self._rules.allow(packet) or (self._is_ours(packet) and not self._is_led_away(packet))
 
     def _judge_unsure(self, marks: tuple[tuple[int, int], ...]) -> None:
         """`marks` are those that were known when the first of these packets left."""
@@ -366,7 +371,7 @@ class LeakWatch:
         if set(self._rules.marks) - set(marks):
             return
         for packet, interface in unsure:
-            if not self._rules.allow(packet):
+            if not self._is_let_out(packet):
                 self._judge(packet, interface, self._clock.boottime())
 
     def _judge(self, packet: Packet, interface: str, now: float) -> None:
@@ -433,8 +438,8 @@ class LeakWatch:
         return any(h.network_address == to for h in self._ground.hosts)
 
     def _may_leave(self, interface: str, packet: Packet, now: float, passed: float) -> bool:
-        if is_diverted(packet, self._own):
-            return self._rules.allow(packet)
+        if self._is_led_away(packet):
+            return is_diverted(packet, self._own) and self._rules.allow(packet)
         return (
             self._is_ours(packet)
             or self._rules.allow(packet)
@@ -455,6 +460,15 @@ class LeakWatch:
         packet = decode(ethertype, data)
         if packet is not None and not (packet.protocol == UDP and any(t.rests for t in self._taps.values())):
             self._flows.came_in(packet, self._clock.boottime(), passed)
+
+    def _is_led_away(self, packet: Packet) -> bool:
+        """Whether this host's firewall leads a name that we asked, and so everybody's, elsewhere or past the tunnel."""
+        if is_diverted(packet, self._own):
+            return True
+        if self._ground.fib is None or self._ground.tunnel is None or not is_led_out(packet, self._own):
+            return False
+        entry = self._ground.fib.lookup(packet.destination, _sender(packet))
+        return entry is not None and {hop.interface for hop in entry.hops} == {self._ground.tunnel}
 
     def _is_ours(self, packet: Packet) -> bool:
         """A probe shows where traffic goes, and a canary tells of it: its packets are no user's.
@@ -502,6 +516,16 @@ class LeakWatch:
     def _tell_later(self) -> None:
         self._timer = None
         self._tell(self._told_at + AGAIN)
+
+
+def _sender(packet: Packet) -> Sender:
+    """This process, as it sent the packet."""
+    return Sender(
+        uid=os.geteuid(),
+        protocol=packet.protocol,
+        source_port=packet.source_port or 0,
+        destination_port=packet.destination_port or 0,
+    )
 
 
 def _sockets() -> Sockets | None:
