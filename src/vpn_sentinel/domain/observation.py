@@ -194,7 +194,7 @@ class Quality:
 
     `lost` of `sent` were never answered. `mtu` is the largest IP packet that came through, None when nobody asked;
     `vanished` the size of one that the interface took and that got lost without an ICMP error, though smaller ones
-    passed; `vanished_for` is how many seconds ago one of the full size came through last, 0 when none ever did.
+    passed; `vanished_for` is how many seconds ago one of the full size came through last, or the way there changed.
     """
 
     seconds: float

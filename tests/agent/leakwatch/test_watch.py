@@ -335,7 +335,7 @@ send("203.0.113.5"); await until(lambda: acted)  # behind them
 watch.escapes(Paths(kernel, around()))
 send("192.168.7.1", 53, question("example.org")); send("203.0.113.6"); await until(lambda: len(acted) == 2)
 known, up = [str(n.address) for n in watch.neighbors], came.count("192.168.7.1")
-clock.now += 601.0
+clock.now += 31.0
 after = [flows(watch), [str(n.address) for n in watch.neighbors]]
 send("192.168.7.1", 53, question("example.org")); await until(lambda: len(asked) > 3)
 say(asked=asked, flows=flows(watch), known=known, acted=[str(e.destination) for e in acted], up=up, after=after[1])

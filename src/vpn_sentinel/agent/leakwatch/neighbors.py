@@ -11,7 +11,9 @@ from typing import Final
 from vpn_sentinel.agent.leakwatch.packets import Packet
 from vpn_sentinel.domain.policy import IPAddress
 
-KEEP: Final = 600.0  # seconds that one is asked after a packet to it, before another packet must show it again
+# Seconds that one is asked after a packet to it, before another packet must show it again: a regular round's interval,
+# so that what was asked once does not leak for longer than it can be seen to.
+KEEP: Final = 30.0
 MOST: Final = 3  # as many as resolv.conf(5) takes
 # Names that a resolver answers from what it knows of the own network, and asks nobody for: RFC 6761, 6762, 8375, IANA's
 # special-use domain names, ICANN's `internal`; `lan`, `home` and `localdomain` are what home routers call theirs. Not
@@ -62,7 +64,7 @@ class Neighbors:
         return neighbor if new else None
 
     def forget(self) -> None:
-        """Drop those that no packet went to for ten minutes."""
+        """Drop those that no packet is known to have gone to lately."""
         now = self._now()
         self._seen = {n: at for n, at in self._seen.items() if now - at < KEEP}
 

@@ -42,9 +42,9 @@ class PathMtu:
         self._stirred.set()
 
     def reset(self) -> None:
-        """Routes changed: what passed before says nothing of the way there is now."""
+        """Routes changed: what passed before says nothing of the way there is now, which begins with this moment."""
         self._due = 0.0
-        self._pulse.full_at = None
+        self._pulse.full_at = asyncio.get_running_loop().time()
 
     async def run(self) -> None:
         loop = asyncio.get_running_loop()

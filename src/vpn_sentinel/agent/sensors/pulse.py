@@ -92,7 +92,7 @@ class Pulse:
         # Set by whoever measures the path: the largest packet that passes, and one that vanished.
         self.mtu: int | None = None
         self.vanished: int | None = None
-        self.full_at: float | None = None  # when one of the full size passed last
+        self.full_at: float | None = None  # when one of the full size passed last, or the way there changed since
 
     # --- what happens to it ---
 
