@@ -135,6 +135,16 @@ async def test_where_a_rule_sends_datagrams_elsewhere_a_connection_shows_the_exi
     assert {c.target for c in seen} == {"a", "trace"}
 
 
+async def test_where_a_firewalls_mark_may_lead_connections_elsewhere_one_is_asked_about_too() -> None:
+    paths = Paths(FakeKernel(default=WG.index), Survey(interfaces=(ETH, WG), tunnel="wg0", beside=(ETH,)))
+    home = _over(_trace("91.10.10.20", Path.TUNNEL), 443, Path.TUNNEL)
+    async with udp(lambda _: b"203.0.113.1") as (port, _):
+        for marked in (True, False):
+            flock = Flock(targets=(here("a", port),), reserve=(), others=(home,), marked=marked)
+            seen = await canaries(flock, paths, enough=lambda found: any(c.target == "a" for c in found))
+            assert ("trace" in {c.target for c in seen}) is marked
+
+
 async def test_one_that_is_named_is_always_asked() -> None:
     asked = Canary(
         probe=Probe.DEFAULT, target="server", family=4, answer=Answer.ANSWERED, address=ip_address("203.0.113.9")

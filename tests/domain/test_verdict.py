@@ -525,6 +525,13 @@ CASES: dict[str, tuple[Observation, Policy, State, list[Code]]] = {
         saw(EXIT, beside=None, link=None), Policy(home_networks=(ip_network("192.168.20.0/24"),)),
         State.UNKNOWN, [Code.TUNNEL_UNKNOWN],
     ),
+    "a firewall marks connections, and a rule for the mark leads them home": (
+        saw(EXIT, canary(HOME, target="trace"), beside=HOME),
+        UNDECLARED, State.LEAKING, [Code.SPLIT_ROUTE, Code.KILLSWITCH_OPEN],
+    ),
+    "all comes out where a packet beside the tunnel does": (
+        saw(HOME, beside=HOME), UNDECLARED, State.UNKNOWN, [Code.TUNNEL_UNKNOWN, Code.KILLSWITCH_OPEN],
+    ),
     "an old client's word says no more than the home addresses do": (
         replace(saw(EXIT, beside=None, link=None), interfaces=None), POLICY, State.PROTECTED, [],
     ),

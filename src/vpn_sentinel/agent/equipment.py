@@ -10,6 +10,7 @@ from vpn_sentinel.agent.endpoints import TCP
 from vpn_sentinel.agent.geo.databases import Databases
 from vpn_sentinel.agent.http import Client, split, tls_context
 from vpn_sentinel.agent.interfaces import Paths, Survey
+from vpn_sentinel.agent.leakwatch.senders import Senders, senders
 from vpn_sentinel.agent.names import Names
 from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.agent.net.audit import audit
@@ -91,9 +92,19 @@ def flock(
         targets=(*echoes, *usual),
         reserve=reserve,
         others=tuple(_over_https(url, http, paths, patience) for url in _traces(settings.trace_url)),
+        marked=marks_lead_out(paths.survey),
         gateway=gateway(paths, (n.address for n in dns.system_nameservers())),
         may_leave=settings.policy.allows_outside,
     )
+
+
+def marks_lead_out(survey: Survey) -> bool:
+    """Whether a rule takes what has a mark past the tunnel: a VPN program's packets, or whatever a firewall marks."""
+    fib, device = survey.fib, survey.device()
+    if fib is None or device is None:
+        return False
+    found = senders(fib, device.index, Senders()).excepted
+    return any(rule.mark for rule in found if not any(r.invert and r.mark == rule.mark for r in fib.rules))
 
 
 def _traces(url: str) -> tuple[str, ...]:

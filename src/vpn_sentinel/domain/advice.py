@@ -108,6 +108,12 @@ def _nothing_seen(facts: Facts) -> str | None:
 
 
 def _tunnel_unknown(facts: Facts) -> str | None:
+    if facts.get("beside"):
+        return (
+            "See whether a firewall's mark and a rule for it lead traffic past the tunnel (nft list ruleset; "
+            f"iptables-save; ip rule). If {facts['beside']} is your own line's address, put it into "
+            "VPN_SENTINEL_HOME_NETWORKS."
+        )
     if not facts.get("home"):
         return None
     return (

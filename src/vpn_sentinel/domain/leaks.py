@@ -80,10 +80,20 @@ def _escapes(canary: Canary, seen: Observation, policy: Policy) -> bool:
     """Whether it came out beside the tunnel: by its address, and only where that says nothing by its route."""
     if canary.answer is not Answer.ANSWERED or canary.address is None:
         return False
-    if policy.is_home(canary.address):
+    if policy.is_home(canary.address) or canary.address in _beside_alone(seen):
         return True
     exits = {c.address for c in seen.asked(Probe.DEFAULT) if c.path is Path.TUNNEL and c.address is not None}
     return seen.link is not None and canary.path is Path.OUTSIDE and canary.address not in exits
+
+
+def _beside_alone(seen: Observation) -> set[IPAddress]:
+    """Where packets beside the tunnel come out, if part of the traffic comes out elsewhere: through the tunnel, then.
+
+    Routes may call all of it the tunnel's: what a firewall marks takes another way.
+    """
+    beside = {c.address for c in seen.asked(Probe.PHYSICAL) if c.answer is Answer.ANSWERED and c.address is not None}
+    through = {c.address for c in seen.asked(Probe.DEFAULT) if c.path is Path.TUNNEL and c.address is not None}
+    return {a for a in beside if any(t.version == a.version for t in through - beside)}
 
 
 def _ip_leak(code: Code, canary: Canary, seen: Observation, policy: Policy) -> Finding:

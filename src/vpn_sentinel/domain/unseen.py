@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from vpn_sentinel.domain.observation import Observation
+from vpn_sentinel.domain.observation import Answer, Observation, Probe
 from vpn_sentinel.domain.origins import asns_of, home_asns, same_block
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy, is_public
 from vpn_sentinel.domain.verdict import Code, Finding
@@ -15,6 +15,7 @@ def findings(seen: Observation, policy: Policy) -> Iterator[Finding]:
     one in home's own network proves nothing. Who came out at home itself leaks, which others tell.
     """
     if seen.link is not None:
+        yield from _no_difference(seen, policy)
         return
     exits = _exits(seen)
     if not _comparable(exits, policy):
@@ -36,6 +37,22 @@ def findings(seen: Observation, policy: Policy) -> Iterator[Finding]:
             f"No tunnel interface is in sight: that {named} is not a home address rests on what is declared.",
             {"exit": named, "home": ", ".join(map(str, policy.home_networks))},
         )
+
+
+def _no_difference(seen: Observation, policy: Policy) -> Iterator[Finding]:
+    """A tunnel stands, and what is sent beside it comes out at the very address of all that should take it."""
+    for family in (4, 6):
+        told = [c for c in seen.canaries if c.family == family and c.answer is Answer.ANSWERED]
+        through = {c.address for c in told if c.probe is Probe.DEFAULT and c.address is not None}
+        beside = {c.address for c in told if c.probe is Probe.PHYSICAL and c.address is not None}
+        for same in through & beside if through <= beside else ():
+            if not policy.is_home(same):
+                yield Finding(
+                    Code.TUNNEL_UNKNOWN,
+                    f"All traffic comes out at {same}, and so does a packet that was sent beside the tunnel: whether "
+                    "anything goes through it is not known.",
+                    {"exit": str(same), "beside": str(same)},
+                )
 
 
 def rests_on_home(seen: Observation, policy: Policy) -> bool:

@@ -10,6 +10,7 @@ from ipaddress import ip_address
 import pytest
 
 from tests.agent.net.test_fib import ip
+from vpn_sentinel.agent.equipment import marks_lead_out
 from vpn_sentinel.agent.interfaces import Paths, Survey, survey
 from vpn_sentinel.agent.net.roles import Remembered
 from vpn_sentinel.agent.netlink import Netlink
@@ -270,5 +271,24 @@ def test_a_nameserver_in_a_container_here_goes_where_this_host_takes_it(namespac
         paths = Paths(kernel, survey(kernel))
         assert path_to(Nameserver(ip_address("172.20.0.2")), paths) is path
         assert path_to(Nameserver(ip_address("172.17.0.1")), paths) is Path.OUTSIDE
+    finally:
+        kernel.close()
+
+
+@pytest.mark.parametrize(
+    ("more", "leads"),
+    [
+        (WG_QUICK.format("wg0"), False),  # the mark of the tunnel's own packets
+        (WG_QUICK.format("wg0") + "rule add pref 100 fwmark 7 lookup main", True),
+        (WG_QUICK.format("wg0") + TAILSCALE, True),
+        (OPENCONNECT, False),
+        ("\nrule add pref 100 fwmark 7 lookup main", False),  # no tunnel
+    ],
+)
+def test_marks_that_lead_past_the_tunnel(namespace: None, more: str, leads: bool) -> None:
+    ip(LAN + GATEWAY + more)
+    kernel = Netlink()
+    try:
+        assert marks_lead_out(survey(kernel)) is leads
     finally:
         kernel.close()

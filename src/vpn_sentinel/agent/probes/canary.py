@@ -42,9 +42,9 @@ class OverTcp:
 class Flock:
     """Whom to ask: `targets` and `also` always, `reserve` and `others` when a family has shown no address by then.
 
-    `gateway` is the tunnel's other end, asked when nobody at all has answered. `suspects` are targets by name and
-    family that are waited for though others have answered. What goes to addresses that
-    `may_leave` proves nothing.
+    `gateway` is the tunnel's other end, asked when nobody at all has answered. `marked`: a mark leads past the tunnel,
+    so that connections may go another way than datagrams; then they are asked about too. `suspects` are targets by name
+    and family that are waited for though others have answered. What goes to addresses that `may_leave` proves nothing.
     """
 
     targets: tuple[Target, ...] = CLOUDFLARE
@@ -52,6 +52,7 @@ class Flock:
     reserve: tuple[Target, ...] = OPENDNS
     others: tuple[OverTcp, ...] = ()
     gateway: Target | None = None
+    marked: bool = False
     suspects: Set[tuple[str, int]] = frozenset()
     may_leave: Callable[[IPAddress], bool] = lambda _: False
 
@@ -232,8 +233,10 @@ async def canaries(
         for uplink in uplinks:
             asked.send_beside(flock.targets, Probe.PHYSICAL, uplink)
             asked.send_beside(CLOUDFLARE, Probe.FIRST_HOP, uplink)
-        # A rule for datagrams, or for the port of DNS, sends most canaries elsewhere than the rest of the traffic.
-        witnesses = [other for other in flock.others if asked.differ(other)]
+        # A rule for datagrams, or for the port of DNS, sends most canaries elsewhere than the rest of the traffic; a
+        # firewall may mark connections, and no route tells.
+        doubtful = [o for o in flock.others if flock.marked and o.family == 4 and o.path is Path.TUNNEL]
+        witnesses = [o for o in flock.others if o in doubtful or asked.differ(o)]
         for other in witnesses:
             asked.send_over_tcp(other, witness=True)
         asked.send_also(flock.also)
