@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 from vpn_sentinel.agent.net.fib import Fib, Sender
-from vpn_sentinel.agent.net.link import IFF_LOOPBACK, IFF_LOWER_UP, IFF_POINTOPOINT, IFF_UP, Interface
+from vpn_sentinel.agent.net.link import IFF_LOOPBACK, IFF_LOWER_UP, IFF_POINTOPOINT, IFF_UP, Interface, forwards
 from vpn_sentinel.agent.net.local import natted
 from vpn_sentinel.agent.net.roles import INTERNET, Remembered, Roles, has_way, roles
 from vpn_sentinel.agent.netlink import LOCAL, Kernel
@@ -256,8 +256,8 @@ class Paths:
         return Path.OUTSIDE if device in self.survey.beside else Path.UNKNOWN
 
     def takes_through(self, neighbor: IPAddress) -> bool:
-        """Whether this host is the router of a container or machine behind a bridge of its own, and passes what that
-        one sends to the internet on into the tunnel. A bridge that leads to the internet is an uplink, and none such.
+        """Whether this host is the router of a container or machine here, and passes what that one sends on into the
+        tunnel. A device that leads to the internet itself is an uplink, and none of those.
         """
         if self.kernel is None or self.survey.fib is None:
             return False
@@ -267,7 +267,9 @@ class Paths:
             return False
         found = next((i for i in self.survey.interfaces or () if route and i.index == route.interface), None)
         tunnel, fib = self.survey.device(), self.survey.fib
-        if found is None or found.kind != "bridge" or tunnel is None or has_way(found, fib, neighbor.version):
+        if found is None or tunnel is None or not forwards(found, neighbor.version):
+            return False
+        if has_way(found, fib, neighbor.version):
             return False
         to = next(a for a in INTERNET if a.version == neighbor.version)
         entry = fib.lookup(to, Sender(source=neighbor, incoming=found.name))

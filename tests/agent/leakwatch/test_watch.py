@@ -306,6 +306,35 @@ resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert seen["flows"] == [["203.0.113.5", 443, 1]]
 
 
+async def test_a_container_with_a_macvlan_of_its_own_is_a_host_of_the_lan() -> None:
+    """Its packets leave by our device too, from a hardware address that is not ours."""
+    seen = await ran("""
+inner = subprocess.Popen(["unshare", "--net", "sleep", "60"])
+await asyncio.sleep(0.3)
+for line in ("link add m0 link eth0 type macvlan mode bridge", f"link set m0 netns {inner.pid}"):
+    subprocess.run(["ip", *line.split()], check=True)
+enter = ["nsenter", "-t", str(inner.pid), "--net"]
+for line in ("link set m0 up", "addr add 192.168.7.9/24 dev m0", "route add default via 192.168.7.1",
+             "neigh add 192.168.7.1 lladdr 02:00:00:00:00:01 dev m0"):
+    subprocess.run([*enter, "ip", *line.split()], check=True)
+watch = make()
+talk = "import socket; socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'x', ('203.0.113.7', 443))"
+subprocess.run([*enter, sys.executable, "-c", talk], check=True)
+send("203.0.113.5"); await until(lambda: acted)  # ours, behind it
+before = flows(watch)
+for line in ("link set eth0 address 02:00:00:00:00:77",
+             "neigh replace 192.168.7.1 lladdr 02:00:00:00:00:01 dev eth0"):
+    subprocess.run(["ip", *line.split()], check=True)
+watch.look(around())
+send("203.0.113.6"); await until(lambda: len(acted) == 2)  # ours as ever
+inner.kill()
+say(before=before, came=came.count("203.0.113.7"), after=len(flows(watch)))
+""")
+    assert seen["before"] == [["203.0.113.5", 443, 1]]
+    assert seen["came"] == 0
+    assert seen["after"] == 2
+
+
 async def test_without_the_capability_it_says_so_once() -> None:
     seen = await ran("""
 import ctypes

@@ -6,6 +6,7 @@ tailscaled, slirp4netns, a PPP line, two home lines.
 
 from dataclasses import dataclass, field
 from ipaddress import ip_address
+from pathlib import Path as Folder
 
 import pytest
 
@@ -256,16 +257,20 @@ rule add pref 900 from 172.20.0.0/16 lookup 100
 
 
 @pytest.mark.parametrize(
-    ("more", "path"),
+    ("more", "forwards", "path"),
     [
-        ("", Path.UNKNOWN),  # its packets go the way of this host's own
-        (OUT, Path.OUTSIDE),
-        (OUT.replace("from 172.20.0.0/16", "iif docker0"), Path.OUTSIDE),
-        ("route add default via 172.20.0.9 dev docker0 metric 900", Path.OUTSIDE),  # no container's network: a way out
+        ("", "1", Path.UNKNOWN),  # its packets go the way of this host's own
+        ("", "0", Path.OUTSIDE),  # somebody else is its router
+        (OUT, "1", Path.OUTSIDE),
+        (OUT.replace("from 172.20.0.0/16", "iif docker0"), "1", Path.OUTSIDE),
+        ("route add default via 172.20.0.9 dev docker0 metric 900", "1", Path.OUTSIDE),  # a way out, no container's
     ],
 )
-def test_a_nameserver_in_a_container_here_goes_where_this_host_takes_it(namespace: None, more: str, path: Path) -> None:
+def test_a_nameserver_in_a_container_here_goes_where_this_host_takes_it(
+    namespace: None, more: str, forwards: str, path: Path
+) -> None:
     ip(LAN + GATEWAY + BRIDGE + WG_QUICK.format("wg0") + more)
+    Folder("/proc/sys/net/ipv4/conf/docker0/forwarding").write_text(forwards, encoding="ascii")
     kernel = Netlink()
     try:
         paths = Paths(kernel, survey(kernel))

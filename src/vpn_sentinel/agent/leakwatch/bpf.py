@@ -37,11 +37,12 @@ SNAP: Final = 384  # bytes of a packet that come up: enough for the longest name
 HEAD: Final = 80  # bytes of one that comes in: addresses, ports, flags
 DROP: Final = 0
 _SO_ATTACH_FILTER: Final = 26
-_MOST: Final = 4096  # BPF_MAXINSNS
+_MOST: Final = 4096 - 10  # BPF_MAXINSNS, less what `strangers` takes
 
 _LD_W, _LD_LEN, _LD_H, _LD_B, _LDH_X, _LDB_X, _LDX_MSH, _LDX_IMM = 0x20, 0x80, 0x28, 0x30, 0x48, 0x50, 0xB1, 0x01
 _AND, _JA, _JEQ, _JGT, _JSET, _RET = 0x54, 0x05, 0x15, 0x25, 0x45, 0x06
 _ANCILLARY: Final = 0xFFFFF000  # SKF_AD_OFF
+_LINK: Final = 0xFFE00000  # SKF_LL_OFF: from the link's header on
 _PROTOCOL, _PKTTYPE, _MARK = _ANCILLARY, _ANCILLARY + 4, _ANCILLARY + 20
 _HOST, _OUTGOING = 0, 4  # PACKET_HOST, PACKET_OUTGOING
 _IPV4, _IPV6 = 0x0800, 0x86DD
@@ -99,6 +100,18 @@ def program(rules: Rules) -> list[Insn]:
         msg = f"the filter takes {len(made)} instructions, and the kernel at most {_MOST}"
         raise ValueError(msg)
     return made
+
+
+def strangers(address: bytes) -> list[Insn]:
+    """Drops what leaves an Ethernet device from another address than its own 6 bytes; nothing where it has none."""
+    if not address:
+        return []
+    loads = (
+        (Insn(_LD_W, _LINK + 6), int.from_bytes(address[:4])),
+        (Insn(_LD_H, _LINK + 10), int.from_bytes(address[4:])),
+    )
+    outgoing = Test((Insn(_LD_W, _PKTTYPE),), _OUTGOING)
+    return [i for load, part in loads for i in verdict(outgoing, Test((load,), part, otherwise=True))]
 
 
 def inbound(rules: Rules) -> list[Insn]:

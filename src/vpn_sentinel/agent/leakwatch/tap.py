@@ -1,6 +1,7 @@
 """One packet socket on the event loop, filtered in the kernel, read in small portions (packet(7))."""
 
 import asyncio
+import fcntl
 import socket
 import struct
 from collections.abc import Callable
@@ -16,10 +17,17 @@ _BUFFER: Final = 64 * 1024
 _SO_TIMESTAMPNS: Final = 35  # asm-generic/socket.h; the kernel's time of each packet, as a timespec
 _TIMESPEC: Final = struct.Struct("@qq")
 _ANCILLARY: Final = socket.CMSG_SPACE(_TIMESPEC.size)
+_SIOCGIFHWADDR: Final = 0x8927
+_IFREQ: Final = struct.Struct("16sH6s16x")  # netdevice(7): name, ARPHRD_*, hardware address
+_ETHER: Final = 1
 
 
 class Tap:
-    """It takes nothing in before it is bound, so the filter is there before the first packet."""
+    """It takes nothing in before it is bound, so the filter is there before the first packet.
+
+    What leaves an Ethernet device with the address of another one is not this host's: a machine or a container with a
+    MACVLAN of its own on this device is a host of the LAN like any other.
+    """
 
     def __init__(
         self,
@@ -39,7 +47,8 @@ class Tap:
         try:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
             self._sock.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
-            bpf.attach(self._sock, made)
+            self._address = _hardware_address(self._sock, interface)
+            self.filter(made)
             self._sock.bind((interface, _ETH_P_ALL))
         except OSError:
             self._sock.close()
@@ -52,15 +61,17 @@ class Tap:
         return self._resume is not None
 
     def hears(self, interface: str) -> bool:
-        """Whether it is bound to the interface of that name.
+        """Whether it is bound to the interface of that name, and that has the hardware address that it had.
 
         The kernel lets go of a socket for good when its interface is removed or leaves this namespace, also when one
         of the same name and number follows (packet_notifier in net/packet/af_packet.c).
         """
-        return bool(self._sock.getsockname()[0] == interface)
+        if self._sock.getsockname()[0] != interface:
+            return False
+        return self._address == _hardware_address(self._sock, interface)
 
     def filter(self, made: list[bpf.Insn]) -> None:
-        bpf.attach(self._sock, made)
+        bpf.attach(self._sock, [*bpf.strangers(self._address), *made])
 
     def close(self) -> None:
         if self._resume is not None:
@@ -90,6 +101,13 @@ class Tap:
         _taken, dropped = struct.unpack("=II", self._sock.getsockopt(_SOL_PACKET, _STATISTICS, 8))
         self._missed(dropped)
         asyncio.get_running_loop().add_reader(self._sock, self.read)
+
+
+def _hardware_address(sock: socket.socket, interface: str) -> bytes:
+    """The Ethernet address of a device, b"" for one that has none. Raises OSError."""
+    told = fcntl.ioctl(sock, _SIOCGIFHWADDR, _IFREQ.pack(interface.encode()[:15], 0, b""))
+    _name, kind, address = _IFREQ.unpack(told)
+    return bytes(address) if kind == _ETHER else b""
 
 
 def _passed(told: list[tuple[int, int, bytes]]) -> float:

@@ -1,11 +1,14 @@
 """A network device as rtnetlink tells it (linux/if.h, linux/if_arp.h, linux/if_link.h)."""
 
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
 
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork
 
 IFF_UP, IFF_LOOPBACK, IFF_POINTOPOINT, IFF_LOWER_UP = 0x1, 0x8, 0x10, 0x10000
 ARPHRD_PPP, ARPHRD_NONE = 512, 0xFFFE
+_FORWARDING: Final = "/proc/sys/net/ipv{}/conf/{}/forwarding"  # ip-sysctl
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,3 +26,11 @@ class Interface:
     master: int | None = None  # the index of the bridge, bond or VRF that it is a part of
     networks: tuple[IPNetwork, ...] = ()  # those of its addresses
     mtu: int = 0  # bytes of an IP packet; 0 when it was not told
+
+
+def forwards(device: Interface, version: int) -> bool:
+    """Whether this host passes on what comes in by the device, for one IP version; False where nobody tells."""
+    try:
+        return Path(_FORWARDING.format(version, device.name)).read_text(encoding="ascii").strip() == "1"
+    except OSError:
+        return False
