@@ -16,7 +16,7 @@ from typing import Final, Protocol
 
 from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.agent.net.attributes import attribute, attributes
-from vpn_sentinel.agent.net.fib import Fib, parse_entry, parse_rule
+from vpn_sentinel.agent.net.fib import Fib, RouteEntry, parse_entry, parse_rule
 from vpn_sentinel.agent.net.link import Interface
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork
 from vpn_sentinel.runtime.clock import Clock, SystemClock
@@ -158,21 +158,11 @@ def parse_route(body: bytes) -> Route | None:
     )
 
 
-def parse_way(body: bytes) -> Way | None:
-    """A routing table's entry out of RTM_NEWROUTE; None for a default route, and for what leads to no interface."""
-    if len(body) < _ROUTE.size:
-        return None
-    fixed = _ROUTE.unpack_from(body)
-    prefix, kind = fixed[1], fixed[7]
-    found = attributes(body, _ROUTE.size)
-    network, oif = _address(found.get(1)), found.get(4, b"")
-    if network is None or len(oif) != 4 or kind != UNICAST or not 0 < prefix <= network.max_prefixlen:
-        return None
-    return Way(
-        network=ip_network((network, prefix), strict=False),
-        interface=_U32.unpack(oif)[0],
-        gateway=5 in found or 18 in found,
-    )
+def ways(entry: RouteEntry) -> Iterator[Way]:
+    """By each device that a route leads to; none for a default route."""
+    if entry.kind == UNICAST and entry.prefix:
+        for hop in entry.hops:
+            yield Way(network=entry.network, interface=hop.interface, gateway=hop.gateway is not None)
 
 
 def dump_request(kind: int, sequence: int) -> bytes:
@@ -234,6 +224,7 @@ class Netlink:
         self._sequence = 0
         self._fib: Fib | None = None
         self._fib_until = 0.0
+        self._ways: tuple[Fib, tuple[Way, ...]] | None = None
 
     def close(self) -> None:
         self._sock.close()
@@ -331,8 +322,11 @@ class Netlink:
         return Fib(tuple(r for r in rules if r), tuple(e for e in entries if e))
 
     def ways(self) -> tuple[Way, ...]:
-        """Every routing table's entries but the default routes."""
-        return tuple(w for m in self._dump(GETROUTE) if m.kind == NEWROUTE and (w := parse_way(m.body)))
+        """Every routing table's entries but the default routes; the same object while the tables are."""
+        fib = self.fib()
+        if self._ways is None or self._ways[0] is not fib:
+            self._ways = fib, tuple(w for e in fib.entries for w in ways(e))
+        return self._ways[1]
 
     def _dump(self, kind: int) -> list[Message]:
         for _ in range(3):

@@ -9,9 +9,9 @@ import pytest
 from tests.agent.doubles import ETH, LO, UP, WG, surveyed
 from vpn_sentinel.agent.endpoints import parse_endpoint
 from vpn_sentinel.agent.leakwatch.ground import Ground, ground
-from vpn_sentinel.agent.net.fib import Fib, Hop, RouteEntry, Rule
+from vpn_sentinel.agent.net.fib import Fib, Hop, RouteEntry, Rule, parse_entry
 from vpn_sentinel.agent.net.link import IFF_POINTOPOINT, Interface
-from vpn_sentinel.agent.netlink import Way, parse_link, parse_way
+from vpn_sentinel.agent.netlink import Way, parse_link, ways
 
 TUN = replace(WG, name="tun0", kind="tun")
 
@@ -96,12 +96,17 @@ def route(prefix: int, *attributes: bytes, kind: int = 1) -> bytes:
 
 def test_routes_and_masters_are_read() -> None:
     net, oif = attribute(1, bytes([10, 1, 0, 0])), attribute(4, struct.pack("=I", 2))
-    assert parse_way(route(16, net, oif)) == way("10.1.0.0/16")
-    assert parse_way(route(16, net, oif, attribute(5, bytes(4)))) == way("10.1.0.0/16", gateway=True)
-    assert parse_way(route(0, oif)) is None
-    assert parse_way(route(16, net)) is None
-    assert parse_way(route(16, net, oif, kind=2)) is None
-    assert parse_way(b"short") is None
+
+    def read(body: bytes) -> list[Way]:
+        entry = parse_entry(body)
+        return [] if entry is None else list(ways(entry))
+
+    assert read(route(16, net, oif)) == [way("10.1.0.0/16")]
+    assert read(route(16, net, oif, attribute(5, bytes([10, 0, 0, 1])))) == [way("10.1.0.0/16", gateway=True)]
+    assert read(route(0, oif)) == []
+    assert read(route(16, net)) == []
+    assert read(route(16, net, oif, kind=2)) == []
+    assert read(b"short") == []
     link = parse_link(
         struct.pack("=BxHiII", 0, 1, 4, 1, 0) + attribute(3, b"p1\0") + attribute(10, struct.pack("=I", 7))
     )

@@ -27,6 +27,27 @@ class Tables(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class _Routes:
+    """What routes beside the tunnel lead to: networks of the LAN, and single hosts by a router of their own.
+
+    Read once for `ways`, which are the same object until the tables change: full tables take a while.
+    """
+
+    ways: tuple[Way, ...]
+    beside: set[int]
+    own: list[IPAddress]
+    lan: tuple[IPNetwork, ...]
+    hosts: tuple[IPNetwork, ...]
+
+    @classmethod
+    def read(cls, ways: tuple[Way, ...], beside: set[int], own: list[IPAddress]) -> "_Routes":
+        here = [w for w in ways if w.interface in beside]
+        lan = tuple(dict.fromkeys(w.network for w in here if _is_lan(w, own)))[:_MOST]
+        hosts = tuple(w.network for w in here if w.gateway and w.network.prefixlen == w.network.max_prefixlen)
+        return cls(ways=ways, beside=beside, own=own, lan=lan, hosts=hosts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ground:
     """`rules` are those of the kernel alone, without endpoints. `hosts` are the addresses with a route of their own
     beside the tunnel. `openvpn`: the tunnel may be OpenVPN's, by its device and by the rules around it. `senders` are
@@ -41,6 +62,7 @@ class Ground:
     fib: Fib | None = field(default=None, compare=False, repr=False)
     others: frozenset[int] = frozenset()  # indices of devices that are neither the tunnel nor watched
     tunnel: int | None = None
+    routes: _Routes | None = field(default=None, compare=False, repr=False)
     nested: bool = False  # a tunnel is among the ways out: this one may run inside it
 
     def with_endpoints(
@@ -121,9 +143,11 @@ def ground(
     watched = survey.beside
     beside = {i.index for i in watched}
     own = [a for i in watched for a in addresses(i, survey.natted)]
-    ways = [w for w in tables.ways() if w.interface in beside] if tables else []
-    lan = tuple(dict.fromkeys(w.network for w in ways if _is_lan(w, own)))[:_MOST]
-    hosts = tuple(w.network for w in ways if w.gateway and w.network.prefixlen == w.network.max_prefixlen)
+    ways = tables.ways() if tables else ()
+    routes = before.routes
+    if routes is None or routes.ways is not ways or (routes.beside, routes.own) != (beside, own):
+        routes = _Routes.read(ways, beside, own)
+    lan, hosts = routes.lan, routes.hosts
     tunnel = survey.device()
     fib = survey.fib
     lines = [i.index for i in watched if i.flags & IFF_POINTOPOINT]  # whose routes have no gateway
@@ -147,6 +171,7 @@ def ground(
         senders=sent,
         fib=fib,
         tunnel=tunnel.index if tunnel else None,
+        routes=routes,
         nested=any(is_layer3_tunnel(i) for i in watched),
         others=frozenset(i.index for i in survey.interfaces if not _is_known(i, survey)),
     )

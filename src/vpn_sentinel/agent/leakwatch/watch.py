@@ -41,7 +41,8 @@ from vpn_sentinel.runtime.clock import Clock
 log = logging.getLogger(__name__)
 
 AGAIN: Final = 1.0  # seconds between two tellings while it leaks
-LOOK: Final = 0.2  # seconds that a look at routes and endpoints holds for further doubts
+LOOK: Final = 0.2  # seconds that a look at routes and endpoints holds for further doubts, at least
+LOOKS, LONGEST = 20, 10.0  # times as long as it took, and seconds at most: full tables take a while
 DOUBTS: Final = 4 * BATCH  # packets without a word to say about them, until the next look
 _GONE: Final = frozenset({errno.ENODEV, errno.ENXIO})
 _MARGIN: Final = 0.05  # seconds
@@ -107,6 +108,7 @@ class LeakWatch:
         self._book = Book()
         self._permitted: bool | None = None
         self._looked = float("-inf")
+        self._rest = LOOK
         self._turned = float("-inf")  # when what may leave changed
         self._unsure: list[tuple[Packet, str]] = []
         self._again: asyncio.TimerHandle | None = None
@@ -339,7 +341,7 @@ class LeakWatch:
         if self._is_a_vpns(packet):
             return
         # The tunnel may have moved to another server, or the network changed, and the news is still on its way.
-        looks = now - self._looked > LOOK
+        looks = now - self._looked > self._rest and not self._book.has(packet)
         if (looks and self._is_excused(packet)) or not self._users.belongs(packet):
             return
         self._flows.begins(packet, now)
@@ -357,7 +359,9 @@ class LeakWatch:
         Where a rule for a mark came in this moment, only the kernel knew whether the packet has it.
         """
         before = self._rules.marks
+        began = self._clock.boottime()
         self._stand_on(self._survey())
+        self._rest = min(max(LOOK, LOOKS * (self._clock.boottime() - began)), LONGEST)
         return self._is_let_out(packet) or bool(set(self._rules.marks) - set(before))
 
     def _is_let_out(self, packet: Packet) -> bool:
