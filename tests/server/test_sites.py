@@ -280,6 +280,18 @@ async def test_pulses_from_home_are_a_leak(site: Site) -> None:
     assert (await site.row()).state == "protected"
 
 
+@pytest.mark.parametrize(("declared", "state"), [(("65.108.77.20/32",), "protected"), ((), "leaking")])
+async def test_an_agent_that_reports_beside_its_tunnel_on_purpose_leaks_nothing_by_it(
+    site: Site, declared: tuple[str, ...], state: str
+) -> None:
+    """A host route to the server, let out by the kill switch, so that a dead tunnel can be told of."""
+    policy = Policy(home_networks=(ip_network("91.10.20.0/24"),), allowed_outside=tuple(map(ip_network, declared)))
+    await site.tunnel(WELL, policy=policy, peer=ip_address("91.10.20.30"))
+    site.clock.now += 2
+    await site.tracker.sighted(sighting(site, "91.10.20.30"))
+    assert (await site.row()).state == state
+
+
 async def test_unheard_pulses_are_a_dead_tunnel_at_once_and_keep_it_from_silence(site: Site) -> None:
     await site.tunnel(WELL)
     site.clock.now += 10

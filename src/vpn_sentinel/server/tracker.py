@@ -86,6 +86,8 @@ class Tracker:
         self._scales = Scales(policy, self._sites)
         # By tunnel: the addresses of either version that its pulses came from.
         self._sighted: dict[str, dict[int, IPAddress]] = {}
+        # Tunnels whose agents report beside them on purpose: what of theirs comes from home proves nothing.
+        self._beside: set[str] = set()
         # By tunnel: the forwarded port, at an address that its packets really came from.
         self.forwarded: dict[str, tuple[IPAddress, int]] = {}
         self._commits = GroupCommit(self._take)
@@ -190,7 +192,7 @@ class Tracker:
             return
         _introduce(row, arrival)
         was, before = row.memory, _load(row, now)
-        memory, events, home_known = before, list[Event](), False
+        memory, events, home_known, well = before, list[Event](), False, False
         spool = arrival.spool if arrival.spool is not None else "keepalive"
         last = row.seq if row.spool == spool else 0
         sighted = self._sighted.get(row.name, {}).values()
@@ -210,9 +212,12 @@ class Tracker:
                 row, memory, seen, item.at, policy, arrival.skew, arrival.thinned
             )
             events += more
+            well = verdict.state in (State.PROTECTED, State.DEGRADED)
             writes.saw(row.id, spool, seq, item.at, arrival.received_at, verdict, seen)
             show(row, seen)
         row.spool, row.seq = spool, last
+        if well and arrival.caught_up:
+            self._note_way(row, arrival, policy.with_home(self._scales.home(row.site, memory.home)))
         self._note_sender(row, arrival)
         # After a silence the first words are of the time before the agent could speak; how things stand now follows.
         # That all is well is as good as new: an agent that was started looks around before it connects.
@@ -247,6 +252,14 @@ class Tracker:
         if arrival.spool is not None and arrival.caught_up and arrival.observations:
             self._note_port(row, arrival.observations[-1].observation, arrival.peer)
 
+    def _note_way(self, row: TunnelRow, arrival: Arrival, policy: Policy) -> None:
+        """Whether an agent that sees its tunnel well reports from home, and declares that something may go there."""
+        declared = arrival.policy is not None and arrival.policy.allowed_outside
+        if declared and arrival.peer is not None and policy.is_home(arrival.peer):
+            self._beside.add(row.name)
+        else:
+            self._beside.discard(row.name)
+
     def _note_port(self, row: TunnelRow, seen: Observation, peer: IPAddress | None) -> None:
         """Whether the forwarded port may be tried: only at an address that this tunnel's packets came from."""
         came_from = {peer, *self._sighted.get(row.name, {}).values()}
@@ -262,7 +275,8 @@ class Tracker:
         public = is_public(sighting.address)
         if public:
             self._sighted.setdefault(row.name, {})[sighting.address.version] = sighting.address
-        address = sighting.address if public else None  # one of a LAN tells no exit
+        # One of a LAN tells no exit.
+        address = sighting.address if public and row.name not in self._beside else None
         seen = Observation(trigger=Trigger.PULSE, reported_from=address, unheard=sighting.unheard)
         before = _load(row, now)
         said = _policy(row.policy) if row.policy else None
