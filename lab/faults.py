@@ -193,6 +193,10 @@ class Faults(ABC):
         """74: a routing rule sends `what` (the selectors of ip-rule(8)) by main, past the tunnel."""
         self._be(ruled=self.line.ruled | {f"pref 75 {what} table main"})
 
+    def firewall_marks(self, what: str) -> None:
+        """78: the host's firewall marks `what` (an expression of nft(8)), and a rule leads the mark past the tunnel."""
+        self._be(firewalled=what)
+
     def lease(self, address: str) -> None:
         """76: the router gives the host a further address, such as 93.184.216.99/24, which is somebody else's."""
         self._be(leased=address)

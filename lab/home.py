@@ -15,7 +15,7 @@ from lab.faults import Faults
 from lab.gluetun import Gluetun
 from lab.nodes import Node, Process, Response, import_path, until
 from lab.plan import CLOUDFLARE, CLOUDFLARE6, ISP_RESOLVER, OPENDNS, PROVIDERS, HomePlan
-from lab.rules import Line, host, router_filter, router_nat
+from lab.rules import MARK, Line, host, router_filter, router_nat
 from lab.tunnels import FWMARK, Client
 from lab.uplinks import Uplink, uplink
 
@@ -390,6 +390,8 @@ class Home(Faults):
             rules.add(f"pref 60 from {self.uplink.host4} table {_OUTSIDE}")
         if line.marked:
             rules.add("pref 5210 fwmark 0x80000/0xff0000 table main")
+        if line.firewalled:
+            rules.add(f"pref 75 fwmark {MARK} table main")
         rules |= line.ruled
         if line.no_ipv4:
             rules.add(f"pref 69 to {self.lan} table main")  # no gateway of a route could be set otherwise

@@ -39,6 +39,7 @@ class Line:
     routed: frozenset[str] = frozenset()  # by a route of main, not by a rule
     published: frozenset[int] = frozenset()
     marked: bool = False
+    firewalled: str = ""  # what the host's firewall marks, for a rule to lead past the tunnel
     ruled: frozenset[str] = frozenset()  # further routing rules
     leased: str | None = None  # a second address of eth0, with its prefix length
     balanced: bool = False
@@ -105,6 +106,9 @@ class Line:
         return self.provider.exits(self.plan.client)[self.exit]
 
 
+MARK = 7
+
+
 def _chain(name: str, hook: str, rules: Iterable[str], policy: str = "accept", kind: str = "filter") -> str:
     priority = {"prerouting": "dstnat", "postrouting": "srcnat"}[hook] if kind == "nat" else "filter"
     body = "".join(f"    {rule}\n" for rule in rules)
@@ -112,7 +116,19 @@ def _chain(name: str, hook: str, rules: Iterable[str], policy: str = "accept", k
 
 
 def host(line: Line) -> str:
-    """The client's own firewall: the kill switch, and what drops IPv6."""
+    """The client's own firewall: the kill switch, what drops IPv6, and what marks packets."""
+    return _marking(line) + _output(line)
+
+
+def _marking(line: Line) -> str:
+    if not line.firewalled:
+        return ""
+    mark = "  chain marking {\n    type route hook output priority mangle;\n"
+    mark += f"    {line.firewalled} meta mark set {MARK}\n  }}\n"
+    return mark + _chain("leading", "postrouting", [f"meta mark {MARK} masquerade"], kind="nat") + "\n"
+
+
+def _output(line: Line) -> str:
     rules = []
     if line.ipv6 == "dropped":
         rules += ['oifname "eth0" ip6 daddr 2000::/3 drop']

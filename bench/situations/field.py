@@ -293,4 +293,6 @@ ROWS: tuple[Row, ...] = (
           _do("lease", "93.184.216.99/24")),
     _leak(77, "routes", "a rule sends people's packets outside", {"split_route"},
           _do("rule_outside", "uidrange 1000-60000"), kinds=_BY_RULE),
+    _leak(78, "routes", "a firewall marks HTTPS, and a rule leads the mark outside", {"split_route"},
+          _do("firewall_marks", "tcp dport 443"), kinds=_BY_RULE),
 )  # fmt: skip

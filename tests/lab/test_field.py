@@ -167,6 +167,15 @@ def test_row_60_packets_with_a_mark_go_by_main(field: Lab, home: Callable[[str],
     assert seen(site) == site.exit4
 
 
+def test_row_78_a_firewalls_mark_leads_connections_outside(home: Callable[[str], Home]) -> None:
+    site = home("open")
+    site.firewall_marks("tcp dport 443")
+    said = site.run(["curl", "-sS", "-m", "3", f"https://{FOUR}/cdn-cgi/trace"]).stdout
+    assert f"ip={site.home4}" in said
+    told = site.run(["dig", "+short", "@1.1.1.1", "CH", "TXT", "whoami.cloudflare"]).stdout
+    assert site.exit4 in told  # datagrams go through the tunnel
+
+
 def test_row_61_one_user_goes_by_the_vpn(home: Callable[[str], Home]) -> None:
     site = home("user")
     trace = ["curl", "-sS", "-m", "3", f"https://{FOUR}/cdn-cgi/trace"]
