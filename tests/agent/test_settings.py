@@ -56,7 +56,7 @@ BAD = {
     "CLIENT_ID": [".x", "a b", "x" * 101],
     "GEOLOCATION_SERVICE": ["google"],
     "CA_FILE": ["/nonexistent"],
-    "HOME_NETWORKS": ["home"],
+    "HOME_NETWORKS": ["home", "fe80::1", "::1"],
     "EXPECTED_COUNTRIES": ["Netherlands"],
     "TUNNEL_INTERFACE": ["a/b", "x" * 16],
     "TUNNEL_ENDPOINTS": ["vpn.example:1194", "198.51.100.7", "198.51.100.7:1194/sctp"],

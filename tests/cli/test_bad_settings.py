@@ -26,8 +26,9 @@ SERVER = {
     ],
     "TLS_CERT_PATH": ["{}/none", "{}"], "TLS_KEY_PATH": ["{}/none"], "CA_FILE": NO_PEM,
     "CANARY_ZONE": ["x", "a b.example", f"{LONG}"], "CANARY_HOST": ["name"], "CANARY_PORT": ["0"],
-    "CANARY_NS": ["a b.example"], "CANARY_ADDRESSES": ["name"], "PUBLIC_URL": BASES, "TRACE_URL": BASES,
-    "SERVER_ALLOWED_IPS": ["name"], "TRUSTED_PROXIES": ["proxy", "10.0.0.0/33"], "SERVER_RATE_LIMIT_REQUESTS": ["0"],
+    "CANARY_NS": ["a b.example"], "CANARY_ADDRESSES": ["name", "fe80::1%1"], "PUBLIC_URL": BASES, "TRACE_URL": BASES,
+    "SERVER_ALLOWED_IPS": ["name", "fe80::1%1"], "TRUSTED_PROXIES": ["proxy", "10.0.0.0/33"],
+    "SERVER_RATE_LIMIT_REQUESTS": ["0"],
     "CLIENT_TIMEOUT_MINUTES": ["nan"], "SERVER_ALERT_THRESHOLD_MINUTES": ["x"], "SERVER_CHECK_INTERVAL_MINUTES": ["x"],
     "MISSED_REPORTS": ["0", "1.5"], "GRACE_DOWN": ["-1"], "GRACE_DEGRADED": ["x"], "GRACE_UNVERIFIED": ["inf"],
     "GRACE_RECOVERY": ["nan"], "FLAP_CALM": ["x"], "RETENTION_DAYS": ["0"], "API_KEY": ["short"],
@@ -50,7 +51,8 @@ AGENT = {
     "CONTAIN": ["perhaps"], "HOOK": ["relative", "'", "{}/none", "{}/text", "{}"], "HOOK_TIMEOUT": ["0"],
     "REMEDY_GLUETUN_RESTART": ["perhaps"], "REMEDY_RESUME": ["perhaps"], "REMEDY_AFTER": ["-1"], "REMEDY_CAP": ["0"],
     "QBITTORRENT_URL": BASES, "QBITTORRENT_USER": ["alone"], "TRANSMISSION_URL": BASES, "TRANSMISSION_USER": ["a:b"],
-    "HOME_NETWORKS": ["home"], "EXPECTED_COUNTRIES": ["Netherlands"], "ALLOWED_RESOLVERS": ["x"],
+    "HOME_NETWORKS": ["home", "fe80::1%eth0", "fe80::1", "64:ff9b::/96"],
+    "EXPECTED_COUNTRIES": ["Netherlands"], "ALLOWED_RESOLVERS": ["x"],
     "ALLOWED_OUTSIDE": ["x"],
 }  # fmt: skip
 GEO = {"DBIP_URL": BASES, "MAXMIND_URL": BASES, "MAXMIND_ACCOUNT": ["name"]}

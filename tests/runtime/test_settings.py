@@ -1,7 +1,7 @@
 """Settings: the later place wins, every error names its key, and nothing mistyped passes in silence."""
 
 from collections.abc import Callable
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,12 @@ GOOD: list[tuple[Callable[[str], Any], str, Any]] = [
     (read.urls, "http://a, https://b/", ("http://a", "https://b")),
     (read.networks, "10.0.0.1, 91.10.20.30/24", (ip_network("10.0.0.1/32"), ip_network("91.10.20.0/24"))),
     (read.networks, "2003:e0::/32", (ip_network("2003:e0::/32"),)),
+    (read.networks, "::ffff:10.0.0.1, ::ffff:10.1.0.0/112", (ip_network("10.0.0.1/32"), ip_network("10.1.0.0/16"))),
+    (read.home_networks, "::ffff:198.51.100.7", (ip_network("198.51.100.7/32"),)),
+    (read.home_networks, "10.0.0.0/8, 2001:db8::/56", (ip_network("10.0.0.0/8"), ip_network("2001:db8::/56"))),
+    (read.addresses, "192.0.2.1, ::ffff:192.0.2.2", (ip_address("192.0.2.1"), ip_address("192.0.2.2"))),
+    (read.listening_host, "::ffff:127.0.0.1", "127.0.0.1"),
+    (read.listening_host, "sentinel.example", "sentinel.example"),
     (read.countries, "nl, SE", ("NL", "SE")),
     (read.one_of("json", "text"), "JSON", "json"),
 ]
@@ -160,6 +166,13 @@ BAD: list[tuple[Callable[[str], Any], str, str]] = [
     (read.urls, "http://a,b", "is not an address"),
     (read.networks, "10.0.0.0/33", "10.0.0.0/33"),
     (read.networks, "home", "home"),
+    (read.networks, "fe80::1%eth0", "'fe80::1%eth0': an address takes no zone here"),
+    (read.networks, "::ffff:198.51.100.7/24", "takes a prefix of 96 to 128"),
+    (read.home_networks, "198.51.100.7, fe80::1", "fe80::1/128 is nothing that a home is seen by"),
+    (read.home_networks, "64:ff9b::198.51.100.7", "is nothing that a home is seen by"),
+    (read.home_networks, "::198.51.100.7", "is nothing that a home is seen by"),
+    (read.home_networks, "127.0.0.1", "is nothing that a home is seen by"),
+    (read.addresses, "fe80::1%eth0", "takes no zone"),
     (read.countries, "NLD", "is not a country code of two letters"),
     (read.countries, "N1", "is not a country code"),
     (read.countries, "ÄÖ", "is not a country code"),

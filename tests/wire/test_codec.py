@@ -69,6 +69,7 @@ def test_every_address_comes_back(found: IPAddress) -> None:
         (IPv4Address, '"146.70.1.2"', ip_address("146.70.1.2")),
         (IPv6Address, '"2a0d::2"', ip_address("2a0d::2")),
         (IPNetwork, '"10.0.0.0/8"', ip_network("10.0.0.0/8")),
+        (IPNetwork, '"::ffff:10.0.0.0/104"', ip_network("10.0.0.0/8")),
         (IPv4Network, '"10.0.0.1"', ip_network("10.0.0.1/32")),
     ],
 )

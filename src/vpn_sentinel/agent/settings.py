@@ -78,7 +78,7 @@ class ProbeSettings:
             meant_outside=source.get("MEANT_OUTSIDE", parse_meant, Meant()),
             timeout=source.get("TIMEOUT", s.number(1, 300, "seconds"), 10.0),
             policy=Policy(
-                home_networks=source.get("HOME_NETWORKS", s.networks, base.home_networks),
+                home_networks=source.get("HOME_NETWORKS", s.home_networks, base.home_networks),
                 expected_countries=source.get("EXPECTED_COUNTRIES", s.countries, base.expected_countries),
                 allowed_resolvers=source.get("ALLOWED_RESOLVERS", s.networks, base.allowed_resolvers),
                 allowed_outside=source.get("ALLOWED_OUTSIDE", s.networks, base.allowed_outside),

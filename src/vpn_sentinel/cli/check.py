@@ -91,11 +91,11 @@ def _policy(base: Policy, args: argparse.Namespace) -> Policy:
     """The settings' policy, with what the file and the flags add to it. Raises SettingError."""
     said = _policy_file(args.policy) if args.policy else {}
     lists = {
-        "home_networks": _flag("--home", read.networks, ",".join(args.home or ())),
+        "home_networks": _flag("--home", read.home_networks, ",".join(args.home or ())),
         "expected_countries": _flag("--country", read.countries, ",".join(args.country or ())),
     }
     in_file = {
-        "home_networks": _flag("home_networks", read.networks, said.get("home_networks", "")),
+        "home_networks": _flag("home_networks", read.home_networks, said.get("home_networks", "")),
         "expected_countries": _flag("expected_countries", read.countries, said.get("expected_countries", "")),
         "allowed_resolvers": _flag("allowed_resolvers", read.networks, said.get("allowed_resolvers", "")),
         "allowed_outside": _flag("allowed_outside", read.networks, said.get("allowed_outside", "")),

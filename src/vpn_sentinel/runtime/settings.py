@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 from urllib.parse import urlsplit
 
+from vpn_sentinel.runtime.addresses import parse_address, parse_network
 from vpn_sentinel.runtime.secret import Secret
 from vpn_sentinel.runtime.unusable import Unusable
 
@@ -29,7 +30,17 @@ HOMELESS: Final = "/nonexistent/vpn-sentinel"
 _LABEL: Final = re.compile(r"(?!xn--$)[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?", re.ASCII | re.IGNORECASE)
 _LONGEST_NAME: Final = 253
 
+IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+# What no packet of a home comes from on the internet: this host, a link, a group, or an IPv4 address in another form.
+_NO_HOME: Final[tuple[IPNetwork, ...]] = tuple(
+    ipaddress.ip_network(block)
+    for block in (
+        *("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4"),
+        *("::/96", "64:ff9b::/96", "fe80::/10", "ff00::/8"),
+    )
+)
 
 
 class SettingError(Unusable):
@@ -245,7 +256,10 @@ def listening_host(value: str) -> str:
     if not is_host(value):
         msg = f"{value!r} is neither an address nor a name"
         raise ValueError(msg)
-    return value
+    try:
+        return str(parse_address(value))
+    except ValueError:
+        return value
 
 
 def path(value: str) -> str:
@@ -263,7 +277,22 @@ def urls(value: str) -> tuple[str, ...]:
 
 def networks(value: str) -> tuple[IPNetwork, ...]:
     """Addresses and CIDR blocks, separated by commas."""
-    return tuple(ipaddress.ip_network(part, strict=False) for part in words(value))
+    return tuple(parse_network(part) for part in words(value))
+
+
+def home_networks(value: str) -> tuple[IPNetwork, ...]:
+    """The same, of a home: ValueError for what nothing on the internet ever comes from, and would match no leak."""
+    found = networks(value)
+    for network in found:
+        if any(network.version == no.version and network.subnet_of(no) for no in _NO_HOME):  # type: ignore[arg-type]
+            msg = f"{network} is nothing that a home is seen by: its public addresses are, such as 198.51.100.7"
+            raise ValueError(msg)
+    return found
+
+
+def addresses(value: str) -> tuple[IPAddress, ...]:
+    """Addresses, separated by commas."""
+    return tuple(parse_address(part) for part in words(value))
 
 
 def countries(value: str) -> tuple[str, ...]:

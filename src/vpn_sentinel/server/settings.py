@@ -3,7 +3,6 @@
 import re
 import ssl
 from dataclasses import dataclass
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
 
@@ -123,7 +122,7 @@ class ServerSettings:
             port_check=get("PORT_CHECK", read.boolean, default=True),
             retention_days=get("RETENTION_DAYS", read.number(0.01, 3650, "days"), 30.0),
             policy=Policy(
-                home_networks=get("HOME_NETWORKS", read.networks, ()),
+                home_networks=get("HOME_NETWORKS", read.home_networks, ()),
                 expected_countries=get("EXPECTED_COUNTRIES", read.countries, ()),
                 allowed_resolvers=get("ALLOWED_RESOLVERS", read.networks, ()),
                 allowed_outside=get("ALLOWED_OUTSIDE", read.networks, ()),
@@ -173,10 +172,10 @@ def _distinct_ports(settings: ServerSettings) -> None:
 
 def _canary(source: Source) -> Canary | None:
     zone = source.get("CANARY_ZONE", _domain, None)
-    hosts = source.get("CANARY_HOST", _addresses, _NO_ADDRESSES)
+    hosts = source.get("CANARY_HOST", read.addresses, _NO_ADDRESSES)
     port = source.get("CANARY_PORT", read.port, 53)
     servers = source.get("CANARY_NS", _domains, _NO_NAMES)
-    addresses = source.get("CANARY_ADDRESSES", _addresses, _NO_ADDRESSES)
+    addresses = source.get("CANARY_ADDRESSES", read.addresses, _NO_ADDRESSES)
     if zone is None:
         return None
     return Canary(
@@ -199,10 +198,6 @@ def _domain(value: str) -> str:
 
 def _domains(value: str) -> tuple[str, ...]:
     return tuple(_domain(part) for part in read.words(value))
-
-
-def _addresses(value: str) -> tuple[IPAddress, ...]:
-    return tuple(ip_address(part) for part in read.words(value))
 
 
 def _database_url(value: str) -> str:

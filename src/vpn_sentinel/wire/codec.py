@@ -7,7 +7,7 @@ the limits. A decoder raises `msgspec.ValidationError` or `msgspec.DecodeError`;
 from collections.abc import Callable
 from dataclasses import fields
 from functools import cache, lru_cache
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -15,6 +15,7 @@ import msgspec
 from vpn_sentinel.domain import observation as o
 from vpn_sentinel.domain.observation import Observation, Place
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy
+from vpn_sentinel.runtime.addresses import parse_address, parse_network
 from vpn_sentinel.wire import limits
 
 T = TypeVar("T")
@@ -66,21 +67,17 @@ def encode_observation(seen: Observation) -> bytes:
 
 @lru_cache(maxsize=16384)
 def address(text_: str) -> IPAddress:
-    """Parse an address; an IPv4-mapped IPv6 address becomes its IPv4 self. Raises ValueError."""
-    found = ip_address(_bare(text_))
-    return found.ipv4_mapped or found if isinstance(found, IPv6Address) else found
+    """Parse an address, see `parse_address`. Raises ValueError."""
+    return parse_address(_bare(text_))
 
 
 def _network(text_: str) -> IPNetwork:
-    return ip_network(_bare(text_))
+    return parse_network(_bare(text_), strict=True)
 
 
 def _bare(text_: str) -> str:
     if len(text_) > _LONGEST_ADDRESS:
         msg = f"an address takes at most {_LONGEST_ADDRESS} characters, this one has {len(text_)}"
-        raise ValueError(msg)
-    if "%" in text_:
-        msg = "an address takes no zone"
         raise ValueError(msg)
     return text_
 

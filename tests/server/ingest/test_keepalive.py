@@ -148,6 +148,19 @@ async def test_a_leak_is_seen_behind_a_proxy_that_adds_the_port(build: Build) ->
     assert (await house.tunnel()).state == "leaking"
 
 
+async def test_an_ipv4_address_in_ipv6s_form_means_the_address_in_every_setting(build: Build) -> None:
+    house = build(
+        HOME_NETWORKS="::ffff:83.46.112.77",
+        SERVER_ALLOWED_IPS="::ffff:83.46.112.0/120, ::ffff:146.70.1.2",
+        TRUSTED_PROXIES="::ffff:172.17.0.2",
+    )
+    assert (await house.keepalive(client=("::ffff:83.46.112.77", 1))).status == 200
+    assert (await house.tunnel()).state == "leaking"
+    said = {"client_id": "de", "public_ip": EXIT}
+    assert (await house.keepalive(said, client=("172.17.0.2", 1), x_forwarded_for="83.46.112.77")).status == 200
+    assert (await house.tunnel("de")).state == "leaking"
+
+
 async def test_where_a_proxy_hides_them_each_tunnel_has_its_own_rate_and_no_list_lets_them_in(build: Build) -> None:
     house = build(SERVER_RATE_LIMIT_REQUESTS="1", TRUSTED_PROXIES="172.17.0.0/16")
     hidden: dict[str, Any] = {"client": ("172.17.0.2", 1), "x_forwarded_for": "unknown"}

@@ -1,0 +1,35 @@
+"""Addresses and networks as people and programs write them, each to its one form inside.
+
+An IPv4-mapped IPv6 address (`::ffff:192.0.2.1`, RFC 4291, section 2.5.5.2) is the IPv4 address: every address that is
+compared with these is kept so, and a network that is not would hold none of them.
+"""
+
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_interface, ip_network
+from typing import Final
+
+_MAPPED: Final = 96  # bits in front of the IPv4 address
+
+
+def parse_address(text: str) -> IPv4Address | IPv6Address:
+    """Raises ValueError for what is no address, and for one with a zone, which means something on one host alone."""
+    found = ip_address(_without_zone(text))
+    return (found.ipv4_mapped or found) if isinstance(found, IPv6Address) else found
+
+
+def parse_network(text: str, *, strict: bool = False) -> IPv4Network | IPv6Network:
+    """An address is a network of one. Raises ValueError; `strict` also where bits stand behind the prefix."""
+    found = ip_interface(_without_zone(text))
+    if not isinstance(found.ip, IPv6Address) or found.ip.ipv4_mapped is None:
+        return ip_network(text, strict=strict)
+    prefix = found.network.prefixlen - _MAPPED
+    if prefix < 0:
+        msg = f"{text!r}: an IPv4 address in IPv6's form takes a prefix of {_MAPPED} to 128"
+        raise ValueError(msg)
+    return IPv4Network((int(found.ip.ipv4_mapped), prefix), strict=strict)
+
+
+def _without_zone(text: str) -> str:
+    if "%" in text:
+        msg = f"{text!r}: an address takes no zone here"
+        raise ValueError(msg)
+    return text
