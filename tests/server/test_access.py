@@ -307,8 +307,6 @@ PEERS: dict[str, tuple[str, str | None, str]] = {
     "a proxy of ours, by IPv6": ("fd00::1", "2a0d::2", "2a0d::2"),
     "two proxies of ours": ("10.0.0.1", "146.70.1.2, 10.0.0.2", "146.70.1.2"),
     "what stands before the first stranger is the stranger's word": ("10.0.0.1", "1.2.3.4, 146.70.1.2", "146.70.1.2"),
-    "a proxy that says nothing": ("10.0.0.1", None, "10.0.0.1"),
-    "a proxy that says less than nothing": ("10.0.0.1", " , ", "10.0.0.1"),
     "with its port": ("10.0.0.1", "83.46.112.77:51008", "83.46.112.77"),
     "in quotes and brackets": ("10.0.0.1", '"[2001:db8::5]"', "2001:db8::5"),
     "in brackets with its port": ("10.0.0.1", "1.2.3.4, [2001:db8::5]:443", "2001:db8::5"),
@@ -334,10 +332,31 @@ def test_where_a_request_really_came_from(remote: str, header: str | None, found
 def test_what_a_proxy_says_in_another_way_is_unknown_and_said_once(
     hop: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(access_module, "_NOT_UNDERSTOOD", set())
+    monkeypatch.setattr(access_module, "_TOLD_OF", set())
     assert [peer("10.0.0.1", f"146.70.1.2, {hop}", PROXIES) for _ in range(3)] == [None] * 3
     [said] = caplog.records
     assert (said.__dict__["proxy"], said.__dict__["says"]) == ("10.0.0.1", hop)
+
+
+NOBODY: dict[str, tuple[str, str | None, str]] = {
+    "no header": ("10.0.0.1", None, "10.0.0.1"),
+    "an empty one": ("10.0.0.1", "", "10.0.0.1"),
+    "less than nothing": ("10.0.0.1", " , ", "10.0.0.1"),
+    "a proxy on the internet": ("185.1.2.3", None, "185.1.2.3"),
+    "one behind another": ("10.0.0.1", "185.1.2.3", "185.1.2.3"),
+}
+
+
+@pytest.mark.parametrize(("remote", "header", "proxy"), NOBODY.values(), ids=NOBODY.keys())
+def test_a_proxy_that_names_nobody_is_not_taken_for_the_client_and_said_once(
+    remote: str, header: str | None, proxy: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(access_module, "_TOLD_OF", set())
+    trusted = (*PROXIES, ip_network("185.1.2.3/32"))
+    assert [peer(remote, header, trusted) for _ in range(3)] == [None] * 3
+    [said] = caplog.records
+    assert said.__dict__["proxy"] == proxy
+    assert "X-Forwarded-For" in said.__dict__["remedy"]
 
 
 def test_without_trusted_proxies_no_header_counts() -> None:

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from sqlalchemy import insert, select, update
 
-from vpn_sentinel.domain.policy import IPAddress, IPNetwork
+from vpn_sentinel.domain.policy import IPAddress, IPNetwork, is_public
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.runtime.secret import Secret
 from vpn_sentinel.server.store.schema import tokens
@@ -39,9 +39,9 @@ _MINUTE: Final = 60.0
 _MOST_GUESSERS: Final = 100_000
 _MOST_WELCOME: Final = 100_000
 _MOST_LINES: Final = 30
-# Proxies of which it was said that their header is not understood.
-_NOT_UNDERSTOOD: Final[set[IPAddress]] = set()
-_MOST_PROXIES: Final = 100
+# Proxies of which it was said that their header is not understood, or names nobody.
+_TOLD_OF: Final[set[tuple[str, IPAddress]]] = set()
+_MOST_TOLD: Final = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -254,23 +254,30 @@ async def first_key(store: Store, now: float) -> str | None:
 
 
 def peer(remote: str, forwarded_for: str | None, trusted: Iterable[IPNetwork]) -> IPAddress | None:
-    """The address that a request really came from, None where a proxy of ours says it in a way that nobody understands.
+    """The address that a request really came from, None where a proxy of ours does not say it, or not understandably.
 
     `X-Forwarded-For` is believed only from a trusted proxy, and read from its end: the first address there that is not
-    itself a trusted proxy. Raises ValueError when `remote` is no address.
+    itself a trusted proxy. A proxy's own address is nobody's: taken for a tunnel's exit, it would hide a leak. Only one
+    of a private network may also be a client's, where another proxy names it. Raises ValueError when `remote` is no
+    address.
     """
     trusted = tuple(trusted)
     found = address(remote.partition("%")[0])
+    named = False
     for hop in reversed((forwarded_for or "").split(",")):
         if not inside(found, trusted):
-            break
+            return found
         if not hop.strip():
             continue  # an empty element of a list says nothing (RFC 9110, section 5.6.1.2)
         try:
-            found = _hop(hop)
+            found, named = _hop(hop), True
         except ValueError:
-            _say_not_understood(found, hop)
+            _say_once("a proxy's X-Forwarded-For is not understood", found, says=hop.strip()[:60])
             return None
+    if inside(found, trusted) and (not named or is_public(found)):
+        remedy = "let it set X-Forwarded-For (nothing else is read), or take it off VPN_SENTINEL_TRUSTED_PROXIES"
+        _say_once("a trusted proxy names nobody in X-Forwarded-For", found, remedy=remedy)
+        return None
     return found
 
 
@@ -294,15 +301,12 @@ def _is_port(text: str) -> bool:
     return len(text) <= 6 and text[0] == ":" and text[1:].isascii() and text[1:].isdigit()
 
 
-def _say_not_understood(proxy: IPAddress, hop: str) -> None:
+def _say_once(what: str, proxy: IPAddress, **more: str) -> None:
     """Once for a proxy, and not for more of them than anybody sets up."""
-    if proxy in _NOT_UNDERSTOOD or len(_NOT_UNDERSTOOD) >= _MOST_PROXIES:
+    if (what, proxy) in _TOLD_OF or len(_TOLD_OF) >= _MOST_TOLD:
         return
-    _NOT_UNDERSTOOD.add(proxy)
-    log.warning(
-        "a proxy's X-Forwarded-For is not understood: where such requests come from is unknown",
-        extra={"proxy": str(proxy), "says": hop.strip()[:60]},
-    )
+    _TOLD_OF.add((what, proxy))
+    log.warning("%s: where such requests come from is unknown", what, extra={"proxy": str(proxy), **more})
 
 
 def headers_of(scope: Mapping[str, Any]) -> dict[str, str]:

@@ -123,6 +123,7 @@ async def test_the_allow_list_holds_on_every_route(services: ApiServices, filled
         ("172.17.0.2", "10.1.2.3", True),
         ("172.17.0.2", "146.70.1.2", False),
         ("146.70.1.2", "10.1.2.3", False),
+        ("172.17.0.2", None, False),
     ):
         headers = {"X-API-Key": KEY} | ({"X-Forwarded-For": forwarded} if forwarded else {})
         async with caller_of(api, address) as client:
@@ -147,6 +148,17 @@ async def test_every_line_of_a_proxy_counts(services: ApiServices) -> None:
         assert (await client.get("/whoami", headers=[*lines, ("X-Forwarded-For", "146.70.1.8")])).json()[
             "ip"
         ] == "146.70.1.8"
+
+
+async def test_who_is_hidden_by_a_proxy_is_told_so(services: ApiServices, filled: dict[str, int]) -> None:
+    proxied = {"TRUSTED_PROXIES": "172.17.0.0/16", "SERVER_ALLOWED_IPS": "172.16.0.0/12"}
+    async with caller_of(build_api(replace(services, settings=settings(**proxied))), "172.17.0.2") as client:
+        for headers in ({}, {"X-Forwarded-For": "unknown"}):
+            refused = await client.get("/whoami", headers=headers)
+            assert (refused.status_code, "a proxy does not say it" in refused.json()["detail"]) == (404, True)
+            refused = await client.get("/status", headers={"X-API-Key": KEY, **headers})
+            assert refused.status_code == 403
+            assert refused.json()["detail"] == "The address that a proxy hides is not on the allow-list."
 
 
 async def test_a_request_that_is_cut_at_the_end_is_no_defect(

@@ -148,6 +148,21 @@ async def test_a_leak_is_seen_behind_a_proxy_that_adds_the_port(build: Build) ->
     assert (await house.tunnel()).state == "leaking"
 
 
+@pytest.mark.parametrize(
+    "header",
+    [{}, {"x_forwarded_for": ""}, {"x_forwarded_for": ","}, {"forwarded": "for=83.46.112.77"}],
+    ids=["none", "empty", "a comma", "another"],
+)
+async def test_a_proxy_that_names_nobody_is_not_the_tunnels_exit(build: Build, header: dict[str, str]) -> None:
+    house = build(HOME_NETWORKS="83.46.112.77", TRUSTED_PROXIES="185.1.2.3", SERVER_RATE_LIMIT_REQUESTS="1")
+    proxy = ("185.1.2.3", 1)
+    assert (await house.keepalive({"client_id": "nl"}, client=proxy, **header)).status == 200
+    row = await house.tunnel()
+    assert (row.state, row.exit4) == ("pending", None)
+    assert (await house.keepalive({"client_id": "de"}, client=proxy, **header)).status == 200
+    assert (await house.keepalive({"client_id": "de"}, client=proxy, **header)).status == 429
+
+
 async def test_an_ipv4_address_in_ipv6s_form_means_the_address_in_every_setting(build: Build) -> None:
     house = build(
         HOME_NETWORKS="::ffff:83.46.112.77",

@@ -31,7 +31,9 @@ def shared_key(access: Access, settings: ServerSettings) -> Guard:
         headers = headers_of(connection.scope)
         ip = address_of(connection, headers, settings)
         if settings.allowed_ips and (ip is None or not inside(ip, settings.allowed_ips)):
-            raise PermissionDeniedException(detail=f"The address {ip} is not on the allow-list.")
+            raise PermissionDeniedException(
+                detail=f"The address {ip or 'that a proxy hides'} is not on the allow-list."
+            )
         key = key_from(headers)
         if key is None:
             raise NotAuthorizedException(detail="A key is needed, in X-API-Key or as a bearer token.")
@@ -51,7 +53,7 @@ def shared_key(access: Access, settings: ServerSettings) -> Guard:
 def address_of(
     connection: ASGIConnection[Any, Any, Any, Any], headers: dict[str, str], settings: ServerSettings
 ) -> IPAddress | None:
-    """Where a request really came from: see `access.peer`. None on a Unix socket, which has no address."""
+    """Where a request really came from: see `access.peer`. None also on a Unix socket, which has none."""
     try:
         remote = connection.client.host if connection.client else ""
         return peer(remote, headers.get("x-forwarded-for"), settings.trusted_proxies)

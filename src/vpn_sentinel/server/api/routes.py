@@ -28,7 +28,9 @@ async def status(services: Services) -> dict[str, rest.ClientStatus]:
 def whoami(services: Services, request: Request[Any, Any, Any]) -> rest.Whoami:
     ip = address_of(request, headers_of(request.scope), services.settings)
     if ip is None:
-        raise NotFoundException(detail="You come from no address.")
+        raise NotFoundException(
+            detail="Where you come from is not known: a proxy does not say it, or the connection has no address."
+        )
     return rest.Whoami(ip=str(ip), version=ip.version)
 
 
