@@ -108,17 +108,11 @@ NOT_JSON: dict[str, bytes] = {
     "words": b"hello",
     "half of it": b'{"client_id": "nl-1"',
     "two of them": b'{"client_id": "nl-1"}{}',
-    "NaN": b'{"client_id": "nl-1", "timestamp": NaN}',
-    "Infinity": b'{"client_id": "nl-1", "timestamp": Infinity}',
-    "minus Infinity": b'{"client_id": "nl-1", "timestamp": -Infinity}',
     "a trailing comma": b'{"client_id": "nl-1",}',
-    "a raw control character": b'{"client_id": "nl-1\x01"}',
     "nested beyond reason": b'{"client_id": "nl-1", "x": ' + DEEP,
     "nested beyond reason, and closed": b'{"client_id": "nl-1", "x": ' + DEEP + b"]" * 100_000 + b"}",
-    "no UTF-8": b'{"client_id": "nl-1", "city": "\xff"}',
-    "half a surrogate pair in UTF-8": b'{"client_id": "nl-1", "city": "\xed\xa0\x80"}',
-    "half a surrogate pair, escaped": b'{"client_id": "nl-1", "city": "\\ud800"}',
-    "UTF-16": '{"client_id": "nl-1"}'.encode("utf-16"),
+    "half of it in UTF-16": '{"client_id": "nl-1"'.encode("utf-16"),
+    "half a character in UTF-16": '{"client_id": "nl-1"}'.encode("utf-16")[:-1],
 }
 
 
@@ -141,6 +135,13 @@ NOBODY: dict[str, tuple[bytes, str]] = {
     "a name of two lines": (body(client_id="nl\n1"), "client_id"),
     "a name of two lines, the second empty": (body(client_id="nl\n"), "client_id"),
     "a name with a path": (body(client_id="../etc"), "client_id"),
+    "a name with a raw control character": (b'{"client_id": "nl-1\x01"}', "client_id"),
+    "a name with bytes that are no text": (b'{"client_id": "\xff"}', "client_id"),
+    "a name of half a surrogate pair": (b'{"client_id": "\\ud800"}', "client_id"),
+    "a name without end that is a number": (b'{"client_id": ' + b"7" * 5000 + b"}", "client_id"),
+    "a name that is NaN": (b'{"client_id": NaN}', "client_id"),
+    "nobody, as Python writes it": (b'{"city": NaN}', "client_id"),
+    "a list, as Python writes it": (b'[NaN, "\\ud800"]', "object"),
     "the same key twice, the last one wrong": (b'{"client_id": "nl-1", "client_id": "<b>"}', "client_id"),
 }
 
@@ -180,6 +181,16 @@ ODD: dict[str, tuple[bytes, str]] = {
     "a time without end": (body(timestamp="2" * 10_000), "timestamp"),
     "a time that is true": (body(timestamp=True), "timestamp"),
     "a time of 400 digits": (b'{"client_id": "nl-1", "timestamp": 1' + b"0" * 400 + b"}", "timestamp"),
+    "a time of 5,000 digits": (b'{"client_id": "nl-1", "timestamp": 1' + b"0" * 5000 + b"}", "timestamp"),
+    "a time that is NaN": (b'{"client_id": "nl-1", "timestamp": NaN}', "timestamp"),
+    "a time that is minus Infinity": (b'{"client_id": "nl-1", "timestamp": -Infinity}', "timestamp"),
+    "a time beyond all numbers": (b'{"client_id": "nl-1", "timestamp": 1e999}', "timestamp"),
+    "a city that is NaN": (b'{"client_id": "nl-1", "city": NaN}', "city"),
+    "a city of bytes that are no text": (b'{"client_id": "nl-1", "city": "M\xfcnchen"}', "city"),
+    "half a surrogate pair in UTF-8": (b'{"client_id": "nl-1", "city": "\xed\xa0\x80"}', "city"),
+    "half a surrogate pair, escaped": (b'{"client_id": "nl-1", "city": "M\\udcfcnchen"}', "city"),
+    "half a surrogate pair for an address": (b'{"client_id": "nl-1", "public_ip": "\\ud800"}', "public_ip"),
+    "a city of two raw lines": (b'{"client_id": "nl-1", "city": "a\nb"}', "city"),
     "an address that is a number": (body(public_ip=7), "public_ip"),
     "an address that is a host": (body(public_ip="vpn.example.org"), "public_ip"),
     "a time in milliseconds": (body(timestamp=NOW * 1000), "timestamp"),
@@ -196,6 +207,28 @@ def test_a_field_that_is_not_understood_is_told_and_the_report_counts(said: byte
     assert name.endswith(field) or field in ("org", "dns_loc")
     assert len(value) < 400
     assert value.isprintable()
+
+
+PYTHONS: dict[str, bytes] = {
+    "NaN where nobody looks": b'{"client_id": "nl-1", "public_ip": "146.70.1.2", "latency": NaN}',
+    "infinite ones": b'{"client_id": "nl-1", "public_ip": "146.70.1.2", "x": [Infinity, -Infinity, 1e999]}',
+    "a number without end": b'{"client_id": "nl-1", "public_ip": "146.70.1.2", "x": ' + b"9" * 200_000 + b"}",
+    "half a surrogate pair": b'{"client_id": "nl-1", "public_ip": "146.70.1.2", "x\\ud800": "\\ud800"}',
+    "bytes that are no text": b'{"client_id": "nl-1", "public_ip": "146.70.1.2", "x": "\xff"}',
+    "a raw line end": b'{"client_id": "nl-1", "public_ip": "146.70.1.2", "x": "\n"}',
+    "a byte order mark": b'\xef\xbb\xbf{"client_id": "nl-1", "public_ip": "146.70.1.2"}',
+    **{
+        name: '{"client_id": "nl-1", "public_ip": "146.70.1.2"}'.encode(name)
+        for name in ("utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le")
+    },
+}
+
+
+@pytest.mark.parametrize("said", PYTHONS.values(), ids=PYTHONS.keys())
+def test_what_the_replaced_server_took_for_json_is_taken(said: bytes) -> None:
+    reading = read(said, NOW, EXIT)
+    assert (reading.client_id, reading.odd) == ("nl-1", ())
+    assert reading.observation == read(body(public_ip="146.70.1.2"), NOW, EXIT).observation
 
 
 def test_one_odd_field_spoils_no_other() -> None:

@@ -1,5 +1,7 @@
 """The replaced system's report: `POST /api/v1/keepalive`, in its nested and its flat form, and its answer."""
 
+import json
+import math
 from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, Final, TypeVar
@@ -82,6 +84,7 @@ class _Named(msgspec.Struct, frozen=True):
 
 
 _EXCERPT: Final = 60
+_LONGEST_NUMBER: Final = 40  # digits; more take time that grows with their square
 _named = msgspec.json.Decoder(_Named).decode
 _whole = msgspec.json.Decoder(dict[str, Any]).decode
 
@@ -93,13 +96,9 @@ def read(body: bytes, now: float, came_from: IPAddress | None = None) -> Reading
     replaced server took such reports, and where they come from is seen without them. Raises `msgspec.DecodeError` for
     what is not JSON (a 400) and `msgspec.ValidationError` or ValueError for a report that names nobody (a 422).
     """
-    try:
-        # Decoded first: the parser skips what it does not know, and would skip bytes there that are no text.
-        text = body.decode()
-        name = _field("client_id", tunnel_name, str(_named(text).client_id))
-        said = _Fields(_whole(text))
-    except (RecursionError, UnicodeDecodeError) as e:
-        raise msgspec.DecodeError(str(e)) from e
+    named, whole = _parsed(body)
+    name = _field("client_id", tunnel_name, str(named.client_id))
+    said = _Fields(whole)
     location, dns_test = said.inner("location"), said.inner("dns_test")
     texts = {
         "country": location.text("country") or said.text("country"),
@@ -123,6 +122,33 @@ def read(body: bytes, now: float, came_from: IPAddress | None = None) -> Reading
         skew=None if when is None else when - now,
         odd=tuple(said.odd),
     )
+
+
+def _parsed(body: bytes) -> tuple[_Named, dict[str, Any]]:
+    """Raises `msgspec.DecodeError`, or its ValidationError where nobody is named."""
+    try:
+        # Decoded first: the parser skips what it does not know, and would skip bytes there that are no text.
+        text = body.decode()
+        return _named(text), _whole(text)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as e:
+        error = e if isinstance(e, msgspec.DecodeError) else msgspec.DecodeError(str(e))
+    try:
+        found = _as_python_writes(body)
+    except (ValueError, RecursionError):
+        raise error from None
+    if not isinstance(found, dict):
+        raise error
+    return msgspec.convert({k: v for k, v in found.items() if k == "client_id"}, _Named), found
+
+
+def _as_python_writes(body: bytes) -> Any:
+    """JSON as the replaced server took it, and its clients wrote it: NaN, halves of surrogate pairs, UTF-16, a BOM.
+
+    And a little more: bytes that are no text become what no field takes. Raises ValueError and RecursionError.
+    """
+    encoding = json.detect_encoding(body)
+    text = body.decode(encoding, "surrogateescape" if encoding.startswith("utf-8") else "surrogatepass")
+    return json.loads(text, strict=False, parse_int=lambda n: int(n) if len(n) <= _LONGEST_NUMBER else float(n))
 
 
 class _Fields:
@@ -162,7 +188,7 @@ def _as_text(value: object) -> str:
     """Raises TypeError for what is no text and no number."""
     if isinstance(value, str):
         return value
-    if isinstance(value, int | float):
+    if isinstance(value, int | float) and math.isfinite(value):
         return str(value)[: limits.TEXT + 1]
     raise TypeError
 
@@ -175,7 +201,7 @@ def _address(value: object) -> IPAddress:
 
 def _near(at: float, now: float) -> float:
     """Raises ValueError for a time so far off that it is no clock, but a mistake."""
-    if abs(at - now) > limits.CLOCK_SKEW_REFUSED:
+    if not abs(at - now) <= limits.CLOCK_SKEW_REFUSED:
         msg = "is no time of these days"
         raise ValueError(msg)
     return at

@@ -262,7 +262,7 @@ async def test_a_sender_that_hangs_up(lobby: House) -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"{", b"client_id=nl", b'{"client_id": "\xff"}', b'{"client_id": "a", "x": ' + b"[" * 100_000]
+    "body", [b"", b"{", b"client_id=nl", b'{"client_id": NaN', b'{"client_id": "a", "x": ' + b"[" * 100_000]
 )
 async def test_what_is_not_json(lobby: House, body: bytes) -> None:
     answer = await lobby.keepalive(body)
@@ -276,6 +276,8 @@ async def test_what_is_not_json(lobby: House, body: bytes) -> None:
         (b"[]", "object"),
         ({"client_id": "<script>"}, "client_id"),
         ({"client_id": "x" * 10_000}, "client_id"),
+        (b'{"client_id": "\xff"}', "client_id"),
+        (b'{"client_id": "\\ud800"}', "client_id"),
     ],
 )
 async def test_what_cannot_be_is_refused_by_the_name_of_its_field(lobby: House, body: Any, field: str) -> None:
@@ -296,6 +298,19 @@ async def test_a_field_that_nobody_needs_refuses_no_report_and_is_said_once(
     assert (await house.tunnel(name)).state == "leaking"
     told = [(r.__dict__["field"], r.__dict__["value"]) for r in caplog.records if "not understood" in r.message]
     assert told == [("location", "Amsterdam"), ("public_ip", "vpn.example.org"), ("timestamp", "yesterday")]
+
+
+async def test_a_leak_is_told_though_the_client_writes_json_as_python_does(
+    build: Build, caplog: pytest.LogCaptureFixture
+) -> None:
+    house = build(HOME_NETWORKS="83.46.112.0/24")
+    for name, rest in (("nan", b'"timestamp": NaN'), ("city", b'"city": "M\\udcfcnchen"'), ("far", b'"x": 1e999')):
+        said = b'{"client_id": "%s", "public_ip": "83.46.112.77", %s}' % (name.encode(), rest)
+        assert (await house.keepalive(said)).status == 200
+        assert (await house.tunnel(name)).state == "leaking"
+    told = [(r.__dict__["field"], r.__dict__["value"]) for r in caplog.records if "not understood" in r.message]
+    assert told == [("timestamp", "nan"), ("city", "M\\udcfcnchen")]
+    assert (await house.keepalive(b'{"city": NaN}')).status == 400
 
 
 # -- what goes wrong behind the door
