@@ -20,7 +20,8 @@ SERVER = {
     "DASHBOARD_PUBLIC": ["perhaps"], "SERVER_WEB_DASHBOARD_ENABLED": ["perhaps"], "PORT_CHECK": ["perhaps"],
     "SERVER_DASHBOARD_ENABLED": ["perhaps"], "WEBHOOK_ALLOW_PRIVATE": ["perhaps"], "TELEGRAM_ENABLED": ["perhaps"],
     "DATABASE_URL": [
-        "mysql://h/x", "postgresql://h:99999/x", "postgresql://h/x?sslmode=maybe", "postgresql://h/x?what=1",
+        "sqlite:///", "sqlite:///:memory:", "sqlite:////tmp/", "sqlite:////tmp/x.db?mode=ro", "mysql://h/x",
+        "postgresql://h:99999/x", "postgresql://h/x?sslmode=maybe", "postgresql://h/x?what=1",
         "postgresql://h/x?ssl_min_protocol_version=9", "postgresql://h/x?sslrootcert={}/text",
         "postgresql://h/x?sslcert={}/text&sslkey={}/text", "postgresql://h/x?sslnegotiation=maybe",
     ],

@@ -204,6 +204,11 @@ def _database_url(value: str) -> str:
     """A file's or a PostgreSQL's address. Raises ValueError that repeats no password."""
     if not value.startswith("sqlite:///"):
         parse(value)
+        return value
+    path = value.removeprefix("sqlite:///")
+    if path in ("", ":memory:") or path.endswith("/") or "?" in path:
+        msg = f"{value!r} names no file: sqlite:///PATH takes the path of one, as it stands, and no parameters"
+        raise ValueError(msg)
     return value
 
 

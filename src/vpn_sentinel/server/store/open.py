@@ -10,7 +10,7 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from sqlalchemy import Connection, create_engine, pool
+from sqlalchemy import URL, Connection, create_engine, pool
 from sqlalchemy.exc import SQLAlchemyError
 
 from vpn_sentinel.server.store.address import PostgresAddress, parse
@@ -52,7 +52,7 @@ async def open_store(url: str) -> Store:
 
 
 def _migrate_sqlite(path: Path) -> None:
-    engine = create_engine(f"sqlite:///{path}", poolclass=pool.NullPool)
+    engine = create_engine(URL.create("sqlite", database=str(path)), poolclass=pool.NullPool)
     try:
         with engine.begin() as connection:
             _upgrade(connection)

@@ -3,13 +3,16 @@
 import asyncio
 import contextlib
 import logging
+import os
+import re
 import sqlite3
+import stat
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-from sqlalchemy import Engine, Executable, Row, create_engine, event, text
+from sqlalchemy import URL, Engine, Executable, Row, create_engine, event, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import QueuePool, StaticPool
 
@@ -23,6 +26,8 @@ _READERS: Final = 2
 _CHECKPOINT_EVERY: Final = 50  # commits
 # Network filesystems, on which SQLite's locks and WAL are not safe.
 _NETWORK: Final = {"nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "glusterfs", "ceph"}
+_OURS: Final = "alembic_version"  # the table without which a database's tables are not ours
+_ESCAPED: Final = re.compile(rb"\\([0-7]{3})")
 
 
 class SqliteStore:
@@ -135,7 +140,7 @@ def _unavailable(error: BaseException | None) -> StoreUnavailable:
 
 def _engine(path: str, pool: type, *, query_only: bool, **options: Any) -> Engine:
     engine = create_engine(
-        f"sqlite:///{path}",
+        URL.create("sqlite", database=path),  # as it stands: no % and no ? means anything
         poolclass=pool,
         # Transactions are begun below: Python's own BEGIN is deferred and could not be promoted without SQLITE_BUSY.
         connect_args={"check_same_thread": False, "isolation_level": None, "timeout": 10.0},
@@ -160,36 +165,72 @@ def _engine(path: str, pool: type, *, query_only: bool, **options: Any) -> Engin
 
 def prepare_file(path: Path) -> None:
     """Make sure that `path` can hold a database. Raises StoreUnusable that says what and where."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with path.open("ab"):
-            pass
-        path.chmod(0o600)
-    except OSError as e:
-        msg = f"data folder {path.parent}: {e.strerror}"
-        raise StoreUnusable(msg) from e
+    mode = _made(path)
     if kind := _network_filesystem(path):
         msg = f"data folder {path.parent} is on a network filesystem ({kind}), where SQLite loses data; use PostgreSQL"
         raise StoreUnusable(msg)
     try:
         with contextlib.closing(sqlite3.connect(path)) as connection:
-            found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
+            _check(path, connection)
+            # Here and not before: until now it may have been anybody's.
+            if mode & 0o077:
+                path.chmod(0o600)
             # Kept in the file, and set before there are two connections that could race for it.
             connection.execute("PRAGMA journal_mode = WAL")
     except sqlite3.DatabaseError as e:
-        msg = f"database {path}: {e}"
+        msg = f"database {path}: {' '.join(str(e).split())}"
         raise StoreUnusable(msg) from e
+    except OSError as e:
+        msg = f"database {path} is open to others, and cannot be closed to them: {e.strerror}"
+        raise StoreUnusable(msg) from e
+
+
+def _made(path: Path) -> int:
+    """Make the file where there is none; its mode. Raises StoreUnusable for what is no file, and opens no such thing:
+    a pipe would wait, and a device is not ours.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.touch(mode=0o600)
+        mode = path.stat().st_mode
+        if stat.S_ISREG(mode):
+            path.open("ab").close()
+            return mode
+    except OSError as e:
+        msg = f"data folder {path.parent}: {e.strerror}"
+        raise StoreUnusable(msg) from e
+    msg = f"database {path} is {'a folder' if stat.S_ISDIR(mode) else 'no file'}: name a file"
+    raise StoreUnusable(msg)
+
+
+def _check(path: Path, connection: sqlite3.Connection) -> None:
+    """Raises StoreUnusable for a damaged database and another program's."""
+    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
     if found != "ok":
-        msg = f"database {path} is damaged: {found}"
+        msg = f"database {path} is damaged: {' '.join(str(found).split())}"
+        raise StoreUnusable(msg)
+    if tables and _OURS not in tables:
+        msg = f"database {path} is another program's: it holds the table {min(tables)}"
         raise StoreUnusable(msg)
 
 
 def _network_filesystem(path: Path) -> str | None:
-    """The filesystem's type when it is a network's, by the longest mount point above `path` (proc(5), mountinfo)."""
-    best, kind = "", None
-    for line in Path("/proc/self/mountinfo").read_text(encoding="utf-8").splitlines():
-        left, _, right = line.partition(" - ")
-        mount, found = left.split()[4], right.split()[0]
-        if path.resolve().is_relative_to(mount) and len(mount) >= len(best):
-            best, kind = mount, found
+    """The filesystem's type when it is a network's, by the longest mount point above `path` (proc(5), mountinfo).
+
+    None also where that cannot be read. Names are bytes, with some of them as `\\040`.
+    """
+    try:
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return None
+    inside, best, kind = path.resolve(), -1, ""
+    for line in lines:
+        left, _, right = line.partition(b" - ")
+        fields = left.split(b" ")
+        if len(fields) < 5:
+            continue
+        mount = Path(os.fsdecode(_ESCAPED.sub(lambda m: bytes([int(m[1], 8) & 0xFF]), fields[4])))
+        if len(mount.parts) >= best and inside.is_relative_to(mount):
+            best, kind = len(mount.parts), right.split(b" ")[0].decode("ascii", "replace")
     return kind if kind in _NETWORK else None

@@ -1,0 +1,78 @@
+"""The file of a SQLite database: exactly the one that was named, closed to others, and nobody else's."""
+
+import asyncio
+import os
+import sqlite3
+import stat
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from vpn_sentinel.server.store.open import open_store
+from vpn_sentinel.server.store.store import StoreUnusable
+
+
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def opens(path: Path) -> None:
+    asyncio.run(_opens(path))
+
+
+async def _opens(path: Path) -> None:
+    store = await open_store(f"sqlite:///{path}")
+    try:
+        await store.ping()
+    finally:
+        await store.close()
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", "per%20cent", "what?mode=ro", "a#b", "a b", "é", os.fsdecode(b"m\xe9xico"), "a&b=c"]
+)
+def test_a_path_is_taken_as_it_stands(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name / f"{name}.db"
+    opens(path)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    assert mode_of(path) == 0o600
+    with closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("SELECT value FROM meta WHERE key = 'ping'").fetchone() == ("0",)
+
+
+def test_a_database_of_ours_is_closed_to_others(tmp_path: Path) -> None:
+    opens(tmp_path / "s.db")
+    (tmp_path / "s.db").chmod(0o644)
+    opens(tmp_path / "s.db")
+    assert mode_of(tmp_path / "s.db") == 0o600
+
+
+def _other_program(path: Path) -> None:
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE films (name TEXT)")
+
+
+NOT_OURS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "a text": (lambda path: path.write_text("nothing of ours\n" * 100), "file is not a database"),
+    "another program's database": (_other_program, "is another program's: it holds the table films"),
+    "a folder": (lambda path: path.mkdir(), "is a folder: name a file"),
+    "a pipe, which would wait": (os.mkfifo, "is no file: name a file"),
+}
+
+
+@pytest.mark.parametrize(("make", "said"), NOT_OURS.values(), ids=NOT_OURS.keys())
+def test_what_is_not_ours_is_refused_and_left_as_it_is(
+    make: Callable[[Path], object], said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "theirs"
+    make(path)
+    path.chmod(0o666)
+    before = None if path.is_dir() or path.is_fifo() else path.read_bytes()
+    with pytest.raises(StoreUnusable) as refused:
+        opens(path)
+    assert str(refused.value) == f"database {path}{': ' if 'not a database' in said else ' '}{said}"
+    assert mode_of(path) == 0o666
+    assert before is None or path.read_bytes() == before
