@@ -109,11 +109,21 @@ def test_a_working_directory_that_was_removed(command: str, data: str, tmp_path:
 
 
 @ROOT
-@pytest.mark.parametrize("command", SOME)
+@pytest.mark.parametrize("command", [*SOME, "token create x"])
 @pytest.mark.parametrize("proc", ["umount -l /proc", "mount -t tmpfs none /proc"], ids=["not mounted", "empty"])
 def test_without_proc(command: str, proc: str, tmp_path: Path) -> None:
     script = f"unshare -m sh -c '{proc}; exec PROGRAM {command}'"
-    ends_in_words(shell(script, VPN_SENTINEL_DATA_DIR=str(tmp_path)))
+    ends_in_words(done := shell(script, VPN_SENTINEL_DATA_DIR=str(tmp_path)))
+    assert done.returncode == 0 or "create" not in command
+
+
+@ROOT
+@pytest.mark.parametrize("disk", [b"m\xe9xico", b"a b", "a\xa0b".encode()], ids=["Latin-1", "a space", "another space"])
+def test_beside_a_disk_whatever_it_is_called(disk: bytes, tmp_path: Path) -> None:
+    (folder := tmp_path / os.fsdecode(disk)).mkdir()
+    mount = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs none "$0" && exec "$@"', str(folder)]
+    done = run([*mount, *PROGRAM, "token", "create", "x"], VPN_SENTINEL_DATA_DIR=str(tmp_path))
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 @ROOT

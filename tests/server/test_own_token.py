@@ -12,6 +12,11 @@ async def test_it_is_kept_and_replaced_once_it_is_revoked(store: Store, clock: M
     kept = tmp_path / "agent.token"
     first = await _local_key(store, kept, "here", clock)
     assert (await _local_key(store, kept, "here", clock)).reveal() == first.reveal()
+    for damaged in (b"\xff\xfe", b"here \x01", b"here"):
+        kept.write_bytes(damaged)
+        await revoke_token(store, "here", clock.wall())
+        first = await _local_key(store, kept, "here", clock)
+        assert kept.read_text() == f"here {first.reveal()}\n"
     await revoke_token(store, "here", clock.wall())
     second = await _local_key(store, kept, "here", clock)
     access = Access(store, clock, None)

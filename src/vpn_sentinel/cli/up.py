@@ -97,14 +97,14 @@ async def _local_key(store: "Store", kept: Path, name: str, clock: Clock) -> Sec
 
 
 def _read_token(kept: Path, name: str) -> str | None:
-    """The token in the file, None when there is none for `name`."""
+    """The token in the file, None when there is none for `name`, or the file is damaged."""
     try:
         said, _, token = kept.read_text(encoding="utf-8").strip().partition(" ")
-    except FileNotFoundError:
+    except (FileNotFoundError, UnicodeDecodeError):
         return None
     except OSError as e:
         raise SettingError(str(kept), str(e.strerror)) from e
-    return token if said == name and token else None
+    return token if said == name and token.isascii() and token.isprintable() and token else None
 
 
 def _keep_token(kept: Path, name: str, token: str) -> None:
