@@ -56,11 +56,11 @@ class Postgres:
     def stop(self) -> None:
         self._run("pg_ctl", "-D", str(self._folder / "data"), "-m", "immediate", "-w", "stop")
 
-    def new_database(self) -> str:
-        """Create an empty database; returns its address."""
+    def new_database(self, *options: str) -> str:
+        """Create an empty database, with `options` of createdb(1); returns its address."""
         self._made += 1
         name = f"test{self._made}"
-        self._run("createdb", "-h", str(self._folder), "-U", "sentinel", name)
+        self._run("createdb", "-h", str(self._folder), "-U", "sentinel", *options, name)
         return f"postgresql://sentinel@/{name}?host={self._folder}"
 
     def _run(self, program: str, *words: str) -> None:

@@ -3,6 +3,7 @@
 import os
 import shutil
 import socket
+import ssl
 import subprocess
 import tempfile
 import traceback
@@ -18,6 +19,7 @@ from tests.conftest import POSTGRES_BINARIES, Postgres
 from vpn_sentinel.runtime.settings import SettingError, Source
 from vpn_sentinel.server.settings import ServerSettings
 from vpn_sentinel.server.store.address import parse
+from vpn_sentinel.server.store.connecting import words
 from vpn_sentinel.server.store.open import open_store
 from vpn_sentinel.server.store.schema import meta
 from vpn_sentinel.server.store.store import StoreUnusable
@@ -38,6 +40,11 @@ TAKEN: dict[str, dict[str, Any]] = {
     "postgresql://[2001:db8::5]/name": {"hosts": (("2001:db8::5", 5432),)},
     "postgresql://u:p%40ss%2F%3A%23+%25@db/name": {"password": "p@ss/:#+%"},
     "postgresql://u:p@ss@db/name": {"password": "p@ss", "hosts": (("db", 5432),)},
+    "postgresql://db/n?sslmode=require&": {"tls": {"sslmode": "require"}},
+    "postgresql://db/n?hostaddr=192.0.2.1&sslmode=verify-ca": {"hosts": (("192.0.2.1", 5432),)},
+    "postgresql://a:1,b:2/n?hostaddr=192.0.2.1,2001:db8::1": {"hosts": (("192.0.2.1", 1), ("2001:db8::1", 2))},
+    "postgresql:///n?hostaddr=192.0.2.1,192.0.2.2&port=6": {"hosts": (("192.0.2.1", 6), ("192.0.2.2", 6))},
+    "postgresql:///n?hostaddr=192.0.2.1&sslmode=verify-full": {"hosts": (("192.0.2.1", 5432),)},
     "postgresql://": {"hosts": (), "user": None, "database": None},
     "postgresql://db": {"hosts": (("db", 5432),), "database": None},
     "postgresql:///?dbname=n&user=u&password=p%20q": {"database": "n", "user": "u", "password": "p q"},
@@ -80,6 +87,9 @@ REFUSED = {
     "postgresql://u:HUSH@a,b/n?port=1,2,3": "2 hosts and 3 ports",
     "postgresql://u:HUSH@[2001:db8::5/n": "takes brackets",
     "postgresql://u:%ff%fe@db/n": "not UTF-8",
+    "postgresql://u:HUSH@a,b/n?hostaddr=192.0.2.1": "2 hosts and 1 of hostaddr",
+    "postgresql://u:HUSH@db/n?hostaddr=192.0.2.1&sslmode=verify-full": "hostaddr in the address is what a certificate",
+    "postgresql://u:HUSH@db/n?hostaddr=192.0.2.1&sslrootcert=system": "leave it out, or use verify-ca",
 }
 
 
@@ -138,8 +148,14 @@ async def test_a_standby_that_is_asked_for_and_not_there_is_one_line(postgres: P
     name, folder = parts_of(postgres.new_database())
     with pytest.raises(StoreUnusable) as caught:
         await open_store(f"postgresql:///{name}?host={folder}&user=sentinel&target_session_attrs=standby")
-    assert "\n" not in str(caught.value)
-    assert str(caught.value).startswith(f"database at {folder}: ")
+    assert str(caught.value) == f"database at {folder}: no host is what target_session_attrs=standby asks for"
+
+
+async def test_a_database_that_cannot_hold_every_name_is_refused_at_the_start(postgres: Postgres) -> None:
+    url = postgres.new_database("-E", "LATIN1", "--locale=C", "-T", "template0")
+    with pytest.raises(StoreUnusable, match=r"^database at /[^ ]*: its encoding is LATIN1, .* ENCODING 'UTF8'$"):
+        await open_store(url)
+    assert await works(postgres.new_database("-E", "SQL_ASCII", "--locale=C", "-T", "template0"))
 
 
 async def test_a_host_that_does_not_answer_leaves_time_for_the_next(postgres: Postgres) -> None:
@@ -201,20 +217,30 @@ async def test_a_password_from_a_file(hosted: tuple[str, Path], tmp_path: Path) 
     assert await works(f"{url}?sslmode=require&passfile={passfile}")
 
 
+def test_a_failure_of_tls_is_no_errno() -> None:
+    failed = ssl.SSLError(1, "[SSL: WRONG_VERSION_NUMBER] wrong version number (_ssl.c:1006)")
+    failed.reason = "WRONG_VERSION_NUMBER"
+    assert words(failed) == "TLS failed: WRONG_VERSION_NUMBER"
+    assert words(socket.gaierror(socket.EAI_NONAME, "Name or service not known")) == "Name or service not known"
+    assert words(ConnectionRefusedError(111, "Connect call failed ('192.0.2.1', 5432)")) == "Connection refused"
+
+
 WRONG = {
-    "no TLS": "?sslmode=disable",
-    "another's certificate": "?sslmode=verify-full&sslrootcert=system",
-    "a wrong password": "?sslmode=require&password=HUSH",
-    "a database that is not there": "?sslmode=require&dbname=elsewhere",
+    "no TLS": ("?sslmode=disable", "no pg_hba.conf entry"),
+    "another's certificate": ("?sslmode=verify-full&sslrootcert=system", "certificate is not accepted: self-signed"),
+    "another name's": ("?sslmode=verify-full&sslrootcert={ca}&host=127.0.0.1&port={port}", "IP address mismatch"),
+    "a wrong password": ("?sslmode=require&password=HUSH", "password authentication failed"),
+    "a database that is not there": ("?sslmode=require&dbname=elsewhere", "does not exist"),
 }
 
 
-@pytest.mark.parametrize("query", WRONG.values(), ids=WRONG.keys())
-async def test_what_the_server_refuses_is_one_line(hosted: tuple[str, Path], query: str) -> None:
-    with pytest.raises(StoreUnusable) as caught:
-        await open_store(hosted[0] + query)
+@pytest.mark.parametrize(("query", "why"), WRONG.values(), ids=WRONG.keys())
+async def test_what_the_server_refuses_is_one_line(hosted: tuple[str, Path], query: str, why: str) -> None:
+    port = hosted[0].rpartition(":")[2].partition("/")[0]
+    with pytest.raises(StoreUnusable, match=why) as caught:
+        await open_store(hosted[0] + query.format(ca=hosted[1], port=port))
     said = "".join(traceback.format_exception(caught.value))
-    assert str(caught.value).startswith("database at localhost: ")
+    assert str(caught.value).startswith(("database at localhost: ", "database at 127.0.0.1: "))
     assert "\n" not in str(caught.value)
     assert "HUSH" not in said
     assert "p@ss" not in said

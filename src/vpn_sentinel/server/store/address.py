@@ -88,13 +88,16 @@ def parse(url: str) -> PostgresAddress:
     user, _, password = login.partition(":")
     given = _parameters(query)
     ports = given.pop("port", "").split(",") if given.get("port") else []
-    listed = given.pop("hostaddr", "") or given.pop("host", "") or hosts
-    given.pop("host", None)
-    found = _hosts(listed, ports)
+    numbers, names = given.pop("hostaddr", ""), given.pop("host", "") or hosts
+    found = _hosts(names or "," * numbers.count(","), ports, numbers.split(",") if numbers else [])
     settings = {name: given.pop(name) for name in ("application_name", "options") if given.get(name)}
     settings.setdefault("application_name", given.pop("fallback_application_name", "") or "vpn-sentinel")
     # A server writes: of several hosts the one that takes writes is meant, unless the address says otherwise.
     session = _one_of("target_session_attrs", given.pop("target_session_attrs", ""), SESSIONS)
+    tls = _tls(given)
+    if numbers and names and "verify-full" in (tls.get("sslmode"), "verify-full" if "system" in tls.values() else ""):
+        msg = "hostaddr in the address is what a certificate is compared with here: leave it out, or use verify-ca"
+        raise ValueError(msg)
     address = PostgresAddress(
         hosts=found,
         user=given.pop("user", "") or _plain("the user", user) or None,
@@ -103,7 +106,7 @@ def parse(url: str) -> PostgresAddress:
         database=given.pop("dbname", "") or given.pop("database", "") or _plain("the name", path) or None,
         timeout=_timeout(given.pop("connect_timeout", "")),
         session=session or ("read-write" if len(found) > 1 else "any"),
-        tls=_tls(given),
+        tls=tls,
         settings=settings,
         unmet=("channel_binding=require",) if given.pop("channel_binding", "") == "require" else (),
     )
@@ -116,7 +119,7 @@ def parse(url: str) -> PostgresAddress:
 
 def _parameters(query: str) -> dict[str, str]:
     found: dict[str, str] = {}
-    for part in query.split("&") if query else ():
+    for part in query.removesuffix("&").split("&") if query else ():
         name, equals, value = part.partition("=")
         if not equals or not name:
             msg = "what follows '?' in the address takes NAME=VALUE, joined by '&'"
@@ -134,19 +137,26 @@ def _plain(what: str, text: str) -> str:
         raise ValueError(msg) from None
 
 
-def _hosts(listed: str, ports: list[str]) -> tuple[tuple[str, int], ...]:
-    """`a:1,[2001:db8::1]:2,/run/postgresql`, with ports of their own in `ports`: one for all, or one each."""
-    if not listed:
+def _hosts(listed: str, ports: list[str], numbers: list[str]) -> tuple[tuple[str, int], ...]:
+    """`a:1,[2001:db8::1]:2,/run/postgresql`, with ports of their own in `ports`: one for all, or one each.
+
+    `numbers` are the addresses that are called in the names' place.
+    """
+    if not listed and not numbers:
         return (("localhost", _port(ports[0])),) if ports else ()
     names = listed.split(",")
     if len(ports) not in (0, 1, len(names)):
         msg = f"{len(names)} hosts and {len(ports)} ports in the address do not match"
         raise ValueError(msg)
+    if len(numbers) not in (0, len(names)):
+        msg = f"{len(names)} hosts and {len(numbers)} of hostaddr in the address do not match"
+        raise ValueError(msg)
     found = []
     for n, item in enumerate(names):
         default = ports[n] if len(ports) == len(names) else ports[0] if ports else ""
         host, port = _host(item)
-        host = _plain("a host", host)  # a socket's folder stands as %2Frun%2Fpostgresql
+        # A socket's folder stands as %2Frun%2Fpostgresql.
+        host = numbers[n] if numbers else _plain("a host", host)
         if not host:
             msg = "a host in the address is empty"
             raise ValueError(msg)

@@ -115,9 +115,25 @@ def said(error: BaseException, address: PostgresAddress) -> str:
     text = " ".join(str(why).split())
     if isinstance(why, TimeoutError):
         text = f"no answer within {address.timeout:g} s"
-    if isinstance(why, OSError) and why.strerror and why.errno is not None:
-        text = os.strerror(why.errno) if why.errno > 0 else why.strerror
+    elif asyncpg.TargetServerAttributeNotMatched in (type(why), type(why.__cause__)):
+        text = f"no host is what target_session_attrs={address.session} asks for"
+    elif isinstance(why, OSError):
+        text = words(why) or text
     for secret in (address.password, address.tls.get("sslpassword")):
         if secret:
             text = text.replace(secret, "***")
     return text or type(why).__name__
+
+
+def words(error: OSError) -> str:
+    """What the system or TLS says of a failure, "" where neither says anything.
+
+    TLS failures are OSErrors with a number of their own, which is no errno; and so are those of getaddrinfo(3).
+    """
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not accepted: {error.verify_message.rstrip('.')}"
+    if isinstance(error, ssl.SSLError):
+        return f"TLS failed: {error.reason or error.strerror or 'no reason is given'}"
+    if error.errno is None or not error.strerror:
+        return ""
+    return os.strerror(error.errno) if error.errno > 0 else error.strerror

@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 _MIGRATIONS: Final = Path(__file__).parent / "migrations"
 # Replicas that start together migrate one after the other behind this advisory lock ("vpn-sentinel" in digits).
 _LOCK: Final = 8_767_362_846
+# Those that hold every text; the second holds bytes as they come.
+_ENCODINGS: Final = ("UTF8", "SQL_ASCII")
 
 
 async def open_store(url: str) -> Store:
@@ -67,6 +69,13 @@ async def _migrate_postgres(address: PostgresAddress) -> None:
     opened = engine(address, poolclass=pool.NullPool)
     try:
         async with opened.begin() as connection:
+            encoding = (await connection.exec_driver_sql("SHOW server_encoding")).scalar_one()
+            if encoding not in _ENCODINGS:
+                msg = (
+                    f"database at {address.where}: its encoding is {encoding}, which does not hold every name of a "
+                    "place: make one with ENCODING 'UTF8'"
+                )
+                raise StoreUnusable(msg)
             await connection.exec_driver_sql(f"SELECT pg_advisory_xact_lock({_LOCK})")
             await connection.run_sync(_upgrade)
     finally:
