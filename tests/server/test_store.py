@@ -175,7 +175,10 @@ async def test_a_full_disk_stops_a_decision(database: Path) -> None:
 
 
 async def test_a_read_only_database_can_be_read_and_fails_its_ping(database: Path) -> None:
-    async with opened(SqliteStore(f"file:{database}?mode=ro&uri=true")) as store:
+    with database.open("r+b") as file:
+        file.seek(18)
+        file.write(b"\x03")  # a version that may be read, not written (sqlite.org/fileformat2.html, 1.3.3)
+    async with opened(SqliteStore(str(database))) as store:
         assert await states(store) == {}
         assert (await refused(store.ping)).reason == "read_only"
         assert (await refused(lambda: store.transact(["nl"], 5.0, leaking, create=True))).reason == "read_only"
@@ -201,6 +204,27 @@ async def test_a_database_that_was_dropped(store: Store, database_url: str) -> N
     assert (await refused(store.ping)).reason == "database_error"
     assert (await refused(lambda: store.read(select(meta)))).reason == "database_error"
     assert (await refused(lambda: store.transact(["nl"], 5.0, leaking, create=True))).reason == "database_error"
+
+
+@pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
+async def test_a_session_that_opened_while_nothing_could_be_written_is_not_kept(
+    store: Store, database_url: str
+) -> None:
+    """A failover behind one name, or maintenance: read-only is what a session takes over as it opens."""
+    where = make_url(database_url)
+    name = where.database
+    cluster = await asyncpg.connect(host=str(where.query["host"]), user=where.username, database="postgres")
+    try:
+        await cluster.execute(f'ALTER DATABASE "{name}" SET default_transaction_read_only = on')
+        await cluster.execute("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = $1", name)
+        assert (await refused(lambda: store.transact(["nl"], 5.0, leaking, create=True))).reason == "read_only"
+        assert await states(store) == {}  # by a session that will know no better
+        await cluster.execute(f'ALTER DATABASE "{name}" RESET default_transaction_read_only')
+    finally:
+        await cluster.close()
+    assert (await refused(store.ping)).reason == "read_only"
+    await store.transact(["nl"], 6.0, leaking, create=True)
+    assert await states(store) == {"nl": "leaking"}
 
 
 @pytest.mark.parametrize("by", ["socket", "network"])

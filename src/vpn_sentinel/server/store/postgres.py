@@ -1,9 +1,8 @@
 """PostgreSQL, through SQLAlchemy's asyncpg engine; the hot path talks to asyncpg itself."""
 
-import os
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Final
 
 import asyncpg
 from sqlalchemy import Executable, Row, text
@@ -12,8 +11,13 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from vpn_sentinel.server.store import rows
 from vpn_sentinel.server.store.address import PostgresAddress
-from vpn_sentinel.server.store.connecting import engine
+from vpn_sentinel.server.store.connecting import engine, words
 from vpn_sentinel.server.store.store import PING, Decide, StoreUnavailable, TunnelRow
+
+# SQLSTATEs of what a session takes over as it opens, and keeps: whether it may write (a server that was a standby, a
+# default of the database's) and where it looks for tables.
+_READ_ONLY: Final = "25006"
+_OF_A_SESSION: Final = frozenset({_READ_ONLY, "42P01", "3F000"})
 
 
 class PostgresStore:
@@ -23,16 +27,16 @@ class PostgresStore:
         self._engine = engine(address, pool_size=4, max_overflow=4, pool_pre_ping=True, pool_timeout=5.0)
 
     async def read(self, statement: Executable) -> Sequence[Row[Any]]:
-        async with _translated(), self._engine.connect() as connection:
+        async with self._translated(), self._engine.connect() as connection:
             return (await connection.execute(statement)).all()
 
     async def write(self, *statements: Executable) -> list[Sequence[Row[Any]]]:
-        async with _translated(), self._engine.begin() as connection:
+        async with self._translated(), self._engine.begin() as connection:
             results = [await connection.execute(s) for s in statements]
             return [r.all() if r.returns_rows else [] for r in results]
 
     async def transact(self, names: Sequence[str], now: float, decide: Decide, *, create: bool) -> None:
-        async with _translated(), self._engine.connect() as connection:
+        async with self._translated(), self._engine.connect() as connection:
             driver: asyncpg.Connection[Any] = (await connection.get_raw_connection()).driver_connection
             async with driver.transaction():
                 found = await _load(driver, names)
@@ -50,22 +54,28 @@ class PostgresStore:
     async def close(self) -> None:
         await self._engine.dispose()
 
+    @asynccontextmanager
+    async def _translated(self) -> AsyncIterator[None]:
+        """Turn every failure of connection or server into StoreUnavailable; its text never holds the address."""
+        try:
+            yield
+        except (DBAPIError, InterfaceError) as e:
+            raise await self._failed(e.orig or e) from e
+        except (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError) as e:
+            raise await self._failed(e) from e
+        except (PoolTimeout, TimeoutError) as e:
+            raise StoreUnavailable("timeout", "no connection or no answer in time") from e
+        except OSError as e:
+            raise StoreUnavailable("unreachable", words(e) or type(e).__name__) from e
+
+    async def _failed(self, error: BaseException) -> StoreUnavailable:
+        """What the server refused. Where the session may be to blame, no session that is open now is used again."""
+        state = getattr(error, "sqlstate", None)
+        if state in _OF_A_SESSION:
+            await self._engine.dispose()
+        return StoreUnavailable("read_only" if state == _READ_ONLY else "database_error", type(error).__name__)
+
 
 async def _load(driver: "asyncpg.Connection[Any]", names: Sequence[str]) -> dict[str, TunnelRow]:
     sql = f"SELECT {rows.TUNNEL_COLUMNS} FROM tunnels WHERE name = ANY($1::text[]) ORDER BY id FOR UPDATE"  # noqa: S608
     return {r["name"]: TunnelRow(*r.values()) for r in await driver.fetch(sql, list(names))}
-
-
-@asynccontextmanager
-async def _translated() -> AsyncIterator[None]:
-    """Turn every failure of connection or server into StoreUnavailable; its text never holds the address."""
-    try:
-        yield
-    except (DBAPIError, InterfaceError) as e:
-        raise StoreUnavailable("database_error", type(e.orig).__name__) from e
-    except (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError) as e:
-        raise StoreUnavailable("database_error", type(e).__name__) from e
-    except (PoolTimeout, TimeoutError) as e:
-        raise StoreUnavailable("timeout", "no connection or no answer in time") from e
-    except OSError as e:
-        raise StoreUnavailable("unreachable", os.strerror(e.errno) if e.errno else type(e).__name__) from e
