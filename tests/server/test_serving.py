@@ -336,11 +336,47 @@ async def test_a_trailer_is_no_header() -> None:
 async def test_a_side_door_takes_no_websocket(caplog: pytest.LogCaptureFixture) -> None:
     async with house(side=True) as at:
         reader, writer = await at.connect()
-        writer.write(HEAD + b"Connection: Upgrade\r\nUpgrade: websocket\r\n\r\n")
-        answer = await rest(reader)
-        assert answer.startswith(b"HTTP/1.1 200")
-        assert b"connection: close" in answer
+        key = b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n"
+        writer.write(HEAD + b"Connection: Upgrade\r\nUpgrade: websocket\r\n" + key + b"\r\n")
+        assert (await reader.readuntil(b"\r\n\r\n0")).startswith(b"HTTP/1.1 200")
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+OFFERS = {
+    "HTTP/2": b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n",
+    "TLS, and more": b"Connection: keep-alive, Upgrade\r\nUpgrade: TLS/1.0\r\n",
+    "a WebSocket, on everything": b"Connection: upgrade\r\nUpgrade: websocket\r\n",
+    "a WebSocket, with its key": b"Connection: upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: eA==\r\n",
+    "nothing": b"Connection: upgrade\r\nUpgrade: \r\n",
+}
+POST = b"POST /api HTTP/1.1\r\nHost: a\r\nX-Mine: 1\r\n"
+
+
+@pytest.mark.parametrize("offer", OFFERS.values(), ids=OFFERS.keys())
+@pytest.mark.parametrize("apart", [False, True], ids=["at once", "byte by byte"])
+async def test_an_offer_of_another_protocol_costs_no_body(offer: bytes, apart: bool) -> None:
+    """curl --http2, Java's client, Apache, and a common line for nginx: a server may pass it over (RFC 9110, 7.8)."""
+    sent = POST + offer + b"Content-Length: 5\r\n\r\nhello"
+    sent += POST + offer + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n" + HEAD + b"\r\n"
+    async with house() as at:
+        reader, writer = await at.connect()
+        for part in [bytes([b]) for b in sent] if apart else [sent]:
+            writer.write(part)
+            await asyncio.sleep(0)
+        async with asyncio.timeout(10):
+            for length in (b"5", b"3", b"0"):
+                assert (await reader.readuntil(b"\r\n\r\n" + length)).startswith(b"HTTP/1.1 200")
+        assert [(s["type"], s["path"]) for s in at.app.seen] == [("http", "/api"), ("http", "/api"), ("http", "/")]
+        assert all((b"x-mine", b"1") in s["headers"] for s in at.app.seen[:2])
+        assert not any(name == b"upgrade" and value for s in at.app.seen for name, value in s["headers"])
+
+
+async def test_offers_do_not_lengthen_a_pipeline() -> None:
+    async with house() as at:
+        reader, writer = await at.connect()
+        writer.write(b"GET /hang HTTP/1.1\r\nHost: a\r\n\r\n" + (POST + OFFERS["HTTP/2"] + b"\r\n") * 2000)
+        assert await rest(reader) == b""
+        assert len(at.app.seen) == 1
 
 
 @pytest.mark.parametrize("limits", [{"connections": 8}, {"per_address": 8}], ids=["all", "one address"])

@@ -29,6 +29,7 @@ _DESCRIPTORS: Final = 65_536
 _KEPT_BACK: Final = 128
 # How much a header costs beyond its bytes, as RFC 7541 reckons: thousands of tiny ones are as dear as a long one.
 _HEADER_COSTS: Final = 32
+_OF_AN_OFFER: Final = (b"upgrade", b"http2-settings")
 _COMPLAINS_EVERY: Final = 60.0
 _ENDS_WITHIN: Final = 0.5
 _TASKS_END_WITHIN: Final = 0.2
@@ -136,6 +137,7 @@ class Bounded(HttpToolsProtocol):
         self._unframed = 0  # bytes since the last that were a body's
         self._head = 0
         self._refused = ""
+        self._declined: bytes | None = None  # the head of a request whose offer of another protocol is not taken
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -161,17 +163,41 @@ class Bounded(HttpToolsProtocol):
             return
         self._unframed += len(data)
         try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade:
-            if self._should_upgrade():
-                self.handle_websocket_upgrade()
-            elif self.cycle is not None:
-                self.cycle.keep_alive = False  # the parser reads no further
+            self._feed(data)
         except httptools.HttpParserError:
             self.send_400_response(self._refused or "This is not an HTTP request.")
         else:
             if self._unframed > self._limits.head:
                 self.send_400_response("The head is too large.")
+
+    def _feed(self, data: bytes) -> None:
+        """Raises httptools.HttpParserError. The parser stops behind the head that offers another protocol."""
+        while data:
+            try:
+                self.parser.feed_data(data)
+            except httptools.HttpParserUpgrade as e:
+                if self._declined is None:
+                    self.handle_websocket_upgrade()
+                    return
+                head, self._declined = self._declined, None
+                data = head + data[e.args[0] :]
+            else:
+                return
+
+    def _should_upgrade(self) -> bool:
+        """Whether this is a WebSocket's handshake (RFC 6455, section 4.1), and not what some proxies write on all."""
+        key = any(name == b"sec-websocket-key" for name, _ in self.headers)
+        return key and self.parser.get_method() == b"GET" and bool(super()._should_upgrade())
+
+    def _without_offer(self) -> bytes:
+        """The head of this request once more, without the protocol that it offers (RFC 9110, section 7.8)."""
+        lines = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
+        for name, value in self.headers:
+            if name == b"connection":
+                value = b",".join(v for v in value.split(b",") if v.strip().lower() not in _OF_AN_OFFER)
+            if name not in _OF_AN_OFFER:
+                lines.append(b"%b: %b" % (name, value))
+        return b"\r\n".join(lines) + b"\r\n\r\n"
 
     def handle_websocket_upgrade(self) -> None:
         left, self._left = self._left, None
@@ -216,6 +242,9 @@ class Bounded(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade() and not self._should_upgrade() and self.parser.get_method() != b"CONNECT":
+            self._declined = self._without_offer()
+            return
         self._headed = True
         self._head += len(self.url)
         if self._head > self._limits.head:
@@ -233,6 +262,8 @@ class Bounded(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self._declined is not None:
+            return
         super().on_message_complete()
         self._reading = False
         self._unframed = 0
