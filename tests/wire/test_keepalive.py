@@ -157,6 +157,9 @@ def test_a_report_that_names_nobody_is_refused(said: bytes, field: str) -> None:
 
 ODD: dict[str, tuple[bytes, str]] = {
     "an address that is none": (body(public_ip="999.1.2.3"), "public_ip"),
+    "an address of a LAN": (body(public_ip="192.168.1.5"), "public_ip"),
+    "an address of nobody": (body(ip="0.0.0.0"), "ip"),
+    "an address of this host": (body(public_ip="::1"), "public_ip"),
     "an address in a list": (body(public_ip=["1.2.3.4"]), "public_ip"),
     "an address of 10,000 digits": (body(public_ip="9" * 10_000), "public_ip"),
     "an address with a zone": (body(public_ip="fe80::1%eth0"), "public_ip"),

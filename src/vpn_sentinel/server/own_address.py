@@ -7,7 +7,7 @@ from typing import Final
 
 import httpx
 
-from vpn_sentinel.domain.policy import IPNetwork
+from vpn_sentinel.domain.policy import IPNetwork, is_public
 from vpn_sentinel.wire.codec import address
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,11 @@ class OwnAddress:
         async with asyncio.timeout(_WITHIN):
             text = await self._fetch()
         pairs = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
-        self._known = (ip_network(address(pairs.get("ip", ""))),)
+        found = address(pairs.get("ip", ""))
+        if not is_public(found):  # something on the way answers
+            msg = f"{found} cannot be on the internet"
+            raise ValueError(msg)
+        self._known = (ip_network(found),)
 
     async def _fetch(self) -> str:
         """The answer's text. Raises httpx.HTTPError, and ValueError for what is too long, before it is all read."""

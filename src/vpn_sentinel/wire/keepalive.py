@@ -9,7 +9,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from vpn_sentinel.domain.observation import Answer, Canary, Observation, Path, Place, Probe, Trigger
-from vpn_sentinel.domain.policy import IPAddress
+from vpn_sentinel.domain.policy import IPAddress, is_public
 from vpn_sentinel.domain.tunnel import tunnel_name
 from vpn_sentinel.wire import limits
 from vpn_sentinel.wire.codec import address, checked_text
@@ -194,9 +194,14 @@ def _as_text(value: object) -> str:
 
 
 def _address(value: object) -> IPAddress:
+    """Raises TypeError and ValueError, also for an address that the internet cannot see: it says nothing of an exit."""
     if not isinstance(value, str):
         raise TypeError
-    return address(value)
+    found = address(value)
+    if not is_public(found):
+        msg = "cannot be on the internet"
+        raise ValueError(msg)
+    return found
 
 
 def _near(at: float, now: float) -> float:

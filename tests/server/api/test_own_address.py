@@ -49,6 +49,14 @@ async def test_an_answer_without_an_address_is_none(text: str) -> None:
     assert own() == ()
 
 
+@pytest.mark.parametrize("text", ["ip=10.0.0.1", "ip=0.0.0.0", "ip=::1", "ip=::ffff:192.168.1.1"])
+async def test_an_address_that_the_internet_cannot_see_is_none(text: str) -> None:
+    own = asking(httpx.Response(200, stream=httpx.ByteStream(text.encode())))
+    with pytest.raises(ValueError, match="cannot be on the internet"):
+        await own._ask()
+    assert own() == ()
+
+
 async def test_a_refusal_is_no_answer() -> None:
     with pytest.raises(httpx.HTTPStatusError):
         await asking(httpx.Response(302, headers={"Location": "http://10.0.0.1/"}, text="ip=1.2.3.4"))._ask()

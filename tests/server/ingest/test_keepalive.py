@@ -300,6 +300,13 @@ async def test_a_field_that_nobody_needs_refuses_no_report_and_is_said_once(
     assert told == [("location", "Amsterdam"), ("public_ip", "vpn.example.org"), ("timestamp", "yesterday")]
 
 
+@pytest.mark.parametrize("ip", ["0.0.0.0", "127.0.0.1", "10.8.0.2", "192.168.1.5", "100.64.0.1", "224.0.0.1"])
+async def test_an_address_that_the_internet_cannot_see_shows_nothing(build: Build, ip: str) -> None:
+    house = build(HOME_NETWORKS="83.46.112.77")
+    assert (await house.keepalive({"client_id": "nl", "public_ip": ip}, client=("192.168.1.5", 1))).status == 200
+    assert ((row := await house.tunnel()).state, row.exit4) == ("pending", None)
+
+
 async def test_a_leak_is_told_though_the_client_writes_json_as_python_does(
     build: Build, caplog: pytest.LogCaptureFixture
 ) -> None:
