@@ -73,6 +73,15 @@ def test_the_configuration_is_a_toml_file(tmp_path: Path) -> None:
     assert Source.load({}, {}).file == {}
 
 
+def test_names_in_the_file_are_taken_in_any_case(tmp_path: Path) -> None:
+    file = tmp_path / "sentinel.toml"
+    file.write_text('HOME_NETWORKS = ["198.51.100.7"]\nTelegram_Chat_ID = "5"\nINTERVALL = 1\ntz = "Asia/Tokyo"\n')
+    source = Source.load({}, {}, str(file))
+    assert (source.raw("HOME_NETWORKS"), source.raw("TELEGRAM_CHAT_ID")) == ("198.51.100.7", "5")
+    source.raw("TZ")
+    assert source.unread() == ["intervall", "tz"]
+
+
 @pytest.mark.parametrize("content", [b"= 1", b"\xff", None], ids=["no TOML", "no UTF-8", "missing"])
 def test_a_configuration_that_cannot_be_read_names_itself(tmp_path: Path, content: bytes | None) -> None:
     file = tmp_path / "sentinel.toml"

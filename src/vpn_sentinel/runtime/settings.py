@@ -55,8 +55,8 @@ class SettingError(Unusable):
 class Source:
     """Where values come from. Names are the environment's; `API_KEY` stands for `VPN_SENTINEL_API_KEY`.
 
-    A TOML file uses the same names in lower case: `api_key = "…"`. `NAME_FILE` in the environment names a file that
-    holds the value, for Docker secrets.
+    A TOML file uses the same names, in lower case or not: `api_key = "…"`. `NAME_FILE` in the environment names a file
+    that holds the value, for Docker secrets.
     """
 
     env: Mapping[str, str]
@@ -71,11 +71,11 @@ class Source:
         values: Mapping[str, object] = {}
         if path:
             try:
-                values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+                values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
             except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
                 raise SettingError(f"configuration file {path}", why(e)) from e
         given = {k: v for k, v in flags.items() if v is not None}
-        return cls(env=env, file=values, flags=given)
+        return cls(env=env, file={k.lower(): v for k, v in values.items()}, flags=given)
 
     def raw(self, name: str) -> str | None:
         """The value of `name` as text, or None when nobody set it. An empty value counts as not set."""
@@ -119,7 +119,8 @@ class Source:
         keys = {PREFIX + name for name in self.asked - UNPREFIXED}
         plain = keys | {key + "_FILE" for key in keys}
         in_env = [k for k in self.env if k.startswith(PREFIX) and k not in plain and k != PREFIX + "CONFIG"]
-        in_file = [k for k in self.file if k.upper() not in self.asked]
+        # The system reads its own variable in the environment alone.
+        in_file = [k for k in self.file if k.upper() not in self.asked - {"TZ"}]
         return sorted(in_env + in_file)
 
 
