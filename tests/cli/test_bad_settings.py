@@ -32,7 +32,7 @@ SERVER = {
     "SERVER_RATE_LIMIT_REQUESTS": ["0"],
     "CLIENT_TIMEOUT_MINUTES": ["nan"], "SERVER_ALERT_THRESHOLD_MINUTES": ["x"], "SERVER_CHECK_INTERVAL_MINUTES": ["x"],
     "MISSED_REPORTS": ["0", "1.5"], "GRACE_DOWN": ["-1"], "GRACE_DEGRADED": ["x"], "GRACE_UNVERIFIED": ["inf"],
-    "GRACE_RECOVERY": ["nan"], "FLAP_CALM": ["x"], "RETENTION_DAYS": ["0"], "API_KEY": ["short"],
+    "GRACE_RECOVERY": ["nan"], "FLAP_CALM": ["x"], "RETENTION_DAYS": ["0"], "API_KEY": ["short", "këy-of-ours"],
     "TELEGRAM_BOT_TOKEN": ["x", "²:abc", "123:ä", "1:a b"], "TELEGRAM_CHAT_ID": ["x y", "²", "@ä"],
     "TELEGRAM_API_URL": BASES, "WEBHOOK_URL": [*URLS, "https://h/ä", "https://h/\x01", "http://xn--/"],
     "LOG_FILE": ["{}", "{}/none/x"], "DEBUG": ["perhaps"],

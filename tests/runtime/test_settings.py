@@ -1,5 +1,7 @@
 """Settings: the later place wins, every error names its key, and nothing mistyped passes in silence."""
 
+import os
+import threading
 from collections.abc import Callable
 from ipaddress import ip_address, ip_network
 from pathlib import Path
@@ -58,6 +60,47 @@ def test_a_secrets_file_that_cannot_be_read_names_the_key(tmp_path: Path) -> Non
     held.write_bytes(b"\xff\xfe")
     with pytest.raises(SettingError, match=r"^VPN_SENTINEL_API_KEY_FILE: .*utf-8"):
         Source(env={"VPN_SENTINEL_API_KEY_FILE": str(held)}).raw("API_KEY")
+
+
+def test_the_mark_that_some_editors_put_in_front_is_no_part_of_a_secret(tmp_path: Path) -> None:
+    held = tmp_path / "key"
+    held.write_bytes(b"\xef\xbb\xbfhunter2hunter2\r\n")
+    assert Source(env={"VPN_SENTINEL_API_KEY_FILE": str(held)}).raw("API_KEY") == "hunter2hunter2"
+    config = tmp_path / "sentinel.toml"
+    config.write_bytes(b"\xef\xbb\xbfapi_key = 'hunter2hunter2'\n")
+    assert Source.load({}, {}, str(config)).raw("API_KEY") == "hunter2hunter2"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [(b"hunter2\0hunter2", "a character that no setting takes"), (b"x" * 70_000, "more than 65536 bytes")],
+)
+def test_a_file_that_holds_no_setting_names_the_key(content: bytes, said: str, tmp_path: Path) -> None:
+    held = tmp_path / "key"
+    held.write_bytes(content)
+    with pytest.raises(SettingError, match=f"^VPN_SENTINEL_API_KEY_FILE: .*{said}"):
+        Source(env={"VPN_SENTINEL_API_KEY_FILE": str(held)}).raw("API_KEY")
+
+
+def test_a_secret_of_two_lines_is_refused(tmp_path: Path) -> None:
+    held = tmp_path / "key"
+    held.write_text("hunter2\nhunter2\n")
+    with pytest.raises(SettingError, match=r"^VPN_SENTINEL_X: takes one line of printable characters$"):
+        Source(env={"VPN_SENTINEL_X_FILE": str(held)}).get("X", read.secret, None)
+
+
+def test_a_pipe_is_read_and_one_that_nobody_writes_into_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")
+    source = Source(env={"VPN_SENTINEL_API_KEY_FILE": str(pipe)})
+    writing = threading.Thread(target=pipe.write_text, args=("hunter2hunter2\n",))
+    writing.start()
+    assert source.raw("API_KEY") == "hunter2hunter2"
+    writing.join()
+    monkeypatch.setattr(read, "_PIPE_WITHIN", 0.01)
+    with pytest.raises(SettingError, match=r"^VPN_SENTINEL_API_KEY_FILE: .* is a pipe that nobody writes into$"):
+        source.raw("API_KEY")
 
 
 def test_the_configuration_is_a_toml_file(tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ source holds and nobody asked for is reported by `Source.unread`, so a mistyped 
 import ipaddress
 import os
 import re
+import select
 import ssl
+import stat
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -26,6 +28,9 @@ UNPREFIXED: Final = frozenset({"TELEGRAM_BOT_TOKEN", "TELEGRAM_CHAT_ID", "TZ"})
 
 # The data folder of a user that has no home: VPN_SENTINEL_DATA_DIR must name one.
 HOMELESS: Final = "/nonexistent/vpn-sentinel"
+
+_LARGEST: Final = 65_536  # bytes of a file that holds one setting
+_PIPE_WITHIN: Final = 5.0  # seconds
 
 _LABEL: Final = re.compile(r"(?!xn--$)[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?", re.ASCII | re.IGNORECASE)
 _LONGEST_NAME: Final = 253
@@ -87,8 +92,8 @@ class Source:
             return value
         if path := self.env.get(key + "_FILE"):
             try:
-                return Path(path).read_text(encoding="utf-8").strip() or None
-            except (OSError, UnicodeDecodeError) as e:
+                return _held_in(path).strip() or None
+            except (OSError, ValueError) as e:
                 raise SettingError(f"{key}_FILE", f"{path}: {why(e)}") from e
         value_in_file = self.file.get(name.lower())
         match value_in_file:
@@ -124,6 +129,28 @@ class Source:
         return sorted(in_env + in_file)
 
 
+def _held_in(path: str) -> str:
+    """The text of a small file, without the mark that some editors put in front. A pipe is waited for, not for ever.
+
+    Raises OSError, and ValueError for what is no text.
+    """
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
+        if stat.S_ISFIFO(os.fstat(file.fileno()).st_mode):
+            if not select.select([file], [], [], _PIPE_WITHIN)[0]:
+                msg = "is a pipe that nobody writes into"
+                raise ValueError(msg)
+            os.set_blocking(file.fileno(), True)
+        content = file.read(_LARGEST + 1)
+    if len(content) > _LARGEST:
+        msg = f"holds more than {_LARGEST} bytes"
+        raise ValueError(msg)
+    found = content.decode("utf-8-sig")
+    if any(not (c.isprintable() or c.isspace()) for c in found):
+        msg = "holds a character that no setting takes"
+        raise ValueError(msg)
+    return found
+
+
 def why(error: Exception) -> str:
     """What keeps a file from being used, in words and without its name."""
     return (isinstance(error, OSError) and error.strerror) or str(error)
@@ -152,6 +179,10 @@ def text(value: str) -> str:
 
 
 def secret(value: str) -> Secret:
+    """One line of printable characters."""
+    if not value.isprintable():
+        msg = "takes one line of printable characters"
+        raise ValueError(msg)
     return Secret(value)
 
 

@@ -216,6 +216,9 @@ def _key(value: str) -> Secret:
     if len(value) < 8:
         msg = "is too short: a key takes at least 8 characters"
         raise ValueError(msg)
+    if not (value.isascii() and value.isprintable()):
+        msg = "takes printable ASCII characters: a header carries no others"
+        raise ValueError(msg)
     return Secret(value)
 
 
