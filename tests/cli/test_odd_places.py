@@ -1,6 +1,7 @@
 """Every command where people start it: without a user entry, home, folder, streams, /proc or a disk that takes data."""
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -157,6 +158,19 @@ def test_no_file_of_ours_takes_the_number_of_a_closed_stream(tmp_path: Path) -> 
         VPN_SENTINEL_DATA_DIR=str(tmp_path),
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_a_first_key_that_nobody_saw_is_told_in_the_log(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as one, socket.create_server(("127.0.0.1", 0)) as two:
+        ports = [str(s.getsockname()[1]) for s in (one, two)]
+    done = shell(
+        "timeout 6 PROGRAM server >/dev/full",
+        VPN_SENTINEL_DATA_DIR=str(tmp_path), VPN_SENTINEL_SERVER_API_PORT=ports[0],
+        VPN_SENTINEL_SERVER_HEALTH_PORT=ports[1], VPN_SENTINEL_SERVER_WEB_DASHBOARD_ENABLED="false",
+    )  # fmt: skip
+    ends_in_words(done) if done.returncode != 124 else None
+    assert 'by="vpn-sentinel token create NAME --shared"' in done.stderr
+    assert "server started" in done.stderr
 
 
 @pytest.mark.parametrize("command", ["doctor", "geo show"])

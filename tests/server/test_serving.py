@@ -14,7 +14,7 @@ import pytest
 import websockets
 
 from tests.conftest import until
-from vpn_sentinel.runtime.settings import Source
+from vpn_sentinel.runtime.settings import SettingError, Source
 from vpn_sentinel.server.serving import Crowd, EmbeddedServer, Limits, embedded, listen, serve_until
 from vpn_sentinel.server.settings import ServerSettings
 
@@ -447,6 +447,20 @@ def test_by_default_both_families_are_listened_to(kind: socket.SocketKind) -> No
         for family, address in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
             with socket.socket(family, kind) as caller:
                 caller.connect((address, port))
+
+
+@pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1", "eth0.invalid"])
+def test_an_address_of_another_host_is_blamed_on_its_setting(host: str) -> None:
+    with pytest.raises(SettingError, match=f"^HOST: cannot listen on {host}: ."):
+        listen(host, 0, "PORT", host_setting="HOST")
+
+
+def test_a_port_that_is_taken_is_blamed_on_its_own() -> None:
+    with listen("127.0.0.1", 0, "PORT") as taken:
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(SettingError, match=f"^PORT: cannot listen on 127.0.0.1 port {port}/tcp: Address already"):
+            listen("127.0.0.1", port, "PORT", host_setting="HOST")
 
 
 def test_a_machine_without_ipv6_listens_by_ipv4(monkeypatch: pytest.MonkeyPatch) -> None:

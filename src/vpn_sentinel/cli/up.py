@@ -91,7 +91,11 @@ async def _local_key(store: "Store", kept: Path, name: str, clock: Clock) -> Sec
     token = await asyncio.to_thread(_read_token, kept, name)
     if token is None or await Access(store, clock, None).caller(token) is None:  # revoked since, perhaps
         await revoke_token(store, name, clock.wall(), shared=False)
-        token = await create_token(store, name, shared=False, now=clock.wall())
+        try:
+            token = await create_token(store, name, shared=False, now=clock.wall())
+        except ValueError as e:
+            msg = f"{name} is the name of a shared token: give this machine another name"
+            raise SettingError(PREFIX + "CLIENT_ID", msg) from e
         await asyncio.to_thread(_keep_token, kept, name, token)
     return Secret(token)
 

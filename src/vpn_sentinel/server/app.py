@@ -1,6 +1,7 @@
 """The server's wiring: one long, boring function."""
 
 import asyncio
+import contextlib
 import gc
 import logging
 import secrets
@@ -64,11 +65,14 @@ class Sockets:
 
     @classmethod
     def bind(cls, settings: ServerSettings) -> "Sockets":
-        """Raises SettingError that names the port that cannot be had."""
+        """Raises SettingError that names the port or address that cannot be had."""
         bound: list[socket.socket] = []
 
         def take(host: str, port: int, name: str, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
-            bound.append(listen(host, port, PREFIX + name, kind))
+            hosts = {"SERVER_API_PORT": "SERVER_HOST"}.get(name, name.replace("_PORT", "_HOST"))
+            # The dashboard's address is no setting.
+            host_setting = "" if name == "SERVER_DASHBOARD_PORT" else PREFIX + hosts
+            bound.append(listen(host, port, PREFIX + name, kind, host_setting=host_setting))
             return bound[-1]
 
         try:
@@ -129,7 +133,10 @@ async def _run(
 ) -> None:
     secret = await _secret(store)
     if settings.api_key is None and (key := await first_key(store, clock.wall())):
-        tell(f"A first key was made. It is shown only now; agents send it as VPN_SENTINEL_API_KEY:\n\n    {key}\n")
+        with contextlib.suppress(OSError):  # a full disk behind standard output; the log tells what to do
+            tell(f"A first key was made. It is shown only now; agents send it as VPN_SENTINEL_API_KEY:\n\n    {key}\n")
+        another = "vpn-sentinel token create NAME --shared"
+        log.info("a first key was made and printed, once; if nobody saw it, make another", extra={"by": another})
 
     registry = CollectorRegistry()
     hub = Hub()

@@ -29,6 +29,7 @@ _DESCRIPTORS: Final = 65_536
 _KEPT_BACK: Final = 128
 # How much a header costs beyond its bytes, as RFC 7541 reckons: thousands of tiny ones are as dear as a long one.
 _HEADER_COSTS: Final = 32
+_NO_SUCH_ADDRESS: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 _OF_AN_OFFER: Final = (b"upgrade", b"http2-settings")
 _COMPLAINS_EVERY: Final = 60.0
 _ENDS_WITHIN: Final = 0.5
@@ -428,10 +429,13 @@ def _descriptors() -> int:
     return min(max(soft, wanted), _DESCRIPTORS)
 
 
-def listen(host: str, port: int, setting: str, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
+def listen(
+    host: str, port: int, setting: str, kind: socket.SocketKind = socket.SOCK_STREAM, *, host_setting: str = ""
+) -> socket.socket:
     """Bind a socket; `::` takes IPv4 too, and is IPv4 alone on a machine without IPv6.
 
-    Raises SettingError that names `setting` when it cannot be had.
+    Raises SettingError when it cannot be had: it names `host_setting` where the address is to blame, else `setting`,
+    the port's.
     """
     try:
         try:
@@ -441,6 +445,8 @@ def listen(host: str, port: int, setting: str, kind: socket.SocketKind = socket.
                 raise
         return _bound("0.0.0.0", port, kind)  # noqa: S104 - the same, without IPv6
     except OSError as e:
+        if host_setting and (isinstance(e, socket.gaierror) or e.errno in _NO_SUCH_ADDRESS):
+            raise SettingError(host_setting, f"cannot listen on {host}: {e.strerror}") from e
         name = "udp" if kind is socket.SOCK_DGRAM else "tcp"
         raise SettingError(setting, f"cannot listen on {host} port {port}/{name}: {e.strerror}") from e
 

@@ -329,6 +329,8 @@ async def test_health_names_the_channel_that_fails_and_why(store: Store) -> None
     pager.always = SetupError("topic_closed")
     async with at_work(Desk(store, pager)) as desk:
         await desk.owes(LEAK)
+        await desk.passes(1)
+        assert desk.dispatcher.healthy() == (True, "pager fails: topic_closed")  # how much is owed was not looked at
         await desk.passes(20)
         assert desk.dispatcher.healthy()[1].endswith("; pager fails: topic_closed")
 

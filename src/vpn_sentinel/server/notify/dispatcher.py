@@ -65,8 +65,8 @@ class Dispatcher:
             return False, f"deliveries have stood still for {duration(idle)}"
         failing = "".join(f"; {name} fails: {w.failing}" for name, w in self._workers.items() if w.failing is not None)
         debts = [d for d in self._debts if d.channel in self._workers]
-        if not debts:
-            return True, f"nothing is owed{failing}"
+        if not debts:  # as of the last look: what fails is owed something, if not known yet how much
+            return True, failing.removeprefix("; ") or "nothing is owed"
         oldest = self._clock.wall() - min(d.since for d in debts)
         return True, f"{sum(d.count for d in debts)} owed, the oldest for {duration(oldest)}{failing}"
 
