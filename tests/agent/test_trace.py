@@ -35,5 +35,16 @@ async def test_a_captive_portals_page_is_no_answer(body: str) -> None:
             assert (seen.answer, seen.address) == (Answer.LOST, None)
 
 
+@pytest.mark.parametrize("ip", ["192.168.77.2", "10.8.0.2", "0.0.0.0", "100.64.0.1", "fd00::2"])
+async def test_an_address_that_the_internet_cannot_see_is_no_exit(ip: str) -> None:
+    def answer(request: str) -> bytes:
+        return reply(f"ip={ip}\n" if "/cdn-cgi/trace" in request else f'{{"ip":"{ip}"}}')
+
+    async with http(answer) as (port, _):
+        base = f"http://127.0.0.1:{port}"
+        one, other = await trace(CLIENT, base, Path.TUNNEL), await whoami(CLIENT, base, Path.TUNNEL)
+    assert [(c.answer, c.address) for c in (one, other)] == [(Answer.LOST, None), (Answer.UNKNOWN, None)]
+
+
 async def test_nobody_there_is_lost(free_port: int) -> None:
     assert (await trace(CLIENT, f"http://127.0.0.1:{free_port}", Path.UNKNOWN)).answer is Answer.LOST

@@ -8,7 +8,7 @@ from vpn_sentinel.agent.probes.datagram import RESEND
 from vpn_sentinel.agent.probes.shortage import is_shortage
 from vpn_sentinel.agent.probes.targets import address_in
 from vpn_sentinel.domain.observation import Answer, Canary, Path, Probe
-from vpn_sentinel.domain.policy import IPAddress
+from vpn_sentinel.domain.policy import IPAddress, is_public
 
 TRACE_PATH = "/cdn-cgi/trace"
 TRACE_URL: Final = "https://1.1.1.1"
@@ -53,6 +53,9 @@ async def _canary(http: Client, url: str, target: str, path: Path, limit: float,
         # A captive portal's page is an answer of the wrong kind: it is never taken for an exit.
         address = _address(target, response.body) if response.status == 200 else None
         answer = Answer.ANSWERED if address is not None else Answer.LOST
+        if address is not None and not is_public(address):
+            # A server on the LAN does not see where we leave for the internet; a trace that says so is somebody's else.
+            address, answer = None, Answer.UNKNOWN if target == "server" else Answer.LOST
     except HttpError as e:
         answer = Answer.UNKNOWN if is_shortage(e.__cause__) else Answer.LOST
     family = address.version if address else family
