@@ -127,3 +127,11 @@ def test_a_quiet_log_leaves_what_is_wrong(capsys: pytest.CaptureFixture[str]) ->
 def test_a_log_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(Unusable, match="No such file"):
         open_log(file=str(tmp_path / "none" / "sentinel.log"))
+
+
+@pytest.mark.usefixtures("_root")
+def test_a_log_that_cannot_be_written_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
+    open_log(file="/dev/full")
+    for _ in range(3):
+        log.warning("a leak")
+    assert capsys.readouterr().err == "vpn-sentinel: the log cannot be written: No space left on device\n"

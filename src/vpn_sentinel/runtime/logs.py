@@ -1,5 +1,6 @@
 """Logging: one line an event, `key=value` pairs behind a short sentence, control characters escaped."""
 
+import contextlib
 import logging
 import sys
 import time
@@ -27,13 +28,38 @@ class LineFormatter(logging.Formatter):
         return line
 
 
+class _LogFile(logging.FileHandler):
+    """A log that cannot be written (a full disk) is told once, in a line, until it can be again."""
+
+    _failed = _told = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._failed = False
+        super().emit(record)
+        self._told = self._failed
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+            return
+        self._failed = True
+        if not self._told:
+            with contextlib.suppress(OSError):
+                sys.stderr.write(f"vpn-sentinel: the log cannot be written: {error.strerror}\n")
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # of what could not be written before either
+            super().close()
+
+
 def open_log(*, debug: bool = False, quiet: bool = False, file: str | None = None) -> None:
     """Send log lines to standard error, or to `file`; `quiet` leaves warnings and errors.
 
     Raises Unusable when the file cannot be opened.
     """
     try:
-        handler = logging.FileHandler(file, encoding="utf-8") if file else logging.StreamHandler(sys.stderr)
+        handler = _LogFile(file, encoding="utf-8") if file else logging.StreamHandler(sys.stderr)
     except OSError as e:
         msg = f"VPN_SENTINEL_LOG_FILE: {file}: {e.strerror}"
         raise Unusable(msg) from e
