@@ -182,7 +182,7 @@ GOOD: list[tuple[Callable[[str], Any], str, Any]] = [
     (read.addresses, "192.0.2.1, ::ffff:192.0.2.2", (ip_address("192.0.2.1"), ip_address("192.0.2.2"))),
     (read.listening_host, "::ffff:127.0.0.1", "127.0.0.1"),
     (read.listening_host, "sentinel.example", "sentinel.example"),
-    (read.countries, "nl, SE", ("NL", "SE")),
+    (read.countries, "nl, SE,xk", ("NL", "SE", "XK")),
     (read.one_of("json", "text"), "JSON", "json"),
 ]
 
@@ -228,6 +228,8 @@ BAD: list[tuple[Callable[[str], Any], str, str]] = [
     (read.countries, "NLD", "is not a country code of two letters"),
     (read.countries, "N1", "is not a country code"),
     (read.countries, "ÄÖ", "is not a country code"),
+    (read.countries, "NL, uk", "'UK' is no country in ISO 3166-1: GB is meant?"),
+    (read.countries, "EU", "'EU' is no country in ISO 3166-1"),
     (read.one_of("json", "text"), "xml", "is not one of json, text"),
     (read.readable_file, "/nowhere/at/all", "No such file"),
     (read.readable_file, "/", "Is a directory"),

@@ -35,6 +35,18 @@ _PIPE_WITHIN: Final = 5.0  # seconds
 _LABEL: Final = re.compile(r"(?!xn--$)[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?", re.ASCII | re.IGNORECASE)
 _LONGEST_NAME: Final = 253
 
+# ISO 3166-1 alpha-2, as of 2024, and XK, which the databases of places use for Kosovo.
+_COUNTRIES: Final = """
+    AD AE AF AG AI AL AM AO AQ AR AS AT AU AW AX AZ BA BB BD BE BF BG BH BI BJ BL BM BN BO BQ BR BS BT BV BW BY BZ
+    CA CC CD CF CG CH CI CK CL CM CN CO CR CU CV CW CX CY CZ DE DJ DK DM DO DZ EC EE EG EH ER ES ET FI FJ FK FM FO FR
+    GA GB GD GE GF GG GH GI GL GM GN GP GQ GR GS GT GU GW GY HK HM HN HR HT HU ID IE IL IM IN IO IQ IR IS IT
+    JE JM JO JP KE KG KH KI KM KN KP KR KW KY KZ LA LB LC LI LK LR LS LT LU LV LY MA MC MD ME MF MG MH MK ML MM MN MO
+    MP MQ MR MS MT MU MV MW MX MY MZ NA NC NE NF NG NI NL NO NP NR NU NZ OM PA PE PF PG PH PK PL PM PN PR PS PT PW PY
+    QA RE RO RS RU RW SA SB SC SD SE SG SH SI SJ SK SL SM SN SO SR SS ST SV SX SY SZ TC TD TF TG TH TJ TK TL TM TN TO
+    TR TT TV TW TZ UA UG UM US UY UZ VA VC VE VG VI VN VU WF WS XK YE YT ZA ZM ZW
+    """
+_MEANT: Final = {"UK": "GB", "EN": "GB", "EL": "GR", "SP": "ES", "JA": "JP", "DA": "DK", "CS": "CZ"}
+
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
@@ -333,6 +345,10 @@ def countries(value: str) -> tuple[str, ...]:
     for code in found:
         if len(code) != 2 or not code.isascii() or not code.isalpha():
             msg = f"{code!r} is not a country code of two letters"
+            raise ValueError(msg)
+        if code not in _COUNTRIES:
+            meant = f": {_MEANT[code]} is meant?" if code in _MEANT else ""
+            msg = f"{code!r} is no country in ISO 3166-1{meant}"
             raise ValueError(msg)
     return found
 
