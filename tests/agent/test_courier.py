@@ -30,7 +30,7 @@ from vpn_sentinel.runtime.clock import SystemClock
 from vpn_sentinel.runtime.secret import Secret
 from vpn_sentinel.wire import codec
 from vpn_sentinel.wire.messages import PROTOCOL, Ack, Exchange, FromAgent, Hello, Refused, Reports, Welcome
-from vpn_sentinel.wire.problem import CONTENT_TYPE, problem
+from vpn_sentinel.wire.problem import CONTENT_TYPE, MARK, problem
 
 read = codec.decoder(FromAgent)  # type: ignore[arg-type]
 BODY = codec.encode(Observation(trigger=Trigger.TIMER))
@@ -60,6 +60,7 @@ class Server:
             return None
         response = connection.respond(HTTPStatus(self.status), "")
         response.body = codec.encode(problem(self.status, "no"))
+        response.headers[MARK[0]] = MARK[1]
         for name, value in (("Content-Type", CONTENT_TYPE), ("Content-Length", str(len(response.body)))):
             del response.headers[name]
             response.headers[name] = value
@@ -396,6 +397,15 @@ BETWEEN = {
         '{"status": 401, "title": "x", "detail": "x"}', 403, Content_Type="application/problem+json"
     ),
     "problem details that are cut off": reply('{"status": 403, "ti', 403, Content_Type="application/problem+json"),
+    "a gateway that writes problem details": reply(
+        codec.encode(problem(403, "Policy")), 403, Content_Type="application/problem+json"
+    ),
+    "the server, behind one that takes the offer out": reply(
+        codec.encode(problem(405, "this route takes POST")),
+        405,
+        Content_Type="application/problem+json",
+        VPN_Sentinel="1",
+    ),
     "no HTTP": b"SSH-2.0-x\r\n\r\n",
     "nothing": b"",
 }
@@ -415,6 +425,25 @@ async def test_what_stops_only_the_websocket_is_gone_round_by_post(
         await until(lambda: spool.pending == 0)
     assert got == [1]
     assert not any("key" in str(r.__dict__.get("reason", "")) for r in caplog.records)
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+async def test_no_observation_is_given_up_on_a_gateways_word(
+    spool: Spool, status: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill(spool, 3)
+    got: list[int] = []
+    respond = stores(got)
+    blocked = reply(codec.encode(problem(status, "blocked")), status, Content_Type="application/problem+json")
+    answers = iter([blocked] * 4)
+    gate = lambda r: reply("", 405) if r.startswith("GET") else next(answers, None) or respond(r)  # noqa: E731
+    async with http(gate) as (port, _), carrying(spool, f"http://127.0.0.1:{port}") as courier:
+        async with asyncio.timeout(20):
+            while spool.pending:
+                courier.kick()  # no pause is waited for
+                await asyncio.sleep(0.01)
+    assert got == [1, 2, 3]
+    assert not any("given up" in r.getMessage() for r in caplog.records)
 
 
 @pytest.mark.parametrize("opened", [False, True], ids=["unanswered", "opened, and silent for ever"])

@@ -6,6 +6,9 @@ from typing import Final
 import msgspec
 
 CONTENT_TYPE: Final = "application/problem+json"
+# A header of the server's own refusals: gateways write problem details too, and theirs say nothing of key and report.
+MARK: Final = ("vpn-sentinel", "1")
+MARK_BYTES: Final = (MARK[0].encode(), MARK[1].encode())
 # RFC 9110 renamed these; Python follows from 3.13 on, and what we answer must not depend on it.
 _RENAMED: Final = {413: "Content Too Large", 422: "Unprocessable Content"}
 

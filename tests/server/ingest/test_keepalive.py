@@ -54,6 +54,7 @@ async def test_a_wrong_clock_is_told(build: Build) -> None:
 async def test_without_a_key_nobody_comes_in(lobby: House) -> None:
     answer = await lobby.keepalive(key=None)
     assert (answer.status, answer.headers["content-type"]) == (401, "application/problem+json")
+    assert answer.headers["vpn-sentinel"] == "1"  # by which an agent knows whose word it is
     assert answer.json == {
         "status": 401, "title": "Unauthorized", "detail": "a key is needed: send it in the header X-API-Key",
         "type": "about:blank",

@@ -1,7 +1,8 @@
 """Whose answer is it? Between agent and server may be a proxy, a login page, a firewall: only the server speaks for it.
 
-The server's own errors are problem details (RFC 9457) that repeat the status they came with. Anything else, of whatever
-status, is somebody's on the way: it says nothing of the key, and acknowledges nothing.
+The server's own errors are problem details (RFC 9457) with a mark (`problem.MARK`), for gateways write such too, that
+repeat the status they came with. Anything else, of whatever status, is somebody's on the way: it says nothing of the
+key, and acknowledges nothing.
 """
 
 import zlib
@@ -11,7 +12,7 @@ from typing import Final
 import msgspec
 
 from vpn_sentinel.agent.http import MOST
-from vpn_sentinel.wire.problem import CONTENT_TYPE, Problem
+from vpn_sentinel.wire.problem import CONTENT_TYPE, MARK, Problem
 
 _LONGEST: Final = 160  # characters of a reason
 _GZIP: Final = 16 + zlib.MAX_WBITS  # zlib's word for a gzip header
@@ -20,6 +21,8 @@ _decode = msgspec.json.Decoder(Problem).decode
 
 def own_refusal(status: int, headers: Mapping[str, str], body: bytes) -> str | None:
     """Why the server itself refuses, None when this is not its answer. `headers` are by name in lower case."""
+    if headers.get(MARK[0]) != MARK[1]:
+        return None
     if headers.get("content-type", "").partition(";")[0].strip().lower() != CONTENT_TYPE:
         return None
     try:

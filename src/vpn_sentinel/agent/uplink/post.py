@@ -32,7 +32,7 @@ async def post(http: Client, url: str, at: IPAddress, key: Secret, body: bytes, 
     match status:
         case HTTPStatus.UNAUTHORIZED | HTTPStatus.FORBIDDEN:
             raise ChannelError(Fault.DENIED, f"the server refuses: {why} (HTTP {status})")
-        case HTTPStatus.BAD_REQUEST | HTTPStatus.REQUEST_ENTITY_TOO_LARGE | HTTPStatus.UNPROCESSABLE_ENTITY:
+        case HTTPStatus.REQUEST_ENTITY_TOO_LARGE | HTTPStatus.UNPROCESSABLE_ENTITY:
             raise ChannelError(Fault.REJECTED, f"the server does not take this report: {why} (HTTP {status})")
-        case _:
+        case _:  # 400 too: what is no JSON there was JSON here, and was changed on the way
             raise ChannelError(Fault.BROKEN, f"the server refuses: {why} (HTTP {status})")

@@ -108,6 +108,8 @@ def _refused(response: Response) -> ChannelError:
     why = own_refusal(status, headers, bytes(response.body or b""))
     if why is None:
         return ChannelError(Fault.NO_WEBSOCKET, strangers(status))
+    if status == HTTPStatus.METHOD_NOT_ALLOWED:  # nginx, by default, passes no Upgrade on
+        return ChannelError(Fault.NO_WEBSOCKET, "something on the way takes the offer of a WebSocket out")
     if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
         return ChannelError(Fault.DENIED, f"the server refuses: {why} (HTTP {status})")
     return ChannelError(Fault.BROKEN, f"the server refuses: {why} (HTTP {status})")

@@ -22,7 +22,7 @@ _Request = Request[Any, Any, Any]
 
 def problem(status: int, detail: str, headers: dict[str, str] | None = None) -> Answer:
     body = encode(wire.problem(status, detail))
-    return Response(body, status_code=status, media_type=wire.CONTENT_TYPE, headers=headers or {})
+    return Response(body, status_code=status, media_type=wire.CONTENT_TYPE, headers=dict([wire.MARK]) | (headers or {}))
 
 
 def on_http_exception(_: _Request, error: HTTPException) -> Answer:

@@ -69,7 +69,7 @@ class Switch:
         except Refusal as e:
             status, kind = e.status, problem.CONTENT_TYPE.encode()
             body = encode(problem.problem(e.status, e.detail))
-            extra += retry_header(e.retry_after)
+            extra += [problem.MARK_BYTES, *retry_header(e.retry_after)]
         headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode()), *extra]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
@@ -183,6 +183,7 @@ async def _deny(scope: Any, send: Any, refusal: Refusal) -> None:
     headers = [
         (b"content-type", problem.CONTENT_TYPE.encode()),
         (b"content-length", str(len(body)).encode()),
+        problem.MARK_BYTES,
         *retry_header(refusal.retry_after),
     ]
     await send({"type": "websocket.http.response.start", "status": refusal.status, "headers": headers})
