@@ -11,6 +11,7 @@ from vpn_sentinel.cli.process import report, run_until_stopped
 from vpn_sentinel.cli.reading import add_config, source_of, warn_unread
 from vpn_sentinel.cli.storing import naming_the_setting
 from vpn_sentinel.runtime import logs
+from vpn_sentinel.runtime.addresses import parse_address
 from vpn_sentinel.runtime.clock import Clock, SystemClock
 from vpn_sentinel.runtime.secret import Secret
 from vpn_sentinel.runtime.settings import PREFIX, SettingError
@@ -47,10 +48,22 @@ def run(args: argparse.Namespace) -> int:
     return run_until_stopped(lambda stop: _both(serving, watching, SystemClock(), stop), fast=True)
 
 
+def _need_entry(serving: "ServerSettings", host: str) -> None:
+    """Raises SettingError where the agent here, which comes from the address that it goes to, would not be let in."""
+    try:
+        address = parse_address(host)
+    except ValueError:  # a name
+        return
+    if serving.allowed_ips and not any(address in n for n in serving.allowed_ips if n.version == address.version):
+        raise SettingError(PREFIX + "SERVER_ALLOWED_IPS", f"needs {address} too, from which the agent here reports")
+
+
 def _own_url(serving: "ServerSettings") -> str:
     """Where the agent here reaches the server here. Raises SettingError."""
     if serving.tls_cert is None:
-        return f"http://127.0.0.1:{serving.api_port}"
+        host = "127.0.0.1" if serving.host in ("::", "0.0.0.0") else serving.host  # noqa: S104 - what it listens on
+        _need_entry(serving, host)
+        return f"http://{f'[{host}]' if ':' in host else host}:{serving.api_port}"
     if serving.public_url is None:
         raise SettingError(
             PREFIX + "PUBLIC_URL", "is needed with a certificate: the agent here reports to the name it was made for"

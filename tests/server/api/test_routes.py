@@ -58,6 +58,11 @@ async def test_status_without_tunnels(reader: httpx.AsyncClient) -> None:
     assert await get(reader, "/status") == {}
 
 
+async def test_a_wrong_parameter_is_called_as_people_call_it(reader: httpx.AsyncClient) -> None:
+    refused = await reader.get("/incidents", params={"open": "maybe"})
+    assert (refused.status_code, refused.json()["detail"].partition(":")[0]) == (400, "open")
+
+
 async def test_whoami_believes_only_the_socket(nobody: httpx.AsyncClient) -> None:
     response = await nobody.get("/whoami", headers={"X-Forwarded-For": "203.0.113.99"})
     assert response.json() == {"ip": "192.0.2.1", "version": 4}

@@ -65,5 +65,9 @@ def as_problem(response: Response[Any]) -> Response[Any]:
 
 def _detail(error: HTTPException) -> str:
     """Which parameter is wrong and why, when the framework knows."""
-    faults = [f"{e.get('key', '?')}: {e.get('message', 'not valid')}" for e in error.extra or [] if isinstance(e, dict)]
+    faults = [
+        f"{str(e.get('key', '?')).rstrip('_')}: {e.get('message', 'not valid')}"
+        for e in error.extra or []
+        if isinstance(e, dict)
+    ]
     return "; ".join(faults) or str(error.detail)
