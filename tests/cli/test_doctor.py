@@ -156,7 +156,7 @@ async def test_a_server_is_greeted_and_given_no_report(tmp_path: Path) -> None:
     def answer(request: str) -> bytes:
         if KEY in request:
             return reply(codec.encode(Welcome(ack=0, wall=now - 3600)))
-        return reply(codec.encode(problem(401, "a key is needed")), 401, Content_Type=CONTENT_TYPE)
+        return reply(codec.encode(problem(401, "a key is needed")), 401, Content_Type=CONTENT_TYPE, VPN_Sentinel="1")
 
     async with http(answer) as (port, got):
         settings = {"URL": f"http://127.0.0.1:{port}", "API_KEY": KEY, "DATA_DIR": str(tmp_path)}
