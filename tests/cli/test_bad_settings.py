@@ -38,7 +38,8 @@ SERVER = {
     "LOG_FILE": ["{}", "{}/none/x"], "DEBUG": ["perhaps"],
 }  # fmt: skip
 AGENT = {
-    "URL": [*BASES, "http://sentinel.example"], "API_KEY": ["k\u00e9y"], "CLIENT_ID": ["a b", "x" * 101, "é"],
+    "URL": [*BASES, "http://sentinel.example", "https://u:HUSH@h"],
+    "API_KEY": ["k\u00e9y"], "CLIENT_ID": ["a b", "x" * 101, "é"],
     "ROLE": ["other"], "SITE": ["a\x01"], "ALLOW_INSECURE": ["perhaps"], "INTERVAL": ["0", "inf"],
     "PULSE_SECONDS": ["0"], "TIMEOUT": ["x"], "LEAK_WATCH": ["perhaps"], "REMEDY_DRY_RUN": ["perhaps"],
     "TUNNEL_INTERFACE": ["a/b", "é" * 8, "a:1", ".."], "TUNNEL_ENDPOINTS": ["vpn.example:1", "1.1.1.1"],
