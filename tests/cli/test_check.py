@@ -141,7 +141,11 @@ ALONE = replace(SEEN, link=None)
 SILENT = replace(ALONE, canaries=(replace(SEEN.canaries[0], address=None),))
 MISSING = {
     "no home network": (ALONE, "", "no home network is declared: set VPN_SENTINEL_HOME_NETWORKS"),
-    "none of the exit's family": (ALONE, "2001:db8::/32", "None of the declared home networks is IPv4: add yours"),
+    "none of the exit's family": (
+        ALONE,
+        "2001:db8::/32",
+        "None of the home networks (2001:db8::/32) can be compared",
+    ),
     "no exit": (SILENT, "198.51.100.7", "Nobody told from which address traffic leaves"),
 }
 

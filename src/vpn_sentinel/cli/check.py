@@ -263,22 +263,11 @@ def show(looked: "Looked", policy: Policy) -> None:
         console.print(Text.assemble((f"{mark} ", style), (finding.code.value, style), f"  {_safe(finding.message)}"))
         for key, value in finding.evidence.items():
             console.print(Text(f"    {_safe(key)}: {_safe(value)}", style="dim"))
-        console.print(Text(f"    → {_advice(finding, seen, policy)}"))
+        console.print(Text(f"    → {finding.advice}"))
     if missing := unseen(looked):
         console.print(Text("Not looked at:", style="dim"))
         for line in missing:
             console.print(Text(f"  {_safe(line)}", style="dim"))
-
-
-def _advice(finding: Finding, seen: Observation, policy: Policy) -> str:
-    """The finding's own, except where it would ask for a home network although one is declared."""
-    if finding.code is not Code.TUNNEL_UNKNOWN or not policy.home_networks or "home" in finding.evidence:
-        return finding.advice
-    exits = [e for e in (seen.exit(4), seen.exit(6)) if e]
-    if not exits:
-        return "Nobody told from which address traffic leaves: there is nothing to compare with the home networks."
-    families = " or ".join(f"IPv{e.version}" for e in exits)
-    return f"None of the declared home networks is {families}: add yours with --home or VPN_SENTINEL_HOME_NETWORKS."
 
 
 def _facts(seen: Observation) -> list[tuple[str, str]]:

@@ -114,6 +114,13 @@ def _tunnel_unknown(facts: Facts) -> str | None:
             f"iptables-save; ip rule). If {facts['beside']} is your own line's address, put it into "
             "VPN_SENTINEL_HOME_NETWORKS."
         )
+    if facts.get("declared") and facts.get("exit"):
+        return (
+            f"None of the home networks ({facts['declared']}) can be compared with {facts['exit']}: add your line's "
+            "public address of that IP version (--home, VPN_SENTINEL_HOME_NETWORKS)."
+        )
+    if facts.get("declared"):
+        return "Nobody told from which address traffic leaves: there is nothing to compare with the home networks."
     if not facts.get("home"):
         return None
     return (

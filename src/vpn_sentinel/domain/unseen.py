@@ -19,7 +19,7 @@ def findings(seen: Observation, policy: Policy) -> Iterator[Finding]:
         return
     exits = _exits(seen)
     if not _comparable(exits, policy):
-        yield _unknown(exits)
+        yield _unknown(exits, policy)
         return
     away = [e for e in exits if not policy.is_home(e)]
     near = next((e for e in away if _shared(e, seen, policy)), None)
@@ -62,8 +62,9 @@ def rests_on_home(seen: Observation, policy: Policy) -> bool:
 
 
 def _exits(seen: Observation) -> list[IPAddress]:
-    told = [e for e in (seen.exit(4), seen.exit(6)) if e]
-    return told or ([seen.reported_from] if seen.reported_from else [])
+    """Where traffic comes out; an address that cannot be on the internet, as a captive portal may tell one, is none."""
+    told = [e for e in (seen.exit(4), seen.exit(6)) if e and is_public(e)]
+    return told or ([seen.reported_from] if seen.reported_from and is_public(seen.reported_from) else [])
 
 
 def _comparable(exits: list[IPAddress], policy: Policy) -> bool:
@@ -87,12 +88,12 @@ def _elsewhere(exit_: IPAddress, seen: Observation, policy: Policy) -> bool:
     return bool(asns_of(exit_, seen) and home_asns(seen, policy))
 
 
-def _unknown(exits: list[IPAddress]) -> Finding:
-    named = ", ".join(map(str, exits))
+def _unknown(exits: list[IPAddress], policy: Policy) -> Finding:
+    named, declared = ", ".join(map(str, exits)), ", ".join(map(str, policy.home_networks))
     return Finding(
         Code.TUNNEL_UNKNOWN,
         f"Traffic leaves from {named}, and nothing here tells whether that is a VPN."
         if named
         else "Answers come, and none tells the address that traffic leaves from: nothing here shows a VPN.",
-        {"exit": named} if named else {},
+        ({"exit": named} if named else {}) | ({"declared": declared} if declared else {}),
     )
