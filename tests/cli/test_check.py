@@ -124,14 +124,14 @@ def test_every_state_has_its_exit_status() -> None:
 
 def test_people_see_state_exit_and_advice(capsys: pytest.CaptureFixture[str]) -> None:
     policy = Policy(home_networks=check.read.networks("203.0.113.4"))
-    check.show(looked(SEEN, policy), policy)
+    check.show(looked(SEEN, policy))
     out = capsys.readouterr().out
     for expected in ("LEAKING", "203.0.113.4", "Amsterdam", "AS64500", "wg0, up", "Resolver Ltd", "ip_leak", "→ Stop"):
         assert expected in out
 
 
 def test_the_terminal_obeys_nobody_else(capsys: pytest.CaptureFixture[str]) -> None:
-    check.show(looked(SEEN), Policy())
+    check.show(looked(SEEN))
     out = capsys.readouterr().out
     assert "\x1b" not in out
     assert "Example \\x1b[31m" in out
@@ -155,7 +155,7 @@ def test_what_is_missing_to_judge_the_exit_is_said(
     seen: Observation, home: str, advice: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     policy = Policy(home_networks=check.read.networks(home))
-    check.show(looked(seen, policy), policy)
+    check.show(looked(seen, policy))
     out = capsys.readouterr().out
     assert "tunnel_unknown" in out
     assert advice in out

@@ -15,7 +15,7 @@ from vpn_sentinel.domain.judge import PACKETS_UNSEEN, agreed_country
 from vpn_sentinel.domain.observation import Answer, Canary, Observation, Place, Probe
 from vpn_sentinel.domain.policy import IPAddress, Policy
 from vpn_sentinel.domain.routes import each_spoken
-from vpn_sentinel.domain.verdict import Code, Finding, Severity, State, Verdict
+from vpn_sentinel.domain.verdict import Severity, State, Verdict
 from vpn_sentinel.runtime import logs
 from vpn_sentinel.runtime import settings as read
 from vpn_sentinel.runtime.clock import SystemClock
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(as_plain(looked.seen, looked.verdict)))
     else:
-        show(looked, policy)
+        show(looked)
     return STATUS[looked.verdict.state]
 
 
@@ -245,7 +245,7 @@ def unseen(looked: "Looked") -> list[str]:
     return found
 
 
-def show(looked: "Looked", policy: Policy) -> None:
+def show(looked: "Looked") -> None:
     """Print for people. Everything from outside goes through `_safe`: a terminal obeys control characters."""
     from rich.console import Console
     from rich.table import Table
