@@ -94,6 +94,7 @@ async def test_a_mark_that_leads_names_past_the_tunnel_is_seen_by_our_own_questi
     """Policy routing: a VPN's program marks its packets too, but none of them is a question of ours."""
     seen = await ran(f"""{RULES}{MARKED}
 watch = make()
+await ask("192.0.2.53")  # where no DNS runs: no nameserver to name to people
 await ask("1.1.1.1")
 await until(lambda: acted)
 say(flows=flows(watch), names=[e.name for e in acted])

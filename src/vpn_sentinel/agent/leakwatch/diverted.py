@@ -9,6 +9,7 @@ that is led to this host itself, as Docker's resolver and redirects to a local s
 from vpn_sentinel.agent.leakwatch.packets import Packet
 from vpn_sentinel.agent.leakwatch.rules import is_dns
 from vpn_sentinel.agent.net.own import OwnSockets
+from vpn_sentinel.agent.probes.dns import NO_DNS_HERE
 from vpn_sentinel.agent.probes.tag import is_probe
 from vpn_sentinel.domain.leaks import DNS_PORTS
 
@@ -29,8 +30,11 @@ def is_diverted(packet: Packet, own: OwnSockets) -> bool:
 def is_led_out(packet: Packet, own: OwnSockets) -> bool:
     """Whether this is a DNS question of this process from a socket that routes alone decide of, to where it was sent.
 
-    Where the routes lead there through the tunnel, this host's rules took it out.
+    Where the routes lead there through the tunnel, this host's rules took it out. What is asked of an address that runs
+    no DNS is left to the others: people would look for a nameserver there.
     """
     if packet.source_port is None or not is_dns(packet) or not is_probe(packet):
+        return False
+    if packet.destination == NO_DNS_HERE.address:
         return False
     return (packet.destination, packet.destination_port) in own.routed(packet.protocol, packet.source_port)
