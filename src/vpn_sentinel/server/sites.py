@@ -35,7 +35,7 @@ _SLACK: Final = 2.0
 # Seconds between two pulses, and some: so much later than its tunnel a reference agent may find out that home died.
 _PULSE: Final = 3.0
 # A pulse that arrives sooner than so many seconds (and the tunnel's round trip) after the trouble began may have been
-# sent before it. A dead tunnel is known 2.3 s into it at the soonest, and two pulses are 2.2 s apart at most: so while
+# sent before it. A dead tunnel is known 2.3 s into it at the soonest, and two pulses are 1.7 s apart at most: so while
 # home is well, one has come by then.
 _LATER: Final = 0.1
 # From when to when pulses came without a gap, in seconds since the epoch.

@@ -1,4 +1,4 @@
-"""Pulses: one small datagram every two seconds to the server's echo, over one socket that stays.
+"""Pulses: one small datagram every 1.5 seconds to the server's echo, over one socket that stays.
 
 A pulse that stays without a reply is followed by three quick ones; when those stay so too, an answer names another
 address, or answers come back, a round starts. Where UDP does not reach the server, one canary every five seconds goes

@@ -1,6 +1,6 @@
 """What the pulses say of a tunnel's quality: loss, order, round trip, jitter; no I/O, and time is an argument.
 
-One pulse every two seconds tells little, and late. So the first one that is missing begins a close look: 60 quick
+One pulse every 1.5 seconds tells little, and late. So the first one that is missing begins a close look: 60 quick
 pulses, and more while over a tenth of the last 60 is lost. They are counted apart from the one that began the look,
 which would bias them. By the binomial distribution their odds of being called too many lost (9 of the first 30, or
 more than 12 of all 60) are
@@ -212,7 +212,7 @@ class Samples:
         return list(islice(found, last))[::-1]
 
     def quality(self, now: float) -> Quality:
-        """Of the last 60 pulses: two minutes or, after a close look, some seconds. Of 19, while there are not so many.
+        """Of the last 60 pulses: 90 s or, after a close look, some seconds. Of 19, while there are not so many.
 
         While a look runs, what was said before it stays: to look again and again until it is bad would find it bad.
         More than `HIGH` is told by a look alone, and from the loss's beginning on; it stays until `LOW` is reached or a
