@@ -75,6 +75,19 @@ def test_a_third_lost_is_found_within_twenty_seconds() -> None:
     assert took[180] < 20, took[180]
 
 
+def test_what_a_close_look_finds_is_told_by_the_next_round() -> None:
+    """A round comes as soon as a look finds too many lost: what it is told then must say so."""
+    for seed in range(300):
+        line = Pulses(0.0, seed)
+        line.run(60)
+        line.loss, found = 0.25, False
+        end = line.now + 60
+        while not found and line.now < end:
+            line.step(end)
+            found = line.samples.high
+        assert line.high_loss or not found, seed
+
+
 def test_a_lucky_stretch_is_no_recovery() -> None:
     calm = 0
     for seed in range(100):

@@ -174,8 +174,11 @@ class Samples:
             return
         many, of = EARLY
         plain = len(seen) >= of and sum(s.rtt is None for s in seen[:of]) >= many
-        if plain or (len(seen) >= LEAST and lost > HIGH * len(seen)):
-            self._high_from = self._onset(began, lost / len(seen))
+        if (plain or len(seen) >= LEAST) and lost > HIGH * len(seen):
+            # From its onset on, as far as what passed before does not talk down what the look found.
+            onset = self._onset(began, lost / len(seen))
+            since = [s for s in self._settled(now, WIDE) if s.at >= onset]
+            self._high_from = next((s.at for i, s in enumerate(since) if _share(since[i:]) > HIGH), seen[0].at)
             self._end_look(now)
         elif (len(seen) >= LEAST and lost <= WORTH_TELLING * len(seen)) or (len(seen) >= of and lost <= FEW):
             self._end_look(now)
@@ -243,6 +246,11 @@ class Samples:
             jitter_ms=_ms(self._jitter),
         )
         return self._told
+
+
+def _share(pulses: Sequence[_Sent]) -> float:
+    """The part of them, at least one, that was lost."""
+    return sum(s.rtt is None for s in pulses) / len(pulses)
 
 
 class Rates:
