@@ -103,6 +103,26 @@ say(flows=flows(watch), names=[e.name for e in acted])
     assert seen["names"] == [None]
 
 
+async def test_where_a_tap_has_lost_its_router_our_question_is_a_probe_as_ever() -> None:
+    """Linux passes over an IPv6 route by a router that does not answer, and takes home's: a leak, and not of names."""
+    seen = await ran(f"""{RULES}
+for line in ("link add wg0 type veth peer name inside", "link set inside up", "link set wg0 up",
+             "addr add fd00:9::2/64 dev wg0 nodad", "-6 route add 2000::/3 via fd00:9::1 dev wg0",
+             "addr add 2001:db8:7::2/64 dev eth0 nodad", "-6 route add default via 2001:db8:7::1 dev eth0",
+             "neigh add 2001:db8:7::1 lladdr 02:00:00:00:00:01 dev eth0",
+             "neigh add fd00:9::1 lladdr 02:00:00:00:00:02 dev wg0"):
+    subprocess.run(["ip", *line.split()], check=True)
+watch = make()
+subprocess.run("ip -6 neigh replace fd00:9::1 dev wg0 nud failed".split(), check=True)
+await ask("2606:4700:4700::1111")
+left = "2606:4700:4700::1111" in came
+send("203.0.113.5"); await until(lambda: "203.0.113.5" in came)  # behind it
+say(flows=flows(watch), left=left)
+""")
+    assert seen["left"]
+    assert seen["flows"] == [["203.0.113.5", 443, 1]]
+
+
 async def test_where_routes_lead_our_question_outside_it_is_a_probe_as_ever() -> None:
     seen = await ran(f"""{RULES}{MARKED}
 for network in ("1.1.1.0/24", "203.0.113.0/24"):

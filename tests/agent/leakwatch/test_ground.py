@@ -11,7 +11,8 @@ from vpn_sentinel.agent.endpoints import parse_endpoint
 from vpn_sentinel.agent.leakwatch.ground import Ground, ground
 from vpn_sentinel.agent.net.fib import Fib, Hop, RouteEntry, Rule, parse_entry
 from vpn_sentinel.agent.net.link import IFF_POINTOPOINT, Interface
-from vpn_sentinel.agent.netlink import Way, parse_link, ways
+from vpn_sentinel.agent.netlink import Route, Way, parse_link, ways
+from vpn_sentinel.domain.policy import IPAddress
 
 TUN = replace(WG, name="tun0", kind="tun")
 
@@ -22,6 +23,9 @@ class Tables:
 
     def ways(self) -> tuple[Way, ...]:
         return self.found
+
+    def route(self, destination: IPAddress, *, port: int = 0, protocol: int = 17) -> Route | None:
+        raise NotImplementedError
 
 
 def way(network: str, interface: int = 2, *, gateway: bool = False) -> Way:

@@ -13,7 +13,7 @@ from vpn_sentinel.agent.net.link import IFF_LOOPBACK, IFF_POINTOPOINT, Interface
 from vpn_sentinel.agent.net.local import SHORTEST, addresses
 from vpn_sentinel.agent.net.roles import is_layer3_tunnel
 from vpn_sentinel.agent.net.servers import reached
-from vpn_sentinel.agent.netlink import Way
+from vpn_sentinel.agent.netlink import Route, Way
 from vpn_sentinel.domain.policy import NOT_PUBLIC, IPAddress, IPNetwork, is_public, within
 
 _WIREGUARD: Final = frozenset({"wireguard", "amneziawg"})
@@ -24,6 +24,8 @@ class Tables(Protocol):
     """What is read of the kernel's routing. It may raise OSError."""
 
     def ways(self) -> tuple[Way, ...]: ...
+
+    def route(self, destination: IPAddress, *, port: int = 0, protocol: int = 17) -> Route | None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

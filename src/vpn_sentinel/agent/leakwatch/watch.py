@@ -469,10 +469,18 @@ class LeakWatch:
         """Whether this host's firewall leads a name that we asked, and so everybody's, elsewhere or past the tunnel."""
         if is_diverted(packet, self._own):
             return True
-        if self._ground.fib is None or self._ground.tunnel is None or not is_led_out(packet, self._own):
+        fib, tunnel = self._ground.fib, self._ground.tunnel
+        if fib is None or tunnel is None or self._tables is None or not is_led_out(packet, self._own):
             return False
-        entry = self._ground.fib.lookup(packet.destination, _sender(packet))
-        return entry is not None and {hop.interface for hop in entry.hops} == {self._ground.tunnel}
+        entry = fib.lookup(packet.destination, _sender(packet))
+        if entry is None or {hop.interface for hop in entry.hops} != {tunnel}:
+            return False
+        try:
+            # Tables are not all: of routes by a router that does not answer, IPv6 takes another one.
+            route = self._tables.route(packet.destination, port=packet.destination_port or 0, protocol=packet.protocol)
+        except OSError:
+            return False
+        return route is not None and route.interface == tunnel
 
     def _is_ours(self, packet: Packet) -> bool:
         """A probe shows where traffic goes, and a canary tells of it: its packets are no user's.
