@@ -22,7 +22,7 @@ from bench.fuzz import Queue, metrics
 from bench.ingest import KEY, Server, free_port
 from vpn_sentinel.wire import echo, pulse
 
-EVERY = 2.0  # seconds between an agent's pulses at its default settings
+EVERY = 1.0  # seconds between an agent's pulses at its default settings
 ROUNDS = 3
 BATCH = 64
 HERE = Path(__file__).parent

@@ -54,7 +54,7 @@ def test_all_well_waits_for_the_interval_and_never_longer() -> None:
 def test_trouble_is_looked_at_again_soon_then_now_and_then() -> None:
     schedule = Schedule(30.0)
     schedule.after(State.PROTECTED)
-    waits = [schedule.after(State.DOWN)[0] for _ in range(7)]
+    waits = [schedule.after(State.DOWN)[0] for _ in range(len(RECHECKS) + 2)]
     assert waits == [*RECHECKS, UNWELL, UNWELL]
 
 
@@ -62,7 +62,7 @@ def test_recovery_is_confirmed_too() -> None:
     schedule = Schedule(30.0)
     for _ in range(20):
         schedule.after(State.DOWN)
-    assert [schedule.after(State.PROTECTED)[0] for _ in range(5)] == list(RECHECKS)
+    assert [schedule.after(State.PROTECTED)[0] for _ in RECHECKS] == list(RECHECKS)
     assert schedule.after(State.PROTECTED)[1] is Trigger.TIMER
 
 

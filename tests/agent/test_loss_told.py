@@ -1,51 +1,84 @@
 """When people hear of loss, and of its end: pulses that a simulated line loses, judged and remembered as ever."""
 
 import random
-from statistics import quantiles
+from math import inf
 
 import pytest
 
 from tests.agent.test_quality import Pulses
-from vpn_sentinel.agent.cycle import Schedule
+from vpn_sentinel.agent.cycle import GAP, Schedule
 from vpn_sentinel.domain.judge import judge
 from vpn_sentinel.domain.machine import Memory, advance
 from vpn_sentinel.domain.observation import Answer, Canary, Link, Observation, Path, Probe, Trigger
 from vpn_sentinel.domain.policy import Policy
 from vpn_sentinel.domain.verdict import State
-from vpn_sentinel.server.weighing import began, is_measured
+from vpn_sentinel.server.weighing import began, is_measured, lasts
 
 DAY = 86400.0
 THROUGH = Canary(probe=Probe.DEFAULT, target="echo", family=4, answer=Answer.ANSWERED, path=Path.TUNNEL)
 UP = Link(name="wg0", present=True, up=True)
 
 
+WELL_TAKES, LOSSY_TAKES, HURRIED_TAKES = 0.3, 2.4, 0.4  # seconds of a round, as in the lab
+
+
 class Told:
-    """A line with an agent's rounds, every minute, at changes and after them, and the server's memory of the tunnel."""
+    """A line with an agent's rounds, every minute, at changes and after them, and the server's memory of the tunnel.
+
+    A round takes its time, and one that is running when the pulses ring is begun anew, once.
+    """
 
     def __init__(self, loss: float, seed: int, interval: float = 60.0) -> None:
         self.line, self.memory, self.policy = Pulses(loss, seed), Memory(state=State.PROTECTED), Policy()
         self.schedule = Schedule(interval, random.Random(seed))
-        self.next = 0.0
+        self.state, self.next, self.rang, self.may_cut = State.PROTECTED, 0.0, False, True
+        self.began, self.ends = -GAP, inf
         self.moves: list[tuple[float, State]] = []
 
     def run(self, seconds: float) -> None:
         end = self.line.now + seconds
         while self.line.now < end:
-            high = self.line.samples.high
-            self.line.step(end)
-            if self.line.now >= self.next or self.line.samples.high != high:
-                self.round()
+            looking, high = self.line.looking, self.line.samples.high
+            due = self.next if self.next > self.line.now and self.ends == inf else end
+            self.line.step(min(end, self.ends, due))
+            if looking and not self.line.looking:
+                self.line.samples.quality(self.line.now)
+            self.rang = self.rang or self.line.samples.high is not high
+            self.look()
 
-    def round(self) -> None:
+    def look(self) -> None:
         now = self.line.now
-        seen = Observation(trigger=Trigger.TIMER, link=UP, canaries=(THROUGH,), quality=self.line.samples.quality(now))
+        if self.ends < inf and self.rang and self.may_cut:
+            self.may_cut = False
+            self.begin()
+        elif now >= self.ends:
+            self.may_cut = True
+            self.end()
+        if self.ends == inf and (now >= self.next or (self.rang and now >= self.began + GAP)):
+            self.begin()
+
+    def begin(self) -> None:
+        hurry = self.line.samples.high and self.state is State.PROTECTED
+        takes = HURRIED_TAKES if hurry else LOSSY_TAKES if self.line.loss else WELL_TAKES
+        self.rang, self.began, self.ends = False, self.line.now, self.line.now + takes
+
+    def end(self) -> None:
+        quality, took = self.line.samples.quality(self.line.now), 1000 * (self.line.now - self.began)
+        seen = Observation(trigger=Trigger.TIMER, link=UP, canaries=(THROUGH,), quality=quality, took_ms=took)
         verdict = judge(seen, self.policy)
-        since = began(seen, verdict, now, self.memory)
+        self.state = verdict.state
+        since, lasted = began(seen, verdict, self.began, self.memory), lasts(seen, verdict)
         self.memory, events = advance(
-            self.memory, verdict, now, self.policy, began=since, measured=is_measured(verdict)
+            self.memory,
+            verdict,
+            self.began,
+            self.policy,
+            began=since,
+            measured=is_measured(verdict),
+            lasted=lasted,
         )
-        self.moves += [(now, self.memory.state)] if events else []
-        self.next = now + self.schedule.after(verdict.state)[0]
+        self.moves += [(self.line.now, self.memory.state)] if events else []
+        self.next, self.ends = self.began + self.schedule.after(verdict.state)[0], inf
 
     def first(self, state: State, since: float) -> float:
         return next((at - since for at, new in self.moves if new is state and at >= since), 1e9)
@@ -54,9 +87,9 @@ class Told:
 @pytest.mark.parametrize("interval", [4.0, 60.0])
 @pytest.mark.parametrize("share", [0.3, 0.5])
 def test_loss_and_its_end_are_told_within_twenty_seconds(share: float, interval: float) -> None:
-    """Four of five times at least; the rest is a line that happens to lose none of its first pulses."""
+    """97 of 100 times at least; the rest is a line that happens to lose none of its first pulses."""
     told, over = [], []
-    for seed in range(100):
+    for seed in range(200):
         made = Told(0.0, seed, interval)
         made.run(110 + seed / 2)
         start, made.line.loss = made.line.now, share
@@ -67,9 +100,8 @@ def test_loss_and_its_end_are_told_within_twenty_seconds(share: float, interval:
             made.run(60)
             over.append(made.first(State.PROTECTED, end))
         assert State.DOWN not in {state for _, state in made.moves}
-    told_by, over_by = quantiles(told, n=20), quantiles(over, n=20)
-    assert told_by[15] < 20
-    assert over_by[18] < 20
+    assert sum(t <= 20 for t in told) >= 0.97 * len(told)
+    assert sum(t <= 20 for t in over) >= 0.99 * len(over)
 
 
 @pytest.mark.parametrize(("share", "seed"), [(0.01, 1), (0.02, 2), (0.05, 3)])

@@ -21,7 +21,7 @@ class Pulses:
     def __init__(self, loss: float, seed: int = 1) -> None:
         self.samples, self.dice, self.loss = Samples(), random.Random(seed), loss
         self.now, self.number, self.close = 0.0, 0, 0
-        self.rhythm = Rhythm(1.5, random.Random(seed))
+        self.rhythm = Rhythm(1.0, random.Random(seed))
 
     def run(self, seconds: float) -> None:
         end = self.now + seconds
@@ -45,6 +45,10 @@ class Pulses:
             self.close += 1
             rhythm.hurry(self.now, pace)
         self.now += min(max(0.001, rhythm.wait(self.now)), end - self.now)
+
+    @property
+    def looking(self) -> bool:
+        return self.samples.looking
 
     @property
     def high_loss(self) -> bool:

@@ -10,7 +10,7 @@ from tests.agent.test_dns import whoami
 from tests.agent.test_dnswire import answer
 from tests.agent.test_place import IPINFO
 from vpn_sentinel.agent.http import Client
-from vpn_sentinel.agent.interfaces import Survey, survey
+from vpn_sentinel.agent.interfaces import Paths, Survey, survey
 from vpn_sentinel.agent.names import Names
 from vpn_sentinel.agent.netlink import Route
 from vpn_sentinel.agent.probes import placing
@@ -22,7 +22,7 @@ from vpn_sentinel.agent.probes.placing import Service
 from vpn_sentinel.agent.probes.system_resolver import SystemResolver
 from vpn_sentinel.agent.round import Eyes, look
 from vpn_sentinel.domain.judge import judge, learned_home
-from vpn_sentinel.domain.observation import Answer, Canary, Place, Probe, Trigger
+from vpn_sentinel.domain.observation import Answer, Canary, Link, Place, Probe, Quality, Trigger
 from vpn_sentinel.domain.observation import Path as DomainPath
 from vpn_sentinel.domain.policy import IPAddress, Policy
 from vpn_sentinel.domain.verdict import State
@@ -78,6 +78,35 @@ async def test_a_leak_is_told_without_asking_further() -> None:
         seen = await look(eyes(canary, dns), Trigger.TIMER, policy)
         assert served.got == []
     assert judge(seen, policy).state is State.LEAKING
+
+
+async def test_what_the_pulses_found_is_told_without_asking_further() -> None:
+    async with udp(lambda _: EXIT) as (canary, _), udp(whoami) as (dns, served):
+        seen = await look(replace(eyes(canary, dns), hurry=lambda: True), Trigger.CANARY, Policy())
+        assert served.got == []
+    assert seen.exit(4) == ip_address("185.65.134.10")
+
+
+async def test_pulses_are_asked_when_nameservers_have_answered() -> None:
+    class Pulses:
+        """Every question to a nameserver loses one."""
+
+        def canary(self, paths: Paths) -> Canary | None:
+            return None
+
+        def silent_for(self) -> float:
+            return 0.0
+
+        def works(self) -> bool | None:
+            return True
+
+        def quality(self, link: Link | None) -> Quality | None:
+            return Quality(seconds=60.0, sent=60, lost=min(60, len(served.got)))
+
+    async with udp(lambda _: EXIT) as (canary, _), udp(whoami) as (dns, served):
+        seen = await look(replace(eyes(canary, dns), sight=Pulses()), Trigger.TIMER, Policy())
+    assert seen.quality is not None
+    assert seen.quality.lost == min(60, len(served.got)) > 0
 
 
 async def test_a_dns_leak_does_not_wait_for_places() -> None:

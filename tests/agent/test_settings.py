@@ -23,7 +23,7 @@ def test_defaults() -> None:
     )
     assert (settings.interval, settings.pulse, settings.health_host, settings.health_port) == (
         30.0,
-        1.5,
+        1.0,
         "127.0.0.1",
         8082,
     )

@@ -149,6 +149,7 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
         clock=clock,
         watch=watch,
         came_out=surveyor.came_out,
+        hurry=lambda: pulse.lossy and cycle.verdict is not None and cycle.verdict.state is State.PROTECTED,
         audit=route_audit(
             probes, lambda: watch.servers, lambda: (a for host in echoes.hosts for a in names.known(host))
         ),

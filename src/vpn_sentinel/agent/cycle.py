@@ -23,8 +23,9 @@ from vpn_sentinel.runtime.clock import Clock
 
 log = logging.getLogger(__name__)
 
-# Seconds until the rounds after a change of state: together longer than every grace, so that the change is settled.
-RECHECKS: Final = (1.0, 2.0, 3.0, 5.0, 5.0)
+# Seconds until the rounds after a change of state: together longer than every grace, so that the change is settled,
+# and soon after it.
+RECHECKS: Final = (1.0, 2.0, 3.0, 3.0, 3.0, 3.0, 3.0)
 UNWELL: Final = 15.0  # seconds between rounds while trouble lasts
 LIMIT: Final = 25.0  # seconds for a round: more than one takes where nothing answers at all
 GAP: Final = 1.0  # seconds from a round that a bell started to the next such

@@ -1,7 +1,7 @@
 """One round: look once at everything, in the order in which it matters.
 
-First the canaries. If they already show a leak or a dead tunnel, that is told at once; only otherwise are nameservers
-and geolocation services asked, which takes up to some seconds.
+First the canaries. If they already show a leak or a dead tunnel, or the pulses a loss that is news, that is told at
+once; only otherwise are nameservers and geolocation services asked, which takes up to some seconds.
 """
 
 import asyncio
@@ -61,6 +61,7 @@ class Eyes:
     """What a round looks with. `survey` and `flock` are made anew for each round, since both change.
 
     `came_out` takes in where packets by the ways out beside the tunnel come out; True when that makes another survey.
+    `hurry`: whether the pulses found what is to be told before nameservers and services are asked.
     """
 
     kernel: Kernel | None
@@ -79,6 +80,7 @@ class Eyes:
     audit: Callable[[Survey], tuple[Routed, ...] | None] = lambda _: None
     watch: LeakWatch | None = None
     came_out: Callable[[dict[str, frozenset[IPNetwork]]], bool] = lambda _: False
+    hurry: Callable[[], bool] = lambda: False
 
 
 async def look(eyes: Eyes, trigger: Trigger, policy: Policy) -> Observation:
@@ -111,14 +113,21 @@ async def look(eyes: Eyes, trigger: Trigger, policy: Policy) -> Observation:
         seen = replace(seen, routed=None if parts is None else await trying)
     if eyes.sight is not None:
         seen = _with_pulses(eyes.sight, seen, paths, silent_for)
-    if judge(seen, policy).state not in _URGENT:
+    if judge(seen, policy).state not in _URGENT and not eyes.hurry():
         seen = await _slow_part(eyes, seen, policy, paths)
         if seen.dns_intercepted:
             seen = await _beyond_dns(eyes, seen, paths)
-    if eyes.watch is not None:
-        # At the end: what leaks was told at once, and what follows here is the whole picture.
-        seen = replace(seen, leak_watch=eyes.watch.on, escapes=eyes.watch.escapes(paths, seen.canaries))
+    seen = _at_the_end(eyes, seen, paths)
     return replace(seen, places=_places(eyes, seen, policy), took_ms=round((eyes.clock.boottime() - start) * 1000, 1))
+
+
+def _at_the_end(eyes: Eyes, seen: Observation, paths: Paths) -> Observation:
+    """Add what is watched all the time, as it is now: the whole picture, since what is urgent was told already."""
+    if eyes.watch is not None:
+        seen = replace(seen, leak_watch=eyes.watch.on, escapes=eyes.watch.escapes(paths, seen.canaries))
+    if eyes.sight is not None:
+        seen = replace(seen, quality=eyes.sight.quality(seen.link))
+    return seen
 
 
 def _outside(survey: Survey, found: tuple[Canary, ...], policy: Policy) -> dict[str, frozenset[IPNetwork]]:
@@ -139,7 +148,6 @@ def _with_pulses(sight: Sight, seen: Observation, paths: Paths, silent_for: floa
     return replace(
         seen,
         canaries=(*seen.canaries, late) if late else seen.canaries,
-        quality=sight.quality(seen.link),
         pulses=sight.works(),
         silent_for=0.0 if alive or late else silent_for,
     )

@@ -142,7 +142,7 @@ class AgentSettings:
             role=role,
             site=site,
             interval=source.get("INTERVAL", s.number(1, 3600, "seconds"), 30.0),
-            pulse=source.get("PULSE_SECONDS", s.number(0.2, 3600, "seconds"), 1.5),
+            pulse=source.get("PULSE_SECONDS", s.number(0.2, 3600, "seconds"), 1.0),
             allow_insecure=allow_insecure,
             debug=source.get("DEBUG", s.boolean, False),
             log_file=source.get("LOG_FILE", s.text, None),

@@ -195,6 +195,7 @@ class Quality:
     `lost` of `sent` were never answered. `mtu` is the largest IP packet that came through, None when nobody asked;
     `vanished` the size of one that the interface took and that got lost without an ICMP error, though smaller ones
     passed; `vanished_for` is how many seconds ago one of the full size came through last, or the way there changed.
+    `lossy_for` is how many seconds ago a loss that was looked into may have begun, 0 where none was found.
     """
 
     seconds: float
@@ -206,6 +207,7 @@ class Quality:
     mtu: int | None = None
     vanished: int | None = None
     vanished_for: float = 0.0
+    lossy_for: float = 0.0
     rx_rate: float | None = None
     tx_rate: float | None = None
 

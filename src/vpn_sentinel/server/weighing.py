@@ -70,7 +70,7 @@ class Scales:
         elif _is_refuted(memory, seen, at):
             memory = replace(memory, refuted=at)
         exits = (seen.exit(4), seen.exit(6))
-        port, lasted = seen.forwarded_port, _lasted(seen, verdict)
+        port, lasted = seen.forwarded_port, lasts(seen, verdict)
         memory, events = advance(
             memory, verdict, at, effective, exits, began=since, measured=is_measured(verdict), lasted=lasted, port=port
         )
@@ -131,11 +131,12 @@ def began(seen: Observation, verdict: Verdict, at: float, memory: Memory) -> flo
         return at - seen.silent_for
     if verdict.state is State.DEGRADED and any(f.code is Code.PORT_CLOSED for f in verdict.findings):
         return memory.port_checked_at
-    if seen.quality is not None and any(f.code is Code.HIGH_LOSS for f in verdict.findings):
-        return at - seen.quality.seconds
-    if seen.quality is not None and seen.quality.vanished_for and is_measured(verdict):
-        return at - seen.quality.vanished_for
-    return None
+    if seen.quality is None or not is_measured(verdict):
+        return None
+    codes = {f.code for f in verdict.findings}
+    lossy = max(seen.quality.lossy_for, seen.quality.seconds) if Code.HIGH_LOSS in codes else 0.0
+    lasted = max(lossy, seen.quality.vanished_for if Code.MTU_BLACKHOLE in codes else 0.0)
+    return at + _took(seen) - lasted if lasted else None
 
 
 def is_measured(verdict: Verdict) -> bool:
@@ -143,11 +144,16 @@ def is_measured(verdict: Verdict) -> bool:
     return verdict.state is State.DEGRADED and any(f.code in _MEASURED for f in verdict.findings)
 
 
-def _lasted(seen: Observation, verdict: Verdict) -> float:
-    """For how long the round watched what it tells of: nothing that it asked answered to its end."""
+def lasts(seen: Observation, verdict: Verdict) -> float:
+    """For how many seconds the round watched what it tells of: nothing that it asked answered, or pulses told it."""
     asked = seen.asked(Probe.DEFAULT)
     dead = verdict.state is State.DOWN and asked and all(c.answer is not Answer.ANSWERED for c in asked)
-    return seen.took_ms / 1000 if dead else 0.0
+    return _took(seen) if dead or is_measured(verdict) else 0.0
+
+
+def _took(seen: Observation) -> float:
+    """Seconds from a round's start, which is its time, to its end, where the pulses are asked."""
+    return seen.took_ms / 1000
 
 
 def _is_refuted(memory: Memory, seen: Observation, at: float) -> bool:

@@ -112,7 +112,7 @@ _LIMITS: Final[dict[type, dict[str, float]]] = {
     o.Quality: {
         "seconds": _NUMBER, "sent": _NUMBER, "lost": _NUMBER, "reordered": _NUMBER, "rtt_ms": _NUMBER,
         "jitter_ms": _NUMBER, "mtu": _NUMBER, "vanished": _NUMBER,
-        "vanished_for": _NUMBER, "rx_rate": _NUMBER, "tx_rate": _NUMBER,
+        "vanished_for": _NUMBER, "lossy_for": _NUMBER, "rx_rate": _NUMBER, "tx_rate": _NUMBER,
     },
     o.Action: {"name": 64, "detail": limits.TEXT, "age": _NUMBER},
     o.Observation: {

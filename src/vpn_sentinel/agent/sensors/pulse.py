@@ -1,4 +1,4 @@
-"""Pulses: one small datagram every 1.5 seconds to the server's echo, over one socket that stays.
+"""Pulses: one small datagram a second to the server's echo, over one socket that stays.
 
 A pulse that stays without a reply is followed by three quick ones; when those stay so too, an answer names another
 address, or answers come back, a round starts. Where UDP does not reach the server, one canary every five seconds goes
@@ -87,7 +87,6 @@ class Pulse:
         self._deaf_since: float | None = None  # since when others answer and the echo does not, by `boottime`
         self._said_deaf = False
         self._silent_from: float | None = None
-        self._closely = False
         self._shun_until, self._shun_for = 0.0, _AGAIN[0]
         # Set by whoever measures the path: the largest packet that passes, and one that vanished.
         self.mtu: int | None = None
@@ -167,9 +166,15 @@ class Pulse:
             mtu=self.mtu,
             vanished=self.vanished,
             vanished_for=round(now - self.full_at, 1) if self.vanished and self.full_at is not None else 0.0,
+            lossy_for=found.lossy_for,
             rx_rate=received,
             tx_rate=sent,
         )
+
+    @property
+    def lossy(self) -> bool:
+        """Whether a close look found that too many are lost, and none that it is over."""
+        return self.samples.high
 
     def works(self) -> bool | None:
         """Whether pulses reach the server and its replies reach us; False only while it takes reports another way."""
@@ -236,14 +241,14 @@ class Pulse:
 
     def _look_closely(self, now: float) -> None:
         """Send faster while it is in doubt how many are lost; a round tells what was found, and that it is over."""
-        high, poor, was = self.samples.high, self.samples.poor, self._closely
+        looking, high, poor = self.samples.looking, self.samples.high, self.samples.poor
         pace = self.samples.pace(now)
-        self._closely = pace is not None
         if pace is not None and not self._rhythm.silent:
             self._rhythm.hurry(now, pace)
-        if was and not self._closely:
-            self.samples.quality(now)
-        if self.samples.high != high or (was and not self._closely and (poor or self.samples.poor)):
+        ended = looking and not self.samples.looking
+        if ended:
+            self.samples.quality(now)  # before more pulses blur what it found
+        if self.samples.high != high or (ended and pace is None and (poor or self.samples.poor)):
             self._ring()
 
     def _mind_the_run(self, now: float) -> None:

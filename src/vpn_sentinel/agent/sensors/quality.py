@@ -1,11 +1,10 @@
 """What the pulses say of a tunnel's quality: loss, order, round trip, jitter; no I/O, and time is an argument.
 
-One pulse every 1.5 seconds tells little, and late. So the first one that is missing begins a close look: 60 quick
-pulses, and more while over a tenth of the last 60 is lost. They are counted apart from the one that began the look,
-which would bias them. By the binomial distribution their odds of being called too many lost (9 of the first 30, or
-more than 12 of all 60) are
+One pulse a second tells little, and late. So the first one that is missing begins a close look: quick pulses until it
+is plain what they show. They are counted apart from the one that began the look, which would bias them. The odds that a
+look calls too many lost, by the binomial distribution (`SOON`, `LEAST`, `WORTH_TELLING`, `FEW` below), are
 
-    link loses 1 %  less than 0.000 000 1     5 %  0.000 02     30 %  0.95
+    link loses 1 %  less than 0.000 000 001     5 %  0.000 03     30 %  0.54 after 30 pulses, 0.95 after 60
 
 and to become a state the loss must outlast its grace besides. Once too many are lost, pulses stay quick. The end is
 looked for as soon as 8 in a row are answered: 40 quick pulses, of which a link that still loses 30 % loses 3 or fewer
@@ -14,7 +13,7 @@ with odds of 0.000 6.
 
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Final
 
@@ -22,7 +21,10 @@ from vpn_sentinel.domain.judge import LEAST_PULSES
 from vpn_sentinel.domain.observation import Link, Quality
 
 LEAST: Final = 60  # pulses that a share is told of, where it is not plain after fewer
-EARLY: Final = (9, 30)  # so many lost of the first so many are plain
+# Plain before that: of so many at least, more than `ODD` and a sixth of them were lost. That line is the one of Wald's
+# sequential test of a link that loses 5 % against one that loses 30 %.
+SOON: Final = 20
+ODD: Final = 4
 # Once so large a share is lost, it is told of up to so many, counted from when it began: else a lucky stretch of a
 # link that loses 30 % would read as a recovery.
 HIGH: Final = 0.2
@@ -30,7 +32,7 @@ LOW: Final = 0.13  # so few lost of all since then are an end; what lies between
 WIDE: Final = 150
 WORTH_TELLING: Final = 0.1
 MISSING: Final = (0.3, 1.0)  # seconds after which a pulse without a reply is a reason to look: least and most
-FEW: Final = 1  # no more than so many lost of the first 30: the line is well
+FEW, WELL = 1, 30  # no more than so many lost of the first so many: the line is well
 CALM: Final = 8  # answered in a row: a reason to look whether the loss is over
 OVER: Final = (3, 40)  # no more than so many lost of so many: it is
 BURST_EVERY: Final = 0.1  # seconds between the pulses of a close look
@@ -86,6 +88,7 @@ class Samples:
         self._counts_from = 0.0  # what was sent before was under a loss that is over
         self._told: Quality | None = None
         self._high_from: float | None = None  # when the pulses began of which too many were lost
+        self._lossy_from = 0.0  # when that loss may have begun, while too many are lost
 
     def sent(self, number: int, now: float, *, counts: bool = True) -> None:
         """A pulse went out; `counts` is False while nothing answers at all, which is no matter of quality."""
@@ -162,7 +165,7 @@ class Samples:
 
     def _conclude(self, began: float, now: float) -> None:
         """End the close look as soon as it is plain what it shows."""
-        seen = [s for s in self._settled(now, LEAST) if s.at > began]
+        seen = [s for s in self._settled(now, WIDE) if s.at > began]
         lost = sum(s.rtt is None for s in seen)
         if self._high_from is not None:
             most, of = OVER
@@ -172,30 +175,40 @@ class Samples:
                 self._high_from, self._counts_from = None, began
                 self._end_look(now)
             return
-        many, of = EARLY
-        plain = len(seen) >= of and sum(s.rtt is None for s in seen[:of]) >= many
-        if (plain or len(seen) >= LEAST) and lost > HIGH * len(seen):
+        if self._is_plain(seen, lost):
             # From its onset on, as far as what passed before does not talk down what the look found.
-            onset = self._onset(began, lost / len(seen))
-            since = [s for s in self._settled(now, WIDE) if s.at >= onset]
+            self._lossy_from = self._onset(began, lost / len(seen))
+            since = [s for s in self._settled(now, WIDE) if s.at >= self._lossy_from]
             self._high_from = next((s.at for i, s in enumerate(since) if _share(since[i:]) > HIGH), seen[0].at)
             self._end_look(now)
-        elif (len(seen) >= LEAST and lost <= WORTH_TELLING * len(seen)) or (len(seen) >= of and lost <= FEW):
+        elif (len(seen) >= LEAST and lost <= WORTH_TELLING * len(seen)) or (len(seen) >= WELL and lost <= FEW):
             self._end_look(now)
+
+    @staticmethod
+    def _is_plain(seen: Sequence[_Sent], lost: int) -> bool:
+        """Whether too many of the pulses of a close look are lost."""
+        if len(seen) >= LEAST:
+            return lost > HIGH * len(seen)
+        return len(seen) >= SOON and lost > ODD + len(seen) / 6
 
     def _onset(self, look: float, share: float) -> float:
         """When the loss may have begun: some pulses are answered before the first that is lost.
 
-        Their number is geometrically distributed; its mean and two standard deviations are taken back.
+        Their number is geometrically distributed; its mean and three standard deviations are taken back.
         """
         before = [s for s in self._sent if s.at <= look and s.counts]
         first = next((i for i in range(len(before) - 1, -1, -1) if before[i].rtt is not None), -1) + 1
-        index = max(0, first - round((1 - share + 2 * (1 - share) ** 0.5) / share))
+        index = max(0, first - round((1 - share + 3 * (1 - share) ** 0.5) / share))
         return before[index].at if before else look
 
     def _end_look(self, now: float) -> None:
         if self._look_from is not None:
             self._look_from, self._looked_until = None, now
+
+    @property
+    def looking(self) -> bool:
+        """Whether a close look runs."""
+        return self._look_from is not None
 
     @property
     def high(self) -> bool:
@@ -215,12 +228,16 @@ class Samples:
         return list(islice(found, last))[::-1]
 
     def quality(self, now: float) -> Quality:
-        """Of the last 60 pulses: 90 s or, after a close look, some seconds. Of 19, while there are not so many.
+        """Of the last 60 pulses: a minute or, after a close look, some seconds. Of 19, while there are not so many.
 
         While a look runs, what was said before it stays: to look again and again until it is bad would find it bad.
         More than `HIGH` is told by a look alone, and from the loss's beginning on; it stays until `LOW` is reached or a
         look finds its end. Of 100 pulses at 25 % loss, 20 or fewer are lost with odds of 0.15, 13 with 0.002.
         """
+        found = self._counted(now)
+        return found if self._high_from is None else replace(found, lossy_for=round(now - self._lossy_from, 1))
+
+    def _counted(self, now: float) -> Quality:
         if self._look_from is not None and self._told is not None:
             return self._told
         if self._high_from is not None:

@@ -17,7 +17,7 @@ from vpn_sentinel.wire import echo, pulse
 _WIDTH: Final = 128  # numbers that the replay window spans
 _MASK: Final = (1 << _WIDTH) - 1
 _RUNS: Final = 8  # runs of one agent whose numbers are remembered
-# Seconds without a pulse of the run that counts until another may take its place: an agent sends every 1.5 s.
+# Seconds without a pulse of the run that counts until another may take its place: an agent sends one a second.
 _QUIET: Final = 6.0
 # More seconds than this between two pulses are a gap: one that was lost, or a line that was dead.
 _GAP: Final = 3.0
