@@ -5,6 +5,8 @@ import pytest
 
 from tests.agent.doubles import ETH, LO, UP, WG, FakeKernel, surveyed
 from vpn_sentinel.agent.interfaces import Paths, Surveyor, survey
+from vpn_sentinel.agent.leakwatch.ground import Ground, ground
+from vpn_sentinel.agent.net.fib import Fib
 from vpn_sentinel.agent.net.link import IFF_POINTOPOINT, IFF_UP, Interface
 from vpn_sentinel.agent.net.roles import Remembered
 from vpn_sentinel.agent.netlink import LOCAL, Route
@@ -138,3 +140,25 @@ def test_a_host_route_is_a_way_of_its_own() -> None:
     kernel = FakeKernel(routes={"192.0.2.1": Route(interface=2, prefix=32), "192.0.2.2": Route(interface=2, prefix=0)})
     assert Paths(kernel, seen).has_own_way(ip_address("192.0.2.1"), 5000)
     assert not Paths(kernel, seen).has_own_way(ip_address("192.0.2.2"), 5000)
+
+
+class Steady(FakeKernel):
+    """Its tables are the same object while nothing changed in them, as `Netlink`'s are."""
+
+    tables = FakeKernel().fib()
+
+    def fib(self) -> Fib:
+        return self.tables
+
+
+def test_a_way_out_is_the_same_one_when_it_has_carried_more() -> None:
+    kernel = Steady(routes={"192.0.2.1": Route(interface=2)})
+    surveyor = Surveyor(kernel)
+    for carried in range(4):
+        kernel.links = (LO, replace(ETH, rx_bytes=carried, tx_bytes=carried), replace(WG, rx_bytes=carried))
+        seen = surveyor.look()
+        assert Paths(kernel, seen).of(ip_address("192.0.2.1")) is Path.OUTSIDE
+        assert ground(seen, None, allowed=(), resolvers=(), before=Ground()).others == frozenset()
+        link = seen.link()
+        assert link is not None
+        assert link.rx_bytes == carried

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final, Protocol
 
 from vpn_sentinel.agent.net.fib import Fib, Sender
@@ -171,8 +171,8 @@ class Surveyor:
         return self.look()
 
     def _roles(self, interfaces: tuple[Interface, ...], fib: Fib, known: Remembered) -> tuple[Roles, int | None]:
-        """What was read of routes is the same object while nothing changed; counters are no change."""
-        now = (fib, tuple(replace(i, rx_bytes=0, tx_bytes=0) for i in interfaces), known)
+        """What was read of routes is the same object while nothing changed."""
+        now = (fib, interfaces, known)
         if self._decided is None or self._decided[0] != now:
             self._decided = now, self._decide(interfaces, fib, known)
         return self._decided[1]

@@ -1,6 +1,6 @@
 """A network device as rtnetlink tells it (linux/if.h, linux/if_arp.h, linux/if_link.h)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -13,15 +13,18 @@ _FORWARDING: Final = "/proc/sys/net/ipv{}/conf/{}/forwarding"  # ip-sysctl
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interface:
-    """A network interface. `kind` is rtnetlink's (`wireguard`, `tun`, `veth`, … or empty); counters are bytes."""
+    """A network interface. `kind` is rtnetlink's (`wireguard`, `tun`, `veth`, … or empty); counters are bytes.
+
+    A device is the same whatever it has carried: counters take no part in comparisons.
+    """
 
     index: int
     name: str
     kind: str = ""
     hardware: int = 0  # ARPHRD_*, 0 when it was not told
     flags: int = 0
-    rx_bytes: int = 0
-    tx_bytes: int = 0
+    rx_bytes: int = field(default=0, compare=False)
+    tx_bytes: int = field(default=0, compare=False)
     addresses: tuple[IPAddress, ...] = ()
     master: int | None = None  # the index of the bridge, bond or VRF that it is a part of
     networks: tuple[IPNetwork, ...] = ()  # those of its addresses
