@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ManualClock, until
-from vpn_sentinel.agent.cycle import GAP, RECHECKS, UNWELL, Bell, Cycle, Schedule
+from vpn_sentinel.agent.cycle import BURST, GAP, RECHECKS, UNWELL, Bell, Cycle, Pace, Schedule
 from vpn_sentinel.domain.judge import judge, judge_reference
 from vpn_sentinel.domain.observation import Answer, Canary, Link, Observation, Path, Probe, Trigger
 from vpn_sentinel.domain.policy import Policy
@@ -146,16 +146,28 @@ async def test_many_rings_are_one_round() -> None:
     assert all(0.0 <= seconds <= GAP for seconds in running.slept)
 
 
-async def test_a_round_on_the_schedule_holds_up_no_event() -> None:
+async def test_a_change_right_after_another_ones_round_is_not_held_up() -> None:
+    """A client that ends changes one thing after the other: what leaks may come with the last of them."""
     async with Running(look_well) as running:
         await until(lambda: running.seen)
-        running.cycle.bell.ring(Trigger.NETWORK)
-        await until(lambda: len(running.seen) == 2)
-        running.cycle.bell.ring(Trigger.NETWORK)
-        await until(lambda: len(running.seen) == 3)
-    at_once, held = running.slept
-    assert at_once == 0.0
+        for rounds in range(2, 2 + BURST + 1):
+            running.cycle.bell.ring(Trigger.NETWORK)
+            await until(lambda rounds=rounds: len(running.seen) == rounds)
+    *at_once, held = running.slept
+    assert at_once == [0.0] * BURST
     assert held > 0.0
+
+
+def test_constant_change_starts_a_round_a_second() -> None:
+    pace, now, starts = Pace(), 100.0, list[float]()
+    while now < 130.0:
+        now += max(0.01, pace.wait(now))
+        pace.started(now)
+        starts.append(now)
+    assert starts[BURST - 1] - starts[0] < GAP
+    gaps = [later - earlier for earlier, later in zip(starts[BURST:], starts[BURST + 1 :], strict=False)]
+    assert gaps == pytest.approx([GAP] * len(gaps))
+    assert pace.wait(now + BURST * GAP) == 0.0
 
 
 async def test_the_timer_makes_rounds_without_any_event() -> None:
@@ -183,6 +195,42 @@ async def test_a_change_during_a_round_begins_it_again_but_not_twice_in_a_row() 
         go.set()
         await until(lambda: len(running.seen) == 2)
     assert [trigger for trigger, _ in running.seen] == [Trigger.NETWORK, Trigger.NETWORK]
+
+
+CUTS = {
+    "routes changed while routes were looked at": (Trigger.NETWORK, Trigger.NETWORK, True),
+    "a pulse was lost because they changed": (Trigger.NETWORK, Trigger.CANARY, False),
+    "a counter moved because they changed": (Trigger.NETWORK, Trigger.DEVICE, False),
+    "pulses are back while a lost one is looked into": (Trigger.CANARY, Trigger.CANARY, True),
+    "a packet left while routes were looked at": (Trigger.NETWORK, Trigger.LEAK, True),
+    "routes changed while a packet is looked into": (Trigger.LEAK, Trigger.NETWORK, True),
+    "a pulse was lost during a regular round": (Trigger.TIMER, Trigger.CANARY, True),
+}
+
+
+@pytest.mark.parametrize(("begun_by", "rung", "cut"), CUTS.values(), ids=CUTS.keys())
+async def test_a_round_is_cut_short_by_what_makes_it_worthless(begun_by: Trigger, rung: Trigger, *, cut: bool) -> None:
+    begun: list[Trigger] = []
+    go = asyncio.Event()
+
+    async def slow(trigger: Trigger, _: Policy) -> Observation:
+        begun.append(trigger)
+        if len(begun) > 1:
+            await go.wait()
+        return well(trigger)
+
+    interval = 0.02 if begun_by is Trigger.TIMER else 60.0
+    async with Running(slow, interval=interval) as running:
+        await until(lambda: running.seen)
+        if begun_by is not Trigger.TIMER:
+            running.cycle.bell.ring(begun_by)
+        await until(lambda: len(begun) == 2)
+        running.cycle.bell.ring(rung)
+        await turns()
+        assert begun[1:] == ([begun_by, rung] if cut else [begun_by])
+        go.set()
+        await until(lambda: len(running.seen) >= 3 - cut)
+    assert [trigger for trigger, _ in running.seen][1 : 3 - cut] == ([rung] if cut else [begun_by, rung])
 
 
 async def test_home_is_learned_from_a_canary_beside_the_tunnel() -> None:

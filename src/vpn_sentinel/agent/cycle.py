@@ -1,7 +1,8 @@
 """When to look: at the start, on the timer, when a sensor rings, and again after trouble.
 
 One round at a time. A change during a round means that its answers may be of before: it is cut short and begun again,
-but never twice in a row, so that constant change cannot keep the agent from ever seeing anything.
+but never twice in a row, so that constant change cannot keep the agent from ever seeing anything. What tells less than
+the round's own reason, such as a pulse that was lost because routes changed, waits for its end instead.
 
 A round that raises, or never ends, is a fact to be reported like any other: whoever starts a crashed agent again and
 again would see an agent that lives, and what it said last would look true.
@@ -28,13 +29,16 @@ log = logging.getLogger(__name__)
 RECHECKS: Final = (1.0, 2.0, 3.0, 3.0, 3.0, 3.0, 3.0)
 UNWELL: Final = 15.0  # seconds between rounds while trouble lasts
 LIMIT: Final = 25.0  # seconds for a round: more than one takes where nothing answers at all
-GAP: Final = 1.0  # seconds from a round that a bell started to the next such
+# Changes come in groups: so many rounds a bell may start at once, then one in as many seconds.
+BURST: Final = 3
+GAP: Final = 1.0
 # The more telling one wins when several wait.
 _TELLING: Final = (
     Trigger.RECHECK, Trigger.TIMER, Trigger.DEVICE, Trigger.CANARY, Trigger.NETWORK, Trigger.LEAK, Trigger.START,
 )  # fmt: skip
 _REASON: Final = 200  # characters
 _ON_TIME: Final = frozenset({Trigger.TIMER, Trigger.RECHECK, Trigger.START})
+_CHANGES: Final = frozenset({Trigger.NETWORK, Trigger.LEAK})
 
 
 class Bell:
@@ -49,11 +53,13 @@ class Bell:
             self._trigger = trigger
         self._rang.set()
 
-    async def wait(self) -> None:
-        await self._rang.wait()
+    async def wait(self, matters: Callable[[Trigger], bool] = lambda _: True) -> None:
+        """Until a trigger waits that `matters`. It goes on waiting, and so do others."""
+        while self._trigger is None or not matters(self._trigger):
+            self._rang.clear()
+            await self._rang.wait()
 
     def take(self) -> Trigger | None:
-        self._rang.clear()
         trigger, self._trigger = self._trigger, None
         return trigger
 
@@ -79,6 +85,20 @@ class Schedule:
             return min(UNWELL, self._interval), Trigger.RECHECK
         # Only ever shorter: the server was promised no longer silence than the interval.
         return self._interval * self._rng.uniform(0.9, 1.0), Trigger.TIMER
+
+
+class Pace:
+    """How soon a bell may start a round; no clock of its own. A round that was on the schedule does not count."""
+
+    def __init__(self) -> None:
+        self._full = float("-inf")  # when as many as BURST may start at once again
+
+    def wait(self, now: float) -> float:
+        """Seconds until the next may start."""
+        return max(0.0, self._full - (BURST - 1) * GAP - now)
+
+    def started(self, now: float) -> None:
+        self._full = max(self._full, now) + GAP
 
 
 class Cycle:
@@ -112,6 +132,7 @@ class Cycle:
         self._pauses = Pauses(clock.boottime, paused)
         self._broken = ""
         self._schedule = Schedule(interval, rng)
+        self._pace = Pace()
 
     @property
     def policy(self) -> Policy:
@@ -135,18 +156,16 @@ class Cycle:
             if seen is None:
                 trigger, may_cut = self.bell.take() or Trigger.NETWORK, False
                 continue
-            # One that was on the schedule holds up nothing: what a change shows may be a leak.
-            gap = 0.0 if trigger in _ON_TIME and may_cut else GAP
             may_cut = True
             self._conclude(seen)
-            trigger = await self._next(started, gap)
+            trigger = await self._next(started)
 
     async def _round(self, trigger: Trigger, *, may_cut: bool) -> Observation | None:
         """Look once; None when a change came in between, or this process did not run for a while."""
         began = self._clock.boottime()
         async with asyncio.TaskGroup() as group:
             looking = group.create_task(self._whole(trigger))
-            ringing = group.create_task(self.bell.wait())
+            ringing = group.create_task(self.bell.wait(lambda rung: _cuts(rung, trigger)))
             await asyncio.wait([looking, ringing] if may_cut else [looking], return_when=asyncio.FIRST_COMPLETED)
             if not looking.done():
                 looking.cancel()
@@ -192,8 +211,8 @@ class Cycle:
         reasons = "; ".join(f.message for f in verdict.findings)
         log.log(level, "verdict", extra={"state": verdict.state, "codes": ",".join(sorted(codes)), "why": reasons})
 
-    async def _next(self, started: float, gap: float) -> Trigger:
-        """Wait for what comes first: the schedule, or the bell from `gap` seconds after the last start on."""
+    async def _next(self, started: float) -> Trigger:
+        """Wait for what comes first: the schedule, or the bell."""
         state = self.verdict.state if self.verdict else State.UNKNOWN
         wait, trigger = self._schedule.after(state)
         with contextlib.suppress(TimeoutError):
@@ -202,8 +221,14 @@ class Cycle:
         rang = self.bell.take()
         if rang is None:
             return trigger
-        await self._sleep(max(0.0, started + gap - self._clock.boottime()))
+        await self._sleep(self._pace.wait(self._clock.boottime()))
+        self._pace.started(self._clock.boottime())
         return self.bell.take() or rang
+
+
+def _cuts(rung: Trigger, begun_by: Trigger) -> bool:
+    """Whether a round that `begun_by` started is of no worth once `rung` is known."""
+    return rung in _CHANGES or begun_by in _ON_TIME or _TELLING.index(rung) >= _TELLING.index(begun_by)
 
 
 def _reason(error: BaseException) -> str:
