@@ -101,8 +101,6 @@ async def watching(
     watch.saw(seen, verdict, POLICY)
     async with asyncio.TaskGroup() as group:
         running = group.create_task(watch.run())
-        await asyncio.sleep(0)  # it has looked at the file once
-        await asyncio.sleep(0)
         yield rang
         running.cancel()
 
@@ -125,6 +123,30 @@ async def test_a_file_that_is_written_replaced_or_removed_rings(tmp_path: Path) 
         file.unlink()
         assert await heard(rang) == "changed"
     assert mark(file) is None
+
+
+async def test_a_file_that_a_round_has_read_since_is_no_news(tmp_path: Path) -> None:
+    """A client changes routes and this file together: the round that the routes began reads both."""
+    file = tmp_path / "resolv.conf"
+    rang: list[str] = []
+    watch = ResolverWatch(
+        canary=lambda: None,
+        changed=lambda: rang.append(file.read_text()),
+        strayed=lambda: None,
+        file=file,
+        nameservers=tuple,
+        file_every=0.01,
+        canary_every=1.0,
+    )
+    running = asyncio.get_running_loop().create_task(watch.run())
+    file.write_text("nameserver 10.64.0.1\n")
+    watch.looks()
+    await asyncio.sleep(0.05)
+    assert rang == []
+    file.write_text("nameserver 192.168.1.1\n")
+    await until(lambda: rang)
+    running.cancel()
+    assert rang == ["nameserver 192.168.1.1\n"]
 
 
 async def test_a_nameserver_that_strays_rings(tmp_path: Path) -> None:

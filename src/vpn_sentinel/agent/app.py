@@ -213,6 +213,7 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
             cycle.bell.ring(Trigger.LEAK)
 
     async def look(trigger: Trigger, policy: Policy) -> Observation:
+        resolver_watch.looks()
         return reactions.add_to(await rounds.look(eyes, trigger, policy))
 
     cycle = Cycle(
