@@ -1,12 +1,14 @@
 """The outside world of the agent's tests: real sockets on the loopback, and a kernel that answers what it is told."""
 
 import asyncio
+import selectors
 import subprocess
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Any, TypeVar
 
 from vpn_sentinel.agent.interfaces import Survey
 from vpn_sentinel.agent.net.fib import Fib, Hop, RouteEntry, Rule
@@ -15,6 +17,8 @@ from vpn_sentinel.agent.net.roles import roles
 from vpn_sentinel.agent.netlink import Route
 from vpn_sentinel.agent.probes.targets import Seen
 from vpn_sentinel.domain.policy import IPAddress
+
+T = TypeVar("T")
 
 UP = IFF_UP | IFF_LOWER_UP
 LO = Interface(index=1, name="lo", flags=UP | IFF_LOOPBACK, addresses=(ip_address("127.0.0.1"),))
@@ -215,3 +219,29 @@ class Loopback:
             return Seen(ip_address(data.decode()))
         except ValueError:
             return None
+
+
+class _Skipping(selectors.DefaultSelector):
+    """Where no socket is ready, time jumps to when something is due."""
+
+    now = 0.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = super().select(0 if timeout is None or timeout > 0 else timeout)
+        if not ready and timeout is None:
+            return super().select(None)
+        if not ready:
+            self.now += timeout or 0.0
+        return ready
+
+
+def waited(work: Coroutine[Any, Any, T]) -> tuple[T, float]:
+    """Run `work` on time that passes only while it waits for something that does not come; how many seconds that was.
+
+    On the loopback what is sent is there at once, so that answers take no time. Threads are not waited for.
+    """
+    selector = _Skipping()
+    loop = asyncio.SelectorEventLoop(selector)
+    loop.time = lambda: selector.now  # type: ignore[method-assign]
+    with asyncio.Runner(loop_factory=lambda: loop) as runner:
+        return runner.run(work), selector.now

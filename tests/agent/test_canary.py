@@ -1,16 +1,17 @@
 import asyncio
 import secrets
+from dataclasses import replace
 from ipaddress import ip_address
 
 import pytest
 
-from tests.agent.doubles import ETH, WG, FakeKernel, Loopback, refuse, tcp, udp
+from tests.agent.doubles import ETH, WG, FakeKernel, Loopback, refuse, tcp, udp, waited
 from tests.agent.test_dnswire import answer, record, text
 from tests.wire.answering import reply
 from vpn_sentinel.agent.interfaces import Paths, Survey
 from vpn_sentinel.agent.netlink import Route
 from vpn_sentinel.agent.probes import dnswire, targets
-from vpn_sentinel.agent.probes.canary import Flock, OverTcp, canaries, one
+from vpn_sentinel.agent.probes.canary import MOMENT, Flock, OverTcp, canaries, one
 from vpn_sentinel.agent.probes.targets import DnsWhoami, ServerEcho
 from vpn_sentinel.domain.observation import Answer, Canary, Path, Probe
 from vpn_sentinel.wire import echo
@@ -164,6 +165,59 @@ async def test_a_leak_that_is_plain_is_not_waited_on() -> None:
         flock = Flock(targets=(here("a", fast), Loopback("b", slow, ip_address("::1"))), reserve=())
         seen = await canaries(flock, NO_TUNNEL, enough=lambda found: any(c.target == "a" for c in found))
     assert "a" in [c.target for c in seen]
+
+
+def test_a_leak_that_c1_shows_waits_for_no_c2() -> None:
+    """Whether a kill switch holds is told by the next round too."""
+    lo = FakeKernel().links[0]
+    paths = Paths(FakeKernel(gateways={lo.index}), Survey(interfaces=(lo, WG), tunnel="wg0", uplinks=(lo,)))
+
+    async def ask() -> tuple[Canary, ...]:
+        answers = iter([b"203.0.113.1"])  # to C1, which is sent first
+        async with udp(lambda _: next(answers, None)) as (port, _):
+            flock = Flock(targets=(here("a", port),), reserve=())
+            return await canaries(flock, paths, enough=lambda found: any(c.address for c in found))
+
+    seen, seconds = waited(ask())
+    assert [c.address for c in seen if c.probe is Probe.DEFAULT] == [ip_address("203.0.113.1")]
+    assert seconds == pytest.approx(MOMENT)
+
+
+def test_by_a_way_out_that_no_route_leads_to_nobody_is_waited_for() -> None:
+    """The kernel takes any address for a neighbour's there, and nobody answers for it."""
+    lo = FakeKernel().links[0]
+    paths = Paths(FakeKernel(gateways=set()), Survey(interfaces=(lo, WG), tunnel="wg0", uplinks=(lo,)))
+
+    async def ask() -> tuple[Canary, ...]:
+        answers = iter([b"203.0.113.1"])
+        async with udp(lambda _: next(answers, None)) as (port, _):
+            return await canaries(Flock(targets=(here("a", port),), reserve=()), paths)
+
+    seen, seconds = waited(ask())
+    assert {(c.probe, c.answer) for c in seen if c.target == "a"} == {
+        (Probe.DEFAULT, Answer.ANSWERED),
+        (Probe.PHYSICAL, Answer.UNKNOWN),
+    }
+    assert seconds == 0.0
+
+
+def test_where_both_families_leak_both_are_told() -> None:
+    """Connections begun together end a few milliseconds apart."""
+
+    def late(family: int, address: str, seconds: float, port: int) -> OverTcp:
+        async def ask() -> Canary:
+            await asyncio.sleep(seconds)
+            return replace(_trace(address), family=family)
+
+        return OverTcp(ask=ask, address=HERE, port=port, family=family)
+
+    async def leaks() -> tuple[Canary, ...]:
+        async with tcp(_take) as port:
+            others = (late(4, "91.10.10.20", 0.05, port), late(6, "2003:e0:1:100::10", 0.03, port))
+            return await canaries(Flock(targets=(), reserve=(), others=others), NO_TUNNEL, enough=bool)
+
+    seen, _ = waited(leaks())
+    assert {c.family for c in seen if c.address is not None} == {4, 6}
 
 
 async def test_a_canary_that_goes_outside_is_waited_for() -> None:

@@ -96,11 +96,11 @@ async def look(eyes: Eyes, trigger: Trigger, policy: Policy) -> Observation:
     silent_for = eyes.sight.silent_for() if eyes.sight is not None else 0.0
 
     def leaks(found: tuple[Canary, ...]) -> bool:
-        return judge(replace(seen, canaries=found), policy).state is State.LEAKING
+        return _leaks(replace(seen, canaries=found), policy)
 
     async with asyncio.TaskGroup() as group:
         aside = eyes.asides.begin(group, survey)
-        trying = group.create_task(bypass.tried(parts or (), survey.tunnel))
+        trying = bypass.Tries(group, parts or (), survey.tunnel)
         found = await canaries(aside.flock(eyes.flock(paths)), paths, enough=leaks, silence=aside.silence)
         seen = await aside.add(replace(seen, canaries=found), hurry=leaks(found))
         if eyes.came_out(_outside(survey, found, policy)):
@@ -108,9 +108,10 @@ async def look(eyes: Eyes, trigger: Trigger, policy: Policy) -> Observation:
             if eyes.watch is not None:
                 eyes.watch.look(survey)
             if (now := eyes.audit(survey)) != parts:
-                trying.cancel()
-                parts, trying = now, group.create_task(bypass.tried(now or (), survey.tunnel))
-        seen = replace(seen, routed=None if parts is None else await trying)
+                trying.stop()
+                parts, trying = now, bypass.Tries(group, now or (), survey.tunnel)
+        routed = await trying.told(lambda routed: _leaks(replace(seen, routed=routed), policy))
+        seen = replace(seen, routed=None if parts is None else routed)
     if eyes.sight is not None:
         seen = _with_pulses(eyes.sight, seen, paths, silent_for)
     if judge(seen, policy).state not in _URGENT and not eyes.hurry():
@@ -128,6 +129,10 @@ def _at_the_end(eyes: Eyes, seen: Observation, paths: Paths) -> Observation:
     if eyes.sight is not None:
         seen = replace(seen, quality=eyes.sight.quality(seen.link))
     return seen
+
+
+def _leaks(seen: Observation, policy: Policy) -> bool:
+    return judge(seen, policy).state is State.LEAKING
 
 
 def _outside(survey: Survey, found: tuple[Canary, ...], policy: Policy) -> dict[str, frozenset[IPNetwork]]:
@@ -184,7 +189,7 @@ async def _slow_part(eyes: Eyes, seen: Observation, policy: Policy, paths: Paths
         seen = replace(seen, resolvers=_of_use(found.sightings, nameservers), dns_intercepted=found.forged or None)
         # Begun before and over as soon: what a resolver makes up must be known before its word proves anything.
         seen = replace(seen, dns_rewritten=await rewriting)
-        if using is not None and judge(seen, policy).state is not State.LEAKING:
+        if using is not None and not _leaks(seen, policy):
             seen = replace(seen, system_lookup=await using)
         odd = unexplained(seen, policy)
         if eyes.origins is not None and (odd or rests_on_home(seen, policy)):
@@ -192,7 +197,7 @@ async def _slow_part(eyes: Eyes, seen: Observation, policy: Policy, paths: Paths
             addresses = (*odd, *(a for a in (seen.exit(4), seen.exit(6)) if a), *_homes(seen, policy))
             await eyes.origins.learn(addresses, nameservers, paths)
         seen = replace(seen, places=_places(eyes, seen, policy))
-        if judge(seen, policy).state is State.LEAKING:
+        if _leaks(seen, policy):
             if placing is not None:
                 await asyncio.wait([placing], timeout=_PLACES_PATIENCE)
                 placing.cancel()

@@ -1,10 +1,11 @@
 """One packet into each part of the internet that routes send past the tunnel: does it really leave there?
 
 It has one hop to live, so that nobody beyond the first router sees it; that router's time-exceeded, or this host's
-refusal to send, is the answer. Costs at most a second, beside the canaries.
+refusal to send, is the answer. Costs at most 0.6 s, beside the canaries.
 """
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
@@ -14,20 +15,47 @@ from vpn_sentinel.domain.policy import IPAddress, IPNetwork
 
 MAX_TRIED: Final = 6  # parts that are tried in one round
 _TRACEROUTE: Final = 33434  # the port that traceroute(8) begins with: no service listens there
+_LIMIT: Final = 0.6  # seconds for a router to answer
+# Seconds. This host's refusal comes at once, and nothing else is known to hold a packet back: where a router stays
+# silent, or an address is nobody's, the routes' word stands.
+_MOMENT: Final = 0.05
 
 
-async def tried(parts: tuple[Routed, ...], tunnel: str | None) -> tuple[Routed, ...]:
-    """The same parts; of those beside the tunnel the first few say how a packet into them ended."""
-    beside = [p for p in parts if p.interface != tunnel and p.networks][:MAX_TRIED]
-    async with asyncio.TaskGroup() as group:
-        tasks = {id(part): group.create_task(_try(part)) for part in beside}
-    return tuple(tasks[id(p)].result() if id(p) in tasks else p for p in parts)
+class Tries:
+    """One packet into each of the first parts beside the tunnel, sent by tasks of `group`."""
+
+    def __init__(self, group: asyncio.TaskGroup, parts: tuple[Routed, ...], tunnel: str | None) -> None:
+        self._parts = parts
+        beside = [p for p in parts if p.interface != tunnel and p.networks][:MAX_TRIED]
+        self._tasks = {id(part): group.create_task(_try(part)) for part in beside}
+
+    async def told(self, enough: Callable[[tuple[Routed, ...]], bool]) -> tuple[Routed, ...]:
+        """The same parts; of those that were tried and have an answer it is told.
+
+        Waits for all answers, or until what is known is `enough`.
+        """
+        waiting: set[asyncio.Task[Routed]] = set(self._tasks.values())
+        if waiting:
+            _, waiting = await asyncio.wait(waiting, timeout=_MOMENT)
+        while waiting and not enough(self._so_far()):
+            _, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        found = self._so_far()
+        self.stop()
+        return found
+
+    def _so_far(self) -> tuple[Routed, ...]:
+        tasks = [(part, self._tasks.get(id(part))) for part in self._parts]
+        return tuple(task.result() if task is not None and task.done() else part for part, task in tasks)
+
+    def stop(self) -> None:
+        for task in self._tasks.values():
+            task.cancel()
 
 
 async def _try(part: Routed) -> Routed:
     address = _within(part.networks[0])
     where = Destination(address=address, port=_TRACEROUTE, hops=1)
-    outcome: Outcome[None] = await ask(where, b"\0" * 8, lambda _: None, limit=0.6, resend=None)
+    outcome: Outcome[None] = await ask(where, b"\0" * 8, lambda _: None, limit=_LIMIT, resend=None)
     return replace(part, asked=address, answer=outcome.answer)
 
 

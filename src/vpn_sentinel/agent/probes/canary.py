@@ -19,6 +19,8 @@ from vpn_sentinel.domain.observation import Answer, Canary, Path, Probe
 from vpn_sentinel.domain.policy import IPAddress
 
 SETTLE: Final = 0.3  # seconds that slower targets get once one has answered; then the reserve is asked where none has
+MOMENT: Final = 0.1  # seconds that the others get once a leak is plain: where both families leak, both are told
+_C1: Final = frozenset({Probe.DEFAULT})
 MAX_UPLINKS: Final = 4  # ways out beside the tunnel that are asked in one round
 # Asks a target that takes no datagram.
 Other = Callable[[], Coroutine[Any, Any, Canary]]
@@ -98,12 +100,15 @@ def told(outcome: Outcome[Seen], target: Target, path: Path, probe: Probe, devic
 
 @dataclass(frozen=True, slots=True)
 class _Sent:
+    """`leads`: a route leads there. Where none does, nobody can be asked: only this host's refusal says anything."""
+
     probe: Probe
     family: int
     path: Path
     awaited: bool = False
     uplink: Interface | None = None
     target: Target | None = None
+    leads: bool = True
 
     @property
     def is_default(self) -> bool:
@@ -139,8 +144,10 @@ class _Asked:
     def send_beside(self, targets: Iterable[Target], probe: Probe, uplink: Interface) -> None:
         """C2 and C3: bound to one of the ways out beside the tunnel."""
         for target in targets:
+            leads = self._paths.leads_there(uplink, target.address)
             task = self._group.create_task(one(target, Path.OUTSIDE, probe, uplink.name))
-            self._sent[task] = _Sent(probe, target.address.version, Path.OUTSIDE, uplink=uplink, target=target)
+            family = target.address.version
+            self._sent[task] = _Sent(probe, family, Path.OUTSIDE, uplink=uplink, target=target, leads=leads)
 
     def send_gateway(self, gateway: Target, device: str | None) -> None:
         task = self._group.create_task(one(gateway, Path.TUNNEL, Probe.GATEWAY, device))
@@ -158,6 +165,15 @@ class _Asked:
         if witness:
             self._witnesses.append(task)
 
+    def send_more(self, flock: Flock, asked: Iterable[OverTcp]) -> None:
+        """To families that stay silent: the reserve, and those over TCP that were not `asked` already."""
+        silent, already = self.silent(), tuple(asked)
+        self.send(t for t in flock.reserve if t.address.version in silent)
+        for other in flock.others:
+            if other.family in silent and other not in already:
+                # What refuses datagrams most often refuses connections too, without a word. IPv6 is absent, mostly.
+                self.send_over_tcp(other, hasty=other.family == 6 or self.refused(other.family))
+
     def differ(self, other: OverTcp) -> bool:
         """Whether datagrams go beside the tunnel where a connection to the same family goes through it."""
         if other.path is not Path.TUNNEL:
@@ -167,21 +183,13 @@ class _Asked:
     def heard_witnesses(self) -> bool:
         return all(task.done() for task in self._witnesses)
 
-    async def wait(self, seconds: float | None = None, *, until: str) -> None:
-        if waiting := [t for t in self._sent if not t.done()]:
+    async def wait(self, seconds: float | None = None, *, until: str, of: Set[Probe] = frozenset(Probe)) -> None:
+        if waiting := [t for t, s in self._sent.items() if not t.done() and s.leads and s.probe in of]:
             await asyncio.wait(waiting, timeout=seconds, return_when=until)
 
     def back(self) -> tuple[Canary, ...]:
-        return tuple(self._told(t.result(), s) for t, s in self._sent.items() if t.done() and not t.cancelled())
-
-    def _told(self, canary: Canary, sent: _Sent) -> Canary:
-        """Where no route leads out by an uplink, nobody could be asked by it, so that silence there says nothing."""
-        silent = canary.answer in (Answer.LOST, Answer.UNREACHABLE)
-        if sent.uplink is None or sent.target is None or not silent:
-            return canary
-        if self._paths.leads_there(sent.uplink, sent.target.address):
-            return canary
-        return replace(canary, answer=Answer.UNKNOWN)
+        """What has come back; of those that were given up, the ones that nobody could answer."""
+        return tuple(c for t, s in self._sent.items() if t.done() and (c := _told(t, s)) is not None)
 
     def silent(self) -> set[int]:
         """The families of which no C1 has shown an address."""
@@ -207,11 +215,22 @@ class _Asked:
             for c in self.back()
             if c.address is not None or (c.probe is not Probe.DEFAULT and c.answer in (Answer.ANSWERED, Answer.EXPIRED))
         }
-        return all(t.done() or (s.question in told_ and not s.awaited) for t, s in self._sent.items())
+        return all(t.done() or not s.leads or (s.question in told_ and not s.awaited) for t, s in self._sent.items())
 
     def stop(self) -> None:
         for task in self._sent:
             task.cancel()
+
+
+def _told(task: asyncio.Task[Canary], sent: _Sent) -> Canary | None:
+    """Where no route leads out by an uplink, nobody could be asked by it, so that silence there says nothing."""
+    canary = None if task.cancelled() else task.result()
+    if sent.leads or sent.uplink is None or sent.target is None:
+        return canary
+    if canary is None:
+        return told(Outcome(Answer.UNKNOWN), sent.target, sent.path, sent.probe, sent.uplink.name)
+    silent = canary.answer in (Answer.LOST, Answer.UNREACHABLE)
+    return replace(canary, answer=Answer.UNKNOWN) if silent else canary
 
 
 async def canaries(
@@ -223,8 +242,8 @@ async def canaries(
 ) -> tuple[Canary, ...]:
     """Send them all and wait about 1.3 s at most, or as long as the slowest of `flock.others`.
 
-    `enough` is asked from 0.3 s on whether what has come back already tells all that matters. `silence` is told what
-    has come back by then when no C1 has been answered.
+    `enough` is asked, once each C1 has come back or 0.3 s have passed, whether what is back tells all that matters;
+    then the rest gets a moment. `silence` is told what has come back after 0.3 s when no C1 has been answered.
     """
     uplinks = paths.survey.uplinks[:MAX_UPLINKS] if paths.survey.tunnel else ()
     async with asyncio.TaskGroup() as group:
@@ -240,19 +259,19 @@ async def canaries(
         for other in witnesses:
             asked.send_over_tcp(other, witness=True)
         asked.send_also(flock.also)
-        await asked.wait(SETTLE, until=asyncio.ALL_COMPLETED)
-        if asked.nothing():
-            if flock.gateway is not None:
-                asked.send_gateway(flock.gateway, paths.survey.tunnel)
-            silence(asked.back())
-        silent = asked.silent()
-        asked.send(t for t in flock.reserve if t.address.version in silent)
-        for other in flock.others:
-            if other.family in silent and other not in witnesses:
-                # What refuses datagrams most often refuses connections too, without a word. IPv6 is absent, mostly.
-                asked.send_over_tcp(other, hasty=other.family == 6 or asked.refused(other.family))
-        while not asked.settled() and not (enough(asked.back()) and asked.heard_witnesses()):
-            await asked.wait(until=asyncio.FIRST_COMPLETED)
+        started = asyncio.get_running_loop().time()
+        await asked.wait(SETTLE, until=asyncio.ALL_COMPLETED, of=_C1)
+        if not (enough(asked.back()) and asked.heard_witnesses()):
+            await asked.wait(started + SETTLE - asyncio.get_running_loop().time(), until=asyncio.ALL_COMPLETED)
+            if asked.nothing():
+                if flock.gateway is not None:
+                    asked.send_gateway(flock.gateway, paths.survey.tunnel)
+                silence(asked.back())
+            asked.send_more(flock, witnesses)
+            while not asked.settled() and not (enough(asked.back()) and asked.heard_witnesses()):
+                await asked.wait(until=asyncio.FIRST_COMPLETED)
+        if enough(asked.back()):
+            await asked.wait(MOMENT, until=asyncio.ALL_COMPLETED)
         asked.stop()
     return asked.back()
 
