@@ -29,7 +29,17 @@ from vpn_sentinel.domain.observation import Observation, Trigger
 from vpn_sentinel.runtime.clock import SystemClock
 from vpn_sentinel.runtime.secret import Secret
 from vpn_sentinel.wire import codec
-from vpn_sentinel.wire.messages import PROTOCOL, Ack, Exchange, FromAgent, Hello, Refused, Reports, Welcome
+from vpn_sentinel.wire.messages import (
+    PROTOCOL,
+    Ack,
+    Exchange,
+    FromAgent,
+    Hello,
+    Refused,
+    Reports,
+    Welcome,
+    fingerprint,
+)
 from vpn_sentinel.wire.problem import CONTENT_TYPE, MARK, problem
 
 read = codec.decoder(FromAgent)  # type: ignore[arg-type]
@@ -309,22 +319,74 @@ async def test_a_server_that_greets_and_cannot_store_is_said_once_and_told_when_
     assert said == ["connected", "cannot report", "connected"]
 
 
+def pushed(courier: Courier, spool: Spool) -> bool:
+    courier.kick()  # instead of waiting between the tries
+    return spool.pending == 0
+
+
 async def test_one_refused_report_does_not_hold_up_the_others(spool: Spool) -> None:
     fill(spool, 4)
     server = Server()
-    server.refuse = lambda said: Refused(reason="no") if any(r.seq == 2 for r in said.items) else None
+    server.refuse = lambda said: (
+        Refused(reason="no", of=fingerprint(codec.encode(said))) if any(r.seq == 2 for r in said.items) else None
+    )
     async with server.listening() as url, carrying(spool, url) as courier:
-
-        def pushed() -> bool:
-            courier.kick()  # instead of waiting between the tries
-            return spool.pending == 0
-
-        await until(pushed, 20)
+        await until(lambda: pushed(courier, spool), 20)
         fill(spool, 1)
         courier.wake()
         await until(lambda: spool.pending == 0)
     assert server.stored == [1, 3, 4, 5]
     assert server.thinned == 1
+
+
+async def test_what_something_on_the_way_alters_is_kept_and_said_once(
+    spool: Spool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The server refuses what reached it, which is not what was sent."""
+    fill(spool, 2)
+    server = Server()
+    server.refuse = lambda said: Refused(reason="no `age`", of=fingerprint(codec.encode(said) + b" "))
+    async with server.listening() as url, carrying(spool, url) as courier:
+        await until(lambda: pushed(courier, spool) or len(server.hellos) > 6)
+        assert spool.pending == 2
+        assert [r.getMessage() for r in caplog.records] == ["cannot report"]
+        server.refuse = lambda _: None
+        await until(lambda: pushed(courier, spool), 20)
+    assert (server.stored, server.thinned) == ([1, 2], 0)
+
+
+@pytest.mark.parametrize(("altered", "kept"), [(b" ", True), (b"", False)], ids=["altered", "as it was sent"])
+async def test_by_post_only_the_very_reports_that_the_server_refuses_are_given_up(
+    spool: Spool, altered: bytes, kept: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill(spool, 1)
+    got: list[int] = []
+    respond, refusals = stores(got), iter(range(4))
+
+    def gate(request: str) -> bytes:
+        if request.startswith("GET"):
+            return reply("", 405)
+        if next(refusals, None) is None:
+            return respond(request)
+        of = fingerprint(request.partition("\r\n\r\n")[2].encode() + altered)
+        more = {"Content_Type": CONTENT_TYPE, "VPN_Sentinel": "1", "VPN_Sentinel_Refused": of}
+        return reply(codec.encode(problem(422, "no `age`")), 422, **more)
+
+    async with http(gate) as (port, _), carrying(spool, f"http://127.0.0.1:{port}") as courier:
+        await until(lambda: pushed(courier, spool), 20)
+    assert got == ([1] if kept else [])
+    assert any("given up" in r.getMessage() for r in caplog.records) is not kept
+
+
+async def test_by_post_a_refused_greeting_costs_no_report(spool: Spool) -> None:
+    fill(spool, 1)
+    waits = Waits()
+    said = problem(422, "interval takes 0.1 to 86400 seconds")
+    refusal = reply(codec.encode(said), 422, Content_Type=CONTENT_TYPE, VPN_Sentinel="1")
+    gate = lambda r: reply("", 405) if r.startswith("GET") else refusal  # noqa: E731
+    async with http(gate) as (port, _), carrying(spool, f"http://127.0.0.1:{port}", wakeup=waits):
+        await until(lambda: waits.slowly)
+    assert spool.pending == 1
 
 
 async def test_a_refused_greeting_is_tried_slowly(spool: Spool) -> None:

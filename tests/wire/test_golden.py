@@ -28,6 +28,7 @@ from vpn_sentinel.wire.messages import (
     Report,
     Reports,
     Welcome,
+    fingerprint,
 )
 from vpn_sentinel.wire.problem import Problem, problem
 
@@ -137,6 +138,10 @@ def test_what_is_left_out_has_a_default(name: str, value: Any) -> None:
     assert decoder(FromAgent)((GOLDEN / f"{name}.json").read_bytes()) == value
 
 
+def test_the_fingerprint_of_a_message_is_as_ever() -> None:
+    assert fingerprint(b"{}") == "792b36b6ff7940ed4f0ffc95d8ab832f"
+
+
 @pytest.mark.parametrize("name", FIRST)
 def test_what_the_first_release_wrote_is_read_as_ever(name: str) -> None:
     value, kind = MESSAGES[name]
@@ -150,6 +155,7 @@ EARLIER = {
     "exchange_before_one_user": "exchange",
     "welcome_before_memory": "welcome",
     "memory_before_told": "memory",
+    "refused_before_fingerprints": "refused",
 }
 
 

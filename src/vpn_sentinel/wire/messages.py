@@ -5,6 +5,7 @@ for each message of reports, *after* the database committed them: what an agent 
 By POST, `Exchange` carries both at once and is answered by `Welcome`, whose `ack` covers the reports sent along.
 """
 
+from hashlib import blake2s
 from typing import Final
 
 import msgspec
@@ -14,6 +15,15 @@ from vpn_sentinel.domain.policy import IPNetwork, Policy
 
 # Of this protocol. A server takes every version up to its own; an agent says which one it speaks.
 PROTOCOL: Final = 1
+
+
+# Header of a refusal by POST, with the fingerprint of the body that was refused.
+REFUSED_HEADER: Final = "vpn-sentinel-refused"
+
+
+def fingerprint(message: bytes) -> str:
+    """32 hex digits by which a sender knows that what was refused is what it sent, and not altered on the way."""
+    return blake2s(message, digest_size=16).hexdigest()
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,10 +105,14 @@ class Ack(msgspec.Struct, frozen=True, kw_only=True, tag="ack"):
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True, tag="refused"):
-    """Said before the server closes. `retry` is False when trying again cannot help."""
+    """Said before the server closes. `retry` is False when trying again cannot help.
+
+    `of` is the fingerprint of the message of reports that is refused, "" when the refusal is about something else.
+    """
 
     reason: str
     retry: bool = False
+    of: str = ""
 
 
 FromAgent = Hello | Reports | Exchange

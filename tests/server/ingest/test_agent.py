@@ -16,6 +16,7 @@ from vpn_sentinel.server.ingest.pulse import PulseProtocol
 from vpn_sentinel.server.store.schema import actions, observations
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
 from vpn_sentinel.wire import echo, limits
+from vpn_sentinel.wire.messages import fingerprint
 
 Connect = Callable[..., Socket]
 START = 1_800_000_000.0
@@ -352,6 +353,35 @@ async def test_by_post_only_an_exchange_is_taken(lobby: House, said: dict[str, A
 )
 async def test_what_an_exchange_is_refused_for(lobby: House, more: dict[str, Any], status: int) -> None:
     assert (await lobby.exchange(**{"body": exchange(1), **more})).status == status
+
+
+ALTERED = json.dumps(exchange(1)).encode().replace(b'"age"', b'"agx"')
+
+
+@pytest.mark.parametrize(
+    "body",
+    [ALTERED, b"{", json.dumps(exchange(1, age=-1.0)).encode()],
+    ids=["another field", "no JSON", "an age that is none"],
+)
+async def test_what_is_refused_is_named_so_that_its_sender_knows_it_again(lobby: House, body: bytes) -> None:
+    answer = await lobby.exchange(body)
+    assert answer.headers["vpn-sentinel-refused"] == fingerprint(body)
+
+
+@pytest.mark.parametrize(
+    "greeting", [hello(interval=0), hello(policy={"home_networks": ["10.0.0.1/8"]})], ids=["a value", "a shape"]
+)
+async def test_a_refused_greeting_is_no_word_on_the_reports(lobby: House, greeting: dict[str, Any]) -> None:
+    answer = await lobby.exchange(exchange(1, greeting=greeting))
+    assert (answer.status, "vpn-sentinel-refused" in answer.headers) == (422, False)
+
+
+async def test_by_websocket_too_what_is_refused_is_named(lobby: House, connect: Connect) -> None:
+    socket = connect(lobby)
+    await greeted(socket)
+    altered = json.dumps(reports(1)).replace('"age"', '"agx"')
+    socket.sent.put_nowait({"type": "websocket.receive", "text": altered})
+    assert (await socket.hears())["of"] == fingerprint(altered.encode())
 
 
 async def test_each_agent_behind_one_address_has_its_own_rate(build: Build) -> None:

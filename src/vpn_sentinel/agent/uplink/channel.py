@@ -1,9 +1,11 @@
 """What a transport offers the uplink, and how it fails."""
 
 from enum import StrEnum
-from typing import Protocol
+from typing import Final, Protocol
 
 from vpn_sentinel.domain.policy import IPAddress
+
+CHANGED: Final = "something on the way changes the reports: what the server refuses is not what was sent"
 
 
 class Fault(StrEnum):
@@ -13,7 +15,7 @@ class Fault(StrEnum):
     DENIED = "denied"  # the server itself does not accept the key or the name: try again, slowly
     NO_WEBSOCKET = "no_websocket"  # no WebSocket leads to the server, whoever stops it: use POST
     HELD = "held"  # connected, and not a word came back: this address, or any WebSocket to it, leads nowhere
-    REJECTED = "rejected"  # the server itself refused the message: sending it again is no use
+    REJECTED = "rejected"  # the server itself refused these very reports: sending them again is no use
     CUT = "cut"  # somebody closed the connection because of a message: send less, or by POST
 
 

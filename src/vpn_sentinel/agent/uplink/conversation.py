@@ -9,7 +9,7 @@ import msgspec
 
 from vpn_sentinel.agent.http import Client, split
 from vpn_sentinel.agent.spool import Spool
-from vpn_sentinel.agent.uplink.channel import Channel, ChannelError, Fault
+from vpn_sentinel.agent.uplink.channel import CHANGED, Channel, ChannelError, Fault
 from vpn_sentinel.agent.uplink.load import Load
 from vpn_sentinel.agent.uplink.post import post
 from vpn_sentinel.agent.uplink.session import Greeted, Phase, ProtocolError, Session, Stored, TurnedAway
@@ -17,7 +17,7 @@ from vpn_sentinel.agent.uplink.websocket import open_websocket
 from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.runtime.secret import Secret
-from vpn_sentinel.wire.messages import Hello, Report
+from vpn_sentinel.wire.messages import Hello, Report, fingerprint
 
 CONNECT: Final = 4.0  # seconds for a connection with its handshakes
 # The same, and the seconds for an answer, while bad news waits and another way may be open.
@@ -98,6 +98,7 @@ class Conversation:
     _until: float | None = None
     _inbox: list[bytes | ChannelError] = field(default_factory=list)
     _sent: list[Report] = field(default_factory=list)
+    _sent_as: str = ""  # their message's fingerprint
 
     @property
     def _path(self) -> str:
@@ -143,7 +144,6 @@ class Conversation:
             pending, thinned = self.load.left_behind(reports), self.spool.thinned
             body = session.exchange(reports, pending=pending, thinned=thinned, now=self.clock.boottime())
             limit = self.load.patience + CONNECT
-            self._sent = reports
             try:
                 answer = await post(self.http, self._path, self.address, self.to.key, body, limit=limit)
             except ChannelError as e:
@@ -221,8 +221,9 @@ class Conversation:
             if session.phase is Phase.READY and (reports := self.load.reports(session.acked)):
                 self._sent = reports
                 pending, thinned = self.load.left_behind(reports), self.spool.thinned
-                now = self.clock.boottime()
-                await self._send(channel, session.offer(reports, pending=pending, thinned=thinned, now=now))
+                data = session.offer(reports, pending=pending, thinned=thinned, now=self.clock.boottime())
+                self._sent_as = fingerprint(data)
+                await self._send(channel, data)
             self._press(session)
             deadlines = [d for d in (session.deadline, self._until, leave.look_at if leave else None) if d is not None]
             await self.wakeup.wait(max(0.0, min(deadlines) - self.clock.boottime()) if deadlines else None)
@@ -277,11 +278,16 @@ class Conversation:
                 self.load.stored()
                 self.acked()
             case TurnedAway():
-                self._told = True
-                if waiting and not event.retry:
-                    self.load.refused(self._sent, event.reason)
-                fault = Fault.BROKEN if event.retry or waiting else Fault.DENIED
-                raise ChannelError(fault, f"the server refuses: {event.reason}")
+                raise self._turned_away(event, waiting=waiting)
+
+    def _turned_away(self, event: TurnedAway, *, waiting: bool) -> ChannelError:
+        self._told = True
+        if event.of not in ("", self._sent_as):
+            return ChannelError(Fault.BROKEN, CHANGED)
+        if event.of:
+            self.load.refused(self._sent, event.reason)
+        fault = Fault.BROKEN if event.retry or waiting else Fault.DENIED
+        return ChannelError(fault, f"the server refuses: {event.reason}")
 
 
 class Leave(Protocol):

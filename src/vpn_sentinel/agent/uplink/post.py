@@ -4,9 +4,11 @@ from http import HTTPStatus
 
 from vpn_sentinel.agent.http import Client, HttpError
 from vpn_sentinel.agent.uplink.answers import own_refusal, plain, strangers
-from vpn_sentinel.agent.uplink.channel import ChannelError, Fault
+from vpn_sentinel.agent.uplink.channel import CHANGED, ChannelError, Fault
 from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.runtime.secret import Secret
+from vpn_sentinel.wire import limits
+from vpn_sentinel.wire.messages import REFUSED_HEADER, fingerprint
 
 
 async def post(http: Client, url: str, at: IPAddress, key: Secret, body: bytes, *, limit: float) -> bytes:
@@ -29,10 +31,20 @@ async def post(http: Client, url: str, at: IPAddress, key: Secret, body: bytes, 
     if why is None:
         fault = Fault.CUT if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE else Fault.BROKEN
         raise ChannelError(fault, strangers(status))
+    of = response.headers.get(REFUSED_HEADER)
+    if of not in (None, fingerprint(body)):
+        raise ChannelError(Fault.BROKEN, CHANGED)
+    raise ChannelError(_fault(status, body, proved=of is not None), f"the server refuses: {why} (HTTP {status})")
+
+
+def _fault(status: int, body: bytes, *, proved: bool) -> Fault:
+    """What the server's own refusal means; `proved` when it is about the reports in `body`, as they were sent."""
+    if proved:
+        return Fault.REJECTED
     match status:
-        case HTTPStatus.UNAUTHORIZED | HTTPStatus.FORBIDDEN:
-            raise ChannelError(Fault.DENIED, f"the server refuses: {why} (HTTP {status})")
-        case HTTPStatus.REQUEST_ENTITY_TOO_LARGE | HTTPStatus.UNPROCESSABLE_ENTITY:
-            raise ChannelError(Fault.REJECTED, f"the server does not take this report: {why} (HTTP {status})")
-        case _:  # 400 too: what is no JSON there was JSON here, and was changed on the way
-            raise ChannelError(Fault.BROKEN, f"the server refuses: {why} (HTTP {status})")
+        case HTTPStatus.REQUEST_ENTITY_TOO_LARGE:  # is not read, so it has no fingerprint there
+            return Fault.REJECTED if len(body) > limits.BODY_BYTES else Fault.CUT
+        case HTTPStatus.UNAUTHORIZED | HTTPStatus.FORBIDDEN | HTTPStatus.UNPROCESSABLE_ENTITY:
+            return Fault.DENIED  # the key, or the greeting
+        case _:
+            return Fault.BROKEN

@@ -54,8 +54,11 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class TurnedAway:
+    """`of` is the fingerprint of what is refused, "" when it is no message of reports."""
+
     reason: str
     retry: bool
+    of: str = ""
 
 
 Event = Greeted | Stored | TurnedAway
@@ -117,7 +120,7 @@ class Session:
             case Refused(), _:
                 self.phase = Phase.OVER
                 self._deadline = None
-                return TurnedAway(message.reason, message.retry)
+                return TurnedAway(message.reason, message.retry, message.of)
             case Welcome(), Phase.GREETING:
                 self.phase = Phase.READY
                 self._deadline = None

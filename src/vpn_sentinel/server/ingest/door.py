@@ -17,13 +17,17 @@ _DETAIL: Final = 300
 
 
 class Refusal(Exception):
-    """A request that is not taken. `detail` is for its sender; `retry_after` in seconds where trying again can help."""
+    """A request that is not taken. `detail` is for its sender; `retry_after` in seconds where trying again can help.
+
+    `of` is the fingerprint of the reports that are refused, "" when it is not they.
+    """
 
     def __init__(self, status: int, detail: str, retry_after: float | None = None) -> None:
         super().__init__(detail)
         self.status = status
         self.detail = detail[:_DETAIL]
         self.retry_after = retry_after
+        self.of = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,8 @@ Routing, validation and injection of a framework cost more than storing the repo
 
 import asyncio
 import logging
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
 from typing import Any, Final, TypeVar
 
 import msgspec
@@ -18,7 +19,7 @@ from vpn_sentinel.server.ingest.session import Sessions, parse
 from vpn_sentinel.server.store.store import StoreUnavailable
 from vpn_sentinel.wire import limits, problem
 from vpn_sentinel.wire.codec import encode
-from vpn_sentinel.wire.messages import Exchange, Hello, Refused, Reports
+from vpn_sentinel.wire.messages import REFUSED_HEADER, Exchange, Hello, Refused, Reports, fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,8 @@ class Switch:
         except Refusal as e:
             status, kind = e.status, problem.CONTENT_TYPE.encode()
             body = encode(problem.problem(e.status, e.detail))
-            extra += [problem.MARK_BYTES, *retry_header(e.retry_after)]
+            of = [(REFUSED_HEADER.encode(), e.of.encode())] if e.of else []
+            extra += [problem.MARK_BYTES, *of, *retry_header(e.retry_after)]
         headers = [(b"content-type", kind), (b"content-length", str(len(body)).encode()), *extra]
         await send({"type": "http.response.start", "status": status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
@@ -102,7 +104,9 @@ class Switch:
     async def _exchange(self, scope: Any, receive: Any) -> bytes:
         """An agent that cannot hold a WebSocket open. Caller: any key; a tunnel's own token only as that tunnel."""
         guest = await self._door.enter(scope)
-        said = parse(await json_body(receive, guest.headers))
+        body = await json_body(receive, guest.headers)
+        with _about(body):
+            said = parse(body)
         if not isinstance(said, Exchange):
             raise Refusal(422, "an exchange is needed")
         # By tunnel, for many may sit behind one exit; and by address, or one key could make names without end.
@@ -113,7 +117,8 @@ class Switch:
         welcome = await self._sessions.welcome(said.hello, guest.caller, guest.address)
         since = self._sessions.now() - _EXCHANGE
         skew = self._sessions.skew(said.hello)
-        ack = await self._sessions.take(said.hello, said.reports, skew, since, guest.address)
+        with _about(body):
+            ack = await self._sessions.take(said.hello, said.reports, skew, since, guest.address)
         return encode(msgspec.structs.replace(welcome, ack=max(ack.seq, welcome.ack)))
 
     async def _socket(self, scope: Any, receive: Any, send: Any) -> None:
@@ -130,9 +135,8 @@ class Switch:
             await self._talk(guest, receive, send)
         except Refusal as e:
             retry = e.status in (429, 500, 503)
-            await _send_quietly(
-                send, {"type": "websocket.send", "text": encode(Refused(reason=e.detail, retry=retry)).decode()}
-            )
+            refused = encode(Refused(reason=e.detail, retry=retry, of=e.of)).decode()
+            await _send_quietly(send, {"type": "websocket.send", "text": refused})
             code = _TRY_LATER if retry else _TOO_BIG if e.status == 413 else _POLICY
             await _send_quietly(send, {"type": "websocket.close", "code": code, "reason": _short(e.detail)})
 
@@ -144,14 +148,16 @@ class Switch:
             raise Refusal(422, f"no hello within {_HELLO_WITHIN:.0f} s") from None
         if first["type"] == "websocket.disconnect":
             return
-        hello = _message(first)
+        hello = _message(_text(first))
         if not isinstance(hello, Hello):
             raise Refusal(422, "a hello comes first")
         skew, since = self._sessions.skew(hello), self._sessions.now()
         welcome = await self._guarded(self._sessions.welcome(hello, guest.caller, guest.address))
         await _send_quietly(send, {"type": "websocket.send", "text": encode(welcome).decode()})
         while (event := await receive())["type"] == "websocket.receive":
-            reports = _message(event)
+            body = _text(event)
+            with _about(body):
+                reports = _message(body)
             if not isinstance(reports, Reports):
                 raise Refusal(422, "after the hello only reports are expected")
             try:
@@ -163,12 +169,27 @@ class Switch:
             # A replay comes in a burst; beyond that a sender waits, and its connection with it.
             if (wait := self._messages.wait(hello.client_id, self._sessions.ticks())) > 0:
                 await asyncio.sleep(wait)
-            ack = await self._stored(self._sessions.take(hello, reports, skew, since, guest.address))
+            with _about(body):
+                ack = await self._stored(self._sessions.take(hello, reports, skew, since, guest.address))
             await _send_quietly(send, {"type": "websocket.send", "text": encode(ack).decode()})
 
 
-def _message(event: Any) -> Any:
-    body = event.get("text") or event.get("bytes") or ""
+@contextmanager
+def _about(body: bytes) -> Iterator[None]:
+    """What is refused in here for its content is this message of reports, unless msgspec says that the hello is."""
+    try:
+        yield
+    except Refusal as e:
+        if e.status in (400, 413, 422) and "`$.hello" not in e.detail:
+            e.of = fingerprint(body)
+        raise
+
+
+def _text(event: Any) -> bytes:
+    return (event.get("text") or "").encode() or event.get("bytes") or b""
+
+
+def _message(body: bytes) -> Any:
     if len(body) > limits.BODY_BYTES:
         raise Refusal(413, f"a message takes at most {limits.BODY_BYTES} bytes")
     return parse(body)
