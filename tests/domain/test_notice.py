@@ -290,9 +290,15 @@ def test_an_agent_that_was_started_before_its_tunnel_is_not_protected_again() ->
     assert new.kinds[2:] == [Kind.UNVERIFIED, Kind.RECOVERED]  # this time it was well before
 
 
-def test_the_first_good_news_of_one_that_leaked_from_the_start_says_so() -> None:
+@pytest.mark.parametrize("state", [L, D, G])
+def test_trouble_from_the_start_has_an_end_and_a_length(state: State) -> None:
+    """Who waits for `recovered` to end an alarm hears it, though the tunnel was never protected before."""
     new = Tunnel()
-    new.reports((100.0, L))
-    new.reports((104.0, P), (110.0, P), exits=(FIRST,))
-    assert new.kinds == [Kind.LEAKING, Kind.CONNECTED]
-    assert new.heard[1].was is L
+    new.reports((100.0, state), (130.0, state))
+    new.reports((134.0, P), (140.0, P), exits=(FIRST,))
+    assert new.kinds[1:] == [Kind.RECOVERED]
+    ended = new.heard[1]
+    assert (ended.was, ended.began, ended.outage, ended.first) == (state, 100.0, 34.0, True)
+    new.reports((200.0, state), (230.0, state))
+    new.reports((234.0, P), (240.0, P), exits=(FIRST,))
+    assert (new.kinds[3:], new.heard[3].first) == ([Kind.RECOVERED], False)

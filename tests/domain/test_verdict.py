@@ -815,9 +815,9 @@ def test_a_leak_names_the_address_and_who_saw_it() -> None:
     assert outside.message == f"IPv4 traffic leaves outside the tunnel, from {STRANGER}."
 
 
-def test_a_router_without_an_address_is_unnamed() -> None:
+def test_a_router_without_an_address_is_no_fact() -> None:
     (finding,) = judge(saw(EXIT, first_hop=EXPIRED), POLICY).findings
-    assert finding.evidence == {"router": "unnamed"}
+    assert finding.evidence == {}
     named = replace(canary("192.168.1.1", Path.OUTSIDE, Probe.FIRST_HOP), answer=EXPIRED)
     (finding,) = judge(saw(EXIT, first_hop=named), POLICY).findings
     assert finding.evidence == {"router": "192.168.1.1"}

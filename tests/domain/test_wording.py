@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from itertools import product
 
 import pytest
@@ -115,6 +115,36 @@ def test_a_finding_reads_well_whatever_is_not_known(seen: Observation) -> None:
         assert not wrong(text), text
 
 
+@given(seen=_seen)
+@settings(max_examples=400, deadline=None)
+def test_what_is_not_known_is_left_out_of_the_facts(seen: Observation) -> None:
+    for finding in judge(seen, Policy()).findings:
+        assert not [v for v in finding.evidence.values() if "unknown" in v or v == "not told"], finding
+
+
+@pytest.mark.parametrize(
+    ("protocol", "said"),
+    [
+        ("47", "IP protocol 47 (GRE) to 5.9.10.20"),
+        ("253", "IP protocol 253 to 5.9.10.20"),
+        ("udp", "UDP to 5.9.10.20"),
+    ],
+)
+def test_a_protocol_is_named(protocol: str, said: str) -> None:
+    packet = Escape(interface="eth0", protocol=protocol, source=ADDRESS, destination=ip_address("5.9.10.20"))
+    link = Link(name="wg0", present=True, up=True)
+    (finding,) = judge(Observation(trigger=Trigger.LEAK, link=link, escapes=(packet,)), Policy()).findings
+    assert finding.message == f"A packet left outside the tunnel: {said}."
+
+
+def test_packets_that_are_meant_to_leave_are_no_word_on_the_canaries() -> None:
+    """Told before any canary was sent, and found to be allowed: nobody could not send one."""
+    destination = ip_address("5.9.10.20")
+    packet = Escape(interface="eth0", protocol="udp", source=ADDRESS, destination=destination, destination_port=4444)
+    seen = Observation(trigger=Trigger.LEAK, link=Link(name="wg0", present=True, up=True), escapes=(packet,))
+    assert judge(seen, Policy(allowed_outside=(ip_network(destination),))) == Verdict(State.UNKNOWN)
+
+
 def test_an_answer_beside_the_tunnel_without_an_address_says_so() -> None:
     beside = Canary(probe=Probe.PHYSICAL, target="trace", family=4, answer=Answer.ANSWERED)
     through = Canary(
@@ -124,7 +154,7 @@ def test_an_answer_beside_the_tunnel_without_an_address_says_so() -> None:
     (finding,) = judge(seen, Policy()).findings
     assert finding.code is Code.KILLSWITCH_OPEN
     assert finding.message == "A packet sent beside the tunnel was answered by trace."
-    assert finding.evidence == {"address": "not told", "seen_by": "trace"}
+    assert finding.evidence == {"seen_by": "trace"}
 
 
 @pytest.mark.parametrize("kind", Kind)

@@ -156,6 +156,7 @@ EARLIER = {
     "welcome_before_memory": "welcome",
     "memory_before_told": "memory",
     "refused_before_fingerprints": "refused",
+    "notice_before_first": "notice",
 }
 
 

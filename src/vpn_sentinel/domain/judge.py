@@ -36,6 +36,8 @@ def judge(seen: Observation, policy: Policy) -> Verdict:
     canaries = seen.asked(Probe.DEFAULT)
     # A keepalive that arrived proves that something carries it; an agent's report may have come by a second way.
     alive = any(c.answer is Answer.ANSWERED for c in canaries) or seen.trigger is Trigger.KEEPALIVE
+    if not leaking and not canaries and seen.trigger is Trigger.LEAK:
+        return Verdict(State.UNKNOWN)  # packets that are meant to leave, told before the canaries are out
     if not leaking and not alive:
         findings = (*outages.why_dead(seen), *_kill_switch(seen))
     else:
@@ -191,10 +193,10 @@ def _kill_switch(seen: Observation) -> Iterator[Finding]:
     if proof.probe is Probe.FIRST_HOP:
         router = f", {proof.address}" if proof.address else ""
         came = f"reached the first router{router}; whether that one lets it through is not known"
-        facts = {"router": str(proof.address) if proof.address else "unnamed"}
+        facts = {"router": str(proof.address)} if proof.address else {}
     else:
         came = f"came out at {proof.address}" if proof.address else f"was answered by {proof.target}"
-        facts = {"address": str(proof.address) if proof.address else "not told", "seen_by": proof.target}
+        facts = ({"address": str(proof.address)} if proof.address else {}) | {"seen_by": proof.target}
     asked = seen.asked(Probe.PHYSICAL)
     held = dict.fromkeys(c.interface for c in asked if c.answer is Answer.BLOCKED and c.interface)
     closed = ", ".join(i for i in held if i not in {c.interface for c in (*open_, *hops)})

@@ -8,6 +8,10 @@ from vpn_sentinel.domain.observation import Answer, Canary, Observation, Path, P
 from vpn_sentinel.domain.policy import IPAddress, Policy, is_public
 from vpn_sentinel.domain.verdict import Code, Finding
 
+# What may leave a home besides TCP, UDP and ICMP, by number (IANA, protocol-numbers).
+_PROTOCOLS: Final = {
+    2: "IGMP", 4: "IPv4 in IP", 41: "IPv6 in IP", 47: "GRE", 50: "ESP", 51: "AH", 89: "OSPF", 132: "SCTP",
+}  # fmt: skip
 DNS_PORTS: Final = (53, 853)  # plain, and by TLS or QUIC (RFC 7858, 9250)
 
 
@@ -45,7 +49,7 @@ def by_packets(seen: Observation, policy: Policy) -> Iterator[Finding]:
             "bytes": str(sum(e.size for e in told if e.destination == escape.destination)),
             "seen_by": "leak watch",
         }
-        where = f"{escape.protocol.upper()} to {facts['destination']}"
+        where = f"{_protocol(escape.protocol)} to {facts['destination']}"
         if escape.destination_port in DNS_PORTS:
             if policy.allows_resolver(escape.destination) or not is_public(escape.destination):
                 continue  # one on the LAN is known by where it asks the internet from: `resolvers`
@@ -60,10 +64,23 @@ def by_packets(seen: Observation, policy: Policy) -> Iterator[Finding]:
             yield Finding(code, f"A packet left outside the tunnel: {where}.", facts | _tunnel(seen))
 
 
+def _protocol(name: str) -> str:
+    """Of an escape, for people to read."""
+    if not name.isdigit():
+        return name.upper()
+    known = _PROTOCOLS.get(int(name))
+    return f"IP protocol {name} ({known})" if known else f"IP protocol {name}"
+
+
 def _tunnel(seen: Observation) -> dict[str, str]:
     """Whether the tunnel's interface is up, as a fact: what to do differs."""
     link = seen.link
     return {} if link is None else {"tunnel": "gone" if not link.present else "up" if link.up else "down"}
+
+
+def path_fact(path: Path) -> dict[str, str]:
+    """By which kind of interface, as a fact; what is not known is none."""
+    return {} if path is Path.UNKNOWN else {"path": str(path)}
 
 
 def each_once(found: tuple[Finding, ...]) -> tuple[Finding, ...]:
@@ -102,7 +119,7 @@ def _ip_leak(code: Code, canary: Canary, seen: Observation, policy: Policy) -> F
     return Finding(
         code,
         f"IPv{canary.family} traffic leaves {what if not home else 'from ' + what} {canary.address}.",
-        {"address": str(canary.address), "seen_by": canary.target, "path": canary.path, **_tunnel(seen)},
+        {"address": str(canary.address), "seen_by": canary.target, **path_fact(canary.path), **_tunnel(seen)},
     )
 
 

@@ -20,7 +20,8 @@ def system(seen: Observation) -> Iterator[Finding]:
     facts = {"nameservers": servers} if servers else {}
     used = seen.system_lookup
     if used is not None:
-        facts |= {"system": used.error or str(used.answer)}
+        if used.error or used.answer is not Answer.UNKNOWN:
+            facts |= {"system": used.error or str(used.answer)}
         if used.upstreams:
             facts |= {"upstreams": ", ".join(map(str, used.upstreams))}
     if all_dead(seen):
@@ -28,12 +29,12 @@ def system(seen: Observation) -> Iterator[Finding]:
             if not used.egress:
                 yield Finding(
                     Code.RESOLVER_UNKNOWN,
-                    f"Programs can look names up here, though no nameserver of resolv.conf answers ({servers}): which "
-                    "resolver they use could not be seen.",
+                    f"Programs can look names up here, though no nameserver of resolv.conf answers in time "
+                    f"({servers}): which resolver they use could not be seen.",
                     facts,
                 )
             return
-        yield Finding(Code.DNS_DOWN, f"No nameserver answers: {servers}.", facts)
+        yield Finding(Code.DNS_DOWN, f"No nameserver answers in time: {servers}.", facts)
     elif used is not None and used.answer in _DEAD:
         beside = f", though {servers} answers when asked directly" if servers else ""
         yield Finding(

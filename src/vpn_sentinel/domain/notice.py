@@ -9,6 +9,8 @@ from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.domain.verdict import HARM, MEANING, Code, Finding, Severity, State
 
 _WELL = (State.PROTECTED, State.PENDING)
+# Trouble that was seen, and of which people wait to hear the end.
+_SEEN = (State.LEAKING, State.DOWN, State.DEGRADED)
 
 
 class Kind(StrEnum):
@@ -29,9 +31,9 @@ class Kind(StrEnum):
 class Notice:
     """One thing to tell. Times are seconds since the epoch; `began` is when the trouble began or the change was seen.
 
-    `was` is, for a recovery, the worst that the outage was, for trouble the leak that it follows, and for a tunnel that
-    is protected for the first time how bad it was before; `details` are
-    lines that stand as they are. `role` and `site` are the agent's (see wire.messages.Hello).
+    `was` is, for a recovery, the worst that the outage was, and for trouble the leak that it follows; `first` says that
+    the tunnel was never protected before it; `details` are lines that stand as they are. `role` and `site` are the
+    agent's (see wire.messages.Hello).
     """
 
     kind: Kind
@@ -51,6 +53,7 @@ class Notice:
     old_port: int | None = None
     role: str = "tunnel"
     site: str = ""
+    first: bool = False
 
     @property
     def outage(self) -> float | None:
@@ -122,7 +125,7 @@ def _worth_telling(notice: Notice) -> tuple[Finding, ...]:
 
     That the agent closed the namespace belongs to the trouble that it answers. Mere information stays on the pages.
     """
-    if notice.kind is Kind.CONNECTED:
+    if notice.kind is Kind.CONNECTED or notice.first:
         return tuple(f for f in notice.findings if MEANING[f.code].severity is not Severity.INFO)
     trouble = notice.kind in _KIND_OF.values()
     return tuple(
@@ -136,15 +139,14 @@ def _standing(after: Memory, told: State, outage: Outage | None, *, again: bool)
     """Where the tunnel stands, for people who last heard that it was `told`; `again` is whether it was ever well."""
     if after.state is not State.PROTECTED:
         return Notice(kind=_KIND_OF[after.state], at=after.since, began=after.since, findings=after.findings)
-    if told is State.PENDING or outage is None:
-        return Notice(kind=Kind.CONNECTED, at=after.since, findings=after.findings)
-    if not again:
+    if told is State.PENDING or outage is None or not (again or outage.worst in _SEEN):
         # An agent that was started before its tunnel: nothing is restored, and what could not be seen was no outage.
-        was = outage.worst if outage.worst in (State.LEAKING, State.DOWN) else None
-        return Notice(kind=Kind.CONNECTED, at=after.since, was=was, findings=after.findings)
+        return Notice(kind=Kind.CONNECTED, at=after.since, findings=after.findings)
     # A silence that a replay made void did not end in a change of state: it ended when the agent was heard again.
     at = after.since if after.since > outage.began else max(after.seen_at, outage.began)
-    return Notice(kind=Kind.RECOVERED, at=at, began=outage.began, was=outage.worst, findings=after.findings)
+    return Notice(
+        kind=Kind.RECOVERED, at=at, began=outage.began, was=outage.worst, first=not again, findings=after.findings
+    )
 
 
 def _outage(before: Memory, events: Sequence[Event]) -> Outage | None:

@@ -74,7 +74,11 @@ def _no_network(seen: Observation, canaries: tuple[Canary, ...]) -> Finding:
             "users' programs send may pass.",
             facts | {"refused": "this program's packets"},
         )
-    return Finding(Code.NO_NETWORK, "Nothing answers on the default route, and no tunnel is known here.", facts)
+    said = (
+        "No answer reaches this program on the default route, and no tunnel is known here: whether anything leaves, "
+        "and from where, is not known."
+    )
+    return Finding(Code.NO_NETWORK, said, facts)
 
 
 def _nobody_asked(seen: Observation) -> Finding:

@@ -3,6 +3,7 @@
 from ipaddress import ip_network
 from typing import Final
 
+from vpn_sentinel.domain.leaks import path_fact
 from vpn_sentinel.domain.observation import Answer, Observation, Path, ResolverSighting
 from vpn_sentinel.domain.origins import asns_of, exit_asns, home_asns, same_block
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy, is_public
@@ -37,7 +38,7 @@ def leak(sighting: ResolverSighting, seen: Observation, policy: Policy) -> Findi
         return None
     if egress is not None and policy.allows_resolver(egress):
         return None
-    facts = {"nameserver": str(server), "method": sighting.method, "path": str(sighting.path)}
+    facts = {"nameserver": str(server), "method": sighting.method, **path_fact(sighting.path)}
     if egress is not None:
         facts["resolver"] = str(egress)
         if policy.is_home(egress):

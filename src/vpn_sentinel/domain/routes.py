@@ -48,7 +48,7 @@ def _routed_outside(part: Routed, left: Sequence[IPNetwork], shared_with: str) -
     facts = {"interface": part.interface, "networks": which, "share": share, "seen_by": "routing tables"}
     if part.only:
         facts["traffic"] = part.only
-    if part.asked is not None:
+    if part.asked is not None and part.answer is not Answer.UNKNOWN:
         facts["asked"] = f"{part.asked}: {part.answer}"
     if shared_with:
         # How much of the traffic that is depends on the kernel's choice for each connection.

@@ -152,7 +152,7 @@ async def _run(
         bot_api = BotApi(http, settings.telegram, clock) if settings.telegram else None
         channels = build_channels(settings, http, clock=clock, api=bot_api)
         dispatcher = Dispatcher(store, channels, clock, NotifyMetrics(registry, channels))
-        own_address = OwnAddress(http, settings.trace_url)
+        own_address = OwnAddress(http, settings.trace_url, _wants_own_address(settings))
         sites = Sites(lambda name: _pulsed(ledger, name, clock))
         await sites.load(store, clock.wall())
         tracker = Tracker(
@@ -252,6 +252,22 @@ async def _run(
         for task in running:
             task.cancel()
     log.info("server stopped")
+
+
+def _wants_own_address(settings: ServerSettings) -> tuple[str, ...]:
+    """What does not work while the server's own public address is unknown, and what to set then."""
+    wanted = []
+    if not settings.policy.home_networks:
+        wanted.append(
+            "old clients (bare keepalives) cannot be told from home yet: this server's public address, taken for "
+            "their home, could not be asked; VPN_SENTINEL_HOME_NETWORKS says it for good"
+        )
+    if settings.canary is not None and not settings.canary.addresses:
+        wanted.append(
+            "the canary zone's nameserver has no address yet: this server's public one could not be asked; "
+            "VPN_SENTINEL_CANARY_ADDRESSES says it for good"
+        )
+    return tuple(wanted)
 
 
 def _spare_the_collector() -> None:

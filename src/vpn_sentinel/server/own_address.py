@@ -20,12 +20,17 @@ _WITHIN: Final = 10.0
 
 
 class OwnAddress:
-    """Asks a trace service (`{base}/cdn-cgi/trace`, lines of `key=value`) at start and every hour."""
+    """Asks a trace service (`{base}/cdn-cgi/trace`, lines of `key=value`) at start and every hour.
 
-    def __init__(self, http: httpx.AsyncClient, base: str) -> None:
+    `wanted` says for people what does not work without the address, and what to set instead; empty where nothing does.
+    """
+
+    def __init__(self, http: httpx.AsyncClient, base: str, wanted: tuple[str, ...] = ()) -> None:
         self._http = http
         self._url = f"{base}/cdn-cgi/trace"
+        self._wanted = wanted
         self._known: tuple[IPNetwork, ...] = ()
+        self._failed = ""
 
     def __call__(self) -> tuple[IPNetwork, ...]:
         """The address as a network of one, empty while unknown."""
@@ -36,11 +41,19 @@ class OwnAddress:
             try:
                 await self._ask()
             except (httpx.HTTPError, TimeoutError, ValueError) as e:
-                if not self._known:
-                    log.info("own public address is not known", extra={"reason": type(e).__name__})
+                self._say(type(e).__name__)
                 await asyncio.sleep(_AFTER_FAILURE)
             else:
+                self._failed = ""
                 await asyncio.sleep(_AGAIN)
+
+    def _say(self, reason: str) -> None:
+        """Once for each cause, and only what somebody may have to do something about."""
+        if self._known or reason == self._failed:
+            return
+        self._failed = reason
+        for said in self._wanted:
+            log.info(said, extra={"asked": self._url, "reason": reason})
 
     async def _ask(self) -> None:
         async with asyncio.timeout(_WITHIN):

@@ -22,9 +22,9 @@ def received(verdict: Verdict, skew: float | None, thinned: int) -> Verdict:
     """Add what only the receiver knows: a wrong clock (`skew` seconds), and rounds that were thinned."""
     extra: list[Finding] = []
     if skew is not None and abs(skew) > CLOCK_SKEW:
-        ahead = "ahead" if skew > 0 else "behind"
-        message = f"The agent's clock is {abs(skew):.0f} s {ahead} of the server's."
-        extra.append(Finding(Code.CLOCK_SKEW, message, {"seconds": f"{skew:.0f}"}))
+        seconds, side = f"{abs(skew):.0f}", "ahead" if skew > 0 else "behind"
+        message = f"The agent's clock is {seconds} s {'ahead of' if skew > 0 else side} the server's."
+        extra.append(Finding(Code.CLOCK_SKEW, message, {"seconds": seconds, "clock": side}))
     if thinned:
         message = f"The agent had no room for {thinned} routine observations while the server was away."
         extra.append(Finding(Code.OBSERVATIONS_LOST, message, {"count": str(thinned)}))

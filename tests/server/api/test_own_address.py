@@ -1,11 +1,13 @@
 """The server's own address, asked of a service that may say anything."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from ipaddress import ip_network
 
 import httpx
 import pytest
 
+from tests.conftest import until
 from vpn_sentinel.server.own_address import OwnAddress
 
 
@@ -60,3 +62,22 @@ async def test_an_address_that_the_internet_cannot_see_is_none(text: str) -> Non
 async def test_a_refusal_is_no_answer() -> None:
     with pytest.raises(httpx.HTTPStatusError):
         await asking(httpx.Response(302, headers={"Location": "http://10.0.0.1/"}, text="ip=1.2.3.4"))._ask()
+
+
+@pytest.mark.parametrize("wanted", [(), ("old clients cannot be told from home yet: set VPN_SENTINEL_HOME_NETWORKS",)])
+async def test_that_nobody_answers_is_said_once_and_by_what_it_means(
+    wanted: tuple[str, ...], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    caplog.set_level("INFO")
+    monkeypatch.setattr("vpn_sentinel.server.own_address._AFTER_FAILURE", 0.0)
+    asked = []
+
+    def refuse(request: httpx.Request) -> httpx.Response:
+        asked.append(request)
+        raise httpx.ConnectError("refused")
+
+    own = OwnAddress(httpx.AsyncClient(transport=httpx.MockTransport(refuse)), "https://trace.test", wanted)
+    task = asyncio.create_task(own.run())
+    await until(lambda: len(asked) > 3)
+    task.cancel()
+    assert [r.getMessage() for r in caplog.records if r.name.endswith("own_address")] == list(wanted)

@@ -1,16 +1,21 @@
 """What people read."""
 
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from zoneinfo import ZoneInfo
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vpn_sentinel.domain.judge import judge
 from vpn_sentinel.domain.notice import Kind, Notice
-from vpn_sentinel.domain.verdict import Code, Finding, State
+from vpn_sentinel.domain.observation import Answer, Canary, Observation, Probe, Trigger
+from vpn_sentinel.domain.policy import Policy
+from vpn_sentinel.domain.verdict import Code, Finding, State, Verdict
 from vpn_sentinel.server.notify import text
 from vpn_sentinel.server.notify.split import split, utf16
+from vpn_sentinel.server.notify.text import explain
+from vpn_sentinel.server.showing import received
 
 AMSTERDAM = ZoneInfo("Europe/Amsterdam")
 UTC = ZoneInfo("UTC")
@@ -151,6 +156,13 @@ Exit: 198.51.100.7
 Began: 2027-01-15 07:54:55 CET (06:54:55 UTC)
 Time: 2027-01-15 09:00:00 CET (08:00:00 UTC)""",
     ),
+    "recovered, and never protected before": (
+        Notice(kind=Kind.RECOVERED, tunnel="nl-1", at=AT, began=AT - 11, was=State.LEAKING, first=True),
+        """\
+🟢 nl-1 is protected after 11 seconds (it was leaking)
+Began: 2027-01-15 08:59:49 CET (07:59:49 UTC)
+Time: 2027-01-15 09:00:00 CET (08:00:00 UTC)""",
+    ),
     "test": (
         Notice(kind=Kind.TEST, at=AT),
         """\
@@ -268,3 +280,21 @@ def test_a_long_notice_is_clipped_to_one_message() -> None:
     finding = Finding(Code.NO_TRAFFIC, "m" * 5000, {f"k{n}": "v" * 5000 for n in range(50)})
     notice = Notice(kind=Kind.DOWN, tunnel="t" * 5000, at=AT, findings=(finding,) * 3, details=("d" * 9000,))
     assert len(split(text.html(notice, UTC))) <= 2
+
+
+@pytest.mark.parametrize(
+    ("skew", "said"), [(-4000.0, "4000 s behind the server's"), (61.2, "61 s ahead of the server's")]
+)
+def test_a_wrong_clock_is_told_once_and_in_grammar(skew: float, said: str) -> None:
+    (finding,) = received(Verdict(State.PROTECTED), skew, 0).findings
+    assert explain(finding) == f"The agent's clock is {said}."
+
+
+def test_an_old_clients_leak_names_no_path_that_nobody_knows() -> None:
+    home = ip_address("83.46.112.77")
+    seen = Observation(
+        trigger=Trigger.KEEPALIVE,
+        canaries=(Canary(probe=Probe.DEFAULT, target="client", family=4, answer=Answer.ANSWERED, address=home),),
+    )
+    finding = judge(seen, Policy(home_networks=(ip_network(home),))).findings[0]
+    assert explain(finding) == "IPv4 traffic leaves from the home address 83.46.112.77. (seen by: client)"

@@ -89,6 +89,8 @@ def headline(notice: Notice) -> str:
     icon, words = _HEADLINE[notice.kind]
     if notice.role == "reference":
         words = _HOME.get(notice.kind, words)
+    if notice.first:
+        words = words.removesuffix(" again")
     said = words.format(tunnel=clean(notice.tunnel) or "A tunnel", site=clean(notice.site) or "a site")
     if notice.outage is not None:
         said += f" after {duration(notice.outage)}"
