@@ -211,6 +211,10 @@ class Faults(ABC):
         vpn = self.line.vpn
         self._be(vpn=self.other if vpn != self.other else vpn)
 
+    def move_server(self) -> None:
+        """79: the VPN's program goes over to the next server of its list, its kill switch with it."""
+        self._be(next_server=True)
+
     def ad_block(self) -> None:
         """55: the system's resolver is a forwarder on this host that answers `whoami.akamai.net` with 0.0.0.0."""
         self._be(ad_blocker=True, resolvers=("127.0.0.1",))

@@ -16,7 +16,7 @@ from lab.gluetun import Gluetun
 from lab.nodes import Node, Process, Response, import_path, until
 from lab.plan import CLOUDFLARE, CLOUDFLARE6, ISP_RESOLVER, OPENDNS, PROVIDERS, HomePlan
 from lab.rules import MARK, Line, host, router_filter, router_nat
-from lab.tunnels import FWMARK, Client
+from lab.tunnels import FWMARK, Client, OpenVpnClient, WireGuardClient
 from lab.uplinks import Uplink, uplink
 
 _LISTENS: dict[str, tuple[int, float, str]] = {"portal": (8443, 10, "tcp"), "adblock": (53, 10, "udp")}
@@ -61,6 +61,8 @@ class Site:
     """Only this user's programs go by the VPN (WireGuard); the others are meant to go out beside it."""
     other: str | None = None
     """A second kind of tunnel to the same provider, which `switch_protocol` goes over to."""
+    next_server: bool = False
+    """OpenVPN has a second server in its list, which `move_server` goes over to; WireGuard needs none."""
 
     def __post_init__(self) -> None:
         if self.device and self.vpn != "wg-quick":
@@ -276,6 +278,9 @@ class Home(Faults):
         self._sync_router(before)
         self._push(self, before)
         self._sync_tunnel(before)
+        if before is not None and before.next_server != line.next_server:
+            assert isinstance(self.client, WireGuardClient | OpenVpnClient)
+            self.client.move(line.endpoint)
         self.host.resolv_conf(line.resolvers)
         self._help("portal", wanted=line.portal, on=self.router, command=self._portal_command)
         self._help("adblock", wanted=line.ad_blocker, on=self.host, command=self._ad_blocker_command)

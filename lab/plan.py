@@ -210,8 +210,9 @@ KINDS = {
     "openconnect": Kind(5, "tun0", 4, (("tcp", 443), ("udp", 443))),
     "strongswan": Kind(6, "ipsec0", 5, (("udp", 500), ("udp", 4500))),
 }
-SERVERS = range(2, 9)
-"""Last octets of a provider's VPN servers."""
+NEXT_SERVER = 9
+SERVERS = range(2, 10)
+"""Last octets of a provider's VPN servers; the last is the next one of a client's list."""
 
 PROVIDERS = {
     "nl": Provider("nl", 1, "185.65.134", "2a03:1b20:3:", "193.138.218", "2a03:1b20:5:"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from lab.plan import ISP_RESOLVER, KINDS, REWRITER, HomePlan, Kind, Provider
+from lab.plan import ISP_RESOLVER, KINDS, NEXT_SERVER, REWRITER, HomePlan, Kind, Provider
 
 DOCKER = "172.17.0"
 """Docker's usual network, without the last octet: the host is .2 there, and .1 is its gateway."""
@@ -32,6 +32,7 @@ class Line:
     cgnat: bool = False
     # The tunnel's client
     tunnel: str = "up"  # up, link_down, deleted, killed
+    next_server: bool = False
     peer_admitted: bool = True
     orphaned: bool = False
     # Routes and resolvers of the host
@@ -83,7 +84,7 @@ class Line:
     def endpoint(self) -> str:
         """The address that the tunnel's packets go to on the home's line."""
         assert self.provider is not None
-        return self.provider.server(self.kind.server)
+        return self.provider.server(NEXT_SERVER if self.next_server else self.kind.server)
 
     @property
     def line4(self) -> str:

@@ -164,6 +164,11 @@ class WireGuardClient:
         if self._node.has_link("wg0"):
             configure_wireguard(self._node, "wg0", self._config)
 
+    def move(self, server: str) -> None:
+        """Send to another address of the server from now on, as roaming and providers' programs do."""
+        peer = ["wg", "set", "wg0", "peer", self._server.key.public, "endpoint", f"{server}:{self.port}"]
+        self._node.run(peer, check=True)
+
     def admit(self, *, admitted: bool) -> None:
         self._server.admit(self.key, admitted=admitted)
 
@@ -255,7 +260,8 @@ class OpenVpnClient:
     """A home's OpenVPN: redirect-gateway def1, persist-tun. Its management socket is /run/openvpn/management.sock.
 
     `remote` is another address of the server; then the route to it is somebody else's business. `only` is the one
-    address that shall go by this tunnel, where it is there to carry another one.
+    address that shall go by this tunnel, where it is there to carry another one. `next_server` is another server of its
+    list; then its device goes with each connection, because with persist-tun the route to the next one is missing.
     """
 
     owns_default = False
@@ -263,6 +269,7 @@ class OpenVpnClient:
     def __init__(
         self, node: Node, provider: Provider, server: OpenVpnServer, client: int, *, ipv6: bool,
         authority: Authority, pair: Pair, remote: str | None = None, only: str | None = None,
+        next_server: str | None = None,
     ) -> None:  # fmt: skip
         server.prepare(node.name, client, ipv6=ipv6)
         self._node, self._server = node, server
@@ -271,16 +278,17 @@ class OpenVpnClient:
         self.interface = kind.interface
         protocol, self.port = kind.outer[0]
         routes = f"redirect-gateway def1{' local' if remote else ''}{' ipv6' if ipv6 else ''}"
+        following = f"remote {next_server} {self.port}\nserver-poll-timeout 3" if next_server else "persist-tun"
         self._config: Path = node.directory / f"openvpn-{node.name}.conf"
         self._config.write_text(
             f"""client
 proto {"tcp4-client" if protocol == "tcp" else "udp4"}
 remote {remote or provider.server(kind.server)} {self.port}
+{following}
 nobind
 dev {kind.interface}
 dev-type {kind.interface.rstrip("0")}
 disable-dco
-persist-tun
 persist-key
 {f"route {only} 255.255.255.255" if only else routes}
 {"" if ipv6 else 'pull-filter ignore "ifconfig-ipv6"'}
@@ -327,6 +335,18 @@ verb 3
             self._process.send_signal(signal.SIGUSR1)
         else:
             self.up()
+
+    def move(self, server: str) -> None:
+        """To the next server of its list: the one that it has must have become unreachable."""
+        process = self._process
+        assert process is not None
+        process.log.write_text("")
+        process.send_signal(signal.SIGUSR1)
+        until(
+            lambda: f"link remote: [AF_INET]{server}:" in process.output(),
+            20,
+            f"{self._node.name}: OpenVPN at {server}",
+        )
 
     def admit(self, *, admitted: bool) -> None:
         self._server.admit(self._node.name, admitted=admitted)

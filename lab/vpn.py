@@ -29,6 +29,7 @@ class Wanted:
     device: str | None
     way: str
     lan: str
+    next_server: str | None
 
 
 @dataclass
@@ -99,7 +100,7 @@ class Tunnels:
         pair = self.authority.issue(f"client-{wanted.host.name}", [wanted.host.name])
         return OpenVpnClient(
             wanted.host, wanted.provider, server, wanted.client, ipv6=wanted.ipv6 if ipv6 is None else ipv6,
-            authority=self.authority, pair=pair, remote=remote, only=only,
+            authority=self.authority, pair=pair, remote=remote, only=only, next_server=wanted.next_server,
         )  # fmt: skip
 
     def _wireguard_in_openvpn(self, wanted: Wanted) -> Client:

@@ -280,6 +280,7 @@ class Lab:
                 kind=kind, provider=home.line.provider, host=host, server=self.nodes[site.provider],
                 client=home.line.plan.client, ipv6=site.ipv6 == "tunnel", keepalive=site.keepalive, device=site.device,
                 way=home.uplink.way, lan=home.lan,
+                next_server=home.line.provider.server(plan.NEXT_SERVER) if site.next_server else None,
             )  # fmt: skip
             home.clients[kind] = tunnels.client(wanted)
 

@@ -30,6 +30,8 @@ SITES = [
     Site("user", user=997, kill_switch=False),
     Site("connect", vpn="openconnect", kill_switch=False),
     Site("switch", other="openvpn-tcp", kill_switch=True),
+    Site("moving", next_server=True, kill_switch=True),
+    Site("movingovpn", vpn="openvpn", next_server=True, kill_switch=True),
     Site("carrier", cgnat=True, mtu=1460, kill_switch=False),
 ]
 
@@ -216,6 +218,21 @@ def test_row_64_another_protocol_under_the_same_kill_switch(field: Lab, home: Ca
     assert {p.dst for p in wire.packets() if p.src == site.home4} <= servers
     site.heal()
     assert (site.vpn_interface, seen(site)) == ("wg0", site.exit4)
+
+
+@pytest.mark.parametrize("name", ["moving", "movingovpn"])
+def test_row_79_the_next_server_of_the_list(field: Lab, home: Callable[[str], Home], name: str) -> None:
+    site = home(name)
+    assert seen(site) == site.exit4
+    first = site.endpoint
+    with field.capture(site, "ip") as wire:
+        site.move_server()
+        site.wait_up()
+        assert seen(site) == site.exit4
+        wire.settle()
+    left = {(p.dst, p.dport) for p in wire.packets() if p.src == site.home4}
+    assert site.endpoint in left <= {first, site.endpoint}
+    assert site.endpoint != first
 
 
 def test_row_65_one_network_outside(field: Lab, home: Callable[[str], Home]) -> None:
