@@ -1,12 +1,14 @@
 """The AS number of an address: asked once a block, through the tunnel only, and kept."""
 
+import asyncio
 import json
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
 
 import pytest
 
-from tests.agent.doubles import ETH, LO, WG, FakeKernel, Loopback, http, reply, udp
+from tests.agent.doubles import ETH, LO, WG, FakeKernel, Loopback, http, reply, udp, waited
 from tests.agent.test_dnswire import answer, text
 from tests.conftest import ManualClock
 from vpn_sentinel.agent.http import Client
@@ -22,7 +24,7 @@ from vpn_sentinel.agent.probes.placing import Service, read_ipinfo
 from vpn_sentinel.agent.round import Eyes, look
 from vpn_sentinel.domain.judge import judge
 from vpn_sentinel.domain.observation import Path, Place, Trigger
-from vpn_sentinel.domain.policy import Policy
+from vpn_sentinel.domain.policy import IPAddress, Policy
 from vpn_sentinel.domain.verdict import Code
 from vpn_sentinel.runtime.clock import SystemClock
 
@@ -161,6 +163,56 @@ async def test_no_service_is_asked_beside_the_tunnel(clock: ManualClock) -> None
 async def test_what_is_no_number_of_that_block_is_not_kept(clock: ManualClock, service: Counting) -> None:
     assert await learned(clock, service, times=3) == ()
     assert len(service.got) == 1
+
+
+async def _telefonica(address: IPAddress, may_ask: Callable[[str], Awaitable[bool]]) -> Place | None:
+    """A service at a literal address, which is reached as everything is."""
+    return Place(ip=address, source="a service", asn=3352) if await may_ask("http://127.0.0.1/") else None
+
+
+def test_where_dns_keeps_silent_a_service_is_asked_soon(clock: ManualClock) -> None:
+    """A leak may be waiting to be told; whoever answers first is believed."""
+
+    async def learn() -> tuple[Place, ...]:
+        async with udp(lambda _: None) as (port, _):
+            origins = Origins(clock, path_to=as_routed, services=_telefonica)
+            await origins.learn([EGRESS], [Nameserver(HERE, port=port)], paths(WG.index))
+            return origins.known([EGRESS])
+
+    (place,), seconds = waited(learn())
+    assert (place.asn, place.source) == (3352, "a service")
+    assert seconds == pytest.approx(0.3)
+
+
+def test_what_is_known_may_be_enough(clock: ManualClock) -> None:
+    home = ip_address("2a02:908:1234::53")
+
+    async def learn() -> tuple[Place, ...]:
+        async with udp(lambda data: None if b"origin6" in data else served(data)) as (port, _):
+            origins = Origins(clock, path_to=as_routed)
+            there, around = [Nameserver(HERE, port=port)], paths(WG.index)
+            await origins.learn([home, EGRESS], there, around, enough=lambda: bool(origins.known([EGRESS])))
+            return origins.known([EGRESS, home])
+
+    (place,), seconds = waited(learn())
+    assert (place.asn, seconds) == (3352, 0.0)
+
+
+def test_a_service_that_hangs_does_not_hold_up_what_dns_tells_late(clock: ManualClock) -> None:
+    async def hangs(*_: object) -> Place | None:
+        await asyncio.Event().wait()
+        return None
+
+    async def learn() -> tuple[Place, ...]:
+        answers = iter([None])  # the first question is lost
+        async with udp(lambda data: next(answers, served(data))) as (port, _):
+            origins = Origins(clock, path_to=as_routed, services=hangs)
+            await origins.learn([EGRESS], [Nameserver(HERE, port=port)], paths(WG.index))
+            return origins.known([EGRESS])
+
+    (place,), seconds = waited(learn())
+    assert (place.asn, place.source) == (3352, "cymru.com")
+    assert seconds == pytest.approx(0.4)
 
 
 async def test_what_was_kept_before_there_were_two_sources_is_read(clock: ManualClock) -> None:

@@ -2,13 +2,15 @@
 
 Asked through the tunnel only (by the one way out where no tunnel is in sight), of the block and never of the host, once
 a block, and kept for two weeks. An answer is
-`"64496 | 192.0.2.0/24 | NL | ripencc | 2001-01-01"`; a block with several origins names several numbers. Where it does
-not answer, the geolocation services are asked of the block's first address, in the same way.
+`"64496 | 192.0.2.0/24 | NL | ripencc | 2001-01-01"`; a block with several origins names several numbers. Where it has
+not answered within 0.3 s, the geolocation services are asked of the block's first address too, in the same way, and the
+first answer counts: a leak may be waiting to be told.
 """
 
 import asyncio
+import contextlib
 import json
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from ipaddress import ip_address, ip_network
 from typing import Final, Protocol
 
@@ -25,7 +27,8 @@ from vpn_sentinel.runtime.clock import Clock
 SOURCE: Final = "cymru.com"
 FRESH: Final = 14 * 86400.0  # seconds
 _REST: Final = 600.0  # seconds after no answer
-_LIMIT, _RESEND = 1.0, 0.4  # seconds; a leak may be waiting to be told
+_LIMIT, _RESEND = 1.0, 0.4  # seconds
+_HEAD_START: Final = 0.3  # seconds that the DNS question has before services are asked
 _MOST_ASKED: Final = 8  # blocks in a round
 _MOST_SERVED: Final = 4  # blocks in a round that services are asked about
 _SERVED_WITHIN: Final = 2.0  # seconds
@@ -47,6 +50,7 @@ class Facts(Protocol):
 # What a service says of an address, None when none does; the second argument tells which may be asked, by its URL.
 Services = Callable[[IPAddress, Callable[[str], Awaitable[bool]]], Awaitable[Place | None]]
 _Origin = tuple[float, tuple[int, ...], str]  # when it was asked (wall clock), the AS numbers, and who said so
+_Said = tuple[tuple[int, ...], str] | None  # the AS numbers, and who said so
 
 
 class Origins:
@@ -77,53 +81,71 @@ class Origins:
             found += [Place(ip=address, source=source, asn=n) for n in numbers]
         return tuple(found)
 
-    async def learn(self, addresses: Iterable[IPAddress], servers: Iterable[dns.Nameserver], paths: Paths) -> None:
-        """Ask for what is not known or too old, at most three seconds. Nobody is asked beside the tunnel."""
+    async def learn(
+        self,
+        addresses: Iterable[IPAddress],
+        servers: Iterable[dns.Nameserver],
+        paths: Paths,
+        *,
+        enough: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Ask for what is not known or too old, at most 2.3 seconds, or until what is known is `enough`.
+
+        Nobody is asked beside the tunnel.
+        """
         server = next((s for s in (*servers, *_PUBLIC) if _may_go(self._path_to(s, paths), paths)), None)
         due = [b for b in dict.fromkeys(block(a) for a in addresses if is_public(a)) if self._due(str(b))][:_MOST_ASKED]
         if not due:
             return
-        left = due
-        if server is not None:
-            async with asyncio.TaskGroup() as group:
-                asked = {b: group.create_task(_ask(server, b)) for b in due}
-            for network, task in asked.items():
-                self._tried[str(network)] = self._clock.boottime()
-                self._learned(network, task.result(), SOURCE)
-            left = [b for b, task in asked.items() if not task.result()]
-        await self._ask_services(left, paths)
+        turns = iter(range(_MOST_SERVED))
+        async with asyncio.TaskGroup() as group:
+            asking = {group.create_task(self._look_up(network, server, paths, turns)) for network in due}
+            while asking and not enough():
+                _, asking = await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+            for task in asking:
+                task.cancel()
         for kept in (self._known, self._tried):
             while len(kept) > _MOST_KEPT:
                 del kept[next(iter(kept))]
         if self._facts is not None:
             self._facts.keep(_FACT, json.dumps(self._known))
 
-    def _learned(self, network: IPNetwork, numbers: tuple[int, ...], source: str) -> None:
-        if numbers:
-            self._known.pop(str(network), None)
-            self._known[str(network)] = (self._clock.wall(), numbers, source)
-
-    async def _ask_services(self, due: list[IPNetwork], paths: Paths) -> None:
-        services = self._services
-        if services is None or not due:
-            return
-
-        async def ask(network: IPNetwork) -> None:
-            async def may_ask(url: str) -> bool:
-                inside = await self._is_inside(url, paths)
-                if inside:
-                    self._tried[str(network)] = self._clock.boottime()
-                return inside
-
-            place = await services(network.network_address, may_ask)
-            if place is not None and place.asn is not None:
-                self._learned(network, (place.asn,), place.source)
-
+    async def _look_up(
+        self, network: IPNetwork, server: dns.Nameserver | None, paths: Paths, turns: Iterator[int]
+    ) -> None:
+        """Ask about one block. `turns` are those that services may still be asked about."""
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(ask(network)) for network in due[:_MOST_SERVED]]
-            await asyncio.wait(tasks, timeout=_SERVED_WITHIN)
-            for task in tasks:
+            asking: set[asyncio.Task[_Said]] = set()
+            found: _Said = None
+            if server is not None:
+                done, asking = await asyncio.wait({group.create_task(_ask(server, network))}, timeout=_HEAD_START)
+                found = next((task.result() for task in done), None)
+            if not found and self._services is not None and next(turns, None) is not None:
+                asking.add(group.create_task(self._ask_services(self._services, network, paths)))
+            while asking and not found:
+                done, asking = await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+                found = next((said for task in done if (said := task.result())), None)
+            for task in asking:
                 task.cancel()
+        if server is not None:
+            self._tried[str(network)] = self._clock.boottime()
+        if found:
+            self._known.pop(str(network), None)
+            self._known[str(network)] = (self._clock.wall(), *found)
+
+    async def _ask_services(self, services: Services, network: IPNetwork, paths: Paths) -> _Said:
+        async def may_ask(url: str) -> bool:
+            inside = await self._is_inside(url, paths)
+            if inside:
+                self._tried[str(network)] = self._clock.boottime()
+            return inside
+
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_SERVED_WITHIN):
+                place = await services(network.network_address, may_ask)
+                if place is not None and place.asn is not None:
+                    return (place.asn,), place.source
+        return None
 
     async def _is_inside(self, url: str, paths: Paths) -> bool:
         where = split(url)
@@ -174,7 +196,7 @@ def read(reply: dnswire.Reply, network: IPNetwork) -> tuple[int, ...]:
     return best[1]
 
 
-async def _ask(server: dns.Nameserver, network: IPNetwork) -> tuple[int, ...]:
+async def _ask(server: dns.Nameserver, network: IPNetwork) -> _Said:
     numbers: list[int] = []
 
     def take(reply: dnswire.Reply) -> dns.Revealed:
@@ -183,7 +205,7 @@ async def _ask(server: dns.Nameserver, network: IPNetwork) -> tuple[int, ...]:
 
     method = dns.Method("origin", question(network), dnswire.TXT, take)
     outcome = await dns.lookup(server, method, limit=_LIMIT, resend=_RESEND)
-    return tuple(numbers) if outcome.answer is Answer.ANSWERED else ()
+    return (tuple(numbers), SOURCE) if numbers and outcome.answer is Answer.ANSWERED else None
 
 
 def _read(text: str | None) -> dict[str, _Origin]:
