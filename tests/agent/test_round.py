@@ -1,11 +1,14 @@
 import asyncio
 import socket
+import subprocess
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from ipaddress import ip_address
 from pathlib import Path
 
-from tests.agent.doubles import ETH, LO, WG, FakeKernel, Loopback, http, reply, udp
+import pytest
+
+from tests.agent.doubles import ETH, LO, WG, FakeKernel, Loopback, http, reply, udp, waited
 from tests.agent.test_dns import whoami
 from tests.agent.test_dnswire import answer
 from tests.agent.test_place import IPINFO
@@ -22,7 +25,7 @@ from vpn_sentinel.agent.probes.placing import Service
 from vpn_sentinel.agent.probes.system_resolver import SystemResolver
 from vpn_sentinel.agent.round import Eyes, look
 from vpn_sentinel.domain.judge import judge, learned_home
-from vpn_sentinel.domain.observation import Answer, Canary, Link, Place, Probe, Quality, Trigger
+from vpn_sentinel.domain.observation import Answer, Canary, Link, Observation, Place, Probe, Quality, Trigger
 from vpn_sentinel.domain.observation import Path as DomainPath
 from vpn_sentinel.domain.policy import IPAddress, Policy
 from vpn_sentinel.domain.verdict import State
@@ -146,6 +149,49 @@ async def test_a_dns_leak_does_not_wait_for_the_systems_resolver() -> None:
     assert judge(seen, policy).state is State.LEAKING
     assert asked.is_set()
     assert seen.dns_intercepted is True  # what was known by then is kept
+
+
+def test_a_dns_leak_waits_for_no_nameserver_that_stays_silent() -> None:
+    policy = Policy(home_networks=networks("185.65.200.7"))
+
+    async def round_() -> Observation:
+        async with (
+            udp(lambda _: EXIT) as (canary, _),
+            udp(whoami) as (leaks, _),
+            udp(lambda _: None, host="127.0.0.2") as (dead, _),
+        ):
+            both = (Nameserver(HERE, port=leaks), Nameserver(ip_address("127.0.0.2"), port=dead))
+            return await look(replace(eyes(canary, dead), nameservers=lambda: both), Trigger.TIMER, policy)
+
+    seen, seconds = waited(round_())
+    assert judge(seen, policy).state is State.LEAKING
+    assert seconds < 0.2
+
+
+@pytest.mark.parametrize(("asn", "state"), [(39351, State.PROTECTED), (3320, State.LEAKING)], ids=["VPN's", "ISP's"])
+def test_a_router_that_may_have_a_vpn_of_its_own_leaks_only_once_its_network_is_known(
+    namespace: None, asn: int, state: State
+) -> None:
+    router = ip_address("192.168.1.1")
+    subprocess.run(["ip", "address", "add", f"{router}/32", "dev", "lo"], check=True)
+    policy = Policy(home_networks=networks("91.10.10.20"))
+    around = Survey(interfaces=(LO, ETH, WG), tunnel="wg0", beside=(ETH,))
+
+    async def services(address: IPAddress, _: Callable[[str], Awaitable[bool]]) -> Place | None:
+        numbers = {"185.65.134.0": 39351, "185.65.200.0": asn, "91.10.10.0": 3320}
+        return Place(ip=address, source="a service", asn=numbers[str(address)])
+
+    async def round_() -> Observation:
+        origins = Origins(SystemClock(), services=services, path_to=lambda *_: DomainPath.OUTSIDE)
+        async with udp(lambda _: EXIT) as (canary, _), udp(whoami, host=str(router)) as (port, _):
+            kernel = FakeKernel(routes={str(router): Route(interface=ETH.index)})
+            looks = eyes(canary, canary, kernel=kernel)
+            looks = replace(looks, survey=lambda: around, nameservers=lambda: (Nameserver(router, port=port),))
+            return await look(replace(looks, origins=origins), Trigger.TIMER, policy)
+
+    seen, _ = waited(round_())
+    assert {s.path for s in seen.resolvers} == {DomainPath.OUTSIDE}
+    assert judge(seen, policy).state is state
 
 
 async def test_what_was_found_out_about_a_proxy_beside_a_leak_is_kept() -> None:

@@ -34,7 +34,7 @@ from vpn_sentinel.domain.observation import (
     Trigger,
 )
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy
-from vpn_sentinel.domain.resolvers import unexplained
+from vpn_sentinel.domain.resolvers import undecided, unexplained, without
 from vpn_sentinel.domain.unseen import rests_on_home
 from vpn_sentinel.domain.verdict import State
 from vpn_sentinel.runtime.clock import Clock
@@ -135,6 +135,11 @@ def _leaks(seen: Observation, policy: Policy) -> bool:
     return judge(seen, policy).state is State.LEAKING
 
 
+def _is_proved(seen: Observation, policy: Policy) -> bool:
+    """Whether it leaks whatever can still be learned of where resolvers ask from."""
+    return _leaks(without(undecided(seen, policy), seen), policy)
+
+
 def _outside(survey: Survey, found: tuple[Canary, ...], policy: Policy) -> dict[str, frozenset[IPNetwork]]:
     """Where packets by each way out beside the tunnel come out: seen by a canary, or home where there is one way."""
     home = policy.home_networks if len(survey.uplinks) == 1 else ()
@@ -183,25 +188,16 @@ async def _slow_part(eyes: Eyes, seen: Observation, policy: Policy, paths: Paths
         ground = (seen.link and (seen.link.name, seen.link.up), seen.exit(4), seen.exit(6))
         using = group.create_task(system.ask(zone, nameservers, ground)) if system is not None else None
         connecting = group.create_task(tcp.beside(paths, seen.canaries, most=MAX_UPLINKS))
-        others = dns.besides(nameservers, eyes.neighbors())
-        found = await dns.resolvers(paths, (*nameservers, *others), zone)
-        # Somebody who answers in our server's name stands between.
-        seen = replace(seen, resolvers=_of_use(found.sightings, nameservers), dns_intercepted=found.forged or None)
-        # Begun before and over as soon: what a resolver makes up must be known before its word proves anything.
-        seen = replace(seen, dns_rewritten=await rewriting)
+        seen = await _lookups(eyes, seen, policy, paths, nameservers, zone, rewriting)
+        seen = await _with_origins(eyes, seen, policy, paths, nameservers)
         if using is not None and not _leaks(seen, policy):
             seen = replace(seen, system_lookup=await using)
-        odd = unexplained(seen, policy)
-        if eyes.origins is not None and (odd or rests_on_home(seen, policy)):
-            # Only what nothing else explains is worth a stranger's answer.
-            addresses = (*odd, *(a for a in (seen.exit(4), seen.exit(6)) if a), *_homes(seen, policy))
-            await eyes.origins.learn(addresses, nameservers, paths)
-        seen = replace(seen, places=_places(eyes, seen, policy))
+            seen = await _with_origins(eyes, seen, policy, paths, nameservers)
         if _leaks(seen, policy):
             if placing is not None:
                 await asyncio.wait([placing], timeout=_PLACES_PATIENCE)
                 placing.cancel()
-            side = [task for task in (proxied, connecting, using) if task is not None]
+            side = [task for task in (proxied, connecting, using, rewriting) if task is not None]
             if not all(task.done() for task in side):
                 proxy = proxied.result() if proxied.done() else None
                 for task in side:
@@ -210,7 +206,55 @@ async def _slow_part(eyes: Eyes, seen: Observation, policy: Policy, paths: Paths
         if using is not None and seen.system_lookup is None:
             seen = replace(seen, system_lookup=await using)
         seen = replace(seen, canaries=(*seen.canaries, *await connecting))
-        return replace(seen, dns_intercepted=await proxied or found.forged)
+        return replace(seen, dns_intercepted=await proxied or seen.dns_intercepted or False)
+
+
+async def _lookups(
+    eyes: Eyes,
+    seen: Observation,
+    policy: Policy,
+    paths: Paths,
+    nameservers: tuple[dns.Nameserver, ...],
+    zone: dns.CanaryZone | None,
+    rewriting: asyncio.Task[bool | None],
+) -> Observation:
+    """Ask each nameserver; what proves a leak waits for no other answer."""
+
+    def told(asked: dns.Asked) -> Observation:
+        found = replace(
+            seen,
+            resolvers=_of_use(asked.sightings, nameservers),
+            # Somebody who answers in our server's name stands between.
+            dns_intercepted=asked.forged or None,
+            # What a resolver makes up must be known before its word proves anything.
+            dns_rewritten=rewriting.result() if rewriting.done() else True,
+        )
+        return replace(found, places=_places(eyes, found, policy))
+
+    def proves(asked: dns.Asked) -> bool:
+        return _is_proved(told(asked), policy)
+
+    others = dns.besides(nameservers, eyes.neighbors())
+    asked = await dns.resolvers(paths, (*nameservers, *others), zone, enough=proves)
+    if not rewriting.done() and proves(asked):
+        return replace(told(asked), dns_rewritten=None)
+    await rewriting
+    return told(asked)
+
+
+async def _with_origins(
+    eyes: Eyes, seen: Observation, policy: Policy, paths: Paths, nameservers: tuple[dns.Nameserver, ...]
+) -> Observation:
+    """Learn whose networks addresses are in. Only what nothing else explains is worth a stranger's answer."""
+
+    def now() -> Observation:
+        return replace(seen, places=_places(eyes, seen, policy))
+
+    odd = unexplained(seen, policy)
+    if eyes.origins is not None and (odd or rests_on_home(seen, policy)):
+        addresses = (*odd, *(a for a in (seen.exit(4), seen.exit(6)) if a), *_homes(seen, policy))
+        await eyes.origins.learn(addresses, nameservers, paths, enough=lambda: _is_proved(now(), policy))
+    return now()
 
 
 def _of_use(

@@ -1,5 +1,6 @@
 """Which resolver asks for this host, and whether its path gives the home connection away."""
 
+from dataclasses import replace
 from ipaddress import ip_network
 from typing import Final
 
@@ -149,6 +150,21 @@ def unexplained(seen: Observation, policy: Policy) -> tuple[IPAddress, ...]:
         if not (policy.is_home(egress) or _in_exit_block(egress, seen) or _is_known_public(egress)):
             found[egress] = None
     return tuple(found)
+
+
+def undecided(seen: Observation, policy: Policy) -> tuple[IPAddress, ...]:
+    """Unexplained egresses that may turn out to be the VPN's: their own AS, or an exit's, is not known yet."""
+    compared = all(asns_of(e, seen) for e in (seen.exit(4), seen.exit(6)) if e)
+    return tuple(e for e in unexplained(seen, policy) if not (compared and asns_of(e, seen)))
+
+
+def without(egresses: tuple[IPAddress, ...], seen: Observation) -> Observation:
+    """The same as if no lookup had shown these."""
+    shown = tuple(replace(s, egress=None) if s.egress in egresses else s for s in seen.resolvers)
+    used = seen.system_lookup
+    if used is not None:
+        used = replace(used, egress=tuple(e for e in used.egress if e not in egresses))
+    return replace(seen, resolvers=shown, system_lookup=used)
 
 
 def is_expected(egress: IPAddress, seen: Observation, policy: Policy) -> bool:

@@ -32,6 +32,7 @@ T = TypeVar("T")
 RESOLV_CONF: Final = FilePath("/etc/resolv.conf")
 LIMIT, RESEND = 2.0, 0.8  # seconds
 _INTERCEPTION_LIMIT: Final = 0.9
+_MOMENT: Final = 0.1
 _MOST_NAMESERVERS: Final = 3  # as resolv.conf(5)
 _MUSL_LINE: Final = 255  # bytes with the end of the line
 _BLANKS: Final = " \t\r\v\f"
@@ -291,11 +292,30 @@ def plan(servers: Iterable[Nameserver], zone: CanaryZone | None = None) -> list[
     return [(server, m) for server in servers for m in (*(zone.method() for _ in range(own)), *whoami)]
 
 
-async def resolvers(paths: Paths, servers: Iterable[Nameserver], zone: CanaryZone | None = None) -> Asked:
-    """Ask all at once; at most two seconds."""
+async def resolvers(
+    paths: Paths,
+    servers: Iterable[Nameserver],
+    zone: CanaryZone | None = None,
+    *,
+    enough: Callable[[Asked], bool] = lambda _: False,
+) -> Asked:
+    """Ask all at once; at most two seconds, or until what is back is `enough` and the rest has had a moment."""
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(_sighting(server, method, paths)) for server, method in plan(servers, zone)]
-    found = [t.result() for t in tasks]
+        waiting = set(tasks)
+        while waiting:
+            _, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            if waiting and enough(_asked(tasks)):
+                await asyncio.wait(waiting, timeout=_MOMENT)
+                break
+        found = _asked(tasks)
+        for task in tasks:
+            task.cancel()
+    return found
+
+
+def _asked(tasks: Iterable[asyncio.Task[tuple[ResolverSighting | None, bool]]]) -> Asked:
+    found = [t.result() for t in tasks if t.done()]
     return Asked(tuple(s for s, _ in found if s is not None), any(forged for _, forged in found))
 
 
