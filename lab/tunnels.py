@@ -223,6 +223,7 @@ ca {self._authority.file}
 cert {pair.cert}
 key {pair.key}
 {f"tls-crypt {self.tls_crypt}" if self.tls_crypt else ""}
+{_link_local(self.kind, 1)}
 management /run/openvpn/{self.kind}.sock unix
 verb 3
 """
@@ -302,6 +303,7 @@ key {pair.key}
 {f"tls-crypt {server.tls_crypt}" if server.tls_crypt else ""}
 connect-retry 1 2
 auth-retry nointeract
+{_link_local(server.kind, client + 1)}
 management /run/openvpn/management.sock unix
 verb 3
 """
@@ -357,6 +359,17 @@ def _static_key() -> str:
     digits = secrets.token_hex(256)
     body = "\n".join(digits[n : n + 32] for n in range(0, len(digits), 32))
     return f"-----BEGIN OpenVPN Static key V1-----\n{body}\n-----END OpenVPN Static key V1-----\n"
+
+
+def _link_local(kind: str, host: int) -> str:
+    """Options that give a TAP device its link-local address, since the kernel gives none in the lab (holder.py).
+
+    Without one no neighbour can be asked for its hardware address on another's behalf, so that a router forgets its
+    hosts: RFC 4861, 7.2.2.
+    """
+    if KINDS[kind].interface != "tap0":
+        return ""
+    return f"script-security 2\nup \"/bin/sh -c 'ip address replace fe80::{host:x}/64 dev $dev nodad'\""
 
 
 def _openvpn_is_up(process: Process) -> bool:

@@ -75,6 +75,15 @@ def test_healthy_with_a_kill_switch(kinds: Lab, home: Home) -> None:
     assert not pings(home, plan.SRV4, "-I", home.uplink.interface)
 
 
+def test_who_forgot_a_neighbour_on_a_tap_device_asks_for_it(kinds: Lab) -> None:
+    """Else IPv6 through it ends half a minute later, and Linux takes home's default route: a leak that nobody made."""
+    home = kinds.site("openvpn-tap")
+    assert seen(home, SIX) == home.exit6  # now both know each other
+    for node, device in ((kinds.node("nl"), "openvpn-tap"), (home.host, "tap0")):
+        node.run(["ip", "-6", "neighbor", "flush", "dev", device], check=True)
+        assert seen(home, SIX) == home.exit6
+
+
 def test_deleted_without_a_kill_switch_comes_out_at_home(home: Home) -> None:
     home.delete_tunnel()
     assert seen(home) == home.home4
