@@ -1,5 +1,6 @@
 """Every command where people start it: without a user entry, home, folder, streams, /proc or a disk that takes data."""
 
+import errno
 import os
 import socket
 import subprocess
@@ -8,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+
+from vpn_sentinel.cli.main import main
 
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="takes another user or mounts: needs root")
 PROGRAM = [sys.executable, "-m", "vpn_sentinel"]
@@ -178,3 +181,46 @@ def test_output_that_cannot_be_kept_is_said(command: str, tmp_path: Path) -> Non
     done = shell(f"exec PROGRAM {command} >/dev/full", VPN_SENTINEL_DATA_DIR=str(tmp_path))
     said = "vpn-sentinel: what is printed or kept: No space left on device\n"
     assert (done.returncode, done.stderr) == (1, said)
+
+
+# --- low limits ---
+
+
+@pytest.mark.parametrize("files", [8, 20, 24])
+@pytest.mark.parametrize("command", ["server", "agent --url http://127.0.0.1:9", "check", "token list"])
+def test_too_few_open_files_are_said_in_a_line(command: str, files: int, tmp_path: Path) -> None:
+    done = shell(f"ulimit -n {files}; exec PROGRAM {command}", VPN_SENTINEL_DATA_DIR=str(tmp_path))
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"vpn-sentinel: only {files} open files are allowed (ulimit -n), 32 are needed\n"
+
+
+LACKING = {
+    "open files, in a group of errors": (
+        ExceptionGroup("unhandled", [ExceptionGroup("more", [OSError(errno.EMFILE, "Too many open files")])]),
+        "too many open files",
+    ),
+    "threads": (RuntimeError("can't start new thread"), "no thread can be started"),
+    "memory": (MemoryError(), "there is not enough memory"),
+    "room on a disk": (OSError(errno.ENOSPC, "No space left on device"), "what is printed or kept: No space left"),
+}
+
+
+@pytest.mark.parametrize(("error", "said"), LACKING.values(), ids=LACKING.keys())
+def test_what_a_limit_takes_away_is_said_in_a_line(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(_words: list[str]) -> int:
+        raise error
+
+    monkeypatch.setattr("vpn_sentinel.cli.main._main", fail)
+    assert main([]) == 1
+    assert capsys.readouterr().err.startswith(f"vpn-sentinel: {said}")
+
+
+def test_a_defect_is_none_of_these(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_words: list[str]) -> int:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr("vpn_sentinel.cli.main._main", fail)
+    with pytest.raises(RuntimeError, match="a defect"):
+        main([])

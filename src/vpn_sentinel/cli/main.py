@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import errno
 import os
+import resource
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -14,6 +15,7 @@ from vpn_sentinel.runtime.unusable import Unusable
 
 USAGE: Final = 64  # EX_USAGE of sysexits(3)
 FAILED: Final = 1
+_FILES: Final = 32
 
 # Command -> what it is for, its module under `cli`.
 COMMANDS: Final = {
@@ -39,6 +41,10 @@ class _Parser(argparse.ArgumentParser):
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status: 64 for a call that makes no sense, 1 for a failure."""
     _open_closed_streams()
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if 0 <= files < _FILES:  # found out later it would be a traceback, or be blamed on what did not fit any more
+        print(f"vpn-sentinel: only {files} open files are allowed (ulimit -n), {_FILES} are needed", file=sys.stderr)
+        return FAILED
     try:
         status = _main(list(sys.argv[1:] if words is None else words))
         sys.stdout.flush()
@@ -47,14 +53,31 @@ def main(words: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         _drop_output()
         return 141  # and SIGPIPE
-    except OSError as e:
-        if e.errno != errno.ENOSPC:
+    except (OSError, MemoryError, RuntimeError, ExceptionGroup) as e:
+        lacking = _lacking(e)
+        if not lacking:
             raise
-        # Where output goes to a file, or whatever else could not be written to the end.
-        print(f"vpn-sentinel: {e.filename or 'what is printed or kept'}: {e.strerror}", file=sys.stderr)
+        print(f"vpn-sentinel: {lacking}", file=sys.stderr)
         _drop_output()
         return FAILED
     return status
+
+
+def _lacking(error: BaseException) -> str:
+    """What this machine or its limits do not give, in a line; "" for any other error."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    number = error.errno if isinstance(error, OSError) else None
+    if number == errno.ENOSPC:
+        # Where output goes to a file, or whatever else could not be written to the end.
+        return f"{getattr(error, 'filename', None) or 'what is printed or kept'}: {os.strerror(errno.ENOSPC)}"
+    if number in (errno.EMFILE, errno.ENFILE):
+        return f"too many open files: {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} are allowed (ulimit -n)"
+    if number == errno.ENOMEM or isinstance(error, MemoryError):
+        return "there is not enough memory, or more is not allowed (ulimit -v)"
+    if isinstance(error, RuntimeError) and "start new thread" in str(error):
+        return "no thread can be started: more memory (ulimit -v) or more processes (ulimit -u) are not allowed"
+    return ""
 
 
 def _main(words: list[str]) -> int:
