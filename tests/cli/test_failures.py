@@ -133,6 +133,17 @@ def test_a_channel_that_is_not_set_up(
     assert said.endswith(f": set {' and '.join(settings)}\n")
 
 
+def test_a_message_that_was_not_taken_is_told_in_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], free_port: int
+) -> None:
+    monkeypatch.setenv("VPN_SENTINEL_WEBHOOK_URL", f"http://127.0.0.1:{free_port}/")
+    assert main(["notify", "test", "webhook"]) == 1
+    assert "VPN_SENTINEL_WEBHOOK_ALLOW_PRIVATE=true permits that" in capsys.readouterr().err
+    monkeypatch.setenv("VPN_SENTINEL_WEBHOOK_ALLOW_PRIVATE", "true")
+    assert main(["notify", "test", "webhook"]) == 1
+    assert "the receiver cannot be reached: see that it runs" in capsys.readouterr().err
+
+
 def test_a_channel_that_nobody_knows(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match=r"^64$"):
         main(["notify", "test", "pigeon"])

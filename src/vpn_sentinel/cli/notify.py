@@ -35,9 +35,10 @@ def _test(args: argparse.Namespace) -> int:
 async def _send(settings: "ServerSettings", name: str) -> int:
     import httpx
 
-    from vpn_sentinel.server.notify.channel import DeliveryError
+    from vpn_sentinel.server.notify.channel import DeliveryError, TransientError
     from vpn_sentinel.server.notify.channels import build_channels
     from vpn_sentinel.server.notify.guard import tls
+    from vpn_sentinel.server.notify.reasons import words
 
     clock = SystemClock()
     async with httpx.AsyncClient(verify=tls(settings.ca_file), timeout=15.0, trust_env=False) as http:
@@ -48,7 +49,9 @@ async def _send(settings: "ServerSettings", name: str) -> int:
         try:
             await channels[name].send(Notice(kind=Kind.TEST, at=clock.wall()), 0)
         except DeliveryError as e:
-            print(f"vpn-sentinel: {name}: {e}", file=sys.stderr)
+            asked = e.retry_after if isinstance(e, TransientError) else None
+            wait = f"; it asks to wait {asked:.0f} s" if asked else ""
+            print(f"vpn-sentinel: {name}: {words(name, e.reason)}{wait}", file=sys.stderr)
             return 1
     print(f"{name}: sent")
     return 0

@@ -24,11 +24,16 @@ class DeliveryError(Exception):
 
 
 class TransientError(DeliveryError):
-    """Trying again may help. `retry_after` is how many seconds the other side asked for, None when it did not say."""
+    """Trying again may help. `retry_after` is how many seconds the other side asked for, None when it did not say.
 
-    def __init__(self, reason: str, *, retry_after: float | None = None) -> None:
+    `binding`: it counts requests, and each further one makes it worse (429). Else the wait is its guess at its own
+    trouble (503), and an alarm may ask before.
+    """
+
+    def __init__(self, reason: str, *, retry_after: float | None = None, binding: bool = False) -> None:
         super().__init__(reason)
         self.retry_after = retry_after
+        self.binding = binding
 
 
 class SetupError(DeliveryError):

@@ -10,6 +10,7 @@ from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.server.notify import outbox, retry
 from vpn_sentinel.server.notify.channel import Channel
 from vpn_sentinel.server.notify.metrics import NotifyMetrics
+from vpn_sentinel.server.notify.reasons import words
 from vpn_sentinel.server.notify.text import duration
 from vpn_sentinel.server.notify.worker import SEND, Nap, Worker, nap
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
@@ -17,6 +18,8 @@ from vpn_sentinel.server.store.store import Store, StoreUnavailable
 log = logging.getLogger(__name__)
 
 _LOOK: Final = 15.0
+# What is owed to a channel that is not set up here may be another server's, which tells it within this time.
+_ANOTHERS: Final = 60.0
 # A worker turns at least every IDLE seconds, and spends at most SEND in one delivery.
 _STALLED: Final = 2 * SEND
 
@@ -63,7 +66,8 @@ class Dispatcher:
         idle = max((now - w.turned_at for w in self._workers.values()), default=0.0)
         if idle > _STALLED:
             return False, f"deliveries have stood still for {duration(idle)}"
-        failing = "".join(f"; {name} fails: {w.failing}" for name, w in self._workers.items() if w.failing is not None)
+        known = ((name, w.failing) for name, w in self._workers.items() if w.failing is not None)
+        failing = "".join(f"; {name} fails: {words(name, reason)}" for name, reason in known)
         debts = [d for d in self._debts if d.channel in self._workers]
         if not debts:  # as of the last look: what fails is owed something, if not known yet how much
             return True, failing.removeprefix("; ") or "nothing is owed"
@@ -88,6 +92,9 @@ class Dispatcher:
             log.warning("notices are owed to a channel that is not set up", extra={"channel": channel})
         self._stranded = stranded
         if stranded:
+            if moved := await outbox.readdress(self._store, self._workers, now - _ANOTHERS, now):
+                log.info("what was owed to a channel that is not set up is told by another", extra={"count": moved})
+                self.wake()
             lost = await outbox.abandon(self._store, self._workers, now - retry.KEEP, now)
             if lost:
                 log.error("notices given up", extra={"reason": "no_channel", "count": lost})

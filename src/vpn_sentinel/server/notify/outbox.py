@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
-from sqlalchemy import ColumnElement, Select, Subquery, Update, case, func, insert, literal, select, update
+from sqlalchemy import ColumnElement, Select, Subquery, Update, case, exists, func, insert, literal, select, update
 
 from vpn_sentinel.domain.notice import Kind, Notice
 from vpn_sentinel.server.store.schema import attempts, outbox
@@ -37,6 +37,9 @@ URGENCY: Final[dict[str, int]] = {
     Kind.DEGRADED: 2,
 }
 _LEAST_URGENT: Final = 3
+_ALARMS: Final = tuple(str(kind) for kind, rank in URGENCY.items() if rank <= 1)
+# Rows of one notice are written together; looked for by id, as settled rows are many.
+_APART: Final = 256
 # Bounds one statement, not what is superseded: the next lease goes on.
 _SUPERSEDED_AT_ONCE: Final = 10_000
 
@@ -97,8 +100,19 @@ class Owed:
     since: float
 
 
-async def lease(store: Store, now: float, until: float, limit: int, channel: str | None = None) -> list[Delivery]:
+async def lease(
+    store: Store,
+    now: float,
+    until: float,
+    limit: int,
+    channel: str | None = None,
+    *,
+    urgent: bool = False,
+    early: bool = False,
+) -> list[Delivery]:
     """Claim up to `limit` due deliveries until `until`, the most urgent first, then the oldest.
+
+    `urgent` takes only what tells of a tunnel of which an alarm is owed, `early` also what is not due yet.
 
     Before, in the same transaction, address changes that nobody needs to hear any more are superseded. Raises
     StoreUnavailable.
@@ -109,9 +123,15 @@ async def lease(store: Store, now: float, until: float, limit: int, channel: str
     snapshot. The CTE keeps PostgreSQL from running the limited sub-select more than once; SQLite ignores FOR UPDATE.
     Superseding takes its rows in the same way, so that it settles none that another dispatcher is telling.
     """
-    due = _not_held_up(outbox.c.id).where(outbox.c.due_at <= now, outbox.c.leased_until <= now)
+    due = _not_held_up(outbox.c.id).where(outbox.c.leased_until <= now)
+    if not early:
+        due = due.where(outbox.c.due_at <= now)
     if channel is not None:
         due = due.where(outbox.c.channel == channel)
+    if urgent:
+        alarm = outbox.alias("alarm")
+        owed = (alarm.c.settled_at.is_(None), alarm.c.channel == outbox.c.channel, alarm.c.tunnel == outbox.c.tunnel)
+        due = due.where(exists().where(*owed, alarm.c.kind.in_(_ALARMS)))
     urgency = case({str(kind): rank for kind, rank in URGENCY.items()}, value=outbox.c.kind, else_=_LEAST_URGENT)
     first = due.order_by(urgency, outbox.c.id).limit(limit)
     claimed = first.with_for_update(skip_locked=True, of=outbox).cte("due")
@@ -175,6 +195,25 @@ async def owed(store: Store) -> list[Owed]:
         .order_by(outbox.c.channel)
     )
     return [Owed(channel=r.channel, count=int(r.debts), since=float(r.since)) for r in await store.read(statement)]
+
+
+async def readdress(store: Store, channels: Iterable[str], before: float, now: float) -> int:
+    """Hand what has been owed since before `before` to channels that are no longer set up to one of `channels` that was
+    never owed the same notice; how many that was. Raises StoreUnavailable.
+    """
+    channels = list(channels)
+    stranded = (outbox.c.settled_at.is_(None), outbox.c.channel.not_in(channels), outbox.c.created_at < before)
+    twin = outbox.alias("twin")
+    same = [getattr(twin.c, name) == getattr(outbox.c, name) for name in ("tunnel", "kind", "created_at", "body")]
+    same.append(twin.c.id.between(outbox.c.id - _APART, outbox.c.id + _APART))
+    moved = [
+        update(outbox)
+        .where(*stranded, outbox.c.leased_until <= now, ~exists().where(*same, twin.c.channel == channel))
+        .values(channel=channel, due_at=now)
+        .returning(outbox.c.id)
+        for channel in channels
+    ]
+    return sum(len(rows) for rows in await store.write(*moved)) if moved else 0
 
 
 async def abandon(store: Store, channels: Iterable[str], before: float, now: float) -> int:

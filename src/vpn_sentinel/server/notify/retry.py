@@ -20,8 +20,8 @@ def after(failure: DeliveryError, delivery: Delivery, now: float, rng: random.Ra
     """What becomes of `delivery` after `failure`.
 
     - PermanentError: given up at once; the next notice may fare better.
-    - SetupError: every five minutes for a week; the owner can repair it at any time, and a restart, which some repairs
-      take, makes everything due at once.
+    - SetupError: every five minutes for a week; the owner can repair it at any time, which a probe of the worker finds
+      out sooner, and a restart, which some repairs take, makes everything due at once.
     - TransientError: after what the receiver asks for, else 1 s, 2 s, 4 s … 5 min, for a week.
     """
     age = now - delivery.created_at

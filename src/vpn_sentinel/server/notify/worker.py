@@ -19,6 +19,7 @@ from vpn_sentinel.server.notify import outbox, retry
 from vpn_sentinel.server.notify.channel import Channel, DeliveryError, PermanentError, TransientError
 from vpn_sentinel.server.notify.metrics import NotifyMetrics
 from vpn_sentinel.server.notify.outbox import Delivery, Outcome, Result
+from vpn_sentinel.server.notify.reasons import words
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ LEASE: Final = 60.0
 SEND: Final = 45.0
 # Another server's debts are found after this long when that server dies; our own wake us.
 IDLE: Final = 30.0
-# While a channel fails, one delivery at a time finds out whether it works again, at least this often.
+# While a channel fails, one delivery, due or not, finds out at least this often whether it works again.
 PROBE: Final = 30.0
 
 # Waits until the event is set or so many seconds have passed.
@@ -55,16 +56,21 @@ class Worker:
         self._nap = nap
         self._rng = rng
         self._alarm = asyncio.Event()
+        self._stored = asyncio.Event()  # something was written, so the database is there
         self._failing: str | None = None
         self._defect: tuple[str, str] | None = None
+        self._tried_at = float("-inf")
         self._asked_to_wait_until = float("-inf")
+        self._patient_until = float("-inf")  # for all but alarms
         self._store_lost = False
         self._store_backoff = self._fresh_backoff()
         self.turned_at = clock.boottime()
 
     def wake(self) -> None:
-        """Something may be due: look at once."""
+        """Something that may be due was stored: look at once."""
+        self._store_backoff = self._fresh_backoff()
         self._alarm.set()
+        self._stored.set()
 
     @property
     def failing(self) -> str | None:
@@ -82,30 +88,39 @@ class Worker:
 
     async def _turn(self) -> float:
         """Deliver one notice, if one is due; how many seconds there is nothing to do."""
-        if (wait := self._asked_to_wait_until - self._clock.boottime()) > 0:
+        ticks = self._clock.boottime()
+        if (wait := self._asked_to_wait_until - ticks) > 0:
             return min(wait, IDLE)
+        patience = self._patient_until - ticks
+        probe = 0.0 if self._failing is None else self._tried_at + PROBE - ticks
+        early = self._failing is not None and probe <= 0
         try:
             now = self._clock.wall()
-            leased = await outbox.lease(self._store, now, now + LEASE, 1, self._channel.name)
+            leased = await outbox.lease(
+                self._store, now, now + LEASE, 1, self._channel.name, urgent=patience > 0, early=early
+            )
             due = None if leased else await outbox.next_due(self._store, self._channel.name)
         except StoreUnavailable as e:
             return self._lost(e)
         self._found()
         if leased:
             return await self._deliver(leased[0])
+        if due is None:
+            return IDLE
         # Never zero: a row that another server just leased looks due for a moment.
-        return IDLE if due is None else min(max(due - now, 0.2), IDLE)
+        wait = max(due - now, patience, 0.2)
+        return min(wait, probe if probe > 0 else IDLE, IDLE)
 
     async def _deliver(self, delivery: Delivery) -> float:
         failure = await self._send(delivery)
-        now = self._clock.wall()
+        now, self._tried_at = self._clock.wall(), self._clock.boottime()
         outcome = Outcome(result=Result.DONE) if failure is None else retry.after(failure, delivery, now, self._rng)
         # Until this is written nothing else is sent: a message that was told and not marked would be told again.
         await self._insist(lambda: outbox.settle(self._store, delivery, outcome, now))
         self._metrics.tried(self._channel.name, outcome)
         self._say(delivery, outcome)
         if failure is None:
-            self._defect = None
+            self._defect, self._patient_until = None, float("-inf")
             if self._failing is not None:
                 self._failing = None
                 await self._insist(lambda: outbox.hasten(self._store, self._channel.name, now))
@@ -115,7 +130,10 @@ class Worker:
         self._failing = failure.reason
         wait = 0.0 if outcome.due_at is None else outcome.due_at - now
         if isinstance(failure, TransientError) and failure.retry_after is not None:
-            self._asked_to_wait_until = self._clock.boottime() + wait
+            if failure.binding:
+                self._asked_to_wait_until = self._tried_at + wait
+            else:
+                self._patient_until = self._tried_at + wait
         return min(wait, PROBE)
 
     async def _send(self, delivery: Delivery) -> DeliveryError | None:
@@ -150,21 +168,24 @@ class Worker:
         channel = self._channel.name
         known = {"channel": channel, "delivery": delivery.id, "tunnel": delivery.tunnel, "kind": delivery.kind}
         if outcome.given_up:
-            log.error("notice given up", extra={**known, "reason": outcome.reason, "attempts": delivery.attempt})
+            why = {"reason": outcome.reason, "why": words(channel, outcome.reason)}
+            log.error("notice given up", extra={**known, **why, "attempts": delivery.attempt})
         elif outcome.result is Result.DONE:
             if self._failing is not None:
                 log.info("notices are delivered again", extra={"channel": channel})
         elif outcome.reason != self._failing:
-            log.warning("notice not delivered, will be tried again", extra={**known, "reason": outcome.reason})
+            why = {"reason": outcome.reason, "why": words(channel, outcome.reason)}
+            log.warning("notice not delivered, will be tried again", extra={**known, **why})
 
     async def _insist(self, write: Callable[[], Awaitable[None]]) -> None:
         """Write, however long the database is away."""
         while True:
+            self._stored.clear()
             try:
                 await write()
             except StoreUnavailable as e:
                 self.turned_at = self._clock.boottime()
-                await self._nap(asyncio.Event(), self._lost(e))
+                await self._nap(self._stored, self._lost(e))
             else:
                 self._found()
                 return

@@ -237,7 +237,7 @@ def _failure(status: int, reply: Reply | None) -> DeliveryError:
     said = reply or Reply()
     match status:
         case HTTPStatus.TOO_MANY_REQUESTS:
-            return TransientError("rate_limited", retry_after=_seconds(said.parameters.retry_after))
+            return TransientError("rate_limited", retry_after=_seconds(said.parameters.retry_after), binding=True)
         case HTTPStatus.CONFLICT:
             return ConflictError()
         case HTTPStatus.UNAUTHORIZED | HTTPStatus.NOT_FOUND:  # a token that is revoked, or none at all

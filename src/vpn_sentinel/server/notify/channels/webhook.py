@@ -137,7 +137,7 @@ def _failure(status: int, wait: float | None) -> DeliveryError | None:
         case _ if 200 <= status < 300:
             return None
         case HTTPStatus.TOO_MANY_REQUESTS:
-            return TransientError("rate_limited", retry_after=wait)
+            return TransientError("rate_limited", retry_after=wait, binding=True)
         case HTTPStatus.REQUEST_TIMEOUT | HTTPStatus.TOO_EARLY:
             return TransientError("server_error")
         case _ if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
