@@ -55,6 +55,21 @@ def test_check_says_leaking_without_the_tunnel(stand: Stand) -> None:
     assert (status, said["state"]) == (2, "leaking")
 
 
+def test_check_waits_for_programs_that_find_no_name(stand: Stand) -> None:
+    """They are told to ask over TCP (`use-vc`), which does not get through; our own questions by UDP do."""
+    host, rule = stand.site.host, ["OUTPUT", "-p", "tcp", "--dport", "53", "-j", "DROP"]
+    conf = host.directory / "nodes" / host.name / "resolv.conf"
+    before = conf.read_bytes()
+    stand.site.run(["iptables", "-I", *rule]).check_returncode()
+    conf.write_bytes(before + b"options use-vc timeout:1 attempts:1\n")  # in place: it is a bind mount
+    try:
+        _, said = check(stand)
+    finally:
+        conf.write_bytes(before)
+        stand.site.run(["iptables", "-D", *rule]).check_returncode()
+    assert (said["state"], said["findings"][0]["code"]) == ("degraded", "dns_down"), said
+
+
 def test_the_bot_answers_its_chat_and_no_other(stand: Stand) -> None:
     for question, answer in (("/ping", "pong"), ("/status", "asked"), ("/help", "/status")):
         before = len(stand.messages())

@@ -124,6 +124,14 @@ def parse_link(body: bytes) -> Interface | None:
     )  # fmt: skip
 
 
+def parse_group(body: bytes) -> tuple[int, int] | None:
+    """An interface's index and its group (IFLA_GROUP) out of RTM_NEWLINK."""
+    if len(body) < _LINK.size:
+        return None
+    group = attributes(body, _LINK.size).get(27, b"")
+    return (_LINK.unpack_from(body)[2], _U32.unpack(group)[0]) if len(group) == 4 else None
+
+
 def parse_address(body: bytes) -> tuple[int, IPAddress] | None:
     """The interface's index and the local address out of RTM_NEWADDR or RTM_DELADDR."""
     if len(body) < _ADDR.size:
@@ -319,7 +327,10 @@ class Netlink:
     def _read_fib(self) -> Fib:
         rules = (parse_rule(m.body) for m in self._dump(GETRULE) if m.kind == NEWRULE)
         entries = (parse_entry(m.body) for m in self._dump(GETROUTE) if m.kind == NEWROUTE)
-        return Fib(tuple(r for r in rules if r), tuple(e for e in entries if e))
+        known = tuple(r for r in rules if r)
+        links = self._dump(GETLINK) if any(r.suppress_group is not None for r in known) else ()
+        groups = dict(g for m in links if m.kind == NEWLINK and (g := parse_group(m.body)))
+        return Fib(known, tuple(e for e in entries if e), groups)
 
     def ways(self) -> tuple[Way, ...]:
         """Every routing table's entries but the default routes; the same object while the tables are."""

@@ -22,7 +22,7 @@ from vpn_sentinel.agent.probes import dns
 from vpn_sentinel.agent.probes.canary import Flock
 from vpn_sentinel.agent.probes.origin import Origins
 from vpn_sentinel.agent.probes.place import Places
-from vpn_sentinel.agent.probes.system_resolver import SystemResolver
+from vpn_sentinel.agent.probes.system_resolver import LOST_AFTER, SystemResolver
 from vpn_sentinel.agent.probes.trace import whoami
 from vpn_sentinel.agent.settings import ProbeSettings
 from vpn_sentinel.domain.judge import judge, learned_home
@@ -78,7 +78,8 @@ async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, se
         places=places,
         clock=clock,
         neighbors=lambda: () if AS_USER.refused else (dns.on_link(n.address, n.interface) for n in watch.neighbors),
-        system=SystemResolver(boottime=clock.boottime),
+        # There is no round after this one that could hear a late answer, or that there is none.
+        system=SystemResolver(boottime=clock.boottime, patience=LOST_AFTER + 0.1),
         origins=Origins(clock, services=places.about, names=names),
         watch=watch,
         came_out=around.came_out,

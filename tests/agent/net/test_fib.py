@@ -66,6 +66,21 @@ SETUPS = {
         rule add uidrange 997-997 lookup 42
         rule add uidrange 998-998 prohibit
     """,
+    "suppressed by the device's group": """
+        link set eth0 group 16
+        route add 93.0.0.0/8 via 172.17.0.1
+        route add 94.0.0.0/8 via 172.18.0.1
+        route add 95.0.0.0/8 nexthop via 172.17.0.1 nexthop via 172.18.0.1
+        route add 96.0.0.0/8 nexthop via 172.18.0.1 nexthop via 172.17.0.1
+        route add unreachable 97.0.0.0/8
+        route add default dev wg0 table 51820
+        rule add table 51820
+        rule add table main suppress_ifgroup 16 suppress_prefixlength 0
+        -6 route add 2400::/12 via 2001:db8:17::1
+        -6 route add default dev wg0 table 51820
+        -6 rule add table 51820
+        -6 rule add table main suppress_ifgroup 16
+    """,
     "by protocol and port": """
         route add default dev wg0 table 51820
         rule add lookup 51820 pref 1000

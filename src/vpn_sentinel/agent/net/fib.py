@@ -10,7 +10,7 @@ leaves by which device. Addresses are integers there, parts of the space are clo
 import socket
 import struct
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from typing import Final
@@ -31,6 +31,7 @@ _NEXTHOP: Final = struct.Struct("=HBBi")  # rtnexthop
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY = 1, 4, 5, 6
 _RTA_MULTIPATH, _RTA_TABLE, _RTA_VIA = 9, 15, 18
 _FRA_DST, _FRA_SRC, _FRA_IIFNAME, _FRA_GOTO, _FRA_PRIORITY, _FRA_FWMARK = 1, 2, 3, 4, 6, 10
+_FRA_TUN_ID, _FRA_SUPPRESS_IFGROUP = 12, 13
 _FRA_SUPPRESS_PREFIXLEN, _FRA_TABLE, _FRA_FWMASK, _FRA_OIFNAME, _FRA_L3MDEV, _FRA_UID_RANGE = 14, 15, 16, 17, 19, 20
 _FRA_IP_PROTO, _FRA_SPORT_RANGE, _FRA_DPORT_RANGE, _FRA_DSCP = 22, 23, 24, 25
 _FRA_FLOWLABEL: Final = 26  # from here on: selectors that no ordinary packet answers to, and masks of ports
@@ -55,9 +56,10 @@ class Rule:
     """A routing rule. Selectors that are None, or "" for a name, match everything; `invert` turns all of them round.
 
     `version` is 4 or 6. `mark` is compared under `mask`; `uids`, `source_ports` and `destination_ports` are closed
-    ranges; `table` counts for the action FR_ACT_TO_TBL, `target` for FR_ACT_GOTO. A route of the table whose prefix is
-    not longer than `suppress_prefix` is passed over. `rare`: it has a selector that is not read here, such as
-    IPv6's flow label, so that it selects no ordinary packet.
+    ranges; `table` counts for the action FR_ACT_TO_TBL, `target` for FR_ACT_GOTO. Where the table's route has a prefix
+    that is not longer than `suppress_prefix`, or leads by a device of the group `suppress_group`, the next rule is
+    asked. `rare`: it has a selector that is not read here, such as IPv6's flow label, so that it selects no ordinary
+    packet.
     """
 
     version: int
@@ -80,6 +82,7 @@ class Rule:
     l3mdev: bool = False
     rare: bool = False
     suppress_prefix: int | None = None
+    suppress_group: int | None = None
 
     def names_sender(self) -> bool:
         """Whether it selects by who sends: by mark, user or port of the sender, or by a protocol without ports.
@@ -226,7 +229,6 @@ def parse_rule(body: bytes) -> Rule | None:
         return None
     found = attributes(body, _FIXED.size)
     mark = _u32(found.get(_FRA_FWMARK))
-    suppress = found.get(_FRA_SUPPRESS_PREFIXLEN)
     protocol = found.get(_FRA_IP_PROTO)
     dscp = found.get(_FRA_DSCP)
     return Rule(
@@ -248,10 +250,16 @@ def parse_rule(body: bytes) -> Rule | None:
         outgoing=_name(found.get(_FRA_OIFNAME)),
         tos=dscp[0] << 2 if dscp else tos,
         l3mdev=bool(found.get(_FRA_L3MDEV, b"\0")[0]),
-        rare=any(kind >= _FRA_FLOWLABEL and value != _WHOLE_PORT for kind, value in found.items()),
-        # -1, as an unsigned number, says that nothing is suppressed.
-        suppress_prefix=None if suppress is None or suppress == b"\xff" * 4 else _u32(suppress),
+        rare=any(found.get(_FRA_TUN_ID, b""))
+        or any(kind >= _FRA_FLOWLABEL and value != _WHOLE_PORT for kind, value in found.items()),
+        suppress_prefix=_suppressed(found.get(_FRA_SUPPRESS_PREFIXLEN)),
+        suppress_group=_suppressed(found.get(_FRA_SUPPRESS_IFGROUP)),
     )
+
+
+def _suppressed(data: bytes | None) -> int | None:
+    """-1, as an unsigned number, says that nothing is."""
+    return None if data == b"\xff" * 4 else _u32(data)
 
 
 def parse_entry(body: bytes) -> RouteEntry | None:
@@ -339,10 +347,14 @@ def _name(data: bytes | None) -> str:
 
 @dataclass(eq=False)
 class Fib:
-    """All rules and tables at one moment. Rules keep the kernel's order, which is that of their priorities."""
+    """All rules and tables at one moment. Rules keep the kernel's order, which is that of their priorities.
+
+    `groups` are the groups of devices by index (ip-link(8)); 0 is that of any other.
+    """
 
     rules: tuple[Rule, ...] = ()
     entries: tuple[RouteEntry, ...] = ()
+    groups: Mapping[int, int] = field(default_factory=dict)
     _by_table: dict[tuple[int, int], list[RouteEntry]] = field(init=False, repr=False)
     _segments: dict[tuple[int, int, int], list[Segment]] = field(init=False, repr=False, default_factory=dict)
 
@@ -362,7 +374,7 @@ class Fib:
                     kept.append(replace(entry, hops=hops))
             else:
                 kept.append(entry)
-        return Fib(self.rules, tuple(kept))
+        return Fib(self.rules, tuple(kept), self.groups)
 
     def hosts_beside(self, tunnel: int) -> list[tuple[IPNetwork, RouteEntry]]:
         """Single hosts with a way of their own past the tunnel's device: so a VPN client excepts its server.
@@ -431,9 +443,22 @@ class Fib:
                 at += 1
                 if entry is None or entry.kind == RTN_THROW:
                     continue
-                suppressed = rule.suppress_prefix is not None and entry.prefix <= rule.suppress_prefix
-                if not suppressed or entry.kind in _REFUSING:
+                if entry.kind in _REFUSING or not self._is_suppressed(entry, rule):
                     yield Segment(max(first, segment.first), min(last, segment.last), entry, rule)
+
+    def _is_suppressed(self, entry: RouteEntry, rule: Rule) -> bool:
+        """Whether the rule passes over the route that its table has (fib4_rule_suppress, fib6_rule_suppress).
+
+        Of a route with several devices the first one counts. A less specific route of the table is not tried.
+        """
+        if rule.suppress_prefix is not None and entry.prefix <= rule.suppress_prefix:
+            return True
+        device = entry.hops[0].interface if entry.hops else None
+        return (
+            rule.suppress_group is not None
+            and device is not None
+            and (self.groups.get(device, 0) == rule.suppress_group)
+        )
 
     def _of_table(self, version: int, table: int, tos: int) -> list[Segment]:
         """The table as disjoint parts of the address space, each with its most specific route."""

@@ -27,7 +27,7 @@ from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.wire import canary
 
 PATIENCE: Final = 2.0  # seconds of a round
-_LOST_AFTER: Final = 12.0  # seconds; glibc tries a silent nameserver for ten: resolv.conf(5), timeout and attempts
+LOST_AFTER: Final = 12.0  # seconds; glibc tries a silent nameserver for ten: resolv.conf(5), timeout and attempts
 _NSSWITCH: Final = Path("/etc/nsswitch.conf")
 _RESOLVED: Final = Path("/run/systemd/resolve/resolv.conf")
 _STUB: Final = ip_address("127.0.0.53")
@@ -103,7 +103,7 @@ class SystemResolver:
         *,
         boottime: Callable[[], float],
         patience: float = PATIENCE,
-        lost_after: float = _LOST_AFTER,
+        lost_after: float = LOST_AFTER,
         nsswitch: Path = _NSSWITCH,
         resolved: Path = _RESOLVED,
     ) -> None:
