@@ -29,6 +29,14 @@ EXIT, HOME, ISP = ip_address("146.70.1.2"), ip_address("91.10.20.30"), ip_addres
 POLICY = Policy(home_networks=(ip_network("91.10.20.0/24"),))
 
 
+def test_a_tunnel_by_word_alone_is_advised_on_the_word() -> None:
+    link = Link(name="eth0", present=True, up=True, declared=True)
+    seen = Observation(trigger=Trigger.TIMER, link=link, canaries=(canary(str(EXIT)),))
+    (finding,) = judge(seen, Policy()).findings
+    assert finding.code is Code.TUNNEL_UNSEEN
+    assert "VPN_SENTINEL_TUNNEL_INTERFACE, or leave that out" in finding.advice
+
+
 def canary(address: str | None, path: Path = Path.TUNNEL, **facts: object) -> Canary:
     answer = Answer.ANSWERED if address else Answer.LOST
     made = Canary(

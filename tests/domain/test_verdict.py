@@ -34,6 +34,7 @@ POLICY = Policy(home_networks=(ip_network("91.10.20.0/24"), ip_network("2003:e0:
 UNDECLARED = Policy()
 
 UP = Link(name="wg0", present=True, up=True, rx_bytes=7000, tx_bytes=9000)
+BY_WORD = Link(name="eth0", present=True, up=True, declared=True)
 SET_DOWN = replace(UP, up=False)
 GONE = Link(name="wg0", present=False, up=False)
 
@@ -495,6 +496,18 @@ CASES: dict[str, tuple[Observation, Policy, State, list[Code]]] = {
     ),
     "no tunnel is known: the physical interface is the way out": (
         saw(EXIT, beside=EXIT, link=None, path=Path.OUTSIDE), POLICY, State.PROTECTED, [Code.TUNNEL_UNSEEN],
+    ),
+    "only the owner says that the device is the tunnel, and no home is known": (
+        saw(EXIT, beside=None, link=BY_WORD), Policy(), State.PROTECTED, [Code.TUNNEL_UNSEEN],
+    ),
+    "only the owner says so, and the home is another address": (
+        saw(EXIT, beside=None, link=BY_WORD), POLICY, State.PROTECTED, [Code.TUNNEL_UNSEEN],
+    ),
+    "only the owner says so, and it is the home": (
+        saw(HOME, beside=None, link=BY_WORD), POLICY, State.LEAKING, [Code.IP_LEAK],
+    ),
+    "only the owner says so, and packets beside it come out elsewhere": (
+        saw(EXIT, beside=HOME, link=BY_WORD), Policy(), State.PROTECTED, [Code.KILLSWITCH_OPEN],
     ),
     "no tunnel is known, and the exit is in another AS than home": (
         replace(

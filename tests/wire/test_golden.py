@@ -151,6 +151,8 @@ def test_what_the_first_release_wrote_is_read_as_ever(name: str) -> None:
 EARLIER = {
     "reports_before_routes": "reports",
     "exchange_before_routes": "exchange",
+    "reports_before_declared": "reports",
+    "exchange_before_declared": "exchange",
     "reports_before_one_user": "reports",
     "exchange_before_one_user": "exchange",
     "welcome_before_memory": "welcome",

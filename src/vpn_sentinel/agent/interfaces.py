@@ -25,8 +25,9 @@ class Survey:
 
     `interfaces` is None when the kernel could not be asked. `uplinks` are the ways out beside the tunnel that packets
     can be sent by, the usual one first; `beside` are all devices by which packets could leave beside it: see
-    `net.roles`. `carries` says whether the tunnel carries anything. `user` is whom the tunnel is for, when it is for
-    one alone. `natted` are devices whose public IPv4 addresses are not the internet's: see `net.local`.
+    `net.roles`. `carries` says whether the tunnel carries anything, `declared` that only the owner calls it one.
+    `user` is whom the tunnel is for, when it is for one alone. `natted` are devices whose public IPv4 addresses are not
+    the internet's: see `net.local`.
     """
 
     interfaces: tuple[Interface, ...] | None = None
@@ -34,6 +35,7 @@ class Survey:
     uplinks: tuple[Interface, ...] = ()
     beside: tuple[Interface, ...] = ()
     carries: bool = False
+    declared: bool = False
     fib: Fib | None = None
     user: int | None = None
     natted: frozenset[str] = frozenset()
@@ -50,7 +52,14 @@ class Survey:
         found = self.device()
         if found is None:
             return Link(name=self.tunnel, present=False, up=False)
-        return Link(name=found.name, present=True, up=is_up(found), rx_bytes=found.rx_bytes, tx_bytes=found.tx_bytes)
+        return Link(
+            name=found.name,
+            present=True,
+            up=is_up(found),
+            rx_bytes=found.rx_bytes,
+            tx_bytes=found.tx_bytes,
+            declared=self.declared,
+        )
 
     def device(self) -> Interface | None:
         """The tunnel's interface, None when it is not there."""
@@ -145,6 +154,7 @@ class Surveyor:
             uplinks=found.uplinks,
             beside=found.beside,
             carries=found.carries,
+            declared=found.declared,
             fib=fib,
             user=user,
             natted=natted(found.beside, self._outside),

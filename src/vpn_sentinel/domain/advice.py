@@ -129,6 +129,15 @@ def _tunnel_unknown(facts: Facts) -> str | None:
     )
 
 
+def _tunnel_unseen(facts: Facts) -> str | None:
+    if not facts.get("interface"):
+        return None
+    return (
+        "Name the VPN's own device in VPN_SENTINEL_TUNNEL_INTERFACE, or leave that out, and it is found. Where the VPN "
+        "ends on another machine, set VPN_SENTINEL_HOME_NETWORKS: your own line is told from the VPN's by it."
+    )
+
+
 def _killswitch_open(facts: Facts) -> str | None:
     ways, held = facts.get("interfaces"), facts.get("held")
     if not ways:
@@ -153,4 +162,5 @@ _BY_CODE: Final[Mapping[str, Callable[[Facts], str | None]]] = {
     "killswitch_open": _killswitch_open,
     "nothing_seen": _nothing_seen,
     "tunnel_unknown": _tunnel_unknown,
+    "tunnel_unseen": _tunnel_unseen,
 }

@@ -58,13 +58,17 @@ class Trigger(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Link:
-    """The tunnel's network interface. Counters are bytes since the interface was made."""
+    """The tunnel's network interface. Counters are bytes since the interface was made.
+
+    `declared`: it is the tunnel by its owner's word alone, and nothing else shows that it is one.
+    """
 
     name: str
     present: bool
     up: bool
     rx_bytes: int = 0
     tx_bytes: int = 0
+    declared: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,7 @@ def findings(seen: Observation, policy: Policy) -> Iterator[Finding]:
     """
     if seen.link is not None:
         yield from _no_difference(seen, policy)
+        yield from _by_word_alone(seen, policy)
         return
     exits = _exits(seen)
     if not _comparable(exits, policy):
@@ -53,6 +54,26 @@ def _no_difference(seen: Observation, policy: Policy) -> Iterator[Finding]:
                     "anything goes through it is not known.",
                     {"exit": str(same), "beside": str(same)},
                 )
+
+
+def _by_word_alone(seen: Observation, policy: Policy) -> Iterator[Finding]:
+    """The owner named the tunnel's device, and nothing shows that it is one: that is what protection rests on.
+
+    Nothing needs to where packets beside it come out elsewhere, or where the exit's network is not home's.
+    """
+    exits = _exits(seen)
+    if seen.link is None or not seen.link.declared or not exits or any(policy.is_home(e) for e in exits):
+        return
+    beside = {c.address for c in seen.asked(Probe.PHYSICAL) if c.answer is Answer.ANSWERED and c.address is not None}
+    if beside.difference(exits) or all(_elsewhere(e, seen, policy) for e in exits):
+        return
+    named, too = ", ".join(map(str, exits)), " and on the home networks" if _comparable(exits, policy) else ""
+    yield Finding(
+        Code.TUNNEL_UNSEEN,
+        f"Nothing here shows that {seen.link.name} is a tunnel: that traffic from {named} goes through a VPN rests on "
+        f"VPN_SENTINEL_TUNNEL_INTERFACE{too}.",
+        {"interface": seen.link.name, "exit": named},
+    )
 
 
 def rests_on_home(seen: Observation, policy: Policy) -> bool:

@@ -241,6 +241,28 @@ def test_no_way_to_ask_is_known(namespace: None) -> None:
     assert ways == {"eth0": False, "eth1": True}
 
 
+@pytest.mark.parametrize(
+    ("more", "name", "declared"),
+    [
+        ("", "eth0", True),
+        (WG_QUICK.format("wg0"), "wg0", False),
+        (OPENCONNECT, "tun0", False),
+        (WG_QUICK.format("wg0"), "wg9", False),  # not there, and down by that
+    ],
+)
+def test_an_owners_word_for_what_nothing_else_shows_is_marked(
+    namespace: None, more: str, name: str, declared: bool
+) -> None:
+    ip(LAN + GATEWAY + more)
+    kernel = Netlink()
+    try:
+        link = survey(kernel, configured=name).link()
+        assert link is not None
+        assert link.declared is declared
+    finally:
+        kernel.close()
+
+
 BRIDGE = """
 link add docker0 type bridge
 link add veth0 type veth peer name inside

@@ -8,7 +8,7 @@ was an uplink once does not become the tunnel when the tunnel is gone.
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
@@ -53,13 +53,15 @@ class Roles:
     """`tunnel` is the tunnel's name, also when its device is gone; None when nothing shows which device is one.
 
     `uplinks` are the ways out beside it that packets can be sent by, the usual one first. `beside` are all devices
-    that a packet could leave by which the tunnel should carry. `carries` says whether the tunnel carries anything now.
+    that a packet could leave by which the tunnel should carry. `carries` says whether the tunnel carries anything now,
+    `declared` that nothing but the owner's word shows that it is one.
     """
 
     tunnel: str | None = None
     uplinks: tuple[Interface, ...] = ()
     beside: tuple[Interface, ...] = ()
     carries: bool = False
+    declared: bool = False
 
 
 def claimed_by_program(name: str) -> bool:
@@ -85,9 +87,9 @@ def roles(
     sender = Sender(uid=os.geteuid() if uid is None else uid)
     look = _Look(interfaces, fib, sender, claimed, known.uplinks)
     if configured is not None:
-        tunnel: str | None = configured
-    elif known.tunnel in look.carriers and look.may_stay(known.tunnel):
-        tunnel = known.tunnel
+        return replace(look.roles(configured), declared=not look.may_stay(configured))
+    if known.tunnel in look.carriers and look.may_stay(known.tunnel):
+        tunnel: str | None = known.tunnel
     else:
         found = (name for name in look.candidates if name not in known.uplinks and look.is_tunnel(name))
         tunnel = next(found, None) or (None if known.tunnel in look.carriers else known.tunnel)
@@ -120,7 +122,7 @@ class _Look:
         ]  # fmt: skip
 
     def may_stay(self, name: str | None) -> bool:
-        """Whether what is remembered as the tunnel can still be it: memory alone proves nothing for a usual uplink."""
+        """Whether what is called the tunnel can be it: a memory or a word alone proves nothing for a usual uplink."""
         found = self._named.get(name or "")
         return found is not None and (is_layer3_tunnel(found) or self.is_tunnel(found.name))
 
