@@ -76,14 +76,14 @@ async def test_well(probe: httpx.AsyncClient) -> None:
 
 async def test_database_away(probe: httpx.AsyncClient, patient: Patient, clock: ManualClock) -> None:
     assert (await probe.get("/health/startup")).status_code == 200
-    patient.fault = StoreUnavailable("connection", "tcp db.internal:5432 refused")
+    patient.fault = StoreUnavailable("disk_full", "tcp db.internal:5432 refused")
     clock.now += 2
     response = await probe.get("/health/ready")
     assert response.status_code == 503
     assert response.headers["retry-after"] == "2"
     assert response.json() == {
         "status": "failing",
-        "parts": {"database": {"ok": False, "detail": "connection"}, "dispatcher": {"ok": True}},
+        "parts": {"database": {"ok": False, "detail": "takes nothing: its disk is full"}, "dispatcher": {"ok": True}},
     }
     assert (await probe.get("/health")).status_code == 200, "a restart would not help"
     assert (await probe.get("/health/startup")).status_code == 200, "it did start"
@@ -92,7 +92,7 @@ async def test_database_away(probe: httpx.AsyncClient, patient: Patient, clock: 
 async def test_not_started_until_the_database_answered(
     probe: httpx.AsyncClient, patient: Patient, clock: ManualClock
 ) -> None:
-    patient.fault = StoreUnavailable("connection", "refused")
+    patient.fault = StoreUnavailable("disk_full", "refused")
     assert (await probe.get("/health/startup")).status_code == 503
     patient.fault = None
     clock.now += 2
@@ -148,7 +148,7 @@ async def test_metrics(
     text = (await probe.get("/metrics")).text
     assert "vpn_sentinel_database_up 0.0" in text
     assert 'vpn_sentinel_tunnels{state="leaking"} 1.0' in text, "reading works: whoever leaks is still to be seen"
-    patient.fault = StoreUnavailable("connection", "refused")
+    patient.fault = StoreUnavailable("disk_full", "refused")
     clock.now += 6
     text = (await probe.get("/metrics")).text
     assert "vpn_sentinel_database_up 0.0" in text

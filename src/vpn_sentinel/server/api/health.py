@@ -105,7 +105,7 @@ class Readiness:
             return Part(ok=False, detail=f"did not answer within {self._services.patience:g} s")
         except StoreUnavailable as e:
             # The text behind the reason names hosts and files.
-            return Part(ok=False, detail=e.reason)
+            return Part(ok=False, detail=e.words)
         return Part(ok=True)
 
 

@@ -38,7 +38,7 @@ def on_http_exception(_: _Request, error: HTTPException) -> Answer:
 def on_store_unavailable(_: _Request, error: StoreUnavailable) -> Answer:
     return problem(
         HTTPStatus.SERVICE_UNAVAILABLE,
-        f"The database cannot be reached now ({error.reason}); try again.",
+        f"The database {error.words}. Try again.",
         {"Retry-After": str(_RETRY_AFTER)},
     )
 

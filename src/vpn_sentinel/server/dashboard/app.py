@@ -183,7 +183,7 @@ def _handlers(pages: Pages) -> dict[Any, Any]:
         return answer(error.status_code, error.detail, error.headers)
 
     def away(_: Request[Any, Any, Any], error: StoreUnavailable) -> Html:
-        text = f"The database cannot be reached now ({error.reason}). Reload in a moment."
+        text = f"The database {error.words}. Reload in a moment."
         return answer(HTTPStatus.SERVICE_UNAVAILABLE, text, {"Retry-After": "2"})
 
     def defect(request: Request[Any, Any, Any], error: Exception) -> Html:

@@ -20,12 +20,29 @@ PING: Final = (
 Batch = tuple[str, Sequence[tuple[object, ...]]]
 
 
+# What is the matter with the database, by reason; without names of hosts and files.
+_WORDS: Final = {
+    "disk_full": "takes nothing: its disk is full",
+    "read_only": "takes nothing: it is read-only",
+    "busy": "is held by another program",
+    "damaged": "is damaged: see vpn-sentinel db check",
+    "timeout": "did not answer in time",
+    "unreachable": "cannot be reached: see that it runs, and what the server's log says",
+    "closing": "is closed: this server is stopping",
+}
+
+
 class StoreUnavailable(Unusable):
     """The database cannot be reached or written now. `reason` is a short word for metrics; trying again may help."""
 
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
+
+    @property
+    def words(self) -> str:
+        """What the database does, for whoever may not read more."""
+        return _WORDS.get(self.reason, "refuses what it is asked: see the server's log")
 
 
 class StoreUnusable(Unusable):
