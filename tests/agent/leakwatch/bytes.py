@@ -47,6 +47,8 @@ def run(made: Sequence[Insn], data: bytes, *, protocol: int, kind: int = OUTGOIN
         i = made[at]
         at += 1
         match i.code:
+            case 0x80:
+                a = len(data)
             case 0x20 | 0x28 | 0x30 | 0x48 | 0x50:
                 size = {0x20: 4, 0x28: 2, 0x30: 1, 0x48: 2, 0x50: 1}[i.code]
                 got = load(i.k + (x if i.code in (0x48, 0x50) else 0), size)

@@ -28,6 +28,7 @@ CASES = {
     "followed each time": (follow(SERVER, *[81] * 6), SERVER),
     "padded by blocks": (follow(SERVER, 81, 96, 85, 91, 81, 90), SERVER),
     "one lost its packet": (follow(SERVER, 81, None, 81, 81, 81, 81), SERVER),
+    "its first was late": (follow(SERVER, None, 81, 81, 81, 81, 81), None),
     "two lost": (follow(SERVER, 81, None, 81, None, 81, 81), None),
     "another chats meanwhile": (
         [*follow(SERVER, *[81] * 6), *[Outer(OTHER, 200, i) for i in range(6) for _ in range(5)]],
@@ -185,3 +186,25 @@ say(before=before, found=found, servers=servers, told=told_now, then=str(watch.c
         assert (seen["then"], seen["acted"]) == ("203.0.113.5:443/udp", [])
     else:
         assert (seen["then"], seen["acted"]) == ("198.51.100.7:443/udp", ["203.0.113.5"])
+
+
+async def test_it_is_found_while_another_program_sends_packets_of_all_sizes_to_such_hosts() -> None:
+    seen = await ran(
+        RELAY
+        + """
+import random
+watch = make(endpoints=())
+asyncio.get_running_loop().add_reader(fd, relay)
+noise = [socket.socket(socket.AF_INET, socket.SOCK_DGRAM) for _ in range(2)]
+async def chatter():
+    while True:
+        send("203.0.113.5", 4242, bytes(random.randrange(20, 1400)), by=noise[0])
+        send("198.51.100.7", 4444, bytes(random.randrange(20, 1400)), by=noise[1])
+        await asyncio.sleep(0.002)
+talking = asyncio.create_task(chatter())
+await watch.carrier.settle()
+talking.cancel()
+say(found=str(watch.carrier.found))
+"""
+    )
+    assert seen["found"] == "198.51.100.7:443/udp"

@@ -188,3 +188,16 @@ def test_only_what_begins_outside_comes_in() -> None:
     assert not comes("198.51.100.7", 17, udp(51820, 4000))  # the tunnel's own server
     assert not comes("192.168.1.1", 17, udp(53, 4000))
     assert not comes("203.0.113.5", 17, udp(5000, 27015), OUTGOING)
+
+
+def test_towards_some_hosts_packets_of_some_sizes_come_up() -> None:
+    made = bpf.towards([ip_address("198.51.100.7"), ip_address("2001:db8:9::1")], range(100, 120))
+
+    def comes(to: str, size: int, kind: int = OUTGOING) -> bool:
+        ethertype, data = ip(ME if "." in to else ME6, to, 17, udp(1, 2))
+        return run(made, data + bytes(size - len(data)), protocol=ethertype, kind=kind) != bpf.DROP
+
+    for to in ("198.51.100.7", "2001:db8:9::1"):
+        assert [size for size in (99, 100, 119, 120) if comes(to, size)] == [100, 119]
+        assert not comes(to, 100, HOST)
+    assert not comes("198.51.100.8", 100)

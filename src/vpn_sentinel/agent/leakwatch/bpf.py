@@ -132,11 +132,12 @@ def inbound(rules: Rules) -> list[Insn]:
     ]
 
 
-def towards(hosts: Iterable[IPAddress], most: int) -> list[Insn]:
-    """The filter for what leaves here to some hosts, in packets of at most `most` bytes."""
+def towards(hosts: Iterable[IPAddress], sizes: range) -> list[Insn]:
+    """The filter for what leaves here to some hosts, in IP packets of these sizes in bytes, at least 1."""
     made = [
         *verdict(Test((Insn(_LD_W, _PKTTYPE),), _OUTGOING, otherwise=True)),
-        *verdict(Test((Insn(_LD_LEN),), most, _JGT)),
+        *verdict(Test((Insn(_LD_LEN),), sizes.start - 1, _JGT, otherwise=True)),
+        *verdict(Test((Insn(_LD_LEN),), sizes.stop - 1, _JGT)),
     ]
     for host in hosts:
         version = Test((Insn(_LD_H, _PROTOCOL),), _IPV4 if host.version == 4 else _IPV6)

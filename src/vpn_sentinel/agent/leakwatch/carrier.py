@@ -3,7 +3,8 @@
 OpenConnect and OpenVPN make a host route to their server; so does anybody who wants one address beside the tunnel. It
 is tried: packets of different sizes are sent into the tunnel, and what carries it sends one of the same size and a
 little more at once, each time. They have one hop to live, so they die at the VPN server, and hold random bytes, so that
-compression changes nothing. Takes CAP_NET_RAW, some 4 kB and two thirds of a second.
+compression changes nothing. Takes CAP_NET_RAW, some 4 kB, and as long as the tunnel's program needs to send six
+packets: milliseconds as a rule, two thirds of a second at most.
 """
 
 import asyncio
@@ -29,7 +30,7 @@ log = logging.getLogger(__name__)
 
 PROBES: Final = 6
 ENOUGH: Final = 5  # probes that the carrier must have followed: one may fall together with a retransmission
-FOLLOWS_S: Final = 0.11  # seconds after a probe in which its carrier's packet counts
+FOLLOWS_S: Final = 0.11  # seconds after a probe until the next one, where its carrier's packet was not seen before
 SIZES: Final = range(120, 1000)  # bytes of a probe's IP packet: smaller than those of an upload
 APART: Final = 100  # bytes between the sizes of two probes
 WRAPPING: Final = range(20, 180)  # bytes that a tunnel may add: headers outside, its own, padding, a MAC
@@ -51,25 +52,43 @@ class Outer:
 
 def carried(sizes: list[int], seen: Iterable[Outer]) -> Endpoint | None:
     """Whose packets followed the probes of these `sizes`; None unless they are one host's alone."""
-    wraps: dict[Endpoint, list[set[int]]] = {}
-    for outer in seen:
-        wrap = outer.size - sizes[outer.probe]
-        if wrap in WRAPPING:
-            wraps.setdefault(outer.to, [set() for _ in sizes])[outer.probe].add(wrap)
-    scores = {end: _followed(found) for end, found in wraps.items()}
+    scores = _scores(sizes, seen)
     best = max(scores, key=lambda end: scores[end], default=None)
     if best is None or scores[best] < ENOUGH:
         return None
     # A program that sends packets of all sizes follows every probe too: then nobody can tell.
-    if any(score > len(sizes) // 2 for end, score in scores.items() if end.address != best.address):
-        return None
-    return best
+    others = (end for end in scores if end.address != best.address)
+    return None if any(scores[end] > len(sizes) // 2 for end in others) else best
+
+
+def _scores(sizes: list[int], seen: Iterable[Outer]) -> dict[Endpoint, int]:
+    """How many of these probes, the first that were sent, were followed by packets to each far end."""
+    wraps: dict[Endpoint, list[set[int]]] = {}
+    for outer in seen:
+        if outer.probe < len(sizes) and (wrap := outer.size - sizes[outer.probe]) in WRAPPING:
+            wraps.setdefault(outer.to, [set() for _ in sizes])[outer.probe].add(wrap)
+    return {end: _followed(found) for end, found in wraps.items()}
 
 
 def _followed(wraps: list[set[int]]) -> int:
-    """How many probes were followed by a packet that is larger by the same, but for padding."""
+    """How many probes were followed by a packet that is larger by the same, but for padding; 0 without the first one.
+
+    That one shows that the tunnel's program is at work now, and not about to connect anew.
+    """
     every = {w for some in wraps for w in some}
-    return max((sum(any(0 <= w - low < PADDING for w in some) for some in wraps) for low in every), default=0)
+    alike = [[any(0 <= w - low < PADDING for w in some) for some in wraps] for low in every]
+    return max((sum(each) for each in alike if each[0]), default=0)
+
+
+def _led(sizes: list[int], seen: Iterable[Outer]) -> bool:
+    """Whether one that may be the carrier by all that was sent so far has followed the last probe."""
+    now, before = _scores(sizes, seen), _scores(sizes[:-1], seen)
+    return any(score >= _least(sizes) and score > before.get(end, 0) for end, score in now.items())
+
+
+def _least(sizes: list[int]) -> int:
+    """How many of these probes the carrier must have followed, the first one among them."""
+    return max(1, len(sizes) - (PROBES - ENOUGH))
 
 
 async def search(tunnel: Interface, hosts: tuple[IPAddress, ...], ways: tuple[str, ...]) -> Endpoint | None:
@@ -82,23 +101,37 @@ async def search(tunnel: Interface, hosts: tuple[IPAddress, ...], ways: tuple[st
         return None
     sizes = [SIZES.start + APART * i + random.randrange(APART // 2) for i in range(PROBES)]  # noqa: S311 - no secret
     random.shuffle(sizes)
-    seen: list[Outer] = []
-    probe = -1
+    seen: set[Outer] = set()
+    came = asyncio.Event()
+    probe = 0
 
     def packet(_interface: str, ethertype: int, data: bytes, _passed: float) -> None:
         found = decode(ethertype, data)
-        if found is not None and found.destination_port is not None and found.protocol in (TCP, UDP) and probe >= 0:
+        if found is not None and found.destination_port is not None and found.protocol in (TCP, UDP):
             end = Endpoint(found.destination, found.destination_port, found.protocol)
-            seen.append(Outer(end, found.size, probe))
+            seen.add(Outer(end, found.size, probe))
+            came.set()
 
     with contextlib.ExitStack() as stack:
-        made = bpf.towards(hosts, SIZES.stop + WRAPPING.stop)
+        taps = []
         for way in ways:
-            stack.callback(Tap(way, made, packet).close)
+            taps.append(Tap(way, bpf.towards((), range(1, 1)), packet, pause=0.0))
+            stack.callback(taps[-1].close)
         header = 28 if version == 4 else 48
-        for probe, size in enumerate(sizes):  # noqa: B007 - `packet` reads it
+        for probe, size in enumerate(sizes):
+            # Only what may be the carrier's packet comes up, so that no flood to such a host drowns it.
+            made = bpf.towards(hosts, range(size + WRAPPING.start, size + WRAPPING.stop))
+            for tap in taps:
+                tap.filter(made)
             plain_probe(_ANYWHERE[version], tunnel.name, os.urandom(size - header))
-            await asyncio.sleep(FOLLOWS_S)
+            sent = sizes[: probe + 1]
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(FOLLOWS_S):
+                    while not _led(sent, seen):
+                        came.clear()
+                        await came.wait()
+            if max(_scores(sent, seen).values(), default=0) < _least(sent):
+                return None
     return carried(sizes, seen)
 
 

@@ -35,13 +35,15 @@ class Tap:
         made: list[bpf.Insn],
         packet: Callable[[str, int, bytes, float], None],
         missed: Callable[[int], None] = lambda _: None,
+        *,
+        pause: float = PAUSE,
     ) -> None:
         """`packet` gets the interface's name, the ethertype, the packet, and when it passed by the kernel's clock, in
-        seconds; `missed` how many were never read.
+        seconds; `missed` how many were never read. A flood is left alone for `pause` seconds.
 
         Raises OSError: PermissionError without CAP_NET_RAW.
         """
-        self._packet, self._missed = packet, missed
+        self._packet, self._missed, self._pause = packet, missed, pause
         self._resume: asyncio.TimerHandle | None = None
         self._sock = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, 0)
         try:
@@ -94,7 +96,7 @@ class Tap:
             if self._sock.fileno() < 0:
                 return  # what the packet led to closed this socket
         asyncio.get_running_loop().remove_reader(self._sock)
-        self._resume = asyncio.get_running_loop().call_later(PAUSE, self._go_on)
+        self._resume = asyncio.get_running_loop().call_later(self._pause, self._go_on)
 
     def _go_on(self) -> None:
         self._resume = None
