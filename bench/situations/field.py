@@ -178,6 +178,10 @@ def _others_talk(post: Post) -> None:
     traffic.call_out(post.site, APART)
 
 
+def _others_talk_to_the_server(post: Post) -> None:
+    traffic.call_out(post.site, post.site.line.endpoint)
+
+
 def _asks_the_router(post: Post) -> None:
     """A program with a nameserver of its own, the home router, which asks the ISP; resolv.conf names the VPN's."""
     post.site.lan_forwarder(named=False)
@@ -231,6 +235,7 @@ def _quiet(number: int, post: str, title: str, fault: Callable[[Post], object] |
     return Row(number=number, post=post, title=title, state="protected", fault=fault, **given)
 
 
+_AT_ONCE: Mapping[str, Any] = {"median": 0.5, "worst": 1.0}
 _ONE = ("wireguard",)
 _BY_RULE = ("wireguard", "wg-quick")
 _BY_ROUTE = tuple(kind for kind in plan.KINDS if kind != "strongswan")  # table 220 comes before main
@@ -262,7 +267,11 @@ ROWS: tuple[Row, ...] = (
     _quiet(62, "wrapped", "WireGuard inside TCP", kinds=_ONE),
     _leak(62, "wrapped", "the same, deleted", {"ip_leak"}, _do("delete_tunnel"), part="b", kinds=_ONE),
     _leak(63, "hostroute", "host route that is not the VPN's", {"split_route"}, _others_talk, kinds=_ONE,
-          prepare=_do("route_outside", f"{APART}/32"), needs_watch=True),
+          prepare=_do("route_outside", f"{APART}/32"), needs_watch=True, **_AT_ONCE),
+    _leak(63, "hostroute", "the VPN server's own host, another port", {"split_route"}, _others_talk_to_the_server,
+          part="b", kinds=_ONE, needs_watch=True, **_AT_ONCE),
+    _leak(63, "routes", "the same, OpenVPN", {"split_route"}, _others_talk_to_the_server, part="c",
+          kinds=("openvpn", "openvpn-tcp", "openvpn-tap"), needs_watch=True, **_AT_ONCE),
     _quiet(64, "switching", "another protocol, kill switch", _do("switch_protocol"), kinds=_ONE,
            never=LEAKS, passing=frozenset({"down", "degraded"})),
     _leak(65, "routes", "one /24 outside, no packet yet", {"split_route"}, _do("route_outside", "5.9.10.0/24"),

@@ -206,6 +206,19 @@ def test_row_63_a_host_route_that_is_not_the_vpns(field: Lab, home: Callable[[st
     assert seen(site) == site.exit4
 
 
+def test_row_63_all_that_goes_to_the_vpn_servers_own_host_leaves_beside_the_tunnel(
+    field: Lab, home: Callable[[str], Home]
+) -> None:
+    site = home("connect")
+    server = site.line.endpoint
+    for protocol in ("tcp", "udp"):
+        with field.capture(site, f"{protocol} port 4444") as wire:
+            site.run(["timeout", "1", "bash", "-c", f"echo secret > /dev/{protocol}/{server}/4444"])
+            wire.settle()
+        assert server in {p.dst for p in wire.packets() if p.src == site.home4}
+    assert seen(site) == site.exit4
+
+
 def test_row_64_another_protocol_under_the_same_kill_switch(field: Lab, home: Callable[[str], Home]) -> None:
     site = home("switch")
     assert (site.vpn_interface, seen(site)) == ("wg0", site.exit4)

@@ -1,4 +1,4 @@
-"""Which of several hosts carries the tunnel: told by sizes, kept for one device, tried again when in doubt."""
+"""Which host and port carry the tunnel: told by sizes, kept for one device, tried again when in doubt."""
 
 import asyncio
 from ipaddress import ip_address
@@ -7,14 +7,15 @@ import pytest
 
 from tests.agent.leakwatch.test_watch import ran
 from tests.conftest import ManualClock
-from vpn_sentinel.agent.endpoints import TCP, Endpoint
+from vpn_sentinel.agent.endpoints import TCP, Endpoint, parse_endpoint
 from vpn_sentinel.agent.interfaces import Recollection
-from vpn_sentinel.agent.leakwatch.carrier import Carrier, Outer, carried
+from vpn_sentinel.agent.leakwatch.carrier import FRESH_S, SURE_S, Carrier, Outer, carried, twins
 from vpn_sentinel.agent.net.link import Interface
 from vpn_sentinel.domain.policy import IPAddress
 
 SERVER = Endpoint(ip_address("198.51.100.7"), 443)
 OTHER = Endpoint(ip_address("203.0.113.5"), 443, TCP)
+BESIDE = Endpoint(SERVER.address, 4444)  # a program's packets to the server's own host
 SIZES = [520, 130, 940, 330, 730, 240]
 HOSTS = (SERVER.address, OTHER.address)
 TUN = Interface(index=7, name="tun0", kind="tun", hardware=65534, flags=1, addresses=(ip_address("10.8.0.2"),))
@@ -39,6 +40,11 @@ CASES = {
         [*follow(SERVER, *[81] * 6), *[Outer(OTHER, s, i) for i in range(6) for s in range(60, 1200, 4)]],
         None,
     ),
+    "one that sends all sizes to the server's own host": (
+        [*follow(SERVER, *[81] * 6), *[Outer(BESIDE, s, i) for i in range(6) for s in range(60, 1200, 4)]],
+        None,
+    ),
+    "one program's two protocols": ([*follow(SERVER, *[81] * 6), *follow(twins(SERVER)[1], *[93] * 6)], SERVER),
     "nothing": ([], None),
 }
 
@@ -66,14 +72,72 @@ def make(search: Tries, memory: Recollection | None = None) -> tuple[Carrier, Ma
     return Carrier(memory=memory or Recollection(), now=clock.boottime, search=search), clock
 
 
-def test_one_host_is_tried_by_nobody_and_several_are_all_believed_until_it_is_known() -> None:
+TWINS = {
+    "OpenVPN": ("198.51.100.7:1194", "1194/tcp 1194/udp"),
+    "TLS with DTLS or ESP beside it": ("198.51.100.7:443/tcp", "443/tcp 443/udp 4500/udp 4501/udp"),
+    "ESP, and TLS that controls it": ("198.51.100.7:4501", "443/tcp 443/udp 4500/udp 4501/tcp 4501/udp"),
+}
+
+
+@pytest.mark.parametrize(("carrier", "ends"), TWINS.values(), ids=TWINS.keys())
+def test_where_else_a_program_sends_while_it_carries_by_one_port(carrier: str, ends: str) -> None:
+    found = twins(parse_endpoint(carrier))
+    assert str(found[0]) == str(parse_endpoint(carrier))
+    assert sorted(str(e).partition(":")[2] for e in found) == ends.split()
+
+
+def test_the_one_host_is_believed_and_several_are_all_until_it_is_known() -> None:
     found, _ = make(Tries(SERVER))
     found.look(TUN, HOSTS[:1], ("eth0",), able=True)
-    assert (found.open, found.server) == (False, SERVER.address)
+    assert (found.open, found.server, found.closed) == (True, SERVER.address, False)
     found.look(TUN, HOSTS, ("eth0",), able=True)
-    assert (found.open, found.server) == (True, None)
+    assert (found.open, found.server, found.closed) == (True, None, False)
     asyncio.run(found.settle())
-    assert (found.open, found.found, found.server, found.sure) == (False, SERVER, SERVER.address, True)
+    assert (found.open, found.found, found.server, found.sure()) == (False, SERVER, SERVER.address, True)
+    assert (found.closed, found.endpoints) == (True, twins(SERVER))
+
+
+def test_what_was_found_is_in_doubt_and_not_forgotten_where_another_host_comes() -> None:
+    found, _ = make(Tries(SERVER, SERVER))
+    found.look(TUN, HOSTS[:1], ("eth0",), able=True)
+    asyncio.run(found.settle())
+    found.look(TUN, HOSTS, ("eth0",), able=True)
+    assert (found.found, found.server, found.sure(), found.closed) == (SERVER, None, False, True)
+    asyncio.run(found.settle())
+    assert (found.server, found.sure()) == (SERVER.address, True)
+    found.look(TUN, HOSTS[1:], ("eth0",), able=True)  # its route went: the tunnel has another server
+    assert (found.found, found.closed, found.open) == (None, False, True)
+
+
+async def test_nothing_is_tried_again_while_nothing_changes() -> None:
+    search = Tries(SERVER, SERVER)
+    found, clock = make(search)
+    tried = asyncio.Event()
+    found.changed = tried.set
+    running = asyncio.create_task(found.run())
+    found.look(TUN, HOSTS[:1], ("eth0",), able=True)
+    await tried.wait()
+    for _ in range(50):
+        clock.now += 60.0
+        found.look(TUN, HOSTS[:1], ("eth0",), able=True)
+        await asyncio.sleep(0)
+    assert search.asked == 1
+    tried.clear()
+    found.doubt()
+    await tried.wait()
+    running.cancel()
+    assert search.asked == 2
+
+
+def test_who_is_told_the_ports_tries_only_when_in_doubt_and_believes_all_when_nobody_can_tell() -> None:
+    search = Tries(None, None, SERVER)
+    found, _ = make(search)
+    found.look(TUN, HOSTS[:1], ("eth0",), able=True, told=True)
+    assert (found.open, found.closed, found.doubts(SERVER.address)) == (False, True, True)
+    asyncio.run(found.settle())
+    assert (found.open, found.closed, search.asked) == (True, False, 2)
+    asyncio.run(found.settle())
+    assert (found.open, found.closed, found.found) == (False, True, SERVER)
 
 
 def test_another_device_or_host_begins_anew_and_a_tunnel_that_is_gone_tells_nothing() -> None:
@@ -89,16 +153,18 @@ def test_another_device_or_host_begins_anew_and_a_tunnel_that_is_gone_tells_noth
 
 
 def test_it_is_given_up_only_when_it_fails_twice() -> None:
-    search = Tries(SERVER, None, SERVER, None, None)
+    search = Tries(None, SERVER, None, SERVER, None, None)
     found, clock = make(search)
     found.look(TUN, HOSTS, ("eth0",), able=True)
     asyncio.run(found.settle())
+    clock.now += FRESH_S
+    assert (found.sure(), found.sure(SURE_S)) == (False, True)
     clock.now += 60.0
-    assert not found.sure
+    assert not found.sure(SURE_S)
     asyncio.run(found.settle())
     assert found.server == SERVER.address
     asyncio.run(found.settle())
-    assert (found.server, search.asked) == (None, 5)
+    assert (found.found, found.closed, search.asked) == (None, False, 6)
 
 
 def test_without_the_capability_the_host_that_was_there_first_is_remembered() -> None:
@@ -172,7 +238,7 @@ if {moved}:
 acted.clear()
 running = asyncio.create_task(watch.carrier.run())
 send("203.0.113.5", 443, b"anything")
-await until(lambda: watch.carrier.sure)
+await until(lambda: watch.carrier.sure())
 running.cancel()
 say(before=before, found=found, servers=servers, told=told_now, then=str(watch.carrier.found),
     acted=[str(e.destination) for e in acted])
@@ -208,3 +274,175 @@ say(found=str(watch.carrier.found))
 """
     )
     assert seen["found"] == "198.51.100.7:443/udp"
+
+
+ALONE_WITH_ITS_SERVER = (
+    RELAY.replace(
+        ', "route add 198.51.100.7/32 via 192.168.7.1",\n             "route add 203.0.113.5/32',
+        ', "route add 198.51.100.7/32',
+    )
+    + """
+def connect(to, port):
+    made = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    made.setblocking(False)
+    made.connect_ex((to, port))
+    return made
+asyncio.get_running_loop().add_reader(fd, relay)
+bound = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+bound.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
+bound.bind(("192.168.7.2", 4009))
+"""
+)
+
+
+@pytest.mark.parametrize("told", ["", "198.51.100.7:443"], ids=["by its host route alone", "told by the owner"])
+async def test_to_the_servers_own_host_its_port_is_none_and_another_port_is_a_leak(told: str) -> None:
+    seen = await ran(
+        ALONE_WITH_ITS_SERVER
+        + f"""
+watch = make(endpoints={[told] if told else []})
+if not {bool(told)}:
+    send("198.51.100.7", 4444)  # nobody knows yet which port it is
+    await watch.carrier.settle()
+running = asyncio.create_task(watch.carrier.run())
+clock.now += 5.0
+send("198.51.100.7", 443, b"its own, or like it", times=3)
+kept = [connect("198.51.100.7", 443)] if not {bool(told)} else []  # beside DTLS: TLS
+send("198.51.100.7", 4444)
+await until(lambda: acted)
+first = flows(watch)
+clock.now += 5.0
+kept.append(connect("198.51.100.7", 4444))
+await until(lambda: len(acted) > 1)
+both = [[str(e.destination), e.destination_port, e.protocol] for e in acted]
+clock.now += 10.5
+flows(watch)
+running.cancel()
+say(first=first, both=both, over=flows(watch), found=str(watch.carrier.found))
+"""
+    )
+    assert seen["first"] == [["198.51.100.7", 4444, 1]]
+    assert seen["both"] == [["198.51.100.7", 4444, "udp"], ["198.51.100.7", 4444, "tcp"]]
+    assert seen["over"] == []  # the tunnel's own route to that host stays
+    assert seen["found"] == "198.51.100.7:443/udp"
+
+
+async def test_a_program_that_goes_on_to_another_port_of_its_server_leaks_nothing() -> None:
+    seen = await ran(
+        ALONE_WITH_ITS_SERVER
+        + """
+watch = make(endpoints=())
+await watch.carrier.settle()
+before = str(watch.carrier.found)
+running = asyncio.create_task(watch.carrier.run())
+for port in (1195, 8443):
+    clock.now += 5.0
+    asyncio.get_running_loop().remove_reader(fd)
+    def relay():
+        while True:
+            try:
+                send("198.51.100.7", port, b"\\0" * 53 + os.read(fd, 2000))
+            except BlockingIOError:
+                return
+    asyncio.get_running_loop().add_reader(fd, relay)
+    send("198.51.100.7", port, b"the first of another session")
+    await until(lambda: watch.carrier.found and watch.carrier.found.port == port)
+clock.now += 5.0
+send("198.51.100.7", 443, b"left")
+await until(lambda: acted)
+running.cancel()
+say(before=before, after=str(watch.carrier.found), told=[e.destination_port for e in acted])
+"""
+    )
+    assert (seen["before"], seen["after"]) == ("198.51.100.7:443/udp", "198.51.100.7:8443/udp")
+    assert seen["told"] == [443]
+
+
+async def test_while_its_program_carries_nothing_nobody_knows_whose_packet_it_is() -> None:
+    """It may be connecting anew, to another port of its server."""
+    seen = await ran(
+        ALONE_WITH_ITS_SERVER
+        + """
+watch = make(endpoints=())
+await watch.carrier.settle()
+asyncio.get_running_loop().remove_reader(fd)
+running = asyncio.create_task(watch.carrier.run())
+clock.now += 5.0
+send("198.51.100.7", 1195, b"hello"); kept = connect("198.51.100.7", 8443)
+await until(lambda: watch.carrier.open)
+running.cancel()
+send("198.51.100.7", 1196, b"hello"); send("203.0.113.9", by=bound); await until(lambda: acted)
+say(on=watch.on, told=[str(e.destination) for e in acted])
+"""
+    )
+    assert (seen["on"], seen["told"]) == (True, ["203.0.113.9"])
+
+
+async def test_what_left_while_its_program_stood_still_is_told_by_nobody_and_the_next_packet_is() -> None:
+    """OpenConnect does nothing else while it connects anew, to a port that need not be the one of DTLS."""
+    seen = await ran(
+        ALONE_WITH_ITS_SERVER
+        + """
+watch = make(endpoints=())
+await watch.carrier.settle()
+real, tries = watch.carrier.search, []
+async def search(*what):
+    tries.append(what)
+    if len(tries) == 1:  # it goes on when the first trial is over
+        asyncio.get_running_loop().remove_reader(fd)
+        found = await real(*what)
+        asyncio.get_running_loop().add_reader(fd, relay)
+        return found
+    return await real(*what)
+watch.carrier.search = search
+running = asyncio.create_task(watch.carrier.run())
+clock.now += 5.0
+kept = connect("198.51.100.7", 8443)
+await until(lambda: len(tries) == 2 and watch.carrier.sure())
+stood = [e.destination_port for e in acted]
+clock.now += 5.0
+send("198.51.100.7", 8443)
+await until(lambda: acted)
+running.cancel()
+say(stood=stood, told=[[e.destination_port, e.protocol] for e in acted])
+"""
+    )
+    assert (seen["stood"], seen["told"]) == ([], [[8443, "udp"]])
+
+
+async def test_a_connection_to_the_servers_host_that_was_there_before_may_be_its_control_channel() -> None:
+    seen = await ran(
+        ALONE_WITH_ITS_SERVER
+        + """
+raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, 6)
+watch = make(endpoints=())
+await watch.carrier.settle()
+running = asyncio.create_task(watch.carrier.run())
+clock.now += 5.0
+raw.sendto(struct.pack("!HHIIBBHHH", 4001, 8443, 1, 1, 0x50, 0x18, 64, 0, 0) + b"keepalive", ("198.51.100.7", 0))
+send("203.0.113.9", by=bound); await until(lambda: acted)
+raw.sendto(struct.pack("!HHIIBBHHH", 4002, 8443, 1, 0, 0x50, 0x02, 64, 0, 0), ("198.51.100.7", 0))
+await until(lambda: len(acted) > 1)
+running.cancel()
+say(told=[[str(e.destination), e.source_port] for e in acted])
+"""
+    )
+    assert seen["told"] == [["203.0.113.9", 4009], ["198.51.100.7", 4002]]
+
+
+async def test_a_packet_by_a_route_that_came_in_this_moment_is_told_when_the_tunnel_was_tried_again() -> None:
+    seen = await ran(
+        ALONE_WITH_ITS_SERVER
+        + """
+watch = make(endpoints=())
+await watch.carrier.settle()
+running = asyncio.create_task(watch.carrier.run())
+clock.now += 60.0
+subprocess.run("ip route add 203.0.113.5 via 192.168.7.1".split(), check=True)
+send("203.0.113.5", 6881, b"hello")
+await until(lambda: acted)
+running.cancel()
+say(told=[str(e.destination) for e in acted], servers=[str(a) for a in watch.servers])
+"""
+    )
+    assert (seen["told"], seen["servers"]) == (["203.0.113.5"], ["198.51.100.7"])

@@ -186,6 +186,7 @@ def test_only_what_begins_outside_comes_in() -> None:
     assert comes("2001:db8:9::1", 6, tcp(5000, 8000, 0x02))
     assert not comes("203.0.113.5", 6, tcp(5000, 8000, 0x10))
     assert not comes("198.51.100.7", 17, udp(51820, 4000))  # the tunnel's own server
+    assert comes("198.51.100.7", 17, udp(5000, 27015))  # a visitor who comes out at its host
     assert not comes("192.168.1.1", 17, udp(53, 4000))
     assert not comes("203.0.113.5", 17, udp(5000, 27015), OUTGOING)
 

@@ -83,6 +83,21 @@ def test_a_host_route_is_believed_for_the_vpns_host_only() -> None:
     assert {str(n) for n in server.outside} == {"203.0.113.5/32"}
 
 
+def test_the_vpns_host_by_its_ports_where_those_are_known() -> None:
+    hosts = Tables((way("198.51.100.7/32", gateway=True), way("203.0.113.5/32", gateway=True)))
+    openvpn = stand(hosts, LO, ETH, TUN, tunnel="tun0")
+    ends, ours = [parse_endpoint("198.51.100.7:1194")], ip_address("203.0.113.5")
+    assert openvpn.candidates((), ()) == ((ends[0].address, ours), False)
+    assert openvpn.candidates((), [ours]) == ((ends[0].address,), False)
+    assert openvpn.candidates(ends, ()) == ((ends[0].address,), True)
+    assert stand(hosts).candidates((), ()) == ((), False)  # WireGuard's needs no route
+    for rules in (
+        openvpn.with_endpoints(ends, [ours], closed=True),
+        openvpn.with_endpoints((), [ours], ends, ends[0].address, closed=True),
+    ):
+        assert (rules.endpoints, [str(n) for n in rules.outside]) == (tuple(ends), ["203.0.113.5/32"])
+
+
 def test_what_told_the_tunnels_packets_holds_while_its_interface_is_gone() -> None:
     before = stand(Tables((way("198.51.100.7/32", gateway=True),)), LO, ETH, TUN, tunnel="tun0")
     gone = stand(Tables(), LO, ETH, tunnel="tun0", before=before)

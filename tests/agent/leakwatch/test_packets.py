@@ -11,6 +11,7 @@ from vpn_sentinel.agent.leakwatch.shapes import (
     ALIKE,
     Shape,
     Shapes,
+    is_dtls,
     is_openvpn_reset,
     is_openvpn_tcp_reset,
     is_wireguard,
@@ -121,6 +122,21 @@ def test_openvpn_data_is_believed_when_it_goes_on_alike() -> None:
     assert shapes.of(other, openvpn=True, unsure=True) is Shape.OTHER
     assert Shapes().of(packet, openvpn=True, unsure=False) is Shape.OTHER
     assert Shapes().of(packet, openvpn=False, unsure=True) is Shape.OTHER
+
+
+def test_a_clients_hello_of_dtls_is_known() -> None:
+    def known(head: bytes, protocol: int = 17) -> bool:
+        rest = udp(4000, 8443, head + bytes(80)) if protocol == 17 else tcp(4000, 8443, 0x18, head + bytes(80))
+        return is_dtls(decoded(protocol, rest))
+
+    hello = b"\x16\xfe\xff\0\0" + bytes(6) + b"\0\x50" + b"\x01"
+    assert known(hello)
+    assert known(hello.replace(b"\xfe\xff", b"\xfe\xfd"))
+    assert known(hello.replace(b"\xfe\xff", b"\x01\0"))  # Cisco's, before DTLS was done
+    assert not known(hello, 6)
+    for at, other in ((0, 23), (1, 3), (4, 1), (13, 2)):
+        assert not known(hello[:at] + bytes([other]) + hello[at + 1 :])
+    assert not is_dtls(decoded(17, udp(4000, 8443, hello[:13])))
 
 
 def ike(length: int | None = None, exchange: int = 34, other: bytes = bytes(8)) -> bytes:

@@ -117,7 +117,7 @@ def strangers(address: bytes) -> list[Insn]:
 def inbound(rules: Rules) -> list[Insn]:
     """The filter for what comes in: the first packets of TCP connections, and UDP, from public addresses.
 
-    What the tunnel's servers send is left out, so that the tunnel's own traffic costs nothing here.
+    What comes from the tunnel's servers' own ports is left out, so that its traffic costs nothing here.
     """
     six = _inbound_half(rules, _SIX)
     return [
@@ -149,8 +149,9 @@ def _inbound_half(rules: Rules, at: "_Family") -> list[Insn]:
     made: list[Insn] = []
     for end in rules.endpoints:
         if end.address.version == at.version:
-            made += verdict(*_within(ip_network(end.address), source=True))
-    # What goes to these may leave whoever began it, the VPN's server with a route of its own among them.
+            own = Test((*at.behind, Insn(_LDH_X, 0)), end.port)
+            made += verdict(*_within(ip_network(end.address), source=True), *at.proto(end.protocol), own)
+    # What goes to these may leave whoever began it, a VPN's server of which no port is known among them.
     for net in (*NEVER, *PRIVATE, *rules.outside, *rules.lan):
         if net.version == at.version:
             made += verdict(*_within(net, source=True))

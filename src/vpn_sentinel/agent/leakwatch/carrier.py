@@ -1,8 +1,9 @@
-"""Which host carries the tunnel, where several have a route of their own and no program says which one is its server.
+"""Which host carries the tunnel, and at which port and protocol, where no program says so.
 
-OpenConnect and OpenVPN make a host route to their server; so does anybody who wants one address beside the tunnel. It
-is tried: packets of different sizes are sent into the tunnel, and what carries it sends one of the same size and a
-little more at once, each time. They have one hop to live, so they die at the VPN server, and hold random bytes, so that
+OpenConnect and OpenVPN make a host route to their server; so does anybody who wants one address beside the tunnel, and
+whatever else goes to the server's own host takes that route as well (TunnelCrack's ServerIP, CVE-2023-36673). It is
+tried: packets of different sizes are sent into the tunnel, and what carries it sends one of the same size and a little
+more at once, each time. They have one hop to live, so they die at the VPN server, and hold random bytes, so that
 compression changes nothing. Takes CAP_NET_RAW, some 4 kB, and as long as the tunnel's program needs to send six
 packets: milliseconds as a rule, two thirds of a second at most.
 """
@@ -36,7 +37,10 @@ APART: Final = 100  # bytes between the sizes of two probes
 WRAPPING: Final = range(20, 180)  # bytes that a tunnel may add: headers outside, its own, padding, a MAC
 PADDING: Final = 32  # bytes by which that differs from packet to packet
 RETRY_S: Final = (5.0, 30.0, 300.0)
-SURE_S: Final = 30.0  # seconds that an answer holds against a packet to another host
+FRESH_S: Final = 0.2  # seconds that an answer holds against a packet to another host or port
+SURE_S: Final = 30.0  # and against more packets of a flow that was told
+# Where OpenConnect's protocols may go on from one to the other at any time: TLS, DTLS, ESP in UDP.
+_TWINS: Final = frozenset({(TCP, 443), (UDP, 443), (UDP, 4500), (UDP, 4501)})
 _ANYWHERE: Final[dict[int, IPAddress]] = {4: ip_address("1.1.1.1"), 6: ip_address("2606:4700:4700::1111")}
 _FACT: Final = "vpn_server"
 
@@ -50,14 +54,23 @@ class Outer:
     probe: int
 
 
+def twins(carrier: Endpoint) -> tuple[Endpoint, ...]:
+    """It, and where else its program may send: DTLS shares its port with TLS, which stays open beside DTLS and ESP."""
+    ends = {(TCP, carrier.port), (UDP, carrier.port)}
+    if (carrier.protocol, carrier.port) in _TWINS:
+        ends |= _TWINS
+    others = (Endpoint(carrier.address, port, protocol) for protocol, port in sorted(ends))
+    return tuple(dict.fromkeys((carrier, *others)))
+
+
 def carried(sizes: list[int], seen: Iterable[Outer]) -> Endpoint | None:
-    """Whose packets followed the probes of these `sizes`; None unless they are one host's alone."""
+    """Whose packets followed the probes of these `sizes`; None unless they are one program's alone."""
     scores = _scores(sizes, seen)
     best = max(scores, key=lambda end: scores[end], default=None)
     if best is None or scores[best] < ENOUGH:
         return None
     # A program that sends packets of all sizes follows every probe too: then nobody can tell.
-    others = (end for end in scores if end.address != best.address)
+    others = scores.keys() - set(twins(best))
     return None if any(scores[end] > len(sizes) // 2 for end in others) else best
 
 
@@ -140,9 +153,10 @@ Search = Callable[[Interface, tuple[IPAddress, ...], tuple[str, ...]], Awaitable
 
 @dataclass(slots=True, kw_only=True)
 class Carrier:
-    """What is known of the tunnel's server where nobody tells it, for one device and one set of hosts.
+    """What is known of the tunnel's server by trial, for one device and one set of hosts.
 
-    Where packets cannot be watched, the one host that had a route when the tunnel was seen first is remembered.
+    Nothing is tried while nothing changes and no packet is in doubt. Where packets cannot be watched, the one host that
+    had a route when the tunnel was seen first is remembered.
     """
 
     memory: Memory
@@ -150,52 +164,81 @@ class Carrier:
     search: Search = search
     changed: Callable[[], None] = lambda: None
     found: Endpoint | None = None
+    steady: bool = False  # whether the last trial told at once, so that the tunnel's program was not connecting anew
     _tunnel: Interface | None = None
     _hosts: tuple[IPAddress, ...] = ()
     _ways: tuple[str, ...] = ()
+    _told: bool = False
+    _failed: bool = False  # it was tried with these hosts, and nobody could tell
     _able: bool = True
-    _sure_until: float = float("-inf")
+    _at: float | None = None  # when it was found for these hosts, None when they changed since
     _wake: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
     def server(self) -> IPAddress | None:
         """The host that carries the tunnel, None when nobody can tell."""
-        if self.found is not None:
+        if self.found is not None and self._at is not None:
             return self.found.address
         return self._hosts[0] if len(self._hosts) == 1 else None if self._able else self._remembered()
 
     @property
-    def sure(self) -> bool:
-        """Whether `found` was tried just now; where it cannot be tried, what is known is all there is."""
-        return not self._able or self.now() < self._sure_until
+    def endpoints(self) -> tuple[Endpoint, ...]:
+        """Where the tunnel's own packets were found to go."""
+        return () if self.found is None else twins(self.found)
+
+    @property
+    def closed(self) -> bool:
+        """Whether ports tell the tunnel's packets, so that more to the server's own host is in doubt: it can be tried,
+        and was not in vain."""
+        known = self.found is not None or self._told
+        return self._able and self._tunnel is not None and bool(self._hosts) and known and not self._failed
 
     @property
     def open(self) -> bool:
-        """Whether it is to be tried which of several hosts it is."""
-        return self._able and self.found is None and self._tunnel is not None and len(self._hosts) > 1
+        """Whether it is to be tried where the tunnel's packets go."""
+        untold = self.found is None and (self._failed or not self._told)
+        return self._able and self._tunnel is not None and bool(self._hosts) and untold
+
+    def sure(self, seconds: float = FRESH_S) -> bool:
+        """Whether `found` was tried in the last `seconds`."""
+        return self._at is not None and self.now() - self._at < seconds
+
+    def doubts(self, to: IPAddress) -> bool:
+        """Whether what goes to this address may be the tunnel's all the same, and a trial would tell."""
+        return self.closed and to in self._hosts
 
     def look(
-        self, tunnel: Interface | None, hosts: tuple[IPAddress, ...], ways: tuple[str, ...], *, able: bool
+        self,
+        tunnel: Interface | None,
+        hosts: tuple[IPAddress, ...],
+        ways: tuple[str, ...],
+        *,
+        able: bool,
+        told: bool = False,
     ) -> None:
         """What is there now: the tunnel's device, the hosts that may be its server, the ways beside it.
 
-        `able`: whether packets can be watched. A new device, or another host, begins anew.
+        `able`: whether packets can be watched. `told`: whether somebody else says which ports of these hosts are the
+        tunnel's. A new device begins anew; where other hosts came, what is known is tried again.
         """
         self._able = self._able and able
         if tunnel is None:
             # Its program goes on sending, to the same server or the next one: nobody can tell which.
-            self.found, self._tunnel, self._hosts = None, None, ()
+            self.found, self._tunnel, self._hosts, self._failed, self._at = None, None, (), False, None
             return
         before = self._tunnel.index if self._tunnel is not None else None
-        if (before, self._hosts) != (tunnel.index, hosts):
-            self.found = None
-            self._wake.set()
-        self._tunnel, self._hosts, self._ways = tunnel, hosts, ways
-        if len(hosts) == 1:
+        if (before, self._hosts, self._told) != (tunnel.index, hosts, told):
+            if before != tunnel.index or (self.found is not None and self.found.address not in hosts):
+                self.found = None
+            self._failed, self._at = False, None
+            if hosts and not told:
+                self._wake.set()
+        self._tunnel, self._hosts, self._ways, self._told = tunnel, hosts, ways, told
+        if len(hosts) == 1 and not told:
             self._keep(tunnel, hosts[0])
 
     def doubt(self) -> None:
-        """A packet went to another of the hosts: the tunnel may have moved there."""
+        """A packet went to one of the hosts that is not known to be the tunnel's: the tunnel may have moved there."""
         self._wake.set()
 
     async def run(self) -> None:
@@ -208,22 +251,23 @@ class Carrier:
 
     async def settle(self) -> None:
         """Try it once, if there is something to try. Raises nothing."""
+        self._wake.clear()
         tunnel, hosts = self._tunnel, self._hosts
-        if tunnel is None or len(hosts) < 2 or not self._able:
+        if tunnel is None or not hosts or not self._able:
             return
         found = await self._try(tunnel, hosts)
-        if found is None and self.found is not None:
+        self.steady = found is not None
+        if found is None and self._able:
             found = await self._try(tunnel, hosts)  # once more, before what was known is given up
-        if not self._able:
-            self.changed()
+        if self._able and (self._tunnel is None or (tunnel.index, hosts) != (self._tunnel.index, self._hosts)):
+            self._wake.set()  # the network changed meanwhile: it is tried anew
             return
-        if self._tunnel is None or (tunnel.index, hosts) != (self._tunnel.index, self._hosts):
-            return  # the network changed meanwhile; it is tried anew
-        if found is not None and found != self.found:
-            log.info("what carries the tunnel was found by its packets", extra={"endpoint": str(found)})
-            self._keep(tunnel, found.address)
-        self.found = found
-        self._sure_until = self.now() + SURE_S if found is not None else float("-inf")
+        if self._able:
+            if found is not None and found != self.found:
+                log.info("what carries the tunnel was found by its packets", extra={"endpoint": str(found)})
+                self._keep(tunnel, found.address)
+            self.found, self._failed = found, found is None
+            self._at = self.now() if found is not None else None
         self.changed()
 
     async def _try(self, tunnel: Interface, hosts: tuple[IPAddress, ...]) -> Endpoint | None:
@@ -239,7 +283,6 @@ class Carrier:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._wake.wait()
-        self._wake.clear()
 
     def _keep(self, tunnel: Interface, server: IPAddress) -> None:
         """A device that is made anew has another index: its program may have gone on to another server."""

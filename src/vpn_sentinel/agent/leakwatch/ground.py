@@ -73,17 +73,22 @@ class Ground:
         meant: Iterable[IPAddress],
         learned: Iterable[Endpoint] = (),
         server: IPAddress | None = None,
+        *,
+        closed: bool = False,
     ) -> Rules:
         """All rules. A host's route says that what goes there may leave, when the host is the VPN's, or one of `meant`.
 
         Where nobody told of the VPN's host, each such host may be it: OpenVPN makes a route for its server. `server` is
-        the one of them that was found to be it. What was `learned` by shape may be another VPN's.
+        the one of them that was found to be it. What was `learned` by shape may be another VPN's. `closed`: the ends
+        that are told or learned are all that may be sent to at the VPN's host.
         """
         known = tuple(dict.fromkeys(told))
         hosts = self.hosts
-        if server is not None or not self._is_open(known):
-            addresses = {e.address for e in known if self._reaches(e.address)} | set(meant)
-            addresses |= {server} if server is not None else set()
+        if closed or server is not None or not self._is_open(known):
+            addresses = set(meant)
+            if not closed:
+                addresses |= {e.address for e in known if self._reaches(e.address)}
+                addresses |= {server} if server is not None else set()
             believed = self._of_other_tunnels(e.address for e in known)
             hosts = tuple(h for h in hosts if h.network_address in addresses or h in believed)
         ends = tuple(dict.fromkeys((*known, *learned)))
@@ -97,13 +102,16 @@ class Ground:
         found = ((h, self.fib.lookup(h.network_address)) for h in self.hosts)
         return frozenset(h for h, entry in found if entry and not any(entry.leads_by(d) for d in devices))
 
-    def candidates(self, told: Iterable[Endpoint], meant: Iterable[IPAddress]) -> tuple[IPAddress, ...]:
-        """The hosts on the internet of which one may be the VPN's server; none where that is told."""
-        if not self._is_open(tuple(told)):
-            return ()
+    def candidates(self, told: Iterable[Endpoint], meant: Iterable[IPAddress]) -> tuple[tuple[IPAddress, ...], bool]:
+        """The hosts on the internet of which one may be the VPN's server, and whether they are those that are told."""
+        known = tuple(told)
+        told_of = {e.address for e in known if self._reaches(e.address)}
+        if not (told_of or self._is_open(known)):
+            return (), False
         aside = set(meant)
-        found = (h.network_address for h in self.hosts)
-        return tuple(sorted({a for a in found if is_public(a) and a not in aside}, key=str))
+        found = {h.network_address for h in self.hosts}
+        found = found & told_of if told_of else found
+        return tuple(sorted((a for a in found if is_public(a) and a not in aside), key=str)), bool(told_of)
 
     def _is_open(self, told: tuple[Endpoint, ...]) -> bool:
         """Whether each host with a route of its own may be the VPN's."""

@@ -3,6 +3,7 @@
 WireGuard: section 5.4 of its paper; type, three zero bytes, and a counter whose upper bytes are zero. OpenVPN: the
 opcodes of its ssl_pkt.h; a client's first packet, and data packets, which all begin with the same opcode and peer id.
 IKE: RFC 7296, 3.1, the first message of an exchange; behind it its own port for NAT (RFC 3948) at the same host.
+DTLS: RFC 6347, 4.1 and 4.2.2, a client's first message, of whichever version; OpenConnect's begins so.
 """
 
 from collections import OrderedDict
@@ -76,6 +77,20 @@ def is_ike_begun(packet: Packet) -> bool:
         and head[8:16] == b"\0" * 8  # the other side has chosen no index yet
         and head[17:20] == b"\x20\x22\x08"  # version 2, IKE_SA_INIT, from who begins
         and int.from_bytes(head[24:28]) == packet.payload_size
+    )
+
+
+def is_dtls(packet: Packet) -> bool:
+    head = packet.payload
+    # Type handshake, version 1.0 to 1.2 (Cisco's own is 01 00), epoch 0; behind its length a client's hello.
+    versions = (b"\xfe\xff", b"\xfe\xfd", b"\x01\x00")
+    return (
+        packet.protocol == UDP
+        and len(head) > 13
+        and head[0] == 22
+        and head[1:3] in versions
+        and head[3:5] == b"\0\0"
+        and head[13] == 1
     )
 
 

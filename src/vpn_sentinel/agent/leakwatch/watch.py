@@ -13,11 +13,11 @@ from dataclasses import replace
 from ipaddress import ip_network
 from typing import Final
 
-from vpn_sentinel.agent.endpoints import PROTOCOLS, UDP, Endpoint
+from vpn_sentinel.agent.endpoints import PROTOCOLS, TCP, UDP, Endpoint
 from vpn_sentinel.agent.interfaces import Memory, Paths, Recollection, Survey, is_up
 from vpn_sentinel.agent.leakwatch import bpf
 from vpn_sentinel.agent.leakwatch.book import Book, Way
-from vpn_sentinel.agent.leakwatch.carrier import Carrier
+from vpn_sentinel.agent.leakwatch.carrier import FRESH_S, SURE_S, Carrier
 from vpn_sentinel.agent.leakwatch.diverted import is_diverted, is_led_out
 from vpn_sentinel.agent.leakwatch.ground import Ground, Tables, ground
 from vpn_sentinel.agent.leakwatch.inbound import Flows
@@ -26,7 +26,7 @@ from vpn_sentinel.agent.leakwatch.neighbors import Neighbor, Neighbors
 from vpn_sentinel.agent.leakwatch.openings import Openings
 from vpn_sentinel.agent.leakwatch.packets import Packet, decode
 from vpn_sentinel.agent.leakwatch.rules import Rules, is_dns
-from vpn_sentinel.agent.leakwatch.shapes import Shape, Shapes
+from vpn_sentinel.agent.leakwatch.shapes import Shape, Shapes, is_dtls
 from vpn_sentinel.agent.leakwatch.tap import BATCH, Tap
 from vpn_sentinel.agent.leakwatch.users import Users
 from vpn_sentinel.agent.net.fib import Sender
@@ -141,14 +141,14 @@ class LeakWatch:
     @property
     def endpoints(self) -> tuple[Endpoint, ...]:
         """Where the tunnel's own packets go, as far as that is known: told from elsewhere first, then learned."""
-        found = () if self.carrier.found is None else (self.carrier.found,)
-        return tuple(dict.fromkeys((*self._endpoints(), *self._learned, *found)))
+        return tuple(dict.fromkeys((*self._endpoints(), *self._learned, *self.carrier.endpoints)))
 
     @property
     def servers(self) -> tuple[IPAddress, ...]:
         """The hosts that carry the tunnel, as far as they are known: also one of which no port is known."""
         server = self.carrier.server
-        return tuple(dict.fromkeys((*(e.address for e in self.endpoints), *((server,) if server else ()))))
+        ends = (*self._endpoints(), *self._learned)  # what was found is in doubt where another host came
+        return tuple(dict.fromkeys((*(e.address for e in ends), *((server,) if server else ()))))
 
     @property
     def neighbors(self) -> tuple[Neighbor, ...]:
@@ -172,6 +172,8 @@ class LeakWatch:
             if not works or escape.destination.version in held:
                 return Way.UNKNOWN
             protocol = PROTOCOLS.get(escape.protocol, 0)
+            if escape.destination in self.servers:
+                return Way.UNKNOWN  # its route is the tunnel's own, and stays
             path = paths.of(escape.destination, escape.destination_port or 0, protocol)
             if path is Path.TUNNEL and self._is_routed_outside(escape.destination):
                 return Way.UNKNOWN  # for some users alone
@@ -227,25 +229,32 @@ class LeakWatch:
         self._close_taps(index for index, name in wanted.items() if self._hears(index, name))
         self._deaf = {index: why for index, why in self._deaf.items() if index in wanted}
         self._make_rules()
+        if self._held and not self.carrier.closed:
+            self._judge_held()
         for index, name in wanted.items():
             if index not in self._taps and not self._refused:
                 self._open(index, name)
         self._say()
 
     def _look_for_server(self, survey: Survey) -> None:
-        hosts = self._ground.candidates(self._endpoints(), self._meant())
+        hosts, told = self._ground.candidates(self._endpoints(), self._meant())
         ways = tuple(i.name for i in self._ground.interfaces)
         device = survey.device()
         standing = device is not None and is_up(device) and survey.carries
-        self.carrier.look(device if standing else None, hosts, ways, able=not self._refused)
+        self.carrier.look(device if standing else None, hosts, ways, able=not self._refused, told=told)
 
     def _tried(self) -> None:
-        """Which host carries the tunnel was tried: what went to another one meanwhile is told, or nobody knows."""
-        held, self._held = self._held, []
+        """Where the tunnel's packets go was tried: what went elsewhere meanwhile is told, or nobody knows."""
         self._make_rules()
-        for packet, interface in held:
-            self._is_no_vpns(packet, interface)
+        self._judge_held()
         self._server_found()
+
+    def _judge_held(self) -> None:
+        held, self._held = self._held, []
+        for packet, interface in held:
+            # A tunnel that stood still in that moment was connecting anew, and this packet may have been the first.
+            if self.carrier.steady or packet.destination != self.carrier.server:
+                self._is_no_vpns(packet, interface)
 
     def close(self) -> None:
         self._close_taps(())
@@ -304,7 +313,9 @@ class LeakWatch:
             self._inbound.pop(index).close()
 
     def _make_rules(self) -> None:
-        rules = self._ground.with_endpoints(self._endpoints(), self._meant(), self._learned, self.carrier.server)
+        learned = (*self._learned, *self.carrier.endpoints)
+        server, closed = self.carrier.server, self.carrier.closed
+        rules = self._ground.with_endpoints(self._endpoints(), self._meant(), learned, server, closed=closed)
         rules = replace(rules, published=self._declared.published, ports=self._declared.ports)
         # Those that are known are asked by each round: the next question of a program tells nothing new.
         known = tuple(ip_network(n.address) for n in self._neighbors.known)
@@ -406,14 +417,26 @@ class LeakWatch:
     def _is_a_vpns(self, packet: Packet) -> bool:
         """Whether its shape tells a VPN's packet, or may still do so."""
         shape = self._shapes.of(packet, openvpn=self._ground.openvpn, unsure=not self._able())
+        carrier = self.carrier.found
+        if carrier is not None and (carrier.address, carrier.protocol) == (packet.destination, TCP) and is_dtls(packet):
+            shape = Shape.OWN  # TLS carries the tunnel until DTLS is tried again
         if shape is Shape.OWN and packet.destination_port is not None:
             self._openings.belongs_to_vpn(packet)
             self._learn(Endpoint(packet.destination, packet.destination_port, packet.protocol))
         return shape is not Shape.OTHER
 
     def _waits(self, packet: Packet, interface: str) -> bool:
-        """Whether it is tried first which host carries the tunnel: its program may have gone on to this one."""
-        if self.carrier.found is None or self.carrier.sure or not self._has_own_route(packet.destination):
+        """Whether it is tried first where the tunnel's packets go: its program may have gone on to this host or port.
+
+        A connection to the server's own host of which nobody saw the beginning may be the program's: a control channel.
+        """
+        if not self.carrier.doubts(packet.destination):
+            return False
+        known = self._book.has(packet)
+        at_server = any(end.address == packet.destination for end in self.endpoints)
+        if at_server and not known and packet.protocol == TCP and not packet.opens:
+            return True
+        if self.carrier.sure(SURE_S if known else FRESH_S):
             return False
         if len(self._held) < _HELD:
             self._held.append((packet, interface))
@@ -437,9 +460,6 @@ class LeakWatch:
         """Whether routes lead there beside the tunnel, for a sender whom no rule names."""
         entry = self._ground.fib.lookup(to) if self._ground.fib else None
         return entry is not None and any(entry.leads_by(i.index) for i in self._ground.interfaces)
-
-    def _has_own_route(self, to: IPAddress) -> bool:
-        return any(h.network_address == to for h in self._ground.hosts)
 
     def _may_leave(self, interface: str, packet: Packet, now: float, passed: float) -> bool:
         if self._is_led_away(packet):
