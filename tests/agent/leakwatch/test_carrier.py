@@ -69,7 +69,11 @@ class Tries:
 
 def make(search: Tries, memory: Recollection | None = None) -> tuple[Carrier, ManualClock]:
     clock = ManualClock()
-    return Carrier(memory=memory or Recollection(), now=clock.boottime, search=search), clock
+    return Carrier(memory=memory or Recollection(), now=clock.boottime, search=search, keeps_on=idle), clock
+
+
+async def idle(_tunnel: Interface, _ends: tuple[Endpoint, ...], _ways: tuple[str, ...]) -> bool:
+    return False
 
 
 TWINS = {
@@ -446,3 +450,70 @@ say(told=[str(e.destination) for e in acted], servers=[str(a) for a in watch.ser
 """
     )
     assert (seen["told"], seen["servers"]) == (["203.0.113.5"], ["198.51.100.7"])
+
+
+BUSY = """
+target = ["198.51.100.7", 443]
+def relay():
+    while True:
+        try:
+            send(*target, b"\\0" * 37 + os.read(fd, 2000))
+        except BlockingIOError:
+            return
+asyncio.get_running_loop().remove_reader(fd)
+asyncio.get_running_loop().add_reader(fd, relay)
+upload = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+upload.setblocking(False)
+async def pour():
+    while True:
+        for _ in range(5):
+            upload.sendto(bytes(1200), ("9.9.9.9", 9))
+        await asyncio.sleep(0.001)
+watch = make(endpoints=())
+await watch.carrier.settle()
+tun0 = around().device()
+pouring = asyncio.create_task(pour())
+async def works():
+    return await watch.carrier.keeps_on(tun0, watch.carrier.endpoints, ("eth0",))
+"""
+
+
+async def test_a_busy_tunnel_shows_by_its_own_packets_that_it_is_at_work_and_where_it_goes() -> None:
+    seen = await ran(
+        ALONE_WITH_ITS_SERVER
+        + BUSY
+        + """
+busy = await works()
+target[1] = 1195
+moved = await works()
+target[1] = 443
+asyncio.get_running_loop().remove_reader(fd)
+for _ in range(10):  # somebody else's packets to that port
+    send("198.51.100.7", 443, bytes(1200))
+stands = await works()
+asyncio.get_running_loop().add_reader(fd, relay)
+pouring.cancel()
+await asyncio.sleep(0.1)
+say(busy=busy, moved=moved, stands=stands, idle=await works())
+"""
+    )
+    assert [seen[k] for k in ("busy", "moved", "stands", "idle")] == [True, False, False, False]
+
+
+async def test_beside_a_busy_tunnel_that_hides_probes_a_packet_to_another_port_is_told() -> None:
+    seen = await ran(
+        ALONE_WITH_ITS_SERVER
+        + BUSY
+        + """
+async def search(*_):
+    return None
+watch.carrier.search = search
+running = asyncio.create_task(watch.carrier.run())
+clock.now += 5.0
+send("198.51.100.7", 4444)
+await until(lambda: acted)
+pouring.cancel(); running.cancel()
+say(told=[e.destination_port for e in acted], found=str(watch.carrier.found))
+"""
+    )
+    assert (seen["told"], seen["found"]) == ([4444], "198.51.100.7:443/udp")

@@ -16,10 +16,12 @@ import random
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Final
 
 from vpn_sentinel.agent.endpoints import TCP, UDP, Endpoint
 from vpn_sentinel.agent.interfaces import Memory
+from vpn_sentinel.agent.introspect.device import counters
 from vpn_sentinel.agent.leakwatch import bpf
 from vpn_sentinel.agent.leakwatch.packets import decode
 from vpn_sentinel.agent.leakwatch.tap import Tap
@@ -37,6 +39,8 @@ APART: Final = 100  # bytes between the sizes of two probes
 WRAPPING: Final = range(20, 180)  # bytes that a tunnel may add: headers outside, its own, padding, a MAC
 PADDING: Final = 32  # bytes by which that differs from packet to packet
 RETRY_S: Final = (5.0, 30.0, 300.0)
+MOMENT_S: Final = 0.05  # seconds in which a busy tunnel shows that it is at work
+BUSY, BUSY_SIZE = 3, 400  # packets in that time, and the size in bytes from which on they count
 FRESH_S: Final = 0.2  # seconds that an answer holds against a packet to another host or port
 SURE_S: Final = 30.0  # and against more packets of a flow that was told
 # Where OpenConnect's protocols may go on from one to the other at any time: TLS, DTLS, ESP in UDP.
@@ -148,7 +152,36 @@ async def search(tunnel: Interface, hosts: tuple[IPAddress, ...], ways: tuple[st
     return carried(sizes, seen)
 
 
+async def keeps_on(tunnel: Interface, ends: tuple[Endpoint, ...], ways: tuple[str, ...]) -> bool:
+    """Whether a busy tunnel is read in this moment, and some of `ends`, at one address, are sent to all the while.
+
+    Probes get lost in a full queue, where the tunnel's own packets show the same. A TUN or TAP counts what its program
+    reads (tun_put_user in drivers/net/tun.c), and one that is connecting anew reads nothing. Raises OSError.
+    """
+    many = 0
+
+    def packet(_interface: str, ethertype: int, data: bytes, _passed: float) -> None:
+        nonlocal many
+        found = decode(ethertype, data)
+        many += found is not None and (found.protocol, found.destination_port) in {(e.protocol, e.port) for e in ends}
+
+    with contextlib.ExitStack() as stack:
+        made = bpf.towards((ends[0].address,), range(BUSY_SIZE, 1 << 16))
+        for way in ways:
+            stack.callback(Tap(way, made, packet, pause=0.0).close)
+        before = _sent(tunnel.name)
+        await asyncio.sleep(MOMENT_S)
+        return many >= BUSY and _sent(tunnel.name) - before >= BUSY * BUSY_SIZE
+
+
+def _sent(name: str) -> int:
+    """Bytes that a device sent so far, 0 when it is gone. Raises OSError."""
+    _received, sent = counters(Path("/proc/net/dev").read_bytes(), name) or (0, 0)
+    return sent
+
+
 Search = Callable[[Interface, tuple[IPAddress, ...], tuple[str, ...]], Awaitable[Endpoint | None]]
+KeepsOn = Callable[[Interface, tuple[Endpoint, ...], tuple[str, ...]], Awaitable[bool]]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -162,6 +195,7 @@ class Carrier:
     memory: Memory
     now: Callable[[], float]
     search: Search = search
+    keeps_on: KeepsOn = keeps_on
     changed: Callable[[], None] = lambda: None
     found: Endpoint | None = None
     steady: bool = False  # whether the last trial told at once, so that the tunnel's program was not connecting anew
@@ -255,7 +289,7 @@ class Carrier:
         tunnel, hosts = self._tunnel, self._hosts
         if tunnel is None or not hosts or not self._able:
             return
-        found = await self._try(tunnel, hosts)
+        found = await self._busy(tunnel) or await self._try(tunnel, hosts)
         self.steady = found is not None
         if found is None and self._able:
             found = await self._try(tunnel, hosts)  # once more, before what was known is given up
@@ -269,6 +303,15 @@ class Carrier:
             self.found, self._failed = found, found is None
             self._at = self.now() if found is not None else None
         self.changed()
+
+    async def _busy(self, tunnel: Interface) -> Endpoint | None:
+        """What was found before, where that carries so much that it needs no trial."""
+        if self.found is None:
+            return None
+        with contextlib.suppress(OSError):  # the trial that follows says it
+            if await self.keeps_on(tunnel, self.endpoints, self._ways):
+                return self.found
+        return None
 
     async def _try(self, tunnel: Interface, hosts: tuple[IPAddress, ...]) -> Endpoint | None:
         try:
