@@ -419,19 +419,24 @@ async def test_a_connection_to_the_servers_host_that_was_there_before_may_be_its
         ALONE_WITH_ITS_SERVER
         + """
 raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, 6)
+def tcp(source, port, flags):
+    raw.sendto(struct.pack("!HHIIBBHHH", source, port, 1, 1, 0x50, flags, 64, 0, 0) + b"data", ("198.51.100.7", 0))
 watch = make(endpoints=())
 await watch.carrier.settle()
 running = asyncio.create_task(watch.carrier.run())
 clock.now += 5.0
-raw.sendto(struct.pack("!HHIIBBHHH", 4001, 8443, 1, 1, 0x50, 0x18, 64, 0, 0) + b"keepalive", ("198.51.100.7", 0))
+tcp(4001, 8443, 0x18); tcp(4001, 8443, 0x11); tcp(4002, 8443, 0x02)  # it ends, and is opened anew
 send("203.0.113.9", by=bound); await until(lambda: acted)
-raw.sendto(struct.pack("!HHIIBBHHH", 4002, 8443, 1, 0, 0x50, 0x02, 64, 0, 0), ("198.51.100.7", 0))
+tcp(4003, 8444, 0x02)
 await until(lambda: len(acted) > 1)
+clock.now += w.CONTROL_S + 1
+tcp(4004, 8443, 0x02)
+await until(lambda: len(acted) > 2)
 running.cancel()
 say(told=[[str(e.destination), e.source_port] for e in acted])
 """
     )
-    assert seen["told"] == [["203.0.113.9", 4009], ["198.51.100.7", 4002]]
+    assert seen["told"] == [["203.0.113.9", 4009], ["198.51.100.7", 4003], ["198.51.100.7", 4004]]
 
 
 async def test_a_packet_by_a_route_that_came_in_this_moment_is_told_when_the_tunnel_was_tried_again() -> None:

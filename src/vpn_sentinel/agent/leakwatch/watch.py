@@ -44,6 +44,7 @@ AGAIN: Final = 1.0  # seconds between two tellings while it leaks
 LOOK: Final = 0.2  # seconds that a look at routes and endpoints holds for further doubts, at least
 LOOKS, LONGEST = 20, 10.0  # times as long as it took, and seconds at most: full tables take a while
 DOUBTS: Final = 4 * BATCH  # packets without a word to say about them, until the next look
+CONTROL_S: Final = 60.0  # seconds after its last packet that a control channel may be opened anew
 _GONE: Final = frozenset({errno.ENODEV, errno.ENXIO})
 _MARGIN: Final = 0.05  # seconds
 _LEARNED: Final = 8
@@ -93,6 +94,7 @@ class LeakWatch:
             memory=memory if memory is not None else Recollection(), now=clock.boottime, changed=self._tried
         )
         self._held: list[tuple[Packet, str]] = []
+        self._control: dict[Endpoint, float] = {}  # where a connection goes that nobody saw begin: when it did last
         self._killed: set[int] = set()  # families of which a kill switch refused a canary lately
         self._openings = Openings(self._is_no_vpns)
         self._taps: dict[int, Tap] = {}
@@ -397,7 +399,7 @@ class LeakWatch:
                 self._close_taps(())  # until the next look: nothing is to be learned here, and watching costs
             return
         refused = packet.destination.version in self._killed
-        if not (self._waits(packet, interface) or self._openings.waits(packet, interface, begin=refused)):
+        if not (self._waits(packet, interface, now) or self._openings.waits(packet, interface, begin=refused)):
             self._leaked(packet, interface, now)
 
     def _is_to_a_neighbor(self, packet: Packet) -> bool:
@@ -425,22 +427,33 @@ class LeakWatch:
             self._learn(Endpoint(packet.destination, packet.destination_port, packet.protocol))
         return shape is not Shape.OTHER
 
-    def _waits(self, packet: Packet, interface: str) -> bool:
-        """Whether it is tried first where the tunnel's packets go: its program may have gone on to this host or port.
-
-        A connection to the server's own host of which nobody saw the beginning may be the program's: a control channel.
-        """
+    def _waits(self, packet: Packet, interface: str, now: float) -> bool:
+        """Whether it is tried first where the tunnel's packets go: its program may have gone on to this one."""
         if not self.carrier.doubts(packet.destination):
             return False
         known = self._book.has(packet)
-        at_server = any(end.address == packet.destination for end in self.endpoints)
-        if at_server and not known and packet.protocol == TCP and not packet.opens:
+        if not known and self._may_be_control(packet, now):
             return True
         if self.carrier.sure(SURE_S if known else FRESH_S):
             return False
         if len(self._held) < _HELD:
             self._held.append((packet, interface))
         self.carrier.doubt()
+        return True
+
+    def _may_be_control(self, packet: Packet, now: float) -> bool:
+        """Whether it may be of a control channel beside the tunnel's data: nobody saw the beginning of the connection.
+
+        Or it begins one where such a one was until now: the program does so when it connects anew.
+        """
+        port, to = packet.destination_port, packet.destination
+        if packet.protocol != TCP or port is None or all(end.address != to for end in self.endpoints):
+            return False
+        if packet.opens:
+            return now - self._control.get(Endpoint(to, port, TCP), float("-inf")) <= CONTROL_S
+        self._control[Endpoint(to, port, TCP)] = now
+        if len(self._control) > _LEARNED:
+            del self._control[next(iter(self._control))]
         return True
 
     def _is_no_vpns(self, packet: Packet, interface: str) -> None:
