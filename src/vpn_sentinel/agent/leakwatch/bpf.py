@@ -26,6 +26,7 @@ from vpn_sentinel.agent.leakwatch.rules import (
     NEVER,
     NOBODY,
     PRIVATE,
+    Ports,
     Rules,
 )
 from vpn_sentinel.agent.net.fib import Rule
@@ -81,25 +82,56 @@ def verdict(*tests: Test, result: int = DROP) -> list[Insn]:
 
 def program(rules: Rules) -> list[Insn]:
     """The filter: what it lets up is IP that leaves here and that no rule explains. Raises ValueError when too long."""
-    six = _half(rules, _SIX)
-    made = [
-        *verdict(Test((Insn(_LD_W, _PKTTYPE),), _OUTGOING, otherwise=True)),
+    first = [
         *(verdict(*(replace(_marked(*m), otherwise=True) for m in rules.inside)) if rules.inside else ()),
         # Our own questions, whatever rule lets them out here: no program marks them, so this host's rules do.
         *(i for at in (_FOUR, _SIX) for i in _probes(at)),
         *(i for mark, mask in rules.marks for i in verdict(_marked(mark, mask))),
+    ]
+    return _program(first, _half(rules, _SIX), _half(rules, _FOUR))
+
+
+def _program(first: list[Insn], six: list[Insn], four: list[Insn]) -> list[Insn]:
+    made = [
+        *verdict(Test((Insn(_LD_W, _PKTTYPE),), _OUTGOING, otherwise=True)),
+        *first,
         Insn(_LD_H, _PROTOCOL),
         Insn(_JEQ, _IPV4, 2, 0),
         Insn(_JEQ, _IPV6, 2, 0),
         Insn(_RET, DROP),
         Insn(_JA, len(six)),
         *six,
-        *_half(rules, _FOUR),
+        *four,
     ]
     if len(made) > _MOST:
         msg = f"the filter takes {len(made)} instructions, and the kernel at most {_MOST}"
         raise ValueError(msg)
     return made
+
+
+def exempt(rules: Rules, trusted: Iterable[tuple[int, int]]) -> list[Insn]:
+    """The filter for what `program` leaves out by its sender alone: by a mark, a source port, a published UDP port.
+
+    Protocol and port of sockets that are `trusted` stay out. It is empty where nothing of that kind is excepted, or
+    where the tunnel is for marked packets alone. Raises ValueError when too long.
+    """
+    published = tuple(p for p in rules.published if p.protocol == UDP)
+    excepted = tuple(r for r in rules.excepted if r.mark or r.source_ports is not None)
+    if rules.inside or not (rules.marks or excepted or published):
+        return []
+    known = tuple(Ports(protocol, port, port) for protocol, port in trusted)
+
+    def half(at: _Family) -> list[Insn]:
+        made = _tunnels(rules, at) + _answers(known, at) + _needed(rules, at) + _near(rules, at)
+        for mark, mask in rules.marks:
+            made += verdict(_marked(mark, mask), result=SNAP)
+        for rule in excepted:
+            made += _excepted(rule, at, SNAP)
+        for ports in published:
+            made += verdict(*at.proto(UDP), *at.between(0, ports.low, ports.high), result=SNAP)
+        return [*made, Insn(_RET, DROP)]
+
+    return _program([], half(_SIX), half(_FOUR))
 
 
 def strangers(address: bytes) -> list[Insn]:
@@ -206,15 +238,29 @@ _SIX: Final = _Family(
 
 def _half(rules: Rules, at: _Family) -> list[Insn]:
     """The rules of one IP version, in the order of `Rules.allow`."""
-    made: list[Insn] = []
-    for end in rules.endpoints:
-        made += _tunnel(end, at)
+    made = _tunnels(rules, at)
     for rule in rules.excepted:
         made += _excepted(rule, at)
-    for ports in rules.published:
+    made += _answers(rules.published, at) + _needed(rules, at)
+    for protocol, port in product((UDP, TCP), DNS_PORTS):
+        for tests in at.within(rules.resolvers):
+            made += verdict(*tests, *at.proto(protocol), at.port(port))
+        made += verdict(*at.proto(protocol), at.port(port), result=SNAP)
+    return [*made, *_near(rules, at), Insn(_RET, SNAP)]
+
+
+def _answers(published: Iterable[Ports], at: _Family) -> list[Insn]:
+    made: list[Insn] = []
+    for ports in published:
         begun = Test((*at.behind, Insn(_LDB_X, 13), Insn(_AND, SYN_ACK)), SYN, otherwise=True)
         answers = (begun,) if ports.protocol == TCP else ()
         made += verdict(*at.proto(ports.protocol), *at.between(0, ports.low, ports.high), *answers)
+    return made
+
+
+def _needed(rules: Rules, at: _Family) -> list[Insn]:
+    """What is meant to leave by its destination, and what the network needs to run."""
+    made: list[Insn] = []
     for ports in rules.ports:
         made += verdict(*at.proto(ports.protocol), *at.between(2, ports.low, ports.high))
     for tests in at.within((*NOBODY, *rules.outside)):
@@ -223,20 +269,21 @@ def _half(rules: Rules, at: _Family) -> list[Insn]:
         made += verdict(*at.proto(at.icmp), at.byte(0, kind))
     made += verdict(*at.proto(UDP), at.port(at.dhcp))
     made += verdict(*at.proto(TCP), at.byte(13, RST, jump=_JSET))
-    made += verdict(*at.proto(TCP), at.byte(13, SYN_ACK, Insn(_AND, SYN_ACK)))
-    for protocol, port in product((UDP, TCP), DNS_PORTS):
-        for tests in at.within(rules.resolvers):
-            made += verdict(*tests, *at.proto(protocol), at.port(port))
-        made += verdict(*at.proto(protocol), at.port(port), result=SNAP)
-    for tests in at.within((*NEVER, *rules.lan, *PRIVATE)):
-        made += verdict(*tests)
-    return [*made, Insn(_RET, SNAP)]
+    return [*made, *verdict(*at.proto(TCP), at.byte(13, SYN_ACK, Insn(_AND, SYN_ACK)))]
+
+
+def _near(rules: Rules, at: _Family) -> list[Insn]:
+    return [i for tests in at.within((*NEVER, *rules.lan, *PRIVATE)) for i in verdict(*tests)]
 
 
 def _probes(at: _Family) -> list[Insn]:
     """DNS questions that leave with the hops of a probe: `leakwatch.diverted` tells by them."""
     version = Test((Insn(_LD_H, _PROTOCOL),), _IPV4 if at.version == 4 else _IPV6)
     return verdict(version, Test((at.hops,), PROBE_HOPS), *at.proto(UDP), at.port(DNS), result=SNAP)
+
+
+def _tunnels(rules: Rules, at: _Family) -> list[Insn]:
+    return [i for end in rules.endpoints for i in _tunnel(end, at)]
 
 
 def _tunnel(end: Endpoint, at: _Family) -> list[Insn]:
@@ -249,7 +296,7 @@ def _tunnel(end: Endpoint, at: _Family) -> list[Insn]:
     return [*verdict(*to, *mine, pieces), *verdict(*to, *at.proto(end.protocol), at.port(end.port))]
 
 
-def _excepted(rule: Rule, at: _Family) -> list[Insn]:
+def _excepted(rule: Rule, at: _Family, result: int = DROP) -> list[Insn]:
     """A routing rule that selects by sender: `senders.selects`, and its mark. A user is not to be seen from here."""
     if rule.version != at.version or rule.uids is not None or rule.outgoing:
         return []
@@ -259,11 +306,11 @@ def _excepted(rule: Rule, at: _Family) -> list[Insn]:
     if rule.source is not None:
         tests += _within(rule.source, source=True)
     if rule.source_ports is None and rule.destination_ports is None:
-        return verdict(*tests, *((Test((at.protocol,), rule.protocol),) if rule.protocol else ()))
+        return verdict(*tests, *((Test((at.protocol,), rule.protocol),) if rule.protocol else ()), result=result)
     made: list[Insn] = []
     for protocol in (TCP, UDP) if rule.protocol is None else (rule.protocol,):
         ports = [t for o, r in ((0, rule.source_ports), (2, rule.destination_ports)) if r for t in at.between(o, *r)]
-        made += verdict(*tests, *at.proto(protocol), *ports)
+        made += verdict(*tests, *at.proto(protocol), *ports, result=result)
     return made
 
 

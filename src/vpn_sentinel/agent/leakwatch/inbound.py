@@ -18,6 +18,7 @@ from vpn_sentinel.agent.leakwatch.packets import Packet
 from vpn_sentinel.agent.net.sockets import Socket
 from vpn_sentinel.domain.policy import IPAddress
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 MAX_FLOWS: Final = 2048
@@ -63,6 +64,7 @@ class Flows:
         # When it was heard of last, and until an answer left, when its first packet passed.
         self._came: OrderedDict[Flow, tuple[float, float]] = OrderedDict()
         self._begun: OrderedDict[Flow, float] = OrderedDict()
+        self._visitors: OrderedDict[tuple[int, IPAddress], float] = OrderedDict()  # to which UDP port here, and who
 
     def look(self, now: float) -> None:
         """Note which ports take connections now."""
@@ -80,6 +82,8 @@ class Flows:
             return
         if packet.protocol == UDP or packet.opens:
             _keep(self._came, flow, (now, self._came.get(flow, (now, passed))[1]))
+        if packet.protocol == UDP:
+            _keep(self._visitors, (flow[2], flow[3]), now)
 
     def begins(self, packet: Packet, now: float) -> None:
         """A packet left that is no answer."""
@@ -107,6 +111,18 @@ class Flows:
         if answers:
             _keep(self._came, flow, (now, _ANSWERED))  # from here on a clock that is set changes nothing
         return answers
+
+    def visited(self, packet: Packet, now: float, *, older: bool) -> bool:
+        """Whether UDP of that host came to this port before, however long ago: servers send unasked, too.
+
+        In the first minute nobody knows who was there before: where flows may be `older` than the watch, each was.
+        """
+        visitor = packet.source_port or 0, packet.destination
+        older = older and now - self._since <= OLDER_S
+        if packet.protocol == UDP and (visitor in self._visitors or older):
+            _keep(self._visitors, visitor, now)
+            return True
+        return False
 
     def _is_taken(self, flow: Flow, now: float) -> bool:
         _protocol, near, port, _far, _far_port = flow
@@ -155,7 +171,7 @@ def _flow(packet: Packet, *, inbound: bool = False) -> Flow | None:
     return (packet.protocol, *(here if inbound else far), *(far if inbound else here))
 
 
-def _keep(flows: "OrderedDict[Flow, T]", flow: Flow, what: T) -> None:
+def _keep(flows: "OrderedDict[K, T]", flow: K, what: T) -> None:
     flows[flow] = what
     flows.move_to_end(flow)
     if len(flows) > MAX_FLOWS:

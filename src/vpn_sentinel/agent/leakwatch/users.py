@@ -1,7 +1,10 @@
 """Whose packet it is, where that decides: users that rules or the owner let out, or for whom alone the tunnel is."""
 
+from collections import OrderedDict
 from typing import Protocol
 
+from vpn_sentinel.agent.endpoints import TCP
+from vpn_sentinel.agent.leakwatch.inbound import MAX_FLOWS, Flow
 from vpn_sentinel.agent.leakwatch.meant import Meant
 from vpn_sentinel.agent.leakwatch.packets import Packet
 from vpn_sentinel.agent.leakwatch.senders import Senders, is_mark, selects
@@ -22,6 +25,7 @@ class Users:
         self._owners = owners
         self._declared = declared
         self._senders = Senders()
+        self._known: OrderedDict[Flow, int] = OrderedDict()
 
     def learn(self, senders: Senders) -> None:
         """What the routing rules say now."""
@@ -47,13 +51,23 @@ class Users:
         inside = tuple(r for r in inside if r.version == packet.destination.version)
         return not inside or any(selects(r, packet, uid) for r in inside)
 
+    def led_out(self, packet: Packet) -> int | None:
+        """The user whom a routing rule leads out, if the packet is that one's; the owner's word is another matter."""
+        excepted = [r for r in self._senders.excepted if r.uids is not None]
+        uid = self._uid(packet) if excepted else None
+        return uid if any(selects(r, packet, uid) for r in excepted) and uid not in self._declared.users else None
+
     def _uid(self, packet: Packet) -> int | None:
         if self._owners is None or packet.source_port is None or packet.destination_port is None:
             return None
+        flow = packet.protocol, packet.source, packet.source_port, packet.destination, packet.destination_port
         try:
-            found = self._owners.of(
-                packet.protocol, packet.source, packet.source_port, packet.destination, packet.destination_port
-            )
+            found = self._owners.of(*flow)
         except OSError:
             return None
-        return None if found is None else found.uid
+        if found is None or (found.inode == 0 and packet.protocol == TCP):
+            return self._known.get(flow)  # closed: the kernel sends its end, for nobody any more
+        self._known[flow] = found.uid
+        if len(self._known) > MAX_FLOWS:
+            self._known.popitem(last=False)
+        return found.uid

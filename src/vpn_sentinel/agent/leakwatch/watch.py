@@ -19,6 +19,7 @@ from vpn_sentinel.agent.leakwatch import bpf
 from vpn_sentinel.agent.leakwatch.book import Book, Way
 from vpn_sentinel.agent.leakwatch.carrier import FRESH_S, SURE_S, Carrier
 from vpn_sentinel.agent.leakwatch.diverted import is_diverted, is_led_out
+from vpn_sentinel.agent.leakwatch.exempt import Exempt
 from vpn_sentinel.agent.leakwatch.ground import Ground, Tables, ground
 from vpn_sentinel.agent.leakwatch.inbound import Flows
 from vpn_sentinel.agent.leakwatch.meant import Meant
@@ -47,6 +48,7 @@ DOUBTS: Final = 4 * BATCH  # packets without a word to say about them, until the
 CONTROL_S: Final = 60.0  # seconds after its last packet that a control channel may be opened anew
 _GONE: Final = frozenset({errno.ENODEV, errno.ENXIO})
 _MARGIN: Final = 0.05  # seconds
+UNREAD_S: Final = 10.0  # seconds after something that came in was left unread in which nobody is said not to have come
 _LEARNED: Final = 8
 _HELD: Final = 16  # packets that wait until it is tried which host carries the tunnel
 
@@ -102,6 +104,17 @@ class LeakWatch:
         self._sockets = _sockets()
         self._flows = Flows(self._sockets)
         self._users = Users(self._sockets, self._declared)
+        self._exempt = Exempt(
+            now=clock.boottime,
+            sockets=self._sockets,
+            declared=self._declared,
+            flows=self._flows,
+            explained=lambda packet: self._is_a_probe(packet) or self._is_a_vpns(packet),
+            answers=lambda packet, passed: self._is_answer(packet, clock.boottime(), passed),
+            sure=self._has_read_all,
+            leaked=self._excepted_leaks,
+        )
+        self._unread = float("-inf")  # when something that came in was left unread
         self._ground = Ground()
         self._rules = Rules()
         self._tunnel: str | None = None
@@ -236,6 +249,7 @@ class LeakWatch:
         for index, name in wanted.items():
             if index not in self._taps and not self._refused:
                 self._open(index, name)
+        self._look_at_exempt()
         self._say()
 
     def _look_for_server(self, survey: Survey) -> None:
@@ -261,6 +275,7 @@ class LeakWatch:
     def close(self) -> None:
         self._close_taps(())
         self._openings.close()
+        self._exempt.close()
         if self._sockets is not None:
             self._sockets.close()
         for timer in (self._timer, self._over, self._again):
@@ -292,7 +307,7 @@ class LeakWatch:
     def _open(self, index: int, name: str) -> None:
         inbound = None
         try:
-            inbound = Tap(name, bpf.inbound(self._rules), self._came_in)
+            inbound = Tap(name, bpf.inbound(self._rules), self._came_in, self._missed_inbound)
             tap = Tap(name, bpf.program(self._rules), self._packet, self._book_missed)
         except PermissionError:
             self._permitted = False
@@ -313,6 +328,18 @@ class LeakWatch:
         for index in set(self._taps) - set(wanted):
             self._taps.pop(index).close()
             self._inbound.pop(index).close()
+        if not self._taps:
+            self._exempt.look({}, self._rules)
+
+    def _look_at_exempt(self) -> None:
+        """What leaves by a mark or a port is looked at where all the rest is."""
+        watched = {i.index: i.name for i in self._ground.interfaces if i.index in self._taps}
+        try:
+            self._exempt.look(watched, self._rules)
+        except (OSError, ValueError) as e:
+            for index, name in watched.items():
+                self._is_deaf(index, name, e)
+            self._close_taps(())  # the next look opens anew
 
     def _make_rules(self) -> None:
         learned = (*self._learned, *self.carrier.endpoints)
@@ -334,6 +361,7 @@ class LeakWatch:
             made = bpf.inbound(rules)
             for tap in self._inbound.values():
                 tap.filter(made)
+            self._look_at_exempt()
         except (OSError, ValueError) as e:
             # With the old filter it would go on, and overlook what may not leave any more. The next look opens anew.
             for interface in self._ground.interfaces:
@@ -355,7 +383,10 @@ class LeakWatch:
             return
         # The tunnel may have moved to another server, or the network changed, and the news is still on its way.
         looks = now - self._looked > self._rest and not self._book.has(packet)
-        if (looks and self._is_excused(packet)) or not self._users.belongs(packet):
+        if looks and self._is_excused(packet):
+            return
+        if not self._users.belongs(packet):
+            self._exempt.led_out(packet, interface, self._users.led_out(packet))
             return
         self._flows.begins(packet, now)
         if not looks and now - self._turned <= LOOK and not self._book.has(packet) and len(self._unsure) < _HELD:
@@ -456,6 +487,13 @@ class LeakWatch:
             del self._control[next(iter(self._control))]
         return True
 
+    def _excepted_leaks(self, packet: Packet, interface: str) -> None:
+        """What lets it out lets everybody's out."""
+        now = self._clock.boottime()
+        self._flows.begins(packet, now)
+        if self._judges:
+            self._leaked(packet, interface, now)
+
     def _is_no_vpns(self, packet: Packet, interface: str) -> None:
         if not self._rules.allow(packet):
             self._leaked(packet, interface, self._clock.boottime())
@@ -495,8 +533,21 @@ class LeakWatch:
     def _came_in(self, _interface: str, ethertype: int, data: bytes, passed: float) -> None:
         """A flood out of here hides what began a flow: its packets may be lost unread."""
         packet = decode(ethertype, data)
-        if packet is not None and not (packet.protocol == UDP and any(t.rests for t in self._taps.values())):
+        if packet is None:
+            return
+        if packet.protocol == UDP and any(t.rests for t in self._taps.values()):
+            self._unread = self._clock.boottime()
+        else:
             self._flows.came_in(packet, self._clock.boottime(), passed)
+
+    def _missed_inbound(self, packets: int) -> None:
+        if packets:
+            self._unread = self._clock.boottime()
+
+    def _has_read_all(self) -> bool:
+        """Whether who came in lately is known."""
+        rests = any(t.rests for t in self._inbound.values())
+        return not rests and self._clock.boottime() - self._unread > UNREAD_S
 
     def _is_led_away(self, packet: Packet) -> bool:
         """Whether this host's firewall leads a name that we asked, and so everybody's, elsewhere or past the tunnel."""
@@ -520,11 +571,12 @@ class LeakWatch:
 
         What has one hop to live gets no further than the LAN.
         """
-        return (
-            packet.hops == 1
-            or self._own.has(packet.protocol, packet.source_port, packet.destination, packet.destination_port)
-            or is_probe(packet, self._own.ports(packet.protocol, packet.destination, packet.destination_port))
-        )
+        return packet.hops == 1 or self._is_a_probe(packet)
+
+    def _is_a_probe(self, packet: Packet) -> bool:
+        return self._own.has(
+            packet.protocol, packet.source_port, packet.destination, packet.destination_port
+        ) or is_probe(packet, self._own.ports(packet.protocol, packet.destination, packet.destination_port))
 
     def _is_the_end_of_a_report(self, interface: str, packet: Packet) -> bool:
         """Whether it is of our own connection to the server, begun through a tunnel that went away meanwhile.

@@ -74,4 +74,15 @@ class AsUser:
             return socket.socket(family, kind)
 
 
+def socket_of(uid: int, family: int, kind: int, protocol: int = 0) -> socket.socket | None:
+    """A socket of user `uid`, None where making one takes a permission that is not there. Raises OSError."""
+    if uid == os.geteuid():
+        return socket.socket(family, kind, protocol)
+    _setfsuid()(uid)
+    try:
+        return socket.socket(family, kind, protocol) if _setfsuid()(_NOBODY) == uid else None
+    finally:
+        _setfsuid()(os.geteuid())
+
+
 AS_USER: Final = AsUser()

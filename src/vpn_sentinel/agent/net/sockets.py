@@ -14,7 +14,8 @@ from typing import Final
 from vpn_sentinel.agent.net.attributes import attributes
 from vpn_sentinel.domain.policy import IPAddress
 
-ESTABLISHED, LISTEN = 1, 10  # linux/tcp_states.h; a connected UDP socket is "established", an unconnected one closed
+# linux/tcp_states.h; a connected UDP socket is "established", an unconnected one closed
+ESTABLISHED, _TIME_WAIT, _CLOSED, LISTEN = 1, 6, 7, 10
 _NETLINK_SOCK_DIAG: Final = 4
 _BY_FAMILY, _DONE, _ERROR = 20, 3, 2
 _REQUEST, _REQUEST_DUMP = 0x1, 0x301
@@ -27,6 +28,7 @@ _MESSAGE: Final = struct.Struct("=BBBB")
 _TAIL: Final = struct.Struct("=5I")
 _CGROUP_ID: Final = 21  # INET_DIAG_CGROUP_ID, since Linux 5.8
 _ALL_STATES: Final = 0xFFFFFFFF
+_OWNED: Final = _ALL_STATES & ~(1 << _TIME_WAIT)  # of the rest, the kernel tells whose they are
 _MOST_DATAGRAMS: Final = 64  # of an answer: some thousand sockets on one port
 
 
@@ -48,6 +50,11 @@ class Socket:
     @property
     def listens(self) -> bool:
         return self.state == LISTEN
+
+    @property
+    def is_kernels(self) -> bool:
+        """Whether it is UDP's and no program's, such as that of WireGuard's module."""
+        return self.inode == 0 and self.state == _CLOSED
 
 
 class Sockets:
@@ -92,6 +99,30 @@ class Sockets:
         loose = [s for s in found if s.far is None and (s.near == source or s.near.is_unspecified)]
         chosen = exact or loose
         return chosen[0] if len({(s.uid, s.cgroup) for s in chosen}) == 1 else None
+
+    def sender(self, protocol: int, port: int, far: IPAddress, far_port: int) -> Socket | None:
+        """Who sends from `port`, whichever address the packet has: NAT gave it another one than the socket's.
+
+        As `of` it is None when nobody can tell. Raises OSError.
+        """
+        found = self._on_port(protocol, port, far.version, _OWNED & ~(1 << LISTEN))
+        found = [s for s in found if s.inode or protocol == socket.IPPROTO_UDP]  # a closed one of TCP is nobody's
+        exact = [s for s in found if s.far == far and s.far_port == far_port]
+        chosen = exact or [s for s in found if s.far is None]
+        return chosen[0] if len({s.uid for s in chosen}) == 1 else None
+
+    def takers(self, near: IPAddress, port: int) -> frozenset[int]:
+        """The users whose programs have the other end of a TCP connection from `near` and `port`, both ends here.
+
+        A connection that was not accepted yet is nobody's, so who listens is told too; root may have opened that
+        socket for another user's program. Raises OSError.
+        """
+        families = (socket.AF_INET, socket.AF_INET6) if near.version == 4 else (socket.AF_INET6,)
+        ends = _ID.pack(0, port, b"", b"")
+        every = [s for f in families for s in self._ask(f, socket.IPPROTO_TCP, _OWNED, ends, _REQUEST_DUMP)]
+        taken = [s for s in every if (s.far, s.far_port) == (near, port)]
+        listens = (self._on_port(socket.IPPROTO_TCP, s.port, near.version, 1 << LISTEN) for s in taken)
+        return frozenset(s.uid for some in (taken, *listens) for s in some if s.inode)
 
     def _on_port(self, protocol: int, port: int, version: int, states: int) -> list[Socket]:
         """Sockets with this local port; a packet of IPv4 may be an IPv6 socket's too."""
