@@ -237,3 +237,39 @@ await told("203.0.113.1")
 assert [e.source_port - port for e in acted] == [1]
 """
     assert await seen(ends) == ["203.0.113.1"]
+
+
+TO_LAN = """
+sh("ip neigh add 192.168.7.9 lladdr 02:00:00:00:00:09 dev eth0", "ip rule add pref 100 to 192.168.7.0/24 lookup main")
+nft("chain led { type nat hook output priority -100; RULE dnat ip to 192.168.7.9; }")
+nft("chain nat { type nat hook postrouting priority srcnat; oifname eth0 masquerade; }")
+MAKE
+"""
+
+
+async def test_connections_that_a_firewall_leads_to_a_machine_of_the_lan_are_told() -> None:
+    lan = TO_LAN.replace("RULE", "tcp dport 443")
+    assert await seen(
+        f"{lan}lan = connects('192.168.7.9', 443)\nkept = connects('203.0.113.1', 443); await told('203.0.113.1')"
+    ) == ["203.0.113.1"]
+
+
+async def test_what_is_meant_for_the_lan_or_led_there_from_one_address_of_the_owners_own_is_none() -> None:
+    """The latter as the owner says by VPN_SENTINEL_ALLOWED_OUTSIDE."""
+    lan = TO_LAN.replace("RULE", "ip daddr 203.0.113.70 tcp dport 443")
+    assert await seen(
+        f"{lan}one, two = connects('192.168.7.9', 443), connects('203.0.113.70', 443); await asyncio.sleep(0.4)",
+        allowed=("203.0.113.64/26",),
+    ) == []  # fmt: skip
+
+
+async def test_connections_that_a_firewall_leads_to_a_container_here_are_none() -> None:
+    """What that one sends on goes by the routes of this host."""
+    bridge = TO_LAN.replace("RULE", "tcp dport 443").replace("192.168.7.9", "172.18.0.2").replace("dev eth0", "dev br0")
+    bridge = bridge.replace("192.168.7.0/24", "172.18.0.0/16")
+    assert await seen(
+        "sh('ip link add br0 type veth peer name box', 'ip addr add 172.18.0.1/16 dev br0',"
+        " 'ip link set box up', 'ip link set br0 up')\n"
+        f"{bridge}kept = connects('203.0.113.1', 443)\n"
+        "await asyncio.sleep(0.5)",
+    ) == []  # fmt: skip

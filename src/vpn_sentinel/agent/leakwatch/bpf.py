@@ -110,19 +110,23 @@ def _program(first: list[Insn], six: list[Insn], four: list[Insn]) -> list[Insn]
 
 
 def exempt(rules: Rules, trusted: Iterable[tuple[int, int]]) -> list[Insn]:
-    """The filter for what `program` leaves out by its sender alone: by a mark, a source port, a published UDP port.
+    """The filter for what `program` leaves out by its sender alone: by a mark, a source port, a published UDP port; and
+    for connections that are opened to the LAN, which may be led there.
 
-    Protocol and port of sockets that are `trusted` stay out. It is empty where nothing of that kind is excepted, or
-    where the tunnel is for marked packets alone. Raises ValueError when too long.
+    Protocol and port of sockets that are `trusted` stay out. It is empty where the tunnel is for marked packets alone.
+    Raises ValueError when too long.
     """
     published = tuple(p for p in rules.published if p.protocol == UDP)
     excepted = tuple(r for r in rules.excepted if r.mark or r.source_ports is not None)
-    if rules.inside or not (rules.marks or excepted or published):
+    if rules.inside:
         return []
     known = tuple(Ports(protocol, port, port) for protocol, port in trusted)
 
     def half(at: _Family) -> list[Insn]:
-        made = _tunnels(rules, at) + _answers(known, at) + _needed(rules, at) + _near(rules, at)
+        made = _tunnels(rules, at) + _answers(known, at) + _needed(rules, at)
+        for tests in at.within((*rules.lan, *PRIVATE)):
+            made += verdict(*at.proto(TCP), at.byte(13, SYN, Insn(_AND, SYN_ACK)), *tests, result=SNAP)
+        made += _near(rules, at)
         for mark, mask in rules.marks:
             made += verdict(_marked(mark, mask), result=SNAP)
         for rule in excepted:

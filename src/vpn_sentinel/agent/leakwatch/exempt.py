@@ -1,9 +1,10 @@
-"""What leaves by a mark, by a source port or as a published port's answer: what the kernel's rules or the owner except.
+"""What leaves by a mark, by a source port, as a published port's answer, or to the LAN: what rules or the owner except.
 
 A mark is no word of the program that sends. It may be a firewall's, for everybody who sends to a port, to a network or
 as some user; so is what comes here tried (`trial`). A source port that a rule lets out is a VPN program's, unless a
 person's program has it. From a published port only answers are meant to leave: what it begins towards a peer that never
-came in is none.
+came in is none. A connection that its program opened to the internet is none of the LAN's, though a firewall leads it
+there (DNAT).
 
 Such packets are let up by taps of their own, so that they never stand in the way of other ones. Those to the tunnel's
 server stay in the kernel, and those of a socket that was found to be a VPN program's do so for five minutes.
@@ -13,6 +14,7 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Final, Protocol
 
 from vpn_sentinel.agent.endpoints import TCP, UDP
@@ -20,19 +22,19 @@ from vpn_sentinel.agent.leakwatch import bpf
 from vpn_sentinel.agent.leakwatch.inbound import Flows
 from vpn_sentinel.agent.leakwatch.meant import Meant
 from vpn_sentinel.agent.leakwatch.packets import Packet, decode
-from vpn_sentinel.agent.leakwatch.rules import Rules
+from vpn_sentinel.agent.leakwatch.rules import PRIVATE, Rules
 from vpn_sentinel.agent.leakwatch.senders import selects
 from vpn_sentinel.agent.leakwatch.tap import Tap
 from vpn_sentinel.agent.leakwatch.trial import TRIED, Takers, Trials
 from vpn_sentinel.agent.net.fib import FIRST_PERSON, Rule
 from vpn_sentinel.agent.net.sockets import Socket
-from vpn_sentinel.domain.policy import IPAddress
+from vpn_sentinel.domain.policy import IPAddress, is_public, within
 
 log = logging.getLogger(__name__)
 
 TRUST_S: Final = 300.0  # seconds that a port counts as a VPN program's
 LONGEST_S: Final = 30  # seconds between two looks for a proxy of one user, after as many that found none
-_MOST: Final = 64  # trusted ports
+_MOST: Final = 32  # trusted ports
 _SOON: Final = 0.1  # seconds in which several of them become one change of the filter
 
 
@@ -41,9 +43,13 @@ class HostSockets(Takers, Protocol):
         """Who sends from `port`, None when nobody can tell. It may raise OSError."""
         ...
 
+    def connecting(self, port: int, version: int) -> list[Socket]:
+        """TCP sockets of programs with this local port that do not listen. It may raise OSError."""
+        ...
+
 
 class Exempt:
-    """Bounded. The taps are open only while something is excepted that is looked at here."""
+    """Bounded. The taps are open while anything is watched."""
 
     def __init__(
         self,
@@ -55,14 +61,18 @@ class Exempt:
         explained: Callable[[Packet], bool],
         answers: Callable[[Packet, float], bool],
         sure: Callable[[], bool],
+        leads_out: Callable[[str], bool],
         leaked: Callable[[Packet, str], None],
     ) -> None:
         """`explained`: whether a packet is our own or has a VPN's shape; `answers`: whether it is an answer to what
-        came in before that time of the kernel's; `sure`: whether all that came in was read. `leaked` gets the leaks."""
+        came in before that time of the kernel's; `sure`: whether all that came in was read; `leads_out`: whether an
+        interface leads to the internet, not to containers of this host alone. `leaked` gets the leaks."""
         self._now, self._sockets, self._declared, self._flows = now, sockets, declared, flows
         self._explained, self._answers, self._sure, self._leaked = explained, answers, sure, leaked
+        self._leads_out = leads_out
         self._trials = Trials(now=now, sockets=sockets, leak=self._leaks, none=self._trust)
         self._proxies = Trials(now=now, sockets=sockets, leak=self._proxied, proxies=True)
+        self._led = Trials(now=now, sockets=sockets, leak=self._leaks)
         self._next: dict[int, tuple[float, int]] = {}  # by user: when a proxy is looked for again, how often it was
         self._taps: dict[int, Tap] = {}
         self._rules = Rules()
@@ -76,13 +86,14 @@ class Exempt:
             self._trusted.clear()
             self._trials.forget()
             self._proxies.forget()
+            self._led.forget()
             self._next.clear()
         self._rules = rules
         if self._first is None and interfaces:
             self._first = rules.excepted
         now = self._now()
         self._trusted = OrderedDict((port, until) for port, until in self._trusted.items() if now < until)
-        made = bpf.exempt(rules, self._trusted)
+        made = self._made() if interfaces else []
         for index in [
             i for i, tap in self._taps.items() if not (made and i in interfaces and tap.hears(interfaces[i]))
         ]:
@@ -107,6 +118,7 @@ class Exempt:
             self._again.cancel()
         self._trials.close()
         self._proxies.close()
+        self._led.close()
         for tap in self._taps.values():
             tap.close()
         self._taps.clear()
@@ -117,12 +129,38 @@ class Exempt:
             return
         if packet.hops == 1:
             self._trials.seen(packet)
+            self._led.seen(packet)
+            return
+        if self._is_near(packet):
+            self._to_the_lan(packet, interface)
             return
         answers = self._answers(packet, passed)
         if not self._is_published(packet):
             self._judge(packet, interface, answers=answers)
         elif not (answers or self._visited(packet)) and self._sure():
             self._leaks(packet, interface)
+
+    def _is_near(self, packet: Packet) -> bool:
+        return within(packet.destination, PRIVATE) or within(packet.destination, self._rules.lan)
+
+    def _to_the_lan(self, packet: Packet, interface: str) -> None:
+        """A connection is opened to a host of the LAN: whether its program meant another one."""
+        here, there = packet.source_port, (packet.destination, packet.destination_port)
+        if self._sockets is None or here is None:
+            return
+        try:
+            found = self._sockets.connecting(here, packet.destination.version)
+        except OSError:
+            return  # a sandbox that does not tell
+        ends = {(s.far, s.far_port, s.uid) for s in found}
+        if len(ends) != 1 or there in {end[:2] for end in ends}:
+            return
+        far, port, uid = ends.pop()
+        if far is None or not is_public(far):
+            return
+        meant = replace(packet, destination=far, destination_port=port)
+        if not self._rules.allow(meant) and self._leads_out(interface):
+            self._led.of(meant, interface, uid, packet)
 
     def _judge(self, packet: Packet, interface: str, *, answers: bool) -> None:
         owner = self._owner(packet)
@@ -186,10 +224,17 @@ class Exempt:
         if self._again is None:
             self._again = asyncio.get_running_loop().call_later(_SOON, self._filter)
 
+    def _made(self) -> list[bpf.Insn]:
+        try:
+            return bpf.exempt(self._rules, self._trusted)
+        except ValueError:
+            self._trusted.clear()  # too long for the kernel: then they come up, and are tried again
+            return bpf.exempt(self._rules, self._trusted)
+
     def _filter(self) -> None:
         self._again = None
         try:
-            made = bpf.exempt(self._rules, self._trusted)
+            made = self._made()
             for tap in self._taps.values():
                 tap.filter(made)
         except (OSError, ValueError) as e:

@@ -48,10 +48,14 @@ class Takers(Protocol):
         ...
 
 
+_End = tuple[int, IPAddress, int | None]
+
+
 @dataclass(slots=True)
 class _Trial:
     timer: asyncio.TimerHandle
     probes: list[socket.socket]
+    out: _End
     held: list[tuple[Packet, str]] = field(default_factory=list)
 
 
@@ -76,8 +80,9 @@ class Trials:
         self._running: dict[Key, _Trial] = {}
         self._known: OrderedDict[Key, tuple[bool, float]] = OrderedDict()
 
-    def of(self, packet: Packet, interface: str, uid: int | None) -> None:
-        """Try it, unless it is known. `uid` is the sender's, None when nobody knows."""
+    def of(self, packet: Packet, interface: str, uid: int | None, left: Packet | None = None) -> None:
+        """Try it, unless it is known. `uid` is the sender's, None when nobody knows; `left` the packet as it left,
+        where it was sent to another end."""
         key = self._key(packet, uid)
         if self.knows(packet, interface, uid):
             return
@@ -89,7 +94,7 @@ class Trials:
             users = {os.geteuid()} if self._proxies else _users(uid)
             probes = [p for u in users if (p := _send(packet, u)) is not None]
             timer = asyncio.get_running_loop().call_later(PATIENCE_S, self._ends, key)
-            self._running[key] = _Trial(timer, probes, [(packet, interface)])
+            self._running[key] = _Trial(timer, probes, _end(left or packet), [(packet, interface)])
 
     def knows(self, packet: Packet, interface: str, uid: int | None) -> bool:
         """Whether it is known, and so told of."""
@@ -104,8 +109,8 @@ class Trials:
         return uid, packet.protocol, to, packet.destination_port
 
     def seen(self, packet: Packet) -> None:
-        """A packet with one hop to live left with the mark."""
-        for key in [k for k in self._running if k[1:] == self._key(packet, None)[1:]]:
+        """A packet with one hop to live left as those that are tried."""
+        for key in [k for k, trial in self._running.items() if trial.out == _end(packet)]:
             self._over(key, everybody=True)
 
     def forget(self) -> None:
@@ -146,6 +151,10 @@ class Trials:
             self._leak(packet, interface)
         else:
             self._none(packet)
+
+
+def _end(packet: Packet) -> _End:
+    return packet.protocol, packet.destination, packet.destination_port
 
 
 def _stop(trial: _Trial) -> None:

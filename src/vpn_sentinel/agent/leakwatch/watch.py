@@ -32,6 +32,7 @@ from vpn_sentinel.agent.leakwatch.tap import BATCH, Tap
 from vpn_sentinel.agent.leakwatch.users import Users
 from vpn_sentinel.agent.net.fib import Sender
 from vpn_sentinel.agent.net.own import OWN, OwnSockets
+from vpn_sentinel.agent.net.roles import has_way
 from vpn_sentinel.agent.net.sockets import Sockets
 from vpn_sentinel.agent.probes.system_resolver import is_ours
 from vpn_sentinel.agent.probes.tag import is_probe
@@ -112,6 +113,7 @@ class LeakWatch:
             explained=lambda packet: self._is_a_probe(packet) or self._is_a_vpns(packet),
             answers=lambda packet, passed: self._is_answer(packet, clock.boottime(), passed),
             sure=self._has_read_all,
+            leads_out=self._leads_out,
             leaked=self._excepted_leaks,
         )
         self._unread = float("-inf")  # when something that came in was left unread
@@ -491,7 +493,8 @@ class LeakWatch:
         """What lets it out lets everybody's out."""
         now = self._clock.boottime()
         self._flows.begins(packet, now)
-        if self._judges:
+        # Led to a server of the own LAN, the home's own address is that server's.
+        if self._judges and not self._policy.is_home(packet.destination):
             self._leaked(packet, interface, now)
 
     def _is_no_vpns(self, packet: Packet, interface: str) -> None:
@@ -511,6 +514,10 @@ class LeakWatch:
         """Whether routes lead there beside the tunnel, for a sender whom no rule names."""
         entry = self._ground.fib.lookup(to) if self._ground.fib else None
         return entry is not None and any(entry.leads_by(i.index) for i in self._ground.interfaces)
+
+    def _leads_out(self, interface: str) -> bool:
+        here, fib = next((i for i in self._ground.interfaces if i.name == interface), None), self._ground.fib
+        return here is not None and fib is not None and any(has_way(here, fib, version) for version in (4, 6))
 
     def _may_leave(self, interface: str, packet: Packet, now: float, passed: float) -> bool:
         if self._is_led_away(packet):

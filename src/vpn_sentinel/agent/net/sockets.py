@@ -105,11 +105,16 @@ class Sockets:
 
         As `of` it is None when nobody can tell. Raises OSError.
         """
-        found = self._on_port(protocol, port, far.version, _OWNED & ~(1 << LISTEN))
-        found = [s for s in found if s.inode or protocol == socket.IPPROTO_UDP]  # a closed one of TCP is nobody's
+        tcp = protocol == socket.IPPROTO_TCP
+        found = self.connecting(port, far.version) if tcp else self._on_port(protocol, port, far.version, _ALL_STATES)
         exact = [s for s in found if s.far == far and s.far_port == far_port]
         chosen = exact or [s for s in found if s.far is None]
         return chosen[0] if len({s.uid for s in chosen}) == 1 else None
+
+    def connecting(self, port: int, version: int) -> list[Socket]:
+        """TCP sockets of programs with this local port that do not listen; a closed one is nobody's. Raises OSError."""
+        found = self._on_port(socket.IPPROTO_TCP, port, version, _OWNED & ~(1 << LISTEN))
+        return [s for s in found if s.inode]
 
     def takers(self, near: IPAddress, port: int) -> frozenset[int]:
         """The users whose programs have the other end of a TCP connection from `near` and `port`, both ends here.
