@@ -1,6 +1,7 @@
 """What the filter lets up, as sentences; and that the kernel's filter and the rules here say the same."""
 
 import socket
+from dataclasses import replace
 from ipaddress import ip_address, ip_network
 
 import pytest
@@ -202,3 +203,34 @@ def test_towards_some_hosts_packets_of_some_sizes_come_up() -> None:
         assert [size for size in (99, 100, 119, 120) if comes(to, size)] == [100, 119]
         assert not comes(to, 100, HOST)
     assert not comes("198.51.100.8", 100)
+
+
+EXEMPT = replace(WHOSE, endpoints=RULES.endpoints, marks=RULES.marks, lan=RULES.lan)
+TRUSTED = ((17, 4001), (6, 4444))
+
+
+def test_what_is_excepted_comes_up_by_itself_but_not_the_tunnels_own() -> None:
+    made = bpf.exempt(EXEMPT, TRUSTED)
+
+    def comes(to: str, protocol: int, rest: bytes, mark: int = 0) -> bool:
+        ethertype, data = ip(ME if "." in to else ME6, to, protocol, rest)
+        return run(made, data, protocol=ethertype, mark=mark) == bpf.SNAP
+
+    assert comes("203.0.113.5", 6, tcp(5000, 80, 0x02), mark=51820)
+    assert comes("203.0.113.5", 1, b"\x08\0\0\0\0\1\0\1", mark=51820)
+    assert comes("2001:db8:9::1", 6, tcp(4000, 80, 0x02))  # by a rule's source port
+    assert comes("203.0.113.5", 17, udp(4000, 80))
+    assert comes("203.0.113.5", 17, udp(27015, 80))  # published
+    assert comes("192.168.1.9", 6, tcp(5000, 443, 0x02))  # opened to the LAN
+    assert comes("203.0.113.5", 6, tcp(4444, 80, 0x02), mark=51820)  # a new connection from a port that is trusted
+    assert not comes("203.0.113.5", 6, tcp(5000, 80, 0x02))
+    assert not comes("198.51.100.7", 17, udp(4000, 51820), mark=51820)
+    assert not comes("203.0.113.5", 17, udp(4001, 80), mark=51820)
+    assert not comes("203.0.113.5", 6, tcp(4444, 80, 0x10), mark=51820)
+    assert not comes("192.168.1.9", 6, tcp(5000, 443, 0x10))
+    assert not comes("192.168.1.9", 17, udp(4000, 443), mark=51820)
+    assert not comes("203.0.113.5", 6, tcp(5000, 80, 0x12), mark=51820)  # an answer
+    assert not comes("203.0.113.5", 50, b"\0" * 8)  # a protocol without ports
+    assert bpf.exempt(replace(EXEMPT, inside=((1, 1),)), ()) == []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        bpf.attach(sock, made)

@@ -1,5 +1,6 @@
 """The kernel's table of sockets, asked about real ones."""
 
+import os
 import socket
 from ipaddress import ip_address
 
@@ -41,6 +42,27 @@ def test_a_packet_of_ipv4_may_be_an_ipv6_sockets(sockets: Sockets) -> None:
         assert found is not None
         assert found.far is None
     assert sockets.of(17, LO, port, FAR, 53) is None
+
+
+def test_whose_a_packet_is_though_nat_gave_it_another_address(sockets: Sockets) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as client:
+            own = client.getsockname()[1]
+            assert sockets.has(LO, own, LO, port)
+            assert not sockets.has(FAR, own, LO, port)
+            found = sockets.sender(6, own, LO, port)
+            assert found is not None
+            assert found.uid == os.getuid()
+            assert sockets.sender(6, own, FAR, port) is None
+            assert [(s.far, s.far_port) for s in sockets.connecting(own, 4)] == [(LO, port)]
+            assert sockets.takers(LO, own) == {os.getuid()}
+            assert sockets.takers(FAR, own) == frozenset()
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as loose:
+        loose.bind(("127.0.0.1", 0))
+        found = sockets.sender(17, loose.getsockname()[1], FAR, 53)
+        assert found is not None
+        assert not found.is_kernels
 
 
 @given(st.binary(max_size=120))

@@ -35,12 +35,17 @@ log = logging.getLogger(__name__)
 TRUST_S: Final = 300.0  # seconds that a port counts as a VPN program's
 LONGEST_S: Final = 30  # seconds between two looks for a proxy of one user, after as many that found none
 _MOST: Final = 32  # trusted ports
+RESTS: Final = 50  # times as long as looking through all sockets took
 _SOON: Final = 0.1  # seconds in which several of them become one change of the filter
 
 
 class HostSockets(Takers, Protocol):
     def sender(self, protocol: int, port: int, far: IPAddress, far_port: int) -> Socket | None:
         """Who sends from `port`, None when nobody can tell. It may raise OSError."""
+        ...
+
+    def has(self, source: IPAddress, port: int, far: IPAddress, far_port: int) -> bool:
+        """Whether a TCP socket has exactly these ends. It may raise OSError."""
         ...
 
     def connecting(self, port: int, version: int) -> list[Socket]:
@@ -73,6 +78,7 @@ class Exempt:
         self._trials = Trials(now=now, sockets=sockets, leak=self._leaks, none=self._trust)
         self._proxies = Trials(now=now, sockets=sockets, leak=self._proxied, proxies=True)
         self._led = Trials(now=now, sockets=sockets, leak=self._leaks)
+        self._rest = float("-inf")  # until when sockets are not looked through again: it takes a while
         self._next: dict[int, tuple[float, int]] = {}  # by user: when a proxy is looked for again, how often it was
         self._taps: dict[int, Tap] = {}
         self._rules = Rules()
@@ -145,15 +151,19 @@ class Exempt:
 
     def _to_the_lan(self, packet: Packet, interface: str) -> None:
         """A connection is opened to a host of the LAN: whether its program meant another one."""
-        here, there = packet.source_port, (packet.destination, packet.destination_port)
-        if self._sockets is None or here is None:
+        here, there = packet.source_port, packet.destination_port
+        if self._sockets is None or here is None or there is None or self._now() < self._rest:
             return
         try:
+            if self._sockets.has(packet.source, here, packet.destination, there):
+                return
+            began = self._now()
             found = self._sockets.connecting(here, packet.destination.version)
+            self._rest = self._now() + RESTS * (self._now() - began)
         except OSError:
             return  # a sandbox that does not tell
         ends = {(s.far, s.far_port, s.uid) for s in found}
-        if len(ends) != 1 or there in {end[:2] for end in ends}:
+        if len(ends) != 1:
             return
         far, port, uid = ends.pop()
         if far is None or not is_public(far):

@@ -111,8 +111,16 @@ class Sockets:
         chosen = exact or [s for s in found if s.far is None]
         return chosen[0] if len({s.uid for s in chosen}) == 1 else None
 
+    def has(self, source: IPAddress, port: int, far: IPAddress, far_port: int) -> bool:
+        """Whether a TCP socket has exactly these ends. Raises OSError."""
+        found = self._exact(source, port, far, far_port)
+        return found is not None and (found.far, found.far_port) == (far, far_port)
+
     def connecting(self, port: int, version: int) -> list[Socket]:
-        """TCP sockets of programs with this local port that do not listen; a closed one is nobody's. Raises OSError."""
+        """TCP sockets of programs with this local port that do not listen; a closed one is nobody's. Raises OSError.
+
+        The kernel goes through all its sockets: half a millisecond, or more on a machine with much memory.
+        """
         found = self._on_port(socket.IPPROTO_TCP, port, version, _OWNED & ~(1 << LISTEN))
         return [s for s in found if s.inode]
 
