@@ -273,3 +273,15 @@ async def test_connections_that_a_firewall_leads_to_a_container_here_are_none() 
         f"{bridge}kept = connects('203.0.113.1', 443)\n"
         "await asyncio.sleep(0.5)",
     ) == []  # fmt: skip
+
+
+async def test_a_mark_of_somebody_elses_says_nothing_of_a_tunnel_that_routes_keep_its_packets_out_of() -> None:
+    """OpenVPN's own packets go by the host route that it made, whatever rule is beside it, Tailscale's say."""
+    routes = """
+sh("ip rule del pref 950", MARK, "ip route add 0.0.0.0/1 dev wg0", "ip route add 128.0.0.0/1 dev wg0")
+sh("ip route add 198.51.100.9 via 192.168.7.1 dev eth0")
+MAKE
+own = plain(); own.sendto(b"x" * 80, ("198.51.100.9", 1194))
+udp().sendto(b"x", ("203.0.113.1", 443)); await told("203.0.113.1")
+"""
+    assert await seen(routes, endpoints=()) == ["203.0.113.1"]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final, Protocol
 
 from vpn_sentinel.agent.endpoints import Endpoint
-from vpn_sentinel.agent.interfaces import Survey
+from vpn_sentinel.agent.interfaces import INTERNET, Survey
 from vpn_sentinel.agent.leakwatch.rules import Rules
 from vpn_sentinel.agent.leakwatch.senders import Senders, is_mark, marks, senders
 from vpn_sentinel.agent.net.fib import Fib
@@ -17,6 +17,7 @@ from vpn_sentinel.agent.netlink import Route, Way
 from vpn_sentinel.domain.policy import NOT_PUBLIC, IPAddress, IPNetwork, is_public, within
 
 _WIREGUARD: Final = frozenset({"wireguard", "amneziawg"})
+_MAIN: Final = 254  # RT_TABLE_MAIN, linux/rtnetlink.h
 _MOST: Final = 128  # networks of the LAN that the filter takes in
 
 
@@ -177,7 +178,7 @@ def ground(
             resolvers=resolvers,
         ),
         hosts=tuple(dict.fromkeys(hosts))[:_MOST],
-        openvpn=not sent.excepted and (before.openvpn if tunnel is None else tunnel.kind not in _WIREGUARD),
+        openvpn=before.openvpn if tunnel is None else tunnel.kind not in _WIREGUARD and _by_routes(sent, fib, tunnel),
         senders=sent,
         fib=fib,
         tunnel=tunnel.index if tunnel else None,
@@ -185,6 +186,17 @@ def ground(
         nested=any(is_layer3_tunnel(i) for i in watched),
         others=frozenset(i.index for i in survey.interfaces if not _is_known(i, survey)),
     )
+
+
+def _by_routes(sent: Senders, fib: Fib | None, tunnel: Interface) -> bool:
+    """Whether the tunnel's own packets are kept out of it by routes, as OpenVPN does, not by rules for their sender.
+
+    What rules let out of a tunnel that the main table leads into may be somebody else's.
+    """
+    if not sent.excepted or fib is None:
+        return not sent.excepted
+    everybody = (fib.lookup(address) for address in INTERNET)
+    return any(e is not None and e.table == _MAIN and e.leads_by(tunnel.index) for e in everybody)
 
 
 def _is_known(interface: Interface, survey: Survey) -> bool:
