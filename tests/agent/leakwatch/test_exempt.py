@@ -285,3 +285,15 @@ own = plain(); own.sendto(b"x" * 80, ("198.51.100.9", 1194))
 udp().sendto(b"x", ("203.0.113.1", 443)); await told("203.0.113.1")
 """
     assert await seen(routes, endpoints=()) == ["203.0.113.1"]
+
+
+async def test_where_a_mark_alone_tells_the_tunnels_packets_its_server_may_be_marked_by_its_address() -> None:
+    alone = """
+sh(MARK)
+marking("ip daddr { 198.51.100.9, 203.0.113.1 }")
+MAKE
+own = plain(); own.sendto(b"x" * 80, ("198.51.100.9", 1194))
+await until(lambda: watch._exempt._trials._known)
+kept = connects("203.0.113.1", uid=1000); await told("203.0.113.1")
+"""
+    assert await seen(alone, endpoints=()) == ["203.0.113.1"]

@@ -67,17 +67,20 @@ class Exempt:
         answers: Callable[[Packet, float], bool],
         sure: Callable[[], bool],
         leads_out: Callable[[str], bool],
+        server_known: Callable[[], bool],
         leaked: Callable[[Packet, str], None],
     ) -> None:
         """`explained`: whether a packet is our own or has a VPN's shape; `answers`: whether it is an answer to what
         came in before that time of the kernel's; `sure`: whether all that came in was read; `leads_out`: whether an
-        interface leads to the internet, not to containers of this host alone. `leaked` gets the leaks."""
+        interface leads to the internet, not to containers of this host alone; `server_known`: whether the tunnel's
+        packets are known by where they go. `leaked` gets the leaks."""
         self._now, self._sockets, self._declared, self._flows = now, sockets, declared, flows
         self._explained, self._answers, self._sure, self._leaked = explained, answers, sure, leaked
-        self._leads_out = leads_out
-        self._trials = Trials(now=now, sockets=sockets, leak=self._leaks, none=self._trust)
+        self._leads_out, self._server_known = leads_out, server_known
+        self._trials = Trials(now=now, sockets=sockets, leak=self._marked, none=self._trust)
         self._proxies = Trials(now=now, sockets=sockets, leak=self._proxied, proxies=True)
         self._led = Trials(now=now, sockets=sockets, leak=self._leaks)
+        self._filtered: list[bpf.Insn] = []
         self._rest = float("-inf")  # until when sockets are not looked through again: it takes a while
         self._next: dict[int, tuple[float, int]] = {}  # by user: when a proxy is looked for again, how often it was
         self._taps: dict[int, Tap] = {}
@@ -100,13 +103,15 @@ class Exempt:
         now = self._now()
         self._trusted = OrderedDict((port, until) for port, until in self._trusted.items() if now < until)
         made = self._made() if interfaces else []
+        same, self._filtered = made == self._filtered, made
         for index in [
             i for i, tap in self._taps.items() if not (made and i in interfaces and tap.hears(interfaces[i]))
         ]:
             self._taps.pop(index).close()
         for index, name in interfaces.items() if made else ():
             if index in self._taps:
-                self._taps[index].filter(made)
+                if not same:
+                    self._taps[index].filter(made)
             else:
                 self._taps[index] = Tap(name, made, self._left)
 
@@ -202,6 +207,12 @@ class Exempt:
         if not only or (owner is not None and owner.uid in only):
             self._leaked(packet, interface)
 
+    def _marked(self, packet: Packet, interface: str) -> None:
+        """Where nothing else tells the tunnel's packets, what is marked for everybody may be its server's address."""
+        owner = self._owner(packet)
+        if self._server_known() or (owner is not None and owner.uid >= FIRST_PERSON):
+            self._leaks(packet, interface)
+
     def _proxied(self, packet: Packet, interface: str) -> None:
         self._next.clear()
         self._leaks(packet, interface)
@@ -244,7 +255,7 @@ class Exempt:
     def _filter(self) -> None:
         self._again = None
         try:
-            made = self._made()
+            made = self._filtered = self._made()
             for tap in self._taps.values():
                 tap.filter(made)
         except (OSError, ValueError) as e:

@@ -132,9 +132,13 @@ class Ground:
 
     def tells(self, endpoints: Iterable[Endpoint]) -> bool:
         """Whether the tunnel's own packets can be told from others."""
+        return bool(self.senders.excepted) or self.tells_by_end(endpoints)
+
+    def tells_by_end(self, endpoints: Iterable[Endpoint]) -> bool:
+        """Whether they can by where they go."""
         known = tuple(endpoints)
         by_host = bool(self.hosts) and (self.openvpn or self.nested or bool(known))
-        return bool(self.senders.excepted) or by_host or any(self._reaches(e.address) for e in known)
+        return by_host or any(self._reaches(e.address) for e in known)
 
 
 def ground(

@@ -114,6 +114,7 @@ class LeakWatch:
             answers=lambda packet, passed: self._is_answer(packet, clock.boottime(), passed),
             sure=self._has_read_all,
             leads_out=self._leads_out,
+            server_known=lambda: self._ground.tells_by_end(self.endpoints),
             leaked=self._excepted_leaks,
         )
         self._unread = float("-inf")  # when something that came in was left unread
