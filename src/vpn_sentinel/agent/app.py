@@ -198,16 +198,14 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
     def leaked() -> None:
         """A packet left outside the tunnel: tell of it now; the round that follows tells the rest."""
         around = look_around()
-        cycle.bell.ring(Trigger.LEAK)
         escapes = watch.escapes(Paths(kernel, around))
-        if not escapes:
-            return  # what left is over, or was nothing: the round alone has something to tell
         seen = Observation(
             trigger=Trigger.LEAK, link=around.link(), interfaces=around.names(), escapes=escapes, leak_watch=watch.on
         )
         spool.append(codec.encode(seen), routine=False)
         repeats.forget()
         courier.wake()
+        cycle.bell.ring(Trigger.LEAK)
 
     def neighbor_found(neighbor: Neighbor) -> None:
         """A program asks a nameserver of the LAN: where that asks from is news, unless each round asks it anyway."""

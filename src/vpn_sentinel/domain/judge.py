@@ -36,7 +36,8 @@ def judge(seen: Observation, policy: Policy) -> Verdict:
     canaries = seen.asked(Probe.DEFAULT)
     # A keepalive that arrived proves that something carries it; an agent's report may have come by a second way.
     alive = any(c.answer is Answer.ANSWERED for c in canaries) or seen.trigger is Trigger.KEEPALIVE
-    if not leaking and not canaries and seen.trigger is Trigger.LEAK:
+    up = seen.link is not None and seen.link.present and seen.link.up
+    if not leaking and not canaries and up and seen.trigger is Trigger.LEAK:
         return Verdict(State.UNKNOWN)  # packets that are meant to leave, told before the canaries are out
     if not leaking and not alive:
         findings = (*outages.why_dead(seen), *_kill_switch(seen))
