@@ -58,6 +58,28 @@ async def test_one_blocked_name_is_no_failure() -> None:
     assert len(set(asked[:2])) == 2
 
 
+async def test_an_answer_that_a_round_did_not_wait_for_says_nothing_of_the_next() -> None:
+    """A round that had proved a leak went on without it. The tunnel's nameserver is asked again since."""
+    release, answered = threading.Event(), [ip_address("91.10.0.54")]
+    zone = CanaryZone("canary.example.org", b"identity", bytes(32))
+
+    def lookup(_name: str) -> tuple[IPAddress, ...]:
+        found = tuple(answered)
+        release.wait(30)
+        return found
+
+    system = SystemResolver(lookup, boottime=lambda: 0.0)
+    cut = asyncio.get_running_loop().create_task(system.ask(zone, ()))
+    await asyncio.sleep(0.05)
+    cut.cancel()
+    release.set()
+    await asyncio.sleep(0.05)
+    answered[:] = [ip_address("185.65.134.53")]
+    now = await system.ask(zone, ())
+    assert now is not None
+    assert now.egress == (ip_address("185.65.134.53"),)
+
+
 async def test_a_lookup_that_hangs_holds_nothing_up_and_is_not_doubled() -> None:
     release, now = threading.Event(), [0.0]
     started: list[str] = []

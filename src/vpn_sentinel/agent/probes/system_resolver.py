@@ -113,6 +113,7 @@ class SystemResolver:
         self._settled = Settled()
         self._running: asyncio.Future[SystemLookup] | None = None
         self._since = 0.0
+        self._left = False  # a round that had seen enough went on without it
 
     async def ask(
         self, zone: dns.CanaryZone | None, servers: Sequence[dns.Nameserver], ground: object = None
@@ -124,10 +125,13 @@ class SystemResolver:
         if AS_USER.refused:
             return None
         running = self._running
-        if running is None:
+        # What came after a round had gone on is of then: another nameserver may be asked by now.
+        if running is None or (self._left and running.done()):
             running = self._running = self._start(zone, self._upstreams(servers), ground)
             self._since = self._boottime()
+        self._left = True
         await asyncio.wait([running], timeout=self._patience)
+        self._left = False
         if running.done():
             self._running = None
             return running.result()
