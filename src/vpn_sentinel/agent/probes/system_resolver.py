@@ -175,7 +175,8 @@ class SystemResolver:
             try:
                 found = self._lookup(name)
             except socket.gaierror as e:
-                if e.errno not in _NO_SUCH:
+                # Some NSS modules, such as mdns4_minimal, say so as well where no socket can be had.
+                if e.errno not in _NO_SUCH or out_of_descriptors():
                     error = f"{_NAMES.get(e.errno, e.errno)}: {e.strerror}"
                     continue
                 found = ()
