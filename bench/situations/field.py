@@ -215,8 +215,8 @@ PROFILES: dict[str, Profile] = {
     "ovinwg": Profile(site={**_OPEN, "vpn": "openvpn-in-wireguard"}),
     "killed": Profile(site={**_OPEN, "vpn": "openconnect", "ipv6": "none"}),
     "again": Profile(site=_LAN),
-    "moving": Profile(site={**_LAN, "next_server": True}),
-    "movingopen": Profile(site={**_OPEN, "next_server": True}),
+    "servers": Profile(site={**_LAN, "next_server": True}),
+    "serversopen": Profile(site={**_OPEN, "next_server": True}),
     "udponly": Profile(site={**_LAN, "kill_switch_udp_only": True}),
 }
 
@@ -306,7 +306,7 @@ ROWS: tuple[Row, ...] = (
           _do("rule_outside", "uidrange 1000-60000"), kinds=_BY_RULE),
     _leak(78, "routes", "a firewall marks HTTPS, and a rule leads the mark outside", {"split_route"},
           _do("firewall_marks", "tcp dport 443"), kinds=_BY_RULE),
-    _quiet(79, "moving", "the next server of a list, kill switch", _do("move_server"), never=LEAKS,
+    _quiet(79, "servers", "the next server of a list, kill switch", _do("move_server"), never=LEAKS,
            kinds=_ONE),
-    _quiet(79, "movingopen", "the same, no kill switch", _do("move_server"), never=LEAKS, part="b", kinds=_ONE),
+    _quiet(79, "serversopen", "the same, no kill switch", _do("move_server"), never=LEAKS, part="b", kinds=_ONE),
 )  # fmt: skip

@@ -66,7 +66,7 @@ def _another_port(post: Post) -> None:
     post.gluetun.say(port=post.port_told)
 
 
-PROFILES: dict[str, Profile] = {
+_OWN: dict[str, Profile] = {
     "closed": Profile(site=_LAN),
     "open": Profile(site=_OPEN),
     "hole": Profile(site=_OPEN),
@@ -103,8 +103,10 @@ PROFILES: dict[str, Profile] = {
     "gluetun": Profile(site=_LAN, ready=_gluetun),
     "given": Profile(site=_LAN, ready=_gluetun_with_port),
     "flap": Profile(site=_LAN, server={"VPN_SENTINEL_FLAP_CALM": "60"}),
-    **field.PROFILES,
 }
+if _TWICE := _OWN.keys() & field.PROFILES.keys():
+    raise ValueError(f"two posts of one name: {', '.join(_TWICE)}")
+PROFILES = _OWN | field.PROFILES
 
 
 def _do(name: str, *words: Any, **more: Any) -> Callable[[Post], object]:
