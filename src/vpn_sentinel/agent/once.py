@@ -15,6 +15,8 @@ from vpn_sentinel.agent.equipment import (
     route_audit,
 )
 from vpn_sentinel.agent.interfaces import Paths, Survey, Surveyor
+from vpn_sentinel.agent.introspect.settings import IntrospectSettings
+from vpn_sentinel.agent.introspect.witnesses import Witnesses
 from vpn_sentinel.agent.leakwatch.watch import LeakWatch
 from vpn_sentinel.agent.names import Names
 from vpn_sentinel.agent.net.as_user import AS_USER
@@ -51,13 +53,15 @@ async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, se
     found = around.look()
     AS_USER.be(found.user)
 
+    # Only WireGuard, which is asked of its device: what takes settings is the agent's.
+    witnesses = Witnesses(IntrospectSettings(), http, clock, ring=lambda: None)
     watch = LeakWatch(
         tables=kernel,
         policy=policy,
         clock=clock,
         told=lambda: None,
         survey=around.look_anew,
-        endpoints=lambda: settings.tunnel_endpoints,
+        endpoints=lambda: (*settings.tunnel_endpoints, *witnesses.endpoints()),
         declared=settings.meant_outside,
         wanted=settings.leak_watch,
     )
@@ -87,6 +91,7 @@ async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, se
     )
     try:
         started = clock.boottime()
+        await witnesses.look(found)  # before a packet is doubted: where the tunnel's own packets go
         watch.look(found)
         if watch.carrier.open:
             await watch.carrier.settle()
@@ -94,6 +99,8 @@ async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, se
         if watch.on:
             # A round may be over in milliseconds; programs behind the tunnel get a moment to show what they do.
             await asyncio.sleep(max(0.0, started + LISTEN - clock.boottime()))
+            if watch.undecided:
+                await watch.carrier.settle()
             paths = Paths(kernel, found)
             seen = replace(seen, escapes=watch.escapes(paths, seen.canaries))
             seen = await with_neighbors(seen, eyes, paths)

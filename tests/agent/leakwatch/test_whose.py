@@ -139,6 +139,26 @@ async def test_users_that_are_declared(words: str, leak: int) -> None:
     assert seen["to"] == [f"203.0.113.{leak}"]
 
 
+BOUND_TCP = """
+import os
+def connect(uid, to):
+    os.setegid(0); os.seteuid(uid)
+    made = socket.socket(socket.AF_INET, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+    os.seteuid(0)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
+    made.connect_ex((to, 443))
+    return made
+a, b = connect(993, "203.0.113.1"), connect(997, "203.0.113.2")
+await until(lambda: acted)
+"""
+
+
+async def test_a_users_connection_that_is_bound_to_a_device_is_that_users() -> None:
+    """The kernel finds such a socket by its device alone."""
+    seen = await as_root("ip rule add pref 900 table 42", BOUND_TCP, meant="user 993")
+    assert seen["to"] == ["203.0.113.2"]
+
+
 async def test_declared_ports_and_ways_out() -> None:
     seen = await told(
         "ip rule add pref 900 table 42",

@@ -1,6 +1,7 @@
 """Whose packet it is, where that decides: users that rules or the owner let out, or for whom alone the tunnel is."""
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Protocol
 
 from vpn_sentinel.agent.endpoints import TCP
@@ -13,8 +14,10 @@ from vpn_sentinel.domain.policy import IPAddress
 
 
 class Owners(Protocol):
-    def of(self, protocol: int, source: IPAddress, port: int, far: IPAddress, far_port: int) -> Socket | None:
-        """The socket that sends so, None when it is gone. Raises OSError."""
+    def of(
+        self, protocol: int, source: IPAddress, port: int, far: IPAddress, far_port: int, devices: Iterable[int] = ()
+    ) -> Socket | None:
+        """The socket that sends so, one that is bound to one of `devices` too; None when it is gone. Raises OSError."""
         ...
 
 
@@ -25,11 +28,12 @@ class Users:
         self._owners = owners
         self._declared = declared
         self._senders = Senders()
+        self._devices: tuple[int, ...] = ()
         self._known: OrderedDict[Flow, int] = OrderedDict()
 
-    def learn(self, senders: Senders) -> None:
-        """What the routing rules say now."""
-        self._senders = senders
+    def learn(self, senders: Senders, devices: Iterable[int]) -> None:
+        """What the routing rules say now, and the indices of the devices that packets come up from."""
+        self._senders, self._devices = senders, tuple(devices)
 
     def belongs(self, packet: Packet) -> bool:
         """Whether what sent the packet should have gone through the tunnel.
@@ -62,7 +66,7 @@ class Users:
             return None
         flow = packet.protocol, packet.source, packet.source_port, packet.destination, packet.destination_port
         try:
-            found = self._owners.of(*flow)
+            found = self._owners.of(*flow, self._devices)
         except OSError:
             return None
         if found is None or (found.inode == 0 and packet.protocol == TCP):

@@ -169,6 +169,11 @@ class LeakWatch:
         return tuple(dict.fromkeys((*(e.address for e in ends), *((server,) if server else ()))))
 
     @property
+    def undecided(self) -> bool:
+        """Whether packets wait until it is tried where the tunnel's own go."""
+        return bool(self._held)
+
+    @property
     def neighbors(self) -> tuple[Neighbor, ...]:
         """Nameservers of the LAN that were seen to be asked beside the tunnel."""
         return self._neighbors.known
@@ -242,7 +247,7 @@ class LeakWatch:
             self._close_taps(())
             return
         wanted = {i.index: i.name for i in self._ground.interfaces if i.name not in self._declared.interfaces}
-        self._users.learn(self._ground.senders)
+        self._users.learn(self._ground.senders, (i.index for i in self._ground.interfaces))
         self._flows.look(self._looked)
         self._close_taps(index for index, name in wanted.items() if self._hears(index, name))
         self._deaf = {index: why for index, why in self._deaf.items() if index in wanted}

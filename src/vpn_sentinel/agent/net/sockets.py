@@ -7,6 +7,7 @@ A question costs about 30 microseconds; the kernel looks by local port, so that 
 import errno
 import socket
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Final
@@ -87,13 +88,20 @@ class Sockets:
         )
         return frozenset(s.port for s in found if not s.near.is_loopback)
 
-    def of(self, protocol: int, source: IPAddress, port: int, far: IPAddress, far_port: int) -> Socket | None:
+    def of(
+        self, protocol: int, source: IPAddress, port: int, far: IPAddress, far_port: int, devices: Iterable[int] = ()
+    ) -> Socket | None:
         """Who sends from `source` and `port` to `far`: the connected socket, else the unconnected one of UDP.
 
-        None when it is gone already, or when sockets of different users may be meant. Raises OSError.
+        One of TCP that is bound to a device is found by the index of that device alone, among `devices`. None when it
+        is gone already, or when sockets of different users may be meant. Raises OSError.
         """
         if protocol == socket.IPPROTO_TCP:
-            return self._exact(source, port, far, far_port)
+            first = self._exact(source, port, far, far_port)
+            if first is not None and not first.listens:
+                return first
+            bound = (self._exact(source, port, far, far_port, device) for device in devices)
+            return next((s for s in bound if s is not None and not s.listens), first)
         found = self._on_port(protocol, port, far.version, _ALL_STATES)
         exact = [s for s in found if s.far == far and s.far_port == far_port]
         loose = [s for s in found if s.far is None and (s.near == source or s.near.is_unspecified)]
@@ -144,21 +152,23 @@ class Sockets:
         found = [s for f in families for s in self._ask(f, protocol, states, ends, _REQUEST_DUMP)]
         return [s for s in found if s.port == port]
 
-    def _exact(self, source: IPAddress, port: int, far: IPAddress, far_port: int) -> Socket | None:
+    def _exact(self, source: IPAddress, port: int, far: IPAddress, far_port: int, device: int = 0) -> Socket | None:
         """By the kernel's own look-up, which falls back to the socket that listens."""
         family = socket.AF_INET if far.version == 4 else socket.AF_INET6
         try:
             ends = _ID.pack(port, far_port, source.packed, far.packed)
-            found = self._ask(family, socket.IPPROTO_TCP, _ALL_STATES, ends)
+            found = self._ask(family, socket.IPPROTO_TCP, _ALL_STATES, ends, device=device)
         except OSError as e:
             if e.errno == errno.ENOENT:
                 return None
             raise
         return found[0] if found else None
 
-    def _ask(self, family: int, protocol: int, states: int, ends: bytes, flags: int = _REQUEST) -> list[Socket]:
+    def _ask(
+        self, family: int, protocol: int, states: int, ends: bytes, flags: int = _REQUEST, device: int = 0
+    ) -> list[Socket]:
         self._sequence += 1
-        body = _ASK.pack(family, protocol, 0, states) + ends + _BEHIND.pack(0, _NO_COOKIE, _NO_COOKIE)
+        body = _ASK.pack(family, protocol, 0, states) + ends + _BEHIND.pack(device, _NO_COOKIE, _NO_COOKIE)
         head = _HEADER.pack(_HEADER.size + len(body), _BY_FAMILY, flags, self._sequence, 0)
         self._sock.send(head + body)
         found: list[Socket] = []
