@@ -25,8 +25,12 @@ def lab() -> Iterator[Lab]:
         yield running
 
 
-def said(site: Home) -> tuple[str, set[str]]:
-    found = json.loads(site.run(CHECK, timeout=60).stdout)
+# As in a container of its own: WireGuard cannot be asked there.
+APART = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /run/wireguard && exec "$@"', "sh"]
+
+
+def said(site: Home, *before: str) -> tuple[str, set[str]]:
+    found = json.loads(site.run([*before, *CHECK], timeout=60).stdout)
     return found["state"], {f["code"] for f in found["findings"]}
 
 
@@ -34,6 +38,22 @@ def said(site: Home) -> tuple[str, set[str]]:
 def test_a_healthy_tunnel_leaks_nothing(lab: Lab, name: str) -> None:
     state, codes = said(lab.site(name))
     assert (state, codes) == ("protected", {"killswitch_open"})
+
+
+def test_what_carries_wireguard_is_tried_where_it_cannot_be_asked(lab: Lab) -> None:
+    site = lab.site("wireguardtcp")
+    assert said(site, *APART) == ("protected", {"killswitch_open"})
+    assert site.endpoint is not None
+    stranger = "5.9.10.20"
+    site.run(["ip", "route", "add", stranger, "via", site.router4, "dev", "eth0"], check=True)
+    talking = site.spawn([sys.executable, "-c", TALK, stranger], log="stranger")
+    try:
+        state, codes = said(site, *APART)
+    finally:
+        talking.stop()
+        site.run(["ip", "route", "del", stranger], check=True)
+    assert state == "leaking"
+    assert "split_route" in codes
 
 
 @pytest.mark.parametrize("name", ["openvpn", "openconnect"])

@@ -213,6 +213,8 @@ class Carrier:
         """The host that carries the tunnel, None when nobody can tell."""
         if self.found is not None and self._at is not None:
             return self.found.address
+        if self._told:
+            return None  # its own route alone says nothing of it
         return self._hosts[0] if len(self._hosts) == 1 else None if self._able else self._remembered()
 
     @property
@@ -252,8 +254,8 @@ class Carrier:
     ) -> None:
         """What is there now: the tunnel's device, the hosts that may be its server, the ways beside it.
 
-        `able`: whether packets can be watched. `told`: whether somebody else says which ports of these hosts are the
-        tunnel's. A new device begins anew; where other hosts came, what is known is tried again.
+        `able`: whether packets can be watched. `told`: whether more than a route tells the tunnel's packets, so that
+        what goes there is tried only when it comes up. A new device begins anew; where other hosts came, what is known is tried again.
         """
         self._able = self._able and able
         if tunnel is None:

@@ -104,15 +104,20 @@ class Ground:
         return frozenset(h for h, entry in found if entry and not any(entry.leads_by(d) for d in devices))
 
     def candidates(self, told: Iterable[Endpoint], meant: Iterable[IPAddress]) -> tuple[tuple[IPAddress, ...], bool]:
-        """The hosts on the internet of which one may be the VPN's server, and whether they are those that are told."""
+        """The hosts on the internet of which one may be the VPN's server, and whether more than a route tells of it.
+
+        Where nobody says where the tunnel's packets go, and a mark tells them, they may go through a program of this
+        host all the same (WireGuard in TCP), which sends them on unmarked: only a trial tells.
+        """
         known = tuple(told)
         told_of = {e.address for e in known if self._reaches(e.address)}
-        if not (told_of or self._is_open(known)):
+        if not (told_of or self._is_open(known) or (self.senders.excepted and not known)):
             return (), False
         aside = set(meant)
         found = {h.network_address for h in self.hosts}
         found = found & told_of if told_of else found
-        return tuple(sorted((a for a in found if is_public(a) and a not in aside), key=str)), bool(told_of)
+        hosts = tuple(sorted((a for a in found if is_public(a) and a not in aside), key=str))
+        return hosts, bool(told_of) or not self._is_open(known)
 
     def _is_open(self, told: tuple[Endpoint, ...]) -> bool:
         """Whether each host with a route of its own may be the VPN's."""
