@@ -151,7 +151,7 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
         came_out=surveyor.came_out,
         hurry=lambda: pulse.lossy and cycle.verdict is not None and cycle.verdict.state is State.PROTECTED,
         audit=route_audit(
-            probes, lambda: watch.servers, lambda: (a for host in echoes.hosts for a in names.known(host))
+            probes, lambda: watch.judged_by_route, lambda: (a for host in echoes.hosts for a in names.known(host))
         ),
         canary=lambda: canary_zone.zone,
         neighbors=lambda: () if AS_USER.refused else (dns.on_link(n.address, n.interface) for n in watch.neighbors),

@@ -87,7 +87,7 @@ async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, se
         origins=Origins(clock, services=places.about, names=names),
         watch=watch,
         came_out=around.came_out,
-        audit=route_audit(settings, lambda: watch.servers),
+        audit=route_audit(settings, lambda: watch.judged_by_route),
     )
     try:
         started = clock.boottime()

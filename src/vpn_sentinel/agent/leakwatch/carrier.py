@@ -255,7 +255,8 @@ class Carrier:
         """What is there now: the tunnel's device, the hosts that may be its server, the ways beside it.
 
         `able`: whether packets can be watched. `told`: whether more than a route tells the tunnel's packets, so that
-        what goes there is tried only when it comes up. A new device begins anew; where other hosts came, what is known is tried again.
+        what goes there is tried only when it comes up. A new device begins anew; where other hosts came, what is known
+        is tried again.
         """
         self._able = self._able and able
         if tunnel is None:

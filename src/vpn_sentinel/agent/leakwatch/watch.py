@@ -169,6 +169,14 @@ class LeakWatch:
         return tuple(dict.fromkeys((*(e.address for e in ends), *((server,) if server else ()))))
 
     @property
+    def judged_by_route(self) -> tuple[IPAddress, ...]:
+        """The VPN's servers, where a route to any other single host counts as a leak by itself.
+
+        None where packets are watched: such a route may be another VPN's, and what takes it is told.
+        """
+        return () if self.on else self.servers
+
+    @property
     def undecided(self) -> bool:
         """Whether packets wait until it is tried where the tunnel's own go."""
         return bool(self._held)
