@@ -63,6 +63,10 @@ MARKED = {
         "ip protocol icmp",
         "plain(kind=socket.SOCK_RAW, protocol=1).sendto(bytes.fromhex('0800f7fe00000001'), ('203.0.113.1', 0))",
     ),
+    "a type of service": (
+        "ip dscp ef",
+        "one = plain(); one.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, 0xB8); one.sendto(b'x', ('203.0.113.1', 999))",
+    ),
     "a person": ("meta skuid 1000", "connects('203.0.113.1', uid=1000)"),
     "a person, whose socket is gone": (
         "meta skuid 1000",
@@ -184,8 +188,10 @@ nft("chain led { type nat hook output priority -100; meta skuid != 1500 tcp dpor
 """
 
 
-async def test_what_a_proxy_sends_on_that_takes_everybodys_connections_is_told() -> None:
-    assert await seen(f"{PROXY}{LED}MAKE\nkept = connects('203.0.113.1', uid=1500); await told('203.0.113.1')") == [
+@pytest.mark.parametrize("whose", ["!= 1500", "1000"])
+async def test_what_a_proxy_sends_on_that_takes_everybodys_connections_is_told(whose: str) -> None:
+    led = LED.replace("!= 1500", whose)
+    assert await seen(f"{PROXY}{led}MAKE\nkept = connects('203.0.113.1', uid=1500); await told('203.0.113.1')") == [
         "203.0.113.1"
     ]
 

@@ -20,7 +20,7 @@ class Packet:
     """`size` is the IP packet's, in bytes. `kind` is ICMP's type, `flags` TCP's, `payload` what is behind the header
     of UDP or TCP.
 
-    `fragment` is a later piece of a packet, without ports of its own.
+    `fragment` is a later piece of a packet, without ports of its own. `tos` is the type of service, or traffic class.
     """
 
     protocol: int
@@ -33,6 +33,7 @@ class Packet:
     flags: int = 0
     fragment: bool = False
     hops: int = 64
+    tos: int = 0
     name: str | None = None
     payload: bytes = b""
     payload_size: int = 0
@@ -54,20 +55,22 @@ def decode(ethertype: int, data: bytes) -> Packet | None:
         size, fragment = struct.unpack_from("!H", data, 2)[0], struct.unpack_from("!H", data, 6)[0] & 0x1FFF
         return _transport(
             data, (data[0] & 0xF) * 4, data[9], (IPv4Address(data[12:16]), IPv4Address(data[16:20])),
-            size or len(data), hops=data[8], later=fragment > 0,
+            size or len(data), hops=data[8], later=fragment > 0, tos=data[1],
         )  # fmt: skip
     if ethertype == IPV6 and len(data) >= 40 and data[0] >> 4 == 6:
         size = 40 + struct.unpack_from("!H", data, 4)[0]
         ends = IPv6Address(data[8:24]), IPv6Address(data[24:40])
-        return _transport(data, 40, data[6], ends, size, hops=data[7], later=data[6] == _FRAGMENT)
+        tos = struct.unpack_from("!H", data)[0] >> 4 & 0xFF
+        return _transport(data, 40, data[6], ends, size, hops=data[7], later=data[6] == _FRAGMENT, tos=tos)
     return None
 
 
 def _transport(
-    data: bytes, start: int, protocol: int, ends: tuple[IPAddress, IPAddress], size: int, *, hops: int, later: bool
-) -> Packet:
-    source, destination = ends
-    bare = Packet(protocol=protocol, source=source, destination=destination, size=size, hops=hops, fragment=later)
+    data: bytes, start: int, protocol: int, ends: tuple[IPAddress, IPAddress], size: int, *, hops: int, later: bool,
+    tos: int,
+) -> Packet:  # fmt: skip
+    source, to = ends
+    bare = Packet(protocol=protocol, source=source, destination=to, size=size, hops=hops, fragment=later, tos=tos)
     rest = data[start:]
     if later:
         return bare

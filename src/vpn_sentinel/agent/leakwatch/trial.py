@@ -1,9 +1,9 @@
 """Whether what lets a packet out lets everybody's out: tried with a packet of our own to the same end.
 
-It comes from an ordinary socket without a mark, of this process's user and of the sender's where that is a person, and
-has one hop to live. If it leaves with the mark that a rule leads past the tunnel, this host's firewall put it there. If
-the connection comes about nevertheless, a program of this host took it (REDIRECT, iptables-extensions(8)), and what
-that program's user sends on is everybody's.
+It comes from an ordinary socket without a mark, with the same type of service, of this process's user and of the
+sender's where that is a person, and has one hop to live. If it leaves with the mark that a rule leads past the tunnel,
+this host's firewall put it there. If the connection comes about nevertheless, a program of this host took it (REDIRECT,
+iptables-extensions(8)), and what that program's user sends on is everybody's.
 
 A firewall may mark by what a packet of ours has not: a system user, a control group, a source port. So VPN programs are
 excepted, and nothing is told then.
@@ -91,7 +91,7 @@ class Trials:
             if len(held) < _HELD:
                 held.append((packet, interface))
         elif len(self._running) < MOST:
-            users = {os.geteuid()} if self._proxies else _users(uid)
+            users = {os.geteuid(), FIRST_PERSON} if self._proxies else _users(uid)
             probes = [p for u in users if (p := _send(packet, u)) is not None]
             timer = asyncio.get_running_loop().call_later(PATIENCE_S, self._ends, key)
             self._running[key] = _Trial(timer, probes, _end(left or packet), [(packet, interface)])
@@ -182,8 +182,10 @@ def _send(packet: Packet, uid: int) -> socket.socket | None:
             return None
         if six:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS, 1)
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_TCLASS, packet.tos)
         else:
             sock.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, 1)
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, packet.tos)
         if packet.protocol == TCP:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
             sock.connect_ex(to)
