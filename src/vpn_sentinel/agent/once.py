@@ -95,10 +95,14 @@ async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, se
         watch.look(found)
         if watch.carrier.open:
             await watch.carrier.settle()
-        seen = await rounds.look(eyes, Trigger.START, policy)
+        async with asyncio.TaskGroup() as group:
+            trying = group.create_task(watch.carrier.run())  # packets that are in doubt wait for it, and not many can
+            seen = await rounds.look(eyes, Trigger.START, policy)
+            if watch.on:
+                # A round may be over in milliseconds; programs behind the tunnel get a moment to show what they do.
+                await asyncio.sleep(max(0.0, started + LISTEN - clock.boottime()))
+            trying.cancel()
         if watch.on:
-            # A round may be over in milliseconds; programs behind the tunnel get a moment to show what they do.
-            await asyncio.sleep(max(0.0, started + LISTEN - clock.boottime()))
             if watch.undecided:
                 await watch.carrier.settle()
             paths = Paths(kernel, found)
