@@ -20,7 +20,8 @@ pytestmark = pytest.mark.acceptance
 PORT = 40009
 # What does not depend on the kind of tunnel is shown once.
 ONE_KIND = pytest.mark.parametrize("stand", ["wireguard"], indirect=True, scope="module")
-LIMIT = 0.1  # seconds from the first packet that leaked to the last
+# Seconds from the first packet that leaked to the last: milliseconds, or 0.2 s more where routes are changing still.
+LIMIT = 0.5
 SENDER = """
 import socket, sys, time
 sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
