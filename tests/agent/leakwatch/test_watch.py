@@ -17,7 +17,7 @@ from tests.conftest import ManualClock, until
 ALONE = ["unshare", "--user", "--net", "--map-root-user", sys.executable, "-c"]
 ALL_USERS = ["unshare", "--net", sys.executable, "-c"]
 SHARED = f"""
-import asyncio, json, socket, subprocess, sys
+import asyncio, json, socket, subprocess, sys, time
 from collections.abc import Callable
 from functools import partial
 from ipaddress import ip_network
@@ -38,6 +38,8 @@ for line in ("link set lo up", "link add eth0 type veth peer name far", "link se
              "route add default via 192.168.7.1"):
     subprocess.run(["ip", *line.split()], check=True)
 kernel, clock, acted, told, told_at, came, asked = Netlink(), ManualClock(), [], [], [], [], []
+
+clock.wall = time.time  # packets have the kernel's time
 
 def around():
     return survey(kernel, configured="wg0")

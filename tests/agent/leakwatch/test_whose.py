@@ -88,6 +88,17 @@ async def test_a_rule_that_comes_between_two_looks_is_known_before_its_packet_is
     assert seen["to"] == ["203.0.113.99"]
 
 
+async def test_a_marked_packet_that_is_read_after_its_rule_is_none() -> None:
+    """It left by the rule, before the watch had a filter that tells its mark: the news of the rule are read first."""
+    seen = await told(
+        "ip rule add pref 900 table 42",
+        "sh('ip rule add pref 500 fwmark 0x80000/0xff0000 lookup main')\n"
+        "send('203.0.113.1', 3478, by=udp(mark=0x80000)); kernel.changed(); watch.look(around())\n"
+        "await until(lambda: '203.0.113.1' in came); send('203.0.113.2', 3478, by=udp()); await asyncio.sleep(0.4)",
+    )
+    assert seen["to"] == ["203.0.113.2", "203.0.113.99"]
+
+
 async def test_what_a_rule_selects_by_destination_alone_stays_a_leak() -> None:
     rules = "ip rule add pref 500 to 203.0.113.1 lookup main\n"
     rules += "ip rule add pref 501 ipproto udp dport 3478 lookup main\nip rule add pref 900 table 42"

@@ -128,7 +128,8 @@ class LeakWatch:
         self._looked = float("-inf")
         self._rest = LOOK
         self._turned = float("-inf")  # when what may leave changed
-        self._unsure: list[tuple[Packet, str]] = []
+        self._marked = float("-inf")  # when the filter that knows of the last new mark was set, by the packets' clock
+        self._unsure: list[tuple[Packet, str, float]] = []  # with when it passed
         self._again: asyncio.TimerHandle | None = None
         self._told_at = float("-inf")
         self._timer: asyncio.TimerHandle | None = None
@@ -369,11 +370,14 @@ class LeakWatch:
             return
         if self._rules != Rules():  # else it is the first look: nothing turned
             self._turned = self._clock.boottime()
+        new_mark = set(rules.marks) - set(self._rules.marks)
         self._rules = rules
         try:
             made = bpf.program(self._rules)
             for tap in self._taps.values():
                 tap.filter(made)
+            if new_mark and self._taps:
+                self._marked = self._clock.wall()
             made = bpf.inbound(rules)
             for tap in self._inbound.values():
                 tap.filter(made)
@@ -401,41 +405,36 @@ class LeakWatch:
         looks = now - self._looked > self._rest and not self._book.has(packet)
         if looks and self._is_excused(packet):
             return
+        if passed <= self._marked:
+            return  # a rule for a mark came after it: whether it has the mark, only the kernel knew
         if not self._users.belongs(packet):
             self._exempt.led_out(packet, interface, self._users.led_out(packet))
             return
         self._flows.begins(packet, now)
         if not looks and now - self._turned <= LOOK and not self._book.has(packet) and len(self._unsure) < _HELD:
             # Where one thing changed, more is changing: what came between two looks waits for the second one.
-            self._unsure.append((packet, interface))
+            self._unsure.append((packet, interface, passed))
             if self._again is None:
-                self._again = asyncio.get_running_loop().call_later(LOOK, self._judge_unsure, self._rules.marks)
+                self._again = asyncio.get_running_loop().call_later(LOOK, self._judge_unsure)
             return
         self._judge(packet, interface, now)
 
     def _is_excused(self, packet: Packet) -> bool:
-        """Look anew: whether the packet may leave by what is there now.
-
-        Where a rule for a mark came in this moment, only the kernel knew whether the packet has it.
-        """
-        before = self._rules.marks
+        """Look anew: whether the packet may leave by what is there now."""
         began = self._clock.boottime()
         self._stand_on(self._survey())
         self._rest = min(max(LOOK, LOOKS * (self._clock.boottime() - began)), LONGEST)
-        return self._is_let_out(packet) or bool(set(self._rules.marks) - set(before))
+        return self._is_let_out(packet)
 
     def _is_let_out(self, packet: Packet) -> bool:
         return self._rules.allow(packet) or (self._is_ours(packet) and not self._is_led_away(packet))
 
-    def _judge_unsure(self, marks: tuple[tuple[int, int], ...]) -> None:
-        """`marks` are those that were known when the first of these packets left."""
+    def _judge_unsure(self) -> None:
         self._again = None
         unsure, self._unsure = self._unsure, []
         self._stand_on(self._survey())
-        if set(self._rules.marks) - set(marks):
-            return
-        for packet, interface in unsure:
-            if not self._is_let_out(packet):
+        for packet, interface, passed in unsure:
+            if passed > self._marked and not self._is_let_out(packet):
                 self._judge(packet, interface, self._clock.boottime())
 
     def _judge(self, packet: Packet, interface: str, now: float) -> None:
