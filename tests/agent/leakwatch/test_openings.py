@@ -71,6 +71,7 @@ refuse(Answer.BLOCKED)
 for own in range(20):
     go("203.0.113.9", 0x02, own=5000 + own)
 await come(21)
+await until(lambda: len(acted) > 1)
 say(first=first, many=[str(e.destination) for e in acted])
 """
     )

@@ -66,6 +66,7 @@ def make(endpoints=("198.51.100.7:51820",), allowed=(), meant="", wanted=True, r
         on_neighbor=lambda neighbor: asked.append(f"{neighbor.address}%{neighbor.interface}"),
     )
     found.look(around())
+    clock.now += 1.0  # that look is over
     return found
 
 sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)

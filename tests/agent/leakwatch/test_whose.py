@@ -88,6 +88,26 @@ async def test_a_rule_that_comes_between_two_looks_is_known_before_its_packet_is
     assert seen["to"] == ["203.0.113.99"]
 
 
+async def test_a_rule_that_comes_right_after_a_look_is_known_before_its_packet_is_told() -> None:
+    """The look found nothing new, and the news of the rule come after the packet."""
+    seen = await told(
+        "ip rule add pref 900 table 42",
+        "watch.look(around()); sh('ip rule add pref 500 fwmark 0x80000/0xff0000 lookup main')\n"
+        "send('203.0.113.1', 3478, by=udp(mark=0x80000)); kernel.changed(); await asyncio.sleep(0.4)",
+    )
+    assert seen["to"] == ["203.0.113.99"]
+
+
+async def test_a_users_rule_that_comes_right_after_a_look_is_known_before_its_packet_is_told() -> None:
+    seen = await as_root(
+        "ip rule add pref 900 table 42",
+        "a, b = udp(uid=993), udp(uid=997)\n"
+        "watch.look(around()); sh('ip rule add pref 500 uidrange 990-995 lookup main'); kernel.changed()\n"
+        "send('203.0.113.1', by=a); send('203.0.113.2', by=b); await until(lambda: acted)",
+    )
+    assert seen["to"] == ["203.0.113.2"]
+
+
 async def test_a_marked_packet_that_is_read_after_its_rule_is_none() -> None:
     """It left by the rule, before the watch had a filter that tells its mark: the news of the rule are read first."""
     seen = await told(

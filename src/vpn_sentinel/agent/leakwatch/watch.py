@@ -44,6 +44,7 @@ log = logging.getLogger(__name__)
 
 AGAIN: Final = 1.0  # seconds between two tellings while it leaks
 LOOK: Final = 0.2  # seconds that a look at routes and endpoints holds for further doubts, at least
+CHEAP: Final = 1.0  # seconds: where a look holds no longer, the next one comes soon whatever happened
 LOOKS, LONGEST = 20, 10.0  # times as long as it took, and seconds at most: full tables take a while
 DOUBTS: Final = 4 * BATCH  # packets without a word to say about them, until the next look
 CONTROL_S: Final = 60.0  # seconds after its last packet that a control channel may be opened anew
@@ -411,13 +412,19 @@ class LeakWatch:
             self._exempt.led_out(packet, interface, self._users.led_out(packet))
             return
         self._flows.begins(packet, now)
-        if not looks and now - self._turned <= LOOK and not self._book.has(packet) and len(self._unsure) < _HELD:
-            # Where one thing changed, more is changing: what came between two looks waits for the second one.
-            self._unsure.append((packet, interface, passed))
-            if self._again is None:
-                self._again = asyncio.get_running_loop().call_later(LOOK, self._judge_unsure)
+        if self._is_put_off(packet, interface, now):
             return
-        self._judge(packet, interface, now)
+        if looks or self._book.has(packet) or len(self._unsure) == _HELD or not self._looks_soon(now):
+            self._leaked(packet, interface, now)
+            return
+        # What let it out may have come after the last look: it waits for the next one.
+        self._unsure.append((packet, interface, passed))
+        if self._again is None:
+            self._again = asyncio.get_running_loop().call_later(LOOK, self._judge_unsure)
+
+    def _looks_soon(self, now: float) -> bool:
+        """Whether one look follows another: where they are cheap, or one thing has changed, as more may."""
+        return self._rest <= CHEAP or now - self._turned <= LOOK
 
     def _is_excused(self, packet: Packet) -> bool:
         """Look anew: whether the packet may leave by what is there now."""
@@ -434,19 +441,18 @@ class LeakWatch:
         unsure, self._unsure = self._unsure, []
         self._stand_on(self._survey())
         for packet, interface, passed in unsure:
-            if passed > self._marked and not self._is_let_out(packet):
-                self._judge(packet, interface, self._clock.boottime())
+            if passed > self._marked and self._users.belongs(packet):
+                self._is_no_vpns(packet, interface)
 
-    def _judge(self, packet: Packet, interface: str, now: float) -> None:
-        """What is known of it is that nothing lets it out."""
+    def _is_put_off(self, packet: Packet, interface: str, now: float) -> bool:
+        """Of a packet that nothing lets out: whether it tells nothing, or something has to be tried first."""
         if not self._judges:
             self._doubts += 1
             if self._doubts > DOUBTS:
                 self._close_taps(())  # until the next look: nothing is to be learned here, and watching costs
-            return
+            return True
         refused = packet.destination.version in self._killed
-        if not (self._waits(packet, interface, now) or self._openings.waits(packet, interface, begin=refused)):
-            self._leaked(packet, interface, now)
+        return self._waits(packet, interface, now) or self._openings.waits(packet, interface, begin=refused)
 
     def _is_to_a_neighbor(self, packet: Packet) -> bool:
         to = packet.destination
