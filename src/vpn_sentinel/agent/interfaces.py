@@ -1,8 +1,9 @@
 """The network devices here at one moment, the role of each, and which kind of way a packet would take."""
 
+import logging
 import os
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 from vpn_sentinel.agent.net.fib import Fib, Sender
@@ -14,7 +15,8 @@ from vpn_sentinel.domain.observation import Link, Path
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork
 
 __all__ = ["INTERNET", "Memory", "Paths", "Survey", "Surveyor", "is_up", "recalled", "survey"]
-_TUNNEL, _UPLINKS, _USER = "tunnel_device", "uplinks", "tunnel_user"  # facts of a memory
+_TUNNEL, _UPLINKS, _USER, _WORD = "tunnel_device", "uplinks", "tunnel_user", "tunnel_named"  # facts of a memory
+log = logging.getLogger(__name__)
 _USERS: Final = 8  # users of rules that are tried
 _MOST: Final = 256  # interfaces named in one observation: what the wire takes
 
@@ -25,7 +27,8 @@ class Survey:
 
     `interfaces` is None when the kernel could not be asked. `uplinks` are the ways out beside the tunnel that packets
     can be sent by, the usual one first; `beside` are all devices by which packets could leave beside it: see
-    `net.roles`. `carries` says whether the tunnel carries anything, `declared` that only the owner calls it one.
+    `net.roles`. `carries` says whether the tunnel carries anything, `declared` that only the owner calls it one,
+    `misnamed` is the way out beneath the tunnel that the owner names in its place.
     `user` is whom the tunnel is for, when it is for one alone. `natted` are devices whose public IPv4 addresses are not
     the internet's: see `net.local`.
     """
@@ -36,6 +39,7 @@ class Survey:
     beside: tuple[Interface, ...] = ()
     carries: bool = False
     declared: bool = False
+    misnamed: str | None = None
     fib: Fib | None = None
     user: int | None = None
     natted: frozenset[str] = frozenset()
@@ -132,6 +136,7 @@ class Surveyor:
         self._memory = memory if memory is not None else Recollection()
         self._decided: tuple[object, tuple[Roles, int | None]] | None = None
         self._outside: dict[str, frozenset[IPNetwork]] = {}
+        self._over: str | None = None  # the tunnel that was said to be meant, where its uplink is named
 
     def look(self) -> Survey:
         """Raises nothing: a kernel that cannot be asked makes a survey that knows nothing."""
@@ -142,9 +147,20 @@ class Surveyor:
             interfaces, fib = self._kernel.interfaces(), self._kernel.fib()
         except OSError:
             return Survey(tunnel=self._configured or known.tunnel, user=self._only)
+        if self._configured is not None and self._memory.fact(_WORD) != self._configured:
+            # A new word of the owner's: what was the tunnel before it does not speak against it.
+            self._memory.keep(_WORD, self._configured)
+            known = replace(known, tunnel=None)
         found, user = self._roles(interfaces, fib, known)
         if found.tunnel is not None:
             self._memory.keep(_TUNNEL, found.tunnel)
+        if found.misnamed and found.tunnel != self._over:
+            self._over = found.tunnel
+            log.warning(
+                "VPN_SENTINEL_TUNNEL_INTERFACE names the way out beneath a tunnel, and that tunnel is watched: name "
+                "it, or unset this",
+                extra={"named": self._configured, "tunnel": found.tunnel},
+            )
         if found.carries:
             self._memory.keep(_USER, "" if user is None else str(user))
             self._memory.keep(_UPLINKS, ",".join(i.name for i in found.uplinks))
@@ -155,6 +171,7 @@ class Surveyor:
             beside=found.beside,
             carries=found.carries,
             declared=found.declared,
+            misnamed=self._configured if found.misnamed else None,
             fib=fib,
             user=user,
             natted=natted(found.beside, self._outside),

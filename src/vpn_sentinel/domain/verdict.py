@@ -124,7 +124,7 @@ MEANING: Final[Mapping[Code, Meaning]] = {
     Code.DNS_DOWN: Meaning(
         State.DEGRADED,
         _WARNING,
-        "The tunnel carries traffic, but names are not found, or late: check /etc/resolv.conf and its nameservers.",
+        "Answers come from the internet, but names are not found, or late: check /etc/resolv.conf and its nameservers.",
     ),
     Code.MTU_BLACKHOLE: Meaning(
         State.DEGRADED, _WARNING, "Lower the MTU of the tunnel's interface to the size that passes."

@@ -110,6 +110,9 @@ CASES: dict[str, tuple[Check | Sequence[Check], list[State], str]] = {
     "no netlink": (network.about_interfaces(Survey(), None), [GAP], "AF_NETLINK"),
     "a tunnel": (network.about_interfaces(SURVEY, None), [OK, OK], "wg0, kind wireguard: it carries the way"),
     "a tunnel by its setting": (network.about_interfaces(SURVEY, "wg0"), [OK, OK], "as configured"),
+    "a setting that names the way out": (
+        network.about_interfaces(replace(SURVEY, misnamed="eth0"), "eth0"), [GAP, OK], "names eth0, the way out",
+    ),
     "no tunnel": (
         network.about_interfaces(Survey(interfaces=(LO, ETH), uplinks=(ETH,)), None),
         [GAP, OK],

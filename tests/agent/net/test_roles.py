@@ -12,7 +12,7 @@ import pytest
 
 from tests.agent.net.test_fib import ip
 from vpn_sentinel.agent.equipment import marks_lead_out
-from vpn_sentinel.agent.interfaces import Paths, Survey, survey
+from vpn_sentinel.agent.interfaces import Paths, Recollection, Survey, Surveyor, survey
 from vpn_sentinel.agent.net.roles import Remembered
 from vpn_sentinel.agent.netlink import Netlink
 from vpn_sentinel.agent.probes.dns import Nameserver, path_to
@@ -261,6 +261,71 @@ def test_an_owners_word_for_what_nothing_else_shows_is_marked(
         assert link.declared is declared
     finally:
         kernel.close()
+
+
+@pytest.mark.parametrize(
+    ("setup", "named", "tunnel"),
+    [
+        (LAN + GATEWAY + WG_QUICK.format("wg0"), "eth0", "wg0"),
+        (LAN + GATEWAY + OPENVPN.format("tun0", "tun"), "eth0", "tun0"),
+        (LAN + OPENCONNECT, "eth0", "tun0"),
+        (ROOTLESS + WG_QUICK.format("wg0"), "tap0", "wg0"),
+        (LAN + GATEWAY, "eth0", "eth0"),  # the VPN is the router's
+        (LAN + GATEWAY + WG_QUICK.format("wg0"), "wg0", "wg0"),
+        # A corporate VPN that leads to its own networks speaks against nothing, nor does one that is switched off.
+        (
+            LAN + GATEWAY + "\ntuntap add tun5 mode tun\nlink set tun5 up\nroute add 10.66.0.0/16 dev tun5\n",
+            "eth0",
+            "eth0",
+        ),
+        (LAN + SECOND + GATEWAY + WG_QUICK.format("wg0"), "eth1", "eth1"),  # no way to the internet, so not wg0's
+    ],
+)
+def test_a_word_that_names_the_uplink_means_the_tunnel_above_it(
+    namespace: None, setup: str, named: str, tunnel: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    ip(setup)
+    kernel = Netlink()
+    try:
+        surveyor = Surveyor(kernel, configured=named)
+        found = surveyor.look()
+        surveyor.look()
+    finally:
+        kernel.close()
+    assert (found.tunnel, found.misnamed) == (tunnel, None if tunnel == named else named)
+    assert len(caplog.records) == (tunnel != named)  # said once
+
+
+def test_the_tunnel_above_a_named_uplink_is_missed_when_it_goes(namespace: None) -> None:
+    """Its traffic goes home then, and the word is not what makes that a tunnel."""
+    ip(LAN + GATEWAY + WG_QUICK.format("wg0"))
+    kernel = Netlink()
+    memory = Recollection()
+    try:
+        Surveyor(kernel, configured="eth0", memory=memory).look()
+        ip("link del wg0")
+        after_a_restart = Surveyor(kernel, configured="eth0", memory=memory).look_anew()
+    finally:
+        kernel.close()
+    link = after_a_restart.link()
+    assert link is not None
+    assert (link.name, link.present) == ("wg0", False)
+    assert [i.name for i in after_a_restart.uplinks] == ["eth0"]
+
+
+def test_a_new_word_is_believed_over_the_memory_of_another_set_up(namespace: None) -> None:
+    """The VPN moved to the router, and the owner says so: the tunnel that was here before is not missed."""
+    ip(LAN + GATEWAY + WG_QUICK.format("wg0"))
+    kernel = Netlink()
+    memory = Recollection()
+    try:
+        Surveyor(kernel, memory=memory).look()
+        ip("link del wg0")
+        surveyor = Surveyor(kernel, configured="eth0", memory=memory)
+        found = [surveyor.look_anew().link(), surveyor.look_anew().link()]
+    finally:
+        kernel.close()
+    assert [link and (link.name, link.present, link.declared) for link in found] == [("eth0", True, True)] * 2
 
 
 BRIDGE = """

@@ -54,6 +54,11 @@ def _tunnel(survey: Survey, configured: str | None, every: str) -> Check:
     if not is_up(link):
         return gap("tunnel", f"{link.name} ({why}) is switched off", "the tunnel counts as down.", "start the VPN")
     kind = f", kind {link.kind}" if link.kind else ""
+    if survey.misnamed is not None:
+        says = f"{_NAME} names {survey.misnamed}, the way out beneath {link.name}{kind}"
+        return gap(
+            "tunnel", says, f"{link.name} is watched, whatever the setting says.", f"name {link.name}, or unset it"
+        )
     return ok("tunnel", f"{link.name}{kind}: {why}")
 
 

@@ -54,7 +54,8 @@ class Roles:
 
     `uplinks` are the ways out beside it that packets can be sent by, the usual one first. `beside` are all devices
     that a packet could leave by which the tunnel should carry. `carries` says whether the tunnel carries anything now,
-    `declared` that nothing but the owner's word shows that it is one.
+    `declared` that nothing but the owner's word shows that it is one, `misnamed` that the owner names a way out
+    beneath it in its place.
     """
 
     tunnel: str | None = None
@@ -62,6 +63,7 @@ class Roles:
     beside: tuple[Interface, ...] = ()
     carries: bool = False
     declared: bool = False
+    misnamed: bool = False
 
 
 def claimed_by_program(name: str) -> bool:
@@ -78,7 +80,8 @@ def roles(
     claimed: Callable[[str], bool] = claimed_by_program,
     uid: int | None = None,
 ) -> Roles:
-    """Decide. `configured` is the owner's word and wins; `uid` is the user whose packets count, this process's usually.
+    """Decide. `configured` is the owner's word and wins, unless it names what the tunnel itself stands on; `uid` is the
+    user whose packets count, this process's usually.
 
     Of the devices that carry packets to the internet now, the tunnel is the one that is remembered as such; else one
     whose outer packets are seen to be excepted; else the one that is remembered stays it, so that its absence is seen.
@@ -87,6 +90,9 @@ def roles(
     sender = Sender(uid=os.geteuid() if uid is None else uid)
     look = _Look(interfaces, fib, sender, claimed, known.uplinks)
     if configured is not None:
+        above = look.above(configured, known)
+        if above is not None:
+            return replace(look.roles(above), misnamed=True)
         return replace(look.roles(configured), declared=not look.may_stay(configured))
     if known.tunnel in look.carriers and look.may_stay(known.tunnel):
         tunnel: str | None = known.tunnel
@@ -125,6 +131,22 @@ class _Look:
         """Whether what is called the tunnel can be it: a memory or a word alone proves nothing for a usual uplink."""
         found = self._named.get(name or "")
         return found is not None and (is_layer3_tunnel(found) or self.is_tunnel(found.name))
+
+    def above(self, name: str, known: Remembered) -> str | None:
+        """The tunnel that stands on this device, or that is remembered to have stood on it; None for what may be one.
+
+        Who names the uplink means the tunnel of a router, or is mistaken: a tunnel here that takes the packets to the
+        internet, and whose own packets leave here, tells.
+        """
+        found = self._named.get(name)
+        if found is None or self.may_stay(name):
+            return None
+        for other in self.candidates if name not in self.candidates else ():
+            left = self._fib.without(self._named[other].index)
+            takes_over = any(public_share(left, v, self._sender).get(found.index, 0.0) >= _LEAST_SHARE for v in (4, 6))
+            if self.is_tunnel(other) and (takes_over or self._takes_a_host_of(self._named[other], found)):
+                return other
+        return known.tunnel if name in known.uplinks and known.tunnel != name else None
 
     def is_tunnel(self, name: str) -> bool:
         """Whether something shows that this device is a tunnel: its program, or an exception for its outer packets."""
