@@ -264,7 +264,7 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
         stack.callback(server.close)
         await witnesses.look(look_around())  # before a packet is doubted: where the tunnel's own packets go
         log.info("agent started", extra={"client_id": settings.client_id, "version": __version__})
-        works = (cycle, pulse, path_mtu, courier, resolver_watch, witnesses, reactions, watch.carrier)
+        works = (cycle, pulse, path_mtu, courier, resolver_watch, witnesses, reactions, watch.carrier, watch.others)
         tasks = [group.create_task(work.run()) for work in works]
         tasks.append(group.create_task(echoes.seek()))
         await stop.wait()

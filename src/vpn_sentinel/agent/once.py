@@ -96,14 +96,17 @@ async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, se
         if watch.carrier.open:
             await watch.carrier.settle()
         async with asyncio.TaskGroup() as group:
-            trying = group.create_task(watch.carrier.run())  # packets that are in doubt wait for it, and not many can
+            # Packets that are in doubt wait for these, and not many can.
+            trying = [group.create_task(work.run()) for work in (watch.carrier, watch.others)]
             seen = await rounds.look(eyes, Trigger.START, policy)
             if watch.on:
                 # A round may be over in milliseconds; programs behind the tunnel get a moment to show what they do.
                 await asyncio.sleep(max(0.0, started + LISTEN - clock.boottime()))
-            trying.cancel()
+            for task in trying:
+                task.cancel()
         if watch.on:
             if watch.undecided:
+                await watch.others.settle()
                 await watch.carrier.settle()
             paths = Paths(kernel, found)
             seen = replace(seen, escapes=watch.escapes(paths, seen.canaries))

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final, Protocol
 
 from vpn_sentinel.agent.endpoints import Endpoint
-from vpn_sentinel.agent.interfaces import INTERNET, Survey
+from vpn_sentinel.agent.interfaces import INTERNET, Survey, is_up
 from vpn_sentinel.agent.leakwatch.rules import Rules
 from vpn_sentinel.agent.leakwatch.senders import Senders, is_mark, marks, senders
 from vpn_sentinel.agent.net.fib import Fib
@@ -63,6 +63,7 @@ class Ground:
     openvpn: bool = True
     senders: Senders = field(default_factory=Senders)
     fib: Fib | None = field(default=None, compare=False, repr=False)
+    lines: tuple[Interface, ...] = ()  # devices with one other end that may be another VPN's
     others: frozenset[int] = frozenset()  # indices of devices that are neither the tunnel nor watched
     tunnel: int | None = None
     routes: _Routes | None = field(default=None, compare=False, repr=False)
@@ -118,6 +119,15 @@ class Ground:
         found = found & told_of if told_of else found
         hosts = tuple(sorted((a for a in found if is_public(a) and a not in aside), key=str))
         return hosts, bool(told_of) or not self._is_open(known)
+
+    def beside(self, servers: Iterable[IPAddress]) -> tuple[tuple[Interface, ...], tuple[IPAddress, ...]]:
+        """Other VPNs' devices, as far as no shape tells their packets, and the hosts of which one may be their server.
+
+        A home line of that kind may be among them: what is sent into it is carried by no packet.
+        """
+        known = set(servers)
+        hosts = {h.network_address for h in self.hosts} - known
+        return self.lines, tuple(sorted((a for a in hosts if is_public(a)), key=str))
 
     def _is_open(self, told: tuple[Endpoint, ...]) -> bool:
         """Whether each host with a route of its own may be the VPN's."""
@@ -193,6 +203,7 @@ def ground(
         tunnel=tunnel.index if tunnel else None,
         routes=routes,
         nested=any(is_layer3_tunnel(i) for i in watched),
+        lines=tuple(i for i in survey.interfaces if _is_line(i) and i.name != survey.tunnel),
         others=frozenset(i.index for i in survey.interfaces if not _is_known(i, survey)),
     )
 
@@ -210,6 +221,11 @@ def _by_routes(sent: Senders, fib: Fib | None, tunnel: Interface) -> bool:
 
 def _is_known(interface: Interface, survey: Survey) -> bool:
     return interface in survey.beside or interface.name == survey.tunnel or bool(interface.flags & IFF_LOOPBACK)
+
+
+def _is_line(interface: Interface) -> bool:
+    """TUN and PPP, switched on; WireGuard is known by its shape."""
+    return bool(interface.flags & IFF_POINTOPOINT) and is_up(interface) and interface.kind not in _WIREGUARD
 
 
 def _is_lan(way: Way, own: list[IPAddress]) -> bool:

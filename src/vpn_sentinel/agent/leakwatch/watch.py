@@ -25,6 +25,7 @@ from vpn_sentinel.agent.leakwatch.inbound import Flows
 from vpn_sentinel.agent.leakwatch.meant import Meant
 from vpn_sentinel.agent.leakwatch.neighbors import Neighbor, Neighbors
 from vpn_sentinel.agent.leakwatch.openings import Openings
+from vpn_sentinel.agent.leakwatch.others import Others
 from vpn_sentinel.agent.leakwatch.packets import Packet, decode
 from vpn_sentinel.agent.leakwatch.rules import Rules, is_dns
 from vpn_sentinel.agent.leakwatch.shapes import Shape, Shapes, is_dtls
@@ -97,6 +98,7 @@ class LeakWatch:
         self.carrier = Carrier(
             memory=memory if memory is not None else Recollection(), now=clock.boottime, changed=self._tried
         )
+        self.others = Others(clock.boottime, self._tried)
         self._held: list[tuple[Packet, str]] = []
         self._control: dict[Endpoint, float] = {}  # where a connection goes that nobody saw begin: when it did last
         self._killed: set[int] = set()  # families of which a kill switch refused a canary lately
@@ -205,7 +207,7 @@ class LeakWatch:
             if not works or escape.destination.version in held:
                 return Way.UNKNOWN
             protocol = PROTOCOLS.get(escape.protocol, 0)
-            if escape.destination in self.servers:
+            if escape.destination in self.servers or escape.destination in self.others.servers:
                 return Way.UNKNOWN  # its route is the tunnel's own, and stays
             path = paths.of(escape.destination, escape.destination_port or 0, protocol)
             if path is Path.TUNNEL and self._is_routed_outside(escape.destination):
@@ -276,6 +278,7 @@ class LeakWatch:
         device = survey.device()
         standing = device is not None and is_up(device) and survey.carries
         self.carrier.look(device if standing else None, hosts, ways, able=not self._refused, told=told)
+        self.others.look(*self._ground.beside(self.servers), ways)
 
     def _tried(self) -> None:
         """Where the tunnel's packets go was tried: what went elsewhere meanwhile is told, or nobody knows."""
@@ -286,6 +289,8 @@ class LeakWatch:
     def _judge_held(self) -> None:
         held, self._held = self._held, []
         for packet, interface in held:
+            if self._rules.allow(packet) or self._waits(packet, interface, self._clock.boottime()):
+                continue
             # A tunnel that stood still in that moment was connecting anew, and this packet may have been the first.
             if self.carrier.steady or packet.destination != self.carrier.server:
                 self._is_no_vpns(packet, interface)
@@ -360,7 +365,7 @@ class LeakWatch:
             self._close_taps(())  # the next look opens anew
 
     def _make_rules(self) -> None:
-        learned = (*self._learned, *self.carrier.endpoints)
+        learned = (*self._learned, *self.carrier.endpoints, *self.others.endpoints)
         server, closed = self.carrier.server, self.carrier.closed
         rules = self._ground.with_endpoints(self._endpoints(), self._meant(), learned, server, closed=closed)
         rules = replace(rules, published=self._declared.published, ports=self._declared.ports)
@@ -480,7 +485,14 @@ class LeakWatch:
         return shape is not Shape.OTHER
 
     def _waits(self, packet: Packet, interface: str, now: float) -> bool:
-        """Whether it is tried first where the tunnel's packets go: its program may have gone on to this one."""
+        """Whether it is tried first where the tunnel's packets go: its program may have gone on to this one.
+
+        Or where another VPN's do.
+        """
+        if self.others.doubts(packet.destination) and len(self._held) < _HELD:
+            self._held.append((packet, interface))
+            self.others.doubt()
+            return True
         if not self.carrier.doubts(packet.destination):
             return False
         known = self._book.has(packet)
