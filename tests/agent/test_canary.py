@@ -257,5 +257,31 @@ async def test_beside_the_tunnel_is_asked_on_the_physical_interface() -> None:
     assert all(c.path is Path.OUTSIDE for c in seen if c.probe is not Probe.DEFAULT)
 
 
+@pytest.mark.parametrize(
+    ("names", "diverted", "beside"),
+    [
+        (["cloudflare"], True, {("cloudflare", None)}),
+        (["cloudflare"], False, {("cloudflare", "203.0.113.1")}),
+        (["cloudflare", "echo"], True, {("cloudflare", "203.0.113.1"), ("echo", "203.0.113.1")}),  # the judge chooses
+    ],
+)
+async def test_who_answers_dns_in_anothers_place_beside_the_tunnel_tells_no_address(
+    names: list[str], diverted: bool, beside: set[tuple[str, str | None]]
+) -> None:
+    lo = FakeKernel().links[0]
+    survey = Survey(interfaces=(lo, WG), tunnel="wg0", uplinks=(lo,))
+    async with (
+        udp(lambda _: b"203.0.113.1") as (port, _),
+        udp(lambda _: b"198.41.0.4" if diverted else None) as (nobody, asked),
+    ):
+        flock = Flock(targets=tuple(here(n, port) for n in names), reserve=(), no_dns=here("no_dns", nobody))
+        seen = await canaries(flock, Paths(FakeKernel(), survey))
+    answered = [c for c in seen if c.probe is Probe.PHYSICAL and c.answer is Answer.ANSWERED]
+    told = {(c.target, c.address and str(c.address)) for c in answered}
+    assert told
+    assert told <= beside  # of two, one may be enough
+    assert bool(asked.got) is (names == ["cloudflare"])
+
+
 async def test_nobody_to_ask_is_nothing_seen() -> None:
     assert await canaries(Flock(targets=(), reserve=()), NO_TUNNEL) == ()

@@ -856,6 +856,12 @@ LEARNT: dict[str, tuple[Observation, list[str]]] = {
     "both families are": (
         saw(EXIT, canary(HOME6, Path.OUTSIDE, Probe.PHYSICAL), beside=HOME), [f"{HOME6}/128", f"{HOME}/32"],
     ),
+    "who answers DNS beside the tunnel in another's place is not home": (
+        saw(EXIT, canary(ISP_RESOLVER, Path.OUTSIDE, Probe.PHYSICAL, "cloudflare"), beside=HOME), [f"{HOME}/32"],
+    ),
+    "by DNS alone it is all that is known": (
+        saw(EXIT, canary(HOME, Path.OUTSIDE, Probe.PHYSICAL, "cloudflare"), beside=None), [f"{HOME}/32"],
+    ),
     "a kill switch shows none": (saw(EXIT), []),
     "no tunnel, nothing learned": (saw(EXIT, beside=HOME, link=None), []),
     "a tunnel that is down teaches nothing": (saw(EXIT, beside=HOME, link=SET_DOWN), []),
@@ -869,6 +875,13 @@ LEARNT: dict[str, tuple[Observation, list[str]]] = {
 @pytest.mark.parametrize(("seen", "learned"), LEARNT.values(), ids=LEARNT.keys())
 def test_learned_home(seen: Observation, learned: list[str]) -> None:
     assert sorted(str(n) for n in learned_home(seen, UNDECLARED).home_networks) == sorted(learned)
+
+
+def test_what_came_out_beside_the_tunnel_is_said_by_who_cannot_be_diverted() -> None:
+    diverted = canary(ISP_RESOLVER, Path.OUTSIDE, Probe.PHYSICAL, "cloudflare")
+    seen = saw(EXIT, diverted, canary(HOME6, Path.OUTSIDE, Probe.PHYSICAL, "cloudflare"), beside=HOME)
+    (finding,) = judge(seen, UNDECLARED).findings
+    assert (finding.code, finding.evidence["address"]) == (Code.KILLSWITCH_OPEN, HOME)
 
 
 def test_a_learned_home_must_not_be_seen_outside() -> None:

@@ -98,7 +98,7 @@ def learned_home(seen: Observation, policy: Policy) -> Policy:
     if seen.link is None or not (seen.link.present and seen.link.up):
         return policy
     through = {c.address for c in seen.asked(Probe.DEFAULT) if c.path is Path.TUNNEL and c.address}
-    beside = {c.address for c in seen.asked(Probe.PHYSICAL) if c.answer is Answer.ANSWERED and c.address}
+    beside = {c.address for c in seen.came_out_beside() if c.address}
     if not through or not beside - through:
         return policy
     return policy.with_home(ip_network(a) for a in sorted(beside - through, key=str))
@@ -187,7 +187,7 @@ def _kill_switch(seen: Observation) -> Iterator[Finding]:
     open_ = [c for c in seen.asked(Probe.PHYSICAL) if c.answer is Answer.ANSWERED]
     hops = [c for c in seen.asked(Probe.FIRST_HOP) if c.answer is Answer.EXPIRED]
     # An answer that names an address says most; the ways out by name say where to close.
-    proof = next((c for c in open_ if c.address), next(iter(open_ or hops), None))
+    proof = min(seen.came_out_beside(), key=lambda c: c.family, default=next(iter(open_ or hops), None))
     if proof is None:
         return
     ways = ", ".join(dict.fromkeys(c.interface for c in (*open_, *hops) if c.interface))

@@ -108,7 +108,7 @@ def _beside_alone(seen: Observation) -> set[IPAddress]:
 
     Routes may call all of it the tunnel's: what a firewall marks takes another way.
     """
-    beside = {c.address for c in seen.asked(Probe.PHYSICAL) if c.answer is Answer.ANSWERED and c.address is not None}
+    beside = {c.address for c in seen.came_out_beside() if c.address is not None}
     through = {c.address for c in seen.asked(Probe.DEFAULT) if c.path is Path.TUNNEL and c.address is not None}
     return {a for a in beside if any(t.version == a.version for t in through - beside)}
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from vpn_sentinel.domain.policy import IPAddress, IPNetwork
+from vpn_sentinel.domain.policy import IPAddress, IPNetwork, is_public
 
 # Canaries by the name of their target that are questions to a nameserver: port 53 may be led elsewhere than the rest.
 ASKED_BY_DNS: Final = frozenset({"cloudflare", "opendns"})
@@ -306,6 +306,20 @@ class Observation:
 
     def places_of(self, address: IPAddress | None) -> tuple[Place, ...]:
         return tuple([p for p in self.places if p.ip == address])
+
+    def came_out_beside(self) -> tuple[Canary, ...]:
+        """The canaries that show where packets sent beside the tunnel come out.
+
+        As for the exit: one that is asked by DNS counts where no other one by the same way tells, since whoever diverts
+        that beside the tunnel, a home router say, answers with another address than the line's.
+        """
+        told = [c for c in self.asked(Probe.PHYSICAL) if c.answer is Answer.ANSWERED and c.address is not None]
+        better = {
+            (c.interface, c.family)
+            for c in told
+            if c.address is not None and is_public(c.address) and c.target not in ASKED_BY_DNS
+        }
+        return tuple(c for c in told if c.target not in ASKED_BY_DNS or (c.interface, c.family) not in better)
 
     def exit(self, family: int) -> IPAddress | None:
         """The address that the far end saw on the default route, None when no canary came back.

@@ -45,7 +45,7 @@ def _no_difference(seen: Observation, policy: Policy) -> Iterator[Finding]:
     for family in (4, 6):
         told = [c for c in seen.canaries if c.family == family and c.answer is Answer.ANSWERED]
         through = {c.address for c in told if c.probe is Probe.DEFAULT and c.address is not None}
-        beside = {c.address for c in told if c.probe is Probe.PHYSICAL and c.address is not None}
+        beside = {c.address for c in seen.came_out_beside() if c.family == family}
         for same in through & beside if through <= beside else ():
             if not policy.is_home(same):
                 yield Finding(
@@ -64,7 +64,7 @@ def _by_word_alone(seen: Observation, policy: Policy) -> Iterator[Finding]:
     exits = _exits(seen)
     if seen.link is None or not seen.link.declared or not exits or any(policy.is_home(e) for e in exits):
         return
-    beside = {c.address for c in seen.asked(Probe.PHYSICAL) if c.answer is Answer.ANSWERED and c.address is not None}
+    beside = {c.address for c in seen.came_out_beside()}
     if beside.difference(exits) or all(_elsewhere(e, seen, policy) for e in exits):
         return
     named, too = ", ".join(map(str, exits)), " and on the home networks" if _comparable(exits, policy) else ""

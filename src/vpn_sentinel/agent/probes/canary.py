@@ -13,9 +13,9 @@ from typing import Any, Final
 from vpn_sentinel.agent.interfaces import Paths
 from vpn_sentinel.agent.net.link import Interface
 from vpn_sentinel.agent.probes.datagram import Destination, Outcome, ask
-from vpn_sentinel.agent.probes.targets import CLOUDFLARE, OPENDNS, Seen, Target
+from vpn_sentinel.agent.probes.targets import CLOUDFLARE, NO_DNS, OPENDNS, Seen, Target
 from vpn_sentinel.agent.probes.tcp import opens
-from vpn_sentinel.domain.observation import Answer, Canary, Path, Probe
+from vpn_sentinel.domain.observation import ASKED_BY_DNS, Answer, Canary, Path, Probe
 from vpn_sentinel.domain.policy import IPAddress
 
 SETTLE: Final = 0.3  # seconds that slower targets get once one has answered; then the reserve is asked where none has
@@ -44,6 +44,7 @@ class OverTcp:
 class Flock:
     """Whom to ask: `targets` and `also` always, `reserve` and `others` when a family has shown no address by then.
 
+    `no_dns` is asked beside the tunnel where nobody but DNS tells what comes out there: see `_believed`.
     `gateway` is the tunnel's other end, asked when nobody at all has answered. `marked`: a mark leads past the tunnel,
     so that connections may go another way than datagrams; then they are asked about too. `suspects` are targets by name
     and family that are waited for though others have answered. What goes to addresses that `may_leave` proves nothing.
@@ -53,6 +54,7 @@ class Flock:
     also: tuple[Other, ...] = ()
     reserve: tuple[Target, ...] = OPENDNS
     others: tuple[OverTcp, ...] = ()
+    no_dns: Target = NO_DNS
     gateway: Target | None = None
     marked: bool = False
     suspects: Set[tuple[str, int]] = frozenset()
@@ -189,7 +191,7 @@ class _Asked:
 
     def back(self) -> tuple[Canary, ...]:
         """What has come back; of those that were given up, the ones that nobody could answer."""
-        return tuple(c for t, s in self._sent.items() if t.done() and (c := _told(t, s)) is not None)
+        return _believed([c for t, s in self._sent.items() if t.done() and (c := _told(t, s)) is not None])
 
     def silent(self) -> set[int]:
         """The families of which no C1 has shown an address."""
@@ -222,6 +224,19 @@ class _Asked:
             task.cancel()
 
 
+def _believed(found: list[Canary]) -> tuple[Canary, ...]:
+    """Without the addresses that somebody told in the place of nameservers: a home router that diverts port 53 say.
+
+    Who answers where no DNS runs does so. A server's echo has no such port, and is believed.
+    """
+    diverted = {c.interface for c in found if c.target == NO_DNS.name and c.answer is Answer.ANSWERED}
+    return tuple(
+        replace(c, address=None) if c.interface in diverted and c.target in ASKED_BY_DNS else c
+        for c in found
+        if c.target != NO_DNS.name
+    )
+
+
 def _told(task: asyncio.Task[Canary], sent: _Sent) -> Canary | None:
     """Where no route leads out by an uplink, nobody could be asked by it, so that silence there says nothing."""
     canary = None if task.cancelled() else task.result()
@@ -251,6 +266,8 @@ async def canaries(
         asked.send(flock.targets)
         for uplink in uplinks:
             asked.send_beside(flock.targets, Probe.PHYSICAL, uplink)
+            if flock.targets and all(t.name in ASKED_BY_DNS for t in flock.targets):
+                asked.send_beside((flock.no_dns,), Probe.PHYSICAL, uplink)
             asked.send_beside(CLOUDFLARE, Probe.FIRST_HOP, uplink)
         # A rule for datagrams, or for the port of DNS, sends most canaries elsewhere than the rest of the traffic; a
         # firewall may mark connections, and no route tells.

@@ -104,3 +104,5 @@ def opendns(port: int = 53) -> tuple[DnsWhoami, ...]:
 
 CLOUDFLARE: Final = cloudflare()
 OPENDNS: Final = opendns()
+# TEST-NET-1 (RFC 5737): nobody runs DNS there, so who answers is in the way of those above as well.
+NO_DNS: Final = DnsWhoami("no_dns", ip_address("192.0.2.53"), "a.root-servers.net", dnswire.A, dnswire.IN)
