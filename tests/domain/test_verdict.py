@@ -877,6 +877,27 @@ def test_learned_home(seen: Observation, learned: list[str]) -> None:
     assert sorted(str(n) for n in learned_home(seen, UNDECLARED).home_networks) == sorted(learned)
 
 
+def test_a_second_leak_of_the_same_kind_is_named_beside_the_first() -> None:
+    """IPv6 goes through the tunnel too: one packet of it beside is the same finding as one of IPv4."""
+    ends = ("203.0.113.9", "2a02:908::1", "203.0.113.9", "203.0.113.10", "203.0.113.11", "203.0.113.12", "203.0.113.13")
+    seen = saw(EXIT, canary(EXIT6))
+    (one,) = judge(replace(seen, escapes=escaped(ends[0])), POLICY).findings
+    (two,) = judge(replace(seen, escapes=(*escaped(ends[0]), *escaped(ends[1]))), POLICY).findings
+    (many,) = judge(replace(seen, escapes=sum(map(escaped, ends), ())), POLICY).findings
+    assert "also" not in one.evidence
+    assert (two.message, two.evidence["also"]) == (one.message, "UDP to [2a02:908::1]:443")
+    assert many.evidence["also"].endswith("UDP to 203.0.113.11:443, UDP to 203.0.113.12:443 and 1 more")
+    assert "203.0.113.9:443" not in many.evidence["also"]
+
+
+@pytest.mark.parametrize(("share", "code"), [(1.0, Code.SPLIT_ROUTE), (0.1, Code.IPV6_LEAK), (None, Code.IPV6_LEAK)])
+def test_an_ipv6_packet_told_before_the_canaries_are_back_is_judged_by_routes(share: float | None, code: Code) -> None:
+    """Where the tunnel takes IPv6 too, one packet beside it is no whole leak, and another round says the same."""
+    inside = () if share is None else (Routed(interface="wg0", family=6, share=share),)
+    seen = Observation(trigger=Trigger.LEAK, link=UP, routed=inside, escapes=escaped("2a02:908::1"))
+    assert [f.code for f in judge(seen, POLICY).findings] == [code]
+
+
 def test_what_came_out_beside_the_tunnel_is_said_by_who_cannot_be_diverted() -> None:
     diverted = canary(ISP_RESOLVER, Path.OUTSIDE, Probe.PHYSICAL, "cloudflare")
     seen = saw(EXIT, diverted, canary(HOME6, Path.OUTSIDE, Probe.PHYSICAL, "cloudflare"), beside=HOME)

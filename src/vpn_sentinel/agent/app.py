@@ -200,7 +200,13 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
         around = look_around()
         escapes = watch.escapes(Paths(kernel, around))
         seen = Observation(
-            trigger=Trigger.LEAK, link=around.link(), interfaces=around.names(), escapes=escapes, leak_watch=watch.on
+            trigger=Trigger.LEAK,
+            link=around.link(),
+            interfaces=around.names(),
+            # What routes send past the tunnel a kill switch may hold: the round tries it.
+            routed=tuple(part for part in eyes.audit(around) or () if part.interface == around.tunnel),
+            escapes=escapes,
+            leak_watch=watch.on,
         )
         spool.append(codec.encode(seen), routine=False)
         repeats.forget()

@@ -1,6 +1,6 @@
 """What proves a leak: an answer that came from home or from beside the tunnel, or a packet seen leaving there."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Final
 
@@ -12,6 +12,8 @@ from vpn_sentinel.domain.verdict import Code, Finding
 _PROTOCOLS: Final = {
     2: "IGMP", 4: "IPv4 in IP", 41: "IPv6 in IP", 47: "GRE", 50: "ESP", 51: "AH", 89: "OSPF", 132: "SCTP",
 }  # fmt: skip
+_MOST_OF_IT: Final = 0.5  # of the internet's addresses: what a tunnel takes that carries a family
+_NAMED: Final = 4  # far ends that a finding names besides the first one
 DNS_PORTS: Final = (53, 853)  # plain, and by TLS or QUIC (RFC 7858, 9250)
 
 
@@ -34,11 +36,30 @@ def by_canaries(seen: Observation, policy: Policy) -> Iterator[Finding]:
 
 
 def by_packets(seen: Observation, policy: Policy) -> Iterator[Finding]:
-    """What the leak watch saw leave: names asked are a DNS leak, the rest by what else leaves from here."""
+    """What the leak watch saw leave, each code once: one flow by its facts, and where else packets went."""
+    found = tuple(_packets(seen, policy))
+    for first in each_once(found):
+        ends = [_where(f.evidence) for f in found if f.code is first.code]
+        others = [end for end in dict.fromkeys(ends) if end != _where(first.evidence)]
+        if others:
+            more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
+            yield replace(first, evidence={"also": ", ".join(others[:_NAMED]) + more, **first.evidence})
+        else:
+            yield first
+
+
+def _where(facts: Mapping[str, str]) -> str:
+    return f"{_protocol(facts['protocol'])} to {facts['destination']}"
+
+
+def _packets(seen: Observation, policy: Policy) -> Iterator[Finding]:
+    """Names asked are a DNS leak, the rest by what else leaves from here."""
     told = [e for e in seen.escapes if not policy.allows_outside(e.destination)]
     through = {c.family for c in seen.asked(Probe.DEFAULT) if c.address and not _escapes(c, seen, policy)}
     if not seen.asked(Probe.DEFAULT) and seen.link is not None and seen.link.present and seen.link.up:
-        through = {4}  # told before the canaries are back; IPv6 beside an IPv4 tunnel is the usual whole leak
+        # Told before the canaries are back. IPv6 beside an IPv4 tunnel is the usual whole leak.
+        inside = [r for r in seen.routed or () if r.interface == seen.link.name and not r.only]
+        through = {4} | {r.family for r in inside if r.share >= _MOST_OF_IT}
     for escape in told:
         facts = {
             "source": end(escape.source, escape.source_port),
@@ -49,7 +70,7 @@ def by_packets(seen: Observation, policy: Policy) -> Iterator[Finding]:
             "bytes": str(sum(e.size for e in told if e.destination == escape.destination)),
             "seen_by": "leak watch",
         }
-        where = f"{_protocol(escape.protocol)} to {facts['destination']}"
+        where = _where(facts)
         if escape.destination_port in DNS_PORTS:
             if policy.allows_resolver(escape.destination) or not is_public(escape.destination):
                 continue  # one on the LAN is known by where it asks the internet from: `resolvers`
