@@ -105,9 +105,7 @@ async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, se
             for task in trying:
                 task.cancel()
         if watch.on:
-            if watch.undecided:
-                await watch.others.settle()
-                await watch.carrier.settle()
+            await watch.settle()
             paths = Paths(kernel, found)
             seen = replace(seen, escapes=watch.escapes(paths, seen.canaries))
             seen = await with_neighbors(seen, eyes, paths)

@@ -152,6 +152,92 @@ async def test_a_user_that_a_rule_lets_out_is_none_and_another_user_is_told() ->
     assert seen == {**seen, "on": True, "to": ["203.0.113.2"]}
 
 
+# Sockets that are gone when the watch reads their packets: it runs when all this is done.
+CLOSED = """
+import os
+def once(uid, to, kind=socket.SOCK_DGRAM, device=b"", near="", mark=0):
+    os.setegid(0); os.seteuid(uid)
+    made = socket.socket(socket.AF_INET, kind | socket.SOCK_NONBLOCK)
+    os.seteuid(0)
+    if mark:
+        made.setsockopt(socket.SOL_SOCKET, 36, mark)
+    if device:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device)
+    if near:
+        made.bind((near, 0))
+    os.seteuid(uid)  # TCP's first packet is of whoever connects
+    if kind == socket.SOCK_DGRAM:
+        made.sendto(b"x", (to, 514))
+    else:
+        made.connect_ex((to, 514))
+    made.close()
+    os.seteuid(0)
+TCP = socket.SOCK_STREAM
+"""
+LED_OUT = "ip rule add pref 500 uidrange 990-995 lookup main\nip rule add pref 900 table 42"
+
+
+async def test_a_socket_that_is_closed_at_once_tells_by_how_it_was_bound_whether_a_rule_led_it_out() -> None:
+    seen = await as_root(
+        LED_OUT,
+        CLOSED + "once(993, '203.0.113.1'); once(993, '203.0.113.3', TCP); once(997, '203.0.113.5')\n"
+        "once(997, '203.0.113.2', device=b'eth0'); once(0, '203.0.113.4', TCP, device=b'eth0')\n"
+        "await until(lambda: len(acted) == 2); await asyncio.sleep(0.3)",
+        endpoints=(),
+    )
+    assert seen["to"] == ["203.0.113.2", "203.0.113.4"]
+
+
+OTHER_WAYS = {
+    "an address that a rule lets out": ("ip rule add pref 600 from 192.168.7.2 lookup main", "near='192.168.7.2'"),
+    "a rule for everybody's users": ("ip rule add pref 600 uidrange 1000-60000 lookup main", "uid=1000"),
+    "a mark that a rule for a port lets out": (
+        "ip rule add pref 600 fwmark 5 dport 514 uidrange 0-60000 lookup main",
+        "mark=5",
+    ),
+}
+
+
+@pytest.mark.parametrize(("rule", "how"), OTHER_WAYS.values(), ids=OTHER_WAYS.keys())
+async def test_a_socket_that_is_closed_at_once_is_told_where_another_rule_may_have_led_it_out(
+    rule: str, how: str
+) -> None:
+    seen = await as_root(
+        f"{LED_OUT}\n{rule}",
+        CLOSED + f"once(**{{**dict(uid=0, to='203.0.113.2'), **dict({how})}}); await until(lambda: acted)",
+        endpoints=(),
+    )
+    assert seen["to"] == ["203.0.113.2"]
+
+
+async def test_a_socket_that_is_closed_at_once_while_the_routes_change_is_told() -> None:
+    """Its packet left while the way into the tunnel was gone; a moment later it is back."""
+    seen = await as_root(
+        LED_OUT,
+        CLOSED + "sh('ip rule del pref 900'); once(0, '203.0.113.2'); kernel.changed(); watch.look(around())\n"
+        "sh('ip rule add pref 900 table 42'); kernel.changed(); watch.look(around())\n"
+        "await until(lambda: acted)",
+        endpoints=(),
+    )
+    assert seen["to"] == ["203.0.113.2"]
+
+
+@pytest.mark.parametrize("killed", [False, True])
+async def test_behind_a_kill_switch_a_socket_that_is_closed_at_once_is_no_leak_while_the_tunnel_is_down(
+    *, killed: bool
+) -> None:
+    """Only who is let out gets out there."""
+    seen = await as_root(
+        LED_OUT,
+        CLOSED + f"watch._killed = {{4}} if {killed} else set()\n"
+        "sh('ip link set wg0 down'); kernel.changed(); watch.look(around()); clock.now += 5\n"
+        "once(993, '203.0.113.1'); once(0, '203.0.113.2', device=b'eth0')\n"
+        "await until(lambda: '203.0.113.2' in [str(e.destination) for e in acted])",
+        endpoints=("198.51.100.7:51820",),
+    )
+    assert ("203.0.113.1" in seen["to"]) is not killed
+
+
 async def test_where_the_tunnel_is_one_users_alone_only_that_ones_packets_are_told() -> None:
     seen = await as_root(
         "ip rule add pref 500 uidrange 997-997 lookup 42",

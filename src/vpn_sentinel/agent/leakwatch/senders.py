@@ -19,6 +19,7 @@ from vpn_sentinel.domain.policy import IPAddress
 
 # Besides the usual two a family, for where a rule sends one of those elsewhere.
 _SOME: Final = {4: INTERNET[0], 6: INTERNET[-1]}
+_DSCP: Final = 0xFC  # the type of service without the two bits of ECN (RFC 3168)
 _ANYWHERE: Final[tuple[IPAddress, ...]] = (*INTERNET, *(ip_address(a) for a in ("9.9.9.9", "2620:fe::fe")))
 
 
@@ -112,6 +113,27 @@ def _is_root(rule: Rule) -> bool:
 def _has_nothing_else(rule: Rule) -> bool:
     others = (rule.source, rule.destination, rule.protocol, rule.source_ports, rule.destination_ports)
     return all(o is None for o in others) and not (rule.outgoing or rule.tos or rule.l3mdev)
+
+
+def leads_in(senders: Senders, fib: Fib | None, packet: Packet, near: IPAddress | None, tunnel: int | None) -> bool:
+    """Whether the packet goes into the tunnel, from a socket that is bound to no device, for all but who is excepted.
+
+    `near` is the address that the socket is bound to.
+    """
+    if fib is None or tunnel is None:
+        return False
+    anybody = Sender(
+        source=near,
+        protocol=packet.protocol,
+        source_port=packet.source_port or 0,
+        destination_port=packet.destination_port or 0,
+        tos=packet.tos & _DSCP,
+    )
+    named = (r for r in fib.rules if r.version == packet.destination.version and (r.mark or r.uids is not None))
+    others = [r for r in named if replace(r, invert=False) not in senders.excepted]
+    sent = [anybody, *(replace(anybody, mark=r.mark or 0, uid=r.uids[0] if r.uids else None) for r in others)]
+    ways = [fib.lookup(packet.destination, s) for s in sent]
+    return all(way is None or {hop.interface for hop in way.hops} == {tunnel} for way in ways)
 
 
 def selects(rule: Rule, packet: Packet, uid: int | None = None) -> bool:

@@ -1,16 +1,21 @@
 """Whose packet it is, where that decides: users that rules or the owner let out, or for whom alone the tunnel is."""
 
+import logging
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Protocol
 
 from vpn_sentinel.agent.endpoints import TCP
 from vpn_sentinel.agent.leakwatch.inbound import MAX_FLOWS, Flow
 from vpn_sentinel.agent.leakwatch.meant import Meant
 from vpn_sentinel.agent.leakwatch.packets import Packet
-from vpn_sentinel.agent.leakwatch.senders import Senders, is_mark, selects
+from vpn_sentinel.agent.leakwatch.senders import Senders, is_mark, leads_in, selects
+from vpn_sentinel.agent.net.fib import Fib, Rule
 from vpn_sentinel.agent.net.sockets import Socket
 from vpn_sentinel.domain.policy import IPAddress
+
+log = logging.getLogger(__name__)
 
 
 class Owners(Protocol):
@@ -21,57 +26,123 @@ class Owners(Protocol):
         ...
 
 
+class Closed(Protocol):
+    def of(
+        self, protocol: int, source: IPAddress, port: int, far: IPAddress, far_port: int, *, since: float
+    ) -> list[Socket]:
+        """The sockets that may have sent so, and ended after `since`; the kernel does not tell whose they were."""
+        ...
+
+    def close(self) -> None: ...
+
+
 class Users:
     """Asks the kernel only when some user is excepted, or the tunnel is for some users alone."""
 
-    def __init__(self, owners: Owners | None, declared: Meant) -> None:
+    def __init__(self, owners: Owners | None, declared: Meant, closed: Callable[[], Closed]) -> None:
+        """`closed` begins to listen for sockets that end; it may raise OSError."""
         self._owners = owners
         self._declared = declared
+        self._listen = closed
+        self._closed: Closed | None = None
         self._senders = Senders()
         self._devices: tuple[int, ...] = ()
+        self._fib: Fib | None = None
+        self._tunnel: int | None = None
         self._known: OrderedDict[Flow, int] = OrderedDict()
 
-    def learn(self, senders: Senders, devices: Iterable[int]) -> None:
-        """What the routing rules say now, and the indices of the devices that packets come up from."""
-        self._senders, self._devices = senders, tuple(devices)
+    def learn(self, senders: Senders, devices: Iterable[int], fib: Fib | None, tunnel: int | None) -> None:
+        """What the routing rules say now, and the indices of the devices that packets come up from, and the tunnel's.
 
-    def belongs(self, packet: Packet) -> bool:
+        Must be called on the event loop.
+        """
+        self._senders, self._devices, self._fib, self._tunnel = senders, tuple(devices), fib, tunnel
+        if not self._excepted():
+            self.close()
+        elif self._closed is None:
+            try:
+                self._closed = self._listen()
+            except OSError as e:
+                log.warning("which sockets end is not told here", extra={"reason": e.strerror})
+
+    def close(self) -> None:
+        if self._closed is not None:
+            self._closed.close()
+            self._closed = None
+
+    def note(self, packet: Packet) -> None:
+        """Note whose it is as long as its socket is there, before something else takes its time."""
+        if self._excepted() or self._declared.only or self._declared.users:
+            self._sender(packet)
+
+    def belongs(self, packet: Packet) -> bool | None:
         """Whether what sent the packet should have gone through the tunnel.
 
-        A sender that is gone already, and so unknown, is told where everybody belongs to the tunnel but some; where it
-        is for some alone, it is nobody's leak.
+        None: its sender is gone already, and may be one whom a rule lets out; `was_led_out` tells a little later. Where
+        the owner alone excepts some, such a packet is told; where the tunnel is for some alone, it is nobody's leak.
         """
-        excepted = [r for r in self._senders.excepted if r.uids is not None]
+        excepted = self._excepted()
         # Those that the filter tells by their mark alone come up here when they belong.
         inside = () if all(is_mark(r) for r in self._senders.inside) else self._senders.inside
         only, users = self._declared.only, self._declared.users
         if not (excepted or inside or only or users):
             return True
-        uid = self._uid(packet)
+        uid, _ = self._sender(packet)
         if any(selects(r, packet, uid) for r in excepted) or uid in users:
             return False
         if only:
             return uid in only
         inside = tuple(r for r in inside if r.version == packet.destination.version)
-        return not inside or any(selects(r, packet, uid) for r in inside)
+        if inside:
+            return any(selects(r, packet, uid) for r in inside)
+        maybe = uid is None and self._closed is not None and _flow(packet) is not None
+        return None if maybe and any(selects(replace(r, uids=None), packet) for r in excepted) else True
+
+    def was_led_out(self, packet: Packet, passed: float, *, killed: bool) -> bool:
+        """Whether a rule for a user led the packet out, which `passed` then by the kernel's clock; its sender is gone.
+
+        So it is when everybody else's goes into the tunnel, or is `killed` by a kill switch, and its socket was not
+        bound to a device.
+        """
+        ends = _flow(packet)
+        if self._closed is None or ends is None:
+            return False
+        _, socket = self._sender(packet)
+        sent = [socket] if socket is not None and socket.inode == 0 else self._closed.of(*ends, since=passed)
+        # Where several may be meant, each must have been.
+        return bool(sent) and all(s.device == 0 and (killed or self._leads_in(packet, s)) for s in sent)
 
     def led_out(self, packet: Packet) -> int | None:
         """The user whom a routing rule leads out, if the packet is that one's; the owner's word is another matter."""
-        excepted = [r for r in self._senders.excepted if r.uids is not None]
-        uid = self._uid(packet) if excepted else None
+        excepted = self._excepted()
+        uid = self._sender(packet)[0] if excepted else None
         return uid if any(selects(r, packet, uid) for r in excepted) and uid not in self._declared.users else None
 
-    def _uid(self, packet: Packet) -> int | None:
-        if self._owners is None or packet.source_port is None or packet.destination_port is None:
-            return None
-        flow = packet.protocol, packet.source, packet.source_port, packet.destination, packet.destination_port
+    def _excepted(self) -> list[Rule]:
+        return [r for r in self._senders.excepted if r.uids is not None]
+
+    def _leads_in(self, packet: Packet, sent: Socket) -> bool:
+        near = None if sent.near.is_unspecified else sent.near
+        return leads_in(self._senders, self._fib, packet, near, self._tunnel)
+
+    def _sender(self, packet: Packet) -> tuple[int | None, Socket | None]:
+        """The user, None for one that nobody knows; and the socket as long as the kernel knows it."""
+        flow = _flow(packet)
+        if self._owners is None or flow is None:
+            return None, None
         try:
             found = self._owners.of(*flow, self._devices)
         except OSError:
-            return None
+            return None, None
         if found is None or (found.inode == 0 and packet.protocol == TCP):
-            return self._known.get(flow)  # closed: the kernel sends its end, for nobody any more
+            return self._known.get(flow), found  # closed: the kernel sends its end, for nobody any more
         self._known[flow] = found.uid
         if len(self._known) > MAX_FLOWS:
             self._known.popitem(last=False)
-        return found.uid
+        return found.uid, found
+
+
+def _flow(packet: Packet) -> Flow | None:
+    if packet.source_port is None or packet.destination_port is None:
+        return None
+    return packet.protocol, packet.source, packet.source_port, packet.destination, packet.destination_port

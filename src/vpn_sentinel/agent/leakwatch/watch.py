@@ -7,7 +7,7 @@ import asyncio
 import errno
 import logging
 import os
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from ipaddress import ip_network
@@ -31,7 +31,8 @@ from vpn_sentinel.agent.leakwatch.rules import Rules, is_dns
 from vpn_sentinel.agent.leakwatch.shapes import Shape, Shapes, is_dtls
 from vpn_sentinel.agent.leakwatch.tap import BATCH, Tap
 from vpn_sentinel.agent.leakwatch.users import Users
-from vpn_sentinel.agent.net.fib import Sender
+from vpn_sentinel.agent.net.closed_sockets import ClosedSockets
+from vpn_sentinel.agent.net.fib import Fib, Sender
 from vpn_sentinel.agent.net.own import OWN, OwnSockets
 from vpn_sentinel.agent.net.roles import has_way
 from vpn_sentinel.agent.net.sockets import Sockets
@@ -48,11 +49,13 @@ LOOK: Final = 0.2  # seconds that a look at routes and endpoints holds for furth
 CHEAP: Final = 1.0  # seconds: where a look holds no longer, the next one comes soon whatever happened
 LOOKS, LONGEST = 20, 10.0  # times as long as it took, and seconds at most: full tables take a while
 DOUBTS: Final = 4 * BATCH  # packets without a word to say about them, until the next look
+ENDED_S: Final = 0.2  # seconds in which the kernel tells of a socket that ended: when its last packet left the device
 CONTROL_S: Final = 60.0  # seconds after its last packet that a control channel may be opened anew
 _GONE: Final = frozenset({errno.ENODEV, errno.ENXIO})
 _MARGIN: Final = 0.05  # seconds
 UNREAD_S: Final = 10.0  # seconds after something that came in was left unread in which nobody is said not to have come
 _LEARNED: Final = 8
+_UNOWNED: Final = 2 * BATCH
 _HELD: Final = 16  # packets that wait until it is tried which host carries the tunnel
 
 
@@ -107,7 +110,8 @@ class LeakWatch:
         self._inbound: dict[int, Tap] = {}
         self._sockets = _sockets()
         self._flows = Flows(self._sockets)
-        self._users = Users(self._sockets, self._declared)
+        self._users = Users(self._sockets, self._declared, lambda: ClosedSockets(clock.wall))
+        self._unowned: deque[asyncio.TimerHandle] = deque()  # packets of senders that are gone
         self._exempt = Exempt(
             now=clock.boottime,
             sockets=self._sockets,
@@ -132,6 +136,7 @@ class LeakWatch:
         self._rest = LOOK
         self._turned = float("-inf")  # when what may leave changed
         self._marked = float("-inf")  # when the filter that knows of the last new mark was set, by the packets' clock
+        self._rerouted = float("-inf")  # when routes or rules were seen to have changed
         self._unsure: list[tuple[Packet, str, float]] = []  # with when it passed
         self._again: asyncio.TimerHandle | None = None
         self._told_at = float("-inf")
@@ -179,11 +184,6 @@ class LeakWatch:
         None where packets are watched: such a route may be another VPN's, and what takes it is told.
         """
         return () if self.on else self.servers
-
-    @property
-    def undecided(self) -> bool:
-        """Whether packets wait until it is tried where the tunnel's own go."""
-        return bool(self._held)
 
     @property
     def neighbors(self) -> tuple[Neighbor, ...]:
@@ -243,6 +243,7 @@ class LeakWatch:
         if survey.tunnel is None or survey.interfaces is None:
             self._close_taps(())
             return
+        before = self._ground.fib
         try:
             self._ground = ground(
                 survey,
@@ -254,12 +255,15 @@ class LeakWatch:
         except OSError as e:
             log.warning("routes cannot be read: the leak watch stays as it is", extra={"reason": e.strerror})
             return
+        if before is not None and not _is_same(before, self._ground.fib):
+            self._rerouted = self._looked
         self._look_for_server(survey)
         if self._refused:
             self._close_taps(())
             return
         wanted = {i.index: i.name for i in self._ground.interfaces if i.name not in self._declared.interfaces}
-        self._users.learn(self._ground.senders, (i.index for i in self._ground.interfaces))
+        devices = (i.index for i in self._ground.interfaces)
+        self._users.learn(self._ground.senders, devices, self._ground.fib, self._ground.tunnel)
         self._flows.look(self._looked)
         self._close_taps(index for index, name in wanted.items() if self._hears(index, name))
         self._deaf = {index: why for index, why in self._deaf.items() if index in wanted}
@@ -295,13 +299,23 @@ class LeakWatch:
             if self.carrier.steady or packet.destination != self.carrier.server:
                 self._is_no_vpns(packet, interface)
 
+    async def settle(self) -> None:
+        """Wait until it is decided what the packets are that wait now."""
+        for waits, seconds in ((self._unsure, LOOK), (self._unowned, ENDED_S)):
+            if waits:
+                await asyncio.sleep(seconds + _MARGIN)
+        if self._held:
+            await self.others.settle()
+            await self.carrier.settle()
+
     def close(self) -> None:
         self._close_taps(())
         self._openings.close()
         self._exempt.close()
+        self._users.close()
         if self._sockets is not None:
             self._sockets.close()
-        for timer in (self._timer, self._over, self._again):
+        for timer in (self._timer, self._over, self._again, *self._unowned):
             if timer is not None:
                 timer.cancel()
 
@@ -413,8 +427,11 @@ class LeakWatch:
             return
         if passed <= self._marked:
             return  # a rule for a mark came after it: whether it has the mark, only the kernel knew
-        if not self._users.belongs(packet):
+        belongs = self._users.belongs(packet)
+        if belongs is False:
             self._exempt.led_out(packet, interface, self._users.led_out(packet))
+            return
+        if belongs is None and self._waits_for_the_end(packet, interface, passed):
             return
         self._flows.begins(packet, now)
         if self._is_put_off(packet, interface, now):
@@ -423,6 +440,7 @@ class LeakWatch:
             self._leaked(packet, interface, now)
             return
         # What let it out may have come after the last look: it waits for the next one.
+        self._users.note(packet)
         self._unsure.append((packet, interface, passed))
         if self._again is None:
             self._again = asyncio.get_running_loop().call_later(LOOK, self._judge_unsure)
@@ -433,6 +451,7 @@ class LeakWatch:
 
     def _is_excused(self, packet: Packet) -> bool:
         """Look anew: whether the packet may leave by what is there now."""
+        self._users.note(packet)  # its socket may be gone behind the look
         began = self._clock.boottime()
         self._stand_on(self._survey())
         self._rest = min(max(LOOK, LOOKS * (self._clock.boottime() - began)), LONGEST)
@@ -446,8 +465,31 @@ class LeakWatch:
         unsure, self._unsure = self._unsure, []
         self._stand_on(self._survey())
         for packet, interface, passed in unsure:
-            if passed > self._marked and self._users.belongs(packet):
+            belongs = self._users.belongs(packet)
+            if passed <= self._marked or belongs is False:
+                continue
+            if belongs or not self._waits_for_the_end(packet, interface, passed):
                 self._is_no_vpns(packet, interface)
+
+    def _waits_for_the_end(self, packet: Packet, interface: str, passed: float) -> bool:
+        """Whether it waits until the kernel tells how the socket was bound that sent it and is gone."""
+        if len(self._unowned) >= _UNOWNED:
+            return False
+        later = asyncio.get_running_loop().call_later(ENDED_S, self._judge_unowned, packet, interface, passed)
+        self._unowned.append(later)
+        return True
+
+    def _judge_unowned(self, packet: Packet, interface: str, passed: float) -> None:
+        """Where routes changed about then, they tell nothing of what led it out, unless a kill switch stands."""
+        self._unowned.popleft()
+        now = self._clock.boottime()
+        killed = packet.destination.version in self._killed
+        known = killed or now - self._rerouted > LOOK + 2 * ENDED_S
+        led_out = known and self._users.was_led_out(packet, passed, killed=killed)
+        if not (led_out or self._is_let_out(packet)):
+            self._flows.begins(packet, now)
+            if not self._is_put_off(packet, interface, now):
+                self._leaked(packet, interface, now)
 
     def _is_put_off(self, packet: Packet, interface: str, now: float) -> bool:
         """Of a packet that nothing lets out: whether it tells nothing, or something has to be tried first."""
@@ -465,7 +507,7 @@ class LeakWatch:
 
     def _asked(self, packet: Packet, interface: str, now: float) -> None:
         """A question to a nameserver that is not on the internet: no leak by itself, and a reason to ask it."""
-        if not self._users.belongs(packet):
+        if self._users.belongs(packet) is False:
             return
         self._flows.begins(packet, now)
         new = self._neighbors.saw(packet, interface)
@@ -651,6 +693,10 @@ class LeakWatch:
     def _tell_later(self) -> None:
         self._timer = None
         self._tell(self._told_at + AGAIN)
+
+
+def _is_same(one: Fib, other: Fib | None) -> bool:
+    return one is other or (other is not None and (one.rules, one.entries) == (other.rules, other.entries))
 
 
 def _sender(packet: Packet) -> Sender:

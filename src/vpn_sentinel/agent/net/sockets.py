@@ -17,7 +17,7 @@ from vpn_sentinel.domain.policy import IPAddress
 
 # linux/tcp_states.h; a connected UDP socket is "established", an unconnected one closed
 ESTABLISHED, _TIME_WAIT, _CLOSED, LISTEN = 1, 6, 7, 10
-_NETLINK_SOCK_DIAG: Final = 4
+NETLINK_SOCK_DIAG: Final = 4
 _BY_FAMILY, _DONE, _ERROR = 20, 3, 2
 _REQUEST, _REQUEST_DUMP = 0x1, 0x301
 _NO_COOKIE: Final = 0xFFFFFFFF
@@ -27,6 +27,7 @@ _ID: Final = struct.Struct("!HH16s16s")  # idiag_sport, dport, src, dst; behind 
 _BEHIND: Final = struct.Struct("=III")
 _MESSAGE: Final = struct.Struct("=BBBB")
 _TAIL: Final = struct.Struct("=5I")
+SOCKET_SIZE: Final = _MESSAGE.size + _ID.size + _BEHIND.size + _TAIL.size  # of struct inet_diag_msg; attributes follow
 _CGROUP_ID: Final = 21  # INET_DIAG_CGROUP_ID, since Linux 5.8
 _ALL_STATES: Final = 0xFFFFFFFF
 _OWNED: Final = _ALL_STATES & ~(1 << _TIME_WAIT)  # of the rest, the kernel tells whose they are
@@ -63,7 +64,7 @@ class Sockets:
 
     def __init__(self) -> None:
         """Raises OSError where the sandbox has no sock_diag."""
-        self._sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG)
+        self._sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, NETLINK_SOCK_DIAG)
         self._sock.settimeout(0.5)
         self._sequence = 0
 
@@ -197,16 +198,15 @@ class Sockets:
 def parse_socket(body: bytes) -> Socket | None:
     """A socket out of struct inet_diag_msg; None for other families and what is too short."""
     at_id = _MESSAGE.size
-    at_tail = at_id + _ID.size + _BEHIND.size
-    if len(body) < at_tail + _TAIL.size:
+    if len(body) < SOCKET_SIZE:
         return None
     family, state, _timer, _retrans = _MESSAGE.unpack_from(body)
     if family not in (socket.AF_INET, socket.AF_INET6):
         return None
     port, far_port, near, far = _ID.unpack_from(body, at_id)
     (device, _, _) = _BEHIND.unpack_from(body, at_id + _ID.size)
-    _expires, _rqueue, _wqueue, uid, inode = _TAIL.unpack_from(body, at_tail)
-    cgroup = attributes(body, at_tail + _TAIL.size).get(_CGROUP_ID, b"")
+    _expires, _rqueue, _wqueue, uid, inode = _TAIL.unpack_from(body, SOCKET_SIZE - _TAIL.size)
+    cgroup = attributes(body, SOCKET_SIZE).get(_CGROUP_ID, b"")
     return Socket(
         state=state,
         near=_address(family, near),
