@@ -349,7 +349,7 @@ probe = socket.socket(); MAC = fcntl.ioctl(probe, 0x8927, struct.pack("256s", b"
 async def test_an_answer_to_a_visitor_is_none_and_what_is_begun_from_here_is_told() -> None:
     seen = await told(
         "ip rule add pref 900 table 42\nip rule add pref 500 from 192.168.7.2 lookup main",
-        VISITOR + "server = udp(port=27015)\n"
+        VISITOR + "server = udp(port=27015); clock.now += 10\n"
         "inbound = []\nreal = watch._flows.came_in\n"
         "watch._flows.came_in = lambda p, now, passed: (inbound.append(str(p.source)), real(p, now, passed))\n"
         "visit(17, udp_bytes(5000, 27015, b'hello')); await until(lambda: inbound)\n"
@@ -364,7 +364,7 @@ async def test_which_was_first_is_told_though_both_are_read_late() -> None:
     """The agent may be busy while a visitor asks and is answered; then all of it is read at once."""
     seen = await told(
         "ip rule add pref 900 table 42\nip rule add pref 500 from 192.168.7.2 lookup main",
-        VISITOR + "server = udp(port=27015)\n"
+        VISITOR + "server = udp(port=27015); clock.now += 10\n"
         "visit(17, udp_bytes(5000, 27015, b'hello'))\n"
         "send('203.0.113.50', 5000, by=server)\n"  # its answer
         "send('203.0.113.50', 5001, by=server)\n"
@@ -388,6 +388,61 @@ async def test_a_flow_of_a_client_that_is_older_than_the_watch_is_no_visitors() 
         "client.send(b'ack')",
     )
     assert seen["to"] == ["203.0.113.51", "203.0.113.99"]
+
+
+# A service that sends by itself, to two who came before the watch did; the watch hears of them when they send again.
+PUSHES = (
+    VISITOR
+    + """
+from vpn_sentinel.agent.leakwatch import inbound
+w.OLD_S = 0.3
+PORT = 27015
+server = udp(port=PORT)
+def push(*hosts, port=5000, by=server):
+    for host in hosts:
+        send(f"203.0.113.{host}", port, by=by)
+push(50, 51)
+visit(17, udp_bytes(5000, PORT, b"hello"), "203.0.113.51"); visit(17, udp_bytes(5000, PORT, b"hello"), "203.0.113.50")
+await until(lambda: not watch._serving and watch._flows._old)
+clock.now += 10
+"""
+)
+SERVED = "ip rule add pref 900 table 42\nip rule add pref 500 from 192.168.7.2 lookup main"
+
+
+async def test_a_service_that_sends_first_to_visitors_from_before_the_watch_is_none() -> None:
+    seen = await told(
+        SERVED,
+        PUSHES + "push(50, 51); clock.now += 100\nvisit(17, udp_bytes(5000, PORT, b'hello')); await turns(); push(50)",
+    )
+    assert seen["to"] == ["203.0.113.99"]
+
+
+async def test_a_program_that_goes_on_to_send_to_new_hosts_had_no_visitors_before_the_watch_either() -> None:
+    """Such as a torrent client beside the tunnel: strangers send to its port, too."""
+    seen = await told(SERVED, PUSHES + "push(52); await until(lambda: acted); push(50)")
+    assert seen["to"] == ["203.0.113.50", "203.0.113.52", "203.0.113.99"]
+
+
+CLIENTS = {
+    "nobody comes in": ("server = udp(port=27015)", 5000),
+    "a port that the kernel gave": ("server = udp()", 5000),
+    "connected": ("server = udp(port=27015); server.connect(('203.0.113.50', 5000))", 5000),
+    "the far end is a service": ("server = udp(port=27015)", 123),
+    "both have the same port": ("server = udp(port=27015)", 27015),
+    "one host, and that a service": ("server = udp(port=27015); came_back = True", 27016),
+}
+
+
+@pytest.mark.parametrize(("server", "far"), CLIENTS.values(), ids=CLIENTS.keys())
+async def test_a_client_that_is_older_than_the_watch_is_told(server: str, far: int) -> None:
+    seen = await told(
+        SERVED,
+        VISITOR + f"w.OLD_S = 0.3; came_back = False; {server}\nsend('203.0.113.50', {far}, by=server)\n"
+        f"if came_back: visit(17, udp_bytes({far}, 27015, b'x'))\n"
+        "await until(lambda: acted)",
+    )
+    assert seen["to"] == ["203.0.113.50", "203.0.113.99"]
 
 
 # A listener on port 8000, and TCP packets as they are, without a socket of their own: `port` here, `far` there.

@@ -6,7 +6,8 @@ was not seen, its ports tell, as `_is_between_service_and_client` says. That let
 UDP: a packet of that very flow came in first. A flow that was begun from here never becomes one. Which was first is
 told by the kernel's times of both, since packets may be read long after they passed, and in another order. Of a flow
 that may be older than the watch the socket tells: one that is connected to the far end is a client's, unless another
-one with its port is there for everybody, as a server has it.
+one with its port is there for everybody, as a server has it. What such a one sends in the first seconds may go to
+visitors from before; if it begins a flow later, it is a program that does, like a torrent client, and has none.
 """
 
 from collections import OrderedDict
@@ -26,6 +27,7 @@ UDP_FLOW_S: Final = 180.0  # after its last packet, as the kernel's own table of
 # Seconds that a port counts as taking connections when it takes none any more: FIN is repeated for some 100 s (tcp(7)).
 TAKEN_S: Final = 600.0
 OLDER_S: Final = 60.0  # after the first look: by then the flows that were there before have shown themselves
+OLD_S: Final = 3.0  # after the first look: by then a service that sends by itself has sent to each of its visitors
 SERVICES_BELOW: Final = 1024  # privileged ports (ip_unprivileged_port_start, ip-sysctl)
 _ANSWERED: Final = float("-inf")  # in the place of when its first packet passed
 CLIENTS_FROM: Final = 32768  # ip_local_port_range of a network namespace that nobody set; IANA's range is in it
@@ -43,6 +45,10 @@ class HostSockets(Protocol):
 
     def listening(self) -> frozenset[int]:
         """The ports on which connections are taken."""
+        ...
+
+    def is_ephemeral(self, port: int) -> bool:
+        """Whether it is one of the ports that the kernel gives to programs that ask for none."""
         ...
 
     def serves(self, port: int, version: int) -> bool:
@@ -65,6 +71,7 @@ class Flows:
         self._came: OrderedDict[Flow, tuple[float, float]] = OrderedDict()
         self._begun: OrderedDict[Flow, float] = OrderedDict()
         self._visitors: OrderedDict[tuple[int, IPAddress], float] = OrderedDict()  # to which UDP port here, and who
+        self._old: OrderedDict[Flow, float] = OrderedDict()  # maybe with visitors from before: when each was used last
 
     def look(self, now: float) -> None:
         """Note which ports take connections now."""
@@ -80,7 +87,7 @@ class Flows:
         flow = _flow(packet, inbound=True)
         if flow is None or flow in self._begun:
             return
-        if packet.protocol == UDP or packet.opens:
+        if (packet.protocol == UDP and flow not in self._old) or packet.opens:
             _keep(self._came, flow, (now, self._came.get(flow, (now, passed))[1]))
         if packet.protocol == UDP:
             _keep(self._visitors, (flow[2], flow[3]), now)
@@ -88,9 +95,31 @@ class Flows:
     def begins(self, packet: Packet, now: float) -> None:
         """A packet left that is no answer."""
         flow = _flow(packet)
-        if flow is not None:
-            _keep(self._begun, flow, now)
-            self._came.pop(flow, None)
+        if flow is None:
+            return
+        _keep(self._begun, flow, now)
+        self._came.pop(flow, None)
+        self._old.pop(flow, None)
+        if packet.protocol == UDP and now - self._since > OLD_S:
+            for one in [f for f in self._old if f[2] == flow[2]]:
+                del self._old[one]
+
+    def may_be_old(self, packet: Packet, now: float) -> bool:
+        """Whether this, the first packet of its flow that was seen, may go to a visitor who is older than the watch.
+
+        It is believed until `begins` is called, and as long as something like a visitor is there: see `is_visited`.
+        """
+        flow = _flow(packet)
+        if flow is None or packet.protocol != UDP or now - self._since > OLD_S or not self._may_serve(flow):
+            return False
+        _keep(self._old, flow, now)
+        self._came.pop(flow, None)  # what came in came behind it
+        return True
+
+    def is_visited(self, packet: Packet) -> bool:
+        """Whether datagrams came in on its port, of several hosts, or from a client's port to the one host there is."""
+        hosts = {host for port, host in self._visitors if port == packet.source_port}
+        return len(hosts) > 1 or (bool(hosts) and (packet.destination_port or 0) >= CLIENTS_FROM)
 
     def is_answer(self, packet: Packet, now: float, passed: float) -> bool:
         flow = _flow(packet)
@@ -104,6 +133,9 @@ class Flows:
             if answers:
                 _keep(self._came, flow, (now, _ANSWERED))  # whatever becomes of the socket
             return answers
+        if flow in self._old and now - self._old[flow] <= UDP_FLOW_S:
+            _keep(self._old, flow, now)
+            return True
         heard, first = self._came.get(flow, (float("-inf"), 0.0))
         answers = now - heard <= UDP_FLOW_S and first <= passed
         if answers and first != _ANSWERED and now - self._since <= OLDER_S and self._is_a_clients(flow):
@@ -132,6 +164,22 @@ class Flows:
             return False
         try:
             return self._sockets.listens(port, near.version)
+        except OSError:
+            return False
+
+    def _may_serve(self, flow: Flow) -> bool:
+        """Whether its socket is there for everybody, on a port that its program chose, and the far end is no service.
+
+        Where both have the same port neither is a client, as between two telephones.
+        """
+        _protocol, _near, port, _far, far_port = flow
+        if self._sockets is None or far_port < SERVICES_BELOW or far_port == port:
+            return False
+        try:
+            sender = self._sockets.of(*flow)
+            if sender is None or sender.far is not None:
+                return False
+            return sender.is_kernels or not self._sockets.is_ephemeral(port)
         except OSError:
             return False
 

@@ -21,7 +21,7 @@ from vpn_sentinel.agent.leakwatch.carrier import FRESH_S, SURE_S, Carrier
 from vpn_sentinel.agent.leakwatch.diverted import is_diverted, is_led_out
 from vpn_sentinel.agent.leakwatch.exempt import Exempt
 from vpn_sentinel.agent.leakwatch.ground import Ground, Tables, ground
-from vpn_sentinel.agent.leakwatch.inbound import Flows
+from vpn_sentinel.agent.leakwatch.inbound import OLD_S, Flows
 from vpn_sentinel.agent.leakwatch.meant import Meant
 from vpn_sentinel.agent.leakwatch.neighbors import Neighbor, Neighbors
 from vpn_sentinel.agent.leakwatch.openings import Openings
@@ -139,6 +139,7 @@ class LeakWatch:
         self._rerouted = float("-inf")  # when routes or rules were seen to have changed
         self._unsure: list[tuple[Packet, str, float]] = []  # with when it passed
         self._again: asyncio.TimerHandle | None = None
+        self._serving: dict[int | None, asyncio.TimerHandle] = {}  # by port here: when its first packet is judged
         self._told_at = float("-inf")
         self._timer: asyncio.TimerHandle | None = None
         self._over: asyncio.TimerHandle | None = None
@@ -301,7 +302,7 @@ class LeakWatch:
 
     async def settle(self) -> None:
         """Wait until it is decided what the packets are that wait now."""
-        for waits, seconds in ((self._unsure, LOOK), (self._unowned, ENDED_S)):
+        for waits, seconds in ((self._serving, OLD_S), (self._unsure, LOOK), (self._unowned, ENDED_S)):
             if waits:
                 await asyncio.sleep(seconds + _MARGIN)
         if self._held:
@@ -315,7 +316,7 @@ class LeakWatch:
         self._users.close()
         if self._sockets is not None:
             self._sockets.close()
-        for timer in (self._timer, self._over, self._again, *self._unowned):
+        for timer in (self._timer, self._over, self._again, *self._unowned, *self._serving.values()):
             if timer is not None:
                 timer.cancel()
 
@@ -433,6 +434,8 @@ class LeakWatch:
             return
         if belongs is None and self._waits_for_the_end(packet, interface, passed):
             return
+        if self._waits_for_visitors(packet, interface, now):
+            return
         self._flows.begins(packet, now)
         if self._is_put_off(packet, interface, now):
             return
@@ -482,14 +485,32 @@ class LeakWatch:
     def _judge_unowned(self, packet: Packet, interface: str, passed: float) -> None:
         """Where routes changed about then, they tell nothing of what led it out, unless a kill switch stands."""
         self._unowned.popleft()
-        now = self._clock.boottime()
         killed = packet.destination.version in self._killed
-        known = killed or now - self._rerouted > LOOK + 2 * ENDED_S
+        known = killed or self._clock.boottime() - self._rerouted > LOOK + 2 * ENDED_S
         led_out = known and self._users.was_led_out(packet, passed, killed=killed)
         if not (led_out or self._is_let_out(packet)):
-            self._flows.begins(packet, now)
-            if not self._is_put_off(packet, interface, now):
-                self._leaked(packet, interface, now)
+            self._judge(packet, interface)
+
+    def _waits_for_visitors(self, packet: Packet, interface: str, now: float) -> bool:
+        """Whether it may be a service's, to a visitor who is older than the watch."""
+        if not self._flows.may_be_old(packet, now):
+            return False
+        if packet.source_port not in self._serving:
+            later = asyncio.get_running_loop().call_later(OLD_S, self._judge_serving, packet, interface)
+            self._serving[packet.source_port] = later
+        return True
+
+    def _judge_serving(self, packet: Packet, interface: str) -> None:
+        del self._serving[packet.source_port]
+        if not (self._flows.is_visited(packet) or self._is_let_out(packet)):
+            self._judge(packet, interface)
+
+    def _judge(self, packet: Packet, interface: str) -> None:
+        """It has waited for what might have let it out."""
+        now = self._clock.boottime()
+        self._flows.begins(packet, now)
+        if not self._is_put_off(packet, interface, now):
+            self._leaked(packet, interface, now)
 
     def _is_put_off(self, packet: Packet, interface: str, now: float) -> bool:
         """Of a packet that nothing lets out: whether it tells nothing, or something has to be tried first."""

@@ -10,6 +10,7 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from ipaddress import ip_address
+from pathlib import Path
 from typing import Final
 
 from vpn_sentinel.agent.net.attributes import attributes
@@ -31,6 +32,7 @@ SOCKET_SIZE: Final = _MESSAGE.size + _ID.size + _BEHIND.size + _TAIL.size  # of 
 _CGROUP_ID: Final = 21  # INET_DIAG_CGROUP_ID, since Linux 5.8
 _ALL_STATES: Final = 0xFFFFFFFF
 _OWNED: Final = _ALL_STATES & ~(1 << _TIME_WAIT)  # of the rest, the kernel tells whose they are
+_PORT_RANGE: Final = Path("/proc/sys/net/ipv4/ip_local_port_range")  # of IPv6 too, and of this network namespace
 _MOST_DATAGRAMS: Final = 64  # of an answer: some thousand sockets on one port
 
 
@@ -78,6 +80,11 @@ class Sockets:
     def serves(self, port: int, version: int) -> bool:
         """Whether a UDP socket on this port is connected to nobody, and so takes what anybody sends. Raises OSError."""
         return any(s.far is None for s in self._on_port(socket.IPPROTO_UDP, port, version, _ALL_STATES))
+
+    def is_ephemeral(self, port: int) -> bool:
+        """Whether the kernel may have given the port to a program that asked for none (ip-sysctl). Raises OSError."""
+        low, high = _PORT_RANGE.read_text().split()
+        return int(low) <= port <= int(high)
 
     def listening(self) -> frozenset[int]:
         """The ports on which TCP connections are taken, but for those of the loopback alone. Raises OSError."""
