@@ -36,6 +36,13 @@ def test_the_name_asked_is_read() -> None:
     assert decoded(17, udp(4000, 53, query("six.example")), "2001:db8::53").name == "six.example"
 
 
+def test_a_pings_identifier_is_read() -> None:
+    assert decoded(1, b"\x08\0\0\0\x12\x34\0\x01").echo == 0x1234
+    assert decoded(58, b"\x80\0\0\0\x12\x34\0\x01", "2001:db8::53").echo == 0x1234
+    assert decoded(1, b"\0\0\0\0\x12\x34\0\x01").echo is None  # an answer
+    assert decoded(1, b"\x08\0\0").echo is None
+
+
 def test_a_name_cannot_bring_control_characters() -> None:
     asked = struct.pack("!6H", 1, 0x0100, 1, 0, 0, 0) + b"\x03a\x1b.\x00\x00\x01\x00\x01"
     assert asked_name(asked) == "a??"

@@ -188,6 +188,33 @@ async def test_a_socket_that_is_closed_at_once_tells_by_how_it_was_bound_whether
     assert seen["to"] == ["203.0.113.2", "203.0.113.4"]
 
 
+@pytest.mark.parametrize("kind", ["SOCK_DGRAM", "SOCK_RAW"])
+async def test_a_ping_of_a_user_that_a_rule_lets_out_is_none_and_another_users_is_told(kind: str) -> None:
+    seen = await as_root(
+        LED_OUT,
+        f"""
+import os, pathlib
+pathlib.Path("/proc/sys/net/ipv4/ping_group_range").write_text("0 2000")
+def ping(uid, to, device=b""):
+    made = socket.socket(socket.AF_INET, socket.{kind}, socket.IPPROTO_ICMP)
+    os.fchown(made.fileno(), uid, -1)  # as one that a program opened before it gave up its rights
+    if device:
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device)
+    made.sendto(bytes([8, 0, 0xF7, 0xFF - 7, 0, 7, 0, 0]), (to, 0))
+    return made
+a = ping(993, "203.0.113.1")
+await until(lambda: "203.0.113.1" in came)
+await turns()
+first = len(acted)
+a.close()
+b = ping(997, "203.0.113.2", b"eth0")
+await until(lambda: len(acted) > first)
+""",
+        endpoints=(),
+    )
+    assert seen["to"] == ["203.0.113.2"]
+
+
 OTHER_WAYS = {
     "an address that a rule lets out": ("ip rule add pref 600 from 192.168.7.2 lookup main", "near='192.168.7.2'"),
     "a rule for everybody's users": ("ip rule add pref 600 uidrange 1000-60000 lookup main", "uid=1000"),

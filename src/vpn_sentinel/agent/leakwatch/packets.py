@@ -10,6 +10,7 @@ from vpn_sentinel.domain.policy import IPAddress
 IPV4, IPV6 = 0x0800, 0x86DD  # of linux/if_ether.h
 _NAMES: Final = {1: "icmp", 6: "tcp", 17: "udp", 58: "icmp6"}
 _FRAGMENT: Final = 44
+_ECHO_REQUEST: Final = {1: 8, 58: 128}
 SYN, RST, SYN_ACK = 0x02, 0x04, 0x12  # TCP's flags (RFC 9293, 3.1)
 _DNS: Final = 53
 _LONGEST: Final = 255
@@ -17,8 +18,8 @@ _LONGEST: Final = 255
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packet:
-    """`size` is the IP packet's, in bytes. `kind` is ICMP's type, `flags` TCP's, `payload` what is behind the header
-    of UDP or TCP.
+    """`size` is the IP packet's, in bytes. `kind` is ICMP's type, `echo` the identifier of a ping (RFC 792, RFC 4443),
+    `flags` TCP's, `payload` what is behind the header of UDP or TCP.
 
     `fragment` is a later piece of a packet, without ports of its own. `tos` is the type of service, or traffic class.
     """
@@ -30,6 +31,7 @@ class Packet:
     destination_port: int | None = None
     size: int = 0
     kind: int | None = None
+    echo: int | None = None
     flags: int = 0
     fragment: bool = False
     hops: int = 64
@@ -75,7 +77,8 @@ def _transport(
     if later:
         return bare
     if protocol in (1, 58) and rest:
-        return replace(bare, kind=rest[0])
+        pings = rest[0] == _ECHO_REQUEST[protocol] and len(rest) >= 6
+        return replace(bare, kind=rest[0], echo=int.from_bytes(rest[4:6]) if pings else None)
     if protocol not in (6, 17) or len(rest) < 4:
         return bare
     source_port, destination_port = struct.unpack_from("!HH", rest)

@@ -25,6 +25,10 @@ class Owners(Protocol):
         """The socket that sends so, one that is bound to one of `devices` too; None when it is gone. Raises OSError."""
         ...
 
+    def pings(self, echo: int, version: int) -> int | None:
+        """The user who pings with this identifier, None when nobody can tell. Raises OSError."""
+        ...
+
 
 class Closed(Protocol):
     def of(
@@ -45,6 +49,7 @@ class Users:
         self._declared = declared
         self._listen = closed
         self._closed: Closed | None = None
+        self._unable = False
         self._senders = Senders()
         self._devices: tuple[int, ...] = ()
         self._fib: Fib | None = None
@@ -61,9 +66,11 @@ class Users:
             self.close()
         elif self._closed is None:
             try:
-                self._closed = self._listen()
-            except OSError as e:
-                log.warning("which sockets end is not told here", extra={"reason": e.strerror})
+                self._closed, self._unable = self._listen(), False
+            except OSError as e:  # each look tries again
+                if not self._unable:
+                    log.warning("which sockets end is not told here", extra={"reason": e.strerror})
+                self._unable = True
 
     def close(self) -> None:
         if self._closed is not None:
@@ -128,9 +135,13 @@ class Users:
     def _sender(self, packet: Packet) -> tuple[int | None, Socket | None]:
         """The user, None for one that nobody knows; and the socket as long as the kernel knows it."""
         flow = _flow(packet)
-        if self._owners is None or flow is None:
+        if self._owners is None:
             return None, None
         try:
+            if packet.echo is not None:
+                return self._owners.pings(packet.echo, packet.destination.version), None
+            if flow is None:
+                return None, None
             found = self._owners.of(*flow, self._devices)
         except OSError:
             return None, None

@@ -33,6 +33,12 @@ _CGROUP_ID: Final = 21  # INET_DIAG_CGROUP_ID, since Linux 5.8
 _ALL_STATES: Final = 0xFFFFFFFF
 _OWNED: Final = _ALL_STATES & ~(1 << _TIME_WAIT)  # of the rest, the kernel tells whose they are
 _PORT_RANGE: Final = Path("/proc/sys/net/ipv4/ip_local_port_range")  # of IPv6 too, and of this network namespace
+# Of this network namespace: sockets for pings by identifier (icmp(7)), and raw ones by protocol.
+_PINGS: Final = {
+    4: (Path("/proc/self/net/icmp"), Path("/proc/self/net/raw")),
+    6: (Path("/proc/self/net/icmp6"), Path("/proc/self/net/raw6")),
+}
+_ICMP: Final = (socket.IPPROTO_ICMP, socket.IPPROTO_ICMPV6)
 _MOST_DATAGRAMS: Final = 64  # of an answer: some thousand sockets on one port
 
 
@@ -95,6 +101,16 @@ class Sockets:
             for s in self._ask(family, socket.IPPROTO_TCP, 1 << LISTEN, everything, _REQUEST_DUMP)
         )
         return frozenset(s.port for s in found if not s.near.is_loopback)
+
+    def pings(self, echo: int, version: int) -> int | None:
+        """The user who pings with this identifier: by a socket for pings, else by the raw ones, if all are of one user.
+
+        None when nobody can tell. Raises OSError.
+        """
+        by_echo, by_protocol = _PINGS[version]
+        own = {uid for ident, uid in _listed(by_echo) if ident == echo}
+        found = own or {uid for protocol, uid in _listed(by_protocol) if protocol in _ICMP}
+        return found.pop() if len(found) == 1 else None
 
     def of(
         self, protocol: int, source: IPAddress, port: int, far: IPAddress, far_port: int, devices: Iterable[int] = ()
@@ -200,6 +216,12 @@ class Sockets:
             if flags == _REQUEST:
                 return found
         raise OSError("the kernel's answer does not end")
+
+
+def _listed(path: Path) -> list[tuple[int, int]]:
+    """Local port, which has another meaning there, and user of each socket in a table of the kernel's (proc(5))."""
+    lines = (line.split() for line in path.read_text().splitlines()[1:])
+    return [(int(fields[1].rpartition(":")[2], 16), int(fields[7])) for fields in lines]
 
 
 def parse_socket(body: bytes) -> Socket | None:
