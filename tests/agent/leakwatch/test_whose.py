@@ -215,6 +215,26 @@ await until(lambda: len(acted) > first)
     assert seen["to"] == ["203.0.113.2"]
 
 
+async def test_which_sockets_end_is_heard_only_while_packets_are_watched_and_a_rule_lets_a_user_out() -> None:
+    seen = await ran(
+        f"""{TUNNEL}
+def hears():
+    kernel.changed(); watch.look(around())
+    return watch._users._closed is not None
+sh('ip rule add pref 900 table 42')
+watch = make()
+without = hears()
+sh('ip rule add pref 500 uidrange 990-995 lookup main')
+within = hears()
+off = make(wanted=False)
+watch.close()
+say(seen=[without, within, watch._users._closed is None, off._users._closed is None])
+""",
+        users=True,
+    )
+    assert seen["seen"] == [False, True, True, True]
+
+
 OTHER_WAYS = {
     "an address that a rule lets out": ("ip rule add pref 600 from 192.168.7.2 lookup main", "near='192.168.7.2'"),
     "a rule for everybody's users": ("ip rule add pref 600 uidrange 1000-60000 lookup main", "uid=1000"),

@@ -263,8 +263,6 @@ class LeakWatch:
             self._close_taps(())
             return
         wanted = {i.index: i.name for i in self._ground.interfaces if i.name not in self._declared.interfaces}
-        devices = (i.index for i in self._ground.interfaces)
-        self._users.learn(self._ground.senders, devices, self._ground.fib, self._ground.tunnel)
         self._flows.look(self._looked)
         self._close_taps(index for index, name in wanted.items() if self._hears(index, name))
         self._deaf = {index: why for index, why in self._deaf.items() if index in wanted}
@@ -274,6 +272,9 @@ class LeakWatch:
         for index, name in wanted.items():
             if index not in self._taps and not self._refused:
                 self._open(index, name)
+        if self._taps:
+            devices = (i.index for i in self._ground.interfaces)
+            self._users.learn(self._ground.senders, devices, self._ground.fib, self._ground.tunnel)
         self._look_at_exempt()
         self._say()
 
@@ -313,7 +314,6 @@ class LeakWatch:
         self._close_taps(())
         self._openings.close()
         self._exempt.close()
-        self._users.close()
         if self._sockets is not None:
             self._sockets.close()
         for timer in (self._timer, self._over, self._again, *self._unowned, *self._serving.values()):
@@ -367,6 +367,7 @@ class LeakWatch:
             self._taps.pop(index).close()
             self._inbound.pop(index).close()
         if not self._taps:
+            self._users.close()
             self._exempt.look({}, self._rules)
 
     def _look_at_exempt(self) -> None:
