@@ -215,6 +215,18 @@ await until(lambda: len(acted) > first)
     assert seen["to"] == ["203.0.113.2"]
 
 
+async def test_many_sockets_that_are_closed_at_once_are_none() -> None:
+    seen = await as_root(
+        LED_OUT,
+        CLOSED + "for n in range(240):\n    once(993, '203.0.113.1')\n    if n % 20 == 0: await asyncio.sleep(0)\n"
+        "await until(lambda: watch._unowned)\n"
+        "await until(lambda: not watch._unowned); once(0, '203.0.113.2', device=b'eth0')\n"
+        "await until(lambda: acted)",
+        endpoints=(),
+    )
+    assert seen["to"] == ["203.0.113.2"]
+
+
 async def test_which_sockets_end_is_heard_only_while_packets_are_watched_and_a_rule_lets_a_user_out() -> None:
     seen = await ran(
         f"""{TUNNEL}

@@ -116,8 +116,10 @@ class Users:
             return False
         _, socket = self._sender(packet)
         sent = [socket] if socket is not None and socket.inode == 0 else self._closed.of(*ends, since=passed)
+        if not sent:
+            return self.belongs(packet) is False  # it is there all the same: the kernel did not tell at first
         # Where several may be meant, each must have been.
-        return bool(sent) and all(s.device == 0 and (killed or self._leads_in(packet, s)) for s in sent)
+        return all(s.device == 0 and (killed or self._leads_in(packet, s)) for s in sent)
 
     def led_out(self, packet: Packet) -> int | None:
         """The user whom a routing rule leads out, if the packet is that one's; the owner's word is another matter."""

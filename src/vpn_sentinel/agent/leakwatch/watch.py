@@ -7,7 +7,7 @@ import asyncio
 import errno
 import logging
 import os
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from ipaddress import ip_network
@@ -55,8 +55,11 @@ _GONE: Final = frozenset({errno.ENODEV, errno.ENXIO})
 _MARGIN: Final = 0.05  # seconds
 UNREAD_S: Final = 10.0  # seconds after something that came in was left unread in which nobody is said not to have come
 _LEARNED: Final = 8
-_UNOWNED: Final = 2 * BATCH
+_UNOWNED: Final = 8 * BATCH
 _HELD: Final = 16  # packets that wait until it is tried which host carries the tunnel
+
+
+_Ends = tuple[int, int | None, IPAddress, int | None]  # protocol, port here, address and port there
 
 
 class LeakWatch:
@@ -111,7 +114,7 @@ class LeakWatch:
         self._sockets = _sockets()
         self._flows = Flows(self._sockets)
         self._users = Users(self._sockets, self._declared, lambda: ClosedSockets(clock.wall))
-        self._unowned: deque[asyncio.TimerHandle] = deque()  # packets of senders that are gone
+        self._unowned: dict[_Ends, asyncio.TimerHandle] = {}  # of senders that are gone: when they are judged
         self._exempt = Exempt(
             now=clock.boottime,
             sockets=self._sockets,
@@ -316,7 +319,7 @@ class LeakWatch:
         self._exempt.close()
         if self._sockets is not None:
             self._sockets.close()
-        for timer in (self._timer, self._over, self._again, *self._unowned, *self._serving.values()):
+        for timer in (self._timer, self._over, self._again, *self._unowned.values(), *self._serving.values()):
             if timer is not None:
                 timer.cancel()
 
@@ -433,7 +436,8 @@ class LeakWatch:
         if belongs is False:
             self._exempt.led_out(packet, interface, self._users.led_out(packet))
             return
-        if belongs is None and self._waits_for_the_end(packet, interface, passed):
+        if belongs is None:
+            self._wait_for_the_end(packet, interface, passed)
             return
         if self._waits_for_visitors(packet, interface, now):
             return
@@ -472,20 +476,24 @@ class LeakWatch:
             belongs = self._users.belongs(packet)
             if passed <= self._marked or belongs is False:
                 continue
-            if belongs or not self._waits_for_the_end(packet, interface, passed):
+            if belongs is None:
+                self._wait_for_the_end(packet, interface, passed)
+            else:
                 self._is_no_vpns(packet, interface)
 
-    def _waits_for_the_end(self, packet: Packet, interface: str, passed: float) -> bool:
-        """Whether it waits until the kernel tells how the socket was bound that sent it and is gone."""
-        if len(self._unowned) >= _UNOWNED:
-            return False
-        later = asyncio.get_running_loop().call_later(ENDED_S, self._judge_unowned, packet, interface, passed)
-        self._unowned.append(later)
-        return True
+    def _wait_for_the_end(self, packet: Packet, interface: str, passed: float) -> None:
+        """It waits until the kernel tells how the socket was bound that sent it and is gone. Of a flow one does.
+
+        Of more flows in that time than can wait nobody knows what they are.
+        """
+        flow = packet.protocol, packet.source_port, packet.destination, packet.destination_port
+        if flow not in self._unowned and len(self._unowned) < _UNOWNED:
+            later = asyncio.get_running_loop().call_later(ENDED_S, self._judge_unowned, packet, interface, passed)
+            self._unowned[flow] = later
 
     def _judge_unowned(self, packet: Packet, interface: str, passed: float) -> None:
         """Where routes changed about then, they tell nothing of what led it out, unless a kill switch stands."""
-        self._unowned.popleft()
+        del self._unowned[packet.protocol, packet.source_port, packet.destination, packet.destination_port]
         killed = packet.destination.version in self._killed
         known = killed or self._clock.boottime() - self._rerouted > LOOK + 2 * ENDED_S
         led_out = known and self._users.was_led_out(packet, passed, killed=killed)
