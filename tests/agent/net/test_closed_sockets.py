@@ -1,6 +1,5 @@
 """Sockets that ended, told by the kernel about real ones."""
 
-import asyncio
 import socket
 import time
 from collections.abc import AsyncIterator
@@ -9,7 +8,7 @@ from ipaddress import ip_address
 import pytest
 
 from tests.conftest import until
-from vpn_sentinel.agent.net.closed_sockets import PAUSE, ClosedSockets
+from vpn_sentinel.agent.net.closed_sockets import ClosedSockets
 
 LO, FAR = ip_address("127.0.0.1"), ip_address("192.0.2.1")
 
@@ -58,9 +57,11 @@ async def test_a_connection_that_was_refused(closed: ClosedSockets) -> None:
 
 async def test_more_than_the_kernel_keeps_is_no_end(closed: ClosedSockets) -> None:
     since = time.time()
-    for _ in range(5000):
+    assert not closed.lost(since)
+    for _ in range(20_000):
         socket.socket(socket.AF_INET, socket.SOCK_DGRAM).close()
-    await asyncio.sleep(2 * PAUSE)
+    await until(lambda: closed.of(17, LO, 1, LO, 9, since=since) == [] and closed.lost(since))
+    assert not closed.lost(time.time())
     later: list[int] = []
 
     def is_told() -> bool:

@@ -37,6 +37,10 @@ class Closed(Protocol):
         """The sockets that may have sent so, and ended after `since`; the kernel does not tell whose they were."""
         ...
 
+    def lost(self, since: float) -> bool:
+        """Whether some that ended after `since` are not known."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -108,6 +112,8 @@ class Users:
     def was_led_out(self, packet: Packet, passed: float, *, killed: bool) -> bool:
         """Whether a rule for a user led the packet out, which `passed` then by the kernel's clock; its sender is gone.
 
+        Also where nobody can know: that is no leak.
+
         So it is when everybody else's goes into the tunnel, or is `killed` by a kill switch, and its socket was not
         bound to a device.
         """
@@ -117,7 +123,8 @@ class Users:
         _, socket = self._sender(packet)
         sent = [socket] if socket is not None and socket.inode == 0 else self._closed.of(*ends, since=passed)
         if not sent:
-            return self.belongs(packet) is False  # it is there all the same: the kernel did not tell at first
+            # It is there all the same, the kernel did not tell at first; or nobody can know any more.
+            return self.belongs(packet) is False or self._closed.lost(passed)
         # Where several may be meant, each must have been.
         return all(s.device == 0 and (killed or self._leads_in(packet, s)) for s in sent)
 

@@ -33,6 +33,7 @@ class ClosedSockets:
         """`wall` is the clock by which the kernel tells when a packet passed. Raises OSError without sock_diag."""
         self._wall = wall
         self._closed: deque[tuple[float, bytes]] = deque(maxlen=_MOST)  # read when, and inet_diag_msg
+        self._lost = float("-inf")
         self._resume: asyncio.TimerHandle | None = None
         kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
         self._sock = socket.socket(socket.AF_NETLINK, kind, NETLINK_SOCK_DIAG)
@@ -70,6 +71,10 @@ class ClosedSockets:
                 every.append(found)
         return every
 
+    def lost(self, since: float) -> bool:
+        """Whether more ended after `since` than can be read or kept, so that `of` does not know of each."""
+        return self._lost >= since
+
     def _woken(self) -> None:
         self._read()
         loop = asyncio.get_running_loop()
@@ -82,7 +87,10 @@ class ClosedSockets:
                 try:
                     message = self._sock.recv(4096)
                 except OSError as e:
-                    if e.errno != errno.ENOBUFS:  # some were lost, the rest is there
+                    if e.errno != errno.ENOBUFS:
                         raise
+                    self._lost = self._wall()  # the rest is there
                     continue
+                if len(self._closed) == _MOST:
+                    self._lost = max(self._lost, self._closed[0][0])
                 self._closed.append((self._wall(), message[_KEPT]))
