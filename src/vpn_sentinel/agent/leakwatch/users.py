@@ -148,7 +148,9 @@ class Users:
             return None, None
         try:
             if packet.echo is not None:
-                return self._owners.pings(packet.echo, packet.destination.version), None
+                flow = packet.protocol, packet.source, packet.echo, packet.destination, 0
+                uid = self._owners.pings(packet.echo, packet.destination.version)
+                return self._known.get(flow) if uid is None else self._note(flow, uid), None
             if flow is None:
                 return None, None
             found = self._owners.of(*flow, self._devices)
@@ -156,10 +158,13 @@ class Users:
             return None, None
         if found is None or (found.inode == 0 and packet.protocol == TCP):
             return self._known.get(flow), found  # closed: the kernel sends its end, for nobody any more
-        self._known[flow] = found.uid
+        return self._note(flow, found.uid), found
+
+    def _note(self, flow: Flow, uid: int) -> int:
+        self._known[flow] = uid
         if len(self._known) > MAX_FLOWS:
             self._known.popitem(last=False)
-        return found.uid, found
+        return uid
 
 
 def _flow(packet: Packet) -> Flow | None:
