@@ -28,6 +28,10 @@ class Tables(Protocol):
 
     def route(self, destination: IPAddress, *, port: int = 0, protocol: int = 17) -> Route | None: ...
 
+    def changed(self) -> None:
+        """Routes or rules may have changed: the next look reads them anew. It raises nothing."""
+        ...
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Routes:

@@ -430,16 +430,7 @@ class LeakWatch:
         looks = now - self._looked > self._rest and not self._book.has(packet)
         if looks and self._is_excused(packet):
             return
-        if passed <= self._marked:
-            return  # a rule for a mark came after it: whether it has the mark, only the kernel knew
-        belongs = self._users.belongs(packet)
-        if belongs is False:
-            self._exempt.led_out(packet, interface, self._users.led_out(packet))
-            return
-        if belongs is None:
-            self._wait_for_the_end(packet, interface, passed)
-            return
-        if self._waits_for_visitors(packet, interface, now):
+        if self._is_its_senders(packet, interface, passed) or self._waits_for_visitors(packet, interface, now):
             return
         self._flows.begins(packet, now)
         if self._is_put_off(packet, interface, now):
@@ -453,6 +444,17 @@ class LeakWatch:
         if self._again is None:
             self._again = asyncio.get_running_loop().call_later(LOOK, self._judge_unsure)
 
+    def _is_its_senders(self, packet: Packet, interface: str, passed: float) -> bool:
+        """Whether its sender is let out, or may be."""
+        if passed <= self._marked:
+            return True  # a rule for a mark came after it: whether it has the mark, only the kernel knew
+        belongs = self._users.belongs(packet)
+        if belongs is False:
+            self._exempt.led_out(packet, interface, self._users.led_out(packet))
+        elif belongs is None:
+            self._wait_for_the_end(packet, interface, passed)
+        return not belongs
+
     def _looks_soon(self, now: float) -> bool:
         """Whether one look follows another: where they are cheap, or one thing has changed, as more may."""
         return self._rest <= CHEAP or now - self._turned <= LOOK
@@ -461,9 +463,15 @@ class LeakWatch:
         """Look anew: whether the packet may leave by what is there now."""
         self._users.note(packet)  # its socket may be gone behind the look
         began = self._clock.boottime()
+        self._read_anew()
         self._stand_on(self._survey())
         self._rest = min(max(LOOK, LOOKS * (self._clock.boottime() - began)), LONGEST)
         return self._is_let_out(packet)
+
+    def _read_anew(self) -> None:
+        """News of rules and routes come later than a packet; full tables, which are dear to read, wait for them."""
+        if self._tables is not None and self._rest <= CHEAP:
+            self._tables.changed()
 
     def _is_let_out(self, packet: Packet) -> bool:
         return self._rules.allow(packet) or (self._is_ours(packet) and not self._is_led_away(packet))
@@ -471,14 +479,10 @@ class LeakWatch:
     def _judge_unsure(self) -> None:
         self._again = None
         unsure, self._unsure = self._unsure, []
+        self._read_anew()
         self._stand_on(self._survey())
         for packet, interface, passed in unsure:
-            belongs = self._users.belongs(packet)
-            if passed <= self._marked or belongs is False:
-                continue
-            if belongs is None:
-                self._wait_for_the_end(packet, interface, passed)
-            else:
+            if not self._is_its_senders(packet, interface, passed):
                 self._is_no_vpns(packet, interface)
 
     def _wait_for_the_end(self, packet: Packet, interface: str, passed: float) -> None:
