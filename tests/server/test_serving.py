@@ -23,7 +23,10 @@ SHORT: dict[str, Any] = {"head_within": 0.2, "body_within": 0.3, "idle": 0.15, "
 
 
 class App:
-    """Answers with what it was sent; `/stream` talks until the client goes, `/big` and `/hang` do not end."""
+    """Answers with what it was sent; `/stream` talks until the client goes, `/big` and `/hang` do not end.
+
+    `/refuse` reads nothing.
+    """
 
     def __init__(self) -> None:
         self.seen: list[dict[str, Any]] = []
@@ -51,6 +54,9 @@ class App:
                 await send({"type": "http.response.body", "body": b""})
             case "/hang":
                 await asyncio.sleep(30)
+            case "/refuse":
+                await send({"type": "http.response.start", "status": 401, "headers": [(b"content-length", b"2")]})
+                await send({"type": "http.response.body", "body": b"no"})
             case _:
                 body = b""
                 while (event := await receive())["type"] == "http.request":
@@ -168,6 +174,7 @@ async def house(*, side: bool = False, **limits: Any) -> AsyncIterator[House]:
     assert not server.crowd.open
 
 
+CHUNKED = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
 FLOODS = {
     "headers": (HEAD, lambda n: b"X-%d: " % n + b"v" * 4000 + b"\r\n"),
     "tiny headers": (HEAD, lambda n: b"a:b\r\n" * 800),
@@ -183,6 +190,9 @@ FLOODS = {
         b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n1;",
         lambda n: b"v" * 4096,
     ),
+    "chunks of one byte": (CHUNKED, lambda n: b"1\r\nx\r\n" * 100),
+    "chunks of one byte, refused": (CHUNKED.replace(b"/", b"/refuse", 1), lambda n: b"1\r\nx\r\n" * 100),
+    "chunks, refused": (CHUNKED.replace(b"/", b"/refuse", 1), lambda n: b"1000\r\n" + b"x" * 4096 + b"\r\n"),
     "pipeline": (b"GET /stream HTTP/1.1\r\nHost: a\r\n\r\n" + (HEAD + b"\r\n") * 9, lambda n: HEAD + b"\r\n"),
 }
 
@@ -259,6 +269,53 @@ async def test_who_drips_a_head_is_closed() -> None:
                 if not at.server.crowd.open:
                     break
             assert 0.15 < clock.now - started < 0.6
+
+
+async def test_who_drips_a_body_is_closed() -> None:
+    async with house(**SHORT) as at:
+        _, writer = await at.connect()
+        with Hand() as clock:
+            writer.write(CHUNKED)
+            await clock.until(lambda: at.app.seen)
+            started = clock.now
+            for n in range(1, 100):
+                await clock.go(0.2)
+                if not at.server.crowd.open:
+                    break
+                writer.write(b"1\r\nx\r\n")
+                await clock.until(lambda n=n: at.app.read == n or not at.server.crowd.open)  # type: ignore[misc]
+            assert 2.9 < clock.now - started < 3.6  # ten times what may lie between two parts
+
+
+async def test_a_refusal_costs_no_connection_when_the_body_follows() -> None:
+    """Python's http.client sends the head and the body apart, and would lose the answer if it were cut."""
+    async with house() as at:
+        reader, writer = await at.connect()
+        for _ in range(3):
+            writer.write(b"POST /refuse HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\n")
+            await asyncio.sleep(0.05)
+            writer.write(b"hello")
+            head = await reader.readuntil(b"\r\n\r\nno")
+            assert head.startswith(b"HTTP/1.1 401")
+            assert b"connection: close" not in head
+
+
+async def test_a_refusal_of_a_long_body_comes_through_and_ends_the_connection() -> None:
+    async with house() as at:
+        reader, writer = await at.connect()
+        writer.write(b"POST /refuse HTTP/1.1\r\nHost: a\r\nContent-Length: 400000\r\n\r\n" + b"x" * 300_000)
+        answer = await rest(reader)
+        assert answer.startswith(b"HTTP/1.1 401")
+        assert b"connection: close" in answer
+        assert answer.endswith(b"\r\n\r\nno")
+
+
+async def test_a_body_that_waits_to_be_asked_for_is_refused_at_once() -> None:
+    async with house() as at:
+        reader, writer = await at.connect()
+        with Hand():
+            writer.write(b"POST /refuse HTTP/1.1\r\nHost: a\r\nExpect: 100-continue\r\nContent-Length: 5\r\n\r\n")
+            assert (await rest(reader)).startswith(b"HTTP/1.1 401")
 
 
 async def test_a_slow_body_and_later_requests_are_served() -> None:

@@ -9,6 +9,7 @@ import socket
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import inf
 from pathlib import Path
 from typing import Any, Final
@@ -17,9 +18,9 @@ import httptools
 import msgspec
 import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
-from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 
 from vpn_sentinel.runtime.settings import SettingError
+from vpn_sentinel.server.websocket import BoundedWebSocket
 from vpn_sentinel.wire.problem import CONTENT_TYPE, problem
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,10 @@ _HEADER_COSTS: Final = 32
 _NO_SUCH_ADDRESS: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 _OF_AN_OFFER: Final = (b"upgrade", b"http2-settings")
 _COMPLAINS_EVERY: Final = 60.0
+_WHOLE_BODY: Final = 10  # times as long as between two parts
+# Bytes and seconds for what is left of a request's body when it is answered, and after that.
+_BEFORE: Final = (64 * 1024, 1.0)
+_AFTER: Final = (512 * 1024, 2.0)
 _ENDS_WITHIN: Final = 0.5
 _TASKS_END_WITHIN: Final = 0.2
 
@@ -40,13 +45,16 @@ _TASKS_END_WITHIN: Final = 0.2
 class Limits:
     """What one listener grants. Times are seconds; `head` is bytes of the request line, the headers and the trailers.
 
-    `drained_within` is how long a client may leave an answer unread, `connections` how many may be open in all.
+    `drained_within` is how long a client may leave an answer unread, `connections` how many may be open in all. A body
+    may come in so many `parts`, of which `body_within` may lie between two, and ten times that between the first and
+    the last.
     """
 
     connections: int
     per_address: int = 1000
     head: int = 64 * 1024
     queue: int = 8
+    parts: int = 1024
     head_within: float = 10.0
     body_within: float = 15.0
     idle: float = 5.0
@@ -103,23 +111,6 @@ def _who(host: str) -> str | bytes:
     return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])[:8]
 
 
-class BoundedWebSocket(WebSocketsSansIOProtocol):
-    """uvicorn's, which says when it is over. Its pings find the dead."""
-
-    left: Callable[[], None] | None = None
-
-    async def send(self, message: Any) -> None:
-        await super().send(message)
-        if message["type"] == "websocket.http.response.body":
-            self.handshake_complete = True  # else uvicorn logs each refused agent as a fault of ours
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        super().connection_lost(exc)
-        if self.left is not None:
-            self.left()
-            self.left = None
-
-
 class Bounded(HttpToolsProtocol):
     """uvicorn's HTTP/1.1, which by itself bounds neither the head, nor the queue, nor the time.
 
@@ -136,6 +127,8 @@ class Bounded(HttpToolsProtocol):
         self._reading = False  # inside a message
         self._headed = False  # past its head
         self._unframed = 0  # bytes since the last that were a body's
+        self._parts = 0  # in which the body came so far
+        self._body_by = inf
         self._head = 0
         self._refused = ""
         self._declined: bytes | None = None  # the head of a request whose offer of another protocol is not taken
@@ -206,7 +199,7 @@ class Bounded(HttpToolsProtocol):
         super().handle_websocket_upgrade()
         protocol = self.transport.get_protocol()
         if isinstance(protocol, BoundedWebSocket):
-            protocol.left = left
+            protocol.left, protocol.drained_within = left, self._limits.drained_within
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what was sent and close. An answer that has begun, or that others wait before, is cut instead."""
@@ -231,7 +224,7 @@ class Bounded(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         super().on_message_begin()
         self._reading, self._headed = True, False
-        self._unframed = self._head = 0
+        self._unframed = self._head = self._parts = 0
         self._wait(self._limits.head_within)
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -254,12 +247,16 @@ class Bounded(HttpToolsProtocol):
             self._refuse("Too many requests wait for their answers.")
         if self._running is not None and not self._running.response_complete and self.parser.should_upgrade():
             self._refuse("A connection cannot change its protocol before all is answered.")
+        self._body_by = self.loop.time() + _WHOLE_BODY * self._limits.body_within
         self._wait(self._limits.body_within)
         super().on_headers_complete()
 
     def on_body(self, body: bytes) -> None:
         self._unframed = 0
-        self._wait(self._limits.body_within)
+        self._parts += 1
+        if self._parts > self._limits.parts:
+            self._refuse("The body comes in too many parts.")
+        self._wait(min(self._limits.body_within, self._body_by - self.loop.time()))
         super().on_body(body)
 
     def on_message_complete(self) -> None:
@@ -299,7 +296,27 @@ class Bounded(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._running = cycle
-        super()._start_asgi_task(cycle, app)
+        super()._start_asgi_task(cycle, partial(self._answer, cycle, app))
+
+    async def _answer(self, cycle: RequestResponseCycle, app: Any, scope: Any, receive: Any, send: Any) -> None:
+        """Run `app`; an answer before the end of its request is the last one of the connection."""
+        comes = True
+
+        async def answer(message: Any) -> None:
+            nonlocal comes
+            if message["type"] == "http.response.start" and cycle.more_body:
+                comes = not cycle.waiting_for_100_continue  # else it waits to be asked for
+                if comes:
+                    # Mostly it is on its way, and to be cut while it sends would cost the client the answer.
+                    await _drain(cycle, *_BEFORE)
+                cycle.keep_alive = cycle.keep_alive and not cycle.more_body
+            elif cycle.more_body and comes and not message.get("more_body"):
+                await send(message | {"more_body": True})
+                await _drain(cycle, *_AFTER)
+                message = {"type": message["type"]}
+            await send(message)
+
+        await app(scope, receive, answer)
 
     def _refuse(self, why: str) -> None:
         self._refused = why
@@ -344,6 +361,17 @@ class Bounded(HttpToolsProtocol):
             self._deadline = now + self._limits.drained_within
         if (at := min(self._deadline, self._drained_by)) < inf:
             self._arm(at)
+
+
+async def _drain(cycle: RequestResponseCycle, size: int, seconds: float) -> None:
+    """Read what is left of a request's body, which nobody wants, `size` bytes at most (RFC 9112, section 9.6)."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            while cycle.more_body and size > 0:
+                event = await cycle.receive()
+                if event["type"] != "http.request":
+                    return
+                size -= len(event["body"])
 
 
 class EmbeddedServer(uvicorn.Server):

@@ -1,0 +1,99 @@
+"""What one agent may cost by its frames: a real WebSocket on loopback, whose client sends what it likes."""
+
+import asyncio
+import os
+import struct
+
+import pytest
+
+from tests.conftest import until
+from tests.server.test_serving import House, house
+from vpn_sentinel.server.websocket import FRAMES
+
+SHAKE = (
+    b"GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+    b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+)
+CONTINUATION, TEXT, CLOSE, PING = 0, 1, 8, 9
+FIN = 0x80
+
+
+def frame(opcode: int, payload: bytes = b"", fin: int = FIN) -> bytes:
+    """RFC 6455, section 5.2, with a mask of zeros."""
+    size = bytes([0x80 | len(payload)]) if len(payload) < 126 else b"\xfe" + struct.pack("!H", len(payload))
+    return bytes([fin | opcode]) + size + bytes(4) + payload
+
+
+async def connected(at: House) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    reader, writer = await at.connect()
+    writer.write(SHAKE)
+    await reader.readuntil(b"\r\n\r\n")
+    return reader, writer
+
+
+async def last_frame(reader: asyncio.StreamReader) -> tuple[int, bytes]:
+    """The opcode and payload of the last one before the end; servers' frames have no mask."""
+    last = (-1, b"")
+    async with asyncio.timeout(10):
+        while True:
+            try:
+                head = await reader.readexactly(2)
+                last = head[0] & 0xF, await reader.readexactly(head[1])
+            except (asyncio.IncompleteReadError, ConnectionError):
+                return last
+
+
+FLOODS = {
+    "empty continuations": (frame(TEXT, b"{", fin=0), frame(CONTINUATION, fin=0)),
+    "empty messages": (b"", frame(TEXT)),
+    "pings": (b"", frame(PING)),
+}
+
+
+@pytest.mark.parametrize(("first", "each"), FLOODS.values(), ids=FLOODS.keys())
+async def test_who_sends_frames_without_end_is_refused(first: bytes, each: bytes) -> None:
+    async with house() as at:
+        reader, writer = await connected(at)
+        writer.write(first + each * 10_000)
+        opcode, said = await last_frame(reader)
+        assert (opcode, said) == (CLOSE, struct.pack("!H", 1008) + b"too many frames")
+        await until(lambda: not at.server.crowd.open)
+
+
+async def test_a_message_in_many_frames_is_taken() -> None:
+    async with house() as at:
+        reader, writer = await connected(at)
+        pieces = int(FRAMES) - 20
+        writer.write(frame(TEXT, b"x", fin=0) + frame(CONTINUATION, b"y" * 200, fin=0) * pieces + frame(CONTINUATION))
+        head = await reader.readexactly(10)
+        assert (head[0], head[1]) == (FIN | TEXT, 127)
+        assert struct.unpack("!Q", head[2:])[0] == 1 + 200 * pieces
+
+
+async def test_who_takes_no_answers_is_not_read_and_is_cut() -> None:
+    async with house(drained_within=0.5) as at:
+        reader, writer = await connected(at)
+        reader._transport.pause_reading()  # type: ignore[attr-defined]
+        sent = 0
+        message = frame(TEXT, b"x" * 60_000)
+        while at.server.crowd.open and sent < 400 * len(message):
+            writer.write(message)
+            sent += len(message)
+            try:
+                async with asyncio.timeout(2):
+                    await writer.drain()
+            except (ConnectionError, TimeoutError):
+                break
+        await until(lambda: not at.server.crowd.open)
+        assert sent < 20_000_000  # what the two kernels' buffers hold
+
+
+async def test_who_does_not_take_the_farewell_holds_no_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with house(drained_within=0.3) as at:
+        reader, writer = await connected(at)
+        reader._transport.pause_reading()  # type: ignore[attr-defined]
+        connection = next(iter(at.server.server_state.connections))
+        held = os.urandom(16_000_000)
+        connection.transport.write(held)  # more than the kernels take
+        writer.write(frame(TEXT, b"\xff"))  # no UTF-8: it is closed for that
+        await until(lambda: not at.server.crowd.open)
