@@ -46,7 +46,7 @@ async def test_a_wrong_key_is_nobodys(store: Store, clock: ManualClock) -> None:
 async def test_a_token_may_report_as_its_own_tunnel_alone(store: Store, clock: ManualClock) -> None:
     token = await create_token(store, "nl", shared=False, now=clock.now)
     caller = await Access(store, clock, KEY).caller(token)
-    assert caller == Caller("nl", shared=False)
+    assert caller == Caller("nl", shared=False, key=token[3:11])
     assert caller.may_report_as("nl")
     assert not caller.may_report_as("nl-2")
     assert not caller.may_report_as("NL")
@@ -107,7 +107,7 @@ async def test_there_is_nothing_to_revoke_twice(store: Store, clock: ManualClock
 async def test_the_first_key_is_made_once(store: Store, clock: ManualClock) -> None:
     key = await first_key(store, clock.now)
     assert key is not None
-    assert await Access(store, clock, None).caller(key) == Caller("shared", shared=True)
+    assert await Access(store, clock, None).caller(key) == Caller("shared", shared=True, key=key[3:11])
     assert await first_key(store, clock.now) is None
     await revoke_token(store, "shared", clock.now)
     assert await first_key(store, clock.now) is None  # who revoked it does not want another
@@ -155,7 +155,7 @@ async def test_a_token_that_was_just_made_is_known_within_a_second(store: Store,
     token = await create_token(store, "nl", shared=False, now=clock.now)
     assert await access.caller(token) is None
     clock.now += 1.1
-    assert await access.caller(token) == Caller("nl", shared=False)
+    assert await access.caller(token) == Caller("nl", shared=False, key=token[3:11])
     for _ in range(50):
         assert await access.caller("vs_nothing") is None
     assert counted.reads == 2
@@ -227,7 +227,7 @@ async def test_a_key_that_was_right_here_before_still_is(store: Store, clock: Ma
     access = Access(store, clock, KEY)
     assert await access.admit(token, HERE) is not None
     await guess(access, 50)
-    assert await access.admit(token, HERE) == Caller("nl", shared=False)
+    assert await access.admit(token, HERE) == Caller("nl", shared=False, key=token[3:11])
     with pytest.raises(TooManyWrongKeys):
         await access.admit(KEY.reveal(), HERE)
     await revoke_token(store, "nl", clock.now)

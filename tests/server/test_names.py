@@ -27,7 +27,7 @@ async def test_the_tunnels_of_the_database_are_known_but_not_those_whose_tokens_
             await revoke_token(store, name, clock.now)
     for name in ("own", "renewed"):
         await create_token(store, name, shared=False, now=clock.now)
-    assert await names_of(store) == ["shared-key", "own", "renewed"]
+    assert list(await names_of(store)) == ["shared-key", "own", "renewed"]
 
 
 async def test_who_reported_since_came_by_another_key(store: Store, clock: ManualClock) -> None:
@@ -36,7 +36,7 @@ async def test_who_reported_since_came_by_another_key(store: Store, clock: Manua
     await revoke_token(store, "nl", clock.now - 60)
     await create_token(store, "de", shared=True, now=clock.now)  # a shared one that is merely called so
     await revoke_token(store, "de", clock.now)
-    assert await names_of(store) == ["nl", "de"]
+    assert list(await names_of(store)) == ["nl", "de"]
 
 
 async def test_a_revoked_agents_pulse_key_stays_refused_after_a_restart(store: Store, clock: ManualClock) -> None:
@@ -53,7 +53,7 @@ async def test_a_revoked_agents_pulse_key_stays_refused_after_a_restart(store: S
     known.missed()  # which the revoked agent's pulse brings about as well
     await until(lambda: len(port.ledger) == 2)
     assert port.gets(revoked.pulse()) is None
-    port.ledger.greet("nl")  # it came with a valid key
+    port.ledger.greet("nl", "key")  # it came with a valid key
     assert port.gets(revoked.pulse()) is not None
     task.cancel()
 
@@ -62,6 +62,6 @@ async def test_a_new_token_is_known_when_the_name_is_read_again(store: Store, cl
     await _hold(store, clock.now, "nl")
     await create_token(store, "nl", shared=False, now=clock.now)
     await revoke_token(store, "nl", clock.now)
-    assert await names_of(store) == []
+    assert list(await names_of(store)) == []
     await create_token(store, "nl", shared=False, now=clock.now)
-    assert await names_of(store) == ["nl"]
+    assert list(await names_of(store)) == ["nl"]

@@ -46,10 +46,14 @@ _MOST_TOLD: Final = 100
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Someone whose key is right. `name` is the token's; only a shared one may report as another tunnel or read."""
+    """Someone whose key is right. `name` is the token's; only a shared one may report as another tunnel or read.
+
+    `key` tells one key from another and is no secret: the beginning that lists of tokens show, "" of the setting's.
+    """
 
     name: str
     shared: bool
+    key: str = ""
 
     def may_report_as(self, tunnel: str) -> bool:
         return self.shared or self.name == tunnel
@@ -151,7 +155,7 @@ class Access:
             self._rounds, self._failed = self._rounds + 1, e
             raise
         self._rounds, self._failed = self._rounds + 1, None
-        self._tokens = {r.prefix: (r.digest, Caller(r.name, shared=bool(r.shared))) for r in rows}
+        self._tokens = {r.prefix: (r.digest, Caller(r.name, shared=bool(r.shared), key=r.prefix)) for r in rows}
         self._read_at = self._clock.boottime()
 
 

@@ -11,6 +11,7 @@ from sqlalchemy import select
 from tests.server.ingest.conftest import EXIT, KEY, SECRET, Build, House, Socket
 from tests.server.ingest.test_keepalive import Broken
 from vpn_sentinel.server.access import create_token, revoke_token
+from vpn_sentinel.server.ingest import switch
 from vpn_sentinel.server.ingest.ledger import Ledger
 from vpn_sentinel.server.ingest.pulse import PulseProtocol
 from vpn_sentinel.server.store.schema import actions, observations
@@ -390,6 +391,17 @@ async def test_each_agent_behind_one_address_has_its_own_rate(build: Build) -> N
     assert (await house.exchange(exchange(1, greeting=hello(client_id="se")))).status == 200
 
 
+async def test_each_agent_has_its_own_rate_of_bytes(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(switch, "_BYTES_AT_ONCE", len(json.dumps(exchange(1))) + 10)
+    house = build()
+    assert (await house.exchange(exchange(1))).status == 200
+    answer = await house.exchange(exchange(2))
+    assert (answer.status, answer.json["detail"]) == (429, "too many bytes a minute of this tunnel")
+    assert (await house.exchange(exchange(1, greeting=hello(client_id="se")))).status == 200
+    house.clock.now += float(answer.headers["retry-after"])
+    assert (await house.exchange(exchange(2))).status == 200
+
+
 async def test_too_many_that_wait_are_sent_away_with_a_time(lobby: House) -> None:
     class Full:
         def __len__(self) -> int:
@@ -418,7 +430,7 @@ class Wire:
 def test_the_echo_answers_what_is_genuine_and_nothing_else() -> None:
     ledger = Ledger(SECRET)
     wire, protocol = Wire(), PulseProtocol(ledger, lambda: 0.0)
-    ledger.greet("nl")
+    ledger.greet("nl", "key")
     ident = echo.ident_for(SECRET, "nl")
     key = echo.key_for(SECRET, ident)
     question = echo.request(ident, b"12345678", key)

@@ -51,7 +51,7 @@ class Port:
         self.told: list[Seen] = []
         self.missed = 0
         self.ledger = Ledger(SECRET, self.told.append)
-        self.ledger.know(names)
+        self.ledger.know(dict.fromkeys(names, 0.0))
         self.now = 100.0
         self.protocol = PulseProtocol(self.ledger, lambda: self.now, missed=self._miss)
         self.wire = Wire()
@@ -103,17 +103,34 @@ def test_who_was_never_greeted_is_not_answered_and_asked_about() -> None:
     port, agent = Port("nl"), Agent("de")
     assert port.gets(agent.pulse()) is None
     assert port.missed == 1
-    port.ledger.greet("de")
+    port.ledger.greet("de", "key")
     assert port.gets(agent.pulse()) is not None
 
 
 def test_a_revoked_agent_is_not_answered_until_it_is_greeted_again() -> None:
     port, agent = Port("nl"), Agent()
-    port.ledger.forget("nl")
+    port.ledger.forget("nl", "key", at=1000.0)
     assert port.gets(agent.pulse()) is None
-    port.ledger.know(["nl"])  # its row is in the database still
+    port.ledger.know({"nl": 1005.0})  # its row is in the database still, with what came by the key before
     assert port.gets(agent.pulse()) is None
-    port.ledger.greet("nl")
+    port.ledger.greet("nl", "key")
+    assert port.gets(agent.pulse()) is not None
+
+
+def test_a_revoked_key_does_not_silence_the_agent_that_came_by_another() -> None:
+    port, agent = Port(), Agent()
+    port.ledger.greet("nl", "old")
+    port.ledger.greet("nl", "new")
+    port.ledger.forget("nl", "old", at=1000.0)  # by the session of the old agent, which runs still
+    assert port.gets(agent.pulse()) is not None
+    port.ledger.forget("nl", "new", at=1000.0)
+    assert port.gets(agent.pulse()) is None
+
+
+def test_a_tunnel_that_reports_to_another_replica_by_another_key_is_answered_here_too() -> None:
+    port, agent = Port("nl"), Agent()
+    port.ledger.forget("nl", "old", at=1000.0)
+    port.ledger.know({"nl": 1011.0})
     assert port.gets(agent.pulse()) is not None
 
 
@@ -279,16 +296,16 @@ def test_what_became_of_pulses_is_told_to_prometheus() -> None:
 
 
 async def test_names_are_read_at_the_start_and_when_one_is_missed() -> None:
-    names = ["nl"]
+    names = {"nl": 0.0}
     port = Port()
 
-    async def read() -> list[str]:
+    async def read() -> dict[str, float]:
         return names
 
     known = Names(port.ledger, read, apart=0.01)
     task = asyncio.create_task(known.run())
     await until(lambda: len(port.ledger) == 1)
-    names.append("de")
+    names["de"] = 0.0
     known.missed()
     await until(lambda: len(port.ledger) == 2)
     task.cancel()
@@ -316,7 +333,7 @@ def test_a_real_socket_under_uvloop() -> None:
     async def talk() -> bytes:
         loop = asyncio.get_running_loop()
         ledger, agent = Ledger(SECRET), Agent()
-        ledger.greet("nl")
+        ledger.greet("nl", "key")
         transport, _ = await loop.create_datagram_endpoint(
             lambda: PulseProtocol(ledger, loop.time), local_addr=("127.0.0.1", 0)
         )

@@ -27,6 +27,20 @@ def test_a_pause_saves_up_no_more_than_a_minute() -> None:
     assert [rate.wait("a", 1e6) == 0.0 for _ in range(3)] == [True, True, False]
 
 
+def test_bytes_cost_what_they_are() -> None:
+    rate = RateLimit(60, most=100)
+    assert rate.wait("a", 0.0, 70) == 0.0
+    assert rate.wait("a", 0.0, 70) == pytest.approx(40.0)
+    assert rate.wait("a", 40.0, 70) == 0.0
+    assert rate.wait("a", 1e6, 100) == 0.0
+
+
+def test_who_waits_pays_what_it_owes() -> None:
+    rate = RateLimit(60, most=2)
+    assert [rate.owe("a", 0.0) for _ in range(4)] == [0.0, 0.0, 1.0, 2.0]
+    assert rate.owe("a", 2.0) == 1.0
+
+
 def test_each_key_has_its_own() -> None:
     rate = RateLimit(1)
     assert rate.wait("a", 0.0) == 0.0

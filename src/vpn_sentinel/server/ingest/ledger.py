@@ -6,7 +6,7 @@ greeted here or has a row in the database; nothing a stranger sends makes one.
 
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
 from typing import Final
@@ -21,6 +21,7 @@ _RUNS: Final = 8  # runs of one agent whose numbers are remembered
 _QUIET: Final = 6.0
 # More seconds than this between two pulses are a gap: one that was lost, or a line that was dead.
 _GAP: Final = 3.0
+_REFUSED: Final = 10.0  # seconds that what came by a key before it was refused may take to be stored
 _MOST: Final = 50_000  # tunnels that are known at a time
 # Pulses in a row, over so many seconds, that tell of no new reply, before the replies count as unheard. An agent whose
 # pulses go unanswered sends ten within 3 s; of which, at 30 % loss, all are lost once in 100,000 times.
@@ -58,11 +59,13 @@ class Window:
 class Record:
     """One tunnel's pulses. Times are by a clock that never jumps. Of `windows`, by run, the newest used is the last.
 
-    Since `steady` they have come without a gap.
+    Since `steady` they have come without a gap. `greeted` is the caller's key of the last greeting here, None when the
+    tunnel is known from the database alone.
     """
 
     name: str
     key: bytes
+    greeted: str | None = None
     run: int = -1
     windows: dict[int, Window] = field(default_factory=dict)
     host: str = ""
@@ -94,27 +97,35 @@ class Ledger:
         self._secret = secret
         self._told = told
         self._records: OrderedDict[bytes, Record] = OrderedDict()
-        self._banned: set[str] = set()
+        self._banned: dict[str, float] = {}  # by name, when a key was refused
         self._crowd: tuple[float, bool] = (-math.inf, False)
 
     def __len__(self) -> int:
         return len(self._records)
 
-    def greet(self, name: str) -> None:
-        """Answer the pulses of this tunnel from now on: its agent showed a key."""
-        self._banned.discard(name)
-        self._add(name)
+    def greet(self, name: str, key: str) -> None:
+        """Answer the pulses of this tunnel from now on: its agent showed `key` (of `access.Caller`)."""
+        self._banned.pop(name, None)
+        self._add(name).greeted = key
 
-    def know(self, names: Iterable[str]) -> None:
-        """The same for tunnels that the database holds, besides those whose key was refused since."""
-        for name in names:
-            if name not in self._banned:
+    def know(self, seen: Mapping[str, float]) -> None:
+        """The same for tunnels that the database holds, and when each reported last, besides those that were refused.
+
+        One that has reported since came by another key, maybe to another replica. Times are of the wall's clock.
+        """
+        for name, at in seen.items():
+            if at > self._banned.get(name, -math.inf) + _REFUSED:
+                self._banned.pop(name, None)
                 self._add(name)
 
-    def forget(self, name: str) -> None:
-        """Answer this tunnel's pulses no more: its key was refused."""
-        self._banned.add(name)
-        self._records.pop(echo.ident_for(self._secret, name), None)
+    def forget(self, name: str, key: str, at: float) -> None:
+        """Answer this tunnel's pulses no more: `key` was refused. An agent that showed another one since stays."""
+        ident = echo.ident_for(self._secret, name)
+        record = self._records.get(ident)
+        if record is not None and record.greeted not in (None, key):
+            return
+        self._banned[name] = at
+        self._records.pop(ident, None)
 
     def find(self, ident: bytes) -> Record | None:
         return self._records.get(ident)
@@ -129,14 +140,16 @@ class Ledger:
     def key_for(self, ident: bytes) -> bytes:
         return echo.key_for(self._secret, ident)
 
-    def _add(self, name: str) -> None:
+    def _add(self, name: str) -> Record:
         ident = echo.ident_for(self._secret, name)
-        if ident in self._records:
+        record = self._records.get(ident)
+        if record is not None:
             self._records.move_to_end(ident)
-            return
-        self._records[ident] = Record(name, self.key_for(ident))
+            return record
+        record = self._records[ident] = Record(name, self.key_for(ident))
         if len(self._records) > _MOST:
             self._records.popitem(last=False)
+        return record
 
     def came_from(self, record: Record, host: str) -> bytes:
         """The bytes of the address that a datagram came from, an IPv4-mapped one as the IPv4 address it is."""

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from typing import Final
 
 from prometheus_client import CollectorRegistry
@@ -78,7 +78,9 @@ class PulseProtocol(asyncio.DatagramProtocol):
 class Names:
     """Keeps the ledger knowing the tunnels that the database holds: at the start, and when one is missed."""
 
-    def __init__(self, ledger: Ledger, read: Callable[[], Awaitable[Iterable[str]]], *, apart: float = 5.0) -> None:
+    def __init__(
+        self, ledger: Ledger, read: Callable[[], Awaitable[Mapping[str, float]]], *, apart: float = 5.0
+    ) -> None:
         self._ledger = ledger
         self._read = read
         self._apart = apart
@@ -96,20 +98,20 @@ class Names:
             await asyncio.sleep(self._apart)
 
 
-async def names_of(store: Store) -> list[str]:
-    """The tunnels that the database holds, the newest last, without those of whose own tokens all are revoked.
+async def names_of(store: Store) -> dict[str, float]:
+    """When each tunnel of the database reported last, the newest at the end, without those of revoked tokens alone.
 
     The key of a pulse is made from the name, so a revoked agent has it still. One that has reported since came by
     another key.
     """
     own = select(tokens.c.name, func.max(tokens.c.revoked_at).label("at")).where(tokens.c.shared == 0)
     gone = own.group_by(tokens.c.name).having(func.count() == func.count(tokens.c.revoked_at)).subquery()
-    held = select(tunnels.c.name).outerjoin(gone, gone.c.name == tunnels.c.name)
+    held = select(tunnels.c.name, tunnels.c.last_seen).outerjoin(gone, gone.c.name == tunnels.c.name)
     held = held.where(or_(gone.c.at.is_(None), tunnels.c.last_seen > gone.c.at + _REVOKED)).order_by(tunnels.c.id)
     try:
-        return [row.name for row in await store.read(held)]
+        return {row.name: row.last_seen for row in await store.read(held)}
     except StoreUnavailable:
-        return []  # whoever is greeted is known all the same, and the next pulse of another asks again
+        return {}  # whoever is greeted is known all the same, and the next pulse of another asks again
 
 
 class Lookout:

@@ -66,7 +66,7 @@ class Sessions:
         )
         stored = found[0].seq if found and found[0].spool == hello.spool else 0
         if self._ledger is not None:
-            self._ledger.greet(hello.client_id)
+            self._ledger.greet(hello.client_id, caller.key)
         ident = echo.ident_for(self._echo_secret, hello.client_id)
         key = echo.key_for(self._echo_secret, ident)
         return Welcome(
@@ -109,10 +109,10 @@ class Sessions:
         )
         return Ack(seq=reports.items[-1].seq)
 
-    def refused(self, hello: Hello) -> None:
-        """The key of this session was revoked: the pulse port knows the tunnel no more."""
+    def refused(self, hello: Hello, caller: Caller) -> None:
+        """The key of this session was revoked: the pulse port knows the tunnel no more, unless it came by another."""
         if self._ledger is not None:
-            self._ledger.forget(hello.client_id)
+            self._ledger.forget(hello.client_id, caller.key, self.now())
 
     def skew(self, hello: Hello) -> float:
         return hello.wall - self.now()

@@ -28,6 +28,8 @@ _HELLO_WITHIN: Final = 10.0
 _EXCHANGE: Final = 3.0
 # Messages of reports a minute that one tunnel may send over its WebSocket: many times what an agent ever does.
 _MESSAGES: Final = 300
+# Bytes of them a minute, and at once after a pause: a whole spool (`agent.spool.MOST_BYTES`).
+_BYTES, _BYTES_AT_ONCE = 2 * 1024 * 1024, 32 * 1024 * 1024
 T = TypeVar("T")
 # WebSocket close codes (RFC 6455, section 7.4.1, and IANA's registry).
 _POLICY, _TOO_BIG, _TRY_LATER = 1008, 1009, 1013
@@ -46,6 +48,7 @@ class Switch:
         self._keepalive = f"{path}/keepalive"
         self._agent = f"{path}/agent"
         self._messages = RateLimit(_MESSAGES)
+        self._bytes = RateLimit(_BYTES, _BYTES_AT_ONCE)
         self._crowd = RateLimit(crowd)
         self._said: str | None = None
 
@@ -114,6 +117,8 @@ class Switch:
         self._door.pace(f"{place} {said.hello.client_id[:100]}")
         if (wait := self._crowd.wait(place, self._sessions.ticks())) > 0:
             raise Refusal(429, "too many reports a minute from this address", wait)
+        if (wait := self._bytes.wait(said.hello.client_id, self._sessions.ticks(), len(body))) > 0:
+            raise Refusal(429, "too many bytes a minute of this tunnel", wait)
         welcome = await self._sessions.welcome(said.hello, guest.caller, guest.address)
         since = self._sessions.now() - _EXCHANGE
         skew = self._sessions.skew(said.hello)
@@ -164,14 +169,18 @@ class Switch:
                 await self._guarded(self._door.still(guest))
             except Refusal as e:
                 if e.status == 403:
-                    self._sessions.refused(hello)
+                    self._sessions.refused(hello, guest.caller)
                 raise
-            # A replay comes in a burst; beyond that a sender waits, and its connection with it.
-            if (wait := self._messages.wait(hello.client_id, self._sessions.ticks())) > 0:
-                await asyncio.sleep(wait)
+            await self._in_turn(hello.client_id, len(body))
             with _about(body):
                 ack = await self._stored(self._sessions.take(hello, reports, skew, since, guest.address))
             await _send_quietly(send, {"type": "websocket.send", "text": encode(ack).decode()})
+
+    async def _in_turn(self, name: str, size: int) -> None:
+        """A replay comes in a burst; beyond that a sender waits, and its connection with it."""
+        for limit, cost in ((self._messages, 1), (self._bytes, size)):
+            if (wait := limit.owe(name, self._sessions.ticks(), cost)) > 0:
+                await asyncio.sleep(wait)
 
 
 @contextmanager
