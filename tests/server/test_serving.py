@@ -5,17 +5,21 @@ import errno
 import json
 import logging
 import socket
+import ssl
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import websockets
 
+from lab.certs import Authority
 from tests.conftest import until
 from vpn_sentinel.runtime.settings import SettingError, Source
-from vpn_sentinel.server.serving import Crowd, EmbeddedServer, Limits, embedded, listen, serve_until
+from vpn_sentinel.server.crowd import Crowd
+from vpn_sentinel.server.serving import EmbeddedServer, Limits, embedded, listen, serve_until
 from vpn_sentinel.server.settings import ServerSettings
 
 HEAD = b"GET / HTTP/1.1\r\nHost: a\r\n"
@@ -88,8 +92,8 @@ class House:
         self.app, self.server, self.port, self.closing = app, server, port, closing
         self.writers: list[asyncio.StreamWriter] = []
 
-    async def connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+    async def connect(self, source: str = "127.0.0.1") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port, local_addr=(source, 0))
         self.writers.append(writer)
         return reader, writer
 
@@ -155,9 +159,11 @@ async def rest(reader: asyncio.StreamReader) -> bytes:
 
 
 @asynccontextmanager
-async def house(*, side: bool = False, **limits: Any) -> AsyncIterator[House]:
+async def house(
+    *, side: bool = False, cert: Path | None = None, key: Path | None = None, **limits: Any
+) -> AsyncIterator[House]:
     app, closing = App(), asyncio.Event()
-    server = embedded(app, side=side, limits=Limits(**{"connections": 100} | limits))
+    server = embedded(app, side=side, cert=cert, key=key, limits=Limits(**{"connections": 100} | limits))
     bound = listen("127.0.0.1", 0, "PORT")
     async with asyncio.TaskGroup() as group:
         serving = group.create_task(serve_until(server, bound, closing))
@@ -230,7 +236,7 @@ async def test_garbage_is_answered_as_a_problem_and_said_once(caplog: pytest.Log
 
 
 def test_what_repeats_is_counted_until_it_is_said_again(caplog: pytest.LogCaptureFixture) -> None:
-    crowd = Crowd(Limits(connections=1))
+    crowd = Crowd(1, 1, 1)
     for now in (0, 1, 30, 59, 61):
         crowd.complain("garbage", "a", now)
     assert [vars(r)["times"] for r in caplog.records] == [1, 4]
@@ -436,7 +442,7 @@ async def test_offers_do_not_lengthen_a_pipeline() -> None:
         assert len(at.app.seen) == 1
 
 
-@pytest.mark.parametrize("limits", [{"connections": 8}, {"per_address": 8}], ids=["all", "one address"])
+@pytest.mark.parametrize("limits", [{"connections": 16}, {"per_address": 8}], ids=["one network", "one address"])
 async def test_more_connections_than_granted_are_closed_at_once(
     limits: dict[str, int], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -454,19 +460,66 @@ async def test_more_connections_than_granted_are_closed_at_once(
         writer.write(HEAD + b"\r\n")
         await reader.readuntil(b"\r\n\r\n0")
     said = [r.message for r in caplog.records if r.name.startswith("vpn_sentinel") and "turned away" in r.message]
-    over = [r.message for r in caplog.records if r.message == "connections are taken again"]
     assert len(said) == 1
-    assert len(over) == ("connections" in limits)
+
+
+async def test_where_all_connections_are_taken_the_idle_ones_yield(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "vpn_sentinel")
+    stream = b"GET /stream HTTP/1.1\r\nHost: a\r\n\r\n"
+    async with house(connections=8) as at:
+        streams = []
+        for source in ("127.0.1.1", "127.0.2.1"):
+            for _ in range(2):
+                reader, writer = await at.connect(source)
+                writer.write(stream)
+                await reader.readuntil(b"tick\n")
+                streams.append(reader)
+        idle = [await at.connect(f"127.0.3.{n}") for n in range(1, 5)]
+        await until(lambda: len(at.server.crowd) == 8)
+        for n in range(4):  # each of which has asked for something, and goes on
+            reader, writer = await at.connect(f"127.0.4.{n + 1}")
+            writer.write(stream)
+            await reader.readuntil(b"tick\n")
+            assert await rest(idle[n][0]) == b""
+        reader, _ = await at.connect("127.0.5.1")
+        assert await rest(reader) == b""  # all are busy
+        assert not any(r.at_eof() for r in streams)
+        assert at.server.crowd.refused == {"all": 1, "address": 0, "network": 0, "yielded": 4}
+        for writer in at.writers:
+            writer.close()
+        await until(lambda: len(at.server.crowd) == 0)
+    said = [r.message for r in caplog.records if r.name == "vpn_sentinel.server.crowd"]
+    assert said == ["all connections are taken: idle ones yield to new ones", "connections are taken again"]
+
+
+async def test_a_connection_without_a_tls_handshake_is_counted_and_ended(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    authority = Authority(tmp_path)
+    pair = authority.issue("server", ["localhost"])
+    trusting = ssl.create_default_context(cafile=str(authority.file))
+    async with house(cert=pair.cert, key=pair.key, per_address=3, head_within=0.5) as at:
+        for _ in range(5):
+            await at.connect("127.0.1.1")
+        await until(lambda: at.server.crowd.refused["address"] == 2)
+        reader, writer = await asyncio.open_connection("127.0.0.1", at.port, ssl=trusting, server_hostname="localhost")
+        for _ in range(2):
+            writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhello")
+            await reader.readuntil(b"\r\n\r\n5")
+        assert len(at.server.crowd) == 4
+        writer.close()
+        await until(lambda: len(at.server.crowd) == 0)  # those that never shook hands were given up
+    assert not [r for r in caplog.records if r.levelno >= logging.ERROR]
 
 
 def test_an_ipv6_customer_is_one_and_mapped_ipv4_are_many() -> None:
-    crowd = Crowd(Limits(connections=10, per_address=1))
-    assert crowd.enter("2001:db8::1", 0)
-    assert not crowd.enter("2001:db8::2", 0)
-    assert crowd.enter("2001:db8:0:1::1", 0)
-    assert crowd.enter("::ffff:192.0.2.1", 0)
-    assert crowd.enter("::ffff:192.0.2.2", 0)
-    assert crowd.enter("fe80::1%eth0", 0)
+    crowd = Crowd(10, 1, 10)
+    assert crowd.enter("2001:db8::1", 0, list)
+    assert not crowd.enter("2001:db8::2", 0, list)
+    assert crowd.enter("2001:db8:0:1::1", 0, list)
+    assert crowd.enter("::ffff:192.0.2.1", 0, list)
+    assert crowd.enter("::ffff:192.0.2.2", 0, list)
+    assert crowd.enter("fe80::1%eth0", 0, list)
 
 
 STALLS = {

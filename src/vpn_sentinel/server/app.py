@@ -23,6 +23,7 @@ from vpn_sentinel.server.api.health import HealthServices, build_health
 from vpn_sentinel.server.api.services import ApiServices
 from vpn_sentinel.server.bot.bot import Bot
 from vpn_sentinel.server.canary.listener import build_canary
+from vpn_sentinel.server.crowd import CrowdMetrics
 from vpn_sentinel.server.dashboard.app import DashboardServices, build_dashboard
 from vpn_sentinel.server.ingest.door import Door
 from vpn_sentinel.server.ingest.keepalive import Keepalives
@@ -222,13 +223,14 @@ async def _run(
             await canary.open(sockets.canary)
         closing = asyncio.Event()
         cert, key_file = settings.tls_cert, settings.tls_key
-        servers = [
-            tasks.create_task(serve_until(embedded(api, cert=cert, key=key_file), sockets.api, closing)),
-            tasks.create_task(serve_until(embedded(health, side=True), sockets.health, closing)),
-        ]
+        doors = {"api": (embedded(api, cert=cert, key=key_file), sockets.api)}
+        doors["health"] = (embedded(health, side=True), sockets.health)
         if sockets.dashboard is not None:
             dashboard = build_dashboard(DashboardServices(store=store, hub=hub, settings=settings, clock=clock))
-            servers.append(tasks.create_task(serve_until(embedded(dashboard, side=True), sockets.dashboard, closing)))
+            doors["dashboard"] = (embedded(dashboard, side=True), sockets.dashboard)
+        crowds = {name: server.crowd for name, (server, _) in doors.items()}
+        CrowdMetrics(registry, crowds | ({"canary": canary.crowd} if canary else {}))
+        servers = [tasks.create_task(serve_until(server, bound, closing)) for server, bound in doors.values()]
 
         now = clock.wall()
         started_notice = Notice(kind=Kind.SERVER_STARTED, at=now, details=(f"Version {__version__}",))

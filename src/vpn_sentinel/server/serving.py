@@ -6,8 +6,7 @@ import errno
 import logging
 import resource
 import socket
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from math import inf
@@ -20,6 +19,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from vpn_sentinel.runtime.settings import SettingError
+from vpn_sentinel.server.crowd import Crowd, Place
 from vpn_sentinel.server.websocket import BoundedWebSocket
 from vpn_sentinel.wire.problem import CONTENT_TYPE, problem
 
@@ -45,7 +45,8 @@ _TASKS_END_WITHIN: Final = 0.2
 class Limits:
     """What one listener grants. Times are seconds; `head` is bytes of the request line, the headers and the trailers.
 
-    `drained_within` is how long a client may leave an answer unread, `connections` how many may be open in all. A body
+    `drained_within` is how long a client may leave an answer unread, `connections` how many may be open in all, half of
+    them of one network (a /24, or a /48 of IPv6) and `per_address` of one address (or a /64). A body
     may come in so many `parts`, of which `body_within` may lie between two, and ten times that between the first and
     the last.
     """
@@ -61,66 +62,16 @@ class Limits:
     drained_within: float = 30.0
 
 
-class Crowd:
-    """Who is connected to one listener, and what is said about those who are turned away."""
-
-    def __init__(self, limits: Limits) -> None:
-        self.limits = limits
-        self.open: Counter[str | bytes] = Counter()
-        self._total = 0
-        self._full = False
-        self._complained_at: dict[str, float] = {}
-        self._unsaid: Counter[str] = Counter()
-
-    def enter(self, host: str, now: float) -> Callable[[], None] | None:
-        """Count a connection; what is returned is called once when it ends. None: there is no room."""
-        if self._total >= self.limits.connections:
-            if not self._full:
-                self._full = True
-                log.warning("connections are turned away: all are taken", extra={"connections": self._total})
-            return None
-        if self.open[who := _who(host)] >= self.limits.per_address:
-            self.complain("connections are turned away: too many of one address", host, now)
-            return None
-        self.open[who] += 1
-        self._total += 1
-        return lambda: self._leave(who)
-
-    def complain(self, what: str, host: str, now: float) -> None:
-        """Log `what` at most once a minute, with how often it happened since the last time."""
-        self._unsaid[what] += 1
-        if now - self._complained_at.get(what, -inf) >= _COMPLAINS_EVERY:
-            self._complained_at[what] = now
-            log.warning(what, extra={"address": host, "times": self._unsaid.pop(what)})
-
-    def _leave(self, who: str | bytes) -> None:
-        self._total -= 1
-        self.open[who] -= 1
-        if not self.open[who]:
-            del self.open[who]
-        # Not at the first free place: an attack would have us say it a thousand times.
-        if self._full and self._total <= self.limits.connections * 7 // 8:
-            self._full = False
-            log.info("connections are taken again", extra={"connections": self._total})
-
-
-def _who(host: str) -> str | bytes:
-    """Whom to count: an IPv4 address, or the /64 that one IPv6 customer has."""
-    if ":" not in host or "." in host:
-        return host
-    return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])[:8]
-
-
 class Bounded(HttpToolsProtocol):
     """uvicorn's HTTP/1.1, which by itself bounds neither the head, nor the queue, nor the time.
 
     One timer per connection: it re-arms itself from `_deadline`, which is all that a request moves.
     """
 
-    def __init__(self, crowd: Crowd, **kwargs: Any) -> None:
+    def __init__(self, crowd: Crowd, limits: Limits, place: Place | None, **kwargs: Any) -> None:
+        """`place` is its own where it was counted already."""
         super().__init__(**kwargs)
-        self._crowd, self._limits = crowd, crowd.limits
-        self._left: Callable[[], None] | None = None
+        self._crowd, self._limits, self._place = crowd, limits, place
         self._timer: asyncio.TimerHandle | None = None
         self._rings_at = self._deadline = self._drained_by = inf
         self._running: RequestResponseCycle | None = None
@@ -135,8 +86,9 @@ class Bounded(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._left = self._crowd.enter(self._host, self.loop.time())
-        if self._left is None:
+        if self._place is None:
+            self._place = self._crowd.enter(self._host, self.loop.time(), transport.abort)
+        if self._place is None:
             self.connections.discard(self)
             transport.abort()
         else:
@@ -194,12 +146,13 @@ class Bounded(HttpToolsProtocol):
         return b"\r\n".join(lines) + b"\r\n\r\n"
 
     def handle_websocket_upgrade(self) -> None:
-        left, self._left = self._left, None
+        place, self._place = self._place, None
         self._release()
         super().handle_websocket_upgrade()
         protocol = self.transport.get_protocol()
-        if isinstance(protocol, BoundedWebSocket):
-            protocol.left, protocol.drained_within = left, self._limits.drained_within
+        if isinstance(protocol, BoundedWebSocket) and place is not None:
+            place.busy()
+            protocol.left, protocol.drained_within = place.leave, self._limits.drained_within
 
     def send_400_response(self, msg: str) -> None:
         """Refuse what was sent and close. An answer that has begun, or that others wait before, is cut instead."""
@@ -247,6 +200,8 @@ class Bounded(HttpToolsProtocol):
             self._refuse("Too many requests wait for their answers.")
         if self._running is not None and not self._running.response_complete and self.parser.should_upgrade():
             self._refuse("A connection cannot change its protocol before all is answered.")
+        if self._place is not None:
+            self._place.busy()
         self._body_by = self.loop.time() + _WHOLE_BODY * self._limits.body_within
         self._wait(self._limits.body_within)
         super().on_headers_complete()
@@ -280,6 +235,8 @@ class Bounded(HttpToolsProtocol):
             self.flow.resume_reading()
             if not self._reading:
                 self._wait(self._limits.idle)
+                if self._place is not None:
+                    self._place.idle()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -327,9 +284,9 @@ class Bounded(HttpToolsProtocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._left is not None:
-            self._left()
-            self._left = None
+        if self._place is not None:
+            self._place.leave()
+            self._place = None
 
     def _wait(self, seconds: float) -> None:
         self._deadline = self.loop.time() + seconds
@@ -363,6 +320,61 @@ class Bounded(HttpToolsProtocol):
             self._arm(at)
 
 
+class Handshake(asyncio.Protocol):
+    """A connection until its TLS handshake is over, counted before it costs more than a descriptor."""
+
+    def __init__(self, server: "EmbeddedServer", seconds: float) -> None:
+        self._server, self._seconds = server, seconds
+        self._place: Place | None = None
+        self._early: list[bytes] = []  # what the client sent right behind its handshake
+        self._ended = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - of a stream's server
+        peer = transport.get_extra_info("peername")
+        now = asyncio.get_running_loop().time()
+        self._place = self._server.crowd.enter(peer[0], now, transport.abort) if peer else None
+        if self._place is None:
+            transport.abort()
+            return
+        transport.pause_reading()  # what comes now is for TLS
+        task = asyncio.get_running_loop().create_task(self._shake(transport, self._place))
+        self._server.server_state.tasks.add(task)
+        task.add_done_callback(self._server.server_state.tasks.discard)
+
+    def data_received(self, data: bytes) -> None:
+        self._early.append(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        del exc
+        self._ended = True
+        if self._place is not None:
+            self._place.leave()
+
+    async def _shake(self, transport: asyncio.Transport, place: Place) -> None:
+        loop, context = asyncio.get_running_loop(), self._server.config.ssl
+        assert context is not None  # noqa: S101 - else nobody shakes hands here
+        limit = self._seconds  # asyncio gives a handshake a minute, and its end half a one
+        try:
+            secured = await loop.start_tls(
+                transport, self, context, server_side=True, ssl_handshake_timeout=limit, ssl_shutdown_timeout=limit
+            )
+        except OSError as e:  # no TLS, or too slow; ssl.SSLError is one, and TimeoutError
+            log.debug("a TLS handshake failed", extra={"reason": str(e)})
+            secured = None
+        if secured is None:
+            transport.abort()
+            place.leave()
+            return
+        protocol = self._server.protocol(place)
+        secured.set_protocol(protocol)
+        protocol.connection_made(secured)
+        for data in self._early:
+            protocol.data_received(data)
+        if self._ended:
+            protocol.connection_lost(None)
+
+
 async def _drain(cycle: RequestResponseCycle, size: int, seconds: float) -> None:
     """Read what is left of a request's body, which nobody wants, `size` bytes at most (RFC 9112, section 9.6)."""
     with contextlib.suppress(TimeoutError):
@@ -379,25 +391,20 @@ class EmbeddedServer(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, limits: Limits) -> None:
         super().__init__(config)
-        self.crowd = Crowd(limits)
+        self.crowd = Crowd(limits.connections, limits.per_address, max(limits.connections // 2, 1))
+        self._limits = limits
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's for bound sockets; it would give a TLS handshake a minute, and its end half a one."""
+        """As uvicorn's for bound sockets, which would count a connection when its TLS handshake is over."""
         await self.lifespan.startup()
         loop = asyncio.get_running_loop()
-        limits = self.crowd.limits
-        tls: dict[str, Any] = {}
-        if self.config.ssl:
-            tls = {"ssl_handshake_timeout": limits.head_within, "ssl_shutdown_timeout": limits.head_within}
+        made = self._shaking if self.config.ssl else self.protocol
         self.servers = [
-            await loop.create_server(
-                self._protocol, sock=bound, ssl=self.config.ssl, backlog=self.config.backlog, **tls
-            )
-            for bound in sockets or []
+            await loop.create_server(made, sock=bound, backlog=self.config.backlog) for bound in sockets or []
         ]
         self.started = True
 
@@ -411,8 +418,15 @@ class EmbeddedServer(uvicorn.Server):
         for task in list(self.server_state.tasks):
             task.cancel()
 
-    def _protocol(self) -> Bounded:
-        return Bounded(self.crowd, config=self.config, server_state=self.server_state, app_state=self.lifespan.state)
+    def protocol(self, place: Place | None = None) -> Bounded:
+        """What serves a connection, which has its `place` already where it was counted before."""
+        return Bounded(
+            self.crowd, self._limits, place,
+            config=self.config, server_state=self.server_state, app_state=self.lifespan.state,
+        )  # fmt: skip
+
+    def _shaking(self) -> "Handshake":
+        return Handshake(self, self._limits.head_within)
 
 
 def embedded(

@@ -61,8 +61,9 @@ class Tcp:
         self.reader, self.writer = reader, writer
 
     @classmethod
-    async def open(cls, port: int, host: str = "127.0.0.1") -> "Tcp":
-        return cls(*await asyncio.open_connection(host, port))
+    async def open(cls, port: int, host: str = "127.0.0.1", source: str = "") -> "Tcp":
+        local = (source, 0) if source else None
+        return cls(*await asyncio.open_connection(host, port, local_addr=local))
 
     def send(self, *messages: bytes) -> None:
         self.writer.write(b"".join(len(m).to_bytes(2) + m for m in messages))
@@ -135,8 +136,7 @@ async def test_who_keeps_us_waiting_is_let_go(served: Served) -> None:
     slow.writer.write(b"\x00")  # bytes alone earn no time
     assert await idle.ended()
     assert await slow.ended()
-    assert served.listener.crowd.streams == set()
-    assert not served.listener.crowd.open
+    assert len(served.listener.crowd) == 0
     await idle.close()
     await slow.close()
 
@@ -163,16 +163,30 @@ async def test_one_network_does_not_take_every_connection(served: Served) -> Non
         await client.close()
 
 
+async def test_idle_connections_yield_to_new_ones(served: Served) -> None:
+    """Networks enough take every connection, and say nothing."""
+    hosts = ("127.0.0.1", "127.0.1.1", "127.0.2.1", "127.0.3.1")
+    idle = [await Tcp.open(served.port, source=host) for host in hosts]
+    for _ in range(3):
+        client = await Tcp.open(served.port, "::1")
+        client.send(question(ZONE, QTYPE.SOA))
+        assert DNSRecord.parse(await client.read()).header.rcode == RCODE.NOERROR
+        await client.close()
+    assert await idle[0].ended()
+    assert served.listener.crowd.refused["yielded"] >= 1
+    for client in idle:
+        await client.close()
+
+
 async def test_who_asks_and_does_not_read_is_let_go(served: Served) -> None:
     client = await Tcp.open(served.port)
     asked = question(own_name(), QTYPE.TXT)
     client.send(asked)
     await client.read()
-    (stream,) = served.listener.crowd.streams
     client.writer.transport.pause_reading()
     client.send(*[asked] * 1500)  # some 200 KB of answers
     async with asyncio.timeout(5):
-        while stream in served.listener.crowd.streams:  # noqa: ASYNC110 - the listener has no event to wait for
+        while len(served.listener.crowd):  # noqa: ASYNC110 - the listener has no event to wait for
             await asyncio.sleep(0.02)
     await client.close()
 

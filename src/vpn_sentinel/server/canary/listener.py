@@ -1,19 +1,19 @@
 """The canary's doors: UDP, and TCP with its bounds (RFC 7766). Anybody on the internet may knock."""
 
 import asyncio
-import collections
 import resource
 import socket
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter
 
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork
-from vpn_sentinel.server.canary.gate import Gate, Network, network_of
+from vpn_sentinel.server.canary.gate import Gate
 from vpn_sentinel.server.canary.responder import Outcome, Responder
 from vpn_sentinel.server.canary.zone import Zone
+from vpn_sentinel.server.crowd import Crowd, Place
 from vpn_sentinel.server.settings import Canary as Settings
 
 _MOST_DESCRIPTORS: Final = 512
@@ -62,39 +62,15 @@ class Limits:
     message: int = 1232
 
 
-@dataclass(slots=True)
-class Crowd:
-    """Who is connected."""
-
-    limits: Limits
-    open: collections.Counter[Network] = field(default_factory=collections.Counter)
-    streams: set["Stream"] = field(default_factory=set)
-
-    def enter(self, stream: "Stream", network: Network) -> bool:
-        if len(self.streams) >= self.limits.connections or self.open[network] >= self.limits.per_network:
-            return False
-        self.streams.add(stream)
-        self.open[network] += 1
-        return True
-
-    def leave(self, stream: "Stream", network: Network) -> None:
-        if stream not in self.streams:
-            return  # turned away
-        self.streams.discard(stream)
-        self.open[network] -= 1
-        if not self.open[network]:
-            del self.open[network]
-
-
 class Stream(asyncio.Protocol):
     """One connection: questions one behind another, each with its length in two bytes before it."""
 
-    def __init__(self, responder: Responder, note: Callable[[Outcome], None], crowd: Crowd) -> None:
-        self._responder, self._note, self._crowd = responder, note, crowd
+    def __init__(self, responder: Responder, note: Callable[[Outcome], None], crowd: Crowd, limits: Limits) -> None:
+        self._responder, self._note, self._crowd, self._limits = responder, note, crowd, limits
         self._loop = asyncio.get_running_loop()
         self._buffer = b""
         self._host = ""
-        self._network: Network = ""
+        self._place: Place | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._transport: asyncio.Transport | None = None
 
@@ -105,15 +81,16 @@ class Stream(asyncio.Protocol):
             self.abort()
             return
         self._host = peer[0]
-        self._network = network_of(self._host)
-        if not self._crowd.enter(self, self._network):
+        self._place = self._crowd.enter(self._host, self._loop.time(), self.abort)
+        if self._place is None:
             self.abort()
             return
         self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
         del exc
-        self._crowd.leave(self, self._network)
+        if self._place is not None:
+            self._place.leave()
         if self._timer is not None:
             self._timer.cancel()
 
@@ -124,7 +101,7 @@ class Stream(asyncio.Protocol):
         self._buffer += data
         while len(self._buffer) >= 2 and self._transport is not None and not self._transport.is_closing():
             length = int.from_bytes(self._buffer[:2])
-            if length > self._crowd.limits.message:
+            if length > self._limits.message:
                 self._note(Outcome.MALFORMED)
                 self.abort()
                 return
@@ -138,6 +115,8 @@ class Stream(asyncio.Protocol):
                 return
             self._transport.write(len(answer).to_bytes(2) + answer)
             self._wait()  # only a whole question earns more time
+            if self._place is not None:
+                self._place.idle()
 
     def pause_writing(self) -> None:
         """Answers are not taken: ask no more until they are, for as long as a question may take."""
@@ -155,7 +134,7 @@ class Stream(asyncio.Protocol):
     def _wait(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self._loop.call_later(self._crowd.limits.idle, self.abort)
+        self._timer = self._loop.call_later(self._limits.idle, self.abort)
 
 
 class Listener:
@@ -163,7 +142,8 @@ class Listener:
 
     def __init__(self, responder: Responder, metrics: CanaryMetrics, limits: Limits | None = None) -> None:
         self._responder, self._metrics = responder, metrics
-        self.crowd = Crowd(limits or Limits(connections=_room()))
+        self._limits = limits or Limits(connections=_room())
+        self.crowd = Crowd(self._limits.connections, self._limits.per_network, self._limits.per_network)
         self._doors: list[asyncio.BaseTransport] = []
         self._servers: list[asyncio.Server] = []
 
@@ -176,7 +156,7 @@ class Listener:
                 self._doors.append(door)
             else:
                 made = await loop.create_server(
-                    lambda: Stream(self._responder, note, self.crowd), sock=sock, backlog=256
+                    lambda: Stream(self._responder, note, self.crowd, self._limits), sock=sock, backlog=256
                 )
                 self._servers.append(made)
 
@@ -190,8 +170,8 @@ class Listener:
             server.close()
         for door in self._doors:
             door.close()
-        for stream in list(self.crowd.streams):
-            stream.abort()
+        for place in list(self.crowd.idle):  # between two questions all are
+            place.cut()
 
 
 def build_canary(
