@@ -158,6 +158,7 @@ def route_audit(
                     survey,
                     may_leave=may_leave,
                     servers=known,
+                    services=[t.address for t in (*CLOUDFLARE, *OPENDNS)],
                     interfaces=settings.meant_outside.interfaces,
                     is_meant=settings.meant_outside.covers,
                 ),

@@ -158,6 +158,17 @@ def test_while_nobody_knows_the_vpns_server_a_host_by_a_router_may_be_it(namespa
     assert {p.interface for p in look(servers=False)} == {"tun0"}
 
 
+def test_a_public_nameserver_by_a_router_is_no_vpns_server(namespace: None) -> None:
+    """Without the right to watch packets its route alone tells."""
+    ip(LAN + GATEWAY + OPENCONNECT + "route add 208.67.222.222 via 172.17.0.1\nroute add 1.2.3.4 via 172.17.0.1")
+    kernel = Netlink()
+    try:
+        found = audit(Surveyor(kernel).look(), services=[ip_address("208.67.222.222")]) or ()
+    finally:
+        kernel.close()
+    assert {p.networks for p in found if p.interface != "tun0"} == {(ip_network("208.67.222.222/32"),)}
+
+
 def test_a_country_is_named_by_its_largest_networks(namespace: None) -> None:
     ip(WG + "\n".join(f"route add 5.{n}.0.0/17 via 172.17.0.1" for n in range(40)))
     found = next(p for p in look() if p.interface == "eth0")

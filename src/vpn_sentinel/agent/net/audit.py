@@ -26,14 +26,15 @@ def audit(
     *,
     may_leave: Iterable[IPNetwork] = (),
     servers: Iterable[IPAddress] = (),
+    services: Collection[IPAddress] = (),
     interfaces: Collection[str] = (),
     is_meant: Callable[[Rule], bool] = lambda _: False,
 ) -> tuple[Routed, ...] | None:
     """By which devices the internet leaves, and which part of it goes beside the tunnel. None when nobody can tell.
 
     Left out is what is meant to go there: `may_leave`, the LAN, and the VPN's `servers`. Where none of those is known
-    for a device, each host that has a route of its own there may be one. Left out as well are devices of `interfaces`,
-    and the kinds of traffic of rules that `is_meant` knows.
+    for a device, each host that has a route of its own there may be one, but for `services` of the internet. Left out
+    as well are devices of `interfaces`, and the kinds of traffic of rules that `is_meant` knows.
     """
     if survey.fib is None or survey.tunnel is None:
         return None
@@ -48,7 +49,7 @@ def audit(
     excepted += [
         network
         for network, entry in survey.fib.hosts_beside(device.index)
-        if not any(entry.leads_by(index) for index in told_of)
+        if network.network_address not in services and not any(entry.leads_by(index) for index in told_of)
     ]
     found: list[Routed] = []
     for version in (4, 6):
