@@ -485,6 +485,26 @@ async def test_a_program_that_goes_on_to_send_to_new_hosts_had_no_visitors_befor
     assert seen["to"] == ["203.0.113.50", "203.0.113.52", "203.0.113.99"]
 
 
+PASSED_ON = PUSHES.replace(
+    "server = udp(port=PORT)",
+    """
+raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
+raw.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
+class Container:
+    @staticmethod
+    def sendto(data, to):
+        raw.sendto(ip("192.168.7.2", to[0], 17, udp_bytes(PORT, to[1], data))[1], (to[0], 0))
+server = Container
+""",
+).replace("5000", "40000")
+
+
+async def test_a_containers_service_that_was_visited_before_the_watch_is_none_and_what_it_begins_is_told() -> None:
+    """Its socket is in another namespace; this host passes its datagrams on."""
+    seen = await told(SERVED, PASSED_ON + "push(50, 51); push(52, port=443); await until(lambda: acted)")
+    assert seen["to"] == ["203.0.113.52", "203.0.113.99"]
+
+
 CLIENTS = {
     "nobody comes in": ("server = udp(port=27015)", 5000),
     "a port that the kernel gave": ("server = udp()", 5000),

@@ -170,16 +170,17 @@ class Flows:
     def _may_serve(self, flow: Flow) -> bool:
         """Whether its socket is there for everybody, on a port that its program chose, and the far end is no service.
 
-        Where both have the same port neither is a client, as between two telephones.
+        Where both have the same port neither is a client, as between two telephones. What has no socket here is passed
+        on, of a container's published port for one.
         """
         _protocol, _near, port, _far, far_port = flow
         if self._sockets is None or far_port < SERVICES_BELOW or far_port == port:
             return False
         try:
             sender = self._sockets.of(*flow)
-            if sender is None or sender.far is not None:
+            if sender is not None and sender.far is not None:
                 return False
-            return sender.is_kernels or not self._sockets.is_ephemeral(port)
+            return (sender is not None and sender.is_kernels) or not self._sockets.is_ephemeral(port)
         except OSError:
             return False
 
