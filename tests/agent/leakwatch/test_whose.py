@@ -340,7 +340,7 @@ async def test_a_users_connection_that_is_bound_to_a_device_is_that_users() -> N
 async def test_declared_ports_and_ways_out() -> None:
     seen = await told(
         "ip rule add pref 900 table 42",
-        "send('203.0.113.1', 123, by=udp()); send('203.0.113.2', 124, by=udp())\n"
+        "clock.now += 10; send('203.0.113.1', 123, by=udp()); send('203.0.113.2', 124, by=udp())\n"
         "send('203.0.113.3', 5000, by=udp(port=27015)); send('203.0.113.4', 27015, by=udp(port=27016))",
         meant="port 123/udp; published 27015/udp",
     )
