@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from vpn_sentinel.server.store.open import open_store
+from vpn_sentinel.server.store.sqlitefile import hold
 from vpn_sentinel.server.store.store import StoreUnusable
 
 
@@ -76,3 +77,55 @@ def test_what_is_not_ours_is_refused_and_left_as_it_is(
     assert str(refused.value) == f"database {path}{': ' if 'not a database' in said else ' '}{said}"
     assert mode_of(path) == 0o666
     assert before is None or path.read_bytes() == before
+
+
+def test_one_server_has_it_and_commands_work_beside(tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+    other_name = tmp_path / "the-same.db"
+    other_name.symlink_to(path)
+
+    async def run() -> None:
+        server = await open_store(f"sqlite:///{path}", serving=True)
+        try:
+            assert hold(path) is None
+            assert hold(other_name) is None
+            command = await open_store(f"sqlite:///{path}")
+            await command.ping()
+            await command.close()
+            assert hold(path) is None  # what a command closed is not the server's lock
+            with pytest.raises(StoreUnusable, match="is in use by another server") as told:
+                await open_store(f"sqlite:///{other_name}", serving=True)
+            assert "\n" not in str(told.value)
+            await server.ping()
+        finally:
+            await server.close()
+        await (await open_store(f"sqlite:///{path}", serving=True)).close()
+
+    asyncio.run(run())
+
+
+def test_a_server_waits_for_the_one_before_it_to_end(tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+
+    async def run() -> None:
+        before = await open_store(f"sqlite:///{path}", serving=True)
+        after = asyncio.get_running_loop().create_task(open_store(f"sqlite:///{path}", serving=True))
+        await asyncio.sleep(0.3)
+        await before.close()
+        await (await after).close()
+
+    asyncio.run(run())
+
+
+def test_a_command_changes_no_schema_under_a_server(tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+    opens(path)
+    server = hold(path)
+    assert server is not None
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("UPDATE alembic_version SET version_num = '0001'")
+        connection.commit()
+    with pytest.raises(StoreUnusable, match="a server runs on it: restart that one first"):
+        opens(path)
+    server.release()
+    opens(path)

@@ -23,19 +23,24 @@ def differences(connection: Connection) -> list[object]:
     return list(compare_metadata(MigrationContext.configure(connection), metadata))
 
 
-async def test_the_migrations_make_the_schema(database_url: str) -> None:
-    await (await open_store(database_url)).close()
-    if database_url.startswith("sqlite"):
-        engine = create_engine(database_url)
+async def differences_at(url: str) -> list[object]:
+    """What the database at `url` has, or lacks, beside `schema`."""
+    if url.startswith("sqlite"):
+        engine = create_engine(url)
         with engine.connect() as connection:
             found = differences(connection)
         engine.dispose()
-    else:
-        there = create_async_engine(database_url.replace("postgresql://", "postgresql+asyncpg://"))
-        async with there.connect() as connection_:
-            found = await connection_.run_sync(differences)
-        await there.dispose()
-    assert found == []
+        return found
+    there = create_async_engine(url.replace("postgresql://", "postgresql+asyncpg://"))
+    async with there.connect() as connection_:
+        found = await connection_.run_sync(differences)
+    await there.dispose()
+    return found
+
+
+async def test_the_migrations_make_the_schema(database_url: str) -> None:
+    await (await open_store(database_url)).close()
+    assert await differences_at(database_url) == []
 
 
 async def test_opening_again_keeps_the_data(database_url: str) -> None:
@@ -64,7 +69,7 @@ def test_the_migrations_are_one_line() -> None:
 
 async def test_a_database_of_the_first_schema_keeps_its_rows(database_url: str) -> None:
     """Built by the first migration alone, with a tunnel and its past in it."""
-    await _first_schema(database_url)
+    await first_schema(database_url)
     store = await open_store(database_url)
     (row,) = await store.read(select(tunnels))
     assert (row.name, row.state, row.seq, row.exit4) == ("nl", "down", 7, "146.70.1.2")
@@ -92,7 +97,7 @@ def _fill(connection: Connection) -> None:
         connection.execute(text(row))
 
 
-async def _first_schema(url: str) -> None:
+async def first_schema(url: str) -> None:
     if url.startswith("sqlite"):
         engine = create_engine(url)
         with engine.begin() as connection:

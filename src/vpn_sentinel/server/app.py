@@ -114,7 +114,7 @@ async def serve(
     """
     sockets = Sockets.bind(settings)
     try:
-        store = await open_store(settings.database_url)
+        store = await open_store(settings.database_url, serving=True)
         try:
             await _run(settings, clock, stop, tell, store, sockets, started)
         finally:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import sqlite3
 from pathlib import Path
 from typing import Final
 
@@ -10,13 +11,14 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from sqlalchemy import URL, Connection, create_engine, pool
+from sqlalchemy import URL, Connection, create_engine, event, pool
 from sqlalchemy.exc import SQLAlchemyError
 
 from vpn_sentinel.server.store.address import PostgresAddress, parse
 from vpn_sentinel.server.store.connecting import CONNECT_ERRORS, engine, said
 from vpn_sentinel.server.store.postgres import PostgresStore
-from vpn_sentinel.server.store.sqlite import SqliteStore, prepare_file
+from vpn_sentinel.server.store.sqlite import SqliteStore
+from vpn_sentinel.server.store.sqlitefile import Held, hold, hold_for_a_server, prepare, unusable
 from vpn_sentinel.server.store.store import Store, StoreUnusable
 
 log = logging.getLogger(__name__)
@@ -28,13 +30,14 @@ _LOCK: Final = 8_767_362_846
 _ENCODINGS: Final = ("UTF8", "SQL_ASCII")
 
 
-async def open_store(url: str) -> Store:
-    """Migrate the database at `url` to the newest schema and return its store. Raises StoreUnusable."""
+async def open_store(url: str, *, serving: bool = False) -> Store:
+    """Migrate the database at `url` to the newest schema and return its store. Raises StoreUnusable.
+
+    `serving`: for a server, which has a SQLite file to itself. Without it the file may be a running server's, and is
+    then opened as it is.
+    """
     if url.startswith("sqlite:///"):
-        path = Path(url.removeprefix("sqlite:///"))
-        await asyncio.to_thread(prepare_file, path)
-        await asyncio.to_thread(_migrate_sqlite, path)
-        return SqliteStore(str(path))
+        return await _open_sqlite(Path(url.removeprefix("sqlite:///")), serving=serving)
     try:
         address = parse(url)
     except ValueError as e:
@@ -53,13 +56,50 @@ async def open_store(url: str) -> Store:
     return PostgresStore(address)
 
 
-def _migrate_sqlite(path: Path) -> None:
-    engine = create_engine(URL.create("sqlite", database=str(path)), poolclass=pool.NullPool)
+async def _open_sqlite(path: Path, *, serving: bool) -> Store:
+    held = await asyncio.to_thread(hold_for_a_server if serving else hold, path)
+    release = held.release if held is not None else _nothing
+    try:
+        await asyncio.to_thread(_prepare_sqlite, path, held)
+    except BaseException:
+        release()
+        raise
+    store = SqliteStore(str(path), release if serving else _nothing)
+    if not serving:
+        release()
+    return store
+
+
+def _nothing() -> None:
+    """For whoever holds nothing."""
+
+
+def _prepare_sqlite(path: Path, held: Held | None) -> None:
+    prepare(path)
+    _migrate_sqlite(path, alone=held is not None)
+
+
+def _migrate_sqlite(path: Path, *, alone: bool) -> None:
+    engine = create_engine(
+        URL.create("sqlite", database=str(path)),
+        poolclass=pool.NullPool,
+        connect_args={"isolation_level": None, "timeout": 10.0},
+    )
+
+    @event.listens_for(engine, "begin")
+    def _begin(connection: Connection) -> None:
+        # Python's own transaction begins with the first INSERT or UPDATE: each CREATE before that was one of its own,
+        # and what was killed in between never started again.
+        connection.exec_driver_sql("BEGIN IMMEDIATE" if alone else "BEGIN")
+
     try:
         with engine.begin() as connection:
-            _upgrade(connection)
+            _upgrade(connection, may_write=alone)
     except SQLAlchemyError as e:
-        msg = f"database {path}: {getattr(e, 'orig', None) or e}"
+        cause = getattr(e, "orig", None)
+        if isinstance(cause, sqlite3.Error):
+            raise unusable(path, cause) from e
+        msg = f"database {path}: {e}"
         raise StoreUnusable(msg) from e
     finally:
         engine.dispose()
@@ -82,7 +122,8 @@ async def _migrate_postgres(address: PostgresAddress) -> None:
         await opened.dispose()
 
 
-def _upgrade(connection: Connection) -> None:
+def _upgrade(connection: Connection, *, may_write: bool = True) -> None:
+    """Everything that is needed, in the transaction that `connection` is in. Raises StoreUnusable."""
     config = Config()
     config.set_main_option("script_location", str(_MIGRATIONS))
     config.attributes["connection"] = connection
@@ -96,4 +137,9 @@ def _upgrade(connection: Connection) -> None:
     except CommandError as e:
         msg = f"the database's schema {here} is newer than this program: upgrade the program"
         raise StoreUnusable(msg) from e
+    if not may_write:
+        msg = (
+            f"the database's schema {here} is older than this program, and a server runs on it: restart that one first"
+        )
+        raise StoreUnusable(msg)
     command.upgrade(config, "head")

@@ -3,13 +3,9 @@
 import asyncio
 import contextlib
 import logging
-import os
-import re
 import sqlite3
-import stat
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from sqlalchemy import URL, Engine, Executable, Row, create_engine, event, text
@@ -17,26 +13,24 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import QueuePool, StaticPool
 
 from vpn_sentinel.server.store import rows
-from vpn_sentinel.server.store.store import PING, Changes, Decide, StoreUnavailable, StoreUnusable, TunnelRow
+from vpn_sentinel.server.store.store import PING, Changes, Decide, StoreUnavailable, TunnelRow
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _READERS: Final = 2
 _CHECKPOINT_EVERY: Final = 50  # commits
-# Network filesystems, on which SQLite's locks and WAL are not safe.
-_NETWORK: Final = {"nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "glusterfs", "ceph"}
-_OURS: Final = "alembic_version"  # the table without which a database's tables are not ours
-_ESCAPED: Final = re.compile(rb"\\([0-7]{3})")
 
 
 class SqliteStore:
     """See `store.Store`. Writes go through one thread in the order they were asked for."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, release: Callable[[], None] = lambda: None) -> None:
+        """`release` is called when the last connection is closed."""
         self._writer = _engine(path, StaticPool, query_only=False)
         self._reader = _engine(path, QueuePool, query_only=True, pool_size=_READERS, max_overflow=0)
         self._path = path
+        self._release = release
         self._write_thread = ThreadPoolExecutor(1, "store-writer")
         self._checkpoint_thread = ThreadPoolExecutor(1, "store-checkpointer")
         self._commits = 0
@@ -100,10 +94,11 @@ class SqliteStore:
             self._reader.dispose()
             self._writer.dispose()
 
-        await asyncio.get_running_loop().run_in_executor(self._write_thread, run)
         self._checkpoint_thread.shutdown()
+        await asyncio.get_running_loop().run_in_executor(self._write_thread, run)
         self._read_threads.shutdown()
         self._write_thread.shutdown()
+        self._release()
 
     async def _in(self, threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
         try:
@@ -161,76 +156,3 @@ def _engine(path: str, pool: type, *, query_only: bool, **options: Any) -> Engin
         connection.exec_driver_sql("BEGIN" if query_only else "BEGIN IMMEDIATE")
 
     return engine
-
-
-def prepare_file(path: Path) -> None:
-    """Make sure that `path` can hold a database. Raises StoreUnusable that says what and where."""
-    mode = _made(path)
-    if kind := _network_filesystem(path):
-        msg = f"data folder {path.parent} is on a network filesystem ({kind}), where SQLite loses data; use PostgreSQL"
-        raise StoreUnusable(msg)
-    try:
-        with contextlib.closing(sqlite3.connect(path)) as connection:
-            _check(path, connection)
-            # Here and not before: until now it may have been anybody's.
-            if mode & 0o077:
-                path.chmod(0o600)
-            # Kept in the file, and set before there are two connections that could race for it.
-            connection.execute("PRAGMA journal_mode = WAL")
-    except sqlite3.DatabaseError as e:
-        msg = f"database {path}: {' '.join(str(e).split())}"
-        raise StoreUnusable(msg) from e
-    except OSError as e:
-        msg = f"database {path} is open to others, and cannot be closed to them: {e.strerror}"
-        raise StoreUnusable(msg) from e
-
-
-def _made(path: Path) -> int:
-    """Make the file where there is none; its mode. Raises StoreUnusable for what is no file, and opens no such thing:
-    a pipe would wait, and a device is not ours.
-    """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        path.touch(mode=0o600)
-        mode = path.stat().st_mode
-        if stat.S_ISREG(mode):
-            path.open("ab").close()
-            return mode
-    except OSError as e:
-        msg = f"data folder {path.parent}: {e.strerror}"
-        raise StoreUnusable(msg) from e
-    msg = f"database {path} is {'a folder' if stat.S_ISDIR(mode) else 'no file'}: name a file"
-    raise StoreUnusable(msg)
-
-
-def _check(path: Path, connection: sqlite3.Connection) -> None:
-    """Raises StoreUnusable for a damaged database and another program's."""
-    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    found = connection.execute("PRAGMA quick_check(1)").fetchone()[0]
-    if found != "ok":
-        msg = f"database {path} is damaged: {' '.join(str(found).split())}"
-        raise StoreUnusable(msg)
-    if tables and _OURS not in tables:
-        msg = f"database {path} is another program's: it holds the table {min(tables)}"
-        raise StoreUnusable(msg)
-
-
-def _network_filesystem(path: Path) -> str | None:
-    """The filesystem's type when it is a network's, by the longest mount point above `path` (proc(5), mountinfo).
-
-    None also where that cannot be read. Names are bytes, with some of them as `\\040`.
-    """
-    try:
-        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
-    except OSError:
-        return None
-    inside, best, kind = path.resolve(), -1, ""
-    for line in lines:
-        left, _, right = line.partition(b" - ")
-        fields = left.split(b" ")
-        if len(fields) < 5:
-            continue
-        mount = Path(os.fsdecode(_ESCAPED.sub(lambda m: bytes([int(m[1], 8) & 0xFF]), fields[4])))
-        if len(mount.parts) >= best and inside.is_relative_to(mount):
-            best, kind = len(mount.parts), right.split(b" ")[0].decode("ascii", "replace")
-    return kind if kind in _NETWORK else None

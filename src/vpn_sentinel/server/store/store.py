@@ -49,6 +49,10 @@ class StoreUnusable(Unusable):
     """The database cannot be used at all: a wrong address, a damaged file, a schema from the future. One line."""
 
 
+class StoreDamaged(StoreUnusable):
+    """The database's file is no database any more, or not a whole one."""
+
+
 @dataclass(slots=True)
 class TunnelRow:
     """A row of `tunnels`, in the order of its columns. JSON columns are text."""

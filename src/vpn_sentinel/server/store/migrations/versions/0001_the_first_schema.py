@@ -10,11 +10,14 @@ depends_on = None
 
 
 def upgrade() -> None:
+    # Where it is not there yet: earlier builds ran the statements of a migration one by one on SQLite, so a start that
+    # was killed left some of the tables, without a version.
     op.create_table(
         "meta",
         sa.Column("key", sa.Text(), nullable=False),
         sa.Column("value", sa.Text(), nullable=False),
         sa.PrimaryKeyConstraint("key", name="pk_meta"),
+        if_not_exists=True,
     )
     op.create_table(
         "outbox",
@@ -30,15 +33,17 @@ def upgrade() -> None:
         sa.Column("settled_at", sa.Float(), nullable=True),
         sa.Column("outcome", sa.Text(), nullable=True),
         sa.PrimaryKeyConstraint("id", name="pk_outbox"),
+        if_not_exists=True,
     )
-    with op.batch_alter_table("outbox", schema=None) as batch_op:
-        batch_op.create_index(
-            "ix_outbox_due",
-            ["due_at"],
-            unique=False,
-            sqlite_where=sa.text("settled_at IS NULL"),
-            postgresql_where=sa.text("settled_at IS NULL"),
-        )
+    op.create_index(
+        "ix_outbox_due",
+        "outbox",
+        ["due_at"],
+        unique=False,
+        sqlite_where=sa.text("settled_at IS NULL"),
+        postgresql_where=sa.text("settled_at IS NULL"),
+        if_not_exists=True,
+    )
 
     op.create_table(
         "tokens",
@@ -51,6 +56,7 @@ def upgrade() -> None:
         sa.Column("revoked_at", sa.Float(), nullable=True),
         sa.PrimaryKeyConstraint("id", name="pk_tokens"),
         sa.UniqueConstraint("prefix", name="uq_tokens_prefix"),
+        if_not_exists=True,
     )
     op.create_table(
         "tunnels",
@@ -77,9 +83,9 @@ def upgrade() -> None:
         sa.Column("dns_colo", sa.Text(), nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_tunnels"),
         sa.UniqueConstraint("name", name="uq_tunnels_name"),
+        if_not_exists=True,
     )
-    with op.batch_alter_table("tunnels", schema=None) as batch_op:
-        batch_op.create_index("ix_tunnels_deadline", ["deadline"], unique=False)
+    op.create_index("ix_tunnels_deadline", "tunnels", ["deadline"], unique=False, if_not_exists=True)
 
     op.create_table(
         "attempts",
@@ -91,9 +97,9 @@ def upgrade() -> None:
         sa.Column("reason", sa.Text(), nullable=False),
         sa.ForeignKeyConstraint(["delivery_id"], ["outbox.id"], name="fk_attempts_delivery_id", ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("id", name="pk_attempts"),
+        if_not_exists=True,
     )
-    with op.batch_alter_table("attempts", schema=None) as batch_op:
-        batch_op.create_index("ix_attempts_delivery_id", ["delivery_id"], unique=False)
+    op.create_index("ix_attempts_delivery_id", "attempts", ["delivery_id"], unique=False, if_not_exists=True)
 
     op.create_table(
         "incidents",
@@ -105,16 +111,20 @@ def upgrade() -> None:
         sa.Column("findings", sa.Text(), nullable=False),
         sa.ForeignKeyConstraint(["tunnel_id"], ["tunnels.id"], name="fk_incidents_tunnel_id", ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("id", name="pk_incidents"),
+        if_not_exists=True,
     )
-    with op.batch_alter_table("incidents", schema=None) as batch_op:
-        batch_op.create_index("ix_incidents_tunnel_id_opened_at", ["tunnel_id", "opened_at"], unique=False)
-        batch_op.create_index(
-            "uq_incidents_open",
-            ["tunnel_id"],
-            unique=True,
-            sqlite_where=sa.text("closed_at IS NULL"),
-            postgresql_where=sa.text("closed_at IS NULL"),
-        )
+    op.create_index(
+        "ix_incidents_tunnel_id_opened_at", "incidents", ["tunnel_id", "opened_at"], unique=False, if_not_exists=True
+    )
+    op.create_index(
+        "uq_incidents_open",
+        "incidents",
+        ["tunnel_id"],
+        unique=True,
+        sqlite_where=sa.text("closed_at IS NULL"),
+        postgresql_where=sa.text("closed_at IS NULL"),
+        if_not_exists=True,
+    )
 
     op.create_table(
         "observations",
@@ -128,9 +138,9 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["tunnel_id"], ["tunnels.id"], name="fk_observations_tunnel_id", ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("tunnel_id", "spool", "seq", name="pk_observations"),
         sqlite_with_rowid=False,
+        if_not_exists=True,
     )
-    with op.batch_alter_table("observations", schema=None) as batch_op:
-        batch_op.create_index("ix_observations_received_at", ["received_at"], unique=False)
+    op.create_index("ix_observations_received_at", "observations", ["received_at"], unique=False, if_not_exists=True)
 
     op.create_table(
         "transitions",
@@ -143,6 +153,6 @@ def upgrade() -> None:
         sa.Column("findings", sa.Text(), nullable=False),
         sa.ForeignKeyConstraint(["tunnel_id"], ["tunnels.id"], name="fk_transitions_tunnel_id", ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("id", name="pk_transitions"),
+        if_not_exists=True,
     )
-    with op.batch_alter_table("transitions", schema=None) as batch_op:
-        batch_op.create_index("ix_transitions_tunnel_id_at", ["tunnel_id", "at"], unique=False)
+    op.create_index("ix_transitions_tunnel_id_at", "transitions", ["tunnel_id", "at"], unique=False, if_not_exists=True)

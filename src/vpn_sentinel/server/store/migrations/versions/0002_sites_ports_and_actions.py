@@ -10,13 +10,19 @@ depends_on = None
 
 
 def upgrade() -> None:
+    # Where it is not there yet, as in 0001: earlier builds could be killed between two of these.
+    there = {column["name"] for column in sa.inspect(op.get_bind()).get_columns("tunnels")}
     # Added in place: a default lets rows that are there keep their table.
-    op.add_column("tunnels", sa.Column("role", sa.Text(), nullable=False, server_default="tunnel"))
-    op.add_column("tunnels", sa.Column("site", sa.Text(), nullable=False, server_default=""))
-    op.add_column("tunnels", sa.Column("policy", sa.Text(), nullable=False, server_default=""))
-    op.add_column("tunnels", sa.Column("port", sa.Integer(), nullable=True))
-    op.add_column("tunnels", sa.Column("port_check", sa.Text(), nullable=False, server_default=""))
-    op.create_index("ix_tunnels_site", "tunnels", ["site"], unique=False)
+    for column in (
+        sa.Column("role", sa.Text(), nullable=False, server_default="tunnel"),
+        sa.Column("site", sa.Text(), nullable=False, server_default=""),
+        sa.Column("policy", sa.Text(), nullable=False, server_default=""),
+        sa.Column("port", sa.Integer(), nullable=True),
+        sa.Column("port_check", sa.Text(), nullable=False, server_default=""),
+    ):
+        if column.name not in there:
+            op.add_column("tunnels", column)
+    op.create_index("ix_tunnels_site", "tunnels", ["site"], unique=False, if_not_exists=True)
     op.create_table(
         "actions",
         sa.Column("id", sa.BigInteger().with_variant(sa.Integer(), "sqlite"), nullable=False),
@@ -27,5 +33,6 @@ def upgrade() -> None:
         sa.Column("detail", sa.Text(), nullable=False),
         sa.ForeignKeyConstraint(["tunnel_id"], ["tunnels.id"], name="fk_actions_tunnel_id", ondelete="CASCADE"),
         sa.PrimaryKeyConstraint("id", name="pk_actions"),
+        if_not_exists=True,
     )
-    op.create_index("ix_actions_tunnel_id_at", "actions", ["tunnel_id", "at"], unique=False)
+    op.create_index("ix_actions_tunnel_id_at", "actions", ["tunnel_id", "at"], unique=False, if_not_exists=True)

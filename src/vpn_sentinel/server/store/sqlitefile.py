@@ -1,0 +1,157 @@
+"""The file of a SQLite database: exactly the one that was named, closed to others, nobody else's, one server's alone.
+
+What is done to it before a `SqliteStore` opens it is done here, by whoever holds it: one process at a time.
+"""
+
+import contextlib
+import fcntl
+import os
+import re
+import sqlite3
+import stat
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from vpn_sentinel.server.store.store import StoreDamaged, StoreUnusable
+
+# Network filesystems, on which SQLite's locks and WAL are not safe.
+_NETWORK: Final = {"nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "glusterfs", "ceph"}
+_OURS: Final = "alembic_version"  # the table without which a database's tables are not ours
+_ESCAPED: Final = re.compile(rb"\\([0-7]{3})")
+# How long a server waits for the one before it to end, and for a command that opens the file: both let go soon.
+_PATIENCE: Final = 5.0
+_BEAT: Final = 0.05
+# A file that is no database, or not one any more (https://www.sqlite.org/rescode.html).
+_DAMAGED: Final = ("SQLITE_CORRUPT", "SQLITE_NOTADB")
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A database's file, ours alone until `release`, or the process's end, however it ends.
+
+    The lock is flock(2)'s on the file itself: it needs no other file, is the same by whatever path one comes, and does
+    not meet SQLite's own locks, which are fcntl(2)'s.
+    """
+
+    handle: int
+
+    def release(self) -> None:
+        os.close(self.handle)
+
+
+def hold(path: Path, *, patience: float = 0.0) -> Held | None:
+    """Take the file, which is made when it is missing; None when another process holds it for longer than `patience`.
+
+    Raises StoreUnusable for what is no file of ours to take.
+    """
+    _made(path)
+    if kind := _network_filesystem(path):
+        msg = f"data folder {path.parent} is on a network filesystem ({kind}), where SQLite loses data; use PostgreSQL"
+        raise StoreUnusable(msg)
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as e:
+        msg = f"data folder {path.parent}: {e.strerror}"
+        raise StoreUnusable(msg) from e
+    try:
+        if _locked(handle, patience):
+            return Held(handle)
+    except OSError as e:
+        os.close(handle)
+        msg = f"database {path} cannot be locked: {e.strerror}"
+        raise StoreUnusable(msg) from e
+    os.close(handle)
+    return None
+
+
+def hold_for_a_server(path: Path) -> Held:
+    """Take the file for as long as a server runs. Raises StoreUnusable when another one has it."""
+    held = hold(path, patience=_PATIENCE)
+    if held is None:
+        msg = f"database {path} is in use by another server: two cannot share a file (several may share a PostgreSQL)"
+        raise StoreUnusable(msg)
+    return held
+
+
+def _locked(handle: int, patience: float) -> bool:
+    """Whether the lock was had in time. Raises OSError where there are no locks."""
+    for _ in range(int(patience / _BEAT) + 1):
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        if patience:
+            time.sleep(_BEAT)  # flock(2) itself waits for ever or not at all
+    return False
+
+
+def prepare(path: Path) -> None:
+    """Make sure that `path` holds a database of ours, or nothing yet. Raises StoreUnusable that says what and where."""
+    mode = path.stat().st_mode
+    try:
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            _check(path, connection)
+            # Here and not before: until now it may have been anybody's.
+            if mode & 0o077:
+                path.chmod(0o600)
+            # Kept in the file, and set before there are two connections that could race for it.
+            connection.execute("PRAGMA journal_mode = WAL")
+    except sqlite3.DatabaseError as e:
+        raise unusable(path, e) from e
+    except OSError as e:
+        msg = f"database {path} is open to others, and cannot be closed to them: {e.strerror}"
+        raise StoreUnusable(msg) from e
+
+
+def unusable(path: Path, error: sqlite3.Error) -> StoreUnusable:
+    """What SQLite says of the file, in a line."""
+    kind = StoreDamaged if getattr(error, "sqlite_errorname", "").startswith(_DAMAGED) else StoreUnusable
+    return kind(f"database {path}: {' '.join(str(error).split())}")
+
+
+def _made(path: Path) -> int:
+    """Make the file where there is none; its mode. Raises StoreUnusable for what is no file, and opens no such thing:
+    a pipe would wait, and a device is not ours.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.touch(mode=0o600)
+        mode = path.stat().st_mode
+        if stat.S_ISREG(mode):
+            path.open("ab").close()
+            return mode
+    except OSError as e:
+        msg = f"data folder {path.parent}: {e.strerror}"
+        raise StoreUnusable(msg) from e
+    msg = f"database {path} is {'a folder' if stat.S_ISDIR(mode) else 'no file'}: name a file"
+    raise StoreUnusable(msg)
+
+
+def _check(path: Path, connection: sqlite3.Connection) -> None:
+    """Raises StoreUnusable for another program's database, sqlite3.DatabaseError for what is none."""
+    tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+    if tables and _OURS not in tables:
+        msg = f"database {path} is another program's: it holds the table {min(tables)}"
+        raise StoreUnusable(msg)
+
+
+def _network_filesystem(path: Path) -> str | None:
+    """The filesystem's type when it is a network's, by the longest mount point above `path` (proc(5), mountinfo).
+
+    None also where that cannot be read. Names are bytes, with some of them as `\\040`.
+    """
+    try:
+        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+    except OSError:
+        return None
+    inside, best, kind = path.resolve(), -1, ""
+    for line in lines:
+        left, _, right = line.partition(b" - ")
+        fields = left.split(b" ")
+        if len(fields) < 5:
+            continue
+        mount = Path(os.fsdecode(_ESCAPED.sub(lambda m: bytes([int(m[1], 8) & 0xFF]), fields[4])))
+        if len(mount.parts) >= best and inside.is_relative_to(mount):
+            best, kind = len(mount.parts), right.split(b" ")[0].decode("ascii", "replace")
+    return kind if kind in _NETWORK else None
