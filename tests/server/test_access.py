@@ -105,12 +105,25 @@ async def test_there_is_nothing_to_revoke_twice(store: Store, clock: ManualClock
 
 
 async def test_the_first_key_is_made_once(store: Store, clock: ManualClock) -> None:
-    key = await first_key(store, clock.now)
-    assert key is not None
+    shown: list[str] = []
+    assert await first_key(store, clock.now, shown.append)
+    (key,) = shown
     assert await Access(store, clock, None).caller(key) == Caller("shared", shared=True, key=key[3:11])
-    assert await first_key(store, clock.now) is None
+    assert not await first_key(store, clock.now, shown.append)
     await revoke_token(store, "shared", clock.now)
-    assert await first_key(store, clock.now) is None  # who revoked it does not want another
+    assert not await first_key(store, clock.now, shown.append)  # who revoked it does not want another
+    assert shown == [key]
+
+
+async def test_a_first_key_that_could_not_be_shown_is_not_the_last(store: Store, clock: ManualClock) -> None:
+    def killed(_: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        await first_key(store, clock.now, killed)
+    shown: list[str] = []
+    assert await first_key(store, clock.now, shown.append)
+    assert len(shown) == 1
 
 
 class Counted:

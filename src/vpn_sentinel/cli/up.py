@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vpn_sentinel.cli.process import report, run_until_stopped
 from vpn_sentinel.cli.reading import add_config, source_of, warn_unread
 from vpn_sentinel.cli.storing import naming_the_setting
-from vpn_sentinel.runtime import logs
+from vpn_sentinel.runtime import files, logs
 from vpn_sentinel.runtime.addresses import parse_address
 from vpn_sentinel.runtime.clock import Clock, SystemClock
 from vpn_sentinel.runtime.secret import Secret
@@ -127,8 +127,7 @@ def _read_token(kept: Path, name: str) -> str | None:
 def _keep_token(kept: Path, name: str, token: str) -> None:
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.touch(mode=0o600)
-        kept.write_text(f"{name} {token}\n", encoding="utf-8")
+        files.put(kept, f"{name} {token}\n".encode())
     except OSError as e:
         raise SettingError(str(kept), str(e.strerror)) from e
 

@@ -9,7 +9,7 @@ import hmac
 import logging
 import secrets
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from ipaddress import ip_network
@@ -217,8 +217,13 @@ class _Guesses:
             log.warning("wrong keys were shown by many addresses; no more is said of them this minute")
 
 
-async def create_token(store: Store, name: str, *, shared: bool, now: float) -> str:
-    """Make a token called `name`, and return it: it is kept nowhere. Raises ValueError when the name is in use."""
+async def create_token(
+    store: Store, name: str, *, shared: bool, now: float, show: Callable[[str], None] = lambda _: None
+) -> str:
+    """Make a token called `name`, and return it: it is kept nowhere. `show` is given it before it is valid.
+
+    Raises ValueError when the name is in use.
+    """
     taken = await store.read(select(tokens.c.id).where(tokens.c.name == name, tokens.c.revoked_at.is_(None)))
     if taken:
         msg = f"a token called {name} exists; revoke it first"
@@ -231,6 +236,7 @@ async def create_token(store: Store, name: str, *, shared: bool, now: float) -> 
         "digest": _digest(token),
         "created_at": now,
     }
+    show(token)
     await store.write(insert(tokens).values(row))
     return token
 
@@ -250,11 +256,16 @@ async def revoke_token(store: Store, name: str, now: float, *, shared: bool | No
     return bool(found[0])
 
 
-async def first_key(store: Store, now: float) -> str | None:
-    """Make a shared key when there never was one, and return it to be printed once; None otherwise."""
+async def first_key(store: Store, now: float, show: Callable[[str], None]) -> bool:
+    """Make a shared key when there never was one; whether it was made. `show` prints it, before it is kept.
+
+    A server that is killed in between shows another one when it starts again. The other way round there would be one
+    that nobody has seen, and never another.
+    """
     if await store.read(select(tokens.c.id).where(tokens.c.shared == 1).limit(1)):
-        return None
-    return await create_token(store, "shared", shared=True, now=now)
+        return False
+    await create_token(store, "shared", shared=True, now=now, show=show)
+    return True
 
 
 def peer(remote: str, forwarded_for: str | None, trusted: Iterable[IPNetwork]) -> IPAddress | None:

@@ -133,11 +133,8 @@ async def _run(
     started: Callable[[Store], None],
 ) -> None:
     secret = await _secret(store)
-    if settings.api_key is None and (key := await first_key(store, clock.wall())):
-        with contextlib.suppress(OSError):  # a full disk behind standard output; the log tells what to do
-            tell(f"A first key was made. It is shown only now; agents send it as VPN_SENTINEL_API_KEY:\n\n    {key}\n")
-        another = "vpn-sentinel token create NAME --shared"
-        log.info("a first key was made and printed, once; if nobody saw it, make another", extra={"by": another})
+    if settings.api_key is None:
+        await _first_key(store, clock, tell)
 
     registry = CollectorRegistry()
     hub = Hub()
@@ -284,6 +281,18 @@ def _pulsed(ledger: Ledger, name: str, clock: Clock) -> Span | None:
     offset = clock.wall() - clock.boottime()
     span = ledger.steady(name)
     return None if span is None else (span[0] + offset, span[1] + offset)
+
+
+async def _first_key(store: Store, clock: Clock, tell: Callable[[str], None]) -> None:
+    """Make the installation's first shared key, where there never was one, and print it."""
+
+    def show(key: str) -> None:
+        with contextlib.suppress(OSError):  # a full disk behind standard output; the log tells what to do
+            tell(f"A first key was made. It is shown only now; agents send it as VPN_SENTINEL_API_KEY:\n\n    {key}\n")
+
+    if await first_key(store, clock.wall(), show):
+        another = "vpn-sentinel token create NAME --shared"
+        log.info("a first key was made and printed, once; if nobody saw it, make another", extra={"by": another})
 
 
 async def _secret(store: Store) -> bytes:

@@ -145,6 +145,29 @@ async def test_rules_of_before_a_restart_are_adopted_with_their_cause() -> None:
     assert world.tables == {}
 
 
+async def test_killed_as_the_rules_come_up_their_cause_is_known() -> None:
+    """Adopted without it, they would be opened though what leaked is still routed outside."""
+    world = World()
+    known_then: list[str | None] = []
+
+    async def nft(_: str) -> None:
+        known_then.append(world.kept.fact("containment.cause"))
+        raise NftError("killed")
+
+    world.nft = nft  # type: ignore[method-assign]
+    await world.made().leaking(CAUSE)
+    assert known_then == [to_text(CAUSE)]
+
+
+async def test_a_cause_that_grows_is_known_after_a_restart() -> None:
+    world = World()
+    containment = world.made()
+    await containment.leaking(CAUSE)
+    both = Cause(families=frozenset({4, 6}))
+    await containment.leaking(Cause(families=frozenset({6})))
+    assert world.kept.fact("containment.cause") == to_text(both)
+
+
 async def test_leftovers_go_when_containment_is_switched_off() -> None:
     world = World(tables={TABLE: mark("anna", "5af0")})
     await world.made(Mode.OFF).start()

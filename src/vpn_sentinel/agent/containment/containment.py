@@ -154,11 +154,12 @@ class Containment:
             self._failed("no tunnel interface is known here: closing would cut off everything")
             return False
         text = render(ways, mark(self._client_id, self._facts.identity))
+        # First: whoever adopts the rules after a kill must know what to prove before it opens them.
+        self._facts.keep(_CAUSE, to_text(self._cause))
         if text == self._applied and self._standing.owner_of(TABLE) is not None:
             return True
         await self._standing.nft(text)
         self._applied = text
-        self._facts.keep(_CAUSE, to_text(self._cause))
         return True
 
     def _began(self) -> None:

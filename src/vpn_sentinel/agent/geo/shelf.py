@@ -15,11 +15,11 @@ from typing import IO, Final
 
 import msgspec
 
+from vpn_sentinel.runtime import files
 from vpn_sentinel.runtime.unusable import Unusable
 
 FOLDER: Final = "geo"  # below DATA_DIR
 MANIFEST: Final = "geo.json"
-_PART: Final = ".part"  # what is being fetched or unpacked
 _LOCK: Final = ".lock"
 
 
@@ -114,7 +114,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 def part(folder: Path) -> Path:
     """A new name for what is being fetched or unpacked: nobody can have put a link there before."""
-    return folder / f"{secrets.token_hex(8)}{_PART}"
+    return folder / f"{secrets.token_hex(8)}{files.PART}"
 
 
 @contextmanager
@@ -142,9 +142,9 @@ def install(folder: Path, collection: Collection, fetched: tuple[Path, ...]) -> 
     except GeoError:
         old = Manifest()
     for path, entry in zip(fetched, collection.files, strict=True):
-        _to_disk(path)
+        files.to_disk(path)
         path.replace(path_of(folder, entry))  # of a link there the link itself
-    _to_disk(folder)
+    files.to_disk(folder)
     others = tuple(c for c in old.collections if c.source != collection.source)
     new = Manifest(collections=(*others, collection))
     write_manifest(folder, new)
@@ -154,23 +154,12 @@ def install(folder: Path, collection: Collection, fetched: tuple[Path, ...]) -> 
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    written = part(folder)
-    with writing(written) as file:
-        file.write(msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n")
-    _to_disk(written)
-    written.replace(folder / MANIFEST)
-    _to_disk(folder)
-
-
-def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    """Raises OSError."""
+    content = msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
+    files.put(folder / MANIFEST, content, mode=0o644)  # public, as what it lists
 
 
 def _sweep(folder: Path) -> None:
-    for path in folder.glob(f"*{_PART}"):
+    for path in folder.glob(f"*{files.PART}"):
         with suppress(OSError):  # a folder of that name, perhaps: it is in nobody's way
             path.unlink()
