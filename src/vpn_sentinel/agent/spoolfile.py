@@ -2,11 +2,13 @@
 
 import errno
 import logging
-import os
 import sqlite3
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
+
+from vpn_sentinel.runtime import files, wal
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +52,7 @@ def open_whole(path: Path, now: float, connect: Callable[[Path], sqlite3.Connect
     path.touch(mode=0o600)
     try:
         db = connect(path)
+        _say_what_is_lost(path)
         if db.execute("PRAGMA quick_check(1)").fetchone()[0] == "ok":
             return db
         db.close()
@@ -58,24 +61,38 @@ def open_whole(path: Path, now: float, connect: Callable[[Path], sqlite3.Connect
     except sqlite3.DatabaseError as e:
         log.debug("the spool cannot be read", extra={"reason": e})
     aside = path.with_name(f"{path.name}.damaged-{int(now)}")
-    path.replace(aside)
+    # First, so that whoever is killed in between leaves no old log beside a new file.
     for tail in ("-wal", "-shm"):
         path.with_name(path.name + tail).unlink(missing_ok=True)
+    path.replace(aside)
+    files.to_disk(path.parent)
     log.error("the spool is damaged and was set aside; a new one begins", extra={"kept_as": aside})
     return connect(path)
 
 
+def _say_what_is_lost(path: Path) -> None:
+    """The file is ours now, and nothing has been written yet: its log is still what the last run left."""
+    try:
+        damage = wal.examine(path)
+    except OSError as e:
+        log.warning("the spool's log could not be looked at", extra={"reason": e})
+        return
+    if damage is not None:
+        lost = "some" if damage.lost is None else damage.lost
+        log.error(
+            "the spool's log is damaged: observations that the server may not have are lost", extra={"writes": lost}
+        )
+
+
 def check_folder(folder: Path) -> None:
-    """Write and remove a little file, so that an unusable folder is told when the agent starts. Raises OSError.
+    """Write a little file that vanishes, so that an unusable folder is told when the agent starts. Raises OSError.
 
     A full disk is no reason not to watch: the spool keeps observations in memory until the disk takes them again.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    probe = folder / f".probe-{os.getpid()}"
     try:
-        probe.write_bytes(b"\0" * 4096)
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as probe:  # without a name, so that nothing is ever left
+            probe.write(b"\0" * 4096)
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-    finally:
-        probe.unlink(missing_ok=True)
