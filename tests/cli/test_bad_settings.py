@@ -35,7 +35,7 @@ SERVER = {
     "GRACE_RECOVERY": ["nan"], "FLAP_CALM": ["x"], "RETENTION_DAYS": ["0"], "API_KEY": ["short", "këy-of-ours"],
     "TELEGRAM_BOT_TOKEN": ["x", "²:abc", "123:ä", "1:a b"], "TELEGRAM_CHAT_ID": ["x y", "²", "@ä"],
     "TELEGRAM_API_URL": BASES, "WEBHOOK_URL": [*URLS, "https://h/ä", "https://h/\x01", "http://xn--/"],
-    "LOG_FILE": ["{}", "{}/none/x"], "DEBUG": ["perhaps"],
+    "LOG_FILE": ["{}", "{}/none/x"], "DEBUG": ["perhaps"], "BACKUP_HOURS": ["-1"], "BACKUP_KEEP": ["0"],
 }  # fmt: skip
 AGENT = {
     "URL": [*BASES, "http://sentinel.example", "https://u:HUSH@h"],
@@ -59,7 +59,15 @@ AGENT = {
 }  # fmt: skip
 GEO = {"DBIP_URL": BASES, "MAXMIND_URL": BASES, "MAXMIND_ACCOUNT": ["name"]}
 # Any text is one; what cannot be done with it is said where it is done. TZ is the system's.
-FREE = {"DATA_DIR", "TZ", "WEBHOOK_SECRET", "QBITTORRENT_PASSWORD", "TRANSMISSION_PASSWORD", "MAXMIND_KEY"}
+FREE = {
+    "DATA_DIR",
+    "BACKUP_DIR",
+    "TZ",
+    "WEBHOOK_SECRET",
+    "QBITTORRENT_PASSWORD",
+    "TRANSMISSION_PASSWORD",
+    "MAXMIND_KEY",
+}
 ROLES = {"server": SERVER, "agent": AGENT, "geo update": GEO}
 
 

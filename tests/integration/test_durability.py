@@ -39,7 +39,8 @@ class Sink(http.server.ThreadingHTTPServer):
 
     def __init__(self) -> None:
         self.got: dict[str, set[str]] = defaultdict(set)
-        self.kinds: Counter[tuple[str, str]] = Counter()
+        self.kinds: Counter[str] = Counter()
+        self.details: list[str] = []
         sink = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -47,6 +48,8 @@ class Sink(http.server.ThreadingHTTPServer):
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
                 fine = random.random() > 0.1
                 if fine:
+                    sink.kinds[body["kind"]] += 1
+                    sink.details += body["details"]
                     sink.got[body["tunnel"]].add(self.headers["X-Sentinel-Delivery"])
                 self.send_response(200 if fine else 500)
                 self.send_header("content-length", "0")

@@ -4,13 +4,14 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.integration.test_durability import Server, free_port, server_answers, settings, wait_until
+from tests.integration.test_durability import Sender, Server, Sink, free_port, server_answers, settings, wait_until
 
 PROGRAM = [sys.executable, "-m", "vpn_sentinel"]
 START = 1.5  # seconds, longer than a start takes
@@ -81,3 +82,51 @@ def test_two_servers_on_one_postgres_both_run(server: Server, database_url: str,
         second.wait()
     finally:
         second.kill()
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_people_hear_what_a_damaged_log_lost(database_url: str, tmp_path: Path) -> None:
+    """Ten tunnels report, the server is killed, its log rots: fewer are left, and nobody has to find that out."""
+    sink = Sink()
+    threading.Thread(target=sink.serve_forever, daemon=True).start()
+    ports = [free_port() for _ in range(3)]
+    server = Server(settings(database_url, tmp_path, ports, sink.server_port), ports[0])
+    server.start()
+    server.wait()
+    senders = [Sender(f"tunnel-{i}", ports[0]) for i in range(10)]
+    for sender in senders:
+        sender.start()
+    wait_until(lambda: all(s.acked for s in senders), 30, "all have reported")
+    server.kill()
+    for sender in senders:
+        sender.stop.set()
+    log = tmp_path / "sentinel.db-wal"
+    rotten = bytearray(log.read_bytes())
+    rotten[len(rotten) // 3] ^= 0xFF
+    log.write_bytes(rotten)
+    server.start()
+    try:
+        wait_until(lambda: sink.kinds["database_damaged"], 30, "people are told")
+    finally:
+        server.kill()
+        sink.shutdown()
+        sink.server_close()
+    assert any(d.startswith("the database's log was damaged: ") for d in sink.details)
+
+
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+def test_a_killed_server_is_followed_by_one_that_says_nothing_of_damage(
+    server: Server, database_url: str, tmp_path: Path
+) -> None:
+    sender = Sender("nl", server.port)
+    server.start()
+    server.wait()
+    sender.start()
+    for _ in range(3):
+        before = sender.acked
+        wait_until(lambda b=before: sender.acked > b + 2, 30, "reports are taken")
+        server.kill()
+        looked = command(server, "db", "check")
+        assert (looked.returncode, looked.stderr) == (0, "")
+        server.start()
+    sender.stop.set()

@@ -52,11 +52,21 @@ def with_store(
 
 @contextmanager
 def naming_the_setting(settings: "ServerSettings") -> Iterator[None]:
-    """Say which setting to change when the database's file cannot be had. Raises SettingError in its place."""
-    from vpn_sentinel.server.store.store import StoreUnusable
+    """Say which setting to change when the database's file cannot be had, and which copy there is of a damaged one.
+
+    Raises SettingError or StoreDamaged in its place.
+    """
+    from vpn_sentinel.server.store.backup import putting_back
+    from vpn_sentinel.server.store.store import StoreDamaged, StoreUnusable
 
     try:
         yield
+    except StoreDamaged as e:
+        folder = settings.backup_folder
+        remedy = putting_back(folder) if folder else ""
+        if not remedy:
+            raise
+        raise StoreDamaged(f"{e}; {remedy}") from e
     except StoreUnusable as e:
         if not _is_file(settings) or not isinstance(e.__cause__, OSError):
             raise

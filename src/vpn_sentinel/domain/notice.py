@@ -15,6 +15,7 @@ _SEEN = (State.LEAKING, State.DOWN, State.DEGRADED)
 
 class Kind(StrEnum):
     SERVER_STARTED = "server_started"
+    DATABASE_DAMAGED = "database_damaged"
     CONNECTED = "connected"
     ADDRESS_CHANGED = "address_changed"
     PORT_CHANGED = "port_changed"

@@ -44,12 +44,14 @@ from vpn_sentinel.server.sites import Sites, Span
 from vpn_sentinel.server.store.open import open_store
 from vpn_sentinel.server.store.owing import owe
 from vpn_sentinel.server.store.schema import meta, outbox
+from vpn_sentinel.server.store.sqlite import SqliteStore
 from vpn_sentinel.server.store.store import Store
 from vpn_sentinel.server.tracker import Tracker
 from vpn_sentinel.server.watch.overdue import Overdue
 from vpn_sentinel.server.watch.ports import Ports
 from vpn_sentinel.server.watch.replicas import Replicas
 from vpn_sentinel.server.watch.retention import Retention
+from vpn_sentinel.server.watch.upkeep import Upkeep, UpkeepMetrics
 
 log = logging.getLogger(__name__)
 
@@ -208,8 +210,8 @@ async def _run(
             tasks.create_task(known.run(), name="names of pulses"),
             tasks.create_task(lookout.run(), name="lookout"),
         ]
-        if not settings.database_url.startswith("sqlite:"):
-            running.append(tasks.create_task(Replicas(store, hub, clock).run(), name="replicas"))
+        engine_needs = _what_its_engine_needs(settings, store, hub, clock, dispatcher, registry)
+        running.append(tasks.create_task(engine_needs.run(), name="engine"))
         if settings.telegram is not None and bot_api is not None:
             bot = Bot(bot_api, store, clock, settings.telegram.chat_id, secrets.token_hex(8))
             running.append(tasks.create_task(bot.run(), name="bot"))
@@ -251,6 +253,27 @@ async def _run(
         for task in running:
             task.cancel()
     log.info("server stopped")
+
+
+def _what_its_engine_needs(
+    settings: ServerSettings, store: Store, hub: Hub, clock: Clock, dispatcher: Dispatcher, registry: CollectorRegistry
+) -> Upkeep | Replicas:
+    """A SQLite file is nobody else's to look after; a PostgreSQL database may be other servers' too."""
+    folder = settings.backup_folder
+    if isinstance(store, SqliteStore) and folder is not None:
+        return Upkeep(
+            store,
+            clock,
+            dispatcher.channels,
+            dispatcher.wake,
+            UpkeepMetrics(registry),
+            folder=folder,
+            hours=settings.backup_hours,
+            keep=settings.backup_keep,
+        )
+    if settings.backup_dir is not None:
+        log.warning("VPN_SENTINEL_BACKUP_DIR has no effect: backups of a PostgreSQL database are made by its own tools")
+    return Replicas(store, hub, clock)
 
 
 def _wants_own_address(settings: ServerSettings) -> tuple[str, ...]:

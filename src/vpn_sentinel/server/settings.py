@@ -11,6 +11,7 @@ from vpn_sentinel.runtime import settings as read
 from vpn_sentinel.runtime.secret import Secret
 from vpn_sentinel.runtime.settings import SettingError, Source
 from vpn_sentinel.server.store.address import parse
+from vpn_sentinel.server.store.backup import FOLDER
 
 _LABEL: Final = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?", re.ASCII)
 _BOT_TOKEN: Final = re.compile(r"[0-9]+:[A-Za-z0-9_-]+", re.ASCII)
@@ -50,7 +51,10 @@ class Canary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:
-    """Durations are seconds. `allowed_ips` empty means every address may report; it still needs a key."""
+    """Durations are seconds. `allowed_ips` empty means every address may report; it still needs a key.
+
+    `backup_hours` is 0 for no backups by schedule.
+    """
 
     data_dir: Path
     database_url: str
@@ -69,6 +73,9 @@ class ServerSettings:
     keepalive_timeout: float
     missed_reports: int
     retention_days: float
+    backup_dir: Path | None
+    backup_hours: float
+    backup_keep: int
     port_check: bool
     policy: Policy
     telegram: Telegram | None
@@ -82,6 +89,18 @@ class ServerSettings:
     debug: bool
     log_file: str | None
     canary: Canary | None = None
+
+    @property
+    def database_file(self) -> Path | None:
+        """The file of a SQLite database, None for PostgreSQL."""
+        url = self.database_url
+        return Path(url.removeprefix("sqlite:///")) if url.startswith("sqlite:///") else None
+
+    @property
+    def backup_folder(self) -> Path | None:
+        """Where copies of it are kept; None for PostgreSQL, which has its own ways."""
+        file = self.database_file
+        return None if file is None else self.backup_dir or file.parent / FOLDER
 
     @classmethod
     def read(cls, source: Source) -> "ServerSettings":
@@ -121,6 +140,9 @@ class ServerSettings:
             missed_reports=get("MISSED_REPORTS", read.integer(1, 100), 3),
             port_check=get("PORT_CHECK", read.boolean, default=True),
             retention_days=get("RETENTION_DAYS", read.number(0.01, 3650, "days"), 30.0),
+            backup_dir=get("BACKUP_DIR", Path, None),
+            backup_hours=get("BACKUP_HOURS", read.number(0, 8760, "hours"), 24.0),
+            backup_keep=get("BACKUP_KEEP", read.integer(1, 1000), 3),
             policy=Policy(
                 home_networks=get("HOME_NETWORKS", read.home_networks, ()),
                 expected_countries=get("EXPECTED_COUNTRIES", read.countries, ()),

@@ -227,7 +227,14 @@ async def test_the_most_urgent_goes_first_then_the_oldest(store: Store) -> None:
         [Kind.LEAKING],
         [Kind.DOWN, Kind.SILENT, Kind.UNVERIFIED],
         [Kind.DEGRADED, Kind.RECOVERED],
-        [Kind.SERVER_STARTED, Kind.CONNECTED, Kind.ADDRESS_CHANGED, Kind.PORT_CHANGED, Kind.TEST],
+        [
+            Kind.SERVER_STARTED,
+            Kind.DATABASE_DAMAGED,
+            Kind.CONNECTED,
+            Kind.ADDRESS_CHANGED,
+            Kind.PORT_CHANGED,
+            Kind.TEST,
+        ],
     ]
     assert sum(len(rank) for rank in ranks) == len(Kind)
     expected = [(f"t{n}", str(kind)) for rank in ranks for n, kind in enumerate(kinds) if kind in rank]

@@ -52,6 +52,14 @@ GOLDEN = {
 version 2.0.0
 Time: 2027-01-15 09:00:00 CET (08:00:00 UTC)""",
     ),
+    "the database has damage": (
+        Notice(kind=Kind.DATABASE_DAMAGED, at=AT, details=("damage was found: x", "stop the server")),
+        """\
+🛑 VPN Sentinel's own database has damage
+damage was found: x
+stop the server
+Time: 2027-01-15 09:00:00 CET (08:00:00 UTC)""",
+    ),
     "connected": (
         Notice(kind=Kind.CONNECTED, tunnel="nl-1", at=AT, exit=EXIT, findings=(OPEN,), **WHERE),  # type: ignore[arg-type]
         """\

@@ -46,6 +46,11 @@ class Dispatcher:
         self._debts: tuple[outbox.Owed, ...] = ()
         self._stranded: frozenset[str] = frozenset()
 
+    @property
+    def channels(self) -> tuple[str, ...]:
+        """The names of those that are told."""
+        return tuple(self._workers)
+
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
             for name, worker in self._workers.items():

@@ -30,6 +30,7 @@ ICON: Final[Mapping[State, str]] = {
 }
 _HEADLINE: Final[Mapping[Kind, tuple[str, str]]] = {
     Kind.SERVER_STARTED: ("🚀", "VPN Sentinel has started"),
+    Kind.DATABASE_DAMAGED: ("🛑", "VPN Sentinel's own database has damage"),
     Kind.CONNECTED: (ICON[State.PROTECTED], "{tunnel} is connected and protected"),
     Kind.ADDRESS_CHANGED: ("🔵", "{tunnel} has a new exit address"),
     Kind.PORT_CHANGED: ("🔵", "{tunnel} has another forwarded port"),

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import sqlite3
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
@@ -11,21 +12,24 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from sqlalchemy import URL, Connection, create_engine, event, pool
+from sqlalchemy import URL, Connection, create_engine, delete, event, insert, pool, select
 from sqlalchemy.exc import SQLAlchemyError
 
 from vpn_sentinel.server.store.address import PostgresAddress, parse
 from vpn_sentinel.server.store.connecting import CONNECT_ERRORS, engine, said
 from vpn_sentinel.server.store.postgres import PostgresStore
+from vpn_sentinel.server.store.schema import meta
 from vpn_sentinel.server.store.sqlite import SqliteStore
 from vpn_sentinel.server.store.sqlitefile import Held, hold, hold_for_a_server, prepare, unusable
-from vpn_sentinel.server.store.store import Store, StoreUnusable
+from vpn_sentinel.server.store.store import Store, StoreUnavailable, StoreUnusable
 
 log = logging.getLogger(__name__)
 
 _MIGRATIONS: Final = Path(__file__).parent / "migrations"
 # Replicas that start together migrate one after the other behind this advisory lock ("vpn-sentinel" in digits).
 _LOCK: Final = 8_767_362_846
+# The key of `meta` under which stands what was lost, until people are told.
+DAMAGE: Final = "damage"
 # Those that hold every text; the second holds bytes as they come.
 _ENCODINGS: Final = ("UTF8", "SQL_ASCII")
 
@@ -60,11 +64,13 @@ async def _open_sqlite(path: Path, *, serving: bool) -> Store:
     held = await asyncio.to_thread(hold_for_a_server if serving else hold, path)
     release = held.release if held is not None else _nothing
     try:
-        await asyncio.to_thread(_prepare_sqlite, path, held)
+        damage = await asyncio.to_thread(_prepare_sqlite, path, held)
     except BaseException:
         release()
         raise
     store = SqliteStore(str(path), release if serving else _nothing)
+    if damage:
+        await _note(store, damage)
     if not serving:
         release()
     return store
@@ -74,9 +80,23 @@ def _nothing() -> None:
     """For whoever holds nothing."""
 
 
-def _prepare_sqlite(path: Path, held: Held | None) -> None:
-    prepare(path)
+def _prepare_sqlite(path: Path, held: Held | None) -> str:
+    damage = prepare(path, alone=held is not None)
     _migrate_sqlite(path, alone=held is not None)
+    return damage
+
+
+async def _note(store: Store, damage: str) -> None:
+    """Say what the log lost, and have the next server that starts tell people."""
+    try:
+        alive = await store.read(select(meta.c.value).where(meta.c.key == "alive"))
+        if alive:
+            end = datetime.fromtimestamp(float(alive[0].value), UTC)
+            damage += f"; what is left ends at {end:%Y-%m-%d %H:%M:%S} UTC"
+        await store.write(delete(meta).where(meta.c.key == DAMAGE), insert(meta).values(key=DAMAGE, value=damage))
+    except StoreUnavailable as e:  # a full disk is no reason not to watch
+        log.warning("what was lost cannot be noted", extra={"reason": e.reason})
+    log.error(damage)
 
 
 def _migrate_sqlite(path: Path, *, alone: bool) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import logging
 import sqlite3
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar
@@ -35,6 +36,7 @@ class SqliteStore:
         self._checkpoint_thread = ThreadPoolExecutor(1, "store-checkpointer")
         self._commits = 0
         self._read_threads = ThreadPoolExecutor(_READERS, "store-reader")
+        self._long_thread = ThreadPoolExecutor(1, "store-long")
 
     async def read(self, statement: Executable) -> Sequence[Row[Any]]:
         def run() -> Sequence[Row[Any]]:
@@ -89,11 +91,36 @@ class SqliteStore:
         except sqlite3.Error as e:
             log.debug("the log was not copied", extra={"reason": str(e)})  # the writer's own bound remains
 
+    async def beside(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Do long work that writes nothing here on a connection of its own; whoever reports does not wait for it.
+
+        Cancelled, it is interrupted. Raises StoreUnavailable.
+        """
+        try:
+            connection = sqlite3.connect(self._path, timeout=10.0, isolation_level=None, check_same_thread=False)
+        except sqlite3.Error as e:
+            raise _unavailable(e) from e
+        cancelled = threading.Event()
+
+        def run() -> T:
+            with contextlib.closing(connection):
+                if cancelled.is_set():
+                    raise sqlite3.OperationalError("interrupted")
+                return work(connection)
+
+        try:
+            return await self._in(self._long_thread, run)
+        except asyncio.CancelledError:
+            cancelled.set()
+            connection.interrupt()
+            raise
+
     async def close(self) -> None:
         def run() -> None:
             self._reader.dispose()
             self._writer.dispose()
 
+        self._long_thread.shutdown()
         self._checkpoint_thread.shutdown()
         await asyncio.get_running_loop().run_in_executor(self._write_thread, run)
         self._read_threads.shutdown()

@@ -5,8 +5,10 @@ What is done to it before a `SqliteStore` opens it is done here, by whoever hold
 
 import contextlib
 import fcntl
+import logging
 import os
 import re
+import shutil
 import sqlite3
 import stat
 import time
@@ -14,7 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from vpn_sentinel.runtime import files, wal
 from vpn_sentinel.server.store.store import StoreDamaged, StoreUnusable
+
+log = logging.getLogger(__name__)
 
 # Network filesystems, on which SQLite's locks and WAL are not safe.
 _NETWORK: Final = {"nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "glusterfs", "ceph"}
@@ -24,7 +29,7 @@ _ESCAPED: Final = re.compile(rb"\\([0-7]{3})")
 _PATIENCE: Final = 5.0
 _BEAT: Final = 0.05
 # A file that is no database, or not one any more (https://www.sqlite.org/rescode.html).
-_DAMAGED: Final = ("SQLITE_CORRUPT", "SQLITE_NOTADB")
+DAMAGED: Final = ("SQLITE_CORRUPT", "SQLITE_NOTADB")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,10 +37,11 @@ class Held:
     """A database's file, ours alone until `release`, or the process's end, however it ends.
 
     The lock is flock(2)'s on the file itself: it needs no other file, is the same by whatever path one comes, and does
-    not meet SQLite's own locks, which are fcntl(2)'s.
+    not meet SQLite's own locks, which are fcntl(2)'s. `damage` is what was found in the log on the way.
     """
 
     handle: int
+    damage: str = ""
 
     def release(self) -> None:
         os.close(self.handle)
@@ -51,19 +57,22 @@ def hold(path: Path, *, patience: float = 0.0) -> Held | None:
         msg = f"data folder {path.parent} is on a network filesystem ({kind}), where SQLite loses data; use PostgreSQL"
         raise StoreUnusable(msg)
     try:
-        handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        while True:
+            handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            try:
+                locked = _locked(handle, patience)
+                if locked and os.path.samestat(os.fstat(handle), path.stat()):
+                    return Held(handle)
+            except BaseException:
+                os.close(handle)
+                raise
+            os.close(handle)
+            if not locked:
+                return None
+            # `db restore` has put another file in its place meanwhile.
     except OSError as e:
-        msg = f"data folder {path.parent}: {e.strerror}"
-        raise StoreUnusable(msg) from e
-    try:
-        if _locked(handle, patience):
-            return Held(handle)
-    except OSError as e:
-        os.close(handle)
         msg = f"database {path} cannot be locked: {e.strerror}"
         raise StoreUnusable(msg) from e
-    os.close(handle)
-    return None
 
 
 def hold_for_a_server(path: Path) -> Held:
@@ -86,12 +95,18 @@ def _locked(handle: int, patience: float) -> bool:
     return False
 
 
-def prepare(path: Path) -> None:
-    """Make sure that `path` holds a database of ours, or nothing yet. Raises StoreUnusable that says what and where."""
+def prepare(path: Path, *, alone: bool) -> str:
+    """Make sure that `path` holds a database of ours, or nothing yet; what its log has lost, "" for nothing known.
+
+    `alone`: nobody else has it open. Raises StoreUnusable that says what and where.
+    """
     mode = path.stat().st_mode
     try:
+        lost = _looked_at(path) if alone else ""
         with contextlib.closing(sqlite3.connect(path)) as connection:
-            _check(path, connection)
+            if owner := whose(connection):
+                msg = f"database {path} is {owner}"
+                raise StoreUnusable(msg)
             # Here and not before: until now it may have been anybody's.
             if mode & 0o077:
                 path.chmod(0o600)
@@ -102,12 +117,59 @@ def prepare(path: Path) -> None:
     except OSError as e:
         msg = f"database {path} is open to others, and cannot be closed to them: {e.strerror}"
         raise StoreUnusable(msg) from e
+    return lost
 
 
 def unusable(path: Path, error: sqlite3.Error) -> StoreUnusable:
     """What SQLite says of the file, in a line."""
-    kind = StoreDamaged if getattr(error, "sqlite_errorname", "").startswith(_DAMAGED) else StoreUnusable
+    kind = StoreDamaged if getattr(error, "sqlite_errorname", "").startswith(DAMAGED) else StoreUnusable
     return kind(f"database {path}: {' '.join(str(error).split())}")
+
+
+def _looked_at(path: Path) -> str:
+    """Look at the log before SQLite replays it; what it lost, in a sentence. A damaged one is kept, for who can use it.
+
+    Where more is in the file already than what is left of the log, that is not replayed: it would undo it in part.
+    """
+    written = path.with_name(path.name + "-wal")
+    try:
+        damage = wal.examine(path)
+        if damage is None:
+            return ""
+        was = "damaged" if written.exists() else "missing"
+        kept = _set_aside(written, whole=damage.behind)
+    except OSError as e:
+        log.warning("the database's log could not be looked at", extra={"reason": e.strerror})
+        return ""
+    where = f"; it is kept as {kept}" if kept else ""
+    if damage.lost == 0:
+        return f"the database's log was damaged, and nothing is lost: all of it had been copied{where}"
+    amount = "an unknown number of writes" if damage.lost is None else f"the newest writes ({damage.lost} at least)"
+    return f"the database's log was {was}: {amount} that were acknowledged are lost{where}"
+
+
+def _set_aside(written: Path, *, whole: bool) -> str:
+    """Keep a damaged log beside the database: a copy of it, or itself; its new name, "" where that cannot be.
+
+    Raises OSError.
+    """
+    if not written.exists():
+        return ""
+    kept = written.with_name(f"{written.name}.damaged-{int(written.stat().st_mtime)}")
+    if whole:
+        written.replace(kept)
+        files.to_disk(written.parent)
+        return kept.name
+    copied = files.beside(kept)
+    try:
+        copied.touch(mode=0o600)
+        shutil.copyfile(written, copied)
+        files.settle(copied, kept)
+    except OSError as e:  # a full disk is no reason not to watch
+        copied.unlink(missing_ok=True)
+        log.warning("the damaged log could not be kept", extra={"reason": e.strerror})
+        return ""
+    return kept.name
 
 
 def _made(path: Path) -> int:
@@ -128,12 +190,10 @@ def _made(path: Path) -> int:
     raise StoreUnusable(msg)
 
 
-def _check(path: Path, connection: sqlite3.Connection) -> None:
-    """Raises StoreUnusable for another program's database, sqlite3.DatabaseError for what is none."""
+def whose(connection: sqlite3.Connection) -> str:
+    """Whose database it is, in words, "" for one of ours and an empty one. Raises sqlite3.Error for what is none."""
     tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    if tables and _OURS not in tables:
-        msg = f"database {path} is another program's: it holds the table {min(tables)}"
-        raise StoreUnusable(msg)
+    return f"another program's: it holds the table {min(tables)}" if tables and _OURS not in tables else ""
 
 
 def _network_filesystem(path: Path) -> str | None:
