@@ -322,5 +322,6 @@ def test_killed_at_any_moment_it_is_the_old_or_the_new(database: Path, folder: P
         seen.add(frozenset(kept))
         backup.restore(database, made)
         assert values(database) == {"before"}
+        assert all(p.stat().st_nlink == 1 for p in database.parent.iterdir())
     assert 5 < step < 29
     assert len(seen) >= 2

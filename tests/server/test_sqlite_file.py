@@ -117,6 +117,25 @@ def test_a_server_waits_for_the_one_before_it_to_end(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
+def test_a_command_beside_a_server_that_makes_it_waits(tmp_path: Path) -> None:
+    path = tmp_path / "s.db"
+    server = hold(path)
+    assert server is not None
+
+    async def run() -> None:
+        command = asyncio.get_running_loop().create_task(open_store(f"sqlite:///{path}"))
+        await asyncio.sleep(0.3)
+        assert not command.done()
+        server.release()
+        made = await open_store(f"sqlite:///{path}", serving=True)
+        beside = await command
+        await beside.ping()
+        await beside.close()
+        await made.close()
+
+    asyncio.run(run())
+
+
 def test_a_command_changes_no_schema_under_a_server(tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     opens(path)
@@ -125,7 +144,7 @@ def test_a_command_changes_no_schema_under_a_server(tmp_path: Path) -> None:
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("UPDATE alembic_version SET version_num = '0001'")
         connection.commit()
-    with pytest.raises(StoreUnusable, match="a server runs on it: restart that one first"):
+    with pytest.raises(StoreUnusable, match="a server runs on it: restart that first"):
         opens(path)
     server.release()
     opens(path)

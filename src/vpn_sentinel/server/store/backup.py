@@ -149,20 +149,25 @@ def _exchange(database: Path, written: Path) -> Path:
     owner, aside = database.stat(), _free_name(database)
     os.chown(written, owner.st_uid, owner.st_gid)  # root may do this for a server that is another user
     log, index = (database.with_name(database.name + tail) for tail in ("-wal", "-shm"))
-    os.link(database, aside)
     with contextlib.suppress(FileNotFoundError):
         log.replace(f"{aside}-wal")  # where SQLite finds it, should the old one be opened once more
-    files.to_disk(database.parent)
+    files.to_disk(written)  # now, so that the file has two names for a moment only
+    os.link(database, aside)
     files.settle(written, database)
     index.unlink(missing_ok=True)  # until now it told that a log was missing
     return aside
 
 
 def _free_name(database: Path) -> Path:
+    """A name for the old one, under which there is no log either that might be another's."""
     number = 1
-    while (aside := database.with_name(f"{database.name}.replaced-{number}")).exists():
+    while True:
+        aside = database.with_name(f"{database.name}.replaced-{number}")
+        if aside.exists() and aside.samefile(database):
+            aside.unlink()  # killed as it was to be exchanged: the same file by another name
+        if not aside.exists() and not Path(f"{aside}-wal").exists():
+            return aside
         number += 1
-    return aside
 
 
 def _verify(copy: Path, backup: Path) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import sqlite3
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
@@ -20,7 +21,7 @@ from vpn_sentinel.server.store.connecting import CONNECT_ERRORS, engine, said
 from vpn_sentinel.server.store.postgres import PostgresStore
 from vpn_sentinel.server.store.schema import meta
 from vpn_sentinel.server.store.sqlite import SqliteStore
-from vpn_sentinel.server.store.sqlitefile import Held, hold, hold_for_a_server, prepare, unusable
+from vpn_sentinel.server.store.sqlitefile import PATIENCE, Held, hold, hold_for_a_server, prepare, unusable
 from vpn_sentinel.server.store.store import Store, StoreUnavailable, StoreUnusable
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 _MIGRATIONS: Final = Path(__file__).parent / "migrations"
 # Replicas that start together migrate one after the other behind this advisory lock ("vpn-sentinel" in digits).
 _LOCK: Final = 8_767_362_846
+_BEAT: Final = 0.1
 # The key of `meta` under which stands what was lost, until people are told.
 DAMAGE: Final = "damage"
 # Those that hold every text; the second holds bytes as they come.
@@ -80,10 +82,24 @@ def _nothing() -> None:
     """For whoever holds nothing."""
 
 
+class _OldSchema(StoreUnusable):
+    """One that only whoever holds the file may change."""
+
+
 def _prepare_sqlite(path: Path, held: Held | None) -> str:
     damage = prepare(path, alone=held is not None)
-    _migrate_sqlite(path, alone=held is not None)
-    return damage
+    waits = PATIENCE if held is None else 0.0
+    while True:
+        try:
+            _migrate_sqlite(path, alone=held is not None)
+        except _OldSchema:
+            # Whoever holds the file may be a server that starts, and migrates it at this moment.
+            if waits <= 0:
+                raise
+            waits -= _BEAT
+            time.sleep(_BEAT)
+        else:
+            return damage
 
 
 async def _note(store: Store, damage: str) -> None:
@@ -158,8 +174,6 @@ def _upgrade(connection: Connection, *, may_write: bool = True) -> None:
         msg = f"the database's schema {here} is newer than this program: upgrade the program"
         raise StoreUnusable(msg) from e
     if not may_write:
-        msg = (
-            f"the database's schema {here} is older than this program, and a server runs on it: restart that one first"
-        )
-        raise StoreUnusable(msg)
+        msg = f"the database's schema ({here}) is older than this program, and a server runs on it: restart that first"
+        raise _OldSchema(msg)
     command.upgrade(config, "head")

@@ -26,7 +26,7 @@ _NETWORK: Final = {"nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "glusterfs
 _OURS: Final = "alembic_version"  # the table without which a database's tables are not ours
 _ESCAPED: Final = re.compile(rb"\\([0-7]{3})")
 # How long a server waits for the one before it to end, and for a command that opens the file: both let go soon.
-_PATIENCE: Final = 5.0
+PATIENCE: Final = 5.0
 _BEAT: Final = 0.05
 # A file that is no database, or not one any more (https://www.sqlite.org/rescode.html).
 DAMAGED: Final = ("SQLITE_CORRUPT", "SQLITE_NOTADB")
@@ -77,7 +77,7 @@ def hold(path: Path, *, patience: float = 0.0) -> Held | None:
 
 def hold_for_a_server(path: Path) -> Held:
     """Take the file for as long as a server runs. Raises StoreUnusable when another one has it."""
-    held = hold(path, patience=_PATIENCE)
+    held = hold(path, patience=PATIENCE)
     if held is None:
         msg = f"database {path} is in use by another server: two cannot share a file (several may share a PostgreSQL)"
         raise StoreUnusable(msg)
@@ -107,6 +107,8 @@ def prepare(path: Path, *, alone: bool) -> str:
             if owner := whose(connection):
                 msg = f"database {path} is {owner}"
                 raise StoreUnusable(msg)
+            if not alone:
+                return ""  # as its holder made it, or is making it
             # Here and not before: until now it may have been anybody's.
             if mode & 0o077:
                 path.chmod(0o600)
