@@ -7,7 +7,8 @@ leaves behind, counts the frames whose commits were on the disk. And behind a fr
 commits that follow from one another: a write that was cut off is one commit, since the next begins when it is on the
 disk (`PRAGMA synchronous = FULL`).
 
-Without an index (the machine lost its power), the very last commit cannot be told from one that was cut off.
+Without an index, or with an old one (the machine lost its power), a log that was cut short and the last commit or two
+cannot be told from one that was cut off.
 
 Layouts: https://www.sqlite.org/fileformat2.html#the_write_ahead_log and https://www.sqlite.org/walformat.html
 """
