@@ -211,35 +211,48 @@ def test_a_log_that_rotted_after_a_kill_is_said(
     path: Path, clock: ManualClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     """SQLite replays what is before the damage and says nothing of the rest."""
-    _kill_with_twenty(path)
+    _kill_with(20, path)
     log = path.with_name(f"{path.name}-wal")
     whole = Spool(path, clock)
     assert whole.pending == 20
     assert caplog.text == ""
     whole.close()
     path.unlink()
-    _kill_with_twenty(path)
+    _kill_with(20, path)
     rotten = bytearray(log.read_bytes())
     rotten[len(rotten) // 2] ^= 0xFF
     log.write_bytes(rotten)
     again = Spool(path, clock)
     assert 0 < again.pending < 20
     assert "the spool's log is damaged" in caplog.text
-    assert again.append(b"x", routine=False) > 0
     again.close()
 
 
-def _kill_with_twenty(path: Path) -> None:
-    """A spool of twenty observations whose agent was killed."""
+def test_a_rotten_log_is_said_once(path: Path, clock: ManualClock, caplog: pytest.LogCaptureFixture) -> None:
+    """What is not replayed stands in the log behind what the next run writes."""
+    _kill_with(20, path)
+    log = path.with_name(f"{path.name}-wal")
+    rotten = bytearray(log.read_bytes())
+    rotten[len(rotten) // 2] ^= 0xFF
+    log.write_bytes(rotten)
+    assert "the spool's log is damaged" in _kill_with(1, path)
+    again = Spool(path, clock)
+    assert caplog.text == ""
+    again.close()
+
+
+def _kill_with(count: int, path: Path) -> str:
+    """A spool with so many further observations whose agent was killed; what it said."""
     program = (
         "import sys, os; from pathlib import Path; from vpn_sentinel.agent.spool import Spool\n"
         "from vpn_sentinel.runtime.clock import SystemClock\n"
         "made = Spool(Path(sys.argv[1]), SystemClock())\n"
-        "for _ in range(20): made.append(b'x' * 5000, routine=False)\n"
+        f"for _ in range({count}): made.append(b'x' * 5000, routine=False)\n"
         "os.kill(os.getpid(), 9)"
     )
-    done = subprocess.run([sys.executable, "-c", program, path], check=False)
+    done = subprocess.run([sys.executable, "-c", program, path], stderr=subprocess.PIPE, text=True, check=False)
     assert done.returncode == -9
+    return done.stderr
 
 
 def test_an_identity_can_be_renewed_and_keeps_what_waits(spool: Spool, path: Path, clock: ManualClock) -> None:

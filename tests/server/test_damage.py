@@ -1,8 +1,10 @@
 """A log that is damaged after a kill: what was acknowledged and is lost is said, and the server starts."""
 
 import asyncio
+import sqlite3
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -17,14 +19,14 @@ FRAME = 24 + 4096
 # Ten tunnels, each acknowledged; `copied`: after so many of them, all is in the file as well.
 WRITER = """
 import asyncio, os, sys
-from sqlalchemy import insert
+from sqlalchemy import delete, insert
 from vpn_sentinel.server.store.open import open_store
 from vpn_sentinel.server.store.schema import meta
 from vpn_sentinel.server.store.store import Changes
 
 async def run():
     store = await open_store(f"sqlite:///{sys.argv[1]}", serving=True)
-    await store.write(insert(meta).values(key="alive", value="1800000000.0"))
+    await store.write(delete(meta).where(meta.c.key == "alive"), insert(meta).values(key="alive", value="1800000000.0"))
     for n in range(10):
         await store.transact([f"t{n}"], 0.0, lambda rows: Changes(), create=True)
         if n + 1 == int(sys.argv[2]):
@@ -84,6 +86,28 @@ def test_what_a_damaged_log_lost_is_said_and_noted(path: Path, caplog: pytest.Lo
     assert kept.name in noted
     assert kept.stat().st_mode & 0o077 == 0
     assert asyncio.run(left(path)) == (found, noted), "once told it is not found again"
+
+
+def test_it_is_found_by_whatever_name_the_file_is_opened(path: Path, tmp_path: Path) -> None:
+    log = killed(path)
+    spoil(log, log.stat().st_size - 6 * FRAME)
+    link = tmp_path / "elsewhere" / "link.db"
+    link.parent.mkdir()
+    link.symlink_to(path)
+    found, noted = asyncio.run(left(link))
+    assert found < TUNNELS
+    assert noted
+
+
+def test_what_was_said_is_not_said_again_after_another_kill(path: Path) -> None:
+    log = killed(path)
+    spoil(log, log.stat().st_size - 6 * FRAME)
+    assert asyncio.run(left(path))[1]
+    killed(path)
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("DELETE FROM meta WHERE key = ?", (DAMAGE,))
+        connection.commit()
+    assert asyncio.run(left(path)) == (TUNNELS, "")
 
 
 def test_a_command_that_comes_first_says_so_too(path: Path) -> None:

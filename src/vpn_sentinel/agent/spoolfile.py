@@ -52,7 +52,9 @@ def open_whole(path: Path, now: float, connect: Callable[[Path], sqlite3.Connect
     path.touch(mode=0o600)
     try:
         db = connect(path)
-        _say_what_is_lost(path)
+        if _lost(path):
+            # Emptied: what is not replayed would be found again behind what is written from now on.
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         if db.execute("PRAGMA quick_check(1)").fetchone()[0] == "ok":
             return db
         db.close()
@@ -70,18 +72,18 @@ def open_whole(path: Path, now: float, connect: Callable[[Path], sqlite3.Connect
     return connect(path)
 
 
-def _say_what_is_lost(path: Path) -> None:
-    """The file is ours now, and nothing has been written yet: its log is still what the last run left."""
+def _lost(path: Path) -> bool:
+    """Whether the log has lost something, which is said. The file is ours, the log as the last run left it."""
     try:
         damage = wal.examine(path)
     except OSError as e:
         log.warning("the spool's log could not be looked at", extra={"reason": e})
-        return
-    if damage is not None:
-        lost = "some" if damage.lost is None else damage.lost
-        log.error(
-            "the spool's log is damaged: observations that the server may not have are lost", extra={"writes": lost}
-        )
+        return False
+    if damage is None:
+        return False
+    lost = "some" if damage.lost is None else damage.lost
+    log.error("the spool's log is damaged: observations that the server may not have are lost", extra={"writes": lost})
+    return True
 
 
 def check_folder(folder: Path) -> None:

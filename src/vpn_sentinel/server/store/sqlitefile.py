@@ -37,11 +37,10 @@ class Held:
     """A database's file, ours alone until `release`, or the process's end, however it ends.
 
     The lock is flock(2)'s on the file itself: it needs no other file, is the same by whatever path one comes, and does
-    not meet SQLite's own locks, which are fcntl(2)'s. `damage` is what was found in the log on the way.
+    not meet SQLite's own locks, which are fcntl(2)'s.
     """
 
     handle: int
-    damage: str = ""
 
     def release(self) -> None:
         os.close(self.handle)
@@ -114,6 +113,7 @@ def prepare(path: Path, *, alone: bool) -> str:
                 path.chmod(0o600)
             # Kept in the file, and set before there are two connections that could race for it.
             connection.execute("PRAGMA journal_mode = WAL")
+        # Closed by the last one, SQLite deletes the log, and with it what it did not replay.
     except sqlite3.DatabaseError as e:
         raise unusable(path, e) from e
     except OSError as e:
@@ -133,6 +133,7 @@ def _looked_at(path: Path) -> str:
 
     Where more is in the file already than what is left of the log, that is not replayed: it would undo it in part.
     """
+    path = path.resolve()  # of a link SQLite keeps the log beside the file itself
     written = path.with_name(path.name + "-wal")
     try:
         damage = wal.examine(path)
@@ -174,8 +175,8 @@ def _set_aside(written: Path, *, whole: bool) -> str:
     return kept.name
 
 
-def _made(path: Path) -> int:
-    """Make the file where there is none; its mode. Raises StoreUnusable for what is no file, and opens no such thing:
+def _made(path: Path) -> None:
+    """Make the file where there is none. Raises StoreUnusable for what is no file, and opens no such thing:
     a pipe would wait, and a device is not ours.
     """
     try:
@@ -184,7 +185,7 @@ def _made(path: Path) -> int:
         mode = path.stat().st_mode
         if stat.S_ISREG(mode):
             path.open("ab").close()
-            return mode
+            return
     except OSError as e:
         msg = f"data folder {path.parent}: {e.strerror}"
         raise StoreUnusable(msg) from e
