@@ -188,6 +188,7 @@ def test_a_damaged_file_is_set_aside(path: Path, clock: ManualClock, caplog: pyt
     path.write_bytes(b"this is no database" * 1000)
     made = Spool(path, clock)
     assert made.append(b"x", routine=False) == 1
+    assert made.thinned == 1, "the server is told that there were some"
     made.close()
     assert [p.name for p in path.parent.glob("*.damaged-*")]
     assert "set aside" in caplog.text
@@ -225,6 +226,7 @@ def test_a_log_that_rotted_after_a_kill_is_said(
     again = Spool(path, clock)
     assert 0 < again.pending < 20
     assert "the spool's log is damaged" in caplog.text
+    assert again.thinned >= 20 - again.pending, "the server is told"
     again.close()
 
 

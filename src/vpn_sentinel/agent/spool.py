@@ -214,11 +214,12 @@ class Spool:
 
     def _open(self) -> None:
         try:
-            self._db = open_whole(self._path, self._clock.wall(), self._connect)
+            self._db, lost = open_whole(self._path, self._clock.wall(), self._connect)
             self._facts = dict(self._db.execute("SELECT name, value FROM fact"))
             highest = self._db.execute("SELECT max(seq) FROM observation").fetchone()[0] or 0
             self._last = max(highest, _whole(self._facts.get("last")))
-            self.thinned = _whole(self._facts.get("thinned"))
+            self.thinned = _whole(self._facts.get("thinned")) + lost
+            self.keep("thinned", str(self.thinned))
         except (sqlite3.Error, OSError) as e:
             if _in_use(e):
                 raise SpoolInUseError(f"another agent uses {self._path}") from e

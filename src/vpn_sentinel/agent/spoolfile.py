@@ -46,17 +46,20 @@ def open_file(path: Path) -> sqlite3.Connection:
     return db
 
 
-def open_whole(path: Path, now: float, connect: Callable[[Path], sqlite3.Connection]) -> sqlite3.Connection:
-    """Open or create, with a look at every page; a damaged file is set aside. Raises sqlite3.Error or OSError."""
+def open_whole(path: Path, now: float, connect: Callable[[Path], sqlite3.Connection]) -> tuple[sqlite3.Connection, int]:
+    """Open or create, with a look at every page; a damaged file is set aside. And how many writes are lost, about.
+
+    Raises sqlite3.Error or OSError.
+    """
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     path.touch(mode=0o600)
     try:
         db = connect(path)
-        if _lost(path):
+        if lost := _lost(path):
             # Emptied: what is not replayed would be found again behind what is written from now on.
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         if db.execute("PRAGMA quick_check(1)").fetchone()[0] == "ok":
-            return db
+            return db, lost
         db.close()
     except sqlite3.OperationalError:
         raise  # locked, full, not permitted: the file itself may be whole
@@ -69,21 +72,21 @@ def open_whole(path: Path, now: float, connect: Callable[[Path], sqlite3.Connect
     path.replace(aside)
     files.to_disk(path.parent)
     log.error("the spool is damaged and was set aside; a new one begins", extra={"kept_as": aside})
-    return connect(path)
+    return connect(path), 1
 
 
-def _lost(path: Path) -> bool:
-    """Whether the log has lost something, which is said. The file is ours, the log as the last run left it."""
+def _lost(path: Path) -> int:
+    """How many writes the log has lost at least, which is said. The file is ours, the log as the last run left it."""
     try:
         damage = wal.examine(path)
     except OSError as e:
         log.warning("the spool's log could not be looked at", extra={"reason": e})
-        return False
+        return 0
     if damage is None:
-        return False
-    lost = "some" if damage.lost is None else damage.lost
+        return 0
+    lost = damage.lost or 1
     log.error("the spool's log is damaged: observations that the server may not have are lost", extra={"writes": lost})
-    return True
+    return lost
 
 
 def check_folder(folder: Path) -> None:

@@ -19,14 +19,14 @@ _resolvers: Final = decoder(list[dict[str, str | None]])
 
 
 def received(verdict: Verdict, skew: float | None, thinned: int) -> Verdict:
-    """Add what only the receiver knows: a wrong clock (`skew` seconds), and rounds that were thinned."""
+    """Add what only the receiver knows: a wrong clock (`skew` seconds), and rounds that never came."""
     extra: list[Finding] = []
     if skew is not None and abs(skew) > CLOCK_SKEW:
         seconds, side = f"{abs(skew):.0f}", "ahead" if skew > 0 else "behind"
         message = f"The agent's clock is {seconds} s {'ahead of' if skew > 0 else side} the server's."
         extra.append(Finding(Code.CLOCK_SKEW, message, {"seconds": seconds, "clock": side}))
     if thinned:
-        message = f"The agent had no room for {thinned} routine observations while the server was away."
+        message = f"About {thinned} observations never came: the agent had no room for them, or its disk lost them."
         extra.append(Finding(Code.OBSERVATIONS_LOST, message, {"count": str(thinned)}))
     if not extra:
         return verdict
