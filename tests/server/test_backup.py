@@ -90,7 +90,7 @@ def test_the_newest_are_kept_and_nothing_of_anybody_elses_goes(database: Path, f
         copy(database, folder, NOW + day * DAY)
     (folder / "mine.db").touch()
     (folder / "sentinel-20271399T990000Z.db").touch()
-    backup.thin_out(folder, 2)
+    backup.thin_out(folder, 2, NOW + 9 * DAY)
     assert [b.at for b in backups(folder)] == [NOW + 4 * DAY, NOW + 3 * DAY]
     assert (folder / "mine.db").exists()
     assert (folder / "sentinel-20271399T990000Z.db").exists()

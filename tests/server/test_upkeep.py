@@ -87,11 +87,16 @@ async def test_a_restart_makes_none_before_its_time(server: Server) -> None:
     assert server.shown("backup_timestamp_seconds") == server.clock.now - 23 * HOUR
 
 
-async def test_a_clock_that_was_set_back_keeps_none_waiting(server: Server) -> None:
-    await server.upkeep().back_up_if_due()
-    server.clock.now -= 1000 * HOUR
-    await server.upkeep().back_up_if_due()
-    assert len(server.kept) == 2
+async def test_a_clock_that_was_set_back_keeps_none_waiting_and_none_too_many(server: Server) -> None:
+    upkeep, right = server.upkeep(), server.clock.now
+    for ahead in (1000 * HOUR, 1100 * HOUR):
+        server.clock.now = right + ahead
+        await upkeep.back_up_if_due()
+    assert server.kept == [right + 1100 * HOUR, right + 1000 * HOUR]
+    for minute in range(25 * 60):
+        server.clock.now = right + minute * 60
+        await upkeep.back_up_if_due()
+    assert server.kept == [right + 24 * HOUR, right]
 
 
 async def test_none_are_made_where_none_are_wanted(server: Server) -> None:

@@ -107,10 +107,14 @@ def make(connection: sqlite3.Connection, folder: Path, now: float) -> Backup:
     return made
 
 
-def thin_out(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep`. Raises BackupError."""
+def thin_out(folder: Path, keep: int, now: float) -> None:
+    """Delete all but the newest `keep`; what a clock that went wrong made later than `now` goes first.
+
+    Raises BackupError.
+    """
+    order = sorted(backups(folder), key=lambda b: (b.at <= now, b.at), reverse=True)
     try:
-        for old in backups(folder)[keep:]:
+        for old in order[keep:]:
             old.path.unlink(missing_ok=True)
     except OSError as e:
         raise BackupError(f"{folder}: {e.strerror}") from e

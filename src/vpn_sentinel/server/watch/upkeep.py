@@ -112,16 +112,16 @@ class Upkeep:
         now = self._clock.wall()
         try:
             kept = await asyncio.to_thread(backups, self._folder)
-            newest = kept[0].at if kept else 0.0
+            newest = max((b.at for b in kept if b.at <= now), default=0.0)
             self._metrics.newest.set(newest)
-            if not self._every or 0 <= now - newest < self._every or self._clock.boottime() < self._again_at:
+            if not self._every or now - newest < self._every or self._clock.boottime() < self._again_at:
                 return
             self._again_at = self._clock.boottime() + _AGAIN
             if not await self.look():
                 self._failed("the database is not whole, and the copies that are there are")
                 return
             made = await self._store.beside(lambda connection: backup.make(connection, self._folder, now))
-            await asyncio.to_thread(backup.thin_out, self._folder, self._keep)
+            await asyncio.to_thread(backup.thin_out, self._folder, self._keep, now)
         except (BackupError, StoreUnavailable) as e:
             self._failed(str(e))
             return
