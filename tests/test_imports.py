@@ -9,6 +9,10 @@ HEAVY = {"sqlalchemy", "alembic", "litestar", "uvicorn", "uvloop", "httpx", "jin
 MODULES = {
     "the agent": ("vpn_sentinel.agent.app", HEAVY | {"pydantic", "rich"}),
     "the agent's command": ("vpn_sentinel.cli.agent", HEAVY | {"pydantic", "rich"}),
+    "the server's settings, which every command asks about names it does not know": (
+        "vpn_sentinel.server.settings",
+        HEAVY,
+    ),
     "check": ("vpn_sentinel.cli.check", HEAVY | {"pydantic"}),
     "the list of commands": ("vpn_sentinel.cli.main", HEAVY | {"pydantic", "rich", "msgspec"}),
     "the server": ("vpn_sentinel.server.app", {"pydantic", "websockets.asyncio.client"}),

@@ -53,7 +53,9 @@ def warn_unread(source: Source) -> None:
 
 
 def unread(source: Source) -> list[str]:
-    """Names that are set and that no role reads."""
+    """Names that are set and that no role reads. The other roles' settings are read only where some are left."""
+    if not source.unread():
+        return []
     source.asked |= _names_of_every_role()
     return source.unread()
 

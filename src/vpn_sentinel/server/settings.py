@@ -11,8 +11,8 @@ from vpn_sentinel.runtime import settings as read
 from vpn_sentinel.runtime.secret import Secret
 from vpn_sentinel.runtime.settings import SettingError, Source
 from vpn_sentinel.server.store.address import parse
-from vpn_sentinel.server.store.backup import FOLDER
 
+_BACKUPS: Final = "backups"  # the folder beside the database
 _LABEL: Final = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?", re.ASCII)
 _BOT_TOKEN: Final = re.compile(r"[0-9]+:[A-Za-z0-9_-]+", re.ASCII)
 _CHAT: Final = re.compile(r"-?[0-9]{1,20}|@[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
@@ -100,7 +100,7 @@ class ServerSettings:
     def backup_folder(self) -> Path | None:
         """Where copies of it are kept; None for PostgreSQL, which has its own ways."""
         file = self.database_file
-        return None if file is None else self.backup_dir or file.parent / FOLDER
+        return None if file is None else self.backup_dir or file.parent / _BACKUPS
 
     @classmethod
     def read(cls, source: Source) -> "ServerSettings":

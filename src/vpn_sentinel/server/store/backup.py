@@ -14,7 +14,6 @@ from vpn_sentinel.runtime import files
 from vpn_sentinel.runtime.unusable import Unusable
 from vpn_sentinel.server.store.sqlitefile import DAMAGED, hold, whose
 
-FOLDER: Final = "backups"  # beside the database
 _NAME: Final = re.compile(r"sentinel-([0-9]{8}T[0-9]{6}Z)\.db", re.ASCII)
 _STAMP: Final = "%Y%m%dT%H%M%SZ"
 
