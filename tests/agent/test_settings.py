@@ -34,14 +34,15 @@ def test_defaults() -> None:
 def test_all_of_it(tmp_path: Path) -> None:
     Authority(tmp_path).file.rename(tmp_path / "ca")
     settings = read(
-        URL="https://a.example, http://192.168.1.5:5000", API_PATH="x/", CLIENT_ID="nl-1", INTERVAL="300", TIMEOUT="7",
-        GEOLOCATION_SERVICE="ipwho.is", TLS_CERT_PATH=str(tmp_path / "ca"), HOME_NETWORKS="198.51.100.7,2001:db8::/32",
+        URL="https://a.example, http://192.168.1.5:5000", API_PATH="x//y/", CLIENT_ID="nl-1", INTERVAL="300",
+        TIMEOUT="7", GEOLOCATION_SERVICE="ipwho.is", TLS_CERT_PATH=str(tmp_path / "ca"),
+        HOME_NETWORKS="198.51.100.7,2001:db8::/32",
         EXPECTED_COUNTRIES="nl,de", ALLOWED_RESOLVERS="10.0.0.1", TUNNEL_INTERFACE="tun0", PULSE_SECONDS="5",
         ALLOWED_OUTSIDE="192.0.2.0/24", TUNNEL_ENDPOINTS="198.51.100.7:51820, [2001:db8::7]:443/tcp",
         GEO_DB=f"{tmp_path / 'ca'}", DATA_DIR=str(tmp_path), HEALTH_HOST="0.0.0.0", DEBUG="true",
     )  # fmt: skip
     assert settings.urls == ("https://a.example", "http://192.168.1.5:5000")
-    assert (settings.api_path, settings.interval, settings.probes.timeout) == ("/x", 300.0, 7.0)
+    assert (settings.api_path, settings.interval, settings.probes.timeout) == ("/x/y", 300.0, 7.0)
     assert settings.probes.ca_file == str(tmp_path / "ca")
     assert settings.probes.policy.expected_countries == ("NL", "DE")
     assert [str(n) for n in settings.probes.policy.home_networks] == ["198.51.100.7/32", "2001:db8::/32"]

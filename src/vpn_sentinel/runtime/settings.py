@@ -308,7 +308,7 @@ def listening_host(value: str) -> str:
 
 def path(value: str) -> str:
     """What stands before every route: with a slash in front and none at the end."""
-    found = "/" + value.strip("/")
+    found = "/" + "/".join(part for part in value.split("/") if part)
     if found == "/" or not found.isascii() or not all(c.isalnum() or c in "/-_." for c in found):
         msg = f"{value!r} is not a path such as /api/v1"
         raise ValueError(msg)

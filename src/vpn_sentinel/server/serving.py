@@ -19,6 +19,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from vpn_sentinel.runtime.settings import SettingError
+from vpn_sentinel.server.alike import Alike
 from vpn_sentinel.server.crowd import Crowd, Place
 from vpn_sentinel.server.websocket import BoundedWebSocket
 from vpn_sentinel.wire.problem import CONTENT_TYPE, problem
@@ -440,7 +441,7 @@ def embedded(
         room = max(_descriptors() - _KEPT_BACK, 64)
         limits = Limits(connections=room // 8 if side else room * 3 // 4)
     config = uvicorn.Config(
-        app,
+        Alike(app),
         loop="none",
         http=Bounded,
         ws="none" if side else BoundedWebSocket,

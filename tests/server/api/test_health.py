@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.conftest import ManualClock
+from vpn_sentinel.server.alike import Alike
 from vpn_sentinel.server.api.health import HealthServices, build_health
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
 
@@ -62,7 +63,7 @@ async def probe(services: HealthServices) -> AsyncIterator[httpx.AsyncClient]:
 
 
 def client(services: HealthServices) -> httpx.AsyncClient:
-    transport = httpx.ASGITransport(build_health(services))  # type: ignore[arg-type]
+    transport = httpx.ASGITransport(Alike(build_health(services)))  # type: ignore[arg-type]
     return httpx.AsyncClient(transport=transport, base_url="http://sentinel.test:8081")
 
 
@@ -159,7 +160,7 @@ async def test_what_is_not_there(probe: httpx.AsyncClient) -> None:
     assert (await probe.get("/")).status_code == 404
     assert (await probe.get("/health/../metricsx")).status_code == 404
     response = await probe.post("/health")
-    assert (response.status_code, response.headers["allow"]) == (405, "GET, HEAD")
+    assert (response.status_code, response.headers["allow"]) == (405, "GET, HEAD, OPTIONS")
 
 
 @pytest.mark.parametrize(("canary", "status"), [((True, ""), 200), ((False, "a socket was closed"), 503)])

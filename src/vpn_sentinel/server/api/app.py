@@ -6,7 +6,7 @@ from litestar.types import Message, Scope
 
 from vpn_sentinel.server.api.events import Encoded
 from vpn_sentinel.server.api.guard import shared_key
-from vpn_sentinel.server.api.openapi import document
+from vpn_sentinel.server.api.openapi import described
 from vpn_sentinel.server.api.problems import HANDLERS
 from vpn_sentinel.server.api.routes import ROUTES
 from vpn_sentinel.server.api.services import ApiServices
@@ -15,16 +15,18 @@ from vpn_sentinel.server.api.services import ApiServices
 def build_api(services: ApiServices) -> Litestar:
     """The application behind `settings.api_path`. Reports (`/keepalive`, `/agent`) are answered in front of it."""
     encoded = Encoded(services.store)
+    dependencies = {
+        "services": Provide(lambda: services, sync_to_thread=False),
+        "encoded": Provide(lambda: encoded, sync_to_thread=False),
+    }
+    path = services.settings.api_path
     return Litestar(
-        route_handlers=ROUTES,
-        path=services.settings.api_path,
+        route_handlers=[*ROUTES, described(path, ROUTES, dependencies)],
+        path=path,
         guards=[shared_key(services.access, services.settings)],
-        dependencies={
-            "services": Provide(lambda: services, sync_to_thread=False),
-            "encoded": Provide(lambda: encoded, sync_to_thread=False),
-        },
+        dependencies=dependencies,
         exception_handlers=HANDLERS,
-        openapi_config=document(services.settings.api_path),
+        openapi_config=None,
         before_send=[_headers],
         logging_config=None,
         request_max_body_size=0,

@@ -157,7 +157,7 @@ class TunnelsCollector(Collector):
 
 
 def build_health(services: HealthServices) -> App:
-    """A plain ASGI application: it must answer when nothing else does. GET and HEAD; it takes no body."""
+    """A plain ASGI application: it must answer when nothing else does. GET alone; it takes no body."""
     readiness = Readiness(services)
     tunnels = TunnelsCollector(services)
     services.registry.register(tunnels)
@@ -176,11 +176,10 @@ def build_health(services: HealthServices) -> App:
             await receive()
             await send({"type": "websocket.close"})  # before it is accepted: answered with 403
             return
-        known = scope["path"].rstrip("/")
-        if known in _PATHS and scope["method"] not in ("GET", "HEAD"):
+        if scope["path"] in _PATHS and scope["method"] != "GET":
             await _json(send, HTTPStatus.METHOD_NOT_ALLOWED, Report("method not allowed"))
             return
-        match known:
+        match scope["path"]:
             case "/metrics":
                 await metrics(scope, send)
             case "/health":
@@ -214,11 +213,10 @@ async def _answer(send: Send, status: HTTPStatus, media_type: str, body: bytes) 
         (b"x-content-type-options", b"nosniff"),
     ]
     if status is HTTPStatus.METHOD_NOT_ALLOWED:
-        headers.append((b"allow", b"GET, HEAD"))
+        headers.append((b"allow", b"GET"))
     if status is HTTPStatus.SERVICE_UNAVAILABLE:
         headers.append((b"retry-after", b"2"))
     await send({"type": "http.response.start", "status": int(status), "headers": headers})
-    # A server leaves the body out of an answer to HEAD by itself.
     await send({"type": "http.response.body", "body": body})
 
 

@@ -1,16 +1,18 @@
 """The OpenAPI document: Litestar describes its own routes, this module adds those that are answered in front of it."""
 
+from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any, Final
 
 import msgspec
-from litestar import Request, Router
+from litestar import Litestar, Response, get
+from litestar.di import Provide
+from litestar.handlers import HTTPRouteHandler
 from litestar.openapi import OpenAPIConfig
-from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.openapi.spec import Components, SecurityScheme
 
 from vpn_sentinel import __version__
 from vpn_sentinel.server.api.guard import OPEN
-from vpn_sentinel.server.api.problems import as_problem
 from vpn_sentinel.wire import keepalive
 from vpn_sentinel.wire.problem import Problem
 
@@ -26,22 +28,33 @@ _REFUSALS: Final = {
 }
 
 
-class _Document(JsonRenderPlugin):
-    """Renders the document once: nothing in it changes while the server runs."""
+def described(
+    api_path: str, routes: Sequence[HTTPRouteHandler], dependencies: Mapping[str, Provide]
+) -> HTTPRouteHandler:
+    """The route that serves the document of `routes` at `/schema/openapi.json`, open to everyone.
 
-    def __init__(self, api_path: str) -> None:
-        super().__init__(path="/openapi.json")
-        self._api_path = api_path
-        self._rendered: bytes | None = None
+    The framework's own serving of it would bring further routes: `/schema` and all below it.
+    """
 
-    def render(self, request: Request[Any, Any, Any], openapi_schema: dict[str, Any]) -> bytes:
-        if self._rendered is None:
-            self._rendered = self.render_json(request, _with_ingest(openapi_schema, self._api_path))
-        return self._rendered
+    @cache
+    def rendered() -> bytes:  # nothing in it changes while the server runs
+        known = Litestar(
+            route_handlers=routes,
+            path=api_path,
+            dependencies=dependencies,
+            openapi_config=_config(),
+            logging_config=None,
+        )
+        return msgspec.json.encode(_with_ingest(known.openapi_schema.to_schema(), api_path))
+
+    @get("/schema/openapi.json", opt=OPEN, include_in_schema=False, sync_to_thread=False)
+    def openapi() -> Response[bytes]:
+        return Response(rendered(), media_type="application/vnd.oai.openapi+json")
+
+    return openapi
 
 
-def document(api_path: str) -> OpenAPIConfig:
-    """The configuration that serves the document at `/schema/openapi.json` below `api_path`, open to everyone."""
+def _config() -> OpenAPIConfig:
     return OpenAPIConfig(
         title="VPN Sentinel",
         version=__version__,
@@ -53,10 +66,6 @@ def document(api_path: str) -> OpenAPIConfig:
             }
         ),
         security=[{"key": []}, {"bearer": []}],
-        render_plugins=[_Document(api_path)],
-        openapi_router=Router(
-            "/schema", route_handlers=[], include_in_schema=False, opt=OPEN, after_request=as_problem
-        ),
     )
 
 

@@ -4,7 +4,7 @@ import logging
 from http import HTTPStatus
 from typing import Any, Final
 
-from litestar import MediaType, Request, Response
+from litestar import Request, Response
 from litestar.exceptions import HTTPException
 
 from vpn_sentinel.server.store.store import StoreUnavailable
@@ -54,13 +54,6 @@ HANDLERS: Final[dict[Any, Any]] = {
     StoreUnavailable: on_store_unavailable,
     Exception: on_error,
 }
-
-
-def as_problem(response: Response[Any]) -> Response[Any]:
-    """Turn the framework's own page for an unknown path below `/schema` into a problem."""
-    if response.status_code == HTTPStatus.NOT_FOUND and response.media_type == MediaType.HTML:
-        return problem(HTTPStatus.NOT_FOUND, "Not Found")
-    return response
 
 
 def _detail(error: HTTPException) -> str:

@@ -9,7 +9,7 @@ from ipaddress import ip_address
 from typing import Any, Final
 
 import msgspec
-from litestar import Litestar, Request, Response, get, route
+from litestar import Litestar, Request, Response, get
 from litestar.di import NamedDependency, Provide
 from litestar.exceptions import HTTPException, NotFoundException
 from litestar.params import FromPath
@@ -113,7 +113,7 @@ class Dashboard:
         return sorted(found, key=lambda pair: pair[0].key)
 
 
-@route(["/", "/dashboard"], http_method=["GET", "HEAD"])
+@get(["/", "/dashboard"])
 async def overview(dashboard: NamedDependency[Dashboard]) -> Html:
     return _html(await dashboard.overview())
 

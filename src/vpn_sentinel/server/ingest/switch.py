@@ -5,7 +5,7 @@ Routing, validation and injection of a framework cost more than storing the repo
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Final, TypeVar
 
@@ -31,6 +31,8 @@ _MESSAGES: Final = 300
 # Bytes of them a minute, and at once after a pause: a whole spool (`agent.spool.MOST_BYTES`).
 _BYTES, _BYTES_AT_ONCE = 2 * 1024 * 1024, 32 * 1024 * 1024
 T = TypeVar("T")
+# What stands behind a route: it takes ASGI's scope and `receive`, and raises Refusal.
+Take = Callable[[Any, Any], Awaitable[bytes]]
 # WebSocket close codes (RFC 6455, section 7.4.1, and IANA's registry).
 _POLICY, _TOO_BIG, _TRY_LATER = 1008, 1009, 1013
 
@@ -42,11 +44,10 @@ class Switch:
         self, door: Door, keepalives: Keepalives, sessions: Sessions, api: Any, path: str, *, crowd: int = 300
     ) -> None:
         self._door = door
-        self._keepalives = keepalives
         self._sessions = sessions
         self._api = api
-        self._keepalive = f"{path}/keepalive"
         self._agent = f"{path}/agent"
+        self._takes: dict[str, Take] = {f"{path}/keepalive": keepalives.take, self._agent: self._exchange}
         self._messages = RateLimit(_MESSAGES)
         self._bytes = RateLimit(_BYTES, _BYTES_AT_ONCE)
         self._crowd = RateLimit(crowd)
@@ -56,7 +57,7 @@ class Switch:
         path = scope.get("path", "")
         if scope["type"] == "websocket" and path == self._agent:
             await self._socket(scope, receive, send)
-        elif scope["type"] == "http" and path in (self._keepalive, self._agent):
+        elif scope["type"] == "http" and path in self._takes:
             await self._http(scope, receive, send, path)
         else:
             await self._api(scope, receive, send)
@@ -68,8 +69,7 @@ class Switch:
             if scope["method"] != "POST":
                 extra = [(b"allow", b"POST")]
                 raise Refusal(405, "this route takes POST")  # noqa: TRY301
-            take = self._keepalives.take if path == self._keepalive else self._exchange
-            body = await self._stored(take(scope, receive))
+            body = await self._stored(self._takes[path](scope, receive))
         except Refusal as e:
             status, kind = e.status, problem.CONTENT_TYPE.encode()
             body = encode(problem.problem(e.status, e.detail))

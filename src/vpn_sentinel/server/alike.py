@@ -1,0 +1,91 @@
+"""What every TCP listener does alike, whatever answers behind it: how a path may be written, HEAD and OPTIONS.
+
+Whoever guards some paths in front of us, in a proxy, shall not find the same answer under another spelling.
+"""
+
+from typing import Any, Final
+
+from vpn_sentinel.wire import problem
+from vpn_sentinel.wire.codec import encode
+
+# TRACE is a method that no route takes: who is asked so says, with 405, which ones there are.
+_ASKED_AS: Final = {"HEAD": "GET", "OPTIONS": "TRACE"}
+_NOT_FOUND: Final = encode(problem.problem(404, "Not Found"))
+
+
+class Alike:
+    """An ASGI application in front of another, which needs to know of GET, POST and the like alone.
+
+    - A path with an empty segment (`//`) is nobody's: 404. One slash at the end is left out.
+    - HEAD is GET without the content (RFC 9110, section 9.3.2); an answer that never ends is over with its headers.
+    - OPTIONS is 204 with `Allow` (section 9.3.7), for everyone: it says no more than 405 does.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self._app(scope, receive, send)
+            return
+        path = scope["path"]
+        if "//" in path:
+            await _refuse(scope, receive, send)
+            return
+        if path.endswith("/") and path != "/":
+            scope = {**scope, "path": path[:-1]}
+        if scope["type"] == "websocket":
+            await self._app(scope, receive, send)
+            return
+        method = scope["method"]
+        if method in _ASKED_AS:
+            scope = {**scope, "method": _ASKED_AS[method]}
+        await self._app(scope, receive, _Answer(send, method))
+
+
+class _Answer:
+    """ASGI's `send` of one request, which came by `method`."""
+
+    def __init__(self, send: Any, method: str) -> None:
+        self._send, self._method = send, method
+        self._over = False
+
+    async def __call__(self, message: Any) -> None:
+        if self._over:
+            return
+        if message["type"] == "http.response.start":
+            if message["status"] == 405:
+                message = self._refusal(message)
+            self._over = self._method == "HEAD" or message["status"] == 204
+        await self._send(message)
+        if self._over:
+            await self._send({"type": "http.response.body", "body": b""})
+
+    def _refusal(self, message: Any) -> Any:
+        """A 405 that names all methods; to OPTIONS that is the answer."""
+        headers = message["headers"]
+        allow = next((value for name, value in headers if name.lower() == b"allow"), b"")
+        methods = {method.strip() for method in allow.split(b",") if method.strip()} | {b"OPTIONS"}
+        if b"GET" in methods:
+            methods.add(b"HEAD")
+        asked = self._method == "OPTIONS"
+        replaced = (b"allow", b"content-type", b"content-length") if asked else (b"allow",)
+        kept = [(name, value) for name, value in headers if name.lower() not in replaced]
+        status = 204 if asked else 405
+        return {**message, "status": status, "headers": [*kept, (b"allow", b", ".join(sorted(methods)))]}
+
+
+async def _refuse(scope: Any, receive: Any, send: Any) -> None:
+    if scope["type"] == "websocket":
+        await receive()
+        await send({"type": "websocket.close"})  # before it is accepted: answered with 403
+        return
+    headers = [
+        (b"content-type", problem.CONTENT_TYPE.encode()),
+        (b"content-length", str(len(_NOT_FOUND)).encode()),
+        (b"cache-control", b"no-store"),
+        (b"x-content-type-options", b"nosniff"),
+        problem.MARK_BYTES,
+    ]
+    await send({"type": "http.response.start", "status": 404, "headers": headers})
+    await send({"type": "http.response.body", "body": _NOT_FOUND})
