@@ -115,6 +115,14 @@ async def test_a_command_is_run_and_its_end_rides_with_the_next_round(tmp_path: 
     assert reactions.add_to(WELL).actions == (), "told once"
 
 
+def test_a_command_that_others_may_write_is_refused_at_the_start(tmp_path: Path) -> None:
+    script = tmp_path / "on-change"
+    script.write_text("#!/bin/sh\n")
+    script.chmod(0o777)
+    with pytest.raises(SettingError, match=f"VPN_SENTINEL_HOOK: {script} can be written by everybody: "):
+        read(HOOK=str(script))
+
+
 @pytest.mark.parametrize(
     ("values", "named"),
     [

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from vpn_sentinel.agent.remedies.failure import RemedyError
-from vpn_sentinel.agent.remedies.hook import KEPT, clean, run_hook
+from vpn_sentinel.agent.remedies.hook import KEPT, clean, run_hook, who_else_may_write
 
 ENV = {"PATH": "/usr/bin:/bin"}
 
@@ -84,3 +84,79 @@ async def test_its_environment_holds_none_of_our_settings() -> None:
     assert "HOME" in said
     assert "SENTINEL" not in said
     assert "TELEGRAM" not in said
+
+
+# --- who else decides what it does ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    """A command that is nobody else's to write, in `tmp_path`/etc."""
+    made = tmp_path / "etc" / "on-change"
+    made.parent.mkdir(mode=0o755)
+    made.write_text("#!/bin/sh\necho ran\n")
+    made.chmod(0o755)
+    return made
+
+
+async def test_one_that_is_ours_alone_runs(script: Path) -> None:
+    assert who_else_may_write([str(script)]) is None
+    assert await run_hook([str(script)], b"{}", ENV, 5) == "ran"
+
+
+@pytest.mark.parametrize(
+    ("of", "mode", "who"),
+    [
+        ("on-change", 0o757, "everybody"),
+        ("on-change", 0o775, "its group"),
+        ("", 0o777, "everybody"),
+        ("", 0o775, "its"),
+    ],
+)
+async def test_what_others_may_write_is_not_run(script: Path, of: str, mode: int, who: str) -> None:
+    (script.parent / of).chmod(mode)
+    with pytest.raises(
+        RemedyError, match=rf"is not run, for others may change it: \S+/etc{of and '/'}{of} can .* {who}"
+    ):
+        await run_hook([str(script)], b"{}", ENV, 5)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+@pytest.mark.parametrize("of", ["on-change", "", ".."])
+async def test_what_belongs_to_another_user_is_not_run(script: Path, of: str) -> None:
+    os.chown(script.parent / of, 1234, -1)
+    with pytest.raises(RemedyError, match="belongs to user 1234"):
+        await run_hook([str(script)], b"{}", ENV, 5)
+
+
+@pytest.mark.parametrize("target", ["{open}/real", "../open/real"])
+def test_a_link_is_judged_by_where_it_leads(script: Path, tmp_path: Path, target: str) -> None:
+    other = tmp_path / "open"
+    other.mkdir()
+    (other / "real").write_text("#!/bin/sh\n")
+    script.unlink()
+    script.symlink_to(target.format(open=other))
+    (other / "real").chmod(0o755)
+    assert who_else_may_write([str(script)]) is None
+    other.chmod(0o777)
+    assert who_else_may_write([str(script)]) == f"{other} can be written by everybody"
+    other.chmod(0o1777)  # as /tmp: nobody can put another file in the place of ours
+    assert who_else_may_write([str(script)]) is None
+
+
+def test_links_in_a_circle_end(script: Path) -> None:
+    script.unlink()
+    script.symlink_to(script)
+    with pytest.raises(OSError, match="Too many levels"):
+        who_else_may_write([str(script)])
+
+
+def test_the_script_of_an_interpreter_is_judged_too(script: Path) -> None:
+    script.chmod(0o666)
+    for words in (
+        ["/bin/sh", str(script)],
+        ["/usr/bin/env", "-i", "sh", str(script)],
+        [sys.executable, "-I", str(script)],
+    ):
+        assert who_else_may_write(words) == f"{script} can be written by everybody", words
+    assert who_else_may_write(["/bin/cat", str(script)]) is None, "what it reads is no program"

@@ -2,13 +2,19 @@
 
 import asyncio
 import contextlib
+import errno
 import os
+import re
 import signal
+import stat
 from collections.abc import AsyncIterator, Mapping, Sequence
+from pathlib import Path
 from typing import Final
 
 from vpn_sentinel.agent.remedies.failure import RemedyError
 
+_RUNS_SCRIPTS: Final = re.compile(r"((ba|da|a|k|mk|z)?sh|busybox|env|python[0-9.]*|perl|node)")
+_MOST_LINKS: Final = 40  # as Linux follows (path_resolution(7))
 KEPT: Final = 4096  # bytes of its output that are kept for the log
 _LATE: Final = 0.5  # seconds for output that is still in the pipe when the command has ended
 _PRIVATE: Final = ("VPN_SENTINEL_", "TELEGRAM_")
@@ -19,12 +25,56 @@ def clean(environment: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if not name.startswith(_PRIVATE)}
 
 
+def who_else_may_write(command: Sequence[str]) -> str | None:
+    """What lets somebody else decide what `command` does, for people; None where nobody can.
+
+    That is its program, the script that an interpreter is told to run, each folder above, and each link on the way:
+    they must belong to root or to us, and nobody else may write them, as sshd asks of its files (StrictModes in
+    sshd_config(5)). In a folder with the sticky bit others cannot replace what is not theirs. Raises OSError.
+    """
+    files = [command[0]]
+    if _RUNS_SCRIPTS.fullmatch(Path(command[0]).name):
+        files += [word for word in command[1:] if word.startswith("/")][:1]
+    return next((found for file in files if (found := _open_to_others(file)) is not None), None)
+
+
+def _open_to_others(file: str) -> str | None:
+    left = list(reversed(Path(file).parts))
+    at, links = Path("/"), 0
+    while left:
+        part = left.pop()
+        if part == "..":  # of a link; `at` is itself no link
+            at = at.parent
+            continue
+        at /= part
+        found = os.lstat(at)
+        if found.st_uid not in (0, os.geteuid()):
+            return f"{at} belongs to user {found.st_uid}"
+        if stat.S_ISLNK(found.st_mode):
+            links += 1
+            if links > _MOST_LINKS:
+                raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), file)
+            left += reversed(at.readlink().parts)
+            at = at.parent
+        elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not (
+            stat.S_ISDIR(found.st_mode) and found.st_mode & stat.S_ISVTX
+        ):
+            return f"{at} can be written by {'everybody' if found.st_mode & stat.S_IWOTH else 'its group'}"
+    return None
+
+
 async def run_hook(command: Sequence[str], document: bytes, environment: Mapping[str, str], limit: float) -> str:
     """Run `command` in a process group of its own with `document` as input; returns the beginning of its output.
 
     After `limit` seconds the whole group is killed; what a command that ends in time leaves running, is left alone.
-    Raises RemedyError.
+    Raises RemedyError, also where somebody else may write the command by now.
     """
+    try:
+        others = who_else_may_write(command)
+    except OSError as e:
+        raise RemedyError(f"cannot be started: {e.strerror}") from e
+    if others is not None:
+        raise RemedyError(f"is not run, for others may change it: {others}")
     output = bytearray()
     async with _pipe() as (reader, write_end):
         try:

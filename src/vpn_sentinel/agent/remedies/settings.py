@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from vpn_sentinel.agent.containment.containment import Mode
+from vpn_sentinel.agent.remedies.hook import who_else_may_write
 from vpn_sentinel.runtime import settings as s
 from vpn_sentinel.runtime.secret import Secret
 from vpn_sentinel.runtime.settings import SettingError, Source
@@ -71,6 +72,14 @@ def _command(value: str) -> tuple[str, ...]:
         raise ValueError(msg)
     if not stat.S_ISREG(s.mode_of(found[0])) or not os.access(found[0], os.X_OK):
         msg = f"{found[0]} is missing or cannot be run"
+        raise ValueError(msg)
+    try:
+        others = who_else_may_write(found)
+    except OSError as e:
+        msg = f"{e.filename}: {e.strerror}"
+        raise ValueError(msg) from e
+    if others is not None:
+        msg = f"{others}: the command and every folder above must be root's or the agent's, and writable by nobody else"
         raise ValueError(msg)
     return found
 
