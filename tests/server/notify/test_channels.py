@@ -1,12 +1,14 @@
 """Telegram and the webhook against a real server on loopback that is in every mood."""
 
 import asyncio
+import gzip
 import hashlib
 import hmac
 import json
 import logging
 import ssl
 import traceback
+import tracemalloc
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from ipaddress import ip_address
@@ -23,7 +25,7 @@ from vpn_sentinel.runtime.secret import Secret
 from vpn_sentinel.runtime.settings import SettingError, Source
 from vpn_sentinel.server.notify.channel import DeliveryError, SetupError, TransientError
 from vpn_sentinel.server.notify.channels import build_channels
-from vpn_sentinel.server.notify.channels.bot_api import BotApi
+from vpn_sentinel.server.notify.channels.bot_api import MOST, BotApi
 from vpn_sentinel.server.notify.channels.telegram import TelegramChannel
 from vpn_sentinel.server.notify.channels.webhook import WebhookChannel, body, signature
 from vpn_sentinel.server.notify.failures import reason_of, retry_after
@@ -142,6 +144,39 @@ TELEGRAM_FAILURES = {
         None,
     ),
 }
+
+
+BOMB = gzip.compress(b'{"ok": true, "result": "' + b"x" * (64 * 1024 * 1024) + b'"}')
+TOO_LARGE = {
+    "unpacks to 64 MB": Answer(200, BOMB, {"Content-Encoding": "gzip"}),
+    "long": Answer(200, b'{"ok": true, "result": "' + b"x" * MOST + b'"}'),
+    "without an end": Answer(raw=b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * (MOST + 65536)),
+    "damaged": Answer(200, BOMB[:5000], {"Content-Encoding": "gzip"}),
+}
+
+
+@pytest.mark.parametrize("answer", TOO_LARGE.values(), ids=TOO_LARGE.keys())
+async def test_an_answer_of_telegram_is_bounded_unpacked_too(
+    http: httpx.AsyncClient, time: Time, answer: Answer
+) -> None:
+    async with StandIn() as server:
+        server.answers = [answer]
+        telegram = Telegram(token=Secret(TOKEN), chat_id="42", api_url=server.url)
+        tracemalloc.start()
+        try:
+            failure = await failure_of(TelegramChannel(BotApi(http, telegram, time, limit=10.0), "42"))
+            most = tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+    assert (type(failure), failure.reason) == (TransientError, "garbage")
+    assert most < 6 * MOST
+
+
+async def test_an_answer_of_telegram_that_a_proxy_packed_is_read(api: BotApi, server: StandIn) -> None:
+    said = telegram_ok().body
+    server.answers = [Answer(200, gzip.compress(said), {"Content-Encoding": "gzip"})]
+    await TelegramChannel(api, "42").send(NOTICE, 7)
+    assert server.asked[0].headers["accept-encoding"] == "identity"
 
 
 @pytest.mark.parametrize(("answer", "kind", "reason", "wait"), TELEGRAM_FAILURES.values(), ids=TELEGRAM_FAILURES.keys())

@@ -3,12 +3,43 @@
 import logging
 import math
 import ssl
+import zlib
 from datetime import UTC
 from email.utils import parsedate_to_datetime
+from typing import Final
 
 import httpx
 
 from vpn_sentinel.server.notify.channel import DeliveryError, SetupError, TransientError
+
+# Nobody is to compress an answer for us; a proxy on the way may do it all the same.
+PLAIN: Final = {"Accept-Encoding": "identity"}
+_GZIP: Final = 16 + zlib.MAX_WBITS  # zlib's word for a gzip header
+
+
+async def whole(answer: httpx.Response, most: int) -> bytes:
+    """A streamed answer's body, of at most `most` bytes as it came and unpacked: few bytes must not become many.
+
+    Raises httpx.DecodingError for more, and for a gzip body that is damaged; another encoding is left as it is.
+    """
+    body = bytearray()
+    async for part in answer.aiter_raw():
+        body += part
+        if len(body) > most:
+            msg = f"more than {most} bytes"
+            raise httpx.DecodingError(msg)
+    if answer.headers.get("Content-Encoding", "").strip().lower() not in ("gzip", "x-gzip"):
+        return bytes(body)
+    unpacker = zlib.decompressobj(_GZIP)
+    try:
+        found = unpacker.decompress(body, most)
+    except zlib.error as e:
+        msg = "damaged"
+        raise httpx.DecodingError(msg) from e
+    if not unpacker.eof:
+        msg = f"cut off, or more than {most} bytes"
+        raise httpx.DecodingError(msg)
+    return found
 
 
 def keep_urls_out_of_the_log() -> None:

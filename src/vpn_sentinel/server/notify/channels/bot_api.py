@@ -17,7 +17,7 @@ import msgspec
 
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.server.notify.channel import DeliveryError, PermanentError, SetupError, TransientError
-from vpn_sentinel.server.notify.failures import before_an_answer, keep_urls_out_of_the_log
+from vpn_sentinel.server.notify.failures import PLAIN, before_an_answer, keep_urls_out_of_the_log, whole
 from vpn_sentinel.server.settings import Telegram
 
 log = logging.getLogger(__name__)
@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 # One message a second in a chat is what Telegram recommends (https://core.telegram.org/bots/faq#broadcasting-to-users).
 PACE: Final = 1.0
 LIMIT: Final = 15.0
+# Bytes of an answer: twenty updates, each with a message of 4,096 characters and one that it replies to, escaped.
+MOST: Final = 2 * 1024 * 1024
 
 T = TypeVar("T")
 Sleep = Callable[[float], Awaitable[None]]
@@ -200,10 +202,11 @@ class BotApi:
         broken: DeliveryError | None = None
         try:
             async with asyncio.timeout(limit):
-                response = await self._http.post(
-                    f"{self._telegram.api_url}/bot{self._telegram.token.reveal()}/{method}", json=params, timeout=limit
-                )
-            status, body = response.status_code, response.content
+                async with self._http.stream(
+                    "POST", f"{self._telegram.api_url}/bot{self._telegram.token.reveal()}/{method}",
+                    json=params, headers=PLAIN, timeout=limit,
+                ) as answer:  # fmt: skip
+                    status, body = answer.status_code, await whole(answer, MOST)
         except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, UnicodeError) as e:
             broken = before_an_answer(e)
         if broken is not None:
