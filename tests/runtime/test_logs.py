@@ -3,6 +3,7 @@
 import io
 import logging
 import re
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -102,6 +103,18 @@ def test_a_log_may_go_to_a_file(tmp_path: Path) -> None:
     logging.getLogger("httpx").info("GET https://api.telegram.org/bot123:SECRET/getUpdates")
     assert file.read_text().endswith(" INFO agent started\n")
     assert "SECRET" not in file.read_text()
+
+
+@pytest.mark.usefixtures("_root")
+def test_a_new_log_is_for_its_owner_alone_and_an_old_one_keeps_its_mode(tmp_path: Path) -> None:
+    made, shared = tmp_path / "made.log", tmp_path / "shared.log"
+    shared.touch()
+    shared.chmod(0o640)
+    for file in (made, shared):
+        open_log(file=str(file))
+        log.warning("a leak")
+        logging.getLogger().handlers[0].close()
+    assert [stat.S_IMODE(file.stat().st_mode) for file in (made, shared)] == [0o600, 0o640]
 
 
 @pytest.mark.usefixtures("_root")

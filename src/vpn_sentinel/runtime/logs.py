@@ -2,8 +2,10 @@
 
 import contextlib
 import logging
+import os
 import sys
 import time
+from io import TextIOWrapper
 from typing import Final
 
 from vpn_sentinel.runtime.unusable import Unusable
@@ -29,9 +31,16 @@ class LineFormatter(logging.Formatter):
 
 
 class _LogFile(logging.FileHandler):
-    """A log that cannot be written (a full disk) is told once, in a line, until it can be again."""
+    """A log that cannot be written (a full disk) is told once, in a line, until it can be again.
+
+    It names addresses and tunnels: a file that is made here is for its owner's eyes. One that is there keeps its mode.
+    """
 
     _failed = _told = False
+
+    def _open(self) -> TextIOWrapper:
+        descriptor = os.open(self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        return os.fdopen(descriptor, "a", encoding=self.encoding, errors=self.errors)
 
     def emit(self, record: logging.LogRecord) -> None:
         self._failed = False
