@@ -11,17 +11,45 @@ import asyncio
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Sequence
-from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
+from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Final
 
 import httpx
 
-from vpn_sentinel.domain.policy import is_public
 from vpn_sentinel.runtime.settings import PREFIX, SettingError
 from vpn_sentinel.server.notify.failures import keep_urls_out_of_the_log
 
-_NAT64: Final = ip_network("64:ff9b::/96")
+# The part of IPv6 that hosts of the internet are given addresses from (IANA, Internet Protocol Version 6 Address
+# Space): mapped, compatible and translated IPv4, 5f00::/16, unique local, link-local and multicast lie outside.
+_UNICAST: Final = IPv6Network("2000::/3")
+_NAT64: Final = IPv6Network("64:ff9b::/96")
+# No host of the internet is there: IANA's IPv4 and IPv6 Special-Purpose Address Registries (RFC 6890, RFC 8190), with
+# the few anycast addresses of protocols inside, and multicast. More than `domain.policy.NOT_PUBLIC`, which examples and
+# tests of leaks need without the documentation networks. Not `is_global`, which differs between Python versions.
+NO_HOSTS: Final = tuple(
+    ip_network(block)
+    for block in (
+        "0.0.0.0/8",  # "this network"; Linux connects to loopback
+        "10.0.0.0/8",
+        "100.64.0.0/10",  # shared address space: carriers' NAT, Tailscale, a cloud's metadata
+        "127.0.0.0/8",
+        "169.254.0.0/16",  # link-local; the metadata services of clouds
+        "172.16.0.0/12",
+        "192.0.0.0/24",  # IETF protocol assignments
+        "192.0.2.0/24",  # documentation
+        "192.88.99.0/24",  # 6to4 relays, deprecated
+        "192.168.0.0/16",
+        "198.18.0.0/15",  # benchmarking
+        "198.51.100.0/24",  # documentation
+        "203.0.113.0/24",  # documentation
+        "224.0.0.0/4",  # multicast
+        "240.0.0.0/4",  # reserved, and broadcast
+        "2001::/23",  # IETF protocol assignments: Teredo, benchmarking, ORCHID
+        "2001:db8::/32",  # documentation
+        "3fff::/20",  # documentation
+    )
+)
 _ADDRESSES: Final = 4
 
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
@@ -37,18 +65,17 @@ def is_forbidden(address: str) -> bool:
         found: IPv4Address | IPv6Address = ip_address(address.partition("%")[0])
     except ValueError:
         return True
-    wrapped = _wrapped(found) if isinstance(found, IPv6Address) else None
-    if wrapped is not None and is_forbidden(str(wrapped)):
-        return True
-    return not is_public(found)
+    if isinstance(found, IPv6Address):
+        if (wrapped := _wrapped(found)) is not None:
+            return is_forbidden(str(wrapped))
+        if found not in _UNICAST:
+            return True
+    return any(found in block for block in NO_HOSTS)
 
 
 def _wrapped(address: IPv6Address) -> IPv4Address | None:
-    """The IPv4 address where a packet to `address` would really arrive: mapped, compatible, NAT64, 6to4 or Teredo."""
-    if address in _NAT64 or int(address) >> 32 == 0:
-        return IPv4Address(int(address) & 0xFFFFFFFF)
-    teredo = address.teredo
-    return address.ipv4_mapped or address.sixtofour or (teredo[1] if teredo else None)
+    """The IPv4 address where a packet to `address` would really arrive: NAT64 or 6to4."""
+    return IPv4Address(int(address) & 0xFFFFFFFF) if address in _NAT64 else address.sixtofour
 
 
 async def resolve(host: str, port: int) -> list[str]:
