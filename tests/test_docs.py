@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from docs import make_states
-from tests.conftest import ManualClock
 from vpn_sentinel.agent.geo.settings import GeoSettings
-from vpn_sentinel.agent.health import Health, Signs
+from vpn_sentinel.agent.health import ROUTES as AGENT_ROUTES
 from vpn_sentinel.agent.settings import AgentSettings
 from vpn_sentinel.cli.main import COMMANDS
 from vpn_sentinel.domain.notice import Kind
@@ -106,10 +105,7 @@ def test_every_route_of_health_is_documented_and_no_other() -> None:
     said = {c for c in first_cells(page("api.md")) if c.startswith("/")}
     agent = {c for c in said if c.startswith(AGENT)}
     assert said - agent == health._PATHS
-    signs = Signs(started=0.0, last_round=None, last_ack=None, state=None, pending=0)
-    answers = Health(lambda: signs, ManualClock(), 30.0)
-    assert agent == {AGENT, f"{AGENT}/ready", f"{AGENT}/startup"}
-    assert {c for c in agent if answers.answer(c)[0] == 404} == set()
+    assert agent == {path for path in AGENT_ROUTES if path.startswith(AGENT)}
 
 
 # --- situations -------------------------------------------------------------------------------------------------------

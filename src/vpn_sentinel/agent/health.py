@@ -1,26 +1,46 @@
 """The agent's own health over HTTP, for container engines and people: tied to the last success, not to the process.
 
-200 or 503, with the same JSON each time; any other path is a 404. `/client/health` may be left out in front.
+200 or 503, with the same JSON each time, of times and a state alone; any other path is a 404. `/client/health` may be
+left out in front.
 
 - `/client/health`, `/health`, `/`: rounds are made and, within the last quarter of an hour, reports arrived.
 - `/client/health/ready`, `/ready`: both are recent.
 - `/client/health/startup`, `/startup`: the first round is done.
+
+One request a connection. Nobody who calls here may hold the agent up: a head is small and comes soon, and where all
+places are taken, the oldest connection yields.
 """
 
 import asyncio
 import json
 import os
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
+from ipaddress import ip_address
 from typing import Final
 
+from vpn_sentinel.runtime.addresses import is_host_of
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.runtime.settings import SettingError
 
-_LIMIT: Final = 2.0  # seconds for a request
-_MOST: Final = 4096  # bytes of its head
+LIMIT: Final = 2.0  # seconds for a request and its answer
+MOST: Final = 4096  # bytes of its head
+PLACES: Final = 32  # connections at once
+_BACKLOG: Final = 16
 _UPLINK_GRACE: Final = 900.0  # seconds: a restart of the agent does not bring a server back
 _ROUND_SLACK: Final = 30.0  # seconds a round may take when nothing answers
+ROUTES: Final[Mapping[str, str]] = {
+    "/": "alive",
+    "/health": "alive",
+    "/client/health": "alive",
+    "/ready": "ready",
+    "/client/health/ready": "ready",
+    "/startup": "startup",
+    "/client/health/startup": "startup",
+}
+_ALLOW: Final = {"Allow": "GET, HEAD, OPTIONS"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +68,12 @@ class Health:
         looking = _within(now, signs.last_round if signs.last_round is not None else signs.started, rounds_at)
         connected = _within(now, signs.last_ack, rounds_at)
         heard = _within(now, signs.last_ack if signs.last_ack is not None else signs.started, _UPLINK_GRACE + rounds_at)
-        match path.removeprefix("/client/health"):
-            case "" | "/health" | "/":
+        match None if "//" in path else ROUTES.get(_plain(path)):
+            case "alive":
                 well = looking and heard
-            case "/ready":
+            case "ready":
                 well = signs.last_round is not None and looking and connected
-            case "/startup":
+            case "startup":
                 well = signs.last_round is not None
             case _:
                 return 404, {"status": "not found"}
@@ -66,32 +86,59 @@ class Health:
         }
 
     async def serve(self, host: str, port: int) -> asyncio.Server:
-        """Start to listen. Raises SettingError when the port is not to be had."""
+        """Start to listen. Raises SettingError when the port is not to be had.
+
+        On loopback it answers to `localhost` and to addresses alone, else to whatever name the network calls it by.
+        """
+        names = {"localhost"} if ip_address(host).is_loopback else None
+        open_: OrderedDict[asyncio.StreamWriter, None] = OrderedDict()
+
+        async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            open_[writer] = None
+            if len(open_) > PLACES:
+                open_.popitem(last=False)[0].transport.abort()
+            try:
+                await self._answer(reader, writer, names)
+            finally:
+                open_.pop(writer, None)
+
         try:
-            return await asyncio.start_server(self._connected, host, port, limit=_MOST)
+            return await asyncio.start_server(connected, host, port, limit=MOST, backlog=_BACKLOG)
         except OSError as e:
             # The loop's own text repeats the address.
             why = os.strerror(e.errno) if e.errno else str(e)
             raise SettingError("VPN_SENTINEL_HEALTH_PORT", f"cannot listen on {host} port {port}: {why}") from e
 
-    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, names: set[str] | None) -> None:
         try:
-            async with asyncio.timeout(_LIMIT):
-                request = (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n", 1)[0].decode("latin-1")
-                writer.write(self._response(request))
+            async with asyncio.timeout(LIMIT):
+                head = await reader.readuntil(b"\r\n\r\n")
+                writer.write(self._response(head.decode("latin-1").split("\r\n"), names))
                 await writer.drain()
                 writer.close()
                 await writer.wait_closed()
         except (TimeoutError, OSError, EOFError, asyncio.LimitOverrunError):
             writer.transport.abort()
 
-    def _response(self, request: str) -> bytes:
-        method, _, rest = request.partition(" ")
-        path = rest.partition(" ")[0].partition("?")[0]
-        if method not in ("GET", "HEAD"):
-            return _http(405, {"status": "method not allowed"}, body=True)
-        status, said = self.answer(path)
-        return _http(status, said, body=method == "GET")
+    def _response(self, lines: list[str], names: set[str] | None) -> bytes:
+        method, _, rest = lines[0].partition(" ")
+        target, _, version = rest.partition(" ")
+        if not method or not target.startswith("/") or not version.startswith("HTTP/1."):
+            return _http(400, {"status": "not a request"})
+        hosts = [line.partition(":")[2].strip() for line in lines[1:] if line.lower().startswith("host:")]
+        if names is not None and not all(is_host_of(host, names) for host in hosts):
+            return _http(421, {"status": "this answers to localhost and to addresses"})
+        status, said = self.answer(target.partition("?")[0])
+        if status != 404 and method == "OPTIONS":
+            return _http(204, None, _ALLOW)
+        if status != 404 and method not in ("GET", "HEAD"):
+            return _http(405, {"status": "method not allowed"}, _ALLOW)
+        return _http(status, said, body=method != "HEAD")
+
+
+def _plain(path: str) -> str:
+    """A path without the one slash that may stand at its end."""
+    return path[:-1] if path.endswith("/") and path != "/" else path
 
 
 def _within(now: float, then: float | None, seconds: float) -> bool:
@@ -102,11 +149,18 @@ def _ago(now: float, then: float | None) -> float | None:
     return None if then is None else round(now - then, 1)
 
 
-def _http(status: int, said: dict[str, object], *, body: bool) -> bytes:
-    phrase = {200: "OK", 404: "Not Found", 405: "Method Not Allowed", 503: "Service Unavailable"}[status]
-    text = json.dumps(said).encode()
-    head = (
-        f"HTTP/1.1 {status} {phrase}\r\nContent-Type: application/json\r\nContent-Length: {len(text)}\r\n"
-        "Cache-Control: no-store\r\nConnection: close\r\n\r\n"
-    )
-    return head.encode() + (text if body else b"")
+def _http(
+    status: int, said: Mapping[str, object] | None, more: Mapping[str, str] | None = None, *, body: bool = True
+) -> bytes:
+    """An answer with `said` as JSON; None is no content. No other site's page may use it, not even as an image."""
+    text = b"" if said is None else json.dumps(said).encode()
+    fields = {
+        **({} if said is None else {"Content-Type": "application/json", "Content-Length": str(len(text))}),
+        **(more or {}),
+        "Cache-Control": "no-store",
+        "X-Content-Type-Options": "nosniff",
+        "Cross-Origin-Resource-Policy": "same-origin",
+        "Connection": "close",
+    }
+    lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", *(f"{k}: {v}" for k, v in fields.items()), "", ""]
+    return "\r\n".join(lines).encode() + (text if body else b"")

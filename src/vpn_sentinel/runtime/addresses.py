@@ -4,10 +4,34 @@ An IPv4-mapped IPv6 address (`::ffff:192.0.2.1`, RFC 4291, section 2.5.5.2) is t
 compared with these is kept so, and a network that is not would hold none of them.
 """
 
+import re
+from collections.abc import Collection
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_interface, ip_network
 from typing import Final
 
 _MAPPED: Final = 96  # bits in front of the IPv4 address
+
+# A `Host` header, lower case: an IPv6 address in brackets or a name or IPv4 address, then perhaps a port.
+_HOST: Final = re.compile(r"(?:\[(?P<six>[0-9a-f:.]+)\]|(?P<name>[a-z0-9._-]+))(?::[0-9]{1,5})?")
+
+
+def is_host_of(header: str, names: Collection[str]) -> bool:
+    """Whether the whole of a `Host` header is one of `names` or an address, with or without a port.
+
+    Against DNS rebinding: a site that points its own name at us has its visitors' browsers say that name. An address
+    cannot be rebound.
+    """
+    found = _HOST.fullmatch(header.lower())
+    if found is None:
+        return False
+    six, name = found["six"], found["name"]
+    if (six or name) in names:
+        return True
+    try:
+        IPv6Address(six) if six is not None else IPv4Address(name)
+    except ValueError:
+        return False
+    return True
 
 
 def parse_address(text: str) -> IPv4Address | IPv6Address:

@@ -1,7 +1,5 @@
 """What keeps other sites out of a page that asks for no login: headers, and a look at the name it was called by."""
 
-import re
-from ipaddress import IPv4Address, IPv6Address
 from typing import Any, Final
 from urllib.parse import urlsplit
 
@@ -9,6 +7,8 @@ from litestar.connection import ASGIConnection
 from litestar.exceptions import HTTPException
 from litestar.handlers import BaseRouteHandler
 from litestar.types import Guard, Message, Scope
+
+from vpn_sentinel.runtime.addresses import is_host_of
 
 _POLICY: Final = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
@@ -22,10 +22,6 @@ _HEADERS: Final = [
     (b"cross-origin-resource-policy", b"same-origin"),
     (b"permissions-policy", b"camera=(), geolocation=(), microphone=()"),
 ]
-
-
-# A `Host` header, lower case: an IPv6 address in brackets or a name or IPv4 address, then perhaps a port.
-_HOST: Final = re.compile(r"(?:\[(?P<six>[0-9a-f:.]+)\]|(?P<name>[a-z0-9._-]+))(?::[0-9]{1,5})?")
 
 
 class Misdirected(HTTPException):
@@ -48,27 +44,13 @@ def known_host(public_url: str | None) -> Guard:
 
     Its browser would say that name. An address cannot be rebound, `localhost` neither, and `public_url` is ours.
     """
+    # `public_url` may hold an IPv6 address, without its brackets.
     ours = {"localhost"} | ({urlsplit(public_url).hostname or ""} if public_url else set())
 
     def guard(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:
-        if not _is_ours(connection.headers.get("host", ""), ours):
+        if not is_host_of(connection.headers.get("host", ""), ours):
             raise Misdirected(
                 detail="This page answers to addresses, to localhost and to the host of VPN_SENTINEL_PUBLIC_URL only."
             )
 
     return guard
-
-
-def _is_ours(host: str, ours: set[str]) -> bool:
-    """Whether the whole of a `Host` header is one of `ours` or an address, with or without a port."""
-    found = _HOST.fullmatch(host.lower())
-    if found is None:
-        return False
-    six, name = found["six"], found["name"]
-    if (six or name) in ours:  # `public_url` may hold an IPv6 address, without its brackets
-        return True
-    try:
-        IPv6Address(six) if six is not None else IPv4Address(name)
-    except ValueError:
-        return False
-    return True
