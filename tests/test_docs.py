@@ -1,6 +1,7 @@
 """The docs name what the code has: every setting, finding, metric, bot command, CLI command and route."""
 
 import argparse
+import inspect
 import re
 from collections.abc import Iterator
 from importlib import import_module
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from docs import make_states
+from tests.server.test_doors import OPEN, READ, REPORT, TABLE
 from vpn_sentinel.agent.geo.settings import GeoSettings
 from vpn_sentinel.agent.health import ROUTES as AGENT_ROUTES
 from vpn_sentinel.agent.settings import AgentSettings
@@ -106,6 +108,43 @@ def test_every_route_of_health_is_documented_and_no_other() -> None:
     agent = {c for c in said if c.startswith(AGENT)}
     assert said - agent == health._PATHS
     assert agent == {path for path in AGENT_ROUTES if path.startswith(AGENT)}
+
+
+# --- security ---------------------------------------------------------------------------------------------------------
+
+UNITS = {"": 1, "s": 1, "KB": 1024, "MB": 1024 * 1024}
+BOUND = re.compile(
+    r"^\| [^|]+ \| ([0-9,]+) ?([A-Zs]*) \| `([a-z_/]+)\.py` `([A-Za-z_.]+)(?:\[([0-9])\])?` \|$", re.MULTILINE
+)
+
+
+def set_in(module: str, name: str, index: str) -> float:
+    """A constant, or the default of a field of `Limits`."""
+    found = import_module("vpn_sentinel." + module.replace("/", "."))
+    owner, _, field = name.rpartition(".")
+    if owner:
+        return float(inspect.signature(getattr(found, owner)).parameters[field].default)
+    value = getattr(found, name)
+    return float(value[int(index)] if index else value)
+
+
+def test_the_bounds_that_stand_are_those_of_the_code() -> None:
+    rows = BOUND.findall(page("security.md"))
+    assert len(rows) == page("security.md").count(".py` `"), "a row that this test does not read"
+    wrong = {}
+    for figure, unit, module, name, index in rows:
+        stands = set_in(module, name, index)
+        if int(figure.replace(",", "")) * UNITS[unit] != stands:
+            wrong[module, name] = stands
+    assert wrong == {}
+
+
+def test_who_may_call_is_what_the_table_of_the_doors_holds() -> None:
+    said = re.findall(r"^\| `([^`]+)` \| ([A-Z]+) \| ([a-z ]+) \|$", page("security.md"), re.MULTILINE)
+    callers = {"anyone": OPEN, "shared key": READ, "any key": REPORT}
+    rows = {path: row for paths in TABLE.values() for path, row in paths.items()}
+    assert [path for path, _, _ in said] == list(rows)
+    assert {path: rows[path][method] for path, method, _ in said} == {path: callers[who] for path, _, who in said}
 
 
 # --- situations -------------------------------------------------------------------------------------------------------
