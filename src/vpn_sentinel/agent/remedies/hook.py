@@ -34,7 +34,9 @@ def who_else_may_write(command: Sequence[str]) -> str | None:
     """
     files = [command[0]]
     if _RUNS_SCRIPTS.fullmatch(Path(command[0]).name):
-        files += [word for word in command[1:] if word.startswith("/")][:1]
+        # Behind `-c` stands a whole line, which begins with what it runs.
+        named = [word.split()[0] for word in command[1:] if word.startswith("/")][:1]
+        files += [file for file in named if Path(file).exists()]
     return next((found for file in files if (found := _open_to_others(file)) is not None), None)
 
 
