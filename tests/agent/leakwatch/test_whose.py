@@ -119,6 +119,16 @@ async def test_a_marked_packet_that_is_read_after_its_rule_is_none() -> None:
     assert seen["to"] == ["203.0.113.2", "203.0.113.99"]
 
 
+async def test_a_mark_s_rule_excuses_nothing_after_the_clock_was_set_back() -> None:
+    seen = await told(
+        "ip rule add pref 900 table 42",
+        "clock.wall = lambda: time.time() + 3600\n"
+        "sh('ip rule add pref 500 fwmark 0x80000/0xff0000 lookup main'); kernel.changed(); watch.look(around())\n"
+        "clock.wall = time.time; send('203.0.113.2', 3478, by=udp()); await asyncio.sleep(0.4)",
+    )
+    assert seen["to"] == ["203.0.113.2", "203.0.113.99"]
+
+
 async def test_what_a_rule_selects_by_destination_alone_stays_a_leak() -> None:
     rules = "ip rule add pref 500 to 203.0.113.1 lookup main\n"
     rules += "ip rule add pref 501 ipproto udp dport 3478 lookup main\nip rule add pref 900 table 42"

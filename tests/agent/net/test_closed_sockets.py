@@ -10,12 +10,14 @@ import pytest
 from tests.conftest import until
 from vpn_sentinel.agent.net.closed_sockets import ClosedSockets
 
+SET = {"by": 0.0}  # by how many seconds the clock was set
 LO, FAR = ip_address("127.0.0.1"), ip_address("192.0.2.1")
 
 
 @pytest.fixture
 async def closed() -> AsyncIterator[ClosedSockets]:
-    found = ClosedSockets(time.time)
+    found = ClosedSockets(lambda: time.time() + SET["by"])
+    SET["by"] = 0.0
     yield found
     found.close()
 
@@ -69,3 +71,15 @@ async def test_more_than_the_kernel_keeps_is_no_end(closed: ClosedSockets) -> No
         return any(closed.of(17, LO, port, LO, 9, since=since) for port in later)
 
     await until(is_told)
+
+
+async def test_what_ended_before_the_clock_was_set_back_is_of_no_packet_after_it(closed: ClosedSockets) -> None:
+    since = time.time()
+    port = used()
+    await until(lambda: closed.of(17, LO, port, LO, 9, since=since))
+    for _ in range(20_000):
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM).close()
+    await until(lambda: closed.of(17, LO, 1, LO, 9, since=since) == [] and closed.lost(since))
+    SET["by"] = -3600.0
+    assert not closed.lost(since - 3600)
+    assert closed.of(17, LO, port, LO, 9, since=since - 3600) == []

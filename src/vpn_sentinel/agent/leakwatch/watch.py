@@ -446,7 +446,7 @@ class LeakWatch:
 
     def _is_its_senders(self, packet: Packet, interface: str, passed: float) -> bool:
         """Whether its sender is let out, or may be."""
-        if passed <= self._marked:
+        if passed <= self._marked <= self._clock.wall():  # else that clock was set back since
             return True  # a rule for a mark came after it: whether it has the mark, only the kernel knew
         belongs = self._users.belongs(packet)
         if belongs is False:

@@ -60,7 +60,10 @@ class ClosedSockets:
         """
         self._read()
         every: list[Socket] = []
+        now = self._wall()
         for read, body in reversed(self._closed):
+            if read > now:
+                continue  # of before the clock was set back
             if read < since:
                 break
             if int.from_bytes(body[_PORT]) != port or (found := parse_socket(body)) is None:
@@ -73,7 +76,7 @@ class ClosedSockets:
 
     def lost(self, since: float) -> bool:
         """Whether more ended after `since` than can be read or kept, so that `of` does not know of each."""
-        return self._lost >= since
+        return since <= self._lost <= self._wall()  # else it is of before the clock was set back
 
     def _woken(self) -> None:
         self._read()
