@@ -123,8 +123,15 @@ def test_row_27_any_destination_outside_is_seen_by_its_packet(stands: Stands) ->
     stand = stands["split"]
     stand.settle()
     stand.site.split_route(ELSEWHERE)
-    found = leaks(stand, "row 27", lambda: send(stand, ELSEWHERE, 4444), "split_route")
-    facts = found["evidence"]
+    leaks(stand, "row 27", lambda: send(stand, ELSEWHERE, 4444), "split_route")
+    # The route may be told before its packet, which waits for 0.2 s where the routes have just been read.
+    until(
+        lambda: "destination" in finding(stand, "split_route")["evidence"],
+        1.5,
+        "the packet to be named",
+        interval=0.02,
+    )
+    facts = finding(stand, "split_route")["evidence"]
     assert facts["destination"] == f"{ELSEWHERE}:4444"
     assert facts["source"].startswith(f"{stand.site.lan4}:")
     assert (facts["protocol"], facts["interface"], facts["seen_by"]) == ("udp", "eth0", "leak watch")
