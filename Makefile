@@ -3,6 +3,7 @@
 # make demo    the lab with three tunnels, a few faults, the dashboard (root)
 # make check   format, lint, types, imports: seconds
 # make bench   the cost figures in bench/
+# make fuzz    malformed input for all that reads what others write, SECONDS=20 for each
 
 PYTHON ?= python3
 VENV   := .venv
@@ -15,11 +16,12 @@ SUDO_FREE := $(shell [ "$$(id -u)" = 0 ] && echo yes)
 # Tests side by side: as many as there are cores; in the lab, where they mostly wait, some more.
 WORKERS  := $(shell nproc 2>/dev/null || echo 2)
 LABS     ?= 3
+SECONDS  ?= 20
 # The lab lives in real time on shared cores: what fails there is tried once more, and told as RERUN.
 # A rerun is a race to find, not a pass to keep.
 ACCEPTANCE := -m pytest -q -raR -n $(LABS) --dist loadgroup --reruns 1 -m acceptance
 
-.PHONY: up test unit acceptance demo check format bench lock clean packages
+.PHONY: up test unit acceptance demo check format bench fuzz lock clean packages
 
 up: $(VENV)/server
 	@exec $(BIN)/vpn-sentinel up
@@ -71,6 +73,10 @@ test: check packages
 
 bench: $(VENV)/dev
 	@$(BIN)/python -m bench
+
+# What leads to a fault is kept in .cache/fuzz, what leads somewhere new in tests/fuzz/corpus.
+fuzz: $(VENV)/dev
+	@$(BIN)/python -m bench fuzz --seconds $(SECONDS) --keep
 
 demo: $(VENV)/dev packages
 	@exec $(BIN)/python -m lab.demo

@@ -3,11 +3,13 @@
 import asyncio
 import os
 import re
+import resource
 import shutil
 import socket
 import subprocess
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -19,16 +21,35 @@ POSTGRES_BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=Tr
 
 
 class ManualClock:
-    """A clock that stands until a test moves it."""
+    """A clock that stands until a test moves it. `set_by` is by how much its wall was set forward."""
 
     def __init__(self, wall: float = 1_800_000_000.0) -> None:
         self.now = wall
+        self.set_by = 0.0
 
     def wall(self) -> float:
-        return self.now
+        return self.now + self.set_by
 
     def boottime(self) -> float:
         return self.now
+
+
+@contextmanager
+def no_descriptor_left() -> Iterator[int]:
+    """All of this process's are taken. Yields how many it may have."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = max(int(one.name) for one in Path("/proc/self/fd").iterdir()) + 8
+    taken = list[int]()
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    try:
+        with suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        yield limit
+    finally:
+        for one in taken:
+            os.close(one)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 @pytest.fixture
@@ -62,6 +83,11 @@ class Postgres:
         name = f"test{self._made}"
         self._run("createdb", "-h", str(self._folder), "-U", "sentinel", *options, name)
         return f"postgresql://sentinel@/{name}?host={self._folder}"
+
+    def drop(self, url: str) -> None:
+        """Remove a database, whoever is connected to it."""
+        name = url.partition("@/")[2].partition("?")[0]
+        self._run("dropdb", "-h", str(self._folder), "-U", "sentinel", "--force", name)
 
     def _run(self, program: str, *words: str) -> None:
         command = [*self._as, str(self._binaries / program), *words]

@@ -7,7 +7,7 @@ import pytest
 
 HEAVY = {"sqlalchemy", "alembic", "litestar", "uvicorn", "uvloop", "httpx", "jinja2", "prometheus_client", "asyncpg"}
 MODULES = {
-    "the agent": ("vpn_sentinel.agent.app", HEAVY | {"pydantic", "rich"}),
+    "the agent": ("vpn_sentinel.agent.app", HEAVY | {"pydantic", "rich", "email", "importlib.metadata", "zipfile"}),
     "the agent's command": ("vpn_sentinel.cli.agent", HEAVY | {"pydantic", "rich"}),
     "the server's settings, which every command asks about names it does not know": (
         "vpn_sentinel.server.settings",
@@ -33,5 +33,23 @@ def test_looking_an_ascii_name_up_loads_no_idna_tables() -> None:
         from vpn_sentinel.runtime.settings import is_host
         assert is_host("localhost"), system_lookup("localhost")
         assert "encodings.idna" not in sys.modules
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_reading_a_geo_database_brings_neither_multiprocessing_nor_its_own_version_along() -> None:
+    """Both would cost the agent 2 MB; who wants them afterwards gets the real ones."""
+    code = """if True:
+        import sys
+        from vpn_sentinel.agent.probes import mmdb
+        try:
+            mmdb.open_file("/dev/null")
+        except ValueError:
+            pass
+        assert "maxminddb.reader" in sys.modules
+        assert not {"multiprocessing", "importlib.metadata", "email", "zipfile"} & set(sys.modules)
+        from importlib.metadata import version
+        from multiprocessing import Lock
+        assert version("maxminddb") and Lock()
     """
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -219,8 +219,9 @@ async def nothing_is_missing(store: Any, senders: list[Sender], sink: Sink) -> N
         assert all(a.new == b.old for a, b in itertools.pairwise(moves))
         owed = await store.read(select(outbox.c.id, outbox.c.outcome).where(outbox.c.tunnel == sender.name))
         assert len(owed) == len(moves), "a transition owes exactly one delivery"
-        assert {r.outcome for r in owed} == {"done"}
-        assert {str(r.id) for r in owed} <= sink.got[sender.name], "a delivery never reached the webhook"
+        # A sender says more in a minute than people are told one by one.
+        assert {r.outcome for r in owed} <= {"done", "summed"}
+        assert {str(r.id) for r in owed if r.outcome == "done"} <= sink.got[sender.name], "a delivery never arrived"
 
 
 def settings(url: str, folder: Path, ports: list[int], sink: int) -> dict[str, str]:

@@ -42,6 +42,12 @@ def test_a_file_may_not_hold_a_table_or_a_date() -> None:
         Source(env={}, file={"name": {"a": 1}}).raw("NAME")
 
 
+@pytest.mark.parametrize("value", [16**5000, [16**5000]], ids=["alone", "in a list"])
+def test_a_file_may_not_hold_a_number_that_cannot_be_written(value: object) -> None:
+    with pytest.raises(SettingError, match=r"^name: is too long a number"):
+        Source(env={}, file={"name": value}).raw("NAME")
+
+
 def test_a_secret_may_stand_in_a_file_of_its_own(tmp_path: Path) -> None:
     held = tmp_path / "key"
     held.write_text("hunter2hunter2\n")
@@ -125,7 +131,19 @@ def test_names_in_the_file_are_taken_in_any_case(tmp_path: Path) -> None:
     assert source.unread() == ["intervall", "tz"]
 
 
-@pytest.mark.parametrize("content", [b"= 1", b"\xff", None], ids=["no TOML", "no UTF-8", "missing"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"= 1",
+        b"\xff",
+        None,
+        b"missed_reports = 3\nMISSED_REPORTS = 4",
+        b'[server]\napi_key = "0123456789abcdef"',
+        b"a = " + b"[" * 3000,
+        b"a = " + b"9" * 5000,
+    ],
+    ids=["no TOML", "no UTF-8", "missing", "a name twice", "a table", "nested too deep", "too many digits"],
+)
 def test_a_configuration_that_cannot_be_read_names_itself(tmp_path: Path, content: bytes | None) -> None:
     file = tmp_path / "sentinel.toml"
     if content is not None:

@@ -327,6 +327,8 @@ PEERS: dict[str, tuple[str, str | None, str]] = {
     "IPv6 without brackets": ("10.0.0.1", "2001:db8::5", "2001:db8::5"),
     "IPv4 that a proxy of both versions saw": ("10.0.0.1", "::ffff:83.46.112.77", "83.46.112.77"),
     "that, with its port": ("10.0.0.1", "[::ffff:83.46.112.77]:51008", "83.46.112.77"),
+    "IPv4 by a NAT64 in front of us": ("64:ff9b::532e:704d", None, "83.46.112.77"),
+    "IPv4 that a proxy behind a NAT64 saw": ("10.0.0.1", "[64:ff9b::532e:704d]:51008", "83.46.112.77"),
     "commas at the end": ("10.0.0.1", "1.2.3.4, 83.46.112.77, ,", "83.46.112.77"),
     "two proxies of ours with ports": ("10.0.0.1", "83.46.112.77:1, 10.0.0.2:2", "83.46.112.77"),
     "a zone": ("10.0.0.1", "fe80::1%eth0", "fe80::1"),

@@ -178,6 +178,28 @@ def test_what_was_killed_while_it_was_made_is_no_copy_and_goes(database: Path, f
     assert [p.name for p in folder.iterdir()] == ["sentinel-20270115T080000Z.db"]
 
 
+def test_what_a_kill_left_of_a_copy_goes_with_its_journal(database: Path, folder: Path) -> None:
+    """Killed as SQLite writes the copy, after so many of its instructions."""
+    write(database, "one")
+    program = (
+        "import os, sqlite3, sys; from pathlib import Path; from vpn_sentinel.server.store import backup\n"
+        "left = iter(range(int(sys.argv[3])))\n"
+        "connection = sqlite3.connect(sys.argv[1], isolation_level=None)\n"
+        "connection.set_progress_handler(lambda: next(left, None) is None and os.kill(os.getpid(), 9), 1)\n"
+        f"backup.make(connection, Path(sys.argv[2]), {NOW - DAY})"
+    )
+    left: set[str] = set()
+    for instructions in range(100, 5000, 300):
+        done = subprocess.run([sys.executable, "-c", program, database, folder, str(instructions)], check=False)
+        if done.returncode == 0:
+            break
+        assert done.returncode == -9
+        left |= {path.name.rpartition(".")[2] for path in folder.iterdir()}
+        copy(database, folder)
+        assert [path.name for path in folder.iterdir()] == ["sentinel-20270115T080000Z.db"]
+    assert left >= {"part", "part-journal"}
+
+
 def test_writers_do_not_wait_for_a_long_look(database: Path) -> None:
     async def run() -> None:
         store = await open_store(f"sqlite:///{database}")

@@ -1,20 +1,23 @@
 """Deadlines: passed ones become silence, and the server's own absence moves them all."""
 
 import asyncio
-from collections.abc import AsyncIterator
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 from sqlalchemy import insert, select, update
 
 from tests.conftest import ManualClock, until
 from vpn_sentinel.domain.policy import Policy
+from vpn_sentinel.runtime.clock import SystemClock
 from vpn_sentinel.server.live.hub import Hub
 from vpn_sentinel.server.store import rows
 from vpn_sentinel.server.store.open import open_store
 from vpn_sentinel.server.store.schema import meta, outbox, tunnels
 from vpn_sentinel.server.store.store import Changes, Store, StoreUnavailable
 from vpn_sentinel.server.tracker import Tracker
-from vpn_sentinel.server.watch.overdue import OUTAGE, RETURN, Overdue
+from vpn_sentinel.server.watch.overdue import LATE, OUTAGE, RETURN, Overdue
+from vpn_sentinel.server.watch.presence import Presence
 
 START = 1_800_000_000.0
 
@@ -26,11 +29,19 @@ class Server:
         self.store = store
         self.clock = clock
         self.tracker = Tracker(store, clock, Hub(), Policy(), channels=("telegram",))
-        self.overdue = Overdue(store, self.tracker, clock)
+        self.used = 0.0  # processor time, in seconds
+        self.presence = Presence(clock, lambda: self.used)
+        self.overdue = Overdue(store, self.tracker, clock, self.presence)
 
     async def tick(self, at: float) -> None:
         self.clock.now = START + at
         await self.overdue.tick()
+        self.presence._due = self.clock.now + 1.0  # it sleeps until the next
+
+    async def busy(self, at: float) -> None:
+        """A tick that comes late, because the loop had something else to do all the time."""
+        self.used += START + at - self.clock.now
+        await self.tick(at)
 
     async def ticks(self, since: float, until: float) -> None:
         for second in range(int(until - since) + 1):
@@ -134,6 +145,122 @@ async def test_an_absence_that_is_shorter_than_an_outage_moves_nothing(server: S
     assert await server.deadlines() == {"soon": None, "far": 100.0}
 
 
+async def test_a_loop_that_is_kept_busy_was_not_absent(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    """Who sends more than can be taken cannot put off that a silence is told: a few seconds, and nobody else's."""
+    caplog.set_level("INFO")
+    await server.knows(early=5.0, soon=18.0, far=3000.0)
+    await server.busy(20.0)
+    assert await server.silent() == ["early"]
+    assert await server.deadlines() == {"early": None, "soon": 18.0, "far": 3000.0}
+    await server.ticks(21, 22)
+    assert await server.silent() == ["early"]
+    await server.tick(18.0 + LATE)
+    assert await server.silent() == ["early", "soon"]
+    assert not [r for r in caplog.records if "nobody could be heard" in r.message]
+
+
+async def test_freezes_again_and_again_move_a_deadline_by_seconds_in_all(server: Server) -> None:
+    await server.knows(nl=30.0, far=3000.0)
+    for at in range(9, 37, 9):
+        await server.busy(at)
+    assert await server.silent() == ["nl"]
+    assert await server.deadlines() == {"nl": None, "far": 3000.0}
+
+
+async def test_what_was_granted_is_over_after_a_minute(server: Server) -> None:
+    await server.busy(20.0)
+    await server.knows(first=21.0, second=90.0)
+    await server.ticks(21, 25)
+    assert await server.silent() == []
+    await server.ticks(26, 89)
+    assert await server.silent() == ["first"]
+    await server.tick(90.0)
+    assert await server.silent() == ["first", "second"]
+
+
+async def test_of_a_gap_only_what_was_not_work_is_absence(server: Server) -> None:
+    """Stopped while it was busy: the two are told apart by the part, not by the whole."""
+    await server.knows(far=3000.0)
+    for second in range(1, 13):  # the thread looks on meanwhile
+        server.clock.now = START + second
+        server.presence._beat()
+    await server.tick(112.0)
+    (far,) = (await server.deadlines()).values()
+    assert far == pytest.approx(3100.0, abs=1.5)
+
+
+async def test_a_server_that_was_late_beside_a_running_one_moves_nothing(server: Server, clock: ManualClock) -> None:
+    await server.knows(far=3000.0)
+    beside = Server(server.store, clock)
+    await beside.tick(0.5)
+    for second in range(1, 20):
+        await server.tick(second)
+    beside.used += 20.0
+    await beside.tick(20.0)
+    assert await server.deadlines() == {"far": 3000.0}
+
+
+async def stopped(server: Server) -> Server:
+    return server
+
+
+async def restarted(server: Server) -> Server:
+    return Server(server.store, server.clock)
+
+
+async def without_its_database(server: Server) -> Server:
+    """It ran all the time; no tick got through."""
+    for _ in range(1000):
+        server.clock.now += 1.0
+        server.presence._beat()
+        server.presence._due = server.clock.now
+    return server
+
+
+@pytest.mark.parametrize(
+    ("was", "why"),
+    [
+        (stopped, "this server was stopped, or its machine slept"),
+        (restarted, "this server was not running"),
+        (without_its_database, "the database did not answer"),
+    ],
+)
+async def test_the_log_says_why_deadlines_were_moved(
+    server: Server, caplog: pytest.LogCaptureFixture, was: Callable[[Server], Awaitable[Server]], why: str
+) -> None:
+    caplog.set_level("INFO")
+    await (await was(server)).tick(1000.0)
+    [said] = [r for r in caplog.records if "nobody could be heard" in r.message]
+    assert (said.__dict__["why"], said.__dict__["seconds"]) == (why, "1000")
+
+
+async def test_a_silent_tunnel_is_told_while_the_loop_is_kept_busy(store: Store) -> None:
+    """By work that holds the loop for 0.2 seconds, again and again: four fifths of all time."""
+    clock = SystemClock()
+    told = asyncio.Event()
+    tracker = Tracker(store, clock, Hub(), Policy(), channels=("telegram",), on_commit=told.set)
+    presence = Presence(clock)
+    overdue = Overdue(store, tracker, clock, presence)
+    server = Server(store, ManualClock())
+    deadline = clock.wall() + 3.0
+
+    async def holds_the_loop() -> None:
+        while True:
+            time.sleep(0.2)  # noqa: ASYNC251
+            await asyncio.sleep(0.05)
+
+    async with asyncio.TaskGroup() as group:
+        await server.knows(nl=deadline - START)
+        running = [group.create_task(work) for work in (presence.run(), overdue.run(), holds_the_loop())]
+        async with asyncio.timeout(3.0 + 2.0):
+            await told.wait()
+        assert clock.wall() >= deadline
+        for task in running:
+            task.cancel()
+    assert await server.silent() == ["nl"]
+    assert presence.look().away == 0.0
+
+
 async def test_a_restart_counts_as_absence(server: Server, clock: ManualClock) -> None:
     await server.knows(nl=5.0)
     restarted = Server(server.store, clock)
@@ -165,26 +292,6 @@ async def test_a_start_that_the_database_refused_is_still_a_start(server: Server
     restarted.overdue._store = server.store  # the database is back
     await restarted.tick(5.0)
     assert await restarted.deadlines() == {"nl": 5.0 + RETURN}
-
-
-async def test_a_clock_that_was_set_back_takes_the_deadlines_along(server: Server) -> None:
-    await server.tick(1.0)
-    await server.knows(nl=91.0, due=-3000.0)
-    await server.tick(-3599.0)
-    assert await server.deadlines() == {"nl": -3599.0 + 90.0, "due": -3599.0 + RETURN}
-
-
-async def test_a_clock_that_was_set_back_takes_along_what_is_owed(server: Server) -> None:
-    await server.tick(1.0)
-    await server.knows(nl=0.5)
-    await server.tick(1.0)  # silent, which is owed
-    for due, leased in ((1.0, 61.0), (300.0, 0.0), (-5000.0, 0.0)):
-        await server.store.write(update(outbox).values(due_at=START + due, leased_until=START + leased))
-        await server.tick(1.0)
-        await server.tick(-3599.0)
-        (row,) = await server.store.read(select(outbox.c.due_at, outbox.c.leased_until))
-        moved = tuple(t - 3600.0 if t > -3599.0 else t for t in (due, leased))
-        assert (row.due_at - START, row.leased_until - START) == moved
 
 
 async def test_an_outage_is_counted_with_the_deadlines_or_not_at_all(server: Server) -> None:
@@ -234,7 +341,7 @@ async def test_of_replicas_that_start_together_one_moves_the_deadlines(pair: lis
 async def test_replicas_that_tick_together_tell_of_a_silence_once(pair: list[Server]) -> None:
     await pair[0].tick(0.0)
     await pair[0].knows(**{f"t{i:02}": 1.0 for i in range(20)})
-    await asyncio.gather(*(s.tick(2.0) for s in pair for _ in range(3)))
+    await asyncio.gather(*(s.tick(1.5) for s in pair for _ in range(3)))
     assert len(await pair[0].silent()) == 20
     assert len(await pair[0].store.read(select(outbox.c.id))) == 20
 
@@ -248,7 +355,7 @@ async def test_a_database_that_is_gone_is_said(clock: ManualClock, caplog: pytes
             raise StoreUnavailable("unreachable", "connection refused")
 
     gone = Gone()
-    overdue = Overdue(gone, None, clock)  # type: ignore[arg-type]
+    overdue = Overdue(gone, None, clock, Presence(clock))  # type: ignore[arg-type]
     task = asyncio.create_task(overdue.run())
     await until(lambda: gone.asked)
     task.cancel()
@@ -257,7 +364,7 @@ async def test_a_database_that_is_gone_is_said(clock: ManualClock, caplog: pytes
 
 
 async def test_health_says_when_deadlines_are_not_watched(store: Store, clock: ManualClock) -> None:
-    overdue = Overdue(store, Tracker(store, clock, Hub(), Policy()), clock)
+    overdue = Overdue(store, Tracker(store, clock, Hub(), Policy()), clock, Presence(clock))
     assert overdue.healthy() == (True, "")
     clock.now += 60
     assert overdue.healthy() == (False, "not watched for 60 s: stuck")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import uvloop
 import websockets
 
 from lab.certs import Authority
@@ -200,6 +201,7 @@ FLOODS = {
     "chunks of one byte, refused": (CHUNKED.replace(b"/", b"/refuse", 1), lambda n: b"1\r\nx\r\n" * 100),
     "chunks, refused": (CHUNKED.replace(b"/", b"/refuse", 1), lambda n: b"1000\r\n" + b"x" * 4096 + b"\r\n"),
     "pipeline": (b"GET /stream HTTP/1.1\r\nHost: a\r\n\r\n" + (HEAD + b"\r\n") * 9, lambda n: HEAD + b"\r\n"),
+    "heads that wait": (b"GET /stream HTTP/1.1\r\nHost: a\r\n\r\n", lambda n: (HEAD + b"a:b\r\n" * 200 + b"\r\n") * 3),
 }
 
 
@@ -354,6 +356,13 @@ async def test_a_short_pipeline_is_answered_in_order() -> None:
             await reader.readuntil(b"\r\n\r\n%d" % n)
 
 
+async def test_many_tiny_headers_are_as_dear_as_what_is_kept_of_them() -> None:
+    async with house(**SHORT) as at:
+        reader, writer = await at.connect()
+        writer.write(HEAD + b"a:b\r\n" * 600 + b"\r\n")
+        assert (await rest(reader)).startswith(b"HTTP/1.1 400")
+
+
 async def test_a_stream_and_a_websocket_outlive_every_timer() -> None:
     async with house(**SHORT) as at:
         reader, writer = await at.connect()
@@ -482,19 +491,58 @@ async def test_where_all_connections_are_taken_the_idle_ones_yield(caplog: pytes
             await reader.readuntil(b"tick\n")
             assert await rest(idle[n][0]) == b""
         reader, _ = await at.connect("127.0.5.1")
-        assert await rest(reader) == b""  # all are busy
+        assert await rest(reader) == b""  # all are streams
         assert not any(r.at_eof() for r in streams)
         assert at.server.crowd.refused == {"all": 1, "address": 0, "network": 0, "yielded": 4}
         for writer in at.writers:
             writer.close()
         await until(lambda: len(at.server.crowd) == 0)
     said = [r.message for r in caplog.records if r.name == "vpn_sentinel.server.crowd"]
-    assert said == ["all connections are taken: idle ones yield to new ones", "connections are taken again"]
+    assert said == ["all connections are taken: others yield to new ones", "connections are taken again"]
 
 
-async def test_a_connection_without_a_tls_handshake_is_counted_and_ended(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+HOLD: dict[str, bytes] = {
+    "a refused request that never ends": b"POST /refuse HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n",
+    "a request that never ends": b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 1000\r\n\r\n",
+    "an answer that nobody reads": b"GET /big HTTP/1.1\r\nHost: a\r\n\r\n",
+    "requests, one behind the other": b"GET /hang HTTP/1.1\r\nHost: a\r\n\r\n" * 4,
+    "a WebSocket that says nothing": HEAD
+    + b"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
+    b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("held", HOLD.values(), ids=HOLD.keys())
+async def test_who_takes_all_connections_shuts_nobody_out(held: bytes) -> None:
+    """Not even from many networks, and whatever keeps them open: a health check comes in, as does an agent."""
+    async with house(connections=8) as at:
+        ours = await websockets.connect(f"ws://127.0.0.1:{at.port}/", proxy=None)
+        await ours.send("hello")
+        assert await ours.recv() == "hello"
+        for n in range(12):
+            reader, writer = await at.connect(f"127.0.{n + 1}.1")
+            reader._transport.pause_reading()  # type: ignore[attr-defined]
+            writer.write(held)
+            await until(lambda n=n: len(at.app.seen) > n + 1)  # type: ignore[misc]
+        reader, writer = await at.connect("127.0.200.1")
+        writer.write(HEAD + b"\r\n")
+        await reader.readuntil(b"\r\n\r\n0")
+        await ours.send("still here")
+        assert await ours.recv() == "still here"
+        await ours.close()
+
+
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio's", "uvloop's"])
+def test_a_connection_without_a_tls_handshake_is_counted_and_ended(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, loop: Callable[[], asyncio.AbstractEventLoop]
 ) -> None:
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(_handshakes(tmp_path))
+    assert not [r for r in caplog.records if r.levelno >= logging.ERROR]
+
+
+async def _handshakes(tmp_path: Path) -> None:
+    """The server runs on uvloop's loop, whose transports are none of asyncio's classes."""
     authority = Authority(tmp_path)
     pair = authority.issue("server", ["localhost"])
     trusting = ssl.create_default_context(cafile=str(authority.file))
@@ -509,7 +557,6 @@ async def test_a_connection_without_a_tls_handshake_is_counted_and_ended(
         assert len(at.server.crowd) == 4
         writer.close()
         await until(lambda: len(at.server.crowd) == 0)  # those that never shook hands were given up
-    assert not [r for r in caplog.records if r.levelno >= logging.ERROR]
 
 
 def test_an_ipv6_customer_is_one_and_mapped_ipv4_are_many() -> None:

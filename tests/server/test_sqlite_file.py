@@ -148,3 +148,15 @@ def test_a_command_changes_no_schema_under_a_server(tmp_path: Path) -> None:
         opens(path)
     server.release()
     opens(path)
+
+
+def test_what_killed_processes_left_beside_it_goes_at_the_next_start(tmp_path: Path) -> None:
+    """A restore's copy with SQLite's journal, a damaged log that was being kept; nothing that is not ours."""
+    part = "0123456789abcdef.part"
+    for name in (f"s.db.{part}", f"s.db.{part}-journal", f"s.db-wal.damaged-17.{part}"):
+        (tmp_path / name).write_bytes(b"half")
+    others = {"s.db.part", "s.db.replaced-1", f"other.db.{part}", "s.db.0123.part"}
+    for name in others:
+        (tmp_path / name).write_bytes(b"whole")
+    opens(tmp_path / "s.db")
+    assert {p.name for p in tmp_path.iterdir()} == {"s.db", *others}

@@ -216,6 +216,20 @@ async def test_reports_that_wait_together_are_committed_together(watch: Watch) -
     assert len(await watch.rows(tunnels)) == 301
 
 
+async def test_long_messages_are_committed_a_few_at_a_time(watch: Watch) -> None:
+    """Each observation is judged, which keeps the interpreter from all else: 51,200 at once would be seconds of it."""
+    rounds = [(n, 0.0, WELL) for n in range(1, 201)]
+    watch.store.gate.clear()
+    first = asyncio.create_task(watch.take((1, 0.0, WELL), tunnel="first"))
+    await yielded()
+    rest = [asyncio.create_task(watch.take(*rounds, tunnel=f"t{i}")) for i in range(8)]
+    await yielded()
+    watch.store.gate.set()
+    await asyncio.gather(first, *rest)
+    assert [len(names) for names in watch.store.transactions] == [1, 2, 2, 2, 2]
+    assert len(await watch.rows(tunnels)) == 9
+
+
 async def test_messages_of_one_tunnel_in_one_batch_follow_each_other(watch: Watch) -> None:
     watch.store.gate.clear()
     early = asyncio.create_task(watch.take((1, 0.0, WELL), tunnel="other"))
@@ -274,6 +288,19 @@ async def test_a_new_spool_begins_again_at_one(watch: Watch) -> None:
     found = await watch.store.read(select(observations.c.spool, observations.c.seq).order_by(observations.c.spool))
     assert [tuple(r) for r in found] == [("s1", 7), ("s2", 1)]
     assert ((await watch.row()).spool, (await watch.row()).seq) == ("s2", 1)
+
+
+async def test_two_agents_under_one_name_are_said_once(watch: Watch, caplog: pytest.LogCaptureFixture) -> None:
+    def said() -> list[tuple[str, str]]:
+        return [(r.__dict__["tunnel"], r.__dict__["remedy"]) for r in caplog.records if "two agents" in r.message]
+
+    await watch.take((1, 0.0, WELL), spool="s1")
+    await watch.take((1, 0.0, WELL), spool="s2")  # its data were lost, say
+    assert said() == []
+    for seq in range(2, 6):
+        await watch.take((seq, 0.0, WELL), spool="s1")
+        await watch.take((seq, 0.0, WELL), spool="s2")
+    assert said() == [("nl", "give each its own VPN_SENTINEL_CLIENT_ID")]
 
 
 async def test_keepalives_are_numbered_by_their_time(watch: Watch) -> None:

@@ -1,6 +1,7 @@
 """What one agent may cost by its frames: a real WebSocket on loopback, whose client sends what it likes."""
 
 import asyncio
+import gc
 import os
 import struct
 
@@ -8,6 +9,7 @@ import pytest
 
 from tests.conftest import until
 from tests.server.test_serving import House, house
+from vpn_sentinel.server.serving import Bounded
 from vpn_sentinel.server.websocket import FRAMES
 
 SHAKE = (
@@ -58,6 +60,28 @@ async def test_who_sends_frames_without_end_is_refused(first: bytes, each: bytes
         opcode, said = await last_frame(reader)
         assert (opcode, said) == (CLOSE, struct.pack("!H", 1008) + b"too many frames")
         await until(lambda: not at.server.crowd.open)
+
+
+async def test_a_text_that_is_none_and_its_close_together_are_no_fault_of_ours() -> None:
+    faults = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, fault: faults.append(fault))
+    async with house() as at:
+        _, writer = await connected(at)
+        writer.write(frame(TEXT, b"\xff") + frame(CLOSE))
+        await until(lambda: not at.server.crowd.open)
+    assert faults == []
+
+
+async def test_a_websocket_keeps_nothing_of_the_request_that_it_began_as() -> None:
+    async with house() as at:
+        gc.collect()
+        gc.disable()
+        try:
+            await connected(at)
+            left = [o for o in gc.get_objects() if isinstance(o, Bounded)]
+        finally:
+            gc.enable()
+        assert not left
 
 
 async def test_a_message_in_many_frames_is_taken() -> None:

@@ -1,5 +1,6 @@
 """Every schema that was ever released becomes today's, with its data; today's migrations make what `schema` says."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, create_engine, insert, select, text
+from sqlalchemy import Connection, Executable, create_engine, insert, select, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 import vpn_sentinel.server.store as store_package
@@ -88,23 +89,28 @@ _ROWS = (
 )
 
 
-def _fill(connection: Connection) -> None:
+def _fill(connection: Connection, revision: str, more: Sequence[Executable]) -> None:
     config = Config()
     config.set_main_option("script_location", str(MIGRATIONS))
     config.attributes["connection"] = connection
-    command.upgrade(config, "0001")
-    for row in _ROWS:
-        connection.execute(text(row))
+    command.upgrade(config, revision)
+    for row in (*map(text, _ROWS), *more):
+        connection.execute(row)
 
 
 async def first_schema(url: str) -> None:
+    await older_schema(url, "0001")
+
+
+async def older_schema(url: str, revision: str, more: Sequence[Executable] = ()) -> None:
+    """Make a database of that schema, with a tunnel and its past in it, and run `more` in it."""
     if url.startswith("sqlite"):
         engine = create_engine(url)
         with engine.begin() as connection:
-            _fill(connection)
+            _fill(connection, revision, more)
         engine.dispose()
         return
     there = create_async_engine(url.replace("postgresql://", "postgresql+asyncpg://"))
     async with there.begin() as connection_:
-        await connection_.run_sync(_fill)
+        await connection_.run_sync(_fill, revision, more)
     await there.dispose()

@@ -157,6 +157,7 @@ EARLIER = {
     "exchange_before_one_user": "exchange",
     "welcome_before_memory": "welcome",
     "memory_before_told": "memory",
+    "memory_before_moved": "memory",
     "refused_before_fingerprints": "refused",
     "notice_before_first": "notice",
 }

@@ -4,10 +4,8 @@ import argparse
 import asyncio
 import json
 import sys
-import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from vpn_sentinel.cli.reading import add_config, source_of, warn_unread
@@ -108,16 +106,13 @@ def _policy(base: Policy, args: argparse.Namespace) -> Policy:
 
 
 def _policy_file(path: str) -> dict[str, str]:
-    try:
-        said = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
-        raise SettingError(f"--policy {path}", read.why(e)) from e
+    said = read.from_toml(path, f"--policy {path}")
     allowed = {"home_networks", "expected_countries", "allowed_resolvers", "allowed_outside"}
     if unknown := sorted(said.keys() - allowed):
         raise SettingError(f"--policy {path}", f"{unknown[0]!r} is not one of {', '.join(sorted(allowed))}")
     found = {}
     for name, value in said.items():
-        items = value if isinstance(value, list) else [value]
+        items: list[Any] = value if isinstance(value, list) else [value]
         if not all(isinstance(item, str) for item in items):
             raise SettingError(f"--policy {path}", f"{name} takes a list of texts")
         found[name] = ",".join(items)

@@ -6,6 +6,8 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 
+from vpn_sentinel.runtime.clock import SystemClock
+from vpn_sentinel.runtime.shortage import Untaken
 from vpn_sentinel.runtime.unusable import Unusable
 
 
@@ -35,6 +37,8 @@ def run_until_stopped(work: Callable[[asyncio.Event], Awaitable[None]], *, fast:
 async def _supervised(work: Callable[[asyncio.Event], Awaitable[None]]) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
+    # Else a trace for each connection that cannot be taken.
+    loop.set_exception_handler(Untaken(SystemClock().boottime).handle)
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
     await work(stop)

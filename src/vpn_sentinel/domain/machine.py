@@ -95,6 +95,7 @@ class Memory:
     `unheard_since` its pulses come in and their replies do not arrive, 0 while they do; `refuted` is when the agent
     itself then showed a live tunnel. `homes` are where a reference agent came out. `blinks` are the times at which it
     lately could no more be verified, though it could just before. `working` is the tunnel as it was when it worked.
+    `moved` is by how much the server's clock had been set, all in all, when this was written: see timeshift.
     """
 
     state: State = State.PENDING
@@ -121,6 +122,7 @@ class Memory:
     homes: tuple[Home, ...] = ()
     blinks: tuple[float, ...] = ()
     working: Working | None = None
+    moved: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,8 @@ _SEEN = (State.LEAKING, State.DOWN, State.DEGRADED)
 class Kind(StrEnum):
     SERVER_STARTED = "server_started"
     DATABASE_DAMAGED = "database_damaged"
+    SERVER_OVERLOADED = "server_overloaded"
+    SERVER_RECOVERED = "server_recovered"
     CONNECTED = "connected"
     ADDRESS_CHANGED = "address_changed"
     PORT_CHANGED = "port_changed"
@@ -34,7 +36,7 @@ class Notice:
 
     `was` is, for a recovery, the worst that the outage was, and for trouble the leak that it follows; `first` says that
     the tunnel was never protected before it; `details` are lines that stand as they are. `role` and `site` are the
-    agent's (see wire.messages.Hello).
+    agent's (see wire.messages.Hello). One that sums up several: see `summed_up`.
     """
 
     kind: Kind
@@ -59,7 +61,8 @@ class Notice:
     @property
     def outage(self) -> float | None:
         """Length in seconds of the trouble that a recovery ends."""
-        return self.at - self.began if self.kind is Kind.RECOVERED and self.began is not None else None
+        ends = self.kind in (Kind.RECOVERED, Kind.SERVER_RECOVERED)
+        return self.at - self.began if ends and self.began is not None else None
 
 
 _KIND_OF = {
@@ -69,6 +72,41 @@ _KIND_OF = {
     State.SILENT: Kind.SILENT,
     State.UNVERIFIED: Kind.UNVERIFIED,
 }
+
+# What a tunnel's notice of such a kind says is not how it stands.
+STATELESS = frozenset(
+    {
+        Kind.SERVER_STARTED,
+        Kind.DATABASE_DAMAGED,
+        Kind.SERVER_OVERLOADED,
+        Kind.SERVER_RECOVERED,
+        Kind.PORT_CHANGED,
+        Kind.TEST,
+    }
+)
+
+
+def summed_up(last: Notice, changes: int, leaks: int, leak: Notice | None, port: Notice | None) -> Notice:
+    """One notice for `changes` of a tunnel that changes too often to tell each.
+
+    `last` is the latest that tells a state, so this one tells how the tunnel stands now; `leaks` are how many of them
+    told a leak, and `leak` and `port` the latest of these kinds. A leak that is over is in it, by `was` and by what it
+    was found by.
+    """
+    said = [
+        f"{changes} changes since the last message are summed up here: {last.tunnel} changes too often to tell each."
+    ]
+    if leaks:
+        times = "one was a leak" if leaks == 1 else f"{leaks} were leaks"
+        said.append(f"Of them {times}.")
+    over = leaks > 0 and last.kind is not Kind.LEAKING
+    if over and leak is not None:
+        said += [f"Seen during the last leak: {f.message}" for f in leak.findings]
+    summed = replace(last, details=(*said, *last.details))
+    if over:
+        summed = replace(summed, was=State.LEAKING)
+    # What it was before was not told either.
+    return summed if port is None else replace(summed, port=port.port, old_port=None)
 
 
 def notices(before: Memory, after: Memory, events: Sequence[Event], *, caught_up: bool) -> tuple[Memory, list[Notice]]:

@@ -1,9 +1,9 @@
-"""A clock that was set back: what is remembered of times that have not come yet.
+"""A clock that was set: what is remembered goes with it, so that nothing lasts longer or shorter for that.
 
-The machine never lets time run backwards, so without this every observation would count as simultaneous with the last
-one, and no grace would end, until the clock has caught up with itself.
+See docs/adr/0011-a-clock-that-is-set.md.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
@@ -13,25 +13,41 @@ from vpn_sentinel.domain.machine import Memory
 TOLERATED: Final = 8.0
 
 
+def moved(memory: Memory, by: float) -> Memory:
+    """The memory by a clock that was set forward by so many seconds; 0.0 stands for "never", and stays."""
+    if not by:
+        return memory
+    before = memory.before
+    if before is not None:
+        waiting = before.candidate and replace(before.candidate, since=before.candidate.since + by)
+        before = replace(before, since=_moved(before.since, by), candidate=waiting)
+    return replace(_each(memory, lambda time: _moved(time, by)), before=before, moved=memory.moved + by)
+
+
 def not_after(memory: Memory, now: float) -> Memory:
     """The memory without times after `now`, seconds since the epoch: what lies there counts as of now.
 
-    A memory that has none, but for `TOLERATED` seconds, is given back as it is. A silence that a replay could void is
-    no more to be told from others, and stays.
+    The machine never lets time run backwards: every observation would count as simultaneous with the last one, and no
+    grace would end, until the clock has caught up. A memory that has none, but for `TOLERATED` seconds, is given back
+    as it is. A silence that a replay could void is no more to be told from others, and stays.
     """
     if max(memory.seen_at, memory.since) <= now + TOLERATED:
         return memory
+    return replace(_each(memory, lambda time: min(time, now)), before=None)
 
-    def at(time: float) -> float:
-        return min(time, now)
 
+def _moved(time: float, by: float) -> float:
+    return time + by if time else time
+
+
+def _each(memory: Memory, at: Callable[[float], float]) -> Memory:
+    """The memory with another time for each of its times, but for those of `before`."""
     candidate, outage = memory.candidate, memory.outage
     return replace(
         memory,
         since=at(memory.since),
         seen_at=at(memory.seen_at),
         candidate=None if candidate is None else replace(candidate, since=at(candidate.since)),
-        before=None,
         trouble_since=None if memory.trouble_since is None else at(memory.trouble_since),
         outage=None if outage is None else replace(outage, began=at(outage.began)),
         turns=tuple(at(t) for t in memory.turns),

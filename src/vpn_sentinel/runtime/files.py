@@ -1,18 +1,20 @@
 """Files that are there whole or not at all, whenever the process is killed, the disk full or the power gone."""
 
 import os
+import re
 import secrets
 from pathlib import Path
 from typing import Final
 
 PART: Final = ".part"  # how the name of a file ends that is not whole yet
+_LEFT: Final = re.compile(r"\.[0-9a-f]{16}" + re.escape(PART))
 
 
 def put(path: Path, content: bytes, *, mode: int = 0o600) -> None:
     """Write `content` to `path`: afterwards, and after any failure, it holds either that or what it held before.
 
     Written beside it, under a name that nobody can have put a link at; a link at `path` is replaced, not followed. A
-    process that is killed leaves a `*.part` at worst. Raises OSError.
+    process that is killed leaves a `*.part` at worst, see `sweep`. Raises OSError.
     """
     written = beside(path)
     handle = os.open(written, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -29,6 +31,16 @@ def put(path: Path, content: bytes, *, mode: int = 0o600) -> None:
 def beside(path: Path) -> Path:
     """A new name in the same folder, for what is to take the place of `path`."""
     return path.with_name(f"{path.name[:100]}.{secrets.token_hex(8)}{PART}")
+
+
+def sweep(folder: Path, name: str) -> None:
+    """Remove what killed processes left of files in `folder` whose names begin with `name`.
+
+    With it goes what SQLite kept beside one, a journal. Raises OSError.
+    """
+    for path in list(folder.iterdir()):
+        if path.name.startswith(name) and _LEFT.search(path.name, len(name)):
+            path.unlink(missing_ok=True)
 
 
 def settle(written: Path, path: Path) -> None:

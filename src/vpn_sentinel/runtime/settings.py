@@ -87,10 +87,13 @@ class Source:
         path = path or env.get(PREFIX + "CONFIG")
         values: Mapping[str, object] = {}
         if path:
-            try:
-                values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
-            except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as e:
-                raise SettingError(f"configuration file {path}", why(e)) from e
+            values = from_toml(path, f"configuration file {path}")
+            # Passed over, a table would take all that is in it along: the key, and who may ask.
+            if table := next((k for k, v in values.items() if isinstance(v, dict)), None):
+                raise SettingError(f"configuration file {path}", f"[{table}] is a table; settings stand at the top")
+            lower = [k.lower() for k in values]
+            if twice := sorted({k for k in lower if lower.count(k) > 1}):
+                raise SettingError(f"configuration file {path}", f"sets {', '.join(twice)} twice, in different cases")
         given = {k: v for k, v in flags.items() if v is not None}
         return cls(env=env, file={k.lower(): v for k, v in values.items()}, flags=given)
 
@@ -108,17 +111,19 @@ class Source:
             except (OSError, ValueError) as e:
                 raise SettingError(f"{key}_FILE", f"{path}: {why(e)}") from e
         value_in_file = self.file.get(name.lower())
-        match value_in_file:
-            case None:
-                return None
-            case bool():
-                return "true" if value_in_file else "false"
-            case str() | int() | float():
-                return str(value_in_file).strip() or None
-            case list():
-                return ",".join(str(item) for item in value_in_file) or None
-            case _:
-                raise SettingError(name.lower(), "takes a text, a number, true, false or a list")
+        try:
+            match value_in_file:
+                case None:
+                    return None
+                case bool():
+                    return "true" if value_in_file else "false"
+                case str() | int() | float():
+                    return str(value_in_file).strip() or None
+                case list():
+                    return ",".join(str(item) for item in value_in_file) or None
+        except ValueError as e:  # a number in hexadecimal has no bound, and one that is written has
+            raise SettingError(name.lower(), "is too long a number") from e
+        raise SettingError(name.lower(), "takes a text, a number, true, false or a list")
 
     def get(self, name: str, parse: Callable[[str], T], default: T) -> T:
         """Parse `name`, or return `default`. Raises SettingError naming the key when `parse` raises ValueError."""
@@ -139,6 +144,16 @@ class Source:
         # The system reads its own variable in the environment alone.
         in_file = [k for k in self.file if k.upper() not in self.asked - {"TZ"}]
         return sorted(in_env + in_file)
+
+
+def from_toml(path: str, what: str) -> dict[str, object]:
+    """What a TOML file holds. Raises SettingError, by the name `what`, when it cannot be read or parsed."""
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except RecursionError as e:
+        raise SettingError(what, "is nested too deep") from e
+    except (OSError, ValueError) as e:  # of the disk, of UTF-8, of TOML, and of int() for too many digits
+        raise SettingError(what, why(e)) from e
 
 
 def _held_in(path: str) -> str:

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
-from ipaddress import ip_network
+from ipaddress import IPv4Address, IPv6Network, ip_network
 from typing import Any, Final
 
 from sqlalchemy import insert, select, update
@@ -42,6 +42,7 @@ _MOST_LINES: Final = 30
 # Proxies of which it was said that their header is not understood, or names nobody.
 _TOLD_OF: Final[set[tuple[str, IPAddress]]] = set()
 _MOST_TOLD: Final = 100
+_NAT64: Final = IPv6Network("64:ff9b::/96")
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,7 +278,7 @@ def peer(remote: str, forwarded_for: str | None, trusted: Iterable[IPNetwork]) -
     address.
     """
     trusted = tuple(trusted)
-    found = address(remote.partition("%")[0])
+    found = _translated(address(remote.partition("%")[0]))
     named = False
     for hop in reversed((forwarded_for or "").split(",")):
         if not inside(found, trusted):
@@ -309,7 +310,12 @@ def _hop(text: str) -> IPAddress:
             raise ValueError(msg)
     elif text.count(":") == 1 and _is_port(":" + text.partition(":")[2]):
         text = text.partition(":")[0]
-    return address(text.partition("%")[0])
+    return _translated(address(text.partition("%")[0]))
+
+
+def _translated(found: IPAddress) -> IPAddress:
+    """The IPv4 address that a NAT64 in front of us writes into IPv6's form, by the well-known prefix (RFC 6052)."""
+    return IPv4Address(found.packed[12:]) if found.version == 6 and found in _NAT64 else found
 
 
 def _is_port(text: str) -> bool:

@@ -15,7 +15,7 @@ from sqlalchemy import insert, select, text, update
 
 from vpn_sentinel import __version__
 from vpn_sentinel.domain.notice import Kind, Notice
-from vpn_sentinel.runtime.clock import Clock
+from vpn_sentinel.runtime.clock import Clock, SteadyClock
 from vpn_sentinel.runtime.settings import PREFIX
 from vpn_sentinel.server.access import Access, first_key
 from vpn_sentinel.server.api.app import build_api
@@ -47,10 +47,14 @@ from vpn_sentinel.server.store.schema import meta, outbox
 from vpn_sentinel.server.store.sqlite import SqliteStore
 from vpn_sentinel.server.store.store import Store
 from vpn_sentinel.server.tracker import Tracker
+from vpn_sentinel.server.watch.descriptors import Descriptors
 from vpn_sentinel.server.watch.overdue import Overdue
+from vpn_sentinel.server.watch.overload import Overload
 from vpn_sentinel.server.watch.ports import Ports
+from vpn_sentinel.server.watch.presence import Presence
 from vpn_sentinel.server.watch.replicas import Replicas
 from vpn_sentinel.server.watch.retention import Retention
+from vpn_sentinel.server.watch.timekeeper import PATIENCE, Timekeeper, database_time
 from vpn_sentinel.server.watch.upkeep import Upkeep, UpkeepMetrics
 
 log = logging.getLogger(__name__)
@@ -127,13 +131,17 @@ async def serve(
 
 async def _run(
     settings: ServerSettings,
-    clock: Clock,
+    system: Clock,
     stop: asyncio.Event,
     tell: Callable[[str], None],
     store: Store,
     sockets: Sockets,
     started: Callable[[Store], None],
 ) -> None:
+    clock = SteadyClock(system)
+    alone = settings.database_url.startswith("sqlite:")
+    keeper = Timekeeper(store, clock, lambda: _time(settings, system, store), patience=0.0 if alone else PATIENCE)
+    await keeper.start()
     secret = await _secret(store)
     if settings.api_key is None:
         await _first_key(store, clock, tell)
@@ -153,7 +161,7 @@ async def _run(
         channels = build_channels(settings, http, clock=clock, api=bot_api)
         dispatcher = Dispatcher(store, channels, clock, NotifyMetrics(registry, channels))
         own_address = OwnAddress(http, settings.trace_url, _wants_own_address(settings))
-        sites = Sites(lambda name: _pulsed(ledger, name, clock))
+        sites = Sites(lambda name: _pulsed(ledger, name, clock), moved=lambda: keeper.moved)
         await sites.load(store, clock.wall())
         tracker = Tracker(
             store,
@@ -164,12 +172,13 @@ async def _run(
             on_commit=dispatcher.wake,
             own_address=own_address,
             sites=sites,
+            moved=lambda: keeper.moved,
         )
         ports = Ports(tracker.forwarded if settings.port_check else {}, tracker.tried, clock)
         door = Door(settings, access, clock)
         lookout = Lookout(tracker.sighted, clock.wall)
         ledger = Ledger(secret, lookout.note)
-        known = Names(ledger, lambda: names_of(store))
+        known = Names(ledger, lambda: _names(store, clock))
         pulses = PulseProtocol(ledger, clock.boottime, missed=known.missed)
         PulseMetrics(registry, lambda: pulses.counts)
         sessions = Sessions(
@@ -187,7 +196,9 @@ async def _run(
         crowd = 10 * settings.rate_limit
         api = Switch(door, keepalives, sessions, build_api(services), settings.api_path, crowd=crowd)
         canary = build_canary(settings.canary, secret, own_address, registry) if settings.canary else None
-        overdue = Overdue(store, tracker, clock)
+        presence = Presence(clock)
+        overdue = Overdue(store, tracker, clock, presence, keeper.follow)
+        overload = Overload(store, tuple(channels), clock, presence, registry, dispatcher.wake)
         health = build_health(
             HealthServices(
                 store=store,
@@ -202,7 +213,10 @@ async def _run(
         running = [
             tasks.create_task(tracker.run(), name="tracker"),
             tasks.create_task(dispatcher.run(), name="dispatcher"),
+            tasks.create_task(presence.run(), name="presence"),
             tasks.create_task(overdue.run(), name="overdue"),
+            tasks.create_task(overload.run(), name="overload"),
+            tasks.create_task(Descriptors(clock, registry).run(), name="descriptors"),
             tasks.create_task(Retention(store, clock, settings.retention_days).run(), name="retention"),
             tasks.create_task(own_address.run(), name="own address"),
             tasks.create_task(sites.run(store, clock), name="sites"),
@@ -231,12 +245,12 @@ async def _run(
         CrowdMetrics(registry, crowds | ({"canary": canary.crowd} if canary else {}))
         servers = [tasks.create_task(serve_until(server, bound, closing)) for server, bound in doors.values()]
 
-        now = clock.wall()
-        started_notice = Notice(kind=Kind.SERVER_STARTED, at=now, details=(f"Version {__version__}",))
+        at = clock.wall()
+        started_notice = Notice(kind=Kind.SERVER_STARTED, at=at, details=(f"Version {__version__}",))
         if settings.database_url.startswith("sqlite:"):
             # Nobody else delivers from this file: a lease that stands is a crashed server's, and need not run out.
             await store.write(update(outbox).where(outbox.c.settled_at.is_(None)).values(leased_until=0.0))
-        if debts := owe(started_notice, channels, now):
+        if debts := owe(started_notice, channels, at):
             await store.write(insert(outbox).values(debts))
         dispatcher.wake()
         log.info("server started", extra={"version": __version__, "port": settings.api_port})
@@ -296,7 +310,20 @@ def _spare_the_collector() -> None:
     """What is loaded by now stays for ever: a full collection that walks it would stop every report for 50 ms."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 50)
+    # A connection that ends is a cycle. Those that lived through a collection wait for a full one: after a million of
+    # objects, as 20,000 connections leave behind, not after fifty millions.
+    gc.set_threshold(50_000, 10, 2)
+
+
+async def _time(settings: ServerSettings, system: Clock, store: Store) -> float:
+    """By the clock that all who write into the database have in common."""
+    return system.wall() if settings.database_url.startswith("sqlite:") else await database_time(store)
+
+
+async def _names(store: Store, clock: Clock) -> dict[str, float]:
+    """Of each tunnel that may pulse, when it reported last, by the boot time's clock."""
+    offset = clock.wall() - clock.boottime()
+    return {name: at - offset for name, at in (await names_of(store)).items()}
 
 
 def _pulsed(ledger: Ledger, name: str, clock: Clock) -> Span | None:

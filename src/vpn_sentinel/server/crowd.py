@@ -1,6 +1,7 @@
 """Who is connected to one listener: how many of each address and network, who makes room, and what is said about it."""
 
 import logging
+import resource
 import socket
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
@@ -13,13 +14,17 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 log = logging.getLogger(__name__)
 
 _COMPLAINS_EVERY: Final = 60.0
+_TIME_TO_ASK: Final = 1.0  # seconds: a round trip or three, of TLS too
+# More than this a process of ours cannot use; what is kept back is for the store, the channels and the listeners.
+_DESCRIPTORS: Final = 65_536
+_KEPT_BACK: Final = 128
 
 # An IPv4 address, or the /64 that one IPv6 customer has; and the /24 or /48 around it.
 Prefix = str | bytes
 
 
 class Place:
-    """One connection. It is idle until it says that it is busy."""
+    """One connection. It is new until it says that it is busy, idle, or to be kept."""
 
     __slots__ = ("_crowd", "address", "cut", "network")
 
@@ -28,15 +33,24 @@ class Place:
         self.address, self.network, self.cut = address, network, cut
 
     def busy(self) -> None:
-        """It is being served, and yields to nobody."""
+        """It is being served. It yields where none is idle, after all that have been served for longer."""
         if self._crowd is not None:
+            self._crowd.new.pop(self, None)
             self._crowd.idle.pop(self, None)
+            self._crowd.served[self] = None
 
     def idle(self) -> None:
-        """Nothing is asked on it. It yields after all that have been idle for longer."""
+        """We wait for the other side. It yields after all that have been idle for longer."""
         if self._crowd is not None:
+            self._crowd.new.pop(self, None)
+            self._crowd.served.pop(self, None)
             self._crowd.idle[self] = None
             self._crowd.idle.move_to_end(self)
+
+    def keep(self) -> None:
+        """It was let in for as long as it wants, and yields to nobody."""
+        if self._crowd is not None:
+            self._crowd.forget(self)
 
     def leave(self) -> None:
         """It has ended. May be called again."""
@@ -46,12 +60,17 @@ class Place:
 
 
 class Crowd:
-    """Where all places are taken, who has been idle for longest yields to who comes."""
+    """Where all places are taken, one yields to who comes: who asked nothing within `_TIME_TO_ASK`, else who has been
+    idle for longest, else who has been served for longest. Who has just come yields where there is nobody else, or
+    those who come at once would drive each other out before any of them is heard.
+    """
 
     def __init__(self, connections: int, per_address: int, per_network: int) -> None:
         self._connections, self._per_address, self._per_network = connections, per_address, per_network
         self.open: Counter[Prefix] = Counter()  # by address
+        self.new: OrderedDict[Place, float] = OrderedDict()  # with when each came
         self.idle: OrderedDict[Place, None] = OrderedDict()
+        self.served: OrderedDict[Place, None] = OrderedDict()
         self.refused = dict.fromkeys(("all", "address", "network", "yielded"), 0)
         self._networks: Counter[Prefix] = Counter()
         self._total = 0
@@ -76,7 +95,7 @@ class Crowd:
         yields = None
         if self._total >= self._connections:
             self._say_full()
-            yields = next(iter(self.idle), None)
+            yields = self._yields(now)
             self.refused["yielded" if yields else "all"] += 1
             if yields is None:
                 return None
@@ -84,7 +103,7 @@ class Crowd:
         self._networks[network] += 1
         self._total += 1
         place = Place(self, address, network, cut)
-        place.idle()
+        self.new[place] = now
         if yields is not None:
             yields.leave()
             yields.cut()
@@ -92,7 +111,7 @@ class Crowd:
 
     def left(self, place: Place) -> None:
         """For `Place.leave`."""
-        self.idle.pop(place, None)
+        self.forget(place)
         self._total -= 1
         for counter, key in ((self.open, place.address), (self._networks, place.network)):
             counter[key] -= 1
@@ -102,6 +121,22 @@ class Crowd:
         if self._full and self._total <= self._connections * 7 // 8:
             self._full = False
             log.info("connections are taken again", extra={"connections": self._total})
+
+    def forget(self, place: Place) -> None:
+        """It is none of those that yield."""
+        self.new.pop(place, None)
+        self.idle.pop(place, None)
+        self.served.pop(place, None)
+
+    def unserved(self) -> list[Place]:
+        """Those on which nothing is asked now."""
+        return [*self.new, *self.idle]
+
+    def _yields(self, now: float) -> Place | None:
+        first = next(iter(self.new), None)
+        if first is not None and now - self.new[first] >= _TIME_TO_ASK:
+            return first
+        return next(iter(self.idle or self.served or self.new), None)
 
     def complain(self, what: str, host: str, now: float) -> None:
         """Log `what` at most once a minute, with how often it happened since the last time."""
@@ -113,7 +148,7 @@ class Crowd:
     def _say_full(self) -> None:
         if not self._full:
             self._full = True
-            log.warning("all connections are taken: idle ones yield to new ones", extra={"connections": self._total})
+            log.warning("all connections are taken: others yield to new ones", extra={"connections": self._total})
 
 
 class CrowdMetrics:
@@ -135,6 +170,23 @@ class CrowdMetrics:
                 refused.add_metric((name, reason), count)
         yield held
         yield refused
+
+
+def room(sixteenths: int) -> int:
+    """How many connections a listener may have that gets so much of the process's descriptors. All get sixteen."""
+    return max(_descriptors() - _KEPT_BACK, 64) * sixteenths // 16
+
+
+def _descriptors() -> int:
+    """How many descriptors this process may have, after asking for as many as are of use."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return _DESCRIPTORS
+    wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
+    if soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+        log.info("limit of open files raised", extra={"before": soft, "now": wanted})
+    return min(max(soft, wanted), _DESCRIPTORS)
 
 
 def _is_ipv4(host: str) -> bool:

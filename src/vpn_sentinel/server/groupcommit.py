@@ -13,6 +13,8 @@ log = logging.getLogger(__name__)
 
 # Works that one transaction takes at most: bounds how long a reader of the same rows waits.
 _BATCH: Final = 256
+# Observations after which it takes no further work: each is judged, which keeps the interpreter from all else.
+_OBSERVATIONS: Final = 256
 # Works of one kind that wait at most; beyond it the server says "busy" rather than grow.
 _MOST: Final = 5000
 
@@ -35,6 +37,8 @@ class GroupCommit:
         self._arrivals: list[_Waiting] = []
         self._notes: list[_Waiting] = []
         self._arrived = asyncio.Event()
+        # Held while something is committed.
+        self.busy = asyncio.Lock()
 
     async def put(self, work: Work) -> None:
         """Return when `work` is committed. Raises StoreUnavailable, or Busy when too many wait."""
@@ -46,15 +50,21 @@ class GroupCommit:
         self._arrived.set()
         await done
 
+    def amend(self, change: Callable[[Work], Work]) -> None:
+        """Change what waits."""
+        for waiting in (*self._arrivals, *self._notes):
+            waiting.work = change(waiting.work)
+
     async def run(self) -> None:
         """Commit what waits, for ever. On cancellation whoever waits is told that the server is going."""
         try:
             while True:
                 await self._arrived.wait()
                 for queue in (self._arrivals, self._notes):
-                    if batch := queue[:_BATCH]:
-                        del queue[:_BATCH]
-                        await self._commit(batch)
+                    async with self.busy:
+                        if batch := _first(queue):
+                            del queue[: len(batch)]
+                            await self._commit(batch)
                 if not self._arrivals and not self._notes:
                     self._arrived.clear()
         finally:
@@ -79,6 +89,17 @@ class GroupCommit:
                 await self._commit([waiting])
         else:
             _settle(batch, None)
+
+
+def _first(queue: Sequence[_Waiting]) -> list[_Waiting]:
+    """What is committed next: the earliest, one of any size and more while they are few."""
+    batch, left = list[_Waiting](), _OBSERVATIONS
+    for waiting in queue[:_BATCH]:
+        if left <= 0:
+            break
+        batch.append(waiting)
+        left -= len(waiting.work.observations) if isinstance(waiting.work, Arrival) else 1
+    return batch
 
 
 def _settle(batch: Iterable[_Waiting], error: Exception | None) -> None:

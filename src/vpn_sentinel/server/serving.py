@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import errno
 import logging
-import resource
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,32 +18,32 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from vpn_sentinel.runtime.settings import SettingError
+from vpn_sentinel.server.acceptor import Acceptor
 from vpn_sentinel.server.alike import Alike
-from vpn_sentinel.server.crowd import Crowd, Place
+from vpn_sentinel.server.crowd import Crowd, Place, room
 from vpn_sentinel.server.websocket import BoundedWebSocket
 from vpn_sentinel.wire.problem import CONTENT_TYPE, problem
 
 log = logging.getLogger(__name__)
 
-# More than this a process of ours cannot use; what is kept back is for the store, the channels and the listeners.
-_DESCRIPTORS: Final = 65_536
-_KEPT_BACK: Final = 128
-# How much a header costs beyond its bytes, as RFC 7541 reckons: thousands of tiny ones are as dear as a long one.
-_HEADER_COSTS: Final = 32
+# Bytes that CPython keeps of a header beside those that came: two objects, a pair of them, and its place in a list.
+# Thousands of tiny ones are dearer than a long one.
+_HEADER_COSTS: Final = 144
 _NO_SUCH_ADDRESS: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
 _OF_AN_OFFER: Final = (b"upgrade", b"http2-settings")
-_COMPLAINS_EVERY: Final = 60.0
 _WHOLE_BODY: Final = 10  # times as long as between two parts
 # Bytes and seconds for what is left of a request's body when it is answered, and after that.
 _BEFORE: Final = (64 * 1024, 1.0)
 _AFTER: Final = (512 * 1024, 2.0)
+_WAITING: Final = 2048  # connections that the kernel holds until they are taken
 _ENDS_WITHIN: Final = 0.5
 _TASKS_END_WITHIN: Final = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What one listener grants. Times are seconds; `head` is bytes of the request line, the headers and the trailers.
+    """What one listener grants. Times are seconds; `head` is bytes of the request line, the headers and the trailers,
+    and of the heads of all requests that wait on one connection.
 
     `drained_within` is how long a client may leave an answer unread, `connections` how many may be open in all, half of
     them of one network (a /24, or a /48 of IPv6) and `per_address` of one address (or a /64). A body
@@ -69,10 +68,10 @@ class Bounded(HttpToolsProtocol):
     One timer per connection: it re-arms itself from `_deadline`, which is all that a request moves.
     """
 
-    def __init__(self, crowd: Crowd, limits: Limits, place: Place | None, **kwargs: Any) -> None:
-        """`place` is its own where it was counted already."""
+    def __init__(self, crowd: Crowd, limits: Limits, place: Place, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self._crowd, self._limits, self._place = crowd, limits, place
+        self._crowd, self._limits = crowd, limits
+        self._place: Place | None = place  # until it is left, or another protocol's
         self._timer: asyncio.TimerHandle | None = None
         self._rings_at = self._deadline = self._drained_by = inf
         self._running: RequestResponseCycle | None = None
@@ -82,18 +81,15 @@ class Bounded(HttpToolsProtocol):
         self._parts = 0  # in which the body came so far
         self._body_by = inf
         self._head = 0
+        self._waiting_heads = 0  # of the requests that wait for the answer to one before
         self._refused = ""
         self._declined: bytes | None = None  # the head of a request whose offer of another protocol is not taken
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if self._place is None:
-            self._place = self._crowd.enter(self._host, self.loop.time(), transport.abort)
-        if self._place is None:
-            self.connections.discard(self)
-            transport.abort()
-        else:
-            self._wait(self._limits.head_within)
+        if self._place is not None:
+            self._place.cut = transport.abort
+        self._wait(self._limits.head_within)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._release()
@@ -150,9 +146,12 @@ class Bounded(HttpToolsProtocol):
         place, self._place = self._place, None
         self._release()
         super().handle_websocket_upgrade()
+        # Which holds this one, that nobody needs any more.
+        self.parser = None  # type: ignore[assignment]
         protocol = self.transport.get_protocol()
         if isinstance(protocol, BoundedWebSocket) and place is not None:
-            place.busy()
+            place.idle()  # until the agent's hello was answered
+            protocol.greeted = place.keep
             protocol.left, protocol.drained_within = place.leave, self._limits.drained_within
 
     def send_400_response(self, msg: str) -> None:
@@ -197,9 +196,11 @@ class Bounded(HttpToolsProtocol):
         self._head += len(self.url)
         if self._head > self._limits.head:
             self._refuse("The head is too large.")
-        if len(self.pipeline) >= self._limits.queue:
+        answered = self._running is None or self._running.response_complete
+        self._waiting_heads = 0 if answered else self._waiting_heads + self._head
+        if len(self.pipeline) >= self._limits.queue or self._waiting_heads > self._limits.head:
             self._refuse("Too many requests wait for their answers.")
-        if self._running is not None and not self._running.response_complete and self.parser.should_upgrade():
+        if not answered and self.parser.should_upgrade():
             self._refuse("A connection cannot change its protocol before all is answered.")
         if self._place is not None:
             self._place.busy()
@@ -243,10 +244,14 @@ class Bounded(HttpToolsProtocol):
         super().pause_writing()
         self._drained_by = self.loop.time() + self._limits.drained_within
         self._arm(self._drained_by)
+        if self._place is not None:
+            self._place.idle()
 
     def resume_writing(self) -> None:
         super().resume_writing()
         self._drained_by = inf
+        if self._place is not None and self._running is not None and not self._running.response_complete:
+            self._place.busy()
 
     @property
     def _host(self) -> str:
@@ -266,15 +271,23 @@ class Bounded(HttpToolsProtocol):
                 comes = not cycle.waiting_for_100_continue  # else it waits to be asked for
                 if comes:
                     # Mostly it is on its way, and to be cut while it sends would cost the client the answer.
-                    await _drain(cycle, *_BEFORE)
+                    await self._drained(cycle, *_BEFORE)
                 cycle.keep_alive = cycle.keep_alive and not cycle.more_body
             elif cycle.more_body and comes and not message.get("more_body"):
                 await send(message | {"more_body": True})
-                await _drain(cycle, *_AFTER)
+                await self._drained(cycle, *_AFTER)
                 message = {"type": message["type"]}
             await send(message)
+            if message.get("more_body") and self._place is not None and self._drained_by == inf:
+                self._place.keep()  # a stream, or a long answer that is being taken
 
         await app(scope, receive, answer)
+
+    async def _drained(self, cycle: RequestResponseCycle, size: int, seconds: float) -> None:
+        """See `_drain`. What it waits for is of no use to anybody, so it yields."""
+        if self._place is not None:
+            self._place.idle()
+        await _drain(cycle, size, seconds)
 
     def _refuse(self, why: str) -> None:
         self._refused = why
@@ -321,61 +334,6 @@ class Bounded(HttpToolsProtocol):
             self._arm(at)
 
 
-class Handshake(asyncio.Protocol):
-    """A connection until its TLS handshake is over, counted before it costs more than a descriptor."""
-
-    def __init__(self, server: "EmbeddedServer", seconds: float) -> None:
-        self._server, self._seconds = server, seconds
-        self._place: Place | None = None
-        self._early: list[bytes] = []  # what the client sent right behind its handshake
-        self._ended = False
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)  # noqa: S101 - of a stream's server
-        peer = transport.get_extra_info("peername")
-        now = asyncio.get_running_loop().time()
-        self._place = self._server.crowd.enter(peer[0], now, transport.abort) if peer else None
-        if self._place is None:
-            transport.abort()
-            return
-        transport.pause_reading()  # what comes now is for TLS
-        task = asyncio.get_running_loop().create_task(self._shake(transport, self._place))
-        self._server.server_state.tasks.add(task)
-        task.add_done_callback(self._server.server_state.tasks.discard)
-
-    def data_received(self, data: bytes) -> None:
-        self._early.append(data)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        del exc
-        self._ended = True
-        if self._place is not None:
-            self._place.leave()
-
-    async def _shake(self, transport: asyncio.Transport, place: Place) -> None:
-        loop, context = asyncio.get_running_loop(), self._server.config.ssl
-        assert context is not None  # noqa: S101 - else nobody shakes hands here
-        limit = self._seconds  # asyncio gives a handshake a minute, and its end half a one
-        try:
-            secured = await loop.start_tls(
-                transport, self, context, server_side=True, ssl_handshake_timeout=limit, ssl_shutdown_timeout=limit
-            )
-        except OSError as e:  # no TLS, or too slow; ssl.SSLError is one, and TimeoutError
-            log.debug("a TLS handshake failed", extra={"reason": str(e)})
-            secured = None
-        if secured is None:
-            transport.abort()
-            place.leave()
-            return
-        protocol = self._server.protocol(place)
-        secured.set_protocol(protocol)
-        protocol.connection_made(secured)
-        for data in self._early:
-            protocol.data_received(data)
-        if self._ended:
-            protocol.connection_lost(None)
-
-
 async def _drain(cycle: RequestResponseCycle, size: int, seconds: float) -> None:
     """Read what is left of a request's body, which nobody wants, `size` bytes at most (RFC 9112, section 9.6)."""
     with contextlib.suppress(TimeoutError):
@@ -400,13 +358,15 @@ class EmbeddedServer(uvicorn.Server):
         yield
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's for bound sockets, which would count a connection when its TLS handshake is over."""
+        """As uvicorn's for bound sockets, but for who takes the connections."""
         await self.lifespan.startup()
-        loop = asyncio.get_running_loop()
-        made = self._shaking if self.config.ssl else self.protocol
-        self.servers = [
-            await loop.create_server(made, sock=bound, backlog=self.config.backlog) for bound in sockets or []
-        ]
+        self.servers = []
+        for bound in sockets or []:
+            taking: Any = Acceptor(
+                bound, self.crowd, self.protocol,
+                waiting=self.config.backlog, context=self.config.ssl, seconds=self._limits.head_within,
+            )  # fmt: skip
+            self.servers.append(taking)
         self.started = True
 
     def abort(self) -> None:
@@ -419,15 +379,12 @@ class EmbeddedServer(uvicorn.Server):
         for task in list(self.server_state.tasks):
             task.cancel()
 
-    def protocol(self, place: Place | None = None) -> Bounded:
-        """What serves a connection, which has its `place` already where it was counted before."""
+    def protocol(self, place: Place) -> Bounded:
+        """What serves the connection at `place`."""
         return Bounded(
             self.crowd, self._limits, place,
             config=self.config, server_state=self.server_state, app_state=self.lifespan.state,
         )  # fmt: skip
-
-    def _shaking(self) -> "Handshake":
-        return Handshake(self, self._limits.head_within)
 
 
 def embedded(
@@ -435,11 +392,10 @@ def embedded(
 ) -> EmbeddedServer:
     """A server for `app`, to be run with `serve(sockets=[…])`.
 
-    A `side` door takes no WebSockets and one eighth of the process's descriptors; the main one takes three quarters.
+    A `side` door takes no WebSockets and two sixteenths of the process's descriptors; the main one takes eleven.
     """
     if limits is None:
-        room = max(_descriptors() - _KEPT_BACK, 64)
-        limits = Limits(connections=room // 8 if side else room * 3 // 4)
+        limits = Limits(connections=room(2 if side else 11))
     config = uvicorn.Config(
         Alike(app),
         loop="none",
@@ -453,23 +409,11 @@ def embedded(
         server_header=False,
         proxy_headers=False,  # ours are believed only from listed networks
         timeout_graceful_shutdown=1,
-        backlog=2048,
+        backlog=_WAITING,
         ssl_certfile=str(cert) if cert else None,
         ssl_keyfile=str(key) if key else None,
     )
     return EmbeddedServer(config, limits)
-
-
-def _descriptors() -> int:
-    """How many descriptors this process may have, after asking for as many as are of use."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY:
-        return _DESCRIPTORS
-    wanted = _DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, _DESCRIPTORS)
-    if soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        log.info("limit of open files raised", extra={"before": soft, "now": wanted})
-    return min(max(soft, wanted), _DESCRIPTORS)
 
 
 def listen(

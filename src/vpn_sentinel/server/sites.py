@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-import msgspec
 from sqlalchemy import Row, or_, select
 
 from vpn_sentinel.domain.machine import Home, Memory
 from vpn_sentinel.domain.policy import IPNetwork
+from vpn_sentinel.domain.timeshift import moved
 from vpn_sentinel.domain.verdict import State
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.server.store.schema import incidents, tunnels
@@ -60,6 +60,13 @@ class Reference:
     deadline: float | None = None
     patience: float = 0.0
 
+    def move(self, by: float) -> None:
+        """The clock was set forward by so many seconds."""
+        self.homes = tuple(Home(network=h.network, seen_at=h.seen_at + by) for h in self.homes)
+        self.turns = [(since + by, state) for since, state in self.turns]
+        self.seen_at, self.well_at = self.seen_at + by, self.well_at + by
+        self.deadline = None if self.deadline is None else self.deadline + by
+
     def said(self, since: float, state: State) -> None:
         """From `since` on it says `state`; what was only supposed of the time after is void."""
         while self.turns and self.turns[-1][0] >= since:
@@ -100,11 +107,15 @@ class Reference:
 class Sites:
     """Reference agents by name. Its methods are called from the thread that writes and from the event loop.
 
-    `pulsed` tells when, by the server's clock, pulses of an agent last came over the internet.
+    `pulsed` tells when, by the server's clock, pulses of an agent last came over the internet; `moved` by how much that
+    clock has been set: see `domain.machine.Memory`.
     """
 
-    def __init__(self, pulsed: Callable[[str], Span | None] = lambda _: None) -> None:
+    def __init__(
+        self, pulsed: Callable[[str], Span | None] = lambda _: None, moved: Callable[[], float] = lambda: 0.0
+    ) -> None:
         self._pulsed = pulsed
+        self._moved = moved
         self._references: dict[str, Reference] = {}
         self._by_site: dict[str, dict[str, Reference]] = {}
 
@@ -130,6 +141,11 @@ class Sites:
         if (known := self._references.get(name)) is not None:
             known.said(known.seen_at + _AFTER, State.SILENT)
             known.deadline, known.patience = None, patience
+
+    def move(self, by: float) -> None:
+        """The clock was set forward by so many seconds."""
+        for known in self._references.values():
+            known.move(by)
 
     def forget(self, name: str) -> None:
         """`name` is no reference agent any more."""
@@ -160,7 +176,7 @@ class Sites:
 
     async def load(self, store: Store, now: float) -> None:
         """Take over what the database holds, where it is newer than what is here. Raises StoreUnavailable."""
-        c = tunnels.c
+        c, moved_by = tunnels.c, self._moved()
         found = await store.read(
             select(c.id, c.name, c.site, c.state, c.since, c.memory, c.seen_at, c.last_seen, c.deadline).where(
                 c.site > "", c.role == REFERENCE
@@ -170,13 +186,15 @@ class Sites:
         spans = await store.read(
             select(incidents).join(tunnels, c.id == incidents.c.tunnel_id).where(c.role == REFERENCE, lately)
         ) if found else ()  # fmt: skip
+        if moved_by != self._moved():
+            return  # the clock was set meanwhile: these times are of before, or some of them
         fresh: dict[str, Reference] = {}
         for row in found:
             known = self._references.get(row.name)
             if known is not None and known.site == row.site and known.seen_at >= row.seen_at:
                 known.deadline = row.deadline
                 fresh[row.name] = known
-            elif (read := _read(row, spans)) is not None:
+            elif (read := _read(row, spans, moved_by)) is not None:
                 fresh[row.name] = read
         self._put(fresh)
 
@@ -212,12 +230,13 @@ def silent_too(row: TunnelRow, company: Sequence[Row[Any]], now: float) -> tuple
     return ()
 
 
-def _read(row: Row[Any], spans: Sequence[Row[Any]]) -> Reference | None:
+def _read(row: Row[Any], spans: Sequence[Row[Any]], moved_by: float) -> Reference | None:
     try:
-        memory = _memory(row.memory) if row.memory else Memory()
-    except (msgspec.MsgspecError, ValueError):
+        memory = _memory(row.memory) if row.memory else Memory(moved=moved_by)
+    except (ValueError, RecursionError):
         log.warning("a reference agent's past cannot be read", extra={"tunnel": row.name})
         return None
+    memory = moved(memory, moved_by - memory.moved)
     known = Reference(row.site, memory.homes, seen_at=row.seen_at, deadline=row.deadline)
     known.patience = max(0.0, row.deadline - row.last_seen) if row.deadline is not None else 0.0
     if memory.state is not State.PENDING:

@@ -4,7 +4,8 @@ Whatever enters, a report, a sighting or a passed deadline, goes through here; n
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
 from functools import lru_cache
@@ -12,14 +13,15 @@ from typing import Final
 
 from sqlalchemy import select
 
+from vpn_sentinel.domain import timeshift
 from vpn_sentinel.domain.judge import judge
 from vpn_sentinel.domain.machine import Event, Memory, Moved, Revised, advance, overdue, silence_finding
 from vpn_sentinel.domain.notice import notices
 from vpn_sentinel.domain.observation import Observation, Trigger
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy, is_public
-from vpn_sentinel.domain.timeshift import not_after
 from vpn_sentinel.domain.verdict import Code, State
 from vpn_sentinel.runtime.clock import Clock
+from vpn_sentinel.server import works as entering
 from vpn_sentinel.server.groupcommit import GroupCommit
 from vpn_sentinel.server.live.hub import Hub
 from vpn_sentinel.server.showing import CLOCK_SKEW, complete, show
@@ -58,7 +60,8 @@ class Tracker:
 
     `channels` are the names of the channels that every notice is owed to; `on_commit` is called after each commit that
     owes something. `own_address` gives the server's own public address, which stands for the home of old clients
-    whose owner declared none, as the replaced system had it.
+    whose owner declared none, as the replaced system had it. `moved` is by how much the clock has been set: see
+    `domain.machine.Memory`.
     """
 
     def __init__(
@@ -71,6 +74,7 @@ class Tracker:
         on_commit: Callable[[], None] = lambda: None,
         own_address: Callable[[], tuple[IPNetwork, ...]] = lambda: (),
         sites: Sites | None = None,
+        moved: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self._store = store
         self._clock = clock
@@ -79,6 +83,7 @@ class Tracker:
         self._channels = tuple(channels)
         self._on_commit = on_commit
         self._own_address = own_address
+        self._moved = moved
         self._keepalive_policy = policy
         # By tunnel: what its last keepalive said and left it in, and the verdict, where it moved nothing.
         self._steady: dict[str, tuple[int, str]] = {}
@@ -88,6 +93,9 @@ class Tracker:
         self._sighted: dict[str, dict[int, IPAddress]] = {}
         # Tunnels whose agents report beside them on purpose: what of theirs comes from home proves nothing.
         self._beside: set[str] = set()
+        # By tunnel: the spool of its agent before this one, and whose taking turns was told.
+        self._former: dict[str, str] = {}
+        self._shared: set[str] = set()
         # By tunnel: the forwarded port, at an address that its packets really came from.
         self.forwarded: dict[str, tuple[IPAddress, int]] = {}
         self._commits = GroupCommit(self._take)
@@ -130,15 +138,29 @@ class Tracker:
                 elif (row := found.get(work.tunnel)) is not None and isinstance(work, Sighting):
                     self._sight(row, work, now, writes)
                 elif row is not None and isinstance(work, PortTried):
-                    _keep_port_check(row, work, writes)
+                    self._keep_port_check(row, work, writes)
             return writes.changes()
 
         names = list(dict.fromkeys(w.tunnel for w in works))
         await self._store.transact(names, now, decide, create=isinstance(works[0], Arrival))
         self._committed(writes)
 
-    async def sweep(self, names: Sequence[str], now: float) -> None:
-        """Make those of the tunnels `names` silent whose deadline has really passed. Raises StoreUnavailable.
+    @asynccontextmanager
+    async def still(self) -> AsyncIterator[Callable[[float], None]]:
+        """Nothing is committed meanwhile. Yields what to call in it when the clock was set, with the seconds: all that
+        waits and all that is known here goes with it.
+        """
+        async with self._commits.busy:
+            yield self._move
+
+    def _move(self, by: float) -> None:
+        self._commits.amend(lambda work: entering.moved(work, by))
+        self._sites.move(by)
+
+    async def sweep(self, names: Sequence[str], now: float, grace: float = 0.0) -> None:
+        """Make those of the tunnels `names` silent whose deadline has really passed, `grace` seconds ago or earlier.
+
+        Raises StoreUnavailable.
 
         The deadline is read again under the row's lock, so of many replicas exactly one makes the transition, and a
         report that came in between keeps the tunnel alive.
@@ -152,7 +174,7 @@ class Tracker:
             nonlocal writes
             writes = Writes()
             for row in found.values():
-                if row.deadline is None or row.deadline > now:
+                if row.deadline is None or row.deadline > now - grace:
                     continue
                 writes.take(self._silenced(row, row.deadline, now, silent_too(row, company, now)))
             return writes.changes()
@@ -166,7 +188,7 @@ class Tracker:
             row.deadline = now + _PULSED
             return Writes(tunnels={row.id: row})
         try:
-            before = _load(row, now)
+            before = self._load(row, now)
             memory, events = overdue(before, deadline, silence_finding(row.last_seen, deadline, row.site, others))
             row.deadline = None
             if row.role == REFERENCE:
@@ -191,7 +213,7 @@ class Tracker:
         if arrival.spool is None and self._same_again(row, arrival, writes):
             return
         _introduce(row, arrival)
-        was, before = row.memory, _load(row, now)
+        was, before = row.memory, self._load(row, now)
         memory, events, home_known, well = before, list[Event](), False, False
         spool = arrival.spool if arrival.spool is not None else "keepalive"
         last = row.seq if row.spool == spool else 0
@@ -215,6 +237,7 @@ class Tracker:
             well = verdict.state in (State.PROTECTED, State.DEGRADED)
             writes.saw(row.id, spool, seq, item.at, arrival.received_at, verdict, seen)
             show(row, seen)
+        self._note_agent(row, spool)
         row.spool, row.seq = spool, last
         if well and arrival.caught_up:
             self._note_way(row, arrival, policy.with_home(self._scales.home(row.site, memory.home)))
@@ -240,6 +263,18 @@ class Tracker:
         """
         fresh = memory.state is State.DOWN and memory.seen_at - memory.since < _HOME_TELLS
         return fresh and any(f.code in _MAYBE_HOME for f in memory.findings) and self._sites.may_tell(row.site, now)
+
+    def _note_agent(self, row: TunnelRow, spool: str) -> None:
+        """Say once that two agents report under one name. One that lost its data has a new spool and no way back."""
+        if row.spool in ("", spool):
+            return
+        if self._former.get(row.name) == spool and row.name not in self._shared:
+            self._shared.add(row.name)
+            log.warning(
+                "two agents report as one tunnel, and what is told of it is now the one's, now the other's",
+                extra={"tunnel": row.name, "remedy": "give each its own VPN_SENTINEL_CLIENT_ID"},
+            )
+        self._former[row.name] = row.spool
 
     def _note_sender(self, row: TunnelRow, arrival: Arrival) -> None:
         """That it was heard, and what that means for its site and its forwarded port."""
@@ -278,7 +313,7 @@ class Tracker:
         # One of a LAN tells no exit.
         address = sighting.address if public and row.name not in self._beside else None
         seen = Observation(trigger=Trigger.PULSE, reported_from=address, unheard=sighting.unheard)
-        before = _load(row, now)
+        before = self._load(row, now)
         said = _policy(row.policy) if row.policy else None
         policy = self._scales.rules(said).with_home(self._scales.home(row.site, before.home))
         verdict = judge(seen, policy)
@@ -351,6 +386,25 @@ class Tracker:
         row.state, row.since = memory.state.value, memory.since or row.created_at
         writes.tunnels[row.id] = row
 
+    def _keep_port_check(self, row: TunnelRow, tried: PortTried, writes: Writes) -> None:
+        """Since when an answer has been the same is kept: its trouble began then."""
+        memory = self._load(row, tried.at)
+        since = memory.port_checked_at if memory.port_check == tried.check else tried.at
+        row.memory = encode(replace(memory, port_check=tried.check, port_checked_at=since, seen_at=0.0)).decode()
+        check = tried.check
+        shown = {"address": str(check.address), "port": check.port, "answer": check.answer.value, "at": tried.at}
+        row.port_check = encode(shown).decode()
+        writes.tunnels[row.id] = row
+
+    def _load(self, row: TunnelRow, now: float) -> Memory:
+        if not row.memory:
+            return Memory(moved=self._moved())
+        memory = _memory(row.memory)
+        # The row's own times have been moved with the clock.
+        return timeshift.not_after(
+            replace(timeshift.moved(memory, self._moved() - memory.moved), seen_at=row.seen_at), now
+        )
+
 
 def _say(name: str, event: Moved | Revised) -> None:
     """Log a transition. Not that a tunnel is there and well: of a fleet that would be thousands of lines at a start."""
@@ -386,17 +440,6 @@ def _heard(memory: Memory, sighting: Sighting) -> Memory:
     return replace(memory, unheard_since=sighting.at if sighting.unheard else 0.0, refuted=0.0)
 
 
-def _keep_port_check(row: TunnelRow, tried: PortTried, writes: Writes) -> None:
-    """Since when an answer has been the same is kept: its trouble began then."""
-    memory = _load(row, tried.at)
-    since = memory.port_checked_at if memory.port_check == tried.check else tried.at
-    row.memory = encode(replace(memory, port_check=tried.check, port_checked_at=since, seen_at=0.0)).decode()
-    check = tried.check
-    shown = {"address": str(check.address), "port": check.port, "answer": check.answer.value, "at": tried.at}
-    row.port_check = encode(shown).decode()
-    writes.tunnels[row.id] = row
-
-
 def _mark(row: TunnelRow, arrival: Arrival, seen: Observation) -> int:
     """Tells one keepalive, and the memory that it met, from another; costs less memory than keeping them."""
     said = (seen.exit(4), seen.exit(6), seen.reported_from, seen.places)
@@ -406,7 +449,3 @@ def _mark(row: TunnelRow, arrival: Arrival, seen: Observation) -> int:
 def _extras(arrival: Arrival) -> bool:
     """Whether `showing.received` would add anything."""
     return bool(arrival.thinned) or (arrival.skew is not None and abs(arrival.skew) > CLOCK_SKEW)
-
-
-def _load(row: TunnelRow, now: float) -> Memory:
-    return not_after(replace(_memory(row.memory), seen_at=row.seen_at), now) if row.memory else Memory()

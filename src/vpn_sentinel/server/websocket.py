@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from websockets.exceptions import InvalidState
 
 # Bytes that are parsed before the frames in them are counted: an empty frame has six (RFC 6455, section 5.2).
 PIECE: Final = 2048
@@ -21,6 +22,7 @@ class BoundedWebSocket(WebSocketsSansIOProtocol):
     """
 
     left: Callable[[], None] | None = None
+    greeted: Callable[[], None] | None = None  # called when the application says its first word
     drained_within = 30.0  # seconds that answers may stay unread, then it is cut
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -43,7 +45,10 @@ class BoundedWebSocket(WebSocketsSansIOProtocol):
             self.conn.fail(_POLICY_VIOLATION, "too many frames")
             self.handle_parser_exception()
             return
-        super().handle_events()
+        try:
+            super().handle_events()
+        except InvalidState:  # a text that is none, and behind it the close: nobody is left to be told
+            self.transport.abort()
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -64,6 +69,9 @@ class BoundedWebSocket(WebSocketsSansIOProtocol):
 
     async def send(self, message: Any) -> None:
         await super().send(message)
+        if message["type"] == "websocket.send" and self.greeted is not None:
+            self.greeted()
+            self.greeted = None
         if message["type"] == "websocket.http.response.body":
             self.handshake_complete = True  # else uvicorn logs each refused agent as a fault of ours
 

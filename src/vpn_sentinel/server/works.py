@@ -1,7 +1,7 @@
 """What enters the tracker: arrivals from agents and old clients, and what the server found out by itself."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
@@ -68,3 +68,12 @@ class PortTried:
 
 
 Work = Arrival | Sighting | PortTried
+
+
+def moved(work: Work, by: float) -> Work:
+    """The same by a clock that was set forward by so many seconds."""
+    if not isinstance(work, Arrival):
+        return replace(work, at=work.at + by)
+    seen = tuple(msgspec.structs.replace(o, at=o.at + by) for o in work.observations)
+    times = {"received_at": work.received_at + by, "connected_at": work.connected_at + by}
+    return msgspec.structs.replace(work, observations=seen, **times)

@@ -70,11 +70,19 @@ class Exchange(msgspec.Struct, frozen=True, kw_only=True, tag="exchange"):
 
 
 class Echo(msgspec.Struct, frozen=True, kw_only=True):
-    """How to ask the server's UDP echo: who asks (`id`, 16 hex digits) and the `key` (64 hex digits) that signs it."""
+    """How to ask the server's UDP echo: who asks (`id`, 16 hex digits) and the `key` (64 hex digits) that signs it.
+
+    Raises ValueError for what cannot be asked with.
+    """
 
     port: int
     id: str
     key: str
+
+    def __post_init__(self) -> None:
+        if not (0 < self.port < 2**16 and len(bytes.fromhex(self.id)) == 8 and len(bytes.fromhex(self.key)) == 32):
+            msg = "a port, 16 and 64 hex digits are needed"
+            raise ValueError(msg)
 
 
 class Known(msgspec.Struct, frozen=True, kw_only=True):

@@ -318,5 +318,5 @@ def decoded(decoder: msgspec.json.Decoder[T], text: str, default: D) -> T | D:
     """What a JSON column holds; `default` when it is empty or damaged, so that one row cannot blank a whole list."""
     try:
         return decoder.decode(text) if text else default
-    except msgspec.MsgspecError:
+    except (ValueError, RecursionError):
         return default

@@ -156,6 +156,27 @@ async def test_metrics(
     assert "vpn_sentinel_tunnels{" not in text
 
 
+async def test_many_who_scrape_at_once_do_not_hold_up_a_health_check(probe: httpx.AsyncClient) -> None:
+    await probe.get("/metrics")
+    answered = []
+
+    async def ask(path: str) -> None:
+        assert (await probe.get(path)).status_code == 200
+        answered.append(path)
+
+    await asyncio.gather(*(ask("/metrics") for _ in range(50)), ask("/health"))
+    assert answered.index("/health") < 10
+    assert len(answered) == 51
+
+
+async def test_who_wants_openmetrics_gets_them(probe: httpx.AsyncClient) -> None:
+    wants = {"accept": "application/openmetrics-text;version=1.0.0;q=0.6,text/plain;version=0.0.4;q=0.5,*/*;q=0.1"}
+    answer = await probe.get("/metrics", headers=wants)
+    assert answer.headers["content-type"] == "application/openmetrics-text; version=1.0.0; charset=utf-8"
+    assert answer.text.endswith("# EOF\n")
+    assert "# EOF" not in (await probe.get("/metrics")).text
+
+
 async def test_what_is_not_there(probe: httpx.AsyncClient) -> None:
     assert (await probe.get("/")).status_code == 404
     assert (await probe.get("/health/../metricsx")).status_code == 404

@@ -19,6 +19,7 @@ from vpn_sentinel.server.bot import bot as subject
 from vpn_sentinel.server.bot import commands, seat
 from vpn_sentinel.server.bot.bot import Bot
 from vpn_sentinel.server.bot.seat import Seat
+from vpn_sentinel.server.notify.channel import TransientError
 from vpn_sentinel.server.notify.channels.bot_api import BotApi
 from vpn_sentinel.server.settings import Telegram
 from vpn_sentinel.server.store.schema import meta
@@ -350,6 +351,22 @@ async def test_a_telegram_that_is_down_is_asked_again_with_growing_waits(
     assert waits[1] == 90
     assert waits[2] < 60
     assert "SECRET" not in caplog.text
+
+
+async def test_an_update_that_is_no_text_is_stepped_over(store: Store, desk: Desk) -> None:
+    body = b'{"ok":true,"result":[{"update_id":7,"message":{"chat":{"id":1},"date":1,"text":"\xff"}}]}'
+    desk.telegram.poll_failures = [Answer(body=body)]
+    async with running(desk.bot(store)):
+        desk.telegram.says("/ping")
+        assert await desk.telegram.until(1) == [commands.PONG]
+    assert desk.telegram.polls[1]["offset"] == 8
+
+
+async def test_an_answer_that_is_nested_too_deep_makes_no_sense(store: Store, desk: Desk) -> None:
+    body = b'{"ok":true,"result":' + b"[" * 3000
+    desk.telegram.poll_failures = [Answer(body=body)]
+    with pytest.raises(TransientError, match="garbage"):
+        await desk.bot(store)._api.get_updates(None, 0)
 
 
 async def test_a_lost_database_stops_the_polling_and_nothing_else(

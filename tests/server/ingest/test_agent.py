@@ -8,12 +8,15 @@ from typing import Any
 import pytest
 from sqlalchemy import select
 
+from tests.conftest import until
 from tests.server.ingest.conftest import EXIT, KEY, SECRET, Build, House, Socket
 from tests.server.ingest.test_keepalive import Broken
 from vpn_sentinel.server.access import create_token, revoke_token
 from vpn_sentinel.server.ingest import switch
 from vpn_sentinel.server.ingest.ledger import Ledger
 from vpn_sentinel.server.ingest.pulse import PulseProtocol
+from vpn_sentinel.server.ingest.rate import RateLimit
+from vpn_sentinel.server.ingest.session import Sessions
 from vpn_sentinel.server.store.schema import actions, observations
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
 from vpn_sentinel.wire import echo, limits
@@ -61,6 +64,37 @@ async def refused(socket: Socket) -> tuple[str, bool, int]:
     return said["reason"], said["retry"], closed["code"]
 
 
+class Noting(Sessions):
+    """The real sessions, which note in which turn of the loop each message is taken."""
+
+    def __init__(self, sessions: Sessions) -> None:
+        self.__dict__.update(sessions.__dict__)
+        self.turn = 0
+        self.taken: list[int] = []
+
+    async def take(self, *args: Any, **more: Any) -> Any:
+        self.taken.append(self.turn)
+        return await super().take(*args, **more)
+
+    async def count(self) -> None:
+        while True:
+            self.turn += 1
+            await asyncio.sleep(0)
+
+
+async def test_of_large_messages_one_is_read_in_a_turn_of_the_loop(build: Build) -> None:
+    """However many arrive at once: what else is due, a deadline or a leak's message, waits for one of them at most."""
+    house = build(RATE_LIMIT_REQUESTS="1000")
+    noting = house.switch._sessions = Noting(house.switch._sessions)
+    counting = asyncio.create_task(noting.count())
+    bodies = [exchange(*range(1, 101), greeting=hello(client_id=f"t{n}")) for n in range(20)]
+    assert len(json.dumps(bodies[0])) > switch._LARGE
+    answers = await asyncio.gather(*(house.exchange(body) for body in bodies))
+    counting.cancel()
+    assert {a.status for a in answers} == {200}
+    assert len(set(noting.taken)) == len(noting.taken) == 20
+
+
 # -- by WebSocket
 
 
@@ -84,6 +118,38 @@ async def test_an_agent_that_comes_back_is_told_what_is_stored(house: House, con
     assert (await greeted(connect(house)))["ack"] == 2
     assert (await greeted(connect(house), spool="s2"))["ack"] == 0
     assert (await greeted(connect(house), client_id="se"))["ack"] == 0
+
+
+async def test_of_too_many_connections_of_one_tunnel_the_oldest_ends(house: House, connect: Connect) -> None:
+    other = connect(house)
+    await greeted(other, client_id="se")
+    sockets = [connect(house) for _ in range(switch._SOCKETS + 1)]
+    for socket in sockets:
+        await greeted(socket)
+    assert await refused(sockets[0]) == ("too many connections of this tunnel", True, 1013)
+    for seq, socket in enumerate((*sockets[1:], other), 1):
+        socket.say(reports(seq))
+        assert await socket.hears() == {"type": "ack", "seq": seq}
+    sockets[1].sent.put_nowait({"type": "websocket.disconnect", "code": 1006})
+    await until(lambda: len(house.switch._seats["nl"]) < switch._SOCKETS)
+    await greeted(connect(house))  # for which nobody has to go
+    sockets[2].say(reports(100))
+    assert await sockets[2].hears() == {"type": "ack", "seq": 100}
+
+
+async def test_who_comes_again_and_again_with_a_tunnels_token_waits(
+    house: House, connect: Connect, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(house.switch, "_arrivals", RateLimit(3))
+    mine, other = [await create_token(store, name, shared=False, now=START) for name in ("nl", "se")]
+    for _ in range(3):
+        await greeted(connect(house, key=mine))
+    denied = await connect(house, key=mine, denial=True).next()
+    assert (denied["type"], denied["status"]) == ("websocket.http.response.start", 429)
+    assert dict(denied["headers"])[b"retry-after"] == b"20"
+    await greeted(connect(house, key=other), client_id="se")
+    for _ in range(5):  # by a shared key, behind which are many
+        await greeted(connect(house))
 
 
 async def test_what_is_remembered_of_a_tunnel_goes_back_to_its_agent_and_to_no_other(

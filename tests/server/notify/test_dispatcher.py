@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
-from sqlalchemy import Executable, Row, insert, select
+from sqlalchemy import Executable, Row, insert, select, update
 
 from tests.server.notify.standins import Time
 from vpn_sentinel.domain.notice import Kind, Notice
+from vpn_sentinel.domain.verdict import State
+from vpn_sentinel.server.notify import outbox as outbox_module
 from vpn_sentinel.server.notify import worker
 from vpn_sentinel.server.notify.channel import Channel, PermanentError, SetupError, TransientError
 from vpn_sentinel.server.notify.dispatcher import Dispatcher
@@ -41,6 +43,23 @@ class Pager:
         if failure is not None:
             raise failure
         self.told.append((notice.tunnel, notice.kind.value))
+
+
+class Slow(Pager):
+    """A channel that takes one message a second, and keeps when it took them."""
+
+    time: Time
+
+    def __init__(self) -> None:
+        super().__init__("pager")
+        self.at: list[float] = []
+        self.notices: list[Notice] = []
+
+    async def send(self, notice: Notice, delivery_id: int) -> None:
+        await self.time.sleep(1.0)
+        await super().send(notice, delivery_id)
+        self.at.append(self.time.now)
+        self.notices.append(notice)
 
 
 class Stuck(Pager):
@@ -132,6 +151,15 @@ async def at_work(desk: Desk) -> AsyncIterator[Desk]:
 
 
 LEAK, OVER = ("nl-1", Kind.LEAKING), ("nl-1", Kind.RECOVERED)
+# What one tunnel's key can make in a minute, backdated: each turn of a leak that comes and goes.
+ROGUE = [("rogue", kind) for _ in range(290) for kind in (Kind.LEAKING, Kind.DOWN)]
+
+
+def slow_desk(store: Store) -> tuple[Slow, Desk]:
+    pager = Slow()
+    desk = Desk(store, pager)
+    pager.time = desk.time
+    return pager, desk
 
 
 async def test_a_notice_is_told_at_once_on_every_channel(store: Store) -> None:
@@ -269,6 +297,129 @@ async def test_nobody_reads_recovered_before_leaking(store: Store) -> None:
         await desk.owes(OVER)
         await desk.passes(60)
         assert pager.told == [("nl-1", "leaking"), ("nl-1", "recovered")]
+
+
+async def test_a_tunnel_that_says_much_holds_up_no_other(store: Store) -> None:
+    """One message a second, 580 of one tunnel: another's *down* waits for the message under way and for one leak."""
+    pager, desk = slow_desk(store)
+    async with at_work(desk):
+        await desk.owes(*ROGUE)
+        await desk.passes(5.5)
+        assert pager.told[:2] == [("rogue", "leaking"), ("rogue", "down")]
+        asked_at = desk.time.now
+        await desk.owes(("nl-1", Kind.DOWN))
+        await desk.passes(10)
+        assert pager.at[pager.told.index(("nl-1", "down"))] - asked_at <= 2.5
+
+
+async def test_a_tunnel_that_says_much_is_told_of_for_a_while_and_then_in_one_message(store: Store) -> None:
+    pager, desk = slow_desk(store)
+    async with at_work(desk):
+        await desk.owes(*ROGUE)
+        await desk.passes(outbox_module.MOST + outbox_module.MINUTE - 5)
+        assert len(pager.told) == outbox_module.MOST
+        await desk.passes(10)
+        assert len(pager.told) == outbox_module.MOST + 1
+        assert pager.at[-1] - pager.at[-2] <= outbox_module.MINUTE + 1.0
+        said = pager.notices[-1]
+        assert (said.kind, said.tunnel, said.was) == (Kind.DOWN, "rogue", State.LEAKING)
+        assert said.details == (
+            "550 changes since the last message are summed up here: rogue changes too often to tell each.",
+            "Of them 275 were leaks.",
+        )
+        await desk.passes(600)
+        assert len(pager.told) == outbox_module.MOST + 1
+        outcomes = await desk.outcomes()
+        assert (outcomes.count("done"), outcomes.count("summed")) == (outbox_module.MOST + 1, 549)
+        # It is calm now: what comes next is told at once.
+        asked_at = desk.time.now
+        await desk.owes(("rogue", Kind.LEAKING))
+        await desk.passes(1)
+        assert (pager.told[-1], pager.at[-1] - asked_at) == (("rogue", "leaking"), 1.0)
+
+
+async def test_a_leak_that_stands_is_told_with_the_sum_at_the_latest(store: Store) -> None:
+    pager, desk = slow_desk(store)
+    async with at_work(desk):
+        await desk.owes(*([OVER, LEAK] * (outbox_module.MOST // 2)))
+        await desk.passes(outbox_module.MOST)
+        assert len(pager.told) == outbox_module.MOST
+        last = pager.at[-1]
+        await desk.owes(OVER, LEAK)
+        await desk.passes(62)
+        assert len(pager.told) == outbox_module.MOST + 1
+        said = pager.notices[-1]
+        assert (said.kind, said.was) == (Kind.LEAKING, None)
+        assert said.details[-1] == "Of them one was a leak."
+        assert pager.at[-1] - last <= outbox_module.MINUTE + 1.0
+
+
+async def test_one_change_that_waited_is_told_as_it_is(store: Store) -> None:
+    pager, desk = slow_desk(store)
+    async with at_work(desk):
+        await desk.owes(*([OVER, LEAK] * (outbox_module.MOST // 2)), OVER)
+        await desk.passes(outbox_module.MOST + outbox_module.MINUTE + 2)
+        assert pager.told[-1] == OVER
+        assert (len(pager.told), pager.notices[-1].details) == (outbox_module.MOST + 1, ())
+
+
+async def test_a_sum_that_could_not_be_sent_is_made_anew(store: Store) -> None:
+    """Nothing is settled by a message that nobody got; what came meanwhile is in the next try."""
+    pager = Pager()
+    async with at_work(Desk(store, pager)) as desk:
+        await desk.owes(*ROGUE[: outbox_module.MOST + 10])
+        await desk.passes(50)
+        pager.always = TransientError("timeout")
+        await desk.passes(15)
+        assert (len(pager.told), pager.tried > outbox_module.MOST) == (outbox_module.MOST, True)
+        assert (await desk.outcomes()).count(None) == 10
+        pager.always = None
+        await desk.owes(("rogue", Kind.RECOVERED))
+        await desk.passes(40)
+        assert pager.told[outbox_module.MOST :] == [("rogue", "recovered")]
+        assert None not in await desk.outcomes()
+
+
+async def test_the_cap_holds_after_a_restart_and_for_each_channel_by_itself(store: Store) -> None:
+    one, other = Pager("one"), Pager("other")
+    async with at_work(Desk(store, one)) as desk:
+        await desk.owes(*ROGUE[: outbox_module.MOST + 20], channels=("one", "other"))
+        await desk.passes(1)
+        assert len(one.told) == outbox_module.MOST
+    again = Desk(store, one, other)
+    again.time.now = desk.time.now + 1
+    async with at_work(again):
+        await again.passes(1)
+        assert (len(one.told), len(other.told)) == (outbox_module.MOST, outbox_module.MOST)
+        await again.passes(61)
+        assert (len(one.told), len(other.told)) == (outbox_module.MOST + 1, outbox_module.MOST + 1)
+
+
+async def test_a_sum_whose_details_cannot_be_read_is_told_all_the_same(store: Store) -> None:
+    pager = Pager()
+    async with at_work(Desk(store, pager)) as desk:
+        await desk.owes(*ROGUE[: outbox_module.MOST + 20])
+        await desk.passes(1)
+        await store.write(
+            update(outbox).where(outbox.c.settled_at.is_(None)).values(body='{"kind": "leaking", "exit": 5}')
+        )
+        await desk.passes(61)
+        assert pager.told[outbox_module.MOST :] == [("rogue", "down")]
+
+
+async def test_a_clock_that_was_set_back_holds_no_alarm(store: Store) -> None:
+    """What was told "in the future" says nothing of the last minute."""
+    pager = Pager()
+    desk = Desk(store, pager)
+    async with at_work(desk):
+        await desk.owes(*ROGUE[: outbox_module.MOST])
+        await desk.passes(1)
+    back = Desk(store, pager)
+    back.time.now = desk.time.now - 3600
+    async with at_work(back):
+        await back.owes(("rogue", Kind.LEAKING))
+        await back.passes(1)
+        assert len(pager.told) == outbox_module.MOST + 1
 
 
 async def test_a_rejected_notice_is_given_up_and_the_next_is_told(

@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import delete, insert, select, text, update
 
 from vpn_sentinel.domain.notice import Kind, Notice
-from vpn_sentinel.domain.verdict import Code, Finding
+from vpn_sentinel.domain.verdict import Code, Finding, State
 from vpn_sentinel.server.notify import outbox as subject
 from vpn_sentinel.server.notify import retry
 from vpn_sentinel.server.notify.channel import DeliveryError, PermanentError, SetupError, TransientError
@@ -55,7 +55,7 @@ async def test_a_lease_holds_until_it_runs_out(store: Store) -> None:
     await owed_rows(store, notice())
     assert len(await lease(store, NOW, NOW + 60, 10)) == 1
     assert await lease(store, NOW + 59, NOW + 119, 10) == []
-    assert await next_due(store, "telegram") == NOW + 60
+    assert await next_due(store, "telegram", NOW) == NOW + 60
     [again] = await lease(store, NOW + 60, NOW + 120, 10)
     assert again.attempt == 2
 
@@ -63,8 +63,8 @@ async def test_a_lease_holds_until_it_runs_out(store: Store) -> None:
 async def test_what_is_not_due_is_not_leased(store: Store) -> None:
     await owed_rows(store, notice(), at=NOW + 5)
     assert await lease(store, NOW, NOW + 60, 10) == []
-    assert await next_due(store, "telegram") == NOW + 5
-    assert await next_due(store, "webhook") is None
+    assert await next_due(store, "telegram", NOW) == NOW + 5
+    assert await next_due(store, "webhook", NOW) is None
 
 
 async def test_many_dispatchers_race_and_each_delivery_has_one_winner(database_url: str) -> None:
@@ -168,7 +168,7 @@ async def test_the_messages_of_one_tunnel_keep_their_order(store: Store) -> None
     assert [d.tunnel for d in await lease(store, NOW, NOW + 60, 10)] == ["b"]
     await settle(store, leak, Outcome(result=Result.TRANSIENT, reason="timeout", due_at=NOW + 30), NOW)
     assert await lease(store, NOW, NOW + 60, 10) == []  # "recovered" waits for "leaking"
-    assert await next_due(store, "telegram") == NOW + 30
+    assert await next_due(store, "telegram", NOW) == NOW + 30
     [leak] = await lease(store, NOW + 30, NOW + 90, 10)
     await settle(store, leak, DONE, NOW + 31)
     assert [d.kind for d in await lease(store, NOW + 31, NOW + 91, 10)] == ["recovered"]
@@ -220,13 +220,29 @@ async def test_a_leak_does_not_wait_behind_its_own_tunnels_address_changes(store
     assert ("evil", "leaking") in await told(store, 2)
 
 
+async def test_a_leak_does_not_wait_with_what_its_own_tunnel_was_owed_before(store: Store) -> None:
+    """A thousand tunnels connect, or recover, at once; one of them leaks before it was its turn."""
+    for n in range(50):
+        await owed_rows(store, notice(f"t{n}", Kind.RECOVERED), at=NOW - 100)
+    await owed_rows(store, notice("nl-1", Kind.CONNECTED), notice("nl-1", Kind.RECOVERED), notice("nl-1"))
+    assert await told(store, 3) == [("nl-1", "connected"), ("nl-1", "recovered"), ("nl-1", "leaking")]
+
+
+async def test_who_was_hurried_enough_keeps_no_alarm_of_others_back(store: Store) -> None:
+    await owed_rows(store, *[notice("loud")] * subject.HURRIED)
+    assert len(await told(store, subject.HURRIED)) == subject.HURRIED
+    await owed_rows(store, notice("loud", Kind.RECOVERED), notice("loud"))
+    await owed_rows(store, notice("b", Kind.DOWN))
+    assert await told(store, 3) == [("b", "down"), ("loud", "recovered"), ("loud", "leaking")]
+
+
 async def test_the_most_urgent_goes_first_then_the_oldest(store: Store) -> None:
     kinds = [k for k in Kind for _ in range(2)]
     await owed_rows(store, *(notice(f"t{n}", kind) for n, kind in enumerate(kinds)))
     ranks = [
         [Kind.LEAKING],
-        [Kind.DOWN, Kind.SILENT, Kind.UNVERIFIED],
-        [Kind.DEGRADED, Kind.RECOVERED],
+        [Kind.SERVER_OVERLOADED, Kind.DOWN, Kind.SILENT, Kind.UNVERIFIED],
+        [Kind.SERVER_RECOVERED, Kind.DEGRADED, Kind.RECOVERED],
         [
             Kind.SERVER_STARTED,
             Kind.DATABASE_DAMAGED,
@@ -242,6 +258,62 @@ async def test_the_most_urgent_goes_first_then_the_oldest(store: Store) -> None:
     assert [(d.tunnel, d.kind) for d in together] == expected
     await store.write(update(outbox).values(leased_until=0.0))
     assert await told(store, 100) == expected
+
+
+async def test_of_one_urgency_whose_tunnel_waits_for_longest_goes_first(store: Store) -> None:
+    """Since it was owed, or since its tunnel was told of last: neither much said before nor a new name gains a turn."""
+    await owed_rows(store, notice("loud", Kind.DOWN), notice("loud", Kind.SILENT), at=NOW - 20)
+    [first] = await lease(store, NOW, NOW + 60, 1, "telegram")
+    await settle(store, first, DONE, NOW - 5)
+    await owed_rows(store, notice("old", Kind.DOWN), at=NOW - 10)
+    await owed_rows(store, notice("new", Kind.DOWN), at=NOW - 4)
+    assert await told(store, 4) == [("old", "down"), ("loud", "silent"), ("new", "down")]
+
+
+async def test_what_another_channel_told_takes_no_turn(store: Store) -> None:
+    await owed_rows(store, notice("a", Kind.DOWN), channels=("telegram", "webhook"), at=NOW - 20)
+    await owed_rows(store, notice("b", Kind.DOWN), at=NOW - 10)
+    [first] = await lease(store, NOW, NOW + 60, 1, "webhook")
+    await settle(store, first, DONE, NOW - 5)
+    assert await told(store, 3) == [("a", "down"), ("b", "down")]
+
+
+async def test_a_leak_in_what_was_held_back_is_as_urgent_as_a_leak(store: Store) -> None:
+    await owed_rows(store, *[notice("loud", Kind.DOWN)] * subject.MOST, at=NOW - 60)
+    for _ in range(subject.MOST):
+        [one] = await lease(store, NOW - 60, NOW, 1, "telegram")
+        await settle(store, one, DONE, NOW - 60)
+    await owed_rows(store, notice("loud", Kind.RECOVERED), notice("loud"), at=NOW - 30)
+    await owed_rows(store, notice("b", Kind.DOWN), at=NOW - 40)
+    assert await lease(store, NOW - 0.1, NOW + 60, 10, "telegram", urgent=True) != []
+    await store.write(update(outbox).values(leased_until=0.0))
+    assert await next_due(store, "telegram", NOW) == NOW - 40
+    [both] = await lease(store, NOW, NOW + 60, 1, "telegram")
+    assert (both.tunnel, both.notice().kind, both.changes) == ("loud", Kind.LEAKING, 2)
+
+
+async def test_what_the_server_says_of_itself_is_never_held_back(store: Store) -> None:
+    for _ in range(subject.MOST + 5):
+        await owed_rows(store, notice("", Kind.SERVER_STARTED))
+    assert len(await told(store, 99)) == subject.MOST + 5
+
+
+async def test_a_port_and_a_leak_that_is_over_are_in_the_sum(store: Store) -> None:
+    changed = Notice(kind=Kind.PORT_CHANGED, tunnel="loud", at=NOW, port=51820, old_port=41234)
+    last = Notice(kind=Kind.RECOVERED, tunnel="loud", at=NOW, began=NOW - 3, was=State.DOWN)
+    await owed_rows(store, *[notice("loud", Kind.DOWN)] * subject.MOST)
+    assert len(await told(store, subject.MOST)) == subject.MOST
+    await owed_rows(store, notice("loud"), last, changed)
+    assert await lease(store, NOW, NOW + 60, 1) == []
+    assert await next_due(store, "telegram", NOW) == NOW + subject.MINUTE
+    [sum_] = await lease(store, NOW + subject.MINUTE, NOW + 120, 1)
+    said = sum_.notice()
+    assert (said.kind, said.was, said.port, said.old_port) == (Kind.RECOVERED, State.LEAKING, 51820, None)
+    assert said.details == (
+        "3 changes since the last message are summed up here: loud changes too often to tell each.",
+        "Of them one was a leak.",
+        "Seen during the last leak: leaks",
+    )
 
 
 async def test_only_the_newest_address_change_is_told(store: Store) -> None:
@@ -283,8 +355,8 @@ async def test_dispatchers_race_through_a_storm_and_nothing_is_won_twice(databas
 async def test_a_repaired_channel_is_told_at_once(store: Store) -> None:
     await owed_rows(store, notice(), channels=("telegram", "webhook"), at=NOW + 300)
     await subject.hasten(store, "telegram", NOW)
-    assert await next_due(store, "telegram") == NOW
-    assert await next_due(store, "webhook") == NOW + 300
+    assert await next_due(store, "telegram", NOW) == NOW
+    assert await next_due(store, "webhook", NOW) == NOW + 300
 
 
 async def test_what_is_owed_to_a_channel_that_is_gone_is_given_up_in_the_end(store: Store) -> None:
@@ -303,15 +375,22 @@ async def test_what_is_owed_to_a_channel_that_is_gone_is_given_up_in_the_end(sto
     assert [t[2:] for t in await tries(store)] == [("permanent", "no_channel")]
 
 
-async def test_the_claim_uses_the_index(store: Store) -> None:
+async def test_the_claim_uses_the_index(store: Store, database_url: str) -> None:
     """A year of settled rows must not slow down an alarm."""
     settled = [
-        {**owe(notice(f"t{n}"), ("telegram",), NOW)[0], "settled_at": NOW, "outcome": "done"} for n in range(300)
+        {**owe(notice(f"t{n}"), ("telegram",), NOW)[0], "settled_at": NOW, "outcome": "done"} for n in range(3000)
     ]
     await store.write(insert(outbox).values(settled))
     await store.write(text("ANALYZE"))
     await owed_rows(store, notice("a"))
     assert [d.tunnel for d in await lease(store, NOW, NOW + 60, 1)] == ["a"]
+    explain = "EXPLAIN" if database_url.startswith("postgresql") else "EXPLAIN QUERY PLAN"
+    written = select(subject._lines(NOW, "telegram")).compile(compile_kwargs={"literal_binds": True})
+    plan = "\n".join(str(tuple(row)) for row in await store.read(text(f"{explain} {written}")))
+    assert plan.count("ix_outbox_told") >= 2
+    assert "SCAN told" not in plan
+    assert "Seq Scan" not in plan
+    assert "ix_outbox_due" in plan
 
 
 def a_delivery(attempt: int = 1, age: float = 0.0) -> Delivery:

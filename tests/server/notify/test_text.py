@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vpn_sentinel.domain.judge import judge
-from vpn_sentinel.domain.notice import Kind, Notice
+from vpn_sentinel.domain.notice import Kind, Notice, summed_up
 from vpn_sentinel.domain.observation import Answer, Canary, Observation, Probe, Trigger
 from vpn_sentinel.domain.policy import Policy
 from vpn_sentinel.domain.verdict import Code, Finding, State, Verdict
@@ -45,6 +45,37 @@ WHERE = {
 }
 
 GOLDEN = {
+    "the server has too much to do": (
+        Notice(kind=Kind.SERVER_OVERLOADED, at=AT, details=("In the last minute its work was late by 23 s.",)),
+        """\
+🐌 VPN Sentinel has too much to do
+In the last minute its work was late by 23 s.
+Time: 2027-01-15 09:00:00 CET (08:00:00 UTC)""",
+    ),
+    "the server keeps up again": (
+        Notice(kind=Kind.SERVER_RECOVERED, at=AT + 420, began=AT),
+        """\
+🟢 VPN Sentinel keeps up again after 7 minutes
+Began: 2027-01-15 09:00:00 CET (08:00:00 UTC)
+Time: 2027-01-15 09:07:00 CET (08:07:00 UTC)""",
+    ),
+    "much in one": (
+        summed_up(
+            Notice(kind=Kind.RECOVERED, tunnel="nl-1", at=AT + 9, began=AT, was=State.DOWN, exit=EXIT),
+            14,
+            7,
+            Notice(kind=Kind.LEAKING, tunnel="nl-1", at=AT, findings=(LEAK,)),
+            None,
+        ),
+        """\
+🟢 nl-1 is protected again after 9 seconds (it was leaking)
+14 changes since the last message are summed up here: nl-1 changes too often to tell each.
+Of them 7 were leaks.
+Seen during the last leak: IPv4 traffic leaves from the home address 203.0.113.9.
+Exit: 198.51.100.7
+Began: 2027-01-15 09:00:00 CET (08:00:00 UTC)
+Time: 2027-01-15 09:00:09 CET (08:00:09 UTC)""",
+    ),
     "server started": (
         Notice(kind=Kind.SERVER_STARTED, at=AT, details=("version 2.0.0",)),
         """\

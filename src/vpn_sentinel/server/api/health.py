@@ -4,19 +4,23 @@ import asyncio
 import platform
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, MutableMapping
 from dataclasses import dataclass
+from functools import partial
 from http import HTTPStatus
 from typing import Any, Final, TypeVar
 
 import msgspec
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import GaugeMetricFamily, InfoMetricFamily, Metric
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.openmetrics.exposition import CONTENT_TYPE_LATEST as CONTENT_TYPE_OPENMETRICS
+from prometheus_client.openmetrics.exposition import generate_latest as generate_openmetrics
 from prometheus_client.registry import Collector
 
 from vpn_sentinel import __version__
 from vpn_sentinel.domain.verdict import HARM, State
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.server.api import reading
+from vpn_sentinel.server.shared import Shared
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
 
 Scope = MutableMapping[str, Any]
@@ -156,17 +160,30 @@ class TunnelsCollector(Collector):
         return []
 
 
+class Metrics:
+    """What Prometheus asks for, in either of its formats: one text of each is made for all who ask at once."""
+
+    def __init__(self, services: HealthServices) -> None:
+        self._registry, self._tunnels = services.registry, TunnelsCollector(services)
+        services.registry.register(self._tunnels)
+        self._plain = Shared(partial(self._text, generate_latest))
+        self._openmetrics = Shared(partial(self._text, generate_openmetrics))
+
+    async def answer(self, scope: Scope, send: Send) -> None:
+        if any(name == b"accept" and b"application/openmetrics-text" in value for name, value in scope["headers"]):
+            await _answer(send, HTTPStatus.OK, CONTENT_TYPE_OPENMETRICS, await self._openmetrics.get())
+        else:
+            await _answer(send, HTTPStatus.OK, CONTENT_TYPE_PLAIN_0_0_4, await self._plain.get())
+
+    async def _text(self, make: Callable[[Collector], bytes]) -> bytes:
+        await self._tunnels.refresh()
+        return make(self._registry)
+
+
 def build_health(services: HealthServices) -> App:
     """A plain ASGI application: it must answer when nothing else does. GET alone; it takes no body."""
     readiness = Readiness(services)
-    tunnels = TunnelsCollector(services)
-    services.registry.register(tunnels)
-
-    async def metrics(scope: Scope, send: Send) -> None:
-        await tunnels.refresh()
-        accepted = next((v.decode("latin-1") for k, v in scope["headers"] if k == b"accept"), "")
-        encoder, media_type = choose_encoder(accepted)
-        await _answer(send, HTTPStatus.OK, media_type, encoder(services.registry))
+    metrics = Metrics(services)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -181,7 +198,7 @@ def build_health(services: HealthServices) -> App:
             return
         match scope["path"]:
             case "/metrics":
-                await metrics(scope, send)
+                await metrics.answer(scope, send)
             case "/health":
                 await _json(send, HTTPStatus.OK, Report("ok"))
             case "/health/ready":

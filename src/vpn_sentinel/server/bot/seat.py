@@ -14,7 +14,7 @@ from vpn_sentinel.server.store.store import Store
 
 KEY: Final = "bot_poller"
 # Nobody leases for longer; a row that says so was written by a clock that was wrong.
-_LONGEST: Final = 3600.0
+_LONGEST: Final = 60.0
 
 
 class Taken(msgspec.Struct, frozen=True):
@@ -84,5 +84,5 @@ class Seat:
 def _read(value: str) -> Taken:
     try:
         return _decode(value)
-    except (msgspec.MsgspecError, ValueError):
+    except (ValueError, RecursionError):
         return Taken()

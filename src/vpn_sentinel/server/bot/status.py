@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from datetime import tzinfo
 from typing import Any, Final
 
-import msgspec
 from sqlalchemy import Row, Select, select
 
 from vpn_sentinel.domain.verdict import HARM, Finding, State
@@ -48,7 +47,7 @@ def _tunnel(row: Row[Any], now: float, zone: tzinfo | None) -> Iterator[str]:
     yield f"{icon} <b>{escape(clean(row.name))}</b> {escape(clean(word))} for {duration(now - row.since)}"
     try:
         findings = _findings(row.findings)
-    except (msgspec.MsgspecError, ValueError):
+    except (ValueError, RecursionError):
         findings = ()
         yield "What was found cannot be read: a newer server wrote it."
     for finding in findings[:_FINDINGS]:
@@ -68,7 +67,7 @@ def _tunnel(row: Row[Any], now: float, zone: tzinfo | None) -> Iterator[str]:
 def _where(place: str) -> str:
     try:
         found = _place(place)
-    except (msgspec.MsgspecError, ValueError):
+    except (ValueError, RecursionError):
         return ""
     parts = (clean(str(found[key]), 100) for key in ("city", "region", "country", "org") if found.get(key))
     return ", ".join(dict.fromkeys(part for part in parts if part))

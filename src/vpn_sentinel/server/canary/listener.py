@@ -1,7 +1,6 @@
 """The canary's doors: UDP, and TCP with its bounds (RFC 7766). Anybody on the internet may knock."""
 
 import asyncio
-import resource
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,13 +9,15 @@ from typing import Final
 from prometheus_client import CollectorRegistry, Counter
 
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork
+from vpn_sentinel.server.acceptor import Acceptor
 from vpn_sentinel.server.canary.gate import Gate
 from vpn_sentinel.server.canary.responder import Outcome, Responder
 from vpn_sentinel.server.canary.zone import Zone
-from vpn_sentinel.server.crowd import Crowd, Place
+from vpn_sentinel.server.crowd import Crowd, Place, room
 from vpn_sentinel.server.settings import Canary as Settings
 
-_MOST_DESCRIPTORS: Final = 512
+_MOST_CONNECTIONS: Final = 512
+_WAITING: Final = 256  # that the kernel holds until they are taken
 
 
 class CanaryMetrics:
@@ -56,7 +57,7 @@ class Datagrams(asyncio.DatagramProtocol):
 class Limits:
     """Of TCP. `idle` is seconds for a whole question to come, or an answer to be taken; `message` is bytes of one."""
 
-    connections: int = _MOST_DESCRIPTORS
+    connections: int = _MOST_CONNECTIONS
     per_network: int = 64
     idle: float = 5.0
     message: int = 1232
@@ -65,32 +66,27 @@ class Limits:
 class Stream(asyncio.Protocol):
     """One connection: questions one behind another, each with its length in two bytes before it."""
 
-    def __init__(self, responder: Responder, note: Callable[[Outcome], None], crowd: Crowd, limits: Limits) -> None:
-        self._responder, self._note, self._crowd, self._limits = responder, note, crowd, limits
+    def __init__(self, responder: Responder, note: Callable[[Outcome], None], place: Place, limits: Limits) -> None:
+        self._responder, self._note, self._place, self._limits = responder, note, place, limits
         self._loop = asyncio.get_running_loop()
         self._buffer = b""
         self._host = ""
-        self._place: Place | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]
+        self._place.cut = self.abort
         peer = transport.get_extra_info("peername")
         if not peer:  # gone already
             self.abort()
             return
         self._host = peer[0]
-        self._place = self._crowd.enter(self._host, self._loop.time(), self.abort)
-        if self._place is None:
-            self.abort()
-            return
         self._wait()
 
     def connection_lost(self, exc: Exception | None) -> None:
         del exc
-        if self._place is not None:
-            self._place.leave()
+        self._place.leave()
         if self._timer is not None:
             self._timer.cancel()
 
@@ -115,8 +111,7 @@ class Stream(asyncio.Protocol):
                 return
             self._transport.write(len(answer).to_bytes(2) + answer)
             self._wait()  # only a whole question earns more time
-            if self._place is not None:
-                self._place.idle()
+            self._place.idle()
 
     def pause_writing(self) -> None:
         """Answers are not taken: ask no more until they are, for as long as a question may take."""
@@ -142,10 +137,10 @@ class Listener:
 
     def __init__(self, responder: Responder, metrics: CanaryMetrics, limits: Limits | None = None) -> None:
         self._responder, self._metrics = responder, metrics
-        self._limits = limits or Limits(connections=_room())
+        self._limits = limits or Limits(connections=min(room(1), _MOST_CONNECTIONS))
         self.crowd = Crowd(self._limits.connections, self._limits.per_network, self._limits.per_network)
         self._doors: list[asyncio.BaseTransport] = []
-        self._servers: list[asyncio.Server] = []
+        self._servers: list[Acceptor] = []
 
     async def open(self, sockets: Sequence[socket.socket]) -> None:
         loop = asyncio.get_running_loop()
@@ -155,10 +150,10 @@ class Listener:
                 door, _ = await loop.create_datagram_endpoint(lambda: Datagrams(self._responder, note), sock=sock)
                 self._doors.append(door)
             else:
-                made = await loop.create_server(
-                    lambda: Stream(self._responder, note, self.crowd, self._limits), sock=sock, backlog=256
-                )
-                self._servers.append(made)
+                self._servers.append(Acceptor(sock, self.crowd, self._stream, waiting=_WAITING))
+
+    def _stream(self, place: Place) -> Stream:
+        return Stream(self._responder, self._metrics.note, place, self._limits)
 
     def healthy(self) -> tuple[bool, str]:
         """Whether every door stands open; what is wrong, in words without addresses."""
@@ -170,7 +165,7 @@ class Listener:
             server.close()
         for door in self._doors:
             door.close()
-        for place in list(self.crowd.idle):  # between two questions all are
+        for place in self.crowd.unserved():  # between two questions all are
             place.cut()
 
 
@@ -184,9 +179,3 @@ def build_canary(
 
     zone = Zone(name=settings.zone, servers=settings.servers, addresses=addresses, secret=secret)
     return Listener(Responder(zone, Gate()), CanaryMetrics(registry))
-
-
-def _room() -> int:
-    """Connections that leave the descriptors to those who report: one of sixteen, at least 16."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return _MOST_DESCRIPTORS if soft == resource.RLIM_INFINITY else max(16, min(_MOST_DESCRIPTORS, soft // 16))

@@ -23,6 +23,7 @@ from vpn_sentinel.server.dashboard.pages import Pages
 from vpn_sentinel.server.dashboard.protection import add_headers, known_host
 from vpn_sentinel.server.live.hub import Hub
 from vpn_sentinel.server.settings import ServerSettings
+from vpn_sentinel.server.shared import Shared
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
 
 log = logging.getLogger(__name__)
@@ -51,9 +52,10 @@ class Dashboard:
     def __init__(self, services: DashboardServices) -> None:
         self._store, self._clock, self._settings = services.store, services.clock, services.settings
         self.pages = Pages()
+        self.overview = Shared(self._overview)
         self.feed = Feed(services.hub, services.clock, self._frame, idle=b"event: beat\ndata: {}\n\n")
 
-    async def overview(self) -> str:
+    async def _overview(self) -> str:
         head, now = view.overview(await reading.counts(self._store)), self._clock.wall()
         rows = await self._rows(None, now)
         return self.pages.render(
@@ -115,7 +117,7 @@ class Dashboard:
 
 @get(["/", "/dashboard"])
 async def overview(dashboard: NamedDependency[Dashboard]) -> Html:
-    return _html(await dashboard.overview())
+    return _html(await dashboard.overview.get())
 
 
 @get("/tunnels/{name:str}")

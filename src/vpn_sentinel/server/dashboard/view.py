@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 from hashlib import blake2b
 from typing import Any, Final
 
-import msgspec
 from sqlalchemy import Row
 
 from vpn_sentinel.domain.observation import Observation
@@ -303,7 +302,7 @@ def observations(rows: Sequence[Row[Any]]) -> list[ObservationView]:
     for row in rows:
         try:
             seen: Observation | None = decode(row.body)
-        except (msgspec.MsgspecError, ValueError):
+        except (ValueError, RecursionError):
             seen = None
         found.append(
             ObservationView(

@@ -34,8 +34,8 @@ class Keepalives:
         guest = await self._door.enter(scope)
         if guest.address is not None:
             self._door.pace(str(guest.address))
-        now = self._clock.wall()
         body = await json_body(receive, guest.headers)
+        now = self._clock.wall()
         try:
             said = read(body, now, guest.address if guest.address and is_public(guest.address) else None)
         except msgspec.ValidationError as e:

@@ -111,7 +111,7 @@ class Ledger:
     def know(self, seen: Mapping[str, float]) -> None:
         """The same for tunnels that the database holds, and when each reported last, besides those that were refused.
 
-        One that has reported since came by another key, maybe to another replica. Times are of the wall's clock.
+        One that has reported since came by another key, maybe to another replica.
         """
         for name, at in seen.items():
             if at > self._banned.get(name, -math.inf) + _REFUSED:

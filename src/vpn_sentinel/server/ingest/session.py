@@ -78,15 +78,20 @@ class Sessions:
             known=_known(found[0].memory) if found and hello.role != REFERENCE else None,
         )
 
-    async def take(self, hello: Hello, reports: Reports, skew: float, since: float, peer: IPAddress | None) -> Ack:
-        """Store one message of reports of a session with `peer` since `since`; returns after the commit.
+    async def take(
+        self, hello: Hello, reports: Reports, greeted: float, peer: IPAddress | None, *, before: float = 0.0
+    ) -> Ack:
+        """Store one message of reports of a session with `peer`; returns after the commit.
 
+        `greeted` is the boot time of its hello; `before` are seconds before that, in which it could speak already.
         Raises Refusal (422).
         """
         if not reports.items:
             return Ack(seq=0)
-        now = self._clock.wall()
         _check_reports(reports)
+        now = self._clock.wall()
+        # A session is long: as of the clock that counts now, which may have been set since.
+        hello_at = now - (self.ticks() - greeted)
         await self._tracker.submit(
             Arrival(
                 tunnel=hello.client_id,
@@ -100,8 +105,8 @@ class Sessions:
                 policy=hello.policy,
                 caught_up=reports.pending == 0,
                 thinned=reports.thinned,
-                skew=skew,
-                connected_at=since,
+                skew=hello.wall - hello_at,
+                connected_at=hello_at - before,
                 peer=peer,
                 role=hello.role,
                 site=hello.site,
@@ -112,13 +117,7 @@ class Sessions:
     def refused(self, hello: Hello, caller: Caller) -> None:
         """The key of this session was revoked: the pulse port knows the tunnel no more, unless it came by another."""
         if self._ledger is not None:
-            self._ledger.forget(hello.client_id, caller.key, self.now())
-
-    def skew(self, hello: Hello) -> float:
-        return hello.wall - self.now()
-
-    def now(self) -> float:
-        return self._clock.wall()
+            self._ledger.forget(hello.client_id, caller.key, self.ticks())
 
     def ticks(self) -> float:
         return self._clock.boottime()
@@ -128,7 +127,7 @@ def _known(text: str) -> Known | None:
     """What a row's memory holds of a tunnel that worked; None of one that never did, and of a row of a newer server."""
     try:
         memory = _memory(text) if text else Memory()
-    except (msgspec.MsgspecError, ValueError):
+    except (ValueError, RecursionError):
         return None
     if memory.working is None:
         return None

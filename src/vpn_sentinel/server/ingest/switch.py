@@ -11,6 +11,7 @@ from typing import Any, Final, TypeVar
 
 import msgspec
 
+from vpn_sentinel.server.access import Caller
 from vpn_sentinel.server.groupcommit import Busy
 from vpn_sentinel.server.ingest.door import Door, Guest, Refusal, json_body, retry_header
 from vpn_sentinel.server.ingest.keepalive import Keepalives
@@ -30,11 +31,41 @@ _EXCHANGE: Final = 3.0
 _MESSAGES: Final = 300
 # Bytes of them a minute, and at once after a pause: a whole spool (`agent.spool.MOST_BYTES`).
 _BYTES, _BYTES_AT_ONCE = 2 * 1024 * 1024, 32 * 1024 * 1024
+# WebSockets of one tunnel at once: an agent has one, or for a while some that died unheard.
+_SOCKETS: Final = 8
+# And that come with its own token in a minute.
+_ARRIVALS: Final = 60
+# Bytes above which a message is read in turn with others of its kind: the largest takes more than ten milliseconds.
+_LARGE: Final = 16 * 1024
 T = TypeVar("T")
 # What stands behind a route: it takes ASGI's scope and `receive`, and raises Refusal.
 Take = Callable[[Any, Any], Awaitable[bytes]]
 # WebSocket close codes (RFC 6455, section 7.4.1, and IANA's registry).
 _POLICY, _TOO_BIG, _TRY_LATER = 1008, 1009, 1013
+
+
+class Seat:
+    """One WebSocket among those of its tunnel."""
+
+    def __init__(self) -> None:
+        self._ended = False
+        self._waiting: asyncio.Timeout | None = None
+
+    def end(self) -> None:
+        """Once it has no message in hand."""
+        self._ended = True
+        if self._waiting is not None:
+            self._waiting.reschedule(0.0)
+
+    async def waits(self, event: Awaitable[T]) -> T:
+        """Raises Refusal (429) where it was ended."""
+        try:
+            async with asyncio.timeout(0.0 if self._ended else None) as self._waiting:
+                return await event
+        except TimeoutError:
+            raise Refusal(429, "too many connections of this tunnel") from None
+        finally:
+            self._waiting = None
 
 
 class Switch:
@@ -51,6 +82,9 @@ class Switch:
         self._messages = RateLimit(_MESSAGES)
         self._bytes = RateLimit(_BYTES, _BYTES_AT_ONCE)
         self._crowd = RateLimit(crowd)
+        self._arrivals = RateLimit(_ARRIVALS)
+        self._turnstile = asyncio.Lock()
+        self._seats: dict[str, list[Seat]] = {}
         self._said: str | None = None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -108,6 +142,7 @@ class Switch:
         """An agent that cannot hold a WebSocket open. Caller: any key; a tunnel's own token only as that tunnel."""
         guest = await self._door.enter(scope)
         body = await json_body(receive, guest.headers)
+        await self._one_a_turn(len(body))
         with _about(body):
             said = parse(body)
         if not isinstance(said, Exchange):
@@ -119,11 +154,11 @@ class Switch:
             raise Refusal(429, "too many reports a minute from this address", wait)
         if (wait := self._bytes.wait(said.hello.client_id, self._sessions.ticks(), len(body))) > 0:
             raise Refusal(429, "too many bytes a minute of this tunnel", wait)
+        greeted = self._sessions.ticks()
         welcome = await self._sessions.welcome(said.hello, guest.caller, guest.address)
-        since = self._sessions.now() - _EXCHANGE
-        skew = self._sessions.skew(said.hello)
+        await self._one_a_turn(len(body))
         with _about(body):
-            ack = await self._sessions.take(said.hello, said.reports, skew, since, guest.address)
+            ack = await self._sessions.take(said.hello, said.reports, greeted, guest.address, before=_EXCHANGE)
         return encode(msgspec.structs.replace(welcome, ack=max(ack.seq, welcome.ack)))
 
     async def _socket(self, scope: Any, receive: Any, send: Any) -> None:
@@ -132,6 +167,7 @@ class Switch:
             return
         try:
             guest = await self._guarded(self._door.enter(scope))
+            self._pace(guest.caller)
         except Refusal as e:
             await _deny(scope, send, e)
             return
@@ -156,11 +192,17 @@ class Switch:
         hello = _message(_text(first))
         if not isinstance(hello, Hello):
             raise Refusal(422, "a hello comes first")
-        skew, since = self._sessions.skew(hello), self._sessions.now()
+        greeted = self._sessions.ticks()
         welcome = await self._guarded(self._sessions.welcome(hello, guest.caller, guest.address))
-        await _send_quietly(send, {"type": "websocket.send", "text": encode(welcome).decode()})
-        while (event := await receive())["type"] == "websocket.receive":
+        with self._seated(hello.client_id) as seat:
+            await _send_quietly(send, {"type": "websocket.send", "text": encode(welcome).decode()})
+            await self._hear(guest, hello, greeted, seat, receive, send)
+
+    async def _hear(self, guest: Guest, hello: Hello, greeted: float, seat: Seat, receive: Any, send: Any) -> None:
+        """Reports until the connection ends, or the tunnel has too many newer ones."""
+        while (event := await seat.waits(receive()))["type"] == "websocket.receive":
             body = _text(event)
+            await self._one_a_turn(len(body))
             with _about(body):
                 reports = _message(body)
             if not isinstance(reports, Reports):
@@ -172,9 +214,38 @@ class Switch:
                     self._sessions.refused(hello, guest.caller)
                 raise
             await self._in_turn(hello.client_id, len(body))
+            await self._one_a_turn(len(body))
             with _about(body):
-                ack = await self._stored(self._sessions.take(hello, reports, skew, since, guest.address))
+                ack = await self._stored(self._sessions.take(hello, reports, greeted, guest.address))
             await _send_quietly(send, {"type": "websocket.send", "text": encode(ack).decode()})
+
+    def _pace(self, caller: Caller) -> None:
+        """Raises Refusal (429) when a tunnel's own token comes too often; behind a shared key are many agents."""
+        if not caller.shared and (wait := self._arrivals.wait(caller.name, self._sessions.ticks())) > 0:
+            raise Refusal(429, "too many connections a minute of this tunnel", wait)
+
+    @contextmanager
+    def _seated(self, name: str) -> Iterator[Seat]:
+        """Of too many connections of one tunnel the oldest ends: its agent may have died, the newest one's has not."""
+        seats, seat = self._seats.setdefault(name, []), Seat()
+        seats.append(seat)
+        if len(seats) > _SOCKETS:
+            seats.pop(0).end()
+        try:
+            yield seat
+        finally:
+            if seat in seats:
+                seats.remove(seat)
+            if not seats and self._seats.get(name) is seats:
+                del self._seats[name]
+
+    async def _one_a_turn(self, size: int) -> None:
+        """Let one large message be read in each turn of the loop: what is due besides (deadlines, deliveries, health)
+        waits for one, not for those of all connections.
+        """
+        if size > _LARGE:
+            async with self._turnstile:
+                await asyncio.sleep(0)
 
     async def _in_turn(self, name: str, size: int) -> None:
         """A replay comes in a burst; beyond that a sender waits, and its connection with it."""

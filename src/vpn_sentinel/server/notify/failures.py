@@ -81,7 +81,7 @@ def retry_after(value: str | None, now: float) -> float | None:
     except ValueError:
         try:
             then = parsedate_to_datetime(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             return None
         seconds = (then if then.tzinfo else then.replace(tzinfo=UTC)).timestamp() - now
     return max(0.0, seconds) if math.isfinite(seconds) else None

@@ -31,6 +31,8 @@ ICON: Final[Mapping[State, str]] = {
 _HEADLINE: Final[Mapping[Kind, tuple[str, str]]] = {
     Kind.SERVER_STARTED: ("🚀", "VPN Sentinel has started"),
     Kind.DATABASE_DAMAGED: ("🛑", "VPN Sentinel's own database has damage"),
+    Kind.SERVER_OVERLOADED: ("🐌", "VPN Sentinel has too much to do"),
+    Kind.SERVER_RECOVERED: (ICON[State.PROTECTED], "VPN Sentinel keeps up again"),
     Kind.CONNECTED: (ICON[State.PROTECTED], "{tunnel} is connected and protected"),
     Kind.ADDRESS_CHANGED: ("🔵", "{tunnel} has a new exit address"),
     Kind.PORT_CHANGED: ("🔵", "{tunnel} has another forwarded port"),

@@ -11,8 +11,6 @@ import traceback
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Final
 
-import msgspec
-
 from vpn_sentinel.runtime.backoff import backoff
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.server.notify import outbox, retry
@@ -99,7 +97,7 @@ class Worker:
             leased = await outbox.lease(
                 self._store, now, now + LEASE, 1, self._channel.name, urgent=patience > 0, early=early
             )
-            due = None if leased else await outbox.next_due(self._store, self._channel.name)
+            due = None if leased else await outbox.next_due(self._store, self._channel.name, now)
         except StoreUnavailable as e:
             return self._lost(e)
         self._found()
@@ -139,7 +137,7 @@ class Worker:
     async def _send(self, delivery: Delivery) -> DeliveryError | None:
         try:
             notice = delivery.notice()
-        except (msgspec.MsgspecError, ValueError):
+        except (ValueError, RecursionError):
             if (outline := delivery.outline()) is None:
                 return PermanentError("unreadable")
             notice = outline

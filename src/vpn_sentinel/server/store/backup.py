@@ -85,7 +85,7 @@ def make(connection: sqlite3.Connection, folder: Path, now: float) -> Backup:
     made = Backup(folder / f"sentinel-{datetime.fromtimestamp(now, UTC).strftime(_STAMP)}.db", float(int(now)))
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _sweep(folder)
+        files.sweep(folder, "sentinel-")
         pages, size = (connection.execute(f"PRAGMA {what}").fetchone()[0] for what in ("page_count", "page_size"))
         if shutil.disk_usage(folder).free < 2 * pages * size:
             # A copy that fills the disk would keep the server itself from remembering.
@@ -182,9 +182,3 @@ def _verify(copy: Path, backup: Path) -> None:
         wrong = " ".join(str(e).split())
     if wrong:
         raise BackupError(f"{backup} cannot be put back: {wrong}")
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what a copy left that was killed."""
-    for path in folder.glob(f"sentinel-*.db.*{files.PART}"):
-        path.unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 """The tables. Times are seconds since the epoch as floats; JSON is text, written and read by `wire.codec`."""
 
-from sqlalchemy import BigInteger, Column, Float, ForeignKey, Index, Integer, MetaData, Table, Text
+from sqlalchemy import BigInteger, Column, Float, ForeignKey, Index, Integer, MetaData, Table, Text, text
 
 # SQLite gives only INTEGER PRIMARY KEY its automatic numbers.
 _Id = BigInteger().with_variant(Integer, "sqlite")
@@ -146,13 +146,23 @@ outbox = Table(
     Column("leased_until", Float, nullable=False),
     Column("attempt", Integer, nullable=False),
     Column("settled_at", Float),
-    Column("outcome", Text),  # "done", "given_up" or "superseded"
+    Column("outcome", Text),  # "done", "given_up", "superseded" or "summed" (told by a later one)
 )
 Index(
     "ix_outbox_due",
     outbox.c.due_at,
     sqlite_where=outbox.c.settled_at.is_(None),
     postgresql_where=outbox.c.settled_at.is_(None),
+)
+# When and how often a channel told of a tunnel lately.
+_TOLD = outbox.c.outcome == text("'done'")
+Index(
+    "ix_outbox_told",
+    outbox.c.channel,
+    outbox.c.tunnel,
+    outbox.c.settled_at,
+    sqlite_where=_TOLD,
+    postgresql_where=_TOLD,
 )
 
 # Every try to deliver, with how it ended: "done", "transient" or "permanent", and the reason of a failure.

@@ -43,7 +43,7 @@ class SqliteStore:
             with self._reader.connect() as connection:
                 return connection.execute(statement).all()
 
-        return await self._in(self._read_threads, run)
+        return await self._in(self._read_threads, run, whole=False)
 
     async def write(self, *statements: Executable) -> list[Sequence[Row[Any]]]:
         def run() -> list[Sequence[Row[Any]]]:
@@ -127,10 +127,12 @@ class SqliteStore:
         self._write_thread.shutdown()
         self._release()
 
-    async def _in(self, threads: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+    async def _in(self, threads: ThreadPoolExecutor, work: Callable[[], T], *, whole: bool = True) -> T:
+        running = asyncio.get_running_loop().run_in_executor(threads, work)
         try:
-            # Shielded: work in a thread cannot be taken back, so a caller that gives up must not see it half-done.
-            return await asyncio.shield(asyncio.get_running_loop().run_in_executor(threads, work))
+            # Shielded: work in a thread cannot be taken back, so a caller that gives up must not see it half-done. A
+            # question has no halves, and a shield costs one more turn of a loop that may be busy.
+            return await (asyncio.shield(running) if whole else running)
         except DBAPIError as e:
             raise _unavailable(e.orig) from e
         except sqlite3.Error as e:

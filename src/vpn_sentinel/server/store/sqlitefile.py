@@ -100,6 +100,8 @@ def prepare(path: Path, *, alone: bool) -> str:
     `alone`: nobody else has it open. Raises StoreUnusable that says what and where.
     """
     mode = path.stat().st_mode
+    if alone:
+        _sweep(path.resolve())
     try:
         lost = _looked_at(path) if alone else ""
         with contextlib.closing(sqlite3.connect(path)) as connection:
@@ -120,6 +122,14 @@ def prepare(path: Path, *, alone: bool) -> str:
         msg = f"database {path} is open to others, and cannot be closed to them: {e.strerror}"
         raise StoreUnusable(msg) from e
     return lost
+
+
+def _sweep(path: Path) -> None:
+    """Of a restore, or of a start that was keeping a damaged log: each as large as the database, or its log."""
+    try:
+        files.sweep(path.parent, path.name)
+    except OSError as e:
+        log.warning("what a killed process left beside the database stays", extra={"reason": e.strerror})
 
 
 def unusable(path: Path, error: sqlite3.Error) -> StoreUnusable:

@@ -4,17 +4,18 @@ import asyncio
 import logging
 from typing import Final
 
-from sqlalchemy import Column, Executable, Table, and_, delete, select
+from sqlalchemy import Column, Executable, Table, delete, func, select
 
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.server.store.schema import actions, incidents, observations, outbox, transitions
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
+from vpn_sentinel.server.watch.timekeeper import moved_so_far
 
 log = logging.getLogger(__name__)
 
 _EVERY: Final = 300.0
-_AT_ONCE: Final = 2000
-_PAUSE: Final = 0.2
+_AT_ONCE: Final = 500  # rows: whoever reports waits for so many
+_PAUSE: Final = 0.05
 # What the history page tells (transitions, actions, incidents) is kept longer than what it was judged from.
 _HISTORY_FACTOR: Final = 12
 
@@ -37,11 +38,10 @@ class Retention:
 
     async def prune(self) -> int:
         """Delete what is too old; returns how many rows went. Raises StoreUnavailable."""
-        now = self._clock.wall()
+        observed, history = await self._before(self._seconds), await self._before(self._seconds * _HISTORY_FACTOR)
         gone = 0
-        history = now - self._seconds * _HISTORY_FACTOR
         for statement in (
-            _oldest_observations(now - self._seconds),
+            _oldest_observations(observed),
             _oldest(transitions, transitions.c.at, history),
             _oldest(actions, actions.c.at, history),
             # An incident that lasts is never too old.
@@ -57,6 +57,12 @@ class Retention:
                 await asyncio.sleep(_PAUSE)
         return gone
 
+    async def _before(self, seconds: float) -> float:
+        """Until when all is older than so many seconds: a clock that was set forward makes nothing older."""
+        before = self._clock.wall() - seconds
+        by, at = await moved_so_far(self._store)
+        return before - max(by, 0.0) if at > before else before
+
 
 def _oldest(table: Table, when: Column[float], before: float) -> Executable:
     chosen = select(table.c.id).where(when < before).limit(_AT_ONCE)
@@ -64,11 +70,10 @@ def _oldest(table: Table, when: Column[float], before: float) -> Executable:
 
 
 def _oldest_observations(before: float) -> Executable:
-    o = observations.alias()
-    chosen = select(o.c.tunnel_id, o.c.spool, o.c.seq).where(o.c.received_at < before).limit(_AT_ONCE).subquery()
-    same = and_(
-        observations.c.tunnel_id == chosen.c.tunnel_id,
-        observations.c.spool == chosen.c.spool,
-        observations.c.seq == chosen.c.seq,
-    )
-    return delete(observations).where(select(chosen.c.seq).where(same).exists()).returning(observations.c.seq)
+    """By the time up to which the oldest reach: their key has three columns, and SQLite compares a set of such keys
+    with every row of the table, while all who report wait.
+    """
+    received_at = observations.c.received_at
+    oldest = select(received_at).where(received_at < before).order_by(received_at).limit(_AT_ONCE).subquery()
+    upto = select(func.max(oldest.c.received_at)).scalar_subquery()
+    return delete(observations).where(received_at <= upto).returning(observations.c.seq)

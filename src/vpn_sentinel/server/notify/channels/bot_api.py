@@ -122,6 +122,8 @@ _OF_THE_CHAT: Final = (
     ("peer_id_invalid", "chat_not_found"),
 )
 
+# What decoding can end in: msgspec tells bytes that are no text, and what is nested too deep, by Python's own.
+_GARBAGE: Final = (ValueError, RecursionError)
 _reply = msgspec.json.Decoder(Reply).decode
 _user = msgspec.json.Decoder(User).decode
 _updates = msgspec.json.Decoder(list[msgspec.Raw]).decode
@@ -218,19 +220,19 @@ class BotApi:
 
 
 def _parsed(decode: Callable[[msgspec.Raw], T], raw: msgspec.Raw) -> T:
-    with contextlib.suppress(msgspec.MsgspecError):
+    with contextlib.suppress(*_GARBAGE):
         return decode(raw)
     raise TransientError("garbage")
 
 
 def _readable(raw: msgspec.Raw) -> Update:
-    with contextlib.suppress(msgspec.MsgspecError):
+    with contextlib.suppress(*_GARBAGE):
         return _update(raw)
     return Update(_parsed(_numbered, raw).update_id)
 
 
 def _read(body: bytes) -> Reply | None:
-    with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):
+    with contextlib.suppress(*_GARBAGE):
         return _reply(body)
     return None
 

@@ -1,0 +1,34 @@
+"""Looks whether the process has descriptors left: who has none serves nobody, and must say so."""
+
+import asyncio
+import errno
+import os
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter
+
+from vpn_sentinel.runtime.clock import Clock
+from vpn_sentinel.runtime.shortage import Untaken, out_of_descriptors
+
+_EVERY: Final = 1.0  # seconds
+
+
+class Descriptors:
+    """Looks once a second. Where there are none, uvloop's loop closes each connection as it comes and tells nobody
+    (libuv's `uv__emfile_trick`), so there is nothing to count one by one.
+    """
+
+    def __init__(self, clock: Clock, registry: CollectorRegistry) -> None:
+        self._untaken = Untaken(clock.boottime)
+        self._short = Counter(
+            "vpn_sentinel_descriptors_short_seconds",
+            "Seconds in which no descriptor was left: new connections were closed as they came.",
+            registry=registry,
+        )
+
+    async def run(self) -> None:
+        while True:
+            if out_of_descriptors():
+                self._short.inc(_EVERY)
+                self._untaken.note(os.strerror(errno.EMFILE))
+            await asyncio.sleep(_EVERY)

@@ -1,0 +1,93 @@
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable
+
+import pytest
+import uvloop
+
+from vpn_sentinel.server.acceptor import Acceptor
+from vpn_sentinel.server.crowd import Crowd, Place
+
+CAME = 300
+
+
+class Served(asyncio.Protocol):
+    def __init__(self, place: Place) -> None:
+        self.place = place
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.place.cut = transport.close
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.place.leave()
+
+
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio's", "uvloop's"])
+def test_who_comes_behind_hundreds_is_taken_within_a_few_turns(loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    """Under load a turn takes long, and the kernel lets only so many wait."""
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(_hundreds())
+
+
+async def _hundreds() -> None:
+    crowd = Crowd(CAME, CAME, CAME)
+    with contextlib.ExitStack() as open_:
+        bound = open_.enter_context(socket.socket())
+        bound.bind(("127.0.0.1", 0))
+        bound.setblocking(False)
+        acceptor = Acceptor(bound, crowd, Served, waiting=CAME)
+        for _ in range(CAME):
+            open_.enter_context(socket.create_connection(bound.getsockname(), timeout=5.0))
+        for _ in range(CAME // 8 + 10):
+            await asyncio.sleep(0)
+        assert len(crowd) == CAME
+        for place in crowd.unserved():
+            place.cut()
+        acceptor.close()
+        await acceptor.wait_closed()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert len(crowd) == 0
+
+
+@pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio's", "uvloop's"])
+@pytest.mark.parametrize("turns", range(5))
+def test_who_has_to_go_before_it_is_open_goes(loop: Callable[[], asyncio.AbstractEventLoop], turns: int) -> None:
+    with asyncio.Runner(loop_factory=loop) as runner:
+        for by_its_place in (True, False):
+            runner.run(_has_to_go(turns, by_its_place=by_its_place))
+
+
+async def _has_to_go(turns: int, *, by_its_place: bool) -> None:
+    crowd, lost = Crowd(1, 1, 1), asyncio.Event()
+
+    class Ends(Served):
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            lost.set()
+
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        bound.setblocking(False)
+        acceptor = Acceptor(bound, crowd, Ends, waiting=1)
+        with socket.create_connection(bound.getsockname(), timeout=5.0) as caller:
+            await _comes(crowd)
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            if by_its_place or not acceptor._opening:
+                crowd.unserved()[0].cut()
+            acceptor.close()
+            await acceptor.wait_closed()
+            async with asyncio.timeout(5.0):
+                await lost.wait()
+            assert len(crowd) == 0
+            assert not acceptor.is_serving()
+            assert caller.recv(1) == b""
+
+
+async def _comes(crowd: Crowd) -> None:
+    """Until it is counted, and not a turn longer."""
+    async with asyncio.timeout(5.0):
+        while not len(crowd):  # noqa: ASYNC110 - a turn is what matters here
+            await asyncio.sleep(0)
