@@ -76,6 +76,7 @@ DIFFERENT = {
     "a zone of what has none": ("nameserver 2001:db8::1%lo\nnameserver ::2\n", "2001:db8::1 ::2", "::2"),
     "a zone by number of what has none": ("nameserver 2001:db8::1%1\n", "2001:db8::1%1", "2001:db8::1%1"),
     "a zone beyond all": ("nameserver fe80::1%99999999999\n", "fe80::1", "127.0.0.1"),
+    "a zone of too many digits": (f"nameserver fe80::1%{'1' * 5000}\n", "fe80::1", "127.0.0.1"),
     "a digit of another script": ("nameserver fe80::1%\u00b2\n", "fe80::1", "127.0.0.1"),
     "trailing blanks": ("nameserver \t 10.0.0.1 \t \n", "10.0.0.1", "10.0.0.1"),
     "comments behind": (

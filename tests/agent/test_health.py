@@ -1,11 +1,12 @@
 import asyncio
 import contextlib
 import json
+import socket
 from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.conftest import ManualClock
+from tests.conftest import ManualClock, until
 from vpn_sentinel.agent.health import LIMIT, PLACES, ROUTES, Health, Signs
 from vpn_sentinel.runtime.settings import SettingError
 
@@ -48,6 +49,22 @@ async def ask(port: int, request: bytes) -> bytes:
     finally:
         writer.close()
         await writer.wait_closed()
+
+
+async def test_hundreds_that_come_at_once_shut_nobody_out(clock: ManualClock, free_port: int) -> None:
+    """While the agent is at something else: the kernel takes them, or they would try again after a second."""
+    server = await health(clock, 10, 20).serve("127.0.0.1", free_port)
+    with contextlib.ExitStack() as open_:
+        made = [
+            open_.enter_context(socket.create_connection(("127.0.0.1", free_port), timeout=0.5)) for _ in range(200)
+        ]
+        asking = made[100]
+        asking.sendall(b"GET /health HTTP/1.1\r\n\r\n")
+        asking.setblocking(False)
+        async with asyncio.timeout(5):
+            assert (await asyncio.get_running_loop().sock_recv(asking, 100)).startswith(b"HTTP/1.1 200")
+    server.close()
+    await until(lambda: asyncio.all_tasks() == {asyncio.current_task()})
 
 
 async def test_it_speaks_http(clock: ManualClock, free_port: int) -> None:

@@ -5,6 +5,7 @@ import errno
 import os
 import socket
 import struct
+import subprocess
 import sys
 from ipaddress import ip_address, ip_network
 
@@ -266,6 +267,23 @@ def test_a_kernel_socket_that_broke_fails_one_question() -> None:
         assert kernel.route(ip_address("127.0.0.1")) is not None
     finally:
         kernel.close()
+
+
+def ip(words: str) -> None:
+    subprocess.run(["ip", *words.split()], check=True)
+
+
+async def test_a_nexthop_object_that_turns_is_news(namespace: None) -> None:
+    told = asyncio.Event()
+    ip("link set lo up")
+    ip("nexthop add id 7 dev lo")
+    sensor = NetworkSensor(told.set)
+    sensor.start()
+    try:
+        ip("nexthop replace id 7 blackhole")
+        await asyncio.wait_for(told.wait(), 5)
+    finally:
+        sensor.close()
 
 
 async def test_the_kernel_lets_us_listen() -> None:

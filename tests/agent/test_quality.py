@@ -16,9 +16,13 @@ ANSWERED = Canary(probe=Probe.DEFAULT, target="echo", family=4, answer=Answer.AN
 
 
 class Pulses:
-    """A line that loses a share of its pulses; a round trip takes 50 ms. One that is lost is asked again, as ever."""
+    """A line that loses a share of its pulses; a round trip takes 50 ms. One that is lost is asked again, as ever.
 
-    def __init__(self, loss: float, seed: int = 1) -> None:
+    It is dead for the first `dead` seconds of `every` so many.
+    """
+
+    def __init__(self, loss: float, seed: int = 1, *, dead: float = 0.0, every: float = 60.0) -> None:
+        self.dead, self.every, self.dead_from = dead, every, 0.0
         self.samples, self.dice, self.loss = Samples(), random.Random(seed), loss
         self.now, self.number, self.close = 0.0, 0, 0
         self.rhythm = Rhythm(1.0, random.Random(seed))
@@ -37,7 +41,7 @@ class Pulses:
             self.number += 1
             self.samples.sent(self.number, self.now, counts=not rhythm.silent)
             rhythm.sent(self.now)
-            if self.dice.random() >= self.loss:
+            if self.dice.random() >= self.loss and (self.now - self.dead_from) % self.every >= self.dead:
                 self.samples.heard(self.number, self.now + 0.05)
                 rhythm.heard(0.05)
         pace = self.samples.pace(self.now)
@@ -201,6 +205,42 @@ def test_an_outage_is_no_loss() -> None:
     line.samples.forgive(began)
     line.run(60)
     assert line.samples.quality(line.now).lost == 0
+
+
+def told_at(line: Pulses, until: float, *, high: bool = True) -> float | None:
+    """When it is told first that too many are lost, or that no more are."""
+    while line.now < until:
+        line.run(0.2)
+        if line.high_loss is high:
+            return line.now
+    return None
+
+
+@pytest.mark.parametrize(("dead", "every"), [(1.5, 6.0), (1.2, 4.0), (2.0, 7.0), (3.0, 9.0), (0.7, 2.5), (2.0, 5.0)])
+def test_short_interruptions_that_come_again_and_again_are_loss(dead: float, every: float) -> None:
+    told, ended = [], []
+    for seed in range(20):
+        line = Pulses(0.0, seed, every=every)
+        line.run(100 + seed / 20)
+        began = line.dead_from = line.now
+        line.dead = dead
+        told.append((told_at(line, began + 60) or began + 60) - began)
+        while line.now + 0.2 < began + 12 * every:
+            line.run(0.2)
+            assert line.high_loss or line.now < began + 20  # between two of them, too
+        line.run(began + 12 * every - line.now)
+        over = line.now - every + dead
+        line.dead = 0.0
+        ended.append((told_at(line, over + 60, high=False) or over + 60) - over)
+    assert max(told) < 20
+    assert max(ended) < 20
+
+
+@pytest.mark.parametrize(("dead", "every"), [(1.5, 60.0), (3.0, 40.0), (1.0, 12.0), (0.3, 3.0), (8.0, 30.0)])
+def test_interruptions_that_are_few_or_small_or_outages_are_no_loss(dead: float, every: float) -> None:
+    for seed in range(10):
+        line = Pulses(0.0, seed, dead=dead, every=every)
+        assert told_at(line, 300) is None
 
 
 def test_a_late_reply_is_none_lost_and_is_out_of_order() -> None:

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 
 from vpn_sentinel.agent.uplink.session import Greeted, Phase, ProtocolError, Session, Stored, TurnedAway
@@ -117,6 +119,22 @@ def test_what_comes_out_of_turn_ends_it(data: bytes) -> None:
     with pytest.raises(ProtocolError):
         made.receive(data)
     assert made.phase is Phase.OVER
+
+
+@pytest.mark.parametrize(
+    "echo",
+    [
+        {"port": 5000, "id": "x" * 16, "key": "00" * 32},
+        {"port": 5000, "id": "00" * 8, "key": "00"},
+        {"port": 65536, "id": "00" * 8, "key": "00" * 32},
+    ],
+    ids=["no hex", "a short key", "no port"],
+)
+def test_a_welcome_whose_echo_cannot_be_asked_ends_it(echo: dict[str, object]) -> None:
+    made = session()
+    made.open(0.0)
+    with pytest.raises(ProtocolError):
+        made.receive(json.dumps({"type": "welcome", "ack": 0, "wall": 1.0, "echo": echo}))
 
 
 @pytest.mark.parametrize("seq", [0, 3, 99], ids=["nothing", "what it had", "more than was sent"])

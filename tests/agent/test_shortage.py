@@ -1,16 +1,10 @@
 """A host that has run out of descriptors asks nothing, and so knows nothing: no dead tunnel, no DNS that is down."""
 
-import os
-import resource
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from ipaddress import ip_address
 from pathlib import Path
 
-import pytest
-
 from tests.agent.doubles import ETH, WG, FakeKernel, http, reply, udp
+from tests.conftest import no_descriptor_left
 from vpn_sentinel.agent.http import Client
 from vpn_sentinel.agent.interfaces import Paths, Survey
 from vpn_sentinel.agent.names import Names
@@ -27,21 +21,6 @@ from vpn_sentinel.domain.verdict import State
 from vpn_sentinel.runtime.clock import SystemClock
 
 HERE = ip_address("127.0.0.1")
-
-
-@contextmanager
-def no_more_descriptors() -> Iterator[None]:
-    """Nothing can be opened in this process: setrlimit(2) below what is open, which leaves that alone."""
-    before = resource.getrlimit(resource.RLIMIT_NOFILE)
-    lowest = os.open("/", os.O_PATH)
-    os.close(lowest)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, before[1]))
-    try:
-        with pytest.raises(OSError, match="Too many open files"):
-            socket.socket()
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
 class Whoami:
@@ -64,7 +43,7 @@ async def test_a_tunnel_that_could_not_be_looked_at_is_not_down() -> None:
             reserve=(),
             others=(OverTcp(ask=lambda: trace(client, f"http://127.0.0.1:{web}", Way.TUNNEL), address=HERE, port=web),),
         )
-        with no_more_descriptors():
+        with no_descriptor_left():
             found = await canaries(flock, paths)
         again = await canaries(flock, paths)
     seen = Observation(trigger=Trigger.TIMER, link=link, interfaces=("eth0", "wg0"), canaries=found)
@@ -78,7 +57,7 @@ async def test_names_that_nobody_could_ask_for_are_not_dns_that_is_down(tmp_path
     paths = Paths(FakeKernel(), Survey(interfaces=(ETH, WG), tunnel="wg0", beside=(ETH,)))
     link = Link(name="wg0", present=True, up=True)
     servers = (dns.Nameserver(HERE, 53),)
-    with no_more_descriptors():
+    with no_descriptor_left():
         asked = await dns.resolvers(paths, servers)
         used = await system.ask(None, servers)
     seen = Observation(trigger=Trigger.TIMER, link=link, resolvers=asked.sightings, system_lookup=used)

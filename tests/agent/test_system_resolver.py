@@ -27,8 +27,6 @@ def fails(number: int) -> SystemResolver:
 
 SAID = {
     "an address": (0, Answer.ANSWERED),
-    "no such name": (socket.EAI_NONAME, Answer.ANSWERED),
-    "a name without an address": (socket.EAI_NODATA, Answer.ANSWERED),
     "nobody answers": (socket.EAI_AGAIN, Answer.UNREACHABLE),
     "a resolver that cannot": (socket.EAI_FAIL, Answer.UNREACHABLE),
     "a system error": (socket.EAI_SYSTEM, Answer.UNREACHABLE),
@@ -42,6 +40,22 @@ async def test_each_end_of_a_lookup(number: int, answer: Answer) -> None:
     assert found is not None
     assert found.answer is answer
     assert ("it is so" in found.error) is (answer is not Answer.ANSWERED)
+
+
+@pytest.mark.parametrize("number", [socket.EAI_NONAME, socket.EAI_NODATA], ids=["no such name", "no address"])
+async def test_a_word_that_there_is_no_such_name_is_an_answer_where_others_are_found(number: int) -> None:
+    """Else programs find nothing: a nameserver that denies every name, or answers each with nothing."""
+
+    def lookup(name: str) -> tuple[IPAddress, ...]:
+        if name == "a.root-servers.net.":
+            return (ip_address("198.41.0.4"),)
+        raise socket.gaierror(number, "not known")
+
+    found = await SystemResolver(lookup, boottime=lambda: 0.0, nsswitch=Path("/nonexistent")).ask(ZONE, ())
+    assert found == SystemLookup(answer=Answer.ANSWERED)
+    assert await fails(number).ask(ZONE, ()) == SystemLookup(
+        answer=Answer.UNREACHABLE, error="not even a.root-servers.net is found"
+    )
 
 
 async def test_one_blocked_name_is_no_failure() -> None:
@@ -136,7 +150,9 @@ async def test_a_switch_that_names_no_dns_is_no_answer(tmp_path: Path, text: str
     (tmp_path / "nsswitch.conf").write_text(text)
     assert only_local(tmp_path / "nsswitch.conf") is local
 
-    def lookup(_name: str) -> tuple[IPAddress, ...]:
+    def lookup(name: str) -> tuple[IPAddress, ...]:
+        if name == "a.root-servers.net.":
+            return (ip_address("198.41.0.4"),)
         raise socket.gaierror(socket.EAI_NONAME, "no such name")
 
     found = await SystemResolver(lookup, boottime=lambda: 0.0, nsswitch=tmp_path / "nsswitch.conf").ask(None, ())

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import logging
 
 from vpn_sentinel import __version__
@@ -194,6 +195,8 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
         if verdict.state in (State.DOWN, State.LEAKING):
             courier.hurry()
         courier.wake()
+        if seen.trigger is Trigger.TIMER:
+            gc.collect()  # of the little that is not set aside below: else it is left until there are megabytes of it
 
     def leaked() -> None:
         """A packet left outside the tunnel: tell of it now; the round that follows tells the rest."""
@@ -273,6 +276,7 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
         works = (cycle, pulse, path_mtu, courier, resolver_watch, witnesses, reactions, watch.carrier, watch.others)
         tasks = [group.create_task(work.run()) for work in works]
         tasks.append(group.create_task(echoes.seek()))
+        gc.freeze()  # what is here by now stays
         await stop.wait()
         for task in tasks:
             task.cancel()

@@ -14,6 +14,7 @@ places are taken, the oldest connection yields.
 import asyncio
 import json
 import os
+import socket
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -28,7 +29,8 @@ from vpn_sentinel.runtime.settings import SettingError
 LIMIT: Final = 2.0  # seconds for a request and its answer
 MOST: Final = 4096  # bytes of its head
 PLACES: Final = 32  # connections at once
-_BACKLOG: Final = 16
+_WAITING: Final = 1024  # that the kernel holds; who finds no room tries again after a second (tcp(7), SYN)
+_AT_ONCE: Final = 4  # of them taken in a turn of the loop: who is among them is answered before `PLACES` others came
 _UPLINK_GRACE: Final = 900.0  # seconds: a restart of the agent does not bring a server back
 _ROUND_SLACK: Final = 30.0  # seconds a round may take when nothing answers
 ROUTES: Final[Mapping[str, str]] = {
@@ -103,11 +105,16 @@ class Health:
                 open_.pop(writer, None)
 
         try:
-            return await asyncio.start_server(connected, host, port, limit=MOST, backlog=_BACKLOG)
+            server = await asyncio.start_server(connected, host, port, limit=MOST, backlog=_AT_ONCE)
         except OSError as e:
             # The loop's own text repeats the address.
             why = os.strerror(e.errno) if e.errno else str(e)
             raise SettingError("VPN_SENTINEL_HEALTH_PORT", f"cannot listen on {host} port {port}: {why}") from e
+        for bound in server.sockets:
+            # asyncio takes as many in one turn as it lets wait; the same socket may be told of more (listen(2)).
+            with socket.fromfd(bound.fileno(), bound.family, bound.type) as same:
+                same.listen(_WAITING)
+        return server
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, names: set[str] | None) -> None:
         try:

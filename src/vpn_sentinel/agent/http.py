@@ -130,15 +130,12 @@ class Client:
         )
         try:
             fields = {
-                "Host": where.authority,
-                "User-Agent": "vpn-sentinel",
                 "Accept": "*/*",
                 "Connection": "close",
                 **({"Content-Length": str(len(body))} if method in ("POST", "PUT") else {}),
                 **headers,
             }
-            head = f"{method} {where.path} HTTP/1.1\r\n" + "".join(f"{k}: {v}\r\n" for k, v in fields.items()) + "\r\n"
-            writer.write(head.encode("latin-1") + body)
+            writer.write(head(method, where, fields) + body)
             return await read_response(reader, most)
         finally:
             # Aborted, not closed: one that stopped answering would hold a closing handshake for long.
@@ -165,8 +162,15 @@ async def connected(at: IPAddress, port: int) -> socket.socket:
     return sock
 
 
+def head(method: str, where: Address, headers: Mapping[str, str]) -> bytes:
+    """A request's head. Raises ValueError where a header is not Latin-1."""
+    fields = {"Host": where.authority, "User-Agent": "vpn-sentinel", **headers}
+    lines = [f"{method} {where.path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
+    return "".join(f"{line}\r\n" for line in (*lines, "")).encode("latin-1")
+
+
 async def read_response(reader: asyncio.StreamReader, most: int = MOST) -> Response:
-    """Read status, headers and a body of at most `most` bytes.
+    """Read status, headers and a body of at most `most` bytes. After status 101 the reader is at the new protocol.
 
     Raises HttpError, or what the reader raises when the peer stops early.
     """
@@ -185,7 +189,7 @@ async def read_response(reader: asyncio.StreamReader, most: int = MOST) -> Respo
         else:
             raise HttpError("too many headers")
         status = int(status_text)
-        if status >= 200:
+        if status >= 200 or status == 101:
             return Response(status, await _body(reader, status, headers, most), headers)
 
 
@@ -194,7 +198,7 @@ async def _line(reader: asyncio.StreamReader) -> str:
 
 
 async def _body(reader: asyncio.StreamReader, status: int, headers: Mapping[str, str], most: int) -> bytes:
-    if status in (204, 304):
+    if status in (101, 204, 304):
         return b""
     if headers.get("transfer-encoding", "").lower() == "chunked":
         return await _chunks(reader, most)

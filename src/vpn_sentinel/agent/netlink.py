@@ -15,8 +15,8 @@ from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Final, Protocol
 
 from vpn_sentinel.agent.net.as_user import AS_USER
-from vpn_sentinel.agent.net.attributes import attribute, attributes
-from vpn_sentinel.agent.net.fib import Fib, RouteEntry, parse_entry, parse_rule
+from vpn_sentinel.agent.net.attributes import attribute, attributes, error_number
+from vpn_sentinel.agent.net.fib import Fib, Hop, RouteEntry, parse_entry, parse_next_hops, parse_rule
 from vpn_sentinel.agent.net.link import Interface
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork
 from vpn_sentinel.runtime.clock import Clock, SystemClock
@@ -25,12 +25,14 @@ NEWLINK, DELLINK, GETLINK = 16, 17, 18
 NEWADDR, DELADDR, GETADDR = 20, 21, 22
 NEWROUTE, DELROUTE, GETROUTE = 24, 25, 26
 NEWRULE, DELRULE, GETRULE = 32, 33, 34
+NEWNEXTHOP, DELNEXTHOP, GETNEXTHOP = 104, 105, 106
 UNICAST, LOCAL = 1, 2  # rtm_type
 
 _HEADER: Final = struct.Struct("=IHHII")
 _LINK: Final = struct.Struct("=BxHiII")
 _ADDR: Final = struct.Struct("=BBBBi")
 _ROUTE: Final = struct.Struct("=8BI")
+_NHMSG_SIZE: Final = 8
 _U32: Final = struct.Struct("=I")
 _ERROR, _DONE = 2, 3
 _REQUEST, _DUMP, _DUMP_INTERRUPTED = 0x1, 0x300, 0x10
@@ -174,8 +176,8 @@ def ways(entry: RouteEntry) -> Iterator[Way]:
 
 
 def dump_request(kind: int, sequence: int) -> bytes:
-    """Ask for all links or addresses; the rest of either request may be zero."""
-    body = _LINK.pack(0, 0, 0, 0, 0)
+    """Ask for all links, addresses, rules, routes or nexthop objects; the rest of each request may be zero."""
+    body = bytes(_NHMSG_SIZE if kind == GETNEXTHOP else _LINK.size)
     return _HEADER.pack(_HEADER.size + len(body), kind, _REQUEST | _DUMP, sequence, 0) + body
 
 
@@ -303,7 +305,7 @@ class Netlink:
                 if message.sequence != self._sequence:
                     continue
                 if message.kind == _ERROR:
-                    code = -struct.unpack_from("=i", message.body)[0]
+                    code = error_number(message.body)
                     if code in _NO_ROUTE:
                         return None
                     raise OSError(code, "netlink refuses to look a route up")
@@ -326,11 +328,20 @@ class Netlink:
 
     def _read_fib(self) -> Fib:
         rules = (parse_rule(m.body) for m in self._dump(GETRULE) if m.kind == NEWRULE)
-        entries = (parse_entry(m.body) for m in self._dump(GETROUTE) if m.kind == NEWROUTE)
+        hops = self._next_hops()
+        entries = (parse_entry(m.body, hops) for m in self._dump(GETROUTE) if m.kind == NEWROUTE)
         known = tuple(r for r in rules if r)
         links = self._dump(GETLINK) if any(r.suppress_group is not None for r in known) else ()
         groups = dict(g for m in links if m.kind == NEWLINK and (g := parse_group(m.body)))
         return Fib(known, tuple(e for e in entries if e), groups)
+
+    def _next_hops(self) -> dict[int, tuple[Hop, ...]]:
+        try:
+            return parse_next_hops(m.body for m in self._dump(GETNEXTHOP) if m.kind == NEWNEXTHOP)
+        except OSError as e:
+            if e.errno != errno.EOPNOTSUPP:
+                raise
+            return {}  # a kernel older than 5.3 has none
 
     def ways(self) -> tuple[Way, ...]:
         """Every routing table's entries but the default routes; the same object while the tables are."""
@@ -350,7 +361,7 @@ class Netlink:
                         continue
                     interrupted = interrupted or bool(message.flags & _DUMP_INTERRUPTED)
                     if message.kind == _ERROR:
-                        raise OSError(-struct.unpack_from("=i", message.body)[0], "netlink refuses a dump")
+                        raise OSError(error_number(message.body), "netlink refuses a dump")
                     if message.kind == _DONE:
                         done = True
                     else:

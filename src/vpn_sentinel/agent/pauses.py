@@ -4,10 +4,11 @@ Waits that ended in such a stretch say nothing of the network: answers could not
 for. CLOCK_BOOTTIME runs on in all of them (clock_gettime(2)).
 """
 
-import asyncio
 import logging
 from collections.abc import Callable
 from typing import Final
+
+from vpn_sentinel.runtime.clock import tick
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +34,7 @@ class Pauses:
     async def run(self) -> None:
         self._last = self._boottime()
         while True:
-            await asyncio.sleep(EVERY)
+            await tick(EVERY)
             self._note()
 
     def _note(self) -> None:

@@ -125,6 +125,15 @@ def test_a_damaged_stretch_is_no_answer_and_no_crash(
     databases.close()
 
 
+def test_a_file_whose_version_is_a_text_cannot_be_used(tmp_path: Path, clock: ManualClock) -> None:
+    file = tmp_path / "x.mmdb"
+    good = mmdb(file, "both")
+    file.write_bytes(good.replace(b"ip_version\xa1\x06", b"ip_version\x416"))
+    assert file.read_bytes() != good
+    with pytest.raises(ValueError, match="is not a MaxMind database file"):
+        Databases(clock, files=[str(file)])
+
+
 def test_a_file_that_is_cut_while_it_is_in_use_is_no_crash(tmp_path: Path, clock: ManualClock) -> None:
     path = tmp_path / "x.mmdb"
     good = mmdb(path, "Mine")

@@ -23,6 +23,7 @@ def test_counters_of_one_device() -> None:
     assert counters(text, "wg0") == (2224, 38333)
     assert counters(text, "tun0") is None
     assert counters(b"wg0: 1 2\n", "wg0") is None
+    assert counters(b"wg0: x 1 0 0 0 0 0 0 2 0\n", "wg0") is None
 
 
 def fed(*readings: tuple[float, int, int]) -> list[float]:

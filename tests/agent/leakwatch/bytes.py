@@ -37,6 +37,7 @@ def run(made: Sequence[Insn], data: bytes, *, protocol: int, kind: int = OUTGOIN
     """How many bytes the filter lets up. An instruction it does not know is an error of the test."""
     ancillary = {0xFFFFF000: protocol, 0xFFFFF004: kind, 0xFFFFF014: mark}
     a = x = at = 0
+    memory: dict[int, int] = {}
 
     def load(offset: int, size: int) -> int | None:
         if offset in ancillary:
@@ -62,6 +63,14 @@ def run(made: Sequence[Insn], data: bytes, *, protocol: int, kind: int = OUTGOIN
                 x = (got & 0xF) * 4
             case 0x01:
                 x = i.k
+            case 0x02:
+                memory[i.k] = a
+            case 0x03:
+                memory[i.k] = x
+            case 0x60:
+                a = memory[i.k]
+            case 0x61:
+                x = memory[i.k]
             case 0x54:
                 a &= i.k
             case 0x05:

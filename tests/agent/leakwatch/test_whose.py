@@ -436,7 +436,9 @@ async def test_which_was_first_is_told_though_both_are_read_late() -> None:
     seen = await told(
         "ip rule add pref 900 table 42\nip rule add pref 500 from 192.168.7.2 lookup main",
         VISITOR + "server = udp(port=27015); clock.now += 10\n"
-        "visit(17, udp_bytes(5000, 27015, b'hello'))\n"
+        "ear = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x0800))\n"
+        "ear.bind(('eth0', 0x0800)); ear.settimeout(10)\n"
+        "visit(17, udp_bytes(5000, 27015, b'hello')); ear.recv(99)\n"  # a busy kernel hands it over a while later
         "send('203.0.113.50', 5000, by=server)\n"  # its answer
         "send('203.0.113.50', 5001, by=server)\n"
         "visit(17, udp_bytes(5001, 27015, b'hello'))\n"  # which answers what was begun here
@@ -473,7 +475,10 @@ def push(*hosts, port=5000, by=server):
     for host in hosts:
         send(f"203.0.113.{host}", port, by=by)
 push(50, 51)
-visit(17, udp_bytes(5000, PORT, b"hello"), "203.0.113.51"); visit(17, udp_bytes(5000, PORT, b"hello"), "203.0.113.50")
+ear = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM)
+ear.bind(("eth0", 0x0800)); ear.settimeout(10)
+for host in (51, 50):
+    visit(17, udp_bytes(5000, PORT, b"hello"), f"203.0.113.{host}"); ear.recv(99)  # a busy kernel hands it over late
 await until(lambda: not watch._serving and watch._flows._old)
 clock.now += 10
 """

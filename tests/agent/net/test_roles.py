@@ -13,7 +13,7 @@ import pytest
 from tests.agent.net.test_fib import ip
 from vpn_sentinel.agent.equipment import marks_lead_out
 from vpn_sentinel.agent.interfaces import Paths, Recollection, Survey, Surveyor, survey
-from vpn_sentinel.agent.net.roles import Remembered
+from vpn_sentinel.agent.net.roles import Remembered, roles
 from vpn_sentinel.agent.netlink import Netlink
 from vpn_sentinel.agent.probes.dns import Nameserver, path_to
 from vpn_sentinel.domain.observation import Path
@@ -225,6 +225,54 @@ def test_roles_follow_from_what_carries_what(namespace: None, case: Case) -> Non
     ip(case.setup)
     found, path = look(case)
     assert (found.tunnel, tuple(i.name for i in found.uplinks), path) == (case.tunnel, case.uplinks, case.path)
+
+
+STANDBY = """
+tuntap add wg9 mode tun
+link set wg9 up
+addr add 10.9.0.2/32 dev wg9
+route add default dev wg9 table 51820 metric 500
+"""
+BESIDE_OPENVPN = """
+tuntap add wg9 mode tun
+link set wg9 up
+addr add 10.9.0.2/32 dev wg9
+route add default dev wg9 table 51821
+rule add pref 32000 not fwmark 51820 lookup 51821
+rule add pref 31000 lookup main suppress_prefixlength 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("setup", "known", "tunnel", "uplinks"),
+    [
+        (WG_QUICK.format("wg0") + STANDBY, "wg0", "wg0", ["eth0"]),
+        (WG_QUICK.format("wg0") + STANDBY + "link del wg0", "wg0", "wg9", ["eth0"]),
+        (OPENVPN.format("tun0", "tun") + BESIDE_OPENVPN, "tun0", "tun0", ["eth0"]),
+        (OPENVPN.format("tun0", "tun") + BESIDE_OPENVPN + "link del tun0", "tun0", "wg9", ["eth0"]),
+        # wg0's own packets leave by wg9: that one is the way out, here as for any other device.
+        (WG_QUICK.format("wg9") + WG_QUICK.format("wg0").replace("51820", "51821"), "wg0", "wg0", ["wg9", "eth0"]),
+        # Nothing says that a TUN device is a VPN's: it may be a line.
+        (WG_QUICK.format("wg0") + STANDBY.replace("wg9", "tun9"), "wg0", "wg0", ["tun9", "eth0"]),
+    ],
+    ids=["stands by", "took over", "below OpenVPN", "OpenVPN ended", "outer", "TUN"],
+)
+def test_a_second_vpn_that_stands_by_is_no_way_home(
+    namespace: None, setup: str, known: str, tunnel: str, uplinks: list[str]
+) -> None:
+    """A failover, as people make it with metrics or tables: what leaves by the second VPN is not at home."""
+    ip(LAN + GATEWAY + setup)
+    kernel = Netlink()
+    try:
+        found = roles(
+            kernel.interfaces(),
+            kernel.fib(),
+            remembered=Remembered(tunnel=known, uplinks=frozenset({"eth0"})),
+            claimed=lambda name: name.startswith("wg"),
+        )
+    finally:
+        kernel.close()
+    assert (found.tunnel, [i.name for i in found.uplinks], found.carries) == (tunnel, uplinks, True)
 
 
 def test_no_way_to_ask_is_known(namespace: None) -> None:

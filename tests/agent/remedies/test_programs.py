@@ -137,7 +137,7 @@ async def test_qbittorrent_says_what_is_wrong() -> None:
     assert PASSWORD.reveal() not in str(failed.value)
 
 
-@pytest.mark.parametrize("body", ["", "{}", "[1]", "<html>", "[" * 100_000])
+@pytest.mark.parametrize("body", ["", "{}", "[1]", "<html>", "[" * 100_000, '[{"state": []}]'])
 async def test_qbittorrent_stops_even_when_its_list_is_nonsense(body: str) -> None:
     asked: list[str] = []
 

@@ -6,6 +6,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 
+import pytest
+
 from tests.agent.containment.test_containment import Kept
 from tests.agent.containment.test_proof import WELL
 from tests.conftest import ManualClock
@@ -173,3 +175,17 @@ async def test_one_that_hangs_holds_up_no_other_and_is_not_started_twice() -> No
             await asyncio.wait_for(world.heard(3), 0.05)
     assert [name for name, _, _ in world.told] == ["gluetun_restart", "gluetun_restart"]
     assert world.restarts == 2
+
+
+@pytest.mark.parametrize("by", [-3600.0, 3600.0, -3.0e8, 3.0e8])
+async def test_no_more_restarts_an_hour_for_a_clock_that_is_set(by: float) -> None:
+    world = World()
+    remedies = world.made(Wants(restart=True, restart_after=0.0, cap=3))
+    async with running(remedies):
+        for minute in range(59):
+            world.clock.set_by = by * (minute % 2)
+            remedies.saw(WELL, DOWN)
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            world.clock.now += 60.0
+    assert world.restarts == 3

@@ -107,5 +107,5 @@ def from_text(text: str | None) -> Cause:
             nameservers=frozenset(codec.address(a) for a in found.get("nameservers", ())),
             flows=frozenset(Flow(codec.address(a), int(port), str(p)) for a, port, p in found.get("flows", ())),
         )
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return Cause()

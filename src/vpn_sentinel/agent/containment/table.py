@@ -10,7 +10,7 @@ import socket
 import struct
 from typing import Final
 
-from vpn_sentinel.agent.net.attributes import attributes
+from vpn_sentinel.agent.net.attributes import attributes, error_number
 from vpn_sentinel.agent.netlink import messages
 
 _NETFILTER: Final = 12  # NETLINK_NETFILTER
@@ -33,13 +33,18 @@ def owner_of(table: str) -> str | None:
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETFILTER) as sock:
         sock.settimeout(1.0)
         sock.send(request)
-        for message in messages(sock.recv(65536)):
-            if message.kind == _ERROR:
-                code = -struct.unpack_from("=i", message.body)[0]
-                if code == errno.ENOENT:
-                    return None
-                raise OSError(code, "the kernel does not show its nftables")
-            return comment_in(attributes(message.body, 4).get(_USER_DATA, b""))
+        return read_owner(sock.recv(65536))
+
+
+def read_owner(answer: bytes) -> str | None:
+    """The same out of the kernel's answer. Raises OSError."""
+    for message in messages(answer):
+        if message.kind == _ERROR:
+            code = error_number(message.body)
+            if code == errno.ENOENT:
+                return None
+            raise OSError(code, "the kernel does not show its nftables")
+        return comment_in(attributes(message.body, 4).get(_USER_DATA, b""))
     raise OSError(errno.EPROTO, "the kernel gave no answer about its nftables")
 
 

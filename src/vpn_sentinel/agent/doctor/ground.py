@@ -131,5 +131,5 @@ def _date(text: str | None) -> float | None:
     """An HTTP date (RFC 9110, section 5.6.7), None for anything else."""
     try:
         return parsedate_to_datetime(text).timestamp() if text else None
-    except ValueError:
+    except (ValueError, OverflowError):
         return None

@@ -78,7 +78,7 @@ def read_manifest(folder: Path) -> Manifest | None:
         return None
     except OSError as e:
         raise GeoError(f"{path}: {e.strerror}") from e
-    except (msgspec.DecodeError, UnicodeDecodeError) as e:
+    except (ValueError, RecursionError) as e:  # msgspec.DecodeError is a ValueError
         raise GeoError(f"{path}: is damaged; `vpn-sentinel geo update` writes it anew") from e
 
 

@@ -4,12 +4,11 @@
 is a reason to look at once; what it means is for the round to find out.
 """
 
-import asyncio
 from collections.abc import Awaitable, Callable
 from io import FileIO
 from typing import Final
 
-from vpn_sentinel.runtime.clock import Clock
+from vpn_sentinel.runtime.clock import Clock, tick
 
 EVERY: Final = 1.0  # seconds
 STALL: Final = 2.0  # seconds that a device sends and receives nothing
@@ -50,7 +49,8 @@ def counters(text: bytes, interface: str) -> tuple[int, int] | None:
     for line in text.splitlines():
         if line.lstrip().startswith(name):
             words = line.partition(b":")[2].split()
-            return (int(words[0]), int(words[8])) if len(words) > 8 else None
+            digits = len(words) > 8 and words[0].isdigit() and words[8].isdigit()
+            return (int(words[0]), int(words[8])) if digits else None
     return None
 
 
@@ -64,7 +64,7 @@ class StallWatch:
         clock: Clock,
         *,
         path: str = "/proc/net/dev",
-        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        sleep: Callable[[float], Awaitable[None]] = tick,
     ) -> None:
         self.stall = Stall()
         self._tunnel = tunnel

@@ -6,11 +6,13 @@ The sockets are SOCK_DGRAM: the filter sees a packet from its IP header on. A lo
 import socket
 import struct
 from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from ipaddress import ip_network
+from functools import lru_cache
+from ipaddress import collapse_addresses, ip_network
 from itertools import product
-from typing import Final
+from typing import Any, Final
 
 from vpn_sentinel.agent.endpoints import TCP, UDP, Endpoint
 from vpn_sentinel.agent.leakwatch.packets import RST, SYN, SYN_ACK
@@ -39,8 +41,10 @@ HEAD: Final = 80  # bytes of one that comes in: addresses, ports, flags
 DROP: Final = 0
 _SO_ATTACH_FILTER: Final = 26
 _MOST: Final = 4096 - 10  # BPF_MAXINSNS, less what `strangers` takes
+_WORDS: Final = 16  # BPF_MEMWORDS
 
 _LD_W, _LD_LEN, _LD_H, _LD_B, _LDH_X, _LDB_X, _LDX_MSH, _LDX_IMM = 0x20, 0x80, 0x28, 0x30, 0x48, 0x50, 0xB1, 0x01
+_ST, _STX, _LD_MEM, _LDX_MEM = 0x02, 0x03, 0x60, 0x61
 _AND, _JA, _JEQ, _JGT, _JSET, _RET = 0x54, 0x05, 0x15, 0x25, 0x45, 0x06
 _ANCILLARY: Final = 0xFFFFF000  # SKF_AD_OFF
 _LINK: Final = 0xFFE00000  # SKF_LL_OFF: from the link's header on
@@ -57,6 +61,10 @@ class Insn:
     k: int = 0
     true: int = 0
     false: int = 0
+
+
+NOTHING: Final = [Insn(_RET, DROP)]
+"""The filter that lets nothing up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +88,7 @@ def verdict(*tests: Test, result: int = DROP) -> list[Insn]:
     return [*made, Insn(_RET, result)]
 
 
+@lru_cache(maxsize=1)  # each of many devices gets the same
 def program(rules: Rules) -> list[Insn]:
     """The filter: what it lets up is IP that leaves here and that no rule explains. Raises ValueError when too long."""
     first = [
@@ -92,6 +101,7 @@ def program(rules: Rules) -> list[Insn]:
 
 
 def _program(first: list[Insn], six: list[Insn], four: list[Insn]) -> list[Insn]:
+    six, four = _loaded_once(six), _loaded_once(four)
     made = [
         *verdict(Test((Insn(_LD_W, _PKTTYPE),), _OUTGOING, otherwise=True)),
         *first,
@@ -107,6 +117,22 @@ def _program(first: list[Insn], six: list[Insn], four: list[Insn]) -> list[Insn]
         msg = f"the filter takes {len(made)} instructions, and the kernel at most {_MOST}"
         raise ValueError(msg)
     return made
+
+
+def _loaded_once(half: list[Insn]) -> list[Insn]:
+    """Load what is looked at again and again into the filter's memory, once, where the header surely has it.
+
+    The kernel makes some nine instructions of a load from the packet, one of a load from memory (bpf_convert_filter()
+    in net/core/filter.c), and before Linux 6.8 has 20 KB for a socket's filter (net.core.optmem_max).
+    """
+    times = Counter(i for i in half if i.code in (_LD_W, _LD_H, _LD_B, _LDX_MSH) and i.k < _LINK)
+    again = [load for load, count in times.items() if count > 1][:_WORDS]
+    made, instead = [], {}
+    for at, load in enumerate(again):
+        to_index = load.code == _LDX_MSH
+        made += [load, Insn(_STX if to_index else _ST, at)]
+        instead[load] = Insn(_LDX_MEM if to_index else _LD_MEM, at)
+    return [*made, *(instead.get(i, i) for i in half)]
 
 
 def exempt(rules: Rules, trusted: Iterable[tuple[int, int]]) -> list[Insn]:
@@ -150,12 +176,13 @@ def strangers(address: bytes) -> list[Insn]:
     return [i for load, part in loads for i in verdict(outgoing, Test((load,), part, otherwise=True))]
 
 
+@lru_cache(maxsize=1)
 def inbound(rules: Rules) -> list[Insn]:
     """The filter for what comes in: the first packets of TCP connections, and UDP, from public addresses.
 
     What comes from the tunnel's servers' own ports is left out, so that its traffic costs nothing here.
     """
-    six = _inbound_half(rules, _SIX)
+    six, four = _loaded_once(_inbound_half(rules, _SIX)), _loaded_once(_inbound_half(rules, _FOUR))
     return [
         *verdict(Test((Insn(_LD_W, _PKTTYPE),), _HOST, otherwise=True)),
         Insn(_LD_H, _PROTOCOL),
@@ -164,7 +191,7 @@ def inbound(rules: Rules) -> list[Insn]:
         Insn(_RET, DROP),
         Insn(_JA, len(six)),
         *six,
-        *_inbound_half(rules, _FOUR),
+        *four,
     ]
 
 
@@ -188,9 +215,8 @@ def _inbound_half(rules: Rules, at: "_Family") -> list[Insn]:
             own = Test((*at.behind, Insn(_LDH_X, 0)), end.port)
             made += verdict(*_within(ip_network(end.address), source=True), *at.proto(end.protocol), own)
     # What goes to these may leave whoever began it, a VPN's server of which no port is known among them.
-    for net in (*NEVER, *PRIVATE, *rules.outside, *rules.lan):
-        if net.version == at.version:
-            made += verdict(*_within(net, source=True))
+    for tests in at.within((*NEVER, *PRIVATE, *rules.outside, *rules.lan), source=True):
+        made += verdict(*tests)
     made += verdict(*at.proto(UDP), result=HEAD)
     made += verdict(*at.proto(TCP), at.byte(13, SYN, Insn(_AND, SYN_ACK)), result=HEAD)
     return [*made, Insn(_RET, DROP)]
@@ -225,8 +251,12 @@ class _Family:
         least = () if low == 0 else (Test(load, low - 1, _JGT),)
         return (*least, Test(load, high, _JGT, otherwise=True))
 
-    def within(self, networks: Iterable[IPNetwork]) -> Iterator[tuple[Test, ...]]:
-        return (_within(net) for net in networks if net.version == self.version)
+    def within(self, networks: Iterable[IPNetwork], *, source: bool = False) -> Iterator[tuple[Test, ...]]:
+        """What is in one of the networks. A network in another one is left out, as those of a host's containers are:
+        see `_loaded_once` for how little room there is.
+        """
+        mine: list[Any] = [net for net in networks if net.version == self.version]
+        return (_within(net, source=source) for net in collapse_addresses(mine))
 
 
 _OFFSET: Final = (Insn(_LD_H, 6), Insn(_AND, 0x1FFF))

@@ -27,8 +27,9 @@ NOBODY: Final[tuple[IPNetwork, ...]] = tuple(
 NEVER: Final[tuple[IPNetwork, ...]] = (*NOBODY, ip_network("169.254.0.0/16"), ip_network("fe80::/9"))
 # Nothing of these is on the internet.
 PRIVATE: Final[tuple[IPNetwork, ...]] = tuple(n for n in NOT_PUBLIC if n not in NEVER)
-# The kernel's own words about packets that came in; they hold nothing of a program's.
-ICMP_ANSWERS: Final = (0, 3, 11, 12)
+# The kernel's own words about packets that came in; they hold nothing of a program's (RFC 792). It answers to echo and
+# timestamp requests, and to no other (icmp_pointers in net/ipv4/icmp.c).
+ICMP_ANSWERS: Final = (0, 3, 11, 12, 14)
 # The same, and neighbours, routers and multicast listeners (RFC 4861, 2710, 3810).
 ICMP6_OWN: Final = (1, 2, 3, 4, 129, 130, 131, 132, 133, 134, 135, 136, 137, 143)
 

@@ -1,10 +1,12 @@
-"""Netlink attributes (netlink(7)): the typed fields behind the fixed part of a message."""
+"""What all netlink messages have alike (netlink(7)): attributes, the typed fields behind a fixed part, and errors."""
 
+import errno
 import struct
 from typing import Final
 
 _HEADER: Final = struct.Struct("=HH")
 _NESTED_MASK: Final = 0x3FFF
+_ERROR: Final = struct.Struct("=i")
 
 
 def attributes(body: bytes, offset: int = 0) -> dict[int, bytes]:
@@ -22,3 +24,8 @@ def attributes(body: bytes, offset: int = 0) -> dict[int, bytes]:
 def attribute(kind: int, value: bytes) -> bytes:
     """One attribute, padded."""
     return _HEADER.pack(_HEADER.size + len(value), kind) + value + b"\0" * (-len(value) % 4)
+
+
+def error_number(body: bytes) -> int:
+    """The error that a message of type NLMSG_ERROR tells; EPROTO where it is cut off."""
+    return -int(_ERROR.unpack_from(body)[0]) if len(body) >= _ERROR.size else errno.EPROTO

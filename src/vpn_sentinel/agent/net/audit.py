@@ -9,7 +9,17 @@ from typing import Final
 from vpn_sentinel.agent.endpoints import TCP, UDP
 from vpn_sentinel.agent.interfaces import Survey
 from vpn_sentinel.agent.net.coverage import by_device, interval, names, public_space, size
-from vpn_sentinel.agent.net.fib import Fib, Interval, Rule, Sender, intersect, joined, may_be_a_programs, subtract
+from vpn_sentinel.agent.net.fib import (
+    WHOLE_PORT,
+    Fib,
+    Interval,
+    Rule,
+    Sender,
+    intersect,
+    joined,
+    may_be_a_programs,
+    subtract,
+)
 from vpn_sentinel.agent.net.link import Interface
 from vpn_sentinel.agent.net.local import networks
 from vpn_sentinel.agent.net.servers import reached
@@ -132,6 +142,8 @@ def _classes(fib: Fib, kinds: tuple[Rule, ...], version: int, sender: Sender) ->
         words = [_PROTOCOLS.get(rule.protocol, f"protocol {rule.protocol}") if rule.protocol else "packets"]
         if low:
             words.append(f"to port {low}" if low == high else f"to ports {low}-{high}")
+        if rule.destination_mask != WHOLE_PORT:
+            words.append(f"under mask 0x{rule.destination_mask:04x}")
         if rule.tos:
             words.append(f"with TOS 0x{rule.tos:02x}")
         name = " ".join(w for w in words if w)

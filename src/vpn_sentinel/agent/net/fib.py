@@ -1,7 +1,7 @@
 """The kernel's routing rules and tables, and the walk through them that the kernel does for each packet.
 
-Both are readable without any capability. Sources: ip-rule(8), ip-route(8), linux/fib_rules.h, linux/rtnetlink.h, and
-the kernel's fib_rule_match(), fib_rules_lookup() and fib_table_lookup().
+Both are readable without any capability. Sources: ip-rule(8), ip-route(8), ip-nexthop(8), linux/fib_rules.h,
+linux/rtnetlink.h, linux/nexthop.h, and the kernel's fib_rule_match(), fib_rules_lookup() and fib_table_lookup().
 
 `Fib.lookup` answers for one packet. `Fib.spread` answers for all destinations at once: which part of the address space
 leaves by which device. Addresses are integers there, parts of the space are closed intervals of them.
@@ -9,6 +9,7 @@ leaves by which device. Addresses are integers there, parts of the space are clo
 
 import socket
 import struct
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,13 +30,17 @@ _2U16: Final = struct.Struct("=HH")
 _2U32: Final = struct.Struct("=II")
 _NEXTHOP: Final = struct.Struct("=HBBi")  # rtnexthop
 _RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY = 1, 4, 5, 6
-_RTA_MULTIPATH, _RTA_TABLE, _RTA_VIA = 9, 15, 18
+_RTA_MULTIPATH, _RTA_TABLE, _RTA_VIA, _RTA_NH_ID = 9, 15, 18, 30
+_NHMSG: Final = struct.Struct("=4BI")
+_NEXTHOP_GROUP: Final = struct.Struct("=I4x")  # the identity of a member; its weight decides nothing here
+_NHA_ID, _NHA_GROUP, _NHA_OIF, _NHA_GATEWAY = 1, 2, 5, 6
 _FRA_DST, _FRA_SRC, _FRA_IIFNAME, _FRA_GOTO, _FRA_PRIORITY, _FRA_FWMARK = 1, 2, 3, 4, 6, 10
 _FRA_TUN_ID, _FRA_SUPPRESS_IFGROUP = 12, 13
 _FRA_SUPPRESS_PREFIXLEN, _FRA_TABLE, _FRA_FWMASK, _FRA_OIFNAME, _FRA_L3MDEV, _FRA_UID_RANGE = 14, 15, 16, 17, 19, 20
 _FRA_IP_PROTO, _FRA_SPORT_RANGE, _FRA_DPORT_RANGE, _FRA_DSCP = 22, 23, 24, 25
-_FRA_FLOWLABEL: Final = 26  # from here on: selectors that no ordinary packet answers to, and masks of ports
-_WHOLE_PORT: Final = b"\xff\xff"
+_FRA_SPORT_MASK, _FRA_DPORT_MASK, _FRA_DSCP_MASK = 28, 29, 30
+WHOLE_PORT: Final = 0xFFFF
+_UNDERSTOOD: Final = frozenset({*range(26), _FRA_SPORT_MASK, _FRA_DPORT_MASK, _FRA_DSCP_MASK})
 _FIB_RULE_INVERT: Final = 0x2
 _RTNH_F_DEAD: Final = 0x1  # also said of a link without carrier where the kernel ignores routes by such
 _RTM_F_CLONED: Final = 0x200
@@ -56,10 +61,10 @@ class Rule:
     """A routing rule. Selectors that are None, or "" for a name, match everything; `invert` turns all of them round.
 
     `version` is 4 or 6. `mark` is compared under `mask`; `uids`, `source_ports` and `destination_ports` are closed
-    ranges; `table` counts for the action FR_ACT_TO_TBL, `target` for FR_ACT_GOTO. Where the table's route has a prefix
-    that is not longer than `suppress_prefix`, or leads by a device of the group `suppress_group`, the next rule is
-    asked. `rare`: it has a selector that is not read here, such as IPv6's flow label, so that it selects no ordinary
-    packet.
+    ranges, or one port under a mask; `table` counts for the action FR_ACT_TO_TBL, `target` for FR_ACT_GOTO. Where the
+    table's route has a prefix that is not longer than `suppress_prefix`, or leads by a device of the group
+    `suppress_group`, the next rule is asked. `tos` is compared under `tos_mask`, 0 is any. `rare`: it
+    has a selector that is not read here, such as IPv6's flow label, so that it selects no ordinary packet.
     """
 
     version: int
@@ -75,10 +80,13 @@ class Rule:
     uids: tuple[int, int] | None = None
     protocol: int | None = None
     source_ports: tuple[int, int] | None = None
+    source_mask: int = WHOLE_PORT
     destination_ports: tuple[int, int] | None = None
+    destination_mask: int = WHOLE_PORT
     incoming: str = ""
     outgoing: str = ""
     tos: int = 0
+    tos_mask: int = 0xFF
     l3mdev: bool = False
     rare: bool = False
     suppress_prefix: int | None = None
@@ -116,8 +124,10 @@ def may_be_a_programs(rule: Rule) -> bool:
     Debian and Fedora, and login.defs(5), give numbers from 1000 on to people. One program has a port or a few of its
     own; a long range has those of everybody's connections in it.
     """
-    if rule.source_ports is not None and rule.source_ports[1] - rule.source_ports[0] >= MOST_OWN_PORTS:
-        return False
+    if rule.source_ports is not None:
+        low, high = rule.source_ports
+        if (high - low + 1) << (WHOLE_PORT & ~rule.source_mask).bit_count() > MOST_OWN_PORTS:
+            return False
     if rule.uids is None:
         return True
     low, high = rule.uids
@@ -245,16 +255,23 @@ def parse_rule(body: bytes) -> Rule | None:
         uids=_pair(found.get(_FRA_UID_RANGE), _2U32),
         protocol=protocol[0] if protocol else None,
         source_ports=_pair(found.get(_FRA_SPORT_RANGE), _2U16),
+        source_mask=_mask(found.get(_FRA_SPORT_MASK)),
         destination_ports=_pair(found.get(_FRA_DPORT_RANGE), _2U16),
+        destination_mask=_mask(found.get(_FRA_DPORT_MASK)),
         incoming=_name(found.get(_FRA_IIFNAME)),
         outgoing=_name(found.get(_FRA_OIFNAME)),
         tos=dscp[0] << 2 if dscp else tos,
-        l3mdev=bool(found.get(_FRA_L3MDEV, b"\0")[0]),
-        rare=any(found.get(_FRA_TUN_ID, b""))
-        or any(kind >= _FRA_FLOWLABEL and value != _WHOLE_PORT for kind, value in found.items()),
+        tos_mask=(found.get(_FRA_DSCP_MASK) or b"\x3f")[0] << 2 if dscp else 0xFF,
+        l3mdev=any(found.get(_FRA_L3MDEV, b"")),
+        rare=any(found.get(_FRA_TUN_ID, b"")) or not _UNDERSTOOD.issuperset(found),
         suppress_prefix=_suppressed(found.get(_FRA_SUPPRESS_PREFIXLEN)),
         suppress_group=_suppressed(found.get(_FRA_SUPPRESS_IFGROUP)),
     )
+
+
+def _mask(data: bytes | None) -> int:
+    """Of a port (Linux 6.15), in host byte order like the range that it belongs to."""
+    return int.from_bytes(data, sys.byteorder) if data is not None and len(data) == 2 else WHOLE_PORT
 
 
 def _suppressed(data: bytes | None) -> int | None:
@@ -262,8 +279,35 @@ def _suppressed(data: bytes | None) -> int | None:
     return None if data == b"\xff" * 4 else _u32(data)
 
 
-def parse_entry(body: bytes) -> RouteEntry | None:
-    """An entry out of RTM_NEWROUTE; None for other families and cache entries."""
+def parse_next_hops(bodies: Iterable[bytes]) -> dict[int, tuple[Hop, ...]]:
+    """By their identity, the nexthop objects out of RTM_NEWNEXTHOP, groups among them.
+
+    Routes may name one instead of devices and routers of their own, and where net.ipv4.nexthop_compat_mode is 0 the
+    kernel tells nothing but that name. One without hops swallows packets, or its device is down.
+    """
+    single: dict[int, tuple[Hop, ...]] = {}
+    groups: dict[int, list[int]] = {}
+    for body in bodies:
+        if len(body) < _NHMSG.size:
+            continue
+        *_, flags = _NHMSG.unpack_from(body)
+        found = attributes(body, _NHMSG.size)
+        ident = _u32(found.get(_NHA_ID))
+        if ident is None:
+            continue
+        if (members := found.get(_NHA_GROUP)) is not None:
+            whole = len(members) // _NEXTHOP_GROUP.size * _NEXTHOP_GROUP.size
+            groups[ident] = [i for (i,) in _NEXTHOP_GROUP.iter_unpack(members[:whole])]
+            continue
+        interface = _u32(found.get(_NHA_OIF))
+        single[ident] = ()
+        if interface is not None and not flags & _RTNH_F_DEAD:
+            single[ident] = (Hop(interface, _address(found.get(_NHA_GATEWAY))),)
+    return single | {ident: tuple(h for i in of for h in single.get(i, ())) for ident, of in groups.items()}
+
+
+def parse_entry(body: bytes, next_hops: Mapping[int, tuple[Hop, ...]] | None = None) -> RouteEntry | None:
+    """An entry out of RTM_NEWROUTE, which may name one of `next_hops`; None for other families and cache entries."""
     if len(body) < _FIXED.size:
         return None
     family, prefix, _src_len, tos, table, protocol, _scope, kind, flags = _FIXED.unpack_from(body)
@@ -276,7 +320,7 @@ def parse_entry(body: bytes) -> RouteEntry | None:
             return None
         destination = b"\0" * (_BITS[family] // 8)
     shift = _BITS[family] - prefix
-    hops = _hops(found, family) if not flags & _RTNH_F_DEAD else ()
+    hops = _hops(found, family, next_hops or {}) if not flags & _RTNH_F_DEAD else ()
     return RouteEntry(
         version=VERSION[family],
         table=_u32(found.get(_RTA_TABLE)) or table,
@@ -290,11 +334,13 @@ def parse_entry(body: bytes) -> RouteEntry | None:
     )
 
 
-def _hops(found: dict[int, bytes], family: int) -> tuple[Hop, ...]:
+def _hops(found: dict[int, bytes], family: int, next_hops: Mapping[int, tuple[Hop, ...]]) -> tuple[Hop, ...]:
     several = found.get(_RTA_MULTIPATH)
     if several is None:
         interface = _u32(found.get(_RTA_OIF))
-        return () if interface is None else (Hop(interface, _gateway(found, family)),)
+        if interface is None:
+            return next_hops.get(_u32(found.get(_RTA_NH_ID)) or 0, ())
+        return (Hop(interface, _gateway(found, family)),)
     hops, offset = [], 0
     while offset + _NEXTHOP.size <= len(several):
         length, flags, _weight, interface = _NEXTHOP.unpack_from(several, offset)
@@ -405,22 +451,19 @@ class Fib:
         return sorted(found, key=lambda s: s.first)
 
     def _walk(self, version: int, sender: Sender, space: list[Interval]) -> list[Segment]:
+        """Go through the rules in their order, with what of the address space is not decided yet."""
         out: list[Segment] = []
-        self._from(0, [r for r in self.rules if r.version == version], sender, space, out)
-        return out
-
-    def _from(self, at: int, rules: list[Rule], sender: Sender, space: list[Interval], out: list[Segment]) -> None:
-        """Go through the rules from number `at` on, with what of the address space is not decided yet."""
-        while space and at < len(rules):
-            rule = rules[at]
-            at += 1
+        rules = [r for r in self.rules if r.version == version]
+        led_on: dict[int, list[Interval]] = {}  # by which rule goes on what a rule above it sent there
+        for at, rule in enumerate(rules):
+            space = sorted(space + led_on.pop(at, []))
             hit = intersect(space, list(_selected(rule, sender)))
             if not hit:
                 continue
             if rule.action == FR_ACT_GOTO:
-                target = next((n for n in range(at, len(rules)) if rules[n].priority >= rule.target), None)
+                target = next((n for n in range(at + 1, len(rules)) if rules[n].priority >= rule.target), None)
                 if target is not None:
-                    self._from(target, rules, sender, hit, out)
+                    led_on.setdefault(target, []).extend(hit)
                     space = subtract(space, hit)
             elif rule.action in (FR_ACT_BLACKHOLE, FR_ACT_UNREACHABLE, FR_ACT_PROHIBIT):
                 out += [Segment(first, last, None, rule) for first, last in hit]
@@ -429,6 +472,7 @@ class Fib:
                 taken = list(self._routed(rule, hit, sender.tos))
                 out += taken
                 space = subtract(space, [(s.first, s.last) for s in taken])
+        return out
 
     def _routed(self, rule: Rule, space: list[Interval], tos: int) -> Iterator[Segment]:
         segments = self._of_table(rule.version, rule.table, tos)
@@ -490,14 +534,15 @@ def _selects(rule: Rule, sender: Sender) -> bool:
         and (rule.uids is None or (sender.uid is not None and rule.uids[0] <= sender.uid <= rule.uids[1]))
         and (rule.source is None or (sender.source is not None and sender.source in rule.source))
         and rule.protocol in (None, sender.protocol)
-        and (rule.source_ports is None or rule.source_ports[0] <= sender.source_port <= rule.source_ports[1])
-        and (
-            rule.destination_ports is None
-            or rule.destination_ports[0] <= sender.destination_port <= rule.destination_ports[1]
-        )
-        and rule.tos in (0, sender.tos)
+        and _is_in(rule.source_ports, rule.source_mask, sender.source_port)
+        and _is_in(rule.destination_ports, rule.destination_mask, sender.destination_port)
+        and (rule.tos == 0 or (rule.tos ^ sender.tos) & rule.tos_mask == 0)
         and not (rule.l3mdev or rule.rare)
     )
+
+
+def _is_in(ports: tuple[int, int] | None, mask: int, port: int) -> bool:
+    return ports is None or ports[0] & mask <= port & mask <= ports[1] & mask
 
 
 def _best(entries: Iterable[RouteEntry]) -> list[RouteEntry]:

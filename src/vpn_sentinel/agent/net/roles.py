@@ -7,7 +7,7 @@ was an uplink once does not become the tunnel when the tunnel is gone.
 """
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from pathlib import Path
@@ -170,6 +170,9 @@ class _Look:
 
     def _a_sender_is_excepted(self, tunnel: Interface) -> bool:
         """Whether rules send by another device what carries a mark, a user or a port of its own."""
+        return any(True for _ in self._ways_of_excepted_senders(tunnel))
+
+    def _ways_of_excepted_senders(self, tunnel: Interface) -> Iterator[RouteEntry]:
         for rule in self._fib.rules:
             if not rule.names_sender():
                 continue
@@ -181,8 +184,7 @@ class _Look:
                     if ours is None or not ours.leads_by(tunnel.index) or theirs is None:
                         continue
                     if theirs.kind == RTN_UNICAST and theirs.hops and not theirs.leads_by(tunnel.index):
-                        return True
-        return False
+                        yield theirs
 
     def roles(self, tunnel: str | None) -> Roles:
         """The ways out beside `tunnel`: first those that would take over, then those with a route, then the rest."""
@@ -196,8 +198,9 @@ class _Look:
             share = sum(shares.get(found.index, 0.0) for shares in takes_over)
             with_route = any(has_way(found, self._fib, version) for version in (4, 6))
             rank = 0 if share >= _LEAST_SHARE else 1 if share or with_route else 2
-            # A second VPN's device that leads to its own networks only is no way to the internet.
-            if rank == 0 or not self._is_another_vpn(found, device):
+            # A second VPN's device that leads to its own networks only is no way to the internet, and one that stands
+            # by for this one is no way home.
+            if not (self._stands_by(found, device) if rank == 0 else self._is_another_vpn(found, device)):
                 ranks.append((rank, -share, found.index, found))
         beside = tuple(i for *_, i in sorted(ranks, key=lambda r: r[:3]))
         return Roles(
@@ -206,6 +209,14 @@ class _Look:
             beside=beside,
             carries=tunnel in self.carriers,
         )
+
+    def _stands_by(self, found: Interface, tunnel: Interface | None) -> bool:
+        """Whether a device that would take over is certainly a second VPN's, and not the one that `tunnel` runs in."""
+        if tunnel is None or not (found.kind in _ENCRYPTING or self._claimed(found.name)):
+            return False
+        if found.name in self._uplinks or self._takes_a_host_of(tunnel, found):
+            return False
+        return not any(way.leads_by(found.index) for way in self._ways_of_excepted_senders(tunnel))
 
     def _is_another_vpn(self, found: Interface, tunnel: Interface | None) -> bool:
         """Whether a device that takes no great part of the internet leads to the network of somebody else's VPN.

@@ -13,7 +13,7 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
 
-from vpn_sentinel.agent.net.attributes import attributes
+from vpn_sentinel.agent.net.attributes import attributes, error_number
 from vpn_sentinel.domain.policy import IPAddress
 
 # linux/tcp_states.h; a connected UDP socket is "established", an unconnected one closed
@@ -210,7 +210,7 @@ class Sockets:
                 if kind == _DONE:
                     return found
                 if kind == _ERROR:
-                    raise OSError(-struct.unpack_from("=i", message)[0], "the kernel does not tell of sockets")
+                    raise OSError(error_number(message), "the kernel does not tell of sockets")
                 if (parsed := parse_socket(message)) is not None:
                     found.append(parsed)
             if flags == _REQUEST:

@@ -17,9 +17,9 @@ from typing import Final, Generic, TypeVar
 from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.agent.net.own import OWN
 from vpn_sentinel.agent.probes import tag
-from vpn_sentinel.agent.probes.shortage import is_shortage
 from vpn_sentinel.domain.observation import Answer
 from vpn_sentinel.domain.policy import IPAddress
+from vpn_sentinel.runtime.shortage import is_shortage
 
 T = TypeVar("T")
 

@@ -204,7 +204,8 @@ def _scope(address: IPv6Address, zone: str) -> int | None:
     """The index that a zone stands for; None for what is no number and no interface here. Only what stays on the link
     has a zone by name."""
     if zone.isascii() and zone.isdigit():
-        return int(zone) if int(zone) < 2**32 else None
+        digits = zone.lstrip("0") or "0"
+        return int(digits) if len(digits) <= 10 and int(digits) < 2**32 else None
     if not zone or not (address.is_link_local or address in _LINK_MULTICAST):
         return None
     try:

@@ -1,8 +1,11 @@
 """Places out of database files in MaxMind's format: GeoLite2, DB-IP Lite, IPinfo Lite."""
 
 import struct
+import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Final, Protocol
 
 from vpn_sentinel.agent.probes.placing import asn_of, clean, country_code
@@ -33,8 +36,7 @@ class Reader(Protocol):
 
 def open_file(path: str | Path) -> Reader:
     """Open one file. Raises ValueError that names it and says why it cannot be used."""
-    import maxminddb  # only for those who have a file
-
+    maxminddb = _library()  # only for those who have a file
     try:
         # Read piece by piece, not mapped: a mapping costs 1 to 2 MB for the first few addresses, as the kernel brings
         # in what lies around them, and kills the process when somebody cuts the file. A look-up takes 0.04 ms so.
@@ -43,7 +45,32 @@ def open_file(path: str | Path) -> Reader:
         # The library puts the path into some of its messages; once is enough.
         msg = f"{path}: {e.strerror if isinstance(e, OSError) and e.strerror else 'is not a MaxMind database file'}"
         raise ValueError(msg) from e
+    said = reader.metadata()
+    if said.ip_version not in (4, 6) or type(said.build_epoch) is not int or type(said.database_type) is not str:
+        reader.close()
+        msg = f"{path}: is not a MaxMind database file"
+        raise ValueError(msg)
     return reader
+
+
+@cache
+def _library() -> Any:
+    """The package `maxminddb` without what it brings along, 2 MB in an agent of 24.
+
+    That is `multiprocessing`, whose lock it does without where there is none (a thread's does as well for a process
+    that never forks), and `importlib.metadata`, which it asks for its own version.
+    """
+    own_version = ModuleType("importlib.metadata")
+    own_version.version = lambda _name: ""  # type: ignore[attr-defined]
+    absent = {"multiprocessing": None, "importlib.metadata": own_version}
+    absent = {name: stand_in for name, stand_in in absent.items() if name not in sys.modules}
+    sys.modules.update(absent)  # type: ignore[arg-type]
+    try:
+        import maxminddb
+    finally:
+        for name in absent:
+            del sys.modules[name]
+    return maxminddb
 
 
 def get(reader: Reader, address: IPAddress) -> object:

@@ -216,5 +216,5 @@ def _read(text: str | None) -> dict[str, _Origin]:
             str(k): (float(at), tuple(int(n) for n in numbers), str(who[0]) if who else SOURCE)
             for k, (at, numbers, *who) in said.items()
         }
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return {}

@@ -2,7 +2,8 @@
 
 resolv.conf may be empty, nsswitch.conf may ask elsewhere (nss-resolve, nothing at all): only the call itself tells.
 In the zone of our own server the name's address is where the resolver asked from. Without a zone `whoami.akamai.net` is
-looked up as well, which caches may keep: its answer counts once it is older than those do.
+looked up as well, which caches may keep: its answer counts once it is older than those do. Where the fresh name is said
+not to be there, one that surely is tells whether any is found.
 It blocks for up to half a minute, so it runs in one daemon thread at a time, which neither a round nor a stop awaits.
 """
 
@@ -20,10 +21,10 @@ from typing import Final
 from vpn_sentinel.agent.names import encoded
 from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.agent.probes import dns
-from vpn_sentinel.agent.probes.shortage import out_of_descriptors
 from vpn_sentinel.agent.probes.targets import address_in
 from vpn_sentinel.domain.observation import Answer, SystemLookup
 from vpn_sentinel.domain.policy import IPAddress
+from vpn_sentinel.runtime.shortage import out_of_descriptors
 from vpn_sentinel.wire import canary
 
 PATIENCE: Final = 2.0  # seconds of a round
@@ -42,6 +43,7 @@ _NO_SUCH: Final = frozenset(
 _NAMES: Final = {getattr(socket, n): n for n in sorted(dir(socket)) if n.startswith("EAI_")}
 
 _WHOAMI: Final = "whoami.akamai.net."
+_ALWAYS: Final = "a.root-servers.net."  # found wherever the internet's names are, and nothing that anybody blocks
 _CACHED: Final = 300.0  # seconds; its records live for less
 _PAUSE: Final = 120.0  # seconds without a look, after which a cache may hold what was before
 _MOST: Final = 8  # addresses
@@ -182,6 +184,9 @@ class SystemResolver:
                 found = ()
                 if only_local(self._nsswitch):
                     return SystemLookup(answer=Answer.UNREACHABLE, error="nsswitch.conf names no DNS for hosts")
+                if not self._finds_anything():
+                    error = f"not even {_ALWAYS.rstrip('.')} is found"
+                    return SystemLookup(answer=Answer.UNREACHABLE, error=error, upstreams=upstreams)
             except (OSError, ValueError) as e:
                 error = str(e)
                 continue
@@ -189,6 +194,16 @@ class SystemResolver:
             return SystemLookup(answer=Answer.ANSWERED, egress=egress, upstreams=upstreams)
         answer = Answer.UNKNOWN if out_of_descriptors() else Answer.UNREACHABLE
         return SystemLookup(answer=answer, error=error[:200], upstreams=upstreams)
+
+    def _finds_anything(self) -> bool:
+        """False where somebody answers, and denies what is there: a resolver without the internet behind it, say."""
+        try:
+            self._lookup(_ALWAYS)
+        except socket.gaierror as e:
+            return e.errno not in _NO_SUCH
+        except (OSError, ValueError):
+            return True
+        return True
 
     def _upstreams(self, servers: Sequence[dns.Nameserver]) -> tuple[IPAddress, ...]:
         """Whom systemd-resolved asks, as it writes it down beside its stub's file."""

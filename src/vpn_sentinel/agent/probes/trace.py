@@ -5,10 +5,10 @@ from typing import Final
 
 from vpn_sentinel.agent.http import Client, HttpError, json_in
 from vpn_sentinel.agent.probes.datagram import RESEND
-from vpn_sentinel.agent.probes.shortage import is_shortage
 from vpn_sentinel.agent.probes.targets import address_in
 from vpn_sentinel.domain.observation import Answer, Canary, Path, Probe
 from vpn_sentinel.domain.policy import IPAddress, is_public
+from vpn_sentinel.runtime.shortage import is_shortage
 
 TRACE_PATH = "/cdn-cgi/trace"
 TRACE_URL: Final = "https://1.1.1.1"

@@ -63,7 +63,7 @@ class Memory:
                 told=State(told) if told else None,
                 paused=[str(c) for c in found.get("paused", ())],
             )
-        except (ValueError, TypeError, AttributeError):
+        except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
             return cls()
 
 

@@ -66,7 +66,8 @@ class QBittorrent:
             if answer.status != HTTPStatus.OK:
                 raise RemedyError(_refusal(answer))
             torrents = _list_of(answer.body)
-            found += [t["hash"] for t in torrents if t.get("state") not in _AT_REST and isinstance(t.get("hash"), str)]
+            running = (t for t in torrents if str(t.get("state")) not in _AT_REST)
+            found += [t["hash"] for t in running if isinstance(t.get("hash"), str)]
             if len(torrents) < _PAGE:
                 break
         return tuple(found)

@@ -12,7 +12,7 @@ from vpn_sentinel.agent.remedies.plan import Memory, Plan, Step, Wants
 from vpn_sentinel.agent.remedies.torrents import TorrentClient
 from vpn_sentinel.domain.observation import Observation, Outcome
 from vpn_sentinel.domain.verdict import Verdict
-from vpn_sentinel.runtime.clock import Clock
+from vpn_sentinel.runtime.clock import Clock, SteadyClock
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,8 @@ class Remedies:
         self._plan = Plan(wants, Memory.from_text(facts.fact(_MEMORY)))
         self._facts = facts
         self._clock = clock
+        # Tries are counted by the hour, whatever the clock is set to meanwhile.
+        self._steady = SteadyClock(clock)
         self._tell = tell
         self._client_id = client_id
         self._hook = hook
@@ -61,7 +63,7 @@ class Remedies:
     def saw(self, seen: Observation, verdict: Verdict) -> None:
         """Take in a round. What is due begins in the background."""
         told = self._plan.memory.told
-        for step in self._plan.due(verdict, self._clock.boottime(), self._clock.wall()):
+        for step in self._plan.due(verdict, self._clock.boottime(), self._steady.wall()):
             if step.name in self._busy:
                 continue
             if step.held is not None:
@@ -69,7 +71,7 @@ class Remedies:
                 self._tell(step.name, Outcome.HELD, step.held)
                 continue
             self._busy.add(step.name)
-            self._plan.tried(step, self._clock.wall())
+            self._plan.tried(step, self._steady.wall())
             self._due.put_nowait((step, document(seen, verdict, told, self._client_id, self._clock.wall())))
         self._remember()
 

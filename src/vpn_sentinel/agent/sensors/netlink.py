@@ -1,4 +1,4 @@
-"""The kernel's own news: links, addresses, routes and rules, the moment they change (rtnetlink(7), multicast groups).
+"""The kernel's own news: links, addresses, routes, nexthop objects and rules, the moment they change (rtnetlink(7)).
 
 Not all of it is news. Router advertisements renew addresses every few seconds and Wi-Fi drivers repeat their links;
 what repeats the state that is known is left out.
@@ -17,10 +17,12 @@ from vpn_sentinel.agent.net.link import IFF_LOWER_UP, IFF_UP, Interface
 from vpn_sentinel.agent.netlink import (
     DELADDR,
     DELLINK,
+    DELNEXTHOP,
     DELROUTE,
     DELRULE,
     NEWADDR,
     NEWLINK,
+    NEWNEXTHOP,
     NEWROUTE,
     NEWRULE,
     messages,
@@ -31,9 +33,9 @@ from vpn_sentinel.domain.policy import IPAddress
 
 log = logging.getLogger(__name__)
 
-# RTMGRP_LINK, _IPV4_IFADDR, _IPV4_ROUTE, _IPV4_RULE, _IPV6_IFADDR, _IPV6_ROUTE; IPv6 rules have a number only.
+# RTMGRP_LINK, _IPV4_IFADDR, _IPV4_ROUTE, _IPV4_RULE, _IPV6_IFADDR, _IPV6_ROUTE; the other two have a number only.
 _GROUPS: Final = 0x1 | 0x10 | 0x40 | 0x80 | 0x100 | 0x400
-_IPV6_RULE: Final = 19
+_IPV6_RULE, _NEXTHOP = 19, 32
 _SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
 _TABLE_LOCAL: Final = 255
 _CLONED: Final = 0x200
@@ -73,7 +75,7 @@ class Changes:
                 # Routes of the host's own addresses follow address messages; cloned ones are mere cache entries.
                 return len(body) >= 12 and body[4] != _TABLE_LOCAL and not _FLAGS.unpack_from(body, 8)[0] & _CLONED
             case _:
-                return kind in (NEWRULE, DELRULE)
+                return kind in (NEWRULE, DELRULE, NEWNEXTHOP, DELNEXTHOP)
 
     def _link(self, kind: int, body: bytes) -> bool:
         link = parse_link(body)
@@ -172,7 +174,7 @@ class NetworkSensor:
 
 
 def subscribed() -> socket.socket:
-    """A netlink socket that hears of links, addresses, routes and rules. Raises OSError."""
+    """A netlink socket that hears of links, addresses, routes, nexthop objects and rules. Raises OSError."""
     sock = socket.socket(
         socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE
     )
@@ -181,6 +183,7 @@ def subscribed() -> socket.socket:
     except OSError:
         sock.close()
         raise
-    with contextlib.suppress(OSError):  # without it only rules for IPv6 go unseen
-        sock.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, _IPV6_RULE)
+    for group in (_IPV6_RULE, _NEXTHOP):
+        with contextlib.suppress(OSError):  # an old kernel has none of them: the rounds see what changed
+            sock.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, group)
     return sock

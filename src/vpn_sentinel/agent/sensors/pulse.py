@@ -71,6 +71,7 @@ class Pulse:
         self._boottime = boottime
         self._way = way
         self._went: object = None
+        self._asked_way = 0.0  # when the kernel was asked for it
         self.numbers = Numbers()
         self.samples = Samples()
         self.rates = Rates()
@@ -275,7 +276,7 @@ class Pulse:
     def _send(self, target: ServerEcho, now: float) -> None:
         number, datagram = self.datagram(target)
         try:
-            self._open(target).send(datagram)
+            self._open(target, now).send(datagram)
         except BlockingIOError:
             pass  # this host's own queue is full: lost like any other
         except OSError:
@@ -287,17 +288,18 @@ class Pulse:
         self.samples.sent(number, now, counts=not self._rhythm.silent)
         self._rhythm.sent(now)
 
-    def _open(self, target: ServerEcho) -> socket.socket:
+    def _open(self, target: ServerEcho, now: float) -> socket.socket:
         """The socket, connected: only the target's datagrams get in. Raises OSError.
 
         Where the route leads elsewhere by now, a new one is made: a kill switch that spares established flows would
         let the old one out with the tunnel's address, which says nothing of what a program could send.
         """
-        way = self._way(target.address, target.port)
-        if way != self._went:
-            self._close()
+        if self._sock is None or now - self._asked_way >= self._every / 2:  # quick pulses need not ask each time
+            way, self._asked_way = self._way(target.address, target.port), now
+            if way != self._went:
+                self._close()
+                self._went = way
         if self._sock is None:
-            self._went = way
             family = socket.AF_INET if target.address.version == 4 else socket.AF_INET6
             sock = AS_USER.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
             try:
@@ -355,7 +357,8 @@ class Pulse:
         )
         if (newest and self._beats.moved(seen)) or again:
             self._ring()
-        self._stirred.set()
+        if again or not self.samples.looking:  # a close look's next pulse is due before anything else would be
+            self._stirred.set()
 
     async def _beat(self, target: Target) -> None:
         """Ask a literal address, and wait."""

@@ -14,9 +14,11 @@ with odds of 0.000 6.
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from itertools import islice, takewhile
+from math import inf
 from typing import Final
 
+from vpn_sentinel.agent.sensors.interruptions import Interrupted, Interruptions
 from vpn_sentinel.domain.judge import LEAST_PULSES
 from vpn_sentinel.domain.observation import Link, Quality
 
@@ -33,6 +35,7 @@ WIDE: Final = 150
 WORTH_TELLING: Final = 0.1
 MISSING: Final = (0.3, 1.0)  # seconds after which a pulse without a reply is a reason to look: least and most
 FEW, WELL = 1, 30  # no more than so many lost of the first so many: the line is well
+RUN: Final = 3  # lost in a row: the line was interrupted
 CALM: Final = 8  # answered in a row: a reason to look whether the loss is over
 OVER: Final = (3, 40)  # no more than so many lost of so many: it is
 BURST_EVERY: Final = 0.1  # seconds between the pulses of a close look
@@ -89,6 +92,7 @@ class Samples:
         self._told: Quality | None = None
         self._high_from: float | None = None  # when the pulses began of which too many were lost
         self._lossy_from = 0.0  # when that loss may have begun, while too many are lost
+        self._interruptions = Interruptions()
 
     def sent(self, number: int, now: float, *, counts: bool = True) -> None:
         """A pulse went out; `counts` is False while nothing answers at all, which is no matter of quality."""
@@ -104,6 +108,7 @@ class Samples:
         if sample is None or sample.rtt is not None:
             return None
         sample.rtt = now - sample.at
+        self._note_interruption(sample)
         if number < self._newest:
             self._late.append(now)
         self._newest = max(self._newest, number)
@@ -115,6 +120,18 @@ class Samples:
         self._last_rtt = sample.rtt
         self._leave_out_a_stall()
         return sample.rtt
+
+    def _note_interruption(self, answered: _Sent) -> None:
+        """Several pulses before this one have no answer: nothing passed, from the middle of two pulses to another."""
+        lost: list[_Sent] = []
+        for sample in reversed(self._sent):
+            if sample.at >= answered.at:
+                continue
+            if sample.rtt is not None:
+                if len(lost) >= RUN:
+                    self._interruptions.add((sample.at + lost[-1].at) / 2, (lost[0].at + answered.at) / 2)
+                return
+            lost.append(sample)
 
     def _gather(self, sample: _Sent, now: float) -> None:
         burst = self._burst
@@ -145,18 +162,19 @@ class Samples:
 
     def pace(self, now: float) -> float | None:
         """Seconds between pulses while they have to be quick: in doubt, and while too many are lost. None else."""
+        self._interruptions.look(now)
         if self._look_from is not None:
             self._conclude(self._look_from, now)
         elif self._is_doubtful(now):
             self._look_from = now
         if self._look_from is not None:
             return BURST_EVERY
-        return None if self._high_from is None else POOR_EVERY
+        return POOR_EVERY if self.high or self._interruptions.doubtful(now) else None
 
     def _is_doubtful(self, now: float) -> bool:
         """Whether what was said last may be true no more: a pulse is missing, or none any more after many."""
         if self._high_from is not None:
-            recent = [s for s in self._settled(now, CALM) if s.at > self._looked_until]
+            recent = self._settled(now, CALM, after=self._looked_until)
             return len(recent) == CALM and all(s.rtt is not None for s in recent)
         least, most = MISSING
         patience = least if self._last_rtt is None else min(most, max(least, 3 * self._last_rtt))
@@ -165,7 +183,7 @@ class Samples:
 
     def _conclude(self, began: float, now: float) -> None:
         """End the close look as soon as it is plain what it shows."""
-        seen = [s for s in self._settled(now, WIDE) if s.at > began]
+        seen = self._settled(now, WIDE, after=began)
         lost = sum(s.rtt is None for s in seen)
         if self._high_from is not None:
             most, of = OVER
@@ -212,19 +230,20 @@ class Samples:
 
     @property
     def high(self) -> bool:
-        """Whether too many are lost, by the last close look."""
-        return self._high_from is not None
+        """Whether too many are lost, by the last close look or by interruptions."""
+        return self._high_from is not None or self._interruptions.found is not None
 
     @property
     def poor(self) -> bool:
         """Whether what was told last is a share of lost pulses that a round should tell."""
         return self._told is not None and self._told.lost > WORTH_TELLING * self._told.sent >= WORTH_TELLING * LEAST
 
-    def _settled(self, now: float, last: int) -> list[_Sent]:
-        """The newest of which it is known whether they were lost, so many at most, the oldest first."""
+    def _settled(self, now: float, last: int, after: float = -inf) -> list[_Sent]:
+        """Those sent `after` then of which it is known whether they were lost: the `last` ones, the oldest first."""
         least, most = _SETTLED
         patience = least if self._last_rtt is None else min(most, max(least, 3 * self._last_rtt))
-        found = (s for s in reversed(self._sent) if s.rtt is not None or (s.counts and now - s.at >= patience))
+        newer = takewhile(lambda s: s.at > after, reversed(self._sent))
+        found = (s for s in newer if s.rtt is not None or (s.counts and now - s.at >= patience))
         return list(islice(found, last))[::-1]
 
     def quality(self, now: float) -> Quality:
@@ -234,7 +253,9 @@ class Samples:
         More than `HIGH` is told by a look alone, and from the loss's beginning on; it stays until `LOW` is reached or a
         look finds its end. Of 100 pulses at 25 % loss, 20 or fewer are lost with odds of 0.15, 13 with 0.002.
         """
-        found = self._counted(now)
+        found, interrupted = self._counted(now), self._interruptions.found
+        if interrupted is not None and found.lost < interrupted.share * found.sent:
+            return _with_interruptions(found, interrupted, now)
         return found if self._high_from is None else replace(found, lossy_for=round(now - self._lossy_from, 1))
 
     def _counted(self, now: float) -> Quality:
@@ -263,6 +284,14 @@ class Samples:
             jitter_ms=_ms(self._jitter),
         )
         return self._told
+
+
+def _with_interruptions(found: Quality, interrupted: Interrupted, now: float) -> Quality:
+    """As many as would be lost of pulses sent at an even pace; those really sent crowd within interruptions."""
+    seconds = now - interrupted.began
+    sent = max(LEAST_PULSES, round(seconds / POOR_EVERY))
+    lost = round(sent * interrupted.share)
+    return replace(found, seconds=round(seconds, 1), sent=sent, lost=lost, lossy_for=round(seconds, 1))
 
 
 def _share(pulses: Sequence[_Sent]) -> float:

@@ -15,6 +15,7 @@ from vpn_sentinel.domain import resolvers
 from vpn_sentinel.domain.observation import Observation, ResolverSighting
 from vpn_sentinel.domain.policy import IPAddress, Policy
 from vpn_sentinel.domain.verdict import Code, Verdict
+from vpn_sentinel.runtime.clock import tick
 
 FILE_EVERY: Final = 0.5  # seconds
 CANARY_EVERY: Final = 6.0  # seconds, for each nameserver
@@ -90,7 +91,7 @@ class ResolverWatch:
 
     async def _watch_file(self) -> None:
         while True:
-            await asyncio.sleep(self._file_every)
+            await tick(self._file_every)
             now = mark(self._file)
             if now != self._known:
                 self._known = now

@@ -27,7 +27,7 @@ def own_refusal(status: int, headers: Mapping[str, str], body: bytes) -> str | N
         return None
     try:
         said = _decode(plain(headers, body))
-    except (msgspec.MsgspecError, ValueError, RecursionError):
+    except (ValueError, RecursionError):
         return None
     return said.detail[:_LONGEST] if said.status == status and said.detail else None
 

@@ -299,7 +299,7 @@ def read_list(text: str | None) -> list[str]:
     """A fact that holds a JSON list of texts; empty for anything else."""
     try:
         said = json.loads(text or "[]")
-    except ValueError:
+    except (ValueError, RecursionError):
         return []
     return [item for item in said if isinstance(item, str)] if isinstance(said, list) else []
 

@@ -40,7 +40,7 @@ class Load:
         for row in rows:
             try:
                 observation = _decode(row.body)
-            except ValueError as e:
+            except (ValueError, RecursionError) as e:
                 # Written by another version, or by a disk that lies: it can never be sent.
                 log.warning("an observation in the spool cannot be read", extra={"seq": row.seq, "reason": e})
                 self._spool.give_up(row.seq)

@@ -1,0 +1,50 @@
+"""A packet socket of this kernel's, with the filters that the watch puts on it."""
+
+import asyncio
+import contextlib
+import socket
+from ipaddress import ip_address
+from pathlib import Path
+
+import pytest
+
+from vpn_sentinel.agent.endpoints import UDP, Endpoint
+from vpn_sentinel.agent.leakwatch import bpf
+from vpn_sentinel.agent.leakwatch.rules import Rules
+from vpn_sentinel.agent.leakwatch.tap import Tap
+
+FAR = "93.184.216.34"
+
+
+@pytest.fixture
+def old_kernel(namespace: None) -> None:
+    """Room for filters as before Linux 6.8."""
+    with contextlib.suppress(FileNotFoundError):  # of the whole machine there, and as small
+        Path("/proc/sys/net/core/optmem_max").write_text("20480")
+
+
+async def test_a_filter_follows_another_where_the_kernel_has_no_room_for_two(old_kernel: None) -> None:
+    """Else each change of the rules closes every socket, and nothing is watched until the next look."""
+    came: list[bytes] = []
+    tap = Tap("lo", bpf.program(Rules()), lambda _name, _type, data, _at: came.append(data))
+    try:
+        tap.filter(bpf.program(Rules(marks=((7, 0xFFFFFFFF),))))
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as user:
+            user.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")
+            for mark in (7, 0):
+                user.setsockopt(socket.SOL_SOCKET, socket.SO_MARK, mark)
+                user.sendto(b"marked" if mark else b"hello", (FAR, 4444))
+        await asyncio.sleep(0)
+        tap.read()
+    finally:
+        tap.close()
+    assert [data[28:] for data in came] == [b"hello"]
+
+
+@pytest.mark.parametrize("version", [4, 6])
+async def test_the_filter_of_a_provider_with_many_servers_has_room(old_kernel: None, version: int) -> None:
+    """gluetun and OpenVPN choose one of as many as are named."""
+    hosts = (f"198.51.100.{n}" if version == 4 else f"2001:db8::{n:x}" for n in range(1, 33))
+    rules = Rules(endpoints=tuple(Endpoint(ip_address(host), 51820, UDP) for host in hosts))
+    for made in (bpf.program(rules), bpf.exempt(rules, ()), bpf.inbound(rules)):
+        Tap("lo", made, lambda *_: None).close()
