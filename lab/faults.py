@@ -197,6 +197,32 @@ class Faults(ABC):
         """78: the host's firewall marks `what` (an expression of nft(8)), and a rule leads the mark past the tunnel."""
         self._be(firewalled=what)
 
+    def dscp_outside(self, dscp: int = 46) -> None:
+        """81: a rule leads packets of one DSCP value (46 is EF, as telephones send) past the tunnel.
+
+        `lab.dscp.known()` tells whether this kernel has such rules."""
+        self._be(dscp=dscp)
+
+    def route_by_object(self, prefix: str) -> None:
+        """80, healthy: a route to this prefix names a nexthop object, which leads into the tunnel."""
+        self._be(by_object=prefix)
+
+    def turn_object(self) -> None:
+        """80: the object of `route_by_object` leads past the tunnel, and no route changes."""
+        self._be(object_turned=True)
+
+    def container_networks(self, count: int = 60) -> None:
+        """83: this host has networks of so many containers."""
+        self._be(networks=count)
+
+    def fail_over(self) -> None:
+        """82: the first tunnel dies, and the second WireGuard (`Site(standby=)`) is there or comes up."""
+        self._be(tunnel="deleted", standby_tunnel="up")
+
+    def end_both(self) -> None:
+        """82: the first tunnel dies, and the second one too."""
+        self._be(tunnel="deleted", standby_tunnel="deleted")
+
     def lease(self, address: str) -> None:
         """76: the router gives the host a further address, such as 93.184.216.99/24, which is somebody else's."""
         self._be(leased=address)
@@ -217,7 +243,11 @@ class Faults(ABC):
 
     def ad_block(self) -> None:
         """55: the system's resolver is a forwarder on this host that answers `whoami.akamai.net` with 0.0.0.0."""
-        self._be(ad_blocker=True, resolvers=("127.0.0.1",))
+        self._be(answered=("/whoami.akamai.net/0.0.0.0",), names_denied=False, resolvers=("127.0.0.1",))
+
+    def deny_names(self, *names: str) -> None:
+        """84: the system's resolver is a forwarder on this host that denies these names (NXDOMAIN), or else all."""
+        self._be(answered=tuple(f"/{name}/" for name in names), names_denied=not names, resolvers=("127.0.0.1",))
 
     # Home
 

@@ -10,6 +10,7 @@ from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lab import dscp
 from lab.client import Control
 from lab.faults import Faults
 from lab.gluetun import Gluetun
@@ -19,7 +20,11 @@ from lab.rules import MARK, Line, host, router_filter, router_nat
 from lab.tunnels import FWMARK, Client, OpenVpnClient, WireGuardClient
 from lab.uplinks import Uplink, uplink
 
-_LISTENS: dict[str, tuple[int, float, str]] = {"portal": (8443, 10, "tcp"), "adblock": (53, 10, "udp")}
+_LISTENS: dict[str, tuple[int, float, str]] = {
+    "portal": (8443, 10, "tcp"),
+    "adblock": (53, 10, "udp"),
+    "deny": (53, 10, "udp"),
+}
 """What some helpers listen on: port, seconds of patience, protocol."""
 _OUTSIDE = 100
 """Routing table whose default route is eth0, whatever the VPN does with the main table."""
@@ -61,6 +66,10 @@ class Site:
     """Only this user's programs go by the VPN (WireGuard); the others are meant to go out beside it."""
     other: str | None = None
     """A second kind of tunnel to the same provider, which `switch_protocol` goes over to."""
+    standby: str | None = None
+    """The provider of a second WireGuard, which takes over when the first tunnel is gone."""
+    standby_waits: bool = False
+    """It is not up before `fail_over` brings it up."""
     next_server: bool = False
     """OpenVPN has a second server in its list, which `move_server` goes over to; WireGuard needs none."""
 
@@ -71,6 +80,8 @@ class Site:
             raise ValueError("the other kinds look for a default route when they connect: bare takes WireGuard")
         if self.uplink in ("rootless", "ppp", "docker") and (self.lan_server or self.kill_switch_lan):
             raise ValueError(f"there is no LAN beside the host where the uplink is {self.uplink}")
+        if self.standby == self.provider:
+            raise ValueError("a provider knows one tunnel of a home: what stands by takes another one")
 
     def line(self, number: int) -> Line:
         plan = HomePlan(number)
@@ -94,6 +105,8 @@ class Site:
             uplink=self.uplink,
             cgnat=self.cgnat,
             vpn_uid=self.user,
+            standby=PROVIDERS[self.standby] if self.standby else None,
+            standby_tunnel="deleted" if self.standby_waits else "up",
             resolvers=servers,
         )
 
@@ -114,6 +127,7 @@ class Home(Faults):
         self.host, self.router, self._isp = host_node, router, isp
         self.line, self._healthy = line, line
         self.clients: dict[str, Client] = {}
+        self.standby: Client | None = None
         self.reference: Node | None = None
         self.machine: Node | None = None
         self.uplink: Uplink = uplink(site.uplink, line.plan)
@@ -163,6 +177,12 @@ class Home(Faults):
     def exit4(self) -> str:
         """The address the world should see."""
         return self.line.exits[0] if self.line.vpn else self.home4
+
+    @property
+    def standby_exit4(self) -> str:
+        """The same once the second WireGuard has taken over (`standby=`)."""
+        assert self.line.standby is not None
+        return self.line.standby.exits(self.line.plan.client)["first"][0]
 
     @property
     def exit6(self) -> str | None:
@@ -277,13 +297,21 @@ class Home(Faults):
         self.host.nft("lab", host(line))
         self._sync_router(before)
         self._push(self, before)
+        self._sync_networks(before)
         self._sync_tunnel(before)
+        if self.standby is not None and line.standby_tunnel == "up":
+            self.standby.up()
+        elif self.standby is not None:
+            self.standby.down()
         if before is not None and before.next_server != line.next_server:
             assert isinstance(self.client, WireGuardClient | OpenVpnClient)
             self.client.move(line.endpoint)
         self.host.resolv_conf(line.resolvers)
         self._help("portal", wanted=line.portal, on=self.router, command=self._portal_command)
-        self._help("adblock", wanted=line.ad_blocker, on=self.host, command=self._ad_blocker_command)
+        if before is not None and before.answered != line.answered:
+            self._help("adblock", wanted=False, on=self.host, command=self._ad_blocker_command)
+        self._help("deny", wanted=line.names_denied, on=self.host, command=self._denying_command)
+        self._help("adblock", wanted=bool(line.answered), on=self.host, command=self._ad_blocker_command)
         flood = ["ping", "-q", "-f", "-l", "60", "-s", "1200", OPENDNS]  # keeps 60 packets under way
         self._help("flood", wanted=line.rate_kbit > 0, on=self.host, command=lambda: flood)
         self._now = replace(line)
@@ -363,6 +391,8 @@ class Home(Faults):
             lines += [f"route replace {line.endpoint} {way.way}"]
         elif not held:
             lines += [f"route replace default {way.way}"]
+        if line.standby is not None and line.vpn not in ("wireguard", "wg-quick"):
+            lines += [f"route replace {line.standby.endpoint} {way.way}"]  # else it would go inside the first tunnel
         if self._six:
             lines += [
                 f"addr replace {plan.lan6}:10/64 dev eth0 nodad",
@@ -385,6 +415,15 @@ class Home(Faults):
         changes += [f"{self._route('replace', destination)}" for destination in sorted(line.routed - routed)]
         if changes:
             self.host.ip(*changes)
+        self._rule_by_dscp(before.dscp if before else None)
+
+    def _rule_by_dscp(self, had: int | None) -> None:
+        pref, has = "74", self.line.dscp
+        if had not in (None, has):
+            self.host.ip(f"rule del pref {pref}")
+        if has not in (None, had):
+            command = [sys.executable, "-S", dscp.SCRIPT, pref, str(has), str(_OUTSIDE)]
+            self.host.run(command, check=True)
 
     def _rules(self, line: Line) -> set[str]:
         """Routing rules beside the tunnel's own, each as `ip rule add` takes it."""
@@ -449,6 +488,7 @@ class Home(Faults):
         match line.tunnel:
             case "up":
                 client.up()
+                self._route_by_object(before.by_object if before else "")
                 if line.balanced:
                     ways = f"nexthop dev {client.interface} weight 1 nexthop {self.uplink.way} weight 1"
                     self.host.ip(f"route replace default table {FWMARK} {ways}")
@@ -460,6 +500,39 @@ class Home(Faults):
                 client.down()
             case _:
                 client.kill()
+
+    def _route_by_object(self, had: str) -> None:
+        """A route that names a nexthop object. The kernel is told to say no more of it than the object's number."""
+        line, number = self.line, 66
+        if line.by_object:
+            way = self.uplink.way if line.object_turned else f"dev {line.interface}"
+            table = FWMARK if line.vpn in ("wireguard", "wg-quick") else "main"
+            self._set("net.ipv4.nexthop_compat_mode", 0)
+            self.host.ip(f"nexthop replace id {number} {way}")
+            if had != line.by_object:
+                self.host.ip(f"route replace {line.by_object} nhid {number} table {table}")
+        elif had:
+            self.host.ip(f"nexthop del id {number}", force=True)  # with its route; gone already if its device went
+            self._set("net.ipv4.nexthop_compat_mode", 1)
+
+    def _sync_networks(self, before: Line | None) -> None:
+        """Networks of containers, each a pair of devices with an address.
+
+        The kernel has room for filters as before Linux 6.8: 20 KB a socket, and not 128.
+        """
+        had, has = before.networks if before else 0, self.line.networks
+        if had == has:
+            return
+        self._set("net.core.optmem_max", 20480 if has else 131072)
+        self.host.ip(*(f"link del c{n}" for n in range(has, had)))
+        new = range(had, has)
+        lines = [[f"link add c{n} type veth peer name d{n}", f"link set d{n} up", f"link set c{n} up",
+                  f"addr add 10.200.{n}.1/24 dev c{n}"] for n in new]  # fmt: skip
+        self.host.ip(*(line for each in lines for line in each))
+
+    def _set(self, key: str, value: int) -> None:
+        """A sysctl of the host; a kernel without that knob has nothing to set."""
+        self.host.run(["sysctl", "-e", "-qw", f"{key}={value}"], check=True)
 
     def _help(self, name: str, *, wanted: bool, on: Node, command: Callable[[], Sequence[str]]) -> None:
         running = self._helpers.get(name)
@@ -482,7 +555,16 @@ class Home(Faults):
             "--no-hosts",
         ]
         words += ["--listen-address=127.0.0.1", "--bind-interfaces", f"--server={self._healthy.resolvers[0]}"]
-        return ["dnsmasq", *words, "--address=/whoami.akamai.net/0.0.0.0"]
+        return ["dnsmasq", *words, *(f"--address={each}" for each in self.line.answered)]
+
+    def _denying_command(self) -> Sequence[str]:
+        """A resolver on this host that has no names at all."""
+        config = self.host.directory / f"denying-{self.name}.conf"
+        config.write_text(
+            'server:\n  username: ""\n  chroot: ""\n  pidfile: ""\n  use-syslog: no\n  interface: 127.0.0.1\n'
+            '  local-zone: "test." nodefault\n  local-zone: "." always_nxdomain\n'
+        )
+        return ["unbound", "-d", "-c", str(config)]
 
     def _portal_command(self) -> Sequence[str]:
         assert self.portal_files is not None

@@ -210,6 +210,8 @@ KINDS = {
     "openconnect": Kind(5, "tun0", 4, (("tcp", 443), ("udp", 443))),
     "strongswan": Kind(6, "ipsec0", 5, (("udp", 500), ("udp", 4500))),
 }
+STANDBY = "wg1"
+"""Device of a WireGuard that stands by beside the first tunnel."""
 NEXT_SERVER = 9
 SERVERS = range(2, 10)
 """Last octets of a provider's VPN servers; the last is the next one of a client's list."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from lab.plan import ISP_RESOLVER, KINDS, NEXT_SERVER, REWRITER, HomePlan, Kind, Provider
+from lab.plan import ISP_RESOLVER, KINDS, NEXT_SERVER, REWRITER, STANDBY, HomePlan, Kind, Provider
 
 DOCKER = "172.17.0"
 """Docker's usual network, without the last octet: the host is .2 there, and .1 is its gateway."""
@@ -33,6 +33,8 @@ class Line:
     # The tunnel's client
     tunnel: str = "up"  # up, link_down, deleted, killed
     next_server: bool = False
+    standby: Provider | None = None  # of a second WireGuard
+    standby_tunnel: str = "up"  # up, deleted
     peer_admitted: bool = True
     orphaned: bool = False
     # Routes and resolvers of the host
@@ -42,12 +44,17 @@ class Line:
     marked: bool = False
     firewalled: str = ""  # what the host's firewall marks, for a rule to lead past the tunnel
     ruled: frozenset[str] = frozenset()  # further routing rules
+    dscp: int | None = None  # what a rule by DSCP leads past the tunnel
+    by_object: str = ""  # the prefix whose route names a nexthop object, which leads into the tunnel
+    object_turned: bool = False  # it leads past the tunnel
+    networks: int = 0  # of containers
     leased: str | None = None  # a second address of eth0, with its prefix length
     balanced: bool = False
     no_ipv4: bool = False
     vpn_uid: int | None = None
     resolvers: tuple[str, ...] = ()
-    ad_blocker: bool = False
+    answered: tuple[str, ...] = ()  # what the host's own forwarder answers itself, as dnsmasq's --address says it
+    names_denied: bool = False  # it denies every name
     # The home router
     wan_down: bool = False
     portal: bool = False
@@ -101,6 +108,12 @@ class Line:
             self.provider.inner6(self.vpn, self.plan.client),
         )
 
+    def guest_of(self, provider: Provider) -> Line | None:
+        """This home as a provider sees it: by its tunnel, by the one that stands by, or not at all."""
+        if provider == self.standby:
+            return Line(plan=self.plan, provider=provider, vpn="wireguard", ipv6=self.ipv6, home4=self.home4)
+        return self if provider == self.provider else None
+
     @property
     def exits(self) -> tuple[str, str]:
         assert self.provider is not None
@@ -108,6 +121,7 @@ class Line:
 
 
 MARK = 7
+_WIREGUARD = KINDS["wireguard"].outer
 
 
 def _chain(name: str, hook: str, rules: Iterable[str], policy: str = "accept", kind: str = "filter") -> str:
@@ -145,6 +159,9 @@ def _output(line: Line) -> str:
         "ct state established,related accept",
         "icmpv6 type { nd-neighbor-solicit, nd-neighbor-advert, nd-router-solicit } accept",
     ]
+    if line.standby is not None:
+        there = f"ip daddr {line.standby.endpoint}"
+        rules += [f'oifname "{STANDBY}" accept', *(f"{there} {p} dport {port} accept" for p, port in _WIREGUARD)]
     if line.kind.through is not None:
         device, server, protocol, port = line.kind.through
         inner = f"ip daddr {line.provider.server(server)} {protocol} dport {port}"

@@ -114,14 +114,17 @@ class WireGuardClient:
     """A home's WireGuard, routed as wg-quick does: policy routing, so that main's default route takes over
     when the interface is gone.
 
-    `endpoint` is where its packets go, where that is not the provider's usual server.
+    `endpoint` is where its packets go, where that is not the provider's usual server. With a `metric` it stands by: its
+    default route comes after that of another tunnel, and whose the rules are that is of no matter.
     """
 
-    interface = "wg0"
     owns_default = False
 
     def __init__(self, node: Node, provider: Provider, server: WireGuardServer, client: int, *, ipv6: bool,
-                 keepalive: int, endpoint: tuple[str, int] | None = None) -> None:  # fmt: skip
+                 keepalive: int, endpoint: tuple[str, int] | None = None, interface: str = "wg0",
+                 metric: int | None = None) -> None:  # fmt: skip
+        self.interface = interface
+        self._metric = "" if metric is None else f" metric {metric}"
         self.key = Key.new()
         server.prepare(client, self.key, ipv6=ipv6)
         self._node, self._server = node, server
@@ -139,34 +142,37 @@ class WireGuardClient:
             node.ip(
                 f"{family}rule add pref 31000 table main suppress_prefixlength 0",
                 f"{family}rule add pref 31001 not fwmark {FWMARK} table {FWMARK}",
+                force=metric is not None,  # another WireGuard has made them already
             )
 
     def up(self) -> None:
-        if not self._node.has_link("wg0"):
-            start_wireguard(self._node, "wg0")
+        device = self.interface
+        if not self._node.has_link(device):
+            start_wireguard(self._node, device)
             self.reconnect()
-        lines = [f"addr replace {address} dev wg0 nodad" for address in self._addresses[1:]]
+        lines = [f"addr replace {address} dev {device} nodad" for address in self._addresses[1:]]
+        route = f"route replace default dev {device} table {FWMARK}{self._metric}"
         self._node.ip(
-            "link set wg0 mtu 1420 up",
-            f"addr replace {self._addresses[0]} dev wg0",
+            f"link set {device} mtu 1420 up",
+            f"addr replace {self._addresses[0]} dev {device}",
             *lines,
-            *(f"{family}route replace default dev wg0 table {FWMARK}" for family in self._families),
+            *(f"{family}{route}" for family in self._families),
         )
 
     def down(self) -> None:
-        if self._node.has_link("wg0"):
-            self._node.ip("link del wg0", force=True)
+        if self._node.has_link(self.interface):
+            self._node.ip(f"link del {self.interface}", force=True)
 
     kill = down
 
     def reconnect(self) -> None:
         """Configure the peer anew: that drops the session, and the next packet starts a handshake."""
-        if self._node.has_link("wg0"):
-            configure_wireguard(self._node, "wg0", self._config)
+        if self._node.has_link(self.interface):
+            configure_wireguard(self._node, self.interface, self._config)
 
     def move(self, server: str) -> None:
         """Send to another address of the server from now on, as roaming and providers' programs do."""
-        peer = ["wg", "set", "wg0", "peer", self._server.key.public, "endpoint", f"{server}:{self.port}"]
+        peer = ["wg", "set", self.interface, "peer", self._server.key.public, "endpoint", f"{server}:{self.port}"]
         self._node.run(peer, check=True)
 
     def admit(self, *, admitted: bool) -> None:

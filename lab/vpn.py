@@ -9,10 +9,13 @@ from lab.certs import Authority
 from lab.nested import NEAR, NestedClient, RelayServer, WrappedClient
 from lab.nodes import Node
 from lab.openconnect import OcservServer, OpenConnectClient
-from lab.plan import KINDS, Provider
+from lab.plan import KINDS, STANDBY, Provider
 from lab.strongswan import StrongswanClient, StrongswanServer
 from lab.tunnels import Client, OpenVpnClient, OpenVpnServer, Server, WireGuardClient, WireGuardServer
 from lab.wg_quick import WgQuickClient
+
+_LATER = 2000
+"""Metric of a route that stands by: IPv6's default routes have 1024 where nobody says another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +74,14 @@ class Tunnels:
                 return self._openvpn_in_wireguard(wanted)
             case other:
                 raise ValueError(f"no kind of tunnel {other!r}; there are {', '.join(KINDS)}")
+
+    def standby(self, host: Node, provider: Provider, server: Node, client: int, *, ipv6: bool) -> WireGuardClient:
+        """A home's second WireGuard, which the first tunnel's end leaves the traffic to."""
+        made = self.servers.setdefault((provider.name, "wireguard"), WireGuardServer(server, provider))
+        assert isinstance(made, WireGuardServer)
+        return WireGuardClient(
+            host, provider, made, client, ipv6=ipv6, keepalive=25, interface=STANDBY, metric=_LATER
+        )  # fmt: skip
 
     def _server(self, wanted: Wanted, name: str, make: Callable[[], Server]) -> Server:
         """The provider's one server of this name."""

@@ -178,6 +178,8 @@ class Lab:
             forwards |= {site.name: False, f"{site.name}-home": True}
             if site.vpn:
                 forwards[site.provider] = True
+            if site.standby:
+                forwards[site.standby] = True
             if site.reference:
                 forwards[f"{site.name}-ref"] = False
             if site.uplink == "rootless":
@@ -283,6 +285,10 @@ class Lab:
                 next_server=home.line.provider.server(plan.NEXT_SERVER) if site.next_server else None,
             )  # fmt: skip
             home.clients[kind] = tunnels.client(wanted)
+        if (standby := home.line.standby) is not None:
+            home.standby = tunnels.standby(
+                host, standby, self.nodes[standby.name], home.line.plan.client, ipv6=site.ipv6 == "tunnel"
+            )
 
     def _start_outside(self) -> None:
         command = [sys.executable, "-m", "lab.outside", str(self.dir)]
@@ -347,12 +353,12 @@ class Lab:
                     resolver.refuse(refused)
             if line.provider is None:
                 return
+            if line.standby is not None and before is None:
+                self._serve(line.standby, lines)
             node = self.nodes[line.provider.name]
-            guests = [other for other in lines if other.provider == line.provider]
-            node.nft("lab", rules.provider_filter(guests))
             if line.dns_rewritten:
                 self._start_rewriter(line.provider)
-            if node.nft("lab_nat", rules.provider_nat(line.provider, guests)) and before is not None:
+            if self._serve(line.provider, lines) and before is not None:
                 # Open connections would keep their old translation; others' are none of our business.
                 for family, address in zip(("ipv4", "ipv6"), line.inner, strict=True):
                     node.run(["conntrack", "-D", "-f", family, "-s", address])
@@ -361,6 +367,13 @@ class Lab:
             if admitted != line.peer_admitted:
                 assert home.client is not None
                 home.client.admit(admitted=line.peer_admitted)
+
+    def _serve(self, provider: plan.Provider, lines: Sequence[Line]) -> bool:
+        """Bring one provider's rules in line; whether its NAT changed."""
+        node = self.nodes[provider.name]
+        guests = [guest for other in lines if (guest := other.guest_of(provider)) is not None]
+        node.nft("lab", rules.provider_filter(guests))
+        return node.nft("lab_nat", rules.provider_nat(provider, guests))
 
     def _start_rewriter(self, provider: plan.Provider) -> None:
         if provider.name in self._rewriters:

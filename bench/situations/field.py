@@ -8,8 +8,8 @@ from typing import Any
 
 from bench.situations import traffic
 from bench.situations.posts import Post, Profile
-from bench.situations.trial import Row, Trial, by_fault, by_replay, by_watching
-from lab import plan
+from bench.situations.trial import Row, Trial, by_fault, by_message, by_replay, by_watching
+from lab import dscp, plan
 from lab.nodes import Response
 
 LEAKS = frozenset({"ip_leak", "ipv6_leak", "dns_leak", "split_route"})
@@ -20,6 +20,8 @@ NOT_VERIFIED = "unverified"
 NOT_PROTECTED = frozenset({"leaking", NOT_VERIFIED})
 
 APART = "5.9.10.11"  # asked by no canary
+BY_OBJECT, ELSEWHERE = "93.184.216.34", "151.101.9.9"  # nobody's in the lab, where nothing answers
+EF = 46  # expedited forwarding (RFC 3246), which telephones use
 PAGE = 8088
 USER = 997
 SHORT = 4.0
@@ -182,6 +184,40 @@ def _others_talk_to_the_server(post: Post) -> None:
     traffic.call_out(post.site, post.site.line.endpoint)
 
 
+def _by_eth0(post: Post) -> None:
+    traffic.call_out(post.site, ELSEWHERE, device="eth0")
+
+
+def _networks_and_by_eth0(post: Post) -> None:
+    post.site.container_networks(60)
+    _by_eth0(post)
+
+
+def _calls_by_dscp(post: Post) -> None:
+    post.site.dscp_outside(EF)
+    traffic.call_out(post.site, ELSEWHERE, dscp=EF)
+
+
+def _no_dscp() -> str:
+    return "" if dscp.known() else "its kernel knows no routing rules by DSCP (Linux 6.12)"
+
+
+def _turned_and_used(post: Post) -> None:
+    post.site.turn_object()
+    traffic.call_out(post.site, BY_OBJECT)
+
+
+def _exit_is_the_seconds(post: Post) -> str | None:
+    seen, right = post.now().exit4, post.site.standby_exit4
+    return None if seen == right else f"exit {seen} and not {right}"
+
+
+def _packet_told(post: Post) -> str | None:
+    """Among what is told is a packet, and not only what routes say."""
+    told = [f["evidence"] for f in post.now().body["findings"] if f["code"] == "split_route"]
+    return None if any("packets" in evidence for evidence in told) else f"no packet is told: {told}"
+
+
 def _asks_the_router(post: Post) -> None:
     """A program with a nameserver of its own, the home router, which asks the ISP; resolv.conf names the VPN's."""
     post.site.lan_forwarder(named=False)
@@ -217,6 +253,10 @@ PROFILES: dict[str, Profile] = {
     "again": Profile(site=_LAN),
     "servers": Profile(site={**_LAN, "next_server": True}),
     "serversopen": Profile(site={**_OPEN, "next_server": True}),
+    "objects": Profile(site=_OPEN, ready=lambda post: post.site.route_by_object("93.0.0.0/8")),
+    "standby": Profile(site={**_OPEN, "standby": "ch", "resolver": "public"}, agent=_STRANGE),
+    "fetched": Profile(site={**_LAN, "standby": "ch", "standby_waits": True, "resolver": "public"}),
+    "networks": Profile(site=_OPEN, ready=lambda post: post.site.container_networks(60)),
     "udponly": Profile(site={**_LAN, "kill_switch_udp_only": True}),
 }
 
@@ -309,4 +349,27 @@ ROWS: tuple[Row, ...] = (
     _quiet(79, "servers", "the next server of a list, kill switch", _do("move_server"), never=LEAKS,
            kinds=_ONE),
     _quiet(79, "serversopen", "the same, no kill switch", _do("move_server"), never=LEAKS, part="b", kinds=_ONE),
+    _leak(80, "objects", "a route's nexthop object turns outside", {"split_route"}, _do("turn_object")),
+    _leak(80, "objects", "the same, and a program sends there", {"split_route"}, _turned_and_used, part="b",
+          check=_packet_told, needs_watch=True),
+    _leak(81, "routes", "a rule by DSCP leads outside, no packet yet", {"split_route"}, _do("dscp_outside", EF),
+          lacks=_no_dscp),
+    _leak(81, "routes", "the same, and a program sends such packets", {"split_route"}, _calls_by_dscp, part="b",
+          check=_packet_told, needs_watch=True, lacks=_no_dscp),
+    Row(number=82, post="standby", title="a second VPN takes over", state="protected", way=by_message, told="address",
+        fault=_do("fail_over"), never=ALARMS, check=_exit_is_the_seconds, rest=10.0, quiet=10.0),
+    Row(number=82, part="b", post="fetched", title="a second VPN is started for it, kill switch", state="protected",
+        way=by_message, told="address", fault=_do("fail_over"), never=LEAKS, check=_exit_is_the_seconds, rest=10.0,
+        passing=frozenset({"down", "degraded"}), quiet=10.0),
+    _leak(82, "standby", "both VPNs end", {"ip_leak"}, _do("end_both"), part="c"),
+    _quiet(83, "routes", "sixty containers' networks come", _do("container_networks", 60)),
+    _leak(83, "networks", "beside sixty networks, a packet by eth0", {"split_route"}, _by_eth0, part="b",
+          needs_watch=True, **_AT_ONCE),
+    _leak(83, "routes", "sixty networks come, and a packet at once", {"split_route"}, _networks_and_by_eth0, part="c",
+          needs_watch=True, limit=3, median=1.0, worst=2.0),
+    Row(number=84, post="blocked", title="the resolver denies every name", state="degraded", way=by_fault, limit=60,
+        fault=_do("deny_names"), told="degraded", codes=frozenset({"dns_down"}), never=LEAKS,
+        note="*degraded* counts after 15 s"),
+    _quiet(84, "blocked", "an ad blocker denies some names", part="b", quiet=20.0,
+           fault=_do("deny_names", "akamai.net", "google.com", "ipinfo.io")),
 )  # fmt: skip

@@ -98,12 +98,19 @@ def _words(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
-def chosen(names: str, kinds: Sequence[str], *, unprivileged: bool) -> dict[str, list[Row]]:
+def chosen(names: str, kinds: Sequence[str], *, unprivileged: bool, of: Sequence[Row] = ROWS) -> dict[str, list[Row]]:
     """The rows to try for each kind of tunnel."""
     wanted = {n.strip() for n in names.split(",") if n.strip()}
-    rows = [r for r in ROWS if not wanted or {r.name, str(r.number)} & wanted]
-    rows = [r for r in rows if not (unprivileged and r.needs_watch)]
+    rows = [r for r in of if not wanted or {r.name, str(r.number)} & wanted]
+    rows = [r for r in rows if not (unprivileged and r.needs_watch) and not r.lacks()]
     return {kind: [r for r in rows if kind in r.kinds] for kind in kinds}
+
+
+def impossible(names: str, *, of: Sequence[Row] = ROWS) -> dict[str, str]:
+    """The rows that cannot be tried on this machine, and why: neither right nor wrong."""
+    wanted = {n.strip() for n in names.split(",") if n.strip()}
+    rows = [r for r in of if not wanted or {r.name, str(r.number)} & wanted]
+    return {r.name: why for r in rows if (why := r.lacks())}
 
 
 def chains(rows: Sequence[Row]) -> list[list[tuple[str, list[Row]]]]:
@@ -137,6 +144,9 @@ def main(words: Sequence[str] | None = None) -> None:
     given = parser.parse_args(words)
     kinds = {"both": ["wireguard", "openvpn"], "all": list(plan.KINDS)}.get(given.kind, [given.kind])
     todo = chosen(given.rows, kinds, unprivileged=given.unprivileged)
+    left_out = impossible(given.rows)
+    for name, why in left_out.items():
+        print(f"row {name} is not possible here: {why}", flush=True)
     before = table.earlier(ROWS, unprivileged=given.unprivileged) if given.again else []
     results: list[Result] = []
     began = time.time()
@@ -170,9 +180,11 @@ def main(words: Sequence[str] | None = None) -> None:
     order = list(plan.KINDS)
     results.sort(key=lambda r: (order.index(r.kind), r.row.number, r.row.part))
     took = time.time() - began
-    table.write_raw(results, began, took, unprivileged=given.unprivileged)
+    table.write_raw(results, began, took, unprivileged=given.unprivileged, left_out=left_out)
     again = given.rows if given.again else ""
-    page = table.section(results, began, took, repeat=given.repeat, unprivileged=given.unprivileged, again=again)
+    page = table.section(
+        results, began, took, repeat=given.repeat, unprivileged=given.unprivileged, again=again, left_out=left_out
+    )
     if given.out is not None:
         table.put(given.out, page)
     print(page)

@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -46,9 +46,13 @@ def earlier(rows: Sequence[Row], *, unprivileged: bool) -> list[Result]:
 
 
 def section(
-    results: Sequence[Result], began: float, took: float, *, repeat: int, unprivileged: bool, again: str = ""
-) -> str:
-    """The page's part of this run, which tried only the rows `again` anew where some are named."""
+    results: Sequence[Result], began: float, took: float, *, repeat: int, unprivileged: bool, again: str = "",
+    left_out: Mapping[str, str],
+) -> str:  # fmt: skip
+    """The page's part of this run, which tried only the rows `again` anew where some are named.
+
+    `left_out` are those that could not be tried here, each with the reason.
+    """
     title = "As uid 65534, without a capability" if unprivileged else "As root"
     when = datetime.fromtimestamp(began, UTC).strftime("%Y-%m-%d %H:%M UTC")
     times = "once" if repeat == 1 else f"{repeat} times"
@@ -68,6 +72,9 @@ def section(
     if wrong:
         lines += ["", "What was wrong:", ""]
         lines += [f"- {r.row.name}, {r.kind}: {'; '.join(t.complaints)[:300]}" for r, t in wrong]
+    if left_out:
+        lines += ["", "Not possible on this machine, and not tried:", ""]
+        lines += [f"- {name}: {why}" for name, why in left_out.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -116,13 +123,16 @@ def _machine() -> str:
     return f"{os.cpu_count()} cores ({model}), Linux {platform.release()}, Python {platform.python_version()}"
 
 
-def write_raw(results: Sequence[Result], began: float, took: float, *, unprivileged: bool) -> None:
+def write_raw(
+    results: Sequence[Result], began: float, took: float, *, unprivileged: bool, left_out: Mapping[str, str]
+) -> None:
     """All figures, one file a way of running."""
     RESULTS.mkdir(exist_ok=True)
     found = {
         "began": datetime.fromtimestamp(began, UTC).isoformat(timespec="seconds"),
         "seconds": round(took),
         "machine": _machine(),
+        "not_possible_here": dict(left_out),
         "rows": [
             {"row": r.row.name, "title": r.row.title, "tunnel": r.kind, "state": r.row.state,
              "codes": sorted(r.row.codes), "trials": [_raw(t) for t in r.trials]}

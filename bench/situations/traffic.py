@@ -46,12 +46,17 @@ def download(site: Home, server: str, *, kbit: float, seconds: float) -> Any:
     return site.spawn([sys.executable, "-c", _DRAIN, *words], log="download")
 
 
-def call_out(site: Home, address: str) -> None:
-    """A program on the host sends a few packets to an address, and does not care for an answer."""
+def call_out(site: Home, address: str, *, device: str = "", dscp: int = 0) -> None:
+    """A program on the host sends a few packets to an address, and does not care for an answer.
+
+    Its socket is bound to the `device`, where one is named, and sends with this DSCP (RFC 2474).
+    """
     code = (
         "import socket, sys, time\n"
         "s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n"
+        "s.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, sys.argv[2].encode())\n"
+        "s.setsockopt(socket.IPPROTO_IP, socket.IP_TOS, int(sys.argv[3]) << 2)\n"
         "for _ in range(5):\n"
         "    s.sendto(b'hello', (sys.argv[1], 6881)); time.sleep(0.02)\n"
     )
-    site.run([sys.executable, "-c", code, address], check=True)
+    site.run([sys.executable, "-c", code, address, device, str(dscp)], check=True)

@@ -19,7 +19,8 @@ class Row:
     time. `told` is a word of the only message; None means that nobody hears a thing. `limit` is how long the verdict is
     waited for, `quiet` how long nothing else may happen afterwards; `median` and `worst` are the promised seconds from
     fault to verdict, by `without_watch` where the agent has no capability. `rest` seconds pass before a trial, so that
-    the rechecks after the last one are over. A row that needs the leak watch `needs_watch`. `way` runs one trial.
+    the rechecks after the last one are over. A row that needs the leak watch `needs_watch`. `lacks` tells why this
+    machine cannot try the row, or "". `way` runs one trial.
     """
 
     number: int
@@ -43,6 +44,7 @@ class Row:
     worst: float | None = None
     without_watch: float | None = None
     needs_watch: bool = False
+    lacks: Callable[[], str] = str
     opens: bool = False  # the repair itself opens a way out for a moment: a leak on the way back is no complaint
     kinds: tuple[str, ...] = ("wireguard", "openvpn")
     note: str = ""

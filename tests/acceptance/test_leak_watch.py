@@ -152,12 +152,15 @@ def test_row_15_the_name_asked_outside_is_told(stands: Stands) -> None:
 def test_row_29_a_leak_that_a_kill_switch_ends_is_kept(stands: Stands) -> None:
     stand = stands["closing"]
     stand.settle()
+    before = stand.agent.log.stat().st_size
     began = time.time()
     stand.site.set_kill_switch(False)
     stand.site.delete_tunnel()
     send(stand, ELSEWHERE, 4444, 3)
     stand.site.set_kill_switch(True)
     print(f"row 29: open for {time.time() - began:.2f} s")
+    # What left at such a moment is told by what stands when it is judged, up to half a second later.
+    until(lambda: b"state=leaking" in stand.agent.log.read_bytes()[before:], 20, "the agent to have seen the leak")
     stand.settle()
 
     def moves() -> list[dict[str, Any]]:

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from lab import Home, Lab, Site, plan
+from bench.situations import traffic
+from lab import Home, Lab, Site, dscp, plan
 from tests.lab.test_kinds import APART, FOUR, SIX, askers, pings, seen
 
 pytestmark = [
@@ -17,6 +18,7 @@ pytestmark = [
     pytest.mark.xdist_group("field"),
 ]
 
+NOBODYS = "93.184.216.34"  # routed nowhere in the lab
 HIGH, LOW = "208.67.222.222", "1.1.1.1"  # in the upper and in the lower half of IPv4
 SITES = [
     Site("rootless", uplink="rootless", kill_switch=False),
@@ -32,6 +34,10 @@ SITES = [
     Site("switch", other="openvpn-tcp", kill_switch=True),
     Site("moving", next_server=True, kill_switch=True),
     Site("movingovpn", vpn="openvpn", next_server=True, kill_switch=True),
+    Site("standby", standby="ch", resolver="public", kill_switch=False),
+    Site("standbyovpn", vpn="openvpn", standby="ch", resolver="public", kill_switch=False),
+    Site("late", standby="ch", standby_waits=True, resolver="public", kill_switch=True),
+    Site("openovpn", vpn="openvpn", kill_switch=False),
     Site("carrier", cgnat=True, mtu=1460, kill_switch=False),
 ]
 
@@ -246,6 +252,79 @@ def test_row_79_the_next_server_of_the_list(field: Lab, home: Callable[[str], Ho
     left = {(p.dst, p.dport) for p in wire.packets() if p.src == site.home4}
     assert site.endpoint in left <= {first, site.endpoint}
     assert site.endpoint != first
+
+
+@pytest.mark.parametrize("name", ["open", "openovpn"])
+def test_row_80_a_nexthop_object_is_turned_outside(field: Lab, home: Callable[[str], Home], name: str) -> None:
+    site = home(name)
+    site.route_by_object("93.0.0.0/8")
+    with field.capture(site, f"host {NOBODYS}") as wire:
+        traffic.call_out(site, NOBODYS)
+        wire.settle()
+    assert wire.packets() == []
+    said = site.run(["ip", "route", "show", "93.0.0.0/8", "table", "all"]).stdout
+    site.turn_object()
+    assert site.run(["ip", "route", "show", "93.0.0.0/8", "table", "all"]).stdout == said
+    assert "dev" not in said
+    with field.capture(site, f"host {NOBODYS}") as wire:
+        traffic.call_out(site, NOBODYS)
+        wire.settle()
+    assert {p.src for p in wire.packets()} == {site.home4}
+    assert seen(site) == site.exit4
+
+
+@pytest.mark.parametrize("name", ["open", "openovpn"])
+def test_row_81_packets_of_one_dscp_value_leave_outside(field: Lab, home: Callable[[str], Home], name: str) -> None:
+    if not dscp.known():
+        pytest.skip("this kernel knows no routing rules by DSCP (Linux 6.12)")
+    site = home(name)
+    site.dscp_outside(46)
+    left = []
+    for value in (46, 0, 10):
+        with field.capture(site, f"host {NOBODYS}") as wire:
+            traffic.call_out(site, NOBODYS, dscp=value)
+            wire.settle()
+        left.append({p.src for p in wire.packets()})
+    assert left == [{site.home4}, set(), set()]
+    assert seen(site) == site.exit4
+
+
+@pytest.mark.parametrize("name", ["standby", "standbyovpn", "late"])
+def test_row_82_a_second_vpn_takes_over(field: Lab, home: Callable[[str], Home], name: str) -> None:
+    site = home(name)
+    assert seen(site) == site.exit4
+    with field.capture(site, "ip and not net 185.65.134.0/24 and not net 156.146.62.0/24") as wire:
+        site.fail_over()
+        assert seen(site) == site.standby_exit4 != site.exit4
+        site.heal()
+        assert seen(site) == site.exit4
+        wire.settle()
+    assert site.home4 not in {p.src for p in wire.packets()}
+    site.end_both()
+    assert seen(site) == (None if site.site.kill_switch else site.home4)
+
+
+def test_row_83_a_packet_by_eth0_beside_sixty_networks(field: Lab, home: Callable[[str], Home]) -> None:
+    site = home("open")
+    site.container_networks(60)
+    assert len(site.run(["ip", "-4", "-o", "address", "show", "to", "10.200.0.0/16"]).stdout.splitlines()) == 60
+    with field.capture(site, f"host {NOBODYS}") as wire:
+        traffic.call_out(site, NOBODYS, device="eth0")
+        wire.settle()
+    assert {p.src for p in wire.packets()} == {site.home4}
+    assert seen(site) == site.exit4
+
+
+def test_row_84_a_resolver_denies_names(field: Lab, home: Callable[[str], Home]) -> None:
+    site = home("open")
+    asked = ["dig", "+noall", "+comments", "a.root-servers.net"]
+    site.deny_names()
+    assert "NXDOMAIN" in site.run(asked).stdout
+    site.deny_names("akamai.net")
+    assert "NXDOMAIN" in site.run(["dig", "+noall", "+comments", "whoami.akamai.net"]).stdout
+    assert "NOERROR" in site.run(asked).stdout
+    assert askers(field, site) == {plan.PROVIDERS["nl"].resolver_egress}
+    assert seen(site) == site.exit4
 
 
 def test_row_65_one_network_outside(field: Lab, home: Callable[[str], Home]) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 
-from bench.situations import field
+from bench.situations import field, run, table
 from bench.situations.rows import PROFILES, ROWS
 from bench.situations.trial import Row
 from lab import plan
@@ -31,6 +32,15 @@ def test_the_site_of_each_row_can_be_made_for_each_kind(row: Row) -> None:
     for kind in row.kinds:
         assert kind in plan.KINDS
         assert PROFILES[row.post].of(row.post, kind).line(0).plan.number == 0
+
+
+def test_a_row_that_this_machine_cannot_try_is_said_and_is_not_right() -> None:
+    row = next(r for r in ROWS if r.name == "1")
+    rows = [dataclasses.replace(row, lacks=lambda: "no such kernel"), *(r for r in ROWS if r.number == 2)]
+    assert [r.name for r in run.chosen("1,2", ["wireguard"], unprivileged=False, of=rows)["wireguard"]] == ["2"]
+    assert run.impossible("2", of=rows) == {}
+    page = table.section([], 0.0, 0.0, repeat=1, unprivileged=False, left_out=run.impossible("1,2", of=rows))
+    assert "- 1: no such kernel" in page
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
