@@ -78,6 +78,18 @@ def free_port() -> int:
         return int(s.getsockname()[1])
 
 
+def serving(data: str, api: int, health: int) -> dict[str, str]:
+    """Settings of a server on loopback that shows no dashboard and asks nobody where it is."""
+    return {
+        "VPN_SENTINEL_DATA_DIR": data,
+        "VPN_SENTINEL_API_KEY": KEY,
+        "VPN_SENTINEL_SERVER_API_PORT": str(api),
+        "VPN_SENTINEL_SERVER_HEALTH_PORT": str(health),
+        "VPN_SENTINEL_SERVER_WEB_DASHBOARD_ENABLED": "false",
+        "VPN_SENTINEL_TRACE_URL": "http://127.0.0.1:9",
+    }
+
+
 def servers(data: Path) -> list[Server]:
     api, health, dashboard, bare, flask = (free_port() for _ in range(5))
     settings = {

@@ -18,8 +18,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.fuzz import Queue, metrics
-from bench.ingest import KEY, Server, free_port
+from bench.fuzz.ports import Queue, metrics
+from bench.ingest import Server, free_port, serving
 from vpn_sentinel.wire import echo, pulse
 
 EVERY = 1.0  # seconds between an agent's pulses at its default settings
@@ -100,10 +100,9 @@ def know(data: str, count: int) -> tuple[bytes, list[str]]:
     """Put so many tunnels into the database of a server that is stopped; returns its secret and their names."""
     names = [f"tunnel-{n}" for n in range(count)]
     with sqlite3.connect(f"{data}/sentinel.db") as db:
-        columns = [
-            row[1] for row in db.execute("PRAGMA table_info(tunnels)") if row[3] and row[4] is None and not row[5]
-        ]
-        values = dict.fromkeys(columns, "") | {c: 0 for c in columns if c.endswith("_at") or c in ("since", "interval")}
+        needed = [row for row in db.execute("PRAGMA table_info(tunnels)") if row[3] and row[4] is None and not row[5]]
+        values = {name: 0 if kind in ("FLOAT", "INTEGER") else "" for _, name, kind, *_ in needed}
+        columns = list(values)
         marks = ", ".join("?" for _ in columns)
         db.executemany(
             f"INSERT INTO tunnels ({', '.join(columns)}) VALUES ({marks})",
@@ -122,14 +121,7 @@ def main(words: Sequence[str] = ()) -> None:
     if len(os.sched_getaffinity(0)) > 1:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
     with tempfile.TemporaryDirectory(prefix="vs-bench-", dir="/var/tmp") as data:
-        settings = {
-            "VPN_SENTINEL_DATA_DIR": data,
-            "VPN_SENTINEL_API_KEY": KEY,
-            "VPN_SENTINEL_SERVER_API_PORT": str(api),
-            "VPN_SENTINEL_SERVER_HEALTH_PORT": str(health),
-            "VPN_SENTINEL_SERVER_WEB_DASHBOARD_ENABLED": "false",
-            "VPN_SENTINEL_TRACE_URL": "http://127.0.0.1:9",
-        }
+        settings = serving(data, api, health)
         command = [sys.executable, "-m", "vpn_sentinel", "server"]
         Server("vpn-sentinel", command, settings, api, "").stop()  # makes the database
         secret, names = know(data, given.idents)

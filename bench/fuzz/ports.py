@@ -1,6 +1,6 @@
 """Garbage against a UDP port of a real, running server: it must answer nothing larger than it was asked, and not grow.
 
-    python -m bench fuzz --target pulse|dns [--count 10000000] [--seed 1]
+    python -m bench fuzz --port pulse|dns [--count 10000000] [--seed 1]
 
 A pool of datagrams is made once: random bytes, genuine ones with flipped bits, cut off, prolonged or with a field
 replaced, and genuine ones, which are replays from their second time on. They are sent again and again, sorted by size,
@@ -9,7 +9,6 @@ answered. Replies are held against the largest datagram of their batch, and wher
 answer, against that. Prints a table, appends it to bench/results/, and ends with 1 when anything is wrong.
 """
 
-import argparse
 import os
 import random
 import socket
@@ -26,7 +25,7 @@ from pathlib import Path
 import msgspec
 
 from bench import dns_seeds
-from bench.ingest import KEY, Server, free_port
+from bench.ingest import KEY, Server, free_port, serving
 from vpn_sentinel.wire import echo, pulse
 from vpn_sentinel.wire.codec import encode
 from vpn_sentinel.wire.messages import PROTOCOL, Exchange, Hello, Reports, Welcome
@@ -38,7 +37,7 @@ QUEUED = 60_000  # bytes of it that may wait
 ZONE = "canary.example.org"
 NAME, PROBE = "fuzz", "probe"
 GROWTH_MB = 16.0  # more than that between a warm start and the end is a leak
-HERE = Path(__file__).parent
+HERE = Path(__file__).parents[1]
 
 
 @dataclass
@@ -143,15 +142,17 @@ def pool(seeds: Sequence[bytes], dice: random.Random, count: int = POOL) -> list
 
 
 class Queue:
-    """What waits at a UDP port of this machine, as /proc/net/udp tells it."""
+    """What waits at a UDP port of this machine, as /proc/net/udp and udp6 tell it."""
 
     def __init__(self, port: int) -> None:
-        self._mark = f":{port:04X} "
+        self._mark = f":{port:04X}"
 
     def line(self) -> list[str]:
-        for line in Path("/proc/net/udp").read_text(encoding="ascii").splitlines():
-            if self._mark in line.split(" rem", 1)[0][:30]:
-                return line.split()
+        for name in ("udp", "udp6"):  # a server for both versions stands in the second alone
+            for line in Path("/proc/net", name).read_text(encoding="ascii").splitlines():
+                fields = line.split()
+                if fields[1].endswith(self._mark):
+                    return fields
         raise RuntimeError("nobody listens on the port any more")
 
     def waiting(self) -> int:
@@ -254,14 +255,7 @@ def metrics(port: int, prefix: str) -> dict[str, int]:
 def run(kind: str, count: int, seed: int) -> bool:
     api, health, dns = free_port(), free_port(), free_port()
     with tempfile.TemporaryDirectory(prefix="vs-fuzz-", dir="/var/tmp") as data:
-        settings = {
-            "VPN_SENTINEL_DATA_DIR": data,
-            "VPN_SENTINEL_API_KEY": KEY,
-            "VPN_SENTINEL_SERVER_API_PORT": str(api),
-            "VPN_SENTINEL_SERVER_HEALTH_PORT": str(health),
-            "VPN_SENTINEL_SERVER_WEB_DASHBOARD_ENABLED": "false",
-            "VPN_SENTINEL_TRACE_URL": "http://127.0.0.1:9",
-        }
+        settings = serving(data, api, health)
         if kind == "dns":
             settings |= {
                 "VPN_SENTINEL_CANARY_ZONE": ZONE,
@@ -327,17 +321,8 @@ def write(
     (HERE / "results" / f"fuzz_{kind}.md").write_text(text + "\n", encoding="utf-8")
 
 
-def main(words: Sequence[str] = ()) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--target", choices=TARGETS, default="pulse")
-    parser.add_argument("--count", type=int, default=1_000_000)
-    parser.add_argument("--seed", type=int, default=1)
-    given = parser.parse_args(words)
+def main(kind: str, count: int, seed: int) -> None:
     if len(os.sched_getaffinity(0)) > 1:
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})  # the server has core 0
-    if not run(given.target, given.count, given.seed):
+    if not run(kind, count, seed):
         sys.exit(1)
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])
