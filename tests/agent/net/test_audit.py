@@ -1,6 +1,7 @@
 """What routes and rules send past the tunnel, on real tables in a namespace."""
 
 from ipaddress import ip_address, ip_network
+from pathlib import Path
 
 import pytest
 
@@ -78,6 +79,34 @@ OUTSIDE: dict[str, tuple[str, dict[str, list[str]]]] = {
     "one user is meant to go outside": (WG + "rule add uidrange 990-990 lookup main pref 10", {}),
     "the default class of another mark": (WG + "rule add fwmark 0x80000/0xff0000 lookup main pref 10", {}),
 }  # fmt: skip
+# A bridge with containers behind it, whose packets this host passes on.
+BRIDGE = (
+    WG
+    + """
+link add docker0 type bridge
+link set docker0 up
+addr add 172.18.5.1/24 dev docker0
+"""
+)
+PASSED_ON: dict[str, tuple[str, list[str]]] = {
+    "no rule": ("", []),
+    "what comes in there": (
+        "rule add iif docker0 lookup main pref 10", ["eth0 packets from 172.18.5.0/24"],
+    ),
+    "from its network": (
+        "rule add from 172.18.5.0/24 lookup main pref 10", ["eth0 packets from 172.18.5.0/24"],
+    ),
+    "from one container": (
+        "rule add from 172.18.5.9 lookup main pref 10", ["eth0 packets from 172.18.5.9/32"],
+    ),
+    "from a wider network": (
+        "rule add from 172.16.0.0/12 lookup main pref 10", ["eth0 packets from 172.18.5.0/24"],
+    ),
+    "from this host's own address there": ("rule add from 172.18.5.1 lookup main pref 10", []),
+    "from this host's own address on the line": ("rule add from 172.17.0.2 lookup main pref 10", []),
+    "into the tunnel": ("rule add iif docker0 lookup 51820 pref 10", []),
+    "from a network that is not there": ("rule add from 10.99.0.0/16 lookup main pref 10", []),
+}  # fmt: skip
 SERVER = ip_address("198.51.100.7")
 
 
@@ -103,6 +132,16 @@ def test_what_leaves_beside_the_tunnel_is_named(namespace: None, setup: str, out
     inside = [p for p in look() if p.interface in tunnel and p.family == 4]
     assert inside
     assert inside[0].share > 0.4 or outside
+
+
+@pytest.mark.parametrize(("rule", "outside"), PASSED_ON.values(), ids=PASSED_ON.keys())
+def test_what_this_host_passes_on_beside_the_tunnel_is_named(namespace: None, rule: str, outside: list[str]) -> None:
+    ip(BRIDGE + rule)
+    forwarding = Path("/proc/sys/net/ipv4/conf/docker0/forwarding")
+    for on in ("1", "0"):
+        forwarding.write_text(on)
+        found = [f"{p.interface} {p.only}".strip() for p in look() if p.interface != "wg0"]
+        assert found == (outside if on == "1" else [])
 
 
 def test_what_is_meant_to_leave_is_left_out(namespace: None) -> None:

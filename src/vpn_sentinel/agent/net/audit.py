@@ -20,8 +20,9 @@ from vpn_sentinel.agent.net.fib import (
     may_be_a_programs,
     subtract,
 )
-from vpn_sentinel.agent.net.link import Interface
+from vpn_sentinel.agent.net.link import IFF_LOOPBACK, Interface, forwards
 from vpn_sentinel.agent.net.local import networks
+from vpn_sentinel.agent.net.roles import has_way
 from vpn_sentinel.agent.net.servers import reached
 from vpn_sentinel.domain.observation import Routed
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork
@@ -61,12 +62,15 @@ def audit(
         for network, entry in survey.fib.hosts_beside(device.index)
         if network.network_address not in services and not any(entry.leads_by(index) for index in told_of)
     ]
+    others = [i for i in survey.interfaces or () if i.name != device.name and not i.flags & IFF_LOOPBACK]
     found: list[Routed] = []
     for version in (4, 6):
         free = joined(interval(n) for n in excepted if n.version == version)
         beside = tuple(i for i in survey.beside if i.name not in interfaces)
         kinds = tuple(r for r in survey.fib.rules if r.version == version and not is_meant(r))
-        found += _of_version(survey.fib, device, beside, version, sender, free, kinds)
+        behind = [i for i in others if not has_way(i, survey.fib, version)]
+        classes = (*_classes(survey.fib, kinds, version, sender), *_passed_on(behind, kinds, version))
+        found += _of_version(survey.fib, device, beside, version, sender, free, classes)
     return tuple(found)
 
 
@@ -77,7 +81,7 @@ def _of_version(
     version: int,
     sender: Sender,
     free: list[Interval],
-    kinds: tuple[Rule, ...],
+    classes: tuple[tuple[str, Sender], ...],
 ) -> Iterator[Routed]:
     total = size(public_space(version))
     spread = by_device(fib, version, sender)
@@ -96,7 +100,7 @@ def _of_version(
             if again and not found:
                 found = names(fib, version, again, other.index, parts)
             yield _routed(other, version, found, size(parts) / total)
-    for only, rule_sender in _classes(fib, kinds, version, sender):
+    for only, rule_sender in classes:
         by_class = by_device(fib, version, rule_sender)
         for other in beside:
             more = subtract(subtract(by_class.get(other.index, []), free), told[other.index])
@@ -154,6 +158,29 @@ def _classes(fib: Fib, kinds: tuple[Rule, ...], version: int, sender: Sender) ->
             yield name, Sender(uid=sender.uid, protocol=protocol, destination_port=low, tos=rule.tos)
     for tos in sorted({e.tos for e in fib.entries if e.tos and e.version == version})[:MAX_CLASSES]:
         yield f"packets with TOS 0x{tos:02x}", replace(sender, tos=tos)
+
+
+def _passed_on(behind: list[Interface], kinds: tuple[Rule, ...], version: int) -> Iterator[tuple[str, Sender]]:
+    """What this host sends on for those behind it, containers say, where rules tell it from the rest."""
+    incoming = {r.incoming for r in kinds}
+    sources = [r.source for r in kinds if r.source is not None]
+    for device in behind:
+        own = [n for n in device.networks if n.version == version and not n.is_link_local]
+        parts = [_narrower(s, n) for s in sources for n in own if s.overlaps(n)]
+        parts = [p for p in parts if not any(p == ip_network(a) for a in device.addresses)]
+        named = parts or (own if device.name in incoming else [])
+        if named and forwards(device, version):
+            for part in dict.fromkeys(named[:MAX_CLASSES]):
+                yield f"packets from {part}", Sender(source=_somebody(part), incoming=device.name)
+
+
+def _narrower(one: IPNetwork, other: IPNetwork) -> IPNetwork:
+    return one if one.prefixlen > other.prefixlen else other
+
+
+def _somebody(network: IPNetwork) -> IPAddress:
+    """A host of it, and not the one that has its first address, which is often this one."""
+    return network[min(2, network.num_addresses - 1)]
 
 
 def _several_users(kinds: tuple[Rule, ...]) -> Iterator[tuple[str, int]]:
