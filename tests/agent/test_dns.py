@@ -1,3 +1,4 @@
+import os
 from ipaddress import ip_address, ip_network
 from pathlib import Path as FilePath
 
@@ -40,6 +41,8 @@ def test_a_zone_is_an_interface(tmp_path: FilePath) -> None:
     assert [s.scope for s in dns.system_nameservers(tmp_path / "resolv.conf")] == [1, 0]
     assert dns.system_nameservers(tmp_path / "none") == (dns.THIS_HOST,)
     assert dns.system_nameservers(tmp_path) == (dns.THIS_HOST,)
+    os.mkfifo(tmp_path / "pipe")
+    assert dns.system_nameservers(tmp_path / "pipe") == ()  # at once: it has no writer
 
 
 # What glibc 2.36 makes of each: tried with res_ninit(3) over a bind-mounted file.

@@ -2,7 +2,11 @@
 
 import asyncio
 import contextlib
+import os
 import socket
+import subprocess
+import time
+from functools import partial
 from ipaddress import ip_address
 from pathlib import Path
 
@@ -11,7 +15,7 @@ import pytest
 from vpn_sentinel.agent.endpoints import UDP, Endpoint
 from vpn_sentinel.agent.leakwatch import bpf
 from vpn_sentinel.agent.leakwatch.rules import Rules
-from vpn_sentinel.agent.leakwatch.tap import Tap
+from vpn_sentinel.agent.leakwatch.tap import Tap, packet_times
 
 FAR = "93.184.216.34"
 
@@ -48,3 +52,52 @@ async def test_the_filter_of_a_provider_with_many_servers_has_room(old_kernel: N
     rules = Rules(endpoints=tuple(Endpoint(ip_address(host), 51820, UDP) for host in hosts))
     for made in (bpf.program(rules), bpf.exempt(rules, ()), bpf.inbound(rules)):
         Tap("lo", made, lambda *_: None).close()
+
+
+async def test_a_packets_time_is_when_it_passed_however_late_it_is_read(namespace: None) -> None:
+    """By it an answer is told from what was asked before: of the first packets, too."""
+    kept = packet_times()
+    assert kept is not None
+    passed: list[float] = []
+    with kept, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as user:
+        await asyncio.sleep(0.2)
+        tap = Tap("lo", bpf.program(Rules()), lambda _name, _type, _data, at: passed.append(at))
+        try:
+            user.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")
+            user.sendto(b"hello", (FAR, 4444))
+            sent = time.time()
+            time.sleep(0.1)  # noqa: ASYNC251  (busy with something else)
+            tap.read()
+        finally:
+            tap.close()
+    assert len(passed) == 1
+    assert passed[0] <= sent
+
+
+async def test_an_interface_that_is_given_a_name_that_is_no_text_is_not_heard_any_more(namespace: None) -> None:
+    """Python tells no such name: that nobody watches it has to be said, and no round may break."""
+    came: list[str] = []
+    missed: list[int] = []
+    odd = os.fsdecode(b"wan\xff\xfe")
+    run = partial(subprocess.run, check=True)
+    run(["ip", "link", "add", "wan", "type", "veth", "peer", "name", "far"])
+    run(["ip", "link", "set", "wan", "up"])
+    tap = Tap("wan", bpf.program(Rules()), lambda name, *_: came.append(name), missed.append)
+    try:
+        assert tap.hears("wan")
+        run(["ip", "link", "set", "wan", "name", odd])
+        run(["ip", "link", "set", odd, "up"])
+        run(["ip", "link", "set", "far", "up"])
+        run(["ip", "route", "add", "default", "dev", odd])
+        run(["ip", "neigh", "add", FAR, "lladdr", "02:00:00:00:00:01", "dev", odd])
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as user:
+            user.sendto(b"hello", (FAR, 4444))
+        tap.read()
+        assert not tap.hears("wan")
+        assert not tap.hears("wan\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}")
+    finally:
+        tap.close()
+    assert came == []
+    assert missed == [1]
+    with pytest.raises(ValueError, match="no text"):
+        Tap("wan\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}", bpf.program(Rules()), lambda *_: None)

@@ -21,6 +21,7 @@ _ANCILLARY: Final = socket.CMSG_SPACE(_TIMESPEC.size)
 _SIOCGIFHWADDR: Final = 0x8927
 _IFREQ: Final = struct.Struct("16sH6s16x")  # netdevice(7): name, ARPHRD_*, hardware address
 _ETHER: Final = 1
+_NO_TEXT: Final = "\N{REPLACEMENT CHARACTER}"  # in the place of bytes that are no UTF-8
 
 
 class Tap:
@@ -42,8 +43,12 @@ class Tap:
         """`packet` gets the interface's name, the ethertype, the packet, and when it passed by the kernel's clock, in
         seconds; `missed` how many were never read. A flood is left alone for `pause` seconds.
 
-        Raises OSError: PermissionError without CAP_NET_RAW.
+        Raises OSError, PermissionError without CAP_NET_RAW; ValueError for a name that is no text, by which no socket
+        can be bound here.
         """
+        if _NO_TEXT in interface:
+            msg = "its name is no text: give it one in UTF-8 (ip link set … name …)"
+            raise ValueError(msg)
         self._packet, self._missed, self._pause = packet, missed, pause
         self._resume: asyncio.TimerHandle | None = None
         self._sock = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, 0)
@@ -69,7 +74,10 @@ class Tap:
         The kernel lets go of a socket for good when its interface is removed or leaves this namespace, also when one
         of the same name and number follows (packet_notifier in net/packet/af_packet.c).
         """
-        if self._sock.getsockname()[0] != interface:
+        try:
+            if self._sock.getsockname()[0] != interface:
+                return False
+        except UnicodeDecodeError:  # it was given a name that is no text
             return False
         return self._address == _hardware_address(self._sock, interface)
 
@@ -101,6 +109,9 @@ class Tap:
                 data, told, _flags, (interface, ethertype, *_rest) = self._sock.recvmsg(bpf.SNAP, _ANCILLARY)
             except BlockingIOError:
                 return
+            except UnicodeDecodeError:  # the interface has a name that is no text by now
+                self._missed(1)
+                continue
             except OSError:
                 return  # ENETDOWN: the interface went down; the socket hears of it again when it comes up
             self._packet(interface, ethertype, data, _passed(told))
@@ -114,6 +125,20 @@ class Tap:
         _taken, dropped = struct.unpack("=II", self._sock.getsockopt(_SOL_PACKET, _STATISTICS, 8))
         self._missed(dropped)
         asyncio.get_running_loop().add_reader(self._sock, self.read)
+
+
+def packet_times() -> socket.socket | None:
+    """A socket that has the kernel note the time of each packet, to be kept open; None where there is none to be had.
+
+    It begins some time after the first socket that asks for it (net_enable_timestamp() in net/core/dev.c leaves it to a
+    worker), and says of earlier packets when they were read: which of two came first would be anybody's guess.
+    """
+    try:
+        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        sock.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
+    except OSError:
+        return None
+    return sock
 
 
 def _hardware_address(sock: socket.socket, interface: str) -> bytes:

@@ -29,7 +29,7 @@ from vpn_sentinel.agent.leakwatch.others import Others
 from vpn_sentinel.agent.leakwatch.packets import Packet, decode
 from vpn_sentinel.agent.leakwatch.rules import Rules, is_dns
 from vpn_sentinel.agent.leakwatch.shapes import Shape, Shapes, is_dtls
-from vpn_sentinel.agent.leakwatch.tap import BATCH, Tap
+from vpn_sentinel.agent.leakwatch.tap import BATCH, Tap, packet_times
 from vpn_sentinel.agent.leakwatch.users import Users
 from vpn_sentinel.agent.net.closed_sockets import ClosedSockets
 from vpn_sentinel.agent.net.fib import Fib, Sender
@@ -111,6 +111,7 @@ class LeakWatch:
         self._openings = Openings(self._is_no_vpns)
         self._taps: dict[int, Tap] = {}
         self._inbound: dict[int, Tap] = {}
+        self._times = packet_times() if wanted else None  # long before the first packet is read
         self._sockets = _sockets()
         self._flows = Flows(self._sockets)
         self._users = Users(self._sockets, self._declared, lambda: ClosedSockets(clock.wall))
@@ -317,8 +318,9 @@ class LeakWatch:
         self._close_taps(())
         self._openings.close()
         self._exempt.close()
-        if self._sockets is not None:
-            self._sockets.close()
+        for held in (self._sockets, self._times):
+            if held is not None:
+                held.close()
         for timer in (self._timer, self._over, self._again, *self._unowned.values(), *self._serving.values()):
             if timer is not None:
                 timer.cancel()

@@ -11,6 +11,7 @@ import asyncio
 import os
 import secrets
 import socket
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache
@@ -178,10 +179,13 @@ def _nameserver(word: str, *, musl: bool) -> Nameserver | None:
 def system_nameservers(path: FilePath = RESOLV_CONF) -> tuple[Nameserver, ...]:
     """Read each time: a VPN client rewrites the file when it connects.
 
-    Without a file the C library asks this host. Nothing is known of one that cannot be read here: others may.
+    Without a file the C library asks this host. Nothing is known of one that cannot be read here: others may; nor of a
+    pipe, which would wait for its writer, and hand what it says to one reader alone.
     """
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            if stat.S_ISFIFO(os.fstat(file.fileno()).st_mode):
+                return ()
             return nameservers(file.read(_MOST_BYTES).decode("utf-8", "replace"), musl=_is_musl())
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return (THIS_HOST,)
