@@ -1,6 +1,7 @@
 """Pulses against a real server's port on the loopback, and what a round learns of them."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -30,13 +31,18 @@ class Server:
     port: int = 0
     seen: str = "185.65.134.10"
     deaf: bool = False
+    loses: frozenset[int] = frozenset()
     got: list[pulse.Pulse] = field(default_factory=list)
 
     def answer(self, data: bytes) -> bytes | None:
         if not (pulse.is_request(data) and echo.is_genuine(data, KEY)):
             return None
         self.got.append(pulse.read(data))
-        return None if self.deaf else pulse.reply(data, ip_address(self.seen).packed, 1, KEY)
+        return (
+            None
+            if self.deaf or len(self.got) in self.loses
+            else pulse.reply(data, ip_address(self.seen).packed, 1, KEY)
+        )
 
     @property
     def target(self) -> ServerEcho:
@@ -57,6 +63,7 @@ async def pulsing(
             ring=lambda: rang.append(loop.time()),
             acked=acked,
             boottime=loop.time,
+            wall=time.time,
         )
         task = loop.create_task(sensor.run())
         try:
@@ -79,6 +86,22 @@ async def test_pulses_go_over_one_socket_and_tell_what_was_heard() -> None:
     assert [p.heard for p in server.got[1:6]] == [1, 2, 3, 4, 5]
     assert server.got[0].silent == pulse.NEVER
     assert server.got[5].silent < 1000
+
+
+async def test_a_close_look_takes_replies_when_it_sends_and_tells_round_trips_as_they_were() -> None:
+    """Quick pulses go out every 0.1 s then; each finds the replies of those before it."""
+    async with pulsing([], every=0.5) as (server, sensor):
+        await until(lambda: len(server.got) > 2)
+        server.loses = frozenset({len(server.got) + 1})
+        await until(lambda: sensor.samples.looking)
+        began = len(server.got)
+        await until(lambda: not sensor.samples.looking, limit=20)
+        looked = len(server.got) - began
+        found = sensor.quality(None)
+    assert looked >= 20
+    assert found is not None
+    assert found.rtt_ms is not None
+    assert found.rtt_ms < 50
 
 
 async def test_a_black_hole_rings_within_a_second_and_says_since_when() -> None:

@@ -133,6 +133,7 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
         fits=tells_of_the_tunnel,
         acked=lambda: courier.acked_at,
         boottime=clock.boottime,
+        wall=clock.wall,
         way=way(kernel, UDP),
     )
     eyes = rounds.Eyes(

@@ -104,6 +104,7 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
         ring=lambda: changed(Trigger.CANARY),
         acked=lambda: courier.acked_at,
         boottime=clock.boottime,
+        wall=clock.wall,
     )
     signs = health(settings, clock, cycle, courier, spool)
     async with contextlib.AsyncExitStack() as stack, asyncio.TaskGroup() as group:

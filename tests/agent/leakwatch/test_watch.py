@@ -25,7 +25,7 @@ from vpn_sentinel.agent.endpoints import parse_endpoint
 from vpn_sentinel.agent.interfaces import Paths, survey
 from vpn_sentinel.agent.leakwatch import watch as w
 from vpn_sentinel.agent.leakwatch.meant import parse_meant
-from vpn_sentinel.agent.leakwatch.tap import packet_times
+from vpn_sentinel.agent.net.packettime import packet_times
 from vpn_sentinel.agent.netlink import Netlink
 from vpn_sentinel.domain.policy import Policy
 

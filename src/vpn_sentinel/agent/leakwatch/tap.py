@@ -9,15 +9,13 @@ from collections.abc import Callable
 from typing import Final
 
 from vpn_sentinel.agent.leakwatch import bpf
+from vpn_sentinel.agent.net.packettime import ANCILLARY, note_times, passed
 
 BATCH: Final = 64  # packets read at once; more of them are a flood
 PAUSE: Final = 0.25  # seconds that a flood is left alone; the kernel goes on counting
 _ETH_P_ALL: Final = 0x0003
 _SOL_PACKET, _STATISTICS = 263, 6
 _BUFFER: Final = 64 * 1024
-_SO_TIMESTAMPNS: Final = 35  # asm-generic/socket.h; the kernel's time of each packet, as a timespec
-_TIMESPEC: Final = struct.Struct("@qq")
-_ANCILLARY: Final = socket.CMSG_SPACE(_TIMESPEC.size)
 _SIOCGIFHWADDR: Final = 0x8927
 _IFREQ: Final = struct.Struct("16sH6s16x")  # netdevice(7): name, ARPHRD_*, hardware address
 _ETHER: Final = 1
@@ -54,7 +52,7 @@ class Tap:
         self._sock = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, 0)
         try:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
-            self._sock.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
+            note_times(self._sock)
             self._address = _hardware_address(self._sock, interface)
             self.filter(made)
             self._sock.bind((interface, _ETH_P_ALL))
@@ -106,7 +104,7 @@ class Tap:
             return
         for _ in range(BATCH):
             try:
-                data, told, _flags, (interface, ethertype, *_rest) = self._sock.recvmsg(bpf.SNAP, _ANCILLARY)
+                data, told, _flags, (interface, ethertype, *_rest) = self._sock.recvmsg(bpf.SNAP, ANCILLARY)
             except BlockingIOError:
                 return
             except UnicodeDecodeError:  # the interface has a name that is no text by now
@@ -114,7 +112,7 @@ class Tap:
                 continue
             except OSError:
                 return  # ENETDOWN: the interface went down; the socket hears of it again when it comes up
-            self._packet(interface, ethertype, data, _passed(told))
+            self._packet(interface, ethertype, data, passed(told))
             if self._sock.fileno() < 0:
                 return  # what the packet led to closed this socket
         asyncio.get_running_loop().remove_reader(self._sock)
@@ -127,29 +125,8 @@ class Tap:
         asyncio.get_running_loop().add_reader(self._sock, self.read)
 
 
-def packet_times() -> socket.socket | None:
-    """A socket that has the kernel note the time of each packet, to be kept open; None where there is none to be had.
-
-    It begins some time after the first socket that asks for it (net_enable_timestamp() in net/core/dev.c leaves it to a
-    worker), and says of earlier packets when they were read: which of two came first would be anybody's guess.
-    """
-    try:
-        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-        sock.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
-    except OSError:
-        return None
-    return sock
-
-
 def _hardware_address(sock: socket.socket, interface: str) -> bytes:
     """The Ethernet address of a device, b"" for one that has none. Raises OSError."""
     told = fcntl.ioctl(sock, _SIOCGIFHWADDR, _IFREQ.pack(interface.encode()[:15], 0, b""))
     _name, kind, address = _IFREQ.unpack(told)
     return bytes(address) if kind == _ETHER else b""
-
-
-def _passed(told: list[tuple[int, int, bytes]]) -> float:
-    if not told:
-        return 0.0
-    seconds, nanoseconds = _TIMESPEC.unpack(told[0][2])
-    return float(seconds + nanoseconds / 1e9)

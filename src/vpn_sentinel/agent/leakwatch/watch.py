@@ -29,11 +29,12 @@ from vpn_sentinel.agent.leakwatch.others import Others
 from vpn_sentinel.agent.leakwatch.packets import Packet, decode
 from vpn_sentinel.agent.leakwatch.rules import Rules, is_dns
 from vpn_sentinel.agent.leakwatch.shapes import Shape, Shapes, is_dtls
-from vpn_sentinel.agent.leakwatch.tap import BATCH, Tap, packet_times
+from vpn_sentinel.agent.leakwatch.tap import BATCH, Tap
 from vpn_sentinel.agent.leakwatch.users import Users
 from vpn_sentinel.agent.net.closed_sockets import ClosedSockets
 from vpn_sentinel.agent.net.fib import Fib, Sender
 from vpn_sentinel.agent.net.own import OWN, OwnSockets
+from vpn_sentinel.agent.net.packettime import packet_times
 from vpn_sentinel.agent.net.roles import has_way
 from vpn_sentinel.agent.net.sockets import Sockets
 from vpn_sentinel.agent.probes.system_resolver import is_ours

@@ -16,12 +16,13 @@ from typing import Final
 from vpn_sentinel.agent.interfaces import Paths
 from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.agent.net.own import OWN
+from vpn_sentinel.agent.net.packettime import ANCILLARY, note_times, passed
 from vpn_sentinel.agent.probes import tag
 from vpn_sentinel.agent.probes.canary import one
 from vpn_sentinel.agent.probes.targets import ServerEcho, Target
 from vpn_sentinel.agent.sensors.beat import LITERAL, Beats, choose
 from vpn_sentinel.agent.sensors.quality import Rates, Samples
-from vpn_sentinel.agent.sensors.rhythm import Rhythm
+from vpn_sentinel.agent.sensors.rhythm import PATIENCE, Rhythm
 from vpn_sentinel.domain.observation import Answer, Canary, Link, Observation, Path, Probe, Quality
 from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.wire import pulse
@@ -58,17 +59,19 @@ class Pulse:
         fits: Callable[[Target], bool] = lambda _: True,
         acked: Callable[[], float | None] = lambda: None,
         boottime: Callable[[], float] = lambda: 0.0,
+        wall: Callable[[], float] = lambda: 0.0,
         way: Callable[[IPAddress, int], object] = lambda _address, _port: None,
     ) -> None:
         """`every` is seconds between pulses; `fits` whether the way to a target tells of the tunnel; `acked` when the
-        server last acknowledged a report, by the clock `boottime`; `way` how the kernel routes there now.
+        server last acknowledged a report, by the clock `boottime`; `wall` is the kernel's clock for packets; `way` how
+        the kernel routes there now.
         """
         self._every = every
         self._echoes = echoes
         self._ring = ring
         self._fits = fits
         self._acked = acked
-        self._boottime = boottime
+        self._boottime, self._wall = boottime, wall
         self._way = way
         self._went: object = None
         self._asked_way = 0.0  # when the kernel was asked for it
@@ -226,10 +229,12 @@ class Pulse:
 
     async def _step(self, target: ServerEcho) -> None:
         """Send or decide what is due, and wait for the next thing, or for a reply."""
-        now = _now()
         if target != self._target:
             self._close()
             self._target, self._rhythm, self._last = target, Rhythm(self._every), None
+        if self.samples.looking:
+            self._read(target)
+        now = _now()
         if self._rhythm.dead(now):
             self._silent_from = now
             self.samples.forgive(self._rhythm.unanswered_since or now)
@@ -247,6 +252,8 @@ class Pulse:
         if pace is not None and not self._rhythm.silent:
             self._rhythm.hurry(now, pace)
         ended = looking and not self.samples.looking
+        if looking != self.samples.looking:
+            self._listen()
         if ended:
             self.samples.quality(now)  # before more pulses blur what it found
         if self.samples.high != high or (ended and pace is None and (poor or self.samples.poor)):
@@ -303,14 +310,27 @@ class Pulse:
             family = socket.AF_INET if target.address.version == 4 else socket.AF_INET6
             sock = AS_USER.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
             try:
+                note_times(sock)
                 sock.connect((str(target.address), target.port))
             except OSError:
                 sock.close()
                 raise
             self._sock = sock
             OWN.add(sock)
-            asyncio.get_running_loop().add_reader(sock, self._readable, sock, target)
+            self._listen()
         return self._sock
+
+    def _listen(self) -> None:
+        """Have replies wake this process, but for a close look: there each pulse finds those to the ones before it.
+
+        The kernel tells when each came.
+        """
+        if self._sock is None or self._target is None:
+            return
+        if self.samples.looking:
+            asyncio.get_running_loop().remove_reader(self._sock)
+        else:
+            asyncio.get_running_loop().add_reader(self._sock, self._read, self._target)
 
     def _close(self) -> None:
         if self._sock is not None:
@@ -319,10 +339,11 @@ class Pulse:
             self._sock = None
             self.samples.forgive()
 
-    def _readable(self, sock: socket.socket, target: ServerEcho) -> None:
-        while self._sock is sock:
+    def _read(self, target: ServerEcho) -> None:
+        sock = self._sock
+        while sock is not None and self._sock is sock:
             try:
-                data = sock.recv(2048)
+                data, told, *_ = sock.recvmsg(2048, ANCILLARY)
             except BlockingIOError:
                 return
             except OSError:
@@ -332,14 +353,18 @@ class Pulse:
                     self._ring()
                 self._stirred.set()
                 return
-            self._heard(data, target)
+            self._heard(data, target, _now() - self._waited(passed(told)))
 
-    def _heard(self, data: bytes, target: ServerEcho) -> None:
+    def _waited(self, came: float) -> float:
+        """Seconds since a packet came; none where the clock was set meanwhile."""
+        waited = self._wall() - came
+        return waited if 0 < waited < PATIENCE[0] else 0.0
+
+    def _heard(self, data: bytes, target: ServerEcho, now: float) -> None:
         told = pulse.read_reply(data, target.ident, self.numbers.run, target.key)
         if told is None:
             return
         number, address = told
-        now = _now()
         rtt = self.samples.heard(number, now)
         if rtt is None:
             return
