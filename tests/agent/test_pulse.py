@@ -104,6 +104,21 @@ async def test_a_close_look_takes_replies_when_it_sends_and_tells_round_trips_as
     assert found.rtt_ms < 50
 
 
+async def test_a_reply_after_a_silence_is_heard_at_once_though_a_close_look_had_begun() -> None:
+    rang: list[float] = []
+    async with pulsing(rang, every=1.0) as (server, sensor):
+        await until(lambda: len(server.got) > 1)
+        server.deaf = True
+        await until(lambda: sensor.samples.looking)
+        await until(lambda: len(rang) == 1)
+        before = len(server.got)
+        await until(lambda: len(server.got) > before)
+        server.deaf = False
+        await until(lambda: len(rang) == 2)
+        replies = len(server.got) - before
+    assert replies <= 3  # the first one that is answered, and what was on its way
+
+
 async def test_a_black_hole_rings_within_a_second_and_says_since_when() -> None:
     rang: list[float] = []
     async with pulsing(rang) as (server, sensor):

@@ -83,6 +83,7 @@ class Pulse:
         self._seen: Observation | None = None
         self._target: ServerEcho | None = None
         self._sock: socket.socket | None = None
+        self._wakes = False  # whether a reply wakes this process
         self._stirred = asyncio.Event()
         self._choice: Target | None = None
         self._last: tuple[float, float, IPAddress] | None = None  # when the last reply came, its round trip, address
@@ -232,7 +233,7 @@ class Pulse:
         if target != self._target:
             self._close()
             self._target, self._rhythm, self._last = target, Rhythm(self._every), None
-        if self.samples.looking:
+        if not self._wakes:
             self._read(target)
         now = _now()
         if self._rhythm.dead(now):
@@ -243,6 +244,7 @@ class Pulse:
         if self._rhythm.due(now):
             self._send(target, now)
         self._look_closely(now)
+        self._listen(target, wakes=not self.samples.looking)
         await self._wait(self._rhythm.wait(_now()))
 
     def _look_closely(self, now: float) -> None:
@@ -252,8 +254,6 @@ class Pulse:
         if pace is not None and not self._rhythm.silent:
             self._rhythm.hurry(now, pace)
         ended = looking and not self.samples.looking
-        if looking != self.samples.looking:
-            self._listen()
         if ended:
             self.samples.quality(now)  # before more pulses blur what it found
         if self.samples.high != high or (ended and pace is None and (poor or self.samples.poor)):
@@ -317,26 +317,27 @@ class Pulse:
                 raise
             self._sock = sock
             OWN.add(sock)
-            self._listen()
         return self._sock
 
-    def _listen(self) -> None:
+    def _listen(self, target: ServerEcho, *, wakes: bool) -> None:
         """Have replies wake this process, but for a close look: there each pulse finds those to the ones before it.
 
         The kernel tells when each came.
         """
-        if self._sock is None or self._target is None:
+        if self._sock is None or wakes is self._wakes:
             return
-        if self.samples.looking:
-            asyncio.get_running_loop().remove_reader(self._sock)
+        self._wakes = wakes
+        loop = asyncio.get_running_loop()
+        if wakes:
+            loop.add_reader(self._sock, self._read, target)
         else:
-            asyncio.get_running_loop().add_reader(self._sock, self._read, self._target)
+            loop.remove_reader(self._sock)
 
     def _close(self) -> None:
         if self._sock is not None:
             asyncio.get_running_loop().remove_reader(self._sock)
             self._sock.close()
-            self._sock = None
+            self._sock, self._wakes = None, False
             self.samples.forgive()
 
     def _read(self, target: ServerEcho) -> None:
