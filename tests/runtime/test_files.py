@@ -74,3 +74,13 @@ def test_killed_at_any_moment_it_is_the_old_or_the_new(tmp_path: Path) -> None:
         assert len(content) == 100_000
         assert len(set(content)) == 1
     assert os.path.lexists(path)
+
+
+def test_what_has_the_name_of_a_folder_is_said(tmp_path: Path) -> None:
+    files.folder(tmp_path / "a" / "b")
+    files.folder(tmp_path / "a" / "b")
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name, why in (("file", "is no folder"), ("link", "is a link that leads nowhere")):
+        with pytest.raises(NotADirectoryError, match=why):
+            files.folder(tmp_path / name)

@@ -51,7 +51,7 @@ def open_whole(path: Path, now: float, connect: Callable[[Path], sqlite3.Connect
 
     Raises sqlite3.Error or OSError.
     """
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    files.folder(path.parent)
     path.touch(mode=0o600)
     try:
         db = connect(path)
@@ -94,7 +94,7 @@ def check_folder(folder: Path) -> None:
 
     A full disk is no reason not to watch: the spool keeps observations in memory until the disk takes them again.
     """
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    files.folder(folder)
     try:
         with tempfile.TemporaryFile(dir=folder, buffering=0) as probe:  # without a name, so that nothing is ever left
             probe.write(b"\0" * 4096)

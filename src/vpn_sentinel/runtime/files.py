@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, whenever the process is killed, the disk full or the power gone."""
 
+import errno
 import os
 import re
 import secrets
@@ -26,6 +27,15 @@ def put(path: Path, content: bytes, *, mode: int = 0o600) -> None:
     except BaseException:
         written.unlink(missing_ok=True)
         raise
+
+
+def folder(path: Path, *, mode: int = 0o700) -> None:
+    """Have a folder there, and those above it. Raises OSError; what else has its name is said."""
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=mode)
+    except FileExistsError as e:
+        what = "a link that leads nowhere" if path.is_symlink() and not path.exists() else "no folder"
+        raise NotADirectoryError(errno.ENOTDIR, f"is {what}", str(path)) from e
 
 
 def beside(path: Path) -> Path:

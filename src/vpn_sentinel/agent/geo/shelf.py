@@ -93,8 +93,8 @@ def loose_files(folder: Path) -> tuple[Path, ...]:
 def locked(folder: Path) -> Iterator[None]:
     """Hold the folder for one update; it is made when it is missing. Raises GeoError when another one holds it."""
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        folder.mkdir(exist_ok=True, mode=0o755)
+        files.folder(folder.parent)
+        files.folder(folder, mode=0o755)
         handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     except OSError as e:
         raise GeoError(f"{folder}: {e.strerror}") from e

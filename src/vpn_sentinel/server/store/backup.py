@@ -84,7 +84,7 @@ def make(connection: sqlite3.Connection, folder: Path, now: float) -> Backup:
     """
     made = Backup(folder / f"sentinel-{datetime.fromtimestamp(now, UTC).strftime(_STAMP)}.db", float(int(now)))
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        files.folder(folder)
         files.sweep(folder, "sentinel-")
         pages, size = (connection.execute(f"PRAGMA {what}").fetchone()[0] for what in ("page_count", "page_size"))
         if shutil.disk_usage(folder).free < 2 * pages * size:
@@ -128,7 +128,7 @@ def restore(database: Path, backup: Path) -> Path | None:
     database = database.resolve()  # of a link the file itself
     written = files.beside(database)
     try:
-        database.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        files.folder(database.parent)
         written.touch(mode=0o600)
         shutil.copyfile(backup, written)
         _verify(written, backup)

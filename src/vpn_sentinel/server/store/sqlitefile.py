@@ -190,7 +190,7 @@ def _made(path: Path) -> None:
     a pipe would wait, and a device is not ours.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        files.folder(path.parent)
         path.touch(mode=0o600)
         mode = path.stat().st_mode
         if stat.S_ISREG(mode):
