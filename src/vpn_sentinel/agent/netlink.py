@@ -232,7 +232,8 @@ class Netlink:
         self._clock = clock or SystemClock()
         self._sock = _opened()
         self._sequence = 0
-        self._fib: Fib | None = None
+        self._fib: Fib | None = None  # while it may be true
+        self._before: Fib | None = None  # as it was read last
         self._fib_until = 0.0
         self._ways: tuple[Fib, tuple[Way, ...]] | None = None
 
@@ -312,13 +313,16 @@ class Netlink:
                 return parse_route(message.body)
 
     def fib(self) -> Fib:
-        """All routing rules and tables of both IP versions.
+        """All routing rules and tables of both IP versions; the same object while they are the same.
 
         Read anew after `changed`, and when the last reading is old beside what it cost: full tables take a while.
         """
         now = self._clock.boottime()
         if self._fib is None or now >= self._fib_until:
             self._fib = self._read_fib()
+            if self._before is not None and self._before.is_like(self._fib):
+                self._fib = self._before  # what was concluded from it holds
+            self._before = self._fib
             self._fib_until = now + min((self._clock.boottime() - now) * _FIB_REST, _FIB_OLDEST)
         return self._fib
 

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 LOOK_AGAIN: Final = 60.0  # seconds between two looks at the files
 OLD, TOO_OLD = 45.0, 90.0  # days since the data was built; DB-IP's is new every month, MaxMind's twice a week
 _DAY: Final = 86400.0
+_MOST: Final = 64  # answers kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,7 @@ class Databases:
         self._folder = folder
         self._looked = clock.boottime()
         self._told: set[tuple[str, str]] = set()
+        self._answers: dict[IPAddress, tuple[Place, ...]] = {}  # each round asks for the same few
         self.failures: tuple[str, ...] = ()  # why what is there now cannot be used, one line each
         self.opened: tuple[Opened, ...] = open_by_vendor(self._files)
         self._mark: object = self._marks() if self._files else None
@@ -101,7 +103,12 @@ class Databases:
         if now - self._looked >= LOOK_AGAIN:
             self._looked = now
             self._refresh()
-        return tuple(place for source in self.opened if (place := self._ask(source, address)) is not None)
+        if address not in self._answers:
+            if len(self._answers) >= _MOST:
+                self._answers.clear()
+            found = (self._ask(source, address) for source in self.opened)
+            self._answers[address] = tuple(place for place in found if place is not None)
+        return self._answers[address]
 
     def close(self) -> None:
         for source in self.opened:
@@ -124,6 +131,7 @@ class Databases:
         mark = self._marks()
         if mark != self._mark:
             self._mark, self.failures = mark, ()
+            self._answers.clear()
             new = self._load()
             for source in self.opened:
                 if source not in new:

@@ -7,6 +7,7 @@ import asyncio
 import errno
 import logging
 import os
+import socket
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -32,7 +33,7 @@ from vpn_sentinel.agent.leakwatch.shapes import Shape, Shapes, is_dtls
 from vpn_sentinel.agent.leakwatch.tap import BATCH, Tap
 from vpn_sentinel.agent.leakwatch.users import Users
 from vpn_sentinel.agent.net.closed_sockets import ClosedSockets
-from vpn_sentinel.agent.net.fib import Fib, Sender
+from vpn_sentinel.agent.net.fib import Sender
 from vpn_sentinel.agent.net.own import OWN, OwnSockets
 from vpn_sentinel.agent.net.packettime import packet_times
 from vpn_sentinel.agent.net.roles import has_way
@@ -261,7 +262,7 @@ class LeakWatch:
         except OSError as e:
             log.warning("routes cannot be read: the leak watch stays as it is", extra={"reason": e.strerror})
             return
-        if before is not None and not _is_same(before, self._ground.fib):
+        if before is not None and (self._ground.fib is None or not before.is_like(self._ground.fib)):
             self._rerouted = self._looked
         self._look_for_server(survey)
         if self._refused:
@@ -342,7 +343,7 @@ class LeakWatch:
 
     def _is_deaf(self, index: int, name: str, error: Exception) -> None:
         """Say once why an interface is not watched; each look tries again."""
-        if isinstance(error, OSError) and error.errno in _GONE:
+        if isinstance(error, OSError) and error.errno in _GONE and not _is_there(index):
             return  # it went away in this moment, and is not to be watched any more
         if self._deaf.get(index) != str(error):
             log.warning("an interface cannot be watched", extra={"interface": name, "reason": str(error)})
@@ -732,8 +733,13 @@ class LeakWatch:
         self._tell(self._told_at + AGAIN)
 
 
-def _is_same(one: Fib, other: Fib | None) -> bool:
-    return one is other or (other is not None and (one.rules, one.entries) == (other.rules, other.entries))
+def _is_there(index: int) -> bool:
+    """Whether there is such an interface, whatever its name: one that cannot be printed cannot be asked for here."""
+    try:
+        socket.if_indextoname(index)
+    except OSError:
+        return False
+    return True
 
 
 def _sender(packet: Packet) -> Sender:

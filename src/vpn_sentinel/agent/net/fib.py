@@ -410,6 +410,11 @@ class Fib:
         for entry in self.entries:
             self._by_table[entry.version, entry.table].append(entry)
 
+    def is_like(self, other: "Fib") -> bool:
+        """Whether both lead every packet the same way."""
+        mine, others = ((f.rules, f.entries, f.groups) for f in (self, other))
+        return mine == others
+
     def without(self, interface: int) -> "Fib":
         """The same without any route by one device: what the kernel would do if that device went away."""
         kept = []
