@@ -50,6 +50,7 @@ from vpn_sentinel.agent.sensors.resolver import ResolverWatch
 from vpn_sentinel.agent.settings import AgentSettings
 from vpn_sentinel.agent.uplink.courier import Courier
 from vpn_sentinel.agent.uplink.session import Greeted
+from vpn_sentinel.domain import resolvers
 from vpn_sentinel.domain.observation import Observation, Path, Trigger
 from vpn_sentinel.domain.policy import Policy
 from vpn_sentinel.domain.verdict import State, Verdict
@@ -100,6 +101,7 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
         memory=spool,
         server_found=lambda: cycle.bell.ring(Trigger.NETWORK),
         on_neighbor=lambda neighbor: neighbor_found(neighbor),
+        neighbor_left=lambda: cycle.bell.ring(Trigger.RECHECK),
     )
     reactions = Reactions(
         settings.reactions,
@@ -193,6 +195,8 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
             pulse.saw(seen)
             path_mtu.saw(seen, verdict)
             resolver_watch.saw(seen, verdict, cycle.policy)
+            beside = (s.nameserver for s in seen.resolvers if resolvers.leak(s, seen, cycle.policy))
+            watch.judged((s.nameserver for s in seen.resolvers), beside)
         if verdict.state in (State.DOWN, State.LEAKING):
             courier.hurry()
         courier.wake()
@@ -218,8 +222,12 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
         cycle.bell.ring(Trigger.LEAK)
 
     def neighbor_found(neighbor: Neighbor) -> None:
-        """A program asks a nameserver of the LAN: where that asks from is news, unless each round asks it anyway."""
-        if dns.besides(dns.system_nameservers(), [dns.on_link(neighbor.address, neighbor.interface)]):
+        """A program asks a nameserver of the LAN: where that asks from is news, unless each round asks it anyway.
+
+        A forwarder on this host asks it as often as a round asks the forwarder: no news while it leaks.
+        """
+        leaks = cycle.verdict is not None and cycle.verdict.state is State.LEAKING
+        if not leaks and dns.besides(dns.system_nameservers(), [dns.on_link(neighbor.address, neighbor.interface)]):
             cycle.bell.ring(Trigger.LEAK)
 
     async def look(trigger: Trigger, policy: Policy) -> Observation:

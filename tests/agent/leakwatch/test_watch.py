@@ -66,6 +66,7 @@ def make(endpoints=("198.51.100.7:51820",), allowed=(), meant="", wanted=True, r
         told=tell, survey=around, on_escape=acted.append,
         endpoints=lambda: [parse_endpoint(e) for e in endpoints], declared=parse_meant(meant), wanted=wanted,
         on_neighbor=lambda neighbor: asked.append(f"{neighbor.address}%{neighbor.interface}"),
+        neighbor_left=lambda: asked.append("left"),
     )
     found.look(around())
     clock.now += 1.0  # that look is over
@@ -379,6 +380,29 @@ say(asked=asked, flows=flows(watch), known=known, acted=[str(e.destination) for 
     assert seen["known"] == ["192.168.7.1", "169.254.7.1", "10.0.0.53"]
     assert seen["after"] == []  # nothing is good for ever
     assert seen["up"] == 6  # three of the own network, three that were there before the filter knew it, none after
+
+
+async def test_the_end_of_a_leak_by_a_nameserver_on_the_own_link_is_told_when_it_comes() -> None:
+    seen = await ran("""
+from ipaddress import ip_address
+from vpn_sentinel.agent.leakwatch import neighbors
+neighbors.KEEP_LEAKING = 0.3
+watch = make()
+send("192.168.7.1", 53, question("example.org")); await until(lambda: asked)
+router = [ip_address("192.168.7.1")]
+watch.judged(router, router)
+up = came.count("192.168.7.1")
+send("192.168.7.1", 53, question("example.org")); await until(lambda: came.count("192.168.7.1") > up)
+clock.now += 0.5
+await until(lambda: len(asked) > 1)
+left = asked[:]
+send("192.168.7.1", 53, question("example.org")); await until(lambda: len(asked) > 2)
+clock.now += 0.5
+await until(lambda: len(asked) > 3)
+say(left=left, asked=asked)
+""")
+    assert seen["left"] == ["192.168.7.1%eth0", "left"]
+    assert seen["asked"] == [*seen["left"], *seen["left"]]  # and no round in between had to find it out anew
 
 
 @pytest.mark.parametrize(

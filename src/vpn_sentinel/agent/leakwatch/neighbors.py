@@ -4,7 +4,7 @@ Such a packet proves no leak: the home router, or a forwarder on the container's
 through a VPN of its own. What it asks the internet from tells, so whoever finds one here asks it (`probes.dns`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
@@ -14,6 +14,9 @@ from vpn_sentinel.domain.policy import IPAddress
 # Seconds that one is asked after a packet to it, before another packet must show it again: a regular round's interval,
 # so that what was asked once does not leak for longer than it can be seen to.
 KEEP: Final = 30.0
+# And of one that asks the internet from beside the tunnel, whose every packet comes up: as long as any other flow is
+# told of after its last packet. Else a leak that has been mended would last for as long as we ask by ourselves.
+KEEP_LEAKING: Final = 10.0
 MOST: Final = 3  # as many as resolv.conf(5) takes
 # Names that a resolver answers from what it knows of the own network, and asks nobody for: RFC 6761, 6762, 8375, IANA's
 # special-use domain names, ICANN's `internal`; `lan`, `home` and `localdomain` are what home routers call theirs. Not
@@ -46,10 +49,20 @@ class Neighbors:
         """`now` is a clock in seconds that never jumps."""
         self._now = now
         self._seen: dict[Neighbor, float] = {}
+        self._leaking: frozenset[IPAddress] = frozenset()
 
     @property
     def known(self) -> tuple[Neighbor, ...]:
         return tuple(self._seen)
+
+    @property
+    def hushed(self) -> tuple[Neighbor, ...]:
+        """Those of which the next packet tells nothing new, since each round asks them."""
+        return tuple(n for n in self._seen if n.address not in self._leaking)
+
+    @property
+    def leaking(self) -> tuple[Neighbor, ...]:
+        return tuple(n for n in self._seen if n.address in self._leaking)
 
     def saw(self, packet: Packet, interface: str) -> Neighbor | None:
         """Note a question to a nameserver. Returns it when it is a new one."""
@@ -63,10 +76,24 @@ class Neighbors:
             del self._seen[next(iter(self._seen))]
         return neighbor if new else None
 
-    def forget(self) -> None:
-        """Drop those that no packet is known to have gone to lately."""
+    def judged(self, asked: Iterable[IPAddress], leaking: Iterable[IPAddress]) -> None:
+        """A round asked these, and found that some of them leak.
+
+        One that turns out to leak was hushed until now: its packets have the whole time to show.
+        """
+        found = frozenset(leaking)
+        news = found - self._leaking
+        self._seen = {n: self._now() if n.address in news else at for n, at in self._seen.items()}
+        # What is not seen any more may come again, as a forwarder asks it only when it is asked itself.
+        kept = self._leaking - frozenset(asked)
+        self._leaking = found if len(kept) > MOST else found | kept
+
+    def forget(self) -> float | None:
+        """Drop those that no packet is known to have gone to lately; seconds until the next one that leaks is over."""
         now = self._now()
-        self._seen = {n: at for n, at in self._seen.items() if now - at < KEEP}
+        left = {n: at + (KEEP_LEAKING if n.address in self._leaking else KEEP) - now for n, at in self._seen.items()}
+        self._seen = {n: at for n, at in self._seen.items() if left[n] > 0}
+        return min((left[n] for n in self.leaking), default=None)
 
 
 def stays_local(name: str) -> bool:

@@ -84,12 +84,14 @@ class LeakWatch:
         memory: Memory | None = None,
         server_found: Callable[[], None] = lambda: None,
         on_neighbor: Callable[[Neighbor], None] = lambda _: None,
+        neighbor_left: Callable[[], None] = lambda: None,
     ) -> None:
         """`endpoints` are those that are known from elsewhere; `meant` are hosts whose own route is no leak.
 
         `declared` is what the owner means to go beside the tunnel; `wanted` False turns the watch off.
         `memory` keeps which host carries the tunnel; `server_found` is called when that was tried.
-        `on_neighbor` gets each nameserver of the LAN that is seen to be asked anew: see `neighbors`.
+        `on_neighbor` gets each nameserver of the LAN that is seen to be asked anew, `neighbor_left` is called when
+        nobody asks one any more that leaks: see `neighbors`.
 
         `on_escape` gets the first packet of each new destination at once. `told` is called when there is something to
         tell: with the first escape, then at most once a second.
@@ -101,8 +103,9 @@ class LeakWatch:
         self._wanted = wanted
         self._own = own
         self._server_found = server_found
-        self._on_neighbor = on_neighbor
+        self._on_neighbor, self._neighbor_left = on_neighbor, neighbor_left
         self._neighbors = Neighbors(clock.boottime)
+        self._leaving: asyncio.TimerHandle | None = None
         self.carrier = Carrier(
             memory=memory if memory is not None else Recollection(), now=clock.boottime, changed=self._tried
         )
@@ -197,6 +200,13 @@ class LeakWatch:
         """Nameservers of the LAN that were seen to be asked beside the tunnel."""
         return self._neighbors.known
 
+    def judged(self, asked: Iterable[IPAddress], leaking: Iterable[IPAddress]) -> None:
+        """A round asked these nameservers, and found that some of them leak."""
+        self._neighbors.judged(asked, leaking)
+        self._make_rules()
+        if self._leaving is None:
+            self._see_who_left()
+
     def escapes(self, paths: Paths, canaries: tuple[Canary, ...] = ()) -> tuple[Escape, ...]:
         """The flows that matter now: seen in the last ten seconds, or still routed outside beside a tunnel that works.
 
@@ -232,6 +242,16 @@ class LeakWatch:
         if self._over is not None:
             self._over.cancel()
         self._over = None if seconds is None else asyncio.get_running_loop().call_later(seconds + _MARGIN, self._told)
+
+    def _see_who_left(self) -> None:
+        """Of a nameserver that leaks the end is told when it comes: else the next regular round would tell."""
+        before = self._neighbors.leaking
+        left = self._neighbors.forget()
+        self._leaving = None if left is None else asyncio.get_running_loop().call_later(
+            left + _MARGIN, self._see_who_left
+        )  # fmt: skip
+        if before != self._neighbors.leaking:
+            self._neighbor_left()
 
     @property
     def _refused(self) -> bool:
@@ -323,7 +343,8 @@ class LeakWatch:
         for held in (self._sockets, self._times):
             if held is not None:
                 held.close()
-        for timer in (self._timer, self._over, self._again, *self._unowned.values(), *self._serving.values()):
+        timers = (self._timer, self._over, self._again, self._leaving)
+        for timer in (*timers, *self._unowned.values(), *self._serving.values()):
             if timer is not None:
                 timer.cancel()
 
@@ -392,8 +413,8 @@ class LeakWatch:
         server, closed = self.carrier.server, self.carrier.closed
         rules = self._ground.with_endpoints(self._endpoints(), self._meant(), learned, server, closed=closed)
         rules = replace(rules, published=self._declared.published, ports=self._declared.ports)
-        # Those that are known are asked by each round: the next question of a program tells nothing new.
-        known = tuple(ip_network(n.address) for n in self._neighbors.known)
+        # Those are asked by each round: the next question of a program tells nothing new.
+        known = tuple(ip_network(n.address) for n in self._neighbors.hushed)
         rules = replace(rules, resolvers=(*rules.resolvers, *known))
         if rules == self._rules:
             return
@@ -552,6 +573,8 @@ class LeakWatch:
         if new is not None:
             self._make_rules()
             self._on_neighbor(new)
+        if self._leaving is None and self._neighbors.leaking:
+            self._see_who_left()
 
     def _is_a_vpns(self, packet: Packet) -> bool:
         """Whether its shape tells a VPN's packet, or may still do so."""
