@@ -64,3 +64,22 @@ def test_a_refusal_of_this_host_is_known_in_time(namespace: None) -> None:
     refuse("udp dport 33434 drop")
     (_, outside), _ = waited(tried(leaks(held=False)))
     assert outside.answer is Answer.BLOCKED
+
+
+@pytest.mark.parametrize(
+    ("network", "tried"),
+    [
+        ("5.9.10.0/24", "5.9.10.1"),
+        ("5.9.10.7/32", "5.9.10.7"),
+        ("128.0.0.0/1", "128.0.0.1"),
+        ("0.0.0.0/0", "1.1.1.1"),
+        ("0.0.0.0/1", "1.1.1.1"),
+        ("::/0", "2606:4700:4700::1111"),
+        ("2000::/3", "2000::1"),
+    ],
+)
+async def test_what_is_tried_is_an_address_that_a_host_can_have(namespace: None, network: str, tried: str) -> None:
+    part = Routed(interface="eth0", family=ip_network(network).version, share=0.1, networks=(ip_network(network),))
+    async with asyncio.TaskGroup() as group:
+        (told,) = await Tries(group, (part,), "wg0").told(lambda _: False)
+    assert str(told.asked) == tried

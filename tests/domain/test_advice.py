@@ -153,6 +153,15 @@ def test_a_balanced_default_is_not_all_of_the_traffic() -> None:
     )
 
 
+def test_routes_past_the_tunnel_are_said_with_the_address_that_the_internet_sees() -> None:
+    """Who looks it up, or takes a capture, finds it; where nobody saw one, none is made up."""
+    seen = replace(routed(0.43), canaries=(*WELL.canaries, *beside(("eth0", Answer.ANSWERED)).canaries))
+    for found, told in ((judge(seen, POLICY).findings, True), (judge(routed(0.43), POLICY).findings, False)):
+        (routes,) = [f for f in found if f.code is Code.SPLIT_ROUTE and f.evidence.get("seen_by") == "routing tables"]
+        assert routes.message.endswith("What leaves there comes out at 91.10.20.30.") is told
+        assert (routes.evidence.get("comes_out_at") == "91.10.20.30") is told
+
+
 def test_nothing_is_said_to_be_unreachable_when_no_answer_came() -> None:
     seen = Observation(trigger=Trigger.TIMER, canaries=(canary(None), canary(None)))
     (found,) = judge(seen, POLICY).findings

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from vpn_sentinel.domain.observation import Answer, Observation, Probe, Routed
-from vpn_sentinel.domain.policy import IPNetwork, Policy
+from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy
 from vpn_sentinel.domain.verdict import Code, Finding
 
 # How the kinds of traffic end that are DNS: over UDP or TCP, or over TLS (RFC 7858).
@@ -30,7 +30,8 @@ def bypasses(seen: Observation, policy: Policy) -> Iterator[Finding]:
         meant = [n for n in part.networks if any(_inside(n, allowed) for allowed in policy.allowed_outside)]
         left = [n for n in part.networks if n not in meant]
         if left or part.more:
-            yield _routed_outside(part, left, link.name if is_shared(part, parts, link.name) else "")
+            shared_with = link.name if is_shared(part, parts, link.name) else ""
+            yield _routed_outside(part, left, shared_with, _comes_out_at(seen, part))
 
 
 def _inside(network: IPNetwork, other: IPNetwork) -> bool:
@@ -43,25 +44,37 @@ def is_shared(part: Routed, parts: Iterable[Routed], tunnel: str | None) -> bool
     return not part.only and part.share + inside > 1 + _ROUNDING
 
 
-def _routed_outside(part: Routed, left: Sequence[IPNetwork], shared_with: str) -> Finding:
+def _comes_out_at(seen: Observation, part: Routed) -> IPAddress | None:
+    """Where the internet saw what was sent by the part's device, None where it did not."""
+    by_device = (c for c in seen.asked(Probe.PHYSICAL) if (c.interface, c.family) == (part.interface, part.family))
+    return next((c.address for c in by_device if c.answer is Answer.ANSWERED and c.address is not None), None)
+
+
+def _routed_outside(part: Routed, left: Sequence[IPNetwork], shared_with: str, address: IPAddress | None) -> Finding:
     which, share = _networks(left, part.more), percent(part.share)
     facts = {"interface": part.interface, "networks": which, "share": share, "seen_by": "routing tables"}
     if part.only:
         facts["traffic"] = part.only
     if part.asked is not None and part.answer is not Answer.UNKNOWN:
         facts["asked"] = f"{part.asked}: {part.answer}"
+    there = ""
+    if address is not None:
+        facts["comes_out_at"] = str(address)
+        there = f" What leaves there comes out at {address}."
     if shared_with:
         # How much of the traffic that is depends on the kernel's choice for each connection.
         del facts["share"]
         return Finding(
             Code.SPLIT_ROUTE,
-            f"Routes send some connections to {which} past the tunnel by {part.interface}, and others through it.",
+            f"Routes send some connections to {which} past the tunnel by {part.interface}, and others through it."
+            + there,
             facts | {"also_by": shared_with},
         )
     only = f"{part.only} in " if part.only else ""
     return Finding(
         Code.DNS_LEAK if part.only.endswith(_TO_DNS) else Code.SPLIT_ROUTE,
-        f"Routes send {only}{which} past the tunnel by {part.interface}, {share} of the IPv{part.family} internet.",
+        f"Routes send {only}{which} past the tunnel by {part.interface}, {share} of the IPv{part.family} internet."
+        + there,
         facts,
     )
 

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Final
 
+from vpn_sentinel.agent.net.roles import INTERNET
 from vpn_sentinel.agent.probes.datagram import Destination, Outcome, ask
 from vpn_sentinel.domain.observation import Routed
-from vpn_sentinel.domain.policy import IPAddress, IPNetwork
+from vpn_sentinel.domain.policy import IPAddress, IPNetwork, is_public
 
 MAX_TRIED: Final = 6  # parts that are tried in one round
 _TRACEROUTE: Final = 33434  # the port that traceroute(8) begins with: no service listens there
@@ -60,5 +61,9 @@ async def _try(part: Routed) -> Routed:
 
 
 def _within(network: IPNetwork) -> IPAddress:
-    """An address of the network: itself when it is a single one, else the first that can be a host's."""
-    return network.network_address + (0 if network.prefixlen == network.max_prefixlen else 1)
+    """An address of the network: itself when it is a single one, else the first that can be a host's.
+
+    No host has 0.0.0.1 or ::1, which the widest networks begin with.
+    """
+    first = network.network_address + (0 if network.prefixlen == network.max_prefixlen else 1)
+    return first if is_public(first) else next((a for a in INTERNET if a in network), first)
