@@ -34,7 +34,10 @@ LOW: Final = 0.13  # so few lost of all since then are an end; what lies between
 WIDE: Final = 150
 WORTH_TELLING: Final = 0.1
 MISSING: Final = (0.3, 1.0)  # seconds after which a pulse without a reply is a reason to look: least and most
-FEW, WELL = 1, 30  # no more than so many lost of the first so many: the line is well
+# Of so many at least, `FEW` less than a tenth were lost, one of 30, two of 40: the line is well. Fewer would fit
+# between two interruptions.
+WELL: Final = 30
+FEW: Final = 2
 RUN: Final = 3  # lost in a row: the line was interrupted
 CALM: Final = 8  # answered in a row: a reason to look whether the loss is over
 OVER: Final = (3, 40)  # no more than so many lost of so many: it is
@@ -199,7 +202,7 @@ class Samples:
             since = [s for s in self._settled(now, WIDE) if s.at >= self._lossy_from]
             self._high_from = next((s.at for i, s in enumerate(since) if _share(since[i:]) > HIGH), seen[0].at)
             self._end_look(now)
-        elif (len(seen) >= LEAST and lost <= WORTH_TELLING * len(seen)) or (len(seen) >= WELL and lost <= FEW):
+        elif self._is_well(seen, lost):
             self._end_look(now)
 
     @staticmethod
@@ -208,6 +211,12 @@ class Samples:
         if len(seen) >= LEAST:
             return lost > HIGH * len(seen)
         return len(seen) >= SOON and lost > ODD + len(seen) / 6
+
+    @staticmethod
+    def _is_well(seen: Sequence[_Sent], lost: int) -> bool:
+        if len(seen) >= LEAST:
+            return lost <= WORTH_TELLING * len(seen)
+        return len(seen) >= WELL and lost <= WORTH_TELLING * len(seen) - FEW
 
     def _onset(self, look: float, share: float) -> float:
         """When the loss may have begun: some pulses are answered before the first that is lost.
