@@ -52,6 +52,9 @@ TAKEN: dict[str, dict[str, Any]] = {
         "timeout": 10.0, "settings": {"application_name": "vpn"},
     },
     "postgresql://db/n?connect_timeout=0": {"timeout": 5.0},
+    "postgresql://db/n?options=&port=&application_name=&sslmode=": {
+        "hosts": (("db", 5432),), "settings": {"application_name": "vpn-sentinel"}, "tls": {},
+    },
     "postgresql://db/n?options=-csearch_path%3Dvpn%2Cpublic": {
         "settings": {"options": "-csearch_path=vpn,public", "application_name": "vpn-sentinel"},
     },

@@ -87,10 +87,12 @@ def parse(url: str) -> PostgresAddress:
     login, _, hosts = authority.rpartition("@")
     user, _, password = login.partition(":")
     given = _parameters(query)
-    ports = given.pop("port", "").split(",") if given.get("port") else []
+    port = given.pop("port", "")
+    ports = port.split(",") if port else []
     numbers, names = given.pop("hostaddr", ""), given.pop("host", "") or hosts
     found = _hosts(names or "," * numbers.count(","), ports, numbers.split(",") if numbers else [])
-    settings = {name: given.pop(name) for name in ("application_name", "options") if given.get(name)}
+    # An empty value means the default (libpq), and is none that nobody knows.
+    settings = {name: value for name in ("application_name", "options") if (value := given.pop(name, ""))}
     settings.setdefault("application_name", given.pop("fallback_application_name", "") or "vpn-sentinel")
     # A server writes: of several hosts the one that takes writes is meant, unless the address says otherwise.
     session = _one_of("target_session_attrs", given.pop("target_session_attrs", ""), SESSIONS)

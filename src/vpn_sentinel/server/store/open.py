@@ -50,7 +50,8 @@ async def open_store(url: str, *, serving: bool = False) -> Store:
         msg = f"VPN_SENTINEL_DATABASE_URL: {e}"
         raise StoreUnusable(msg) from e
     for unmet in address.unmet:
-        log.warning("the database's address asks for what is not checked here", extra={"parameter": unmet})
+        # In the sentence itself: what a command prints has no fields.
+        log.warning("the database's address asks for %s, which is not checked here", unmet)
     trouble = ""
     try:
         await _migrate_postgres(address)
