@@ -58,7 +58,7 @@ def test_two_agents_in_one_namespace_alarm_nobody(stand: Stand) -> None:
     assert heard(stand, before) == []
 
 
-@pytest.mark.parametrize("says", ["0.0.0.0", "127.0.0.1", "192.168.1.2", "10.8.0.1", "::"])
+@pytest.mark.parametrize("says", ["0.0.0.0", "192.168.1.2", "::"])
 def test_whatever_an_ad_blocker_says_of_whoami_names_is_no_egress(stand: Stand, says: str) -> None:
     before, began = stand.settle(), time.time()
     answered = tuple(f"/{name}/{says}" for name in WHOAMI)

@@ -3,6 +3,7 @@
 `check` looks at this machine, so only what it says of settings is looked at, and that it ends as it is documented to.
 """
 
+import os
 import subprocess
 import sys
 from contextlib import closing
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.program import EXIT, HOME, Server
+from tests.integration.program import EXIT, HOME, KEY, Server
 
 PROGRAM = [sys.executable, "-m", "vpn_sentinel"]
 LOOKED = {0, 1, 2, 3, 4}  # how a look may end; 64 is wrong usage
@@ -77,3 +78,24 @@ def test_what_people_write_is_taken(settings: dict[str, str], tmp_path: Path) ->
     done = check(tmp_path, **settings)
     assert done.returncode in LOOKED, done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a file of names: needs root")
+def test_a_name_with_an_address_at_which_no_server_listens_is_said_by_the_doctor(tmp_path: Path) -> None:
+    """The name has an address of each family, and the server was told to listen on one of them."""
+    names = tmp_path / "hosts"
+    names.write_text("127.0.0.1 localhost sentinel.test\n::1 sentinel.test\n")
+    with closing(Server(tmp_path, VPN_SENTINEL_SERVER_HOST="127.0.0.1")) as server:
+        env = {
+            "PATH": "/usr/bin:/bin:/usr/sbin:/sbin",
+            "VPN_SENTINEL_DATA_DIR": str(tmp_path / "agent"),
+            "VPN_SENTINEL_URL": f"http://sentinel.test:{server.port}",
+            "VPN_SENTINEL_ALLOW_INSECURE": "true",
+            "VPN_SENTINEL_API_KEY": KEY,
+            "VPN_SENTINEL_TRACE_URL": "http://127.0.0.1:9",
+        }
+        script = f'mount --bind {names} /etc/hosts && exec "$@"'
+        command = ["unshare", "--mount", "sh", "-c", script, "sh", *PROGRAM, "doctor"]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=90, check=False)
+    assert "Traceback" not in done.stderr
+    assert "nobody answers at ::1" in done.stdout.lower(), done.stdout

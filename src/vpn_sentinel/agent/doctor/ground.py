@@ -10,18 +10,20 @@ from typing import Any, Final, Generic, TypeVar
 from vpn_sentinel import __version__
 from vpn_sentinel.agent.doctor.forgiving import Read
 from vpn_sentinel.agent.equipment import flock
-from vpn_sentinel.agent.http import Client, HttpError
+from vpn_sentinel.agent.http import Client, HttpError, reason, split
 from vpn_sentinel.agent.interfaces import Paths, Survey
 from vpn_sentinel.agent.netlink import Netlink
 from vpn_sentinel.agent.probes.canary import canaries
 from vpn_sentinel.agent.uplink.answers import own_refusal
 from vpn_sentinel.domain.observation import Canary, Observation, Trigger
+from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.wire import codec
 from vpn_sentinel.wire.messages import PROTOCOL, Exchange, FromServer, Hello, Reports, Welcome
 
 T = TypeVar("T")
 LIMIT: Final = 4.0  # seconds for one request to the server
+_ADDRESSES: Final = 4  # of one name, that are asked
 _read_answer = codec.decoder(FromServer)
 
 
@@ -95,6 +97,18 @@ async def greet_all(read: Read, http: Client, clock: Clock) -> tuple[Greeting, .
 
 
 async def greet(read: Read, url: str, http: Client, clock: Clock) -> Greeting:
+    """Say hello at the addresses of the server's name, at once: as for the agent, one that answers is enough."""
+    try:
+        known = await http.names.addresses(split(url).host, patience=LIMIT)
+    except (OSError, ValueError) as e:
+        return Greeting(url=url, why=reason(e))
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(_greet(read, url, at, http, clock)) for at in known[:_ADDRESSES]]
+    said = [t.result() for t in tasks]
+    return next((g for g in said if g.status is not None), said[0])
+
+
+async def _greet(read: Read, url: str, at: IPAddress, http: Client, clock: Clock) -> Greeting:
     """Say hello by POST, without a report: the server checks key and name, answers, and stores nothing."""
     agent = read.agent
     hello = Hello(
@@ -112,7 +126,7 @@ async def greet(read: Read, url: str, http: Client, clock: Clock) -> Greeting:
         headers["X-API-Key"] = agent.api_key.reveal()
     sent = clock.wall()
     try:
-        answer = await http.post(f"{url}{agent.api_path}/agent", body, headers, limit=LIMIT)
+        answer = await http.post(f"{url}{agent.api_path}/agent", body, headers, limit=LIMIT, at=at)
     except HttpError as e:
         return Greeting(url=url, why=str(e))
     welcome = None
