@@ -128,6 +128,9 @@ class Receiver(http.server.ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
 
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A server that is stopped resets its connections."""
+
     def close(self) -> None:
         self.shutdown()
         self.server_close()
