@@ -46,8 +46,8 @@ def is_shared(part: Routed, parts: Iterable[Routed], tunnel: str | None) -> bool
 
 def _comes_out_at(seen: Observation, part: Routed) -> IPAddress | None:
     """Where the internet saw what was sent by the part's device, None where it did not."""
-    by_device = (c for c in seen.asked(Probe.PHYSICAL) if (c.interface, c.family) == (part.interface, part.family))
-    return next((c.address for c in by_device if c.answer is Answer.ANSWERED and c.address is not None), None)
+    way = part.interface, part.family
+    return next((c.address for c in seen.came_out_beside() if (c.interface, c.family) == way), None)
 
 
 def _routed_outside(part: Routed, left: Sequence[IPNetwork], shared_with: str, address: IPAddress | None) -> Finding:
