@@ -296,7 +296,7 @@ def _with_flapping(
         return findings
     times = len(_lately(turns, at, policy))
     minutes = f"{policy.flap_window / 60:g} minutes"
-    said = f"The tunnel went away {times} times within {minutes}: its end is told after {policy.flap_calm:g} s of calm."
+    said = f"Trouble came {times} times within {minutes}: its end is told after {policy.flap_calm:g} s of calm."
     return (*findings, Finding(Code.FLAPPING, said, {"times": str(times)}))
 
 

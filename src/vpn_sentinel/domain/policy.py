@@ -24,6 +24,7 @@ else:
 
 
 # Addresses that no packet on the internet comes from: IANA's special-purpose registries (RFC 6890 and its updates).
+# Not among them are the prefixes of NAT64 (RFC 6052, RFC 8215): behind a translator is the internet of IPv4.
 # Explicit and not `is_global`, which differs between Python versions. Documentation blocks are left in: nobody routes
 # them, and examples use them.
 NOT_PUBLIC: Final[tuple[IPNetwork, ...]] = tuple(
@@ -41,7 +42,6 @@ NOT_PUBLIC: Final[tuple[IPNetwork, ...]] = tuple(
         "224.0.0.0/4",  # multicast
         "240.0.0.0/4",  # reserved, and broadcast
         "::/127",  # unspecified and loopback
-        "64:ff9b:1::/48",  # NAT64 of a local network
         "100::/64",
         "fc00::/7",  # unique local
         "fe80::/9",  # link-local, and the site-local of old

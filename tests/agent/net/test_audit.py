@@ -54,6 +54,9 @@ OUTSIDE: dict[str, tuple[str, dict[str, list[str]]]] = {
     ),
     "the users of system programs": (WG + "rule add uidrange 100-999 lookup main pref 10", {}),
     "NAT64": (WG + SIX + "-6 route add 64:ff9b::/96 via 2001:db8:17::1", {"eth0": ["64:ff9b::/96"]}),
+    "a NAT64 of one's own": (
+        WG + SIX + "-6 route add 64:ff9b:1::/48 via 2001:db8:17::1", {"eth0": ["64:ff9b:1::/48"]}
+    ),
     "what has the tunnel's address": (WG + "rule add from 10.2.0.2 lookup main pref 10", {"eth0": ["0.0.0.0/0"]}),
     "the server by a rule for it": (
         LAN + GATEWAY + """

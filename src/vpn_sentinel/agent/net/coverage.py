@@ -1,9 +1,9 @@
 """How much of the internet leaves by which device, by the kernel's rules and tables alone.
 
 The internet is the public address space: for IPv6 the global unicast block 2000::/3 (RFC 4291), less what IANA's
-special-purpose registries take out (`domain.policy.NOT_PUBLIC`). 64:ff9b::/96 stands for all of IPv4 (RFC 6052) where
-the network has a translator: it counts where a route or a rule of its own leads there. A default route leads there too,
-and says nothing of one.
+special-purpose registries take out (`domain.policy.NOT_PUBLIC`). 64:ff9b::/96 stands for all of IPv4 (RFC 6052), and
+64:ff9b:1::/48 has room for the same (RFC 8215), where the network has a translator: they count where a route or a rule
+of their own leads there. A default route leads there too, and says nothing of one.
 """
 
 from collections import defaultdict
@@ -16,7 +16,7 @@ from vpn_sentinel.agent.net.fib import EVERYBODY, Fib, Interval, Sender, interse
 from vpn_sentinel.domain.policy import NOT_PUBLIC, IPNetwork
 
 _MOSTLY: Final = 0.6
-_NAT64: Final = ip_network("64:ff9b::/96")
+_NAT64: Final = (ip_network("64:ff9b::/96"), ip_network("64:ff9b:1::/48"))
 _OWN_ROUTE: Final = 32  # prefix length from which on a route is for that block
 _WHOLE: Final = {4: ip_network("0.0.0.0/0"), 6: ip_network("2000::/3")}
 
@@ -47,7 +47,7 @@ def networks(parts: Iterable[Interval], version: int) -> list[IPNetwork]:
 def by_device(fib: Fib, version: int, sender: Sender = EVERYBODY) -> dict[int, list[Interval]]:
     """The public addresses that leave by each device (by its index); one that several devices share is under each."""
     found: dict[int, list[Interval]] = defaultdict(list)
-    space, translated = public_space(version), [interval(_NAT64)] if version == 6 else []
+    space, translated = public_space(version), [interval(n) for n in _NAT64] if version == 6 else []
     for segment in fib.spread(version, sender):
         parts = [(segment.first, segment.last)]
         public, also = intersect(parts, space), intersect(parts, translated)

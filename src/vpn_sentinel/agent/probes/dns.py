@@ -51,10 +51,18 @@ class Nameserver:
 
 THIS_HOST: Final = Nameserver(ip_address("127.0.0.1"))
 # Addresses that are no public host's, besides the domain's NOT_PUBLIC: documentation (RFC 5737, 3849, 9637) and the
-# NAT64 prefix of every network (RFC 6052). Ad blockers and rebinding protection answer with what is at hand.
+# NAT64 prefixes (RFC 6052, RFC 8215). Ad blockers and rebinding protection answer with what is at hand.
 _NOBODYS: Final[tuple[IPNetwork, ...]] = tuple(
     ip_network(n)
-    for n in ("192.0.2.0/24", "198.51.100.0/24", "203.0.113.0/24", "2001:db8::/32", "3fff::/20", "64:ff9b::/96")
+    for n in (
+        "192.0.2.0/24",
+        "198.51.100.0/24",
+        "203.0.113.0/24",
+        "2001:db8::/32",
+        "3fff::/20",
+        "64:ff9b::/96",
+        "64:ff9b:1::/48",
+    )
 )
 # TEST-NET-1 (RFC 5737): nobody runs DNS there, so an answer is a proxy's.
 NO_DNS_HERE: Final = Nameserver(ip_address("192.0.2.53"))
