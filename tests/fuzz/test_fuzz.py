@@ -32,6 +32,7 @@ OUR_OWN = {
     "agent.footing": CHECKED,
     "agent.leakwatch.bpf": "addresses that are addresses already",
     "agent.leakwatch.tap": KERNEL,
+    "agent.net.packettime": KERNEL,
     "agent.remedies.remedies": SPOOL,
     "agent.uplink.load": SPOOL,
     "cli.tunnel": DATABASE,
