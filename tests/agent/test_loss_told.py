@@ -87,7 +87,7 @@ class Told:
 @pytest.mark.parametrize("interval", [4.0, 60.0])
 @pytest.mark.parametrize("share", [0.3, 0.5])
 def test_loss_and_its_end_are_told_within_twenty_seconds(share: float, interval: float) -> None:
-    """97 of 100 times at least; the rest is a line that happens to lose none of its first pulses."""
+    """98 of 100 times at least; the rest is a line that happens to lose none of its first pulses, or few later."""
     told, over = [], []
     for seed in range(200):
         made = Told(0.0, seed, interval)
@@ -100,7 +100,7 @@ def test_loss_and_its_end_are_told_within_twenty_seconds(share: float, interval:
             made.run(60)
             over.append(made.first(State.PROTECTED, end))
         assert State.DOWN not in {state for _, state in made.moves}
-    assert sum(t <= 20 for t in told) >= 0.97 * len(told)
+    assert sum(t <= 20 for t in told) >= 0.98 * len(told)
     assert sum(t <= 20 for t in over) >= 0.99 * len(over)
 
 
