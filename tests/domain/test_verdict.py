@@ -739,7 +739,7 @@ def test_a_finding_says_what_and_shows_its_facts(seen: Observation, policy: Poli
 
 
 # Said by the machine, by the tracker, and never by the judge.
-ELSEWHERE = {Code.NO_REPORTS, Code.FLAPPING, Code.CLOCK_SKEW, Code.OBSERVATIONS_LOST}
+ELSEWHERE = {Code.NO_REPORTS, Code.FLAPPING, Code.NAME_SHARED, Code.CLOCK_SKEW, Code.OBSERVATIONS_LOST}
 
 
 def test_a_dns_leak_seen_both_ways_tells_what_both_show() -> None:

@@ -290,17 +290,63 @@ async def test_a_new_spool_begins_again_at_one(watch: Watch) -> None:
     assert ((await watch.row()).spool, (await watch.row()).seq) == ("s2", 1)
 
 
-async def test_two_agents_under_one_name_are_said_once(watch: Watch, caplog: pytest.LogCaptureFixture) -> None:
+async def codes(watch: Watch) -> list[str]:
+    return [f["code"] for f in json.loads((await watch.row()).findings)]
+
+
+async def test_two_agents_under_one_name_are_told(watch: Watch, caplog: pytest.LogCaptureFixture) -> None:
     def said() -> list[tuple[str, str]]:
         return [(r.__dict__["tunnel"], r.__dict__["remedy"]) for r in caplog.records if "two agents" in r.message]
 
     await watch.take((1, 0.0, WELL), spool="s1")
     await watch.take((1, 0.0, WELL), spool="s2")  # its data were lost, say
-    assert said() == []
-    for seq in range(2, 6):
-        await watch.take((seq, 0.0, WELL), spool="s1")
-        await watch.take((seq, 0.0, WELL), spool="s2")
+    await watch.take((2, 0.0, WELL), spool="s1")  # or it is replaced by another, and both ran for a moment
+    await watch.take((2, 0.0, WELL), spool="s2")
+    assert (said(), await codes(watch)) == ([], [])
+    for seq in range(3, 6):
+        for spool in ("s1", "s2"):
+            watch.clock.now += 30
+            await watch.take((seq, 0.0, WELL), spool=spool)
     assert said() == [("nl", "give each its own VPN_SENTINEL_CLIENT_ID")]
+    assert ((await watch.row()).state, await codes(watch)) == ("degraded", ["name_shared"])
+
+    for seq in range(6, 16):  # one of them has ended
+        watch.clock.now += 60
+        await watch.take((seq, 0.0, WELL), spool="s1")
+    assert ((await watch.row()).state, await codes(watch)) == ("protected", [])
+
+
+async def test_an_agent_and_an_old_client_under_one_name_are_two(watch: Watch) -> None:
+    for seq in range(1, 8):
+        watch.clock.now += 30
+        await watch.take((seq, 0.0, WELL))
+        watch.clock.now += 30
+        await watch.keepalive(WELL)
+    assert ((await watch.row()).state, await codes(watch)) == ("degraded", ["name_shared"])
+
+
+async def test_agents_that_lose_their_data_again_and_again_are_one(watch: Watch) -> None:
+    for n in range(12):
+        await watch.take((1, 0.0, WELL), (2, 0.0, WELL), spool=f"s{n}")
+        watch.clock.now += 10
+    assert await codes(watch) == []
+
+
+async def test_a_server_that_starts_anew_goes_on_knowing_that_agents_are_two(
+    watch: Watch, store: Store, clock: ManualClock
+) -> None:
+    for seq in range(1, 6):
+        for spool in ("s1", "s2"):
+            watch.clock.now += 30
+            await watch.take((seq, 0.0, WELL), spool=spool)
+    assert (await watch.row()).state == "degraded"
+    again = Watch(store, clock)
+    async with running(again.tracker):
+        for seq in range(6, 10):
+            for spool in ("s1", "s2"):
+                clock.now += 30
+                await again.take((seq, 0.0, WELL), spool=spool)
+                assert (await again.row()).state == "degraded"
 
 
 async def test_keepalives_are_numbered_by_their_time(watch: Watch) -> None:

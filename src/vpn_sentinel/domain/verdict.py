@@ -56,6 +56,7 @@ class Code(StrEnum):
     HIGH_LATENCY = "high_latency"
     PORT_CLOSED = "port_closed"
     FLAPPING = "flapping"
+    NAME_SHARED = "name_shared"
     NOTHING_SEEN = "nothing_seen"
     NO_NETWORK = "no_network"
     TUNNEL_UNKNOWN = "tunnel_unknown"
@@ -139,6 +140,7 @@ MEANING: Final[Mapping[Code, Meaning]] = {
     Code.FLAPPING: Meaning(
         State.DEGRADED, _WARNING, "The tunnel comes and goes: look at its log, or choose another VPN server."
     ),
+    Code.NAME_SHARED: Meaning(State.DEGRADED, _WARNING, "Give each agent a VPN_SENTINEL_CLIENT_ID of its own."),
     Code.NOTHING_SEEN: Meaning(State.UNKNOWN, _WARNING, "No canary could be sent; look at the agent's log."),
     Code.NO_NETWORK: Meaning(
         State.UNKNOWN,

@@ -18,9 +18,12 @@ _place: Final = decoder(dict[str, str | int | None])
 _resolvers: Final = decoder(list[dict[str, str | None]])
 
 
-def received(verdict: Verdict, skew: float | None, thinned: int) -> Verdict:
-    """Add what only the receiver knows: a wrong clock (`skew` seconds), and rounds that never came."""
+def of_receipt(skew: float | None, thinned: int, *, shared: bool = False) -> tuple[Finding, ...]:
+    """What only the receiver knows: a wrong clock (`skew` seconds), rounds that never came, a name that two share."""
     extra: list[Finding] = []
+    if shared:
+        message = "Two agents report as this tunnel: what is told of it is now the one's, now the other's."
+        extra.append(Finding(Code.NAME_SHARED, message))
     if skew is not None and abs(skew) > CLOCK_SKEW:
         seconds, side = f"{abs(skew):.0f}", "ahead" if skew > 0 else "behind"
         message = f"The agent's clock is {seconds} s {'ahead of' if skew > 0 else side} the server's."
@@ -28,6 +31,11 @@ def received(verdict: Verdict, skew: float | None, thinned: int) -> Verdict:
     if thinned:
         message = f"About {thinned} observations never came: the agent had no room for them, or its disk lost them."
         extra.append(Finding(Code.OBSERVATIONS_LOST, message, {"count": str(thinned)}))
+    return tuple(extra)
+
+
+def received(verdict: Verdict, extra: tuple[Finding, ...]) -> Verdict:
+    """The verdict with the receiver's findings."""
     if not extra:
         return verdict
     findings = (*verdict.findings, *extra)

@@ -19,12 +19,13 @@ from vpn_sentinel.domain.machine import Event, Memory, Moved, Revised, advance, 
 from vpn_sentinel.domain.notice import notices
 from vpn_sentinel.domain.observation import Observation, Trigger
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy, is_public
-from vpn_sentinel.domain.verdict import Code, State
+from vpn_sentinel.domain.verdict import Code, Finding, State
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.server import works as entering
 from vpn_sentinel.server.groupcommit import GroupCommit
 from vpn_sentinel.server.live.hub import Hub
-from vpn_sentinel.server.showing import CLOCK_SKEW, complete, show
+from vpn_sentinel.server.namesakes import Namesakes
+from vpn_sentinel.server.showing import CLOCK_SKEW, complete, of_receipt, show
 from vpn_sentinel.server.sites import REFERENCE, Sites, silent_too
 from vpn_sentinel.server.store.owing import owed
 from vpn_sentinel.server.store.schema import tunnels
@@ -93,9 +94,8 @@ class Tracker:
         self._sighted: dict[str, dict[int, IPAddress]] = {}
         # Tunnels whose agents report beside them on purpose: what of theirs comes from home proves nothing.
         self._beside: set[str] = set()
-        # By tunnel: the spool of its agent before this one, and whose taking turns was told.
-        self._former: dict[str, str] = {}
-        self._shared: set[str] = set()
+        self._namesakes = Namesakes()
+        self._shared: set[str] = set()  # names of which it was logged that two agents use them
         # By tunnel: the forwarded port, at an address that its packets really came from.
         self.forwarded: dict[str, tuple[IPAddress, int]] = {}
         self._commits = GroupCommit(self._take)
@@ -219,6 +219,7 @@ class Tracker:
         last = row.seq if row.spool == spool else 0
         sighted = self._sighted.get(row.name, {}).values()
         came_from = tuple(a for a in (arrival.peer, *sighted) if a is not None and arrival.spool is not None)
+        extra = self._of_receipt(row, arrival, spool, memory)
         for item in arrival.observations:
             # Milliseconds, so that the numbers go on where they were when a tunnel's other kind of sender stops.
             seq = item.seq if arrival.spool is not None else max(last + 1, int(1000 * item.at))
@@ -230,14 +231,11 @@ class Tracker:
             last = seq
             seen = self._scales.informed(row, memory, item.observation, item.at, came_from)
             home_known = seen.reference_up is not None
-            memory, verdict, more = self._scales.weigh(
-                row, memory, seen, item.at, policy, arrival.skew, arrival.thinned
-            )
+            memory, verdict, more = self._scales.weigh(row, memory, seen, item.at, policy, extra)
             events += more
             well = verdict.state in (State.PROTECTED, State.DEGRADED)
             writes.saw(row.id, spool, seq, item.at, arrival.received_at, verdict, seen)
             show(row, seen)
-        self._note_agent(row, spool)
         row.spool, row.seq = spool, last
         if well and arrival.caught_up:
             self._note_way(row, arrival, policy.with_home(self._scales.home(row.site, memory.home)))
@@ -264,17 +262,17 @@ class Tracker:
         fresh = memory.state is State.DOWN and memory.seen_at - memory.since < _HOME_TELLS
         return fresh and any(f.code in _MAYBE_HOME for f in memory.findings) and self._sites.may_tell(row.site, now)
 
-    def _note_agent(self, row: TunnelRow, spool: str) -> None:
-        """Say once that two agents report under one name. One that lost its data has a new spool and no way back."""
-        if row.spool in ("", spool):
-            return
-        if self._former.get(row.name) == spool and row.name not in self._shared:
+    def _of_receipt(self, row: TunnelRow, arrival: Arrival, spool: str, memory: Memory) -> tuple[Finding, ...]:
+        """What this server finds beside the agent's rounds."""
+        known = any(f.code is Code.NAME_SHARED for f in memory.findings)
+        shared = self._namesakes.heard(row.name, spool, row.spool, arrival.received_at, arrival.interval, known=known)
+        if shared and row.name not in self._shared:
             self._shared.add(row.name)
             log.warning(
                 "two agents report as one tunnel, and what is told of it is now the one's, now the other's",
                 extra={"tunnel": row.name, "remedy": "give each its own VPN_SENTINEL_CLIENT_ID"},
             )
-        self._former[row.name] = row.spool
+        return of_receipt(arrival.skew, arrival.thinned, shared=shared)
 
     def _note_sender(self, row: TunnelRow, arrival: Arrival) -> None:
         """That it was heard, and what that means for its site and its forwarded port."""
@@ -447,5 +445,5 @@ def _mark(row: TunnelRow, arrival: Arrival, seen: Observation) -> int:
 
 
 def _extras(arrival: Arrival) -> bool:
-    """Whether `showing.received` would add anything."""
+    """Whether `showing.of_receipt` would add anything."""
     return bool(arrival.thinned) or (arrival.skew is not None and abs(arrival.skew) > CLOCK_SKEW)

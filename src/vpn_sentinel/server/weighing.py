@@ -8,7 +8,7 @@ from vpn_sentinel.domain.machine import Event, Memory, advance, overdue, silence
 from vpn_sentinel.domain.observation import Answer, Observation, Probe
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy
 from vpn_sentinel.domain.remembered import learned_working, with_memory
-from vpn_sentinel.domain.verdict import Code, State, Verdict
+from vpn_sentinel.domain.verdict import Code, Finding, State, Verdict
 from vpn_sentinel.server.showing import received
 from vpn_sentinel.server.sites import REFERENCE, Sites, newest
 from vpn_sentinel.server.store.store import TunnelRow
@@ -50,10 +50,9 @@ class Scales:
         seen: Observation,
         at: float,
         policy: Policy,
-        skew: float | None,
-        thinned: int,
+        extra: tuple[Finding, ...],
     ) -> tuple[Memory, Verdict, list[Event]]:
-        """Judge what was seen at `at` and advance `memory` by it. `skew` and `thinned`: see works.Arrival."""
+        """Judge what was seen at `at` and advance `memory` by it. `extra` is what the receiver adds."""
         reference = row.role == REFERENCE
         if reference:
             effective, verdict = policy, judge_reference(seen)
@@ -61,7 +60,7 @@ class Scales:
             policy = policy.with_home(self._sites.homes(row.site))
             effective = learned_home(seen, policy.with_home(memory.home))
             verdict = judge(seen, effective)
-        verdict = received(verdict, skew, thinned)
+        verdict = received(verdict, extra)
         since = began(seen, verdict, at, memory)
         if reference:
             homes = newest(memory.homes, home_of(seen), at)

@@ -11,11 +11,11 @@ from vpn_sentinel.domain.judge import judge
 from vpn_sentinel.domain.notice import Kind, Notice, summed_up
 from vpn_sentinel.domain.observation import Answer, Canary, Observation, Probe, Trigger
 from vpn_sentinel.domain.policy import Policy
-from vpn_sentinel.domain.verdict import Code, Finding, State, Verdict
+from vpn_sentinel.domain.verdict import Code, Finding, State
 from vpn_sentinel.server.notify import text
 from vpn_sentinel.server.notify.split import split, utf16
 from vpn_sentinel.server.notify.text import explain
-from vpn_sentinel.server.showing import received
+from vpn_sentinel.server.showing import of_receipt
 
 AMSTERDAM = ZoneInfo("Europe/Amsterdam")
 UTC = ZoneInfo("UTC")
@@ -325,7 +325,7 @@ def test_a_long_notice_is_clipped_to_one_message() -> None:
     ("skew", "said"), [(-4000.0, "4000 s behind the server's"), (61.2, "61 s ahead of the server's")]
 )
 def test_a_wrong_clock_is_told_once_and_in_grammar(skew: float, said: str) -> None:
-    (finding,) = received(Verdict(State.PROTECTED), skew, 0).findings
+    (finding,) = of_receipt(skew, 0)
     assert explain(finding) == f"The agent's clock is {said}."
 
 
