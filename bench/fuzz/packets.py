@@ -227,7 +227,7 @@ def netlink() -> Try:
         rules = [r for m in found if m.kind == NEWRULE and (r := parse_rule(m.body))]
         entries = [e for m in found if m.kind == NEWROUTE and (e := parse_entry(m.body, hops))]
         for entry in entries:
-            list(ways(entry))
+            list(ways(entry, [hop.interface for hop in entry.hops]))
         _walk(Fib(tuple(rules), tuple(entries)))
 
     return one

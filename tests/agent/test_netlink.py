@@ -7,7 +7,9 @@ import socket
 import struct
 import subprocess
 import sys
+import time
 from ipaddress import ip_address, ip_network
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -167,6 +169,28 @@ async def test_the_sensor_tells_once_of_many_changes_at_once() -> None:
         kernel.send(message(32, b""))
         await asyncio.sleep(0)
         await asyncio.sleep(0)
+    finally:
+        sensor.close()
+        kernel.close()
+
+
+async def test_changes_while_it_rests_from_one_that_took_long_are_one() -> None:
+    loop = asyncio.get_running_loop()
+    began: list[float] = []
+    kernel, ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)
+    ours.setblocking(False)
+
+    def changed() -> None:
+        began.append(loop.time())
+        time.sleep(0.15)  # as full tables do
+
+    sensor = NetworkSensor(changed, (ETH, WG), ours)
+    sensor.start()
+    try:
+        while len(began) < 3:
+            kernel.send(message(24, route()))
+            await asyncio.sleep(0.01)
+        assert all(later - sooner > 0.5 for sooner, later in pairwise(began))  # seven of ten parts of the time are rest
     finally:
         sensor.close()
         kernel.close()

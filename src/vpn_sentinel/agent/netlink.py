@@ -9,10 +9,10 @@ import contextlib
 import errno
 import socket
 import struct
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from ipaddress import IPv6Address, ip_address, ip_network
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.agent.net.attributes import attribute, attributes, error_number
@@ -64,8 +64,7 @@ class Route:
     next_hop: IPAddress | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Message:
+class Message(NamedTuple):
     kind: int
     flags: int
     sequence: int
@@ -168,11 +167,12 @@ def parse_route(body: bytes) -> Route | None:
     )
 
 
-def ways(entry: RouteEntry) -> Iterator[Way]:
-    """By each device that a route leads to; none for a default route."""
+def ways(entry: RouteEntry, by: Collection[int]) -> Iterator[Way]:
+    """By each of the devices that a route leads to; none for a default route."""
     if entry.kind == UNICAST and entry.prefix:
         for hop in entry.hops:
-            yield Way(network=entry.network, interface=hop.interface, gateway=hop.gateway is not None)
+            if hop.interface in by:
+                yield Way(network=entry.network, interface=hop.interface, gateway=hop.gateway is not None)
 
 
 def dump_request(kind: int, sequence: int) -> bytes:
@@ -235,7 +235,9 @@ class Netlink:
         self._fib: Fib | None = None  # while it may be true
         self._before: Fib | None = None  # as it was read last
         self._fib_until = 0.0
-        self._ways: tuple[Fib, tuple[Way, ...]] | None = None
+        self._ways: tuple[Fib, frozenset[int], tuple[Way, ...]] | None = None
+        self._read: dict[bytes, RouteEntry | None] = {}  # what the last dump told of routes
+        self._hops: dict[int, tuple[Hop, ...]] = {}
 
     def close(self) -> None:
         self._sock.close()
@@ -333,11 +335,22 @@ class Netlink:
     def _read_fib(self) -> Fib:
         rules = (parse_rule(m.body) for m in self._dump(GETRULE) if m.kind == NEWRULE)
         hops = self._next_hops()
-        entries = (parse_entry(m.body, hops) for m in self._dump(GETROUTE) if m.kind == NEWROUTE)
+        entries = self._routes(hops)
         known = tuple(r for r in rules if r)
         links = self._dump(GETLINK) if any(r.suppress_group is not None for r in known) else ()
         groups = dict(g for m in links if m.kind == NEWLINK and (g := parse_group(m.body)))
-        return Fib(known, tuple(e for e in entries if e), groups)
+        return Fib(known, entries, groups)
+
+    def _routes(self, hops: dict[int, tuple[Hop, ...]]) -> tuple[RouteEntry, ...]:
+        """Of a full table most is as it was: what the last dump told in the same words means the same."""
+        before = self._read if hops == self._hops else {}
+        found: dict[bytes, RouteEntry | None] = {}
+        for message in self._dump(GETROUTE):
+            if message.kind == NEWROUTE:
+                body = message.body
+                found[body] = before[body] if body in before else parse_entry(body, hops)
+        self._read, self._hops = found, hops
+        return tuple(e for e in found.values() if e)
 
     def _next_hops(self) -> dict[int, tuple[Hop, ...]]:
         try:
@@ -347,12 +360,12 @@ class Netlink:
                 raise
             return {}  # a kernel older than 5.3 has none
 
-    def ways(self) -> tuple[Way, ...]:
-        """Every routing table's entries but the default routes; the same object while the tables are."""
-        fib = self.fib()
-        if self._ways is None or self._ways[0] is not fib:
-            self._ways = fib, tuple(w for e in fib.entries for w in ways(e))
-        return self._ways[1]
+    def ways(self, by: Collection[int]) -> tuple[Way, ...]:
+        """All tables' entries by these devices but the default routes; the same object while the tables are."""
+        fib, devices = self.fib(), frozenset(by)
+        if self._ways is None or self._ways[0] is not fib or self._ways[1] != devices:
+            self._ways = fib, devices, tuple(w for e in fib.entries for w in ways(e, devices))
+        return self._ways[2]
 
     def _dump(self, kind: int) -> list[Message]:
         for _ in range(3):

@@ -1,6 +1,7 @@
 """Which interfaces are watched, and what counts as LAN, as the VPN's host and as a way of its own."""
 
 import struct
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from ipaddress import ip_address, ip_network
 
@@ -21,8 +22,8 @@ TUN = replace(WG, name="tun0", kind="tun")
 class Tables:
     found: tuple[Way, ...] = ()
 
-    def ways(self) -> tuple[Way, ...]:
-        return self.found
+    def ways(self, by: Collection[int]) -> tuple[Way, ...]:
+        return tuple(w for w in self.found if w.interface in by)
 
     def route(self, destination: IPAddress, *, port: int = 0, protocol: int = 17) -> Route | None:
         return None  # the ground asks for no single packet
@@ -118,7 +119,7 @@ def test_routes_and_masters_are_read() -> None:
 
     def read(body: bytes) -> list[Way]:
         entry = parse_entry(body)
-        return [] if entry is None else list(ways(entry))
+        return [] if entry is None else list(ways(entry, [2]))
 
     assert read(route(16, net, oif)) == [way("10.1.0.0/16")]
     assert read(route(16, net, oif, attribute(5, bytes([10, 0, 0, 1])))) == [way("10.1.0.0/16", gateway=True)]

@@ -275,6 +275,9 @@ def compared() -> tuple[Fib, list[object]]:
             assert len(parts) <= 1
             spread = parts[0].entry if parts else None
             assert spread is found or (found is None and spread is not None and spread.kind != RTN_UNICAST)
+            ways = fib.spread(address.version, sender, by_way=True)
+            way = [s.interfaces for s in ways if s.first <= int(address) <= s.last]
+            assert way == [s.interfaces for s in parts]
     return fib, wrong
 
 

@@ -1,6 +1,6 @@
 """What this namespace looks like to the leak watch: which interfaces to watch, and what may leave by them."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Final, Protocol
 
@@ -8,6 +8,7 @@ from vpn_sentinel.agent.endpoints import Endpoint
 from vpn_sentinel.agent.interfaces import INTERNET, Survey, is_up
 from vpn_sentinel.agent.leakwatch.rules import Rules
 from vpn_sentinel.agent.leakwatch.senders import Senders, is_mark, marks, senders
+from vpn_sentinel.agent.net.coverage import interval
 from vpn_sentinel.agent.net.fib import Fib
 from vpn_sentinel.agent.net.link import IFF_LOOPBACK, IFF_POINTOPOINT, Interface
 from vpn_sentinel.agent.net.local import SHORTEST, addresses
@@ -18,13 +19,14 @@ from vpn_sentinel.domain.policy import NOT_PUBLIC, IPAddress, IPNetwork, is_publ
 
 _WIREGUARD: Final = frozenset({"wireguard", "amneziawg"})
 _MAIN: Final = 254  # RT_TABLE_MAIN, linux/rtnetlink.h
+_NOT_PUBLIC: Final = {v: tuple(interval(n) for n in NOT_PUBLIC if n.version == v) for v in (4, 6)}
 _MOST: Final = 128  # networks of the LAN that the filter takes in
 
 
 class Tables(Protocol):
     """What is read of the kernel's routing. It may raise OSError."""
 
-    def ways(self) -> tuple[Way, ...]: ...
+    def ways(self, by: Collection[int]) -> tuple[Way, ...]: ...
 
     def route(self, destination: IPAddress, *, port: int = 0, protocol: int = 17) -> Route | None: ...
 
@@ -41,17 +43,15 @@ class _Routes:
     """
 
     ways: tuple[Way, ...]
-    beside: set[int]
     own: list[IPAddress]
     lan: tuple[IPNetwork, ...]
     hosts: tuple[IPNetwork, ...]
 
     @classmethod
-    def read(cls, ways: tuple[Way, ...], beside: set[int], own: list[IPAddress]) -> "_Routes":
-        here = [w for w in ways if w.interface in beside]
-        lan = tuple(dict.fromkeys(w.network for w in here if _is_lan(w, own)))[:_MOST]
-        hosts = tuple(w.network for w in here if w.gateway and w.network.prefixlen == w.network.max_prefixlen)
-        return cls(ways=ways, beside=beside, own=own, lan=lan, hosts=hosts)
+    def read(cls, ways: tuple[Way, ...], own: list[IPAddress]) -> "_Routes":
+        lan = tuple(dict.fromkeys(w.network for w in ways if _is_lan(w, own)))[:_MOST]
+        hosts = tuple(w.network for w in ways if w.gateway and w.network.prefixlen == w.network.max_prefixlen)
+        return cls(ways=ways, own=own, lan=lan, hosts=hosts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,12 +175,11 @@ def ground(
     if survey.interfaces is None:
         return Ground()
     watched = survey.beside
-    beside = {i.index for i in watched}
     own = [a for i in watched for a in addresses(i, survey.natted)]
-    ways = tables.ways() if tables else ()
+    ways = tables.ways([i.index for i in watched]) if tables else ()
     routes = before.routes
-    if routes is None or routes.ways is not ways or (routes.beside, routes.own) != (beside, own):
-        routes = _Routes.read(ways, beside, own)
+    if routes is None or routes.ways is not ways or routes.own != own:
+        routes = _Routes.read(ways, own)
     lan, hosts = routes.lan, routes.hosts
     tunnel = survey.device()
     fib = survey.fib
@@ -235,7 +234,9 @@ def _is_line(interface: Interface) -> bool:
 def _is_lan(way: Way, own: list[IPAddress]) -> bool:
     """A private network with a route of its own, or any network that one of our addresses is in."""
     network = way.network
-    if any(network.version == n.version and network.subnet_of(n) for n in NOT_PUBLIC):  # type: ignore[arg-type]
+    first = int(network.network_address)
+    last = first | int(network.hostmask)
+    if any(low <= first and last <= high for low, high in _NOT_PUBLIC[network.version]):
         return True
     # A shorter one is no LAN but a part of the internet, e.g. the half that some programs route in place of the whole.
     if way.gateway or network.prefixlen < SHORTEST[network.version]:

@@ -96,26 +96,29 @@ def _of_version(
         parts = joined([*spread.get(other.index, []), *intersect(inside, bound.get(other.index, []))])
         told[other.index] = parts = subtract(parts, free)
         if parts:
-            found = names(fib, version, sender, other.index, parts)
-            if again and not found:
-                found = names(fib, version, again, other.index, parts)
+            found = names(fib, version, sender, other.index, parts, MAX_NETWORKS)
+            if again and not found[1]:
+                found = names(fib, version, again, other.index, parts, MAX_NETWORKS)
             yield _routed(other, version, found, size(parts) / total)
     for only, rule_sender in classes:
         by_class = by_device(fib, version, rule_sender)
         for other in beside:
             more = subtract(subtract(by_class.get(other.index, []), free), told[other.index])
             if more:
-                found = names(fib, version, rule_sender, other.index, more)
+                found = names(fib, version, rule_sender, other.index, more, MAX_NETWORKS)
                 yield _routed(other, version, found, size(more) / total, only)
 
 
-def _routed(device: Interface, version: int, found: list[IPNetwork], share: float, only: str = "") -> Routed:
+def _routed(
+    device: Interface, version: int, found: tuple[list[IPNetwork], int], share: float, only: str = ""
+) -> Routed:
+    named, many = found
     return Routed(
         interface=device.name,
         family=version,
         share=share,
-        networks=tuple(found[:MAX_NETWORKS]),
-        more=max(0, len(found) - MAX_NETWORKS),
+        networks=tuple(named),
+        more=many - len(named),
         only=only,
     )
 

@@ -9,7 +9,7 @@ of their own leads there. A default route leads there too, and says nothing of o
 from collections import defaultdict
 from collections.abc import Iterable
 from functools import cache
-from ipaddress import IPv4Address, IPv6Address, ip_network, summarize_address_range
+from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network, summarize_address_range
 from typing import Final
 
 from vpn_sentinel.agent.net.fib import EVERYBODY, Fib, Interval, Sender, intersect, joined, subtract
@@ -18,6 +18,8 @@ from vpn_sentinel.domain.policy import NOT_PUBLIC, IPNetwork
 _MOSTLY: Final = 0.6
 _NAT64: Final = (ip_network("64:ff9b::/96"), ip_network("64:ff9b:1::/48"))
 _OWN_ROUTE: Final = 32  # prefix length from which on a route is for that block
+_KINDS: Final = 32  # of senders whose ways are kept; no more than a few are told apart in earnest
+_BITS: Final = {4: 32, 6: 128}
 _WHOLE: Final = {4: ip_network("0.0.0.0/0"), 6: ip_network("2000::/3")}
 
 
@@ -45,39 +47,52 @@ def networks(parts: Iterable[Interval], version: int) -> list[IPNetwork]:
 
 
 def by_device(fib: Fib, version: int, sender: Sender = EVERYBODY) -> dict[int, list[Interval]]:
-    """The public addresses that leave by each device (by its index); one that several devices share is under each."""
+    """The public addresses that leave by each device (by its index); one that several devices share is under each.
+
+    A round asks for the same several times: it is kept with the tables, for each kind of sender that rules tell apart.
+    """
+    kind = fib.kind(version, sender)
+    if kind not in fib.leaving:
+        if len(fib.leaving) >= _KINDS:
+            fib.leaving.clear()
+        fib.leaving[kind] = _by_device(fib, version, sender)
+    return fib.leaving[kind]
+
+
+def _by_device(fib: Fib, version: int, sender: Sender) -> dict[int, list[Interval]]:
+    segments = fib.spread(version, sender, public_space(version), by_way=True)
+    if version == 6:
+        translated = fib.spread(version, sender, [interval(n) for n in _NAT64])
+        segments += [s for s in translated if s.name is not None and s.name[1] >= _OWN_ROUTE]
     found: dict[int, list[Interval]] = defaultdict(list)
-    space, translated = public_space(version), [interval(n) for n in _NAT64] if version == 6 else []
-    for segment in fib.spread(version, sender):
-        parts = [(segment.first, segment.last)]
-        public, also = intersect(parts, space), intersect(parts, translated)
-        if also and segment.named is not None and segment.named.prefixlen >= _OWN_ROUTE:
-            public += also
+    for segment in segments:
         for index in segment.interfaces:
-            found[index] += public
-    return {index: joined(parts) for index, parts in found.items() if parts}
+            found[index].append((segment.first, segment.last))
+    return {index: joined(parts) for index, parts in found.items()}
 
 
-def names(fib: Fib, version: int, sender: Sender, interface: int, parts: list[Interval]) -> list[IPNetwork]:
-    """Networks that stand for `parts`, which leave by a device: as routes and rules name them, the largest part first.
+def names(
+    fib: Fib, version: int, sender: Sender, interface: int, parts: list[Interval], most: int
+) -> tuple[list[IPNetwork], int]:
+    """Networks that stand for `parts`, which leave by a device: as routes and rules name them, the largest part first;
+    `most` of them, and how many there are.
 
     Where a name would say much more than what it stands for, its part is named by networks of its own.
     """
-    size_of: dict[IPNetwork, int] = {}
-    for segment in fib.spread(version, sender):
-        if interface not in segment.interfaces or segment.named is None:
-            continue
-        left = intersect([(segment.first, segment.last)], parts)
-        if left:
-            size_of[segment.named] = size_of.get(segment.named, 0) + size(left)
-    found: dict[IPNetwork, int] = {}
-    for network, held in size_of.items():
-        whole = intersect([interval(network)], public_space(version))
-        if held >= _MOSTLY * size(whole):
-            found[network] = held
+    held: dict[tuple[int, int], int] = defaultdict(int)  # of what begins at an address and has a prefix
+    for segment in fib.spread(version, sender, parts):
+        if interface in segment.interfaces and (name := segment.name) is not None:
+            held[name] += segment.last - segment.first + 1
+    found: dict[tuple[int, int], int] = {}
+    for name, addresses in held.items():
+        ends = name[0], name[0] + (1 << _BITS[version] - name[1]) - 1
+        if addresses == size([ends]) or addresses >= _MOSTLY * size(whole := intersect([ends], public_space(version))):
+            found[name] = addresses
         else:
-            found |= {n: n.num_addresses for n in networks(intersect(whole, parts), version)}
-    return sorted(found, key=lambda n: -found[n])
+            own = networks(intersect(whole, parts), version)
+            found |= {(int(n.network_address), n.prefixlen): n.num_addresses for n in own}
+    kind = IPv4Network if version == 4 else IPv6Network
+    return [kind(name) for name in sorted(found, key=lambda name: -found[name])[:most]], len(found)
 
 
 def public_share(fib: Fib, version: int, sender: Sender = EVERYBODY) -> dict[int, float]:

@@ -235,7 +235,7 @@ class _Look:
 
     def _has_its_own_networks_only(self, found: Interface) -> bool:
         """Whether all of the internet that it leads to came with its addresses, as an overlay's network does."""
-        public = [e for e in self._fib.entries if e.leads_by(found.index) and _is_of_the_internet(e)]
+        public = [e for e in self._fib.entries if e.leads_by(found.index) and e.leads_to_internet()]
         return bool(public) and all(e.by_kernel for e in public)
 
 
@@ -244,20 +244,8 @@ def has_way(interface: Interface, fib: Fib, version: int) -> bool:
 
     Where none leads there the kernel takes every address for a neighbour's, and nobody answers for it.
     """
-    return any(
-        entry.version == version
-        and entry.kind == RTN_UNICAST
-        and any(
-            h.interface == interface.index and (h.gateway is not None or bool(interface.flags & IFF_POINTOPOINT))
-            for h in entry.hops
-        )
-        and _is_of_the_internet(entry)
-        for entry in fib.entries
-    )
-
-
-def _is_of_the_internet(entry: RouteEntry) -> bool:
-    return entry.prefix < 8 or is_public(entry.network.network_address)
+    by_router = (version, interface.index, True) in fib.ways_out
+    return by_router or (bool(interface.flags & IFF_POINTOPOINT) and (version, interface.index, False) in fib.ways_out)
 
 
 def is_layer3_tunnel(found: Interface) -> bool:

@@ -42,6 +42,9 @@ _CLONED: Final = 0x200
 _FLAGS: Final = struct.Struct("=I")  # rtm_flags
 RETRY: Final = 1.0  # seconds until another socket is tried for
 DEBOUNCE: Final = 0.05  # seconds; one `ip link del` makes several messages
+# Full tables take a while to read. Who is told of changes without end shall not do that alone: beyond so many seconds
+# that are free, it rests so many times as long as it took, and so many seconds at most.
+FREE, REST, LONGEST = 0.1, 9, 10.0
 
 
 class Changes:
@@ -103,7 +106,10 @@ def _state(interface: Interface) -> tuple[str, int]:
 
 
 class NetworkSensor:
-    """Calls `changed` soon after something changed; many changes at once are one."""
+    """Calls `changed` soon after something changed; many changes at once are one.
+
+    So are all that come while it rests from a call that took long.
+    """
 
     def __init__(
         self,
@@ -119,6 +125,7 @@ class NetworkSensor:
         self._sock = sock or self._subscribe()
         self._retry: asyncio.TimerHandle | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._rested = 0.0  # when, by the loop's clock, `changed` may be called again
 
     def start(self) -> None:
         asyncio.get_running_loop().add_reader(self._sock, self._readable)
@@ -149,7 +156,8 @@ class NetworkSensor:
 
     def _soon(self) -> None:
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(DEBOUNCE, self._ring)
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_at(max(loop.time() + DEBOUNCE, self._rested), self._ring)
 
     def _renew(self, error: OSError) -> None:
         """A socket that fails otherwise hears nothing any more, and would fail at once again."""
@@ -170,7 +178,10 @@ class NetworkSensor:
 
     def _ring(self) -> None:
         self._timer = None
+        now = asyncio.get_running_loop().time
+        began = now()
         self._changed()
+        self._rested = now() + min(REST * max(0.0, now() - began - FREE), LONGEST)
 
 
 def subscribed() -> socket.socket:
