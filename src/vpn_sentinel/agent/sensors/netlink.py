@@ -10,6 +10,7 @@ import errno
 import logging
 import socket
 import struct
+import time
 from collections.abc import Callable
 from typing import Final
 
@@ -43,7 +44,7 @@ _FLAGS: Final = struct.Struct("=I")  # rtm_flags
 RETRY: Final = 1.0  # seconds until another socket is tried for
 DEBOUNCE: Final = 0.05  # seconds; one `ip link del` makes several messages
 # Full tables take a while to read. Who is told of changes without end shall not do that alone: beyond so many seconds
-# that are free, it rests so many times as long as it took, and so many seconds at most.
+# of the processor that are free, it rests so many times as long as it took, and so many seconds at most.
 FREE, REST, LONGEST = 0.1, 9, 10.0
 
 
@@ -178,10 +179,10 @@ class NetworkSensor:
 
     def _ring(self) -> None:
         self._timer = None
-        now = asyncio.get_running_loop().time
-        began = now()
+        began = time.thread_time()  # of this process alone: that the machine is busy costs no rest
         self._changed()
-        self._rested = now() + min(REST * max(0.0, now() - began - FREE), LONGEST)
+        took = time.thread_time() - began
+        self._rested = asyncio.get_running_loop().time() + min(REST * max(0.0, took - FREE), LONGEST)
 
 
 def subscribed() -> socket.socket:
