@@ -120,6 +120,11 @@ CAUSES = {
     "split_route by a balanced route": (routed(1.0, inside=1.0), Code.SPLIT_ROUTE, "Take eth0 out of the routes"),
     "split_route by a packet": (left("203.0.113.9", 443), Code.SPLIT_ROUTE, "sends to 203.0.113.9:443 (ss -tunp)"),
     "killswitch_open by one way": (beside(("eth1", Answer.ANSWERED)), Code.KILLSWITCH_OPEN, "leaks by eth1"),
+    "killswitch_open as far as the router": (
+        replace(WELL, canaries=(*WELL.canaries, canary(
+            "192.168.1.1", probe=Probe.FIRST_HOP, interface="eth0", answer=Answer.EXPIRED,
+        ))), Code.KILLSWITCH_OPEN, "Where 192.168.1.1 is yours and lets nothing but the VPN pass",
+    ),
     "killswitch_open by one of two": (
         beside(("eth0", Answer.BLOCKED), ("eth1", Answer.ANSWERED)), Code.KILLSWITCH_OPEN,
         "holds eth0 and not eth1",

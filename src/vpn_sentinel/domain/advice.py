@@ -144,7 +144,9 @@ def _killswitch_open(facts: Facts) -> str | None:
         return None
     if held:
         return f"The kill switch holds {held} and not {ways}: extend it to {ways}."
-    return f"Switch the VPN's kill switch on: without one, traffic leaks by {ways} when the tunnel goes away."
+    on = f"Switch the VPN's kill switch on: without one, traffic leaks by {ways} when the tunnel goes away."
+    router = facts.get("router")
+    return on if not router else f"{on} Where {router} is yours and lets nothing but the VPN pass, that one holds it."
 
 
 def _address(text: str | None) -> IPAddress | None:
