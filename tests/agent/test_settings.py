@@ -78,6 +78,12 @@ def test_a_value_that_cannot_be_used_is_named(name: str, value: str) -> None:
         read(**{name: value})
 
 
+@pytest.mark.parametrize("end", ["", "/", "/api/v1", "/api/v1/"])
+def test_the_server_is_found_with_the_apis_path_and_without(end: str) -> None:
+    settings = read(URL=f"https://sentinel.example{end},https://10.0.0.2/beside{end}")
+    assert (settings.urls, settings.api_path) == (("https://sentinel.example", "https://10.0.0.2/beside"), "/api/v1")
+
+
 def test_a_server_must_be_named() -> None:
     with pytest.raises(SettingError, match="VPN_SENTINEL_URL: is not set"):
         read(URL="")

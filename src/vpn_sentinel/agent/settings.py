@@ -118,6 +118,8 @@ class AgentSettings:
         urls = source.get("URL", s.urls, _NONE)
         if not urls:
             raise SettingError("VPN_SENTINEL_URL", "is not set: the server's address, e.g. https://sentinel.example")
+        api_path = source.get("API_PATH", s.path, "/api/v1")
+        urls = tuple(url.removesuffix(api_path) for url in urls)  # as people copy it from the API's documents
         api_key = source.get("API_KEY", s.secret, Secret(""))
         if not api_key.reveal().isascii() or not api_key.reveal().isprintable():
             raise SettingError("VPN_SENTINEL_API_KEY", "takes printable ASCII characters")
@@ -136,7 +138,7 @@ class AgentSettings:
             raise SettingError("VPN_SENTINEL_SITE", "is not set: a reference agent names the site that it stands for")
         return cls(
             urls=urls,
-            api_path=source.get("API_PATH", s.path, "/api/v1"),
+            api_path=api_path,
             api_key=api_key,
             client_id=source.get("CLIENT_ID", tunnel_name, valid_name(hostname or socket.gethostname())),
             role=role,
