@@ -52,7 +52,9 @@ class Resolver:
         self._node = node
         directory = node.directory / "resolvers"
         directory.mkdir(exist_ok=True)
-        hints = directory / "root.hints"
+        # One for each resolver: another one that writes it anew would empty it for a moment, and unbound, which finds
+        # no root in it, takes the real ones.
+        hints = directory / f"{name}.hints"
         hints.write_text(f". 3600000 NS a.root-servers.net.\na.root-servers.net. 3600000 A {ROOT_SERVER}\n")
         self._socket = directory / f"{name}.sock"
         self._config = directory / f"{name}.conf"

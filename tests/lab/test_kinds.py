@@ -35,7 +35,7 @@ def pings(home: Home, address: str, *options: str) -> bool:
 
 def askers(lab: Lab, home: Home) -> set[str]:
     name = f"{secrets.token_hex(6)}.probe.test"
-    done = home.run(["dig", "+short", "+tries=5", "+time=3", name])
+    done = home.run(["dig", "+short", "+tries=2", "+time=2", name])
     assert done.stdout.strip() == "203.0.113.7", f"{name} did not resolve"
     return lab.dns.askers(name)
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from lab import Lab, Site, until
+from lab import Lab, Site, plan, until
+from lab.resolvers import Resolver
 
 pytestmark = [
     pytest.mark.acceptance,
@@ -61,6 +62,18 @@ def test_two_labs_side_by_side() -> None:
         assert one.prefix != two.prefix
         one.site("a").delete_tunnel()
         assert two.site("a").http("GET", "https://ipinfo.io/json").json()["ip"] == two.site("a").exit4
+
+
+def test_a_resolver_that_starts_leaves_alone_what_another_one_reads() -> None:
+    """Root hints that are written anew are empty for a moment: who reads them then asks the real roots, in vain."""
+    with Lab() as lab:
+        files = [path for path in (lab.dir / "resolvers").iterdir() if path.is_file()]
+        before = {path: path.stat().st_mtime_ns for path in files}
+        more = Resolver(lab.srv, "more", listen=[plan.SRV4], egress=plan.SRV4)
+        until(lambda: more.ready, 20, "a further resolver")
+        assert {path: path.stat().st_mtime_ns for path in files} == before
+        for resolver in (*lab.resolvers.values(), more):
+            assert "warning" not in resolver.process.output()
 
 
 def test_owner_killed() -> None:
