@@ -268,7 +268,7 @@ async def test_pulses_from_home_are_a_leak(site: Site) -> None:
     site.clock.now += 2
     await site.tracker.sighted(sighting(site, "91.10.20.30"))
     row = await site.row()
-    assert row.state == "leaking"
+    assert (row.state, row.since) == ("leaking", site.clock.wall())
     assert (row.seq, row.spool, row.last_seen, row.deadline) == (
         before.seq, before.spool, before.last_seen, before.deadline,
     )  # fmt: skip

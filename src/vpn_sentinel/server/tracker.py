@@ -320,8 +320,9 @@ class Tracker:
         # After a silence the agent's replay is on its way, and knows better than pulses that have only just come back.
         may_be_down = not refuted and known.state is not State.SILENT
         if verdict.state is State.LEAKING or (verdict.state is State.DOWN and may_be_down):
-            # Whoever calls them unheard has waited before.
-            memory, events = advance(known, verdict, sighting.at, policy, began=sighting.at - policy.grace_down)
+            # Whoever calls them unheard has waited before; a leak is as old as its packet.
+            began = sighting.at - policy.grace_down if verdict.state is State.DOWN else None
+            memory, events = advance(known, verdict, sighting.at, policy, began=began)
         elif known is not before:
             memory, events = known, list[Event]()
         else:
