@@ -171,7 +171,8 @@ def test_row_29_a_leak_that_a_kill_switch_ends_is_kept(stands: Stands) -> None:
     until(lambda: moves()[-1]["new"] == "protected", 30, "the tunnel to be protected again")
     leak = next(m for m in moves() if m["new"] == "leaking")
     print(f"row 29: leaking dated {stand.seconds(leak['at']) - began:+.3f} s")
-    assert "ip_leak" in {f["code"] for m in moves() for f in m["findings"]}
+    # A change keeps what was found first: by the packet, by a pulse, or by whichever family's canary was back before.
+    assert {"ip_leak", "ipv6_leak"} & {f["code"] for m in moves() for f in m["findings"]}
     assert any(e["destination"] == ELSEWHERE and e["packets"] == 3 for e in escapes(stand, began))
 
 
