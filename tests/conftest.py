@@ -143,9 +143,10 @@ async def until(condition: Callable[[], object], limit: float = 5.0) -> None:
             await asyncio.sleep(0.01)
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share a lab stay with one worker: one lab for each file and each kind of tunnel."""
+    """Tests that share a lab stay with one worker: one lab for each file and each kind of tunnel, or as a file says."""
     for item in items:
-        if item.get_closest_marker("acceptance") is not None:
+        if item.get_closest_marker("acceptance") is not None and item.get_closest_marker("xdist_group") is None:
             kind = re.search(r"\[.*(wireguard|openvpn)", item.name)
             item.add_marker(pytest.mark.xdist_group(f"{item.path.stem}-{kind[1] if kind else ''}"))
