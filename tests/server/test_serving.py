@@ -30,7 +30,7 @@ SHORT: dict[str, Any] = {"head_within": 0.2, "body_within": 0.3, "idle": 0.15, "
 class App:
     """Answers with what it was sent; `/stream` talks until the client goes, `/big` and `/hang` do not end.
 
-    `/refuse` reads nothing.
+    `/refuse` reads nothing, `/slow` takes some turns of the loop.
     """
 
     def __init__(self) -> None:
@@ -57,8 +57,10 @@ class App:
                 for _ in range(1000):
                     await send({"type": "http.response.body", "body": b"x" * 65536, "more_body": True})
                 await send({"type": "http.response.body", "body": b""})
-            case "/hang":
-                await asyncio.sleep(30)
+            case "/slow" | "/hang":
+                await asyncio.sleep(30 if scope["path"] == "/hang" else 0.05)
+                await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"4")]})
+                await send({"type": "http.response.body", "body": b"slow"})
             case "/refuse":
                 await send({"type": "http.response.start", "status": 401, "headers": [(b"content-length", b"2")]})
                 await send({"type": "http.response.body", "body": b"no"})
@@ -631,3 +633,54 @@ def test_a_machine_without_ipv6_listens_by_ipv4(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("vpn_sentinel.server.serving.socket.socket", without)
     with listen("::", 0, "X") as bound:
         assert bound.family is socket.AF_INET
+
+
+LOOPS = pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio", "uvloop"])
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@LOOPS
+def test_who_has_said_all_and_ends_its_side_gets_the_answer(
+    loop: Callable[[], asyncio.AbstractEventLoop], times: int
+) -> None:
+    """As `nc -N` does, or a script over a socket."""
+
+    async def ask() -> None:
+        async with house() as made:
+            reader, writer = await made.connect()
+            writer.write(b"GET /slow HTTP/1.1\r\nHost: a\r\n\r\n" * times)
+            writer.write_eof()
+            async with asyncio.timeout(5):
+                said = await reader.read()
+            assert said.count(b"HTTP/1.1 200") == said.count(b"slow") == times
+            await until(lambda: not made.server.crowd.open)
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(ask())
+
+
+ENDS = {
+    "nothing": b"",
+    "an answered request": HEAD + b"\r\n",
+    "half a head": HEAD,
+    "half a body": b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 10\r\n\r\nabc",
+    "half a request behind one": HEAD + b"\r\n" + HEAD,
+    "a stream": b"GET /stream HTTP/1.1\r\nHost: a\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("sent", ENDS.values(), ids=ENDS.keys())
+@LOOPS
+def test_who_ends_its_side_elsewhere_is_gone(sent: bytes, loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
+    async def ends() -> None:
+        async with house(head_within=30, body_within=30, idle=30, drained_within=30) as made:
+            _, writer = await made.connect()
+            writer.write(sent)
+            await until(lambda: len(made.server.crowd) == 1)
+            await asyncio.sleep(0.05)
+            writer.write_eof()
+            async with asyncio.timeout(5):  # sooner than any limit
+                await until(lambda: not made.server.crowd.open)
+
+    with asyncio.Runner(loop_factory=loop) as runner:
+        runner.run(ends())

@@ -75,6 +75,7 @@ class Bounded(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._rings_at = self._deadline = self._drained_by = inf
         self._running: RequestResponseCycle | None = None
+        self._ended = False  # nothing more comes, and who said all still waits for an answer
         self._reading = False  # inside a message
         self._headed = False  # past its head
         self._unframed = 0  # bytes since the last that were a body's
@@ -95,11 +96,18 @@ class Bounded(HttpToolsProtocol):
         self._release()
         super().connection_lost(exc)
         # uvicorn tells the newest request alone; the one that runs may be an older one, and would wait for ever.
-        if self._running is not None and not self._running.response_complete:
-            self._running.disconnected = True
-            self._running.message_event.set()
+        if (running := self._unanswered) is not None:
+            running.disconnected = True
+            running.message_event.set()
         self._running = None
         self.pipeline.clear()
+
+    def eof_received(self) -> bool:  # type: ignore[override]
+        """Whether the transport is to stay open: who has said all may wait for the answer. TLS knows no such end."""
+        running = self._unanswered
+        waits = running is not None and not running.response_started and not self._reading
+        self._ended = waits and self.scheme == "http"
+        return self._ended
 
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
@@ -157,8 +165,8 @@ class Bounded(HttpToolsProtocol):
     def send_400_response(self, msg: str) -> None:
         """Refuse what was sent and close. An answer that has begun, or that others wait before, is cut instead."""
         self._crowd.complain(f"requests are refused: {msg}", self._host, self.loop.time())
-        running = self._running
-        if running is not None and not running.response_complete:
+        running = self._unanswered
+        if running is not None:
             running.disconnected = True
             running.message_event.set()
             if running.response_started or self.pipeline:
@@ -196,7 +204,7 @@ class Bounded(HttpToolsProtocol):
         self._head += len(self.url)
         if self._head > self._limits.head:
             self._refuse("The head is too large.")
-        answered = self._running is None or self._running.response_complete
+        answered = self._unanswered is None
         self._waiting_heads = 0 if answered else self._waiting_heads + self._head
         if len(self.pipeline) >= self._limits.queue or self._waiting_heads > self._limits.head:
             self._refuse("Too many requests wait for their answers.")
@@ -233,6 +241,9 @@ class Bounded(HttpToolsProtocol):
             self._wait(self._limits.drained_within)
         elif self.pipeline:
             self._start_asgi_task(*self.pipeline.pop())
+        elif self._ended:
+            self.transport.close()
+            self._wait(self._limits.drained_within)
         else:
             self.flow.resume_reading()
             if not self._reading:
@@ -250,8 +261,14 @@ class Bounded(HttpToolsProtocol):
     def resume_writing(self) -> None:
         super().resume_writing()
         self._drained_by = inf
-        if self._place is not None and self._running is not None and not self._running.response_complete:
+        if self._place is not None and self._unanswered is not None:
             self._place.busy()
+
+    @property
+    def _unanswered(self) -> RequestResponseCycle | None:
+        """The request that is being answered."""
+        running = self._running
+        return None if running is None or running.response_complete else running
 
     @property
     def _host(self) -> str:
