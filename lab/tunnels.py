@@ -229,7 +229,7 @@ ca {self._authority.file}
 cert {pair.cert}
 key {pair.key}
 {f"tls-crypt {self.tls_crypt}" if self.tls_crypt else ""}
-{_link_local(self.kind, 1)}
+{_link(self.kind, 1)}
 management /run/openvpn/{self.kind}.sock unix
 verb 3
 """
@@ -309,7 +309,7 @@ key {pair.key}
 {f"tls-crypt {server.tls_crypt}" if server.tls_crypt else ""}
 connect-retry 1 2
 auth-retry nointeract
-{_link_local(server.kind, client + 1)}
+{_link(server.kind, client + 1)}
 management /run/openvpn/management.sock unix
 verb 3
 """
@@ -367,15 +367,20 @@ def _static_key() -> str:
     return f"-----BEGIN OpenVPN Static key V1-----\n{body}\n-----END OpenVPN Static key V1-----\n"
 
 
-def _link_local(kind: str, host: int) -> str:
-    """Options that give a TAP device its link-local address, since the kernel gives none in the lab (holder.py).
+def _link(kind: str, host: int) -> str:
+    """Options that give a TAP device its hardware address and its link-local one.
 
-    Without one no neighbour can be asked for its hardware address on another's behalf, so that a router forgets its
-    hosts: RFC 4861, 7.2.2.
+    The kernel makes the first up anew for each start of a client, and whoever spoke with the one before may keep its
+    for half a minute: nothing reaches the new one so long. The second it does not give in the lab (holder.py); without
+    one no neighbour can be asked for its hardware address on another's behalf, so that a router forgets its hosts:
+    RFC 4861, 7.2.2.
     """
     if KINDS[kind].interface != "tap0":
         return ""
-    return f"script-security 2\nup \"/bin/sh -c 'ip address replace fe80::{host:x}/64 dev $dev nodad'\""
+    return (
+        f"lladdr 02:00:00:00:{host >> 8:02x}:{host & 255:02x}\n"
+        f"script-security 2\nup \"/bin/sh -c 'ip address replace fe80::{host:x}/64 dev $dev nodad'\""
+    )
 
 
 def _openvpn_is_up(process: Process) -> bool:
