@@ -192,7 +192,7 @@ async def test_changes_while_it_rests_from_one_that_took_long_are_one() -> None:
         while len(began) < 3:
             kernel.send(message(24, route()))
             await asyncio.sleep(0.01)
-        assert all(later - sooner > 0.5 for sooner, later in pairwise(began))  # seven of ten parts of the time are rest
+        assert all(later - sooner > 0.5 for sooner, later in pairwise(began))  # three of four parts are rest
     finally:
         sensor.close()
         kernel.close()

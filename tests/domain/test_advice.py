@@ -123,7 +123,7 @@ CAUSES = {
     "killswitch_open as far as the router": (
         replace(WELL, canaries=(*WELL.canaries, canary(
             "192.168.1.1", probe=Probe.FIRST_HOP, interface="eth0", answer=Answer.EXPIRED,
-        ))), Code.KILLSWITCH_OPEN, "Where 192.168.1.1 is yours and lets nothing but the VPN pass",
+        ))), Code.KILLSWITCH_OPEN, "If 192.168.1.1 is yours and lets nothing but the VPN pass",
     ),
     "killswitch_open by one of two": (
         beside(("eth0", Answer.BLOCKED), ("eth1", Answer.ANSWERED)), Code.KILLSWITCH_OPEN,

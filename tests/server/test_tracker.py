@@ -27,6 +27,7 @@ from vpn_sentinel.domain.observation import (
 from vpn_sentinel.domain.policy import IPNetwork, Policy
 from vpn_sentinel.server.groupcommit import Busy
 from vpn_sentinel.server.live.hub import Hub
+from vpn_sentinel.server.namesakes import Namesakes
 from vpn_sentinel.server.store.open import open_store
 from vpn_sentinel.server.store.schema import incidents, observations, outbox, transitions, tunnels
 from vpn_sentinel.server.store.store import Decide, Store, StoreUnavailable
@@ -296,7 +297,7 @@ async def codes(watch: Watch) -> list[str]:
 
 async def test_two_agents_under_one_name_are_told(watch: Watch, caplog: pytest.LogCaptureFixture) -> None:
     def said() -> list[tuple[str, str]]:
-        return [(r.__dict__["tunnel"], r.__dict__["remedy"]) for r in caplog.records if "two agents" in r.message]
+        return [(r.__dict__["tunnel"], r.__dict__["remedy"]) for r in caplog.records if "several agents" in r.message]
 
     await watch.take((1, 0.0, WELL), spool="s1")
     await watch.take((1, 0.0, WELL), spool="s2")  # its data were lost, say
@@ -323,6 +324,49 @@ async def test_an_agent_and_an_old_client_under_one_name_are_two(watch: Watch) -
         watch.clock.now += 30
         await watch.keepalive(WELL)
     assert ((await watch.row()).state, await codes(watch)) == ("degraded", ["name_shared"])
+
+    for _ in range(12):  # the agent has ended
+        watch.clock.now += 60
+        await watch.keepalive(WELL)
+    assert ((await watch.row()).state, await codes(watch)) == ("protected", [])
+
+
+@pytest.mark.parametrize("many", [3, 20])
+async def test_a_whole_fleet_under_one_name_is_told(watch: Watch, many: int) -> None:
+    for seq in range(1, 4):
+        for n in range(many):
+            watch.clock.now += 30 / many
+            await watch.take((seq, 0.0, WELL), spool=f"s{n}")
+    watch.clock.now += 30
+    await watch.take((4, 0.0, WELL), spool="s0")
+    assert ((await watch.row()).state, await codes(watch)) == ("degraded", ["name_shared"])
+
+
+async def test_a_slow_agent_and_a_quick_one_under_one_name_are_two(watch: Watch) -> None:
+    for round_ in range(6):
+        await watch.take((round_ + 1, 0.0, WELL), spool="slow", interval=300.0, silent_after=901.0)
+        for n in range(10):
+            watch.clock.now += 30
+            await watch.take((10 * round_ + n + 1, 0.0, WELL), spool="quick")
+    assert ((await watch.row()).state, await codes(watch)) == ("degraded", ["name_shared"])
+
+
+def test_a_clock_that_is_set_back_keeps_no_name_shared() -> None:
+    namesakes, at = Namesakes(), START
+    for _ in range(4):
+        for spool, before in (("s1", "s2"), ("s2", "s1")):
+            at += 30
+            said = namesakes.heard("nl", spool, before, at, 30.0, known=False)
+    assert said
+    namesakes.move(-3600.0)
+    assert namesakes.heard("nl", "s2", "s2", at - 3600, 30.0, known=True)
+    assert not namesakes.heard("nl", "s2", "s2", at - 3600 + 301, 30.0, known=True)
+
+
+def test_a_message_that_is_tried_again_is_one() -> None:
+    namesakes = Namesakes()
+    said = [namesakes.heard("nl", s, b, START, 30.0, known=False) for s, b in 4 * (("s1", "s2"), ("s2", "s1"))]
+    assert not any(said)
 
 
 async def test_agents_that_lose_their_data_again_and_again_are_one(watch: Watch) -> None:

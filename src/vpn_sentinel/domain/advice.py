@@ -146,7 +146,7 @@ def _killswitch_open(facts: Facts) -> str | None:
         return f"The kill switch holds {held} and not {ways}: extend it to {ways}."
     on = f"Switch the VPN's kill switch on: without one, traffic leaks by {ways} when the tunnel goes away."
     router = facts.get("router")
-    return on if not router else f"{on} Where {router} is yours and lets nothing but the VPN pass, that one holds it."
+    return on if not router else f"{on} If {router} is yours and lets nothing but the VPN pass, nothing need be done."
 
 
 def _address(text: str | None) -> IPAddress | None:

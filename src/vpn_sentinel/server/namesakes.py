@@ -1,37 +1,49 @@
-"""Two agents that report under one name: what is said of that tunnel is now the one's, now the other's.
+"""Several agents that report under one name: what is said of that tunnel is now the one's, now the other's.
 
 Each agent's spool has a name of its own. One that lost its data comes with a new spool, and never again with the old
-one; so a spool that comes back after another is the mark of two. One that is replaced by another may overlap it for a
-report or two, and is none. An old client, which has no spool, counts as one that all old clients share.
+one; so a spool that comes back after another is the mark of several. An agent that is replaced by another may overlap
+it for a report or two, and is none. An old client, which has no spool, counts as one that all old clients share.
+
+Hosts that are copies of one another share the spool too, until the server is ahead of one when it greets it: that one
+then takes a new spool (wire/messages.py).
 """
 
-from collections import deque
-from typing import Final
+from typing import Final, NamedTuple
 
-TURNS: Final = 4  # so often one came back after the other
-WITHIN: Final = 300.0  # seconds, or what six rounds of the slower one take
-_SPOOLS: Final = 8  # remembered of a name
+TURNS: Final = 4  # so often one came back after another
+WITHIN: Final = 300.0  # seconds, or what six rounds of the slowest one take
+_SPOOLS: Final = 64  # remembered of a name: of more agents than that nobody seems to come back
+
+
+class _Turn(NamedTuple):
+    at: float
+    interval: float
 
 
 class Namesakes:
     """By what reaches this process, and by what the database says of the report before."""
 
     def __init__(self) -> None:
-        self._heard: dict[str, deque[str]] = {}
-        self._turns: dict[str, deque[float]] = {}
+        self._spools: dict[str, tuple[str, ...]] = {}
+        self._turns: dict[str, tuple[_Turn, ...]] = {}
 
     def heard(self, name: str, spool: str, before: str, at: float, interval: float, *, known: bool) -> bool:
-        """Whether two agents report as `name`, now that one's `spool` came at `at` after a report with `before`.
+        """Whether several agents report as `name`, now that one's `spool` came at `at` after a report with `before`.
 
-        `interval` is how many seconds its rounds are apart. `known` says that they were found to be two already: by
-        another replica, or before this process began.
+        `interval` is how many seconds its rounds are apart. `known` says that they were found to be several already: by
+        another replica, or before this process began. A message that is tried again, with the same `at`, is one.
         """
-        spools = self._heard.setdefault(name, deque(maxlen=_SPOOLS))
-        turns = self._turns.get(name)
-        if turns is None:
-            turns = self._turns[name] = deque([at] * TURNS if known else (), maxlen=TURNS)
+        turn = _Turn(at, interval)
+        turns = self._turns.get(name, (turn,) * TURNS if known else ())
+        spools = self._spools.get(name, ())
         if spool not in spools:
-            spools.append(spool)
-        elif before not in ("", spool):
-            turns.append(at)
-        return len(turns) == TURNS and at - turns[0] <= max(WITHIN, 6 * interval)
+            self._spools[name] = (*spools, spool)[-_SPOOLS:]
+        elif before not in ("", spool) and not (turns and turns[-1].at == at):
+            turns = (*turns, turn)[-TURNS:]
+        if turns:
+            self._turns[name] = turns
+        return len(turns) == TURNS and at - turns[0].at <= max(WITHIN, *(6 * t.interval for t in turns))
+
+    def move(self, by: float) -> None:
+        """The clock was set forward by so many seconds."""
+        self._turns = {name: tuple(t._replace(at=t.at + by) for t in turns) for name, turns in self._turns.items()}

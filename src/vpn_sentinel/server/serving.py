@@ -103,7 +103,10 @@ class Bounded(HttpToolsProtocol):
         self.pipeline.clear()
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """Whether the transport is to stay open: who has said all may wait for the answer. TLS knows no such end."""
+        """Whether the transport is to stay open: who has said all waits for an answer that has not begun.
+
+        One that has may be a stream without an end. Over TLS asyncio closes both ways.
+        """
         running = self._unanswered
         waits = running is not None and not running.response_started and not self._reading
         self._ended = waits and self.scheme == "http"

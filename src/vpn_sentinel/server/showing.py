@@ -19,10 +19,10 @@ _resolvers: Final = decoder(list[dict[str, str | None]])
 
 
 def of_receipt(skew: float | None, thinned: int, *, shared: bool = False) -> tuple[Finding, ...]:
-    """What only the receiver knows: a wrong clock (`skew` seconds), rounds that never came, a name that two share."""
+    """What only the receiver knows: a wrong clock (`skew` seconds), rounds that never came, a name of several."""
     extra: list[Finding] = []
     if shared:
-        message = "Two agents report as this tunnel: what is told of it is now the one's, now the other's."
+        message = "Several agents report as this tunnel: what is told of it is now the one's, now the other's."
         extra.append(Finding(Code.NAME_SHARED, message))
     if skew is not None and abs(skew) > CLOCK_SKEW:
         seconds, side = f"{abs(skew):.0f}", "ahead" if skew > 0 else "behind"

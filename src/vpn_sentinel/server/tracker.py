@@ -95,7 +95,7 @@ class Tracker:
         # Tunnels whose agents report beside them on purpose: what of theirs comes from home proves nothing.
         self._beside: set[str] = set()
         self._namesakes = Namesakes()
-        self._shared: set[str] = set()  # names of which it was logged that two agents use them
+        self._shared: set[str] = set()  # names of which it was logged that several agents use them
         # By tunnel: the forwarded port, at an address that its packets really came from.
         self.forwarded: dict[str, tuple[IPAddress, int]] = {}
         self._commits = GroupCommit(self._take)
@@ -156,6 +156,7 @@ class Tracker:
     def _move(self, by: float) -> None:
         self._commits.amend(lambda work: entering.moved(work, by))
         self._sites.move(by)
+        self._namesakes.move(by)
 
     async def sweep(self, names: Sequence[str], now: float, grace: float = 0.0) -> None:
         """Make those of the tunnels `names` silent whose deadline has really passed, `grace` seconds ago or earlier.
@@ -249,7 +250,7 @@ class Tracker:
         if arrival.spool is None:
             self._steady.pop(row.name, None)
             # The same again would move as little: what depends on time (a grace, a wrong clock) is not of this kind.
-            if row.memory == was and memory.candidate is None and not _extras(arrival):
+            if row.memory == was and memory.candidate is None and not extra:
                 self._steady[row.name] = (_mark(row, arrival, seen), verdict.state.value)
 
     def _waits_for_home(self, row: TunnelRow, memory: Memory, now: float) -> bool:
@@ -269,10 +270,11 @@ class Tracker:
         if shared and row.name not in self._shared:
             self._shared.add(row.name)
             log.warning(
-                "two agents report as one tunnel, and what is told of it is now the one's, now the other's",
+                "several agents report as one tunnel: what is told of it is now the one's, now the other's",
                 extra={"tunnel": row.name, "remedy": "give each its own VPN_SENTINEL_CLIENT_ID"},
             )
-        return of_receipt(arrival.skew, arrival.thinned, shared=shared)
+        # A reference agent has no verdict of its own that could be the other's.
+        return of_receipt(arrival.skew, arrival.thinned, shared=shared and row.role != REFERENCE)
 
     def _note_sender(self, row: TunnelRow, arrival: Arrival) -> None:
         """That it was heard, and what that means for its site and its forwarded port."""
@@ -446,5 +448,5 @@ def _mark(row: TunnelRow, arrival: Arrival, seen: Observation) -> int:
 
 
 def _extras(arrival: Arrival) -> bool:
-    """Whether `showing.of_receipt` would add anything."""
+    """Whether the arrival itself tells of a wrong clock, or of rounds that never came."""
     return bool(arrival.thinned) or (arrival.skew is not None and abs(arrival.skew) > CLOCK_SKEW)

@@ -18,7 +18,7 @@ from vpn_sentinel.domain.policy import NOT_PUBLIC, IPNetwork
 _MOSTLY: Final = 0.6
 _NAT64: Final = (ip_network("64:ff9b::/96"), ip_network("64:ff9b:1::/48"))
 _OWN_ROUTE: Final = 32  # prefix length from which on a route is for that block
-_KINDS: Final = 32  # of senders whose ways are kept; no more than a few are told apart in earnest
+_KINDS: Final = 8  # of senders whose ways are kept: those through a long list of networks take 5 MB
 _BITS: Final = {4: 32, 6: 128}
 _WHOLE: Final = {4: ip_network("0.0.0.0/0"), 6: ip_network("2000::/3")}
 

@@ -182,10 +182,8 @@ class RouteEntry:
         return self.kind == RTN_UNICAST and self.prefix == self.bits and bool(self.hops) and not self.by_kernel
 
     def leads_by(self, interface: int) -> bool:
-        for hop in self.hops:  # noqa: SIM110 - `any` takes four times as long, and full tables have 200,000 routes
-            if hop.interface == interface:
-                return True
-        return False
+        hops = self.hops  # one, of nearly all of a full table
+        return hops[0].interface == interface if len(hops) == 1 else any(h.interface == interface for h in hops)
 
     def leads_to_internet(self) -> bool:
         return self.prefix < 8 or is_public(self.network.network_address)

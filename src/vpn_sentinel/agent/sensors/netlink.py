@@ -45,7 +45,7 @@ RETRY: Final = 1.0  # seconds until another socket is tried for
 DEBOUNCE: Final = 0.05  # seconds; one `ip link del` makes several messages
 # Full tables take a while to read. Who is told of changes without end shall not do that alone: beyond so many seconds
 # of the processor that are free, it rests so many times as long as it took, and so many seconds at most.
-FREE, REST, LONGEST = 0.1, 9, 10.0
+_FREE, _REST, _LONGEST = 0.1, 9, 10.0
 
 
 class Changes:
@@ -179,10 +179,10 @@ class NetworkSensor:
 
     def _ring(self) -> None:
         self._timer = None
-        began = time.thread_time()  # of this process alone: that the machine is busy costs no rest
+        began = time.thread_time()  # of this thread: that the machine is busy costs no rest
         self._changed()
         took = time.thread_time() - began
-        self._rested = asyncio.get_running_loop().time() + min(REST * max(0.0, took - FREE), LONGEST)
+        self._rested = asyncio.get_running_loop().time() + min(_REST * max(0.0, took - _FREE), _LONGEST)
 
 
 def subscribed() -> socket.socket:
