@@ -177,6 +177,31 @@ def test_an_agent_that_hears_no_more_is_told_and_its_recovery_too() -> None:
     assert not port.told[-1].unheard
 
 
+@pytest.mark.parametrize("held", [3.0, 20.0])
+def test_pulses_that_were_held_back_say_nothing_of_answers_that_they_could_not_know(held: float) -> None:
+    """A lossy line that stood still, or this server, for a while: all that waited comes at once."""
+    port, agent = Port("nl"), Agent()
+    for _ in range(5):
+        port.gets(agent.pulse())
+        agent.heard = agent.number
+        port.now += 1
+    port.told.clear()
+    port.gets(agent.pulse())
+    for _ in range(2):  # the answers to this one and to the next are lost
+        port.now += 0.5
+        port.gets(agent.pulse(silent=1000))
+    waited = [agent.pulse(silent=1000 + 100 * n) for n in range(int(10 * held))]
+    port.now += held
+    for data in waited:
+        port.gets(data)
+    for _ in range(3):  # sent before the first answer was there
+        port.now += 0.1
+        port.gets(agent.pulse(silent=int(1000 * held) + 1000))
+    agent.heard = agent.number
+    port.gets(agent.pulse())
+    assert not any(s.unheard for s in port.told)
+
+
 def test_an_agent_that_never_heard_a_reply_is_none_that_hears_no_more() -> None:
     port, agent = Port("nl"), Agent()
     for _ in range(30):

@@ -27,6 +27,9 @@ _MOST: Final = 50_000  # tunnels that are known at a time
 # pulses go unanswered sends ten within 3 s; of which, at 30 % loss, all are lost once in 100,000 times.
 _UNHEARD: Final = 8
 _UNHEARD_FOR: Final = 2.5
+# A longer gap between two pulses counts as no more: a line that stood still, or this server, holds them back and then
+# delivers all at once, and they could know of no answer yet.
+_GAP_COUNTS: Final = 1.0
 _STILL: Final = 3.0  # seconds until what stays unheard is told again
 # When most agents hear nothing at once, it is this server's own way back that is dead, and no tunnel.
 _CROWD: Final = 5
@@ -75,7 +78,7 @@ class Record:
     last: float = -math.inf
     steady: float = -math.inf
     heard: int = 0
-    advanced: float = 0.0
+    waited: float = 0.0
     waiting: int = 0
     unheard: bool = False
     told: float = -math.inf
@@ -174,29 +177,30 @@ class Ledger:
         if said.run != record.run:
             if now - record.last < _QUIET:
                 return True
-            self._new_run(record, said, now)
+            self._new_run(record, said)
         if now - record.last > _GAP:
             record.steady = now
+        record.waited += min(now - record.last, _GAP_COUNTS)
         record.last = now
         self._note_heard(record, said, now)
         self._note_address(record, now)
         return True
 
-    def _new_run(self, record: Record, said: pulse.Pulse, now: float) -> None:
+    def _new_run(self, record: Record, said: pulse.Pulse) -> None:
         """The agent was started anew, or this server was: nothing that was counted goes on."""
         record.run = said.run
-        record.heard, record.waiting, record.advanced = said.heard, 0, now
+        record.heard, record.waiting, record.waited = said.heard, 0, 0.0
 
     def _note_heard(self, record: Record, said: pulse.Pulse, now: float) -> None:
         if said.heard > record.heard:
-            record.heard, record.waiting, record.advanced = said.heard, 0, now
+            record.heard, record.waiting, record.waited = said.heard, 0, 0.0
             if record.unheard:
                 record.unheard = False
                 self._tell(record, now)
             return
         record.waiting += 1
         # Who never heard a reply may sit behind a firewall that takes none; only who did can have lost something.
-        dead = record.heard > 0 and record.waiting >= _UNHEARD and now - record.advanced >= _UNHEARD_FOR
+        dead = record.heard > 0 and record.waiting >= _UNHEARD and record.waited >= _UNHEARD_FOR
         if not dead or said.silent < 1000 * (_UNHEARD_FOR - 0.5):
             return
         record.unheard = True
