@@ -135,6 +135,7 @@ SETUPS = {
     "rules that lead on to rules that lead on": """
         route add default dev wg0 table 7
         route add default via 172.18.0.1 table 8
+        rule add goto 302 pref 90 to 93.0.0.0/8
         rule add goto 300 pref 100 to 0.0.0.0/1
         rule add goto 200 pref 110 fwmark 7
         rule add lookup 7 pref 120 to 128.0.0.0/2

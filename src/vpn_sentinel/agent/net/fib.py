@@ -539,7 +539,8 @@ class Fib:
             if not hit:
                 continue
             if rule.action == FR_ACT_GOTO:
-                target = next((n for n in range(at + 1, len(rules)) if rules[n].priority >= rule.target), None)
+                # The kernel passes over one whose target is not there (ip-rule(8) calls it unresolved).
+                target = next((n for n in range(at + 1, len(rules)) if rules[n].priority == rule.target), None)
                 if target is not None:
                     led_on.setdefault(target, []).extend(hit)
                     space = subtract(space, hit)
