@@ -333,12 +333,10 @@ async def test_an_agent_and_an_old_client_under_one_name_are_two(watch: Watch) -
 
 @pytest.mark.parametrize("many", [3, 20])
 async def test_a_whole_fleet_under_one_name_is_told(watch: Watch, many: int) -> None:
-    for seq in range(1, 4):
+    for seq in range(1, 8):
         for n in range(many):
             watch.clock.now += 30 / many
             await watch.take((seq, 0.0, WELL), spool=f"s{n}")
-    watch.clock.now += 30
-    await watch.take((4, 0.0, WELL), spool="s0")
     assert ((await watch.row()).state, await codes(watch)) == ("degraded", ["name_shared"])
 
 
@@ -353,7 +351,7 @@ async def test_a_slow_agent_and_a_quick_one_under_one_name_are_two(watch: Watch)
 
 def test_a_clock_that_is_set_back_keeps_no_name_shared() -> None:
     namesakes, at = Namesakes(), START
-    for _ in range(4):
+    for _ in range(6):
         for spool, before in (("s1", "s2"), ("s2", "s1")):
             at += 30
             said = namesakes.heard("nl", spool, before, at, 30.0, known=False)
@@ -374,6 +372,38 @@ async def test_agents_that_lose_their_data_again_and_again_are_one(watch: Watch)
         await watch.take((1, 0.0, WELL), (2, 0.0, WELL), spool=f"s{n}")
         watch.clock.now += 10
     assert await codes(watch) == []
+
+
+async def test_an_agent_that_is_replaced_is_none_of_two(watch: Watch) -> None:
+    """A rolling update starts the new one before the old one ends, and is mended by another at once."""
+    began, numbers = watch.clock.now, dict[str, int]()
+    said = [(0, "a"), (30, "a"), (60, "a")]
+    said += [(second, "ab"[second % 2]) for second in range(70, 90)]  # with one key for both, each hears of losses
+    said += [(120, "b"), (150, "b"), (170, "c"), (171, "c"), (186, "b"), (200, "c"), (216, "b"), (220, "c"), (250, "c")]
+    for second, spool in said:
+        watch.clock.now = began + second
+        numbers[spool] = numbers.get(spool, 0) + 1
+        await watch.take((numbers[spool], 0.0, WELL), spool=spool)
+        assert await codes(watch) == []
+
+
+async def test_copies_of_one_host_are_two_agents_and_each_is_judged(watch: Watch) -> None:
+    """A copied disk has the same spool, and goes on with numbers that the other uses as well."""
+    greeted = watch.clock.wall()
+    watch.clock.now += 60
+    for seq in range(1, 101):
+        await watch.take((seq, 0.0, WELL), connected_at=greeted)
+    watch.clock.now += 10
+    await watch.take((90, 60.0, LEAK), connected_at=greeted)  # of before its session: one that was on its way twice
+    assert (await watch.row()).state == "protected"
+    await watch.take((50, 0.0, LEAK), connected_at=greeted)
+    assert (await watch.row()).state == "leaking"
+    for n in range(1, 10):
+        watch.clock.now += 20
+        await watch.take((100 + n, 0.0, WELL), connected_at=greeted)
+        watch.clock.now += 20
+        await watch.take((50 + n, 0.0, WELL), connected_at=greeted)
+    assert ((await watch.row()).state, await codes(watch)) == ("degraded", ["name_shared"])
 
 
 async def test_a_server_that_starts_anew_goes_on_knowing_that_agents_are_two(

@@ -216,7 +216,7 @@ class Tracker:
         _introduce(row, arrival)
         was, before = row.memory, self._load(row, now)
         memory, events, home_known, well = before, list[Event](), False, False
-        spool = arrival.spool if arrival.spool is not None else "keepalive"
+        spool = arrival.name_of_spool(row.spool, row.seq)
         last = row.seq if row.spool == spool else 0
         sighted = self._sighted.get(row.name, {}).values()
         came_from = tuple(a for a in (arrival.peer, *sighted) if a is not None and arrival.spool is not None)

@@ -2,11 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Final
 
 import msgspec
 
 from vpn_sentinel.domain.observation import Observation, PortCheck
 from vpn_sentinel.domain.policy import IPAddress, Policy
+
+_ON_THE_WAY: Final = 30.0  # seconds that a message may take
 
 
 class Stored(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,6 +45,19 @@ class Arrival(msgspec.Struct, frozen=True, kw_only=True):
     peer: IPAddress | None = None
     role: str = "tunnel"
     site: str = ""
+
+    def name_of_spool(self, stored: str, seq: int) -> str:
+        """The name that its rounds are stored under, where the database holds `seq` of the spool `stored`.
+
+        Two hosts may be copies of one: with the same spool, whose numbers both give to rounds of their own. Who is
+        behind would be taken for one that repeats itself, and nothing of what it sees would be judged. But what was
+        seen during a session is in the database only if this session brought it; so the other's has another name.
+        """
+        if self.spool is None:
+            return "keepalive"
+        repeats = self.spool == stored and self.connected_at and all(item.seq <= seq for item in self.observations)
+        during = self.connected_at + _ON_THE_WAY
+        return f"{self.spool}'" if repeats and any(i.at > during for i in self.observations) else self.spool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
