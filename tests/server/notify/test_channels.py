@@ -81,7 +81,7 @@ def api(server: StandIn, http: httpx.AsyncClient, time: Time) -> BotApi:
         time.now += seconds
 
     telegram = Telegram(token=Secret(TOKEN), chat_id="42", api_url=server.url)
-    return BotApi(http, telegram, time, sleep=sleep, limit=0.3)
+    return BotApi(http, telegram, time, sleep=sleep, limit=3)
 
 
 async def failure_of(channel: TelegramChannel | WebhookChannel) -> DeliveryError:
@@ -261,9 +261,9 @@ async def test_a_long_text_comes_in_parts_of_whole_lines(api: BotApi, server: St
 async def webhook_for(
     server: StandIn, time: Time, *, secret: str | None = None, path: str = "/hook?key=SECRET", private: bool = True
 ) -> WebhookChannel:
-    client = guarded_client(tls(None), private=private, limit=0.3)
+    client = guarded_client(tls(None), private=private, limit=3)
     settings = Webhook(url=Secret(server.url + path), secret=Secret(secret) if secret else None)
-    return WebhookChannel(client, settings, time, limit=0.3)
+    return WebhookChannel(client, settings, time, limit=3)
 
 
 async def test_webhook_posts_the_documented_body(server: StandIn, time: Time) -> None:
