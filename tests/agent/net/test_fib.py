@@ -145,6 +145,14 @@ SETUPS = {
         rule add lookup 7 pref 310
         rule add goto 40000 pref 320
     """,
+    "by source": """
+        -6 route del default via 2001:db8:17::1
+        -6 route add default from 2001:db8:17::/64 via 2001:db8:17::1 metric 512
+        -6 route add 2000::/4 dev wg0 metric 1024
+        -6 route add 2400::/12 from fd00:2::/64 dev wg0
+        -6 route add 2400::/16 from fd00::/16 via 2001:db8:17::1
+        -6 route add 2400::/16 from fd00:2::2 dev wg0 metric 2048
+    """,
     "halves": """
         route add default dev wg0 table 51820
         rule add lookup 51820 pref 1000
@@ -166,6 +174,8 @@ SENDERS = (
     Sender(protocol=1),
     Sender(source=ip_address("172.17.0.2")),
     Sender(source=ip_address("10.2.0.2")),
+    Sender(source=ip_address("2001:db8:17::2")),
+    Sender(source=ip_address("fd00:2::2")),
 )
 
 

@@ -32,7 +32,7 @@ _U32: Final = struct.Struct("=I")
 _2U16: Final = struct.Struct("=HH")
 _2U32: Final = struct.Struct("=II")
 _NEXTHOP: Final = struct.Struct("=HBBi")  # rtnexthop
-_RTA_DST, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY = 1, 4, 5, 6
+_RTA_DST, _RTA_SRC, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY = 1, 2, 4, 5, 6
 _RTA_MULTIPATH, _RTA_TABLE, _RTA_VIA, _RTA_NH_ID = 9, 15, 18, 30
 _NHMSG: Final = struct.Struct("=4BI")
 _NEXTHOP_GROUP: Final = struct.Struct("=I4x")  # the identity of a member; its weight decides nothing here
@@ -151,6 +151,7 @@ class RouteEntry:
     """An entry of a routing table. `first` is the lowest address of its prefix, as an integer; `hops` may be empty.
 
     `kind` is rtm_type (RTN_UNICAST and so on). With a `tos` it is for packets of that type of service alone.
+    With a `source`, which IPv6 knows, it is for packets from there alone.
     `by_kernel`: it came with an address of this host, such as that of a line's other end, and nobody asked for it
     (RTPROT_KERNEL).
     """
@@ -163,6 +164,7 @@ class RouteEntry:
     hops: tuple[Hop, ...] = ()
     metric: int = 0
     tos: int = 0
+    source: IPNetwork | None = None
     by_kernel: bool = False
 
     @property
@@ -321,7 +323,7 @@ def parse_entry(body: bytes, next_hops: Mapping[int, tuple[Hop, ...]] | None = N
     """An entry out of RTM_NEWROUTE, which may name one of `next_hops`; None for other families and cache entries."""
     if len(body) < _FIXED.size:
         return None
-    family, prefix, _src_len, tos, table, protocol, _scope, kind, flags = _FIXED.unpack_from(body)
+    family, prefix, src_len, tos, table, protocol, _scope, kind, flags = _FIXED.unpack_from(body)
     if family not in VERSION or flags & _RTM_F_CLONED or prefix > _BITS[family]:
         return None
     found = attributes(body, _FIXED.size)
@@ -341,6 +343,7 @@ def parse_entry(body: bytes, next_hops: Mapping[int, tuple[Hop, ...]] | None = N
         hops=hops,
         metric=_u32(found.get(_RTA_PRIORITY)) or 0,
         tos=tos if family == socket.AF_INET else 0,
+        source=_network(found.get(_RTA_SRC), src_len) if src_len else None,
         by_kernel=protocol == _RTPROT_KERNEL,
     )
 
@@ -408,6 +411,10 @@ def _name(data: bytes | None) -> str:
     return (data or b"").rstrip(b"\0").decode("utf-8", "replace")
 
 
+# Of a table: IP version and number, the type of service and the sources that its routes may be for.
+_Part = tuple[int, int, int, frozenset[IPNetwork]]
+
+
 @dataclass(eq=False)
 class Fib:
     """All rules and tables at one moment. Rules keep the kernel's order, which is that of their priorities.
@@ -420,8 +427,8 @@ class Fib:
     entries: tuple[RouteEntry, ...] = ()
     groups: Mapping[int, int] = field(default_factory=dict)
     _by_table: dict[tuple[int, int], list[RouteEntry]] = field(init=False, repr=False)
-    _segments: dict[tuple[int, int, int], list[Segment]] = field(init=False, repr=False, default_factory=dict)
-    _parts: dict[tuple[int, int, int], list[Segment]] = field(init=False, repr=False, default_factory=dict)
+    _segments: dict[_Part, list[Segment]] = field(init=False, repr=False, default_factory=dict)
+    _parts: dict[_Part, list[Segment]] = field(init=False, repr=False, default_factory=dict)
     _without: dict[int, "Fib"] = field(init=False, repr=False, default_factory=dict)
     leaving: dict[Hashable, dict[int, list[Interval]]] = field(init=False, repr=False, default_factory=dict)
 
@@ -441,6 +448,8 @@ class Fib:
         return (
             version,
             self._type(sender),
+            self._from(sender),
+            bool(self._sources) and sender.source is None,
             tuple(_selects(rule, sender) for rule in self.rules if rule.version == version),
         )
 
@@ -528,7 +537,30 @@ class Fib:
         """The sender's type of service where a route is for it; else that of all others."""
         return sender.tos if sender.tos in self._types else 0
 
+    @cached_property
+    def _sources(self) -> frozenset[IPNetwork]:
+        return frozenset(e.source for e in self.entries if e.source is not None)
+
+    def _from(self, sender: Sender) -> frozenset[IPNetwork]:
+        """Of the sources that routes are for, those that the sender's address is in."""
+        return frozenset(n for n in self._sources if sender.source is not None and sender.source in n)
+
     def _walk(self, version: int, sender: Sender, space: list[Interval], *, by_way: bool = False) -> list[Segment]:
+        """The way of each part of `space`.
+
+        A socket without an address takes a route for all sources. Only where there is none the kernel gives it an
+        address, and looks for the routes from there (ip6_dst_lookup_tail).
+        """
+        found = self._through(version, sender, space, self._from(sender), by_way=by_way)
+        if version == 6 and sender.source is None and self._sources:
+            found = [s for s in found if s.entry is not None and s.entry.kind not in _REFUSING]
+            rest = subtract(space, sorted((s.first, s.last) for s in found))
+            found += self._through(version, sender, rest, self._sources, by_way=by_way)
+        return found
+
+    def _through(
+        self, version: int, sender: Sender, space: list[Interval], sources: frozenset[IPNetwork], *, by_way: bool
+    ) -> list[Segment]:
         """Go through the rules in their order, with what of the address space is not decided yet."""
         out: list[Segment] = []
         rules = [r for r in self.rules if r.version == version]
@@ -549,7 +581,7 @@ class Fib:
                 space = subtract(space, hit)
             elif rule.action == FR_ACT_TO_TBL and rule.table:
                 of_table = self._ways_of_table if by_way else self._of_table
-                segments = of_table(version, rule.table, self._type(sender))
+                segments = of_table((version, rule.table, self._type(sender), sources))
                 taken = list(self._routed(rule, hit, segments))
                 out += taken
                 space = subtract(space, [(s.first, s.last) for s in taken])
@@ -583,22 +615,25 @@ class Fib:
             and (self.groups.get(device, 0) == rule.suppress_group)
         )
 
-    def _of_table(self, version: int, table: int, tos: int) -> list[Segment]:
+    def _of_table(self, part: _Part) -> list[Segment]:
         """The table as disjoint parts of the address space, each with its most specific route."""
-        key = version, table, tos
-        if key not in self._segments:
-            entries = (e for e in self._by_table.get((version, table), ()) if e.tos in (0, tos))
-            self._segments[key] = list(_flattened(_best(entries)))
-        return self._segments[key]
+        if part not in self._segments:
+            version, table, tos, sources = part
+            entries = (
+                e
+                for e in self._by_table.get((version, table), ())
+                if e.tos in (0, tos) and (e.source is None or e.source in sources)
+            )
+            self._segments[part] = list(_flattened(_best(entries)))
+        return self._segments[part]
 
-    def _ways_of_table(self, version: int, table: int, tos: int) -> list[Segment]:
+    def _ways_of_table(self, part: _Part) -> list[Segment]:
         """The same with neighbours made one that no rule tells apart: most of a full table."""
-        key = version, table, tos
-        if key not in self._parts:
-            asking = (r for r in self.rules if (r.version, r.table) == (version, table))
+        if part not in self._parts:
+            asking = (r for r in self.rules if (r.version, r.table) == part[:2])
             longest = max((r.suppress_prefix for r in asking if r.suppress_prefix is not None), default=-1)
-            self._parts[key] = list(_merged(self._of_table(*key), longest))
-        return self._parts[key]
+            self._parts[part] = list(_merged(self._of_table(part), longest))
+        return self._parts[part]
 
 
 def _selected(rule: Rule, sender: Sender) -> Iterable[Interval]:
@@ -634,8 +669,8 @@ def _is_in(ports: tuple[int, int] | None, mask: int, port: int) -> bool:
 
 
 def _best(entries: Iterable[RouteEntry]) -> list[RouteEntry]:
-    """Of the routes with one prefix, that for the type of service, then that with the lowest metric, of those whose
-    devices are there (fib_find_alias, fib_table_lookup).
+    """Of the routes with one prefix, that for the narrowest source, then for the type of service, then that with the
+    lowest metric, of those whose devices are there (fib_find_alias, fib_table_lookup, fib6_node_lookup).
 
     IPv6 keeps routes of one prefix and metric by several routers as entries of their own and uses all of them.
     """
@@ -645,11 +680,15 @@ def _best(entries: Iterable[RouteEntry]) -> list[RouteEntry]:
             continue
         key = entry.first, entry.prefix
         known = best.get(key)
-        if known is None or (-entry.tos, entry.metric) < (-known.tos, known.metric):
+        if known is None or _rank(entry) < _rank(known):
             best[key] = entry
-        elif entry.version == 6 and entry.metric == known.metric and entry.kind == known.kind == RTN_UNICAST:
+        elif entry.version == 6 and _rank(entry) == _rank(known) and entry.kind == known.kind == RTN_UNICAST:
             best[key] = replace(known, hops=tuple(dict.fromkeys((*known.hops, *entry.hops))))
     return sorted(best.values(), key=lambda e: (e.first, e.prefix))
+
+
+def _rank(entry: RouteEntry) -> tuple[int, int, int]:
+    return -entry.source.prefixlen if entry.source else 0, -entry.tos, entry.metric
 
 
 def _flattened(entries: Iterable[RouteEntry]) -> Iterator[Segment]:
