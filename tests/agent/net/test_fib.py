@@ -148,7 +148,7 @@ SETUPS = {
     "by source": """
         -6 route del default via 2001:db8:17::1
         -6 route add default from 2001:db8:17::/64 via 2001:db8:17::1 metric 512
-        -6 route add 2000::/4 dev wg0 metric 1024
+        -6 route add default dev wg0 metric 1024
         -6 route add 2400::/12 from fd00:2::/64 dev wg0
         -6 route add 2400::/16 from fd00::/16 via 2001:db8:17::1
         -6 route add 2400::/16 from fd00:2::2 dev wg0 metric 2048
@@ -207,7 +207,7 @@ def destinations() -> Sequence[str]:
     some += ["5.9.10.20", "5.1.2.3", "1.1.1.1", "8.8.8.8", "9.9.9.9", "198.51.100.7", "93.184.216.34", "208.67.222.222"]
     some += ["192.168.1.1", "172.17.0.9", "10.2.0.2", "10.9.9.9", "94.9.9.9", "193.0.14.129", "2400:cb00::1"]
     some += [str(IPv6Address((0b001 << 125) | rng.getrandbits(125))) for _ in range(4)]
-    return [d for d in (*some, "2001:db8:17::2") if d.split(".")[0] not in ("0", "127") and d.split(".")[0] < "224"]
+    return [d for d in (*some, "2001:db8:17::2") if ":" in d or int(d.split(".")[0]) not in (0, 127, *range(224, 256))]
 
 
 @pytest.mark.parametrize("setup", SETUPS.values(), ids=SETUPS.keys())
@@ -290,6 +290,20 @@ def compared() -> tuple[Fib, list[object]]:
             way = [s.interfaces for s in ways if s.first <= int(address) <= s.last]
             assert way == [s.interfaces for s in parts]
     return fib, wrong
+
+
+def test_a_socket_without_an_address_gets_one_where_all_routes_are_for_a_source(namespace: None) -> None:
+    ip(DEVICES)
+    ip("""
+        -6 route del default via 2001:db8:17::1
+        -6 route add default from 2001:db8:17::/64 via 2001:db8:17::1
+    """)
+    with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as sock:
+        sock.connect(("2606:4700::1111", 53))
+        assert sock.getsockname()[0] == "2001:db8:17::2"
+    found, names = read().lookup(ip_address("2606:4700::1111")), dict(socket.if_nameindex())
+    assert found is not None
+    assert [names[h.interface] for h in found.hops] == ["eth0"]
 
 
 def test_a_balanced_route_leads_by_all_its_devices(namespace: None) -> None:
