@@ -3,8 +3,10 @@
 import asyncio
 import errno
 import fcntl
+import queue
 import socket
 import struct
+import threading
 from collections.abc import Callable
 from typing import Final
 
@@ -20,6 +22,36 @@ _SIOCGIFHWADDR: Final = 0x8927
 _IFREQ: Final = struct.Struct("16sH6s16x")  # netdevice(7): name, ARPHRD_*, hardware address
 _ETHER: Final = 1
 _NO_TEXT: Final = "\N{REPLACEMENT CHARACTER}"  # in the place of bytes that are no UTF-8
+
+
+class _Closer:
+    """Closes packet sockets in a thread of its own.
+
+    The kernel waits for every processor before it lets go of one (synchronize_net() in net/packet/af_packet.c): 13 ms
+    each, and some hundred leave at once where a host's containers end.
+    """
+
+    def __init__(self) -> None:
+        self._leaving: queue.SimpleQueue[socket.socket] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def close(self, sock: socket.socket) -> None:
+        if self._thread is None:
+            thread = threading.Thread(target=self._run, daemon=True)
+            try:
+                thread.start()
+            except RuntimeError:  # there is no thread to be had
+                sock.close()
+                return
+            self._thread = thread
+        self._leaving.put(sock)
+
+    def _run(self) -> None:
+        while True:
+            self._leaving.get().close()
+
+
+_CLOSER: Final = _Closer()
 
 
 class Tap:
@@ -49,6 +81,7 @@ class Tap:
             raise ValueError(msg)
         self._packet, self._missed, self._pause = packet, missed, pause
         self._resume: asyncio.TimerHandle | None = None
+        self._closed = False
         self._sock = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, 0)
         try:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
@@ -95,8 +128,9 @@ class Tap:
     def close(self) -> None:
         if self._resume is not None:
             self._resume.cancel()
+        self._closed = True
         asyncio.get_running_loop().remove_reader(self._sock)
-        self._sock.close()
+        _CLOSER.close(self._sock)
 
     def read(self) -> None:
         """Read what has come, one portion at most."""
@@ -113,8 +147,8 @@ class Tap:
             except OSError:
                 return  # ENETDOWN: the interface went down; the socket hears of it again when it comes up
             self._packet(interface, ethertype, data, passed(told))
-            if self._sock.fileno() < 0:
-                return  # what the packet led to closed this socket
+            if self._closed:
+                return  # by what the packet led to
         asyncio.get_running_loop().remove_reader(self._sock)
         self._resume = asyncio.get_running_loop().call_later(self._pause, self._go_on)
 
