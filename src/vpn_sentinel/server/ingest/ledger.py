@@ -29,7 +29,7 @@ _UNHEARD: Final = 8
 _UNHEARD_FOR: Final = 2.5
 # A longer gap between two pulses counts as no more: a line that stood still, or this server, holds them back and then
 # delivers all at once, and they could know of no answer yet.
-_GAP_COUNTS: Final = 1.0
+_GAP_COUNTS: Final = 1.0  # seconds
 _STILL: Final = 3.0  # seconds until what stays unheard is told again
 # When most agents hear nothing at once, it is this server's own way back that is dead, and no tunnel.
 _CROWD: Final = 5
@@ -63,7 +63,8 @@ class Record:
     """One tunnel's pulses. Times are by a clock that never jumps. Of `windows`, by run, the newest used is the last.
 
     Since `steady` they have come without a gap. `greeted` is the caller's key of the last greeting here, None when the
-    tunnel is known from the database alone.
+    tunnel is known from the database alone. `heard` is the newest reply that the agent told of; since then `waiting`
+    pulses have come, over `waited` seconds, in which a long gap counts for little.
     """
 
     name: str
