@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import gc
 import json
 import logging
 import socket
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 import uvloop
 import websockets
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from lab.certs import Authority
 from tests.conftest import until
@@ -395,6 +397,25 @@ async def test_a_stream_with_a_request_behind_it_ends_with_its_connection() -> N
         await until(lambda: bool(at.app.seen))
         writer.transport.abort()
         await until(lambda: at.app.left == 1)
+
+
+async def test_what_waited_in_a_connection_that_is_cut_is_freed_at_once() -> None:
+    async with house() as at:
+        gc.collect()
+        gc.disable()
+        try:
+            for path in (b"/refuse", b"/slow", b"/stream"):
+                _, writer = await at.connect()
+                writer.write(
+                    (b"POST %b HTTP/1.1\r\nHost: a\r\nContent-Length: 50000\r\n\r\n" % path + b"x" * 50_000) * 4
+                )
+                await until(lambda path=path: at.app.seen and at.app.seen[-1]["path"].encode() == path)
+                writer.transport.abort()
+            await until(lambda: not at.server.crowd.open)
+            at.app.seen.clear()
+            await until(lambda: not any(isinstance(o, RequestResponseCycle) for o in gc.get_objects()))
+        finally:
+            gc.enable()
 
 
 async def test_a_trailer_is_no_header() -> None:

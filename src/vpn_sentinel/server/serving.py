@@ -101,6 +101,8 @@ class Bounded(HttpToolsProtocol):
             running.message_event.set()
         self._running = None
         self.pipeline.clear()
+        # One that never ran refers to this for ever, and keeps its body until there is a full collection.
+        self.cycle = None  # type: ignore[assignment]
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """Whether the transport is to stay open: who has said all waits for an answer that has not begun.
