@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import gc
 import logging
 import secrets
 import socket
@@ -48,6 +47,7 @@ from vpn_sentinel.server.store.sqlite import SqliteStore
 from vpn_sentinel.server.store.store import Store
 from vpn_sentinel.server.tracker import Tracker
 from vpn_sentinel.server.watch.descriptors import Descriptors
+from vpn_sentinel.server.watch.memory import give_back, spare_the_collector
 from vpn_sentinel.server.watch.overdue import Overdue
 from vpn_sentinel.server.watch.overload import Overload
 from vpn_sentinel.server.watch.ports import Ports
@@ -217,6 +217,7 @@ async def _run(
             tasks.create_task(overdue.run(), name="overdue"),
             tasks.create_task(overload.run(), name="overload"),
             tasks.create_task(Descriptors(clock, registry).run(), name="descriptors"),
+            tasks.create_task(give_back(), name="memory"),
             tasks.create_task(Retention(store, clock, settings.retention_days).run(), name="retention"),
             tasks.create_task(own_address.run(), name="own address"),
             tasks.create_task(sites.run(store, clock), name="sites"),
@@ -255,7 +256,7 @@ async def _run(
         dispatcher.wake()
         log.info("server started", extra={"version": __version__, "port": settings.api_port})
         started(store)
-        _spare_the_collector()
+        spare_the_collector()
         await stop.wait()
 
         hub.close()
@@ -304,15 +305,6 @@ def _wants_own_address(settings: ServerSettings) -> tuple[str, ...]:
             "VPN_SENTINEL_CANARY_ADDRESSES says it for good"
         )
     return tuple(wanted)
-
-
-def _spare_the_collector() -> None:
-    """What is loaded by now stays for ever: a full collection that walks it would stop every report for 50 ms."""
-    gc.collect()
-    gc.freeze()
-    # A connection that ends is a cycle. Those that lived through a collection wait for a full one: after a million of
-    # objects, as 20,000 connections leave behind, not after fifty millions.
-    gc.set_threshold(50_000, 10, 2)
 
 
 async def _time(settings: ServerSettings, system: Clock, store: Store) -> float:
