@@ -39,7 +39,7 @@ from typing import Any
 
 from bench.siege.attacks import ALL
 from bench.siege.honest import HOME, Agent
-from bench.siege.probe import LIMIT
+from bench.siege.probe import LIMIT, fetch
 from bench.siege.server import Server, Sink, WatchedAgent, leave_a_core, udp
 from vpn_sentinel.wire import pulse
 
@@ -184,11 +184,17 @@ class Siege:
                 running = asyncio.create_task(self.rotated.run())
                 await asyncio.sleep(INTERVAL + CALM)
                 await until(lambda: len(self.got) > HONEST, BACK)  # each is told as connected
+                await asyncio.to_thread(self._visit)
                 yield self
                 running.cancel()
         finally:
             self.server.stop()
             sink.close()
+
+    def _visit(self) -> None:
+        """As a person and a scraper would: what is loaded and kept at the first answers is no attack's."""
+        for port, path in ((self.server.dashboard, "/"), (self.server.health, "/metrics")) * 3:
+            fetch(port, path)
 
     async def _since(self) -> dict[str, float]:
         """Of the honest agents, since the last call."""
