@@ -57,6 +57,8 @@ def tunnel(name: str, state: str, now: float, **other: Any) -> dict[str, Any]:
         "dns_colo": "",
     }
     row |= other
+    if row["place"]:
+        row["place"] = {"ip": row["exit4"], **row["place"]}
     return row | {k: json.dumps(row[k]) for k in ("findings", "place", "resolvers")}
 
 

@@ -25,6 +25,7 @@ from vpn_sentinel.domain.observation import (
     Trigger,
 )
 from vpn_sentinel.domain.policy import IPNetwork, Policy
+from vpn_sentinel.server.api.present import client_status
 from vpn_sentinel.server.groupcommit import Busy
 from vpn_sentinel.server.live.hub import Hub
 from vpn_sentinel.server.namesakes import Namesakes
@@ -129,6 +130,11 @@ class Watch:
         (found,) = await self.store.read(select(tunnels).where(tunnels.c.name == name))
         return found
 
+    async def shown(self) -> dict[str, str | None]:
+        """Where the replaced system's interface says that the tunnel comes out."""
+        status = client_status(await self.row())
+        return {"ip": status.ip, "location": status.location, "provider": status.provider}
+
     async def moves(self) -> list[tuple[float, str, str]]:
         """Transitions as (seconds since the start, from, to), in the order of their time."""
         found = await self.store.read(select(transitions).order_by(transitions.c.at, transitions.c.id))
@@ -202,6 +208,25 @@ async def test_what_a_round_does_not_know_stays_as_it_was(watch: Watch) -> None:
     await watch.take((2, 0.0, DEAD))
     row = await watch.row()
     assert (row.exit4, json.loads(row.place)["country"]) == (EXIT, "NL")
+
+
+async def test_home_is_never_shown_with_the_place_of_the_vpn(watch: Watch) -> None:
+    told = tuple(
+        Place(ip=ip_address(a), source="mmdb", country=c, city=city, org=org, asn=1)
+        for a, c, city, org in ((EXIT, "NL", "Amsterdam", "31173 Services AB"), (HOME, "DE", "Munich", "Fibre GmbH"))
+    )
+    await watch.take((1, 0.0, replace(WELL, places=told[:1])))
+    watch.clock.now += 1
+    await watch.take((2, 0.0, LEAK))
+    shown = await watch.shown()
+    assert shown == {"ip": HOME, "location": None, "provider": None}
+    watch.clock.now += 1
+    await watch.take((3, 0.0, DEAD))  # knows of no exit: what was known of home stays unknown
+    assert await watch.shown() == shown
+    await watch.take((4, 0.0, replace(LEAK, places=told)))
+    assert await watch.shown() == {"ip": HOME, "location": "Munich, DE", "provider": "Fibre GmbH"}
+    await watch.take((5, 0.0, replace(WELL, places=told)))
+    assert await watch.shown() == {"ip": EXIT, "location": "Amsterdam, NL", "provider": "31173 Services AB"}
 
 
 async def test_reports_that_wait_together_are_committed_together(watch: Watch) -> None:

@@ -10,6 +10,7 @@ from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.domain.verdict import Code, Finding, State, Verdict, worst
 from vpn_sentinel.server.store.store import TunnelRow
 from vpn_sentinel.wire.codec import decoder, encode
+from vpn_sentinel.wire.rest import place_of
 
 # A clock further off than this is told, in seconds.
 CLOCK_SKEW: Final = 60.0
@@ -43,7 +44,7 @@ def received(verdict: Verdict, extra: tuple[Finding, ...]) -> Verdict:
 
 
 def show(row: TunnelRow, seen: Observation) -> None:
-    """Copy what surfaces show; what an observation does not know stays as it was."""
+    """Copy what surfaces show; what an observation does not know stays as it was, but a place goes with its address."""
     exit4, exit6 = seen.exit(4), seen.exit(6)
     if seen.trigger is Trigger.KEEPALIVE and exit4 is None and exit6 is None and seen.reported_from is not None:
         exit4, exit6 = (seen.reported_from, None) if seen.reported_from.version == 4 else (None, seen.reported_from)
@@ -52,6 +53,8 @@ def show(row: TunnelRow, seen: Observation) -> None:
         row.exit6 = str(exit6) if exit6 else None
         if (place := best_place(seen, exit4 or exit6)) is not None:
             row.place = encode(place).decode()
+        elif place_of(row.place).ip != str(exit4 or exit6):
+            row.place = "{}"  # of another address: where the tunnel comes out, say, while this one is home
     if seen.forwarded_port is not None:
         row.port = seen.forwarded_port
     egresses = dict.fromkeys(r.egress for r in seen.resolvers if r.egress)

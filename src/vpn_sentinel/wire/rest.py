@@ -30,8 +30,9 @@ class Exit(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Place(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the exit address is said to be, and by whom (`source`). `country` is ISO 3166-1 alpha-2."""
+    """Where the exit address `ip` is said to be, and by whom (`source`). `country` is ISO 3166-1 alpha-2."""
 
+    ip: str | None = None
     country: str | None = None
     region: str | None = None
     city: str | None = None

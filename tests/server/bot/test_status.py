@@ -53,6 +53,15 @@ IPv4 traffic leaves from the home address 203.0.113.9.
     )
 
 
+async def test_a_place_stands_with_the_address_that_it_is_of(store: Store) -> None:
+    said = await answer(store, {"name": "a", "exit6": "2001:db8::9"})
+    assert said.index("198.51.100.7") < said.index("Amsterdam") < said.index("2001:db8::9")
+
+
+async def test_a_place_of_another_address_is_not_shown(store: Store) -> None:
+    assert "Amsterdam" not in await answer(store, {"name": "a", "exit4": "203.0.113.9"})
+
+
 async def test_states_and_findings_of_a_newer_server_are_shown_as_far_as_they_go(store: Store) -> None:
     odd = {"name": "a", "state": "paused", "findings": '[{"code": "from_the_future", "message": "x"}]', "place": "?"}
     said = await answer(store, odd)

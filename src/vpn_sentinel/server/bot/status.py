@@ -54,20 +54,22 @@ def _tunnel(row: Row[Any], now: float, zone: tzinfo | None) -> Iterator[str]:
         yield html_line(Line("", explain(finding)))
     if len(findings) > _FINDINGS:
         yield f"… and {len(findings) - _FINDINGS} more findings"
+    ip, where = _where(row.place)
     for address in (row.exit4, row.exit6):
         if address:
             yield html_line(Line("Exit", clean(address), fixed=True))
-    if where := _where(row.place):
-        yield html_line(Line("Place", where))
+        if address and where and address == ip:
+            yield html_line(Line("Place", where))
     yield html_line(Line("Since", moment(row.since, zone)))
     if row.last_seen > 0:
         yield html_line(Line("Last report", f"{duration(now - row.last_seen)} ago"))
 
 
-def _where(place: str) -> str:
+def _where(place: str) -> tuple[str, str]:
+    """The address that a place is known of, and the place."""
     try:
         found = _place(place)
     except (ValueError, RecursionError):
-        return ""
+        return "", ""
     parts = (clean(str(found[key]), 100) for key in ("city", "region", "country", "org") if found.get(key))
-    return ", ".join(dict.fromkeys(part for part in parts if part))
+    return str(found.get("ip", "")), ", ".join(dict.fromkeys(part for part in parts if part))

@@ -81,6 +81,7 @@ class TunnelView:
     reporter: str
     interval: float
     place_source: str
+    placed: str  # the exit that place and provider are known of
     home: bool  # the home connection of the site, not a tunnel
     site: str
     port: str
@@ -116,6 +117,7 @@ def tunnel(row: Row[Any]) -> TunnelView:
         ),
         interval=row.interval,
         place_source=place.source or "",
+        placed=place.ip or "",
         home=row.role == "reference",
         site=row.site,
         port=_port(row),
