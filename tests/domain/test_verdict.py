@@ -890,6 +890,49 @@ def test_a_second_leak_of_the_same_kind_is_named_beside_the_first() -> None:
     assert "203.0.113.9:443" not in many.evidence["also"]
 
 
+def test_all_that_routes_send_outside_is_told_each_with_its_own_address() -> None:
+    """Two families by one device and a second device: an IPv6 address is never said of an IPv4 network."""
+    apart = canary(HOME6, Path.OUTSIDE, Probe.PHYSICAL)
+    seen = replace(
+        saw(EXIT, canary(EXIT6), replace(apart, interface="eth0"), beside=None),
+        routed=(
+            *(Routed(interface="wg0", family=f, share=0.9) for f in (4, 6)),
+            *routed("eth0", "5.10.0.0/16", share=0.01, tunnel=False),
+            Routed(interface="eth0", family=6, share=0.01, networks=(ip_network("2a01:4f8::/32"),), answer=EXPIRED),
+            *routed("eth1", "7.7.0.0/16", share=0.01, tunnel=False),
+        ),
+    )
+    leak = next(f for f in judge(seen, POLICY).findings if f.code is Code.SPLIT_ROUTE)
+    assert leak.evidence["networks"] == "5.10.0.0/16"
+    assert "comes_out_at" not in leak.evidence
+    assert leak.evidence["also"] == (f"routes to 2a01:4f8::/32 (comes out at {HOME6}), routes to 7.7.0.0/16 by eth1")
+
+
+def test_a_packet_of_another_resolver_is_told_beside_the_lookup_and_not_as_its_fact() -> None:
+    dns = (asked("91.10.20.53", "192.168.1.1", Path.OUTSIDE),)
+    (leak,) = judge(replace(saw(EXIT, dns=dns), escapes=escaped("9.9.9.9", 53)), POLICY).findings
+    assert leak.evidence["nameserver"] == "192.168.1.1"
+    assert "destination" not in leak.evidence
+    assert leak.evidence["also"] == "UDP to 9.9.9.9:53 by eth0"
+
+
+def test_each_nameserver_that_leaks_is_named() -> None:
+    dns = tuple(asked(ISP_RESOLVER, f"192.168.{n}.1", Path.OUTSIDE) for n in (1, 2, 2))
+    (leak,) = judge(saw(EXIT, dns=dns), POLICY).findings
+    assert (leak.evidence["nameserver"], leak.evidence["also"]) == ("192.168.1.1", "the nameserver 192.168.2.1")
+
+
+def test_each_way_out_is_said_with_the_address_of_its_own() -> None:
+    beside = replace(canary(HOME, Path.OUTSIDE, Probe.PHYSICAL), interface="eth0")
+    other = replace(canary("10.9.0.1", Path.OUTSIDE, Probe.FIRST_HOP), interface="wg1", answer=EXPIRED)
+    (finding,) = judge(saw(EXIT, beside, other, beside=None), POLICY).findings
+    assert finding.message == (
+        f"A packet sent beside the tunnel by eth0 came out at {HOME}; one by wg1 reached the first router, 10.9.0.1; "
+        "whether that one lets it through is not known."
+    )
+    assert finding.evidence == {"interfaces": "eth0, wg1"}
+
+
 @pytest.mark.parametrize(("share", "code"), [(1.0, Code.SPLIT_ROUTE), (0.1, Code.IPV6_LEAK), (None, Code.IPV6_LEAK)])
 def test_an_ipv6_packet_told_before_the_canaries_are_back_is_judged_by_routes(share: float | None, code: Code) -> None:
     """Where the tunnel takes IPv6 too, one packet beside it is no whole leak, and another round says the same."""

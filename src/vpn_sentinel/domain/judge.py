@@ -4,13 +4,12 @@
 """
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from ipaddress import ip_network
 from typing import Final
 
 from vpn_sentinel.domain import leaks, lookups, outages, resolvers, routes, unseen
-from vpn_sentinel.domain.observation import Answer, Observation, Path, Place, Probe, Trigger
+from vpn_sentinel.domain.observation import Answer, Canary, Observation, Path, Place, Probe, Trigger
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy, is_public
 from vpn_sentinel.domain.verdict import Code, Finding, State, Verdict, worst
 
@@ -30,9 +29,7 @@ def judge(seen: Observation, policy: Policy) -> Verdict:
         return _by_pulse(seen, policy)
     if seen.broken:
         return Verdict(State.UNKNOWN, (outages.not_made(seen),))
-    leaking = leaks.each_once(
-        (*leaks.by_canaries(seen, policy), *leaks.by_packets(seen, policy), *routes.bypasses(seen, policy))
-    )
+    leaking = (*leaks.by_canaries(seen, policy), *leaks.by_packets(seen, policy), *routes.bypasses(seen, policy))
     canaries = seen.asked(Probe.DEFAULT)
     # A keepalive that arrived proves that something carries it; an agent's report may have come by a second way.
     alive = any(c.answer is Answer.ANSWERED for c in canaries) or seen.trigger is Trigger.KEEPALIVE
@@ -107,13 +104,14 @@ def learned_home(seen: Observation, policy: Policy) -> Policy:
 def _told_once(
     leaking: tuple[Finding, ...], dns: tuple[Finding, ...]
 ) -> tuple[tuple[Finding, ...], tuple[Finding, ...]]:
-    """A DNS leak that both a packet and a lookup show is one: the lookup's word, and the facts of both."""
-    seen = next((f for f in leaking if f.code is Code.DNS_LEAK), None)
-    asked = next((f for f in dns if f.code is Code.DNS_LEAK), None)
-    if seen is None or asked is None:
-        return leaking, dns
-    one = replace(asked, evidence={**seen.evidence, **asked.evidence})
-    return tuple(f for f in leaking if f is not seen), tuple(one if f is asked else f for f in dns)
+    """A DNS leak that both a packet and a lookup show is one, by the lookup's word."""
+    asked = [f for f in dns if f.code is Code.DNS_LEAK]
+    seen = [f for f in leaking if f.code is Code.DNS_LEAK]
+    if not asked:
+        return leaks.each_once(leaking), dns
+    (one,) = leaks.each_once((*asked, *seen))
+    told = (one if f is asked[0] else f for f in dns if f is asked[0] or f not in asked)
+    return leaks.each_once(f for f in leaking if f not in seen), tuple(told)
 
 
 def _by_pulse(seen: Observation, policy: Policy) -> Verdict:
@@ -186,27 +184,38 @@ def _kill_switch(seen: Observation) -> Iterator[Finding]:
         return
     open_ = [c for c in seen.asked(Probe.PHYSICAL) if c.answer is Answer.ANSWERED]
     hops = [c for c in seen.asked(Probe.FIRST_HOP) if c.answer is Answer.EXPIRED]
-    # An answer that names an address says most; the ways out by name say where to close.
-    proof = min(seen.came_out_beside(), key=lambda c: c.family, default=next(iter(open_ or hops), None))
-    if proof is None:
+    if not open_ and not hops:
         return
-    ways = ", ".join(dict.fromkeys(c.interface for c in (*open_, *hops) if c.interface))
-    if proof.probe is Probe.FIRST_HOP:
-        router = f", {proof.address}" if proof.address else ""
-        came = f"reached the first router{router}; whether that one lets it through is not known"
-        facts = {"router": str(proof.address)} if proof.address else {}
-    else:
-        came = f"came out at {proof.address}" if proof.address else f"was answered by {proof.target}"
-        facts = ({"address": str(proof.address)} if proof.address else {}) | {"seen_by": proof.target}
+    # An answer that names an address says most, and each way out has its own: it is not the other's.
+    named = sorted(seen.came_out_beside(), key=lambda c: c.family)
+    ways = dict.fromkeys(c.interface for c in (*named, *open_, *hops))
+    came = {
+        way: _came([c for c in named if c.interface == way] or [c for c in (*open_, *hops) if c.interface == way])
+        for way in ways
+    }
+    facts = next(iter(came.values()))[1] if len(ways) == 1 else {}
+    said = "; one ".join(f"by {way} {words}" if way else words for way, (words, _) in came.items())
     asked = seen.asked(Probe.PHYSICAL)
     held = dict.fromkeys(c.interface for c in asked if c.answer is Answer.BLOCKED and c.interface)
-    closed = ", ".join(i for i in held if i not in {c.interface for c in (*open_, *hops)})
-    by = f" by {ways}" if ways else ""
+    by, closed = ", ".join(w for w in ways if w), ", ".join(i for i in held if i not in ways)
     yield Finding(
         Code.KILLSWITCH_OPEN,
-        f"A packet sent beside the tunnel{by} {came}.",
-        {**facts, **({"interfaces": ways} if ways else {}), **({"held": closed} if closed else {})},
+        f"A packet sent beside the tunnel {said}.",
+        {**facts, **({"interfaces": by} if by else {}), **({"held": closed} if closed else {})},
     )
+
+
+def _came(shown: Sequence[Canary]) -> tuple[str, dict[str, str]]:
+    """How far packets got by one way out, in words and as facts."""
+    first = shown[0]
+    if first.probe is Probe.FIRST_HOP:
+        router = f", {first.address}" if first.address else ""
+        facts = {"router": str(first.address)} if first.address else {}
+        return f"reached the first router{router}; whether that one lets it through is not known", facts
+    if first.address is None:
+        return f"was answered by {first.target}", {"seen_by": first.target}
+    at = " and ".join(dict.fromkeys(str(c.address) for c in shown))
+    return f"came out at {at}", {"address": str(first.address), "seen_by": first.target}
 
 
 def _dns(seen: Observation, policy: Policy) -> Iterator[Finding]:
@@ -215,13 +224,13 @@ def _dns(seen: Observation, policy: Policy) -> Iterator[Finding]:
         yield Finding(Code.DNS_INTERCEPTED, "An address that runs no DNS answered a query.")
     if seen.dns_rewritten:
         yield Finding(Code.DNS_REWRITTEN, "A name that does not exist was given an address.")
-    leak = next((f for s in seen.resolvers if (f := resolvers.leak(s, seen, policy))), None)
-    leak = leak or resolvers.system_leak(seen, policy)
-    if leak is not None:
-        yield leak
+    leaking = [f for s in seen.resolvers if (f := resolvers.leak(s, seen, policy))]
+    if not leaking and (by_system := resolvers.system_leak(seen, policy)):
+        leaking.append(by_system)
+    yield from leaking
     yield from lookups.system(seen)
     used = resolvers.of_system(seen, policy)
-    if leak is not None or not (used or (seen.resolvers and not lookups.all_dead(seen))):
+    if leaking or not (used or (seen.resolvers and not lookups.all_dead(seen))):
         return
     beside = resolvers.unverified(seen, policy)
     if beside:

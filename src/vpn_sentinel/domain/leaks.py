@@ -1,6 +1,6 @@
 """What proves a leak: an answer that came from home or from beside the tunnel, or a packet seen leaving there."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -35,25 +35,12 @@ def by_canaries(seen: Observation, policy: Policy) -> Iterator[Finding]:
             )
 
 
-def by_packets(seen: Observation, policy: Policy) -> Iterator[Finding]:
-    """What the leak watch saw leave, each code once: one flow by its facts, and where else packets went."""
-    found = tuple(_packets(seen, policy))
-    for first in each_once(found):
-        ends = [_where(f.evidence) for f in found if f.code is first.code]
-        others = [end for end in dict.fromkeys(ends) if end != _where(first.evidence)]
-        if others:
-            more = f" and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
-            yield replace(first, evidence={"also": ", ".join(others[:_NAMED]) + more, **first.evidence})
-        else:
-            yield first
-
-
 def _where(facts: Mapping[str, str]) -> str:
     return f"{_protocol(facts['protocol'])} to {facts['destination']}"
 
 
-def _packets(seen: Observation, policy: Policy) -> Iterator[Finding]:
-    """Names asked are a DNS leak, the rest by what else leaves from here."""
+def by_packets(seen: Observation, policy: Policy) -> Iterator[Finding]:
+    """What the leak watch saw leave: names asked are a DNS leak, the rest by what else leaves from here."""
     told = [e for e in seen.escapes if not policy.allows_outside(e.destination)]
     through = {c.family for c in seen.asked(Probe.DEFAULT) if c.address and not _escapes(c, seen, policy)}
     if not seen.asked(Probe.DEFAULT) and seen.link is not None and seen.link.present and seen.link.up:
@@ -104,14 +91,60 @@ def path_fact(path: Path) -> dict[str, str]:
     return {} if path is Path.UNKNOWN else {"path": str(path)}
 
 
-def each_once(found: tuple[Finding, ...]) -> tuple[Finding, ...]:
-    """Each code once: a canary's word comes before a packet's, and that before a route's. Facts are kept of all."""
-    told: dict[Code, Finding] = {}
+def each_once(found: Iterable[Finding]) -> tuple[Finding, ...]:
+    """Each code once: a canary's word comes before a packet's, and that before a route's.
+
+    The facts are the first one's, so that none is read as another's: of IPv4 what is IPv6's, or of one device what is
+    the other's. What else was found is named beside it.
+    """
+    told: dict[Code, list[Finding]] = {}
     for finding in found:
-        first = told.setdefault(finding.code, finding)
-        if first is not finding:
-            told[finding.code] = replace(first, evidence={**finding.evidence, **first.evidence})
-    return tuple(told.values())
+        told.setdefault(finding.code, []).append(finding)
+    return tuple(_with_others(first, others) for first, *others in told.values())
+
+
+def _with_others(first: Finding, others: Sequence[Finding]) -> Finding:
+    """A finding, with what the others of its code are about."""
+    facts, said, device = first.evidence, {_briefly(first.evidence)}, first.evidence.get("interface")
+    more: dict[str, None] = {}
+    for other in others:
+        if "nameserver" in first.evidence and _host(other.evidence) == first.evidence["nameserver"]:
+            facts = {**other.evidence, **facts}  # packets to the very nameserver
+            continue
+        words = _briefly(other.evidence)
+        by = other.evidence.get("interface")
+        if by and by != device:
+            words += f" by {by}"
+        if (address := other.evidence.get("comes_out_at")) is not None:
+            words += f" (comes out at {address})"
+        if words not in said:
+            more[words] = None
+    return replace(first, evidence={"also": few(list(more)), **facts} if more else facts)
+
+
+def _host(facts: Mapping[str, str]) -> str:
+    """Where a packet went, without the port."""
+    return facts.get("destination", "").rpartition(":")[0].strip("[]")
+
+
+def _briefly(facts: Mapping[str, str]) -> str:
+    """What a finding of a leak is about, in a few words."""
+    match facts:
+        case {"destination": _}:
+            return _where(facts)
+        case {"networks": networks}:
+            some = facts.get("traffic") or ("some connections" if "also_by" in facts else "")
+            return f"routes of {some} to {networks}" if some else f"routes to {networks}"
+        case {"nameserver": server}:
+            return f"the nameserver {server}"
+        case _:
+            return f"traffic from {facts.get('address') or facts.get('resolver')}"
+
+
+def few(named: Sequence[str]) -> str:
+    """Some of them, and how many more there are."""
+    more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
+    return ", ".join(named[:_NAMED]) + more
 
 
 def _escapes(canary: Canary, seen: Observation, policy: Policy) -> bool:

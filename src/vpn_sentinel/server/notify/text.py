@@ -151,7 +151,7 @@ def explain(finding: Finding) -> str:
     facts = [
         f"{clean(key).replace('_', ' ')}: {shown}"
         for key, value in list(finding.evidence.items())[:_MOST]
-        if (shown := clean(value, 100)) and not _is_said(shown, message)
+        if (shown := clean(value, 160)) and not _is_said(shown, message)
     ]
     return f"{message} ({', '.join(facts)})" if facts else message
 
