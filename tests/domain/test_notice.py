@@ -1,13 +1,17 @@
 """What people hear of a tunnel's life, and what they are spared."""
 
+from dataclasses import replace
 from ipaddress import ip_address
 
 import pytest
 
+from vpn_sentinel.domain.judge import judge
 from vpn_sentinel.domain.machine import Memory, advance, overdue, silence_finding
 from vpn_sentinel.domain.notice import Kind, Notice, notices
+from vpn_sentinel.domain.observation import Answer, Canary, Link, Observation, Path, Probe, Trigger
 from vpn_sentinel.domain.policy import IPAddress, Policy
 from vpn_sentinel.domain.verdict import Code, Finding, State, Verdict
+from vpn_sentinel.server.notify.text import plain
 
 POLICY = Policy(grace_down=4.0, grace_degraded=15.0, grace_recovery=4.0)
 FIRST, SECOND = ip_address("146.70.1.2"), ip_address("146.70.9.9")
@@ -77,6 +81,28 @@ def test_a_new_tunnel_connects() -> None:
     assert tunnel.heard == []
     tunnel.reports((100.0, P), exits=(FIRST,))
     assert tunnel.heard == [Notice(kind=Kind.CONNECTED, at=100.0, exit=FIRST)]
+
+
+def test_what_rests_on_the_users_word_is_said_wherever_a_tunnel_is_called_well() -> None:
+    """No VPN at all: the uplink of a container, tap0, was named as the tunnel."""
+    here = Canary(
+        probe=Probe.DEFAULT, target="echo", family=4, answer=Answer.ANSWERED, path=Path.TUNNEL,
+        address=ip_address("91.10.22.20"),
+    )  # fmt: skip
+    named = Link(name="tap0", present=True, up=True, declared=True)
+    seen = Observation(trigger=Trigger.TIMER, link=named, canaries=(here,))
+    dead = Observation(trigger=Trigger.TIMER, link=named, canaries=(replace(here, answer=Answer.LOST, address=None),))
+    tunnel = Tunnel()
+    for at, one in ((100.0, seen), (200.0, dead), (204.0, dead), (300.0, seen), (304.0, seen)):
+        before = tunnel.memory
+        tunnel.memory, events = advance(before, judge(one, POLICY), at, POLICY, (one.exit(4), None))
+        tunnel._hear(*notices(before, tunnel.memory, events, caught_up=True))
+    assert tunnel.kinds == [Kind.CONNECTED, Kind.DOWN, Kind.RECOVERED]
+    for told in (tunnel.heard[0], tunnel.heard[2]):
+        said = plain(told)
+        assert "tap0 is taken for a VPN's only because VPN_SENTINEL_TUNNEL_INTERFACE says so" in said
+        assert "nothing here shows that it is one" in said
+        assert "Name the VPN's own device" in said
 
 
 def test_a_tunnel_that_is_well_is_not_talked_about(tunnel: Tunnel) -> None:

@@ -162,15 +162,18 @@ def _is_the_sites(memory: Memory) -> bool:
 def _worth_telling(notice: Notice) -> tuple[Finding, ...]:
     """What is amiss without being trouble, an open kill switch say, is told once: when the tunnel connects.
 
-    That the agent closed the namespace belongs to the trouble that it answers. Mere information stays on the pages.
+    That the agent closed the namespace belongs to the trouble that it answers. What rests on the user's word alone is
+    said wherever a tunnel is called well. Other information stays on the pages.
     """
     if notice.kind is Kind.CONNECTED or notice.first:
-        return tuple(f for f in notice.findings if MEANING[f.code].severity is not Severity.INFO)
+        return tuple(
+            f for f in notice.findings if MEANING[f.code].severity is not Severity.INFO or f.code is Code.TUNNEL_UNSEEN
+        )
     trouble = notice.kind in _KIND_OF.values()
     return tuple(
         f
         for f in notice.findings
-        if MEANING[f.code].state is not State.PROTECTED or (trouble and f.code is Code.CONTAINED)
+        if MEANING[f.code].state is not State.PROTECTED or f.code is (Code.CONTAINED if trouble else Code.TUNNEL_UNSEEN)
     )
 
 

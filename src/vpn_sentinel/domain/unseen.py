@@ -67,11 +67,12 @@ def _by_word_alone(seen: Observation, policy: Policy) -> Iterator[Finding]:
     beside = {c.address for c in seen.came_out_beside()}
     if beside.difference(exits) or all(_elsewhere(e, seen, policy) for e in exits):
         return
-    named, too = ", ".join(map(str, exits)), " and on the home networks" if _comparable(exits, policy) else ""
+    named = ", ".join(map(str, exits))
+    besides = f" That {named} is no home address rests on what is declared." if _comparable(exits, policy) else ""
     yield Finding(
         Code.TUNNEL_UNSEEN,
-        f"Nothing here shows that {seen.link.name} is a tunnel: that traffic from {named} goes through a VPN rests on "
-        f"VPN_SENTINEL_TUNNEL_INTERFACE{too}.",
+        f"{seen.link.name} is taken for a VPN's only because VPN_SENTINEL_TUNNEL_INTERFACE says so; nothing here shows "
+        f"that it is one, nor that traffic from {named} goes through a VPN.{besides}",
         {"interface": seen.link.name, "exit": named},
     )
 
