@@ -104,7 +104,7 @@ def leak(stands: list[Stand], fault: Callable[[Stand], object]) -> list[dict[str
         assert status["state"] == "leaking"
         assert not {f["code"] for f in status["findings"]} & {"ip_leak", "ipv6_leak"}
         # A packet that was seen to leave tells it first; the lookups of the round behind it add who resolves.
-        until(lambda s=stand: "method" in evidence(s), DNS_LEAK, f"who resolves for {stand.name}")
+        until(lambda s=stand: "nameserver" in evidence(s), DNS_LEAK, f"who resolves for {stand.name}")
         told.append(evidence(stand))
     return told
 

@@ -2,11 +2,12 @@
 
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
+from typing import Any
 
 import pytest
 
 from vpn_sentinel.domain.advice import advice
-from vpn_sentinel.domain.judge import judge
+from vpn_sentinel.domain.judge import judge, judge_reference
 from vpn_sentinel.domain.observation import (
     Answer,
     Canary,
@@ -16,6 +17,7 @@ from vpn_sentinel.domain.observation import (
     Path,
     Place,
     Probe,
+    Quality,
     ResolverSighting,
     Routed,
     SystemLookup,
@@ -50,19 +52,19 @@ WELL = Observation(trigger=Trigger.TIMER, link=Link(name="wg0", present=True, up
 AT_HOME = replace(WELL, canaries=(canary(str(HOME), Path.OUTSIDE),))
 
 
-def asked(nameserver: str, egress: str, path: Path) -> Observation:
+def asked(nameserver: str, egress: str | None, path: Path, **facts: Any) -> Observation:
     sighting = ResolverSighting(
         method="canary", nameserver=ip_address(nameserver), answer=Answer.ANSWERED, path=path,
-        egress=ip_address(egress),
+        egress=ip_address(egress) if egress else None, **facts,
     )  # fmt: skip
     places = (Place(ip=HOME, source="a", asn=3320), Place(ip=ip_address("91.10.20.0"), source="a", asn=3320),
               Place(ip=ISP, source="a", asn=3320), Place(ip=EXIT, source="a", asn=9009))  # fmt: skip
     return replace(WELL, resolvers=(sighting,), places=places)
 
 
-def left(destination: str, port: int) -> Observation:
+def left(destination: str, port: int | None, protocol: str = "tcp") -> Observation:
     escape = Escape(
-        interface="eth0", protocol="tcp", source=ip_address("172.17.0.2"), destination=ip_address(destination),
+        interface="eth0", protocol=protocol, source=ip_address("172.17.0.2"), destination=ip_address(destination),
         destination_port=port,
     )  # fmt: skip
     return replace(WELL, escapes=(escape,))
@@ -114,6 +116,41 @@ CAUSES = {
     "dns_leak by what resolv.conf does not name": (
         replace(WELL, system_lookup=SystemLookup(answer=Answer.ANSWERED, egress=(HOME,))), Code.DNS_LEAK,
         "nsswitch.conf",
+    ),
+    "dns_leak by a rule for its port": (
+        routed(1.0, "UDP to port 53", inside=1.0), Code.DNS_LEAK, "Remove the rule (ip rule) that sends UDP to port 53",
+    ),
+    "dns_leak by a program that is bound to a device": (
+        replace(left("9.9.9.9", 53), routed=(Routed(interface="wg0", family=4, share=1.0),)), Code.DNS_LEAK,
+        "Routes send 9.9.9.9 through wg0, and it left by eth0 all the same",
+    ),
+    "dns_leak by a public resolver that is asked from home": (
+        asked("8.8.8.8", None, Path.UNKNOWN, client=HOME), Code.DNS_LEAK, "Route 8.8.8.8 through the tunnel",
+    ),
+    "dns_leak by a client subnet": (
+        asked("8.8.8.8", None, Path.TUNNEL, subnet=ip_network("91.10.20.0/24")), Code.DNS_LEAK, "EDNS client subnet",
+    ),
+    "split_route by a packet of ICMP": (
+        left("203.0.113.9", None, "icmp"), Code.SPLIT_ROUTE, "ss -wnp; tcpdump -ni eth0 host 203.0.113.9",
+    ),
+    "split_route by a program that is bound to a device": (
+        replace(left("203.0.113.9", 443), routed=(Routed(interface="wg0", family=4, share=1.0),)), Code.SPLIT_ROUTE,
+        "is bound to eth0 or its address",
+    ),
+    "mtu_blackhole where a size passes": (
+        replace(WELL, quality=Quality(seconds=5, sent=9, lost=0, vanished=1420, mtu=1300)), Code.MTU_BLACKHOLE,
+        "to 1300, which passes",
+    ),
+    "mtu_blackhole where none is known": (
+        replace(WELL, quality=Quality(seconds=5, sent=9, lost=0, vanished=1420)), Code.MTU_BLACKHOLE,
+        "until large packets pass",
+    ),
+    "no_network with lo alone": (
+        Observation(trigger=Trigger.TIMER, interfaces=(), canaries=(canary(None, answer=Answer.UNREACHABLE),)),
+        Code.NO_NETWORK, "Attach this container",
+    ),
+    "nothing_seen where a round could not be made": (
+        replace(WELL, broken="the disk is full"), Code.NOTHING_SEEN, "keeps the agent from looking",
     ),
     "split_route by routes": (routed(0.43), Code.SPLIT_ROUTE, "Remove what leads past the tunnel by eth0"),
     "split_route by a rule": (routed(0.43, "TCP to port 443"), Code.SPLIT_ROUTE, "sends TCP to port 443 past"),
@@ -196,6 +233,38 @@ def test_silence_by_either_way_does_not_blame_the_home_connection_alone() -> Non
     (found,) = judge(Observation(trigger=Trigger.TIMER, link=link, canaries=canaries), POLICY).findings
     assert found.code is Code.UPLINK_DOWN
     assert "may be down, or a firewall" in found.message
+
+
+def test_a_resolver_at_fault_is_named_as_such_only_where_it_is() -> None:
+    """8.8.8.8 that is asked from home, or passes home on, passes nothing on to anybody's provider."""
+    for sighting in ({"client": HOME}, {"subnet": ip_network("91.10.20.0/24")}):
+        (found,) = judge(asked("8.8.8.8", None, Path.UNKNOWN, **sighting), POLICY).findings
+        assert "provider" not in found.advice
+    (by_rule,) = judge(routed(1.0, "UDP to port 53", inside=1.0), POLICY).findings
+    assert "nameserver" not in by_rule.advice
+
+
+def test_a_reference_agent_behind_a_tunnel_is_told_to_move() -> None:
+    (found,) = judge_reference(WELL).findings
+    assert "outside the tunnel's network" in found.advice
+    assert "could be sent" not in found.advice
+
+
+def test_intercepted_dns_is_not_said_to_be_the_tunnels_doing() -> None:
+    for link in (WELL.link, None):
+        seen = replace(WELL, dns_intercepted=True, link=link)
+        (found,) = [f for f in judge(seen, POLICY).findings if f.code is Code.DNS_INTERCEPTED]
+        assert "inside the tunnel" not in found.message + found.advice
+        assert "nft list ruleset" in found.advice
+
+
+@pytest.mark.parametrize(
+    ("verdict", "words"), [("leaking", "Traffic leaves beside"), ("degraded", "The tunnel stands")]
+)
+def test_what_comes_and_goes_is_not_always_the_tunnel(verdict: str, words: str) -> None:
+    said = Finding(Code.FLAPPING, "It is so.", {"verdict": verdict}).advice
+    assert said.startswith(words)
+    assert "another VPN server" not in said
 
 
 @pytest.mark.parametrize("code", Code)

@@ -745,8 +745,8 @@ ELSEWHERE = {Code.NO_REPORTS, Code.FLAPPING, Code.NAME_SHARED, Code.CLOCK_SKEW, 
 def test_a_dns_leak_seen_both_ways_tells_what_both_show() -> None:
     dns = (asked("91.10.20.53", "91.10.20.53", Path.OUTSIDE),)
     (leak,) = judge(replace(saw(EXIT, dns=dns), escapes=escaped("91.10.20.53", 53, "example.org")), POLICY).findings
-    assert (leak.evidence["name"], leak.evidence["resolver"], leak.evidence["method"]) == (
-        "example.org", "91.10.20.53", "akamai",
+    assert (leak.evidence["name"], leak.evidence["resolver"], leak.evidence["seen_by"]) == (
+        "example.org", "91.10.20.53", "a lookup of whoami.akamai.net",
     )  # fmt: skip
 
 

@@ -43,10 +43,15 @@ def _ipv6_leak(facts: Facts) -> str | None:
 def _dns_leak(facts: Facts) -> str | None:
     server = _address(facts.get("nameserver"))
     if server is None:
-        return _by_system() if facts.get("method") == "system" else _by_packet(facts)
+        return _dns_without_a_nameserver(facts)
+    if facts.get("client_subnet"):
+        return (
+            f"What asks {server} does so from home, or names home's network in its questions (EDNS client subnet): "
+            f"route {server} through the tunnel, switch client subnets off in a forwarder, or {_NAME_ANOTHER}. {_ALLOW}"
+        )
     if server.is_loopback:
         return (
-            f"The forwarder on this host, {server}, asks a resolver at home: set that one's upstream to the VPN's "
+            f"The forwarder on this host, {server}, asks at home, or from there: set its upstream to the VPN's "
             f"nameserver (Docker's 127.0.0.11 takes it from dns of the container). {_ALLOW}"
         )
     if not is_public(server):
@@ -54,9 +59,22 @@ def _dns_leak(facts: Facts) -> str | None:
             f"The router or forwarder at {server} passes names on outside the VPN: {_NAME_ANOTHER}, and let the kill "
             f"switch close port 53 to the local network. {_ALLOW}"
         )
-    if facts.get("path") == "outside":
+    if facts.get("path") == "outside" or facts.get("asked_from"):
         return f"Route {server} through the tunnel, or {_NAME_ANOTHER}. {_ALLOW}"
-    return f"The nameserver {server} passes names on to the home provider's resolver: {_NAME_ANOTHER}. {_ALLOW}"
+    at = "the home provider's resolver" if facts.get("asn") else "a resolver at home"
+    return f"What the nameserver {server} is asked goes on to {at}: {_NAME_ANOTHER}. {_ALLOW}"
+
+
+def _dns_without_a_nameserver(facts: Facts) -> str | None:
+    if "getaddrinfo" in facts.get("seen_by", "") or facts.get("method") == "system":
+        return _by_system()
+    if facts.get("traffic"):
+        by = f" by {facts['interface']}" if facts.get("interface") else ""
+        return (
+            f"Remove the rule (ip rule) that sends {facts['traffic']} past the tunnel{by}: names go there, whichever "
+            f"resolver is asked. {_MEANT}"
+        )
+    return _by_packet(facts)
 
 
 def _by_system() -> str:
@@ -76,10 +94,30 @@ def _by_packet(facts: Facts) -> str | None:
             f"or route that address through the tunnel. {_ALLOW}"
         )
     at = destination.rpartition(":")[0]
+    if facts.get("routed_by"):
+        return f"{_routed_inside(facts, at)} {_ALLOW}"
     return (
         f"Route {at} through the tunnel, or {_NAME_ANOTHER}. Where nothing here names {at}, a firewall rule here "
         f"leads names there (nft list ruleset; iptables-save): remove it. {_ALLOW}"
     )
+
+
+def _routed_inside(facts: Facts, destination: str) -> str:
+    """Of a packet that left beside the tunnel though the routes are right."""
+    by = facts.get("interface") or "another device"
+    return (
+        f"Routes send {destination} through {facts['routed_by']}, and it left by {by} all the same: see which program "
+        f"sends it ({_who_sends(facts)}) and is bound to {by} or its address, or whether a firewall here marks or "
+        "redirects it (nft list ruleset; iptables-save)."
+    )
+
+
+def _who_sends(facts: Facts) -> str:
+    """What shows the sender: ss -tu knows TCP and UDP alone, ss -w what has raw sockets, and a capture all."""
+    if facts.get("protocol", "udp") in ("udp", "tcp"):
+        return "ss -tunp"
+    device, host = facts.get("interface") or "any", facts.get("destination", "")
+    return f"ss -wnp; tcpdump -ni {device} host {host}"
 
 
 def _split_route(facts: Facts) -> str | None:
@@ -94,17 +132,59 @@ def _split_route(facts: Facts) -> str | None:
             return f"Remove the rule (ip rule) that sends {facts['traffic']} past the tunnel{by}. {_MEANT}"
         case "routing tables":
             return f"Remove what leads past the tunnel{by}: see `ip rule` and `ip route show table all`. {_MEANT}"
+        case "leak watch" if facts.get("destination") and facts.get("routed_by"):
+            return f"{_routed_inside(facts, facts['destination'])} {_MEANT}"
         case "leak watch" if facts.get("destination"):
             return (
-                f"See which program sends to {facts['destination']} (ss -tunp) and why it leaves{by or ' there'}: a "
-                f"route, a rule, or a program that is bound to the interface. {_MEANT}"
+                f"See which program sends to {facts['destination']} ({_who_sends(facts)}) and why it leaves"
+                f"{by or ' there'}: a route, a rule, or a program that is bound to the interface. {_MEANT}"
             )
         case _:
             return None
 
 
+def _flapping(facts: Facts) -> str | None:
+    match facts.get("verdict"):
+        case "down":
+            return "See in the tunnel's log and at the home connection which of them comes and goes."
+        case "leaking":
+            return (
+                "Traffic leaves beside the tunnel again and again: what the leak is found by says which traffic; see "
+                "what starts then, a program or a script that sets routes."
+            )
+        case "degraded":
+            return "The tunnel stands, and what is found beside this comes and goes: what to do is said there."
+        case _:
+            return None
+
+
+def _mtu_blackhole(facts: Facts) -> str | None:
+    passes = facts.get("passes")
+    return f"Lower the MTU of the tunnel's interface to {passes}, which passes." if passes else None
+
+
+def _no_network(facts: Facts) -> str | None:
+    if facts.get("interfaces") == "lo":
+        return (
+            "Attach this container or namespace to a network. Where it shared another container's (network_mode) and "
+            "that one was restarted, recreate it: a restart will not bring the network back."
+        )
+    if facts.get("refused"):
+        return "See which rule of the firewall here refuses it (nft list ruleset; iptables-save), and let it pass."
+    return None
+
+
 def _nothing_seen(facts: Facts) -> str | None:
-    return f"Run the agent as user {facts['user']}, or give it CAP_SETUID, as root has." if facts.get("user") else None
+    if facts.get("user"):
+        return f"Run the agent as user {facts['user']}, or give it CAP_SETUID, as root has."
+    if facts.get("path") == "tunnel":
+        return (
+            "Run the reference agent outside the tunnel's network, on the host say; or watch this tunnel with "
+            "VPN_SENTINEL_ROLE=tunnel."
+        )
+    if facts.get("reason"):
+        return "Mend what keeps the agent from looking; its log says more."
+    return None
 
 
 def _tunnel_unknown(facts: Facts) -> str | None:
@@ -162,6 +242,9 @@ _BY_CODE: Final[Mapping[str, Callable[[Facts], str | None]]] = {
     "dns_leak": _dns_leak,
     "split_route": _split_route,
     "killswitch_open": _killswitch_open,
+    "flapping": _flapping,
+    "mtu_blackhole": _mtu_blackhole,
+    "no_network": _no_network,
     "nothing_seen": _nothing_seen,
     "tunnel_unknown": _tunnel_unknown,
     "tunnel_unseen": _tunnel_unseen,

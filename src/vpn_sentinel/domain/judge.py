@@ -63,7 +63,11 @@ def judge_reference(seen: Observation) -> Verdict:
         findings: tuple[Finding, ...] = (outages.not_made(seen),)
     elif any(c.path is Path.TUNNEL for c in answered):
         findings = (
-            Finding(Code.NOTHING_SEEN, "A tunnel carries this host's traffic: a reference agent must run beside it."),
+            Finding(
+                Code.NOTHING_SEEN,
+                "A tunnel carries this host's traffic: a reference agent must run beside it.",
+                {"path": str(Path.TUNNEL)},
+            ),
         )
     elif answered:
         findings = ()

@@ -291,13 +291,14 @@ def _flaps(turns: tuple[float, ...], at: float, policy: Policy) -> bool:
 def _with_flapping(
     findings: tuple[Finding, ...], state: State, turns: tuple[float, ...], at: float, policy: Policy
 ) -> tuple[Finding, ...]:
-    """Add that the tunnel comes and goes, while it is in trouble again."""
+    """Add that trouble comes and goes, and which it is, while the tunnel is in trouble again."""
     if state is State.PROTECTED or not _flaps(turns, at, policy):
         return findings
     times = len(_lately(turns, at, policy))
     minutes = f"{policy.flap_window / 60:g} minutes"
-    said = f"Trouble came {times} times within {minutes}: its end is told after {policy.flap_calm:g} s of calm."
-    return (*findings, Finding(Code.FLAPPING, said, {"times": str(times)}))
+    calm = f"{policy.flap_calm:g} s of calm"
+    said = f"Trouble came {times} times within {minutes}, now it is {state}: its end is told after {calm}."
+    return (*findings, Finding(Code.FLAPPING, said, {"times": str(times), "verdict": state.value}))
 
 
 def _trouble_start(candidate: Candidate | None, state: State, at: float) -> float:

@@ -29,6 +29,21 @@ PUBLIC_RESOLVER_NETWORKS: Final[tuple[IPNetwork, ...]] = tuple(
 _BY_ADDRESS: Final = frozenset({"akamai"})
 
 
+# What a lookup asked for that shows the resolver, by the name that observations call it.
+_ASKED_FOR: Final = {
+    "canary": "a name of the server's own zone",
+    "google": "o-o.myaddr.l.google.com",
+    "akahelp": "whoami.ds.akahelp.net",
+    "akamai": "whoami.akamai.net",
+    "path": "whoami.cloudflare",
+}
+
+
+def _shown_by(method: str) -> str:
+    """Of a lookup, for people to read."""
+    return f"a lookup of {_ASKED_FOR[method]}" if method in _ASKED_FOR else "a lookup"
+
+
 def leak(sighting: ResolverSighting, seen: Observation, policy: Policy) -> Finding | None:
     """Tell why this lookup gave the home connection away, or None.
 
@@ -39,20 +54,24 @@ def leak(sighting: ResolverSighting, seen: Observation, policy: Policy) -> Findi
         return None
     if egress is not None and policy.allows_resolver(egress):
         return None
-    facts = {"nameserver": str(server), "method": sighting.method, **path_fact(sighting.path)}
+    facts = {"nameserver": str(server), "seen_by": _shown_by(sighting.method), **path_fact(sighting.path)}
     if egress is not None:
         facts["resolver"] = str(egress)
         if policy.is_home(egress):
             return Finding(Code.DNS_LEAK, f"DNS queries come out at {egress}, in the home network.", facts)
     if sighting.client is not None and policy.is_home(sighting.client):
         return Finding(
-            Code.DNS_LEAK, f"The nameserver {server} is asked from the home address {sighting.client}.", facts
+            Code.DNS_LEAK,
+            f"The nameserver {server} is asked from the home address {sighting.client}.",
+            facts | {"asked_from": str(sighting.client)},
         )
     if sighting.subnet is not None and any(
         sighting.subnet.version == home.version and sighting.subnet.overlaps(home) for home in policy.home_networks
     ):
         return Finding(
-            Code.DNS_LEAK, f"The resolver passes on the home network {sighting.subnet} as client subnet.", facts
+            Code.DNS_LEAK,
+            f"The resolver passes on the home network {sighting.subnet} as client subnet.",
+            facts | {"client_subnet": str(sighting.subnet)},
         )
     if egress is not None and (asn := _isp_asn(egress, seen, policy)):
         return Finding(
@@ -89,7 +108,7 @@ def _beside(
 def system_leak(seen: Observation, policy: Policy) -> Finding | None:
     """Tell why the system's own resolver gives the home connection away, or None: resolv.conf need not name it."""
     for egress in of_system(seen, policy):
-        facts = {"resolver": str(egress), "method": "system"}
+        facts = {"resolver": str(egress), "seen_by": "getaddrinfo(3)"}
         said = f"Programs here ask a resolver that comes out at {egress}"
         if policy.is_home(egress):
             return Finding(Code.DNS_LEAK, f"{said}, in the home network.", facts)

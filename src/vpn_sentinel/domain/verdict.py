@@ -96,7 +96,7 @@ MEANING: Final[Mapping[Code, Meaning]] = {
     Code.DNS_LEAK: Meaning(
         State.LEAKING,
         _CRITICAL,
-        "Name the VPN's own nameserver (in resolv.conf, or as Docker's dns), or allow this resolver.",
+        "Name the VPN's own nameserver (in resolv.conf, or as Docker's dns), or allow the resolver if it is meant.",
     ),
     Code.SPLIT_ROUTE: Meaning(
         State.LEAKING, _CRITICAL, "Look for routes and rules that send some destinations past the tunnel."
@@ -128,7 +128,9 @@ MEANING: Final[Mapping[Code, Meaning]] = {
         "Answers come from the internet, but names are not found, or late: check /etc/resolv.conf and its nameservers.",
     ),
     Code.MTU_BLACKHOLE: Meaning(
-        State.DEGRADED, _WARNING, "Lower the MTU of the tunnel's interface to the size that passes."
+        State.DEGRADED,
+        _WARNING,
+        "Lower the MTU of the tunnel's interface until large packets pass; 1280 does nearly everywhere.",
     ),
     Code.HIGH_LOSS: Meaning(State.DEGRADED, _WARNING, "Look at the home connection, or choose another VPN server."),
     Code.HIGH_LATENCY: Meaning(
@@ -138,7 +140,7 @@ MEANING: Final[Mapping[Code, Meaning]] = {
         State.DEGRADED, _WARNING, "Ask the VPN for a new forwarded port, and see that it is the one in use."
     ),
     Code.FLAPPING: Meaning(
-        State.DEGRADED, _WARNING, "The tunnel comes and goes: look at its log, or choose another VPN server."
+        State.DEGRADED, _WARNING, "See what comes and goes: what is found beside this, and the tunnel's log, say."
     ),
     Code.NAME_SHARED: Meaning(State.DEGRADED, _WARNING, "Give each agent a VPN_SENTINEL_CLIENT_ID of its own."),
     Code.NOTHING_SEEN: Meaning(State.UNKNOWN, _WARNING, "No canary could be sent; look at the agent's log."),
@@ -175,7 +177,8 @@ MEANING: Final[Mapping[Code, Meaning]] = {
     Code.DNS_INTERCEPTED: Meaning(
         State.PROTECTED,
         _WARNING,
-        "Something inside the tunnel answers DNS queries that were meant for another address.",
+        "Somebody answers DNS queries in another's place: a redirect in this host's own firewall (nft list ruleset; "
+        "iptables-save), a router, or the VPN. If that is not meant, remove it, or ask by DNS over TLS or HTTPS.",
     ),
     Code.RESOLVER_UNEXPECTED: Meaning(
         State.PROTECTED, _WARNING, "Check that you know this resolver; if you do, allow it in the policy."
@@ -190,13 +193,21 @@ MEANING: Final[Mapping[Code, Meaning]] = {
     ),
     Code.CANARY_FLAKY: Meaning(State.PROTECTED, _INFO, "Nothing to do: the other canaries answer."),
     Code.LEAK_WATCH_OFF: Meaning(
-        State.PROTECTED, _INFO, "Give the agent CAP_NET_RAW, and it sees each packet that leaves outside the tunnel."
+        State.PROTECTED,
+        _INFO,
+        "See in the agent's log why: without CAP_NET_RAW, give it that (in a container, cap_add: NET_RAW); else mend "
+        "what keeps it from listening. Until then routes and canaries tell, and no packet does.",
     ),
     Code.PULSES_BLOCKED: Meaning(
         State.PROTECTED, _INFO, "Let UDP to the server's API port pass; until then reports alone are the sign of life."
     ),
     Code.CLOCK_SKEW: Meaning(State.PROTECTED, _WARNING, "Set the agent's clock."),
-    Code.OBSERVATIONS_LOST: Meaning(State.PROTECTED, _INFO, "The agent's spool was full: routine rounds were thinned."),
+    Code.OBSERVATIONS_LOST: Meaning(
+        State.PROTECTED,
+        _INFO,
+        "See in the agent's log whether it had no room or its disk lost them, and give VPN_SENTINEL_DATA_DIR room or "
+        "a sound disk. How the tunnel stands now is known all the same.",
+    ),
 }
 
 

@@ -30,7 +30,8 @@ def of_receipt(skew: float | None, thinned: int, *, shared: bool = False) -> tup
         message = f"The agent's clock is {seconds} s {'ahead of' if skew > 0 else side} the server's."
         extra.append(Finding(Code.CLOCK_SKEW, message, {"seconds": seconds, "clock": side}))
     if thinned:
-        message = f"About {thinned} observations never came: the agent had no room for them, or its disk lost them."
+        some = "One observation" if thinned == 1 else f"About {thinned} observations"
+        message = f"{some} never came: the agent had no room to keep all, or its disk lost some."
         extra.append(Finding(Code.OBSERVATIONS_LOST, message, {"count": str(thinned)}))
     return tuple(extra)
 

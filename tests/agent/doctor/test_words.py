@@ -144,7 +144,7 @@ CASES: dict[str, tuple[Check | Sequence[Check], list[State], str]] = {
     "Docker's stub": (stub("127.0.0.11", egress=False), [UNKNOWN], "Docker"),
     "some forwarder": (stub("127.0.0.1"), [OK], "a forwarder on this host"),
     "a kill switch": (kill_switch(canary(Probe.PHYSICAL, Answer.BLOCKED)), [OK], "refuses to send by eth0"),
-    "an open way": (kill_switch(canary(Probe.PHYSICAL, Answer.ANSWERED), OUTSIDE6), [GAP], "IPv4 and IPv6 gets out"),
+    "an open way": (kill_switch(canary(Probe.PHYSICAL, Answer.ANSWERED), OUTSIDE6), [GAP], "IPv4 and IPv6 get out"),
     "open for one hop": (kill_switch(canary(Probe.PHYSICAL, Answer.BLOCKED), OUTSIDE6), [GAP], "open: IPv6"),
     "dropped in silence": (kill_switch(canary(Probe.PHYSICAL, Answer.LOST)), [OK], "nothing that was sent"),
     "not permitted to try": (kill_switch(canary(Probe.PHYSICAL, Answer.UNKNOWN)), [UNKNOWN], "CAP_NET_RAW"),

@@ -39,10 +39,11 @@ def about_kill_switch(seen: Observation, tunnel: str | None, physical: str | Non
     beside = [*seen.asked(Probe.PHYSICAL), *seen.asked(Probe.FIRST_HOP)]
     passed = [c for c in beside if c.answer in (Answer.ANSWERED, Answer.EXPIRED)]
     if passed:
-        families = " and ".join(f"IPv{f}" for f in sorted({c.family for c in passed}))
+        versions = sorted({c.family for c in passed})
+        families = " and ".join(f"IPv{f}" for f in versions) + (" gets" if len(versions) == 1 else " get")
         fix = "let a firewall refuse all but the tunnel's own packets (gluetun and most VPN clients have a kill switch)"
         means = "when the tunnel goes away, traffic leaves in the open."
-        return gap(name, f"open: {families} gets out by {physical}", means, fix)
+        return gap(name, f"open: {families} out by {physical}", means, fix)
     if any(c.answer is Answer.BLOCKED for c in beside):
         return ok(name, f"holds: this host refuses to send by {physical}")
     if any(c.answer in (Answer.LOST, Answer.UNREACHABLE) for c in beside):
@@ -164,9 +165,8 @@ def about_wireguard(device: Device | Exception | None, wall: float) -> Check:
         case Device():
             claim = device.claim(wall)
             age = "never" if claim.handshake_age is None else f"{claim.handshake_age:.0f} s ago"
-            return ok(
-                "WireGuard", f"{len(device.peers)} peer(s), far end {claim.endpoint or 'unknown'}, last handshake {age}"
-            )
+            peers = "1 peer" if len(device.peers) == 1 else f"{len(device.peers)} peers"
+            return ok("WireGuard", f"{peers}, far end {claim.endpoint or 'unknown'}, last handshake {age}")
         case PermissionError():
             return gap(
                 "WireGuard",
