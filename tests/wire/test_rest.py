@@ -38,7 +38,8 @@ def test_a_state_of_a_newer_version_is_unknown() -> None:
 
 
 def test_places_and_resolvers_are_read() -> None:
-    assert place_of('{"ip": "146.70.1.2", "source": "mmdb", "country": "NL"}') == Place(country="NL", source="mmdb")
+    stored = '{"ip": "146.70.1.2", "source": "mmdb", "country": "NL"}'
+    assert place_of(stored) == Place(ip="146.70.1.2", country="NL", source="mmdb")
     assert resolvers_of('[{"ip": "9.9.9.9"}]') == [Resolver(ip="9.9.9.9")]
 
 
