@@ -10,7 +10,7 @@ from vpn_sentinel.agent.net.fib import Fib
 from vpn_sentinel.agent.net.link import IFF_POINTOPOINT, IFF_UP, Interface
 from vpn_sentinel.agent.net.roles import Remembered
 from vpn_sentinel.agent.netlink import LOCAL, Route
-from vpn_sentinel.domain.observation import Path
+from vpn_sentinel.domain.observation import Escape, Path
 
 TAILSCALE = Interface(
     index=4, name="tailscale0", kind="tun", flags=UP | IFF_POINTOPOINT, addresses=(ip_address("100.64.0.1"),)
@@ -162,3 +162,14 @@ def test_a_way_out_is_the_same_one_when_it_has_carried_more() -> None:
         link = seen.link()
         assert link is not None
         assert link.rx_bytes == carried
+
+
+def test_a_packet_that_left_beside_the_tunnel_is_told_with_how_routes_send_it() -> None:
+    """A program that binds itself to eth0 is not helped by a route: there is one already."""
+    there = ip_address("203.0.113.9")
+    beside = Escape(interface="eth0", protocol="udp", source=ip_address("192.0.2.2"), destination=there)
+    found = survey(FakeKernel())
+    by_route = FakeKernel(routes={str(there): Route(interface=2)})
+    assert [e.path for e in Paths(FakeKernel(), found).known_of((beside,))] == [Path.TUNNEL]
+    assert [e.path for e in Paths(by_route, found).known_of((beside,))] == [Path.OUTSIDE]
+    assert [e.path for e in Paths(None, found).known_of((beside,))] == [Path.UNKNOWN]

@@ -62,10 +62,10 @@ def asked(nameserver: str, egress: str | None, path: Path, **facts: Any) -> Obse
     return replace(WELL, resolvers=(sighting,), places=places)
 
 
-def left(destination: str, port: int | None, protocol: str = "tcp") -> Observation:
+def left(destination: str, port: int | None, protocol: str = "tcp", path: Path = Path.OUTSIDE) -> Observation:
     escape = Escape(
         interface="eth0", protocol=protocol, source=ip_address("172.17.0.2"), destination=ip_address(destination),
-        destination_port=port,
+        destination_port=port, path=path,
     )  # fmt: skip
     return replace(WELL, escapes=(escape,))
 
@@ -121,7 +121,7 @@ CAUSES = {
         routed(1.0, "UDP to port 53", inside=1.0), Code.DNS_LEAK, "Remove the rule (ip rule) that sends UDP to port 53",
     ),
     "dns_leak by a program that is bound to a device": (
-        replace(left("9.9.9.9", 53), routed=(Routed(interface="wg0", family=4, share=1.0),)), Code.DNS_LEAK,
+        left("9.9.9.9", 53, path=Path.TUNNEL), Code.DNS_LEAK,
         "Routes send 9.9.9.9 through wg0, and it left by eth0 all the same",
     ),
     "dns_leak by a public resolver that is asked from home": (
@@ -134,7 +134,7 @@ CAUSES = {
         left("203.0.113.9", None, "icmp"), Code.SPLIT_ROUTE, "ss -wnp; tcpdump -ni eth0 host 203.0.113.9",
     ),
     "split_route by a program that is bound to a device": (
-        replace(left("203.0.113.9", 443), routed=(Routed(interface="wg0", family=4, share=1.0),)), Code.SPLIT_ROUTE,
+        left("203.0.113.9", 443, path=Path.TUNNEL), Code.SPLIT_ROUTE,
         "is bound to eth0 or its address",
     ),
     "mtu_blackhole where a size passes": (
@@ -258,9 +258,7 @@ def test_intercepted_dns_is_not_said_to_be_the_tunnels_doing() -> None:
         assert "nft list ruleset" in found.advice
 
 
-@pytest.mark.parametrize(
-    ("verdict", "words"), [("leaking", "Traffic leaves beside"), ("degraded", "The tunnel stands")]
-)
+@pytest.mark.parametrize(("verdict", "words"), [("leaking", "Traffic beside"), ("degraded", "The tunnel stands")])
 def test_what_comes_and_goes_is_not_always_the_tunnel(verdict: str, words: str) -> None:
     said = Finding(Code.FLAPPING, "It is so.", {"verdict": verdict}).advice
     assert said.startswith(words)

@@ -206,7 +206,8 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
     def leaked() -> None:
         """A packet left outside the tunnel: tell of it now; the round that follows tells the rest."""
         around = look_around()
-        escapes = watch.escapes(Paths(kernel, around))
+        paths = Paths(kernel, around)
+        escapes = paths.known_of(watch.escapes(paths))
         seen = Observation(
             trigger=Trigger.LEAK,
             link=around.link(),

@@ -6,12 +6,13 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
+from vpn_sentinel.agent.endpoints import PROTOCOLS
 from vpn_sentinel.agent.net.fib import Fib, Sender
 from vpn_sentinel.agent.net.link import IFF_LOOPBACK, IFF_LOWER_UP, IFF_POINTOPOINT, IFF_UP, Interface, forwards
 from vpn_sentinel.agent.net.local import natted
 from vpn_sentinel.agent.net.roles import INTERNET, Remembered, Roles, has_way, roles
 from vpn_sentinel.agent.netlink import LOCAL, Kernel
-from vpn_sentinel.domain.observation import Link, Path
+from vpn_sentinel.domain.observation import Escape, Link, Path
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork
 
 __all__ = ["INTERNET", "Memory", "Paths", "Survey", "Surveyor", "is_up", "recalled", "survey"]
@@ -272,6 +273,13 @@ class Paths:
             return Path.LOCAL
         found = next((i for i in self.survey.interfaces if i.index == route.interface), None)
         return Path.UNKNOWN if found is None else self.by(found)
+
+    def known_of(self, escapes: Iterable[Escape]) -> tuple[Escape, ...]:
+        """The same with how each is routed now, which need not be how it went."""
+        return tuple(
+            replace(e, path=self.of(e.destination, e.destination_port or 0, PROTOCOLS.get(e.protocol, 0)))
+            for e in escapes
+        )
 
     def by(self, device: Interface) -> Path:
         """Which kind of way a device of this survey is."""

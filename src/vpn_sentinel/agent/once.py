@@ -107,7 +107,7 @@ async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, se
         if watch.on:
             await watch.settle()
             paths = Paths(kernel, found)
-            seen = replace(seen, escapes=watch.escapes(paths, seen.canaries))
+            seen = replace(seen, escapes=paths.known_of(watch.escapes(paths, seen.canaries)))
             seen = await with_neighbors(seen, eyes, paths)
     finally:
         watch.close()

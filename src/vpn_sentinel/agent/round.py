@@ -125,7 +125,8 @@ async def look(eyes: Eyes, trigger: Trigger, policy: Policy) -> Observation:
 def _at_the_end(eyes: Eyes, seen: Observation, paths: Paths) -> Observation:
     """Add what is watched all the time, as it is now: the whole picture, since what is urgent was told already."""
     if eyes.watch is not None:
-        seen = replace(seen, leak_watch=eyes.watch.on, escapes=eyes.watch.escapes(paths, seen.canaries))
+        escapes = paths.known_of(eyes.watch.escapes(paths, seen.canaries))
+        seen = replace(seen, leak_watch=eyes.watch.on, escapes=escapes)
     if eyes.sight is not None:
         seen = replace(seen, quality=eyes.sight.quality(seen.link))
     return seen

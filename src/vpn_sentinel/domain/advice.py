@@ -107,8 +107,8 @@ def _routed_inside(facts: Facts, destination: str) -> str:
     by = facts.get("interface") or "another device"
     return (
         f"Routes send {destination} through {facts['routed_by']}, and it left by {by} all the same: see which program "
-        f"sends it ({_who_sends(facts)}) and is bound to {by} or its address, or whether a firewall here marks or "
-        "redirects it (nft list ruleset; iptables-save)."
+        f"sends it ({_who_sends(facts)}) and is bound to {by} or its address, whether a firewall here marks or "
+        "redirects it (nft list ruleset; iptables-save), or a rule is for some users alone (ip rule)."
     )
 
 
@@ -149,8 +149,8 @@ def _flapping(facts: Facts) -> str | None:
             return "See in the tunnel's log and at the home connection which of them comes and goes."
         case "leaking":
             return (
-                "Traffic leaves beside the tunnel again and again: what the leak is found by says which traffic; see "
-                "what starts then, a program or a script that sets routes."
+                "Traffic beside the tunnel comes and goes: what the leak is found by says which; see what starts then, "
+                "a program or a script that sets routes, say."
             )
         case "degraded":
             return "The tunnel stands, and what is found beside this comes and goes: what to do is said there."

@@ -56,7 +56,7 @@ def by_packets(seen: Observation, policy: Policy) -> Iterator[Finding]:
             "packets": str(sum(e.packets for e in told if e.destination == escape.destination)),
             "bytes": str(sum(e.size for e in told if e.destination == escape.destination)),
             "seen_by": "leak watch",
-            **_routed_by(escape.destination, seen),
+            **({"routed_by": seen.link.name} if seen.link and escape.path is Path.TUNNEL else {}),
         }
         where = _where(facts)
         if escape.destination_port in DNS_PORTS:
@@ -71,17 +71,6 @@ def by_packets(seen: Observation, policy: Policy) -> Iterator[Finding]:
         else:
             code = Code.IP_LEAK if escape.destination.version == 4 else Code.IPV6_LEAK
             yield Finding(code, f"A packet left outside the tunnel: {where}.", facts | _tunnel(seen))
-
-
-def _routed_by(destination: IPAddress, seen: Observation) -> dict[str, str]:
-    """The tunnel's device, where routes send a packet through it that left beside it; nothing where they may not."""
-    link, parts = seen.link, [r for r in seen.routed or () if r.family == destination.version]
-    if link is None or not any(r.interface == link.name and r.share >= _MOST_OF_IT and not r.only for r in parts):
-        return {}
-    beside = [r for r in parts if r.interface != link.name]
-    if any(r.more or r.only or any(destination in n for n in r.networks) for r in beside):
-        return {}
-    return {"routed_by": link.name}
 
 
 def _protocol(name: str) -> str:
