@@ -137,6 +137,13 @@ CAUSES = {
         left("203.0.113.9", 443, path=Path.TUNNEL), Code.SPLIT_ROUTE,
         "is bound to eth0 or its address",
     ),
+    "leak_watch_off where it is not permitted": (
+        replace(WELL, leak_watch=False, watch_refused="Operation not permitted"), Code.LEAK_WATCH_OFF,
+        "Give the agent CAP_NET_RAW",
+    ),
+    "leak_watch_off for another cause": (
+        replace(WELL, leak_watch=False, watch_refused=""), Code.LEAK_WATCH_OFF, "See in the agent's log why",
+    ),
     "mtu_blackhole where a size passes": (
         replace(WELL, quality=Quality(seconds=5, sent=9, lost=0, vanished=1420, mtu=1300)), Code.MTU_BLACKHOLE,
         "to 1300, which passes",

@@ -179,6 +179,8 @@ _MORE = (
                    source_port=5, destination_port=53, name="example.org"),
         ),
     ),
+    replace(_WELL, leak_watch=False, watch_refused="Operation not permitted"),
+    replace(_WELL, leak_watch=False, watch_refused=""),
     replace(_WELL, dns_intercepted=True, resolvers=()),
     replace(_WELL, dns_intercepted=True, link=None),
 )  # fmt: skip
@@ -246,6 +248,7 @@ OPTIONAL = {
     Code.UPLINK_DOWN: ("reference", "beside_the_tunnel"),
     Code.DNS_DOWN: ("nameservers", "system"),
     Code.MTU_BLACKHOLE: ("passes",),
+    Code.LEAK_WATCH_OFF: ("packet_socket",),
     Code.NOTHING_SEEN: ("user", "reason"),
     Code.NO_NETWORK: ("interfaces", "refused"),
     Code.TUNNEL_UNKNOWN: ("exit", "declared", "home", "beside"),

@@ -155,6 +155,8 @@ EARLIER = {
     "exchange_before_declared": "exchange",
     "reports_before_one_user": "reports",
     "exchange_before_one_user": "exchange",
+    "reports_before_watch_refused": "reports",
+    "exchange_before_watch_refused": "exchange",
     "welcome_before_memory": "welcome",
     "memory_before_told": "memory",
     "memory_before_moved": "memory",

@@ -14,6 +14,7 @@ from vpn_sentinel.agent.asides import Asides
 from vpn_sentinel.agent.interfaces import Paths, Survey
 from vpn_sentinel.agent.leakwatch.watch import LeakWatch
 from vpn_sentinel.agent.net.as_user import AS_USER
+from vpn_sentinel.agent.net.packetsocket import packet_socket
 from vpn_sentinel.agent.netlink import Kernel
 from vpn_sentinel.agent.probes import bypass, dns, tcp
 from vpn_sentinel.agent.probes.canary import MAX_UPLINKS, Flock, canaries
@@ -126,7 +127,9 @@ def _at_the_end(eyes: Eyes, seen: Observation, paths: Paths) -> Observation:
     """Add what is watched all the time, as it is now: the whole picture, since what is urgent was told already."""
     if eyes.watch is not None:
         escapes = paths.known_of(eyes.watch.escapes(paths, seen.canaries))
-        seen = replace(seen, leak_watch=eyes.watch.on, escapes=escapes)
+        on = eyes.watch.on
+        why = (packet_socket() or "") if on is False else None
+        seen = replace(seen, leak_watch=on, watch_refused=why, escapes=escapes)
     if eyes.sight is not None:
         seen = replace(seen, quality=eyes.sight.quality(seen.link))
     return seen

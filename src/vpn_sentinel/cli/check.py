@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from vpn_sentinel.cli.reading import add_config, source_of, warn_unread
-from vpn_sentinel.domain.judge import PACKETS_UNSEEN, agreed_country
+from vpn_sentinel.domain.judge import agreed_country, packets_unseen
 from vpn_sentinel.domain.observation import Answer, Canary, Observation, Place, Probe
 from vpn_sentinel.domain.policy import IPAddress, Policy
 from vpn_sentinel.domain.routes import each_spoken
@@ -227,7 +227,7 @@ def unseen(looked: "Looked") -> list[str]:
                 f"The kill switch: nothing could be asked by {ways}: there is no route, or it is not permitted."
             )
     if seen.leak_watch is False:
-        found.append(PACKETS_UNSEEN)
+        found.append(packets_unseen(seen.watch_refused))
     if not seen.resolvers:
         urgent = looked.verdict.state in (State.LEAKING, State.DOWN)
         why = "not asked, as the traffic itself already shows the trouble" if urgent else "/etc/resolv.conf names none"

@@ -163,6 +163,15 @@ def _mtu_blackhole(facts: Facts) -> str | None:
     return f"Lower the MTU of the tunnel's interface to {passes}, which passes." if passes else None
 
 
+def _leak_watch_off(facts: Facts) -> str | None:
+    if facts.get("packet_socket", "opens") == "opens":
+        return None
+    return (
+        "Give the agent CAP_NET_RAW (in a container, cap_add: NET_RAW), or allow AF_PACKET in its sandbox, and it sees "
+        "each packet that leaves outside the tunnel."
+    )
+
+
 def _no_network(facts: Facts) -> str | None:
     if facts.get("interfaces") == "lo":
         return (
@@ -243,6 +252,7 @@ _BY_CODE: Final[Mapping[str, Callable[[Facts], str | None]]] = {
     "split_route": _split_route,
     "killswitch_open": _killswitch_open,
     "flapping": _flapping,
+    "leak_watch_off": _leak_watch_off,
     "mtu_blackhole": _mtu_blackhole,
     "no_network": _no_network,
     "nothing_seen": _nothing_seen,

@@ -13,9 +13,6 @@ from vpn_sentinel.domain.observation import Answer, Canary, Observation, Path, P
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy, is_public
 from vpn_sentinel.domain.verdict import Code, Finding, State, Verdict, worst
 
-PACKETS_UNSEEN: Final = (
-    "Packets cannot be watched here, or not on every way out: the agent lacks CAP_NET_RAW, or its log tells why."
-)
 # Pulses in a window below which a share of lost ones says nothing.
 LEAST_PULSES: Final = 20
 
@@ -177,9 +174,21 @@ def _about_the_agent(seen: Observation) -> Iterator[Finding]:
         names = ", ".join(seen.flaky)
         yield Finding(Code.CANARY_FLAKY, f"No answer from {names}, while others answer.", {"targets": names})
     if seen.leak_watch is False:
-        yield Finding(Code.LEAK_WATCH_OFF, PACKETS_UNSEEN)
+        facts = {} if seen.watch_refused is None else {"packet_socket": seen.watch_refused or "opens"}
+        yield Finding(Code.LEAK_WATCH_OFF, packets_unseen(seen.watch_refused), facts)
     if seen.pulses is False:
         yield Finding(Code.PULSES_BLOCKED, "UDP does not reach the server; the WebSocket carries the sign of life.")
+
+
+def packets_unseen(refused: str | None) -> str:
+    """That packets are not watched, and why as far as that is known."""
+    match refused:
+        case None:
+            return "Packets cannot be watched here, or not on every way out: the agent's log tells why."
+        case "":
+            return "Packets cannot be watched on every way out: the agent's log tells which interface, and why."
+        case _:
+            return f"Packets cannot be watched here: the agent may open no packet socket ({refused})."
 
 
 def _kill_switch(seen: Observation) -> Iterator[Finding]:

@@ -262,6 +262,8 @@ class Observation:
     not exist was given an address; None when nobody asked.
 
     `leak_watch` and `pulses` tell whether packets can be watched here and whether UDP reaches the server's echo.
+    `watch_refused` is why packets cannot be watched where this process may open no packet socket, "" where it may; None
+    when nobody looked.
     `refused_user` is the id of the one user whose programs go through the tunnel, where the agent may not ask in that
     user's place; None where it may, or everybody's go through it.
     `silent_for` is how many seconds before this round the first canary was sent that nothing has answered since.
@@ -286,6 +288,7 @@ class Observation:
     system_lookup: SystemLookup | None = None  # None: not asked, or not over yet
     escapes: tuple[Escape, ...] = ()
     leak_watch: bool | None = None
+    watch_refused: str | None = None
     refused_user: int | None = None
     claims: tuple[Claim, ...] = ()
     quality: Quality | None = None

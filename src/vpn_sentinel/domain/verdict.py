@@ -195,8 +195,7 @@ MEANING: Final[Mapping[Code, Meaning]] = {
     Code.LEAK_WATCH_OFF: Meaning(
         State.PROTECTED,
         _INFO,
-        "See in the agent's log why: without CAP_NET_RAW, give it that (in a container, cap_add: NET_RAW); else mend "
-        "what keeps it from listening. Until then routes and canaries tell, and no packet does.",
+        "See in the agent's log why, and mend that: then the agent sees each packet that leaves outside the tunnel.",
     ),
     Code.PULSES_BLOCKED: Meaning(
         State.PROTECTED, _INFO, "Let UDP to the server's API port pass; until then reports alone are the sign of life."

@@ -116,7 +116,8 @@ _LIMITS: Final[dict[type, dict[str, float]]] = {
     },
     o.Action: {"name": 64, "detail": limits.TEXT, "age": _NUMBER},
     o.Observation: {
-        "broken": limits.TEXT, "refused_user": 2.0**32, "silent_for": _NUMBER, "forwarded_port": _PORT, "took_ms": 1e9,
+        "broken": limits.TEXT, "watch_refused": limits.TEXT, "refused_user": 2.0**32, "silent_for": _NUMBER,
+        "forwarded_port": _PORT, "took_ms": 1e9,
     },
 }  # fmt: skip
 _LISTS: Final = ("canaries", "resolvers", "places", "escapes", "claims", "flaky", "actions")

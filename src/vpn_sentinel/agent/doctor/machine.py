@@ -3,7 +3,6 @@
 import os
 import platform
 import pwd
-import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Final
 from vpn_sentinel.agent.doctor.check import Check, gap, ok, unknown
 from vpn_sentinel.agent.doctor.ground import Greeting, Ground
 from vpn_sentinel.agent.net.as_user import AS_USER
+from vpn_sentinel.agent.net.packetsocket import packet_socket
 from vpn_sentinel.agent.spoolfile import check_folder
 
 _NET_ADMIN, _NET_RAW = 12, 13  # linux/capability.h
@@ -51,16 +51,6 @@ def effective_capabilities(status: Path) -> int | None:
 
 def has_net_admin(effective: int | None) -> bool:
     return effective is not None and bool(effective >> _NET_ADMIN & 1)
-
-
-def packet_socket() -> str | None:
-    """None when a packet socket can be opened here, else why not."""
-    try:
-        # Protocol 0: it takes in nothing.
-        socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC, 0).close()
-    except OSError as e:
-        return e.strerror or "refused"
-    return None
 
 
 def about_user(uid: int, name: str | None) -> Check:
