@@ -908,6 +908,22 @@ def test_all_that_routes_send_outside_is_told_each_with_its_own_address() -> Non
     assert leak.evidence["also"] == (f"routes to 2a01:4f8::/32 (comes out at {HOME6}), routes to 7.7.0.0/16 by eth1")
 
 
+def test_each_address_that_traffic_comes_out_at_beside_the_tunnel_is_told() -> None:
+    """Two ways out: the second one's address is no less home's than the first one's."""
+    ends = (canary(HOME, Path.OUTSIDE), canary(HOME, Path.OUTSIDE, target="x"), canary("91.10.20.31", Path.OUTSIDE))
+    for through in ((), (canary(EXIT),)):
+        (leak,) = judge(saw(*ends, *through), POLICY).findings
+        assert (leak.evidence["address"], leak.evidence["also"]) == (HOME, "traffic from 91.10.20.31")
+
+
+def test_packets_are_counted_by_the_device_that_is_named() -> None:
+    (first,) = escaped("203.0.113.9")
+    seen = replace(saw(EXIT), escapes=(replace(first, packets=2), replace(first, interface="eth1", packets=40)))
+    (leak,) = judge(seen, POLICY).findings
+    assert (leak.evidence["interface"], leak.evidence["packets"]) == ("eth0", "2")
+    assert leak.evidence["also"] == "UDP to 203.0.113.9:443 by eth1"
+
+
 def test_a_packet_of_another_resolver_is_told_beside_the_lookup_and_not_as_its_fact() -> None:
     dns = (asked("91.10.20.53", "192.168.1.1", Path.OUTSIDE),)
     (leak,) = judge(replace(saw(EXIT, dns=dns), escapes=escaped("9.9.9.9", 53)), POLICY).findings

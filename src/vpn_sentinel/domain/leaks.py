@@ -21,12 +21,12 @@ def by_canaries(seen: Observation, policy: Policy) -> Iterator[Finding]:
     """Where the canaries came out, and, told by the server alone, where the report did."""
     for family, code in ((4, Code.IP_LEAK), (6, Code.IPV6_LEAK)):
         answered = [c for c in seen.asked(Probe.DEFAULT) if c.family == family and c.answer is Answer.ANSWERED]
-        escaped = next((c for c in answered if _escapes(c, seen, policy)), None)
+        # By several ways out it comes out at several addresses, and each is told.
+        escaped = {c.address: c for c in reversed(answered) if _escapes(c, seen, policy)}
         inside = next((c for c in answered if c.address is not None and not _escapes(c, seen, policy)), None)
-        if escaped is not None and inside is not None:
-            yield _split_route(escaped, inside)
-        elif escaped is not None:
-            yield _ip_leak(code, escaped, seen, policy)
+        if escaped:
+            for canary in reversed(escaped.values()):
+                yield _split_route(canary, inside) if inside else _ip_leak(code, canary, seen, policy)
         elif seen.reported_from and seen.reported_from.version == family and policy.is_home(seen.reported_from):
             yield Finding(
                 code,
@@ -48,13 +48,14 @@ def by_packets(seen: Observation, policy: Policy) -> Iterator[Finding]:
         inside = [r for r in seen.routed or () if r.interface == seen.link.name and not r.only]
         through = {4} | {r.family for r in inside if r.share >= _MOST_OF_IT}
     for escape in told:
+        alike = [e for e in told if (e.destination, e.interface) == (escape.destination, escape.interface)]
         facts = {
             "source": end(escape.source, escape.source_port),
             "destination": end(escape.destination, escape.destination_port),
             "protocol": escape.protocol,
             "interface": escape.interface,
-            "packets": str(sum(e.packets for e in told if e.destination == escape.destination)),
-            "bytes": str(sum(e.size for e in told if e.destination == escape.destination)),
+            "packets": str(sum(e.packets for e in alike)),
+            "bytes": str(sum(e.size for e in alike)),
             "seen_by": "leak watch",
             **({"routed_by": seen.link.name} if seen.link and escape.path is Path.TUNNEL else {}),
         }
