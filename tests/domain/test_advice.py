@@ -120,6 +120,11 @@ CAUSES = {
     "dns_leak by a rule for its port": (
         routed(1.0, "UDP to port 53", inside=1.0), Code.DNS_LEAK, "Remove the rule (ip rule) that sends UDP to port 53",
     ),
+    "dns_leak by a rule for its port, as a lookup shows it": (
+        replace(
+            asked("1.1.1.1", None, Path.OUTSIDE), routed=routed(1.0, "UDP to port 53", inside=1.0).routed
+        ), Code.DNS_LEAK, "sends UDP to port 53 by eth0, past",
+    ),
     "dns_leak by a program that is bound to a device": (
         left("9.9.9.9", 53, path=Path.TUNNEL), Code.DNS_LEAK,
         "Routes send 9.9.9.9 through wg0, and it left by eth0 all the same",
@@ -190,7 +195,10 @@ def test_each_cause_of_a_code_has_its_own() -> None:
         (found,) = [f for f in judge(seen, POLICY).findings if f.code is code]
         said.setdefault(found.advice, []).append(name)
     alike = [names for names in said.values() if len(names) > 1]
-    assert alike == [["ip_leak, a dead tunnel", "ip_leak, a tunnel that is gone"]]
+    assert alike == [
+        ["ip_leak, a dead tunnel", "ip_leak, a tunnel that is gone"],
+        ["dns_leak by a rule for its port", "dns_leak by a rule for its port, as a lookup shows it"],
+    ]
 
 
 def test_a_balanced_default_is_not_all_of_the_traffic() -> None:

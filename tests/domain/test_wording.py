@@ -237,6 +237,7 @@ OPTIONAL = {
         "asn",
         "asked_from",
         "client_subnet",
+        "by_rule",
         "destination",
         "name",
         "networks",

@@ -41,6 +41,13 @@ def _ipv6_leak(facts: Facts) -> str | None:
 
 
 def _dns_leak(facts: Facts) -> str | None:
+    rule = facts.get("by_rule") or facts.get("traffic")
+    if rule:
+        by = f" by {facts['interface']}" if facts.get("interface") and "by_rule" not in facts else ""
+        return (
+            f"Remove the rule (ip rule) that sends {rule}{by}, past the tunnel: names go there, whichever resolver is "
+            f"asked. {_MEANT}"
+        )
     server = _address(facts.get("nameserver"))
     if server is None:
         return _dns_without_a_nameserver(facts)
@@ -54,7 +61,7 @@ def _dns_leak(facts: Facts) -> str | None:
             f"The forwarder on this host, {server}, asks at home, or from there: set its upstream to the VPN's "
             f"nameserver (Docker's 127.0.0.11 takes it from dns of the container). {_ALLOW}"
         )
-    if not is_public(server):
+    if not is_public(server) and facts.get("path") != "tunnel":
         return (
             f"The router or forwarder at {server} passes names on outside the VPN: {_NAME_ANOTHER}, and let the kill "
             f"switch close port 53 to the local network. {_ALLOW}"
@@ -68,12 +75,6 @@ def _dns_leak(facts: Facts) -> str | None:
 def _dns_without_a_nameserver(facts: Facts) -> str | None:
     if "getaddrinfo" in facts.get("seen_by", "") or facts.get("method") == "system":
         return _by_system()
-    if facts.get("traffic"):
-        by = f" by {facts['interface']}" if facts.get("interface") else ""
-        return (
-            f"Remove the rule (ip rule) that sends {facts['traffic']} past the tunnel{by}: names go there, whichever "
-            f"resolver is asked. {_MEANT}"
-        )
     return _by_packet(facts)
 
 
@@ -191,6 +192,8 @@ def _nothing_seen(facts: Facts) -> str | None:
             "Run the reference agent outside the tunnel's network, on the host say; or watch this tunnel with "
             "VPN_SENTINEL_ROLE=tunnel."
         )
+    if "blocked" in facts.values():
+        return "A firewall here refuses what the agent sends (nft list ruleset; iptables-save): let it pass."
     if facts.get("reason"):
         return "Mend what keeps the agent from looking; its log says more."
     return None

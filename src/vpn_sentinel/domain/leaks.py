@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from ipaddress import ip_address
 from typing import Final
 
 from vpn_sentinel.domain.observation import Answer, Canary, Observation, Path, Probe
@@ -115,6 +116,8 @@ def _with_others(first: Finding, others: Sequence[Finding]) -> Finding:
             continue
         words = _briefly(other.evidence)
         by = other.evidence.get("interface")
+        if _leads(other.evidence, first.evidence):
+            facts = {"by_rule": f"{other.evidence['traffic']} by {by}", **facts}
         if by and by != device:
             words += f" by {by}"
         if (address := other.evidence.get("comes_out_at")) is not None:
@@ -122,6 +125,14 @@ def _with_others(first: Finding, others: Sequence[Finding]) -> Finding:
         if words not in said:
             more[words] = None
     return replace(first, evidence={"also": few(list(more)), **facts} if more else facts)
+
+
+def _leads(rule: Mapping[str, str], asked: Mapping[str, str]) -> bool:
+    """Whether a rule for a port leads what was asked past the tunnel: it is at fault then, and no resolver."""
+    where = asked.get("nameserver") if asked.get("path") == Path.OUTSIDE else _host(asked)
+    if not where or "traffic" not in rule or "routed_by" in asked:
+        return False
+    return (":" in rule["networks"]) == (":" in where) and is_public(ip_address(where))
 
 
 def _host(facts: Mapping[str, str]) -> str:
