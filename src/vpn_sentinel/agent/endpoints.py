@@ -13,11 +13,15 @@ PROTOCOLS: Final = {"udp": UDP, "tcp": TCP}
 
 @dataclass(frozen=True, slots=True)
 class Endpoint:
-    """A VPN server that carries the tunnel. `protocol` is 6 (TCP) or 17 (UDP)."""
+    """A VPN server that carries the tunnel. `protocol` is 6 (TCP) or 17 (UDP).
+
+    `near` is the one port here from which that is known, None where it is known of all that goes there.
+    """
 
     address: IPAddress
     port: int
     protocol: int = UDP
+    near: int | None = None
 
     def __str__(self) -> str:
         host = f"[{self.address}]" if self.address.version == 6 else str(self.address)

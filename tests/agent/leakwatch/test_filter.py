@@ -66,7 +66,6 @@ FINE = {
     "an allowed resolver over IPv6": ip(ME6, "2620:fe::9", 6, tcp(4000, 53, 0x02)),
     "multicast": ip(ME, "239.255.255.250", 17, udp(4000, 1900)),
     "broadcast": ip(ME, "255.255.255.255", 17, udp(68, 67)),
-    "a lease renewed": ip(ME, "203.0.113.5", 17, udp(68, 67)),
     "a neighbour asked for": ip(ME6, "ff02::1:ff00:1", 58, b"\x87\0\0\0"),
     "a neighbour asked at its own address": ip(ME6, "2001:db8:9::1", 58, b"\x87\0\0\0"),
     "DHCPv6": ip(ME6, "fe80::1", 17, udp(546, 547)),

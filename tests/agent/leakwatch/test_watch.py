@@ -20,7 +20,7 @@ SHARED = f"""
 import asyncio, json, socket, subprocess, sys, time
 from collections.abc import Callable
 from functools import partial
-from ipaddress import ip_network
+from ipaddress import ip_address, ip_network
 from vpn_sentinel.agent.endpoints import parse_endpoint
 from vpn_sentinel.agent.interfaces import Paths, survey
 from vpn_sentinel.agent.leakwatch import watch as w
@@ -57,7 +57,7 @@ def decode(*raw, real=w.decode):
 
 w.decode = decode
 
-def make(endpoints=("198.51.100.7:51820",), allowed=(), meant="", wanted=True, resolvers=()):
+def make(endpoints=("198.51.100.7:51820",), allowed=(), meant="", wanted=True, resolvers=(), server=()):
     found = w.LeakWatch(
         tables=kernel, clock=clock,
         policy=Policy(
@@ -65,6 +65,7 @@ def make(endpoints=("198.51.100.7:51820",), allowed=(), meant="", wanted=True, r
         ),
         told=tell, survey=around, on_escape=acted.append,
         endpoints=lambda: [parse_endpoint(e) for e in endpoints], declared=parse_meant(meant), wanted=wanted,
+        meant=lambda: [ip_address(a) for a in server],
         on_neighbor=lambda neighbor: asked.append(f"{neighbor.address}%{neighbor.interface}"),
         neighbor_left=lambda: asked.append("left"),
     )

@@ -153,6 +153,65 @@ async def as_root(rules: str, script: str, **make: object) -> dict[str, object]:
     )
 
 
+async def test_a_lease_is_renewed_by_the_system_and_whatever_else_goes_to_that_port_is_told() -> None:
+    seen = await as_root(
+        "ip rule add pref 900 table 42",
+        # The client of an ISP whose server has a public address.
+        "with udp(port=68) as client:\n    send('203.0.113.1', 67, by=client); await asyncio.sleep(0.5)\n"
+        "a, b = udp(uid=1500), udp(uid=1500, port=68); send('203.0.113.2', 67, by=a); send('203.0.113.3', 67, by=b)\n"
+        "await until(lambda: len(acted) > 1)",
+    )
+    assert seen["to"] == ["203.0.113.2", "203.0.113.3"]
+
+
+FROM_THE_TUNNEL = """
+from tests.agent.leakwatch.bytes import ip, tcp, udp as datagram
+raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_RAW)
+raw.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"eth0")
+def goes_on(protocol, data, to="203.0.113.1"):
+    raw.sendto(ip("10.8.0.2", to, protocol, data)[1], (to, 0))
+"""
+
+
+async def test_what_goes_to_the_server_with_the_tunnels_address_is_told_unless_a_connection_goes_on() -> None:
+    seen = await told(
+        "ip rule add pref 900 table 42",
+        f"{FROM_THE_TUNNEL}\ngoes_on(6, tcp(4000, 443, 0x10)); goes_on(6, tcp(4000, 443, 0x11))\n"
+        "send('203.0.113.98', 9, by=udp()); await until(lambda: acted)\n"
+        "goes_on(17, datagram(4001, 9999)); await until(lambda: len(acted) > 1)",
+        server=("203.0.113.1",),
+    )
+    assert seen["to"] == ["203.0.113.1", "203.0.113.98", "203.0.113.99"]
+
+
+SHAPED = {
+    "WireGuard": (51820, "b'\\1' + bytes(3) + b'h' * 144"),
+    "OpenVPN": (1194, "b'\\x38' + b's' * 8 + bytes(5)"),
+    "IKE": (500, "b's' * 8 + bytes(9) + b'\\x20\\x22\\x08' + bytes(6) + b'\\0\\x1c'"),
+}
+
+
+@pytest.mark.parametrize(("port", "payload"), SHAPED.values(), ids=SHAPED.keys())
+async def test_a_vpns_packet_by_its_shape_is_none_and_lets_no_other_program_out(port: int, payload: str) -> None:
+    seen = await as_root(
+        "ip rule add pref 900 table 42",
+        f"vpn, other = udp(port={port}), udp(port=4001)\n"
+        f"send('203.0.113.1', {port}, {payload}, by=vpn); await asyncio.sleep(0.2)\n"
+        f"send('203.0.113.1', {port}, b'data', by=vpn); send('203.0.113.2', 9, by=other); await until(lambda: acted)\n"
+        f"send('203.0.113.1', {port}, b'hello', by=other); await until(lambda: len(acted) > 1)",
+    )
+    assert seen["to"] == ["203.0.113.1", "203.0.113.2"]
+
+
+@pytest.mark.parametrize(("port", "payload"), SHAPED.values(), ids=SHAPED.keys())
+async def test_what_a_persons_program_shapes_like_a_vpns_packet_is_told(port: int, payload: str) -> None:
+    seen = await as_root(
+        "ip rule add pref 900 table 42",
+        f"persons = udp(uid=1500); send('203.0.113.1', {port}, {payload}, by=persons); await until(lambda: acted)",
+    )
+    assert seen["to"] == ["203.0.113.1"]
+
+
 async def test_a_user_that_a_rule_lets_out_is_none_and_another_user_is_told() -> None:
     seen = await as_root(
         "ip rule add pref 500 uidrange 990-995 lookup main\nip rule add pref 900 table 42",

@@ -103,7 +103,9 @@ _LINK_ONLY: Final[tuple[str, ...]] = ("224.0.0.0/24", "fe80::/10", "ff02::/16")
 
 
 def _to(endpoint: Endpoint) -> str:
-    return f"{_at(endpoint.address)} {'tcp' if endpoint.protocol == TCP else 'udp'} dport {endpoint.port}"
+    protocol = "tcp" if endpoint.protocol == TCP else "udp"
+    near = "" if endpoint.near is None else f"{protocol} sport {endpoint.near} "
+    return f"{_at(endpoint.address)} {near}{protocol} dport {endpoint.port}"
 
 
 def _at(address: IPAddress) -> str:

@@ -17,8 +17,6 @@ from typing import Any, Final
 from vpn_sentinel.agent.endpoints import TCP, UDP, Endpoint
 from vpn_sentinel.agent.leakwatch.packets import RST, SYN, SYN_ACK
 from vpn_sentinel.agent.leakwatch.rules import (
-    BOOTP,
-    DHCPV6,
     DNS,
     FRAGMENT,
     ICMP,
@@ -234,7 +232,6 @@ class _Family:
     piece: Test | None
     icmp: int
     icmp_own: tuple[int, ...]
-    dhcp: int
 
     def proto(self, number: int) -> tuple[Test, ...]:
         return (Test((self.protocol,), number), *self.whole)
@@ -262,11 +259,11 @@ class _Family:
 _OFFSET: Final = (Insn(_LD_H, 6), Insn(_AND, 0x1FFF))
 _FOUR: Final = _Family(
     version=4, protocol=Insn(_LD_B, 9), hops=Insn(_LD_B, 8), behind=(Insn(_LDX_MSH, 0),), whole=(Test(_OFFSET, 0),),
-    piece=Test(_OFFSET, 0, _JGT), icmp=ICMP, icmp_own=ICMP_ANSWERS, dhcp=BOOTP,
+    piece=Test(_OFFSET, 0, _JGT), icmp=ICMP, icmp_own=ICMP_ANSWERS,
 )  # fmt: skip
 _SIX: Final = _Family(
     version=6, protocol=Insn(_LD_B, 6), hops=Insn(_LD_B, 7), behind=(Insn(_LDX_IMM, 40),), whole=(),
-    piece=None, icmp=ICMP6, icmp_own=ICMP6_OWN, dhcp=DHCPV6,
+    piece=None, icmp=ICMP6, icmp_own=ICMP6_OWN,
 )  # fmt: skip
 
 
@@ -301,7 +298,6 @@ def _needed(rules: Rules, at: _Family) -> list[Insn]:
         made += verdict(*tests)
     for kind in at.icmp_own:
         made += verdict(*at.proto(at.icmp), at.byte(0, kind))
-    made += verdict(*at.proto(UDP), at.port(at.dhcp))
     made += verdict(*at.proto(TCP), at.byte(13, RST, jump=_JSET))
     return [*made, *verdict(*at.proto(TCP), at.byte(13, SYN_ACK, Insn(_AND, SYN_ACK)))]
 
@@ -327,7 +323,8 @@ def _tunnel(end: Endpoint, at: _Family) -> list[Insn]:
     # Later fragments have no ports; those of the tunnel's packets are the tunnel's too.
     pieces = Test((at.protocol,), FRAGMENT) if at.piece is None else at.piece
     mine = () if at.piece is None else (Test((at.protocol,), end.protocol),)
-    return [*verdict(*to, *mine, pieces), *verdict(*to, *at.proto(end.protocol), at.port(end.port))]
+    near = at.between(0, end.near, end.near) if end.near is not None else ()
+    return [*verdict(*to, *mine, pieces), *verdict(*to, *at.proto(end.protocol), at.port(end.port), *near)]
 
 
 def _excepted(rule: Rule, at: _Family, result: int = DROP) -> list[Insn]:

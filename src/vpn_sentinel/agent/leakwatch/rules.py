@@ -16,7 +16,7 @@ from vpn_sentinel.domain.leaks import DNS_PORTS
 from vpn_sentinel.domain.policy import NOT_PUBLIC, IPNetwork, within
 
 ICMP, ICMP6 = 1, 58
-DNS, BOOTP, DHCPV6 = 53, 67, 547
+DNS = 53
 FRAGMENT: Final = 44  # IPv6's next header
 # Nobody there asks for a name elsewhere: multicast, broadcast, this host.
 NOBODY: Final[tuple[IPNetwork, ...]] = tuple(
@@ -70,8 +70,9 @@ class Rules:
         to = packet.destination
         for end in self.endpoints:
             # Later fragments have no ports; those of the tunnel's packets are the tunnel's too.
-            same_port = packet.fragment or packet.destination_port == end.port
-            if end.address == to and same_port and packet.protocol in (end.protocol, FRAGMENT):
+            near = end.near is None or packet.source_port == end.near
+            same_ports = packet.fragment or (packet.destination_port == end.port and near)
+            if end.address == to and same_ports and packet.protocol in (end.protocol, FRAGMENT):
                 return True
         if any(selects(rule, packet) for rule in self.excepted) or self._is_meant(packet):
             return True
@@ -91,6 +92,12 @@ class Rules:
         )
 
 
+def is_dhcp(packet: Packet) -> bool:
+    """Whether its ports are those of a client that asks a server of DHCP (RFC 2131, 4.1; RFC 8415, 7.2)."""
+    ports = (68, 67) if packet.destination.version == 4 else (546, 547)
+    return packet.protocol == UDP and (packet.source_port, packet.destination_port) == ports
+
+
 def is_dns(packet: Packet) -> bool:
     """Whether it goes to a port of nameservers."""
     return packet.destination_port in DNS_PORTS and packet.protocol in (UDP, TCP)
@@ -103,8 +110,6 @@ def _keeps_the_network_running(packet: Packet) -> bool:
             return four and packet.kind in ICMP_ANSWERS
         case 58:
             return not four and packet.kind in ICMP6_OWN
-        case 17:
-            return packet.destination_port == (BOOTP if four else DHCPV6)
         case 6:
             return bool(packet.flags & RST) or packet.flags & SYN_ACK == SYN_ACK  # both are answers
         case _:

@@ -11,7 +11,7 @@ from vpn_sentinel.agent.leakwatch.inbound import MAX_FLOWS, Flow
 from vpn_sentinel.agent.leakwatch.meant import Meant
 from vpn_sentinel.agent.leakwatch.packets import Packet
 from vpn_sentinel.agent.leakwatch.senders import Senders, is_mark, leads_in, selects
-from vpn_sentinel.agent.net.fib import Fib, Rule
+from vpn_sentinel.agent.net.fib import PERSONS, Fib, Rule
 from vpn_sentinel.agent.net.sockets import Socket
 from vpn_sentinel.domain.policy import IPAddress
 
@@ -108,6 +108,11 @@ class Users:
             return any(selects(r, packet, uid) for r in inside)
         maybe = uid is None and self._closed is not None and _flow(packet) is not None
         return None if maybe and any(selects(replace(r, uids=None), packet) for r in excepted) else True
+
+    def is_a_persons(self, packet: Packet) -> bool:
+        """Whether a person's program sends it, which is no VPN's and none of the system's; False where nobody knows."""
+        uid, _ = self._sender(packet)
+        return uid is not None and uid in PERSONS
 
     def was_led_out(self, packet: Packet, passed: float, *, killed: bool) -> bool:
         """Whether a rule for a user led the packet out, which `passed` then by the kernel's clock; its sender is gone.

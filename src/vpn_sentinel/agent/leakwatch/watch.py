@@ -29,7 +29,7 @@ from vpn_sentinel.agent.leakwatch.neighbors import Neighbor, Neighbors
 from vpn_sentinel.agent.leakwatch.openings import Openings
 from vpn_sentinel.agent.leakwatch.others import Others
 from vpn_sentinel.agent.leakwatch.packets import Packet, decode
-from vpn_sentinel.agent.leakwatch.rules import Rules, is_dns
+from vpn_sentinel.agent.leakwatch.rules import Rules, is_dhcp, is_dns
 from vpn_sentinel.agent.leakwatch.shapes import Shape, Shapes, is_dtls
 from vpn_sentinel.agent.leakwatch.tap import BATCH, Tap
 from vpn_sentinel.agent.leakwatch.users import Users
@@ -450,6 +450,8 @@ class LeakWatch:
         if self._is_to_a_neighbor(packet):
             self._asked(packet, interface, now)
             return
+        if is_dhcp(packet) and not self._users.is_a_persons(packet):
+            return
         if self._is_a_vpns(packet):
             return
         # The tunnel may have moved to another server, or the network changed, and the news is still on its way.
@@ -583,10 +585,13 @@ class LeakWatch:
         carrier = self.carrier.found
         if carrier is not None and (carrier.address, carrier.protocol) == (packet.destination, TCP) and is_dtls(packet):
             shape = Shape.OWN  # TLS carries the tunnel until DTLS is tried again
+        if shape is Shape.OTHER or (self._able() and self._users.is_a_persons(packet)):
+            return False
         if shape is Shape.OWN and packet.destination_port is not None:
             self._openings.belongs_to_vpn(packet)
-            self._learn(Endpoint(packet.destination, packet.destination_port, packet.protocol))
-        return shape is not Shape.OTHER
+            # What another program sends to the same end may be anything.
+            self._learn(Endpoint(packet.destination, packet.destination_port, packet.protocol, packet.source_port))
+        return True
 
     def _waits(self, packet: Packet, interface: str, now: float) -> bool:
         """Whether it is tried first where the tunnel's packets go: its program may have gone on to this one.
@@ -725,7 +730,7 @@ class LeakWatch:
 
         A kill switch that lets established flows pass lets it out, with the tunnel's address as its source.
         """
-        if packet.destination not in self._meant():
+        if packet.destination not in self._meant() or packet.protocol != TCP or packet.opens:
             return False
         here = next((i for i in self._ground.interfaces if i.name == interface), None)
         return here is not None and packet.source not in here.addresses

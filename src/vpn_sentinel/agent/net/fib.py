@@ -55,6 +55,8 @@ _REFUSING: Final = frozenset({RTN_BLACKHOLE, RTN_UNREACHABLE, RTN_PROHIBIT})
 _LOOPBACK: Final = "lo"
 MOST_OWN_PORTS: Final = 256
 FIRST_PERSON: Final = 1000  # the first user id that is a person's
+# Behind them are those of services that have none of their own, and nobody's, which VPN programs change to.
+PERSONS: Final = range(FIRST_PERSON, 60_000)
 
 Interval = tuple[int, int]
 _last: Final = itemgetter(1)  # address of an interval or a segment
