@@ -59,7 +59,9 @@ def by_packets(seen: Observation, policy: Policy) -> Iterator[Finding]:
             "bytes": str(sum(e.size for e in alike)),
             "seen_by": "leak watch",
             **({"routed_by": seen.link.name} if seen.link and escape.path is Path.TUNNEL else {}),
+            **({} if escape.user is None else {"user": str(escape.user)}),
         }
+        whose = "" if escape.user is None else f" of user {escape.user}"
         where = _where(facts)
         if escape.destination_port in DNS_PORTS:
             if policy.allows_resolver(escape.destination) or not is_public(escape.destination):
@@ -67,12 +69,12 @@ def by_packets(seen: Observation, policy: Policy) -> Iterator[Finding]:
             asked = f' for "{escape.name}"' if escape.name else ""
             what = f"A DNS query{asked}" if escape.destination_port == 53 else "A packet to an encrypted DNS resolver"
             facts |= {"name": escape.name} if escape.name else {}
-            yield Finding(Code.DNS_LEAK, f"{what} left outside the tunnel: {where}.", facts)
+            yield Finding(Code.DNS_LEAK, f"{what}{whose} left outside the tunnel: {where}.", facts)
         elif escape.destination.version in through:
-            yield Finding(Code.SPLIT_ROUTE, f"A packet left outside the tunnel: {where}.", facts)
+            yield Finding(Code.SPLIT_ROUTE, f"A packet{whose} left outside the tunnel: {where}.", facts)
         else:
             code = Code.IP_LEAK if escape.destination.version == 4 else Code.IPV6_LEAK
-            yield Finding(code, f"A packet left outside the tunnel: {where}.", facts | _tunnel(seen))
+            yield Finding(code, f"A packet{whose} left outside the tunnel: {where}.", facts | _tunnel(seen))
 
 
 def _protocol(name: str) -> str:

@@ -142,8 +142,9 @@ class Escape:
 
     `protocol` is "udp", "tcp", "icmp", "icmp6" or the IP protocol's number; ports are None where it has none.
     `name` is the DNS name that was asked, when the packet was such a question. `size` counts bytes of IP packets.
-    `first_age` and `last_age` are how many seconds before the observation the first and the last packet left.
-    `path` is how routes send a packet there that no program bound to a device, and no firewall marked.
+    `first_age` and `last_age` are how many seconds before the observation the first and the last packet left. `path` is
+    how routes send a packet there that no program bound to a device, and no firewall marked. `user` is the user id
+    whose program sent the first, where its socket was still there to tell.
     """
 
     interface: str
@@ -158,6 +159,7 @@ class Escape:
     last_age: float = 0.0
     name: str | None = None
     path: Path = Path.UNKNOWN
+    user: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

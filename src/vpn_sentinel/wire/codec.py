@@ -106,7 +106,7 @@ _LIMITS: Final[dict[type, dict[str, float]]] = {
     o.SystemLookup: {"error": limits.TEXT},
     o.Escape: {
         "interface": 64, "protocol": 16, "name": 255, "source_port": _PORT, "destination_port": _PORT,
-        "packets": 2.0**63, "size": 2.0**63, "first_age": _NUMBER, "last_age": _NUMBER,
+        "packets": 2.0**63, "size": 2.0**63, "first_age": _NUMBER, "last_age": _NUMBER, "user": 2.0**32,
     },
     o.Claim: {"source": 64, "status": limits.TEXT, "endpoint": limits.TEXT, "handshake_age": _NUMBER},
     o.Quality: {

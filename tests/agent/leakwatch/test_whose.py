@@ -173,6 +173,16 @@ def goes_on(protocol, data, to="203.0.113.1"):
 """
 
 
+async def test_whose_packet_it_was_is_told() -> None:
+    seen = await ran(
+        f"{TUNNEL}\nsh('ip rule add pref 900 table 42')\nwatch = make()\n"
+        "persons = udp(uid=1500); send('203.0.113.1', 9, by=persons); await until(lambda: acted)\n"
+        "say(to=[acted[0].user])",
+        users=True,
+    )
+    assert seen["to"] == [1500]
+
+
 async def test_what_goes_to_the_server_with_the_tunnels_address_is_told_unless_a_connection_goes_on() -> None:
     seen = await told(
         "ip rule add pref 900 table 42",

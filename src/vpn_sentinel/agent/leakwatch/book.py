@@ -36,6 +36,7 @@ class _Flow:
     packets: int = 0
     size: int = 0
     routed: bool = False
+    user: int | None = None
 
     def escape(self, now: float) -> Escape:
         packet = self.packet
@@ -51,6 +52,7 @@ class _Flow:
             first_age=round(max(0.0, now - self.first), 3),
             last_age=round(max(0.0, now - self.last), 3),
             name=packet.name,
+            user=self.user,
         )
 
 
@@ -65,8 +67,12 @@ class Book:
         self._flows: dict[_Key, _Flow] = {}
         self._kinds: Counter[_Kind] = Counter()
 
-    def see(self, packet: Packet, interface: str, now: float, *, routed: bool = False) -> Escape | None:
+    def see(
+        self, packet: Packet, interface: str, now: float, *, routed: bool = False, user: int | None = None
+    ) -> Escape | None:
         """Count one packet; `routed` is whether the routes lead its destination outside, for everybody.
+
+        `user` is whose it is, of a flow's first packet.
 
         Returns the flow when nothing else in the book went to that destination and port.
         """
@@ -79,7 +85,7 @@ class Book:
         if flow is None:
             if len(self._flows) >= FLOWS:
                 self._drop(min(self._flows, key=lambda k: self._flows[k].last))
-            flow = self._flows[key] = _Flow(interface, packet, first=now, last=now)
+            flow = self._flows[key] = _Flow(interface, packet, first=now, last=now, user=user)
             self._kinds[kind] += 1
         flow.last = now
         flow.routed = routed

@@ -111,8 +111,12 @@ class Users:
 
     def is_a_persons(self, packet: Packet) -> bool:
         """Whether a person's program sends it, which is no VPN's and none of the system's; False where nobody knows."""
-        uid, _ = self._sender(packet)
+        uid = self.user(packet)
         return uid is not None and uid in PERSONS
+
+    def user(self, packet: Packet) -> int | None:
+        """Whose program sends it, as long as the kernel knows the socket."""
+        return self._sender(packet)[0]
 
     def was_led_out(self, packet: Packet, passed: float, *, killed: bool) -> bool:
         """Whether a rule for a user led the packet out, which `passed` then by the kernel's clock; its sender is gone.

@@ -645,7 +645,8 @@ class LeakWatch:
         if packet.name is not None and (is_ours(packet.name) or is_probe(packet)):
             # It shows the way of every program's lookups, by getaddrinfo(3) or diverted; the name itself is nobody's.
             packet = replace(packet, name=None)
-        new = self._book.see(packet, interface, now, routed=self._is_routed_outside(packet.destination))
+        user = None if self._book.has(packet) else self._users.user(packet)
+        new = self._book.see(packet, interface, now, routed=self._is_routed_outside(packet.destination), user=user)
         if new is not None:
             self._on_escape(new)
             self._tell(now)
