@@ -157,6 +157,16 @@ def test_streams_that_are_closed(command: str, closed: str, tmp_path: Path) -> N
     ends_in_words(done)
 
 
+@ROOT
+@pytest.mark.parametrize(("command", "status"), [("doctor", 1), ("check", 4), ("check --json", 4)])
+def test_an_output_whose_encoding_lacks_our_signs(command: str, status: int, tmp_path: Path) -> None:
+    """A locale of Latin-1 or ASCII that is taken at its word. 1 would be the status of a tunnel that is degraded."""
+    words = ["unshare", "--net", *PROGRAM, *command.split()]
+    done = run(words, PYTHONIOENCODING="ascii", VPN_SENTINEL_DATA_DIR=str(tmp_path))
+    ends_in_words(done)
+    assert (done.returncode, done.stderr) == (status, "")
+
+
 def test_no_file_of_ours_takes_the_number_of_a_closed_stream(tmp_path: Path) -> None:
     """Else a line for people would be written into the database."""
     done = shell(

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import errno
+import io
 import os
 import resource
 import sys
@@ -41,6 +42,7 @@ class _Parser(argparse.ArgumentParser):
 def main(words: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit status: 64 for a call that makes no sense, 1 for a failure."""
     _open_closed_streams()
+    _print_what_can_be_printed()
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if 0 <= files < _FILES:  # found out later it would be a traceback, or be blamed on what did not fit any more
         print(f"vpn-sentinel: only {files} open files are allowed (ulimit -n), {_FILES} are needed", file=sys.stderr)
@@ -115,6 +117,12 @@ def _open_closed_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
+
+
+def _print_what_can_be_printed() -> None:
+    """Put a "?" for what the output's encoding lacks: its error would look like the exit status of a verdict."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
 
 
 def _drop_output() -> None:
