@@ -135,6 +135,24 @@ say(flows=flows(watch))
     assert seen["flows"] == [["203.0.113.5", 443, 1]]
 
 
+async def test_where_a_rule_leads_the_tunnels_own_address_outside_our_question_is_a_probe_as_ever() -> None:
+    """A connected socket has that address (`ip rule add from 10.8.0.2 table main`), and so have connections of TCP."""
+    seen = await ran(f"""{RULES}
+for line in ("link add wg0 type veth peer name inside", "link set inside up", "link set wg0 up",
+             "addr add 10.8.0.2/32 dev wg0", "route replace default dev wg0",
+             "rule add pref 800 from 10.8.0.2 lookup 100", "route add default via 192.168.7.1 dev eth0 table 100"):
+    subprocess.run(["ip", *line.split()], check=True)
+watch = make()
+await ask("1.1.1.1")
+left = "1.1.1.1" in came
+program = socket.socket(socket.AF_INET, socket.SOCK_DGRAM); program.connect(("203.0.113.5", 443)); program.send(b"x")
+await until(lambda: "203.0.113.5" in came)  # behind it
+say(flows=flows(watch), left=left)
+""")
+    assert seen["left"]
+    assert seen["flows"] == [["203.0.113.5", 443, 1]]
+
+
 async def test_led_to_a_nameserver_of_the_lan_has_that_one_asked() -> None:
     seen = await ran(f"""{RULES}
 watch = make()

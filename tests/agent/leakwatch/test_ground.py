@@ -25,7 +25,14 @@ class Tables:
     def ways(self, by: Collection[int]) -> tuple[Way, ...]:
         return tuple(w for w in self.found if w.interface in by)
 
-    def route(self, destination: IPAddress, *, port: int = 0, protocol: int = 17) -> Route | None:
+    def route(
+        self,
+        destination: IPAddress,
+        *,
+        port: int = 0,
+        protocol: int = 17,
+        source: tuple[IPAddress, int] | None = None,
+    ) -> Route | None:
         return None  # the ground asks for no single packet
 
 

@@ -28,7 +28,14 @@ class Tables(Protocol):
 
     def ways(self, by: Collection[int]) -> tuple[Way, ...]: ...
 
-    def route(self, destination: IPAddress, *, port: int = 0, protocol: int = 17) -> Route | None: ...
+    def route(
+        self,
+        destination: IPAddress,
+        *,
+        port: int = 0,
+        protocol: int = 17,
+        source: tuple[IPAddress, int] | None = None,
+    ) -> Route | None: ...
 
     def changed(self) -> None:
         """Routes or rules may have changed: the next look reads them anew. It raises nothing."""

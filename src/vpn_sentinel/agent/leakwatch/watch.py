@@ -707,9 +707,14 @@ class LeakWatch:
         entry = fib.lookup(packet.destination, _sender(packet))
         if entry is None or {hop.interface for hop in entry.hops} != {tunnel}:
             return False
+        to, port, protocol = packet.destination, packet.destination_port or 0, packet.protocol
         try:
             # Tables are not all: of routes by a router that does not answer, IPv6 takes another one.
-            route = self._tables.route(packet.destination, port=packet.destination_port or 0, protocol=packet.protocol)
+            route = self._tables.route(to, port=port, protocol=protocol)
+            if route is not None and route.source is not None:
+                # A connected socket keeps this address, by which another rule may lead it (`from`).
+                kept = (route.source, packet.source_port or 0)
+                route = self._tables.route(to, port=port, protocol=protocol, source=kept)
         except OSError:
             return False
         return route is not None and route.interface == tunnel
