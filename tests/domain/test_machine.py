@@ -229,6 +229,13 @@ def test_a_silence_says_how_long_nothing_came() -> None:
     assert silent(standing(State.PROTECTED)).findings[0].code is Code.NO_REPORTS
 
 
+def test_a_silence_in_which_pulses_come_blames_neither_agent_nor_tunnel() -> None:
+    finding = silence_finding(100.0, 113.0, "attic", ["ch"], pulses=True)
+    assert finding.message == "No report for 13 s, but pulses: the agent runs, and its reports do not get through."
+    assert finding.evidence == {"silent_for_seconds": "13", "heard": "pulses"}
+    assert "TCP" in finding.advice
+
+
 def test_who_is_silent_does_not_become_silent() -> None:
     before = standing(State.SILENT)
     assert overdue(before, 200.0, silence_finding(100.0, 200.0)) == (before, [])

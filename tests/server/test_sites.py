@@ -417,3 +417,16 @@ async def test_what_an_agent_did_is_kept_once(site: Site) -> None:
     await site.take((1, 0.0, did))
     found = await site.store.read(select(actions))
     assert [(r.at - START, r.name, r.outcome, r.detail) for r in found] == [(-2.0, "contain", "done", "closed")]
+
+
+@pytest.mark.parametrize(("ago", "heard"), [(0.8, True), (13.0, False)])
+async def test_who_is_silent_and_pulses_runs_and_cannot_report(site: Site, ago: float, heard: bool) -> None:
+    """TCP to the server is held back, and UDP passes; one that was killed pulses no more."""
+    await site.tunnel(WELL)
+    site.clock.now += 92.0
+    site.pulsed["nl"] = (0.0, site.clock.wall() - ago)
+    await site.tracker.sweep(["nl"], site.clock.wall())
+    row = await site.row()
+    assert (row.state, row.deadline) == ("silent", None)
+    assert ("the agent runs" in row.findings) is heard
+    assert ("a dead agent look the same" in row.findings) is not heard

@@ -248,6 +248,12 @@ def _address(text: str | None) -> IPAddress | None:
         return None
 
 
+def _no_reports(facts: Facts) -> str | None:
+    if "heard" not in facts:
+        return None
+    return "See the agent's log: something between it and this server holds connections (TCP) back, or answers them."
+
+
 _BY_CODE: Final[Mapping[str, Callable[[Facts], str | None]]] = {
     "ip_leak": _ip_leak,
     "ipv6_leak": _ipv6_leak,
@@ -261,4 +267,5 @@ _BY_CODE: Final[Mapping[str, Callable[[Facts], str | None]]] = {
     "nothing_seen": _nothing_seen,
     "tunnel_unknown": _tunnel_unknown,
     "tunnel_unseen": _tunnel_unseen,
+    "no_reports": _no_reports,
 }

@@ -324,13 +324,19 @@ def _note_exits(step: _Step, at: float, exits: tuple[IPAddress | None, IPAddress
         step.memory = replace(memory, exit4=now[0], exit6=now[1])
 
 
-def silence_finding(last_seen: float, deadline: float, site: str = "", others: Sequence[str] = ()) -> Finding:
+def silence_finding(
+    last_seen: float, deadline: float, site: str = "", others: Sequence[str] = (), *, pulses: bool = False
+) -> Finding:
     """What an overdue tunnel shows: how long nothing has come.
 
-    `others` are all that report from the same `site`, when none of them is heard any more.
+    `others` are all that report from the same `site`, when none of them is heard any more. `pulses` of its agent come
+    all the same.
     """
     told = f"No report for {deadline - last_seen:.0f} s"
     facts = {"silent_for_seconds": f"{deadline - last_seen:.0f}"}
+    if pulses:
+        said = f"{told}, but pulses: the agent runs, and its reports do not get through."
+        return Finding(Code.NO_REPORTS, said, {**facts, "heard": "pulses"})
     if others:
         said = f"{told}, and none from anybody else of the site {site}: probably its internet connection is down."
         return Finding(Code.NO_REPORTS, said, {**facts, "site": site, "silent_too": ", ".join(others)})

@@ -38,6 +38,8 @@ _PULSE: Final = 3.0
 # sent before it. A dead tunnel is known 2.3 s into it at the soonest, and two pulses are 1.7 s apart at most: so while
 # home is well, one has come by then.
 _LATER: Final = 0.1
+# So many seconds after its last pulse, 1.7 s being the most between two, an agent still counts as one that sends them.
+_PULSING: Final = 2.0
 # From when to when pulses came without a gap, in seconds since the epoch.
 Span = tuple[float, float]
 
@@ -160,6 +162,11 @@ class Sites:
         """Whether the internet of `site` worked at `at`; None when nobody can tell. See `Reference.up`."""
         said = {known.up(at, well_until, began, rtt, self._pulsed(name)) for name, known in self._of(site).items()}
         return True if True in said else False if False in said else None
+
+    def pulses(self, name: str, now: float) -> bool:
+        """Whether pulses of the agent `name` come, whatever becomes of its reports."""
+        span = self._pulsed(name)
+        return span is not None and now - span[1] < _PULSING
 
     def may_tell(self, site: str, now: float) -> bool:
         """Whether a reference agent of `site` was well when last heard of: it tells soon if home has no internet."""

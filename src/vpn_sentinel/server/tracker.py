@@ -190,7 +190,9 @@ class Tracker:
             return Writes(tunnels={row.id: row})
         try:
             before = self._load(row, now)
-            memory, events = overdue(before, deadline, silence_finding(row.last_seen, deadline, row.site, others))
+            pulses = self._sites.pulses(row.name, now)
+            finding = silence_finding(row.last_seen, deadline, row.site, others, pulses=pulses)
+            memory, events = overdue(before, deadline, finding)
             row.deadline = None
             if row.role == REFERENCE:
                 self._sites.silent(row.name, deadline - row.last_seen)
