@@ -235,6 +235,19 @@ def test_a_firewall_that_refuses_this_programs_packets_is_said_and_proves_nothin
     assert "other users' programs" in found.message
 
 
+@pytest.mark.parametrize("gateway", [Answer.ANSWERED, Answer.LOST])
+def test_a_firewall_that_lets_nothing_into_a_tunnel_that_is_up_is_said(gateway: Answer) -> None:
+    refused = canary(None, answer=Answer.BLOCKED), canary(None, answer=Answer.UNREACHABLE, family=6)
+    asked = canary(None, probe=Probe.GATEWAY, answer=gateway)
+    link = Link(name="wg0", present=True, up=True)
+    (found,) = judge(Observation(trigger=Trigger.TIMER, link=link, canaries=(*refused, asked)), POLICY).findings
+    assert found.code is Code.NO_TRAFFIC
+    assert "this host refuses what this program sends into it" in found.message
+    assert "firewall" in found.advice
+    lost = Observation(trigger=Trigger.TIMER, link=link, canaries=(*refused, canary(None, answer=Answer.LOST)))
+    assert "nothing comes back" in judge(lost, POLICY).findings[0].message  # one that went out tells more
+
+
 def test_a_namespace_with_nothing_but_lo_is_called_so() -> None:
     alone = Observation(trigger=Trigger.TIMER, interfaces=(), canaries=(canary(None, answer=Answer.UNREACHABLE),))
     (found,) = judge(alone, POLICY).findings

@@ -248,6 +248,15 @@ def _address(text: str | None) -> IPAddress | None:
         return None
 
 
+def _no_traffic(facts: Facts) -> str | None:
+    if "refused" not in facts:
+        return None
+    return (
+        "See this host's firewall (nft list ruleset; iptables-save): it refuses what goes into the tunnel. A kill "
+        "switch may let another device or user pass, and not these."
+    )
+
+
 def _no_reports(facts: Facts) -> str | None:
     if "heard" not in facts:
         return None
@@ -268,4 +277,5 @@ _BY_CODE: Final[Mapping[str, Callable[[Facts], str | None]]] = {
     "tunnel_unknown": _tunnel_unknown,
     "tunnel_unseen": _tunnel_unseen,
     "no_reports": _no_reports,
+    "no_traffic": _no_traffic,
 }

@@ -41,6 +41,12 @@ def why_dead(seen: Observation) -> Iterator[Finding]:
         )
     elif not seen.link.present or not seen.link.up:
         yield _tunnel_down(seen.link, answers(canaries))
+    elif _is_refused(canaries):
+        yield Finding(
+            Code.NO_TRAFFIC,
+            f"The interface {seen.link.name} is up, and this host refuses what this program sends into it.",
+            {"interface": seen.link.name, "refused": "this program's packets", **answers(canaries), **_claimed(seen)},
+        )
     elif (gateway := next((c for c in seen.asked(Probe.GATEWAY) if c.answer is Answer.ANSWERED), None)) is not None:
         yield Finding(
             Code.NO_FORWARDING,
@@ -59,6 +65,13 @@ def why_dead(seen: Observation) -> Iterator[Finding]:
                 **_claimed(seen),
             },
         )
+
+
+def _is_refused(canaries: tuple[Canary, ...]) -> bool:
+    """Whether a firewall here let none of them out: nothing is known of the tunnel then."""
+    return any(c.answer is Answer.BLOCKED for c in canaries) and all(
+        c.answer in (Answer.BLOCKED, Answer.UNREACHABLE) for c in canaries
+    )
 
 
 def _no_network(seen: Observation, canaries: tuple[Canary, ...]) -> Finding:
