@@ -87,6 +87,20 @@ def test_an_ipv6_exit() -> None:
 
 
 @pytest.mark.parametrize(
+    ("told", "address"),
+    [
+        ("146.70.1.2:51820", "146.70.1.2"), ('"146.70.1.2"', "146.70.1.2"), (" 146.70.1.2\n", "146.70.1.2"),
+        ("[2a0d:5600::2]", "2a0d:5600::2"), ("[2a0d:5600::2]:443", "2a0d:5600::2"),
+        ("2a0d:5600::2%wg0", "2a0d:5600::2"),
+    ],
+)  # fmt: skip
+def test_an_address_counts_with_whatever_a_service_writes_beside_it(told: str, address: str) -> None:
+    """Else a home address would be passed over, and the report's own way taken for the exit."""
+    seen = read(body(public_ip=told), NOW).observation
+    assert address in (str(seen.exit(4)), str(seen.exit(6)))
+
+
+@pytest.mark.parametrize(
     ("said", "skew"),
     [
         (NOW, 0.0),

@@ -22,7 +22,7 @@ from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.runtime.secret import Secret
 from vpn_sentinel.server.store.schema import tokens
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
-from vpn_sentinel.wire.codec import address
+from vpn_sentinel.wire.codec import address, written_address
 
 log = logging.getLogger(__name__)
 
@@ -298,28 +298,13 @@ def peer(remote: str, forwarded_for: str | None, trusted: Iterable[IPNetwork]) -
 
 
 def _hop(text: str) -> IPAddress:
-    """One element of `X-Forwarded-For`. Proxies add ports (Azure, IIS), brackets and quotes (RFC 7239, section 6).
-
-    Raises ValueError for what is no address: `unknown`, `_hidden`, a name.
-    """
-    text = text.strip().strip('"').strip()
-    if text.startswith("["):
-        text, closed, port = text[1:].partition("]")
-        if not closed or (port and not _is_port(port)):
-            msg = "brackets that do not close"
-            raise ValueError(msg)
-    elif text.count(":") == 1 and _is_port(":" + text.partition(":")[2]):
-        text = text.partition(":")[0]
-    return _translated(address(text.partition("%")[0]))
+    """One element of `X-Forwarded-For`. Raises ValueError for what is no address: `unknown`, `_hidden`, a name."""
+    return _translated(written_address(text))
 
 
 def _translated(found: IPAddress) -> IPAddress:
     """The IPv4 address that a NAT64 in front of us writes into IPv6's form, by the well-known prefix (RFC 6052)."""
     return IPv4Address(found.packed[12:]) if found.version == 6 and found in _NAT64 else found
-
-
-def _is_port(text: str) -> bool:
-    return len(text) <= 6 and text[0] == ":" and text[1:].isascii() and text[1:].isdigit()
 
 
 def _say_once(what: str, proxy: IPAddress, **more: str) -> None:

@@ -71,6 +71,26 @@ def address(text_: str) -> IPAddress:
     return parse_address(_bare(text_))
 
 
+def written_address(text_: str) -> IPAddress:
+    """Parse an address with what some add to it: a port (Azure, IIS), brackets, quotes (RFC 7239, section 6), a zone.
+
+    Raises ValueError.
+    """
+    bare = text_.strip().strip('"').strip()
+    if bare.startswith("["):
+        bare, closed, port = bare[1:].partition("]")
+        if not closed or (port and not _is_port(port)):
+            msg = "brackets that do not close"
+            raise ValueError(msg)
+    elif bare.count(":") == 1 and _is_port(":" + bare.partition(":")[2]):
+        bare = bare.partition(":")[0]
+    return address(bare.partition("%")[0])
+
+
+def _is_port(text_: str) -> bool:
+    return len(text_) <= 6 and text_[0] == ":" and text_[1:].isascii() and text_[1:].isdigit()
+
+
 def _network(text_: str) -> IPNetwork:
     return parse_network(_bare(text_), strict=True)
 

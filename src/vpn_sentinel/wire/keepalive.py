@@ -12,7 +12,7 @@ from vpn_sentinel.domain.observation import Answer, Canary, Observation, Path, P
 from vpn_sentinel.domain.policy import IPAddress, is_public
 from vpn_sentinel.domain.tunnel import tunnel_name
 from vpn_sentinel.wire import limits
-from vpn_sentinel.wire.codec import address, checked_text
+from vpn_sentinel.wire.codec import checked_text, written_address
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -197,7 +197,7 @@ def _address(value: object) -> IPAddress:
     """Raises TypeError and ValueError, also for an address that the internet cannot see: it says nothing of an exit."""
     if not isinstance(value, str):
         raise TypeError
-    found = address(value)
+    found = written_address(value)
     if not is_public(found):
         msg = "cannot be on the internet"
         raise ValueError(msg)
