@@ -70,6 +70,10 @@ OUTSIDE: dict[str, tuple[str, dict[str, list[str]]]] = {
         {},
     ),
     "private networks": (WG + "route add 192.168.0.0/16 via 172.17.0.1", {}),
+    "what lists of private networks hold beside these": (
+        WG + SIX + "route add 203.0.113.0/24 via 172.17.0.1\nroute add 192.88.99.0/24 via 172.17.0.1\n"
+        "-6 route add 3fff::/20 via 2001:db8:17::1", {},
+    ),
     "refused": (WG + "route add blackhole 5.9.10.0/24", {}),
     "a second host beside the VPN's": (
         LAN + GATEWAY + OPENCONNECT + "route add 5.9.10.20/32 via 172.17.0.1", {"eth0": ["5.9.10.20/32"]}

@@ -1,9 +1,10 @@
 """How much of the internet leaves by which device, by the kernel's rules and tables alone.
 
 The internet is the public address space: for IPv6 the global unicast block 2000::/3 (RFC 4291), less what IANA's
-special-purpose registries take out (`domain.policy.NOT_PUBLIC`). 64:ff9b::/96 stands for all of IPv4 (RFC 6052), and
-64:ff9b:1::/48 has room for the same (RFC 8215), where the network has a translator: they count where a route or a rule
-of their own leads there. A default route leads there too, and says nothing of one.
+special-purpose registries take out (`domain.policy.NOT_PUBLIC`) and what they hold for documentation. 64:ff9b::/96
+stands for all of IPv4 (RFC 6052), and 64:ff9b:1::/48 has room for the same (RFC 8215), where the network has a
+translator: they count where a route or a rule of their own leads there. A default route leads there too, and says
+nothing of one.
 """
 
 from collections import defaultdict
@@ -16,6 +17,14 @@ from vpn_sentinel.agent.net.fib import EVERYBODY, Fib, Interval, Sender, interse
 from vpn_sentinel.domain.policy import NOT_PUBLIC, IPNetwork
 
 _MOSTLY: Final = 0.6
+# Nobody's either, though examples use them: documentation (RFC 5737, 3849, 9637), and the relays of 6to4, which are no
+# more (RFC 7526). VPN programs keep lists of what is private out of the tunnel, and these stand there.
+_NOBODYS: Final = tuple(
+    ip_network(block)
+    for block in (
+        "192.0.2.0/24", "192.88.99.0/24", "198.51.100.0/24", "203.0.113.0/24", "2001:db8::/32", "3fff::/20",
+    )
+)  # fmt: skip
 _NAT64: Final = (ip_network("64:ff9b::/96"), ip_network("64:ff9b:1::/48"))
 _OWN_ROUTE: Final = 32  # prefix length from which on a route is for that block
 _KINDS: Final = 8  # of senders whose ways are kept: those through a long list of networks take 5 MB
@@ -26,7 +35,7 @@ _WHOLE: Final = {4: ip_network("0.0.0.0/0"), 6: ip_network("2000::/3")}
 @cache
 def public_space(version: int) -> tuple[Interval, ...]:
     """The public addresses of one IP version, as disjoint intervals in order."""
-    taken = joined(interval(n) for n in NOT_PUBLIC if n.version == version)
+    taken = joined(interval(n) for n in (*NOT_PUBLIC, *_NOBODYS) if n.version == version)
     return tuple(subtract([interval(_WHOLE[version])], taken))
 
 
