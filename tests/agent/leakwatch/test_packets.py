@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from tests.agent.leakwatch.bytes import ip, query, tcp, udp
 from vpn_sentinel.agent.endpoints import parse_endpoint
 from vpn_sentinel.agent.leakwatch.packets import asked_name, decode
+from vpn_sentinel.agent.leakwatch.rules import is_dhcp
 from vpn_sentinel.agent.leakwatch.shapes import (
     ALIKE,
     Shape,
@@ -176,3 +177,24 @@ def test_endpoints_are_written_and_read() -> None:
     for text in ("198.51.100.7", "198.51.100.7:0", "2001:db8::7:443", "[198.51.100.7]:1", "x:1", "1.2.3.4:1/sctp"):
         with pytest.raises(ValueError, match=r"endpoint|address"):
             parse_endpoint(text)
+
+
+# The option that names the client need not be the first.
+ASKS6 = b"\5abc" + bytes.fromhex("0008000200000001000e000100012c9d1f0e020000000001")
+
+
+@pytest.mark.parametrize(
+    ("payload", "ports", "is_one"),
+    [
+        (ASKS6, (546, 547), True),
+        (ASKS6, (4000, 547), False),
+        (b"\7" + ASKS6[1:], (546, 547), False),  # a server's
+        (ASKS6[:10], (546, 547), False),
+        (b"\5hello there, this is no option", (546, 547), False),
+        (b"", (546, 547), False),
+    ],
+)
+def test_a_client_of_dhcpv6_is_known_by_its_message(payload: bytes, ports: tuple[int, int], is_one: bool) -> None:
+    packet = decode(*ip("2001:db8::2", "2001:db8:1::1", 17, udp(*ports, payload)))
+    assert packet is not None
+    assert is_dhcp(packet) is is_one

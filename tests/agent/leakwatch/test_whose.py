@@ -157,11 +157,14 @@ async def test_a_lease_is_renewed_by_the_system_and_whatever_else_goes_to_that_p
     seen = await as_root(
         "ip rule add pref 900 table 42",
         # The client of an ISP whose server has a public address.
-        "with udp(port=68) as client:\n    send('203.0.113.1', 67, by=client); await asyncio.sleep(0.5)\n"
-        "a, b = udp(uid=1500), udp(uid=1500, port=68); send('203.0.113.2', 67, by=a); send('203.0.113.3', 67, by=b)\n"
-        "await until(lambda: len(acted) > 1)",
+        "asks = b'\\1' + bytes(235) + b'\\x63\\x82\\x53\\x63\\x35\\1\\3\\xff'\n"
+        "with udp(port=68) as client:\n"
+        "    send('203.0.113.1', 67, asks, by=client); await asyncio.sleep(0.5)\n"
+        "    send('203.0.113.2', 67, b'data', by=client); await until(lambda: acted)\n"
+        "a, b = udp(), udp(uid=1500, port=68); send('203.0.113.3', 67, asks, by=a)\n"
+        "send('203.0.113.4', 67, asks, by=b); await until(lambda: len(acted) > 2)",
     )
-    assert seen["to"] == ["203.0.113.2", "203.0.113.3"]
+    assert seen["to"] == ["203.0.113.2", "203.0.113.3", "203.0.113.4"]
 
 
 FROM_THE_TUNNEL = """

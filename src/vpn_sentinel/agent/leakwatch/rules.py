@@ -17,6 +17,7 @@ from vpn_sentinel.domain.policy import NOT_PUBLIC, IPNetwork, within
 
 ICMP, ICMP6 = 1, 58
 DNS = 53
+_OF_A_CLIENT: Final = (1, 3, 4, 5, 6, 8, 9, 11)  # of DHCPv6's message types
 FRAGMENT: Final = 44  # IPv6's next header
 # Nobody there asks for a name elsewhere: multicast, broadcast, this host.
 NOBODY: Final[tuple[IPNetwork, ...]] = tuple(
@@ -93,9 +94,27 @@ class Rules:
 
 
 def is_dhcp(packet: Packet) -> bool:
-    """Whether its ports are those of a client that asks a server of DHCP (RFC 2131, 4.1; RFC 8415, 7.2)."""
-    ports = (68, 67) if packet.destination.version == 4 else (546, 547)
-    return packet.protocol == UDP and (packet.source_port, packet.destination_port) == ports
+    """Whether it is a client's message to a server of DHCP, by its ports and its shape.
+
+    RFC 2131, 2 and 4.1: a request, and behind its fixed fields the cookie of RFC 1497. RFC 8415, 7.2, 7.3 and 8: a
+    client's type, and behind the transaction's number options of which one names the client.
+    """
+    head = packet.payload
+    ports = packet.source_port, packet.destination_port
+    if packet.protocol != UDP or not head:
+        return False
+    if packet.destination.version == 4:
+        return ports == (68, 67) and head[0] == 1 and head[236:240] == b"\x63\x82\x53\x63"
+    return ports == (546, 547) and head[0] in _OF_A_CLIENT and _names_its_client(head[4:])
+
+
+def _names_its_client(options: bytes) -> bool:
+    while len(options) >= 4:
+        kind, size = int.from_bytes(options[:2]), int.from_bytes(options[2:4])
+        if kind == 1:
+            return size > 0
+        options = options[4 + size :]
+    return False
 
 
 def is_dns(packet: Packet) -> bool:
