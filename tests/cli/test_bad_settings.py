@@ -10,7 +10,10 @@ from vpn_sentinel.cli.reading import _names_of_every_role
 from vpn_sentinel.runtime.settings import UNPREFIXED
 
 LONG = "x" * 64 + ".example"  # a label takes 63 bytes
-URLS = ["example", "ftp://h", "http://", "http://a..b", f"https://{LONG}", "http://h:0", "http://h:x", "http://[::1"]
+URLS = [
+    "example", "ftp://h", "http://", "http://a..b", f"https://{LONG}", "http://h:0", "http://h:x", "http://[::1",
+    "https://[fe80::1%eth0]", "https://h:99999", "http://192.0.2.256", "http://2001:db8::1", "http://a b",
+]  # fmt: skip
 BASES = [*URLS, "https://h/?a=b", "https://h/ä", "https://h/\x01"]
 # `{}` is a folder with a file of text in it.
 NO_PEM = ["{}/text", "{}/none", "{}"]

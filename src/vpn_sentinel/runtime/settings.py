@@ -6,7 +6,6 @@ source holds and nobody asked for is reported by `Source.unread`, so a mistyped 
 
 import ipaddress
 import os
-import re
 import select
 import ssl
 import stat
@@ -15,11 +14,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TypeVar
-from urllib.parse import urlsplit
 
 from vpn_sentinel.runtime.addresses import parse_address, parse_network
 from vpn_sentinel.runtime.secret import Secret
 from vpn_sentinel.runtime.unusable import Unusable
+from vpn_sentinel.runtime.urls import address_of, is_host
 
 T = TypeVar("T")
 PREFIX: Final = "VPN_SENTINEL_"
@@ -31,9 +30,6 @@ HOMELESS: Final = "/nonexistent/vpn-sentinel"
 
 _LARGEST: Final = 65_536  # bytes of a file that holds one setting
 _PIPE_WITHIN: Final = 5.0  # seconds
-
-_LABEL: Final = re.compile(r"(?!xn--$)[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?", re.ASCII | re.IGNORECASE)
-_LONGEST_NAME: Final = 253
 
 # ISO 3166-1 alpha-2, as of 2024, and XK, which the databases of places use for Kosovo.
 _COUNTRIES: Final = """
@@ -268,48 +264,6 @@ def url(value: str) -> str:
     return found.rstrip("/")
 
 
-def address_of(value: str) -> str:
-    """An http or https address with a host, as it stands."""
-    msg = "is not an address that starts with http:// or https://"
-    try:
-        parts = urlsplit(value)
-        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # of a port or an IPv6 address; its own text would repeat the address, which may hold a token
-        raise ValueError(msg) from None
-    if not usable or not is_host(parts.hostname or "") or any(c.isspace() for c in value):
-        raise ValueError(msg)
-    rest = value.partition(parts.netloc)[2]
-    if not (rest.isascii() and value.isprintable()):
-        msg = "holds characters that an address cannot hold: write them as %XX"
-        raise ValueError(msg)
-    return value
-
-
-def is_host(text: str) -> bool:
-    """Whether it is an IP address, or a name that can be asked for: labels of 1 to 63 bytes (RFC 1123, RFC 5890).
-
-    With `_`, which is not a host's, but the name of many a container.
-    """
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        pass
-    else:
-        return "%" not in text
-    if ":" in text:
-        return False
-    try:
-        name = text.removesuffix(".")
-        if not name.isascii():  # the codec's tables take 0.5 MB
-            name = name.encode("idna").decode("ascii")  # raises for labels that are empty or too long
-        for label in name.split("."):
-            if label.lower().startswith("xn--"):
-                label[4:].encode("ascii").decode("punycode")
-    except UnicodeError:
-        return False
-    return 0 < len(name) <= _LONGEST_NAME and all(_LABEL.fullmatch(label) for label in name.split("."))
-
-
 def listening_host(value: str) -> str:
     """An address to listen on, or this host's name. Raises ValueError."""
     if not is_host(value):
@@ -331,7 +285,18 @@ def path(value: str) -> str:
 
 
 def urls(value: str) -> tuple[str, ...]:
-    return tuple(url(part) for part in words(value))
+    listed = words(value)
+    return tuple(_url_of_list(part, n, len(listed)) for n, part in enumerate(listed, 1))
+
+
+def _url_of_list(value: str, number: int, of: int) -> str:
+    try:
+        return url(value)
+    except ValueError as e:
+        if of == 1:
+            raise
+        msg = f"address {number} of {of} {e}"  # itself it may hold a login
+        raise ValueError(msg) from e
 
 
 def networks(value: str) -> tuple[IPNetwork, ...]:

@@ -10,6 +10,7 @@ from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy
 from vpn_sentinel.runtime import settings as read
 from vpn_sentinel.runtime.secret import Secret
 from vpn_sentinel.runtime.settings import SettingError, Source
+from vpn_sentinel.runtime.urls import address_of
 from vpn_sentinel.server.store.address import parse
 
 _BACKUPS: Final = "backups"  # the folder beside the database
@@ -272,6 +273,6 @@ def _chat(value: str) -> str:
 
 
 def _webhook(source: Source) -> Webhook | None:
-    url = source.get("WEBHOOK_URL", lambda v: Secret(read.address_of(v)), None)
+    url = source.get("WEBHOOK_URL", lambda v: Secret(address_of(v)), None)
     secret = source.get("WEBHOOK_SECRET", read.secret, None)
     return None if url is None else Webhook(url=url, secret=secret)
