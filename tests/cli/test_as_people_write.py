@@ -38,6 +38,8 @@ TAKEN = {
     "a comma at the end": {"VPN_SENTINEL_HOME_NETWORKS": f"{HOME},"},
     "a network by one of its hosts": {"VPN_SENTINEL_HOME_NETWORKS": "83.46.112.77/24"},
     "countries in small letters": {"VPN_SENTINEL_EXPECTED_COUNTRIES": "nl, de"},
+    "countries with spaces between them": {"VPN_SENTINEL_EXPECTED_COUNTRIES": "NL DE"},
+    "networks on lines of their own": {"VPN_SENTINEL_HOME_NETWORKS": f"{HOME}\n2001:db8::/56\n"},
     "True": {"VPN_SENTINEL_DEBUG": "True"},
     "an old setting of another program": {"VPN_SENTINEL_CLIENT_SOMETHING": "1"},
     "a language that is not installed": {"LANG": "xx_XX.UTF-8", "LC_ALL": "xx_XX.UTF-8"},

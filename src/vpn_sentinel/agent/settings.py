@@ -197,7 +197,7 @@ def _interface(value: str) -> str:
 
 
 def _endpoints(value: str) -> tuple[Endpoint, ...]:
-    return tuple(parse_endpoint(part) for part in s.words(value))
+    return tuple(parse_endpoint(part) for part in s.listed(value))
 
 
 def _files(value: str) -> tuple[str, ...]:

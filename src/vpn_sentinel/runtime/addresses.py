@@ -36,13 +36,23 @@ def is_host_of(header: str, names: Collection[str]) -> bool:
 
 def parse_address(text: str) -> IPv4Address | IPv6Address:
     """Raises ValueError for what is no address, and for one with a zone, which means something on one host alone."""
-    found = ip_address(_without_zone(text))
+    _need_no_zone(text)
+    try:
+        found = ip_address(text)
+    except ValueError:
+        msg = f"{text!r} is no address such as 192.0.2.1 or 2001:db8::1"
+        raise ValueError(msg) from None
     return (found.ipv4_mapped or found) if isinstance(found, IPv6Address) else found
 
 
 def parse_network(text: str, *, strict: bool = False) -> IPv4Network | IPv6Network:
     """An address is a network of one. Raises ValueError; `strict` also where bits stand behind the prefix."""
-    found = ip_interface(_without_zone(text))
+    _need_no_zone(text)
+    try:
+        found = ip_interface(text)
+    except ValueError:
+        msg = f"{text!r} is no address or network such as 10.0.0.0/8"
+        raise ValueError(msg) from None
     if not isinstance(found.ip, IPv6Address) or found.ip.ipv4_mapped is None:
         return ip_network(text, strict=strict)
     prefix = found.network.prefixlen - _MAPPED
@@ -52,8 +62,7 @@ def parse_network(text: str, *, strict: bool = False) -> IPv4Network | IPv6Netwo
     return IPv4Network((int(found.ip.ipv4_mapped), prefix), strict=strict)
 
 
-def _without_zone(text: str) -> str:
+def _need_no_zone(text: str) -> None:
     if "%" in text:
         msg = f"{text!r}: an address takes no zone here"
         raise ValueError(msg)
-    return text

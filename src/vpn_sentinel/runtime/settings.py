@@ -252,7 +252,13 @@ port: Final = integer(1, 65535)
 
 
 def words(value: str) -> tuple[str, ...]:
+    """What commas separate: paths, which may hold spaces."""
     return tuple(part.strip() for part in value.split(",") if part.strip())
+
+
+def listed(value: str) -> tuple[str, ...]:
+    """What commas, spaces or line ends separate: all that holds none of them itself."""
+    return tuple(value.replace(",", " ").split())
 
 
 def url(value: str) -> str:
@@ -285,8 +291,8 @@ def path(value: str) -> str:
 
 
 def urls(value: str) -> tuple[str, ...]:
-    listed = words(value)
-    return tuple(_url_of_list(part, n, len(listed)) for n, part in enumerate(listed, 1))
+    parts = listed(value)
+    return tuple(_url_of_list(part, n, len(parts)) for n, part in enumerate(parts, 1))
 
 
 def _url_of_list(value: str, number: int, of: int) -> str:
@@ -300,8 +306,8 @@ def _url_of_list(value: str, number: int, of: int) -> str:
 
 
 def networks(value: str) -> tuple[IPNetwork, ...]:
-    """Addresses and CIDR blocks, separated by commas."""
-    return tuple(parse_network(part) for part in words(value))
+    """Addresses and CIDR blocks, separated by commas or spaces."""
+    return tuple(parse_network(part) for part in listed(value))
 
 
 def home_networks(value: str) -> tuple[IPNetwork, ...]:
@@ -315,13 +321,13 @@ def home_networks(value: str) -> tuple[IPNetwork, ...]:
 
 
 def addresses(value: str) -> tuple[IPAddress, ...]:
-    """Addresses, separated by commas."""
-    return tuple(parse_address(part) for part in words(value))
+    """Addresses, separated by commas or spaces."""
+    return tuple(parse_address(part) for part in listed(value))
 
 
 def countries(value: str) -> tuple[str, ...]:
-    """ISO 3166-1 alpha-2 codes, separated by commas."""
-    found = tuple(part.upper() for part in words(value))
+    """ISO 3166-1 alpha-2 codes, separated by commas or spaces."""
+    found = tuple(part.upper() for part in listed(value))
     for code in found:
         if len(code) != 2 or not code.isascii() or not code.isalpha():
             msg = f"{code!r} is not a country code of two letters"

@@ -220,7 +220,7 @@ def _domain(value: str) -> str:
 
 
 def _domains(value: str) -> tuple[str, ...]:
-    return tuple(_domain(part) for part in read.words(value))
+    return tuple(_domain(part) for part in read.listed(value))
 
 
 def _database_url(value: str) -> str:
