@@ -8,6 +8,7 @@ from typing import Final
 
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy
 from vpn_sentinel.runtime import settings as read
+from vpn_sentinel.runtime.pem import PairError, try_pair
 from vpn_sentinel.runtime.secret import Secret
 from vpn_sentinel.runtime.settings import SettingError, Source
 from vpn_sentinel.runtime.urls import address_of
@@ -174,10 +175,9 @@ class ServerSettings:
 
 def _check_pair(cert: Path, key: Path) -> None:
     try:
-        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(cert, key, password=lambda: "")
-    except (OSError, ssl.SSLError) as e:
-        problem = f"{cert} and {key} are no certificate with its key: {getattr(e, 'reason', None) or e}"
-        raise SettingError(read.PREFIX + "TLS_CERT_PATH", problem) from e
+        try_pair(ssl.create_default_context(ssl.Purpose.CLIENT_AUTH), cert, key, "")
+    except PairError as e:
+        raise SettingError(read.PREFIX + ("TLS_KEY_PATH" if e.of_key else "TLS_CERT_PATH"), str(e)) from e
 
 
 def _distinct_ports(settings: ServerSettings) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import unquote
 
+from vpn_sentinel.runtime.pem import PairError, try_pair
+
 SCHEMES: Final = ("postgresql", "postgres", "postgresql+asyncpg", "postgres+asyncpg")
 SSL_MODES: Final = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
 SESSIONS: Final = ("any", "read-write", "read-only", "primary", "standby", "prefer-standby")
@@ -246,9 +248,9 @@ def _try_certificates(tls: Mapping[str, str]) -> None:
                 raise ValueError(msg) from None
     if "sslcert" in tls and "sslkey" in tls:
         try:
-            context.load_cert_chain(tls["sslcert"], tls["sslkey"], password=lambda: tls.get("sslpassword", ""))
-        except OSError:
-            msg = "sslcert and sslkey in the address are no certificate with its key"
+            try_pair(context, tls["sslcert"], tls["sslkey"], tls.get("sslpassword", ""))
+        except PairError as e:
+            msg = f"{'sslkey' if e.of_key else 'sslcert'} in the address: {e}"
             raise ValueError(msg) from None
 
 

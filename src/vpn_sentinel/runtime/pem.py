@@ -1,0 +1,68 @@
+"""Certificates and keys in files, PEM (RFC 7468): whether OpenSSL takes them, and if not, why, in words."""
+
+import os
+import ssl
+from pathlib import Path
+from typing import Final
+
+_CERTIFICATE: Final = (b"-----BEGIN CERTIFICATE-----", b"-----BEGIN TRUSTED CERTIFICATE-----")
+_KEY: Final = b"PRIVATE KEY-----"
+# PKCS #8 (RFC 5958), and OpenSSL's older form (RFC 1421).
+_ENCRYPTED: Final = (b"-----BEGIN ENCRYPTED PRIVATE KEY-----", b"Proc-Type: 4,ENCRYPTED")
+_LARGEST: Final = 1_000_000  # bytes that are looked at
+
+
+class PairError(ValueError):
+    """A certificate and its key that cannot be used. `of_key` tells which of the two is to blame."""
+
+    def __init__(self, problem: str, *, of_key: bool) -> None:
+        super().__init__(problem)
+        self.of_key = of_key
+
+
+def try_pair(context: ssl.SSLContext, cert: str | os.PathLike[str], key: str | os.PathLike[str], secret: str) -> None:
+    """Have `context` take them; `secret` is the key's passphrase, "" for none. Raises PairError."""
+    held = _read(cert, of_key=False)
+    if not any(mark in held for mark in _CERTIFICATE):
+        raise PairError(f"{cert} holds no certificate (PEM){_of_der(held, 'x509')}", of_key=False)
+    held = _read(key, of_key=True)
+    if _KEY not in held:
+        raise PairError(f"{key} holds no private key (PEM){_of_der(held, 'pkey')}", of_key=True)
+    encrypted = any(mark in held for mark in _ENCRYPTED)
+    if encrypted and not secret:
+        plain = f"`openssl pkey -in {key} -out PLAIN` writes it without"
+        raise PairError(f"{key} is encrypted with a passphrase, for which nobody is asked: {plain}", of_key=True)
+    try:
+        context.load_cert_chain(cert, key, password=lambda: secret)
+    except ssl.SSLError as e:
+        raise _told(e, cert, key, encrypted=encrypted) from e
+    except OSError as e:
+        raise PairError(f"{cert}: {e.strerror}", of_key=False) from e
+
+
+def _told(error: ssl.SSLError, cert: str | os.PathLike[str], key: object, *, encrypted: bool) -> PairError:
+    reason = (error.reason or "").replace("_", " ").lower()
+    if "mismatch" in reason:
+        return PairError(f"{cert} and {key} do not belong together: the key is of another certificate", of_key=False)
+    if reason and "lib" not in reason:  # "PEM lib" and the like say nothing
+        return PairError(f"{cert} with {key} is refused by OpenSSL: {reason}", of_key=False)
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(cert)
+    except OSError:  # ssl.SSLError is one
+        return PairError(f"{cert} is damaged: a certificate begins in it, and cannot be read", of_key=False)
+    if encrypted:
+        return PairError(f"{key} is encrypted with another passphrase, or damaged", of_key=True)
+    return PairError(f"{key} is damaged: a private key begins in it, and cannot be read", of_key=True)
+
+
+def _read(path: str | os.PathLike[str], *, of_key: bool) -> bytes:
+    try:
+        with Path(path).open("rb") as file:
+            return file.read(_LARGEST)
+    except OSError as e:
+        raise PairError(f"{path}: {e.strerror}", of_key=of_key) from e
+
+
+def _of_der(held: bytes, command: str) -> str:
+    """A hint where the same may be there in its binary form, which begins with a SEQUENCE (ITU-T X.690)."""
+    return f"; `openssl {command} -inform der` makes that of DER" if held.startswith(b"0") else ""
