@@ -237,6 +237,7 @@ BAD: list[tuple[Callable[[str], Any], str, str]] = [
     (read.url, "http://a:99999", "has a port that is no number from 1 to 65535"),
     (read.url, "http://a:port", "has a port that is no number from 1 to 65535"),
     (read.url, "http://a:0", "has a port that is no number from 1 to 65535"),
+    (read.url, "http://user:HUSH@a", "takes no login"),
     (read.url, "http://u:HU/SH@a", "write / ? # @ of a password as %2F"),
     (read.url, "http://[::1", "takes an IPv6 address in brackets"),
     (read.url, "http://[::1]x:80", "takes an IPv6 address in brackets, and nothing else in them"),

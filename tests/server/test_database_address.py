@@ -39,6 +39,7 @@ TAKEN: dict[str, dict[str, Any]] = {
     "postgresql://u@[2001:db8::5]:6000/name": {"hosts": (("2001:db8::5", 6000),)},
     "postgresql://[2001:db8::5]/name": {"hosts": (("2001:db8::5", 5432),)},
     "postgresql://u:p%40ss%2F%3A%23+%25@db/name": {"password": "p@ss/:#+%"},
+    "postgresql://u:p%zz%40100%@db/name": {"password": "p%zz@100%"},  # taken at its word, for it can mean nothing else
     "postgresql://u:p@ss@db/name": {"password": "p@ss", "hosts": (("db", 5432),)},
     "postgresql://db/n?sslmode=require&": {"tls": {"sslmode": "require"}},
     "postgresql://db/n?hostaddr=192.0.2.1&sslmode=verify-ca": {"hosts": (("192.0.2.1", 5432),)},
@@ -90,6 +91,8 @@ REFUSED = {
     "postgresql://u:HUSH@a,b/n?port=1,2,3": "2 hosts and 3 ports",
     "postgresql://u:HUSH@[2001:db8::5/n": "takes brackets",
     "postgresql://u:%ff%fe@db/n": "not UTF-8",
+    "postgresql://u:HUSH%00@db/n": "the password in the address holds %00",
+    "postgresql://db/n?user=HUSH%00": "user in the address holds %00",
     "postgresql://u:HUSH@a,b/n?hostaddr=192.0.2.1": "2 hosts and 1 of hostaddr",
     "postgresql://u:HUSH@db/n?hostaddr=192.0.2.1&sslmode=verify-full": "hostaddr in the address is what a certificate",
     "postgresql://u:HUSH@db/n?hostaddr=192.0.2.1&sslrootcert=system": "leave it out, or use verify-ca",

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Final
-from urllib.parse import urlsplit
 
 from vpn_sentinel.agent.endpoints import Endpoint, parse_endpoint
 from vpn_sentinel.agent.geo.shelf import FOLDER
@@ -124,8 +123,6 @@ class AgentSettings:
         if not api_key.reveal().isascii() or not api_key.reveal().isprintable():
             raise SettingError("VPN_SENTINEL_API_KEY", "takes printable ASCII characters")
         allow_insecure = source.get("ALLOW_INSECURE", s.boolean, False)
-        if any("@" in urlsplit(url).netloc for url in urls):
-            raise SettingError("VPN_SENTINEL_URL", "takes no login: it would stand in the log, and POST sends none")
         for url in urls:
             if not allow_insecure and is_insecure(url):
                 raise SettingError(

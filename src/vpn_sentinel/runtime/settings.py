@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, TypeVar
+from urllib.parse import urlsplit
 
 from vpn_sentinel.runtime.addresses import parse_address, parse_network
 from vpn_sentinel.runtime.secret import Secret
@@ -262,7 +263,16 @@ def listed(value: str) -> tuple[str, ...]:
 
 
 def url(value: str) -> str:
-    """A base address, http or https, without its trailing slash."""
+    """A base address, http or https, without its trailing slash and without a login, which nobody would send."""
+    found = url_with_login(value)
+    if "@" in urlsplit(found).netloc:
+        msg = "takes no login (what stands before an @)"
+        raise ValueError(msg)
+    return found
+
+
+def url_with_login(value: str) -> str:
+    """A base address that may hold a login."""
     found = address_of(value)
     if "?" in found or "#" in found:
         msg = "is the address that others begin with: it takes no ? and no #"

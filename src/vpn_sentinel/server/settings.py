@@ -248,7 +248,7 @@ def _key(value: str) -> Secret:
 def _telegram(source: Source) -> Telegram | None:
     token = source.get("TELEGRAM_BOT_TOKEN", read.secret, None)
     chat = source.get("TELEGRAM_CHAT_ID", _chat, None)
-    url = source.get("TELEGRAM_API_URL", read.url, "https://api.telegram.org")
+    url = source.get("TELEGRAM_API_URL", read.url_with_login, "https://api.telegram.org")
     enabled = source.get("TELEGRAM_ENABLED", read.boolean, default=token is not None or chat is not None)
     if not enabled:
         return None

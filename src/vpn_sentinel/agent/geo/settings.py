@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from vpn_sentinel.agent.geo.shelf import FOLDER
 from vpn_sentinel.agent.settings import is_insecure
@@ -30,7 +29,7 @@ class GeoSettings:
         replaced_ca = source.get("TLS_CERT_PATH", s.authorities, None)
         account = source.get("MAXMIND_ACCOUNT", _account, None)
         key = source.get("MAXMIND_KEY", s.secret, Secret(""))
-        maxmind_url = source.get("MAXMIND_URL", _plain_url, "https://download.maxmind.com")
+        maxmind_url = source.get("MAXMIND_URL", s.url, "https://download.maxmind.com")
         if bool(account) != bool(key):
             missing = "MAXMIND_KEY" if account else "MAXMIND_ACCOUNT"
             raise SettingError(s.PREFIX + missing, "is not set: MaxMind takes account number and licence key together")
@@ -41,7 +40,7 @@ class GeoSettings:
         return cls(
             folder=source.get("DATA_DIR", Path, Path(s.default_data_dir())) / FOLDER,
             files=source.raw("GEO_DB"),
-            dbip_url=source.get("DBIP_URL", _plain_url, "https://download.db-ip.com"),
+            dbip_url=source.get("DBIP_URL", s.url, "https://download.db-ip.com"),
             maxmind_url=maxmind_url,
             maxmind_account=account,
             maxmind_key=key,
@@ -54,12 +53,3 @@ def _account(value: str) -> str:
         msg = "is not an account number"  # not repeated: people mix it up with the key
         raise ValueError(msg)
     return value
-
-
-def _plain_url(value: str) -> str:
-    """An address without credentials: it is printed when something fails."""
-    found = s.url(value)
-    if urlsplit(found).username is not None or urlsplit(found).query:
-        msg = "takes an address without credentials or a query in it"
-        raise ValueError(msg)
-    return found

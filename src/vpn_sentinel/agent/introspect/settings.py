@@ -56,7 +56,7 @@ class IntrospectSettings:
 
 
 def _control(value: str) -> str:
-    found = s.url(value)
+    found = s.url_with_login(value)
     if "@" in urlsplit(found).netloc:
         msg = "takes no login: set VPN_SENTINEL_GLUETUN_USER and VPN_SENTINEL_GLUETUN_PASSWORD"
         raise ValueError(msg)

@@ -5,6 +5,7 @@ import shlex
 import stat
 from dataclasses import dataclass
 from typing import Final
+from urllib.parse import urlsplit
 
 from vpn_sentinel.agent.containment.containment import Mode
 from vpn_sentinel.agent.remedies.hook import who_else_may_write
@@ -37,7 +38,7 @@ class ReactionSettings:
     @classmethod
     def read(cls, source: Source) -> "ReactionSettings":
         """Raises SettingError naming the setting that cannot be used."""
-        url = source.get("QBITTORRENT_URL", s.url, None)
+        url = source.get("QBITTORRENT_URL", _client, None)
         user = source.get("QBITTORRENT_USER", s.text, "")
         password = source.get("QBITTORRENT_PASSWORD", s.secret, Secret(""))
         if bool(user) is not bool(password):
@@ -50,7 +51,7 @@ class ReactionSettings:
             qbittorrent_url=url,
             qbittorrent_user=user,
             qbittorrent_password=password,
-            transmission_url=source.get("TRANSMISSION_URL", s.url, None),
+            transmission_url=source.get("TRANSMISSION_URL", _client, None),
             transmission_user=source.get("TRANSMISSION_USER", _basic_user, ""),
             transmission_password=source.get("TRANSMISSION_PASSWORD", s.secret, Secret("")),
             resume=source.get("REMEDY_RESUME", s.boolean, False),
@@ -80,6 +81,14 @@ def _command(value: str) -> tuple[str, ...]:
         raise ValueError(msg) from e
     if others is not None:
         msg = f"{others}: the command and every folder above must be root's or the agent's, and writable by nobody else"
+        raise ValueError(msg)
+    return found
+
+
+def _client(value: str) -> str:
+    found = s.url_with_login(value)
+    if "@" in urlsplit(found).netloc:
+        msg = "takes no login: its _USER and _PASSWORD are settings of their own"
         raise ValueError(msg)
     return found
 

@@ -133,12 +133,16 @@ def _parameters(query: str) -> dict[str, str]:
 
 
 def _plain(what: str, text: str) -> str:
-    """Without its %-escapes. A '+' is a plus here, as for libpq."""
+    """Without its %-escapes. A '+' is a plus here, as for libpq; a '%' that begins no escape is itself."""
     try:
-        return unquote(text, errors="strict")
+        found = unquote(text, errors="strict")
     except UnicodeDecodeError:
         msg = f"{what} in the address holds %-escapes that are not UTF-8"
         raise ValueError(msg) from None
+    if "\0" in found:  # PostgreSQL's messages end each text with one
+        msg = f"{what} in the address holds %00, which no text there can hold"
+        raise ValueError(msg)
+    return found
 
 
 def _hosts(listed: str, ports: list[str], numbers: list[str]) -> tuple[tuple[str, int], ...]:
