@@ -234,6 +234,7 @@ BAD: list[tuple[Callable[[str], Any], str, str]] = [
     (read.url, "http:///path", "names no host"),
     (read.url, "http://:5000", "names no host"),
     (read.url, "http://a b", "holds a space"),
+    (read.url, "https://a/x,https://b/y", "is more than one address, and one is wanted"),
     (read.url, "http://a:99999", "has a port that is no number from 1 to 65535"),
     (read.url, "http://a:port", "has a port that is no number from 1 to 65535"),
     (read.url, "http://a:0", "has a port that is no number from 1 to 65535"),

@@ -186,9 +186,12 @@ def _literal(value: str) -> str:
 
 
 def _interface(value: str) -> str:
+    if len(value.replace(",", " ").split()) > 1:  # legal to the kernel with a comma, and surely meant as a list
+        msg = f"{value!r} is more than one name: an agent watches one tunnel, and another takes an agent of its own"
+        raise ValueError(msg)
     # dev_valid_name() of net/core/dev.c: IFNAMSIZ is 16 bytes, the last of them a zero.
-    if len(value.encode()) > 15 or value in (".", "..") or any(c in "/:" or c.isspace() for c in value):
-        msg = f"{value!r} is not the name of a network interface"
+    if len(value.encode()) > 15 or value in (".", "..") or any(c in "/:," or c.isspace() for c in value):
+        msg = f"{value!r} is not the name of a network interface: at most 15 bytes, without '/', ':', ',' and spaces"
         raise ValueError(msg)
     return value
 

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 _LABEL: Final = re.compile(r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?", re.ASCII | re.IGNORECASE)
 _NUMBERS: Final = re.compile(r"[0-9]+(\.[0-9]+){3}", re.ASCII)
+_ANOTHER: Final = re.compile(r"[,;]https?://", re.ASCII | re.IGNORECASE)
 _LONGEST_LABEL: Final = 63
 _LONGEST_NAME: Final = 253
 _BRACKETED: Final = re.compile(r"\[([^\[\]]+)\](:.*)?")
@@ -30,6 +31,8 @@ def _problem(value: str) -> str:
     scheme, colon, rest = value.partition("://")
     if not colon or scheme.lower() not in ("http", "https"):
         return "is not an address that starts with http:// or https://"
+    if _ANOTHER.search(rest.partition("?")[0]):
+        return "is more than one address, and one is wanted"
     try:
         parts = urlsplit(value)
         host = parts.hostname or ""
