@@ -115,6 +115,15 @@ async def test_a_command_is_run_and_its_end_rides_with_the_next_round(tmp_path: 
     assert reactions.add_to(WELL).actions == (), "told once"
 
 
+def test_a_command_in_quotes_as_an_env_file_hands_it_over(tmp_path: Path) -> None:
+    script = tmp_path / "on change"
+    script.write_text("#!/bin/sh\n")
+    script.chmod(0o700)
+    assert read(HOOK='"/bin/sh -c true"').hook == ("/bin/sh", "-c", "true")
+    assert read(HOOK=f'"{script}"').hook == (str(script),)
+    assert read(HOOK=f"'{script}' '--loud'").hook == (str(script), "--loud")
+
+
 def test_a_command_that_others_may_write_is_refused_at_the_start(tmp_path: Path) -> None:
     script = tmp_path / "on-change"
     script.write_text("#!/bin/sh\n")

@@ -62,7 +62,7 @@ BAD = {
     "TUNNEL_INTERFACE": ["a/b", "x" * 16],
     "TUNNEL_ENDPOINTS": ["vpn.example:1194", "198.51.100.7", "198.51.100.7:1194/sctp"],
     "ALLOWED_OUTSIDE": ["everything"],
-    "HEALTH_HOST": ["localhost"],
+    "HEALTH_HOST": ["sentinel.example"],
     "HEALTH_PORT": ["0", "x"],
     "PULSE_SECONDS": ["0"],
     "GEO_DB": ["/nonexistent"],
@@ -82,6 +82,27 @@ def test_a_value_that_cannot_be_used_is_named(name: str, value: str) -> None:
 def test_the_server_is_found_with_the_apis_path_and_without(end: str) -> None:
     settings = read(URL=f"https://sentinel.example{end},https://10.0.0.2/beside{end}")
     assert (settings.urls, settings.api_path) == (("https://sentinel.example", "https://10.0.0.2/beside"), "/api/v1")
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    {
+        "localhost": "127.0.0.1",
+        "LocalHost": "127.0.0.1",
+        "[::1]": "::1",
+        "::": "::",
+        "::ffff:10.0.0.1": "10.0.0.1",
+    }.items(),
+)
+def test_health_listens_where_people_say(said: str, meant: str) -> None:
+    assert read(HEALTH_HOST=said).health_host == meant
+
+
+def test_what_is_meant_outside_begins_in_any_case() -> None:
+    meant = read(MEANT_OUTSIDE="Published 8000/TCP;PORT 123/udp\nOnly User root; Interface Eth1").probes.meant_outside
+    same = read(MEANT_OUTSIDE="published 8000/tcp; port 123/udp; only user root; interface Eth1").probes.meant_outside
+    assert meant == same
+    assert meant.interfaces == {"Eth1"}
 
 
 def test_a_server_must_be_named() -> None:

@@ -40,6 +40,12 @@ TAKEN = {
     "countries in small letters": {"VPN_SENTINEL_EXPECTED_COUNTRIES": "nl, de"},
     "countries with spaces between them": {"VPN_SENTINEL_EXPECTED_COUNTRIES": "NL DE"},
     "networks on lines of their own": {"VPN_SENTINEL_HOME_NETWORKS": f"{HOME}\n2001:db8::/56\n"},
+    "quotes, as from an env file": {
+        "VPN_SENTINEL_DEBUG": '"true"',
+        "VPN_SENTINEL_HOME_NETWORKS": f"'{HOME}'",
+        "VPN_SENTINEL_TRACE_URL": '"https://1.1.1.1"',
+    },
+    "what is meant outside in another case": {"VPN_SENTINEL_MEANT_OUTSIDE": "Published 8000/TCP; Only User root"},
     "True": {"VPN_SENTINEL_DEBUG": "True"},
     "an old setting of another program": {"VPN_SENTINEL_CLIENT_SOMETHING": "1"},
     "a language that is not installed": {"LANG": "xx_XX.UTF-8", "LC_ALL": "xx_XX.UTF-8"},
@@ -73,6 +79,12 @@ def test_a_look_in_whatever_zone(zone: str, tmp_path: Path) -> None:
     done = check(tmp_path, TZ=zone)
     assert done.returncode in LOOKED, done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("host", ["[::]", "localhost", '"0.0.0.0"'])
+def test_a_server_listens_on_what_people_write(host: str, tmp_path: Path) -> None:
+    with closing(Server(tmp_path, VPN_SENTINEL_SERVER_HOST=host, VPN_SENTINEL_API_KEY=f'"{KEY}"')) as server:
+        assert server.keepalive("nl", EXIT)[0] == 200
 
 
 @pytest.mark.parametrize("settings", TAKEN.values(), ids=TAKEN.keys())

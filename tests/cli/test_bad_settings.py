@@ -51,7 +51,7 @@ AGENT = {
     "OPENVPN_MANAGEMENT_PASSWORD": ["a\x01"], "GLUETUN_URL": [*URLS, "http://u:p@127.0.0.1"],
     "GLUETUN_API_KEY": ["é"], "GLUETUN_USER": ["a:b"], "GLUETUN_PASSWORD": ["é"], "FORWARDED_PORT": ["x", "{}"],
     "MEANT_OUTSIDE": ["all", "port x/tcp", "user nobody-of-that-name", "interface 'a\"b'"],
-    "HEALTH_HOST": ["name"], "HEALTH_PORT": ["0"],
+    "HEALTH_HOST": ["name", "a b", "::1%1"], "HEALTH_PORT": ["0"],
     "CA_FILE": NO_PEM, "TLS_CERT_PATH": NO_PEM, "GEO_DB": ["{}/none", "{}"], "GEOLOCATION_SERVICE": ["other"],
     "IPINFO_URL": BASES, "IPAPI_URL": BASES, "IPWHOIS_URL": BASES, "TRACE_URL": BASES,
     "CONTAIN": ["perhaps"], "HOOK": ["relative", "'", "{}/none", "{}/text", "{}"], "HOOK_TIMEOUT": ["0"],

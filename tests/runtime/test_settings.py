@@ -37,6 +37,38 @@ def test_a_file_may_hold_what_toml_has(value: object, text: str) -> None:
     assert Source(env={}, file={"name": value}).raw("NAME") == text
 
 
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ('"true"', "true"),
+        ("'true'", "true"),
+        (" ' true ' ", "true"),
+        ('""', None),
+        ('"', '"'),
+        ('"true', '"true'),
+        ("\"true'", "\"true'"),
+        ('"a" "b"', '"a" "b"'),
+        ('"it\'s"', "it's"),
+        ("'\"kept\"'", '"kept"'),
+    ],
+)
+def test_quotes_around_a_value_of_the_environment_are_no_part_of_it(said: str, meant: str | None) -> None:
+    """As an env file of Docker, or a list in a compose file, hands them over."""
+    assert Source(env={"VPN_SENTINEL_IT": said}).raw("IT") == meant
+    assert Source(env={"TELEGRAM_BOT_TOKEN": said}).raw("TELEGRAM_BOT_TOKEN") == meant
+    # Elsewhere they were taken away already, or are meant.
+    assert Source(env={}, flags={"IT": said}).raw("IT") == said
+    assert Source(env={"TZ": said}).raw("TZ") == said.strip()
+
+
+def test_names_of_files_may_stand_in_quotes_and_what_they_hold_stays(tmp_path: Path) -> None:
+    (tmp_path / "key").write_text('"hunter2"\n')
+    (tmp_path / "toml").write_text("url = '\"kept\"'\n")
+    env = {"VPN_SENTINEL_CONFIG": f'"{tmp_path}/toml"', "VPN_SENTINEL_API_KEY_FILE": f"'{tmp_path}/key'"}
+    source = Source.load(env, {})
+    assert (source.raw("URL"), source.raw("API_KEY")) == ('"kept"', '"hunter2"')
+
+
 def test_a_file_may_not_hold_a_table_or_a_date() -> None:
     with pytest.raises(SettingError, match=r"^name: takes a text, a number"):
         Source(env={}, file={"name": {"a": 1}}).raw("NAME")
@@ -203,6 +235,9 @@ GOOD: list[tuple[Callable[[str], Any], str, Any]] = [
     (read.addresses, "192.0.2.1, ::ffff:192.0.2.2", (ip_address("192.0.2.1"), ip_address("192.0.2.2"))),
     (read.listening_host, "::ffff:127.0.0.1", "127.0.0.1"),
     (read.listening_host, "sentinel.example", "sentinel.example"),
+    (read.listening_host, "[::]", "::"),
+    (read.addresses, "[2001:db8::1]", (ip_address("2001:db8::1"),)),
+    (read.networks, "[2001:db8::1]", (ip_network("2001:db8::1/128"),)),
     (read.countries, "nl, SE,xk", ("NL", "SE", "XK")),
     (read.countries, "NL DE", ("NL", "DE")),
     (read.one_of("json", "text"), "JSON", "json"),

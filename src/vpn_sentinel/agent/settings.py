@@ -1,5 +1,6 @@
 """The agent's settings: read once, checked whole, frozen."""
 
+import re
 import socket
 from dataclasses import dataclass
 from ipaddress import ip_network
@@ -23,6 +24,10 @@ from vpn_sentinel.runtime.settings import SettingError, Source
 _LOCAL_NAMES: Final = (".localhost", ".local", ".lan", ".internal", ".home.arpa", ".localdomain")
 _SHARED: Final = ip_network("100.64.0.0/10")  # carrier-grade NAT: not public, but not ours alone either
 _NONE: Final[tuple[str, ...]] = ()
+# How an entry begins, in any case; names behind it keep theirs.
+_KEYWORDS: Final = re.compile(
+    r"(?:^|;)\s*(?:published|port|only\s+user|user|interface)(?=\s)", re.IGNORECASE | re.MULTILINE
+)
 _NO_ENDPOINTS: Final[tuple[Endpoint, ...]] = ()
 _SERVICES: Final = ("auto", "ipinfo.io", "ip-api.com", "ipwho.is")
 # The same services as people and the replaced agent write them.
@@ -75,7 +80,7 @@ class ProbeSettings:
             tunnel_interface=source.get("TUNNEL_INTERFACE", _interface, None),
             tunnel_endpoints=source.get("TUNNEL_ENDPOINTS", _endpoints, _NO_ENDPOINTS),
             leak_watch=source.get("LEAK_WATCH", s.boolean, True),
-            meant_outside=source.get("MEANT_OUTSIDE", parse_meant, Meant()),
+            meant_outside=source.get("MEANT_OUTSIDE", _meant, Meant()),
             timeout=source.get("TIMEOUT", s.number(1, 300, "seconds"), 10.0),
             policy=Policy(
                 home_networks=source.get("HOME_NETWORKS", s.home_networks, base.home_networks),
@@ -145,7 +150,7 @@ class AgentSettings:
             allow_insecure=allow_insecure,
             debug=source.get("DEBUG", s.boolean, False),
             log_file=source.get("LOG_FILE", s.text, None),
-            health_host=source.get("HEALTH_HOST", _literal, "127.0.0.1"),
+            health_host=source.get("HEALTH_HOST", _own_address, "127.0.0.1"),
             health_port=source.get("HEALTH_PORT", s.port, 8082),
             data_dir=source.get("DATA_DIR", Path, Path(s.default_data_dir())),
             reactions=ReactionSettings.read(source),
@@ -177,12 +182,19 @@ def _service(value: str) -> str:
     return s.one_of(*_SERVICES)(_SPELLINGS.get(name, name))
 
 
-def _literal(value: str) -> str:
-    address = address_in(value)
+def _own_address(value: str) -> str:
+    """An address to listen on. A name is not looked up: who answers may be at the other end of the tunnel."""
+    if value.lower() == "localhost":
+        return "127.0.0.1"
+    address = address_in(s.listening_host(value))
     if address is None:
-        msg = f"{value!r} is not an address"
+        msg = f"{value!r} is neither an address nor localhost"
         raise ValueError(msg)
     return str(address)
+
+
+def _meant(value: str) -> Meant:
+    return parse_meant(_KEYWORDS.sub(lambda found: found[0].lower(), value))
 
 
 def _interface(value: str) -> str:

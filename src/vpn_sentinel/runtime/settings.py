@@ -26,6 +26,9 @@ PREFIX: Final = "VPN_SENTINEL_"
 # Of the replaced system and of Docker: these carry no prefix.
 UNPREFIXED: Final = frozenset({"TELEGRAM_BOT_TOKEN", "TELEGRAM_CHAT_ID", "TZ"})
 
+# A command line, which has quotes of its own, and what the system reads as it stands.
+_QUOTES_THEMSELVES: Final = frozenset({"HOOK", "TZ"})
+
 # The data folder of a user that has no home: VPN_SENTINEL_DATA_DIR must name one.
 HOMELESS: Final = "/nonexistent/vpn-sentinel"
 
@@ -81,7 +84,7 @@ class Source:
     @classmethod
     def load(cls, env: Mapping[str, str], flags: Mapping[str, str | None], path: str | None = None) -> "Source":
         """Build a source; `path` is a TOML file. Raises SettingError when the file cannot be read or parsed."""
-        path = path or env.get(PREFIX + "CONFIG")
+        path = path or unquoted(env.get(PREFIX + "CONFIG", ""))
         values: Mapping[str, object] = {}
         if path:
             values = from_toml(path, f"configuration file {path}")
@@ -100,9 +103,10 @@ class Source:
         key = name if name in UNPREFIXED else PREFIX + name
         if value := self.flags.get(name):
             return value
-        if value := self.env.get(key, "").strip():
+        said = self.env.get(key, "").strip()
+        if value := said if name in _QUOTES_THEMSELVES else unquoted(said):
             return value
-        if path := self.env.get(key + "_FILE"):
+        if path := unquoted(self.env.get(key + "_FILE", "")):
             try:
                 return _held_in(path).strip() or None
             except (OSError, ValueError) as e:
@@ -198,6 +202,17 @@ def default_data_dir() -> str:
         return HOMELESS
 
 
+def unquoted(value: str) -> str:
+    """Without the one pair of quotes that stands around all of it, and the spaces around and in that.
+
+    Docker hands quotes of an env file, and of a list in a compose file, over as they stand. Of two pairs one is left.
+    """
+    found = value.strip()
+    if len(found) > 1 and found[0] in "\"'" and found.find(found[0], 1) == len(found) - 1:
+        return found[1:-1].strip()
+    return found
+
+
 def text(value: str) -> str:
     return value
 
@@ -282,13 +297,19 @@ def url_with_login(value: str) -> str:
 
 def listening_host(value: str) -> str:
     """An address to listen on, or this host's name. Raises ValueError."""
-    if not is_host(value):
+    bare = _without_brackets(value)
+    if not is_host(bare):
         msg = f"{value!r} is neither an address nor a name"
         raise ValueError(msg)
     try:
-        return str(parse_address(value))
+        return str(parse_address(bare))
     except ValueError:
-        return value
+        return bare
+
+
+def _without_brackets(value: str) -> str:
+    """An IPv6 address as it stands in a URL, and as it is."""
+    return value[1:-1] if value.startswith("[") and value.endswith("]") and ":" in value else value
 
 
 def path(value: str) -> str:
@@ -317,7 +338,7 @@ def _url_of_list(value: str, number: int, of: int) -> str:
 
 def networks(value: str) -> tuple[IPNetwork, ...]:
     """Addresses and CIDR blocks, separated by commas or spaces."""
-    return tuple(parse_network(part) for part in listed(value))
+    return tuple(parse_network(_without_brackets(part)) for part in listed(value))
 
 
 def home_networks(value: str) -> tuple[IPNetwork, ...]:
@@ -332,7 +353,7 @@ def home_networks(value: str) -> tuple[IPNetwork, ...]:
 
 def addresses(value: str) -> tuple[IPAddress, ...]:
     """Addresses, separated by commas or spaces."""
-    return tuple(parse_address(part) for part in listed(value))
+    return tuple(parse_address(_without_brackets(part)) for part in listed(value))
 
 
 def countries(value: str) -> tuple[str, ...]:

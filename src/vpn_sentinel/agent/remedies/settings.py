@@ -68,6 +68,8 @@ def _mode(value: str) -> Mode:
 def _command(value: str) -> tuple[str, ...]:
     """A command line taken apart as a shell would, without a shell. Raises ValueError."""
     found = tuple(shlex.split(value))
+    if len(found) == 1 and not s.mode_of(found[0]):  # all of it in quotes, as an env file hands it over
+        found = tuple(shlex.split(found[0]))
     if not found or not found[0].startswith("/"):
         msg = "takes a command with its whole path, such as /usr/local/bin/on-change --quiet"
         raise ValueError(msg)
