@@ -15,8 +15,8 @@ URLS = [
     "https://[fe80::1%eth0]", "https://h:99999", "http://192.0.2.256", "http://2001:db8::1", "http://a b",
 ]  # fmt: skip
 BASES = [*URLS, "https://u:HUSH@h", "https://h/?a=b", "https://h/ä", "https://h/\x01"]
-# `{}` is a folder with a file of text in it.
-NO_PEM = ["{}/text", "{}/none", "{}"]
+# `{}` is a folder with a file of text in it, and a pipe that nobody writes or reads.
+NO_PEM = ["{}/text", "{}/none", "{}", "{}/pipe"]
 SERVER = {
     "SERVER_HOST": ["not a host", "::1%"], "SERVER_HEALTH_HOST": ["a b"], "SERVER_API_PORT": ["0", "99999", "x"],
     "SERVER_HEALTH_PORT": ["-1"], "SERVER_DASHBOARD_PORT": ["1e3"], "API_PATH": ["/", "/a b"],
@@ -26,9 +26,10 @@ SERVER = {
         "sqlite:///", "sqlite:///:memory:", "sqlite:////tmp/", "sqlite:////tmp/x.db?mode=ro", "mysql://h/x",
         "postgresql://h:99999/x", "postgresql://h/x?sslmode=maybe", "postgresql://h/x?what=1",
         "postgresql://h/x?ssl_min_protocol_version=9", "postgresql://h/x?sslrootcert={}/text",
+        "postgresql://h/x?sslrootcert={}/pipe",
         "postgresql://h/x?sslcert={}/text&sslkey={}/text", "postgresql://h/x?sslnegotiation=maybe",
     ],
-    "TLS_CERT_PATH": ["{}/none", "{}"], "TLS_KEY_PATH": ["{}/none"], "CA_FILE": NO_PEM,
+    "TLS_CERT_PATH": ["{}/none", "{}", "{}/pipe"], "TLS_KEY_PATH": ["{}/none", "{}/pipe"], "CA_FILE": NO_PEM,
     "CANARY_ZONE": ["x", "a b.example", f"{LONG}"], "CANARY_HOST": ["name"], "CANARY_PORT": ["0"],
     "CANARY_NS": ["a b.example"], "CANARY_ADDRESSES": ["name", "fe80::1%1"], "PUBLIC_URL": BASES, "TRACE_URL": BASES,
     "SERVER_ALLOWED_IPS": ["name", "fe80::1%1"], "TRUSTED_PROXIES": ["proxy", "10.0.0.0/33"],
@@ -38,7 +39,8 @@ SERVER = {
     "GRACE_RECOVERY": ["nan"], "FLAP_CALM": ["x"], "RETENTION_DAYS": ["0"], "API_KEY": ["short", "këy-of-ours"],
     "TELEGRAM_BOT_TOKEN": ["x", "²:abc", "123:ä", "1:a b"], "TELEGRAM_CHAT_ID": ["x y", "²", "@ä"],
     "TELEGRAM_API_URL": URLS, "WEBHOOK_URL": [*URLS, "https://h/ä", "https://h/\x01", "http://xn--/"],
-    "LOG_FILE": ["{}", "{}/none/x"], "DEBUG": ["perhaps"], "BACKUP_HOURS": ["-1"], "BACKUP_KEEP": ["0"],
+    "LOG_FILE": ["{}", "{}/none/x", "{}/pipe"], "DEBUG": ["perhaps"], "BACKUP_HOURS": ["-1"], "BACKUP_KEEP": ["0"],
+    "BACKUP_DIR": ["{}/text", "{}/text/below", "/proc/backups", "{}/" + "x" * 300, "{}/pipe"],
 }  # fmt: skip
 AGENT = {
     "URL": [*BASES, "http://sentinel.example"],
@@ -47,12 +49,14 @@ AGENT = {
     "PULSE_SECONDS": ["0"], "TIMEOUT": ["x"], "LEAK_WATCH": ["perhaps"], "REMEDY_DRY_RUN": ["perhaps"],
     "TUNNEL_INTERFACE": ["wg0,wg1", "wg0 wg1", "wg0,", "a/b", "é" * 8, "a:1", ".."],
     "TUNNEL_ENDPOINTS": ["vpn.example:1", "1.1.1.1"],
-    "OPENVPN_MANAGEMENT": ["x", "/" + "x" * 107, "{}", "{}/text", "127.0.0.1:0", "8.8.8.8:7505"],
+    "OPENVPN_MANAGEMENT": ["x", "/" + "x" * 107, "{}", "{}/text", "{}/text/below", "127.0.0.1:0", "8.8.8.8:7505"],
     "OPENVPN_MANAGEMENT_PASSWORD": ["a\x01"], "GLUETUN_URL": [*URLS, "http://u:p@127.0.0.1"],
-    "GLUETUN_API_KEY": ["é"], "GLUETUN_USER": ["a:b"], "GLUETUN_PASSWORD": ["é"], "FORWARDED_PORT": ["x", "{}"],
+    "GLUETUN_API_KEY": ["é"], "GLUETUN_USER": ["a:b"], "GLUETUN_PASSWORD": ["é"],
+    "FORWARDED_PORT": ["x", "{}", "{}/text/below"],
     "MEANT_OUTSIDE": ["all", "port x/tcp", "user nobody-of-that-name", "interface 'a\"b'"],
     "HEALTH_HOST": ["name", "a b", "::1%1"], "HEALTH_PORT": ["0"],
-    "CA_FILE": NO_PEM, "TLS_CERT_PATH": NO_PEM, "GEO_DB": ["{}/none", "{}"], "GEOLOCATION_SERVICE": ["other"],
+    "CA_FILE": NO_PEM, "TLS_CERT_PATH": NO_PEM, "GEO_DB": ["{}/none", "{}", "{}/pipe"],
+    "GEOLOCATION_SERVICE": ["other"],
     "IPINFO_URL": BASES, "IPAPI_URL": BASES, "IPWHOIS_URL": BASES, "TRACE_URL": BASES,
     "CONTAIN": ["perhaps"], "HOOK": ["relative", "'", "{}/none", "{}/text", "{}"], "HOOK_TIMEOUT": ["0"],
     "REMEDY_GLUETUN_RESTART": ["perhaps"], "REMEDY_RESUME": ["perhaps"], "REMEDY_AFTER": ["-1"], "REMEDY_CAP": ["0"],
@@ -65,7 +69,6 @@ GEO = {"DBIP_URL": BASES, "MAXMIND_URL": BASES, "MAXMIND_ACCOUNT": ["name"]}
 # Any text is one; what cannot be done with it is said where it is done. TZ is the system's.
 FREE = {
     "DATA_DIR",
-    "BACKUP_DIR",
     "TZ",
     "WEBHOOK_SECRET",
     "QBITTORRENT_PASSWORD",
@@ -84,6 +87,7 @@ def test_a_setting_that_cannot_be_used_is_named(
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     (tmp_path / "text").write_text("no PEM, no program, no socket\n")
+    os.mkfifo(tmp_path / "pipe")
     key = name if name in UNPREFIXED else f"VPN_SENTINEL_{name}"
     settings = {
         # Nothing is started, whatever is not refused: there is no folder to be had.

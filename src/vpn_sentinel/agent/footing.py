@@ -18,12 +18,12 @@ from vpn_sentinel.agent.probes.targets import ServerEcho, Target
 from vpn_sentinel.agent.sensors.netlink import NetworkSensor
 from vpn_sentinel.agent.settings import AgentSettings
 from vpn_sentinel.agent.spool import Spool, SpoolInUseError
-from vpn_sentinel.agent.spoolfile import check_folder
 from vpn_sentinel.agent.uplink.conversation import Destination, Routes
 from vpn_sentinel.agent.uplink.courier import Courier
 from vpn_sentinel.domain.observation import Observation
 from vpn_sentinel.domain.policy import IPAddress, is_public
 from vpn_sentinel.domain.verdict import Verdict
+from vpn_sentinel.runtime import files
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.runtime.settings import SettingError
 from vpn_sentinel.wire.messages import PROTOCOL, Echo, Hello
@@ -101,7 +101,7 @@ def need_key(settings: AgentSettings) -> None:
 def open_spool(settings: AgentSettings, clock: Clock) -> Spool:
     """Raises SettingError when the data folder cannot be used, or another agent of this name uses it."""
     try:
-        check_folder(settings.data_dir)
+        files.try_folder(settings.data_dir)
     except OSError as e:
         raise SettingError("VPN_SENTINEL_DATA_DIR", f"{settings.data_dir}: {e.strerror}") from e
     try:

@@ -1,9 +1,7 @@
 """The spool's SQLite file: opening it for one process alone, and setting it aside when it is damaged."""
 
-import errno
 import logging
 import sqlite3
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
@@ -87,17 +85,3 @@ def _lost(path: Path) -> int:
     lost = damage.lost or 1
     log.error("the spool's log is damaged: observations that the server may not have are lost", extra={"writes": lost})
     return lost
-
-
-def check_folder(folder: Path) -> None:
-    """Write a little file that vanishes, so that an unusable folder is told when the agent starts. Raises OSError.
-
-    A full disk is no reason not to watch: the spool keeps observations in memory until the disk takes them again.
-    """
-    files.folder(folder)
-    try:
-        with tempfile.TemporaryFile(dir=folder, buffering=0) as probe:  # without a name, so that nothing is ever left
-            probe.write(b"\0" * 4096)
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise

@@ -4,6 +4,7 @@ import errno
 import os
 import re
 import secrets
+import tempfile
 from pathlib import Path
 from typing import Final
 
@@ -36,6 +37,20 @@ def folder(path: Path, *, mode: int = 0o700) -> None:
     except FileExistsError as e:
         what = "a link that leads nowhere" if path.is_symlink() and not path.exists() else "no folder"
         raise NotADirectoryError(errno.ENOTDIR, f"is {what}", str(path)) from e
+
+
+def try_folder(path: Path) -> None:
+    """Have a folder there, and write a little file into it that vanishes. Raises OSError.
+
+    A full disk is let pass: it may have room again.
+    """
+    try:
+        folder(path)
+        with tempfile.TemporaryFile(dir=path, buffering=0) as probe:  # without a name, so that nothing is ever left
+            probe.write(b"\0" * 4096)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
 
 
 def beside(path: Path) -> Path:

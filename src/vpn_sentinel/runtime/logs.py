@@ -1,6 +1,7 @@
 """Logging: one line an event, `key=value` pairs behind a short sentence, control characters escaped."""
 
 import contextlib
+import errno
 import logging
 import os
 import sys
@@ -39,7 +40,9 @@ class _LogFile(logging.FileHandler):
     _failed = _told = False
 
     def _open(self) -> TextIOWrapper:
-        descriptor = os.open(self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+        # Not to wait for a reader of a pipe, which is an error then (ENXIO, fifo(7)).
+        descriptor = os.open(self.baseFilename, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK, 0o600)
+        os.set_blocking(descriptor, True)
         return os.fdopen(descriptor, "a", encoding=self.encoding, errors=self.errors)
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -70,7 +73,8 @@ def open_log(*, debug: bool = False, quiet: bool = False, file: str | None = Non
     try:
         handler = _LogFile(file, encoding="utf-8") if file else logging.StreamHandler(sys.stderr)
     except OSError as e:
-        msg = f"VPN_SENTINEL_LOG_FILE: {file}: {e.strerror}"
+        why = "is a pipe that nobody reads, or a socket" if e.errno == errno.ENXIO else e.strerror
+        msg = f"VPN_SENTINEL_LOG_FILE: {file}: {why}"
         raise Unusable(msg) from e
     handler.setFormatter(LineFormatter())
     root = logging.getLogger()

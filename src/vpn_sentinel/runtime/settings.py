@@ -4,6 +4,7 @@ A role (agent, server) declares its settings as a frozen dataclass and fills it 
 source holds and nobody asked for is reported by `Source.unread`, so a mistyped name does not pass in silence.
 """
 
+import errno
 import ipaddress
 import os
 import select
@@ -400,10 +401,31 @@ def authorities(value: str) -> Path:
 
 
 def readable_file(value: str) -> Path:
+    """A regular file: to open a pipe would wait for whoever writes it."""
     path = Path(value)
+    mode = mode_of(value)
+    if mode and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        msg = f"{value} is no regular file"
+        raise ValueError(msg)
     try:
         with path.open("rb"):
             return path
     except OSError as e:
         msg = f"{value}: {e.strerror}"
         raise ValueError(msg) from e
+
+
+def mode_later(value: str) -> int:
+    """The mode of a file that may not be there yet, 0 then. Raises ValueError where it can neither come nor be used."""
+    try:
+        mode = Path(value).stat().st_mode
+        permitted = stat.S_ISDIR(mode) or os.access(value, os.R_OK | (os.W_OK if stat.S_ISSOCK(mode) else 0))
+    except FileNotFoundError:
+        return 0
+    except (OSError, ValueError) as e:
+        msg = f"{value}: {why(e)}"
+        raise ValueError(msg) from e
+    if not permitted:
+        msg = f"{value}: {os.strerror(errno.EACCES)}"
+        raise ValueError(msg)
+    return mode

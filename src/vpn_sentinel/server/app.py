@@ -2,11 +2,13 @@
 
 import asyncio
 import contextlib
+import errno
 import logging
 import secrets
 import socket
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Final
 
 import httpx
 from prometheus_client import CollectorRegistry
@@ -14,8 +16,9 @@ from sqlalchemy import insert, select, text, update
 
 from vpn_sentinel import __version__
 from vpn_sentinel.domain.notice import Kind, Notice
+from vpn_sentinel.runtime import files
 from vpn_sentinel.runtime.clock import Clock, SteadyClock
-from vpn_sentinel.runtime.settings import PREFIX
+from vpn_sentinel.runtime.settings import PREFIX, SettingError
 from vpn_sentinel.server.access import Access, first_key
 from vpn_sentinel.server.api.app import build_api
 from vpn_sentinel.server.api.health import HealthServices, build_health
@@ -58,6 +61,10 @@ from vpn_sentinel.server.watch.timekeeper import PATIENCE, Timekeeper, database_
 from vpn_sentinel.server.watch.upkeep import Upkeep, UpkeepMetrics
 
 log = logging.getLogger(__name__)
+
+_FOLDER_WITHIN: Final = 5.0  # seconds; a dead NFS server's folder answers never
+# Of a filesystem whose other end is away.
+_AWAY: Final = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +125,7 @@ async def serve(
 
     Raises SettingError or StoreUnusable, with one line, when it cannot start.
     """
+    await _try_backups(settings)
     sockets = Sockets.bind(settings)
     try:
         store = await open_store(settings.database_url, serving=True)
@@ -127,6 +135,23 @@ async def serve(
             await store.close()
     finally:
         sockets.close()
+
+
+async def _try_backups(settings: ServerSettings) -> None:
+    """Raises SettingError for a folder of backups that is set and will not do, long before the first one is due.
+
+    What may pass, as of a disk elsewhere that is away, is said when a backup is due: tunnels are watched all the same.
+    """
+    folder = settings.backup_dir
+    if folder is None or settings.database_file is None or not settings.backup_hours:
+        return
+    try:
+        await asyncio.wait_for(asyncio.to_thread(files.try_folder, folder), _FOLDER_WITHIN)
+    except TimeoutError:
+        log.warning("the folder of backups does not answer", extra={"folder": folder})
+    except OSError as e:
+        if e.errno not in _AWAY:
+            raise SettingError(PREFIX + "BACKUP_DIR", f"{folder}: {e.strerror}") from e
 
 
 async def _run(

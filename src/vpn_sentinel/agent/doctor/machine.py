@@ -12,7 +12,7 @@ from vpn_sentinel.agent.doctor.check import Check, gap, ok, unknown
 from vpn_sentinel.agent.doctor.ground import Greeting, Ground
 from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.agent.net.packetsocket import packet_socket
-from vpn_sentinel.agent.spoolfile import check_folder
+from vpn_sentinel.runtime import files
 
 _NET_ADMIN, _NET_RAW = 12, 13  # linux/capability.h
 _OFF: Final = 2.0  # seconds that the clock may be wrong
@@ -125,7 +125,7 @@ async def data_folder(ground: Ground) -> list[Check]:
     folder = ground.read.agent.data_dir
     if folder.is_dir():
         try:
-            check_folder(folder)
+            files.try_folder(folder)
         except OSError as e:
             return [about_folder(folder, e.strerror or "refused", there=True)]
         return [about_folder(folder, None, there=True)]

@@ -91,7 +91,7 @@ def _management(value: str) -> str:
         if len(os.fsencode(value)) > _LONGEST_SOCKET:
             msg = f"takes a path of at most {_LONGEST_SOCKET} bytes (unix(7))"
             raise ValueError(msg)
-        mode = s.mode_of(value)
+        mode = s.mode_later(value)
         if mode and not stat.S_ISSOCK(mode):  # OpenVPN may not have made it yet
             msg = f"{value} is no socket"
             raise ValueError(msg)
@@ -107,7 +107,7 @@ def _management(value: str) -> str:
 
 def _port_or_file(value: str) -> int | Path:
     if value.startswith("/"):
-        if stat.S_ISDIR(s.mode_of(value)):  # one that is not there yet is written later
+        if stat.S_ISDIR(s.mode_later(value)):  # one that is not there yet is written later
             msg = f"{value} is a folder"
             raise ValueError(msg)
         return Path(value)

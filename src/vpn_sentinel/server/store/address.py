@@ -8,11 +8,11 @@ import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from ipaddress import ip_address
-from pathlib import Path
 from typing import Final
 from urllib.parse import unquote
 
 from vpn_sentinel.runtime.pem import PairError, try_pair
+from vpn_sentinel.runtime.settings import readable_file
 
 SCHEMES: Final = ("postgresql", "postgres", "postgresql+asyncpg", "postgres+asyncpg")
 SSL_MODES: Final = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
@@ -228,10 +228,9 @@ def _tls(given: dict[str, str]) -> dict[str, str]:
         if not value or (name == "sslrootcert" and value == "system"):
             continue
         try:
-            with Path(value).open("rb"):
-                pass
-        except OSError as e:
-            msg = f"{name} in the address: {value}: {e.strerror}"
+            readable_file(value)
+        except ValueError as e:
+            msg = f"{name} in the address: {e}"
             raise ValueError(msg) from None
     for name in ("ssl_min_protocol_version", "ssl_max_protocol_version"):
         _one_of(name, found.get(name, ""), _TLS_VERSIONS)
