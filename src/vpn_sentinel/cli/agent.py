@@ -4,9 +4,10 @@ import argparse
 from typing import Any
 
 from vpn_sentinel.cli.process import run_until_stopped
-from vpn_sentinel.cli.reading import add_config, source_of, warn_unread
+from vpn_sentinel.cli.reading import add_config, source_of, warn_idle, warn_unread
 from vpn_sentinel.runtime import logs
 from vpn_sentinel.runtime.clock import SystemClock
+from vpn_sentinel.runtime.idle import AGENT
 
 
 def add(commands: Any) -> None:
@@ -28,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
     source = source_of(args)
     settings = AgentSettings.read(source)
     warn_unread(source)
+    warn_idle(source, *AGENT)
     logs.open_log(debug=settings.debug, file=settings.log_file)
     work = reference.run if settings.role == "reference" else app.run
     return run_until_stopped(lambda stop: work(settings, SystemClock(), stop), fast=False)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
+from vpn_sentinel.runtime.idle import Idle, idle
 from vpn_sentinel.runtime.settings import Source, environment
 from vpn_sentinel.runtime.timezone import is_understood
 
@@ -29,7 +30,7 @@ def source_of(args: argparse.Namespace) -> Source:
 def server_settings(args: argparse.Namespace, also: Callable[[Source], object] | None = None) -> "ServerSettings":
     """Read the server's settings and name those that nobody knows. Raises SettingError.
 
-    `also` reads the settings of what runs beside the server, so that those are known too.
+    `also` is given the source once it is read: for settings of what runs beside the server, or for more to be told.
     """
     from vpn_sentinel.server.settings import ServerSettings
 
@@ -50,6 +51,12 @@ def warn_unread(source: Source) -> None:
     zone = source.raw("TZ")
     if zone and not is_understood(zone):
         print(f"vpn-sentinel: TZ: the system does not know {zone!r}: times are told in UTC", file=sys.stderr)
+
+
+def warn_idle(source: Source, *rows: Idle) -> None:
+    """What is set and does nothing as the other settings stand is told, for somebody counts on it."""
+    for line in idle(source, *rows):
+        print(f"vpn-sentinel: {line}", file=sys.stderr)
 
 
 def unread(source: Source) -> list[str]:

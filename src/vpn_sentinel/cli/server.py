@@ -5,10 +5,11 @@ import asyncio
 from typing import Any
 
 from vpn_sentinel.cli.process import report, run_until_stopped
-from vpn_sentinel.cli.reading import add_config, server_settings
+from vpn_sentinel.cli.reading import add_config, server_settings, warn_idle
 from vpn_sentinel.cli.storing import naming_the_setting
 from vpn_sentinel.runtime import logs
 from vpn_sentinel.runtime.clock import SystemClock
+from vpn_sentinel.runtime.idle import SERVER
 
 
 def add(commands: Any) -> None:
@@ -24,7 +25,7 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from vpn_sentinel.server.app import serve
 
-    settings = server_settings(args)
+    settings = server_settings(args, also=lambda source: warn_idle(source, *SERVER))
     logs.open_log(debug=settings.debug, file=settings.log_file)
 
     async def work(stop: asyncio.Event) -> None:

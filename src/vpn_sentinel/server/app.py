@@ -311,8 +311,6 @@ def _what_its_engine_needs(
             hours=settings.backup_hours,
             keep=settings.backup_keep,
         )
-    if settings.backup_dir is not None:
-        log.warning("VPN_SENTINEL_BACKUP_DIR has no effect: backups of a PostgreSQL database are made by its own tools")
     return Replicas(store, hub, clock)
 
 

@@ -106,6 +106,7 @@ CASES: dict[str, tuple[Check | Sequence[Check], list[State], str]] = {
     "a minute ahead": (clock(NOW - 60), [GAP], "60 s ahead"),
     "nobody to compare with": (clock(None), [UNKNOWN], "no server"),
     "settings of use": (machine.about_settings(()), [OK], "all"),
+    "one that does nothing": (machine.about_settings((), ("A: does nothing without B",)), [GAP], "A: does nothing"),
     "two that are not": (machine.about_settings(("A: x", "B: y")), [GAP, GAP], "A: x"),
     "no netlink": (network.about_interfaces(Survey(), None), [GAP], "AF_NETLINK"),
     "a tunnel": (network.about_interfaces(SURVEY, None), [OK, OK], "wg0, kind wireguard: it carries the way"),

@@ -7,6 +7,7 @@ from typing import Final, TypeVar
 from vpn_sentinel.agent.geo.settings import GeoSettings
 from vpn_sentinel.agent.remedies.settings import ReactionSettings
 from vpn_sentinel.agent.settings import AgentSettings
+from vpn_sentinel.runtime.idle import AGENT, idle
 from vpn_sentinel.runtime.settings import PREFIX, UNPREFIXED, SettingError, Source
 
 T = TypeVar("T")
@@ -60,12 +61,15 @@ class Forgiving(Source):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Read:
-    """`urls` are the server's addresses that may be used. `troubles` are one line each."""
+    """`urls` are the server's addresses that may be used. `troubles`, and `idle` for what does nothing, are one line
+    each.
+    """
 
     agent: AgentSettings
     reactions: ReactionSettings
     urls: tuple[str, ...]
     troubles: tuple[str, ...]
+    idle: tuple[str, ...]
     asked: frozenset[str]
 
 
@@ -85,5 +89,6 @@ def read_all(source: Source, hostname: str | None = None) -> Read:
         reactions=reactions,
         urls=() if missing else agent.urls,
         troubles=tuple(forgiving.troubles.values()),
+        idle=idle(forgiving, *AGENT),
         asked=frozenset(forgiving.asked),
     )

@@ -145,13 +145,15 @@ def about_folder(folder: Path, trouble: str | None, *, there: bool) -> Check:
 
 
 async def settings(ground: Ground) -> list[Check]:
-    return about_settings(ground.read.troubles)
+    return about_settings(ground.read.troubles, ground.read.idle)
 
 
-def about_settings(troubles: Sequence[str]) -> list[Check]:
-    if not troubles:
+def about_settings(troubles: Sequence[str], idle: Sequence[str] = ()) -> list[Check]:
+    if not troubles and not idle:
         return [ok("settings", "all can be used")]
     fix = "see docs/reference/settings.md for what it takes"
+    means = "the agent does not start, or does not know this name."
     return [
-        gap("settings", trouble, "the agent does not start, or does not know this name.", fix) for trouble in troubles
+        *(gap("settings", trouble, means, fix) for trouble in troubles),
+        *(gap("settings", line, "the agent starts without it.", "set what it needs, or leave it out") for line in idle),
     ]
