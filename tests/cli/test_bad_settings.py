@@ -14,6 +14,7 @@ URLS = [
     "example", "ftp://h", "http://", "http://a..b", f"https://{LONG}", "http://h:0", "http://h:x", "http://[::1",
     "https://[fe80::1%eth0]", "https://h:99999", "http://192.0.2.256", "http://2001:db8::1", "http://a b",
 ]  # fmt: skip
+STRICT = [*URLS, "https://☃.example", "https://xn--a.example"]  # by IDNA 2008
 BASES = [*URLS, "https://u:HUSH@h", "https://h/?a=b", "https://h/ä", "https://h/\x01"]
 # `{}` is a folder with a file of text in it, and a pipe that nobody writes or reads.
 NO_PEM = ["{}/text", "{}/none", "{}", "{}/pipe"]
@@ -31,14 +32,15 @@ SERVER = {
     ],
     "TLS_CERT_PATH": ["{}/none", "{}", "{}/pipe"], "TLS_KEY_PATH": ["{}/none", "{}/pipe"], "CA_FILE": NO_PEM,
     "CANARY_ZONE": ["x", "a b.example", f"{LONG}"], "CANARY_HOST": ["name"], "CANARY_PORT": ["0"],
-    "CANARY_NS": ["a b.example"], "CANARY_ADDRESSES": ["name", "fe80::1%1"], "PUBLIC_URL": BASES, "TRACE_URL": BASES,
+    "CANARY_NS": ["a b.example"], "CANARY_ADDRESSES": ["name", "fe80::1%1"], "PUBLIC_URL": BASES,
+    "TRACE_URL": [*BASES, *STRICT],
     "SERVER_ALLOWED_IPS": ["name", "fe80::1%1"], "TRUSTED_PROXIES": ["proxy", "10.0.0.0/33"],
     "SERVER_RATE_LIMIT_REQUESTS": ["0"],
     "CLIENT_TIMEOUT_MINUTES": ["nan"], "SERVER_ALERT_THRESHOLD_MINUTES": ["x"], "SERVER_CHECK_INTERVAL_MINUTES": ["x"],
     "MISSED_REPORTS": ["0", "1.5"], "GRACE_DOWN": ["-1"], "GRACE_DEGRADED": ["x"], "GRACE_UNVERIFIED": ["inf"],
     "GRACE_RECOVERY": ["nan"], "FLAP_CALM": ["x"], "RETENTION_DAYS": ["0"], "API_KEY": ["short", "këy-of-ours"],
     "TELEGRAM_BOT_TOKEN": ["x", "²:abc", "123:ä", "1:a b"], "TELEGRAM_CHAT_ID": ["x y", "²", "@ä"],
-    "TELEGRAM_API_URL": URLS, "WEBHOOK_URL": [*URLS, "https://h/ä", "https://h/\x01", "http://xn--/"],
+    "TELEGRAM_API_URL": STRICT, "WEBHOOK_URL": [*STRICT, "https://h/ä", "https://h/\x01", "http://xn--/"],
     "LOG_FILE": ["{}", "{}/none/x", "{}/pipe"], "DEBUG": ["perhaps"], "BACKUP_HOURS": ["-1"], "BACKUP_KEEP": ["0"],
     "BACKUP_DIR": ["{}/text", "{}/text/below", "/proc/backups", "{}/" + "x" * 300, "{}/pipe"],
 }  # fmt: skip

@@ -159,7 +159,7 @@ class ServerSettings:
             telegram=_telegram(source),
             webhook=_webhook(source),
             webhook_private=get("WEBHOOK_ALLOW_PRIVATE", read.boolean, default=False),
-            trace_url=get("TRACE_URL", read.url, "https://1.1.1.1"),
+            trace_url=get("TRACE_URL", lambda v: _asked(read.url(v)), "https://1.1.1.1"),
             ca_file=get("CA_FILE", read.authorities, None),
             tls_cert=cert,
             tls_key=key,
@@ -248,7 +248,7 @@ def _key(value: str) -> Secret:
 def _telegram(source: Source) -> Telegram | None:
     token = source.get("TELEGRAM_BOT_TOKEN", read.secret, None)
     chat = source.get("TELEGRAM_CHAT_ID", _chat, None)
-    url = source.get("TELEGRAM_API_URL", read.url_with_login, "https://api.telegram.org")
+    url = source.get("TELEGRAM_API_URL", lambda v: _asked(read.url_with_login(v)), "https://api.telegram.org")
     enabled = source.get("TELEGRAM_ENABLED", read.boolean, default=token is not None or chat is not None)
     if not enabled:
         return None
@@ -272,7 +272,21 @@ def _chat(value: str) -> str:
     return value
 
 
+def _asked(value: str) -> str:
+    """An address that the server itself asks: httpx takes fewer names than the agent's client. Raises ValueError."""
+    if value.isascii() and "xn--" not in value.lower():
+        return value
+    import httpx  # not where settings are read without the server's packages
+
+    try:
+        assert httpx.URL(value).host  # noqa: S101 - to read it takes it apart
+    except (httpx.InvalidURL, ValueError):
+        msg = "names a host that is none by IDNA 2008 (RFC 5891)"
+        raise ValueError(msg) from None
+    return value
+
+
 def _webhook(source: Source) -> Webhook | None:
-    url = source.get("WEBHOOK_URL", lambda v: Secret(address_of(v)), None)
+    url = source.get("WEBHOOK_URL", lambda v: Secret(_asked(address_of(v))), None)
     secret = source.get("WEBHOOK_SECRET", read.secret, None)
     return None if url is None else Webhook(url=url, secret=secret)

@@ -13,6 +13,7 @@ from urllib.parse import unquote
 
 from vpn_sentinel.runtime.pem import PairError, try_pair
 from vpn_sentinel.runtime.settings import readable_file
+from vpn_sentinel.runtime.urls import host_problem
 
 SCHEMES: Final = ("postgresql", "postgres", "postgresql+asyncpg", "postgres+asyncpg")
 SSL_MODES: Final = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
@@ -168,6 +169,9 @@ def _hosts(listed: str, ports: list[str], numbers: list[str]) -> tuple[tuple[str
         if not host:
             msg = "a host in the address is empty"
             raise ValueError(msg)
+        # A folder is a socket, and so is a name without one (@, unix(7)); a zone is the system's.
+        if host[0] not in "/@" and not _is_ipv6(host) and (problem := host_problem(host)):
+            raise ValueError(problem)
         found.append((host, _port(port or default)))
     return tuple(found)
 
