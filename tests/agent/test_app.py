@@ -54,7 +54,11 @@ CANNOT = {
     "no key": ({"VPN_SENTINEL_API_KEY": ""}, "VPN_SENTINEL_API_KEY: is not set"),
     "a bad interval": ({"VPN_SENTINEL_INTERVAL": "x"}, "VPN_SENTINEL_INTERVAL: "),
     "a log that cannot be opened": ({"VPN_SENTINEL_LOG_FILE": "/nonexistent/x"}, "VPN_SENTINEL_LOG_FILE: "),
-    "a health port of someone else's": ({"VPN_SENTINEL_HEALTH_HOST": "192.0.2.1"}, "VPN_SENTINEL_HEALTH_PORT: "),
+    "an address of someone else's": ({"VPN_SENTINEL_HEALTH_HOST": "192.0.2.1"}, "VPN_SENTINEL_HEALTH_HOST: "),
+    "an address of a link": (
+        {"VPN_SENTINEL_HEALTH_HOST": "fe80::1"},
+        "VPN_SENTINEL_HEALTH_HOST: cannot listen on fe80",
+    ),
 }
 
 

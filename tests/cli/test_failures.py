@@ -49,6 +49,12 @@ def test_the_setting_that_said_where_is_named(below_a_file: str, capsys: pytest.
     assert capsys.readouterr() == ("", said)
 
 
+def test_a_folder_in_the_place_of_the_database(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["db", "migrate", "--database-url", f"sqlite:///{tmp_path}"]) == 1
+    said = f"vpn-sentinel: VPN_SENTINEL_DATABASE_URL: database {tmp_path} is a folder: name a file\n"
+    assert capsys.readouterr() == ("", said)
+
+
 @pytest.mark.parametrize("command", LOOKING)
 def test_a_database_that_is_not_there_yet(command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command.split(), "--data-dir", str(tmp_path)]) == 1
@@ -86,11 +92,12 @@ def test_an_agent_without_its_folder_says_it_once(below_a_file: str) -> None:
     assert (done.returncode, done.stderr) == (1, said)
 
 
-def test_an_agent_with_a_database_of_places_that_is_none(tmp_path: Path) -> None:
-    (tmp_path / "x.mmdb").write_text("nothing")
+@pytest.mark.parametrize("held", ["nothing", ""])
+def test_an_agent_with_a_database_of_places_that_is_none(held: str, tmp_path: Path) -> None:
+    (tmp_path / "x.mmdb").write_text(held)
     done = run("agent", DATA_DIR=str(tmp_path), URL="http://127.0.0.1:9", API_KEY="k" * 8, GEO_DB=f"{tmp_path}/x.mmdb")
     assert (done.returncode, done.stderr.count("\n")) == (1, 1)
-    assert done.stderr.startswith("vpn-sentinel: VPN_SENTINEL_GEO_DB: ")
+    assert done.stderr == f"vpn-sentinel: VPN_SENTINEL_GEO_DB: {tmp_path}/x.mmdb: is not a MaxMind database file\n"
 
 
 # --- ports, files, channels ---

@@ -629,7 +629,7 @@ def test_by_default_both_families_are_listened_to(kind: socket.SocketKind) -> No
                 caller.connect((address, port))
 
 
-@pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1", "eth0.invalid"])
+@pytest.mark.parametrize("host", ["192.0.2.1", "2001:db8::1", "fe80::1", "eth0.invalid"])
 def test_an_address_of_another_host_is_blamed_on_its_setting(host: str) -> None:
     with pytest.raises(SettingError, match=f"^HOST: cannot listen on {host}: ."):
         listen(host, 0, "PORT", host_setting="HOST")

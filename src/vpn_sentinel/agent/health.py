@@ -12,6 +12,7 @@ places are taken, the oldest connection yields.
 """
 
 import asyncio
+import errno
 import json
 import os
 import socket
@@ -29,6 +30,7 @@ from vpn_sentinel.runtime.settings import SettingError
 LIMIT: Final = 2.0  # seconds for a request and its answer
 MOST: Final = 4096  # bytes of its head
 PLACES: Final = 32  # connections at once
+_NO_SUCH_ADDRESS: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EINVAL)
 _WAITING: Final = 1024  # that the kernel holds; who finds no room tries again after a second (tcp(7), SYN)
 _AT_ONCE: Final = 4  # of them taken in a turn of the loop: who is among them is answered before `PLACES` others came
 _UPLINK_GRACE: Final = 900.0  # seconds: a restart of the agent does not bring a server back
@@ -109,6 +111,8 @@ class Health:
         except OSError as e:
             # The loop's own text repeats the address.
             why = os.strerror(e.errno) if e.errno else str(e)
+            if e.errno in _NO_SUCH_ADDRESS:
+                raise SettingError("VPN_SENTINEL_HEALTH_HOST", f"cannot listen on {host}: {why}") from e
             raise SettingError("VPN_SENTINEL_HEALTH_PORT", f"cannot listen on {host} port {port}: {why}") from e
         for bound in server.sockets:
             # asyncio takes as many in one turn as it lets wait; the same socket may be told of more (listen(2)).

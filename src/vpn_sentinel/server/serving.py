@@ -29,7 +29,8 @@ log = logging.getLogger(__name__)
 # Bytes that CPython keeps of a header beside those that came: two objects, a pair of them, and its place in a list.
 # Thousands of tiny ones are dearer than a long one.
 _HEADER_COSTS: Final = 144
-_NO_SUCH_ADDRESS: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT)
+# The last of a link's address without its zone (ipv6(7)).
+_NO_SUCH_ADDRESS: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EINVAL)
 _OF_AN_OFFER: Final = (b"upgrade", b"http2-settings")
 _WHOLE_BODY: Final = 10  # times as long as between two parts
 # Bytes and seconds for what is left of a request's body when it is answered, and after that.

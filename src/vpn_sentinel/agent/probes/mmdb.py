@@ -1,5 +1,6 @@
 """Places out of database files in MaxMind's format: GeoLite2, DB-IP Lite, IPinfo Lite."""
 
+import errno
 import struct
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,8 +43,9 @@ def open_file(path: str | Path) -> Reader:
         # in what lies around them, and kills the process when somebody cuts the file. A look-up takes 0.04 ms so.
         reader: Reader = maxminddb.open_database(str(path), maxminddb.MODE_FILE)
     except DAMAGED as e:
-        # The library puts the path into some of its messages; once is enough.
-        msg = f"{path}: {e.strerror if isinstance(e, OSError) and e.strerror else 'is not a MaxMind database file'}"
+        # The library puts the path into some of its messages; once is enough. An empty file is EINVAL to it.
+        why = e.strerror if isinstance(e, OSError) and e.errno != errno.EINVAL else None
+        msg = f"{path}: {why or 'is not a MaxMind database file'}"
         raise ValueError(msg) from e
     said = reader.metadata()
     if said.ip_version not in (4, 6) or type(said.build_epoch) is not int or type(said.database_type) is not str:

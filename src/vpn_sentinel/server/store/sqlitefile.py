@@ -4,6 +4,7 @@ What is done to it before a `SqliteStore` opens it is done here, by whoever hold
 """
 
 import contextlib
+import errno
 import fcntl
 import logging
 import os
@@ -200,7 +201,7 @@ def _made(path: Path) -> None:
         msg = f"data folder {path.parent}: {e.strerror}"
         raise StoreUnusable(msg) from e
     msg = f"database {path} is {'a folder' if stat.S_ISDIR(mode) else 'no file'}: name a file"
-    raise StoreUnusable(msg)
+    raise StoreUnusable(msg) from OSError(errno.EISDIR, msg)  # of the file, so of the setting that names it
 
 
 def whose(connection: sqlite3.Connection) -> str:
