@@ -17,7 +17,7 @@ URLS = [
 STRICT = [*URLS, "https://☃.example", "https://xn--a.example"]  # by IDNA 2008
 BASES = [*URLS, "https://u:HUSH@h", "https://h/?a=b", "https://h/ä", "https://h/\x01"]
 # `{}` is a folder with a file of text in it, and a pipe that nobody writes or reads.
-NO_PEM = ["{}/text", "{}/none", "{}", "{}/pipe"]
+NO_PEM = ["{}/text", "{}/two\nlines", "{}/none", "{}", "{}/pipe"]
 SERVER = {
     "SERVER_HOST": ["not a host", "::1%"], "SERVER_HEALTH_HOST": ["a b"], "SERVER_API_PORT": ["0", "99999", "x"],
     "SERVER_HEALTH_PORT": ["-1"], "SERVER_DASHBOARD_PORT": ["1e3"], "API_PATH": ["/", "/a b"],
@@ -41,8 +41,9 @@ SERVER = {
     "GRACE_RECOVERY": ["nan"], "FLAP_CALM": ["x"], "RETENTION_DAYS": ["0"], "API_KEY": ["short", "këy-of-ours"],
     "TELEGRAM_BOT_TOKEN": ["x", "²:abc", "123:ä", "1:a b"], "TELEGRAM_CHAT_ID": ["x y", "²", "@ä"],
     "TELEGRAM_API_URL": STRICT, "WEBHOOK_URL": [*STRICT, "https://h/ä", "https://h/\x01", "http://xn--/"],
-    "LOG_FILE": ["{}", "{}/none/x", "{}/pipe"], "DEBUG": ["perhaps"], "BACKUP_HOURS": ["-1"], "BACKUP_KEEP": ["0"],
-    "BACKUP_DIR": ["{}/text", "{}/text/below", "/proc/backups", "{}/" + "x" * 300, "{}/pipe"],
+    "LOG_FILE": ["{}", "{}/none/two\nlines", "{}/none/x", "{}/pipe"],
+    "DEBUG": ["perhaps"], "BACKUP_HOURS": ["-1"], "BACKUP_KEEP": ["0"],
+    "BACKUP_DIR": ["{}/text", "{}/text/two\nlines", "{}/text/below", "/proc/backups", "{}/" + "x" * 300, "{}/pipe"],
 }  # fmt: skip
 AGENT = {
     "URL": [*BASES, "http://sentinel.example"],

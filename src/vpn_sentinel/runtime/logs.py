@@ -74,7 +74,7 @@ def open_log(*, debug: bool = False, quiet: bool = False, file: str | None = Non
         handler = _LogFile(file, encoding="utf-8") if file else logging.StreamHandler(sys.stderr)
     except OSError as e:
         why = "is a pipe that nobody reads, or a socket" if e.errno == errno.ENXIO else e.strerror
-        msg = f"VPN_SENTINEL_LOG_FILE: {file}: {why}"
+        msg = f"VPN_SENTINEL_LOG_FILE: {_clean(file or '')}: {why}"
         raise Unusable(msg) from e
     handler.setFormatter(LineFormatter())
     root = logging.getLogger()

@@ -65,7 +65,9 @@ class SettingError(Unusable):
     """A setting that cannot be used. The message is one line that names the setting and what it takes."""
 
     def __init__(self, name: str, problem: str) -> None:
-        super().__init__(f"{name}: {problem}")
+        # A path may hold a line end, and what is no text; a line it is all the same.
+        told = f"{name}: {problem}"
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in told))
         self.name = name
 
 
