@@ -399,6 +399,9 @@ def test_a_network_of_the_other_version_holds_nothing() -> None:
         ({"authorization": "Basic k"}, None),
         ({"x-api-key": "", "authorization": "Bearer k"}, "k"),
         ({"x-api-key": "a", "authorization": "Bearer b"}, "a"),
+        ({"x-api-key": '"a b"'}, "a b"),  # as Docker hands an env file's value to an old client
+        ({"authorization": "Bearer 'k'"}, "k"),
+        ({"x-api-key": '""'}, None),
     ],
 )
 def test_the_key_in_the_headers(headers: dict[str, str], key: str | None) -> None:

@@ -20,6 +20,7 @@ from sqlalchemy import insert, select, update
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, is_public
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.runtime.secret import Secret
+from vpn_sentinel.runtime.settings import unquoted
 from vpn_sentinel.server.store.schema import tokens
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
 from vpn_sentinel.wire.codec import address, written_address
@@ -78,7 +79,7 @@ class Access:
     def __init__(self, store: Store, clock: Clock, api_key: Secret | None) -> None:
         self._store = store
         self._clock = clock
-        self._own_digest = _digest(api_key.reveal()) if api_key is not None else None
+        self._own_digest = _digest(unquoted(api_key.reveal())) if api_key is not None else None
         self._tokens: Mapping[str, tuple[str, Caller]] = {}
         self._read_at = float("-inf")
         self._reading = asyncio.Lock()
@@ -330,11 +331,14 @@ def inside(ip: IPAddress, networks: Iterable[IPNetwork]) -> bool:
 
 
 def key_from(headers: Mapping[str, str]) -> str | None:
-    """The key in `X-API-Key` or `Authorization: Bearer`; header names are lower case."""
+    """The key in `X-API-Key` or `Authorization: Bearer`; header names are lower case.
+
+    Docker hands the quotes of an env file over, and a client of the replaced program sends them along.
+    """
     if key := headers.get("x-api-key"):
-        return key
+        return unquoted(key) or None
     scheme, _, token = headers.get("authorization", "").partition(" ")
-    return token.strip() or None if scheme.lower() == "bearer" else None
+    return unquoted(token) or None if scheme.lower() == "bearer" else None
 
 
 def _place(ip: IPAddress | None) -> str:
