@@ -349,7 +349,8 @@ async def test_what_something_on_the_way_alters_is_kept_and_said_once(
     async with server.listening() as url, carrying(spool, url) as courier:
         await until(lambda: pushed(courier, spool) or len(server.hellos) > 6)
         assert spool.pending == 2
-        assert [r.getMessage() for r in caplog.records] == ["cannot report"]
+        warned = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+        assert warned == ["cannot report"]
         server.refuse = lambda _: None
         await until(lambda: pushed(courier, spool), 20)
     assert (server.stored, server.thinned) == ([1, 2], 0)
