@@ -1,6 +1,7 @@
 """What every ring of tests shares: both engines as one `store` fixture, and a clock that a test sets."""
 
 import asyncio
+import logging
 import os
 import re
 import resource
@@ -50,6 +51,21 @@ def no_descriptor_left() -> Iterator[int]:
         for one in taken:
             os.close(one)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.fixture(autouse=True)
+def _logs_as_before() -> Iterator[None]:
+    """A command that a test runs in this process opens its own log: the next test has the one from before."""
+    names = ("", "httpx", "httpcore", "uvicorn.access", "uvicorn.error", "websockets", "asyncio", "alembic")
+    before = {name: logging.getLogger(name).level for name in names}
+    handlers = logging.getLogger().handlers[:]
+    yield
+    for handler in logging.getLogger().handlers:
+        if handler not in handlers:
+            handler.close()
+    logging.getLogger().handlers[:] = handlers
+    for name, level in before.items():
+        logging.getLogger(name).setLevel(level)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from bench.fuzz.target import ENDS, Loop, Target, Try, Wire, check
 from vpn_sentinel.agent.containment import table
 from vpn_sentinel.agent.leakwatch import packets
+from vpn_sentinel.agent.leakwatch.rules import is_dhcp
 from vpn_sentinel.agent.leakwatch.shapes import Shapes
 from vpn_sentinel.agent.net import sockets
 from vpn_sentinel.agent.net.attributes import attribute, attributes
@@ -162,6 +163,7 @@ def captured() -> Try:
         check(packet.called, "a protocol without a name")
         shapes.of(packet, openvpn=True, unsure=True)
         tag.is_probe(packet, (40000,))
+        is_dhcp(packet)
 
     return one
 
@@ -293,7 +295,9 @@ TARGETS = {
         modules=("wire.pulse", "wire.echo", "server.ingest.pulse", "server.ingest.ledger"), make=pulses, longest=1600
     ),
     "captured": Target(
-        modules=("agent.leakwatch.packets", "agent.leakwatch.shapes", "agent.probes.tag"), make=captured, longest=600
+        modules=("agent.leakwatch.packets", "agent.leakwatch.rules", "agent.leakwatch.shapes", "agent.probes.tag"),
+        make=captured,
+        longest=600,
     ),
     "icmp_errors": Target(modules=("agent.probes.datagram",), make=icmp_errors, longest=64),
     "netlink": Target(

@@ -79,22 +79,6 @@ def test_an_exceptions_text_cannot_pass_for_a_line(lines: io.StringIO) -> None:
     assert "\x1b" not in lines.getvalue()
 
 
-@pytest.fixture
-def _root() -> Iterator[None]:
-    """The root logger and those that are silenced, as they were before."""
-    names = ("", "httpx", "httpcore", "uvicorn.access", "uvicorn.error", "websockets", "asyncio", "alembic")
-    before = {name: logging.getLogger(name).level for name in names}
-    handlers = logging.getLogger().handlers[:]
-    yield
-    for handler in logging.getLogger().handlers:
-        if handler not in handlers:
-            handler.close()
-    logging.getLogger().handlers[:] = handlers
-    for name, level in before.items():
-        logging.getLogger(name).setLevel(level)
-
-
-@pytest.mark.usefixtures("_root")
 def test_a_log_may_go_to_a_file(tmp_path: Path) -> None:
     file = tmp_path / "sentinel.log"
     open_log(file=str(file))
@@ -105,7 +89,6 @@ def test_a_log_may_go_to_a_file(tmp_path: Path) -> None:
     assert "SECRET" not in file.read_text()
 
 
-@pytest.mark.usefixtures("_root")
 def test_a_new_log_is_for_its_owner_alone_and_an_old_one_keeps_its_mode(tmp_path: Path) -> None:
     made, shared = tmp_path / "made.log", tmp_path / "shared.log"
     shared.touch()
@@ -117,7 +100,6 @@ def test_a_new_log_is_for_its_owner_alone_and_an_old_one_keeps_its_mode(tmp_path
     assert [stat.S_IMODE(file.stat().st_mode) for file in (made, shared)] == [0o600, 0o640]
 
 
-@pytest.mark.usefixtures("_root")
 def test_a_log_goes_to_standard_error_otherwise(capsys: pytest.CaptureFixture[str]) -> None:
     open_log(debug=True)
     logging.getLogger("vpn_sentinel.agent").debug("thinking")
@@ -125,7 +107,6 @@ def test_a_log_goes_to_standard_error_otherwise(capsys: pytest.CaptureFixture[st
     assert sys.stderr is not None
 
 
-@pytest.mark.usefixtures("_root")
 def test_a_quiet_log_leaves_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
     open_log(quiet=True)
     log.info("seen")
@@ -136,13 +117,11 @@ def test_a_quiet_log_leaves_what_is_wrong(capsys: pytest.CaptureFixture[str]) ->
     assert "DEBUG" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("_root")
 def test_a_log_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(Unusable, match="No such file"):
         open_log(file=str(tmp_path / "none" / "sentinel.log"))
 
 
-@pytest.mark.usefixtures("_root")
 def test_a_log_that_cannot_be_written_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
     open_log(file="/dev/full")
     for _ in range(3):
