@@ -280,12 +280,14 @@ def listed(value: str) -> tuple[str, ...]:
     return tuple(value.replace(",", " ").split())
 
 
-def url(value: str) -> str:
-    """A base address, http or https, without its trailing slash and without a login, which nobody would send."""
+def url(value: str, *, login: str = "takes no login (what stands before an @)") -> str:
+    """A base address, http or https, without its trailing slash and without a login, which nobody would send.
+
+    `login` is what is said of one: where it belongs, say.
+    """
     found = url_with_login(value)
     if "@" in urlsplit(found).netloc:
-        msg = "takes no login (what stands before an @)"
-        raise ValueError(msg)
+        raise ValueError(login)
     return found
 
 

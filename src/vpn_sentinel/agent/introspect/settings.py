@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
-from urllib.parse import urlsplit
 
 from vpn_sentinel.agent.introspect.gluetun import Login
 from vpn_sentinel.agent.probes.targets import address_in
@@ -56,11 +55,7 @@ class IntrospectSettings:
 
 
 def _control(value: str) -> str:
-    found = s.url_with_login(value)
-    if "@" in urlsplit(found).netloc:
-        msg = "takes no login: set VPN_SENTINEL_GLUETUN_USER and VPN_SENTINEL_GLUETUN_PASSWORD"
-        raise ValueError(msg)
-    return found
+    return s.url(value, login="takes no login: set VPN_SENTINEL_GLUETUN_USER and VPN_SENTINEL_GLUETUN_PASSWORD")
 
 
 def _credential(value: str) -> Secret:

@@ -5,7 +5,6 @@ import shlex
 import stat
 from dataclasses import dataclass
 from typing import Final
-from urllib.parse import urlsplit
 
 from vpn_sentinel.agent.containment.containment import Mode
 from vpn_sentinel.agent.remedies.hook import who_else_may_write
@@ -88,11 +87,7 @@ def _command(value: str) -> tuple[str, ...]:
 
 
 def _client(value: str) -> str:
-    found = s.url_with_login(value)
-    if "@" in urlsplit(found).netloc:
-        msg = "takes no login: its _USER and _PASSWORD are settings of their own"
-        raise ValueError(msg)
-    return found
+    return s.url(value, login="takes no login: its _USER and _PASSWORD are settings of their own")
 
 
 def _basic_user(value: str) -> str:
