@@ -18,6 +18,7 @@ import pytest
 from vpn_sentinel.server.store.open import open_store
 from vpn_sentinel.server.store.store import Store
 
+NEEDS_OPENSSL = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the program openssl")
 POSTGRES_BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
 
 

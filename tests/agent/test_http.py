@@ -9,6 +9,7 @@ import pytest
 
 from lab.certs import Authority, Pair
 from tests.agent.doubles import http, reply, tcp
+from tests.conftest import NEEDS_OPENSSL
 from vpn_sentinel.agent.http import Client, HttpError, connected, read_response, reason, split, tls_context
 from vpn_sentinel.agent.names import Names
 
@@ -137,6 +138,7 @@ def test_a_ca_file_without_certificates_is_an_error(tmp_path: Path) -> None:
     assert tls_context(None).check_hostname
 
 
+@NEEDS_OPENSSL
 def test_the_systems_authorities_are_read_when_they_are_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder by hashes will do, and authenticates as the whole list does; a file that is named comes first."""
     authority = Authority(tmp_path)

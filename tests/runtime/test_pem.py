@@ -1,16 +1,16 @@
 """A certificate and its key: what is wrong with them is said, and which of the two it is."""
 
-import shutil
 import ssl
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import NEEDS_OPENSSL
 from vpn_sentinel.cli.main import main
 from vpn_sentinel.runtime.pem import PairError, try_pair
 
-pytestmark = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl")
+pytestmark = NEEDS_OPENSSL
 
 
 def openssl(folder: Path, words: str) -> None:

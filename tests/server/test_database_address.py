@@ -179,6 +179,8 @@ def hosted() -> Iterator[tuple[str, Path]]:
     """As a hoster has it: TLS and a password, on `localhost`. The address without its parameters; the certificate."""
     if not POSTGRES_BINARIES:
         pytest.skip("PostgreSQL is not installed: `make test` as root installs it")
+    if shutil.which("openssl") is None:
+        pytest.skip("needs the program openssl")
     folder = Path(tempfile.mkdtemp(prefix="vs-pgs-"))
     folder.chmod(0o755)
     cluster = Postgres(folder, POSTGRES_BINARIES[0])
