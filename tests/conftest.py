@@ -18,7 +18,9 @@ import pytest
 from vpn_sentinel.server.store.open import open_store
 from vpn_sentinel.server.store.store import Store
 
-NEEDS_OPENSSL = pytest.mark.skipif(shutil.which("openssl") is None, reason="needs the program openssl")
+NEEDS_OPENSSL = pytest.mark.skipif(
+    shutil.which("openssl") is None, reason="openssl is not installed: `make test` as root installs it"
+)
 POSTGRES_BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin"), reverse=True)
 
 

@@ -180,7 +180,7 @@ def hosted() -> Iterator[tuple[str, Path]]:
     if not POSTGRES_BINARIES:
         pytest.skip("PostgreSQL is not installed: `make test` as root installs it")
     if shutil.which("openssl") is None:
-        pytest.skip("needs the program openssl")
+        pytest.skip("openssl is not installed: `make test` as root installs it")
     folder = Path(tempfile.mkdtemp(prefix="vs-pgs-"))
     folder.chmod(0o755)
     cluster = Postgres(folder, POSTGRES_BINARIES[0])
