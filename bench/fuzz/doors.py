@@ -22,7 +22,7 @@ from vpn_sentinel.server.live.hub import Hub
 from vpn_sentinel.server.serving import EmbeddedServer, embedded
 from vpn_sentinel.server.settings import ServerSettings
 from vpn_sentinel.server.store.open import open_store
-from vpn_sentinel.server.tracker import Tracker
+from vpn_sentinel.server.tracking.tracker import Tracker
 
 KEY = "a-shared-key-of-the-fuzzer"
 HANDSHAKE = (

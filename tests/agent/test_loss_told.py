@@ -12,7 +12,7 @@ from vpn_sentinel.domain.machine import Memory, advance
 from vpn_sentinel.domain.observation import Answer, Canary, Link, Observation, Path, Probe, Trigger
 from vpn_sentinel.domain.policy import Policy
 from vpn_sentinel.domain.verdict import State
-from vpn_sentinel.server.weighing import began, is_measured, lasts
+from vpn_sentinel.server.tracking.evaluation import began, is_measured, lasts
 
 DAY = 86400.0
 THROUGH = Canary(probe=Probe.DEFAULT, target="echo", family=4, answer=Answer.ANSWERED, path=Path.TUNNEL)

@@ -37,7 +37,7 @@ from vpn_sentinel.domain.policy import Policy
 from vpn_sentinel.domain.verdict import MEANING, Code, Finding, State, Verdict
 from vpn_sentinel.server.notify.channels.webhook import body, short_body
 from vpn_sentinel.server.notify.text import explain, html, plain
-from vpn_sentinel.server.showing import of_receipt
+from vpn_sentinel.server.tracking.enrichment import transport_findings
 
 ADDRESS, ADDRESS6 = ip_address("146.70.1.2"), ip_address("2001:db8::7")
 _WRONG = re.compile(r"\(s\)|\bNone\b(?! of )|\"\"|''|``|  |\(\)| [.,;:]|^\s|\s$")
@@ -191,9 +191,9 @@ def _elsewhere() -> Iterator[Finding]:
     yield silence_finding(0.0, 16.0)
     yield silence_finding(0.0, 16.0, "madrid", ["nl-1"])
     for skew in (-61.0, 3700.0):
-        yield from of_receipt(skew, 0)
+        yield from transport_findings(skew, 0)
     for thinned in (1, 7):
-        yield from of_receipt(None, thinned, shared=True)
+        yield from transport_findings(None, thinned, shared=True)
     for code in (Code.NO_TRAFFIC, Code.DNS_DOWN, Code.IP_LEAK):
         memory, state = Memory(), MEANING[code].state
         for n in range(4):

@@ -42,9 +42,9 @@ OUR_OWN = {
     "server.bot.status": DATABASE,
     "server.dashboard.view": DATABASE,
     "server.notify.outbox": DATABASE,
-    "server.showing": DATABASE,
-    "server.sites": DATABASE,
-    "server.tracker": DATABASE,
+    "server.tracking.enrichment": DATABASE,
+    "server.tracking.sites": DATABASE,
+    "server.tracking.decision": DATABASE,
     "wire.rest": DATABASE,
 }
 

@@ -15,7 +15,7 @@ from vpn_sentinel.server.store import rows
 from vpn_sentinel.server.store.open import open_store
 from vpn_sentinel.server.store.schema import meta, outbox, tunnels
 from vpn_sentinel.server.store.store import Changes, Store, StoreUnavailable
-from vpn_sentinel.server.tracker import Tracker
+from vpn_sentinel.server.tracking.tracker import Tracker
 from vpn_sentinel.server.watch.overdue import LATE, OUTAGE, RETURN, Overdue
 from vpn_sentinel.server.watch.presence import Presence
 

@@ -10,8 +10,8 @@ import pytest
 from tests.conftest import ManualClock
 from vpn_sentinel.domain.observation import Answer
 from vpn_sentinel.domain.policy import IPAddress
+from vpn_sentinel.server.tracking.inputs import PortCheckResult
 from vpn_sentinel.server.watch.ports import EVERY, Ports, knock
-from vpn_sentinel.server.works import PortTried
 
 HERE = ip_address("127.0.0.1")
 EXIT = (ip_address("146.70.1.2"), 41000)
@@ -21,13 +21,13 @@ class Door:
     def __init__(self, *answers: Answer) -> None:
         self.answers = list(answers)
         self.asked: list[tuple[IPAddress, int]] = []
-        self.told: list[PortTried] = []
+        self.told: list[PortCheckResult] = []
 
     async def knock(self, address: IPAddress, port: int) -> Answer:
         self.asked.append((address, port))
         return self.answers.pop(0)
 
-    async def tried(self, port: PortTried) -> None:
+    async def tried(self, port: PortCheckResult) -> None:
         self.told.append(port)
 
 
@@ -98,7 +98,7 @@ async def test_what_cannot_be_kept_stops_no_other_try(clock: ManualClock, caplog
     async def knock(_address: object, _port: int) -> Answer:
         return Answer.ANSWERED
 
-    async def tried(_port: PortTried) -> None:
+    async def tried(_port: PortCheckResult) -> None:
         raise ValueError("a row of a newer version")
 
     ports = Ports({"nl": EXIT}, tried, clock, knock=knock, pause=0.0)

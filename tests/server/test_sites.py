@@ -23,11 +23,11 @@ from vpn_sentinel.domain.observation import (
     Trigger,
 )
 from vpn_sentinel.domain.policy import Policy
-from vpn_sentinel.server.sites import LEFT, Sites, Span
 from vpn_sentinel.server.store.schema import actions, observations
 from vpn_sentinel.server.store.store import Store
-from vpn_sentinel.server.tracker import Tracker
-from vpn_sentinel.server.works import PortTried, Sighting
+from vpn_sentinel.server.tracking.inputs import PortCheckResult, PulseObservation
+from vpn_sentinel.server.tracking.sites import HOME_KEPT_S, Sites, Span
+from vpn_sentinel.server.tracking.tracker import Tracker
 
 OLD_HOME, NEW_HOME = ip_address("91.10.33.7"), ip_address("91.10.99.8")
 HOME_DOWN = Observation(trigger=Trigger.CANARY, canaries=(canary(None, Path.OUTSIDE),))
@@ -99,7 +99,7 @@ async def test_a_new_home_address_must_not_leak_at_once_and_the_old_one_for_a_da
             site.clock.now += 1
             await site.tunnel(WELL)
         assert (await site.row()).state == "protected"
-    site.clock.now += LEFT + 60
+    site.clock.now += HOME_KEPT_S + 60
     await site.reference(at_home(NEW_HOME))
     site.clock.now += 1
     await site.tunnel(replace(WELL, canaries=(canary(str(OLD_HOME)),)))
@@ -250,23 +250,23 @@ async def test_sites_outlive_a_restart(site: Site, store: Store, clock: ManualCl
     await site.reference(at_home(OLD_HOME))
     sites = Sites()
     await sites.load(store, clock.now)
-    assert sites.homes("attic") == (ip_network(f"{OLD_HOME}/32"),)
-    assert sites.homes("") == sites.homes("cellar") == ()
-    assert sites.up("attic", clock.now, clock.now, clock.now) is True
+    assert sites.view().homes("attic") == (ip_network(f"{OLD_HOME}/32"),)
+    assert sites.view().homes("") == sites.view().homes("cellar") == ()
+    assert sites.view().up("attic", clock.now, clock.now, clock.now) is True
 
 
 # -- pulses
 
 
-def sighting(site: Site, address: object = EXIT, *, unheard: bool = False, name: str = "nl") -> Sighting:
-    return Sighting(tunnel=name, address=ip_address(str(address)), unheard=unheard, at=site.clock.wall())
+def sighting(site: Site, address: object = EXIT, *, unheard: bool = False, name: str = "nl") -> PulseObservation:
+    return PulseObservation(tunnel=name, address=ip_address(str(address)), unheard=unheard, at=site.clock.wall())
 
 
 async def test_pulses_from_home_are_a_leak(site: Site) -> None:
     await site.tunnel(WELL, policy=Policy(home_networks=(ip_network("91.10.20.0/24"),)))
     before = await site.row()
     site.clock.now += 2
-    await site.tracker.sighted(sighting(site, "91.10.20.30"))
+    await site.tracker.submit(sighting(site, "91.10.20.30"))
     row = await site.row()
     assert (row.state, row.since) == ("leaking", site.clock.wall())
     assert (row.seq, row.spool, row.last_seen, row.deadline) == (
@@ -288,17 +288,17 @@ async def test_an_agent_that_reports_beside_its_tunnel_on_purpose_leaks_nothing_
     policy = Policy(home_networks=(ip_network("91.10.20.0/24"),), allowed_outside=tuple(map(ip_network, declared)))
     await site.tunnel(WELL, policy=policy, peer=ip_address("91.10.20.30"))
     site.clock.now += 2
-    await site.tracker.sighted(sighting(site, "91.10.20.30"))
+    await site.tracker.submit(sighting(site, "91.10.20.30"))
     assert (await site.row()).state == state
 
 
 async def test_unheard_pulses_are_a_dead_tunnel_at_once_and_keep_it_from_silence(site: Site) -> None:
     await site.tunnel(WELL)
     site.clock.now += 10
-    await site.tracker.sighted(sighting(site, unheard=True))
+    await site.tracker.submit(sighting(site, unheard=True))
     assert (await site.row()).state == "down"
     site.clock.now += 80
-    await site.tracker.sighted(sighting(site, unheard=True))
+    await site.tracker.submit(sighting(site, unheard=True))
     site.clock.now += 5
     await site.tracker.sweep(["nl"], site.clock.now)
     assert (await site.row()).state == "down"
@@ -312,7 +312,7 @@ async def test_pulses_that_come_back_before_the_replay_leave_the_silence_to_it(s
     site.clock.now += 200
     await site.tracker.sweep(["nl"], site.clock.now)
     assert (await site.row()).state == "silent"
-    await site.tracker.sighted(sighting(site, unheard=True))
+    await site.tracker.submit(sighting(site, unheard=True))
     assert (await site.row()).state == "silent"
 
 
@@ -320,24 +320,24 @@ async def test_the_agents_own_word_stands_against_unheard_pulses(site: Site) -> 
     await site.tunnel(WELL)
     for _ in range(10):
         site.clock.now += 3
-        await site.tracker.sighted(sighting(site, unheard=True))
+        await site.tracker.submit(sighting(site, unheard=True))
         await site.tunnel(WELL)
     assert (await site.row()).state == "protected"
     assert (await site.kinds()).count("down") == 1
     site.clock.now += 3
-    await site.tracker.sighted(sighting(site))  # heard again: from here on it counts anew
+    await site.tracker.submit(sighting(site))  # heard again: from here on it counts anew
     site.clock.now += 30
-    await site.tracker.sighted(sighting(site, unheard=True))
+    await site.tracker.submit(sighting(site, unheard=True))
     assert (await site.row()).state == "down"
 
 
 async def test_pulses_make_no_tunnel_and_say_nothing_of_a_reference_or_a_lan(site: Site) -> None:
-    await site.tracker.sighted(sighting(site, name="nobody", unheard=True))
+    await site.tracker.submit(sighting(site, name="nobody", unheard=True))
     await site.reference(at_home(OLD_HOME))
-    await site.tracker.sighted(sighting(site, name="beside", unheard=True))
+    await site.tracker.submit(sighting(site, name="beside", unheard=True))
     home = Policy(home_networks=(ip_network("192.168.1.0/24"),))
     await site.tunnel(WELL, policy=home)
-    await site.tracker.sighted(sighting(site, "192.168.1.10"))
+    await site.tracker.submit(sighting(site, "192.168.1.10"))
     found = await site.store.read(select(observations.c.spool).where(observations.c.spool == "pulse"))
     assert list(found) == []
     assert (await site.row()).state == "protected"
@@ -380,7 +380,7 @@ async def test_a_port_is_tried_only_where_the_tunnels_own_packets_came_from(site
     assert site.tracker.forwarded == {"nl": (ip_address(EXIT), 41000)}
     await site.tunnel(with_port(80), peer=ip_address(EXIT))
     assert site.tracker.forwarded == {}
-    await site.tracker.sighted(sighting(site))
+    await site.tracker.submit(sighting(site))
     await site.tunnel(with_port(41000), peer=ip_address("192.168.20.10"))
     assert site.tracker.forwarded == {"nl": (ip_address(EXIT), 41000)}
 
@@ -388,14 +388,14 @@ async def test_a_port_is_tried_only_where_the_tunnels_own_packets_came_from(site
 async def test_a_closed_port_is_trouble_until_it_opens(site: Site) -> None:
     await site.tunnel(with_port(41000))
     check = PortCheck(address=ip_address(EXIT), port=41000, answer=Answer.LOST)
-    await site.tracker.tried(PortTried(tunnel="nl", check=check, at=site.clock.wall()))
+    await site.tracker.submit(PortCheckResult(tunnel="nl", check=check, at=site.clock.wall()))
     assert '"lost"' in (await site.row()).port_check
     site.clock.now += 20
     await site.tunnel(with_port(41000))
     assert (await site.row()).state == "degraded"
     assert "port_closed" in await site.codes()
     opened = replace(check, answer=Answer.ANSWERED)
-    await site.tracker.tried(PortTried(tunnel="nl", check=opened, at=site.clock.wall()))
+    await site.tracker.submit(PortCheckResult(tunnel="nl", check=opened, at=site.clock.wall()))
     for _ in range(6):
         site.clock.now += 1
         await site.tunnel(with_port(41000))

@@ -17,17 +17,17 @@ from vpn_sentinel.runtime.clock import SteadyClock
 from vpn_sentinel.server.ingest.session import Sessions
 from vpn_sentinel.server.live.hub import Hub
 from vpn_sentinel.server.notify import outbox as debts
-from vpn_sentinel.server.sites import Sites
 from vpn_sentinel.server.store.open import open_store
 from vpn_sentinel.server.store.owing import owe
 from vpn_sentinel.server.store.schema import incidents, observations, outbox, tokens, transitions, tunnels
 from vpn_sentinel.server.store.store import Store
-from vpn_sentinel.server.tracker import Tracker
+from vpn_sentinel.server.tracking.inputs import ReportBatch, TimedObservation
+from vpn_sentinel.server.tracking.sites import Sites
+from vpn_sentinel.server.tracking.tracker import Tracker
 from vpn_sentinel.server.watch.overdue import RETURN, Overdue
 from vpn_sentinel.server.watch.presence import Presence
 from vpn_sentinel.server.watch.retention import Retention
 from vpn_sentinel.server.watch.timekeeper import Timekeeper, database_time
-from vpn_sentinel.server.works import Arrival, Stored
 from vpn_sentinel.wire.messages import Hello, Report, Reports
 
 HOUR, YEARS = 3600.0, 10 * 365 * 86400.0
@@ -66,16 +66,18 @@ class Server:
         self.counts.set_by += by
         await self.overdue.tick()
 
-    def arrival(self, *rounds: tuple[float, Observation], **more: Any) -> Arrival:
+    def arrival(self, *rounds: tuple[float, Observation], **more: Any) -> ReportBatch:
         """A message of rounds, each with its age."""
         now = self.clock.wall()
         first, self.seqs = self.seqs + 1, self.seqs + len(rounds)
         given: dict[str, Any] = {
             "tunnel": "nl", "received_at": now, "silent_after": SILENT_AFTER, "interval": 30.0, "version": "2.0.0",
             "spool": "s1", "policy": POLICY,
-            "observations": tuple(Stored(seq=first + i, at=now - a, observation=o) for i, (a, o) in enumerate(rounds)),
+            "observations": tuple(
+                TimedObservation(seq=first + i, at=now - a, observation=o) for i, (a, o) in enumerate(rounds)
+            ),
         }  # fmt: skip
-        return Arrival(**{**given, **more})
+        return ReportBatch(**{**given, **more})
 
     async def takes(self, *seen: Observation, **more: Any) -> None:
         for one in seen:
@@ -279,16 +281,16 @@ async def test_a_reference_agent_keeps_its_word(server: Server, by: float) -> No
     await server.runs(5)
     await server.set(by)
     now = server.clock.wall()
-    assert [str(n) for n in server.sites.homes("flat")] == [HOME + "/32"]
-    assert server.sites.up("flat", now, now - 5, now - 5) is True
+    assert [str(n) for n in server.sites.view().homes("flat")] == [HOME + "/32"]
+    assert server.sites.view().up("flat", now, now - 5, now - 5) is True
     await server.sites.load(server.store, now)
-    assert server.sites.up("flat", now, now - 5, now - 5) is True
+    assert server.sites.view().up("flat", now, now - 5, now - 5) is True
     fresh = Sites(moved=lambda: server.keeper.moved)
     await fresh.load(server.store, now)
     assert fresh.up("flat", now, now - 5, now - 5) is True
     assert fresh.may_tell("flat", now)
     await server.takes(lost, **reference)
-    assert server.sites.up("flat", server.clock.wall(), now - 5, now) is False
+    assert server.sites.view().up("flat", server.clock.wall(), now - 5, now) is False
 
 
 @STEPS

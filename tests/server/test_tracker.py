@@ -3,7 +3,7 @@
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
@@ -26,14 +26,14 @@ from vpn_sentinel.domain.observation import (
 )
 from vpn_sentinel.domain.policy import IPNetwork, Policy
 from vpn_sentinel.server.api.present import client_status
-from vpn_sentinel.server.groupcommit import Busy
 from vpn_sentinel.server.live.hub import Hub
-from vpn_sentinel.server.namesakes import Namesakes
 from vpn_sentinel.server.store.open import open_store
 from vpn_sentinel.server.store.schema import incidents, observations, outbox, transitions, tunnels
-from vpn_sentinel.server.store.store import Decide, Store, StoreUnavailable
-from vpn_sentinel.server.tracker import Tracker
-from vpn_sentinel.server.works import Arrival, Stored
+from vpn_sentinel.server.store.store import C, Decide, Store, StoreUnavailable, TunnelRow
+from vpn_sentinel.server.tracking.group_commit import Busy
+from vpn_sentinel.server.tracking.inputs import ReportBatch, TimedObservation
+from vpn_sentinel.server.tracking.senders import Senders
+from vpn_sentinel.server.tracking.tracker import Tracker
 
 START = 1_800_000_000.0
 POLICY = Policy(home_networks=(ip_network("91.10.20.0/24"),), grace_down=4.0, grace_recovery=4.0)
@@ -64,6 +64,7 @@ class Seam:
         self._store = store
         self.transactions: list[list[str]] = []
         self.failure: Exception | None = None
+        self.late_failure: Exception | None = None
         self.gate = asyncio.Event()
         self.gate.set()
 
@@ -73,12 +74,19 @@ class Seam:
     async def write(self, *statements: Executable) -> list[Sequence[Row[Any]]]:
         return await self._store.write(*statements)
 
-    async def transact(self, names: Sequence[str], now: float, decide: Decide, *, create: bool) -> None:
+    async def transact(self, names: Sequence[str], now: float, decide: Decide[C], *, create: bool) -> C:
         self.transactions.append(list(names))
         await self.gate.wait()
         if self.failure is not None:
             raise self.failure
-        await self._store.transact(names, now, decide, create=create)
+
+        def decide_and_fail(rows: Mapping[str, TunnelRow]) -> C:
+            decided = decide(rows)
+            if self.late_failure is not None:
+                raise self.late_failure
+            return decided
+
+        return await self._store.transact(names, now, decide_and_fail, create=create)
 
     async def ping(self) -> None:
         await self._store.ping()
@@ -105,15 +113,17 @@ class Watch:
     def _wake(self) -> None:
         self.woken += 1
 
-    def arrival(self, *rounds: tuple[int, float, Observation], **more: Any) -> Arrival:
+    def arrival(self, *rounds: tuple[int, float, Observation], **more: Any) -> ReportBatch:
         """What an agent's message brought: rounds with their number and their age."""
         now = self.clock.wall()
         given: dict[str, Any] = {
             "tunnel": "nl", "received_at": now, "silent_after": 91.0, "interval": 30.0, "version": "2.0.0",
             "spool": "s1", "policy": Policy(),
-            "observations": tuple(Stored(seq=seq, at=now - age, observation=seen) for seq, age, seen in rounds),
+            "observations": tuple(
+                TimedObservation(seq=seq, at=now - age, observation=seen) for seq, age, seen in rounds
+            ),
         }  # fmt: skip
-        return Arrival(**{**given, **more})
+        return ReportBatch(**{**given, **more})
 
     async def take(self, *rounds: tuple[int, float, Observation], **more: Any) -> None:
         await self.tracker.submit(self.arrival(*rounds, **more))
@@ -375,21 +385,48 @@ async def test_a_slow_agent_and_a_quick_one_under_one_name_are_two(watch: Watch)
 
 
 def test_a_clock_that_is_set_back_keeps_no_name_shared() -> None:
-    namesakes, at = Namesakes(), START
+    senders, at = Senders(), START
     for _ in range(6):
         for spool, before in (("s1", "s2"), ("s2", "s1")):
             at += 30
-            said = namesakes.heard("nl", spool, before, at, 30.0, known=False)
-    assert said
-    namesakes.move(-3600.0)
-    assert namesakes.heard("nl", "s2", "s2", at - 3600, 30.0, known=True)
-    assert not namesakes.heard("nl", "s2", "s2", at - 3600 + 301, 30.0, known=True)
+            senders = senders.heard(spool, before, at, 30.0, known=False)
+    assert senders.are_several(at)
+    at -= 3600
+    senders = senders.moved(-3600.0).heard("s2", "s2", at, 30.0, known=True)
+    assert senders.are_several(at)
+    assert not senders.heard("s2", "s2", at + 301, 30.0, known=True).are_several(at + 301)
 
 
 def test_a_message_that_is_tried_again_is_one() -> None:
-    namesakes = Namesakes()
-    said = [namesakes.heard("nl", s, b, START, 30.0, known=False) for s, b in 4 * (("s1", "s2"), ("s2", "s1"))]
-    assert not any(said)
+    senders = Senders()
+    for spool, before in 4 * (("s1", "s2"), ("s2", "s1")):
+        senders = senders.heard(spool, before, START, 30.0, known=False)
+        assert not senders.are_several(START)
+
+
+async def test_a_report_whose_commit_failed_leaves_no_mark(watch: Watch) -> None:
+    for _ in range(2):
+        watch.clock.now += 30
+        await watch.keepalive(WELL, version="1.0")
+    watch.store.late_failure = StoreUnavailable("disk_full", "the disk is full")
+    with pytest.raises(StoreUnavailable):
+        await watch.keepalive(WELL, version="1.1")
+    watch.store.late_failure = None
+    watch.clock.now += 30
+    await watch.keepalive(WELL, version="1.1")
+    assert (await watch.row()).version == "1.1"
+
+
+async def test_a_leak_whose_commit_failed_is_told_when_it_is_sent_again(watch: Watch) -> None:
+    await watch.take((1, 0.0, WELL))
+    watch.clock.now += 1
+    watch.store.late_failure = StoreUnavailable("disk_full", "the disk is full")
+    with pytest.raises(StoreUnavailable):
+        await watch.take((2, 0.0, LEAK))
+    assert await watch.kinds() == ["connected"]
+    watch.store.late_failure = None
+    await watch.take((2, 0.0, LEAK))
+    assert await watch.kinds() == ["connected", "leaking"]
 
 
 async def test_agents_that_lose_their_data_again_and_again_are_one(watch: Watch) -> None:

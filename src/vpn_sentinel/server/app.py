@@ -42,13 +42,13 @@ from vpn_sentinel.server.notify.metrics import NotifyMetrics
 from vpn_sentinel.server.own_address import OwnAddress
 from vpn_sentinel.server.serving import embedded, listen, serve_until
 from vpn_sentinel.server.settings import ServerSettings
-from vpn_sentinel.server.sites import Sites, Span
 from vpn_sentinel.server.store.open import open_store
 from vpn_sentinel.server.store.owing import owe
 from vpn_sentinel.server.store.schema import meta, outbox
 from vpn_sentinel.server.store.sqlite import SqliteStore
 from vpn_sentinel.server.store.store import Store
-from vpn_sentinel.server.tracker import Tracker
+from vpn_sentinel.server.tracking.sites import Sites, Span
+from vpn_sentinel.server.tracking.tracker import Tracker
 from vpn_sentinel.server.watch.descriptors import Descriptors
 from vpn_sentinel.server.watch.memory import give_back, spare_the_collector
 from vpn_sentinel.server.watch.overdue import Overdue
@@ -199,9 +199,9 @@ async def _run(
             sites=sites,
             moved=lambda: keeper.moved,
         )
-        ports = Ports(tracker.forwarded if settings.port_check else {}, tracker.tried, clock)
+        ports = Ports(tracker.forwarded if settings.port_check else {}, tracker.submit, clock)
         door = Door(settings, access, clock)
-        lookout = Lookout(tracker.sighted, clock.wall)
+        lookout = Lookout(tracker.submit, clock.wall)
         ledger = Ledger(secret, lookout.note)
         known = Names(ledger, lambda: _names(store, clock))
         pulses = PulseProtocol(ledger, clock.boottime, missed=known.missed)

@@ -22,7 +22,7 @@ from vpn_sentinel.server.settings import ServerSettings
 from vpn_sentinel.server.store.open import open_store
 from vpn_sentinel.server.store.schema import observations, tunnels
 from vpn_sentinel.server.store.store import Store
-from vpn_sentinel.server.tracker import Tracker
+from vpn_sentinel.server.tracking.tracker import Tracker
 
 KEY = "a-shared-key-of-ours"
 EXIT = "146.70.1.2"

@@ -15,7 +15,7 @@ from tests.conftest import until
 from vpn_sentinel.server.ingest.ledger import Ledger, Seen, Window
 from vpn_sentinel.server.ingest.pulse import Lookout, Names, PulseMetrics, PulseProtocol
 from vpn_sentinel.server.store.store import StoreUnavailable
-from vpn_sentinel.server.works import Sighting
+from vpn_sentinel.server.tracking.inputs import PulseObservation
 from vpn_sentinel.wire import echo, pulse
 
 SECRET = b"s" * 32
@@ -337,10 +337,10 @@ async def test_names_are_read_at_the_start_and_when_one_is_missed() -> None:
 
 
 async def test_news_reach_the_tracker_and_wait_for_the_database() -> None:
-    got: list[Sighting] = []
+    got: list[PulseObservation] = []
     down = [True]
 
-    async def sighted(sighting: Sighting) -> None:
+    async def sighted(sighting: PulseObservation) -> None:
         if down[0]:
             down[0] = False
             raise StoreUnavailable("gone", "the database is away")
@@ -350,7 +350,7 @@ async def test_news_reach_the_tracker_and_wait_for_the_database() -> None:
     task = asyncio.create_task(lookout.run())
     lookout.note(Seen("nl", ip_address(EXIT[0]), unheard=False))
     await until(lambda: got)
-    assert got == [Sighting(tunnel="nl", address=ip_address(EXIT[0]), unheard=False, at=5.0)]
+    assert got == [PulseObservation(tunnel="nl", address=ip_address(EXIT[0]), unheard=False, at=5.0)]
     task.cancel()
 
 

@@ -15,7 +15,7 @@ from vpn_sentinel.domain.verdict import Code, Finding, State
 from vpn_sentinel.server.notify import text
 from vpn_sentinel.server.notify.split import split, utf16
 from vpn_sentinel.server.notify.text import explain
-from vpn_sentinel.server.showing import of_receipt
+from vpn_sentinel.server.tracking.enrichment import transport_findings
 
 AMSTERDAM = ZoneInfo("Europe/Amsterdam")
 UTC = ZoneInfo("UTC")
@@ -325,7 +325,7 @@ def test_a_long_notice_is_clipped_to_one_message() -> None:
     ("skew", "said"), [(-4000.0, "4000 s behind the server's"), (61.2, "61 s ahead of the server's")]
 )
 def test_a_wrong_clock_is_told_once_and_in_grammar(skew: float, said: str) -> None:
-    (finding,) = of_receipt(skew, 0)
+    (finding,) = transport_findings(skew, 0)
     assert explain(finding) == f"The agent's clock is {said}."
 
 

@@ -9,8 +9,8 @@ import msgspec
 from vpn_sentinel.domain.policy import is_public
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.server.ingest.door import Door, Refusal, json_body
-from vpn_sentinel.server.tracker import Tracker
-from vpn_sentinel.server.works import Arrival, Stored
+from vpn_sentinel.server.tracking.inputs import ReportBatch, TimedObservation
+from vpn_sentinel.server.tracking.tracker import Tracker
 from vpn_sentinel.wire.codec import encode
 from vpn_sentinel.wire.keepalive import Reading, Received, read
 
@@ -51,10 +51,10 @@ class Keepalives:
         if guest.address is None:
             self._door.pace(guest.place(said.client_id))
         await self._tracker.submit(
-            Arrival(
+            ReportBatch(
                 tunnel=said.client_id,
                 received_at=now,
-                observations=(Stored(seq=0, at=now, observation=said.observation),),
+                observations=(TimedObservation(seq=0, at=now, observation=said.observation),),
                 silent_after=self._silent_after,
                 interval=0.0,  # it promises none
                 version=said.version,

@@ -9,11 +9,11 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily
 from sqlalchemy import func, or_, select
 
-from vpn_sentinel.server.groupcommit import Busy
 from vpn_sentinel.server.ingest.ledger import Ledger, Seen
 from vpn_sentinel.server.store.schema import tokens, tunnels
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
-from vpn_sentinel.server.works import Sighting
+from vpn_sentinel.server.tracking.group_commit import Busy
+from vpn_sentinel.server.tracking.inputs import PulseObservation
 from vpn_sentinel.wire import pulse
 from vpn_sentinel.wire.echo import is_genuine
 
@@ -120,16 +120,16 @@ class Lookout:
     What cannot be stored now is tried again, unless something newer has come.
     """
 
-    def __init__(self, sighted: Callable[[Sighting], Awaitable[None]], wall: Callable[[], float]) -> None:
+    def __init__(self, sighted: Callable[[PulseObservation], Awaitable[None]], wall: Callable[[], float]) -> None:
         self._sighted = sighted
         self._wall = wall
-        self._news: dict[tuple[str, int], Sighting] = {}
+        self._news: dict[tuple[str, int], PulseObservation] = {}
         self._arrived = asyncio.Event()
 
     def note(self, seen: Seen) -> None:
-        self._add(Sighting(tunnel=seen.name, address=seen.address, unheard=seen.unheard, at=self._wall()))
+        self._add(PulseObservation(tunnel=seen.name, address=seen.address, unheard=seen.unheard, at=self._wall()))
 
-    def _add(self, sighting: Sighting) -> None:
+    def _add(self, sighting: PulseObservation) -> None:
         key = (sighting.tunnel, sighting.address.version)
         if len(self._news) < _WAITING or key in self._news:
             self._news[key] = sighting

@@ -15,11 +15,11 @@ from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.server.access import Caller
 from vpn_sentinel.server.ingest.door import Refusal
 from vpn_sentinel.server.ingest.ledger import Ledger
-from vpn_sentinel.server.sites import REFERENCE
 from vpn_sentinel.server.store.schema import tunnels
 from vpn_sentinel.server.store.store import Store
-from vpn_sentinel.server.tracker import Tracker
-from vpn_sentinel.server.works import Arrival, Stored
+from vpn_sentinel.server.tracking.inputs import ReportBatch, TimedObservation
+from vpn_sentinel.server.tracking.sites import REFERENCE
+from vpn_sentinel.server.tracking.tracker import Tracker
 from vpn_sentinel.wire import echo, limits
 from vpn_sentinel.wire.codec import check_observation, check_policy, checked_text, decoder
 from vpn_sentinel.wire.messages import PROTOCOL, Ack, Echo, Exchange, FromAgent, Hello, Known, Report, Reports, Welcome
@@ -93,7 +93,7 @@ class Sessions:
         # A session is long: as of the clock that counts now, which may have been set since.
         hello_at = now - (self.ticks() - greeted)
         await self._tracker.submit(
-            Arrival(
+            ReportBatch(
                 tunnel=hello.client_id,
                 received_at=now,
                 observations=tuple(_stored(r, now) for r in reports.items),
@@ -187,10 +187,10 @@ def _check_reports(reports: Reports) -> None:
         last = report.seq
 
 
-def _stored(report: Report, now: float) -> Stored:
+def _stored(report: Report, now: float) -> TimedObservation:
     # What the server alone may say is not taken from an agent.
     seen = replace(report.observation, reported_from=None, port_check=None, reference_up=None, unheard=None)
     # An agent that started with its clock in 1970 may hold absurd ages; refused, they would block its spool for ever.
     age = min(report.age, limits.OLDEST_REPORT)
     # What a round saw was so when it began; it is as old as the wait for what did not answer.
-    return Stored(seq=report.seq, at=now - age - min(seen.took_ms / 1000, _LONGEST_ROUND), observation=seen)
+    return TimedObservation(seq=report.seq, at=now - age - min(seen.took_ms / 1000, _LONGEST_ROUND), observation=seen)

@@ -12,7 +12,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from vpn_sentinel.server.store import rows
 from vpn_sentinel.server.store.address import PostgresAddress
 from vpn_sentinel.server.store.connecting import engine, words
-from vpn_sentinel.server.store.store import PING, Decide, StoreUnavailable, TunnelRow
+from vpn_sentinel.server.store.store import PING, C, Decide, StoreUnavailable, TunnelRow
 
 # SQLSTATEs of what a session takes over as it opens, and keeps: whether it may write (a server that was a standby, a
 # default of the database's) and where it looks for tables.
@@ -35,7 +35,7 @@ class PostgresStore:
             results = [await connection.execute(s) for s in statements]
             return [r.all() if r.returns_rows else [] for r in results]
 
-    async def transact(self, names: Sequence[str], now: float, decide: Decide, *, create: bool) -> None:
+    async def transact(self, names: Sequence[str], now: float, decide: Decide[C], *, create: bool) -> C:
         async with self._translated(), self._engine.connect() as connection:
             driver: asyncpg.Connection[Any] = (await connection.get_raw_connection()).driver_connection
             async with driver.transaction():
@@ -45,8 +45,10 @@ class PostgresStore:
                     # nothing, and then reads (and locks) the winner's row.
                     await driver.executemany(rows.numbered(rows.NEW_TUNNEL), [rows.new_tunnel(n, now) for n in missing])
                     found |= await _load(driver, missing)
-                for sql, values in decide(found).batches:
+                changes = decide(found)
+                for sql, values in changes.batches:
                     await driver.executemany(rows.numbered(sql), values)
+            return changes
 
     async def ping(self) -> None:
         await self.write(text(PING))

@@ -14,7 +14,7 @@ from sqlalchemy.exc import DBAPIError
 from sqlalchemy.pool import QueuePool, StaticPool
 
 from vpn_sentinel.server.store import rows
-from vpn_sentinel.server.store.store import PING, Changes, Decide, StoreUnavailable, TunnelRow
+from vpn_sentinel.server.store.store import PING, C, Decide, StoreUnavailable, TunnelRow
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -53,10 +53,10 @@ class SqliteStore:
 
         return await self._in(self._write_thread, run)
 
-    async def transact(self, names: Sequence[str], now: float, decide: Decide, *, create: bool) -> None:
-        await self._in(self._write_thread, lambda: self._transact(names, now, decide, create=create))
+    async def transact(self, names: Sequence[str], now: float, decide: Decide[C], *, create: bool) -> C:
+        return await self._in(self._write_thread, lambda: self._transact(names, now, decide, create=create))
 
-    def _transact(self, names: Sequence[str], now: float, decide: Decide, *, create: bool) -> None:
+    def _transact(self, names: Sequence[str], now: float, decide: Decide[C], *, create: bool) -> C:
         raw = self._writer.raw_connection()
         try:
             cursor = raw.cursor()
@@ -66,7 +66,7 @@ class SqliteStore:
                 if create and (missing := [n for n in names if n not in found]):
                     cursor.executemany(rows.NEW_TUNNEL, [rows.new_tunnel(n, now) for n in missing])
                     found |= _load(cursor, missing)
-                changes: Changes = decide(found)
+                changes = decide(found)
                 for sql, values in changes.batches:
                     cursor.executemany(sql, values)
                 cursor.execute("COMMIT")
@@ -77,6 +77,7 @@ class SqliteStore:
                 if raw.driver_connection is not None and raw.driver_connection.in_transaction:
                     cursor.execute("ROLLBACK")
                 raise
+            return changes
         finally:
             raw.close()
 

@@ -9,14 +9,15 @@ from sqlalchemy import Executable, Row
 from vpn_sentinel.runtime.unusable import Unusable
 
 T = TypeVar("T")
+C = TypeVar("C", bound="Changes")
 
-# One statement with `?` for each value, and the rows to run it with.
 # Writes something that differs each time: SQLite writes nothing for a value that stays, and a full disk would pass.
 PING: Final = (
     "INSERT INTO meta (key, value) VALUES ('ping', '0') "
     "ON CONFLICT (key) DO UPDATE SET value = CAST(CAST(meta.value AS BIGINT) + 1 AS TEXT)"
 )
 
+# One statement with `?` for each value, and the rows to run it with.
 Batch = tuple[str, Sequence[tuple[object, ...]]]
 
 
@@ -92,8 +93,9 @@ class Changes:
     batches: list[Batch] = field(default_factory=list)
 
 
-# Pure: from the tunnels' rows by name to what must be written. Runs inside the transaction, and may run twice.
-Decide = Callable[[Mapping[str, TunnelRow]], Changes]
+# Pure: from the tunnels' rows by name, the transaction's own copies, to what must be written. Runs inside the
+# transaction, and may run twice.
+Decide = Callable[[Mapping[str, TunnelRow]], C]
 
 
 class Store(Protocol):
@@ -107,10 +109,11 @@ class Store(Protocol):
         """Run statements in one transaction; one list of rows a statement, empty where it returns none."""
         ...
 
-    async def transact(self, names: Sequence[str], now: float, decide: Decide, *, create: bool) -> None:
+    async def transact(self, names: Sequence[str], now: float, decide: Decide[C], *, create: bool) -> C:
         """Read the tunnels called `names`, decide, and write, in one transaction that no other can interleave with.
 
-        With `create`, a name that is not there becomes a pending tunnel first. Returns after the commit is durable.
+        With `create`, a name that is not there becomes a pending tunnel first. Returns what was decided, once the
+        commit is durable.
         """
         ...
 

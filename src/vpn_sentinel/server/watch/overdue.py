@@ -22,7 +22,7 @@ from sqlalchemy import case, exists, insert, select, update
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.server.store.schema import meta, tunnels
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
-from vpn_sentinel.server.tracker import Tracker
+from vpn_sentinel.server.tracking.tracker import Tracker
 from vpn_sentinel.server.watch.presence import Missed, Presence
 
 log = logging.getLogger(__name__)

@@ -16,9 +16,9 @@ from typing import Final
 from vpn_sentinel.domain.observation import Answer, PortCheck
 from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.runtime.clock import Clock
-from vpn_sentinel.server.groupcommit import Busy
 from vpn_sentinel.server.store.store import StoreUnavailable
-from vpn_sentinel.server.works import PortTried
+from vpn_sentinel.server.tracking.group_commit import Busy
+from vpn_sentinel.server.tracking.inputs import PortCheckResult
 
 log = logging.getLogger(__name__)
 
@@ -65,12 +65,12 @@ async def knock(address: IPAddress, port: int, *, limit: float = _LIMIT) -> Answ
 
 
 class Ports:
-    """`forwarded` are the ports to try, by tunnel; `tried` takes each result."""
+    """`forwarded` are the ports to try, by tunnel; `record` takes each result."""
 
     def __init__(
         self,
         forwarded: Mapping[str, Where],
-        tried: Callable[[PortTried], Awaitable[None]],
+        record: Callable[[PortCheckResult], Awaitable[None]],
         clock: Clock,
         *,
         knock: Callable[[IPAddress, int], Awaitable[Answer]] = knock,
@@ -78,7 +78,7 @@ class Ports:
         rng: random.Random | None = None,
     ) -> None:
         self._forwarded = forwarded
-        self._tried = tried
+        self._record = record
         self._clock = clock
         self._knock = knock
         self._pause = pause
@@ -123,7 +123,7 @@ class Ports:
             return
         check = PortCheck(address=where[0], port=where[1], answer=answer)
         try:
-            await self._tried(PortTried(tunnel=name, check=check, at=self._clock.wall()))
+            await self._record(PortCheckResult(tunnel=name, check=check, at=self._clock.wall()))
         except (StoreUnavailable, Busy) as e:
             log.warning("a forwarded port's state was not kept", extra={"tunnel": name, "reason": str(e)})
         except Exception:

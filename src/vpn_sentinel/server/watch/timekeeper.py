@@ -17,7 +17,7 @@ from vpn_sentinel.runtime.clock import SteadyClock
 from vpn_sentinel.server.notify.outbox import MINUTE
 from vpn_sentinel.server.store.schema import incidents, meta, outbox, tokens, transitions, tunnels
 from vpn_sentinel.server.store.store import Store
-from vpn_sentinel.server.tracker import Tracker
+from vpn_sentinel.server.tracking.tracker import Tracker
 from vpn_sentinel.server.watch.overdue import OUTAGE, RETURN
 
 log = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ class Timekeeper:
         went = False
         while True:
             if await self._total() != self.moved:  # another server was first
-                async with tracker.still() as move:
+                async with tracker.paused() as move:
                     await self._go_along(move)
                 went = True
             behind = await self._behind()
@@ -87,7 +87,7 @@ class Timekeeper:
                 return went
             # Whole seconds: sums of them are exact, and times that were equal stay so.
             by = float(round(behind))
-            async with tracker.still() as move:
+            async with tracker.paused() as move:
                 await asyncio.sleep(self._patience)
                 now = self._clock.wall() + by
                 # A machine that was paused wakes up like one whose clock was set forward: its agents have to come back.

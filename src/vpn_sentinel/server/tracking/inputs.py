@@ -1,4 +1,4 @@
-"""What enters the tracker: arrivals from agents and old clients, and what the server found out by itself."""
+"""What enters the tracker: reports of agents and old clients, and what the server found out by itself."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,10 +9,10 @@ import msgspec
 from vpn_sentinel.domain.observation import Observation, PortCheck
 from vpn_sentinel.domain.policy import IPAddress, Policy
 
-_ON_THE_WAY: Final = 30.0  # seconds that a message may take
+_MAX_TRANSIT_S: Final = 30.0  # that a message may take
 
 
-class Stored(msgspec.Struct, frozen=True, kw_only=True):
+class TimedObservation(msgspec.Struct, frozen=True, kw_only=True):
     """One observation on its way into the database; `at` is when it was seen, by the server's clock."""
 
     seq: int
@@ -20,7 +20,7 @@ class Stored(msgspec.Struct, frozen=True, kw_only=True):
     observation: Observation
 
 
-class Arrival(msgspec.Struct, frozen=True, kw_only=True):
+class ReportBatch(msgspec.Struct, frozen=True, kw_only=True):
     """What one message brought of one tunnel. `spool` is the agent's; a keepalive has none and is numbered here.
 
     `silent_after` is how many seconds without a further message make the tunnel silent. `caught_up` is False while the
@@ -30,7 +30,7 @@ class Arrival(msgspec.Struct, frozen=True, kw_only=True):
 
     tunnel: str
     received_at: float
-    observations: Sequence[Stored]
+    observations: Sequence[TimedObservation]
     silent_after: float
     interval: float
     version: str
@@ -56,16 +56,17 @@ class Arrival(msgspec.Struct, frozen=True, kw_only=True):
         if self.spool is None:
             return "keepalive"
         repeats = self.spool == stored and self.connected_at and all(item.seq <= seq for item in self.observations)
-        during = self.connected_at + _ON_THE_WAY
+        during = self.connected_at + _MAX_TRANSIT_S
         return f"{self.spool}'" if repeats and any(i.at > during for i in self.observations) else self.spool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Sighting:
+class PulseObservation:
     """What the server itself sees of a tunnel's pulses at the time `at` (seconds since the epoch).
 
     They come from `address`; `unheard` says that they have come for a while without the agent hearing the replies.
-    To be told when either changes, and again every few seconds while `unheard` lasts.
+    To be told when either changes, and again every few seconds while `unheard` lasts. Only trouble is stored. Without
+    effect for a name that has no tunnel, and for a reference agent.
     """
 
     tunnel: str
@@ -75,21 +76,24 @@ class Sighting:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PortTried:
-    """How the attempt to reach a tunnel's forwarded port ended, at the time `at`."""
+class PortCheckResult:
+    """How the attempt to reach a tunnel's forwarded port ended, at the time `at`.
+
+    What the agent sees next is judged by it. Without effect for a name that has no tunnel.
+    """
 
     tunnel: str
     check: PortCheck
     at: float
 
 
-Work = Arrival | Sighting | PortTried
+Input = ReportBatch | PulseObservation | PortCheckResult
 
 
-def moved(work: Work, by: float) -> Work:
+def moved(entering: Input, by: float) -> Input:
     """The same by a clock that was set forward by so many seconds."""
-    if not isinstance(work, Arrival):
-        return replace(work, at=work.at + by)
-    seen = tuple(msgspec.structs.replace(o, at=o.at + by) for o in work.observations)
-    times = {"received_at": work.received_at + by, "connected_at": work.connected_at + by}
-    return msgspec.structs.replace(work, observations=seen, **times)
+    if not isinstance(entering, ReportBatch):
+        return replace(entering, at=entering.at + by)
+    seen = tuple(msgspec.structs.replace(o, at=o.at + by) for o in entering.observations)
+    times = {"received_at": entering.received_at + by, "connected_at": entering.connected_at + by}
+    return msgspec.structs.replace(entering, observations=seen, **times)

@@ -12,20 +12,20 @@ from vpn_sentinel.server.store.store import TunnelRow
 from vpn_sentinel.wire.codec import decoder, encode
 from vpn_sentinel.wire.rest import place_of
 
-# A clock further off than this is told, in seconds.
-CLOCK_SKEW: Final = 60.0
+# A clock further off than this is told.
+MAX_CLOCK_SKEW_S: Final = 60.0
 
-_place: Final = decoder(dict[str, str | int | None])
-_resolvers: Final = decoder(list[dict[str, str | None]])
+_place_of: Final = decoder(dict[str, str | int | None])
+_resolvers_of: Final = decoder(list[dict[str, str | None]])
 
 
-def of_receipt(skew: float | None, thinned: int, *, shared: bool = False) -> tuple[Finding, ...]:
+def transport_findings(skew: float | None, thinned: int, *, shared: bool = False) -> tuple[Finding, ...]:
     """What only the receiver knows: a wrong clock (`skew` seconds), rounds that never came, a name of several."""
     extra: list[Finding] = []
     if shared:
         message = "Several agents report as this tunnel: what is told of it is now the one's, now the other's."
         extra.append(Finding(Code.NAME_SHARED, message))
-    if skew is not None and abs(skew) > CLOCK_SKEW:
+    if skew is not None and abs(skew) > MAX_CLOCK_SKEW_S:
         seconds, side = f"{abs(skew):.0f}", "ahead" if skew > 0 else "behind"
         message = f"The agent's clock is {seconds} s {'ahead of' if skew > 0 else side} the server's."
         extra.append(Finding(Code.CLOCK_SKEW, message, {"seconds": seconds, "clock": side}))
@@ -36,7 +36,7 @@ def of_receipt(skew: float | None, thinned: int, *, shared: bool = False) -> tup
     return tuple(extra)
 
 
-def received(verdict: Verdict, extra: tuple[Finding, ...]) -> Verdict:
+def add_transport_findings(verdict: Verdict, extra: tuple[Finding, ...]) -> Verdict:
     """The verdict with the receiver's findings."""
     if not extra:
         return verdict
@@ -44,7 +44,7 @@ def received(verdict: Verdict, extra: tuple[Finding, ...]) -> Verdict:
     return Verdict(verdict.state if verdict.state is State.UNKNOWN else worst(findings), findings)
 
 
-def show(row: TunnelRow, seen: Observation) -> None:
+def update_snapshot(row: TunnelRow, seen: Observation) -> None:
     """Copy what surfaces show; what an observation does not know stays as it was, but a place goes with its address."""
     exit4, exit6 = seen.exit(4), seen.exit(6)
     if seen.trigger is Trigger.KEEPALIVE and exit4 is None and exit6 is None and seen.reported_from is not None:
@@ -80,14 +80,14 @@ def _resolver(seen: Observation, ip: IPAddress) -> dict[str, object]:
     return {"ip": ip, "country": place.country if place else None, "org": place.org if place else None}
 
 
-def complete(notice: Notice, row: TunnelRow) -> Notice:
+def with_context(notice: Notice, row: TunnelRow) -> Notice:
     """Add what a reader wants to know beside the event: where the exit is and who resolves."""
-    place = _place(row.place)
+    place = _place_of(row.place)
     if place.get("ip") != str(notice.exit):
         place = {}  # of another address, such as the one that leaks
     where = [str(place[k]) for k in ("city", "region", "country") if place.get(k)]
     provider = " ".join(str(v) for v in (place.get("org"), f"AS{place['asn']}" if place.get("asn") else None) if v)
-    listed = _resolvers(row.resolvers)
+    listed = _resolvers_of(row.resolvers)
     resolvers = tuple(" ".join(str(r[k]) for k in ("ip", "country", "org") if r.get(k)) for r in listed)
     return replace(
         notice,

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from vpn_sentinel.domain.judge import home_of, judge, judge_reference, learned_home
 from vpn_sentinel.domain.machine import Event, Memory, advance, overdue, silence_finding
@@ -9,41 +10,53 @@ from vpn_sentinel.domain.observation import Answer, Observation, Probe
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy
 from vpn_sentinel.domain.remembered import learned_working, with_memory
 from vpn_sentinel.domain.verdict import Code, Finding, State, Verdict
-from vpn_sentinel.server.showing import received
-from vpn_sentinel.server.sites import REFERENCE, Sites, newest
 from vpn_sentinel.server.store.store import TunnelRow
+from vpn_sentinel.server.tracking.enrichment import add_transport_findings
+from vpn_sentinel.server.tracking.sites import REFERENCE, SiteView, newest
 
 _MEASURED = frozenset({Code.HIGH_LOSS, Code.MTU_BLACKHOLE})
 # Homes learned beside the tunnel that are remembered.
-_HOMES = 8
+_MAX_LEARNED_HOMES = 8
 
 
-class Scales:
-    """`own` are the server's rules, `sites` what reference agents know."""
+class Evaluation(NamedTuple):
+    """What one observation came to: the memory after it, its verdict, what moved, and since when its trouble lasts.
 
-    def __init__(self, own: Policy, sites: Sites) -> None:
+    `began` is None where nothing says more than when it was seen.
+    """
+
+    memory: Memory
+    verdict: Verdict
+    events: list[Event]
+    began: float | None
+
+
+class Evaluator:
+    """`own` are the server's rules, `sites` what is known of the home connections. Changes neither."""
+
+    def __init__(self, own: Policy, sites: SiteView) -> None:
         self._own = own
         self._sites = sites
 
-    def rules(self, said: Policy | None) -> Policy:
+    def effective_policy(self, declared: Policy | None) -> Policy:
         """The server's policy and what the agent declared, together: networks add up, the agent's countries win."""
         own = self._own
-        if said is None:
+        if declared is None:
             return own
         return replace(
-            own.with_home(said.home_networks),
-            expected_countries=said.expected_countries or own.expected_countries,
-            allowed_resolvers=(*own.allowed_resolvers, *said.allowed_resolvers),
-            allowed_outside=(*own.allowed_outside, *said.allowed_outside),
-            max_loss=said.max_loss if said.max_loss != Policy.max_loss else own.max_loss,
-            max_rtt_ms=said.max_rtt_ms if said.max_rtt_ms != Policy.max_rtt_ms else own.max_rtt_ms,
+            own.with_home(declared.home_networks),
+            expected_countries=declared.expected_countries or own.expected_countries,
+            allowed_resolvers=(*own.allowed_resolvers, *declared.allowed_resolvers),
+            allowed_outside=(*own.allowed_outside, *declared.allowed_outside),
+            max_loss=declared.max_loss if declared.max_loss != Policy.max_loss else own.max_loss,
+            max_rtt_ms=declared.max_rtt_ms if declared.max_rtt_ms != Policy.max_rtt_ms else own.max_rtt_ms,
         )
 
     def home(self, site: str, learned: Sequence[IPNetwork] = ()) -> tuple[IPNetwork, ...]:
         """Home networks that nobody declared: those of the site's reference agents, and those learned."""
         return (*self._sites.homes(site), *learned)
 
-    def weigh(
+    def evaluate(
         self,
         row: TunnelRow,
         memory: Memory,
@@ -51,7 +64,7 @@ class Scales:
         at: float,
         policy: Policy,
         extra: tuple[Finding, ...],
-    ) -> tuple[Memory, Verdict, list[Event]]:
+    ) -> Evaluation:
         """Judge what was seen at `at` and advance `memory` by it. `extra` is what the receiver adds."""
         reference = row.role == REFERENCE
         if reference:
@@ -60,12 +73,10 @@ class Scales:
             policy = policy.with_home(self._sites.homes(row.site))
             effective = learned_home(seen, policy.with_home(memory.home))
             verdict = judge(seen, effective)
-        verdict = received(verdict, extra)
+        verdict = add_transport_findings(verdict, extra)
         since = began(seen, verdict, at, memory)
         if reference:
-            homes = newest(memory.homes, home_of(seen), at)
-            memory = replace(memory, homes=homes)
-            self._sites.saw(row.name, row.site, homes, at if since is None else since, at, verdict.state)
+            memory = replace(memory, homes=newest(memory.homes, home_of(seen), at))
         elif _is_refuted(memory, seen, at):
             memory = replace(memory, refuted=at)
         exits = (seen.exit(4), seen.exit(6))
@@ -75,13 +86,13 @@ class Scales:
         )
         learned = tuple(n for n in effective.home_networks if n not in policy.home_networks)
         if learned != memory.home:
-            memory = replace(memory, home=learned[-_HOMES:])
+            memory = replace(memory, home=learned[-_MAX_LEARNED_HOMES:])
         if not reference and verdict.state in (State.PROTECTED, State.DEGRADED):
             working = learned_working(memory.working, seen)
             memory = memory if working == memory.working else replace(memory, working=working)
-        return memory, verdict, events
+        return Evaluation(memory, verdict, events, since)
 
-    def informed(
+    def enrich(
         self, row: TunnelRow, memory: Memory, seen: Observation, at: float, came_from: tuple[IPAddress, ...] = ()
     ) -> Observation:
         """Add what the server knows: the tunnel as it was, the site's internet, the forwarded port from outside.

@@ -7,7 +7,7 @@ from vpn_sentinel.domain.observation import Observation
 from vpn_sentinel.domain.verdict import HARM, State, Verdict
 from vpn_sentinel.server.store import rows
 from vpn_sentinel.server.store.owing import ADD_DELIVERY
-from vpn_sentinel.server.store.store import Batch, Changes, TunnelRow
+from vpn_sentinel.server.store.store import Batch, TunnelRow
 from vpn_sentinel.wire import limits
 from vpn_sentinel.wire.codec import encode, encode_observation
 
@@ -24,15 +24,6 @@ class Writes:
     actions: list[tuple[object, ...]] = field(default_factory=list)
     moves: list[tuple[str, Moved | Revised]] = field(default_factory=list)
 
-    def take(self, more: "Writes") -> None:
-        self.tunnels |= more.tunnels
-        self.touched |= more.touched
-        self.observations += more.observations
-        self.ordered += more.ordered
-        self.deliveries += more.deliveries
-        self.actions += more.actions
-        self.moves += more.moves
-
     def saw(
         self, tunnel: int, spool: str, seq: int, at: float, received_at: float, verdict: Verdict, seen: Observation
     ) -> None:
@@ -43,8 +34,9 @@ class Writes:
             (tunnel, at - min(a.age, limits.OLDEST_REPORT), a.name, a.outcome.value, a.detail) for a in seen.actions
         ]
 
-    def changes(self) -> Changes:
-        batches: list[Batch] = [
+    def batches(self) -> list[Batch]:
+        """The statements with their rows, in the order in which they have to run."""
+        found: list[Batch] = [
             (rows.SAVE_TUNNEL, [rows.saved_tunnel(t) for t in self.tunnels.values()]),
             (rows.TOUCH_TUNNEL, [rows.touched_tunnel(t) for i, t in self.touched.items() if i not in self.tunnels]),
             (rows.ADD_OBSERVATION, self.observations),
@@ -52,7 +44,7 @@ class Writes:
             (rows.ADD_ACTION, self.actions),
             (ADD_DELIVERY, self.deliveries),
         ]
-        return Changes([b for b in batches if b[1]])
+        return [b for b in found if b[1]]
 
 
 def record(tunnel: int, event: Event, now: float, writes: Writes) -> None:

@@ -1,0 +1,167 @@
+"""Runs the one transaction: queues what enters, has it decided and committed, and does what follows from it.
+
+Whatever changes a tunnel's state, a report, pulses or a passed deadline, goes through here. What follows from it is
+`decision`'s business.
+"""
+
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+
+from sqlalchemy import select
+
+from vpn_sentinel.domain.machine import Moved, Revised
+from vpn_sentinel.domain.policy import IPNetwork, Policy
+from vpn_sentinel.domain.verdict import State
+from vpn_sentinel.runtime.clock import Clock
+from vpn_sentinel.server.live.hub import Hub
+from vpn_sentinel.server.store.schema import tunnels
+from vpn_sentinel.server.store.store import Store, TunnelRow
+from vpn_sentinel.server.tracking import inputs
+from vpn_sentinel.server.tracking.decision import Context, Decision, Effects, decide, decide_silences
+from vpn_sentinel.server.tracking.group_commit import GroupCommit
+from vpn_sentinel.server.tracking.inputs import Input, ReportBatch
+from vpn_sentinel.server.tracking.known import ForwardedPort, Known
+from vpn_sentinel.server.tracking.sites import REFERENCE, Sites
+
+log = logging.getLogger(__name__)
+
+
+class Tracker:
+    """Takes inputs, answers when they are durable.
+
+    `channels` are the names of the channels that every notice is owed to; `on_commit` is called after each commit that
+    owes something. `own_address` gives the server's own public address, which stands for the home of old clients
+    whose owner declared none, as the replaced system had it. `moved` is by how much the clock has been set: see
+    `domain.machine.Memory`.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        clock: Clock,
+        hub: Hub,
+        policy: Policy,
+        channels: Sequence[str] = (),
+        on_commit: Callable[[], None] = lambda: None,
+        own_address: Callable[[], tuple[IPNetwork, ...]] = lambda: (),
+        sites: Sites | None = None,
+        moved: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        self._store = store
+        self._clock = clock
+        self._hub = hub
+        self._policy = policy
+        self._channels = tuple(channels)
+        self._on_commit = on_commit
+        self._own_address = own_address
+        self._moved = moved
+        self._keepalive_policy = policy
+        self._known = Known(sites or Sites())
+        self._shared: set[str] = set()  # names of which it was logged that several agents use them
+        self._commits = GroupCommit(self._take)
+
+    @property
+    def forwarded(self) -> Mapping[str, ForwardedPort]:
+        """By tunnel, the forwarded ports that may be tried; always as things stand."""
+        return self._known.forwarded
+
+    async def submit(self, entering: Input) -> None:
+        """Return when `entering` is committed. Raises StoreUnavailable, or Busy when too many wait."""
+        await self._commits.put(entering)
+
+    async def run(self) -> None:
+        """Commit what waits, for ever. On cancellation whoever waits is told that the server is going."""
+        await self._commits.run()
+
+    @asynccontextmanager
+    async def paused(self) -> AsyncIterator[Callable[[float], None]]:
+        """Nothing is committed meanwhile. Yields what to call in it when the clock was set, with the seconds: all that
+        waits and all that is known here goes with it.
+        """
+        async with self._commits.busy:
+            yield self._move
+
+    def _move(self, by: float) -> None:
+        self._commits.amend(lambda entering: inputs.moved(entering, by))
+        self._known.move(by)
+
+    async def _take(self, batch: Sequence[Input]) -> None:
+        """Commit inputs of one kind: reports, which make the tunnels that they name, or what the server found out."""
+        # What a reference agent says counts for what the tunnels of its site say at the same moment.
+        batch = sorted(batch, key=lambda i: isinstance(i, ReportBatch) and i.role != REFERENCE)
+        context = self._context(self._clock.wall())
+        names = list(dict.fromkeys(i.tunnel for i in batch))
+
+        def decided(rows: Mapping[str, TunnelRow]) -> Decision:
+            return decide(batch, rows, self._known, context)
+
+        create = isinstance(batch[0], ReportBatch)
+        decision = await self._store.transact(names, context.now, decided, create=create)
+        self._apply(decision.effects)
+
+    async def sweep(self, names: Sequence[str], now: float, grace: float = 0.0) -> None:
+        """Make those of the tunnels `names` silent whose deadline has really passed, `grace` seconds ago or earlier.
+
+        Raises StoreUnavailable.
+
+        The deadline is read again under the row's lock, so of many replicas exactly one makes the transition, and a
+        report that came in between keeps the tunnel alive.
+        """
+        c, own = tunnels.c, tunnels.alias()
+        sites = select(own.c.site).where(own.c.name.in_(names), own.c.site != "")
+        company = await self._store.read(select(c.name, c.site, c.interval, c.last_seen).where(c.site.in_(sites)))
+        async with self._commits.busy:
+            context = self._context(now)
+
+            def decided(rows: Mapping[str, TunnelRow]) -> Decision:
+                return decide_silences(rows.values(), self._known, context, grace, company)
+
+            decision = await self._store.transact(names, now, decided, create=False)
+            self._apply(decision.effects)
+
+    def _context(self, now: float) -> Context:
+        own = self._policy
+        # A keepalive declares nothing: its home is the server's, unless one is set.
+        policy = own if own.home_networks else own.with_home(self._own_address())
+        if policy != self._keepalive_policy:
+            self._keepalive_policy = policy
+            self._known.repeats.clear()
+        return Context(
+            now=now,
+            clock_moved=self._moved(),
+            policy=own,
+            keepalive_policy=self._keepalive_policy,
+            channels=self._channels,
+        )
+
+    def _apply(self, effects: Effects) -> None:
+        """Do what a decision that is committed leads to outside the database."""
+        self._known.apply(effects.draft)
+        for name, error in effects.failures:
+            log.error("a deadline could not be judged", extra={"tunnel": name}, exc_info=error)
+        for name in effects.shared:
+            if name not in self._shared:
+                self._shared.add(name)
+                log.warning(
+                    "several agents report as one tunnel: what is told of it is now the one's, now the other's",
+                    extra={"tunnel": name, "remedy": "give each its own VPN_SENTINEL_CLIENT_ID"},
+                )
+        for name, moved in effects.moves:
+            _log_move(name, moved)
+        self._hub.publish(set(effects.tunnels))
+        if effects.owes:
+            self._on_commit()
+
+
+def _log_move(name: str, event: Moved | Revised) -> None:
+    """Log a transition. Not that a tunnel is there and well: of a fleet that would be thousands of lines at a start."""
+    at = datetime.fromtimestamp(event.at, UTC).isoformat(timespec="seconds")
+    if isinstance(event, Revised):
+        log.info("the silence is void: the agent watched all along", extra={"tunnel": name, "at": at})
+    elif (event.old, event.new) != (State.PENDING, State.PROTECTED):
+        level = logging.INFO if event.new is State.PROTECTED else logging.WARNING
+        codes = ",".join(f.code for f in event.findings)
+        facts = {"tunnel": name, "state": event.new, "was": event.old, "at": at, "codes": codes}
+        log.log(level, "tunnel changed", extra=facts)
