@@ -35,16 +35,14 @@ OUR_OWN = {
     "agent.net.packettime": KERNEL,
     "agent.remedies.remedies": SPOOL,
     "agent.uplink.load": SPOOL,
-    "cli.tunnel": DATABASE,
     "server.api.present": DATABASE,
     "server.app": DATABASE,
     "server.bot.seat": DATABASE,
-    "server.bot.status": DATABASE,
     "server.dashboard.view": DATABASE,
     "server.notify.outbox": DATABASE,
+    "server.tracking.decision": DATABASE,
     "server.tracking.enrichment": DATABASE,
     "server.tracking.sites": DATABASE,
-    "server.tracking.decision": DATABASE,
     "wire.rest": DATABASE,
 }
 

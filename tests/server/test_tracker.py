@@ -27,6 +27,7 @@ from vpn_sentinel.domain.observation import (
 from vpn_sentinel.domain.policy import IPNetwork, Policy
 from vpn_sentinel.server.api.present import client_status
 from vpn_sentinel.server.live.hub import Hub
+from vpn_sentinel.server.store import queries
 from vpn_sentinel.server.store.open import open_store
 from vpn_sentinel.server.store.schema import incidents, observations, outbox, transitions, tunnels
 from vpn_sentinel.server.store.store import C, Decide, Store, StoreUnavailable, TunnelRow
@@ -142,7 +143,9 @@ class Watch:
 
     async def shown(self) -> dict[str, str | None]:
         """Where the replaced system's interface says that the tunnel comes out."""
-        status = client_status(await self.row())
+        tunnel = await queries.tunnel_named(self.store, "nl")
+        assert tunnel is not None
+        status = client_status(tunnel)
         return {"ip": status.ip, "location": status.location, "provider": status.provider}
 
     async def moves(self) -> list[tuple[float, str, str]]:

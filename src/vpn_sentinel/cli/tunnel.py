@@ -1,15 +1,13 @@
-"""`vpn-sentinel tunnel list|show`."""
+"""`vpn-sentinel tunnel list|show`. As JSON they print what the API answers at `/tunnels` and `/tunnels/{name}`."""
 
 import argparse
-import json
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any, Final
 
 from vpn_sentinel.cli.showing import local_time, printable, table
 from vpn_sentinel.cli.storing import add_database, with_store
 
-if TYPE_CHECKING:
-    from sqlalchemy import Row
+_MAX_TRANSITIONS: Final = 20
 
 
 def add(commands: Any) -> None:
@@ -25,65 +23,51 @@ def add(commands: Any) -> None:
 
 
 def _list(args: argparse.Namespace) -> int:
-    from sqlalchemy import select
+    import msgspec
 
-    from vpn_sentinel.server.store.schema import tunnels
+    from vpn_sentinel.server.store import queries
+    from vpn_sentinel.wire import rest
 
-    rows = with_store(args, lambda store, _: store.read(select(tunnels).order_by(tunnels.c.name)))
+    found = with_store(args, lambda store, _: queries.all_tunnels(store))
     if args.json:
-        print(json.dumps([_plain(r) for r in rows]))
+        print(msgspec.json.encode(rest.Tunnels(tunnels=found)).decode())
         return 0
-    if not rows:
+    if not found:
         print("no tunnel has reported yet")
         return 0
     table(
         ("NAME", "STATE", "SINCE", "EXIT", "COUNTRY", "LAST SEEN"),
         [
             (
-                r.name,
-                r.state,
-                local_time(r.since),
-                r.exit4 or r.exit6 or "-",
-                str(json.loads(r.place).get("country") or "-"),
-                local_time(r.last_seen or None),
+                t.name,
+                t.state,
+                local_time(t.since.timestamp()),
+                t.exit.ipv4 or t.exit.ipv6 or "-",
+                t.place.country or "-",
+                local_time(t.last_seen.timestamp() if t.last_seen else None),
             )
-            for r in rows
+            for t in found
         ],
     )
     return 0
 
 
 def _show(args: argparse.Namespace) -> int:
-    from sqlalchemy import select
+    import msgspec
 
-    from vpn_sentinel.server.store.schema import transitions, tunnels
+    from vpn_sentinel.server.store import queries
 
-    found = with_store(args, lambda store, _: store.read(select(tunnels).where(tunnels.c.name == args.name)))
-    if not found:
+    found = with_store(args, lambda store, _: queries.recent(store, args.name))
+    if found is None:
         print(f"vpn-sentinel: there is no tunnel called {printable(args.name)}", file=sys.stderr)
         return 1
-    row = found[0]
-    latest = select(transitions).where(transitions.c.tunnel_id == row.id).order_by(transitions.c.at.desc()).limit(20)
-    moves = with_store(args, lambda store, _: store.read(latest))
+    tunnel = found.tunnel
     if args.json:
-        history = [{"at": m.at, "old": m.old, "new": m.new, "findings": json.loads(m.findings)} for m in moves]
-        print(json.dumps(_plain(row) | {"transitions": history}))
+        print(msgspec.json.encode(tunnel).decode())
         return 0
-    print(f"{row.name} is {row.state} since {local_time(row.since)}")
-    for finding in json.loads(row.findings):
-        print(f"  {finding['code']}: {printable(finding['message'])}")
+    print(f"{tunnel.name} is {tunnel.state} since {local_time(tunnel.since.timestamp())}")
+    for finding in tunnel.findings:
+        print(f"  {finding.code}: {printable(finding.message)}")
+    moves = found.transitions[:_MAX_TRANSITIONS]
     table(("AT", "FROM", "TO"), [(local_time(m.at), m.old, m.new) for m in moves])
     return 0
-
-
-def _plain(row: "Row[Any]") -> dict[str, object]:
-    return {
-        "name": row.name,
-        "state": row.state,
-        "since": row.since,
-        "findings": json.loads(row.findings),
-        "exit": {"ipv4": row.exit4, "ipv6": row.exit6} | json.loads(row.place),
-        "resolvers": json.loads(row.resolvers),
-        "last_seen": row.last_seen or None,
-        "version": row.version,
-    }

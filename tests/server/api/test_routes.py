@@ -10,10 +10,9 @@ from sqlalchemy import delete, insert
 
 from tests.conftest import ManualClock
 from tests.server.sample import HTML, KEY
-from vpn_sentinel.server.api import reading
 from vpn_sentinel.server.api.app import build_api
 from vpn_sentinel.server.api.services import ApiServices
-from vpn_sentinel.server.store import schema
+from vpn_sentinel.server.store import queries, schema
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
 
 
@@ -124,10 +123,12 @@ async def test_history_passes_an_instant_that_holds_more_than_a_page(
         for n in range(1, 12)
     ]
     await store.write(insert(schema.observations).values(crowd))
-    page = await reading.history(store, filled["media-nl"], None, None, 5)
+    page = await queries.history(store, "media-nl", None, None, 5)
+    assert page is not None
     assert len(page.observations) == 5
     assert page.next_until is not None
-    rest = await reading.history(store, filled["media-nl"], None, page.next_until, 5)
+    rest = await queries.history(store, "media-nl", None, page.next_until, 5)
+    assert rest is not None
     assert (rest.observations, rest.next_until) == ([], None)
 
 

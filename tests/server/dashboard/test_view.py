@@ -6,6 +6,7 @@ import pytest
 
 from vpn_sentinel.domain.verdict import State
 from vpn_sentinel.server.dashboard import view
+from vpn_sentinel.wire import rest
 
 SPANS = {
     0: "0 s", 59: "59 s", 60: "1 min", 119: "1 min", 3600: "1 h", 3660: "1 h 1 min", 5400: "1 h 30 min",
@@ -43,11 +44,12 @@ class Change:
     old: str = "protected"
 
 
-@dataclass(frozen=True)
-class Known:
-    state: str
-    since: float
-    created_at: float = 0.0
+def tunnel(state: str, since: float) -> rest.Tunnel:
+    return rest.Tunnel(
+        name="nl", state=State(state), since=rest.moment(since), findings=[], last_seen=None, deadline=None,
+        exit=rest.Exit(), place=rest.Place(), resolvers=[], dns_loc=None, dns_colo=None, source="agent",
+        client_version=None, interval=None, created_at=rest.moment(0.0),
+    )  # fmt: skip
 
 
 HOUR = 3600.0
@@ -79,6 +81,6 @@ DAYS = {
 
 @pytest.mark.parametrize(("moved", "state", "said"), DAYS.values(), ids=DAYS.keys())
 def test_what_was_not_verified_is_no_part_of_the_days_protection(moved: list[Change], state: str, said: str) -> None:
-    row = Known(state=state, since=moved[-1].at if moved else 0.0)
+    known = tunnel(state, since=moved[-1].at if moved else 0.0)
     newest_first = sorted(moved, key=lambda c: -c.at)
-    assert view.day(row, newest_first, 24 * HOUR, complete=True) == said  # type: ignore[arg-type]
+    assert view.day(known, newest_first, 24 * HOUR, complete=True) == said  # type: ignore[arg-type]

@@ -7,8 +7,8 @@ from typing import Any, Final
 import msgspec
 from sqlalchemy import Row
 
-from vpn_sentinel.server.api import present, reading
 from vpn_sentinel.server.live.hub import Hub
+from vpn_sentinel.server.store import queries
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
 from vpn_sentinel.wire import rest
 
@@ -28,7 +28,7 @@ class Encoded:
 
     async def of(self, names: set[str]) -> rest.Changed:
         """The tunnels of those names as they are now. Raises StoreUnavailable."""
-        rows = await reading.tunnels_named(self._store, names)
+        rows = await queries.tunnel_rows(self._store, names)
         gone = sorted(names - {r.name for r in rows})
         for name in gone:
             self._kept.pop(name, None)
@@ -37,7 +37,7 @@ class Encoded:
     def _json(self, row: Row[Any]) -> bytes:
         kept = self._kept.get(row.name)
         if kept is None or kept[0] != row:
-            kept = self._kept[row.name] = (row, present.tunnel_json(row))
+            kept = self._kept[row.name] = (row, _ENCODER.encode(queries.tunnel_of(row)))
         return kept[1]
 
 

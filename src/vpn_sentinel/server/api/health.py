@@ -19,8 +19,8 @@ from prometheus_client.registry import Collector
 from vpn_sentinel import __version__
 from vpn_sentinel.domain.verdict import HARM, State
 from vpn_sentinel.runtime.clock import Clock
-from vpn_sentinel.server.api import reading
 from vpn_sentinel.server.shared import Shared
+from vpn_sentinel.server.store import queries
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
 
 Scope = MutableMapping[str, Any]
@@ -128,7 +128,7 @@ class TunnelsCollector(Collector):
         async with self._asking:
             if self._clock.boottime() - self._asked_at <= _COUNTS_FRESH:
                 return
-            self._counts = await self._within(reading.counts(self._store))
+            self._counts = await self._within(queries.counts(self._store))
             self._writes = await self._within(self._pinged()) or False
             self._asked_at = self._clock.boottime()
 

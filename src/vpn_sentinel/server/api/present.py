@@ -21,56 +21,26 @@ class _StoredNotice(msgspec.Struct):
 
 
 _NOTICE: Final = msgspec.json.Decoder(_StoredNotice)
-_ENCODER: Final = msgspec.json.Encoder()
 
 
-def tunnel(row: Row[Any]) -> rest.Tunnel:
-    return rest.Tunnel(
-        name=row.name,
-        state=rest.state_of(row.state),
-        since=moment(row.since),
-        findings=rest.findings_of(row.findings),
-        last_seen=when(row.last_seen),
-        deadline=when(row.deadline),
-        exit=rest.Exit(ipv4=row.exit4, ipv6=row.exit6),
-        place=rest.place_of(row.place),
-        resolvers=rest.resolvers_of(row.resolvers),
-        dns_loc=row.dns_loc or None,
-        dns_colo=row.dns_colo or None,
-        source=row.source or None,
-        client_version=row.version or None,
-        interval=row.interval or None,
-        created_at=moment(row.created_at),
-        role=row.role,
-        site=row.site or None,
-        forwarded_port=row.port,
-        port_check=rest.port_check_of(row.port_check),
-    )
-
-
-def tunnel_json(row: Row[Any]) -> bytes:
-    return _ENCODER.encode(tunnel(row))
-
-
-def client_status(row: Row[Any]) -> rest.ClientStatus:
+def client_status(tunnel: rest.Tunnel) -> rest.ClientStatus:
     """The same tunnel as the replaced system would have shown it."""
-    seen = tunnel(row)
-    place = seen.place
+    place = tunnel.place
     return rest.ClientStatus(
-        last_seen=seen.last_seen.isoformat() if seen.last_seen else None,
-        ip=seen.exit.ipv4 or seen.exit.ipv6,
+        last_seen=tunnel.last_seen.isoformat() if tunnel.last_seen else None,
+        ip=tunnel.exit.ipv4 or tunnel.exit.ipv6,
         location=", ".join(p for p in (place.city, place.region, place.country) if p) or None,
         provider=place.org,
         country=place.country,
         city=place.city,
         region=place.region,
         timezone=place.timezone,
-        dns_loc=seen.dns_loc,
-        dns_colo=seen.dns_colo,
-        client_version=seen.client_version,
-        state=seen.state,
-        findings=seen.findings,
-        since=seen.since.isoformat(),
+        dns_loc=tunnel.dns_loc,
+        dns_colo=tunnel.dns_colo,
+        client_version=tunnel.client_version,
+        state=tunnel.state,
+        findings=tunnel.findings,
+        since=tunnel.since.isoformat(),
     )
 
 

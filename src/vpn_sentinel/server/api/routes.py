@@ -10,10 +10,11 @@ from litestar.params import FromPath
 from litestar.response import Stream
 
 from vpn_sentinel.server.access import headers_of, key_from
-from vpn_sentinel.server.api import events, present, reading
+from vpn_sentinel.server.api import events, present
 from vpn_sentinel.server.api.guard import OPEN, address_of
 from vpn_sentinel.server.api.params import Before, Limit, Open, Time, TunnelName, seconds
 from vpn_sentinel.server.api.services import ApiServices
+from vpn_sentinel.server.store import queries
 from vpn_sentinel.wire import rest
 
 Services = NamedDependency[ApiServices]
@@ -21,7 +22,7 @@ Services = NamedDependency[ApiServices]
 
 @get("/status", summary="All tunnels under the names of the replaced system", tags=["tunnels"])
 async def status(services: Services) -> dict[str, rest.ClientStatus]:
-    return {row.name: present.client_status(row) for row in await reading.all_tunnels(services.store)}
+    return {t.name: present.client_status(t) for t in await queries.all_tunnels(services.store)}
 
 
 @get("/whoami", summary="The address you come from", tags=["callers"], opt=OPEN, sync_to_thread=False)
@@ -36,15 +37,15 @@ def whoami(services: Services, request: Request[Any, Any, Any]) -> rest.Whoami:
 
 @get("/tunnels", summary="All tunnels", tags=["tunnels"])
 async def list_tunnels(services: Services) -> rest.Tunnels:
-    return rest.Tunnels(tunnels=[present.tunnel(row) for row in await reading.all_tunnels(services.store)])
+    return rest.Tunnels(tunnels=await queries.all_tunnels(services.store))
 
 
 @get("/tunnels/{name:str}", summary="One tunnel", tags=["tunnels"])
 async def one_tunnel(services: Services, name: FromPath[str]) -> rest.Tunnel:
-    row = await reading.tunnel_named(services.store, name)
-    if row is None:
+    found = await queries.tunnel_named(services.store, name)
+    if found is None:
         raise NotFoundException(detail="No tunnel has this name.")
-    return present.tunnel(row)
+    return found
 
 
 @get("/tunnels/{name:str}/history", summary="What a tunnel did and saw, newest first", tags=["tunnels"])
@@ -52,12 +53,11 @@ async def tunnel_history(
     services: Services, name: FromPath[str], since: Time = None, until: Time = None, limit: Limit = 100
 ) -> rest.History:
     first, last = seconds("since", since), seconds("until", until)
-    row = await reading.tunnel_named(services.store, name)
-    if row is None:
+    stretch = await queries.history(services.store, name, first, last, limit)
+    if stretch is None:
         raise NotFoundException(detail="No tunnel has this name.")
-    stretch = await reading.history(services.store, row.id, first, last, limit)
     return rest.History(
-        tunnel=row.name,
+        tunnel=stretch.tunnel,
         transitions=[present.transition(r) for r in stretch.transitions],
         observations=[present.observation(r) for r in stretch.observations],
         actions=[present.action(r) for r in stretch.actions],
@@ -73,7 +73,7 @@ async def list_incidents(
     before: Before = None,
     limit: Limit = 100,
 ) -> rest.Incidents:
-    rows = await reading.incident_page(services.store, tunnel, open_=open_, before=before, limit=limit)
+    rows = await queries.incident_page(services.store, tunnel, open_=open_, before=before, limit=limit)
     now = services.clock.wall()
     return rest.Incidents(
         incidents=[present.incident(r, now) for r in rows[:limit]],
@@ -85,7 +85,7 @@ async def list_incidents(
 async def list_deliveries(
     services: Services, tunnel: TunnelName = None, before: Before = None, limit: Limit = 100
 ) -> rest.Deliveries:
-    rows, tries = await reading.delivery_page(services.store, tunnel, before, limit)
+    rows, tries = await queries.delivery_page(services.store, tunnel, before, limit)
     now = services.clock.wall()
     return rest.Deliveries(
         deliveries=[present.delivery(r, tries[r.id], now) for r in rows[:limit]],
@@ -95,7 +95,7 @@ async def list_deliveries(
 
 @get("/summary", summary="How many tunnels are in each state", tags=["tunnels"])
 async def summary(services: Services) -> rest.Summary:
-    return present.summary(await reading.counts(services.store))
+    return present.summary(await queries.counts(services.store))
 
 
 @get(

@@ -15,6 +15,7 @@ from vpn_sentinel.server.bot.seat import Seat
 from vpn_sentinel.server.notify.channel import DeliveryError, SetupError, TransientError
 from vpn_sentinel.server.notify.channels.bot_api import BotApi, Chat, ConflictError, Message, Sleep
 from vpn_sentinel.server.notify.split import split
+from vpn_sentinel.server.store import queries
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
 
 log = logging.getLogger(__name__)
@@ -138,10 +139,10 @@ class Bot:
                 return commands.PONG
             case "status":
                 try:
-                    rows = await self._store.read(status.statement())
+                    found = await queries.all_tunnels(self._store)
                 except StoreUnavailable:
                     return "The database cannot be reached now."
-                return status.render(rows, self._clock.wall(), self._zone)
+                return status.render(found, self._clock.wall(), self._zone)
             case _:  # /help, Telegram's own /start, and what does not exist
                 return commands.HELP
 

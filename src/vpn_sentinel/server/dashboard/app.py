@@ -17,13 +17,14 @@ from litestar.response import Stream
 from markupsafe import Markup
 
 from vpn_sentinel.runtime.clock import Clock
-from vpn_sentinel.server.dashboard import reading, view
+from vpn_sentinel.server.dashboard import view
 from vpn_sentinel.server.dashboard.feed import Feed
 from vpn_sentinel.server.dashboard.pages import Pages
 from vpn_sentinel.server.dashboard.protection import add_headers, known_host
 from vpn_sentinel.server.live.hub import Hub
 from vpn_sentinel.server.settings import ServerSettings
 from vpn_sentinel.server.shared import Shared
+from vpn_sentinel.server.store import queries
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
 
 log = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ class Dashboard:
         self.feed = Feed(services.hub, services.clock, self._frame, idle=b"event: beat\ndata: {}\n\n")
 
     async def _overview(self) -> str:
-        head, now = view.overview(await reading.counts(self._store)), self._clock.wall()
+        head, now = view.overview(await queries.counts(self._store)), self._clock.wall()
         rows = await self._rows(None, now)
         return self.pages.render(
             "overview.html",
@@ -70,16 +71,16 @@ class Dashboard:
 
     async def tunnel(self, name: str) -> str:
         """Raises NotFoundException."""
-        found = await reading.past(self._store, name)
+        found = await queries.recent(self._store, name)
         if found is None:
             raise NotFoundException(detail="No tunnel has this name.")
         now, moved, seen = self._clock.wall(), found.transitions, view.observations(found.observations)
         return self.pages.render(
             "tunnel.html",
             row=view.tunnel(found.tunnel),
-            created=view.Moment(found.tunnel.created_at),
-            strip=view.strip(found.tunnel, moved, now, complete=len(moved) < reading.TRANSITIONS),
-            day=view.day(found.tunnel, moved, now, complete=len(moved) < reading.TRANSITIONS),
+            created=view.Moment.of(found.tunnel.created_at),
+            strip=view.strip(found.tunnel, moved, now, complete=len(moved) < queries.RECENT_TRANSITIONS),
+            day=view.day(found.tunnel, moved, now, complete=len(moved) < queries.RECENT_TRANSITIONS),
             transitions=view.transitions(moved, now),
             incidents=view.incidents(found.incidents, now),
             observations=seen,
@@ -90,7 +91,7 @@ class Dashboard:
 
     async def _frame(self, names: set[str] | None) -> bytes:
         """The rows of `names`, or all, as one event: `some` or `all`."""
-        head, now = view.overview(await reading.counts(self._store)), self._clock.wall()
+        head, now = view.overview(await queries.counts(self._store)), self._clock.wall()
         rows = await self._rows(names, now)
         data = {
             "build": self.pages.build,
@@ -107,8 +108,8 @@ class Dashboard:
     async def _rows(self, names: set[str] | None, now: float) -> list[tuple[view.TunnelView, str]]:
         """The tunnels of `names`, or all, worst first, each with its row as HTML."""
         found: list[tuple[view.TunnelView, str]] = []
-        for row in await reading.rows(self._store, names):
-            seen = view.tunnel(row)
+        for row in await queries.tunnel_rows(self._store, names):
+            seen = view.tunnel(queries.tunnel_of(row))
             found.append((seen, self.pages.render("_row.html", row=seen, now=now)))
             if len(found) % _AT_ONCE == 0:
                 await asyncio.sleep(0)  # a thousand rows take 0.2 s: reports must not wait for them

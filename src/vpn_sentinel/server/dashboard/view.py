@@ -50,6 +50,10 @@ class Moment:
 
     at: float
 
+    @classmethod
+    def of(cls, time: datetime) -> "Moment":
+        return cls(time.timestamp())
+
     @property
     def iso(self) -> str:
         return datetime.fromtimestamp(self.at, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -98,41 +102,43 @@ class TunnelView:
         return blake2b(repr(told).encode(), digest_size=6).hexdigest()
 
 
-def tunnel(row: Row[Any]) -> TunnelView:
-    place, resolvers = rest.place_of(row.place), rest.resolvers_of(row.resolvers)
+def tunnel(tunnel: rest.Tunnel) -> TunnelView:
+    place = tunnel.place
     return TunnelView(
-        name=row.name,
-        state=rest.state_of(row.state),
-        since=Moment(row.since),
-        findings=tuple(rest.findings_of(row.findings)),
-        exits=tuple(e for e in (row.exit4, row.exit6) if e),
+        name=tunnel.name,
+        state=tunnel.state,
+        since=Moment.of(tunnel.since),
+        findings=tuple(tunnel.findings),
+        exits=tuple(e for e in (tunnel.exit.ipv4, tunnel.exit.ipv6) if e),
         place=", ".join(dict.fromkeys(p for p in (place.city, place.region, place.country) if p)),
         provider=" · ".join(p for p in (place.org, f"AS{place.asn}" if place.asn else None) if p),
         # The replaced system's clients only know the place of their resolver.
-        resolvers=tuple(" · ".join(p for p in (r.ip, r.country, r.org) if p) for r in resolvers)
-        or tuple(filter(None, [" · ".join(p for p in (row.dns_loc, row.dns_colo) if p)])),
-        last_seen=Moment(row.last_seen) if row.last_seen else None,
+        resolvers=tuple(" · ".join(p for p in (r.ip, r.country, r.org) if p) for r in tunnel.resolvers)
+        or tuple(filter(None, [" · ".join(p for p in (tunnel.dns_loc, tunnel.dns_colo) if p)])),
+        last_seen=Moment.of(tunnel.last_seen) if tunnel.last_seen else None,
         reporter=" ".join(
-            p for p in ("keepalive client" if row.source == "keepalive" else row.source, row.version) if p
+            p
+            for p in ("keepalive client" if tunnel.source == "keepalive" else tunnel.source, tunnel.client_version)
+            if p
         ),
-        interval=row.interval,
+        interval=tunnel.interval or 0.0,
         place_source=place.source or "",
         placed=place.ip or "",
-        home=row.role == "reference",
-        site=row.site,
-        port=_port(row),
+        home=tunnel.role == "reference",
+        site=tunnel.site or "",
+        port=_port(tunnel),
     )
 
 
-def _port(row: Row[Any]) -> str:
+def _port(tunnel: rest.Tunnel) -> str:
     """The forwarded port, and how the last try to reach it ended."""
-    if row.port is None:
+    port, check = tunnel.forwarded_port, tunnel.port_check
+    if port is None:
         return ""
-    check = rest.port_check_of(row.port_check)
-    if check is None or check.port != row.port:
-        return f"{row.port}, not tried from outside yet"
+    if check is None or check.port != port:
+        return f"{port}, not tried from outside yet"
     said = {"answered": "open", "unreachable": "open, nobody listens", "lost": "closed"}.get(check.answer, check.answer)
-    return f"{row.port}, {said}"
+    return f"{port}, {said}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -204,7 +210,7 @@ def transitions(rows: Sequence[Row[Any]], now: float) -> list[TransitionView]:
     ]
 
 
-def strip(row: Row[Any], moved: Sequence[Row[Any]], now: float, *, complete: bool) -> list[Stretch]:
+def strip(tunnel: rest.Tunnel, moved: Sequence[Row[Any]], now: float, *, complete: bool) -> list[Stretch]:
     """The last day as stretches of one state. What came before the oldest known transition is drawn if `complete`."""
     start = now - _DAY
     found = [
@@ -214,17 +220,17 @@ def strip(row: Row[Any], moved: Sequence[Row[Any]], now: float, *, complete: boo
             width=round(max((end - max(at, start)) / 60, _THIN), 2),
             said=f"{state.value} for {span(end - at)}, from {Moment(at).text}",
         )
-        for state, at, end in _stretches(row, moved, now, complete=complete)
+        for state, at, end in _stretches(tunnel, moved, now, complete=complete)
         if end > max(at, start)
     ]
     # A short leak is drawn wide enough to be seen, and over its neighbours.
     return sorted(found, key=lambda s: -HARM.index(s.state))
 
 
-def day(row: Row[Any], moved: Sequence[Row[Any]], now: float, *, complete: bool) -> str:
+def day(tunnel: rest.Tunnel, moved: Sequence[Row[Any]], now: float, *, complete: bool) -> str:
     """How much of the last day a tunnel was protected; what nobody verified is no part of either side."""
     protected = verified = unverified = 0.0
-    for state, at, end in _stretches(row, moved, now, complete=complete):
+    for state, at, end in _stretches(tunnel, moved, now, complete=complete):
         lasted = max(0.0, end - max(at, now - _DAY))
         if state in _NOT_VERIFIED:
             unverified += lasted
@@ -239,14 +245,14 @@ def day(row: Row[Any], moved: Sequence[Row[Any]], now: float, *, complete: bool)
 
 
 def _stretches(
-    row: Row[Any], moved: Sequence[Row[Any]], now: float, *, complete: bool
+    tunnel: rest.Tunnel, moved: Sequence[Row[Any]], now: float, *, complete: bool
 ) -> list[tuple[State, float, float]]:
     """State, beginning and end, oldest first."""
     changes = sorted(((r.at, rest.state_of(r.new)) for r in moved), key=lambda change: change[0])
     if not changes:
-        changes = [(row.since, rest.state_of(row.state))]
+        changes = [(tunnel.since.timestamp(), tunnel.state)]
     elif complete:
-        changes.insert(0, (row.created_at, rest.state_of(min(moved, key=lambda r: r.at).old)))
+        changes.insert(0, (tunnel.created_at.timestamp(), rest.state_of(min(moved, key=lambda r: r.at).old)))
     ends = [at for at, _ in changes[1:]] + [now]
     return [(state, at, end) for (at, state), end in zip(changes, ends, strict=True)]
 

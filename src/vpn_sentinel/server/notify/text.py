@@ -9,10 +9,10 @@ import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, tzinfo
-from typing import Final
+from typing import Final, Protocol
 
 from vpn_sentinel.domain.notice import Kind, Notice
-from vpn_sentinel.domain.verdict import Finding, State
+from vpn_sentinel.domain.verdict import State
 
 # Characters kept of one text from outside, and of lists of such texts.
 _CLIP: Final = 300
@@ -145,7 +145,16 @@ def _reasons(notice: Notice) -> Iterator[Line]:
         yield Line("What to do", clean(advice))
 
 
-def explain(finding: Finding) -> str:
+class Explained(Protocol):
+    """A finding of the judge, or one that a database held."""
+
+    @property
+    def message(self) -> str: ...
+    @property
+    def evidence(self) -> Mapping[str, str]: ...
+
+
+def explain(finding: Explained) -> str:
     """A finding's message, and those of its facts that the message does not name yet."""
     message = clean(finding.message)
     facts = [
