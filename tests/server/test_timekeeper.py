@@ -18,7 +18,7 @@ from vpn_sentinel.server.ingest.session import Sessions
 from vpn_sentinel.server.live.hub import Hub
 from vpn_sentinel.server.notify import outbox as debts
 from vpn_sentinel.server.store.open import open_store
-from vpn_sentinel.server.store.owing import owe
+from vpn_sentinel.server.store.outbox_rows import delivery_rows
 from vpn_sentinel.server.store.schema import incidents, observations, outbox, tokens, transitions, tunnels
 from vpn_sentinel.server.store.store import Store
 from vpn_sentinel.server.tracking.inputs import ReportBatch, TimedObservation
@@ -240,7 +240,7 @@ async def test_what_a_channel_was_told_before_is_not_handed_to_it_from_another(s
 async def test_of_a_tunnel_of_which_enough_was_told_the_rest_waits_as_long(server: Server, by: float) -> None:
     await server.runs(120)
     now = server.clock.wall()
-    (owed,) = owe(Notice(kind=Kind.DOWN, tunnel="nl", at=now), ["telegram"], now)
+    (owed,) = delivery_rows(Notice(kind=Kind.DOWN, tunnel="nl", at=now), ["telegram"], now)
     told = [{**owed, "settled_at": now - 50.0 - i, "outcome": "done"} for i in range(debts.MOST)]
     await server.store.write(insert(outbox).values(told))
     await server.store.write(insert(outbox).values(owed))

@@ -43,7 +43,7 @@ from vpn_sentinel.server.own_address import OwnAddress
 from vpn_sentinel.server.serving import embedded, listen, serve_until
 from vpn_sentinel.server.settings import ServerSettings
 from vpn_sentinel.server.store.open import open_store
-from vpn_sentinel.server.store.owing import owe
+from vpn_sentinel.server.store.outbox_rows import delivery_rows
 from vpn_sentinel.server.store.schema import meta, outbox
 from vpn_sentinel.server.store.sqlite import SqliteStore
 from vpn_sentinel.server.store.store import Store
@@ -276,8 +276,8 @@ async def _run(
         if settings.database_url.startswith("sqlite:"):
             # Nobody else delivers from this file: a lease that stands is a crashed server's, and need not run out.
             await store.write(update(outbox).where(outbox.c.settled_at.is_(None)).values(leased_until=0.0))
-        if debts := owe(started_notice, channels, at):
-            await store.write(insert(outbox).values(debts))
+        if deliveries := delivery_rows(started_notice, channels, at):
+            await store.write(insert(outbox).values(deliveries))
         dispatcher.wake()
         log.info("server started", extra={"version": __version__, "port": settings.api_port})
         started(store)

@@ -22,9 +22,9 @@ class Time:
         return self.now - 1_000_000_000.0
 
     async def sleep(self, seconds: float) -> None:
-        await self.nap(asyncio.Event(), seconds)
+        await self.wait_for(asyncio.Event(), seconds)
 
-    async def nap(self, alarm: asyncio.Event, seconds: float) -> None:
+    async def wait_for(self, alarm: asyncio.Event, seconds: float) -> None:
         """Sleep until the test's time or `alarm` comes."""
         up = asyncio.Event()
         entry = (self.now + seconds, up, alarm)

@@ -20,7 +20,7 @@ from vpn_sentinel.server.notify.channel import Channel, PermanentError, SetupErr
 from vpn_sentinel.server.notify.dispatcher import Dispatcher
 from vpn_sentinel.server.notify.metrics import NotifyMetrics
 from vpn_sentinel.server.notify.reasons import words
-from vpn_sentinel.server.store.owing import owe
+from vpn_sentinel.server.store.outbox_rows import delivery_rows
 from vpn_sentinel.server.store.schema import attempts, outbox
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
 
@@ -113,14 +113,16 @@ class Desk:
         self.registry = CollectorRegistry()
         self.channels: Mapping[str, Channel] = {p.name: p for p in pagers}
         metrics = NotifyMetrics(self.registry, self.channels)
-        self.dispatcher = Dispatcher(store, self.channels, self.time, metrics, nap=self.time.nap, rng=random.Random(1))
+        self.dispatcher = Dispatcher(
+            store, self.channels, self.time, metrics, wait_for=self.time.wait_for, rng=random.Random(1)
+        )
         self.sleepers = len(pagers) + 1
 
     async def owes(self, *told: tuple[str, Kind], channels: tuple[str, ...] = (), through: Store | None = None) -> None:
         for tunnel, kind in told:
             one = Notice(kind=kind, tunnel=tunnel, at=self.time.now)
             await (through or self.store).write(
-                insert(outbox).values(owe(one, channels or tuple(self.channels), self.time.now))
+                insert(outbox).values(delivery_rows(one, channels or tuple(self.channels), self.time.now))
             )
         self.dispatcher.wake()
 
@@ -316,11 +318,11 @@ async def test_a_tunnel_that_says_much_is_told_of_for_a_while_and_then_in_one_me
     pager, desk = slow_desk(store)
     async with at_work(desk):
         await desk.owes(*ROGUE)
-        await desk.passes(outbox_module.MOST + outbox_module.MINUTE - 5)
-        assert len(pager.told) == outbox_module.MOST
+        await desk.passes(outbox_module.MAX_PER_WINDOW + outbox_module.WINDOW_S - 5)
+        assert len(pager.told) == outbox_module.MAX_PER_WINDOW
         await desk.passes(10)
-        assert len(pager.told) == outbox_module.MOST + 1
-        assert pager.at[-1] - pager.at[-2] <= outbox_module.MINUTE + 1.0
+        assert len(pager.told) == outbox_module.MAX_PER_WINDOW + 1
+        assert pager.at[-1] - pager.at[-2] <= outbox_module.WINDOW_S + 1.0
         said = pager.notices[-1]
         assert (said.kind, said.tunnel, said.was) == (Kind.DOWN, "rogue", State.LEAKING)
         assert said.details == (
@@ -328,9 +330,9 @@ async def test_a_tunnel_that_says_much_is_told_of_for_a_while_and_then_in_one_me
             "Of them 275 were leaks.",
         )
         await desk.passes(600)
-        assert len(pager.told) == outbox_module.MOST + 1
+        assert len(pager.told) == outbox_module.MAX_PER_WINDOW + 1
         outcomes = await desk.outcomes()
-        assert (outcomes.count("done"), outcomes.count("summed")) == (outbox_module.MOST + 1, 549)
+        assert (outcomes.count("done"), outcomes.count("summed")) == (outbox_module.MAX_PER_WINDOW + 1, 549)
         # It is calm now: what comes next is told at once.
         asked_at = desk.time.now
         await desk.owes(("rogue", Kind.LEAKING))
@@ -341,70 +343,70 @@ async def test_a_tunnel_that_says_much_is_told_of_for_a_while_and_then_in_one_me
 async def test_a_leak_that_stands_is_told_with_the_sum_at_the_latest(store: Store) -> None:
     pager, desk = slow_desk(store)
     async with at_work(desk):
-        await desk.owes(*([OVER, LEAK] * (outbox_module.MOST // 2)))
-        await desk.passes(outbox_module.MOST)
-        assert len(pager.told) == outbox_module.MOST
+        await desk.owes(*([OVER, LEAK] * (outbox_module.MAX_PER_WINDOW // 2)))
+        await desk.passes(outbox_module.MAX_PER_WINDOW)
+        assert len(pager.told) == outbox_module.MAX_PER_WINDOW
         last = pager.at[-1]
         await desk.owes(OVER, LEAK)
         await desk.passes(62)
-        assert len(pager.told) == outbox_module.MOST + 1
+        assert len(pager.told) == outbox_module.MAX_PER_WINDOW + 1
         said = pager.notices[-1]
         assert (said.kind, said.was) == (Kind.LEAKING, None)
         assert said.details[-1] == "Of them one was a leak."
-        assert pager.at[-1] - last <= outbox_module.MINUTE + 1.0
+        assert pager.at[-1] - last <= outbox_module.WINDOW_S + 1.0
 
 
 async def test_one_change_that_waited_is_told_as_it_is(store: Store) -> None:
     pager, desk = slow_desk(store)
     async with at_work(desk):
-        await desk.owes(*([OVER, LEAK] * (outbox_module.MOST // 2)), OVER)
-        await desk.passes(outbox_module.MOST + outbox_module.MINUTE + 2)
+        await desk.owes(*([OVER, LEAK] * (outbox_module.MAX_PER_WINDOW // 2)), OVER)
+        await desk.passes(outbox_module.MAX_PER_WINDOW + outbox_module.WINDOW_S + 2)
         assert pager.told[-1] == OVER
-        assert (len(pager.told), pager.notices[-1].details) == (outbox_module.MOST + 1, ())
+        assert (len(pager.told), pager.notices[-1].details) == (outbox_module.MAX_PER_WINDOW + 1, ())
 
 
 async def test_a_sum_that_could_not_be_sent_is_made_anew(store: Store) -> None:
     """Nothing is settled by a message that nobody got; what came meanwhile is in the next try."""
     pager = Pager()
     async with at_work(Desk(store, pager)) as desk:
-        await desk.owes(*ROGUE[: outbox_module.MOST + 10])
+        await desk.owes(*ROGUE[: outbox_module.MAX_PER_WINDOW + 10])
         await desk.passes(50)
         pager.always = TransientError("timeout")
         await desk.passes(15)
-        assert (len(pager.told), pager.tried > outbox_module.MOST) == (outbox_module.MOST, True)
+        assert (len(pager.told), pager.tried > outbox_module.MAX_PER_WINDOW) == (outbox_module.MAX_PER_WINDOW, True)
         assert (await desk.outcomes()).count(None) == 10
         pager.always = None
         await desk.owes(("rogue", Kind.RECOVERED))
         await desk.passes(40)
-        assert pager.told[outbox_module.MOST :] == [("rogue", "recovered")]
+        assert pager.told[outbox_module.MAX_PER_WINDOW :] == [("rogue", "recovered")]
         assert None not in await desk.outcomes()
 
 
 async def test_the_cap_holds_after_a_restart_and_for_each_channel_by_itself(store: Store) -> None:
     one, other = Pager("one"), Pager("other")
     async with at_work(Desk(store, one)) as desk:
-        await desk.owes(*ROGUE[: outbox_module.MOST + 20], channels=("one", "other"))
+        await desk.owes(*ROGUE[: outbox_module.MAX_PER_WINDOW + 20], channels=("one", "other"))
         await desk.passes(1)
-        assert len(one.told) == outbox_module.MOST
+        assert len(one.told) == outbox_module.MAX_PER_WINDOW
     again = Desk(store, one, other)
     again.time.now = desk.time.now + 1
     async with at_work(again):
         await again.passes(1)
-        assert (len(one.told), len(other.told)) == (outbox_module.MOST, outbox_module.MOST)
+        assert (len(one.told), len(other.told)) == (outbox_module.MAX_PER_WINDOW, outbox_module.MAX_PER_WINDOW)
         await again.passes(61)
-        assert (len(one.told), len(other.told)) == (outbox_module.MOST + 1, outbox_module.MOST + 1)
+        assert (len(one.told), len(other.told)) == (outbox_module.MAX_PER_WINDOW + 1, outbox_module.MAX_PER_WINDOW + 1)
 
 
 async def test_a_sum_whose_details_cannot_be_read_is_told_all_the_same(store: Store) -> None:
     pager = Pager()
     async with at_work(Desk(store, pager)) as desk:
-        await desk.owes(*ROGUE[: outbox_module.MOST + 20])
+        await desk.owes(*ROGUE[: outbox_module.MAX_PER_WINDOW + 20])
         await desk.passes(1)
         await store.write(
             update(outbox).where(outbox.c.settled_at.is_(None)).values(body='{"kind": "leaking", "exit": 5}')
         )
         await desk.passes(61)
-        assert pager.told[outbox_module.MOST :] == [("rogue", "down")]
+        assert pager.told[outbox_module.MAX_PER_WINDOW :] == [("rogue", "down")]
 
 
 async def test_a_clock_that_was_set_back_holds_no_alarm(store: Store) -> None:
@@ -412,14 +414,14 @@ async def test_a_clock_that_was_set_back_holds_no_alarm(store: Store) -> None:
     pager = Pager()
     desk = Desk(store, pager)
     async with at_work(desk):
-        await desk.owes(*ROGUE[: outbox_module.MOST])
+        await desk.owes(*ROGUE[: outbox_module.MAX_PER_WINDOW])
         await desk.passes(1)
     back = Desk(store, pager)
     back.time.now = desk.time.now - 3600
     async with at_work(back):
         await back.owes(("rogue", Kind.LEAKING))
         await back.passes(1)
-        assert len(pager.told) == outbox_module.MOST + 1
+        assert len(pager.told) == outbox_module.MAX_PER_WINDOW + 1
 
 
 async def test_a_rejected_notice_is_given_up_and_the_next_is_told(
@@ -518,7 +520,7 @@ async def test_a_bug_in_a_channel_is_said_once_with_its_place(store: Store, capl
 async def test_a_row_that_cannot_be_read_stops_no_other(store: Store) -> None:
     pager = Pager()
     async with at_work(Desk(store, pager)) as desk:
-        [row] = owe(Notice(kind=Kind.LEAKING, tunnel="old", at=0), ("pager",), desk.time.now)
+        [row] = delivery_rows(Notice(kind=Kind.LEAKING, tunnel="old", at=0), ("pager",), desk.time.now)
         await store.write(insert(outbox).values({**row, "body": "{", "kind": "of_the_future"}))
         await desk.owes(LEAK)
         await desk.passes()
@@ -529,7 +531,7 @@ async def test_a_row_that_cannot_be_read_stops_no_other(store: Store) -> None:
 async def test_a_leak_whose_details_cannot_be_read_is_told_all_the_same(store: Store) -> None:
     pager = Pager()
     async with at_work(Desk(store, pager)) as desk:
-        [row] = owe(Notice(kind=Kind.LEAKING, tunnel="old", at=0), ("pager",), desk.time.now)
+        [row] = delivery_rows(Notice(kind=Kind.LEAKING, tunnel="old", at=0), ("pager",), desk.time.now)
         await store.write(insert(outbox).values({**row, "body": '{"kind": "leaking", "exit": 5}'}))
         await desk.passes(31)
         assert pager.told == [("old", "leaking")]
@@ -681,9 +683,9 @@ async def test_shutdown_is_at_once(store: Store) -> None:
             await running
 
 
-async def test_the_real_nap_ends_with_time_or_alarm() -> None:
+async def test_waiting_ends_with_time_or_alarm() -> None:
     alarm = asyncio.Event()
-    await worker.nap(alarm, 0.001)
+    await worker.wait_for(alarm, 0.001)
     alarm.set()
     async with asyncio.timeout(5):
-        await worker.nap(alarm, 3600)
+        await worker.wait_for(alarm, 3600)

@@ -12,9 +12,9 @@ from vpn_sentinel.domain.verdict import Code, Finding, State
 from vpn_sentinel.server.notify import outbox as subject
 from vpn_sentinel.server.notify import retry
 from vpn_sentinel.server.notify.channel import DeliveryError, PermanentError, SetupError, TransientError
-from vpn_sentinel.server.notify.outbox import Delivery, Outcome, Owed, Result, lease, next_due, settle
+from vpn_sentinel.server.notify.outbox import Delivery, Outcome, Pending, Result, lease, next_due, settle
 from vpn_sentinel.server.store.open import open_store
-from vpn_sentinel.server.store.owing import owe
+from vpn_sentinel.server.store.outbox_rows import delivery_rows
 from vpn_sentinel.server.store.schema import attempts, outbox
 from vpn_sentinel.server.store.store import Store
 
@@ -30,7 +30,7 @@ def notice(tunnel: str = "nl-1", kind: Kind = Kind.LEAKING) -> Notice:
 
 async def owed_rows(store: Store, *notices: Notice, channels: tuple[str, ...] = ("telegram",), at: float = NOW) -> None:
     for one in notices:
-        await store.write(*(insert(outbox).values(row) for row in owe(one, channels, at)))
+        await store.write(*(insert(outbox).values(row) for row in delivery_rows(one, channels, at)))
 
 
 async def rows(store: Store) -> list[Any]:
@@ -176,17 +176,17 @@ async def test_the_messages_of_one_tunnel_keep_their_order(store: Store) -> None
 
 async def test_a_message_that_always_fails_holds_up_the_next_for_a_while_only(store: Store) -> None:
     await owed_rows(store, notice("a"), notice("a", Kind.RECOVERED))
-    for attempt in range(1, subject.PATIENCE + 1):
+    for attempt in range(1, subject.MAX_TRIES_IN_ORDER + 1):
         [stuck] = await lease(store, NOW, NOW + 60, 10)
         assert (stuck.kind, stuck.attempt) == ("leaking", attempt)
-        later = NOW if attempt < subject.PATIENCE else NOW + 100
+        later = NOW if attempt < subject.MAX_TRIES_IN_ORDER else NOW + 100
         await settle(store, stuck, Outcome(result=Result.TRANSIENT, reason="server_error", due_at=later), NOW)
     assert [d.kind for d in await lease(store, NOW, NOW + 60, 10)] == ["recovered"]
 
 
 async def storm(store: Store, tunnel: str, *kinds: Kind, count: int = 3000, channel: str = "telegram") -> None:
     """`count` notices of one tunnel, the `kinds` in turn, as one token can make them in a few seconds."""
-    debts = [owe(notice(tunnel, kinds[n % len(kinds)]), (channel,), NOW)[0] for n in range(count)]
+    debts = [delivery_rows(notice(tunnel, kinds[n % len(kinds)]), (channel,), NOW)[0] for n in range(count)]
     for start in range(0, count, 1000):
         await store.write(insert(outbox).values(debts[start : start + 1000]))
 
@@ -229,8 +229,8 @@ async def test_a_leak_does_not_wait_with_what_its_own_tunnel_was_owed_before(sto
 
 
 async def test_who_was_hurried_enough_keeps_no_alarm_of_others_back(store: Store) -> None:
-    await owed_rows(store, *[notice("loud")] * subject.HURRIED)
-    assert len(await told(store, subject.HURRIED)) == subject.HURRIED
+    await owed_rows(store, *[notice("loud")] * subject.MAX_ALARMS_FIRST)
+    assert len(await told(store, subject.MAX_ALARMS_FIRST)) == subject.MAX_ALARMS_FIRST
     await owed_rows(store, notice("loud", Kind.RECOVERED), notice("loud"))
     await owed_rows(store, notice("b", Kind.DOWN))
     assert await told(store, 3) == [("b", "down"), ("loud", "recovered"), ("loud", "leaking")]
@@ -279,8 +279,8 @@ async def test_what_another_channel_told_takes_no_turn(store: Store) -> None:
 
 
 async def test_a_leak_in_what_was_held_back_is_as_urgent_as_a_leak(store: Store) -> None:
-    await owed_rows(store, *[notice("loud", Kind.DOWN)] * subject.MOST, at=NOW - 60)
-    for _ in range(subject.MOST):
+    await owed_rows(store, *[notice("loud", Kind.DOWN)] * subject.MAX_PER_WINDOW, at=NOW - 60)
+    for _ in range(subject.MAX_PER_WINDOW):
         [one] = await lease(store, NOW - 60, NOW, 1, "telegram")
         await settle(store, one, DONE, NOW - 60)
     await owed_rows(store, notice("loud", Kind.RECOVERED), notice("loud"), at=NOW - 30)
@@ -293,20 +293,20 @@ async def test_a_leak_in_what_was_held_back_is_as_urgent_as_a_leak(store: Store)
 
 
 async def test_what_the_server_says_of_itself_is_never_held_back(store: Store) -> None:
-    for _ in range(subject.MOST + 5):
+    for _ in range(subject.MAX_PER_WINDOW + 5):
         await owed_rows(store, notice("", Kind.SERVER_STARTED))
-    assert len(await told(store, 99)) == subject.MOST + 5
+    assert len(await told(store, 99)) == subject.MAX_PER_WINDOW + 5
 
 
 async def test_a_port_and_a_leak_that_is_over_are_in_the_sum(store: Store) -> None:
     changed = Notice(kind=Kind.PORT_CHANGED, tunnel="loud", at=NOW, port=51820, old_port=41234)
     last = Notice(kind=Kind.RECOVERED, tunnel="loud", at=NOW, began=NOW - 3, was=State.DOWN)
-    await owed_rows(store, *[notice("loud", Kind.DOWN)] * subject.MOST)
-    assert len(await told(store, subject.MOST)) == subject.MOST
+    await owed_rows(store, *[notice("loud", Kind.DOWN)] * subject.MAX_PER_WINDOW)
+    assert len(await told(store, subject.MAX_PER_WINDOW)) == subject.MAX_PER_WINDOW
     await owed_rows(store, notice("loud"), last, changed)
     assert await lease(store, NOW, NOW + 60, 1) == []
-    assert await next_due(store, "telegram", NOW) == NOW + subject.MINUTE
-    [sum_] = await lease(store, NOW + subject.MINUTE, NOW + 120, 1)
+    assert await next_due(store, "telegram", NOW) == NOW + subject.WINDOW_S
+    [sum_] = await lease(store, NOW + subject.WINDOW_S, NOW + 120, 1)
     said = sum_.notice()
     assert (said.kind, said.was, said.port, said.old_port) == (Kind.RECOVERED, State.LEAKING, 51820, None)
     assert said.details == (
@@ -354,7 +354,7 @@ async def test_dispatchers_race_through_a_storm_and_nothing_is_won_twice(databas
 
 async def test_a_repaired_channel_is_told_at_once(store: Store) -> None:
     await owed_rows(store, notice(), channels=("telegram", "webhook"), at=NOW + 300)
-    await subject.hasten(store, "telegram", NOW)
+    await subject.make_due_now(store, "telegram", NOW)
     assert await next_due(store, "telegram", NOW) == NOW
     assert await next_due(store, "webhook", NOW) == NOW + 300
 
@@ -362,11 +362,11 @@ async def test_a_repaired_channel_is_told_at_once(store: Store) -> None:
 async def test_what_is_owed_to_a_channel_that_is_gone_is_given_up_in_the_end(store: Store) -> None:
     await owed_rows(store, notice(), channels=("telegram", "pager"))
     await owed_rows(store, notice(), channels=("pager",), at=NOW + 50)
-    assert await subject.owed(store) == [
-        Owed(channel="pager", count=2, since=NOW),
-        Owed(channel="telegram", count=1, since=NOW),
+    assert await subject.pending(store) == [
+        Pending(channel="pager", count=2, since=NOW),
+        Pending(channel="telegram", count=1, since=NOW),
     ]
-    assert await subject.abandon(store, ["telegram"], NOW + 10, NOW + 100) == 1
+    assert await subject.expire(store, ["telegram"], NOW + 10, NOW + 100) == 1
     assert [(r.channel, r.outcome) for r in await rows(store)] == [
         ("telegram", None),
         ("pager", "given_up"),
@@ -378,7 +378,8 @@ async def test_what_is_owed_to_a_channel_that_is_gone_is_given_up_in_the_end(sto
 async def test_the_claim_uses_the_index(store: Store, database_url: str) -> None:
     """A year of settled rows must not slow down an alarm."""
     settled = [
-        {**owe(notice(f"t{n}"), ("telegram",), NOW)[0], "settled_at": NOW, "outcome": "done"} for n in range(3000)
+        {**delivery_rows(notice(f"t{n}"), ("telegram",), NOW)[0], "settled_at": NOW, "outcome": "done"}
+        for n in range(3000)
     ]
     await store.write(insert(outbox).values(settled))
     await store.write(text("ANALYZE"))

@@ -12,7 +12,7 @@ from vpn_sentinel.server.notify.channel import Channel
 from vpn_sentinel.server.notify.metrics import NotifyMetrics
 from vpn_sentinel.server.notify.reasons import words
 from vpn_sentinel.server.notify.text import duration
-from vpn_sentinel.server.notify.worker import SEND, Nap, Worker, nap
+from vpn_sentinel.server.notify.worker import SEND, WaitFor, Worker, wait_for
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
 
 log = logging.getLogger(__name__)
@@ -34,16 +34,18 @@ class Dispatcher:
         clock: Clock,
         metrics: NotifyMetrics,
         *,
-        nap: Nap = nap,
+        wait_for: WaitFor = wait_for,
         rng: random.Random | None = None,
     ) -> None:
         self._store = store
         self._clock = clock
         self._metrics = metrics
-        self._nap = nap
+        self._wait_for = wait_for
         rng = rng or random.Random()  # noqa: S311 - spreads load, guards nothing
-        self._workers = {name: Worker(store, channel, clock, metrics, nap, rng) for name, channel in channels.items()}
-        self._debts: tuple[outbox.Owed, ...] = ()
+        self._workers = {
+            name: Worker(store, channel, clock, metrics, wait_for, rng) for name, channel in channels.items()
+        }
+        self._pending: tuple[outbox.Pending, ...] = ()
         self._stranded: frozenset[str] = frozenset()
 
     @property
@@ -73,11 +75,11 @@ class Dispatcher:
             return False, f"deliveries have stood still for {duration(idle)}"
         known = ((name, w.failing) for name, w in self._workers.items() if w.failing is not None)
         failing = "".join(f"; {name} fails: {words(name, reason)}" for name, reason in known)
-        debts = [d for d in self._debts if d.channel in self._workers]
-        if not debts:  # as of the last look: what fails is owed something, if not known yet how much
+        pending = [d for d in self._pending if d.channel in self._workers]
+        if not pending:  # as of the last look: what fails is owed something, if not known yet how much
             return True, failing.removeprefix("; ") or "nothing is owed"
-        oldest = self._clock.wall() - min(d.since for d in debts)
-        return True, f"{sum(d.count for d in debts)} owed, the oldest for {duration(oldest)}{failing}"
+        oldest = self._clock.wall() - min(d.since for d in pending)
+        return True, f"{sum(d.count for d in pending)} owed, the oldest for {duration(oldest)}{failing}"
 
     async def _look_after(self) -> None:
         never = asyncio.Event()
@@ -86,20 +88,20 @@ class Dispatcher:
                 await self._look()
             except StoreUnavailable as e:
                 log.debug("queue not read", extra={"reason": e.reason})  # the workers say it aloud, once
-            await self._nap(never, _LOOK)
+            await self._wait_for(never, _LOOK)
 
     async def _look(self) -> None:
         now = self._clock.wall()
-        self._debts = tuple(await outbox.owed(self._store))
-        self._metrics.owes(self._debts, now)
-        stranded = frozenset(d.channel for d in self._debts if d.channel not in self._workers)
+        self._pending = tuple(await outbox.pending(self._store))
+        self._metrics.set_pending(self._pending, now)
+        stranded = frozenset(d.channel for d in self._pending if d.channel not in self._workers)
         for channel in sorted(stranded - self._stranded):
             log.warning("notices are owed to a channel that is not set up", extra={"channel": channel})
         self._stranded = stranded
         if stranded:
-            if moved := await outbox.readdress(self._store, self._workers, now - _ANOTHERS, now):
+            if moved := await outbox.reassign(self._store, self._workers, now - _ANOTHERS, now):
                 log.info("what was owed to a channel that is not set up is told by another", extra={"count": moved})
                 self.wake()
-            lost = await outbox.abandon(self._store, self._workers, now - retry.KEEP, now)
+            lost = await outbox.expire(self._store, self._workers, now - retry.KEEP_TRYING_S, now)
             if lost:
                 log.error("notices given up", extra={"reason": "no_channel", "count": lost})

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from vpn_sentinel.server.notify.outbox import Outcome, Owed
+from vpn_sentinel.server.notify.outbox import Outcome, Pending
 
 
 class NotifyMetrics:
@@ -32,16 +32,16 @@ class NotifyMetrics:
         )
         for channel in self._channels:  # a series that exists from the start can be alerted on
             self._given_up.labels(channel)
-        self.owes((), 0.0)
+        self.set_pending((), 0.0)
 
     def tried(self, channel: str, outcome: Outcome) -> None:
         self._tries.labels(channel, str(outcome.result), outcome.reason).inc()
         if outcome.given_up:
             self._given_up.labels(channel).inc()
 
-    def owes(self, debts: Iterable[Owed], now: float) -> None:
-        by_channel = {debt.channel: debt for debt in debts}
+    def set_pending(self, pending: Iterable[Pending], now: float) -> None:
+        by_channel = {p.channel: p for p in pending}
         for channel in self._channels:
-            debt = by_channel.get(channel)
-            self._owed.labels(channel).set(debt.count if debt else 0)
-            self._oldest.labels(channel).set(max(0.0, now - debt.since) if debt else 0.0)
+            waiting = by_channel.get(channel)
+            self._owed.labels(channel).set(waiting.count if waiting else 0)
+            self._oldest.labels(channel).set(max(0.0, now - waiting.since) if waiting else 0.0)

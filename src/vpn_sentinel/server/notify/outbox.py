@@ -5,23 +5,23 @@ took it or it was given up. At least once: a crash between sending and `settle` 
 none.
 
 Order: a delivery waits for the earlier ones of its tunnel and channel, so nobody reads "recovered" before "leaking".
-One that failed `PATIENCE` times (about half a minute) holds up the later ones no longer; a receiver that stumbles over
-one message must not keep an alarm from being told.
+One that failed `MAX_TRIES_IN_ORDER` times (about half a minute) holds up the later ones no longer; a receiver that
+stumbles over one message must not keep an alarm from being told.
 
 Across tunnels the most urgent goes first: a receiver may take one message a second, and what one tunnel says at length
 must not keep another's leak from being told. Within one urgency whose tunnel has waited for longest goes first: since
 the notice was owed, or since the channel last told of that tunnel, whichever is later. So one that says much has one
 turn between those of others, and new names do not push in before old ones. What an alarm of its tunnel waits for is as
 urgent as that, or a leak would wait with its tunnel's "connected" behind those of all others; but no more once
-`HURRIED` were told of it within a minute, or one that alarms without end would keep back the alarms of others.
+`MAX_ALARMS_FIRST` were told of it within a minute, or one that alarms without end would keep back the alarms of others.
 
 Of address changes only the newest is worth telling: the others are *superseded*, and so is one that a leak of its
 tunnel would have to wait for. That is no try, so it adds nothing to `attempts`.
 
-A channel tells at most `MOST` notices of one tunnel within a minute. After that it tells nothing of it until `MINUTE`
-seconds after the last of them, and then what waits as one: see `domain.notice.summed_up`. The rows that this one stands
-for are settled with it, as *summed*. What is told is read from the settled rows, by an index of their own, so it holds
-after a restart and for all servers of one database.
+A channel tells at most `MAX_PER_WINDOW` notices of one tunnel within a minute. After that it tells nothing of it until
+`WINDOW_S` seconds after the last of them, and then what waits as one: see `domain.notice.summed_up`. The rows that this
+one stands for are settled with it, as *summed*. What is told is read from the settled rows, by an index of their own,
+so it holds after a restart and for all servers of one database.
 """
 
 from collections.abc import Callable, Iterable
@@ -49,12 +49,12 @@ from vpn_sentinel.server.store.schema import attempts, outbox
 from vpn_sentinel.server.store.store import Store
 from vpn_sentinel.wire.codec import decoder
 
-PATIENCE: Final = 5
+MAX_TRIES_IN_ORDER: Final = 5
 # Notices of one tunnel that a channel tells within a minute. More than a tunnel makes that is repaired at once, again
 # and again, as a recovery takes some seconds; and half of what a receiver takes that wants one a second.
-MOST: Final = 30
-MINUTE: Final = 60.0
-HURRIED: Final = 5
+MAX_PER_WINDOW: Final = 30
+WINDOW_S: Final = 60.0
+MAX_ALARMS_FIRST: Final = 5
 # Most urgent first; every other kind comes after these.
 URGENCY: Final[dict[str, int]] = {
     Kind.LEAKING: 0,
@@ -69,9 +69,9 @@ URGENCY: Final[dict[str, int]] = {
 _LEAST_URGENT: Final = 3
 _ALARM: Final = 1  # and what is more urgent
 # Rows of one notice are written together; looked for by id, as settled rows are many.
-_APART: Final = 256
+_MAX_ID_DISTANCE: Final = 256
 # Bounds one statement, not what is superseded: the next lease goes on.
-_SUPERSEDED_AT_ONCE: Final = 10_000
+_MAX_SUPERSEDED_AT_ONCE: Final = 10_000
 
 _notice: Callable[[str], Notice] = decoder(Notice)
 
@@ -135,7 +135,7 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Owed:
+class Pending:
     """What one channel has not been told yet: how many notices, and since when the oldest is owed."""
 
     channel: str
@@ -261,24 +261,24 @@ async def next_due(store: Store, channel: str, now: float) -> float | None:
     return min((float(at) for at in row if at is not None), default=None)
 
 
-async def hasten(store: Store, channel: str, now: float) -> None:
+async def make_due_now(store: Store, channel: str, now: float) -> None:
     """Make everything owed to a channel due now: it works again, or a restart may have repaired it."""
     waiting = (outbox.c.channel == channel, outbox.c.settled_at.is_(None), outbox.c.due_at > now)
     await store.write(update(outbox).where(*waiting).values(due_at=now))
 
 
-async def owed(store: Store) -> list[Owed]:
+async def pending(store: Store) -> list[Pending]:
     """What is owed, a channel each. Raises StoreUnavailable."""
     statement = (
-        select(outbox.c.channel, func.count().label("debts"), func.min(outbox.c.created_at).label("since"))
+        select(outbox.c.channel, func.count().label("rows"), func.min(outbox.c.created_at).label("since"))
         .where(outbox.c.settled_at.is_(None))
         .group_by(outbox.c.channel)
         .order_by(outbox.c.channel)
     )
-    return [Owed(channel=r.channel, count=int(r.debts), since=float(r.since)) for r in await store.read(statement)]
+    return [Pending(channel=r.channel, count=int(r.rows), since=float(r.since)) for r in await store.read(statement)]
 
 
-async def readdress(store: Store, channels: Iterable[str], before: float, now: float) -> int:
+async def reassign(store: Store, channels: Iterable[str], before: float, now: float) -> int:
     """Hand what has been owed since before `before` to channels that are no longer set up to one of `channels` that was
     never owed the same notice; how many that was. Raises StoreUnavailable.
     """
@@ -286,7 +286,7 @@ async def readdress(store: Store, channels: Iterable[str], before: float, now: f
     stranded = (outbox.c.settled_at.is_(None), outbox.c.channel.not_in(channels), outbox.c.created_at < before)
     twin = outbox.alias("twin")
     same = [getattr(twin.c, name) == getattr(outbox.c, name) for name in ("tunnel", "kind", "body")]
-    same.append(twin.c.id.between(outbox.c.id - _APART, outbox.c.id + _APART))
+    same.append(twin.c.id.between(outbox.c.id - _MAX_ID_DISTANCE, outbox.c.id + _MAX_ID_DISTANCE))
     moved = [
         update(outbox)
         .where(*stranded, outbox.c.leased_until <= now, ~exists().where(*same, twin.c.channel == channel))
@@ -297,7 +297,7 @@ async def readdress(store: Store, channels: Iterable[str], before: float, now: f
     return sum(len(rows) for rows in await store.write(*moved)) if moved else 0
 
 
-async def abandon(store: Store, channels: Iterable[str], before: float, now: float) -> int:
+async def expire(store: Store, channels: Iterable[str], before: float, now: float) -> int:
     """Give up what has been owed since before `before` to channels that are no longer set up; how many that was."""
     stranded = (outbox.c.settled_at.is_(None), outbox.c.channel.not_in(list(channels)), outbox.c.created_at < before)
     record = select(outbox.c.id, outbox.c.attempt, literal(now), literal(str(Result.PERMANENT)), literal("no_channel"))
@@ -330,7 +330,7 @@ def _supersede(now: float, channel: str | None) -> Update:
     )
     if channel is not None:
         stale = stale.where(outbox.c.channel == channel)
-    taken = stale.limit(_SUPERSEDED_AT_ONCE).with_for_update(skip_locked=True, of=outbox).cte("stale")
+    taken = stale.limit(_MAX_SUPERSEDED_AT_ONCE).with_for_update(skip_locked=True, of=outbox).cte("stale")
     return (
         update(outbox)
         .where(outbox.c.id.in_(select(taken.c.id)), *waiting)
@@ -357,9 +357,11 @@ def _lines(now: float, channel: str | None = None, tunnel: str | None = None, *,
     """
     c = outbox.alias("waiting").c
     stateless, port = [str(kind) for kind in STATELESS], Kind.PORT_CHANGED.value
-    owed_: list[ColumnElement[bool]] = [c.settled_at.is_(None)]
-    owed_ += [column == wanted for column, wanted in ((c.channel, channel), (c.tunnel, tunnel)) if wanted is not None]
-    stuck = c.attempt >= PATIENCE
+    conditions: list[ColumnElement[bool]] = [c.settled_at.is_(None)]
+    conditions += [
+        column == wanted for column, wanted in ((c.channel, channel), (c.tunnel, tunnel)) if wanted is not None
+    ]
+    stuck = c.attempt >= MAX_TRIES_IN_ORDER
     free = case((c.leased_until > c.due_at, c.leased_until), else_=c.due_at)
     line = (
         select(
@@ -376,7 +378,7 @@ def _lines(now: float, channel: str | None = None, tunnel: str | None = None, *,
             func.max(case((c.kind == Kind.LEAKING.value, c.id))).label("leak_id"),
             func.max(case((c.kind == port, c.id))).label("port_id"),
         )
-        .where(*owed_)
+        .where(*conditions)
         .group_by(c.channel, c.tunnel)
         .subquery("line")
     )
@@ -388,13 +390,13 @@ def _lines(now: float, channel: str | None = None, tunnel: str | None = None, *,
     # Materialized, or both engines write what is in it into each place that names it, and run it for each row there.
     with_last = select(*line.c, told_at.label("told_at")).cte("with_last").prefix_with("MATERIALIZED")
     same = (told.channel == with_last.c.channel, told.tunnel == with_last.c.tunnel, same[2])
-    minute = (told.settled_at > with_last.c.told_at - MINUTE, told.settled_at <= with_last.c.told_at)
+    minute = (told.settled_at > with_last.c.told_at - WINDOW_S, told.settled_at <= with_last.c.told_at)
     count = select(func.count()).where(*same, *minute).scalar_subquery()
     counted = select(*with_last.c, count.label("told")).cte("counted").prefix_with("MATERIALIZED")
-    enough = (counted.c.tunnel != "") & (counted.c.told >= MOST)
-    held = case((enough, counted.c.told_at + MINUTE), else_=0.0)
+    enough = (counted.c.tunnel != "") & (counted.c.told >= MAX_PER_WINDOW)
+    held = case((enough, counted.c.told_at + WINDOW_S), else_=0.0)
     # Never told is none told.
-    hurries = (counted.c.told_at <= now - MINUTE) | (counted.c.told < HURRIED)
+    hurries = (counted.c.told_at <= now - WINDOW_S) | (counted.c.told < MAX_ALARMS_FIRST)
     whole = select(*counted.c, held.label("held_until"), hurries.label("hurries"))
     return whole.cte("lines").prefix_with("MATERIALIZED")
 

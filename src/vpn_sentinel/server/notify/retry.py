@@ -6,14 +6,14 @@ from typing import Final
 from vpn_sentinel.server.notify.channel import DeliveryError, PermanentError, SetupError, TransientError
 from vpn_sentinel.server.notify.outbox import Delivery, Outcome, Result
 
-FIRST: Final = 1.0
-MOST: Final = 300.0
+FIRST_WAIT_S: Final = 1.0
+MAX_WAIT_S: Final = 300.0
 # A receiver may ask for patience, but not for a silence as long as it likes.
-MOST_ASKED: Final = 3600.0
+MAX_ASKED_WAIT_S: Final = 3600.0
 # A receiver that is away over a long weekend must still hear of the leak.
-KEEP: Final = 7 * 86400.0
+KEEP_TRYING_S: Final = 7 * 86400.0
 # Age alone gives nothing up: a server that was off for two days, or whose clock just jumped, still tries in earnest.
-TRIES: Final = 10
+MIN_TRIES: Final = 10
 
 
 def after(failure: DeliveryError, delivery: Delivery, now: float, rng: random.Random) -> Outcome:
@@ -29,13 +29,13 @@ def after(failure: DeliveryError, delivery: Delivery, now: float, rng: random.Ra
         case PermanentError():
             return Outcome(result=Result.PERMANENT, reason=failure.reason)
         case SetupError():
-            result, keep, wait = Result.PERMANENT, KEEP, MOST * rng.uniform(0.8, 1.2)
+            result, keep, wait = Result.PERMANENT, KEEP_TRYING_S, MAX_WAIT_S * rng.uniform(0.8, 1.2)
         case TransientError(retry_after=float() | int() as asked):
-            result, keep, wait = Result.TRANSIENT, KEEP, min(max(float(asked), FIRST), MOST_ASKED)
+            result, keep, wait = Result.TRANSIENT, KEEP_TRYING_S, min(max(float(asked), FIRST_WAIT_S), MAX_ASKED_WAIT_S)
         case _:
             # The number of tries is kept in the row, so the back-off survives a restart.
-            doubled = FIRST * 2.0 ** min(delivery.attempt - 1, 20)
-            result, keep, wait = Result.TRANSIENT, KEEP, min(doubled * rng.uniform(0.5, 1.5), MOST)
-    if age >= keep and delivery.attempt >= TRIES:
+            doubled = FIRST_WAIT_S * 2.0 ** min(delivery.attempt - 1, 20)
+            result, keep, wait = Result.TRANSIENT, KEEP_TRYING_S, min(doubled * rng.uniform(0.5, 1.5), MAX_WAIT_S)
+    if age >= keep and delivery.attempt >= MIN_TRIES:
         return Outcome(result=result, reason=failure.reason)
     return Outcome(result=result, reason=failure.reason, due_at=now + wait)

@@ -31,10 +31,10 @@ IDLE: Final = 30.0
 PROBE: Final = 30.0
 
 # Waits until the event is set or so many seconds have passed.
-Nap = Callable[[asyncio.Event, float], Awaitable[None]]
+WaitFor = Callable[[asyncio.Event, float], Awaitable[None]]
 
 
-async def nap(alarm: asyncio.Event, seconds: float) -> None:
+async def wait_for(alarm: asyncio.Event, seconds: float) -> None:
     """Wait for `alarm`, at most `seconds`."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
@@ -45,13 +45,19 @@ class Worker:
     """Delivers what is owed to one channel. `turned_at` is the boot time of its last turn."""
 
     def __init__(
-        self, store: Store, channel: Channel, clock: Clock, metrics: NotifyMetrics, nap: Nap, rng: random.Random
+        self,
+        store: Store,
+        channel: Channel,
+        clock: Clock,
+        metrics: NotifyMetrics,
+        wait_for: WaitFor,
+        rng: random.Random,
     ) -> None:
         self._store = store
         self._channel = channel
         self._clock = clock
         self._metrics = metrics
-        self._nap = nap
+        self._wait_for = wait_for
         self._rng = rng
         self._alarm = asyncio.Event()
         self._stored = asyncio.Event()  # something was written, so the database is there
@@ -77,12 +83,12 @@ class Worker:
 
     async def run(self) -> None:
         """Deliver until cancelled."""
-        await self._insist(lambda: outbox.hasten(self._store, self._channel.name, self._clock.wall()))
+        await self._retry_until_stored(lambda: outbox.make_due_now(self._store, self._channel.name, self._clock.wall()))
         while True:
             self.turned_at = self._clock.boottime()
             self._alarm.clear()  # before looking: what is owed from here on sets it again
             if (wait := await self._turn()) > 0:
-                await self._nap(self._alarm, wait)
+                await self._wait_for(self._alarm, wait)
 
     async def _turn(self) -> float:
         """Deliver one notice, if one is due; how many seconds there is nothing to do."""
@@ -114,14 +120,14 @@ class Worker:
         now, self._tried_at = self._clock.wall(), self._clock.boottime()
         outcome = Outcome(result=Result.DONE) if failure is None else retry.after(failure, delivery, now, self._rng)
         # Until this is written nothing else is sent: a message that was told and not marked would be told again.
-        await self._insist(lambda: outbox.settle(self._store, delivery, outcome, now))
+        await self._retry_until_stored(lambda: outbox.settle(self._store, delivery, outcome, now))
         self._metrics.tried(self._channel.name, outcome)
         self._say(delivery, outcome)
         if failure is None:
             self._defect, self._patient_until = None, float("-inf")
             if self._failing is not None:
                 self._failing = None
-                await self._insist(lambda: outbox.hasten(self._store, self._channel.name, now))
+                await self._retry_until_stored(lambda: outbox.make_due_now(self._store, self._channel.name, now))
             return 0.0
         if isinstance(failure, PermanentError):
             return 0.0
@@ -175,7 +181,7 @@ class Worker:
             why = {"reason": outcome.reason, "why": words(channel, outcome.reason)}
             log.warning("notice not delivered, will be tried again", extra={**known, **why})
 
-    async def _insist(self, write: Callable[[], Awaitable[None]]) -> None:
+    async def _retry_until_stored(self, write: Callable[[], Awaitable[None]]) -> None:
         """Write, however long the database is away."""
         while True:
             self._stored.clear()
@@ -183,7 +189,7 @@ class Worker:
                 await write()
             except StoreUnavailable as e:
                 self.turned_at = self._clock.boottime()
-                await self._nap(self._stored, self._lost(e))
+                await self._wait_for(self._stored, self._lost(e))
             else:
                 self._found()
                 return

@@ -19,7 +19,7 @@ from vpn_sentinel.domain.notice import notices
 from vpn_sentinel.domain.observation import Observation, Trigger
 from vpn_sentinel.domain.policy import IPAddress, Policy, is_public
 from vpn_sentinel.domain.verdict import Code, Finding, State
-from vpn_sentinel.server.store.owing import owed
+from vpn_sentinel.server.store.outbox_rows import delivery_values
 from vpn_sentinel.server.store.store import Changes, TunnelRow
 from vpn_sentinel.server.tracking.enrichment import (
     MAX_CLOCK_SKEW_S,
@@ -310,12 +310,14 @@ class _Deciding:
             if memory.findings != before.findings:
                 row.findings = encode(memory.findings).decode()
         # What a broken row trips over comes first: a step is written whole, or not at all.
-        debts = [debt for notice in told for debt in owed(with_context(notice, row), self._context.channels, now)]
+        deliveries: list[tuple[object, ...]] = []
+        for notice in told:
+            deliveries += delivery_values(with_context(notice, row), self._context.channels, now)
         for event in events:
             record(row.id, event, now, writes)
             if isinstance(event, Moved | Revised):
                 writes.moves.append((row.name, event))
-        writes.deliveries += debts
+        writes.deliveries += deliveries
         row.seen_at = memory.seen_at
         row.state, row.since = memory.state.value, memory.since or row.created_at
         writes.tunnels[row.id] = row

@@ -6,7 +6,7 @@ from vpn_sentinel.domain.machine import Event, Moved, Revised
 from vpn_sentinel.domain.observation import Observation
 from vpn_sentinel.domain.verdict import HARM, State, Verdict
 from vpn_sentinel.server.store import rows
-from vpn_sentinel.server.store.owing import ADD_DELIVERY
+from vpn_sentinel.server.store.outbox_rows import ADD_DELIVERY
 from vpn_sentinel.server.store.store import Batch, TunnelRow
 from vpn_sentinel.wire import limits
 from vpn_sentinel.wire.codec import encode, encode_observation

@@ -11,7 +11,7 @@ from sqlalchemy import insert
 
 from vpn_sentinel.domain.notice import Kind, Notice
 from vpn_sentinel.runtime.clock import Clock
-from vpn_sentinel.server.store.owing import owe
+from vpn_sentinel.server.store.outbox_rows import delivery_rows
 from vpn_sentinel.server.store.schema import outbox
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
 from vpn_sentinel.server.watch.presence import Presence
@@ -92,8 +92,8 @@ class Overload:
 
     async def _tell(self, notice: Notice, now: float) -> None:
         try:
-            if debts := owe(notice, self._channels, now):
-                await self._store.write(insert(outbox).values(debts))
+            if deliveries := delivery_rows(notice, self._channels, now):
+                await self._store.write(insert(outbox).values(deliveries))
                 self._on_commit()
         except StoreUnavailable as e:
             log.debug("not told yet", extra={"reason": e.reason})  # others say aloud that the database is away

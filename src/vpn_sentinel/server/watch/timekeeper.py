@@ -14,7 +14,7 @@ from typing import Final
 from sqlalchemy import and_, case, exists, func, or_, select, text, update
 
 from vpn_sentinel.runtime.clock import SteadyClock
-from vpn_sentinel.server.notify.outbox import MINUTE
+from vpn_sentinel.server.notify.outbox import WINDOW_S
 from vpn_sentinel.server.store.schema import incidents, meta, outbox, tokens, transitions, tunnels
 from vpn_sentinel.server.store.store import Store
 from vpn_sentinel.server.tracking.tracker import Tracker
@@ -145,7 +145,7 @@ class Timekeeper:
             .values(opened_at=incidents.c.opened_at + by),
             # What was told lately says how much more may be told of a tunnel: within a minute, up to a minute ago.
             update(outbox)
-            .where(first, or_(outbox.c.settled_at.is_(None), outbox.c.settled_at > now - by - 2 * MINUTE))
+            .where(first, or_(outbox.c.settled_at.is_(None), outbox.c.settled_at > now - by - 2 * WINDOW_S))
             .values(**owed, settled_at=outbox.c.settled_at + by),
             # Held against when the tunnel was heard last.
             update(tokens).where(first, tokens.c.revoked_at.is_not(None)).values(revoked_at=tokens.c.revoked_at + by),

@@ -14,7 +14,7 @@ from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.server.store import backup
 from vpn_sentinel.server.store.backup import BackupError, backups
 from vpn_sentinel.server.store.open import DAMAGE
-from vpn_sentinel.server.store.owing import owe
+from vpn_sentinel.server.store.outbox_rows import delivery_rows
 from vpn_sentinel.server.store.schema import meta, outbox
 from vpn_sentinel.server.store.sqlite import SqliteStore
 from vpn_sentinel.server.store.store import StoreUnavailable
@@ -137,7 +137,7 @@ class Upkeep:
     async def _tell(self, *details: str, forget: bool = False) -> None:
         """Owe a notice; with `forget`, in the same transaction that strikes what was noted."""
         now = self._clock.wall()
-        debts = owe(Notice(kind=Kind.DATABASE_DAMAGED, at=now, details=details), self._channels, now)
-        statements = [insert(outbox).values(debts)] if debts else []
+        deliveries = delivery_rows(Notice(kind=Kind.DATABASE_DAMAGED, at=now, details=details), self._channels, now)
+        statements = [insert(outbox).values(deliveries)] if deliveries else []
         await self._store.write(*statements, *([delete(meta).where(meta.c.key == DAMAGE)] if forget else []))
         self._wake()

@@ -1,4 +1,4 @@
-"""Notices become debts: rows of `outbox`, written in the transaction that made the notice true."""
+"""Rows of `outbox` for a notice, written in the transaction that made it true."""
 
 from collections.abc import Iterable
 from typing import Any, Final
@@ -10,12 +10,12 @@ _COLUMNS: Final = ("channel", "tunnel", "kind", "body", "created_at", "due_at", 
 ADD_DELIVERY: Final = f"INSERT INTO outbox ({', '.join(_COLUMNS)}) VALUES ({', '.join('?' * len(_COLUMNS))})"  # noqa: S608
 
 
-def owed(notice: Notice, channels: Iterable[str], now: float) -> list[tuple[object, ...]]:
+def delivery_values(notice: Notice, channels: Iterable[str], now: float) -> list[tuple[object, ...]]:
     """Values of ADD_DELIVERY, one row a channel, due at once."""
     body = encode(notice).decode()
     return [(channel, notice.tunnel, notice.kind.value, body, now, now, 0.0, 0) for channel in channels]
 
 
-def owe(notice: Notice, channels: Iterable[str], now: float) -> list[dict[str, Any]]:
+def delivery_rows(notice: Notice, channels: Iterable[str], now: float) -> list[dict[str, Any]]:
     """The same rows by column, for an INSERT of SQLAlchemy's."""
-    return [dict(zip(_COLUMNS, values, strict=True)) for values in owed(notice, channels, now)]
+    return [dict(zip(_COLUMNS, values, strict=True)) for values in delivery_values(notice, channels, now)]
