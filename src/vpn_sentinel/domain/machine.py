@@ -1,7 +1,29 @@
 """The state machine: gives verdicts a memory.
 
-`TRANSITIONS` says where each stimulus leads and how long it must last; `advance` is the only code that moves a state.
-Time is the observation's own, so a replayed stretch moves exactly as it would have moved live.
+Theory of operation
+-------------------
+A tunnel is always in one `State`. Two things move it: the verdict of an observation (`advance`) and a deadline that
+passed without one (`overdue`). Nothing else assigns a state.
+
+1. `TRANSITIONS[state][stimulus]` says how long a stimulus must last before it becomes the state. A pair that is missing
+   moves nothing: what is no transition cannot happen by an oversight.
+2. A stimulus that must last becomes the `Candidate`, with the time since when it has been seen without a break. Each
+   further verdict of the same kind leaves that time as it is; another kind replaces the candidate; a verdict that is
+   the state already drops it. Once the candidate has lasted, the state moves, dated from the candidate's beginning,
+   not from when it was decided.
+3. Trouble that eases on the way (down, then degraded) keeps its beginning; what is worse must last by itself. What is
+   known of the beginning beforehand (`began`) dates the candidate, but never before the last observation that said
+   otherwise.
+4. *Unknown* is no state. It is the stimulus *unverified*: what was good ages into it, while a leak and a dead tunnel
+   stay what they were, with what cannot be seen now added to their findings.
+5. A tunnel that left *protected* three times in five minutes is flapping: `FLAPPING` makes its recovery wait for a
+   minute of calm. Sight that comes and goes (`blinks`) is treated alike, or each look would forgive the one before.
+6. When a deadline passes, `Before` keeps what was known. Observations from before that deadline prove that the agent
+   watched all along: `Revised` voids the silence, the machine goes back to `Before`, and the replayed observations
+   move it with their true times.
+
+Time is the observation's own and never runs backwards, so a replayed stretch moves exactly as it would have moved
+live. The functions are pure: a new `Memory` and the events that led to it come out, and nothing is changed in place.
 """
 
 from collections.abc import Sequence
