@@ -131,8 +131,8 @@ def pulses() -> Try:
         nonlocal now
         now += 0.01
         first, body = (data[:1] or b"\0")[0], data[1:]
-        if first & 1 and len(body) >= echo.SIZE:
-            body = body[: -echo.MAC]
+        if first & 1 and len(body) >= echo.SIZE_BYTES:
+            body = body[: -echo.MAC_BYTES]
             body += echo.mac(body, KEY)
         if first & 2:
             pulse.read_reply(body, IDENT, 1, KEY)

@@ -74,7 +74,7 @@ class PulsePort(Target):
     def seeds(self) -> list[bytes]:
         made = []
         for n in range(2000):
-            size = None if n % 2 else random.Random(n).randrange(echo.SIZE, pulse.LARGEST + 1)
+            size = None if n % 2 else random.Random(n).randrange(echo.SIZE_BYTES, pulse.MAX_SIZE_BYTES + 1)
             made.append(pulse.request(self.ident, self.key, run=n % 7, number=n + 1, heard=n, silent=n, size=size))
         made += [echo.request(self.ident, n.to_bytes(8, "big"), self.key) for n in range(500)]
         return made
@@ -84,7 +84,7 @@ class PulsePort(Target):
         self.number += 1
         number, ident = self.number, echo.ident_for(self.secret, PROBE)
         key = echo.key_for(self.secret, ident)
-        size = None if number % 2 else echo.SIZE + number * 37 % (pulse.LARGEST - echo.SIZE + 1)
+        size = None if number % 2 else echo.SIZE_BYTES + number * 37 % (pulse.MAX_SIZE_BYTES - echo.SIZE_BYTES + 1)
         asked = pulse.request(ident, key, run=1, number=number, size=size)
 
         def answers(reply: bytes) -> bool:

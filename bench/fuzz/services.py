@@ -84,7 +84,7 @@ def websocket_answers() -> Try:
             socket = websocket.WebSocket(reader, writer)
             with contextlib.suppress(ChannelError):
                 while True:
-                    check(len(await socket.receive()) <= limits.BODY_BYTES, "a message that is too large")
+                    check(len(await socket.receive()) <= limits.MAX_BODY_BYTES, "a message that is too large")
             check(len(wire.written) <= 2 * len(data) + 64, "more is written than was read")
             await socket.close()
 
@@ -202,7 +202,10 @@ def places() -> Try:
             with contextlib.suppress(placing.BadAnswerError):
                 found = service.read(data)
                 for text in (found.region, found.city, found.timezone, found.org):
-                    check(text is None or (text.isprintable() and len(text) <= limits.TEXT), "a text to hide in")
+                    check(
+                        text is None or (text.isprintable() and len(text) <= limits.MAX_TEXT_LENGTH),
+                        "a text to hide in",
+                    )
         for target in ("trace", "server"):
             trace._address(target, data)
 

@@ -268,7 +268,9 @@ def delegated(data: bytes, *, key: bytes = ZONE.key, egress: str = "185.65.134.9
     """A resolver that passes canaries on to a server whose agents' keys are `key`."""
     if ZONE.name.split(".")[0].encode() not in data or b"nx-" in data:
         return answer(data, flags=0x8183)
-    nonce = bytes.fromhex(data[13 : 13 + canary.LABEL].decode())[canary.ID : canary.ID + canary.NONCE]
+    nonce = bytes.fromhex(data[13 : 13 + canary.LABEL_LENGTH].decode())[
+        canary.ID_BYTES : canary.ID_BYTES + canary.NONCE_BYTES
+    ]
     return answer(data, text(*(s.encode() for s in canary.answer(ip_address(egress), nonce, key))))
 
 

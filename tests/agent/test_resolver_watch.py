@@ -156,7 +156,9 @@ async def test_a_nameserver_that_strays_rings(tmp_path: Path) -> None:
         got.append(asked[12:])
         if len(got) == 3:
             thrice.set()
-        nonce = bytes.fromhex(asked[13 : 13 + canary.LABEL].decode())[canary.ID : canary.ID + canary.NONCE]
+        nonce = bytes.fromhex(asked[13 : 13 + canary.LABEL_LENGTH].decode())[
+            canary.ID_BYTES : canary.ID_BYTES + canary.NONCE_BYTES
+        ]
         said = canary.answer(ip_address(egress[0]), nonce, ZONE.key)
         return answer(asked, text(*(s.encode() for s in said)))
 

@@ -224,7 +224,7 @@ async def test_without_a_zone_an_answer_counts_when_no_cache_can_hold_it_any_mor
 
 def test_names_that_we_make_up_are_known_and_others_are_not() -> None:
     assert all(is_ours(n) for n in (*fresh_names(None), *fresh_names(ZONE), fresh_names(ZONE)[0].upper()))
-    assert len(fresh_names(ZONE)[0].partition(".")[0]) == canary.LABEL
+    assert len(fresh_names(ZONE)[0].partition(".")[0]) == canary.LABEL_LENGTH
     assert not any(is_ours(n) for n in ("example.org", "r1.l.google.com", "whoami.akamai.net", ""))
 
 

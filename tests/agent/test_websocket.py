@@ -61,7 +61,7 @@ async def test_messages_arrive_whole_both_ways_and_the_end_is_a_handshake() -> N
         seen.extend([ws.request.headers["X-API-Key"] if ws.request else None, await ws.recv()])
         await ws.send(["in ", "three ", "parts"])
         await ws.ping()
-        await ws.send(b"x" * limits.BODY_BYTES)
+        await ws.send(b"x" * limits.MAX_BODY_BYTES)
         seen.append(await ws.recv())
         await ws.wait_closed()
         seen.append(ws.close_code)
@@ -70,7 +70,7 @@ async def test_messages_arrive_whole_both_ways_and_the_end_is_a_handshake() -> N
         channel = await opened(port)
         await channel.send("größe".encode())
         assert await channel.receive() == b"in three parts"
-        assert len(await channel.receive()) == limits.BODY_BYTES
+        assert len(await channel.receive()) == limits.MAX_BODY_BYTES
         await channel.send(b"b" * 70_000)
         receiving = asyncio.create_task(channel.receive())
         await channel.close()
@@ -118,7 +118,7 @@ async def test_who_answers_no_ping_is_dead(monkeypatch: pytest.MonkeyPatch) -> N
         (b"\xc1\x01x", Fault.BROKEN),  # a reserved bit, where no extension was agreed on
         (b"\x81\x81abcdx", Fault.BROKEN),  # masked: only clients do that
         (b"\x81\x01\xff", Fault.BROKEN),  # not UTF-8: our own finding, not a word of the server
-        (b"\x81\x7f" + (1 << 40).to_bytes(8, "big") + b"x" * (limits.BODY_BYTES + 1), Fault.BROKEN),
+        (b"\x81\x7f" + (1 << 40).to_bytes(8, "big") + b"x" * (limits.MAX_BODY_BYTES + 1), Fault.BROKEN),
         (b"\x01\x00" + b"\x00\x00" * 2000, Fault.BROKEN),  # a message of nothing but parts
         (b"\x88\x02\x03\xf1", Fault.CUT),  # 1009, too big
         (b"\x88\x0c\x03\xf0looked at", Fault.BROKEN),  # shorter than it says: then the line goes dead

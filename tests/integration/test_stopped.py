@@ -16,7 +16,7 @@ from sqlalchemy import select
 from tests.integration.test_durability import KEY, Sender, free_port, server_answers, settings, wait_until
 from vpn_sentinel.server.store.open import open_store
 from vpn_sentinel.server.store.schema import transitions, tunnels
-from vpn_sentinel.server.watch.overdue import RETURN
+from vpn_sentinel.server.watch.overdue import RETURN_GRACE_S
 
 STOPPED = 8.0
 
@@ -61,6 +61,6 @@ async def test_a_server_that_was_stopped_calls_nobody_silent(database_url: str, 
         process.kill()
         process.wait()
     assert moves == ["protected"]
-    assert deadline >= back + RETURN - 1
+    assert deadline >= back + RETURN_GRACE_S - 1
     said = log.read_text(encoding="utf-8")
     assert "this server was stopped, or its machine slept" in said

@@ -16,7 +16,7 @@ from vpn_sentinel.server.store.open import open_store
 from vpn_sentinel.server.store.schema import meta, outbox, tunnels
 from vpn_sentinel.server.store.store import Changes, Store, StoreUnavailable
 from vpn_sentinel.server.tracking.tracker import Tracker
-from vpn_sentinel.server.watch.overdue import LATE, OUTAGE, RETURN, Overdue
+from vpn_sentinel.server.watch.overdue import MAX_EXCUSED_S, MIN_OUTAGE_S, RETURN_GRACE_S, Overdue
 from vpn_sentinel.server.watch.presence import Presence
 
 START = 1_800_000_000.0
@@ -131,17 +131,17 @@ async def test_the_servers_own_absence_moves_all_deadlines_by_its_length(server:
     await server.knows(soon=5.0, far=3000.0, never=None)
     await server.tick(1000.0)
     # What would be due at once gets the time that agents need to come back.
-    assert await server.deadlines() == {"soon": 1000.0 + RETURN, "far": 4000.0, "never": None}
+    assert await server.deadlines() == {"soon": 1000.0 + RETURN_GRACE_S, "far": 4000.0, "never": None}
     assert await server.silent() == []
-    await server.ticks(1001, 1000 + RETURN - 1)
+    await server.ticks(1001, 1000 + RETURN_GRACE_S - 1)
     assert await server.silent() == []
-    await server.tick(1000 + RETURN)
+    await server.tick(1000 + RETURN_GRACE_S)
     assert await server.silent() == ["soon"]
 
 
 async def test_an_absence_that_is_shorter_than_an_outage_moves_nothing(server: Server) -> None:
     await server.knows(soon=5.0, far=100.0)
-    await server.tick(OUTAGE - 0.1)
+    await server.tick(MIN_OUTAGE_S - 0.1)
     assert await server.deadlines() == {"soon": None, "far": 100.0}
 
 
@@ -154,7 +154,7 @@ async def test_a_loop_that_is_kept_busy_was_not_absent(server: Server, caplog: p
     assert await server.deadlines() == {"early": None, "soon": 18.0, "far": 3000.0}
     await server.ticks(21, 22)
     assert await server.silent() == ["early"]
-    await server.tick(18.0 + LATE)
+    await server.tick(18.0 + MAX_EXCUSED_S)
     assert await server.silent() == ["early", "soon"]
     assert not [r for r in caplog.records if "nobody could be heard" in r.message]
 
@@ -266,14 +266,14 @@ async def test_a_restart_counts_as_absence(server: Server, clock: ManualClock) -
     restarted = Server(server.store, clock)
     await restarted.tick(600.0)
     assert await restarted.silent() == []
-    assert await restarted.deadlines() == {"nl": 600.0 + RETURN}
+    assert await restarted.deadlines() == {"nl": 600.0 + RETURN_GRACE_S}
 
 
 async def test_a_server_that_starts_was_away_however_briefly(server: Server, clock: ManualClock) -> None:
     await server.knows(nl=5.0)
     restarted = Server(server.store, clock)
     await restarted.tick(4.0)
-    assert await restarted.deadlines() == {"nl": 4.0 + RETURN}
+    assert await restarted.deadlines() == {"nl": 4.0 + RETURN_GRACE_S}
 
 
 async def test_a_server_that_starts_beside_a_running_one_was_not_missed(server: Server, clock: ManualClock) -> None:
@@ -291,7 +291,7 @@ async def test_a_start_that_the_database_refused_is_still_a_start(server: Server
         await restarted.tick(4.0)
     restarted.overdue._store = server.store  # the database is back
     await restarted.tick(5.0)
-    assert await restarted.deadlines() == {"nl": 5.0 + RETURN}
+    assert await restarted.deadlines() == {"nl": 5.0 + RETURN_GRACE_S}
 
 
 async def test_an_outage_is_counted_with_the_deadlines_or_not_at_all(server: Server) -> None:
@@ -303,7 +303,7 @@ async def test_an_outage_is_counted_with_the_deadlines_or_not_at_all(server: Ser
         await dying.tick(1000.0)
     assert (await server.deadlines(), await server.alive()) == ({"nl": 5.0}, 0.0)
     await server.tick(1001.0)
-    assert await server.deadlines() == {"nl": 1001.0 + RETURN}
+    assert await server.deadlines() == {"nl": 1001.0 + RETURN_GRACE_S}
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from tests.conftest import ManualClock
 from vpn_sentinel.domain.observation import Answer
 from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.server.tracking.inputs import PortCheckResult
-from vpn_sentinel.server.watch.ports import EVERY, Ports, knock
+from vpn_sentinel.server.watch.ports import CHECK_INTERVAL_S, Ports, knock
 
 HERE = ip_address("127.0.0.1")
 EXIT = (ip_address("146.70.1.2"), 41000)
@@ -79,10 +79,10 @@ async def test_each_is_tried_now_and_then_a_changed_one_soon_and_a_gone_one_neve
     assert await tried() == []  # not as fast as an agent likes
     clock.now += 25
     assert await tried() == [("nl", (EXIT[0], 42000))]
-    clock.now += EVERY * 1.1
+    clock.now += CHECK_INTERVAL_S * 1.1
     assert await tried() == [("nl", (EXIT[0], 42000))]
     forwarded.clear()
-    clock.now += EVERY * 2
+    clock.now += CHECK_INTERVAL_S * 2
     assert ports.due() == []
 
 
@@ -119,7 +119,7 @@ async def test_one_whose_answer_is_still_awaited_is_not_asked_again(clock: Manua
         ((name, where),) = ports.due()
         group.create_task(ports._try(name, where))
         await asyncio.sleep(0)
-        clock.now += EVERY * 1.1
+        clock.now += CHECK_INTERVAL_S * 1.1
         assert ports.due() == []
         answer.set()
     assert ports.due() == [("nl", EXIT)]

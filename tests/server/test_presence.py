@@ -12,8 +12,8 @@ from vpn_sentinel.domain.notice import Notice
 from vpn_sentinel.runtime.clock import SystemClock
 from vpn_sentinel.server.store.schema import outbox
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
-from vpn_sentinel.server.watch.overload import CALM, TOO_LATE, Overload
-from vpn_sentinel.server.watch.presence import EVERY, Presence
+from vpn_sentinel.server.watch.overload import CALM_S, MAX_LATE_S, Overload
+from vpn_sentinel.server.watch.presence import LOOK_INTERVAL_S, Presence
 from vpn_sentinel.wire.codec import decoder
 
 
@@ -26,19 +26,19 @@ class Process:
         self.presence = Presence(self.clock, lambda: self.used)
 
     def idles(self, seconds: float) -> None:
-        for _ in range(round(seconds / EVERY)):
-            self.clock.now += EVERY
+        for _ in range(round(seconds / LOOK_INTERVAL_S)):
+            self.clock.now += LOOK_INTERVAL_S
             self.presence.look()
-            self.presence._due = self.clock.now + EVERY
+            self.presence._due = self.clock.now + LOOK_INTERVAL_S
 
     def is_stopped(self, seconds: float) -> None:
         self.clock.now += seconds
 
     def works(self, seconds: float) -> None:
         """Its loop is busy; the thread gets its turn."""
-        for _ in range(round(seconds / EVERY)):
-            self.clock.now += EVERY
-            self.used += EVERY
+        for _ in range(round(seconds / LOOK_INTERVAL_S)):
+            self.clock.now += LOOK_INTERVAL_S
+            self.used += LOOK_INTERVAL_S
             self.presence._beat()
 
     def holds_the_lock(self, seconds: float) -> None:
@@ -72,8 +72,8 @@ def test_what_kept_a_server_from_watching(what, away: float, late: float) -> Non
     process.idles(1)
     what(process)
     missed = process.presence.look()
-    assert missed.away == pytest.approx(away, abs=2 * EVERY)
-    assert missed.late == pytest.approx(late, abs=2 * EVERY)
+    assert missed.away == pytest.approx(away, abs=2 * LOOK_INTERVAL_S)
+    assert missed.late == pytest.approx(late, abs=2 * LOOK_INTERVAL_S)
 
 
 async def test_a_real_loop_that_is_held_is_late_and_not_away() -> None:
@@ -124,7 +124,7 @@ async def test_people_hear_of_an_overload_once_and_of_its_end(store: Store) -> N
     await watch.passes(120, late=0.75)
     assert await watch.told() == ["server_overloaded"]
     assert watch.woken == 1
-    await watch.passes(int(CALM))
+    await watch.passes(int(CALM_S))
     assert await watch.told() == ["server_overloaded"]
     await watch.passes(60)
     assert await watch.told() == ["server_overloaded", "server_recovered"]
@@ -153,9 +153,9 @@ async def test_the_longest_lag_of_the_last_minute_is_a_metric(store: Store) -> N
     await watch.passes(5)
     watch.process.holds_the_lock(7)
     await watch.passes(30)
-    assert watch.lag() == pytest.approx(7, abs=2 * EVERY)
+    assert watch.lag() == pytest.approx(7, abs=2 * LOOK_INTERVAL_S)
     await watch.passes(60)
-    assert watch.lag() == pytest.approx(0, abs=2 * EVERY)
+    assert watch.lag() == pytest.approx(0, abs=2 * LOOK_INTERVAL_S)
 
 
 async def test_an_overload_is_told_once_the_database_takes_it(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +169,7 @@ async def test_an_overload_is_told_once_the_database_takes_it(store: Store, monk
 
     watch, away = Watch(store), Away()
     watch.overload._store = away  # type: ignore[assignment]
-    await watch.passes(int(TOO_LATE) * 2, late=0.75)
+    await watch.passes(int(MAX_LATE_S) * 2, late=0.75)
     assert await watch.told() == []
     away.gone = False
     await watch.passes(1, late=0.75)

@@ -24,7 +24,7 @@ from vpn_sentinel.server.store.store import Store
 from vpn_sentinel.server.tracking.inputs import ReportBatch, TimedObservation
 from vpn_sentinel.server.tracking.sites import Sites
 from vpn_sentinel.server.tracking.tracker import Tracker
-from vpn_sentinel.server.watch.overdue import RETURN, Overdue
+from vpn_sentinel.server.watch.overdue import RETURN_GRACE_S, Overdue
 from vpn_sentinel.server.watch.presence import Presence
 from vpn_sentinel.server.watch.retention import Retention
 from vpn_sentinel.server.watch.timekeeper import Timekeeper, database_time
@@ -159,7 +159,7 @@ async def test_a_silence_falls_when_it_is_due(server: Server, by: float) -> None
     await server.runs(40)
     await server.set(by)
     # Its agents may have to come back: a machine that was paused looks the same as one whose clock was set forward.
-    left = SILENT_AFTER - 40 if by < 0 else max(RETURN, SILENT_AFTER - 40)
+    left = SILENT_AFTER - 40 if by < 0 else max(RETURN_GRACE_S, SILENT_AFTER - 40)
     await server.runs(left - 1)
     assert await server.state() == "protected"
     await server.runs(1)
@@ -171,7 +171,7 @@ async def test_a_machine_that_was_paused_lets_its_agents_come_back(server: Serve
     await server.takes(WELL)
     await server.runs(SILENT_AFTER - 1)
     await server.set(HOUR)  # the hours of the world went on, those of the machine did not
-    await server.runs(RETURN - 1)
+    await server.runs(RETURN_GRACE_S - 1)
     assert await server.state() == "protected"
     await server.runs(1)
     assert await server.state() == "silent"
@@ -482,7 +482,7 @@ async def test_a_server_that_has_not_seen_it_yet_writes_no_old_times(engines: An
     last = asyncio.create_task(two.takes(WELL))
     await asyncio.gather(first, second, last)
     row = await two.row()
-    assert (row.last_seen, row.deadline) == (START + by + 30, START + by + 30 + max(SILENT_AFTER, RETURN))
+    assert (row.last_seen, row.deadline) == (START + by + 30, START + by + 30 + max(SILENT_AFTER, RETURN_GRACE_S))
     assert one.clock.wall() == two.clock.wall() == START + by + 30
     await one.runs(5)
     await two.overdue.tick()

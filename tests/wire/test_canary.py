@@ -18,7 +18,7 @@ SEEN = ip_address("198.51.100.7")
 
 def test_a_label_is_read_back() -> None:
     label = canary.label(IDENT, NONCE, KEY)
-    assert len(label) == canary.LABEL <= 63
+    assert len(label) == canary.LABEL_LENGTH <= 63
     assert label == label.lower()
     assert canary.read_label(label.encode(), SECRET) == (NONCE, KEY)
 

@@ -31,7 +31,7 @@ CANARY = Canary(probe=Probe.DEFAULT, target="echo", family=4, answer=Answer.LOST
 SIGHTING = ResolverSighting(method="akamai", nameserver=ip_address("127.0.0.11"), answer=Answer.LOST)
 PLACE = Place(ip=ip_address("146.70.1.2"), source="mmdb")
 LINK = Link(name="wg0", present=True, up=True)
-MOST = limits.PER_OBSERVATION
+MOST = limits.MAX_PER_OBSERVATION
 
 
 @pytest.mark.parametrize(
@@ -92,13 +92,13 @@ def test_a_kind_without_a_json_form_is_refused_in_both_directions() -> None:
         decoder(complex)('"1"')
 
 
-@pytest.mark.parametrize("value", [None, "", "Zürich", "x" * limits.TEXT, "日本"])
+@pytest.mark.parametrize("value", [None, "", "Zürich", "x" * limits.MAX_TEXT_LENGTH, "日本"])
 def test_text_that_can_be_kept(value: str | None) -> None:
     assert checked_text("city", value) == value
 
 
 @pytest.mark.parametrize(
-    "value", ["x" * (limits.TEXT + 1), "a\x00", "a\nb", "\x1b[31m", "\u202eevil", "\u2028", "\ud800"]
+    "value", ["x" * (limits.MAX_TEXT_LENGTH + 1), "a\x00", "a\nb", "\x1b[31m", "\u202eevil", "\u2028", "\ud800"]
 )
 def test_text_that_cannot_is_refused_by_its_name(value: str) -> None:
     with pytest.raises(ValueError, match=r"^city ") as refused:

@@ -52,7 +52,7 @@ def test_the_answer_holds_the_address_that_was_seen(host: str, seen: str) -> Non
 
 
 def test_a_reply_is_no_larger_than_its_request() -> None:
-    assert len(REQUEST) == len(answered("2a0d:5600::2")) == echo.SIZE == 64
+    assert len(REQUEST) == len(answered("2a0d:5600::2")) == echo.SIZE_BYTES == 64
 
 
 @pytest.mark.parametrize("position", range(64))
@@ -122,6 +122,6 @@ def test_every_address_comes_through(address: object, port: int, nonce: bytes, n
     key = echo.key_for(SECRET, ident)
     answer = reply(echo.request(ident, nonce, key), str(address), port, SECRET)
     assert answer is not None
-    assert len(answer) == echo.SIZE
+    assert len(answer) == echo.SIZE_BYTES
     seen = echo.read_reply(answer, ident, nonce, key)
     assert seen == (getattr(address, "ipv4_mapped", None) or ip_address(str(address).partition("%")[0]))

@@ -15,7 +15,7 @@ U32 = st.integers(0, 2**32 - 1)
 
 
 @settings(deadline=None)
-@given(U32, U32, U32, U32, st.one_of(st.none(), st.integers(echo.SIZE, pulse.LARGEST)))
+@given(U32, U32, U32, U32, st.one_of(st.none(), st.integers(echo.SIZE_BYTES, pulse.MAX_SIZE_BYTES)))
 def test_what_is_said_is_read(run: int, number: int, heard: int, silent: int, size: int | None) -> None:
     asked = pulse.request(IDENT, KEY, run=run, number=number, heard=heard, silent=silent, size=size)
     assert len(asked) == (size or 64)

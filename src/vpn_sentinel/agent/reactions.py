@@ -41,10 +41,10 @@ class History:
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._waiting: deque[tuple[float, Action]] = deque(maxlen=limits.PER_OBSERVATION)
+        self._waiting: deque[tuple[float, Action]] = deque(maxlen=limits.MAX_PER_OBSERVATION)
 
     def tell(self, name: str, outcome: Outcome, detail: str) -> None:
-        short = " ".join(detail.split())[: limits.TEXT]
+        short = " ".join(detail.split())[: limits.MAX_TEXT_LENGTH]
         self._waiting.append((self._clock.boottime(), Action(name=name, outcome=outcome, detail=short)))
 
     def take(self) -> tuple[Action, ...]:

@@ -272,7 +272,9 @@ def _of_use(
 def _places(eyes: Eyes, seen: Observation, policy: Policy) -> tuple[Place, ...]:
     addresses = tuple(_addresses(seen, policy))
     origins = eyes.origins.known(addresses) if eyes.origins is not None else ()
-    return (*eyes.places.known(addresses)[: limits.PER_OBSERVATION - len(origins)], *origins)[: limits.PER_OBSERVATION]
+    return (*eyes.places.known(addresses)[: limits.MAX_PER_OBSERVATION - len(origins)], *origins)[
+        : limits.MAX_PER_OBSERVATION
+    ]
 
 
 def _homes(seen: Observation, policy: Policy) -> Iterable[IPAddress]:

@@ -13,8 +13,8 @@ from vpn_sentinel.domain.verdict import Code, Finding
 _PROTOCOLS: Final = {
     2: "IGMP", 4: "IPv4 in IP", 41: "IPv6 in IP", 47: "GRE", 50: "ESP", 51: "AH", 89: "OSPF", 132: "SCTP",
 }  # fmt: skip
-_MOST_OF_IT: Final = 0.5  # of the internet's addresses: what a tunnel takes that carries a family
-_NAMED: Final = 4  # far ends that a finding names besides the first one
+_WHOLE_SHARE: Final = 0.5  # of the internet's addresses: what a tunnel takes that carries a family
+_MAX_NAMED: Final = 4  # far ends that a finding names besides the first one
 DNS_PORTS: Final = (53, 853)  # plain, and by TLS or QUIC (RFC 7858, 9250)
 
 
@@ -47,7 +47,7 @@ def by_packets(seen: Observation, policy: Policy) -> Iterator[Finding]:
     if not seen.asked(Probe.DEFAULT) and seen.link is not None and seen.link.present and seen.link.up:
         # Told before the canaries are back. IPv6 beside an IPv4 tunnel is the usual whole leak.
         inside = [r for r in seen.routed or () if r.interface == seen.link.name and not r.only]
-        through = {4} | {r.family for r in inside if r.share >= _MOST_OF_IT}
+        through = {4} | {r.family for r in inside if r.share >= _WHOLE_SHARE}
     for escape in told:
         alike = [e for e in told if (e.destination, e.interface) == (escape.destination, escape.interface)]
         facts = {
@@ -158,8 +158,8 @@ def _briefly(facts: Mapping[str, str]) -> str:
 
 def few(named: Sequence[str]) -> str:
     """Some of them, and how many more there are."""
-    more = f" and {len(named) - _NAMED} more" if len(named) > _NAMED else ""
-    return ", ".join(named[:_NAMED]) + more
+    more = f" and {len(named) - _MAX_NAMED} more" if len(named) > _MAX_NAMED else ""
+    return ", ".join(named[:_MAX_NAMED]) + more
 
 
 def _escapes(canary: Canary, seen: Observation, policy: Policy) -> bool:

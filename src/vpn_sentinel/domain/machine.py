@@ -68,7 +68,7 @@ TRANSITIONS: Final[dict[State, dict[State, Wait]]] = {
 }
 # For a tunnel that comes and goes: what must last longer then.
 FLAPPING: Final[dict[Wait, Wait]] = {Wait.RECOVERY: Wait.CALM}
-_MOST_TURNS: Final = 16
+_MAX_TURNS: Final = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -284,7 +284,7 @@ def _settle(step: _Step, verdict: Verdict, at: float, began: float, until: float
     if blinking or until - candidate.since >= wait.seconds(policy):
         turns = memory.turns
         if memory.state is State.PROTECTED:
-            turns = (*_lately(turns, candidate.since, policy), candidate.since)[-_MOST_TURNS:]
+            turns = (*_lately(turns, candidate.since, policy), candidate.since)[-_MAX_TURNS:]
             step.memory = replace(memory, turns=turns)
         step.move(state, candidate.since, _with_flapping(verdict.findings, state, turns, candidate.since, policy))
     else:
@@ -299,7 +299,7 @@ def _blinked(memory: Memory, at: float, policy: Policy) -> Memory:
     ages = memory.state is State.UNVERIFIED or State.UNVERIFIED in TRANSITIONS[memory.state]
     if not ages or latest in (State.UNVERIFIED, State.PENDING, State.SILENT):
         return memory
-    return replace(memory, blinks=(*_lately(memory.blinks, at, policy), at)[-_MOST_TURNS:])
+    return replace(memory, blinks=(*_lately(memory.blinks, at, policy), at)[-_MAX_TURNS:])
 
 
 def _lately(turns: tuple[float, ...], at: float, policy: Policy) -> tuple[float, ...]:

@@ -3,14 +3,14 @@
 import re
 from typing import Final
 
-MOST: Final = 100  # as the replaced system took
+MAX_NAME_LENGTH: Final = 100  # as the replaced system took
 _NAME: Final = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", re.ASCII)
 
 
 def tunnel_name(text: str) -> str:
     """Return `text` when it can name a tunnel. Raises ValueError that says what a name takes."""
-    if len(text) > MOST:
-        msg = f"a name takes at most {MOST} characters, this one has {len(text)}"
+    if len(text) > MAX_NAME_LENGTH:
+        msg = f"a name takes at most {MAX_NAME_LENGTH} characters, this one has {len(text)}"
         raise ValueError(msg)
     if not _NAME.fullmatch(text):
         msg = "a name takes letters, digits, '.', '_' and '-', and starts with no '.'"

@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 _LABEL: Final = re.compile(r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?", re.ASCII | re.IGNORECASE)
 _NUMBERS: Final = re.compile(r"[0-9]+(\.[0-9]+){3}", re.ASCII)
 _ANOTHER: Final = re.compile(r"[,;]https?://", re.ASCII | re.IGNORECASE)
-_LONGEST_LABEL: Final = 63
-_LONGEST_NAME: Final = 253
+_MAX_LABEL_LENGTH: Final = 63
+_MAX_NAME_LENGTH: Final = 253
 _BRACKETED: Final = re.compile(r"\[([^\[\]]+)\](:.*)?")
 _BRACKETS: Final = "takes an IPv6 address in brackets, and nothing else in them: https://[2001:db8::1]:5000"
 _ESCAPES: Final = "write / ? # @ of a password as %2F %3F %23 %40"
@@ -98,10 +98,10 @@ def host_problem(text: str) -> str:
 
 def _name_problem(name: str) -> str:
     labels = name.split(".")
-    if len(name) > _LONGEST_NAME:
-        return f"names a host of {len(name)} characters, and takes {_LONGEST_NAME}"
-    if any(len(label) > _LONGEST_LABEL for label in labels):
-        return f"names a host with a part of more than {_LONGEST_LABEL} characters"
+    if len(name) > _MAX_NAME_LENGTH:
+        return f"names a host of {len(name)} characters, and takes {_MAX_NAME_LENGTH}"
+    if any(len(label) > _MAX_LABEL_LENGTH for label in labels):
+        return f"names a host with a part of more than {_MAX_LABEL_LENGTH} characters"
     if not all(_LABEL.fullmatch(label) and label.lower() != "xn--" for label in labels):
         return "names a host with characters that no name takes: letters, digits, '-' inside, and '_'"
     return ""

@@ -57,7 +57,7 @@ from vpn_sentinel.server.watch.ports import Ports
 from vpn_sentinel.server.watch.presence import Presence
 from vpn_sentinel.server.watch.replicas import Replicas
 from vpn_sentinel.server.watch.retention import Retention
-from vpn_sentinel.server.watch.timekeeper import PATIENCE, Timekeeper, database_time
+from vpn_sentinel.server.watch.timekeeper import SETTLE_S, Timekeeper, database_time
 from vpn_sentinel.server.watch.upkeep import Upkeep, UpkeepMetrics
 
 log = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ async def _run(
 ) -> None:
     clock = SteadyClock(system)
     alone = settings.database_url.startswith("sqlite:")
-    keeper = Timekeeper(store, clock, lambda: _time(settings, system, store), patience=0.0 if alone else PATIENCE)
+    keeper = Timekeeper(store, clock, lambda: _time(settings, system, store), patience=0.0 if alone else SETTLE_S)
     await keeper.start()
     secret = await _secret(store)
     if settings.api_key is None:

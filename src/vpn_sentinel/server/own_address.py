@@ -12,11 +12,11 @@ from vpn_sentinel.wire.codec import address
 
 log = logging.getLogger(__name__)
 
-_AGAIN: Final = 3600.0
-_AFTER_FAILURE: Final = 300.0
+_ASK_INTERVAL_S: Final = 3600.0
+_RETRY_S: Final = 300.0
 # Bytes and seconds that an answer may take; a true one takes some 300 bytes.
-_MOST: Final = 4096
-_WITHIN: Final = 10.0
+_MAX_ANSWER_BYTES: Final = 4096
+_TIMEOUT_S: Final = 10.0
 
 
 class OwnAddress:
@@ -42,10 +42,10 @@ class OwnAddress:
                 await self._ask()
             except (httpx.HTTPError, TimeoutError, ValueError) as e:
                 self._say(type(e).__name__)
-                await asyncio.sleep(_AFTER_FAILURE)
+                await asyncio.sleep(_RETRY_S)
             else:
                 self._failed = ""
-                await asyncio.sleep(_AGAIN)
+                await asyncio.sleep(_ASK_INTERVAL_S)
 
     def _say(self, reason: str) -> None:
         """Once for each cause, and only what somebody may have to do something about."""
@@ -56,7 +56,7 @@ class OwnAddress:
             log.info(said, extra={"asked": self._url, "reason": reason})
 
     async def _ask(self) -> None:
-        async with asyncio.timeout(_WITHIN):
+        async with asyncio.timeout(_TIMEOUT_S):
             text = await self._fetch()
         pairs = dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
         found = address(pairs.get("ip", ""))
@@ -70,11 +70,11 @@ class OwnAddress:
         body = b""
         # Not compressed, and raw: a few bytes must not become many.
         plain = {"Accept-Encoding": "identity"}
-        async with self._http.stream("GET", self._url, headers=plain, timeout=_WITHIN) as answer:
+        async with self._http.stream("GET", self._url, headers=plain, timeout=_TIMEOUT_S) as answer:
             answer.raise_for_status()
             async for part in answer.aiter_raw():
                 body += part
-                if len(body) > _MOST:
-                    msg = f"more than {_MOST} bytes"
+                if len(body) > _MAX_ANSWER_BYTES:
+                    msg = f"more than {_MAX_ANSWER_BYTES} bytes"
                     raise ValueError(msg)
         return body.decode("utf-8", "replace")

@@ -15,10 +15,10 @@ from typing import Final
 from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.wire.echo import key_for
 
-ID: Final = 8  # bytes; of the nonce too
-NONCE: Final = 8
-_MAC: Final = 8
-LABEL: Final = 2 * (ID + NONCE + _MAC)  # characters
+ID_BYTES: Final = 8  # bytes; of the nonce too
+NONCE_BYTES: Final = 8
+_MAC_BYTES: Final = 8
+LABEL_LENGTH: Final = 2 * (ID_BYTES + NONCE_BYTES + _MAC_BYTES)  # characters
 
 
 def label(ident: bytes, nonce: bytes, key: bytes) -> str:
@@ -29,18 +29,18 @@ def label(ident: bytes, nonce: bytes, key: bytes) -> str:
 
 def read_label(text: bytes, secret: bytes) -> tuple[bytes, bytes] | None:
     """The nonce and the agent's key for a genuine label, in lower case; None for every other."""
-    if len(text) != LABEL:
+    if len(text) != LABEL_LENGTH:
         return None
     try:
         raw = bytes.fromhex(text.decode("ascii"))
     except ValueError:
         return None
-    if len(raw) != LABEL // 2:  # fromhex skips spaces
+    if len(raw) != LABEL_LENGTH // 2:  # fromhex skips spaces
         return None
-    body, key = raw[:-_MAC], key_for(secret, raw[:ID])
-    if not hmac.compare_digest(_mac(body, key, b"vs-dnsq1"), raw[-_MAC:]):
+    body, key = raw[:-_MAC_BYTES], key_for(secret, raw[:ID_BYTES])
+    if not hmac.compare_digest(_mac(body, key, b"vs-dnsq1"), raw[-_MAC_BYTES:]):
         return None
-    return body[ID:], key
+    return body[ID_BYTES:], key
 
 
 def answer(seen: IPAddress, nonce: bytes, key: bytes) -> tuple[str, str]:
@@ -60,4 +60,4 @@ def read_answer(strings: tuple[str, ...], nonce: bytes, key: bytes) -> IPAddress
 
 
 def _mac(body: bytes, key: bytes, person: bytes) -> bytes:
-    return blake2s(body, key=key, digest_size=_MAC, person=person).digest()
+    return blake2s(body, key=key, digest_size=_MAC_BYTES, person=person).digest()

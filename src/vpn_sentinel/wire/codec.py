@@ -20,7 +20,7 @@ from vpn_sentinel.wire import limits
 
 T = TypeVar("T")
 # `0000:0000:0000:0000:0000:ffff:255.255.255.255/128`; the reason of a refusal repeats the text.
-_LONGEST_ADDRESS: Final = 49
+_MAX_ADDRESS_LENGTH: Final = 49
 
 
 _TEXTUAL: Final = (IPv4Address, IPv6Address, IPv4Network, IPv6Network)
@@ -96,13 +96,13 @@ def _network(text_: str) -> IPNetwork:
 
 
 def _bare(text_: str) -> str:
-    if len(text_) > _LONGEST_ADDRESS:
-        msg = f"an address takes at most {_LONGEST_ADDRESS} characters, this one has {len(text_)}"
+    if len(text_) > _MAX_ADDRESS_LENGTH:
+        msg = f"an address takes at most {_MAX_ADDRESS_LENGTH} characters, this one has {len(text_)}"
         raise ValueError(msg)
     return text_
 
 
-def checked_text(name: str, value: str | None, most: int = limits.TEXT) -> str | None:
+def checked_text(name: str, value: str | None, most: int = limits.MAX_TEXT_LENGTH) -> str | None:
     """Return `value` when it can be kept and shown. Raises ValueError that names the field."""
     if value is None:
         return None
@@ -116,28 +116,31 @@ def checked_text(name: str, value: str | None, most: int = limits.TEXT) -> str |
 
 
 # What an agent of ours never exceeds: characters of a text, or a number (exclusive).
-_NUMBER: Final = 1e12
-_PORT: Final = 2.0**16
+_MAX_NUMBER: Final = 1e12
+_MAX_PORT: Final = 2.0**16
 _LIMITS: Final[dict[type, dict[str, float]]] = {
     o.Link: {"rx_bytes": 2.0**64, "tx_bytes": 2.0**64},
     o.Canary: {"target": 64, "interface": 64},
-    o.Routed: {"interface": 64, "share": 1.000001, "more": _NUMBER, "only": 64},
+    o.Routed: {"interface": 64, "share": 1.000001, "more": _MAX_NUMBER, "only": 64},
     o.ResolverSighting: {"method": 64},
-    o.SystemLookup: {"error": limits.TEXT},
+    o.SystemLookup: {"error": limits.MAX_TEXT_LENGTH},
     o.Escape: {
-        "interface": 64, "protocol": 16, "name": 255, "source_port": _PORT, "destination_port": _PORT,
-        "packets": 2.0**63, "size": 2.0**63, "first_age": _NUMBER, "last_age": _NUMBER, "user": 2.0**32,
+        "interface": 64, "protocol": 16, "name": 255, "source_port": _MAX_PORT, "destination_port": _MAX_PORT,
+        "packets": 2.0**63, "size": 2.0**63, "first_age": _MAX_NUMBER, "last_age": _MAX_NUMBER, "user": 2.0**32,
     },
-    o.Claim: {"source": 64, "status": limits.TEXT, "endpoint": limits.TEXT, "handshake_age": _NUMBER},
+    o.Claim: {
+        "source": 64, "status": limits.MAX_TEXT_LENGTH, "endpoint": limits.MAX_TEXT_LENGTH,
+        "handshake_age": _MAX_NUMBER,
+    },
     o.Quality: {
-        "seconds": _NUMBER, "sent": _NUMBER, "lost": _NUMBER, "reordered": _NUMBER, "rtt_ms": _NUMBER,
-        "jitter_ms": _NUMBER, "mtu": _NUMBER, "vanished": _NUMBER,
-        "vanished_for": _NUMBER, "lossy_for": _NUMBER, "rx_rate": _NUMBER, "tx_rate": _NUMBER,
+        "seconds": _MAX_NUMBER, "sent": _MAX_NUMBER, "lost": _MAX_NUMBER, "reordered": _MAX_NUMBER,
+        "rtt_ms": _MAX_NUMBER, "jitter_ms": _MAX_NUMBER, "mtu": _MAX_NUMBER, "vanished": _MAX_NUMBER,
+        "vanished_for": _MAX_NUMBER, "lossy_for": _MAX_NUMBER, "rx_rate": _MAX_NUMBER, "tx_rate": _MAX_NUMBER,
     },
-    o.Action: {"name": 64, "detail": limits.TEXT, "age": _NUMBER},
+    o.Action: {"name": 64, "detail": limits.MAX_TEXT_LENGTH, "age": _MAX_NUMBER},
     o.Observation: {
-        "broken": limits.TEXT, "watch_refused": limits.TEXT, "refused_user": 2.0**32, "silent_for": _NUMBER,
-        "forwarded_port": _PORT, "took_ms": 1e9,
+        "broken": limits.MAX_TEXT_LENGTH, "watch_refused": limits.MAX_TEXT_LENGTH, "refused_user": 2.0**32,
+        "silent_for": _MAX_NUMBER, "forwarded_port": _MAX_PORT, "took_ms": 1e9,
     },
 }  # fmt: skip
 _LISTS: Final = ("canaries", "resolvers", "places", "escapes", "claims", "flaky", "actions")
@@ -146,10 +149,10 @@ _LISTS: Final = ("canaries", "resolvers", "places", "escapes", "claims", "flaky"
 def check_observation(seen: Observation) -> None:
     """Raise ValueError when an observation is larger or stranger than any agent of ours makes."""
     for name in _LISTS:
-        if len(getattr(seen, name)) > limits.PER_OBSERVATION:
-            msg = f"{name} holds {len(getattr(seen, name))} entries, at most {limits.PER_OBSERVATION} are taken"
+        if len(getattr(seen, name)) > limits.MAX_PER_OBSERVATION:
+            msg = f"{name} holds {len(getattr(seen, name))} entries, at most {limits.MAX_PER_OBSERVATION} are taken"
             raise ValueError(msg)
-    if seen.interfaces is not None and len(seen.interfaces) > 4 * limits.PER_OBSERVATION:
+    if seen.interfaces is not None and len(seen.interfaces) > 4 * limits.MAX_PER_OBSERVATION:
         msg = "interfaces holds too many entries"
         raise ValueError(msg)
     for interface in (*(seen.interfaces or ()), *((seen.link.name,) if seen.link else ())):
@@ -170,19 +173,19 @@ def check_observation(seen: Observation) -> None:
 
 def _check_routed(seen: Observation) -> None:
     for name in ("uplinks", "routed"):
-        if len(getattr(seen, name) or ()) > limits.PER_OBSERVATION * 4:
+        if len(getattr(seen, name) or ()) > limits.MAX_PER_OBSERVATION * 4:
             msg = f"{name} holds too many entries"
             raise ValueError(msg)
     for part in seen.routed or ():
         _check_limits(part)
-        if len(part.networks) > limits.PER_OBSERVATION or part.family not in (4, 6):
+        if len(part.networks) > limits.MAX_PER_OBSERVATION or part.family not in (4, 6):
             msg = "routed names networks of IPv4 or IPv6, at most 64 for a device"
             raise ValueError(msg)
 
 
 def _check_system_lookup(found: o.SystemLookup | None) -> None:
     _check_limits(found)
-    if found is not None and max(len(found.upstreams), len(found.egress)) > limits.PER_OBSERVATION:
+    if found is not None and max(len(found.upstreams), len(found.egress)) > limits.MAX_PER_OBSERVATION:
         msg = "egress or upstreams hold too many entries"
         raise ValueError(msg)
 
@@ -219,8 +222,8 @@ def check_policy(policy: Policy) -> None:
         ("allowed_resolvers", policy.allowed_resolvers),
         ("allowed_outside", policy.allowed_outside),
     ):
-        if len(items) > limits.PER_OBSERVATION:
-            msg = f"{name} holds {len(items)} entries, at most {limits.PER_OBSERVATION} are taken"
+        if len(items) > limits.MAX_PER_OBSERVATION:
+            msg = f"{name} holds {len(items)} entries, at most {limits.MAX_PER_OBSERVATION} are taken"
             raise ValueError(msg)
     for country in policy.expected_countries:
         checked_text("expected_countries", country, 2)

@@ -17,9 +17,9 @@ from typing import Final
 
 from vpn_sentinel.domain.policy import IPAddress
 
-SIZE: Final = 64
+SIZE_BYTES: Final = 64
 MAGIC: Final = b"VSE1"
-MAC: Final = 16
+MAC_BYTES: Final = 16
 NONCE_AT, TAG_AT, TAG = 16, 36, 8
 _REQUEST: Final = struct.Struct("!4sBxxx8s8s12x8s4x")
 REPLY: Final = struct.Struct("!4sBBH8s8s16s8x")
@@ -42,14 +42,14 @@ def request(ident: bytes, nonce: bytes, key: bytes, tag: bytes = b"") -> bytes:
 
 def is_genuine(datagram: bytes, key: bytes) -> bool:
     """Whether the MAC is right, in constant time."""
-    return hmac.compare_digest(mac(datagram[:-MAC], key), datagram[-MAC:])
+    return hmac.compare_digest(mac(datagram[:-MAC_BYTES], key), datagram[-MAC_BYTES:])
 
 
 def read_reply(datagram: bytes, ident: bytes, nonce: bytes, key: bytes) -> IPAddress | None:
     """The address in a genuine reply to the request with this `nonce`; None for anything else."""
-    if len(datagram) != SIZE or not is_genuine(datagram, key):
+    if len(datagram) != SIZE_BYTES or not is_genuine(datagram, key):
         return None
-    magic, kind, family, _port, got_ident, got_nonce, packed = REPLY.unpack(datagram[:-MAC])
+    magic, kind, family, _port, got_ident, got_nonce, packed = REPLY.unpack(datagram[:-MAC_BYTES])
     if magic != MAGIC or kind != 2 or got_ident != ident or got_nonce != nonce:
         return None
     if family == 4:
@@ -58,4 +58,4 @@ def read_reply(datagram: bytes, ident: bytes, nonce: bytes, key: bytes) -> IPAdd
 
 
 def mac(body: bytes, key: bytes) -> bytes:
-    return blake2s(body, key=key, digest_size=MAC).digest()
+    return blake2s(body, key=key, digest_size=MAC_BYTES).digest()

@@ -83,8 +83,8 @@ class _Named(msgspec.Struct, frozen=True):
     client_id: str | int
 
 
-_EXCERPT: Final = 60
-_LONGEST_NUMBER: Final = 40  # digits; more take time that grows with their square
+_MAX_EXCERPT: Final = 60
+_MAX_DIGITS: Final = 40  # digits; more take time that grows with their square
 _named = msgspec.json.Decoder(_Named).decode
 _whole = msgspec.json.Decoder(dict[str, Any]).decode
 
@@ -148,7 +148,7 @@ def _as_python_writes(body: bytes) -> Any:
     """
     encoding = json.detect_encoding(body)
     text = body.decode(encoding, "surrogateescape" if encoding.startswith("utf-8") else "surrogatepass")
-    return json.loads(text, strict=False, parse_int=lambda n: int(n) if len(n) <= _LONGEST_NUMBER else float(n))
+    return json.loads(text, strict=False, parse_int=lambda n: int(n) if len(n) <= _MAX_DIGITS else float(n))
 
 
 class _Fields:
@@ -180,7 +180,7 @@ class _Fields:
             return None
 
     def _note(self, name: str, value: object) -> None:
-        shown = str(value)[:_EXCERPT] if isinstance(value, str | int | float) else type(value).__name__
+        shown = str(value)[:_MAX_EXCERPT] if isinstance(value, str | int | float) else type(value).__name__
         self.odd.append((self._prefix + name, shown.encode("unicode_escape").decode()))
 
 
@@ -189,7 +189,7 @@ def _as_text(value: object) -> str:
     if isinstance(value, str):
         return value
     if isinstance(value, int | float) and math.isfinite(value):
-        return str(value)[: limits.TEXT + 1]
+        return str(value)[: limits.MAX_TEXT_LENGTH + 1]
     raise TypeError
 
 
@@ -206,7 +206,7 @@ def _address(value: object) -> IPAddress:
 
 def _near(at: float, now: float) -> float:
     """Raises ValueError for a time so far off that it is no clock, but a mistake."""
-    if not abs(at - now) <= limits.CLOCK_SKEW_REFUSED:
+    if not abs(at - now) <= limits.MAX_CLOCK_SKEW_S:
         msg = "is no time of these days"
         raise ValueError(msg)
     return at

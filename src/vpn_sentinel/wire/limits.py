@@ -2,9 +2,9 @@
 
 from typing import Final
 
-BODY_BYTES: Final = 256 * 1024  # one request or WebSocket message
-REPORTS: Final = 200  # observations in one message
-PER_OBSERVATION: Final = 64  # canaries, sightings or places in one observation
-TEXT: Final = 200  # characters of one free text: a city, a company
-OLDEST_REPORT: Final = 366 * 86400.0  # what is older counts as this old
-CLOCK_SKEW_REFUSED: Final = 366 * 86400.0  # a time stamp further off than this is no clock but a mistake
+MAX_BODY_BYTES: Final = 256 * 1024  # one request or WebSocket message
+MAX_REPORTS: Final = 200  # observations in one message
+MAX_PER_OBSERVATION: Final = 64  # canaries, sightings or places in one observation
+MAX_TEXT_LENGTH: Final = 200  # characters of one free text: a city, a company
+MAX_REPORT_AGE_S: Final = 366 * 86400.0  # what is older counts as this old
+MAX_CLOCK_SKEW_S: Final = 366 * 86400.0  # a time stamp further off than this is no clock but a mistake

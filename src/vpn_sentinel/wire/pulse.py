@@ -20,9 +20,9 @@ from ipaddress import IPv4Address, IPv6Address
 from typing import Final
 
 from vpn_sentinel.domain.policy import IPAddress
-from vpn_sentinel.wire.echo import MAC, MAGIC, REPLY, SIZE, is_genuine, mac
+from vpn_sentinel.wire.echo import MAC_BYTES, MAGIC, REPLY, SIZE_BYTES, is_genuine, mac
 
-LARGEST: Final = 1472  # what an Ethernet frame takes of a UDP datagram in IPv4 (RFC 894)
+MAX_SIZE_BYTES: Final = 1472  # what an Ethernet frame takes of a UDP datagram in IPv4 (RFC 894)
 NEVER: Final = 0xFFFFFFFF
 _ASK, _TELL, _ASK_SIZED, _TELL_SIZED = 1, 2, 3, 4
 _IS_PULSE: Final = 1
@@ -58,7 +58,7 @@ def request(
     kind = _ASK if size is None else _ASK_SIZED
     body = _REQUEST.pack(MAGIC, kind, ident, run, number, _IS_PULSE, heard, silent, tag)
     if size is not None:
-        body = body.ljust(size - MAC, b"\0")
+        body = body.ljust(size - MAC_BYTES, b"\0")
     return body + mac(body, key)
 
 
@@ -70,7 +70,9 @@ def nonce(run: int, number: int) -> bytes:
 def is_request(datagram: bytes) -> bool:
     """Whether it has the shape of a request; whose MAC is another question."""
     head = datagram[:5]
-    return (head == _HEADS[0] and len(datagram) == SIZE) or (head == _HEADS[1] and SIZE <= len(datagram) <= LARGEST)
+    return (head == _HEADS[0] and len(datagram) == SIZE_BYTES) or (
+        head == _HEADS[1] and SIZE_BYTES <= len(datagram) <= MAX_SIZE_BYTES
+    )
 
 
 def ident_of(datagram: bytes) -> bytes:
@@ -97,13 +99,13 @@ def reply(datagram: bytes, address: bytes, port: int, key: bytes) -> bytes:
     kind = _TELL if datagram[4] == _ASK else _TELL_SIZED
     family = 4 if len(address) == 4 else 6
     body = REPLY.pack(MAGIC, kind, family, port, datagram[8:16], datagram[16:24], address)
-    body = body.ljust(len(datagram) - MAC, b"\0")
+    body = body.ljust(len(datagram) - MAC_BYTES, b"\0")
     return body + mac(body, key)
 
 
 def read_reply(datagram: bytes, ident: bytes, run: int, key: bytes) -> tuple[int, IPAddress] | None:
     """The number of the pulse of `run` that a genuine reply answers, and the address it names; else None."""
-    if not SIZE <= len(datagram) <= LARGEST or not is_genuine(datagram, key):
+    if not SIZE_BYTES <= len(datagram) <= MAX_SIZE_BYTES or not is_genuine(datagram, key):
         return None
     magic, kind, family, _port, got_ident, nonce, raw = REPLY.unpack_from(datagram)
     if magic != MAGIC or kind not in (_TELL, _TELL_SIZED) or got_ident != ident or family not in (4, 6):

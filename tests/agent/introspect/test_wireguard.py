@@ -121,7 +121,7 @@ async def test_a_broken_answer_is_an_error_without_its_words(
         with pytest.raises(DeviceError) as caught:
             await read_device("wg0", kernel=False, folders=[str(tmp_path)])
     told = f"{caught.value!r} {caplog.text}"
-    assert len(told) < limits.TEXT
+    assert len(told) < limits.MAX_TEXT_LENGTH
     assert PRIVATE[:8] not in told
     assert "aaaa" not in told
 

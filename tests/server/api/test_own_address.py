@@ -69,7 +69,7 @@ async def test_that_nobody_answers_is_said_once_and_by_what_it_means(
     wanted: tuple[str, ...], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     caplog.set_level("INFO")
-    monkeypatch.setattr("vpn_sentinel.server.own_address._AFTER_FAILURE", 0.0)
+    monkeypatch.setattr("vpn_sentinel.server.own_address._RETRY_S", 0.0)
     asked = []
 
     def refuse(request: httpx.Request) -> httpx.Response:

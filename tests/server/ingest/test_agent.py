@@ -261,7 +261,7 @@ FIRST_WORDS: dict[str, tuple[Any, str, int]] = {
     "reports first": (reports(1), "a hello comes first", 1008),
     "an exchange": (exchange(1), "a hello comes first", 1008),
     "a server's word": ({"type": "ack", "seq": 1}, "Invalid value", 1008),
-    "too large": (" " * (limits.BODY_BYTES + 1), "a message takes at most", 1009),
+    "too large": (" " * (limits.MAX_BODY_BYTES + 1), "a message takes at most", 1009),
     "a wrong word without end": ({"type": "日" * 10_000}, "Invalid value", 1008),
 }
 

@@ -238,7 +238,7 @@ async def test_json_by_another_spelling(house: House, kind: str) -> None:
 
 
 async def test_a_body_that_is_too_large_is_not_even_read(lobby: House) -> None:
-    answer = await lobby.keepalive([], content_length=str(limits.BODY_BYTES + 1))  # type: ignore[arg-type]
+    answer = await lobby.keepalive([], content_length=str(limits.MAX_BODY_BYTES + 1))  # type: ignore[arg-type]
     assert answer.status == 413
 
 

@@ -241,7 +241,7 @@ async def test_nor_an_alarm_that_comes_after_what_was_refused(store: Store) -> N
         await desk.owes(("nl-1", Kind.CONNECTED))
         await desk.passes(2)
         await desk.owes(LEAK)
-        await desk.passes(worker.PROBE)
+        await desk.passes(worker.PROBE_INTERVAL_S)
         assert pager.told == [("nl-1", "connected"), ("nl-1", "leaking")]
 
 
@@ -263,7 +263,7 @@ async def test_a_channel_that_works_again_is_found_out_soon(store: Store) -> Non
         await desk.owes(LEAK)
         await desk.passes(95)
         pager.always = None
-        await desk.passes(worker.PROBE)
+        await desk.passes(worker.PROBE_INTERVAL_S)
         assert pager.told == [("nl-1", "leaking")]
 
 
@@ -275,7 +275,7 @@ async def test_of_many_notices_one_at_a_time_asks_a_channel_that_fails(store: St
         await desk.passes(10)
         before = pager.tried
         await desk.passes(600)
-        assert pager.tried - before == 600 // worker.PROBE
+        assert pager.tried - before == 600 // worker.PROBE_INTERVAL_S
 
 
 async def test_fresh_news_asks_a_failing_channel_again_at_once(store: Store) -> None:
@@ -615,7 +615,7 @@ async def test_a_dispatcher_that_dies_after_sending_repeats_and_loses_nothing(st
         await running
     again = Desk(store, second)
     async with at_work(again):
-        await again.passes(worker.LEASE - 5)
+        await again.passes(worker.LEASE_S - 5)
         assert second.told == []  # the dead one's lease still holds
         await again.passes(40)
         assert second.told == [("nl-1", "leaking")]

@@ -87,7 +87,7 @@ class Gluetun:
     def claim(self) -> Claim | None:
         """None before the first answer. `status` is gluetun's word, and behind it what is out of order."""
         if self._trouble is not None:
-            return Claim(source="gluetun", status=f"error: {self._trouble}"[: limits.TEXT])
+            return Claim(source="gluetun", status=f"error: {self._trouble}"[: limits.MAX_TEXT_LENGTH])
         if self._status is None:
             return None
         notes = [
@@ -96,7 +96,7 @@ class Gluetun:
             *([f"DNS {self._dns}"] if self._dns not in (None, "running") else []),
         ]
         status = f"{self._status} ({'; '.join(notes)})" if notes else self._status
-        return Claim(source="gluetun", status=status[: limits.TEXT], address=self._address)
+        return Claim(source="gluetun", status=status[: limits.MAX_TEXT_LENGTH], address=self._address)
 
     async def run(self) -> None:
         """Look, for ever: every few seconds while it answers, with back-off while it does not."""

@@ -98,7 +98,7 @@ class CanaryZone:
 
     def method(self) -> Method:
         """A question that nobody asked before, so that no cache answers it."""
-        nonce = secrets.token_bytes(canary.NONCE)
+        nonce = secrets.token_bytes(canary.NONCE_BYTES)
 
         def read(reply: dnswire.Reply) -> Revealed:
             egress = next((a for t in reply.texts if (a := canary.read_answer(t, nonce, self.key))), None)
@@ -132,7 +132,7 @@ class Asked:
 def is_domain(name: str) -> bool:
     """Whether a canary's name can be made below it."""
     try:
-        dnswire.query(0, f"{'0' * canary.LABEL}.{name}", dnswire.TXT)
+        dnswire.query(0, f"{'0' * canary.LABEL_LENGTH}.{name}", dnswire.TXT)
     except ValueError:
         return False
     return True

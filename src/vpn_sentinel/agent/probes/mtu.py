@@ -99,7 +99,7 @@ class Sizer:
 
     def largest(self, mtu: int) -> int:
         """The largest packet up to `mtu` that a pulse can fill."""
-        return min(mtu, pulse.LARGEST + HEADERS[self._family])
+        return min(mtu, pulse.MAX_SIZE_BYTES + HEADERS[self._family])
 
     async def ask(self, size: int, patience: float) -> Answer:
         """Send a packet of `size` bytes and wait `patience` seconds for one as large."""

@@ -67,7 +67,7 @@ class Places:
         for address in dict.fromkeys(a for a in addresses if a is not None):
             found += self._look_up(address)
             found += self._opinions.get(address, {}).values()
-        return tuple(found[: limits.PER_OBSERVATION])
+        return tuple(found[: limits.MAX_PER_OBSERVATION])
 
     def due(self, exit_: IPAddress | None) -> bool:
         """Whether services should be asked about this exit now, and one is there that can be."""

@@ -98,7 +98,7 @@ def clean(value: object) -> str | None:
     """A text that can be kept and shown, None for anything else."""
     if not isinstance(value, str):
         return None
-    text = "".join(c for c in value if c.isprintable()).strip()[: limits.TEXT]
+    text = "".join(c for c in value if c.isprintable()).strip()[: limits.MAX_TEXT_LENGTH]
     return text or None
 
 

@@ -19,7 +19,7 @@ from math import inf, sqrt
 from typing import Final
 
 from vpn_sentinel.agent.sensors.interruptions import Interrupted, Interruptions
-from vpn_sentinel.domain.judge import LEAST_PULSES
+from vpn_sentinel.domain.judge import MIN_PULSES
 from vpn_sentinel.domain.observation import Link, Quality
 
 LEAST: Final = 60  # pulses that a share is told of, where it is not plain after fewer
@@ -280,7 +280,7 @@ class Samples:
         if self._high_from is None:
             recent = [s for s in self._settled(now, LEAST) if s.at >= self._counts_from]
             if len(recent) < LEAST or sum(s.rtt is None for s in recent) > HIGH * len(recent):
-                recent = recent[-(LEAST_PULSES - 1) :]  # too few for a share, and the judge reads none into them
+                recent = recent[-(MIN_PULSES - 1) :]  # too few for a share, and the judge reads none into them
         answered = [s for s in recent if s.rtt is not None]
         told = [s.rtt for s in answered if s.rtt is not None and not s.stalled]
         began = recent[0].at if recent else now
@@ -298,7 +298,7 @@ class Samples:
 def _with_interruptions(found: Quality, interrupted: Interrupted, now: float) -> Quality:
     """As many as would be lost of pulses sent at an even pace; those really sent crowd within interruptions."""
     seconds = now - interrupted.began
-    sent = max(LEAST_PULSES, round(seconds / POOR_EVERY))
+    sent = max(MIN_PULSES, round(seconds / POOR_EVERY))
     lost = round(sent * interrupted.share)
     return replace(found, seconds=round(seconds, 1), sent=sent, lost=lost, lossy_for=round(seconds, 1))
 

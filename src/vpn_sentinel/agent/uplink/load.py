@@ -12,7 +12,7 @@ from vpn_sentinel.wire.messages import Report
 log = logging.getLogger(__name__)
 
 CHUNK: Final = 100  # reports in one message
-_CHUNK_BYTES: Final = limits.BODY_BYTES * 3 // 4  # leaves room for the numbers around each observation
+_CHUNK_BYTES: Final = limits.MAX_BODY_BYTES * 3 // 4  # leaves room for the numbers around each observation
 _LONGEST_PATIENCE: Final = 24.0
 
 _decode = codec.decoder(Observation)

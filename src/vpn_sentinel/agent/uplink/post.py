@@ -43,7 +43,7 @@ def _fault(status: int, body: bytes, *, proved: bool) -> Fault:
         return Fault.REJECTED
     match status:
         case HTTPStatus.REQUEST_ENTITY_TOO_LARGE:  # is not read, so it has no fingerprint there
-            return Fault.REJECTED if len(body) > limits.BODY_BYTES else Fault.CUT
+            return Fault.REJECTED if len(body) > limits.MAX_BODY_BYTES else Fault.CUT
         case HTTPStatus.UNAUTHORIZED | HTTPStatus.FORBIDDEN | HTTPStatus.UNPROCESSABLE_ENTITY:
             return Fault.DENIED  # the key, or the greeting
         case _:

@@ -69,7 +69,7 @@ class WebSocket:
                     case Message(data=data):
                         found += data.encode() if isinstance(data, str) else data
                         parts += 1
-                        if len(found) > limits.BODY_BYTES or parts > _MOST_PARTS:
+                        if len(found) > limits.MAX_BODY_BYTES or parts > _MOST_PARTS:
                             raise ChannelError(Fault.BROKEN, "the server sends too large a message")
                         if event.message_finished:
                             return bytes(found)

@@ -14,9 +14,9 @@ from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.server.live.hub import Hub
 
 # Frames kept for browsers that are behind; at four in a second, ten seconds of storm.
-_KEPT: Final = 40
+_MAX_FRAMES_KEPT: Final = 40
 # How long the whole is given to further browsers, in seconds; far less than the frames kept reach back.
-_FRESH: Final = 1.0
+_WHOLE_FRESH_S: Final = 1.0
 
 # From names to the frame that shows them as they are now; from None to the frame that shows everything.
 Render = Callable[[set[str] | None], Awaitable[bytes]]
@@ -33,7 +33,7 @@ class Feed:
         self._changes = self._listener.changes()
         self._owed: set[str] = set()
         self._turn = asyncio.Lock()
-        self._frames: deque[tuple[int, bytes]] = deque(maxlen=_KEPT)
+        self._frames: deque[tuple[int, bytes]] = deque(maxlen=_MAX_FRAMES_KEPT)
         self._number = 0
         self._whole_turn = asyncio.Lock()
         self._whole: tuple[int, bytes] | None = None
@@ -67,7 +67,7 @@ class Feed:
             if self._whole is None or self._clock.boottime() > self._whole_until:
                 number = self._number
                 self._whole = (number, await self._render(None))
-                self._whole_until = self._clock.boottime() + _FRESH
+                self._whole_until = self._clock.boottime() + _WHOLE_FRESH_S
             return self._whole
 
     async def _next(self, after: int) -> None:

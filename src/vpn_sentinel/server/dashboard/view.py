@@ -27,8 +27,8 @@ _SAID: Final = {
 }
 _UNITS: Final = ((86400, "d"), (3600, "h"), (60, "min"))
 # The strip of a tunnel's page: the last day, one unit of width a minute.
-_DAY: Final = 86400.0
-_THIN: Final = 10.0
+_DAY_S: Final = 86400.0
+_MIN_WIDTH_MINUTES: Final = 10.0
 _NOT_VERIFIED: Final = frozenset({State.SILENT, State.UNVERIFIED, State.PENDING, State.UNKNOWN})
 
 
@@ -212,12 +212,12 @@ def transitions(rows: Sequence[Row[Any]], now: float) -> list[TransitionView]:
 
 def strip(tunnel: rest.Tunnel, moved: Sequence[Row[Any]], now: float, *, complete: bool) -> list[Stretch]:
     """The last day as stretches of one state. What came before the oldest known transition is drawn if `complete`."""
-    start = now - _DAY
+    start = now - _DAY_S
     found = [
         Stretch(
             state=state,
-            x=round(min((max(at, start) - start) / 60, 1440 - _THIN), 2),
-            width=round(max((end - max(at, start)) / 60, _THIN), 2),
+            x=round(min((max(at, start) - start) / 60, 1440 - _MIN_WIDTH_MINUTES), 2),
+            width=round(max((end - max(at, start)) / 60, _MIN_WIDTH_MINUTES), 2),
             said=f"{state.value} for {span(end - at)}, from {Moment(at).text}",
         )
         for state, at, end in _stretches(tunnel, moved, now, complete=complete)
@@ -231,7 +231,7 @@ def day(tunnel: rest.Tunnel, moved: Sequence[Row[Any]], now: float, *, complete:
     """How much of the last day a tunnel was protected; what nobody verified is no part of either side."""
     protected = verified = unverified = 0.0
     for state, at, end in _stretches(tunnel, moved, now, complete=complete):
-        lasted = max(0.0, end - max(at, now - _DAY))
+        lasted = max(0.0, end - max(at, now - _DAY_S))
         if state in _NOT_VERIFIED:
             unverified += lasted
         else:

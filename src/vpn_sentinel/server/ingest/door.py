@@ -92,8 +92,8 @@ async def json_body(receive: Any, headers: Headers) -> bytes:
     if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Refusal(415, "send application/json")
     announced = headers.get("content-length", "0")
-    if announced.isdecimal() and int(announced) > limits.BODY_BYTES:
-        raise Refusal(413, f"a body takes at most {limits.BODY_BYTES} bytes")
+    if announced.isdecimal() and int(announced) > limits.MAX_BODY_BYTES:
+        raise Refusal(413, f"a body takes at most {limits.MAX_BODY_BYTES} bytes")
     parts: list[bytes] = []
     size = 0
     while True:
@@ -102,8 +102,8 @@ async def json_body(receive: Any, headers: Headers) -> bytes:
             raise Refusal(400, "the connection closed before the body was complete")
         part = message.get("body", b"")
         size += len(part)
-        if size > limits.BODY_BYTES:
-            raise Refusal(413, f"a body takes at most {limits.BODY_BYTES} bytes")
+        if size > limits.MAX_BODY_BYTES:
+            raise Refusal(413, f"a body takes at most {limits.MAX_BODY_BYTES} bytes")
         parts.append(part)
         if not message.get("more_body"):
             return b"".join(parts) if len(parts) > 1 else parts[0]

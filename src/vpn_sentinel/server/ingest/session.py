@@ -168,8 +168,8 @@ def _check_hello(hello: Hello) -> None:
 
 
 def _check_reports(reports: Reports) -> None:
-    if len(reports.items) > limits.REPORTS:
-        raise Refusal(422, f"a message takes at most {limits.REPORTS} reports")
+    if len(reports.items) > limits.MAX_REPORTS:
+        raise Refusal(422, f"a message takes at most {limits.MAX_REPORTS} reports")
     if reports.pending < 0 or reports.thinned < 0:
         raise Refusal(422, "pending and thinned are not below zero")
     last = 0
@@ -191,6 +191,6 @@ def _stored(report: Report, now: float) -> TimedObservation:
     # What the server alone may say is not taken from an agent.
     seen = replace(report.observation, reported_from=None, port_check=None, reference_up=None, unheard=None)
     # An agent that started with its clock in 1970 may hold absurd ages; refused, they would block its spool for ever.
-    age = min(report.age, limits.OLDEST_REPORT)
+    age = min(report.age, limits.MAX_REPORT_AGE_S)
     # What a round saw was so when it began; it is as old as the wait for what did not answer.
     return TimedObservation(seq=report.seq, at=now - age - min(seen.took_ms / 1000, _LONGEST_ROUND), observation=seen)

@@ -270,8 +270,8 @@ def _text(event: Any) -> bytes:
 
 
 def _message(body: bytes) -> Any:
-    if len(body) > limits.BODY_BYTES:
-        raise Refusal(413, f"a message takes at most {limits.BODY_BYTES} bytes")
+    if len(body) > limits.MAX_BODY_BYTES:
+        raise Refusal(413, f"a message takes at most {limits.MAX_BODY_BYTES} bytes")
     return parse(body)
 
 

@@ -12,16 +12,16 @@ from vpn_sentinel.server.notify.channel import Channel
 from vpn_sentinel.server.notify.metrics import NotifyMetrics
 from vpn_sentinel.server.notify.reasons import words
 from vpn_sentinel.server.notify.text import duration
-from vpn_sentinel.server.notify.worker import SEND, WaitFor, Worker, wait_for
+from vpn_sentinel.server.notify.worker import SEND_TIMEOUT_S, WaitFor, Worker, wait_for
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
 
 log = logging.getLogger(__name__)
 
-_LOOK: Final = 15.0
+_LOOK_INTERVAL_S: Final = 15.0
 # What is owed to a channel that is not set up here may be another server's, which tells it within this time.
-_ANOTHERS: Final = 60.0
-# A worker turns at least every IDLE seconds, and spends at most SEND in one delivery.
-_STALLED: Final = 2 * SEND
+_OTHER_SERVER_GRACE_S: Final = 60.0
+# A worker turns at least every MAX_IDLE_S, and spends at most SEND_TIMEOUT_S in one delivery.
+_MAX_STALL_S: Final = 2 * SEND_TIMEOUT_S
 
 
 class Dispatcher:
@@ -71,7 +71,7 @@ class Dispatcher:
         """
         now = self._clock.boottime()
         idle = max((now - w.turned_at for w in self._workers.values()), default=0.0)
-        if idle > _STALLED:
+        if idle > _MAX_STALL_S:
             return False, f"deliveries have stood still for {duration(idle)}"
         known = ((name, w.failing) for name, w in self._workers.items() if w.failing is not None)
         failing = "".join(f"; {name} fails: {words(name, reason)}" for name, reason in known)
@@ -88,7 +88,7 @@ class Dispatcher:
                 await self._look()
             except StoreUnavailable as e:
                 log.debug("queue not read", extra={"reason": e.reason})  # the workers say it aloud, once
-            await self._wait_for(never, _LOOK)
+            await self._wait_for(never, _LOOK_INTERVAL_S)
 
     async def _look(self) -> None:
         now = self._clock.wall()
@@ -99,7 +99,7 @@ class Dispatcher:
             log.warning("notices are owed to a channel that is not set up", extra={"channel": channel})
         self._stranded = stranded
         if stranded:
-            if moved := await outbox.reassign(self._store, self._workers, now - _ANOTHERS, now):
+            if moved := await outbox.reassign(self._store, self._workers, now - _OTHER_SERVER_GRACE_S, now):
                 log.info("what was owed to a channel that is not set up is told by another", extra={"count": moved})
                 self.wake()
             lost = await outbox.expire(self._store, self._workers, now - retry.KEEP_TRYING_S, now)

@@ -15,8 +15,8 @@ from vpn_sentinel.domain.notice import Kind, Notice
 from vpn_sentinel.domain.verdict import State
 
 # Characters kept of one text from outside, and of lists of such texts.
-_CLIP: Final = 300
-_MOST: Final = 8
+_MAX_TEXT_LENGTH: Final = 300
+_MAX_LISTED: Final = 8
 
 ICON: Final[Mapping[State, str]] = {
     State.LEAKING: "🔴",
@@ -107,7 +107,7 @@ def headline(notice: Notice) -> str:
 def _lines(notice: Notice, zone: tzinfo | None) -> Iterator[Line]:
     """In the order of a reader's questions: why, what to do, where, when."""
     yield from _reasons(notice)
-    yield from (Line("", clean(detail)) for detail in notice.details[:_MOST])
+    yield from (Line("", clean(detail)) for detail in notice.details[:_MAX_LISTED])
     if notice.port is not None:
         yield Line(
             "Forwarded port",
@@ -137,11 +137,11 @@ def _lines(notice: Notice, zone: tzinfo | None) -> Iterator[Line]:
 
 
 def _reasons(notice: Notice) -> Iterator[Line]:
-    for finding in notice.findings[:_MOST]:
+    for finding in notice.findings[:_MAX_LISTED]:
         yield Line("Why" if notice.kind in _TROUBLE else "Note", explain(finding))
-    if len(notice.findings) > _MOST:
-        yield Line("", f"… and {len(notice.findings) - _MOST} more findings")
-    for advice in dict.fromkeys(f.advice for f in notice.findings[:_MOST]):
+    if len(notice.findings) > _MAX_LISTED:
+        yield Line("", f"… and {len(notice.findings) - _MAX_LISTED} more findings")
+    for advice in dict.fromkeys(f.advice for f in notice.findings[:_MAX_LISTED]):
         yield Line("What to do", clean(advice))
 
 
@@ -159,7 +159,7 @@ def explain(finding: Explained) -> str:
     message = clean(finding.message)
     facts = [
         f"{clean(key).replace('_', ' ')}: {shown}"
-        for key, value in list(finding.evidence.items())[:_MOST]
+        for key, value in list(finding.evidence.items())[:_MAX_LISTED]
         if (shown := clean(value, 160)) and not _is_said(shown, message)
     ]
     return f"{message} ({', '.join(facts)})" if facts else message
@@ -171,8 +171,8 @@ def _is_said(fact: str, message: str) -> bool:
 
 
 def listing(values: Sequence[str]) -> str:
-    shown = ", ".join(clean(value, 100) for value in values[:_MOST])
-    return f"{shown} and {len(values) - _MOST} more" if len(values) > _MOST else shown
+    shown = ", ".join(clean(value, 100) for value in values[:_MAX_LISTED])
+    return f"{shown} and {len(values) - _MAX_LISTED} more" if len(values) > _MAX_LISTED else shown
 
 
 def moment(at: float, zone: tzinfo | None = None) -> str:
@@ -200,7 +200,7 @@ def duration(seconds: float) -> str:
     return " ".join(parts[:2]) or "less than a second"
 
 
-def clean(text: str, most: int = _CLIP) -> str:
+def clean(text: str, most: int = _MAX_TEXT_LENGTH) -> str:
     """One line without control, invisible, text-turning and surrogate characters; at most `most` long."""
     kept = "".join(
         " " if c.isspace() else c for c in text[: most * 4] if c.isspace() or unicodedata.category(c)[0] != "C"

@@ -22,13 +22,13 @@ from vpn_sentinel.server.store.store import Store, StoreUnavailable
 
 log = logging.getLogger(__name__)
 
-LEASE: Final = 60.0
+LEASE_S: Final = 60.0
 # Must stay below the lease: whoever cannot send within this time does not hold the row any more.
-SEND: Final = 45.0
+SEND_TIMEOUT_S: Final = 45.0
 # Another server's debts are found after this long when that server dies; our own wake us.
-IDLE: Final = 30.0
+MAX_IDLE_S: Final = 30.0
 # While a channel fails, one delivery, due or not, finds out at least this often whether it works again.
-PROBE: Final = 30.0
+PROBE_INTERVAL_S: Final = 30.0
 
 # Waits until the event is set or so many seconds have passed.
 WaitFor = Callable[[asyncio.Event, float], Awaitable[None]]
@@ -94,14 +94,14 @@ class Worker:
         """Deliver one notice, if one is due; how many seconds there is nothing to do."""
         ticks = self._clock.boottime()
         if (wait := self._asked_to_wait_until - ticks) > 0:
-            return min(wait, IDLE)
+            return min(wait, MAX_IDLE_S)
         patience = self._patient_until - ticks
-        probe = 0.0 if self._failing is None else self._tried_at + PROBE - ticks
+        probe = 0.0 if self._failing is None else self._tried_at + PROBE_INTERVAL_S - ticks
         early = self._failing is not None and probe <= 0
         try:
             now = self._clock.wall()
             leased = await outbox.lease(
-                self._store, now, now + LEASE, 1, self._channel.name, urgent=patience > 0, early=early
+                self._store, now, now + LEASE_S, 1, self._channel.name, urgent=patience > 0, early=early
             )
             due = None if leased else await outbox.next_due(self._store, self._channel.name, now)
         except StoreUnavailable as e:
@@ -110,10 +110,10 @@ class Worker:
         if leased:
             return await self._deliver(leased[0])
         if due is None:
-            return IDLE
+            return MAX_IDLE_S
         # Never zero: a row that another server just leased looks due for a moment.
         wait = max(due - now, patience, 0.2)
-        return min(wait, probe if probe > 0 else IDLE, IDLE)
+        return min(wait, probe if probe > 0 else MAX_IDLE_S, MAX_IDLE_S)
 
     async def _deliver(self, delivery: Delivery) -> float:
         failure = await self._send(delivery)
@@ -138,7 +138,7 @@ class Worker:
                 self._asked_to_wait_until = self._tried_at + wait
             else:
                 self._patient_until = self._tried_at + wait
-        return min(wait, PROBE)
+        return min(wait, PROBE_INTERVAL_S)
 
     async def _send(self, delivery: Delivery) -> DeliveryError | None:
         try:
@@ -148,7 +148,7 @@ class Worker:
                 return PermanentError("unreadable")
             notice = outline
         try:
-            async with asyncio.timeout(SEND):
+            async with asyncio.timeout(SEND_TIMEOUT_S):
                 await self._channel.send(notice, delivery.id)
         except DeliveryError as e:
             return e

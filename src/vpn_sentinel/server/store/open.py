@@ -21,7 +21,7 @@ from vpn_sentinel.server.store.connecting import CONNECT_ERRORS, engine, said
 from vpn_sentinel.server.store.postgres import PostgresStore
 from vpn_sentinel.server.store.schema import meta
 from vpn_sentinel.server.store.sqlite import SqliteStore
-from vpn_sentinel.server.store.sqlitefile import PATIENCE, Held, hold, hold_for_a_server, prepare, unusable
+from vpn_sentinel.server.store.sqlitefile import LOCK_TIMEOUT_S, Held, hold, hold_for_a_server, prepare, unusable
 from vpn_sentinel.server.store.store import Store, StoreUnavailable, StoreUnusable
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ class _OldSchema(StoreUnusable):
 
 def _prepare_sqlite(path: Path, held: Held | None) -> str:
     damage = prepare(path, alone=held is not None)
-    waits = PATIENCE if held is None else 0.0
+    waits = LOCK_TIMEOUT_S if held is None else 0.0
     while True:
         try:
             _migrate_sqlite(path, alone=held is not None)

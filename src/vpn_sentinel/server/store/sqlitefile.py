@@ -27,8 +27,8 @@ _NETWORK: Final = {"nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "glusterfs
 _OURS: Final = "alembic_version"  # the table without which a database's tables are not ours
 _ESCAPED: Final = re.compile(rb"\\([0-7]{3})")
 # How long a server waits for the one before it to end, and for a command that opens the file: both let go soon.
-PATIENCE: Final = 5.0
-_BEAT: Final = 0.05
+LOCK_TIMEOUT_S: Final = 5.0
+_LOCK_RETRY_S: Final = 0.05
 # A file that is no database, or not one any more (https://www.sqlite.org/rescode.html).
 DAMAGED: Final = ("SQLITE_CORRUPT", "SQLITE_NOTADB")
 
@@ -77,7 +77,7 @@ def hold(path: Path, *, patience: float = 0.0) -> Held | None:
 
 def hold_for_a_server(path: Path) -> Held:
     """Take the file for as long as a server runs. Raises StoreUnusable when another one has it."""
-    held = hold(path, patience=PATIENCE)
+    held = hold(path, patience=LOCK_TIMEOUT_S)
     if held is None:
         msg = f"database {path} is in use by another server: two cannot share a file (several may share a PostgreSQL)"
         raise StoreUnusable(msg)
@@ -86,12 +86,12 @@ def hold_for_a_server(path: Path) -> Held:
 
 def _locked(handle: int, patience: float) -> bool:
     """Whether the lock was had in time. Raises OSError where there are no locks."""
-    for _ in range(int(patience / _BEAT) + 1):
+    for _ in range(int(patience / _LOCK_RETRY_S) + 1):
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
         if patience:
-            time.sleep(_BEAT)  # flock(2) itself waits for ever or not at all
+            time.sleep(_LOCK_RETRY_S)  # flock(2) itself waits for ever or not at all
     return False
 
 

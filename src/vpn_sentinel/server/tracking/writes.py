@@ -31,7 +31,7 @@ class Writes:
         body = encode_observation(seen).decode()
         self.observations.append((tunnel, spool, seq, at, received_at, verdict.state.value, body))
         self.actions += [
-            (tunnel, at - min(a.age, limits.OLDEST_REPORT), a.name, a.outcome.value, a.detail) for a in seen.actions
+            (tunnel, at - min(a.age, limits.MAX_REPORT_AGE_S), a.name, a.outcome.value, a.detail) for a in seen.actions
         ]
 
     def batches(self) -> list[Batch]:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-_EVERY: Final = 20.0  # seconds
+_LOOK_INTERVAL_S: Final = 20.0  # seconds
 _WORTH_IT: Final = 8_000_000  # bytes more than there were: to look through the heap takes some ten milliseconds
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 
@@ -30,7 +30,7 @@ async def give_back() -> None:
         return
     least = resident()
     while True:
-        await asyncio.sleep(_EVERY)
+        await asyncio.sleep(_LOOK_INTERVAL_S)
         least = min(least, resident())
         if resident() > least + _WORTH_IT:
             await asyncio.to_thread(trim, 0)

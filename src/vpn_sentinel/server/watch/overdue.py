@@ -4,8 +4,8 @@ Three things look alike to who holds a deadline against the time. They are told 
 
 - *The clock was set.* No time has passed that it does not know of: `timekeeper` moves all that is open with it.
 - *The loop was kept busy* (`presence`). It was there and had too much to do. Whoever sends it work can keep it late, so
-  that excuses little, and moves nothing: deadlines wait `LATE` seconds within a minute at most, in which reports that
-  came in time can be read.
+  that excuses little, and moves nothing: deadlines wait `MAX_EXCUSED_S` seconds within a minute at most, in which
+  reports that came in time can be read.
 - *Absence*: no server was there to hear anybody. Each tick says "alive" in the database; when the last one is long ago,
   less what the loop was late by, all deadlines move by the length of that gap before any of them is looked at: our
   fault is never the user's alarm.
@@ -27,16 +27,16 @@ from vpn_sentinel.server.watch.presence import Missed, Presence
 
 log = logging.getLogger(__name__)
 
-_TICK: Final = 1.0
-_SOONEST: Final = 0.1
+_TICK_S: Final = 1.0
+_MIN_SLEEP_S: Final = 0.1
 # A gap between two ticks that is longer than this was an outage: of the process, the machine or the database.
-OUTAGE: Final = 8.0
+MIN_OUTAGE_S: Final = 8.0
 # After an outage agents need a while to come back: they wait up to half a minute between tries.
-RETURN: Final = 45.0
-_AT_ONCE: Final = 500
+RETURN_GRACE_S: Final = 45.0
+_MAX_PER_SWEEP: Final = 500
 # Seconds by which deadlines may wait, in a minute, because the loop was held.
-LATE: Final = 5.0
-_MINUTE: Final = 60.0
+MAX_EXCUSED_S: Final = 5.0
+_WINDOW_S: Final = 60.0
 
 Follow = Callable[[Tracker], Awaitable[bool]]
 
@@ -70,7 +70,9 @@ class Overdue:
     def healthy(self) -> tuple[bool, str]:
         """For /health/ready: whether deadlines are watched, and if not why, in a word."""
         since = self._clock.boottime() - self._ticked_at
-        return (True, "") if since <= OUTAGE else (False, f"not watched for {since:.0f} s: {self._said or 'stuck'}")
+        return (
+            (True, "") if since <= MIN_OUTAGE_S else (False, f"not watched for {since:.0f} s: {self._said or 'stuck'}")
+        )
 
     async def run(self) -> None:
         while True:
@@ -87,7 +89,7 @@ class Overdue:
                     self._said = None
             # A deadline that passes before the next tick is looked at when it does: a loop that is kept busy takes long
             # enough for what follows.
-            await asyncio.sleep(min(_TICK, max(_SOONEST, self._next - self._clock.wall())))
+            await asyncio.sleep(min(_TICK_S, max(_MIN_SLEEP_S, self._next - self._clock.wall())))
 
     async def tick(self) -> None:
         """Say that the server is alive, forgive its own outage, and make overdue tunnels silent."""
@@ -109,30 +111,30 @@ class Overdue:
             else:
                 await self._tracker.sweep(due, now, grace)
             _, found = await self._read(now)
-        self._next = min((deadline + grace for _, deadline in found), default=now + _TICK)
+        self._next = min((deadline + grace for _, deadline in found), default=now + _TICK_S)
         # After what is urgent; a server that dies in between has been away for a moment longer.
         if alive is None:
             await self._store.write(insert(meta).values(key="alive", value=repr(now)))
-        elif not forgiven and now - float(alive) >= _TICK:
+        elif not forgiven and now - float(alive) >= _TICK_S:
             await self._store.write(update(meta).where(meta.c.key == "alive").values(value=repr(now)))
 
     async def _read(self, now: float) -> tuple[str | None, list[tuple[str, float]]]:
         """When somebody was last alive, and which deadlines have passed or soon do, the earliest first."""
-        soon = tunnels.c.deadline <= now + _TICK
+        soon = tunnels.c.deadline <= now + _TICK_S
         alive = select(meta.c.value).where(meta.c.key == "alive").scalar_subquery()
         one = select(alive.label("alive")).subquery()
         asked = select(one.c.alive, tunnels.c.name, tunnels.c.deadline).select_from(one.outerjoin(tunnels, soon))
-        found = await self._store.read(asked.order_by(tunnels.c.deadline).limit(_AT_ONCE))
+        found = await self._store.read(asked.order_by(tunnels.c.deadline).limit(_MAX_PER_SWEEP))
         return found[0].alive, [(r.name, r.deadline) for r in found if r.name is not None]
 
     def _grace(self, held: float) -> float:
         """By how many seconds deadlines wait now, when the loop was held for so long before this tick."""
         ticks = self._clock.boottime()
-        while self._excused and self._excused[0][0] <= ticks - _MINUTE:
+        while self._excused and self._excused[0][0] <= ticks - _WINDOW_S:
             self._excused.popleft()
         granted = sum(seconds for _, seconds in self._excused)
-        if held > 0 and granted < LATE:
-            self._excused.append((ticks, min(held, LATE - granted)))
+        if held > 0 and granted < MAX_EXCUSED_S:
+            self._excused.append((ticks, min(held, MAX_EXCUSED_S - granted)))
             granted += self._excused[-1][1]
         return granted
 
@@ -145,12 +147,12 @@ class Overdue:
             return False
         last = float(alive)
         # A server that starts was away however briefly, unless a replica watched meanwhile.
-        bearable = OUTAGE if self._started else 2 * _TICK
+        bearable = MIN_OUTAGE_S if self._started else 2 * _TICK_S
         gap = now - last - missed.late
         if gap < bearable:
             return False  # one that lies ahead is of a server that moved with the clock before this one
         later = tunnels.c.deadline + gap
-        least = now + RETURN
+        least = now + RETURN_GRACE_S
         # One transaction: a server that dies in between must not leave the outage counted and the deadlines where they
         # were. Replicas that start together wait for each other's row, and only the first finds its condition true.
         ours = meta.c.key == "alive", meta.c.value == alive

@@ -18,12 +18,12 @@ from vpn_sentinel.server.watch.presence import Presence
 
 log = logging.getLogger(__name__)
 
-_EVERY: Final = 1.0
-_MINUTE: Final = 60.0
+_LOOK_INTERVAL_S: Final = 1.0
+_WINDOW_S: Final = 60.0
 # Seconds of a minute by which the loop may be late in all; more, and people are told.
-TOO_LATE: Final = 15.0
+MAX_LATE_S: Final = 15.0
 # So long it must have been below that before they are told that it is over.
-CALM: Final = 300.0
+CALM_S: Final = 300.0
 _ADVICE: Final = (
     "While this lasts, a tunnel that falls silent may be told some seconds late.",
     "What to do: see in the log and in /metrics who sends so much, and give this machine more processor time.",
@@ -62,7 +62,7 @@ class Overload:
         self._missed = self._presence.look()  # its own start is over
         while True:
             await self.look()
-            await asyncio.sleep(_EVERY)
+            await asyncio.sleep(_LOOK_INTERVAL_S)
 
     async def look(self) -> None:
         """Note how late the loop is, and tell people when that lasts, and when it is over."""
@@ -70,12 +70,12 @@ class Overload:
         ticks, now = self._clock.boottime(), self._clock.wall()
         self._minute.append((ticks, missed.since(self._missed).late))
         self._missed = missed
-        while self._minute[0][0] <= ticks - _MINUTE:
+        while self._minute[0][0] <= ticks - _WINDOW_S:
             self._minute.popleft()
         self._gauge.set(max(seconds for _, seconds in self._minute))
         total = sum(seconds for _, seconds in self._minute)
-        if total >= TOO_LATE:
-            self._over_at = ticks + CALM
+        if total >= MAX_LATE_S:
+            self._over_at = ticks + CALM_S
             if self._began is None:
                 self._began = ticks
                 said = f"In the last minute its work was late by {total:.0f} seconds in all."

@@ -22,14 +22,14 @@ from vpn_sentinel.server.tracking.inputs import PortCheckResult
 
 log = logging.getLogger(__name__)
 
-EVERY: Final = 60.0
+CHECK_INTERVAL_S: Final = 60.0
 # A tunnel that changes its port all the time is followed no faster than this.
-_APART: Final = 30.0
-_TRIES: Final = 3
-_PAUSE: Final = 2.0
-_LIMIT: Final = 5.0
-_AT_ONCE: Final = 16
-_TICK: Final = 1.0
+_MIN_APART_S: Final = 30.0
+_MAX_TRIES: Final = 3
+_PAUSE_S: Final = 2.0
+_CONNECT_TIMEOUT_S: Final = 5.0
+_MAX_AT_ONCE: Final = 16
+_TICK_S: Final = 1.0
 # Nothing of this host leads there, or it forbids to ask: that says nothing of the port.
 _OURS: Final = {
     errno.ENETUNREACH, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM,
@@ -48,7 +48,7 @@ class _Plan:
     asking: bool = False
 
 
-async def knock(address: IPAddress, port: int, *, limit: float = _LIMIT) -> Answer:
+async def knock(address: IPAddress, port: int, *, limit: float = _CONNECT_TIMEOUT_S) -> Answer:
     """Connect once and hang up. UNKNOWN when this host cannot ask."""
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     try:
@@ -74,7 +74,7 @@ class Ports:
         clock: Clock,
         *,
         knock: Callable[[IPAddress, int], Awaitable[Answer]] = knock,
-        pause: float = _PAUSE,
+        pause: float = _PAUSE_S,
         rng: random.Random | None = None,
     ) -> None:
         self._forwarded = forwarded
@@ -84,14 +84,14 @@ class Ports:
         self._pause = pause
         self._rng = rng or random.Random()  # noqa: S311 - spreads load, guards nothing
         self._plans: dict[str, _Plan] = {}
-        self._slots = asyncio.Semaphore(_AT_ONCE)
+        self._slots = asyncio.Semaphore(_MAX_AT_ONCE)
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
             while True:
                 for name, where in self.due():
                     group.create_task(self._try(name, where))
-                await asyncio.sleep(_TICK)
+                await asyncio.sleep(_TICK_S)
 
     def due(self) -> list[tuple[str, Where]]:
         """The ports whose time has come; each is planned anew."""
@@ -104,10 +104,10 @@ class Ports:
             if plan is None:
                 plan = self._plans[name] = _Plan(where, now)
             elif plan.where != where:
-                plan.where, plan.due = where, min(plan.due, max(now, plan.tried + _APART))
+                plan.where, plan.due = where, min(plan.due, max(now, plan.tried + _MIN_APART_S))
             if plan.due <= now and not plan.asking:
                 plan.asking = True  # closed ports take long: however many there are, each waits for its turn once
-                plan.tried, plan.due = now, now + EVERY * self._rng.uniform(0.9, 1.1)
+                plan.tried, plan.due = now, now + CHECK_INTERVAL_S * self._rng.uniform(0.9, 1.1)
                 found.append((name, where))
         return found
 
@@ -133,7 +133,7 @@ class Ports:
     async def _ask(self, where: Where) -> Answer:
         """One lost packet is no closed port: only the third silence counts."""
         answer = Answer.UNKNOWN
-        for attempt in range(_TRIES):
+        for attempt in range(_MAX_TRIES):
             if attempt:
                 await asyncio.sleep(self._pause)
             answer = await self._knock(*where)

@@ -19,18 +19,19 @@ from typing import Final, NamedTuple
 
 from vpn_sentinel.runtime.clock import Clock
 
-EVERY: Final = 0.25  # seconds between two looks
-HELD: Final = 1.0
+LOOK_INTERVAL_S: Final = 0.25  # seconds between two looks
+MIN_HELD_S: Final = 1.0
 # Seconds beyond that which no busy machine explains.
-_AWAY: Final = 2.0
+_MIN_AWAY_S: Final = 2.0
 # A process that used a greater part of a stretch was there.
-_IDLE: Final = 0.25
+_MAX_IDLE_SHARE: Final = 0.25
 
 
 class Missed(NamedTuple):
     """Seconds that a loop missed, all in all.
 
-    `held` is the part of `late` that was more than `HELD` seconds at once: so long a report can have waited unread.
+    `held` is the part of `late` that was more than `MIN_HELD_S` seconds at once: so long a report can have waited
+    unread.
     """
 
     away: float = 0.0
@@ -48,7 +49,7 @@ class Presence:
         self._used = used
         self._lock = threading.Lock()
         self._seen = (clock.boottime(), used())
-        self._due = self._seen[0] + EVERY  # when the loop should look next
+        self._due = self._seen[0] + LOOK_INTERVAL_S  # when the loop should look next
         self._away = 0.0
         self._missed = Missed()
 
@@ -60,15 +61,15 @@ class Presence:
         if now > self._due:
             late = max(0.0, now - self._due - (away - missed.away))
             self._due = now
-        self._missed = Missed(away, missed.late + late, missed.held + (late if late > HELD else 0.0))
+        self._missed = Missed(away, missed.late + late, missed.held + (late if late > MIN_HELD_S else 0.0))
         return self._missed
 
     async def run(self) -> None:
         """Look again and again, until cancelled."""
         with self._watched():
             while True:
-                self._due = self._boottime() + EVERY
-                await asyncio.sleep(EVERY)
+                self._due = self._boottime() + LOOK_INTERVAL_S
+                await asyncio.sleep(LOOK_INTERVAL_S)
                 self.look()
 
     @contextmanager
@@ -76,7 +77,7 @@ class Presence:
         over = threading.Event()
 
         def watch() -> None:
-            while not over.wait(EVERY):
+            while not over.wait(LOOK_INTERVAL_S):
                 self._beat()
 
         thread = threading.Thread(target=watch, name="presence", daemon=True)
@@ -92,5 +93,5 @@ class Presence:
         with self._lock:
             (then, used), self._seen = self._seen, (self._boottime(), self._used())
             gap = self._seen[0] - then
-            if gap > EVERY + _AWAY and self._seen[1] - used < _IDLE * gap:
+            if gap > LOOK_INTERVAL_S + _MIN_AWAY_S and self._seen[1] - used < _MAX_IDLE_SHARE * gap:
                 self._away += gap

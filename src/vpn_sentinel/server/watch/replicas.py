@@ -16,9 +16,9 @@ from vpn_sentinel.server.store.store import Store, StoreUnavailable
 
 log = logging.getLogger(__name__)
 
-_EVERY: Final = 1.0
+_POLL_INTERVAL_S: Final = 1.0
 # Replicas' clocks may differ by as much, in seconds; what is told twice does no harm.
-_OVERLAP: Final = 5.0
+_OVERLAP_S: Final = 5.0
 
 
 class Replicas:
@@ -30,13 +30,13 @@ class Replicas:
     async def run(self) -> None:
         since = self._clock.wall()
         while True:
-            await asyncio.sleep(_EVERY)
+            await asyncio.sleep(_POLL_INTERVAL_S)
             if not self._hub.listeners:
                 since = self._clock.wall()
                 continue
             try:
                 now = self._clock.wall()
-                lately = or_(tunnels.c.last_seen > since - _OVERLAP, tunnels.c.since > since - _OVERLAP)
+                lately = or_(tunnels.c.last_seen > since - _OVERLAP_S, tunnels.c.since > since - _OVERLAP_S)
                 found = await self._store.read(select(tunnels.c.name).where(lately))
             except StoreUnavailable as e:
                 log.debug("other replicas' news were not read", extra={"reason": e.reason})

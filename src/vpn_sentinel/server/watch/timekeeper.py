@@ -18,14 +18,14 @@ from vpn_sentinel.server.notify.outbox import WINDOW_S
 from vpn_sentinel.server.store.schema import incidents, meta, outbox, tokens, transitions, tunnels
 from vpn_sentinel.server.store.store import Store
 from vpn_sentinel.server.tracking.tracker import Tracker
-from vpn_sentinel.server.watch.overdue import OUTAGE, RETURN
+from vpn_sentinel.server.watch.overdue import MIN_OUTAGE_S, RETURN_GRACE_S
 
 log = logging.getLogger(__name__)
 
 # A clock that is off by less is followed, and nothing is moved: seconds.
-STEP: Final = 1.0
+MIN_STEP_S: Final = 1.0
 # Each server looks once a second.
-PATIENCE: Final = 1.5
+SETTLE_S: Final = 1.5
 # The row of `meta`: by how much the clock has been set, all in all, and when last.
 MOVED: Final = "moved"
 _MOVED: Final = select(meta.c.value).where(meta.c.key == MOVED)
@@ -55,17 +55,17 @@ class Timekeeper:
             add = text("INSERT INTO meta (key, value) VALUES (:key, :never) ON CONFLICT (key) DO NOTHING")
             await self._store.write(add.bindparams(key=MOVED, never=_text(0.0, 0.0)))
         behind = await self._behind()
-        if abs(behind) >= OUTAGE:
+        if abs(behind) >= MIN_OUTAGE_S:
             log.warning("the database's clock counts, not this server's", extra={"seconds": f"{behind:+.0f}"})
         self._clock.move(behind)
         while True:
             self.moved = await self._total()
             rows = await self._store.read(select(meta.c.value).where(meta.c.key == "alive"))
             gap = self._clock.wall() - float(rows[0].value) if rows else 0.0
-            if gap > -STEP:
+            if gap > -MIN_STEP_S:
                 return
             now = self._clock.wall()
-            if await self._move(by := float(round(gap)), now, now + RETURN):
+            if await self._move(by := float(round(gap)), now, now + RETURN_GRACE_S):
                 self.moved += by
                 self._say(by)
                 return
@@ -82,7 +82,7 @@ class Timekeeper:
                     await self._go_along(move)
                 went = True
             behind = await self._behind()
-            if abs(behind) < STEP:
+            if abs(behind) < MIN_STEP_S:
                 self._clock.move(behind)
                 return went
             # Whole seconds: sums of them are exact, and times that were equal stay so.
@@ -91,7 +91,7 @@ class Timekeeper:
                 await asyncio.sleep(self._patience)
                 now = self._clock.wall() + by
                 # A machine that was paused wakes up like one whose clock was set forward: its agents have to come back.
-                await self._move(by, now, now + RETURN if by >= OUTAGE else 0.0)
+                await self._move(by, now, now + RETURN_GRACE_S if by >= MIN_OUTAGE_S else 0.0)
                 await self._go_along(move)
             went = True
 

@@ -21,9 +21,11 @@ from vpn_sentinel.server.store.store import StoreUnavailable
 
 log = logging.getLogger(__name__)
 
-_SETTLE: Final = 20.0  # seconds after the start, when agents have come back: reading a large file takes the disk's time
-_LOOK: Final = 60.0  # between two looks whether a backup is due
-_AGAIN: Final = 3600.0  # after one that failed
+_SETTLE_S: Final = (
+    20.0  # seconds after the start, when agents have come back: reading a large file takes the disk's time
+)
+_LOOK_INTERVAL_S: Final = 60.0  # between two looks whether a backup is due
+_RETRY_S: Final = 3600.0  # after one that failed
 
 
 class UpkeepMetrics:
@@ -74,11 +76,11 @@ class Upkeep:
             await self.tell_what_was_lost()
         except StoreUnavailable as e:
             log.warning("what the database lost cannot be told now", extra={"reason": e.reason})
-        await asyncio.sleep(_SETTLE)
+        await asyncio.sleep(_SETTLE_S)
         await self.look()
         while True:
             await self.back_up_if_due()
-            await asyncio.sleep(_LOOK)
+            await asyncio.sleep(_LOOK_INTERVAL_S)
 
     async def tell_what_was_lost(self) -> None:
         """Owe people what was noted when the database was opened. Raises StoreUnavailable."""
@@ -116,7 +118,7 @@ class Upkeep:
             self._metrics.newest.set(newest)
             if not self._every or now - newest < self._every or self._clock.boottime() < self._again_at:
                 return
-            self._again_at = self._clock.boottime() + _AGAIN
+            self._again_at = self._clock.boottime() + _RETRY_S
             if not await self.look():
                 self._failed("the database is not whole, and the copies that are there are")
                 return

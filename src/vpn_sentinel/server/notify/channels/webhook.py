@@ -33,7 +33,7 @@ from vpn_sentinel.server.notify.guard import ForbiddenAddressError
 from vpn_sentinel.server.settings import Webhook
 from vpn_sentinel.wire.codec import encode
 
-LIMIT: Final = 10.0
+TIMEOUT_S: Final = 10.0
 # The state in which a notice of this kind leaves its tunnel.
 _STATE: Final[Mapping[Kind, State]] = {
     Kind.CONNECTED: State.PROTECTED,
@@ -52,7 +52,7 @@ class WebhookChannel:
 
     name = "webhook"
 
-    def __init__(self, http: httpx.AsyncClient, webhook: Webhook, clock: Clock, limit: float = LIMIT) -> None:
+    def __init__(self, http: httpx.AsyncClient, webhook: Webhook, clock: Clock, limit: float = TIMEOUT_S) -> None:
         self._http = http
         self._webhook = webhook
         self._clock = clock
