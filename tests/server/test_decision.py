@@ -21,7 +21,7 @@ from vpn_sentinel.server.tracking.inputs import (
     ReportBatch,
     TimedObservation,
 )
-from vpn_sentinel.server.tracking.known import Known
+from vpn_sentinel.server.tracking.knowledge import Knowledge
 from vpn_sentinel.server.tracking.sites import Sites
 
 NAMES = ("nl", "ch", "home")
@@ -79,7 +79,7 @@ class World:
 
     def __init__(self) -> None:
         self.rows: dict[str, TunnelRow] = {}
-        self.known = Known(Sites())
+        self.known = Knowledge(Sites())
         self.committed: list[Any] = []
 
     def take(self, step: Step) -> None:
@@ -111,7 +111,7 @@ class World:
             known.repeats,
             known.pulse_addresses,
             known.beside_tunnel,
-            known.senders,
+            known.sources,
             known.forwarded,
             known.sites._by_name,
             known.sites._by_site,

@@ -89,7 +89,7 @@ async def test_reports_reads_and_deliveries_at_once(store: Store) -> None:
         for _ in range(10):
             await store.write(insert(outbox).values({**row, "leased_until": 0.0, "attempt": 0}))
             [one] = await deliveries.lease(store, 2.0, 60.0, 1, f"c{n}")
-            done = deliveries.Outcome(result=deliveries.Result.DONE)
+            done = deliveries.DeliveryOutcome(result=deliveries.Result.DONE)
             await deliveries.settle(store, one, done, 2.0)
 
     async def look(n: int) -> None:

@@ -216,7 +216,7 @@ async def test_what_is_leased_and_what_is_due_later_stays_so_long(server: Server
     assert (again.id, again.attempt) == (leased.id, 2)
     assert now - again.created_at == 61.0  # as old as it is: nothing is given up sooner, or never
 
-    later = debts.Outcome(result=debts.Result.TRANSIENT, due_at=now + 300)
+    later = debts.DeliveryOutcome(result=debts.Result.TRANSIENT, due_at=now + 300)
     await debts.settle(server.store, again, later, now)
     await server.set(-by)
     assert await debts.next_due(server.store, "telegram", server.clock.wall()) == server.clock.wall() + 300
@@ -229,7 +229,7 @@ async def test_what_a_channel_was_told_before_is_not_handed_to_it_from_another(s
         await server.takes(LEAK)
     now = server.clock.wall()
     (told,) = await debts.lease(server.store, now, now + 60, 1, "telegram")
-    await debts.settle(server.store, told, debts.Outcome(result=debts.Result.DONE), now)
+    await debts.settle(server.store, told, debts.DeliveryOutcome(result=debts.Result.DONE), now)
     await server.set(by)
     await server.runs(61)
     now = server.clock.wall()

@@ -33,7 +33,7 @@ from vpn_sentinel.server.store.schema import incidents, observations, outbox, tr
 from vpn_sentinel.server.store.store import C, Decide, Store, StoreUnavailable, TunnelRow
 from vpn_sentinel.server.tracking.group_commit import Busy
 from vpn_sentinel.server.tracking.inputs import ReportBatch, TimedObservation
-from vpn_sentinel.server.tracking.senders import Senders
+from vpn_sentinel.server.tracking.report_sources import ReportSources
 from vpn_sentinel.server.tracking.tracker import Tracker
 
 START = 1_800_000_000.0
@@ -388,7 +388,7 @@ async def test_a_slow_agent_and_a_quick_one_under_one_name_are_two(watch: Watch)
 
 
 def test_a_clock_that_is_set_back_keeps_no_name_shared() -> None:
-    senders, at = Senders(), START
+    senders, at = ReportSources(), START
     for _ in range(6):
         for spool, before in (("s1", "s2"), ("s2", "s1")):
             at += 30
@@ -401,7 +401,7 @@ def test_a_clock_that_is_set_back_keeps_no_name_shared() -> None:
 
 
 def test_a_message_that_is_tried_again_is_one() -> None:
-    senders = Senders()
+    senders = ReportSources()
     for spool, before in 4 * (("s1", "s2"), ("s2", "s1")):
         senders = senders.heard(spool, before, START, 30.0, known=False)
         assert not senders.are_several(START)

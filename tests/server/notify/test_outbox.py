@@ -12,14 +12,14 @@ from vpn_sentinel.domain.verdict import Code, Finding, State
 from vpn_sentinel.server.notify import outbox as subject
 from vpn_sentinel.server.notify import retry
 from vpn_sentinel.server.notify.channel import DeliveryError, PermanentError, SetupError, TransientError
-from vpn_sentinel.server.notify.outbox import Delivery, Outcome, Pending, Result, lease, next_due, settle
+from vpn_sentinel.server.notify.outbox import DeliveryOutcome, LeasedDelivery, Pending, Result, lease, next_due, settle
 from vpn_sentinel.server.store.open import open_store
 from vpn_sentinel.server.store.outbox_rows import delivery_rows
 from vpn_sentinel.server.store.schema import attempts, outbox
 from vpn_sentinel.server.store.store import Store
 
 NOW = 1_800_000_000.0
-DONE = Outcome(result=Result.DONE)
+DONE = DeliveryOutcome(result=Result.DONE)
 
 
 def notice(tunnel: str = "nl-1", kind: Kind = Kind.LEAKING) -> Notice:
@@ -119,7 +119,7 @@ async def test_done_is_settled_with_its_attempt(store: Store) -> None:
 async def test_due_later_frees_the_lease(store: Store) -> None:
     await owed_rows(store, notice())
     [delivery] = await lease(store, NOW, NOW + 60, 1)
-    await settle(store, delivery, Outcome(result=Result.TRANSIENT, reason="timeout", due_at=NOW + 8), NOW + 4)
+    await settle(store, delivery, DeliveryOutcome(result=Result.TRANSIENT, reason="timeout", due_at=NOW + 8), NOW + 4)
     assert await lease(store, NOW + 7, NOW + 67, 1) == []
     assert [d.attempt for d in await lease(store, NOW + 8, NOW + 68, 1)] == [2]
     assert await tries(store) == [(delivery.id, 1, "transient", "timeout")]
@@ -128,7 +128,7 @@ async def test_due_later_frees_the_lease(store: Store) -> None:
 async def test_given_up_is_settled_with_its_reason(store: Store) -> None:
     await owed_rows(store, notice())
     [delivery] = await lease(store, NOW, NOW + 60, 1)
-    await settle(store, delivery, Outcome(result=Result.PERMANENT, reason="rejected"), NOW)
+    await settle(store, delivery, DeliveryOutcome(result=Result.PERMANENT, reason="rejected"), NOW)
     [row] = await rows(store)
     assert row.outcome == "given_up"
     assert await tries(store) == [(delivery.id, 1, "permanent", "rejected")]
@@ -146,10 +146,10 @@ async def test_a_lease_that_ran_out_cannot_undo_the_next_holders(store: Store) -
     await owed_rows(store, notice())
     [late] = await lease(store, NOW, NOW + 60, 1)
     [holder] = await lease(store, NOW + 61, NOW + 121, 1)
-    await settle(store, late, Outcome(result=Result.TRANSIENT, reason="timeout", due_at=NOW + 62), NOW + 62)
+    await settle(store, late, DeliveryOutcome(result=Result.TRANSIENT, reason="timeout", due_at=NOW + 62), NOW + 62)
     assert await lease(store, NOW + 63, NOW + 123, 1) == []
     await settle(store, holder, DONE, NOW + 64)
-    await settle(store, late, Outcome(result=Result.PERMANENT, reason="rejected"), NOW + 65)
+    await settle(store, late, DeliveryOutcome(result=Result.PERMANENT, reason="rejected"), NOW + 65)
     [row] = await rows(store)
     assert (row.settled_at, row.outcome) == (NOW + 64, "done")
 
@@ -166,7 +166,7 @@ async def test_the_messages_of_one_tunnel_keep_their_order(store: Store) -> None
     await owed_rows(store, notice("a"), notice("b"), notice("a", Kind.RECOVERED))
     [leak] = await lease(store, NOW, NOW + 60, 1)
     assert [d.tunnel for d in await lease(store, NOW, NOW + 60, 10)] == ["b"]
-    await settle(store, leak, Outcome(result=Result.TRANSIENT, reason="timeout", due_at=NOW + 30), NOW)
+    await settle(store, leak, DeliveryOutcome(result=Result.TRANSIENT, reason="timeout", due_at=NOW + 30), NOW)
     assert await lease(store, NOW, NOW + 60, 10) == []  # "recovered" waits for "leaking"
     assert await next_due(store, "telegram", NOW) == NOW + 30
     [leak] = await lease(store, NOW + 30, NOW + 90, 10)
@@ -180,7 +180,7 @@ async def test_a_message_that_always_fails_holds_up_the_next_for_a_while_only(st
         [stuck] = await lease(store, NOW, NOW + 60, 10)
         assert (stuck.kind, stuck.attempt) == ("leaking", attempt)
         later = NOW if attempt < subject.MAX_TRIES_IN_ORDER else NOW + 100
-        await settle(store, stuck, Outcome(result=Result.TRANSIENT, reason="server_error", due_at=later), NOW)
+        await settle(store, stuck, DeliveryOutcome(result=Result.TRANSIENT, reason="server_error", due_at=later), NOW)
     assert [d.kind for d in await lease(store, NOW, NOW + 60, 10)] == ["recovered"]
 
 
@@ -394,11 +394,11 @@ async def test_the_claim_uses_the_index(store: Store, database_url: str) -> None
     assert "ix_outbox_due" in plan
 
 
-def a_delivery(attempt: int = 1, age: float = 0.0) -> Delivery:
-    return Delivery(id=1, channel="c", tunnel="t", kind="down", body="", attempt=attempt, created_at=NOW - age)
+def a_delivery(attempt: int = 1, age: float = 0.0) -> LeasedDelivery:
+    return LeasedDelivery(id=1, channel="c", tunnel="t", kind="down", body="", attempt=attempt, created_at=NOW - age)
 
 
-def due_in(failure: DeliveryError, delivery: Delivery) -> float | None:
+def due_in(failure: DeliveryError, delivery: LeasedDelivery) -> float | None:
     due = retry.after(failure, delivery, NOW, random.Random(1)).due_at
     return None if due is None else due - NOW
 
@@ -419,7 +419,7 @@ RETRIES = {
 
 
 @pytest.mark.parametrize(("failure", "delivery", "least", "most"), RETRIES.values(), ids=RETRIES.keys())
-def test_tried_again(failure: DeliveryError, delivery: Delivery, least: float, most: float) -> None:
+def test_tried_again(failure: DeliveryError, delivery: LeasedDelivery, least: float, most: float) -> None:
     wait = due_in(failure, delivery)
     assert wait is not None
     assert least <= wait <= most
@@ -433,7 +433,7 @@ GIVEN_UP = {
 
 
 @pytest.mark.parametrize(("failure", "delivery"), GIVEN_UP.values(), ids=GIVEN_UP.keys())
-def test_given_up(failure: DeliveryError, delivery: Delivery) -> None:
+def test_given_up(failure: DeliveryError, delivery: LeasedDelivery) -> None:
     outcome = retry.after(failure, delivery, NOW, random.Random(1))
     assert outcome.given_up
     assert outcome.reason == failure.reason

@@ -57,7 +57,7 @@ class Part(msgspec.Struct, frozen=True, omit_defaults=True):
     detail: str = ""
 
 
-class Report(msgspec.Struct, frozen=True):
+class HealthReport(msgspec.Struct, frozen=True):
     """`status` is "ok" or "failing"; `parts` says of each part whether it works, and if not why."""
 
     status: str
@@ -74,11 +74,11 @@ class Readiness:
     def __init__(self, services: HealthServices) -> None:
         self._services = services
         self._asking = asyncio.Lock()
-        self._report = Report("failing")
+        self._report = HealthReport("failing")
         self._asked_at = float("-inf")
         self._started = False
 
-    async def report(self) -> Report:
+    async def report(self) -> HealthReport:
         """What works now, at most one second old. Concurrent callers wait for one answer."""
         async with self._asking:
             if self._services.clock.boottime() - self._asked_at > _FRESH:
@@ -88,18 +88,18 @@ class Readiness:
                     parts["deadlines"] = Part(*self._services.deadlines())
                 if self._services.canary is not None:
                     parts["canary"] = Part(*self._services.canary())
-                self._report = Report("ok" if all(p.ok for p in parts.values()) else "failing", parts)
+                self._report = HealthReport("ok" if all(p.ok for p in parts.values()) else "failing", parts)
                 self._asked_at = self._services.clock.boottime()
             return self._report
 
-    async def started(self) -> Report:
+    async def started(self) -> HealthReport:
         """Whether the database has answered since this process began; once it has, that stays."""
         if not self._started:
             database = (await self.report()).parts["database"]
             if not database.ok:
-                return Report("failing", {"database": database})
+                return HealthReport("failing", {"database": database})
             self._started = True
-        return Report("ok")
+        return HealthReport("ok")
 
     async def _database(self) -> Part:
         try:
@@ -194,19 +194,19 @@ def build_health(services: HealthServices) -> App:
             await send({"type": "websocket.close"})  # before it is accepted: answered with 403
             return
         if scope["path"] in _PATHS and scope["method"] != "GET":
-            await _json(send, HTTPStatus.METHOD_NOT_ALLOWED, Report("method not allowed"))
+            await _json(send, HTTPStatus.METHOD_NOT_ALLOWED, HealthReport("method not allowed"))
             return
         match scope["path"]:
             case "/metrics":
                 await metrics.answer(scope, send)
             case "/health":
-                await _json(send, HTTPStatus.OK, Report("ok"))
+                await _json(send, HTTPStatus.OK, HealthReport("ok"))
             case "/health/ready":
                 await _report(send, await readiness.report())
             case "/health/startup":
                 await _report(send, await readiness.started())
             case _:
-                await _json(send, HTTPStatus.NOT_FOUND, Report("not found"))
+                await _json(send, HTTPStatus.NOT_FOUND, HealthReport("not found"))
 
     return app
 
@@ -214,11 +214,11 @@ def build_health(services: HealthServices) -> App:
 _PATHS: Final = frozenset({"/health", "/health/ready", "/health/startup", "/metrics"})
 
 
-async def _report(send: Send, report: Report) -> None:
+async def _report(send: Send, report: HealthReport) -> None:
     await _json(send, HTTPStatus.OK if report.ok else HTTPStatus.SERVICE_UNAVAILABLE, report)
 
 
-async def _json(send: Send, status: HTTPStatus, report: Report) -> None:
+async def _json(send: Send, status: HTTPStatus, report: HealthReport) -> None:
     await _answer(send, status, "application/json", msgspec.json.encode(report))
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge
 
-from vpn_sentinel.server.notify.outbox import Outcome, Pending
+from vpn_sentinel.server.notify.outbox import DeliveryOutcome, Pending
 
 
 class NotifyMetrics:
@@ -34,7 +34,7 @@ class NotifyMetrics:
             self._given_up.labels(channel)
         self.set_pending((), 0.0)
 
-    def tried(self, channel: str, outcome: Outcome) -> None:
+    def tried(self, channel: str, outcome: DeliveryOutcome) -> None:
         self._tries.labels(channel, str(outcome.result), outcome.reason).inc()
         if outcome.given_up:
             self._given_up.labels(channel).inc()

@@ -85,7 +85,7 @@ class Result(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Delivery:
+class LeasedDelivery:
     """A leased row. `attempt` counts this try too; `created_at` is seconds since the epoch.
 
     One that sums up `changes` rows, `leaks` of them leaks, stands for those of its tunnel up to the id `through`: it
@@ -122,7 +122,7 @@ class Delivery:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class DeliveryOutcome:
     """What becomes of a delivery after a try: due again at `due_at`, or settled when that is None."""
 
     result: Result
@@ -152,7 +152,7 @@ async def lease(
     *,
     urgent: bool = False,
     early: bool = False,
-) -> list[Delivery]:
+) -> list[LeasedDelivery]:
     """Claim up to `limit` due deliveries until `until`, the most urgent first, then whose tunnel waits for longest.
 
     One of a tunnel of which enough was told comes summed up with all that waits behind it.
@@ -196,12 +196,12 @@ async def lease(
         )
     )
     _, rows = await store.write(_supersede(now, channel), statement)
-    leased = [Delivery(**row._mapping) for row in rows]  # noqa: SLF001 - SQLAlchemy's public name
+    leased = [LeasedDelivery(**row._mapping) for row in rows]  # noqa: SLF001 - SQLAlchemy's public name
     leased.sort(key=lambda d: (URGENCY.get(d.kind, _LEAST_URGENT), d.id))
     return [await _with_what_waits(store, d, now) for d in leased]
 
 
-async def _with_what_waits(store: Store, delivery: Delivery, now: float) -> Delivery:
+async def _with_what_waits(store: Store, delivery: LeasedDelivery, now: float) -> LeasedDelivery:
     """`delivery`, summed up with what waits behind it if it was held back. No other lease can take that meanwhile."""
     line = _lines(now, delivery.channel, delivery.tunnel)
     held = line.c.held_until > delivery.created_at
@@ -226,7 +226,7 @@ async def _with_what_waits(store: Store, delivery: Delivery, now: float) -> Deli
     )
 
 
-async def settle(store: Store, delivery: Delivery, outcome: Outcome, now: float) -> None:
+async def settle(store: Store, delivery: LeasedDelivery, outcome: DeliveryOutcome, now: float) -> None:
     """Record a try and what follows from it, in one transaction. Raises StoreUnavailable.
 
     Told, a summed-up delivery settles all that it stands for; else these wait on, to be summed up anew.

@@ -4,7 +4,7 @@ import random
 from typing import Final
 
 from vpn_sentinel.server.notify.channel import DeliveryError, PermanentError, SetupError, TransientError
-from vpn_sentinel.server.notify.outbox import Delivery, Outcome, Result
+from vpn_sentinel.server.notify.outbox import DeliveryOutcome, LeasedDelivery, Result
 
 FIRST_WAIT_S: Final = 1.0
 MAX_WAIT_S: Final = 300.0
@@ -16,7 +16,7 @@ KEEP_TRYING_S: Final = 7 * 86400.0
 MIN_TRIES: Final = 10
 
 
-def after(failure: DeliveryError, delivery: Delivery, now: float, rng: random.Random) -> Outcome:
+def after(failure: DeliveryError, delivery: LeasedDelivery, now: float, rng: random.Random) -> DeliveryOutcome:
     """What becomes of `delivery` after `failure`.
 
     - PermanentError: given up at once; the next notice may fare better.
@@ -27,7 +27,7 @@ def after(failure: DeliveryError, delivery: Delivery, now: float, rng: random.Ra
     age = now - delivery.created_at
     match failure:
         case PermanentError():
-            return Outcome(result=Result.PERMANENT, reason=failure.reason)
+            return DeliveryOutcome(result=Result.PERMANENT, reason=failure.reason)
         case SetupError():
             result, keep, wait = Result.PERMANENT, KEEP_TRYING_S, MAX_WAIT_S * rng.uniform(0.8, 1.2)
         case TransientError(retry_after=float() | int() as asked):
@@ -37,5 +37,5 @@ def after(failure: DeliveryError, delivery: Delivery, now: float, rng: random.Ra
             doubled = FIRST_WAIT_S * 2.0 ** min(delivery.attempt - 1, 20)
             result, keep, wait = Result.TRANSIENT, KEEP_TRYING_S, min(doubled * rng.uniform(0.5, 1.5), MAX_WAIT_S)
     if age >= keep and delivery.attempt >= MIN_TRIES:
-        return Outcome(result=result, reason=failure.reason)
-    return Outcome(result=result, reason=failure.reason, due_at=now + wait)
+        return DeliveryOutcome(result=result, reason=failure.reason)
+    return DeliveryOutcome(result=result, reason=failure.reason, due_at=now + wait)

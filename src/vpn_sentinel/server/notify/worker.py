@@ -16,7 +16,7 @@ from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.server.notify import outbox, retry
 from vpn_sentinel.server.notify.channel import Channel, DeliveryError, PermanentError, TransientError
 from vpn_sentinel.server.notify.metrics import NotifyMetrics
-from vpn_sentinel.server.notify.outbox import Delivery, Outcome, Result
+from vpn_sentinel.server.notify.outbox import DeliveryOutcome, LeasedDelivery, Result
 from vpn_sentinel.server.notify.reasons import words
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
 
@@ -115,10 +115,12 @@ class Worker:
         wait = max(due - now, patience, 0.2)
         return min(wait, probe if probe > 0 else MAX_IDLE_S, MAX_IDLE_S)
 
-    async def _deliver(self, delivery: Delivery) -> float:
+    async def _deliver(self, delivery: LeasedDelivery) -> float:
         failure = await self._send(delivery)
         now, self._tried_at = self._clock.wall(), self._clock.boottime()
-        outcome = Outcome(result=Result.DONE) if failure is None else retry.after(failure, delivery, now, self._rng)
+        outcome = (
+            DeliveryOutcome(result=Result.DONE) if failure is None else retry.after(failure, delivery, now, self._rng)
+        )
         # Until this is written nothing else is sent: a message that was told and not marked would be told again.
         await self._retry_until_stored(lambda: outbox.settle(self._store, delivery, outcome, now))
         self._metrics.tried(self._channel.name, outcome)
@@ -140,7 +142,7 @@ class Worker:
                 self._patient_until = self._tried_at + wait
         return min(wait, PROBE_INTERVAL_S)
 
-    async def _send(self, delivery: Delivery) -> DeliveryError | None:
+    async def _send(self, delivery: LeasedDelivery) -> DeliveryError | None:
         try:
             notice = delivery.notice()
         except (ValueError, RecursionError):
@@ -167,7 +169,7 @@ class Worker:
             log.error("a defect keeps a notice from being sent, please report it", extra=known)
         self._defect = (reason, place)
 
-    def _say(self, delivery: Delivery, outcome: Outcome) -> None:
+    def _say(self, delivery: LeasedDelivery, outcome: DeliveryOutcome) -> None:
         """One line when a failure begins, changes or ends, and one for each notice that is lost."""
         channel = self._channel.name
         known = {"channel": channel, "delivery": delivery.id, "tunnel": delivery.tunnel, "kind": delivery.kind}

@@ -122,7 +122,7 @@ async def recent(store: Store, name: str) -> Recent | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
+class HistoryPage:
     """A part of the past of `tunnel`, all lists newest first and complete down to `next_until`, None at its end."""
 
     tunnel: str
@@ -132,7 +132,7 @@ class Stretch:
     next_until: float | None
 
 
-async def history(store: Store, name: str, since: float | None, until: float | None, limit: int) -> Stretch | None:
+async def history(store: Store, name: str, since: float | None, until: float | None, limit: int) -> HistoryPage | None:
     """Up to `limit` of each kind from `since` to `until`, both included.
 
     A page ends between two instants, never within one, so that nothing of equal time is lost or shown twice. Only when
@@ -157,9 +157,9 @@ async def history(store: Store, name: str, since: float | None, until: float | N
     return _stretch(row.name, instant, math.nextafter(edge, -math.inf))
 
 
-def _stretch(tunnel: str, kinds: Sequence[Rows], next_until: float | None) -> Stretch:
+def _stretch(tunnel: str, kinds: Sequence[Rows], next_until: float | None) -> HistoryPage:
     moved, seen, did = kinds
-    return Stretch(tunnel, moved, seen, did, next_until)
+    return HistoryPage(tunnel, moved, seen, did, next_until)
 
 
 def _within(table: Any, tunnel_id: int, since: float | None, until: float | None, limit: int) -> Select[Any]:

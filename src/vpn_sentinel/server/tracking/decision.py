@@ -29,8 +29,8 @@ from vpn_sentinel.server.tracking.enrichment import (
 )
 from vpn_sentinel.server.tracking.evaluation import Evaluator, silence_between
 from vpn_sentinel.server.tracking.inputs import Input, PortCheckResult, PulseObservation, ReportBatch
-from vpn_sentinel.server.tracking.known import Draft, ForwardedPort, Known, Repeat
-from vpn_sentinel.server.tracking.senders import Senders
+from vpn_sentinel.server.tracking.knowledge import Draft, ForwardedAddress, Knowledge, Repeat
+from vpn_sentinel.server.tracking.report_sources import ReportSources
 from vpn_sentinel.server.tracking.sites import REFERENCE, silent_too
 from vpn_sentinel.server.tracking.writes import Writes, record
 from vpn_sentinel.wire.codec import decoder, encode, encode_observation
@@ -91,7 +91,7 @@ class Decision(Changes):
     effects: Effects
 
 
-def decide(batch: Iterable[Input], rows: Mapping[str, TunnelRow], known: Known, context: Context) -> Decision:
+def decide(batch: Iterable[Input], rows: Mapping[str, TunnelRow], known: Knowledge, context: Context) -> Decision:
     """What follows from a batch, in its order. `rows` by name; a report needs the row of its tunnel.
 
     Raises what a row or a report that cannot be judged trips over: nothing of the batch counts then.
@@ -109,7 +109,7 @@ def decide(batch: Iterable[Input], rows: Mapping[str, TunnelRow], known: Known, 
 
 
 def decide_silences(
-    rows: Iterable[TunnelRow], known: Known, context: Context, grace: float, company: Sequence[Row[Any]]
+    rows: Iterable[TunnelRow], known: Knowledge, context: Context, grace: float, company: Sequence[Row[Any]]
 ) -> Decision:
     """Which of `rows` are silent, whose deadline passed `grace` seconds ago or earlier.
 
@@ -126,7 +126,7 @@ def decide_silences(
 class _Deciding:
     """One decision in the making."""
 
-    def __init__(self, known: Known, context: Context) -> None:
+    def __init__(self, known: Knowledge, context: Context) -> None:
         self._context = context
         self._draft = Draft(known)
         self._evaluator = Evaluator(context.policy, self._draft.sites)
@@ -211,11 +211,11 @@ class _Deciding:
     ) -> tuple[Finding, ...]:
         """What this server finds besides the agent's rounds."""
         known = any(f.code is Code.NAME_SHARED for f in memory.findings)
-        was = self._draft.senders.get(row.name) or Senders()
-        senders = was.heard(spool, row.spool, batch.received_at, batch.interval, known=known)
-        if senders is not was:
-            self._draft.senders.put(row.name, senders)
-        if shared := senders.are_several(batch.received_at):
+        was = self._draft.sources.get(row.name) or ReportSources()
+        sources = was.heard(spool, row.spool, batch.received_at, batch.interval, known=known)
+        if sources is not was:
+            self._draft.sources.put(row.name, sources)
+        if shared := sources.are_several(batch.received_at):
             self._shared.append(row.name)
         # A reference agent has no verdict of its own that could be the other's.
         return transport_findings(batch.skew, batch.thinned, shared=shared and row.role != REFERENCE)
@@ -243,7 +243,7 @@ class _Deciding:
         where = next((e for e in (seen.exit(4), seen.exit(6)) if e and e in came_from and is_public(e)), None)
         forwarded = None
         if where is not None and seen.forwarded_port is not None and seen.forwarded_port >= _MIN_FORWARDED_PORT:
-            forwarded = ForwardedPort(where, seen.forwarded_port)
+            forwarded = ForwardedAddress(where, seen.forwarded_port)
         self._draft.forwarded.put(row.name, forwarded)
 
     def take_pulses(self, row: TunnelRow, pulses: PulseObservation) -> None:

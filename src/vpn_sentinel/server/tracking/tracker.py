@@ -22,7 +22,7 @@ from vpn_sentinel.server.tracking import inputs
 from vpn_sentinel.server.tracking.decision import Context, Decision, Effects, decide, decide_silences
 from vpn_sentinel.server.tracking.group_commit import GroupCommit
 from vpn_sentinel.server.tracking.inputs import Input, ReportBatch
-from vpn_sentinel.server.tracking.known import ForwardedPort, Known
+from vpn_sentinel.server.tracking.knowledge import ForwardedAddress, Knowledge
 from vpn_sentinel.server.tracking.sites import REFERENCE, Sites
 
 log = logging.getLogger(__name__)
@@ -58,12 +58,12 @@ class Tracker:
         self._own_address = own_address
         self._moved = moved
         self._keepalive_policy = policy
-        self._known = Known(sites or Sites())
+        self._known = Knowledge(sites or Sites())
         self._shared: set[str] = set()  # names of which it was logged that several agents use them
         self._commits = GroupCommit(self._take)
 
     @property
-    def forwarded(self) -> Mapping[str, ForwardedPort]:
+    def forwarded(self) -> Mapping[str, ForwardedAddress]:
         """By tunnel, the forwarded ports that may be tried; always as things stand."""
         return self._known.forwarded
 

@@ -21,7 +21,7 @@ class Return(NamedTuple):
     interval: float
 
 
-class Senders(NamedTuple):
+class ReportSources(NamedTuple):
     """Who reported under one name, by what reached this process. `returns` is None until one came back."""
 
     spools: tuple[str, ...] = ()
@@ -33,7 +33,7 @@ class Senders(NamedTuple):
             return False
         return at - returns[0].at <= max(WINDOW_S, *(6 * r.interval for r in returns))
 
-    def heard(self, spool: str, before: str, at: float, interval: float, *, known: bool) -> "Senders":
+    def heard(self, spool: str, before: str, at: float, interval: float, *, known: bool) -> "ReportSources":
         """These, now that `spool` came at `at` after a report with the spool `before`.
 
         `interval` is how many seconds its rounds are apart. `known` says that they were found to be several already: by
@@ -45,13 +45,13 @@ class Senders(NamedTuple):
             returns = (now,) * RETURNS
         if spool not in spools:
             spools = (*spools, spool)[-_MAX_SPOOLS:]
-            if returns and not Senders(spools, returns).are_several(at):
+            if returns and not ReportSources(spools, returns).are_several(at):
                 returns = ()  # those before were another pair's
         elif before not in ("", spool) and not (returns and returns[-1].at <= at < returns[-1].at + MIN_APART_S):
             returns = (*(returns or ()), now)[-RETURNS:]
-        return self if spools is self.spools and returns is self.returns else Senders(spools, returns)
+        return self if spools is self.spools and returns is self.returns else ReportSources(spools, returns)
 
-    def moved(self, by: float) -> "Senders":
+    def moved(self, by: float) -> "ReportSources":
         """The same by a clock that was set forward by so many seconds."""
         if not self.returns:
             return self

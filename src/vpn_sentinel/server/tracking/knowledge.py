@@ -1,14 +1,15 @@
-"""What this process knows of tunnels beside their rows, and the changes to it that one decision proposes.
+"""What this process knows of tunnels besides their rows, and the changes to it that one decision proposes.
 
-A decision reads `Known` through a `Draft` and changes nothing but that draft. `Known.apply` takes the draft over once
-the decision is committed; where the commit fails, the draft is dropped, and nothing that never was stays behind.
+A decision reads `Knowledge` through a `Draft` and changes nothing but that draft. `Knowledge.apply` takes the draft
+over once the decision is committed; where the commit fails, the draft is dropped, and nothing that never was stays
+behind.
 """
 
 from collections.abc import Mapping
 from typing import Generic, NamedTuple, TypeVar
 
 from vpn_sentinel.domain.policy import IPAddress
-from vpn_sentinel.server.tracking.senders import Senders
+from vpn_sentinel.server.tracking.report_sources import ReportSources
 from vpn_sentinel.server.tracking.sites import Sites, SiteView
 
 V = TypeVar("V")
@@ -21,7 +22,7 @@ class Repeat(NamedTuple):
     state: str
 
 
-class ForwardedPort(NamedTuple):
+class ForwardedAddress(NamedTuple):
     """A port that a VPN forwards, at an address that the tunnel's own packets came from."""
 
     address: IPAddress
@@ -46,20 +47,20 @@ class Overlay(Generic[V]):
 
 
 class Draft:
-    """`Known` as one decision sees and leaves it."""
+    """`Knowledge` as one decision sees and leaves it."""
 
-    __slots__ = ("beside_tunnel", "forwarded", "pulse_addresses", "repeats", "senders", "sites")
+    __slots__ = ("beside_tunnel", "forwarded", "pulse_addresses", "repeats", "sites", "sources")
 
-    def __init__(self, known: "Known") -> None:
+    def __init__(self, known: "Knowledge") -> None:
         self.sites: SiteView = known.sites.view()
         self.repeats = Overlay(known.repeats)
         self.pulse_addresses = Overlay(known.pulse_addresses)
         self.beside_tunnel = Overlay(known.beside_tunnel)
-        self.senders = Overlay(known.senders)
+        self.sources = Overlay(known.sources)
         self.forwarded = Overlay(known.forwarded)
 
 
-class Known:
+class Knowledge:
     """By a tunnel's name; a name that nothing is known of is missing."""
 
     def __init__(self, sites: Sites) -> None:
@@ -70,8 +71,8 @@ class Known:
         self.pulse_addresses: dict[str, Mapping[int, IPAddress]] = {}
         # True for those whose agents report beside them on purpose: what of theirs comes from home proves nothing.
         self.beside_tunnel: dict[str, bool] = {}
-        self.senders: dict[str, Senders] = {}
-        self.forwarded: dict[str, ForwardedPort] = {}
+        self.sources: dict[str, ReportSources] = {}
+        self.forwarded: dict[str, ForwardedAddress] = {}
 
     def apply(self, draft: Draft) -> None:
         """Take over what a decision changed, once it is committed."""
@@ -79,13 +80,13 @@ class Known:
         _update(self.repeats, draft.repeats)
         _update(self.pulse_addresses, draft.pulse_addresses)
         _update(self.beside_tunnel, draft.beside_tunnel)
-        _update(self.senders, draft.senders)
+        _update(self.sources, draft.sources)
         _update(self.forwarded, draft.forwarded)
 
     def move(self, by: float) -> None:
         """The clock was set forward by so many seconds."""
         self.sites.move(by)
-        self.senders = {name: senders.moved(by) for name, senders in self.senders.items()}
+        self.sources = {name: sources.moved(by) for name, sources in self.sources.items()}
 
 
 def _update(base: dict[str, V], overlay: Overlay[V]) -> None:
