@@ -1,15 +1,18 @@
-"""Every command where people start it: without a user entry, home, folder, streams, /proc or a disk that takes data."""
+"""Every command where people start it: without a user entry, home, folder, streams, /proc, signals or room on disk."""
 
 import errno
 import os
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from tests.integration.test_durability import wait_until
 from vpn_sentinel.cli.main import main
 
 ROOT = pytest.mark.skipif(os.geteuid() != 0, reason="takes another user or mounts: needs root")
@@ -194,6 +197,75 @@ def test_output_that_cannot_be_kept_is_said(command: str, tmp_path: Path) -> Non
     done = shell(f"exec PROGRAM {command} >/dev/full", VPN_SENTINEL_DATA_DIR=str(tmp_path))
     said = "vpn-sentinel: what is printed or kept: No space left on device\n"
     assert (done.returncode, done.stderr) == (1, said)
+
+
+# --- signals ---
+
+# What a parent may leave: SIGINT ignored as by a shell for what it starts with `&`, or anything blocked.
+LEFT = """
+import os, signal, sys
+for number in sys.argv[1].split():
+    signal.signal(int(number), signal.SIG_IGN)
+signal.pthread_sigmask(signal.SIG_BLOCK, map(int, sys.argv[2].split()))
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+ALONE = ["unshare", "--user", "--net", "--map-root-user", "sh", "-c", 'ip link set lo up && exec "$@"', "sh"]
+
+
+@contextmanager
+def started(folder: Path, command: str, *, ignored: str = "", blocked: str = "") -> Iterator[subprocess.Popen[bytes]]:
+    """A server or an agent in a network namespace of its own, once it says that it has started."""
+    settings = {"VPN_SENTINEL_DATA_DIR": str(folder), "VPN_SENTINEL_API_KEY": "k" * 8}
+    words = [*ALONE, sys.executable, "-c", LEFT, ignored, blocked, *PROGRAM, *command.split()]
+    with (log := folder / "log").open("wb") as said:
+        process = subprocess.Popen(words, env={"PATH": os.environ["PATH"], **settings}, stdout=said, stderr=said)
+    try:
+        wait_until(lambda: process.poll() is not None or b" started" in log.read_bytes(), 30, "it starts")
+        assert process.poll() is None, log.read_bytes()
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+RUNNING = ["server", "agent --url http://127.0.0.1:9"]  # on uvloop, and on asyncio's own loop
+
+
+@pytest.mark.parametrize("command", RUNNING)
+@pytest.mark.parametrize("left", ["ignored", "blocked"])
+def test_sigterm_ends_it_though_its_parent_would_not_be_ended(command: str, left: str, tmp_path: Path) -> None:
+    with started(tmp_path, command, **{left: str(signal.SIGTERM.value)}) as process:
+        process.terminate()
+        assert process.wait(15) == 0
+
+
+@pytest.mark.parametrize("command", RUNNING)
+def test_in_the_background_ctrl_c_is_not_meant_for_it(command: str, tmp_path: Path) -> None:
+    with started(tmp_path, command, ignored=str(signal.SIGINT.value)) as process:
+        process.send_signal(signal.SIGINT)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(1)
+        process.terminate()
+        assert process.wait(15) == 0
+
+
+@pytest.mark.parametrize("command", RUNNING)
+def test_in_the_foreground_it_is(command: str, tmp_path: Path) -> None:
+    with started(tmp_path, command) as process:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(15) == 0
+
+
+def test_how_a_hook_ended_is_known_where_children_were_ignored() -> None:
+    program = """
+import asyncio
+from vpn_sentinel.cli.process import run_until_stopped
+async def work(stop):
+    print(await (await asyncio.create_subprocess_exec("sh", "-c", "exit 3")).wait())
+run_until_stopped(work, fast=False)
+"""
+    done = run([sys.executable, "-c", LEFT, str(signal.SIGCHLD.value), "", sys.executable, "-c", program])
+    assert (done.stdout, done.stderr) == ("3\n", "")
 
 
 # --- low limits ---

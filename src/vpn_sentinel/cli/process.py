@@ -12,7 +12,7 @@ from vpn_sentinel.runtime.unusable import Unusable
 
 
 def run_until_stopped(work: Callable[[asyncio.Event], Awaitable[None]], *, fast: bool) -> int:
-    """Run `work` with an event that SIGINT and SIGTERM set; returns 0 after a clean end.
+    """Run `work` with an event that SIGTERM sets, and SIGINT where it is not ignored; returns 0 after a clean end.
 
     With `fast` the loop is uvloop's, which the server needs for its datagrams and TLS connections. An Unusable,
     alone or in a group, is raised as itself.
@@ -39,9 +39,21 @@ async def _supervised(work: Callable[[asyncio.Event], Awaitable[None]]) -> None:
     loop = asyncio.get_running_loop()
     # Else a trace for each connection that cannot be taken.
     loop.set_exception_handler(Untaken(SystemClock().boottime).handle)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+    _take_signals(loop, stop)
     await work(stop)
+
+
+def _take_signals(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
+    """Undo what a parent left that would keep the program from ending, or from learning how a child ended."""
+    stopping = {signal.SIGTERM}
+    # A shell has what it starts with `&` ignore SIGINT: that Ctrl-C is meant for what is in front of it.
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        stopping.add(signal.SIGINT)
+    for number in stopping:
+        loop.add_signal_handler(number, stop.set)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, stopping)
+    if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:  # the kernel would keep no child's status
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def first(errors: Sequence[BaseException]) -> BaseException:
