@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import shutil
+import signal
 import socket
 import subprocess
 import tempfile
@@ -54,6 +55,27 @@ def no_descriptor_left() -> Iterator[int]:
         for one in taken:
             os.close(one)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+# What a child inherits as ignored: SIGINT and SIGQUIT of what a shell starts with `&`, SIGHUP under nohup.
+_LEFT_TO_CHILDREN = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _as_a_terminal_starts_it() -> Iterator[None]:
+    """Programs that tests start find signals and umask as a login has them, whatever this run was started from.
+
+    What was ignored stays without effect here: a handler that does nothing is, unlike SIG_IGN, not inherited.
+    """
+    for number in _LEFT_TO_CHILDREN:
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, lambda _number, _frame: None)
+    if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:  # every child would seem to end with 0
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
 
 
 @pytest.fixture(autouse=True)
