@@ -40,6 +40,19 @@ class ManualClock:
 
 
 @contextmanager
+def small_disk(folder: Path | str, size: str, run: Callable[..., object] = subprocess.run) -> Iterator[None]:
+    """A file system of `size` bytes (2m is 2 MiB) over `folder`, while the body runs. Needs root.
+
+    `run` is subprocess.run, or what runs a command where `folder` is to be seen so, as a site of the lab does.
+    """
+    run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(folder)], check=True)
+    try:
+        yield
+    finally:
+        run(["umount", "--lazy", str(folder)], check=True)  # lazily: what a failing test left open hides no failure
+
+
+@contextmanager
 def no_descriptor_left() -> Iterator[int]:
     """All of this process's are taken. Yields how many it may have."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

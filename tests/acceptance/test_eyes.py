@@ -13,6 +13,7 @@ import pytest
 
 from lab import Lab, Site, until
 from tests.acceptance.stand import INTERVAL, Stand
+from tests.conftest import small_disk
 
 pytestmark = pytest.mark.acceptance
 
@@ -85,25 +86,23 @@ def test_a_tunnel_with_another_name_is_the_tunnel(stand: Stand) -> None:
 
 
 @pytest.fixture
-def small_disk(stand: Stand) -> Iterator[str]:
+def disk(stand: Stand) -> Iterator[str]:
     """The agent's folder on a file system of 2 MB."""
     folder = stand.agent_settings["VPN_SENTINEL_DATA_DIR"]
     stand.settle()
     stand.agent.stop()
-    # Where the site's programs run: it has mounts of its own.
-    stand.site.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", folder], check=True)
-    stand.start_agent()
-    try:
-        yield folder
-    finally:
-        stand.agent.stop()
-        stand.site.run(["umount", "--lazy", folder], check=True)
+    with small_disk(folder, "2m", stand.site.run):  # where the site's programs run: it has mounts of its own
         stand.start_agent()
+        try:
+            yield folder
+        finally:
+            stand.agent.stop()
+    stand.start_agent()
 
 
-def test_a_full_disk_hides_no_leak(stand: Stand, small_disk: str) -> None:
+def test_a_full_disk_hides_no_leak(stand: Stand, disk: str) -> None:
     before, began = settled(stand)
-    done = stand.site.run(["dd", "if=/dev/zero", f"of={small_disk}/fill", "bs=4096"])
+    done = stand.site.run(["dd", "if=/dev/zero", f"of={disk}/fill", "bs=4096"])
     assert "No space left" in done.stderr
     until(lambda: "cannot be written" in stand.agent.output(), 15, "the agent to say that the disk is full")
     stand.site.delete_tunnel()

@@ -7,13 +7,14 @@ import sqlite3
 import stat
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 from sqlalchemy import insert, select
 
+from tests.conftest import small_disk
 from vpn_sentinel.server.store import backup
 from vpn_sentinel.server.store.backup import BackupError, backups
 from vpn_sentinel.server.store.open import open_store
@@ -151,22 +152,14 @@ def test_an_index_that_misses_a_row_is_damage(database: Path) -> None:
         assert backup.problem(connection)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    if os.geteuid() != 0:
-        pytest.skip("mounting a small disk needs root")
-    there = tmp_path / "disk"
-    there.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=600k", "none", there], check=True)
-    yield there
-    subprocess.run(["umount", there], check=True)
-
-
-def test_a_disk_without_room_is_not_filled(database: Path, small_disk: Path) -> None:
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_a_disk_without_room_is_not_filled(database: Path, tmp_path: Path) -> None:
     full(database)
-    with pytest.raises(BackupError, match="has no room: twice the database's 1 MB must be free"):
-        copy(database, small_disk / "backups")
-    assert list((small_disk / "backups").iterdir()) == []
+    (disk := tmp_path / "disk").mkdir()
+    with small_disk(disk, "600k"):
+        with pytest.raises(BackupError, match="has no room: twice the database's 1 MB must be free"):
+            copy(database, disk / "backups")
+        assert list((disk / "backups").iterdir()) == []
 
 
 def test_what_was_killed_while_it_was_made_is_no_copy_and_goes(database: Path, folder: Path) -> None:

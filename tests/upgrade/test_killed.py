@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select, text
 
+from tests.conftest import small_disk
 from tests.upgrade.test_migrations import differences_at, first_schema
 from vpn_sentinel.server.store.open import open_store
 from vpn_sentinel.server.store.schema import metadata, tunnels
@@ -127,15 +128,13 @@ async def test_what_an_earlier_build_left_half_done_is_done(killer: Killer, data
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A filesystem of 2 MB of its own."""
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MB of its own."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small disk needs root")
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", folder], check=True)
-    yield folder
-    subprocess.run(["umount", folder], check=True)
+    (folder := tmp_path / "disk").mkdir()
+    with small_disk(folder, "2m"):
+        yield folder
 
 
 def fill(disk: Path, left: int) -> None:
@@ -159,14 +158,14 @@ async def opens_or_says_why(url: str) -> bool:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("before", ["nothing", "the first schema"])
-async def test_a_disk_that_is_full_at_any_write(small_disk: Path, before: str) -> None:
-    url = f"sqlite:///{small_disk}/sentinel.db"
+async def test_a_disk_that_is_full_at_any_write(disk: Path, before: str) -> None:
+    url = f"sqlite:///{disk}/sentinel.db"
     if before != "nothing":
         await first_schema(url)
     for left in itertools.count():
-        fill(small_disk, left)
+        fill(disk, left)
         opened = await opens_or_says_why(url)
-        (small_disk / "ballast").unlink()
+        (disk / "ballast").unlink()
         if opened:
             break
         await is_whole(url, before)

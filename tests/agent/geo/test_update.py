@@ -6,7 +6,6 @@ import os
 import re
 import ssl
 import stat
-import subprocess
 import tarfile
 from collections.abc import Callable, Iterator
 from ipaddress import ip_address
@@ -16,7 +15,7 @@ import pytest
 
 from lab.certs import Authority
 from tests.agent.geo.world import DAY, NOW, Server, mmdb, serving
-from tests.conftest import ManualClock
+from tests.conftest import ManualClock, small_disk
 from vpn_sentinel.agent.geo.databases import Databases
 from vpn_sentinel.agent.geo.fetch import Bounds, Login, Web
 from vpn_sentinel.agent.geo.shelf import (
@@ -323,12 +322,10 @@ def test_a_folder_that_is_called_like_a_leftover_stops_nothing(
     assert fetch(dbip(server.base), folder, clock)
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk takes root")
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 def test_a_full_disk_leaves_the_old_one(server: Server, tmp_path: Path, clock: ManualClock) -> None:
-    folder = tmp_path / "small"
-    folder.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(folder)], check=True)
-    try:
+    (folder := tmp_path / "small").mkdir()
+    with small_disk(folder, "200k"):
         server.dbip(tmp_path, "2026-12", built=NOW - 40 * DAY)
         fetch(dbip(server.base), folder, clock)
         before = contents(folder)
@@ -340,8 +337,6 @@ def test_a_full_disk_leaves_the_old_one(server: Server, tmp_path: Path, clock: M
         with pytest.raises(GeoError, match="No space left"):
             fetch(dbip(server.base), folder, clock)
         assert contents(folder) == before
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
 
 
 # --- MaxMind ---
