@@ -30,12 +30,17 @@ STARTING = ["agent --url http://127.0.0.1:9", "server", "up", "token create x", 
 
 
 def run(words: Sequence[str], *, cwd: Path | None = None, **settings: str) -> subprocess.CompletedProcess[str]:
-    env = {"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1", **settings}
+    env = {"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1", "PYTHON": sys.executable, **settings}
     return subprocess.run(list(words), env=env, capture_output=True, text=True, timeout=60, check=False, cwd=cwd)
 
 
 def shell(script: str, *, cwd: Path | None = None, **settings: str) -> subprocess.CompletedProcess[str]:
-    return run(["sh", "-c", script.replace("PROGRAM", " ".join(PROGRAM))], cwd=cwd, **settings)
+    return run(["sh", "-c", program_in(script)], cwd=cwd, **settings)
+
+
+def program_in(script: str) -> str:
+    """`script` with PROGRAM written out so that a shell within a shell takes it, whatever is in its path."""
+    return script.replace("PROGRAM", '"$PYTHON" -m vpn_sentinel')
 
 
 END = "kill $! && wait $!; ended=$?; cat log; exit $ended"  # of a program in the background, and what it said to `log`
@@ -76,8 +81,8 @@ ip route add default via 192.168.7.1; ip route add 0.0.0.0/1 dev wg0; ip route a
 def test_a_user_without_an_entry_beside_a_tunnel(command: str, tmp_path: Path) -> None:
     tmp_path.chmod(0o777)
     started = f"{' '.join(NOBODY)} --reset-env env VPN_SENTINEL_API_KEY=kkkkkkkk VPN_SENTINEL_TUNNEL_INTERFACE=wg0"
-    script = f"{TUNNEL} exec {started} VPN_SENTINEL_DATA_DIR={tmp_path} timeout 9 PROGRAM {command}"
-    done = run(["unshare", "--net", "sh", "-c", script.replace("PROGRAM", " ".join(PROGRAM))])
+    script = f"{TUNNEL} exec {started} VPN_SENTINEL_DATA_DIR='{tmp_path}' timeout 9 PROGRAM {command}"
+    done = run(["unshare", "--net", "sh", "-c", program_in(script)])
     if done.returncode == 124:  # the agent, which runs until it is stopped
         done.returncode = 0
     ends_in_words(done)
@@ -114,7 +119,7 @@ def test_a_user_without_an_entry_works_in_the_folder_that_is_set(tmp_path: Path)
 def test_a_working_directory_that_was_removed(command: str, data: str, tmp_path: Path) -> None:
     gone = tmp_path / "gone"
     gone.mkdir()
-    script = f"cd {gone}; rmdir {gone}; exec PROGRAM {command}"
+    script = f"cd '{gone}'; rmdir '{gone}'; exec PROGRAM {command}"
     ends_in_words(shell(script, VPN_SENTINEL_DATA_DIR=data or str(tmp_path)))
 
 
