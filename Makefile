@@ -17,7 +17,8 @@ SUDO_FREE := $(shell [ "$$(id -u)" = 0 ] && echo yes)
 WORKERS  := $(shell nproc 2>/dev/null || echo 2)
 LABS     ?= 3
 SECONDS  ?= 20
-# The lab lives in real time on shared cores: what fails there is tried once more, and told as RERUN.
+# The lab lives in real time on shared cores: what fails there is tried once more, and told as RERUN
+# and named in the last line (tests/conftest.py).
 # A rerun is a race to find, not a pass to keep.
 ACCEPTANCE := -m pytest -q -raR -n $(LABS) --dist loadgroup --reruns 1 -m acceptance
 

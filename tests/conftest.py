@@ -197,6 +197,15 @@ async def until(condition: Callable[[], object], limit: float = 5.0) -> None:
             await asyncio.sleep(0.01)
 
 
+@pytest.hookimpl(trylast=True)  # pytest-rerunfailures shows them by their own name first
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The last line of a run names what was tried again, and not only how much: `2 passed, 1 rerun (test_x) in 3s`."""
+    if again := terminalreporter.stats.pop("rerun", []):
+        names = dict.fromkeys(report.nodeid.partition("@")[0] for report in again)  # without xdist's group
+        terminalreporter.stats[f"rerun ({', '.join(names)})"] = again
+        terminalreporter._set_main_color()  # which also lists what the line is made of; done already where a run is cut
+
+
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that share a lab stay with one worker: one lab for each file and each kind of tunnel, or as a file says."""
