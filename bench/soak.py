@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.agent import cpu_seconds, pss_mb
+from bench.folders import unused
 from bench.situations import traffic
 from bench.situations.field import MARKED_PACKETS, PAGE
 from lab import Lab, Site, until
@@ -280,13 +281,15 @@ def _after(seconds: float | None) -> str:
 def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench soak", description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=120.0)
-    parser.add_argument("--logs", type=Path, default=None, help="where the lab's logs stay")
+    parser.add_argument(
+        "--logs", type=Path, default=None, help="where the lab's logs stay; beside it if it is not empty"
+    )
     given = parser.parse_args(words)
     plan = tunnels()
     names = [name for t in plan for name in ((t.site.name, f"{t.site.name}-2") if t.second else (t.site.name,))]
     with (
         tempfile.TemporaryDirectory(prefix="vs-soak-") as base,
-        Lab([t.site for t in plan], directory=given.logs) as lab,
+        Lab([t.site for t in plan], directory=given.logs and unused(given.logs)) as lab,
     ):
         folder = Path(base)
         server = start_server(lab, folder)

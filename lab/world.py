@@ -31,7 +31,8 @@ from lab.vpn import Tunnels, Wanted
 class Lab:
     """An internet in a box. Use it as a context manager.
 
-    `directory`: where certificates and logs go; kept afterwards. Without one, a temporary directory that goes as well.
+    `directory`: where certificates and logs go, empty or new; kept afterwards. Without one, a temporary directory that
+    goes as well.
     """
 
     def __init__(self, sites: Sequence[Site] = (), *, directory: Path | None = None) -> None:
@@ -119,6 +120,8 @@ class Lab:
             raise PermissionError("the lab needs root: it makes network namespaces")
         if self._given is not None:
             self._given.mkdir(parents=True, exist_ok=True)
+            if any(self._given.iterdir()):
+                raise FileExistsError(f"{self._given} is not empty: a lab starts from an empty folder")
         self.dir = self._given or Path(tempfile.mkdtemp(prefix=f"{self.prefix}-lab-"))
         self.dir.chmod(0o755)  # an agent that runs without root reads the CA here
         (self.dir / "logs").mkdir(exist_ok=True)

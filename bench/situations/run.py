@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
+from bench.folders import unused
 from bench.situations import table
 from bench.situations.posts import Post
 from bench.situations.rows import PROFILES, ROWS
@@ -99,18 +100,30 @@ def _words(error: BaseException) -> str:
 
 
 def chosen(names: str, kinds: Sequence[str], *, unprivileged: bool, of: Sequence[Row] = ROWS) -> dict[str, list[Row]]:
-    """The rows to try for each kind of tunnel."""
-    wanted = {n.strip() for n in names.split(",") if n.strip()}
-    rows = [r for r in of if not wanted or {r.name, str(r.number)} & wanted]
-    rows = [r for r in rows if not (unprivileged and r.needs_watch) and not r.lacks()]
-    return {kind: [r for r in rows if kind in r.kinds] for kind in kinds}
+    """The rows to try for each kind of tunnel. Raises ValueError for a name of no row, and where nothing is left."""
+    if unknown := sorted(n for n in _listed(names) if not _named(n, of)):
+        raise ValueError(f"no row is called {', '.join(unknown)}")
+    rows = [r for r in _named(names, of) if not (unprivileged and r.needs_watch) and not r.lacks()]
+    todo = {kind: [r for r in rows if kind in r.kinds] for kind in kinds}
+    if not any(todo.values()):
+        on = [f"{r.name} on {', '.join(r.kinds)}" for r in rows if names]
+        raise ValueError(f"nothing to try on {', '.join(kinds)} so; {'; '.join(on) or 'no such row is possible here'}")
+    return todo
 
 
 def impossible(names: str, *, of: Sequence[Row] = ROWS) -> dict[str, str]:
     """The rows that cannot be tried on this machine, and why: neither right nor wrong."""
-    wanted = {n.strip() for n in names.split(",") if n.strip()}
-    rows = [r for r in of if not wanted or {r.name, str(r.number)} & wanted]
-    return {r.name: why for r in rows if (why := r.lacks())}
+    return {r.name: why for r in _named(names, of) if (why := r.lacks())}
+
+
+def _named(names: str, of: Sequence[Row]) -> list[Row]:
+    """Rows by number or by number and part; all where `names` is empty."""
+    wanted = _listed(names)
+    return [r for r in of if not wanted or {r.name, str(r.number)} & wanted]
+
+
+def _listed(names: str) -> set[str]:
+    return {n.strip() for n in names.split(",") if n.strip()}
 
 
 def chains(rows: Sequence[Row]) -> list[list[tuple[str, list[Row]]]]:
@@ -139,14 +152,22 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--parallel", type=int, default=5)
     parser.add_argument("--unprivileged", action="store_true", help="agents as uid 65534 without any capability")
     parser.add_argument("--out", type=Path, default=None, help="the page to write its section of")
-    parser.add_argument("--logs", type=Path, default=None, help="where the labs' logs stay")
+    parser.add_argument(
+        "--logs", type=Path, default=None, help="where the labs' logs stay; beside it if it is not empty"
+    )
     parser.add_argument("--source", type=Path, default=None, help="the program to try: another tree's src")
     given = parser.parse_args(words)
     kinds = {"both": ["wireguard", "openvpn"], "all": list(plan.KINDS)}.get(given.kind, [given.kind])
-    todo = chosen(given.rows, kinds, unprivileged=given.unprivileged)
     left_out = impossible(given.rows)
     for name, why in left_out.items():
         print(f"row {name} is not possible here: {why}", flush=True)
+    try:
+        todo = chosen(given.rows, kinds, unprivileged=given.unprivileged)
+    except ValueError as e:
+        parser.error(str(e))
+    kept = unused(given.logs) if given.logs else None
+    if kept:
+        print(f"logs in {kept}", flush=True)
     before = table.earlier(ROWS, unprivileged=given.unprivileged) if given.again else []
     results: list[Result] = []
     began = time.time()
@@ -165,8 +186,7 @@ def main(words: Sequence[str] | None = None) -> None:
             names = dict.fromkeys(r.post for r in todo[kind])
             if not names:
                 continue
-            logs = given.logs / kind if given.logs else None
-            lab = ends.enter_context(Lab([PROFILES[n].of(n, kind) for n in names], directory=logs))
+            lab = ends.enter_context(Lab([PROFILES[n].of(n, kind) for n in names], directory=kept and kept / kind))
             work += [(lab, kind, posts) for posts in chains(todo[kind])]
         work.sort(key=lambda w: -sum(_cost(r) for _, its in w[2] for r in its))
         with ThreadPoolExecutor(given.parallel) as pool:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 
 import pytest
 
+from bench.folders import unused
 from bench.situations import field, run, table
 from bench.situations.rows import PROFILES, ROWS
 from bench.situations.trial import Row
-from lab import plan
+from lab import Lab, plan
 from vpn_sentinel.domain.verdict import Code, State
 
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "situations.md"
@@ -41,6 +43,46 @@ def test_a_row_that_this_machine_cannot_try_is_said_and_is_not_right() -> None:
     assert run.impossible("2", of=rows) == {}
     page = table.section([], 0.0, 0.0, repeat=1, unprivileged=False, left_out=run.impossible("1,2", of=rows))
     assert "- 1: no such kernel" in page
+
+
+WRONG = {
+    "rows that this kind has not": (
+        ["--kind", "openconnect", "--rows", "71,63,64"],
+        r"nothing to try on openconnect so; 63 on [a-z, ]+;.* 64b? on [a-z, ]+; 71 on ",
+    ),
+    "a row that there is not": (["--rows", "1,4711,x"], "no row is called 4711, x"),
+}
+
+
+@pytest.mark.parametrize(("words", "said"), WRONG.values(), ids=WRONG.keys())
+def test_a_choice_that_leaves_nothing_is_said_and_is_no_success(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(table, "RESULTS", tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        run.main(words)
+    assert ended.value.code == 2
+    assert re.search(said, capsys.readouterr().err)
+    assert list(tmp_path.iterdir()) == [], "what the last run found stays"
+
+
+def test_logs_of_an_earlier_run_stay_as_they_are(tmp_path: Path) -> None:
+    logs = tmp_path / "logs"
+    assert unused(logs) == logs
+    (logs / "wireguard").mkdir(parents=True)
+    assert unused(logs) == tmp_path / "logs-2"
+    (tmp_path / "logs-2").mkdir()
+    assert unused(logs) == tmp_path / "logs-2", "it is empty"
+    (tmp_path / "logs-2").rmdir()
+    (tmp_path / "logs-2").touch()
+    assert unused(logs) == tmp_path / "logs-3"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the lab needs root")
+def test_a_lab_does_not_start_among_the_remains_of_another(tmp_path: Path) -> None:
+    (tmp_path / "nodes").mkdir()
+    with pytest.raises(FileExistsError, match="is not empty"):
+        Lab(directory=tmp_path).up()
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
