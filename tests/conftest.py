@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import tempfile
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -72,11 +73,13 @@ def no_descriptor_left() -> Iterator[int]:
 
 # What a child inherits as ignored: SIGINT and SIGQUIT of what a shell starts with `&`, SIGHUP under nohup.
 _LEFT_TO_CHILDREN = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM)
+# The program's own settings, how wide and colourful a terminal is, and what takes requests to 127.0.0.1 elsewhere.
+_LEADS_ELSEWHERE = re.compile(r"(VPN_SENTINEL|TELEGRAM)_.*|TZ|COLUMNS|LINES|(NO|FORCE)_COLOR|(?i:(https?|all)_proxy)")
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _as_a_terminal_starts_it() -> Iterator[None]:
-    """Programs that tests start find signals and umask as a login has them, whatever this run was started from.
+    """Tests, and programs that they start, find signals, umask and settings as a login has them, in any parent.
 
     What was ignored stays without effect here: a handler that does nothing is, unlike SIG_IGN, not inherited.
     """
@@ -87,7 +90,11 @@ def _as_a_terminal_starts_it() -> Iterator[None]:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     before = os.umask(0o022)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        for name in filter(_LEADS_ELSEWHERE.fullmatch, [*os.environ]):
+            patch.delenv(name)
+        time.tzset()
+        yield
     os.umask(before)
 
 
@@ -109,6 +116,17 @@ def _logs_as_before() -> Iterator[None]:
 @pytest.fixture
 def clock() -> ManualClock:
     return ManualClock()
+
+
+def open_folder(prefix: str) -> Path:
+    """A new folder that PostgreSQL's user may enter, with a path that a socket can have in any parent.
+
+    Not below TMPDIR, and so not pytest's own: they may be closed to that user, have spaces, or be too long for
+    sockaddr_un, which takes 107 bytes.
+    """
+    folder = Path(tempfile.mkdtemp(prefix=prefix, dir="/tmp"))
+    folder.chmod(0o755)
+    return folder
 
 
 class Postgres:
@@ -154,9 +172,7 @@ class Postgres:
 def postgres() -> Iterator[Postgres]:
     if not POSTGRES_BINARIES:
         pytest.skip("PostgreSQL is not installed: `make test` as root installs it")
-    # Not pytest's own folder: its parents are closed to the user that PostgreSQL runs as.
-    folder = Path(tempfile.mkdtemp(prefix="vs-pg-"))
-    folder.chmod(0o755)
+    folder = open_folder("vs-pg-")
     cluster = Postgres(folder, POSTGRES_BINARIES[0])
     try:
         cluster.start()

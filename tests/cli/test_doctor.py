@@ -55,8 +55,8 @@ def as_nobody(folder: Path) -> list[str]:
     home, kept, aside = way[closed], way[closed + 1], folder / "kept"
     aside.mkdir()
     mounts = (
-        f"mount --bind {kept} {aside} && mount -t tmpfs -o mode=755 none {home} && mkdir -p {kept} &&"
-        f' mount --move {aside} {kept} && exec "$@"'
+        f"mount --bind '{kept}' '{aside}' && mount -t tmpfs -o mode=755 none '{home}' && mkdir -p '{kept}' &&"
+        f""" mount --move '{aside}' '{kept}' && exec "$@\""""
     )
     return ["unshare", "--mount", "sh", "-c", mounts, "sh", *drop]
 

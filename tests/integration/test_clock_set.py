@@ -13,7 +13,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -23,7 +22,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import POSTGRES_BINARIES, Postgres
+from tests.conftest import POSTGRES_BINARIES, Postgres, open_folder
 
 FAKETIME = next(iter(sorted(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))), None)
 KEY = "a-key-for-clocks-0123456789"
@@ -241,8 +240,7 @@ def test_a_clock_is_set_while_the_server_is_away(house: House, by: int) -> None:
 def test_the_databases_clock_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, by: int) -> None:
     if not POSTGRES_BINARIES:
         pytest.skip("PostgreSQL is not installed: `make test` as root installs it")
-    folder = Path(tempfile.mkdtemp(prefix="vs-clock-"))  # pytest's own is closed to the user that PostgreSQL runs as
-    folder.chmod(0o755)
+    folder = open_folder("vs-clock-")
     cluster = Postgres(folder, POSTGRES_BINARIES[0])
     try:
         set_clock(folder / "clock", 0)

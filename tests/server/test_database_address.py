@@ -5,7 +5,6 @@ import shutil
 import socket
 import ssl
 import subprocess
-import tempfile
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +14,7 @@ import asyncpg
 import pytest
 from sqlalchemy import select
 
-from tests.conftest import POSTGRES_BINARIES, Postgres
+from tests.conftest import POSTGRES_BINARIES, Postgres, open_folder
 from vpn_sentinel.runtime.settings import SettingError, Source
 from vpn_sentinel.server.settings import ServerSettings
 from vpn_sentinel.server.store.address import parse
@@ -181,8 +180,7 @@ def hosted() -> Iterator[tuple[str, Path]]:
         pytest.skip("PostgreSQL is not installed: `make test` as root installs it")
     if shutil.which("openssl") is None:
         pytest.skip("openssl is not installed: `make test` as root installs it")
-    folder = Path(tempfile.mkdtemp(prefix="vs-pgs-"))
-    folder.chmod(0o755)
+    folder = open_folder("vs-pgs-")
     cluster = Postgres(folder, POSTGRES_BINARIES[0])
     cluster.start()
     name = parts_of(cluster.new_database())[0]

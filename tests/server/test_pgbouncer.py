@@ -4,15 +4,13 @@ import asyncio
 import os
 import shutil
 import subprocess
-import tempfile
 from collections.abc import AsyncIterator, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 from sqlalchemy import func, insert, select
 
-from tests.conftest import Postgres
+from tests.conftest import Postgres, open_folder
 from vpn_sentinel.server.access import create_token
 from vpn_sentinel.server.notify import outbox as deliveries
 from vpn_sentinel.server.store.open import open_store
@@ -43,8 +41,7 @@ def pooled(request: pytest.FixtureRequest, postgres: Postgres) -> Iterator[str]:
     mode, size = request.param
     direct = postgres.new_database()
     name, cluster = direct.partition("@/")[2].split("?host=")
-    folder = Path(tempfile.mkdtemp(prefix="vs-pgb-"))
-    folder.chmod(0o755)
+    folder = open_folder("vs-pgb-")
     (folder / "config").write_text(CONFIG.format(cluster=cluster, folder=folder, mode=mode, size=size))
     user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
     if user:
