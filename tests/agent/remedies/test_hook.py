@@ -4,12 +4,14 @@ import asyncio
 import json
 import os
 import shlex
+import shutil
 import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from tests.conftest import open_folder
 from vpn_sentinel.agent.remedies.failure import RemedyError
 from vpn_sentinel.agent.remedies.hook import KEPT, clean, run_hook, who_else_may_write
 
@@ -116,7 +118,7 @@ async def test_one_that_is_ours_alone_runs(script: Path) -> None:
 async def test_what_others_may_write_is_not_run(script: Path, of: str, mode: int, who: str) -> None:
     (script.parent / of).chmod(mode)
     with pytest.raises(
-        RemedyError, match=rf"is not run, for others may change it: \S+/etc{of and '/'}{of} can .* {who}"
+        RemedyError, match=rf"is not run, for others may change it: /.+/etc{of and '/'}{of} can .* {who}"
     ):
         await run_hook([str(script)], b"{}", ENV, 5)
 
@@ -151,7 +153,9 @@ def test_links_in_a_circle_end(script: Path) -> None:
         who_else_may_write([str(script)])
 
 
-def test_the_script_of_an_interpreter_is_judged_too(script: Path) -> None:
+@pytest.mark.parametrize("name", ["on-change", "on change"])
+def test_the_script_of_an_interpreter_is_judged_too(script: Path, name: str) -> None:
+    script = script.rename(script.with_name(name))
     script.chmod(0o666)
     for words in (
         ["/bin/sh", str(script)],
@@ -160,3 +164,15 @@ def test_the_script_of_an_interpreter_is_judged_too(script: Path) -> None:
     ):
         assert who_else_may_write(words) == f"{script} can be written by everybody", words
     assert who_else_may_write(["/bin/cat", str(script)]) is None, "what it reads is no program"
+
+
+def test_of_a_shells_line_the_program_is_judged() -> None:
+    folder = open_folder("vs-hook-")
+    try:
+        (script := folder / "on-change").touch(0o755)
+        line = f"{script} {'x' * 300}"  # longer than a file's name may be
+        assert who_else_may_write(["/bin/sh", "-c", line]) is None
+        script.chmod(0o777)
+        assert who_else_may_write(["/bin/sh", "-c", line]) == f"{script} can be written by everybody"
+    finally:
+        shutil.rmtree(folder)

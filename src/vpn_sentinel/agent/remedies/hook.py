@@ -34,9 +34,10 @@ def who_else_may_write(command: Sequence[str]) -> str | None:
     """
     files = [command[0]]
     if _RUNS_SCRIPTS.fullmatch(Path(command[0]).name):
-        # Behind `-c` stands a whole line, which begins with what it runs.
-        named = [word.split()[0] for word in command[1:] if word.startswith("/")][:1]
-        files += [file for file in named if Path(file).exists()]
+        # Behind `-c` stands a whole line, which begins with what it runs; a path may have spaces itself.
+        named = [file for word in command[1:] if word.startswith("/") for file in (word, word.split()[0])][:2]
+        # Not Path.exists, which raises for a line that is longer than a name may be.
+        files += [file for file in named if os.path.exists(file)][:1]  # noqa: PTH110
     return next((found for file in files if (found := _open_to_others(file)) is not None), None)
 
 
