@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from tests.conftest import ManualClock, until
-from vpn_sentinel.agent.cycle import BURST, GAP, RECHECKS, UNWELL, Bell, Cycle, Pace, Schedule
+from vpn_sentinel.agent.cycle import BURST, GAP, RECHECKS, UNWELL, Pace, Schedule, Scheduler
+from vpn_sentinel.agent.rounds.state import RoundState
+from vpn_sentinel.agent.rounds.triggers import TriggerQueue
 from vpn_sentinel.domain.judge import judge, judge_reference
 from vpn_sentinel.domain.observation import Answer, Canary, Link, Observation, Path, Probe, Trigger
 from vpn_sentinel.domain.policy import Policy
@@ -35,12 +37,12 @@ def dead(trigger: Trigger) -> Observation:
 
 
 def test_the_most_telling_trigger_wins() -> None:
-    bell = Bell()
-    assert bell.take() is None
+    queue = TriggerQueue()
+    assert queue.take() is None
     for trigger in (Trigger.CANARY, Trigger.NETWORK, Trigger.TIMER):
-        bell.ring(trigger)
-    assert bell.take() is Trigger.NETWORK
-    assert bell.take() is None
+        queue.put(trigger)
+    assert queue.take() is Trigger.NETWORK
+    assert queue.take() is None
 
 
 def test_all_well_waits_for_the_interval_and_never_longer() -> None:
@@ -87,13 +89,20 @@ Look = Callable[[Trigger, Policy], Coroutine[Any, Any, Observation]]
 
 
 class Running:
-    """A cycle in a task, with everything it saw."""
+    """A scheduler in a task, with everything it saw."""
 
     def __init__(self, look: Look, interval: float = 60.0, policy: Policy | None = None) -> None:
         self.seen: list[tuple[Trigger, State]] = []
         self.slept: list[float] = []
-        self.cycle = Cycle(
-            look, self._done, policy=policy or Policy(), interval=interval, clock=SystemClock(), sleep=self._sleep
+        self.triggers, self.state = TriggerQueue(), RoundState(policy or Policy())
+        self.scheduler = Scheduler(
+            look,
+            self._done,
+            triggers=self.triggers,
+            state=self.state,
+            interval=interval,
+            clock=SystemClock(),
+            sleep=self._sleep,
         )
 
     async def _sleep(self, seconds: float) -> None:
@@ -104,7 +113,7 @@ class Running:
         self.seen.append((seen.trigger, verdict.state))
 
     async def __aenter__(self) -> "Running":
-        self._task = asyncio.get_running_loop().create_task(self.cycle.run())
+        self._task = asyncio.get_running_loop().create_task(self.scheduler.run())
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -123,23 +132,23 @@ async def look_well(trigger: Trigger, _: Policy) -> Observation:
     return well(trigger)
 
 
-async def test_it_looks_at_the_start_and_when_the_bell_rings() -> None:
+async def test_it_looks_at_the_start_and_when_a_trigger_comes() -> None:
     async with Running(look_well) as running:
         await until(lambda: running.seen)
-        running.cycle.bell.ring(Trigger.NETWORK)
+        running.triggers.put(Trigger.NETWORK)
         await until(lambda: len(running.seen) == 2)
     assert running.seen == [(Trigger.START, State.PROTECTED), (Trigger.NETWORK, State.PROTECTED)]
-    assert running.cycle.last_success is not None
+    assert running.state.last_success is not None
 
 
 async def test_many_rings_are_one_round() -> None:
     async with Running(look_well) as running:
         await until(lambda: running.seen)
         for _ in range(20):
-            running.cycle.bell.ring(Trigger.NETWORK)
+            running.triggers.put(Trigger.NETWORK)
         await until(lambda: len(running.seen) == 2)
         await turns()
-        running.cycle.bell.ring(Trigger.CANARY)
+        running.triggers.put(Trigger.CANARY)
         await until(lambda: len(running.seen) == 3)
     assert [trigger for trigger, _ in running.seen] == [Trigger.START, Trigger.NETWORK, Trigger.CANARY]
     assert len(running.slept) == 2
@@ -151,7 +160,7 @@ async def test_a_change_right_after_another_ones_round_is_not_held_up() -> None:
     async with Running(look_well) as running:
         await until(lambda: running.seen)
         for rounds in range(2, 2 + BURST + 1):
-            running.cycle.bell.ring(Trigger.NETWORK)
+            running.triggers.put(Trigger.NETWORK)
             await until(lambda rounds=rounds: len(running.seen) == rounds)
     *at_once, held = running.slept
     assert at_once == [0.0] * BURST
@@ -187,9 +196,9 @@ async def test_a_change_during_a_round_begins_it_again_but_not_twice_in_a_row() 
 
     async with Running(slow) as running:
         await until(lambda: begun)
-        running.cycle.bell.ring(Trigger.NETWORK)
+        running.triggers.put(Trigger.NETWORK)
         await until(lambda: len(begun) == 2)
-        running.cycle.bell.ring(Trigger.NETWORK)
+        running.triggers.put(Trigger.NETWORK)
         await turns()
         assert len(begun) == 2
         go.set()
@@ -223,9 +232,9 @@ async def test_a_round_is_cut_short_by_what_makes_it_worthless(begun_by: Trigger
     async with Running(slow, interval=interval) as running:
         await until(lambda: running.seen)
         if begun_by is not Trigger.TIMER:
-            running.cycle.bell.ring(begun_by)
+            running.triggers.put(begun_by)
         await until(lambda: len(begun) == 2)
-        running.cycle.bell.ring(rung)
+        running.triggers.put(rung)
         await turns()
         assert begun[1:] == ([begun_by, rung] if cut else [begun_by])
         go.set()
@@ -287,7 +296,7 @@ async def test_rounds_that_always_raise_are_no_success_for_the_health_check() ->
 
     async with Running(broken, interval=0.01) as running:
         await until(lambda: len(running.seen) >= 3)
-    assert running.cycle.last_success is None
+    assert running.state.last_success is None
     assert {state for _, state in running.seen} == {State.UNKNOWN}
 
 
@@ -297,8 +306,15 @@ async def test_what_broke_a_round_is_told_in_words_that_the_server_takes() -> No
     async def broken(_t: Trigger, _p: Policy) -> Observation:
         raise ValueError("a line\nand another\x00 " + 300 * "x")
 
-    cycle = Cycle(broken, lambda seen, _: told.append(seen), policy=Policy(), interval=1.0, clock=SystemClock())
-    task = asyncio.get_running_loop().create_task(cycle.run())
+    scheduler = Scheduler(
+        broken,
+        lambda seen, _: told.append(seen),
+        triggers=TriggerQueue(),
+        state=RoundState(Policy()),
+        interval=1.0,
+        clock=SystemClock(),
+    )
+    task = asyncio.get_running_loop().create_task(scheduler.run())
     await until(lambda: told)
     task.cancel()
     check_observation(told[0])
@@ -316,8 +332,16 @@ async def test_a_round_that_never_ends_is_told() -> None:
         raise AssertionError
 
     clock = SystemClock()
-    cycle = Cycle(hangs, lambda s, _: told.append(s), policy=Policy(), interval=0.01, clock=clock, limit=0.02)
-    task = asyncio.get_running_loop().create_task(cycle.run())
+    scheduler = Scheduler(
+        hangs,
+        lambda s, _: told.append(s),
+        triggers=TriggerQueue(),
+        state=RoundState(Policy()),
+        interval=0.01,
+        clock=clock,
+        limit=0.02,
+    )
+    task = asyncio.get_running_loop().create_task(scheduler.run())
     await until(lambda: len(told) >= 2)
     task.cancel()
     assert {t.broken for t in told} == {"a round did not end within 0.02 s"}
@@ -335,7 +359,7 @@ async def test_a_change_cuts_a_round_that_hangs() -> None:
 
     async with Running(look) as running:
         await until(lambda: begun)
-        running.cycle.bell.ring(Trigger.NETWORK)
+        running.triggers.put(Trigger.NETWORK)
         await until(lambda: running.seen)
     assert running.seen == [(Trigger.NETWORK, State.PROTECTED)]
 
@@ -352,15 +376,16 @@ async def test_a_round_in_which_the_process_did_not_run_is_made_again() -> None:
             return dead(trigger)
         return well(trigger)
 
-    cycle = Cycle(
+    scheduler = Scheduler(
         look,
         lambda _, verdict: told.append(verdict.state),
-        policy=Policy(),
+        triggers=TriggerQueue(),
+        state=RoundState(Policy()),
         interval=60.0,
         clock=clock,
         paused=lambda: paused.append(1),
     )
-    task = asyncio.get_running_loop().create_task(cycle.run())
+    task = asyncio.get_running_loop().create_task(scheduler.run())
     await until(lambda: told)
     task.cancel()
     assert (begun, told, paused) == (2, [State.PROTECTED], [1])
@@ -373,8 +398,15 @@ async def test_a_machine_that_is_always_late_is_heard_all_the_same() -> None:
         clock.now += 30.0
         return dead(trigger)
 
-    cycle = Cycle(look, lambda _, v: told.append(v.state), policy=Policy(), interval=60.0, clock=clock)
-    task = asyncio.get_running_loop().create_task(cycle.run())
+    scheduler = Scheduler(
+        look,
+        lambda _, v: told.append(v.state),
+        triggers=TriggerQueue(),
+        state=RoundState(Policy()),
+        interval=60.0,
+        clock=clock,
+    )
+    task = asyncio.get_running_loop().create_task(scheduler.run())
     await until(lambda: told)
     task.cancel()
     assert told[0] is State.DOWN

@@ -18,7 +18,7 @@ from vpn_sentinel.agent.containment.surroundings import Surroundings
 from vpn_sentinel.agent.http import Client
 from vpn_sentinel.agent.introspect.settings import IntrospectSettings
 from vpn_sentinel.agent.names import Names
-from vpn_sentinel.agent.reactions import Reactions
+from vpn_sentinel.agent.reactions import ReactionQueue, Reactions
 from vpn_sentinel.agent.remedies.settings import ReactionSettings
 from vpn_sentinel.domain.judge import judge
 from vpn_sentinel.domain.observation import Answer, Escape, Outcome
@@ -40,7 +40,7 @@ def read(**values: str) -> ReactionSettings:
     return ReactionSettings.read(Source(env={f"VPN_SENTINEL_{k}": v for k, v in values.items()}))
 
 
-def made(**values: str) -> Reactions:
+def made(**values: str) -> tuple[ReactionQueue, Reactions]:
     kernel = FakeKernel()
     kept = Kept()
     around = Surroundings(
@@ -55,7 +55,9 @@ def made(**values: str) -> Reactions:
     )
     http = Client(names=Names())
     clock = ManualClock()
-    return Reactions(read(**values), around, kept, http, clock, client_id="anna", control=IntrospectSettings())
+    settings = read(**values)
+    queue = ReactionQueue(settings.contain, around.survey, POLICY)
+    return queue, Reactions(settings, queue, around, kept, http, clock, client_id="anna", control=IntrospectSettings())
 
 
 async def until_told(reactions: Reactions, count: int) -> list[tuple[str, Outcome]]:
@@ -79,11 +81,11 @@ def test_everything_is_off_by_default() -> None:
 
 
 async def test_off_says_and_does_nothing() -> None:
-    reactions = made()
+    queue, reactions = made()
     async with asyncio.TaskGroup() as group:
         running = group.create_task(reactions.run())
         reactions.done(LEAKING, judge(LEAKING, POLICY))
-        reactions.escaped(ESCAPE)
+        queue.escaped(ESCAPE)
         await asyncio.sleep(0)
         seen = reactions.add_to(WELL)
         running.cancel()
@@ -91,10 +93,10 @@ async def test_off_says_and_does_nothing() -> None:
 
 
 async def test_an_escape_alone_is_enough_and_an_allowed_one_is_none() -> None:
-    reactions = made(CONTAIN="dry-run")
+    queue, reactions = made(CONTAIN="dry-run")
     async with asyncio.TaskGroup() as group:
         running = group.create_task(reactions.run())
-        reactions.escaped(replace(ESCAPE, destination=ip_address("198.51.100.9")))
+        queue.escaped(replace(ESCAPE, destination=ip_address("198.51.100.9")))
         assert await until_told(reactions, 1) == [("contain", Outcome.DRY_RUN)]
         running.cancel()
 
@@ -103,7 +105,7 @@ async def test_a_command_is_run_and_its_end_rides_with_the_next_round(tmp_path: 
     script, out = tmp_path / "on change", tmp_path / "out"
     script.write_text(f'#!/bin/sh\ncat > "{out}"\n')
     script.chmod(script.stat().st_mode | stat.S_IXUSR)
-    reactions = made(HOOK=f"'{script}' --quiet")
+    _queue, reactions = made(HOOK=f"'{script}' --quiet")
     verdict = judge(LEAKING, POLICY)
     assert verdict.state is State.LEAKING
     async with asyncio.TaskGroup() as group:

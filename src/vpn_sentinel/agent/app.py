@@ -1,54 +1,40 @@
-"""The agent put together: one long function, one task group."""
+"""The agent put together, downwards: whatever is handed on is there already, and nothing names what is made later.
+
+`_sense` makes what notices a change, `_look` what a round looks with, `_act` what becomes of what a round saw.
+"""
 
 import asyncio
 import contextlib
 import gc
 import logging
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from vpn_sentinel import __version__
 from vpn_sentinel.agent import round as rounds
 from vpn_sentinel.agent.asides import Asides
 from vpn_sentinel.agent.containment.surroundings import Surroundings
-from vpn_sentinel.agent.cycle import Cycle
+from vpn_sentinel.agent.cycle import Scheduler
 from vpn_sentinel.agent.endpoints import UDP
-from vpn_sentinel.agent.equipment import (
-    chosen_services,
-    flock,
-    http_client,
-    open_databases,
-    open_kernel,
-    portal_beside,
-    route_audit,
-)
-from vpn_sentinel.agent.footing import (
-    Echoes,
-    Repeats,
-    destination,
-    health,
-    need_key,
-    open_spool,
-    routes,
-    watch_network,
-    way,
-)
-from vpn_sentinel.agent.http import split
+from vpn_sentinel.agent.equipment import RouteAudit, chosen_services, flock, open_databases, portal_beside
+from vpn_sentinel.agent.footing import Base, destination, health, routes, watch_network, way
 from vpn_sentinel.agent.interfaces import Paths, Survey, Surveyor
 from vpn_sentinel.agent.introspect.witnesses import Witnesses
 from vpn_sentinel.agent.leakwatch.neighbors import Neighbor
 from vpn_sentinel.agent.leakwatch.watch import LeakWatch
-from vpn_sentinel.agent.names import Names
 from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.agent.probes import dns
 from vpn_sentinel.agent.probes.origin import Origins
 from vpn_sentinel.agent.probes.place import Places
 from vpn_sentinel.agent.probes.system_resolver import SystemResolver
 from vpn_sentinel.agent.probes.targets import Target
-from vpn_sentinel.agent.reactions import Reactions
+from vpn_sentinel.agent.reactions import ReactionQueue, Reactions
 from vpn_sentinel.agent.sensors.pathmtu import PathMtu
 from vpn_sentinel.agent.sensors.pulse import Pulse
 from vpn_sentinel.agent.sensors.resolver import ResolverWatch
 from vpn_sentinel.agent.settings import AgentSettings
 from vpn_sentinel.agent.uplink.courier import Courier
+from vpn_sentinel.agent.uplink.reports import Reports
 from vpn_sentinel.agent.uplink.session import Greeted
 from vpn_sentinel.domain import resolvers
 from vpn_sentinel.domain.observation import Observation, Path, Trigger
@@ -56,238 +42,294 @@ from vpn_sentinel.domain.policy import Policy
 from vpn_sentinel.domain.verdict import State, Verdict
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.runtime.settings import SettingError
-from vpn_sentinel.wire import codec
 
 log = logging.getLogger(__name__)
 
 
-async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> None:  # noqa: C901 - wiring
-    """Run the agent until `stop` is set. Raises SettingError when it cannot start."""
-    need_key(settings)
-    probes = settings.probes
-    names = Names()
-    http = http_client(probes, names)
-    spool = open_spool(settings, clock)  # first: of a folder that cannot be used one line is enough
-    try:
-        databases = open_databases(probes, clock)
-    except SettingError:
-        spool.close()
-        raise
-    kernel = open_kernel()
-    echoes = Echoes(names, tuple(split(url).host for url in settings.urls))
-    canary_zone = dns.ToldZone()
-    places = Places(http, chosen_services(probes), clock, look_up=databases.look_up, limit=min(probes.timeout, 5.0))
+class _Base(Base):
+    """What all three steps stand on."""
 
-    witnesses = Witnesses(settings.introspect, http, clock, ring=lambda: cycle.bell.ring(Trigger.DEVICE))
+    def __init__(self, settings: AgentSettings, clock: Clock) -> None:
+        """Raises SettingError when a setting cannot be used."""
+        super().__init__(settings, clock)
+        probes = settings.probes
+        try:
+            self.databases = open_databases(probes, clock)
+        except SettingError:
+            self.close()
+            raise
+        outside = probes.meant_outside
+        self.surveyor = Surveyor(self.kernel, configured=probes.tunnel_interface, memory=self.spool, only=outside.only)
+        self.zone = dns.ToldZone()
+        self.audit = RouteAudit(probes, self.echoes.addresses)
+        self.courier = Courier(
+            destination(settings),
+            self.spool,
+            self.http,
+            clock,
+            routes=routes(self.kernel, self.survey),
+            greeted=self.greeted,
+        )
+        self.reports = Reports(self.spool, self.courier)
+        self.reactions = ReactionQueue(settings.reactions.contain, self.survey, probes.policy)
 
-    surveyor = Surveyor(kernel, configured=probes.tunnel_interface, memory=spool, only=probes.meant_outside.only)
-
-    def look_around() -> Survey:
-        found = surveyor.look()
+    def survey(self) -> Survey:
+        found = self.surveyor.look()
         AS_USER.be(found.user)
         return found
 
-    watch = LeakWatch(
-        tables=kernel,
-        policy=probes.policy,
-        clock=clock,
-        told=lambda: leaked(),
-        survey=surveyor.look_anew,
-        endpoints=lambda: (*probes.tunnel_endpoints, *witnesses.endpoints()),
-        meant=lambda: (a for host in echoes.hosts for a in names.known(host)),
-        on_escape=lambda escape: reactions.escaped(escape),
-        declared=probes.meant_outside,
-        wanted=probes.leak_watch,
-        memory=spool,
-        server_found=lambda: cycle.bell.ring(Trigger.NETWORK),
-        on_neighbor=lambda neighbor: neighbor_found(neighbor),
-        neighbor_left=lambda: cycle.bell.ring(Trigger.RECHECK),
-    )
-    reactions = Reactions(
-        settings.reactions,
-        Surroundings(
-            kernel=kernel,
-            tables=kernel,
-            survey=look_around,
-            endpoints=lambda: watch.endpoints,
-            facts=spool,
-            names=names,
-            urls=settings.urls,
-            policy=probes.policy,
-            meant=probes.meant_outside,
-        ),
-        spool,
-        http,
-        clock,
-        client_id=settings.client_id,
-        control=settings.introspect,
-    )
+    def paths(self) -> Paths:
+        return Paths(self.kernel, self.survey())
 
-    def tells_of_the_tunnel(target: Target) -> bool:
-        paths = Paths(kernel, look_around())
-        beside = paths.of(target.address, target.port) is Path.OUTSIDE
-        return not AS_USER.refused and not (beside and paths.has_own_way(target.address, target.port))
-
-    pulse = Pulse(
-        settings.pulse,
-        echoes=lambda: echoes.targets,
-        ring=lambda: pulse_changed(),
-        fits=tells_of_the_tunnel,
-        acked=lambda: courier.acked_at,
-        boottime=clock.boottime,
-        wall=clock.wall,
-        way=way(kernel, UDP),
-    )
-    eyes = rounds.Eyes(
-        kernel=kernel,
-        survey=look_around,
-        flock=lambda paths: flock(
-            probes,
-            http,
-            echoes.targets,
-            paths,
-            silent_for=pulse.silent_for(),
-            pulsed=bool(pulse.works()),
-        ),
-        places=places,
-        clock=clock,
-        watch=watch,
-        came_out=surveyor.came_out,
-        hurry=lambda: pulse.lossy and cycle.verdict is not None and cycle.verdict.state is State.PROTECTED,
-        audit=route_audit(
-            probes, lambda: watch.judged_by_route, lambda: (a for host in echoes.hosts for a in names.known(host))
-        ),
-        canary=lambda: canary_zone.zone,
-        neighbors=lambda: () if AS_USER.refused else (dns.on_link(n.address, n.interface) for n in watch.neighbors),
-        system=SystemResolver(boottime=clock.boottime),
-        origins=Origins(clock, spool, services=places.about, names=names),
-        sight=pulse,
-        asides=Asides(
-            claims=witnesses.look,
-            forwarded_port=witnesses.forwarded_port,
-            portal=portal_beside(probes, names),
-        ),
-    )
-
-    def greeted(event: Greeted) -> None:
-        if canary_zone.learn(event.canary_zone, event.echo):
-            cycle.bell.ring(Trigger.RECHECK)  # the first round had to ask strangers
-        echoes.greet(event.echo)
+    def greeted(self, event: Greeted) -> None:
+        """The server said who it is, and what it remembers."""
+        if self.zone.learn(event.canary_zone, event.echo):
+            self.triggers.put(Trigger.RECHECK)  # the first round had to ask strangers
+        self.echoes.greet(event.echo)
         if event.known is not None:
-            cycle.learn_home(event.known.home)
-            if surveyor.learn(event.known.device, event.known.beside):
-                cycle.bell.ring(Trigger.NETWORK)
+            self.rounds.learn_home(event.known.home)
+            if self.surveyor.learn(event.known.device, event.known.beside):
+                self.triggers.put(Trigger.NETWORK)
 
-    courier = Courier(
-        destination(settings),
-        spool,
-        http,
-        clock,
-        routes=routes(kernel, look_around),
-        greeted=greeted,
-    )
-    repeats = Repeats()
+    def close(self) -> None:
+        self.databases.close()
+        super().close()
 
-    def done(seen: Observation, verdict: Verdict) -> None:
-        reactions.done(seen, verdict)  # first: what closes the way out waits for no disk
-        spool.append(codec.encode(seen), routine=repeats.again(seen, verdict))
-        if not seen.broken:
-            pulse.saw(seen)
-            path_mtu.saw(seen, verdict)
-            resolver_watch.saw(seen, verdict, cycle.policy)
-            beside = (s.nameserver for s in seen.resolvers if resolvers.leak(s, seen, cycle.policy))
-            watch.judged((s.nameserver for s in seen.resolvers), beside)
-        if verdict.state in (State.DOWN, State.LEAKING):
-            courier.hurry()
-        courier.wake()
-        if seen.trigger is Trigger.TIMER:
-            gc.collect()  # of the little that is not set aside below: else it is left until there are megabytes of it
 
-    def leaked() -> None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Sensors:
+    """Whatever gives reasons for a round, and tells it what it saw meanwhile."""
+
+    witnesses: Witnesses
+    watch: LeakWatch
+    pulse: Pulse
+    path_mtu: PathMtu
+    resolver_watch: ResolverWatch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Actors:
+    """Whatever works on what was seen. `changed` is called when the kernel tells of another network."""
+
+    reactions: Reactions
+    scheduler: Scheduler
+    changed: Callable[[], None]
+
+
+async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> None:
+    """Run the agent until `stop` is set. Raises SettingError when it cannot start."""
+    base = _Base(settings, clock)
+    sensors = _sense(base)
+    actors = _act(base, sensors, _look(base, sensors))
+    witnesses, watch = sensors.witnesses, sensors.watch
+    signs = health(base, base.courier)
+    async with contextlib.AsyncExitStack() as stack, asyncio.TaskGroup() as group:
+        stack.callback(base.close)
+        stack.callback(actors.reactions.close)
+        stack.callback(watch.close)
+        if base.kernel is not None:
+            watch_network(stack, actors.changed, base.survey())
+        server = await signs.serve(settings.health_host, settings.health_port)
+        stack.callback(server.close)
+        await witnesses.look(base.survey())  # before a packet is doubted: where the tunnel's own packets go
+        log.info("agent started", extra={"client_id": settings.client_id, "version": __version__})
+        works = (
+            actors.scheduler, sensors.pulse, sensors.path_mtu, base.courier, sensors.resolver_watch, witnesses,
+            actors.reactions, watch.carrier, watch.others, base.echoes,
+        )  # fmt: skip
+        tasks = [group.create_task(work.run()) for work in works]
+        gc.freeze()  # what is here by now stays
+        await stop.wait()
+        for task in tasks:
+            task.cancel()
+    log.info("agent stopped")
+
+
+def _sense(base: _Base) -> _Sensors:
+    """Make what notices a change between rounds, and gives the reason for the next."""
+    settings, clock, triggers, courier = base.settings, base.clock, base.triggers, base.courier
+    witnesses = Witnesses(settings.introspect, base.http, clock, ring=lambda: triggers.put(Trigger.DEVICE))
+
+    def leaked(watch: LeakWatch) -> None:
         """A packet left outside the tunnel: tell of it now; the round that follows tells the rest."""
-        around = look_around()
-        paths = Paths(kernel, around)
+        around = base.survey()
+        paths = Paths(base.kernel, around)
         escapes = paths.known_of(watch.escapes(paths))
         seen = Observation(
             trigger=Trigger.LEAK,
             link=around.link(),
             interfaces=around.names(),
             # What routes send past the tunnel a kill switch may hold: the round tries it.
-            routed=tuple(part for part in eyes.audit(around) or () if part.interface == around.tunnel),
+            routed=tuple(
+                part for part in base.audit.look(around, watch.judged_by_route) or () if part.interface == around.tunnel
+            ),
             escapes=escapes,
             leak_watch=watch.on,
         )
-        spool.append(codec.encode(seen), routine=False)
-        repeats.forget()
-        courier.wake()
-        cycle.bell.ring(Trigger.LEAK)
+        base.reports.between_rounds(seen)
+        triggers.put(Trigger.LEAK)
 
     def neighbor_found(neighbor: Neighbor) -> None:
         """A program asks a nameserver of the LAN: where that asks from is news, unless each round asks it anyway.
 
         A forwarder on this host asks it as often as a round asks the forwarder: no news while it leaks.
         """
-        leaks = cycle.verdict is not None and cycle.verdict.state is State.LEAKING
-        if not leaks and dns.besides(dns.system_nameservers(), [dns.on_link(neighbor.address, neighbor.interface)]):
-            cycle.bell.ring(Trigger.LEAK)
+        found = [dns.on_link(neighbor.address, neighbor.interface)]
+        if base.rounds.state is not State.LEAKING and dns.besides(dns.system_nameservers(), found):
+            triggers.put(Trigger.LEAK)
+
+    watch = LeakWatch(
+        tables=base.kernel,
+        policy=settings.probes.policy,
+        clock=clock,
+        told=leaked,
+        survey=base.surveyor.look_anew,
+        endpoints=lambda: (*settings.probes.tunnel_endpoints, *witnesses.endpoints()),
+        meant=base.echoes.addresses,
+        on_escape=base.reactions.escaped,
+        declared=settings.probes.meant_outside,
+        wanted=settings.probes.leak_watch,
+        memory=base.spool,
+        server_found=lambda: triggers.put(Trigger.NETWORK),
+        on_neighbor=neighbor_found,
+        neighbor_left=lambda: triggers.put(Trigger.RECHECK),
+    )
+
+    def tells_of_the_tunnel(target: Target) -> bool:
+        paths = base.paths()
+        beside = paths.of(target.address, target.port) is Path.OUTSIDE
+        return not AS_USER.refused and not (beside and paths.has_own_way(target.address, target.port))
+
+    def pulse_changed() -> None:
+        courier.kick()
+        triggers.put(Trigger.CANARY)
+
+    pulse = Pulse(
+        settings.pulse,
+        echoes=lambda: base.echoes.targets,
+        ring=pulse_changed,
+        fits=tells_of_the_tunnel,
+        acked=lambda: courier.acked_at,
+        boottime=clock.boottime,
+        wall=clock.wall,
+        way=way(base.kernel, UDP),
+    )
+    return _Sensors(
+        witnesses=witnesses,
+        watch=watch,
+        pulse=pulse,
+        path_mtu=PathMtu(pulse, base.paths, changed=lambda: triggers.put(Trigger.CANARY)),
+        resolver_watch=ResolverWatch(
+            canary=lambda: base.zone.zone,
+            changed=lambda: triggers.put(Trigger.NETWORK),
+            strayed=lambda: triggers.put(Trigger.CANARY),
+        ),
+    )
+
+
+def _look(base: _Base, sensors: _Sensors) -> rounds.Eyes:
+    """Make what each round looks with."""
+    probes, pulse, witnesses, watch = base.settings.probes, sensors.pulse, sensors.witnesses, sensors.watch
+    places = Places(
+        base.http,
+        chosen_services(probes),
+        base.clock,
+        look_up=base.databases.look_up,
+        limit=min(probes.timeout, 5.0),
+    )
+    return rounds.Eyes(
+        kernel=base.kernel,
+        survey=base.survey,
+        flock=lambda paths: flock(
+            probes,
+            base.http,
+            base.echoes.targets,
+            paths,
+            silent_for=pulse.silent_for(),
+            pulsed=bool(pulse.works()),
+        ),
+        places=places,
+        clock=base.clock,
+        watch=watch,
+        came_out=base.surveyor.came_out,
+        hurry=lambda: pulse.lossy and base.rounds.state is State.PROTECTED,
+        audit=base.audit.look,
+        canary=lambda: base.zone.zone,
+        neighbors=lambda: () if AS_USER.refused else (dns.on_link(n.address, n.interface) for n in watch.neighbors),
+        system=SystemResolver(boottime=base.clock.boottime),
+        origins=Origins(base.clock, base.spool, services=places.about, names=base.names),
+        sight=pulse,
+        asides=Asides(
+            claims=witnesses.look,
+            forwarded_port=witnesses.forwarded_port,
+            portal=portal_beside(probes, base.names),
+        ),
+    )
+
+
+def _act(base: _Base, sensors: _Sensors, eyes: rounds.Eyes) -> _Actors:
+    """Make what has rounds run, and what becomes of them: reports, and what is done about a leak."""
+    settings, pulse, path_mtu, watch = base.settings, sensors.pulse, sensors.path_mtu, sensors.watch
+    reactions = Reactions(
+        settings.reactions,
+        base.reactions,
+        Surroundings(
+            kernel=base.kernel,
+            tables=base.kernel,
+            survey=base.survey,
+            endpoints=lambda: watch.endpoints,
+            facts=base.spool,
+            names=base.names,
+            urls=settings.urls,
+            policy=settings.probes.policy,
+            meant=settings.probes.meant_outside,
+        ),
+        base.spool,
+        base.http,
+        base.clock,
+        client_id=settings.client_id,
+        control=settings.introspect,
+    )
 
     async def look(trigger: Trigger, policy: Policy) -> Observation:
-        resolver_watch.looks()
+        sensors.resolver_watch.looks()
         return reactions.add_to(await rounds.look(eyes, trigger, policy))
 
-    cycle = Cycle(
-        look,
-        done,
-        policy=probes.policy,
-        interval=settings.interval,
-        clock=clock,
-        paused=lambda: paused(),
-    )
+    def done(seen: Observation, verdict: Verdict) -> None:
+        reactions.done(seen, verdict)  # first: what closes the way out waits for no disk
+        base.reports.round(seen, verdict)
+        if not seen.broken:
+            policy = base.rounds.policy
+            pulse.saw(seen)
+            path_mtu.saw(seen, verdict)
+            sensors.resolver_watch.saw(seen, verdict, policy)
+            beside = (s.nameserver for s in seen.resolvers if resolvers.leak(s, seen, policy))
+            watch.judged((s.nameserver for s in seen.resolvers), beside)
+        if seen.trigger is Trigger.TIMER:
+            gc.collect()  # of the little that is not frozen: else it is left until there are megabytes of it
 
     def paused() -> None:
         pulse.paused()
         path_mtu.reset()
-        courier.kick()
-        cycle.bell.ring(Trigger.RECHECK)
+        base.courier.kick()
+        base.triggers.put(Trigger.RECHECK)
 
     def network_changed() -> None:
-        if kernel is not None:
-            kernel.changed()
-        watch.look(look_around())
-        courier.kick()
+        if base.kernel is not None:
+            base.kernel.changed()
+        watch.look(base.survey())
+        base.courier.kick()
         pulse.reset()
         path_mtu.reset()
-        cycle.bell.ring(Trigger.NETWORK)
+        base.triggers.put(Trigger.NETWORK)
 
-    def pulse_changed() -> None:
-        courier.kick()
-        cycle.bell.ring(Trigger.CANARY)
-
-    path_mtu = PathMtu(pulse, lambda: Paths(kernel, look_around()), changed=lambda: cycle.bell.ring(Trigger.CANARY))
-    resolver_watch = ResolverWatch(
-        canary=lambda: canary_zone.zone,
-        changed=lambda: cycle.bell.ring(Trigger.NETWORK),
-        strayed=lambda: cycle.bell.ring(Trigger.CANARY),
+    scheduler = Scheduler(
+        look,
+        done,
+        triggers=base.triggers,
+        state=base.rounds,
+        interval=settings.interval,
+        clock=base.clock,
+        paused=paused,
     )
-    signs = health(settings, clock, cycle, courier, spool)
-    async with contextlib.AsyncExitStack() as stack, asyncio.TaskGroup() as group:
-        stack.callback(spool.close)
-        stack.callback(databases.close)
-        stack.callback(reactions.close)
-        if kernel is not None:
-            stack.callback(kernel.close)
-        stack.callback(watch.close)
-        if kernel is not None:
-            watch_network(stack, network_changed, look_around())
-        server = await signs.serve(settings.health_host, settings.health_port)
-        stack.callback(server.close)
-        await witnesses.look(look_around())  # before a packet is doubted: where the tunnel's own packets go
-        log.info("agent started", extra={"client_id": settings.client_id, "version": __version__})
-        works = (cycle, pulse, path_mtu, courier, resolver_watch, witnesses, reactions, watch.carrier, watch.others)
-        tasks = [group.create_task(work.run()) for work in works]
-        tasks.append(group.create_task(echoes.seek()))
-        gc.freeze()  # what is here by now stays
-        await stop.wait()
-        for task in tasks:
-            task.cancel()
-    log.info("agent stopped")
+    return _Actors(reactions=reactions, scheduler=scheduler, changed=network_changed)

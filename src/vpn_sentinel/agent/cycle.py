@@ -1,4 +1,4 @@
-"""When to look: at the start, on the timer, when a sensor rings, and again after trouble.
+"""When to look: at the start, on the timer, when a sensor gives a reason, and again after trouble.
 
 One round at a time. A change during a round means that its answers may be of before: it is cut short and begun again,
 but never twice in a row, so that constant change cannot keep the agent from ever seeing anything. What tells less than
@@ -12,13 +12,15 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final
 
 from vpn_sentinel.agent.pauses import Pauses
+from vpn_sentinel.agent.rounds.state import RoundState
+from vpn_sentinel.agent.rounds.triggers import TriggerQueue, outweighs
 from vpn_sentinel.domain.judge import judge, learned_home
 from vpn_sentinel.domain.observation import Observation, Trigger
-from vpn_sentinel.domain.policy import IPNetwork, Policy
+from vpn_sentinel.domain.policy import Policy
 from vpn_sentinel.domain.verdict import State, Verdict
 from vpn_sentinel.runtime.clock import Clock
 
@@ -29,39 +31,12 @@ log = logging.getLogger(__name__)
 RECHECKS: Final = (1.0, 2.0, 3.0, 3.0, 3.0, 3.0, 3.0)
 UNWELL: Final = 15.0  # seconds between rounds while trouble lasts
 LIMIT: Final = 25.0  # seconds for a round: more than one takes where nothing answers at all
-# Changes come in groups: so many rounds a bell may start at once, then one in as many seconds.
+# Changes come in groups: so many rounds triggers may start at once, then one in as many seconds.
 BURST: Final = 3
 GAP: Final = 1.0
-# The more telling one wins when several wait.
-_TELLING: Final = (
-    Trigger.RECHECK, Trigger.TIMER, Trigger.DEVICE, Trigger.CANARY, Trigger.NETWORK, Trigger.LEAK, Trigger.START,
-)  # fmt: skip
 _REASON: Final = 200  # characters
 _ON_TIME: Final = frozenset({Trigger.TIMER, Trigger.RECHECK, Trigger.START})
 _CHANGES: Final = frozenset({Trigger.NETWORK, Trigger.LEAK})
-
-
-class Bell:
-    """Triggers that wait for the cycle; of several, the most telling stays."""
-
-    def __init__(self) -> None:
-        self._rang = asyncio.Event()
-        self._trigger: Trigger | None = None
-
-    def ring(self, trigger: Trigger) -> None:
-        if self._trigger is None or _TELLING.index(trigger) > _TELLING.index(self._trigger):
-            self._trigger = trigger
-        self._rang.set()
-
-    async def wait(self, matters: Callable[[Trigger], bool] = lambda _: True) -> None:
-        """Until a trigger waits that `matters`. It goes on waiting, and so do others."""
-        while self._trigger is None or not matters(self._trigger):
-            self._rang.clear()
-            await self._rang.wait()
-
-    def take(self) -> Trigger | None:
-        trigger, self._trigger = self._trigger, None
-        return trigger
 
 
 class Schedule:
@@ -88,7 +63,7 @@ class Schedule:
 
 
 class Pace:
-    """How soon a bell may start a round; no clock of its own. A round that was on the schedule does not count."""
+    """How soon a trigger may start a round; no clock of its own. A round that was on the schedule does not count."""
 
     def __init__(self) -> None:
         self._full = float("-inf")  # when as many as BURST may start at once again
@@ -101,15 +76,16 @@ class Pace:
         self._full = max(self._full, now) + GAP
 
 
-class Cycle:
-    """`look` runs one round; `done` gets each observation with its verdict."""
+class Scheduler:
+    """`look` runs one round; `done` gets each observation with its verdict. What came of it is kept in `state`."""
 
     def __init__(
         self,
         look: Callable[[Trigger, Policy], Coroutine[Any, Any, Observation]],
         done: Callable[[Observation, Verdict], None],
         *,
-        policy: Policy,
+        triggers: TriggerQueue,
+        state: RoundState,
         interval: float,
         clock: Clock,
         rng: random.Random | None = None,
@@ -119,12 +95,10 @@ class Cycle:
         paused: Callable[[], None] = lambda: None,
     ) -> None:
         """`paused` is called when this process did not run for a while: what waited then is of no worth."""
-        self.bell = Bell()
-        self.last_success: float | None = None
-        self.verdict: Verdict | None = None
         self._look = look
         self._done = done
-        self._policy = policy
+        self._triggers = triggers
+        self._state = state
         self._clock = clock
         self._judge = judge
         self._sleep = sleep
@@ -133,15 +107,6 @@ class Cycle:
         self._broken = ""
         self._schedule = Schedule(interval, rng)
         self._pace = Pace()
-
-    @property
-    def policy(self) -> Policy:
-        """What is judged by here, with the home networks that were learned."""
-        return self._policy
-
-    def learn_home(self, networks: Iterable[IPNetwork]) -> None:
-        """Judge by these home networks too, which somebody else remembers."""
-        self._policy = self._policy.with_home(networks)
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
@@ -154,7 +119,7 @@ class Cycle:
             started = self._clock.boottime()
             seen = await self._round(trigger, may_cut=may_cut)
             if seen is None:
-                trigger, may_cut = self.bell.take() or Trigger.NETWORK, False
+                trigger, may_cut = self._triggers.take() or Trigger.NETWORK, False
                 continue
             may_cut = True
             self._conclude(seen)
@@ -165,11 +130,11 @@ class Cycle:
         began = self._clock.boottime()
         async with asyncio.TaskGroup() as group:
             looking = group.create_task(self._whole(trigger))
-            ringing = group.create_task(self.bell.wait(lambda rung: _cuts(rung, trigger)))
-            await asyncio.wait([looking, ringing] if may_cut else [looking], return_when=asyncio.FIRST_COMPLETED)
+            waiting = group.create_task(self._triggers.wait(lambda came: _cuts(came, trigger)))
+            await asyncio.wait([looking, waiting] if may_cut else [looking], return_when=asyncio.FIRST_COMPLETED)
             if not looking.done():
                 looking.cancel()
-            ringing.cancel()
+            waiting.cancel()
         # Its waits ended while nobody could read an answer. Not twice in a row: a machine that is always late is heard.
         if looking.cancelled() or (may_cut and self._pauses.ended_since(began)):
             return None
@@ -180,7 +145,7 @@ class Cycle:
         broken = None
         try:
             async with asyncio.timeout(self._limit) as limit:
-                seen = await self._look(trigger, self._policy)
+                seen = await self._look(trigger, self._state.policy)
         except Exception as e:  # noqa: BLE001 - whatever it is, it is told, and logged below
             broken = e
             reason = f"a round did not end within {self._limit:g} s" if limit.expired() else _reason(e)
@@ -194,17 +159,17 @@ class Cycle:
         return seen
 
     def _conclude(self, seen: Observation) -> None:
-        self._policy = learned_home(seen, self._policy)
-        verdict = self._judge(seen, self._policy)
+        self._state.policy = learned_home(seen, self._state.policy)
+        verdict = self._judge(seen, self._state.policy)
         self._say(verdict)
-        self.verdict = verdict
+        self._state.verdict = verdict
         if not seen.broken:
-            self.last_success = self._clock.boottime()
+            self._state.last_success = self._clock.boottime()
         self._done(seen, verdict)
 
     def _say(self, verdict: Verdict) -> None:
         codes = {f.code for f in verdict.findings}
-        old = self.verdict
+        old = self._state.verdict
         if old is not None and old.state is verdict.state and codes == {f.code for f in old.findings}:
             return
         level = logging.INFO if verdict.state is State.PROTECTED else logging.WARNING
@@ -212,23 +177,22 @@ class Cycle:
         log.log(level, "verdict", extra={"state": verdict.state, "codes": ",".join(sorted(codes)), "why": reasons})
 
     async def _next(self, started: float) -> Trigger:
-        """Wait for what comes first: the schedule, or the bell."""
-        state = self.verdict.state if self.verdict else State.UNKNOWN
-        wait, trigger = self._schedule.after(state)
+        """Wait for what comes first: the schedule, or a trigger."""
+        wait, trigger = self._schedule.after(self._state.state or State.UNKNOWN)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(max(0.0, started + wait - self._clock.boottime())):
-                await self.bell.wait()
-        rang = self.bell.take()
-        if rang is None:
+                await self._triggers.wait()
+        came = self._triggers.take()
+        if came is None:
             return trigger
         await self._sleep(self._pace.wait(self._clock.boottime()))
         self._pace.started(self._clock.boottime())
-        return self.bell.take() or rang
+        return self._triggers.take() or came
 
 
-def _cuts(rung: Trigger, begun_by: Trigger) -> bool:
-    """Whether a round that `begun_by` started is of no worth once `rung` is known."""
-    return rung in _CHANGES or begun_by in _ON_TIME or _TELLING.index(rung) >= _TELLING.index(begun_by)
+def _cuts(came: Trigger, begun_by: Trigger) -> bool:
+    """Whether a round that `begun_by` started is of no worth once `came` is known."""
+    return came in _CHANGES or begun_by in _ON_TIME or not outweighs(begun_by, came)
 
 
 def _reason(error: BaseException) -> str:

@@ -131,41 +131,35 @@ def _over_https(url: str, http: Client, paths: Paths, patience: float) -> OverTc
     )
 
 
-def route_audit(
-    settings: ProbeSettings,
-    servers: Callable[[], Iterable[IPAddress]],
-    meant: Callable[[], Iterable[IPAddress]] = tuple,
-) -> Callable[[Survey], tuple[Routed, ...] | None]:
-    """How a round reads the routing tables. A nameserver's own route is judged as the nameserver's way is.
+class RouteAudit:
+    """How a round reads the routing tables. A nameserver's own route is judged as the nameserver's way is."""
 
-    `servers` are the VPN's. `meant` are hosts that may have a route of their own: our server may run on the VPN's.
-    """
-    policy = settings.policy
-    last: tuple[object, tuple[Routed, ...] | None] | None = None
+    def __init__(self, settings: ProbeSettings, meant: Callable[[], Iterable[IPAddress]] = tuple) -> None:
+        """`meant` are hosts that may have a route of their own: our server may run on the VPN's."""
+        self._settings = settings
+        self._meant = meant
+        self._last: tuple[object, tuple[Routed, ...] | None] | None = None
 
-    def look(survey: Survey) -> tuple[Routed, ...] | None:
-        nonlocal last
-        hosts = (*(n.address for n in dns.system_nameservers()), *meant())
+    def look(self, survey: Survey, servers: Iterable[IPAddress]) -> tuple[Routed, ...] | None:
+        """What routes send past the tunnel, None where they cannot be read. `servers` are the VPN's."""
+        policy, outside = self._settings.policy, self._settings.meant_outside
+        hosts = (*(n.address for n in dns.system_nameservers()), *self._meant())
         may_leave = (*policy.allowed_outside, *policy.allowed_resolvers, *(ip_network(dns.plain(h)) for h in hosts))
-        known = tuple(servers())
+        known = tuple(servers)
         # Walking full tables takes a while: the last answer holds while they, and what may leave, are the same.
         devices = tuple(i.index for i in survey.beside)
         now = (survey.fib, survey.user, survey.tunnel, survey.natted, devices, may_leave, known)
-        if last is None or last[0] != now:
-            last = (
-                now,
-                audit(
-                    survey,
-                    may_leave=may_leave,
-                    servers=known,
-                    services=[t.address for t in (*CLOUDFLARE, *OPENDNS)],
-                    interfaces=settings.meant_outside.interfaces,
-                    is_meant=settings.meant_outside.covers,
-                ),
+        if self._last is None or self._last[0] != now:
+            found = audit(
+                survey,
+                may_leave=may_leave,
+                servers=known,
+                services=[t.address for t in (*CLOUDFLARE, *OPENDNS)],
+                interfaces=outside.interfaces,
+                is_meant=outside.covers,
             )
-        return last[1]
-
-    return look
+            self._last = now, found
+        return self._last[1]
 
 
 def portal_beside(settings: ProbeSettings, names: Names) -> Portal:

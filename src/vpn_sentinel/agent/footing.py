@@ -3,26 +3,27 @@
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
 from vpn_sentinel import __version__
-from vpn_sentinel.agent.cycle import Cycle
 from vpn_sentinel.agent.endpoints import TCP
+from vpn_sentinel.agent.equipment import http_client, open_kernel
 from vpn_sentinel.agent.health import Health, Signs
+from vpn_sentinel.agent.http import split
 from vpn_sentinel.agent.interfaces import Survey
 from vpn_sentinel.agent.names import Names, NotFoundError
 from vpn_sentinel.agent.netlink import Netlink
 from vpn_sentinel.agent.probes.targets import ServerEcho, Target
+from vpn_sentinel.agent.rounds.state import RoundState
+from vpn_sentinel.agent.rounds.triggers import TriggerQueue
 from vpn_sentinel.agent.sensors.netlink import NetworkSensor
 from vpn_sentinel.agent.settings import AgentSettings
 from vpn_sentinel.agent.spool import Spool, SpoolInUseError
 from vpn_sentinel.agent.uplink.conversation import Destination, Routes
 from vpn_sentinel.agent.uplink.courier import Courier
-from vpn_sentinel.domain.observation import Observation
 from vpn_sentinel.domain.policy import IPAddress, is_public
-from vpn_sentinel.domain.verdict import Verdict
 from vpn_sentinel.runtime import files
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.runtime.settings import SettingError
@@ -49,7 +50,7 @@ class Echoes:
         self._learn()
         self._greeted.set()
 
-    async def seek(self) -> None:
+    async def run(self) -> None:
         """Look up the server's other names: where reports go over the LAN, nobody else asks for the public one's."""
         while True:
             await self._greeted.wait()
@@ -63,31 +64,41 @@ class Echoes:
                 self._greeted.set()
             await asyncio.sleep(_SEEK_APART)
 
+    def addresses(self) -> Iterator[IPAddress]:
+        """All that are known of the server, whatever its echo is."""
+        return (a for host in self.hosts for a in self.names.known(host))
+
     def _learn(self) -> None:
         if self._told is None:
             self.targets = ()
             return
         port, ident, key = self._told.port, bytes.fromhex(self._told.id), bytes.fromhex(self._told.key)
-        addresses = [a for host in self.hosts for a in self.names.known(host)]
         # A server on the LAN or on this machine does not see where we leave for the internet.
-        public = {a.version: a for a in reversed(addresses) if is_public(a)}
+        public = {a.version: a for a in reversed([*self.addresses()]) if is_public(a)}
         self.targets = tuple(ServerEcho(public[v], port, ident, key) for v in sorted(public))
 
 
-class Repeats:
-    """Tells a round that says what the one before it said: the spool may thin those."""
+class Base:
+    """What the agent and the reference agent both stand on. Opened by the constructor, given back by `close`."""
 
-    def __init__(self) -> None:
-        self._last: object = None
+    def __init__(self, settings: AgentSettings, clock: Clock) -> None:
+        """Raises SettingError when a setting cannot be used."""
+        need_key(settings)
+        self.settings = settings
+        self.clock = clock
+        self.names = Names()
+        self.http = http_client(settings.probes, self.names)
+        self.spool = open_spool(settings, clock)
+        self.kernel = open_kernel()
+        self.echoes = Echoes(self.names, tuple(split(url).host for url in settings.urls))
+        # Before all who put something in, or read it: nobody has to wait for somebody who is made later.
+        self.triggers = TriggerQueue()
+        self.rounds = RoundState(settings.probes.policy)
 
-    def again(self, seen: Observation, verdict: Verdict) -> bool:
-        said = (verdict.state, tuple(f.code for f in verdict.findings), seen.exit(4), seen.exit(6))
-        before, self._last = self._last, said
-        return said == before and not seen.actions
-
-    def forget(self) -> None:
-        """Something else was told meanwhile: the next round is no repetition."""
-        self._last = None
+    def close(self) -> None:
+        if self.kernel is not None:
+            self.kernel.close()
+        self.spool.close()
 
 
 def need_key(settings: AgentSettings) -> None:
@@ -155,15 +166,14 @@ def routes(kernel: Netlink | None, look_around: Callable[[], Survey]) -> Routes:
     return Routes(way=way(kernel, TCP), owns=owns)
 
 
-def health(settings: AgentSettings, clock: Clock, cycle: Cycle, courier: Courier, spool: Spool) -> Health:
+def health(base: Base, courier: Courier) -> Health:
     """The health endpoint of an agent that starts now."""
-    started = clock.boottime()
+    started = base.clock.boottime()
 
     def signs() -> Signs:
-        state = cycle.verdict.state if cycle.verdict else None
-        return Signs(started, cycle.last_success, courier.acked_at, state, spool.pending)
+        return Signs(started, base.rounds.last_success, courier.acked_at, base.rounds.state, base.spool.pending)
 
-    return Health(signs, clock, settings.interval)
+    return Health(signs, base.clock, base.settings.interval)
 
 
 def watch_network(stack: contextlib.AsyncExitStack, changed: Callable[[], None], now: Survey) -> None:

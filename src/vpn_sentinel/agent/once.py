@@ -6,13 +6,13 @@ from typing import Final
 
 from vpn_sentinel.agent import round as rounds
 from vpn_sentinel.agent.equipment import (
+    RouteAudit,
     chosen_services,
     flock,
     http_client,
     open_databases,
     open_kernel,
     path_to,
-    route_audit,
 )
 from vpn_sentinel.agent.interfaces import Paths, Survey, Surveyor
 from vpn_sentinel.agent.introspect.settings import IntrospectSettings
@@ -59,7 +59,7 @@ async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, se
         tables=kernel,
         policy=policy,
         clock=clock,
-        told=lambda: None,
+        told=lambda _: None,
         survey=around.look_anew,
         endpoints=lambda: (*settings.tunnel_endpoints, *witnesses.endpoints()),
         declared=settings.meant_outside,
@@ -87,7 +87,7 @@ async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, se
         origins=Origins(clock, services=places.about, names=names),
         watch=watch,
         came_out=around.came_out,
-        audit=route_audit(settings, lambda: watch.judged_by_route),
+        audit=RouteAudit(settings).look,
     )
     try:
         started = clock.boottime()

@@ -1,12 +1,13 @@
 """What the agent does about what it sees: containment at once, remedies beside it, and an account of both.
 
-One object that the wiring tells of every round and of every packet that the leak watch saw leave.
+`Reactions` is told of every round; what the leak watch saw leave comes by the queue.
 """
 
 import asyncio
 import contextlib
 import logging
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 
 from vpn_sentinel.agent.containment.containment import Containment, Facts, Mode, Standing
@@ -16,6 +17,7 @@ from vpn_sentinel.agent.containment.seat import Seat
 from vpn_sentinel.agent.containment.surroundings import Surroundings
 from vpn_sentinel.agent.containment.table import owner_of
 from vpn_sentinel.agent.http import Client
+from vpn_sentinel.agent.interfaces import Survey
 from vpn_sentinel.agent.introspect.gluetun import CONTROL
 from vpn_sentinel.agent.introspect.settings import IntrospectSettings
 from vpn_sentinel.agent.remedies import gluetun, hook
@@ -54,12 +56,38 @@ class History:
         return found
 
 
+class ReactionQueue:
+    """What waits to be reacted to. Made before the leak watch, which puts escapes in, and before the reactions."""
+
+    def __init__(self, mode: Mode, survey: Callable[[], Survey], policy: Policy) -> None:
+        self._mode = mode
+        self._survey = survey
+        self._policy = policy
+        self._waiting: asyncio.Queue[tuple[Observation, Verdict]] = asyncio.Queue()
+
+    def put(self, seen: Observation, verdict: Verdict) -> None:
+        self._waiting.put_nowait((seen, verdict))
+
+    def escaped(self, escape: Escape) -> None:
+        """The leak watch saw a packet leave: judged alone and at once, without waiting for a round."""
+        if self._mode is Mode.OFF:
+            return
+        seen = Observation(trigger=Trigger.LEAK, link=self._survey().link(), escapes=(escape,))
+        verdict = judge(seen, self._policy)
+        if verdict.state is State.LEAKING:
+            self.put(seen, verdict)
+
+    async def get(self) -> tuple[Observation, Verdict]:
+        return await self._waiting.get()
+
+
 class Reactions:
-    """Off by default in every part; then `add_to`, `done` and `escaped` cost next to nothing."""
+    """Off by default in every part; then `add_to` and `done` cost next to nothing."""
 
     def __init__(
         self,
         settings: ReactionSettings,
+        queue: ReactionQueue,
         around: Surroundings,
         facts: Facts,
         http: Client,
@@ -87,7 +115,7 @@ class Reactions:
             clock,
         )
         self._remedies = _remedies(settings, around.policy, facts, http, clock, self._history, client_id, control)
-        self._news: asyncio.Queue[tuple[Observation, Verdict]] = asyncio.Queue()
+        self._queue = queue
 
     def add_to(self, seen: Observation) -> Observation:
         """The same round, with what was done since the last one."""
@@ -99,17 +127,8 @@ class Reactions:
         if self._mode is Mode.ON and verdict.state is State.PROTECTED:
             with contextlib.suppress(OSError):  # told when it matters: when the rules are to be made
                 self._around.remember()
-        self._news.put_nowait((seen, verdict))
+        self._queue.put(seen, verdict)
         self._remedies.saw(seen, verdict)
-
-    def escaped(self, escape: Escape) -> None:
-        """The leak watch saw a packet leave: judged alone and at once, without waiting for a round."""
-        if self._mode is Mode.OFF:
-            return
-        seen = Observation(trigger=Trigger.LEAK, link=self._around.survey().link(), escapes=(escape,))
-        verdict = judge(seen, self._around.policy)
-        if verdict.state is State.LEAKING:
-            self._news.put_nowait((seen, verdict))
 
     async def run(self) -> None:
         """Work until cancelled. The rules stay in the kernel when this ends."""
@@ -117,7 +136,7 @@ class Reactions:
             group.create_task(self._remedies.run())
             await self._containment.start()
             while True:
-                seen, verdict = await self._news.get()
+                seen, verdict = await self._queue.get()
                 if verdict.state is State.LEAKING:
                     await self._containment.leaking(cause_of(seen, verdict, self._around.policy))
                 else:

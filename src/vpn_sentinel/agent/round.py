@@ -78,7 +78,7 @@ class Eyes:
     system: SystemResolver | None = None
     origins: Origins | None = None
     sight: Sight | None = None
-    audit: Callable[[Survey], tuple[Routed, ...] | None] = lambda _: None
+    audit: Callable[[Survey, Iterable[IPAddress]], tuple[Routed, ...] | None] = lambda _survey, _servers: None
     watch: LeakWatch | None = None
     came_out: Callable[[dict[str, frozenset[IPNetwork]]], bool] = lambda _: False
     hurry: Callable[[], bool] = lambda: False
@@ -93,7 +93,7 @@ async def look(eyes: Eyes, trigger: Trigger, policy: Policy) -> Observation:
     paths = Paths(eyes.kernel, survey)
     seen = Observation(trigger=trigger, link=survey.link(), interfaces=survey.names(), uplinks=survey.uplink_names())
     seen = replace(seen, refused_user=AS_USER.refused_uid)
-    parts = eyes.audit(survey)
+    parts = _audit(eyes, survey)
     silent_for = eyes.sight.silent_for() if eyes.sight is not None else 0.0
 
     def leaks(found: tuple[Canary, ...]) -> bool:
@@ -108,7 +108,7 @@ async def look(eyes: Eyes, trigger: Trigger, policy: Policy) -> Observation:
             survey = eyes.survey()
             if eyes.watch is not None:
                 eyes.watch.look(survey)
-            if (now := eyes.audit(survey)) != parts:
+            if (now := _audit(eyes, survey)) != parts:
                 trying.stop()
                 parts, trying = now, bypass.Tries(group, now or (), survey.tunnel)
         routed = await trying.told(lambda routed: _leaks(replace(seen, routed=routed), policy))
@@ -121,6 +121,10 @@ async def look(eyes: Eyes, trigger: Trigger, policy: Policy) -> Observation:
             seen = await _beyond_dns(eyes, seen, paths)
     seen = _at_the_end(eyes, seen, paths)
     return replace(seen, places=_places(eyes, seen, policy), took_ms=round((eyes.clock.boottime() - start) * 1000, 1))
+
+
+def _audit(eyes: Eyes, survey: Survey) -> tuple[Routed, ...] | None:
+    return eyes.audit(survey, () if eyes.watch is None else eyes.watch.judged_by_route)
 
 
 def _at_the_end(eyes: Eyes, seen: Observation, paths: Paths) -> Observation:

@@ -7,7 +7,7 @@ from typing import Final
 
 from vpn_sentinel.agent.doctor.check import Check, gap, ok, unknown
 from vpn_sentinel.agent.doctor.ground import Ground
-from vpn_sentinel.agent.equipment import route_audit
+from vpn_sentinel.agent.equipment import RouteAudit
 from vpn_sentinel.agent.interfaces import Survey, is_up
 from vpn_sentinel.agent.net.link import IFF_LOOPBACK
 from vpn_sentinel.agent.netlink import Netlink
@@ -90,7 +90,7 @@ async def routes(ground: Ground) -> list[Check]:
     return [
         *found,
         *about_bypasses(
-            route_audit(probes, lambda: (e.address for e in probes.tunnel_endpoints))(ground.survey),
+            RouteAudit(probes).look(ground.survey, (e.address for e in probes.tunnel_endpoints)),
             tunnel=ground.survey.tunnel,
         ),
     ]

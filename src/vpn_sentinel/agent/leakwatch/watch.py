@@ -74,7 +74,7 @@ class LeakWatch:
         tables: Tables | None,
         policy: Policy,
         clock: Clock,
-        told: Callable[[], None],
+        told: Callable[["LeakWatch"], None],
         survey: Callable[[], Survey],
         endpoints: Callable[[], Iterable[Endpoint]] = tuple,
         meant: Callable[[], Iterable[IPAddress]] = tuple,
@@ -95,7 +95,7 @@ class LeakWatch:
         nobody asks one any more that leaks: see `neighbors`.
 
         `on_escape` gets the first packet of each new destination at once. `told` is called when there is something to
-        tell: with the first escape, then at most once a second.
+        tell, with this watch: with the first escape, then at most once a second.
         """
         self._tables, self._policy, self._clock = tables, policy, clock
         self._told, self._survey, self._endpoints, self._meant = told, survey, endpoints, meant
@@ -242,7 +242,9 @@ class LeakWatch:
         """Have it told when a flow is over: else the next regular round would tell."""
         if self._over is not None:
             self._over.cancel()
-        self._over = None if seconds is None else asyncio.get_running_loop().call_later(seconds + _MARGIN, self._told)
+        self._over = (
+            None if seconds is None else asyncio.get_running_loop().call_later(seconds + _MARGIN, self._told, self)
+        )
 
     def _see_who_left(self) -> None:
         """Of a nameserver that leaks the end is told when it comes: else the next regular round would tell."""
@@ -761,7 +763,7 @@ class LeakWatch:
             self._timer = asyncio.get_running_loop().call_later(wait, self._tell_later)
             return
         self._told_at = now
-        self._told()
+        self._told(self)
 
     def _tell_later(self) -> None:
         self._timer = None

@@ -1,0 +1,1 @@
+"""When to look at everything, and one look at it."""
