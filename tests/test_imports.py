@@ -29,7 +29,7 @@ def test_importing(module: str, banned: set[str]) -> None:
 def test_looking_an_ascii_name_up_loads_no_idna_tables() -> None:
     code = """if True:
         import sys
-        from vpn_sentinel.agent.names import system_lookup
+        from vpn_sentinel.agent.net.resolver import system_lookup
         from vpn_sentinel.runtime.urls import is_host
         assert is_host("localhost"), system_lookup("localhost")
         assert "encodings.idna" not in sys.modules

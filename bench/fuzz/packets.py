@@ -6,13 +6,12 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from bench.fuzz.target import ENDS, Loop, Target, Try, Wire, check
 from vpn_sentinel.agent.containment import table
-from vpn_sentinel.agent.leakwatch import packets
 from vpn_sentinel.agent.leakwatch.rules import is_dhcp
 from vpn_sentinel.agent.leakwatch.shapes import Shapes
-from vpn_sentinel.agent.net import sockets
+from vpn_sentinel.agent.net import packets, sockets
 from vpn_sentinel.agent.net.attributes import attribute, attributes
 from vpn_sentinel.agent.net.fib import EVERYBODY, Fib, parse_entry, parse_next_hops, parse_rule
-from vpn_sentinel.agent.netlink import (
+from vpn_sentinel.agent.net.rtnetlink import (
     GETLINK,
     NEWNEXTHOP,
     NEWROUTE,
@@ -295,13 +294,13 @@ TARGETS = {
         modules=("wire.pulse", "wire.echo", "server.ingest.pulse", "server.ingest.ledger"), make=pulses, longest=1600
     ),
     "captured": Target(
-        modules=("agent.leakwatch.packets", "agent.leakwatch.rules", "agent.leakwatch.shapes", "agent.probes.tag"),
+        modules=("agent.net.packets", "agent.leakwatch.rules", "agent.leakwatch.shapes", "agent.probes.tag"),
         make=captured,
         longest=600,
     ),
     "icmp_errors": Target(modules=("agent.probes.datagram",), make=icmp_errors, longest=64),
     "netlink": Target(
-        modules=("agent.netlink", "agent.net.attributes", "agent.net.fib", "agent.sensors.netlink"),
+        modules=("agent.net.rtnetlink", "agent.net.attributes", "agent.net.fib", "agent.sensors.netlink"),
         make=netlink,
         longest=2048,
     ),

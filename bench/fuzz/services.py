@@ -10,14 +10,14 @@ from typing import Any
 import httpx
 
 from bench.fuzz.target import ENDS, Loop, Target, Try, Wire, check, parts
-from vpn_sentinel.agent import http
 from vpn_sentinel.agent.doctor.ground import _date
-from vpn_sentinel.agent.endpoints import parse_endpoint
 from vpn_sentinel.agent.introspect.device import counters
 from vpn_sentinel.agent.introspect.gluetun import Gluetun, Login
 from vpn_sentinel.agent.introspect.openvpn import OpenVpn, RefusedError
 from vpn_sentinel.agent.introspect.wireguard import DeviceError, _lines, read_answer, read_shown
-from vpn_sentinel.agent.names import Names
+from vpn_sentinel.agent.net import http, urls
+from vpn_sentinel.agent.net.endpoints import parse_endpoint
+from vpn_sentinel.agent.net.resolver import Names
 from vpn_sentinel.agent.probes import placing, trace
 from vpn_sentinel.agent.remedies.failure import RemedyError
 from vpn_sentinel.agent.remedies.qbittorrent import QBittorrent
@@ -70,7 +70,7 @@ def http_answers() -> Try:
 def websocket_answers() -> Try:
     """Frames of the server; where the first byte is odd, the handshake's answer instead."""
     loop = Loop()
-    where, key = http.split("http://198.51.100.1/api/v1/agent"), Secret("key")
+    where, key = urls.split("http://198.51.100.1/api/v1/agent"), Secret("key")
 
     async def one(data: bytes) -> None:
         reader = read(data[1:])
@@ -267,7 +267,7 @@ def bot_api() -> Try:
 
 TARGETS = {
     "http_answers": Target(
-        modules=("agent.http", "agent.uplink.answers", "agent.doctor.ground", "wire.problem"), make=http_answers
+        modules=("agent.net.http", "agent.uplink.answers", "agent.doctor.ground", "wire.problem"), make=http_answers
     ),
     "websocket_answers": Target(modules=("agent.uplink.websocket",), make=websocket_answers),
     "gluetun": Target(modules=("agent.introspect.gluetun",), make=gluetun),
@@ -275,7 +275,7 @@ TARGETS = {
         modules=("agent.remedies.transmission", "agent.remedies.qbittorrent"), make=torrent_clients
     ),
     "openvpn": Target(modules=("agent.introspect.openvpn",), make=openvpn),
-    "wireguard": Target(modules=("agent.introspect.wireguard", "agent.endpoints"), make=wireguard),
+    "wireguard": Target(modules=("agent.introspect.wireguard", "agent.net.endpoints"), make=wireguard),
     "devices": Target(modules=("agent.introspect.device",), make=devices),
     "places": Target(modules=("agent.probes.placing", "agent.probes.trace"), make=places),
     "traces": Target(modules=("server.own_address", "agent.probes.trace"), make=traces),

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from vpn_sentinel.agent.equipment import chosen_services
-from vpn_sentinel.agent.footing import Echoes
-from vpn_sentinel.agent.names import Names
+from vpn_sentinel.agent.build import chosen_services
+from vpn_sentinel.agent.net.resolver import Names
+from vpn_sentinel.agent.probes.echoes import Echoes
 from vpn_sentinel.agent.settings import ProbeSettings
 from vpn_sentinel.runtime.settings import Source
 from vpn_sentinel.wire.messages import Echo

@@ -8,8 +8,8 @@ import pytest
 from tests.agent.doubles import ETH, WG, FakeKernel, Loopback, refuse, tcp, udp, waited
 from tests.agent.test_dnswire import answer, record, text
 from tests.wire.answering import reply
-from vpn_sentinel.agent.interfaces import Paths, Survey
-from vpn_sentinel.agent.netlink import Route
+from vpn_sentinel.agent.net.interfaces import Paths, Survey
+from vpn_sentinel.agent.net.rtnetlink import Route
 from vpn_sentinel.agent.probes import dnswire, targets
 from vpn_sentinel.agent.probes.canary import MOMENT, Flock, OverTcp, canaries, one
 from vpn_sentinel.agent.probes.targets import DnsWhoami, ServerEcho

@@ -19,9 +19,9 @@ from websockets.utils import accept_key
 
 from tests.agent.doubles import http, reply, tcp
 from tests.conftest import until
-from vpn_sentinel.agent.http import Client
-from vpn_sentinel.agent.names import Names
-from vpn_sentinel.agent.spool import Spool
+from vpn_sentinel.agent.net.http import Client
+from vpn_sentinel.agent.net.resolver import Names
+from vpn_sentinel.agent.spool.spool import Spool
 from vpn_sentinel.agent.uplink.answers import plain
 from vpn_sentinel.agent.uplink.conversation import Destination, Routes, Wakeup
 from vpn_sentinel.agent.uplink.courier import Courier, read_list

@@ -6,8 +6,8 @@ import pytest
 
 from tests.agent.doubles import ETH, LO, WG, FakeKernel, udp
 from tests.agent.test_dnswire import answer, record, text
-from vpn_sentinel.agent.interfaces import Paths, Survey
-from vpn_sentinel.agent.netlink import Route
+from vpn_sentinel.agent.net.interfaces import Paths, Survey
+from vpn_sentinel.agent.net.rtnetlink import Route
 from vpn_sentinel.agent.probes import dns, dnswire
 from vpn_sentinel.agent.probes.dns import Nameserver
 from vpn_sentinel.agent.probes.dnswire import Reply

@@ -1,7 +1,7 @@
 import asyncio
 
 from tests.agent.doubles import Loopback, udp
-from vpn_sentinel.agent.interfaces import Paths, Survey
+from vpn_sentinel.agent.net.interfaces import Paths, Survey
 from vpn_sentinel.agent.probes.canary import Flock, canaries
 from vpn_sentinel.agent.probes.flaky import AGAIN, LOST, Steadiness
 from vpn_sentinel.domain.observation import Answer, Canary, Probe

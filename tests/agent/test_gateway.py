@@ -4,9 +4,9 @@ from ipaddress import ip_address, ip_network
 import pytest
 
 from tests.agent.doubles import ETH, LO, WG, FakeKernel, Loopback, udp
-from vpn_sentinel.agent.interfaces import Paths, Survey
+from vpn_sentinel.agent.net.interfaces import Paths, Survey
 from vpn_sentinel.agent.net.link import IFF_LOWER_UP, Interface
-from vpn_sentinel.agent.netlink import Route
+from vpn_sentinel.agent.net.rtnetlink import Route
 from vpn_sentinel.agent.probes.canary import Flock, canaries, one
 from vpn_sentinel.agent.probes.gateway import Gateway, gateway
 from vpn_sentinel.domain.judge import judge

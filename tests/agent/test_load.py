@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ManualClock
-from vpn_sentinel.agent.spool import Spool
+from vpn_sentinel.agent.spool.spool import Spool
 from vpn_sentinel.agent.uplink.load import CHUNK, Load
 from vpn_sentinel.domain.observation import Observation, Trigger
 from vpn_sentinel.wire import codec

@@ -6,7 +6,7 @@ from math import inf
 import pytest
 
 from tests.agent.test_quality import Pulses
-from vpn_sentinel.agent.cycle import GAP, Schedule
+from vpn_sentinel.agent.rounds.scheduler import GAP, Schedule
 from vpn_sentinel.domain.judge import judge
 from vpn_sentinel.domain.machine import Memory, advance
 from vpn_sentinel.domain.observation import Answer, Canary, Link, Observation, Path, Probe, Trigger

@@ -4,8 +4,8 @@ from dataclasses import replace
 from ipaddress import ip_address
 
 from tests.agent.doubles import udp
+from tests.agent.rounds.test_round import eyes
 from tests.agent.test_dns import NOWHERE, whoami
-from tests.agent.test_round import eyes
 from vpn_sentinel.agent.once import with_neighbors
 from vpn_sentinel.agent.probes.dns import Nameserver
 from vpn_sentinel.domain.observation import Answer, Observation, ResolverSighting, Trigger

@@ -11,17 +11,17 @@ import pytest
 from tests.agent.doubles import ETH, LO, WG, FakeKernel, Loopback, http, reply, udp, waited
 from tests.agent.test_dnswire import answer, text
 from tests.conftest import ManualClock
-from vpn_sentinel.agent.http import Client
-from vpn_sentinel.agent.interfaces import Paths, Survey
-from vpn_sentinel.agent.names import Names
-from vpn_sentinel.agent.netlink import Route
+from vpn_sentinel.agent.net.http import Client
+from vpn_sentinel.agent.net.interfaces import Paths, Survey
+from vpn_sentinel.agent.net.resolver import Names
+from vpn_sentinel.agent.net.rtnetlink import Route
 from vpn_sentinel.agent.probes.canary import Flock
 from vpn_sentinel.agent.probes.dns import Nameserver
 from vpn_sentinel.agent.probes.dnswire import Reply
 from vpn_sentinel.agent.probes.origin import FRESH, Origins, block, question, read
 from vpn_sentinel.agent.probes.place import Places
 from vpn_sentinel.agent.probes.placing import Service, read_ipinfo
-from vpn_sentinel.agent.round import Eyes, look
+from vpn_sentinel.agent.rounds.round import Eyes, look
 from vpn_sentinel.domain.judge import judge
 from vpn_sentinel.domain.observation import Path, Place, Trigger
 from vpn_sentinel.domain.policy import IPAddress, Policy

@@ -11,8 +11,8 @@ from netaddr import IPSet
 from tests.agent.doubles import http, reply
 from tests.conftest import ManualClock
 from vpn_sentinel.agent.geo.databases import Databases
-from vpn_sentinel.agent.http import Client
-from vpn_sentinel.agent.names import Names
+from vpn_sentinel.agent.net.http import Client
+from vpn_sentinel.agent.net.resolver import Names
 from vpn_sentinel.agent.probes import mmdb, placing
 from vpn_sentinel.agent.probes.place import FRESH, Places
 from vpn_sentinel.agent.probes.placing import BadAnswerError, Service

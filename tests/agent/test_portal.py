@@ -4,10 +4,10 @@ from ipaddress import ip_address
 import pytest
 
 from tests.agent.doubles import ETH, LO, WG, http, reply, tcp
-from vpn_sentinel.agent.asides import Asides
-from vpn_sentinel.agent.interfaces import Survey
+from vpn_sentinel.agent.net.interfaces import Survey
 from vpn_sentinel.agent.probes.canary import Flock
 from vpn_sentinel.agent.probes.portal import portal
+from vpn_sentinel.agent.rounds.side_probes import Asides
 from vpn_sentinel.domain.observation import Answer, Canary, Claim, Observation, Path, Probe, Trigger
 
 HERE = ip_address("127.0.0.1")

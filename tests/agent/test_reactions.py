@@ -12,12 +12,12 @@ from tests.agent.containment.test_containment import Kept
 from tests.agent.containment.test_proof import POLICY, WELL, canary
 from tests.agent.doubles import FakeKernel
 from tests.conftest import ManualClock
-from vpn_sentinel.agent import interfaces
 from vpn_sentinel.agent.containment.containment import Mode
 from vpn_sentinel.agent.containment.surroundings import Surroundings
-from vpn_sentinel.agent.http import Client
 from vpn_sentinel.agent.introspect.settings import IntrospectSettings
-from vpn_sentinel.agent.names import Names
+from vpn_sentinel.agent.net import interfaces
+from vpn_sentinel.agent.net.http import Client
+from vpn_sentinel.agent.net.resolver import Names
 from vpn_sentinel.agent.reactions import ReactionQueue, Reactions
 from vpn_sentinel.agent.remedies.settings import ReactionSettings
 from vpn_sentinel.domain.judge import judge

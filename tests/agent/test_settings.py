@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 
 from lab.certs import Authority
-from vpn_sentinel.agent.settings import AgentSettings, is_insecure, valid_name
+from vpn_sentinel.agent.net.urls import is_insecure
+from vpn_sentinel.agent.settings import AgentSettings, valid_name
 from vpn_sentinel.runtime.settings import SettingError, Source
 
 LEAST = {"URL": "https://sentinel.example/", "API_KEY": "k"}

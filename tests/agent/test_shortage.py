@@ -5,13 +5,14 @@ from pathlib import Path
 
 from tests.agent.doubles import ETH, WG, FakeKernel, http, reply, udp
 from tests.conftest import no_descriptor_left
-from vpn_sentinel.agent.http import Client
-from vpn_sentinel.agent.interfaces import Paths, Survey
-from vpn_sentinel.agent.names import Names
+from vpn_sentinel.agent.net.http import Client
+from vpn_sentinel.agent.net.interfaces import Paths, Survey
+from vpn_sentinel.agent.net.resolver import Names
+from vpn_sentinel.agent.net.urls import address_in
 from vpn_sentinel.agent.probes import dns
 from vpn_sentinel.agent.probes.canary import Flock, OverTcp, canaries
 from vpn_sentinel.agent.probes.system_resolver import SystemResolver
-from vpn_sentinel.agent.probes.targets import Seen, address_in
+from vpn_sentinel.agent.probes.targets import Seen
 from vpn_sentinel.agent.probes.trace import trace
 from vpn_sentinel.domain.judge import judge
 from vpn_sentinel.domain.observation import Answer, Link, Observation, Trigger

@@ -7,7 +7,7 @@ from ipaddress import ip_address
 import pytest
 
 from tests.agent.doubles import ETH, LO, FakeKernel, refuse, tcp
-from vpn_sentinel.agent.interfaces import Paths, Survey
+from vpn_sentinel.agent.net.interfaces import Paths, Survey
 from vpn_sentinel.agent.probes import tcp as probe
 from vpn_sentinel.domain.observation import Answer, Canary, Path, Probe
 

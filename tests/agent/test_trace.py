@@ -3,8 +3,8 @@ from ipaddress import ip_address
 import pytest
 
 from tests.agent.doubles import http, reply
-from vpn_sentinel.agent.http import Client
-from vpn_sentinel.agent.names import Names
+from vpn_sentinel.agent.net.http import Client
+from vpn_sentinel.agent.net.resolver import Names
 from vpn_sentinel.agent.probes.trace import trace, whoami
 from vpn_sentinel.domain.observation import Answer, Path
 

@@ -11,7 +11,7 @@ from pathlib import Path as FilePath
 import pytest
 
 from tests.agent.doubles import ETH, http, reply
-from vpn_sentinel.agent.interfaces import Survey
+from vpn_sentinel.agent.net.interfaces import Survey
 from vpn_sentinel.agent.once import Looked, look_once
 from vpn_sentinel.agent.settings import ProbeSettings
 from vpn_sentinel.cli import check

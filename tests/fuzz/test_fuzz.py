@@ -29,7 +29,7 @@ CHECKED = "checked already as the message was read"
 OUR_OWN = {
     "agent.containment.seat": KERNEL,
     "agent.doctor.server": CHECKED,
-    "agent.footing": CHECKED,
+    "agent.probes.echoes": CHECKED,
     "agent.leakwatch.bpf": "addresses that are addresses already",
     "agent.leakwatch.tap": KERNEL,
     "agent.net.packettime": KERNEL,

@@ -11,24 +11,26 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from vpn_sentinel import __version__
-from vpn_sentinel.agent import round as rounds
-from vpn_sentinel.agent.asides import Asides
+from vpn_sentinel.agent.base import Base, destination, health, routes, watch_network, way
+from vpn_sentinel.agent.build import chosen_services, open_databases, portal_beside
 from vpn_sentinel.agent.containment.surroundings import Surroundings
-from vpn_sentinel.agent.cycle import Scheduler
-from vpn_sentinel.agent.endpoints import UDP
-from vpn_sentinel.agent.equipment import RouteAudit, chosen_services, flock, open_databases, portal_beside
-from vpn_sentinel.agent.footing import Base, destination, health, routes, watch_network, way
-from vpn_sentinel.agent.interfaces import Paths, Survey, Surveyor
 from vpn_sentinel.agent.introspect.witnesses import Witnesses
 from vpn_sentinel.agent.leakwatch.neighbors import Neighbor
 from vpn_sentinel.agent.leakwatch.watch import LeakWatch
 from vpn_sentinel.agent.net.as_user import AS_USER
+from vpn_sentinel.agent.net.endpoints import UDP
+from vpn_sentinel.agent.net.interfaces import Paths, Survey, Surveyor
 from vpn_sentinel.agent.probes import dns
 from vpn_sentinel.agent.probes.origin import Origins
 from vpn_sentinel.agent.probes.place import Places
 from vpn_sentinel.agent.probes.system_resolver import SystemResolver
 from vpn_sentinel.agent.probes.targets import Target
 from vpn_sentinel.agent.reactions import ReactionQueue, Reactions
+from vpn_sentinel.agent.rounds import round as rounds
+from vpn_sentinel.agent.rounds.plan import flock
+from vpn_sentinel.agent.rounds.route_audit import RouteAudit
+from vpn_sentinel.agent.rounds.scheduler import Scheduler
+from vpn_sentinel.agent.rounds.side_probes import Asides
 from vpn_sentinel.agent.sensors.pathmtu import PathMtu
 from vpn_sentinel.agent.sensors.pulse import Pulse
 from vpn_sentinel.agent.sensors.resolver import ResolverWatch

@@ -4,28 +4,22 @@ import asyncio
 from dataclasses import dataclass, replace
 from typing import Final
 
-from vpn_sentinel.agent import round as rounds
-from vpn_sentinel.agent.equipment import (
-    RouteAudit,
-    chosen_services,
-    flock,
-    http_client,
-    open_databases,
-    open_kernel,
-    path_to,
-)
-from vpn_sentinel.agent.interfaces import Paths, Survey, Surveyor
+from vpn_sentinel.agent.build import chosen_services, http_client, open_databases, open_kernel
 from vpn_sentinel.agent.introspect.settings import IntrospectSettings
 from vpn_sentinel.agent.introspect.witnesses import Witnesses
 from vpn_sentinel.agent.leakwatch.watch import LeakWatch
-from vpn_sentinel.agent.names import Names
 from vpn_sentinel.agent.net.as_user import AS_USER
+from vpn_sentinel.agent.net.interfaces import Paths, Survey, Surveyor
+from vpn_sentinel.agent.net.resolver import Names
 from vpn_sentinel.agent.probes import dns
 from vpn_sentinel.agent.probes.canary import Flock
 from vpn_sentinel.agent.probes.origin import Origins
 from vpn_sentinel.agent.probes.place import Places
 from vpn_sentinel.agent.probes.system_resolver import LOST_AFTER, SystemResolver
 from vpn_sentinel.agent.probes.trace import whoami
+from vpn_sentinel.agent.rounds import round as rounds
+from vpn_sentinel.agent.rounds.plan import flock, path_to
+from vpn_sentinel.agent.rounds.route_audit import RouteAudit
 from vpn_sentinel.agent.settings import ProbeSettings
 from vpn_sentinel.domain.judge import judge, learned_home
 from vpn_sentinel.domain.observation import Answer, Observation, Trigger

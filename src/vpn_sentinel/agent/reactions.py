@@ -16,10 +16,10 @@ from vpn_sentinel.agent.containment.proof import cause_of
 from vpn_sentinel.agent.containment.seat import Seat
 from vpn_sentinel.agent.containment.surroundings import Surroundings
 from vpn_sentinel.agent.containment.table import owner_of
-from vpn_sentinel.agent.http import Client
-from vpn_sentinel.agent.interfaces import Survey
 from vpn_sentinel.agent.introspect.gluetun import CONTROL
 from vpn_sentinel.agent.introspect.settings import IntrospectSettings
+from vpn_sentinel.agent.net.http import Client
+from vpn_sentinel.agent.net.interfaces import Survey
 from vpn_sentinel.agent.remedies import gluetun, hook
 from vpn_sentinel.agent.remedies.plan import Wants
 from vpn_sentinel.agent.remedies.qbittorrent import QBittorrent

@@ -9,11 +9,11 @@ import contextlib
 import logging
 from dataclasses import replace
 
-from vpn_sentinel.agent.cycle import Scheduler
-from vpn_sentinel.agent.equipment import flock
-from vpn_sentinel.agent.footing import Base, destination, health, routes, watch_network
-from vpn_sentinel.agent.interfaces import Paths, Survey, survey
+from vpn_sentinel.agent.base import Base, destination, health, routes, watch_network
+from vpn_sentinel.agent.net.interfaces import Paths, Survey, survey
 from vpn_sentinel.agent.probes.canary import canaries
+from vpn_sentinel.agent.rounds.plan import flock
+from vpn_sentinel.agent.rounds.scheduler import Scheduler
 from vpn_sentinel.agent.sensors.pulse import Pulse
 from vpn_sentinel.agent.settings import AgentSettings
 from vpn_sentinel.agent.uplink.courier import Courier

@@ -3,26 +3,22 @@
 import re
 import socket
 from dataclasses import dataclass
-from ipaddress import ip_network
 from pathlib import Path
 from typing import Final
 
-from vpn_sentinel.agent.endpoints import Endpoint, parse_endpoint
 from vpn_sentinel.agent.geo.shelf import FOLDER
-from vpn_sentinel.agent.http import split
 from vpn_sentinel.agent.introspect.settings import IntrospectSettings
 from vpn_sentinel.agent.leakwatch.meant import Meant, parse_meant
-from vpn_sentinel.agent.probes.targets import address_in
+from vpn_sentinel.agent.net.endpoints import Endpoint, parse_endpoint
+from vpn_sentinel.agent.net.urls import address_in, is_insecure
 from vpn_sentinel.agent.probes.trace import TRACE_URL
 from vpn_sentinel.agent.remedies.settings import ReactionSettings
-from vpn_sentinel.domain.policy import Policy, is_public
+from vpn_sentinel.domain.policy import Policy
 from vpn_sentinel.domain.tunnel import site_name, tunnel_name
 from vpn_sentinel.runtime import settings as s
 from vpn_sentinel.runtime.secret import Secret
 from vpn_sentinel.runtime.settings import SettingError, Source
 
-_LOCAL_NAMES: Final = (".localhost", ".local", ".lan", ".internal", ".home.arpa", ".localdomain")
-_SHARED: Final = ip_network("100.64.0.0/10")  # carrier-grade NAT: not public, but not ours alone either
 _NONE: Final[tuple[str, ...]] = ()
 # How an entry begins, in any case; names behind it keep theirs.
 _KEYWORDS: Final = re.compile(
@@ -157,18 +153,6 @@ class AgentSettings:
             probes=ProbeSettings.read(source),
             introspect=IntrospectSettings.read(source, insecure=lambda url: not allow_insecure and is_insecure(url)),
         )
-
-
-def is_insecure(url: str) -> bool:
-    """Whether a key sent there could be read on the way: plain HTTP to anything but this host or a private network."""
-    where = split(url)
-    if where.secure:
-        return False
-    address = address_in(where.host)
-    if address is not None:
-        return is_public(address) or address in _SHARED
-    # A name without a dot is this host's, the LAN's or the container network's.
-    return "." in where.host and not where.host.lower().endswith(_LOCAL_NAMES)
 
 
 def valid_name(hostname: str) -> str:

@@ -58,7 +58,7 @@ def run_update(args: argparse.Namespace) -> int:
     from vpn_sentinel.agent.geo.databases import day
     from vpn_sentinel.agent.geo.fetch import Bounds, Web, terminal_progress
     from vpn_sentinel.agent.geo.update import update
-    from vpn_sentinel.agent.http import tls_context
+    from vpn_sentinel.agent.net.http import tls_context
 
     settings = _settings(args)
     try:

@@ -9,7 +9,7 @@ from vpn_sentinel.agent.containment.containment import Containment, Mode, Standi
 from vpn_sentinel.agent.containment.nft import NftError
 from vpn_sentinel.agent.containment.proof import Cause, to_text
 from vpn_sentinel.agent.containment.rules import RELEASED, TABLE, Ways
-from vpn_sentinel.agent.endpoints import Endpoint
+from vpn_sentinel.agent.net.endpoints import Endpoint
 from vpn_sentinel.domain.judge import judge
 from vpn_sentinel.domain.observation import Answer, Observation, Outcome, Path, Trigger
 

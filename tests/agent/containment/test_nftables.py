@@ -10,7 +10,7 @@ from vpn_sentinel.agent.containment.nft import Library, Nftables, NftError
 from vpn_sentinel.agent.containment.rules import RELEASED, TABLE, Ways, forget_word, removal, render
 from vpn_sentinel.agent.containment.seat import Seat
 from vpn_sentinel.agent.containment.table import comment_in, owner_of
-from vpn_sentinel.agent.endpoints import TCP, Endpoint
+from vpn_sentinel.agent.net.endpoints import TCP, Endpoint
 
 WAYS = Ways(
     tunnel="wg0",

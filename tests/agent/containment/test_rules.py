@@ -5,7 +5,7 @@ from ipaddress import ip_address, ip_network
 import pytest
 
 from vpn_sentinel.agent.containment.rules import Ways, removal, render
-from vpn_sentinel.agent.endpoints import TCP, Endpoint
+from vpn_sentinel.agent.net.endpoints import TCP, Endpoint
 
 FULL = Ways(
     tunnel="wg0",

@@ -13,10 +13,10 @@ from vpn_sentinel.agent.doctor import machine, network, places, reactions, serve
 from vpn_sentinel.agent.doctor.check import Check, State, gap, ok
 from vpn_sentinel.agent.doctor.ground import Greeting
 from vpn_sentinel.agent.doctor.network import Server, Way
-from vpn_sentinel.agent.endpoints import parse_endpoint
-from vpn_sentinel.agent.interfaces import Survey
 from vpn_sentinel.agent.introspect.wireguard import Device, DeviceError, Peer
 from vpn_sentinel.agent.leakwatch.meant import Meant, parse_meant
+from vpn_sentinel.agent.net.endpoints import parse_endpoint
+from vpn_sentinel.agent.net.interfaces import Survey
 from vpn_sentinel.domain.observation import (
     Answer,
     Canary,

@@ -3,12 +3,12 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ManualClock
-from vpn_sentinel.agent.http import Client
-from vpn_sentinel.agent.interfaces import Survey
 from vpn_sentinel.agent.introspect.settings import IntrospectSettings
 from vpn_sentinel.agent.introspect.witnesses import Witnesses
-from vpn_sentinel.agent.names import Names
-from vpn_sentinel.agent.settings import is_insecure
+from vpn_sentinel.agent.net.http import Client
+from vpn_sentinel.agent.net.interfaces import Survey
+from vpn_sentinel.agent.net.resolver import Names
+from vpn_sentinel.agent.net.urls import is_insecure
 from vpn_sentinel.runtime.settings import SettingError, Source
 
 

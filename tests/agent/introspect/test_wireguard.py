@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.agent.doubles import unix
-from vpn_sentinel.agent.endpoints import Endpoint
 from vpn_sentinel.agent.introspect.wireguard import Device, DeviceError, Peer, read_device, read_shown
+from vpn_sentinel.agent.net.endpoints import Endpoint
 from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.wire import codec, limits
 

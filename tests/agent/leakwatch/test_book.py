@@ -2,7 +2,7 @@ import pytest
 
 from tests.agent.leakwatch.bytes import ip, query, tcp, udp
 from vpn_sentinel.agent.leakwatch.book import FLOWS, HOLD, NAMES, ROUTED_AGAIN, Book, Way
-from vpn_sentinel.agent.leakwatch.packets import Packet, decode
+from vpn_sentinel.agent.net.packets import Packet, decode
 
 ME = "192.168.1.20"
 

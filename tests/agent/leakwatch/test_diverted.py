@@ -5,8 +5,8 @@ from ipaddress import ip_address
 
 from tests.agent.leakwatch.test_watch import ran
 from vpn_sentinel.agent.leakwatch.diverted import is_diverted
-from vpn_sentinel.agent.leakwatch.packets import Packet
 from vpn_sentinel.agent.net.own import OwnSockets
+from vpn_sentinel.agent.net.packets import Packet
 from vpn_sentinel.agent.probes import dnswire
 from vpn_sentinel.agent.probes.tag import PROBE_HOPS, dns_question
 

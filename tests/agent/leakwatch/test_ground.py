@@ -8,11 +8,11 @@ from ipaddress import ip_address, ip_network
 import pytest
 
 from tests.agent.doubles import ETH, LO, UP, WG, surveyed
-from vpn_sentinel.agent.endpoints import parse_endpoint
 from vpn_sentinel.agent.leakwatch.ground import Ground, ground
+from vpn_sentinel.agent.net.endpoints import parse_endpoint
 from vpn_sentinel.agent.net.fib import Fib, Hop, RouteEntry, Rule, parse_entry
 from vpn_sentinel.agent.net.link import IFF_POINTOPOINT, Interface
-from vpn_sentinel.agent.netlink import Route, Way, parse_link, ways
+from vpn_sentinel.agent.net.rtnetlink import Route, Way, parse_link, ways
 from vpn_sentinel.domain.policy import IPAddress
 
 TUN = replace(WG, name="tun0", kind="tun")

@@ -2,9 +2,9 @@ import pwd
 
 import pytest
 
-from vpn_sentinel.agent.endpoints import TCP, UDP
 from vpn_sentinel.agent.leakwatch.meant import Meant, parse_meant
 from vpn_sentinel.agent.leakwatch.rules import Ports
+from vpn_sentinel.agent.net.endpoints import TCP, UDP
 from vpn_sentinel.agent.settings import ProbeSettings
 from vpn_sentinel.runtime.settings import SettingError, Source
 

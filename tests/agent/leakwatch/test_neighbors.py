@@ -2,7 +2,7 @@ from ipaddress import ip_address
 
 from tests.agent.leakwatch.bytes import ip, query, udp
 from vpn_sentinel.agent.leakwatch.neighbors import KEEP, KEEP_LEAKING, MOST, Neighbors
-from vpn_sentinel.agent.leakwatch.packets import Packet, decode
+from vpn_sentinel.agent.net.packets import Packet, decode
 
 ROUTER = ip_address("192.168.1.1")
 

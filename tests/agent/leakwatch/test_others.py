@@ -2,8 +2,8 @@
 
 from tests.agent.leakwatch.test_watch import ran
 from tests.conftest import ManualClock
-from vpn_sentinel.agent.endpoints import parse_endpoint
 from vpn_sentinel.agent.leakwatch.others import AGAIN_S, Others
+from vpn_sentinel.agent.net.endpoints import parse_endpoint
 from vpn_sentinel.agent.net.link import Interface
 from vpn_sentinel.domain.policy import IPAddress
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from vpn_sentinel.agent.endpoints import UDP, Endpoint
 from vpn_sentinel.agent.leakwatch import bpf
 from vpn_sentinel.agent.leakwatch.rules import Rules
 from vpn_sentinel.agent.leakwatch.tap import Tap
+from vpn_sentinel.agent.net.endpoints import UDP, Endpoint
 from vpn_sentinel.agent.net.packettime import packet_times
 
 FAR = "93.184.216.34"

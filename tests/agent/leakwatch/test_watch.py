@@ -21,12 +21,12 @@ import asyncio, json, socket, subprocess, sys, time
 from collections.abc import Callable
 from functools import partial
 from ipaddress import ip_address, ip_network
-from vpn_sentinel.agent.endpoints import parse_endpoint
-from vpn_sentinel.agent.interfaces import Paths, survey
+from vpn_sentinel.agent.net.endpoints import parse_endpoint
+from vpn_sentinel.agent.net.interfaces import Paths, survey
 from vpn_sentinel.agent.leakwatch import watch as w
 from vpn_sentinel.agent.leakwatch.meant import parse_meant
 from vpn_sentinel.agent.net.packettime import packet_times
-from vpn_sentinel.agent.netlink import Netlink
+from vpn_sentinel.agent.net.rtnetlink import Netlink
 from vpn_sentinel.domain.policy import Policy
 
 {inspect.getsource(ManualClock)}

@@ -467,7 +467,7 @@ async def test_our_own_connections_are_known_by_their_flow() -> None:
     seen = await told(
         "ip rule add pref 900 table 42",
         "from ipaddress import ip_address\n"
-        "from vpn_sentinel.agent.http import connected\n"
+        "from vpn_sentinel.agent.net.http import connected\n"
         "sh('ip rule add pref 1 lookup main')\n"
         "ours = asyncio.create_task(connected(ip_address('203.0.113.1'), 443))\n"
         "await until(lambda: '203.0.113.1' in came)\n"

@@ -7,8 +7,8 @@ from tests.agent.leakwatch.test_watch import ran
 ONE_USER = """
 import os
 from ipaddress import ip_address
-from vpn_sentinel.agent.equipment import flock
-from vpn_sentinel.agent.interfaces import Recollection, Surveyor
+from vpn_sentinel.agent.rounds.plan import flock
+from vpn_sentinel.agent.net.interfaces import Recollection, Surveyor
 from vpn_sentinel.agent.net.as_user import AS_USER
 LINES = ["link add wg0 type veth peer name wgfar", "link set wgfar up", "addr add 10.8.0.2/24 dev wg0",
          "link set wg0 up", "route add default dev wg0 table 42"]
@@ -84,7 +84,7 @@ say(user=found.user, refused=AS_USER.refused, near=near(), uid=os.geteuid())
 NOBODYS_PLACE = """
 import ctypes
 from vpn_sentinel.agent.probes.canary import Flock
-from vpn_sentinel.agent import round as rounds
+from vpn_sentinel.agent.rounds import round as rounds
 from vpn_sentinel.agent.doctor.examine import examine
 from vpn_sentinel.agent.doctor.forgiving import read_all
 from vpn_sentinel.runtime.settings import Source

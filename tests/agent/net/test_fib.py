@@ -14,7 +14,7 @@ import pytest
 from vpn_sentinel.agent.net.attributes import attribute
 from vpn_sentinel.agent.net.fib import RTN_UNICAST, Fib, Sender, intersect, joined, subtract
 from vpn_sentinel.agent.net.link import Interface
-from vpn_sentinel.agent.netlink import LOCAL, Netlink
+from vpn_sentinel.agent.net.rtnetlink import LOCAL, Netlink
 
 DEVICES = """
 link set lo up

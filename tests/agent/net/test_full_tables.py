@@ -14,11 +14,11 @@ import pytest
 from tests.agent.net.test_audit import WG
 from tests.agent.net.test_fib import ip
 from tests.agent.net.test_roles import SECOND
-from vpn_sentinel.agent.interfaces import Surveyor
 from vpn_sentinel.agent.leakwatch.ground import Ground, ground
 from vpn_sentinel.agent.net import coverage, fib
 from vpn_sentinel.agent.net.audit import audit
-from vpn_sentinel.agent.netlink import Netlink
+from vpn_sentinel.agent.net.interfaces import Surveyor
+from vpn_sentinel.agent.net.rtnetlink import Netlink
 
 MANY = 5000
 SPLIT = "via 172.17.0.1 dev eth0"

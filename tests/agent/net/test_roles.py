@@ -11,11 +11,11 @@ from pathlib import Path as Folder
 import pytest
 
 from tests.agent.net.test_fib import ip
-from vpn_sentinel.agent.equipment import marks_lead_out
-from vpn_sentinel.agent.interfaces import Paths, Recollection, Survey, Surveyor, survey
+from vpn_sentinel.agent.net.interfaces import Paths, Recollection, Survey, Surveyor, survey
 from vpn_sentinel.agent.net.roles import Remembered, roles
-from vpn_sentinel.agent.netlink import Netlink
+from vpn_sentinel.agent.net.rtnetlink import Netlink
 from vpn_sentinel.agent.probes.dns import Nameserver, path_to
+from vpn_sentinel.agent.rounds.plan import marks_lead_out
 from vpn_sentinel.domain.observation import Path
 
 LAN = """

@@ -9,8 +9,8 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 
 from tests.agent.doubles import http, reply
-from vpn_sentinel.agent.http import Client
-from vpn_sentinel.agent.names import Names
+from vpn_sentinel.agent.net.http import Client
+from vpn_sentinel.agent.net.resolver import Names
 from vpn_sentinel.agent.remedies import gluetun
 from vpn_sentinel.agent.remedies.failure import RemedyError
 from vpn_sentinel.agent.remedies.qbittorrent import QBittorrent

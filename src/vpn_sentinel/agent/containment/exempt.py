@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
-from vpn_sentinel.agent.endpoints import TCP
 from vpn_sentinel.agent.leakwatch.meant import Meant
 from vpn_sentinel.agent.leakwatch.rules import Ports
+from vpn_sentinel.agent.net.endpoints import TCP
 from vpn_sentinel.agent.net.fib import Rule
 
 _PROTOCOLS: Final = {6: "tcp", 17: "udp"}

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from vpn_sentinel.agent.containment.exempt import Exempt
-from vpn_sentinel.agent.endpoints import TCP, Endpoint
+from vpn_sentinel.agent.net.endpoints import TCP, Endpoint
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork
 
 TABLE: Final = "vpn_sentinel"

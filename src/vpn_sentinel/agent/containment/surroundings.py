@@ -10,15 +10,15 @@ from vpn_sentinel.agent.containment.containment import Facts
 from vpn_sentinel.agent.containment.exempt import Exempt
 from vpn_sentinel.agent.containment.proof import Cause
 from vpn_sentinel.agent.containment.rules import Ways
-from vpn_sentinel.agent.endpoints import PROTOCOLS, TCP, UDP, Endpoint, parse_endpoint
-from vpn_sentinel.agent.http import split
-from vpn_sentinel.agent.interfaces import Paths, Survey
 from vpn_sentinel.agent.leakwatch.ground import Ground, Tables, ground
 from vpn_sentinel.agent.leakwatch.meant import Meant
 from vpn_sentinel.agent.leakwatch.senders import is_mark
-from vpn_sentinel.agent.names import Names
+from vpn_sentinel.agent.net.endpoints import PROTOCOLS, TCP, UDP, Endpoint, parse_endpoint
+from vpn_sentinel.agent.net.interfaces import Paths, Survey
+from vpn_sentinel.agent.net.resolver import Names
+from vpn_sentinel.agent.net.rtnetlink import Kernel
 from vpn_sentinel.agent.net.sockets import listening_ports
-from vpn_sentinel.agent.netlink import Kernel
+from vpn_sentinel.agent.net.urls import split
 from vpn_sentinel.domain.observation import Path
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy, is_public
 

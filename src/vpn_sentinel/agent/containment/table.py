@@ -11,7 +11,7 @@ import struct
 from typing import Final
 
 from vpn_sentinel.agent.net.attributes import attributes, error_number
-from vpn_sentinel.agent.netlink import messages
+from vpn_sentinel.agent.net.rtnetlink import messages
 
 _NETFILTER: Final = 12  # NETLINK_NETFILTER
 _GET_TABLE: Final = (10 << 8) | 1  # NFNL_SUBSYS_NFTABLES, NFT_MSG_GETTABLE

@@ -9,11 +9,11 @@ from vpn_sentinel.agent.doctor import machine, network, places, reactions, serve
 from vpn_sentinel.agent.doctor.check import Check, unknown
 from vpn_sentinel.agent.doctor.forgiving import Read
 from vpn_sentinel.agent.doctor.ground import Ground, Once, greet_all, look
-from vpn_sentinel.agent.http import Client, tls_context
-from vpn_sentinel.agent.interfaces import Paths, Surveyor
-from vpn_sentinel.agent.names import Names
 from vpn_sentinel.agent.net.as_user import AS_USER
-from vpn_sentinel.agent.netlink import Netlink
+from vpn_sentinel.agent.net.http import Client, tls_context
+from vpn_sentinel.agent.net.interfaces import Paths, Surveyor
+from vpn_sentinel.agent.net.resolver import Names
+from vpn_sentinel.agent.net.rtnetlink import Netlink
 from vpn_sentinel.runtime.clock import Clock
 
 Look = Callable[[Ground], Awaitable[list[Check]]]

@@ -9,11 +9,12 @@ from typing import Any, Final, Generic, TypeVar
 
 from vpn_sentinel import __version__
 from vpn_sentinel.agent.doctor.forgiving import Read
-from vpn_sentinel.agent.equipment import flock
-from vpn_sentinel.agent.http import Client, HttpError, reason, split
-from vpn_sentinel.agent.interfaces import Paths, Survey
-from vpn_sentinel.agent.netlink import Netlink
+from vpn_sentinel.agent.net.http import Client, HttpError, reason
+from vpn_sentinel.agent.net.interfaces import Paths, Survey
+from vpn_sentinel.agent.net.rtnetlink import Netlink
+from vpn_sentinel.agent.net.urls import split
 from vpn_sentinel.agent.probes.canary import canaries
+from vpn_sentinel.agent.rounds.plan import flock
 from vpn_sentinel.agent.uplink.answers import own_refusal
 from vpn_sentinel.domain.observation import Canary, Observation, Trigger
 from vpn_sentinel.domain.policy import IPAddress

@@ -10,7 +10,7 @@ from vpn_sentinel.agent.containment.nft import LIBRARY
 from vpn_sentinel.agent.doctor.check import Check, gap, ok
 from vpn_sentinel.agent.doctor.ground import Ground
 from vpn_sentinel.agent.doctor.machine import effective_capabilities, has_net_admin
-from vpn_sentinel.agent.http import Client, HttpError
+from vpn_sentinel.agent.net.http import Client, HttpError
 
 
 async def containment(ground: Ground) -> list[Check]:

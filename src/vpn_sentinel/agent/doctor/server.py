@@ -6,7 +6,8 @@ from typing import Final
 
 from vpn_sentinel.agent.doctor.check import Check, gap, ok, unknown
 from vpn_sentinel.agent.doctor.ground import Greeting, Ground
-from vpn_sentinel.agent.http import connected, split
+from vpn_sentinel.agent.net.http import connected
+from vpn_sentinel.agent.net.urls import split
 from vpn_sentinel.agent.probes import dns
 from vpn_sentinel.agent.probes.datagram import Destination, ask
 from vpn_sentinel.agent.probes.targets import ServerEcho

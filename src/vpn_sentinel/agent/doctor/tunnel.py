@@ -8,14 +8,14 @@ from typing import Final
 
 from vpn_sentinel.agent.doctor.check import Check, gap, ok, unknown
 from vpn_sentinel.agent.doctor.ground import Ground
-from vpn_sentinel.agent.endpoints import TCP, Endpoint
-from vpn_sentinel.agent.http import HttpError
 from vpn_sentinel.agent.introspect import gluetun as control
 from vpn_sentinel.agent.introspect.wireguard import Device, DeviceError, read_device
 from vpn_sentinel.agent.leakwatch.ground import Ground as WatchGround
 from vpn_sentinel.agent.leakwatch.ground import ground as watch_ground
 from vpn_sentinel.agent.leakwatch.meant import Meant
 from vpn_sentinel.agent.leakwatch.rules import Ports
+from vpn_sentinel.agent.net.endpoints import TCP, Endpoint
+from vpn_sentinel.agent.net.http import HttpError
 from vpn_sentinel.agent.net.packetsocket import packet_socket
 from vpn_sentinel.domain.judge import learned_home
 from vpn_sentinel.domain.observation import Answer, Canary, Observation, Probe

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vpn_sentinel.agent.geo.shelf import FOLDER
-from vpn_sentinel.agent.settings import is_insecure
+from vpn_sentinel.agent.net.urls import is_insecure
 from vpn_sentinel.runtime import settings as s
 from vpn_sentinel.runtime.secret import Secret
 from vpn_sentinel.runtime.settings import SettingError, Source

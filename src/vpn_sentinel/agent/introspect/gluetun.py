@@ -12,8 +12,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from vpn_sentinel.agent.http import Client, HttpError, Response, json_in, split
-from vpn_sentinel.agent.probes.targets import address_in
+from vpn_sentinel.agent.net.http import Client, HttpError, Response, json_in
+from vpn_sentinel.agent.net.urls import address_in, split
 from vpn_sentinel.domain.observation import Claim
 from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.runtime.backoff import backoff

@@ -9,8 +9,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
 
-from vpn_sentinel.agent.endpoints import TCP, UDP, Endpoint
-from vpn_sentinel.agent.probes.targets import address_in
+from vpn_sentinel.agent.net.endpoints import TCP, UDP, Endpoint
+from vpn_sentinel.agent.net.urls import address_in
 from vpn_sentinel.domain.observation import Claim
 from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.runtime.backoff import backoff

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 from vpn_sentinel.agent.introspect.gluetun import Login
-from vpn_sentinel.agent.probes.targets import address_in
+from vpn_sentinel.agent.net.urls import address_in
 from vpn_sentinel.runtime import settings as s
 from vpn_sentinel.runtime.secret import Secret
 from vpn_sentinel.runtime.settings import SettingError, Source

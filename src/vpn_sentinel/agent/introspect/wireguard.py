@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from vpn_sentinel.agent.endpoints import Endpoint, parse_endpoint
+from vpn_sentinel.agent.net.endpoints import Endpoint, parse_endpoint
 from vpn_sentinel.domain.observation import Claim
 
 FOLDERS: Final = ("/run/wireguard", "/var/run/wireguard")

@@ -4,15 +4,15 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from vpn_sentinel.agent.endpoints import Endpoint
-from vpn_sentinel.agent.http import Client
-from vpn_sentinel.agent.interfaces import Survey
 from vpn_sentinel.agent.introspect.device import EVERY, StallWatch
 from vpn_sentinel.agent.introspect.gluetun import Gluetun
 from vpn_sentinel.agent.introspect.openvpn import OpenVpn
 from vpn_sentinel.agent.introspect.port import ForwardedPort
 from vpn_sentinel.agent.introspect.settings import IntrospectSettings
 from vpn_sentinel.agent.introspect.wireguard import Device, DeviceError, read_device
+from vpn_sentinel.agent.net.endpoints import Endpoint
+from vpn_sentinel.agent.net.http import Client
+from vpn_sentinel.agent.net.interfaces import Survey
 from vpn_sentinel.domain.observation import Claim
 from vpn_sentinel.runtime.clock import Clock
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Final
 
-from vpn_sentinel.agent.leakwatch.packets import Packet
+from vpn_sentinel.agent.net.packets import Packet
 from vpn_sentinel.domain.observation import Escape
 from vpn_sentinel.domain.policy import IPAddress
 

@@ -14,8 +14,6 @@ from ipaddress import collapse_addresses, ip_network
 from itertools import product
 from typing import Any, Final
 
-from vpn_sentinel.agent.endpoints import TCP, UDP, Endpoint
-from vpn_sentinel.agent.leakwatch.packets import RST, SYN, SYN_ACK
 from vpn_sentinel.agent.leakwatch.rules import (
     DNS,
     FRAGMENT,
@@ -29,7 +27,9 @@ from vpn_sentinel.agent.leakwatch.rules import (
     Ports,
     Rules,
 )
+from vpn_sentinel.agent.net.endpoints import TCP, UDP, Endpoint
 from vpn_sentinel.agent.net.fib import Rule
+from vpn_sentinel.agent.net.packets import RST, SYN, SYN_ACK
 from vpn_sentinel.agent.probes.tag import PROBE_HOPS
 from vpn_sentinel.domain.leaks import DNS_PORTS
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork

@@ -19,13 +19,13 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
 
-from vpn_sentinel.agent.endpoints import TCP, UDP, Endpoint
-from vpn_sentinel.agent.interfaces import Memory
 from vpn_sentinel.agent.introspect.device import counters
 from vpn_sentinel.agent.leakwatch import bpf
-from vpn_sentinel.agent.leakwatch.packets import decode
 from vpn_sentinel.agent.leakwatch.tap import Tap
+from vpn_sentinel.agent.net.endpoints import TCP, UDP, Endpoint
+from vpn_sentinel.agent.net.interfaces import Memory
 from vpn_sentinel.agent.net.link import Interface
+from vpn_sentinel.agent.net.packets import decode
 from vpn_sentinel.agent.probes.datagram import plain_probe
 from vpn_sentinel.domain.policy import IPAddress
 

@@ -6,9 +6,9 @@ of ours that comes out at another address than it was sent to proves it, and a p
 that is led to this host itself, as Docker's resolver and redirects to a local stub do it, never comes out.
 """
 
-from vpn_sentinel.agent.leakwatch.packets import Packet
 from vpn_sentinel.agent.leakwatch.rules import is_dns
 from vpn_sentinel.agent.net.own import OwnSockets
+from vpn_sentinel.agent.net.packets import Packet
 from vpn_sentinel.agent.probes.dns import NO_DNS_HERE
 from vpn_sentinel.agent.probes.tag import is_probe
 from vpn_sentinel.domain.leaks import DNS_PORTS

@@ -17,16 +17,16 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Final, Protocol
 
-from vpn_sentinel.agent.endpoints import TCP, UDP
 from vpn_sentinel.agent.leakwatch import bpf
 from vpn_sentinel.agent.leakwatch.inbound import Flows
 from vpn_sentinel.agent.leakwatch.meant import Meant
-from vpn_sentinel.agent.leakwatch.packets import Packet, decode
 from vpn_sentinel.agent.leakwatch.rules import PRIVATE, Rules
 from vpn_sentinel.agent.leakwatch.senders import selects
 from vpn_sentinel.agent.leakwatch.tap import Tap
 from vpn_sentinel.agent.leakwatch.trial import TRIED, Takers, Trials
+from vpn_sentinel.agent.net.endpoints import TCP, UDP
 from vpn_sentinel.agent.net.fib import FIRST_PERSON, Rule
+from vpn_sentinel.agent.net.packets import Packet, decode
 from vpn_sentinel.agent.net.sockets import Socket
 from vpn_sentinel.domain.policy import IPAddress, is_public, within
 

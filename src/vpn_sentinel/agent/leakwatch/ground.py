@@ -4,17 +4,17 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Final, Protocol
 
-from vpn_sentinel.agent.endpoints import Endpoint
-from vpn_sentinel.agent.interfaces import INTERNET, Survey, is_up
 from vpn_sentinel.agent.leakwatch.rules import Rules
 from vpn_sentinel.agent.leakwatch.senders import Senders, is_mark, marks, senders
 from vpn_sentinel.agent.net.coverage import interval
+from vpn_sentinel.agent.net.endpoints import Endpoint
 from vpn_sentinel.agent.net.fib import Fib
+from vpn_sentinel.agent.net.interfaces import INTERNET, Survey, is_up
 from vpn_sentinel.agent.net.link import IFF_LOOPBACK, IFF_POINTOPOINT, Interface
 from vpn_sentinel.agent.net.local import SHORTEST, addresses
 from vpn_sentinel.agent.net.roles import is_layer3_tunnel
+from vpn_sentinel.agent.net.rtnetlink import Route, Way
 from vpn_sentinel.agent.net.servers import reached
-from vpn_sentinel.agent.netlink import Route, Way
 from vpn_sentinel.domain.policy import NOT_PUBLIC, IPAddress, IPNetwork, is_public, within
 
 _WIREGUARD: Final = frozenset({"wireguard", "amneziawg"})

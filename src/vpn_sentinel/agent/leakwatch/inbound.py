@@ -14,8 +14,8 @@ from collections import OrderedDict
 from contextlib import suppress
 from typing import Final, Protocol, TypeVar
 
-from vpn_sentinel.agent.endpoints import TCP, UDP
-from vpn_sentinel.agent.leakwatch.packets import Packet
+from vpn_sentinel.agent.net.endpoints import TCP, UDP
+from vpn_sentinel.agent.net.packets import Packet
 from vpn_sentinel.agent.net.sockets import Socket
 from vpn_sentinel.domain.policy import IPAddress
 

@@ -14,8 +14,8 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-from vpn_sentinel.agent.endpoints import PROTOCOLS, TCP, UDP
 from vpn_sentinel.agent.leakwatch.rules import Ports
+from vpn_sentinel.agent.net.endpoints import PROTOCOLS, TCP, UDP
 from vpn_sentinel.agent.net.fib import Rule
 
 FORMS: Final = "`published 8000/tcp`, `port 123/udp`, `user NAME`, `only user NAME` or `interface NAME`"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from vpn_sentinel.agent.leakwatch.packets import Packet
+from vpn_sentinel.agent.net.packets import Packet
 from vpn_sentinel.domain.policy import IPAddress
 
 # Seconds that one is asked after a packet to it, before another packet must show it again: a regular round's interval,

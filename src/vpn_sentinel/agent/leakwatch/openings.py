@@ -9,8 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
 
-from vpn_sentinel.agent.endpoints import TCP
-from vpn_sentinel.agent.leakwatch.packets import Packet
+from vpn_sentinel.agent.net.endpoints import TCP
+from vpn_sentinel.agent.net.packets import Packet
 from vpn_sentinel.domain.policy import IPAddress
 
 PATIENCE_S: Final = 0.7  # until the first data: with what follows, a leak is told within a second

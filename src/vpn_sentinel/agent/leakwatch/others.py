@@ -10,8 +10,8 @@ import logging
 from collections.abc import Callable
 from typing import Final
 
-from vpn_sentinel.agent.endpoints import Endpoint
 from vpn_sentinel.agent.leakwatch.carrier import Search, search, twins
+from vpn_sentinel.agent.net.endpoints import Endpoint
 from vpn_sentinel.agent.net.link import Interface
 from vpn_sentinel.domain.policy import IPAddress
 

@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from ipaddress import ip_address
 from typing import Final
 
-from vpn_sentinel.agent.endpoints import TCP, UDP
-from vpn_sentinel.agent.interfaces import INTERNET
-from vpn_sentinel.agent.leakwatch.packets import Packet
+from vpn_sentinel.agent.net.endpoints import TCP, UDP
 from vpn_sentinel.agent.net.fib import EVERYBODY, Fib, Rule, Sender, may_be_a_programs
+from vpn_sentinel.agent.net.interfaces import INTERNET
+from vpn_sentinel.agent.net.packets import Packet
 from vpn_sentinel.domain.policy import IPAddress
 
 # Besides the usual two a family, for where a rule sends one of those elsewhere.

@@ -11,8 +11,8 @@ from dataclasses import replace
 from enum import Enum
 from typing import Final
 
-from vpn_sentinel.agent.endpoints import TCP, UDP, Endpoint
-from vpn_sentinel.agent.leakwatch.packets import Packet
+from vpn_sentinel.agent.net.endpoints import TCP, UDP, Endpoint
+from vpn_sentinel.agent.net.packets import Packet
 from vpn_sentinel.domain.policy import IPAddress
 
 _HANDSHAKES: Final = {1: 148, 2: 92, 3: 64}

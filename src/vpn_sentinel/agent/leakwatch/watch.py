@@ -15,8 +15,6 @@ from dataclasses import replace
 from ipaddress import ip_network
 from typing import Final
 
-from vpn_sentinel.agent.endpoints import PROTOCOLS, TCP, UDP, Endpoint
-from vpn_sentinel.agent.interfaces import Memory, Paths, Recollection, Survey, is_up
 from vpn_sentinel.agent.leakwatch import bpf
 from vpn_sentinel.agent.leakwatch.book import Book, Way
 from vpn_sentinel.agent.leakwatch.carrier import FRESH_S, SURE_S, Carrier
@@ -28,14 +26,16 @@ from vpn_sentinel.agent.leakwatch.meant import Meant
 from vpn_sentinel.agent.leakwatch.neighbors import Neighbor, Neighbors
 from vpn_sentinel.agent.leakwatch.openings import Openings
 from vpn_sentinel.agent.leakwatch.others import Others
-from vpn_sentinel.agent.leakwatch.packets import Packet, decode
 from vpn_sentinel.agent.leakwatch.rules import Rules, is_dhcp, is_dns
 from vpn_sentinel.agent.leakwatch.shapes import Shape, Shapes, is_dtls
 from vpn_sentinel.agent.leakwatch.tap import BATCH, Tap
 from vpn_sentinel.agent.leakwatch.users import Users
 from vpn_sentinel.agent.net.closed_sockets import ClosedSockets
+from vpn_sentinel.agent.net.endpoints import PROTOCOLS, TCP, UDP, Endpoint
 from vpn_sentinel.agent.net.fib import Sender
+from vpn_sentinel.agent.net.interfaces import Memory, Paths, Recollection, Survey, is_up
 from vpn_sentinel.agent.net.own import OWN, OwnSockets
+from vpn_sentinel.agent.net.packets import Packet, decode
 from vpn_sentinel.agent.net.packettime import packet_times
 from vpn_sentinel.agent.net.roles import has_way
 from vpn_sentinel.agent.net.sockets import Sockets

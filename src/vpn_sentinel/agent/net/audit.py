@@ -6,9 +6,8 @@ from dataclasses import replace
 from ipaddress import ip_network
 from typing import Final
 
-from vpn_sentinel.agent.endpoints import TCP, UDP
-from vpn_sentinel.agent.interfaces import Survey
 from vpn_sentinel.agent.net.coverage import by_device, interval, names, public_space, size
+from vpn_sentinel.agent.net.endpoints import TCP, UDP
 from vpn_sentinel.agent.net.fib import (
     WHOLE_PORT,
     Fib,
@@ -20,6 +19,7 @@ from vpn_sentinel.agent.net.fib import (
     may_be_a_programs,
     subtract,
 )
+from vpn_sentinel.agent.net.interfaces import Survey
 from vpn_sentinel.agent.net.link import IFF_LOOPBACK, Interface, forwards
 from vpn_sentinel.agent.net.local import networks
 from vpn_sentinel.agent.net.roles import has_way

@@ -15,14 +15,7 @@ from typing import Final
 
 from vpn_sentinel.agent.net.coverage import public_share
 from vpn_sentinel.agent.net.fib import RTN_UNICAST, Fib, RouteEntry, Sender
-from vpn_sentinel.agent.net.link import (
-    ARPHRD_NONE,
-    ARPHRD_PPP,
-    IFF_LOOPBACK,
-    IFF_POINTOPOINT,
-    IFF_UP,
-    Interface,
-)
+from vpn_sentinel.agent.net.link import ARPHRD_NONE, ARPHRD_PPP, IFF_LOOPBACK, IFF_POINTOPOINT, IFF_UP, Interface
 from vpn_sentinel.domain.policy import IPAddress, is_public
 
 # Where "the internet" is, when single packets are asked about: more than one, since a rule may send one elsewhere.

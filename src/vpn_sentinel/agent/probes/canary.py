@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine, Iterable, Set
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from vpn_sentinel.agent.interfaces import Paths
+from vpn_sentinel.agent.net.interfaces import Paths
 from vpn_sentinel.agent.net.link import Interface
 from vpn_sentinel.agent.probes.datagram import Destination, Outcome, ask
 from vpn_sentinel.agent.probes.targets import CLOUDFLARE, NO_DNS, OPENDNS, Seen, Target

@@ -19,10 +19,10 @@ from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from pathlib import Path as FilePath
 from typing import Final, TypeVar
 
-from vpn_sentinel.agent.interfaces import Paths
+from vpn_sentinel.agent.net.interfaces import Paths
+from vpn_sentinel.agent.net.urls import address_in
 from vpn_sentinel.agent.probes import dnswire
 from vpn_sentinel.agent.probes.datagram import Destination, Outcome, ask
-from vpn_sentinel.agent.probes.targets import address_in
 from vpn_sentinel.domain.observation import Answer, Path, ResolverSighting
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, is_public, within
 from vpn_sentinel.wire import canary

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ipaddress import ip_network
 from typing import Final
 
-from vpn_sentinel.agent.interfaces import INTERNET, Paths, is_up
+from vpn_sentinel.agent.net.interfaces import INTERNET, Paths, is_up
 from vpn_sentinel.agent.net.link import Interface
 from vpn_sentinel.agent.probes import dnswire
 from vpn_sentinel.agent.probes.targets import Seen

@@ -14,10 +14,10 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator
 from ipaddress import ip_address, ip_network
 from typing import Final, Protocol
 
-from vpn_sentinel.agent.endpoints import TCP
-from vpn_sentinel.agent.http import split
-from vpn_sentinel.agent.interfaces import Paths
-from vpn_sentinel.agent.names import Names, NotFoundError
+from vpn_sentinel.agent.net.endpoints import TCP
+from vpn_sentinel.agent.net.interfaces import Paths
+from vpn_sentinel.agent.net.resolver import Names, NotFoundError
+from vpn_sentinel.agent.net.urls import split
 from vpn_sentinel.agent.probes import dns, dnswire
 from vpn_sentinel.agent.probes.placing import asn_of
 from vpn_sentinel.domain.observation import Answer, Path, Place
@@ -40,7 +40,7 @@ _PUBLIC: Final = tuple(dns.Nameserver(ip_address(a)) for a in ("9.9.9.9", "1.1.1
 
 
 class Facts(Protocol):
-    """Where answers outlive the process: `agent.spool.Spool`."""
+    """Where answers outlive the process: `agent.spool.spool.Spool`."""
 
     def fact(self, name: str) -> str | None: ...
 

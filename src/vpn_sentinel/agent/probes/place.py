@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from vpn_sentinel.agent.http import Client, HttpError, Response
+from vpn_sentinel.agent.net.http import Client, HttpError, Response
 from vpn_sentinel.agent.probes.placing import BadAnswerError, Service
 from vpn_sentinel.domain.observation import Place
 from vpn_sentinel.domain.policy import IPAddress

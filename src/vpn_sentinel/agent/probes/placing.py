@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from vpn_sentinel.agent.probes.targets import address_in
+from vpn_sentinel.agent.net.urls import address_in
 from vpn_sentinel.agent.probes.trace import TRACE_PATH, parse_trace
 from vpn_sentinel.domain.observation import Place
 from vpn_sentinel.domain.policy import IPAddress

@@ -9,8 +9,8 @@ import socket
 from typing import Final
 from urllib.parse import urljoin, urlsplit
 
-from vpn_sentinel.agent.http import Response, read_response
 from vpn_sentinel.agent.net.as_user import AS_USER
+from vpn_sentinel.agent.net.http import Response, read_response
 from vpn_sentinel.agent.net.own import OWN
 from vpn_sentinel.agent.probes import tag
 from vpn_sentinel.agent.probes.trace import TRACE_PATH, parse_trace

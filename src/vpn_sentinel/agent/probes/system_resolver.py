@@ -18,10 +18,10 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
 
-from vpn_sentinel.agent.names import encoded
 from vpn_sentinel.agent.net.as_user import AS_USER
+from vpn_sentinel.agent.net.resolver import encoded
+from vpn_sentinel.agent.net.urls import address_in
 from vpn_sentinel.agent.probes import dns
-from vpn_sentinel.agent.probes.targets import address_in
 from vpn_sentinel.domain.observation import Answer, SystemLookup
 from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.runtime.shortage import out_of_descriptors

@@ -22,8 +22,8 @@ from hashlib import blake2s
 from pathlib import Path
 from typing import Final
 
-from vpn_sentinel.agent.endpoints import TCP, UDP
-from vpn_sentinel.agent.leakwatch.packets import Packet, asked_name
+from vpn_sentinel.agent.net.endpoints import TCP, UDP
+from vpn_sentinel.agent.net.packets import Packet, asked_name
 from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.wire.echo import MAGIC, NONCE_AT, TAG, TAG_AT
 

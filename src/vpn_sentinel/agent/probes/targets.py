@@ -7,9 +7,10 @@ from functools import partial
 from ipaddress import ip_address
 from typing import Final, Protocol
 
+from vpn_sentinel.agent.net.urls import address_in
 from vpn_sentinel.agent.probes import dnswire, tag
 from vpn_sentinel.domain.policy import IPAddress, is_public
-from vpn_sentinel.wire import codec, echo
+from vpn_sentinel.wire import echo
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,13 +78,6 @@ class DnsWhoami:
         """Public, and of the family that was asked by: a captive portal's resolver answers all with its own address."""
         found = [*reply.addresses, *(a for strings in reply.texts for s in strings if (a := address_in(s)))]
         return next((a for a in found if a.version == self.address.version and is_public(a)), None)
-
-
-def address_in(text: str) -> IPAddress | None:
-    try:
-        return codec.address(text.strip())
-    except ValueError:
-        return None
 
 
 def cloudflare(port: int = 53) -> tuple[DnsWhoami, ...]:

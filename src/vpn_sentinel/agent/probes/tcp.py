@@ -7,8 +7,8 @@ import asyncio
 import socket
 from typing import Final
 
-from vpn_sentinel.agent.interfaces import Paths
 from vpn_sentinel.agent.net.as_user import AS_USER
+from vpn_sentinel.agent.net.interfaces import Paths
 from vpn_sentinel.agent.net.own import OWN
 from vpn_sentinel.agent.probes import tag
 from vpn_sentinel.agent.probes.targets import CLOUDFLARE

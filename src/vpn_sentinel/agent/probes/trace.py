@@ -3,9 +3,9 @@
 import asyncio
 from typing import Final
 
-from vpn_sentinel.agent.http import Client, HttpError, json_in
+from vpn_sentinel.agent.net.http import Client, HttpError, json_in
+from vpn_sentinel.agent.net.urls import address_in
 from vpn_sentinel.agent.probes.datagram import RESEND
-from vpn_sentinel.agent.probes.targets import address_in
 from vpn_sentinel.domain.observation import Answer, Canary, Path, Probe
 from vpn_sentinel.domain.policy import IPAddress, is_public
 from vpn_sentinel.runtime.shortage import is_shortage

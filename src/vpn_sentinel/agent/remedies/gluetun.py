@@ -6,8 +6,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
 from typing import Final
 
-from vpn_sentinel.agent.http import Client, HttpError
 from vpn_sentinel.agent.introspect.gluetun import STATUS
+from vpn_sentinel.agent.net.http import Client, HttpError
 from vpn_sentinel.agent.remedies.failure import RemedyError
 
 _LIMIT: Final = 15.0  # seconds: it answers when OpenVPN has ended

@@ -8,7 +8,8 @@ import logging
 from http import HTTPStatus
 from typing import Any, Final
 
-from vpn_sentinel.agent.http import Client, HttpError, json_in, split
+from vpn_sentinel.agent.net.http import Client, HttpError, json_in
+from vpn_sentinel.agent.net.urls import split
 from vpn_sentinel.agent.remedies.failure import RemedyError
 from vpn_sentinel.agent.remedies.torrents import LIMIT, MOST
 from vpn_sentinel.runtime.secret import Secret

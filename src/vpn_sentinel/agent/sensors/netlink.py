@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Final
 
 from vpn_sentinel.agent.net.link import IFF_LOWER_UP, IFF_UP, Interface
-from vpn_sentinel.agent.netlink import (
+from vpn_sentinel.agent.net.rtnetlink import (
     DELADDR,
     DELLINK,
     DELNEXTHOP,

@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Final
 
-from vpn_sentinel.agent.interfaces import Paths
+from vpn_sentinel.agent.net.interfaces import Paths
 from vpn_sentinel.agent.probes.mtu import Found, Sizer, search
 from vpn_sentinel.agent.probes.targets import ServerEcho
 from vpn_sentinel.agent.sensors.pulse import Pulse

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from vpn_sentinel.agent.interfaces import Paths
 from vpn_sentinel.agent.net.as_user import AS_USER
+from vpn_sentinel.agent.net.interfaces import Paths
 from vpn_sentinel.agent.net.own import OWN
 from vpn_sentinel.agent.net.packettime import ANCILLARY, note_times, passed
 from vpn_sentinel.agent.probes import tag

@@ -11,7 +11,7 @@ from typing import Final
 
 import msgspec
 
-from vpn_sentinel.agent.http import MOST
+from vpn_sentinel.agent.net.http import MOST
 from vpn_sentinel.wire.problem import CONTENT_TYPE, MARK, Problem
 
 _LONGEST: Final = 160  # characters of a reason

@@ -7,8 +7,9 @@ from typing import Final, Protocol
 
 import msgspec
 
-from vpn_sentinel.agent.http import Client, split
-from vpn_sentinel.agent.spool import Spool
+from vpn_sentinel.agent.net.http import Client
+from vpn_sentinel.agent.net.urls import split
+from vpn_sentinel.agent.spool.spool import Spool
 from vpn_sentinel.agent.uplink.channel import CHANGED, Channel, ChannelError, Fault
 from vpn_sentinel.agent.uplink.load import Load
 from vpn_sentinel.agent.uplink.post import post

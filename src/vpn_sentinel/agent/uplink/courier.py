@@ -13,9 +13,10 @@ from collections.abc import Callable
 from ipaddress import ip_address
 from typing import Final
 
-from vpn_sentinel.agent.http import Client, connected, split
-from vpn_sentinel.agent.names import NotFoundError
-from vpn_sentinel.agent.spool import Spool
+from vpn_sentinel.agent.net.http import Client, connected
+from vpn_sentinel.agent.net.resolver import NotFoundError
+from vpn_sentinel.agent.net.urls import split
+from vpn_sentinel.agent.spool.spool import Spool
 from vpn_sentinel.agent.uplink.channel import ChannelError, Fault
 from vpn_sentinel.agent.uplink.conversation import Conversation, Destination, Routes, Wakeup
 from vpn_sentinel.agent.uplink.load import Load

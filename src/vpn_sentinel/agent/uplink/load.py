@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from typing import Final
 
-from vpn_sentinel.agent.spool import Spool
+from vpn_sentinel.agent.spool.spool import Spool
 from vpn_sentinel.domain.observation import Observation
 from vpn_sentinel.wire import codec, limits
 from vpn_sentinel.wire.messages import Report

@@ -2,7 +2,7 @@
 
 from http import HTTPStatus
 
-from vpn_sentinel.agent.http import Client, HttpError
+from vpn_sentinel.agent.net.http import Client, HttpError
 from vpn_sentinel.agent.uplink.answers import own_refusal, plain, strangers
 from vpn_sentinel.agent.uplink.channel import CHANGED, ChannelError, Fault
 from vpn_sentinel.domain.policy import IPAddress

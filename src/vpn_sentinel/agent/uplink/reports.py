@@ -1,6 +1,6 @@
 """The way of what was seen into the spool, and from there to the server."""
 
-from vpn_sentinel.agent.spool import Spool
+from vpn_sentinel.agent.spool.spool import Spool
 from vpn_sentinel.agent.uplink.courier import Courier
 from vpn_sentinel.domain.observation import Observation
 from vpn_sentinel.domain.verdict import State, Verdict

@@ -14,7 +14,8 @@ from wsproto.events import CloseConnection, Event, Message, Ping, TextMessage
 from wsproto.frame_protocol import CloseReason
 from wsproto.utilities import LocalProtocolError, generate_accept_token, generate_nonce
 
-from vpn_sentinel.agent.http import Address, Response, connected, head, read_response, reason, split
+from vpn_sentinel.agent.net.http import Response, connected, head, read_response, reason
+from vpn_sentinel.agent.net.urls import Address, split
 from vpn_sentinel.agent.uplink.answers import own_refusal, strangers
 from vpn_sentinel.agent.uplink.channel import ChannelError, Fault
 from vpn_sentinel.domain.policy import IPAddress

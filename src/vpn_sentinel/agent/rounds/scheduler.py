@@ -15,7 +15,7 @@ import random
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final
 
-from vpn_sentinel.agent.pauses import Pauses
+from vpn_sentinel.agent.rounds.pauses import Pauses
 from vpn_sentinel.agent.rounds.state import RoundState
 from vpn_sentinel.agent.rounds.triggers import TriggerQueue, outweighs
 from vpn_sentinel.domain.judge import judge, learned_home

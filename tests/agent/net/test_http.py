@@ -10,8 +10,9 @@ import pytest
 from lab.certs import Authority, Pair
 from tests.agent.doubles import http, reply, tcp
 from tests.conftest import NEEDS_OPENSSL
-from vpn_sentinel.agent.http import Client, HttpError, connected, read_response, reason, split, tls_context
-from vpn_sentinel.agent.names import Names
+from vpn_sentinel.agent.net.http import Client, HttpError, connected, read_response, reason, tls_context
+from vpn_sentinel.agent.net.resolver import Names
+from vpn_sentinel.agent.net.urls import split
 
 CLIENT = Client(names=Names())
 

@@ -5,8 +5,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.agent.leakwatch.bytes import ip, query, tcp, udp
-from vpn_sentinel.agent.endpoints import parse_endpoint
-from vpn_sentinel.agent.leakwatch.packets import asked_name, decode
 from vpn_sentinel.agent.leakwatch.rules import is_dhcp
 from vpn_sentinel.agent.leakwatch.shapes import (
     ALIKE,
@@ -17,6 +15,8 @@ from vpn_sentinel.agent.leakwatch.shapes import (
     is_openvpn_tcp_reset,
     is_wireguard,
 )
+from vpn_sentinel.agent.net.endpoints import parse_endpoint
+from vpn_sentinel.agent.net.packets import asked_name, decode
 
 ME, FAR = "192.168.1.20", "203.0.113.5"
 

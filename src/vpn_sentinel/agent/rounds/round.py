@@ -10,17 +10,17 @@ from dataclasses import dataclass, field, replace
 from ipaddress import ip_network
 from typing import Final, Protocol
 
-from vpn_sentinel.agent.asides import Asides
-from vpn_sentinel.agent.interfaces import Paths, Survey
 from vpn_sentinel.agent.leakwatch.watch import LeakWatch
 from vpn_sentinel.agent.net.as_user import AS_USER
+from vpn_sentinel.agent.net.interfaces import Paths, Survey
 from vpn_sentinel.agent.net.packetsocket import packet_socket
-from vpn_sentinel.agent.netlink import Kernel
+from vpn_sentinel.agent.net.rtnetlink import Kernel
 from vpn_sentinel.agent.probes import bypass, dns, tcp
 from vpn_sentinel.agent.probes.canary import MAX_UPLINKS, Flock, canaries
 from vpn_sentinel.agent.probes.origin import Origins
 from vpn_sentinel.agent.probes.place import Places
 from vpn_sentinel.agent.probes.system_resolver import SystemResolver
+from vpn_sentinel.agent.rounds.side_probes import Asides
 from vpn_sentinel.domain.judge import judge, learned_home
 from vpn_sentinel.domain.observation import (
     Answer,

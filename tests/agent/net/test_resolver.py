@@ -3,7 +3,7 @@ from ipaddress import ip_address
 
 import pytest
 
-from vpn_sentinel.agent.names import Names, NotFoundError, system_lookup
+from vpn_sentinel.agent.net.resolver import Names, NotFoundError, system_lookup
 
 ONE = ip_address("192.0.2.1")
 

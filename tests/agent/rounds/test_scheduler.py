@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ManualClock, until
-from vpn_sentinel.agent.cycle import BURST, GAP, RECHECKS, UNWELL, Pace, Schedule, Scheduler
+from vpn_sentinel.agent.rounds.scheduler import BURST, GAP, RECHECKS, UNWELL, Pace, Schedule, Scheduler
 from vpn_sentinel.agent.rounds.state import RoundState
 from vpn_sentinel.agent.rounds.triggers import TriggerQueue
 from vpn_sentinel.domain.judge import judge, judge_reference

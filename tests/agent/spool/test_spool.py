@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import ManualClock
-from vpn_sentinel.agent.spool import Spool, SpoolInUseError, os_boot
-from vpn_sentinel.agent.spoolfile import open_file
-from vpn_sentinel.agent.thinning import Row, thin
+from vpn_sentinel.agent.spool.file import open_file
+from vpn_sentinel.agent.spool.spool import Spool, SpoolInUseError, os_boot
+from vpn_sentinel.agent.spool.thinning import Row, thin
 
 
 class Disk:
@@ -246,7 +246,7 @@ def test_a_rotten_log_is_said_once(path: Path, clock: ManualClock, caplog: pytes
 def _kill_with(count: int, path: Path) -> str:
     """A spool with so many further observations whose agent was killed; what it said."""
     program = (
-        "import sys, os; from pathlib import Path; from vpn_sentinel.agent.spool import Spool\n"
+        "import sys, os; from pathlib import Path; from vpn_sentinel.agent.spool.spool import Spool\n"
         "from vpn_sentinel.runtime.clock import SystemClock\n"
         "made = Spool(Path(sys.argv[1]), SystemClock())\n"
         f"for _ in range({count}): made.append(b'x' * 5000, routine=False)\n"

@@ -4,12 +4,12 @@ from ipaddress import ip_address
 import pytest
 
 from tests.agent.doubles import ETH, LO, UP, WG, FakeKernel, surveyed
-from vpn_sentinel.agent.interfaces import Paths, Surveyor, survey
 from vpn_sentinel.agent.leakwatch.ground import Ground, ground
 from vpn_sentinel.agent.net.fib import Fib
+from vpn_sentinel.agent.net.interfaces import Paths, Surveyor, survey
 from vpn_sentinel.agent.net.link import IFF_POINTOPOINT, IFF_UP, Interface
 from vpn_sentinel.agent.net.roles import Remembered
-from vpn_sentinel.agent.netlink import LOCAL, Route
+from vpn_sentinel.agent.net.rtnetlink import LOCAL, Route
 from vpn_sentinel.domain.observation import Escape, Path
 
 TAILSCALE = Interface(

@@ -4,7 +4,7 @@ import signal
 import sys
 
 from tests.conftest import ManualClock
-from vpn_sentinel.agent.pauses import EVERY, PAUSE, Pauses
+from vpn_sentinel.agent.rounds.pauses import EVERY, PAUSE, Pauses
 
 
 def test_a_stretch_without_us_is_told_once() -> None:
@@ -22,7 +22,7 @@ def test_a_stretch_without_us_is_told_once() -> None:
 
 STOPPED = """
 import asyncio, time
-from vpn_sentinel.agent.pauses import Pauses
+from vpn_sentinel.agent.rounds.pauses import Pauses
 from vpn_sentinel.runtime.clock import SystemClock
 
 async def main():

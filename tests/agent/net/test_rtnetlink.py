@@ -17,10 +17,10 @@ from hypothesis import strategies as st
 
 from tests.agent.doubles import ETH, WG
 from tests.conftest import until
-from vpn_sentinel.agent import netlink
+from vpn_sentinel.agent.net import rtnetlink as netlink
 from vpn_sentinel.agent.net.attributes import attributes
 from vpn_sentinel.agent.net.link import IFF_LOWER_UP, IFF_UP
-from vpn_sentinel.agent.netlink import Netlink, messages, parse_address, parse_link
+from vpn_sentinel.agent.net.rtnetlink import Netlink, messages, parse_address, parse_link
 from vpn_sentinel.agent.sensors.netlink import Changes, NetworkSensor
 
 

@@ -6,12 +6,12 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
-from vpn_sentinel.agent.endpoints import PROTOCOLS
+from vpn_sentinel.agent.net.endpoints import PROTOCOLS
 from vpn_sentinel.agent.net.fib import Fib, Sender
 from vpn_sentinel.agent.net.link import IFF_LOOPBACK, IFF_LOWER_UP, IFF_POINTOPOINT, IFF_UP, Interface, forwards
 from vpn_sentinel.agent.net.local import natted
 from vpn_sentinel.agent.net.roles import INTERNET, Remembered, Roles, has_way, roles
-from vpn_sentinel.agent.netlink import LOCAL, Kernel
+from vpn_sentinel.agent.net.rtnetlink import LOCAL, Kernel
 from vpn_sentinel.domain.observation import Escape, Link, Path
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork
 

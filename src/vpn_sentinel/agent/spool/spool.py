@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from vpn_sentinel.agent.spoolfile import open_file, open_whole
-from vpn_sentinel.agent.thinning import Row, thin
+from vpn_sentinel.agent.spool.file import open_file, open_whole
+from vpn_sentinel.agent.spool.thinning import Row, thin
 from vpn_sentinel.runtime.backoff import backoff
 from vpn_sentinel.runtime.clock import Clock
 

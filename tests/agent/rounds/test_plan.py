@@ -4,11 +4,11 @@ import subprocess
 import sys
 
 from tests.agent.doubles import ETH, FakeKernel, http, reply
-from vpn_sentinel.agent.equipment import flock
-from vpn_sentinel.agent.http import Client
-from vpn_sentinel.agent.interfaces import Paths, Survey
-from vpn_sentinel.agent.names import Names
-from vpn_sentinel.agent.netlink import Route
+from vpn_sentinel.agent.net.http import Client
+from vpn_sentinel.agent.net.interfaces import Paths, Survey
+from vpn_sentinel.agent.net.resolver import Names
+from vpn_sentinel.agent.net.rtnetlink import Route
+from vpn_sentinel.agent.rounds.plan import flock
 from vpn_sentinel.agent.settings import ProbeSettings
 from vpn_sentinel.domain.observation import Answer
 from vpn_sentinel.domain.observation import Path as Way
@@ -19,8 +19,14 @@ def test_check_loads_no_uplink() -> None:
     code = "import sys, vpn_sentinel.cli.check, vpn_sentinel.agent.once; print(*sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = set(done.stdout.split())
-    assert "vpn_sentinel.agent.equipment" in loaded
-    assert not loaded & {"websockets", "sqlite3", "vpn_sentinel.agent.app", "vpn_sentinel.agent.spool"}
+    assert "vpn_sentinel.agent.build" in loaded
+    assert not loaded & {
+        "websockets",
+        "sqlite3",
+        "vpn_sentinel.agent.app",
+        "vpn_sentinel.agent.base",
+        "vpn_sentinel.agent.spool",
+    }
     assert not any(name.startswith("vpn_sentinel.agent.uplink") for name in loaded)
 
 

@@ -12,10 +12,10 @@ from tests.agent.doubles import ETH, LO, WG, FakeKernel, Loopback, http, reply, 
 from tests.agent.test_dns import whoami
 from tests.agent.test_dnswire import answer
 from tests.agent.test_place import IPINFO
-from vpn_sentinel.agent.http import Client
-from vpn_sentinel.agent.interfaces import Paths, Survey, survey
-from vpn_sentinel.agent.names import Names
-from vpn_sentinel.agent.netlink import Route
+from vpn_sentinel.agent.net.http import Client
+from vpn_sentinel.agent.net.interfaces import Paths, Survey, survey
+from vpn_sentinel.agent.net.resolver import Names
+from vpn_sentinel.agent.net.rtnetlink import Route
 from vpn_sentinel.agent.probes import placing
 from vpn_sentinel.agent.probes.canary import Flock, OverTcp
 from vpn_sentinel.agent.probes.dns import Nameserver, system_nameservers
@@ -23,7 +23,7 @@ from vpn_sentinel.agent.probes.origin import Origins
 from vpn_sentinel.agent.probes.place import Places
 from vpn_sentinel.agent.probes.placing import Service
 from vpn_sentinel.agent.probes.system_resolver import SystemResolver
-from vpn_sentinel.agent.round import Eyes, look
+from vpn_sentinel.agent.rounds.round import Eyes, look
 from vpn_sentinel.domain.judge import judge, learned_home
 from vpn_sentinel.domain.observation import Answer, Canary, Link, Observation, Place, Probe, Quality, Trigger
 from vpn_sentinel.domain.observation import Path as DomainPath

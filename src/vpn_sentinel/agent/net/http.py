@@ -12,11 +12,11 @@ import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
-from urllib.parse import urlsplit
 
-from vpn_sentinel.agent.names import Names
 from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.agent.net.own import OWN
+from vpn_sentinel.agent.net.resolver import Names
+from vpn_sentinel.agent.net.urls import Address, split
 from vpn_sentinel.domain.policy import IPAddress
 
 MOST: Final = 64 * 1024  # bytes of a body
@@ -39,32 +39,6 @@ class Response:
     status: int
     body: bytes
     headers: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Address:
-    """Where a URL leads. `path` includes the query."""
-
-    secure: bool
-    host: str
-    port: int
-    path: str
-
-    @property
-    def authority(self) -> str:
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        return host if self.port == (443 if self.secure else 80) else f"{host}:{self.port}"
-
-
-def split(url: str) -> Address:
-    """Take an http or https URL apart. Raises ValueError."""
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        msg = "is not an address that starts with http:// or https://"
-        raise ValueError(msg)
-    secure = parts.scheme == "https"
-    path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    return Address(secure, parts.hostname, parts.port or (443 if secure else 80), path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from vpn_sentinel.agent.interfaces import Survey
+from vpn_sentinel.agent.net.interfaces import Survey
 from vpn_sentinel.agent.probes.canary import Flock
 from vpn_sentinel.agent.probes.flaky import Steadiness
 from vpn_sentinel.domain.observation import Answer, Canary, Claim, Observation, Probe

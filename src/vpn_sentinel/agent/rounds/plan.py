@@ -1,0 +1,96 @@
+"""What a round needs, made from the settings: for the agent, and for `check`, which has no spool and no uplink."""
+
+import logging
+from dataclasses import replace
+
+from vpn_sentinel.agent.leakwatch.senders import Senders, senders
+from vpn_sentinel.agent.net.as_user import AS_USER
+from vpn_sentinel.agent.net.endpoints import TCP
+from vpn_sentinel.agent.net.http import Client
+from vpn_sentinel.agent.net.interfaces import Paths, Survey
+from vpn_sentinel.agent.net.urls import address_in, split
+from vpn_sentinel.agent.probes import dns
+from vpn_sentinel.agent.probes.canary import Flock, OverTcp
+from vpn_sentinel.agent.probes.gateway import gateway
+from vpn_sentinel.agent.probes.targets import CLOUDFLARE, OPENDNS, Target
+from vpn_sentinel.agent.probes.trace import LIMIT as TRACE_LIMIT
+from vpn_sentinel.agent.probes.trace import TRACE_URL, TRACE_URL_6, trace
+from vpn_sentinel.agent.settings import ProbeSettings
+from vpn_sentinel.domain.observation import Canary, Path
+
+log = logging.getLogger(__name__)
+
+# Seconds of silence, and those of a round then: together longer than the grace of a dead tunnel.
+_SILENT, _HURRY = 0.7, 1.1
+
+
+def flock(
+    settings: ProbeSettings,
+    http: Client,
+    echoes: tuple[Target, ...],
+    paths: Paths,
+    *,
+    silent_for: float = 0.0,
+    pulsed: bool = False,
+) -> Flock:
+    """Who is asked in a round: the server's echo and Cloudflare, then OpenDNS, then Cloudflare over HTTPS.
+
+    The last of them is for networks that let no datagram through. Where pulses have had replies until now (`pulsed`),
+    or went unanswered for most of a second, `silent_for`, it is not waited for so long.
+    """
+    if AS_USER.refused:
+        return Flock(targets=(), reserve=())  # what is asked from here shows the way of others, who are meant to go out
+    patience = _HURRY if pulsed or silent_for >= _SILENT else TRACE_LIMIT
+    # A nameserver in use is judged as one: what escapes to it is a DNS leak, and says nothing of other traffic.
+    nameservers = {server.address for server in dns.system_nameservers()}
+    usual, reserve = (tuple(t for t in some if t.address not in nameservers) for some in (CLOUDFLARE, OPENDNS))
+    if len(usual) < len(CLOUDFLARE):
+        usual, reserve = (*usual, *reserve), ()
+    return Flock(
+        targets=(*echoes, *usual),
+        reserve=reserve,
+        others=tuple(_over_https(url, http, paths, patience) for url in _traces(settings.trace_url)),
+        marked=marks_lead_out(paths.survey),
+        gateway=gateway(paths, (n.address for n in dns.system_nameservers())),
+        may_leave=settings.policy.allows_outside,
+    )
+
+
+def marks_lead_out(survey: Survey) -> bool:
+    """Whether a rule takes what has a mark past the tunnel: a VPN program's packets, or whatever a firewall marks."""
+    fib, device = survey.fib, survey.device()
+    if fib is None or device is None:
+        return False
+    found = senders(fib, device.index, Senders()).excepted
+    return any(rule.mark for rule in found if not any(r.invert and r.mark == rule.mark for r in fib.rules))
+
+
+def _traces(url: str) -> tuple[str, ...]:
+    """The trace service, and its IPv6 address where it is Cloudflare's."""
+    return (url, TRACE_URL_6) if url == TRACE_URL else (url,)
+
+
+def _over_https(url: str, http: Client, paths: Paths, patience: float) -> OverTcp:
+    where, path = split(url), path_to(url, paths)
+    address = address_in(where.host)
+    family = address.version if address is not None else 4
+
+    async def ask() -> Canary:
+        # Another tunnel may have come up meanwhile, and carried the answer.
+        found = await trace(http, url, path, patience, family)
+        return found if path_to(url, paths) is path else replace(found, path=Path.UNKNOWN)
+
+    return OverTcp(
+        ask=ask,
+        address=address,
+        port=where.port,
+        path=path,
+        family=family,
+    )
+
+
+def path_to(url: str, paths: Paths) -> Path:
+    """How the kernel would route a request to `url`; unknown for a name, whose address is not known yet."""
+    where = split(url)
+    address = address_in(where.host)
+    return Path.UNKNOWN if address is None else paths.of(address, where.port, TCP)
