@@ -9,21 +9,23 @@ from vpn_sentinel.agent.containment import table
 from vpn_sentinel.agent.leakwatch.rules import is_dhcp
 from vpn_sentinel.agent.leakwatch.shapes import Shapes
 from vpn_sentinel.agent.net import packets, sockets
-from vpn_sentinel.agent.net.attributes import attribute, attributes
-from vpn_sentinel.agent.net.fib import EVERYBODY, Fib, parse_entry, parse_next_hops, parse_rule
+from vpn_sentinel.agent.net.fib import Fib
+from vpn_sentinel.agent.net.kernel import Netlink, device_routes
+from vpn_sentinel.agent.net.netlink import attribute, attributes, messages
+from vpn_sentinel.agent.net.routing_rules import EVERYBODY
 from vpn_sentinel.agent.net.rtnetlink import (
-    GETLINK,
-    NEWNEXTHOP,
-    NEWROUTE,
-    NEWRULE,
-    Netlink,
-    messages,
+    RTM_GETLINK,
+    RTM_NEWNEXTHOP,
+    RTM_NEWROUTE,
+    RTM_NEWRULE,
     parse_address,
+    parse_entry,
     parse_group,
     parse_link,
     parse_network,
+    parse_next_hops,
     parse_route,
-    ways,
+    parse_rule,
 )
 from vpn_sentinel.agent.probes import datagram, dns, dnswire, origin, tag, targets
 from vpn_sentinel.agent.sensors.netlink import Changes
@@ -213,7 +215,7 @@ def netlink() -> Try:
         with contextlib.suppress(OSError):
             asked(data).route(ip_address("203.0.113.9"))
         with contextlib.suppress(OSError):
-            asked(data)._dump(GETLINK)
+            asked(data)._dump(RTM_GETLINK)
         changes = Changes()
         changes.notice(data)
         changes.notice(data)
@@ -224,11 +226,11 @@ def netlink() -> Try:
             known = attributes(message.body)
             again = attributes(b"".join(attribute(kind, value) for kind, value in known.items()))
             check(again == known, "attributes that do not come back")
-        hops = parse_next_hops(m.body for m in found if m.kind == NEWNEXTHOP)
-        rules = [r for m in found if m.kind == NEWRULE and (r := parse_rule(m.body))]
-        entries = [e for m in found if m.kind == NEWROUTE and (e := parse_entry(m.body, hops))]
+        hops = parse_next_hops(m.body for m in found if m.type == RTM_NEWNEXTHOP)
+        rules = [r for m in found if m.type == RTM_NEWRULE and (r := parse_rule(m.body))]
+        entries = [e for m in found if m.type == RTM_NEWROUTE and (e := parse_entry(m.body, hops))]
         for entry in entries:
-            list(ways(entry, [hop.interface for hop in entry.hops]))
+            list(device_routes(entry, [hop.interface for hop in entry.hops]))
         _walk(Fib(tuple(rules), tuple(entries)))
 
     return one
@@ -300,7 +302,7 @@ TARGETS = {
     ),
     "icmp_errors": Target(modules=("agent.probes.datagram",), make=icmp_errors, longest=64),
     "netlink": Target(
-        modules=("agent.net.rtnetlink", "agent.net.attributes", "agent.net.fib", "agent.sensors.netlink"),
+        modules=("agent.net.rtnetlink", "agent.net.netlink"),
         make=netlink,
         longest=2048,
     ),

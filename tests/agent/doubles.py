@@ -10,10 +10,12 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vpn_sentinel.agent.net.fib import Fib, Hop, RouteEntry, Rule
+from vpn_sentinel.agent.net.fib import Fib
 from vpn_sentinel.agent.net.interfaces import Survey
 from vpn_sentinel.agent.net.link import IFF_LOOPBACK, IFF_LOWER_UP, IFF_POINTOPOINT, IFF_UP, Interface
 from vpn_sentinel.agent.net.roles import roles
+from vpn_sentinel.agent.net.routes import Hop, RouteEntry
+from vpn_sentinel.agent.net.routing_rules import Rule
 from vpn_sentinel.agent.net.rtnetlink import Route
 from vpn_sentinel.agent.probes.targets import Seen
 from vpn_sentinel.domain.policy import IPAddress

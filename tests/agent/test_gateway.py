@@ -21,7 +21,7 @@ POINT = replace(WG, networks=(ip_network("10.66.0.2/32"),))
 
 
 def chosen(tunnel: Interface, *nameservers: str, **routes: Route | None) -> str | None:
-    found = {"192.168.1.1": LAN, "10.66.0.2": Route(interface=1, kind=2), **routes}
+    found = {"192.168.1.1": LAN, "10.66.0.2": Route(interface=1, type=2), **routes}
     paths = Paths(FakeKernel(routes=found), Survey(interfaces=(LO, ETH, tunnel), tunnel="wg0"))
     target = gateway(paths, (ip_address(n) for n in nameservers))
     return target and target.name

@@ -10,7 +10,7 @@ from ipaddress import ip_address
 from tests.agent.doubles import ETH, LO, WG, FakeKernel, udp
 from tests.conftest import until
 from vpn_sentinel.agent.net.interfaces import Paths, Survey
-from vpn_sentinel.agent.net.rtnetlink import Netlink
+from vpn_sentinel.agent.net.kernel import Netlink
 from vpn_sentinel.agent.probes.mtu import Found, Sizer, search
 from vpn_sentinel.agent.probes.targets import ServerEcho
 from vpn_sentinel.agent.sensors.pulse import Pulse

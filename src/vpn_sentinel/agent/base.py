@@ -9,8 +9,8 @@ from vpn_sentinel.agent.build import http_client, open_kernel
 from vpn_sentinel.agent.health import Health, Signs
 from vpn_sentinel.agent.net.endpoints import TCP
 from vpn_sentinel.agent.net.interfaces import Survey
+from vpn_sentinel.agent.net.kernel import Netlink
 from vpn_sentinel.agent.net.resolver import Names
-from vpn_sentinel.agent.net.rtnetlink import Netlink
 from vpn_sentinel.agent.net.urls import split
 from vpn_sentinel.agent.probes.echoes import Echoes
 from vpn_sentinel.agent.rounds.state import RoundState

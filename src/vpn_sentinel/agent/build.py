@@ -4,8 +4,8 @@ import logging
 
 from vpn_sentinel.agent.geo.databases import Databases
 from vpn_sentinel.agent.net.http import Client, tls_context
+from vpn_sentinel.agent.net.kernel import Netlink
 from vpn_sentinel.agent.net.resolver import Names
-from vpn_sentinel.agent.net.rtnetlink import Netlink
 from vpn_sentinel.agent.net.urls import split
 from vpn_sentinel.agent.probes.placing import Service, services
 from vpn_sentinel.agent.probes.portal import portal

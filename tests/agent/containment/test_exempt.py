@@ -13,7 +13,7 @@ from vpn_sentinel.agent.containment.exempt import Exempt
 from vpn_sentinel.agent.containment.nft import Library
 from vpn_sentinel.agent.containment.rules import Ways, render
 from vpn_sentinel.agent.leakwatch.meant import parse_meant
-from vpn_sentinel.agent.net.fib import Rule
+from vpn_sentinel.agent.net.routing_rules import Rule
 from vpn_sentinel.agent.net.sockets import listening_ports
 
 OUTSIDE = "203.0.113.5"

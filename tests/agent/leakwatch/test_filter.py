@@ -12,8 +12,8 @@ from tests.agent.leakwatch.bytes import HOST, OUTGOING, ip, query, run, tcp, udp
 from vpn_sentinel.agent.leakwatch import bpf
 from vpn_sentinel.agent.leakwatch.rules import Ports, Rules
 from vpn_sentinel.agent.net.endpoints import Endpoint, parse_endpoint
-from vpn_sentinel.agent.net.fib import Rule
 from vpn_sentinel.agent.net.packets import decode
+from vpn_sentinel.agent.net.routing_rules import Rule
 
 ME, ME6 = "192.168.1.20", "2001:db8:1::20"
 RULES = Rules(

@@ -10,9 +10,12 @@ import pytest
 from tests.agent.doubles import ETH, LO, UP, WG, surveyed
 from vpn_sentinel.agent.leakwatch.ground import Ground, ground
 from vpn_sentinel.agent.net.endpoints import parse_endpoint
-from vpn_sentinel.agent.net.fib import Fib, Hop, RouteEntry, Rule, parse_entry
+from vpn_sentinel.agent.net.fib import Fib
+from vpn_sentinel.agent.net.kernel import DeviceRoute, device_routes
 from vpn_sentinel.agent.net.link import IFF_POINTOPOINT, Interface
-from vpn_sentinel.agent.net.rtnetlink import Route, Way, parse_link, ways
+from vpn_sentinel.agent.net.routes import Hop, RouteEntry
+from vpn_sentinel.agent.net.routing_rules import Rule
+from vpn_sentinel.agent.net.rtnetlink import Route, parse_entry, parse_link
 from vpn_sentinel.domain.policy import IPAddress
 
 TUN = replace(WG, name="tun0", kind="tun")
@@ -20,9 +23,9 @@ TUN = replace(WG, name="tun0", kind="tun")
 
 @dataclass
 class Tables:
-    found: tuple[Way, ...] = ()
+    found: tuple[DeviceRoute, ...] = ()
 
-    def ways(self, by: Collection[int]) -> tuple[Way, ...]:
+    def device_routes(self, by: Collection[int]) -> tuple[DeviceRoute, ...]:
         return tuple(w for w in self.found if w.interface in by)
 
     def route(
@@ -36,8 +39,8 @@ class Tables:
         return None  # the ground asks for no single packet
 
 
-def way(network: str, interface: int = 2, *, gateway: bool = False) -> Way:
-    return Way(network=ip_network(network), interface=interface, gateway=gateway)
+def way(network: str, interface: int = 2, *, gateway: bool = False) -> DeviceRoute:
+    return DeviceRoute(network=ip_network(network), interface=interface, gateway=gateway)
 
 
 def stand(tables: Tables, *links: Interface, tunnel: str = "wg0", before: Ground | None = None) -> Ground:
@@ -70,7 +73,7 @@ LAN = {
 
 
 @pytest.mark.parametrize(("found", "lan"), LAN.values(), ids=LAN.keys())
-def test_what_is_lan(found: Way, lan: bool) -> None:
+def test_what_is_lan(found: DeviceRoute, lan: bool) -> None:
     eth = replace(ETH, addresses=(*ETH.addresses, ip_address("203.0.113.9")))
     assert (found.network in stand(Tables((found,)), LO, eth, WG).rules.lan) is lan
 
@@ -124,9 +127,9 @@ def route(prefix: int, *attributes: bytes, kind: int = 1) -> bytes:
 def test_routes_and_masters_are_read() -> None:
     net, oif = attribute(1, bytes([10, 1, 0, 0])), attribute(4, struct.pack("=I", 2))
 
-    def read(body: bytes) -> list[Way]:
+    def read(body: bytes) -> list[DeviceRoute]:
         entry = parse_entry(body)
-        return [] if entry is None else list(ways(entry, [2]))
+        return [] if entry is None else list(device_routes(entry, [2]))
 
     assert read(route(16, net, oif)) == [way("10.1.0.0/16")]
     assert read(route(16, net, oif, attribute(5, bytes([10, 0, 0, 1])))) == [way("10.1.0.0/16", gateway=True)]

@@ -26,7 +26,7 @@ from vpn_sentinel.agent.net.interfaces import Paths, survey
 from vpn_sentinel.agent.leakwatch import watch as w
 from vpn_sentinel.agent.leakwatch.meant import parse_meant
 from vpn_sentinel.agent.net.packettime import packet_times
-from vpn_sentinel.agent.net.rtnetlink import Netlink
+from vpn_sentinel.agent.net.kernel import Netlink
 from vpn_sentinel.domain.policy import Policy
 
 {inspect.getsource(ManualClock)}

@@ -10,7 +10,7 @@ from tests.agent.net.test_roles import GATEWAY, LAN, OPENCONNECT, OPENVPN, SECON
 from vpn_sentinel.agent.leakwatch.meant import Meant, parse_meant
 from vpn_sentinel.agent.net.audit import audit
 from vpn_sentinel.agent.net.interfaces import Surveyor, survey
-from vpn_sentinel.agent.net.rtnetlink import Netlink
+from vpn_sentinel.agent.net.kernel import Netlink
 from vpn_sentinel.domain.observation import Routed
 
 WG = LAN + GATEWAY + WG_QUICK.format("wg0")

@@ -11,10 +11,13 @@ from pathlib import Path
 
 import pytest
 
-from vpn_sentinel.agent.net.attributes import attribute
-from vpn_sentinel.agent.net.fib import RTN_UNICAST, Fib, Sender, intersect, joined, subtract
+from vpn_sentinel.agent.net.fib import Fib
+from vpn_sentinel.agent.net.kernel import Netlink
 from vpn_sentinel.agent.net.link import Interface
-from vpn_sentinel.agent.net.rtnetlink import LOCAL, Netlink
+from vpn_sentinel.agent.net.netlink import attribute
+from vpn_sentinel.agent.net.routes import RTN_LOCAL, RTN_UNICAST
+from vpn_sentinel.agent.net.routing_rules import Sender
+from vpn_sentinel.agent.net.space import intersect, joined, subtract
 
 DEVICES = """
 link set lo up
@@ -276,16 +279,16 @@ def compared() -> tuple[Fib, list[object]]:
             found = fib.lookup(address, sender)
             if found is None:
                 mine: str | None = None
-            elif found.kind == LOCAL:
+            elif found.type == RTN_LOCAL:
                 mine = ""
             else:
-                mine = names[found.hops[0].interface] if found.kind == RTN_UNICAST else None
+                mine = names[found.hops[0].interface] if found.type == RTN_UNICAST else None
             if mine != (said := asked(destination, sender)):
                 wrong.append((destination, sender, mine, said))
             parts = [s for s in fib.spread(address.version, sender) if s.first <= int(address) <= s.last]
             assert len(parts) <= 1
             spread = parts[0].entry if parts else None
-            assert spread is found or (found is None and spread is not None and spread.kind != RTN_UNICAST)
+            assert spread is found or (found is None and spread is not None and spread.type != RTN_UNICAST)
             ways = fib.spread(address.version, sender, by_way=True)
             way = [s.interfaces for s in ways if s.first <= int(address) <= s.last]
             assert way == [s.interfaces for s in parts]

@@ -15,10 +15,10 @@ from tests.agent.net.test_audit import WG
 from tests.agent.net.test_fib import ip
 from tests.agent.net.test_roles import SECOND
 from vpn_sentinel.agent.leakwatch.ground import Ground, ground
-from vpn_sentinel.agent.net import coverage, fib
+from vpn_sentinel.agent.net import coverage, fib, rtnetlink
 from vpn_sentinel.agent.net.audit import audit
 from vpn_sentinel.agent.net.interfaces import Surveyor
-from vpn_sentinel.agent.net.rtnetlink import Netlink
+from vpn_sentinel.agent.net.kernel import Netlink
 
 MANY = 5000
 SPLIT = "via 172.17.0.1 dev eth0"
@@ -57,7 +57,7 @@ def test_whoever_looks_at_the_same_tables_walks_them_once(
 ) -> None:
     ip(SECOND + "rule add ipproto tcp dport 443 lookup main pref 10")
     many(way)
-    flattened = counted(monkeypatch, fib, "_flattened")
+    flattened = counted(monkeypatch, fib, "flattened")
     walks = counted(monkeypatch, coverage, "_by_device")
     surveyor, stood = Surveyor(kernel), Ground()
     for _ in range(5):
@@ -80,7 +80,7 @@ def test_a_full_table_by_one_device_is_few_parts(kernel: Netlink) -> None:
 def test_what_is_as_it_was_is_not_read_anew(kernel: Netlink, monkeypatch: pytest.MonkeyPatch) -> None:
     many(INSIDE)
     before = kernel.fib()
-    parsed = counted(monkeypatch, fib, "attributes")
+    parsed = counted(monkeypatch, rtnetlink, "attributes")
     ip("route add 45.83.223.0/24 via 172.17.0.1")
     kernel.changed()
     after = kernel.fib()

@@ -9,7 +9,8 @@ from vpn_sentinel.agent.net.fib import Fib
 from vpn_sentinel.agent.net.interfaces import Paths, Surveyor, survey
 from vpn_sentinel.agent.net.link import IFF_POINTOPOINT, IFF_UP, Interface
 from vpn_sentinel.agent.net.roles import Remembered
-from vpn_sentinel.agent.net.rtnetlink import LOCAL, Route
+from vpn_sentinel.agent.net.routes import RTN_LOCAL
+from vpn_sentinel.agent.net.rtnetlink import Route
 from vpn_sentinel.domain.observation import Escape, Path
 
 TAILSCALE = Interface(
@@ -113,7 +114,7 @@ def test_names_are_all_but_lo() -> None:
 PATHS = {
     "tunnel": (Route(interface=3), Path.TUNNEL),
     "physical": (Route(interface=2), Path.OUTSIDE),
-    "this host": (Route(interface=1, kind=LOCAL), Path.LOCAL),
+    "this host": (Route(interface=1, type=RTN_LOCAL), Path.LOCAL),
     "loopback": (Route(interface=1), Path.LOCAL),
     "another vpn": (Route(interface=4), Path.UNKNOWN),
     "no route": (None, Path.UNKNOWN),

@@ -12,8 +12,8 @@ import pytest
 
 from tests.agent.net.test_fib import ip
 from vpn_sentinel.agent.net.interfaces import Paths, Recollection, Survey, Surveyor, survey
+from vpn_sentinel.agent.net.kernel import Netlink
 from vpn_sentinel.agent.net.roles import Remembered, roles
-from vpn_sentinel.agent.net.rtnetlink import Netlink
 from vpn_sentinel.agent.probes.dns import Nameserver, path_to
 from vpn_sentinel.agent.rounds.plan import marks_lead_out
 from vpn_sentinel.domain.observation import Path

@@ -18,9 +18,11 @@ from hypothesis import strategies as st
 from tests.agent.doubles import ETH, WG
 from tests.conftest import until
 from vpn_sentinel.agent.net import rtnetlink as netlink
-from vpn_sentinel.agent.net.attributes import attributes
+from vpn_sentinel.agent.net.kernel import Netlink
 from vpn_sentinel.agent.net.link import IFF_LOWER_UP, IFF_UP
-from vpn_sentinel.agent.net.rtnetlink import Netlink, messages, parse_address, parse_link
+from vpn_sentinel.agent.net.netlink import attributes, messages
+from vpn_sentinel.agent.net.routes import RTN_LOCAL
+from vpn_sentinel.agent.net.rtnetlink import parse_address, parse_link
 from vpn_sentinel.agent.sensors.netlink import Changes, NetworkSensor
 
 
@@ -80,7 +82,7 @@ def test_the_network_of_an_address_and_the_next_hop_of_a_route() -> None:
 
 def test_what_is_cut_off_is_left_out() -> None:
     whole = message(16, link(1, "lo", 0))
-    assert [m.kind for m in messages(whole + whole[:20])] == [16]
+    assert [m.type for m in messages(whole + whole[:20])] == [16]
     assert list(messages(struct.pack("=IHHII", 4, 0, 0, 0, 0))) == []
     assert attributes(struct.pack("=HH", 2, 1)) == {}
     assert attributes(struct.pack("=HH", 99, 1)) == {}
@@ -106,7 +108,7 @@ def test_the_kernel_knows_the_loopback() -> None:
         assert ip_network("127.0.0.0/8") in lo.networks
         found = kernel.route(ip_address("127.0.0.1"), port=53)
         assert found is not None
-        assert (found.interface, found.kind) == (lo.index, netlink.LOCAL)
+        assert (found.interface, found.type) == (lo.index, RTN_LOCAL)
         matched = kernel.route(ip_address("127.0.0.1"), match=True)
         assert matched is not None
     finally:

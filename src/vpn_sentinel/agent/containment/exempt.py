@@ -12,7 +12,7 @@ from typing import Final
 from vpn_sentinel.agent.leakwatch.meant import Meant
 from vpn_sentinel.agent.leakwatch.rules import Ports
 from vpn_sentinel.agent.net.endpoints import TCP
-from vpn_sentinel.agent.net.fib import Rule
+from vpn_sentinel.agent.net.routing_rules import Rule
 
 _PROTOCOLS: Final = {6: "tcp", 17: "udp"}
 _ANSWER: Final = "tcp flags & (syn | ack) != syn"  # all but what opens a connection

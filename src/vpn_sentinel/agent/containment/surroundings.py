@@ -15,8 +15,8 @@ from vpn_sentinel.agent.leakwatch.meant import Meant
 from vpn_sentinel.agent.leakwatch.senders import is_mark
 from vpn_sentinel.agent.net.endpoints import PROTOCOLS, TCP, UDP, Endpoint, parse_endpoint
 from vpn_sentinel.agent.net.interfaces import Paths, Survey
+from vpn_sentinel.agent.net.kernel import Kernel
 from vpn_sentinel.agent.net.resolver import Names
-from vpn_sentinel.agent.net.rtnetlink import Kernel
 from vpn_sentinel.agent.net.sockets import listening_ports
 from vpn_sentinel.agent.net.urls import split
 from vpn_sentinel.domain.observation import Path

@@ -10,15 +10,13 @@ import socket
 import struct
 from typing import Final
 
-from vpn_sentinel.agent.net.attributes import attributes, error_number
-from vpn_sentinel.agent.net.rtnetlink import messages
+from vpn_sentinel.agent.net.netlink import NLMSG_ERROR, attribute, attributes, error_number, messages, request
 
-_NETFILTER: Final = 12  # NETLINK_NETFILTER
-_GET_TABLE: Final = (10 << 8) | 1  # NFNL_SUBSYS_NFTABLES, NFT_MSG_GETTABLE
-_INET: Final = 1  # NFPROTO_INET
-_NAME, _USER_DATA = 1, 6  # NFTA_TABLE_NAME, NFTA_TABLE_USERDATA
-_ERROR, _REQUEST = 2, 1
-_HEADER: Final = struct.Struct("=IHHII")
+_NETLINK_NETFILTER: Final = 12
+_NFT_MSG_GETTABLE: Final = (10 << 8) | 1  # of NFNL_SUBSYS_NFTABLES
+_NFGENMSG: Final = struct.Struct("=BBH")
+_NFPROTO_INET: Final = 1
+_NFTA_TABLE_NAME, _NFTA_TABLE_USERDATA = 1, 6
 
 
 def owner_of(table: str) -> str | None:
@@ -27,24 +25,22 @@ def owner_of(table: str) -> str | None:
     Raises OSError: PermissionError without CAP_NET_ADMIN, another where the kernel has no nftables.
     """
     name = table.encode() + b"\0"
-    attribute = struct.pack("=HH", 4 + len(name), _NAME) + name + b"\0" * (-len(name) % 4)
-    body = struct.pack("=BBH", _INET, 0, 0) + attribute
-    request = _HEADER.pack(_HEADER.size + len(body), _GET_TABLE, _REQUEST, 1, 0) + body
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETFILTER) as sock:
+    body = _NFGENMSG.pack(_NFPROTO_INET, 0, 0) + attribute(_NFTA_TABLE_NAME, name)
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_NETFILTER) as sock:
         sock.settimeout(1.0)
-        sock.send(request)
+        sock.send(request(_NFT_MSG_GETTABLE, body, sequence=1))
         return read_owner(sock.recv(65536))
 
 
 def read_owner(answer: bytes) -> str | None:
     """The same out of the kernel's answer. Raises OSError."""
     for message in messages(answer):
-        if message.kind == _ERROR:
+        if message.type == NLMSG_ERROR:
             code = error_number(message.body)
             if code == errno.ENOENT:
                 return None
             raise OSError(code, "the kernel does not show its nftables")
-        return comment_in(attributes(message.body, 4).get(_USER_DATA, b""))
+        return comment_in(attributes(message.body, _NFGENMSG.size).get(_NFTA_TABLE_USERDATA, b""))
     raise OSError(errno.EPROTO, "the kernel gave no answer about its nftables")
 
 

@@ -12,8 +12,8 @@ from vpn_sentinel.agent.doctor.ground import Ground, Once, greet_all, look
 from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.agent.net.http import Client, tls_context
 from vpn_sentinel.agent.net.interfaces import Paths, Surveyor
+from vpn_sentinel.agent.net.kernel import Netlink
 from vpn_sentinel.agent.net.resolver import Names
-from vpn_sentinel.agent.net.rtnetlink import Netlink
 from vpn_sentinel.runtime.clock import Clock
 
 Look = Callable[[Ground], Awaitable[list[Check]]]

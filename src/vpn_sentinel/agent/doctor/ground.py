@@ -11,7 +11,7 @@ from vpn_sentinel import __version__
 from vpn_sentinel.agent.doctor.forgiving import Read
 from vpn_sentinel.agent.net.http import Client, HttpError, reason
 from vpn_sentinel.agent.net.interfaces import Paths, Survey
-from vpn_sentinel.agent.net.rtnetlink import Netlink
+from vpn_sentinel.agent.net.kernel import Netlink
 from vpn_sentinel.agent.net.urls import split
 from vpn_sentinel.agent.probes.canary import canaries
 from vpn_sentinel.agent.rounds.plan import flock

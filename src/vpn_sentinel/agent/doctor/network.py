@@ -8,8 +8,8 @@ from typing import Final
 from vpn_sentinel.agent.doctor.check import Check, gap, ok, unknown
 from vpn_sentinel.agent.doctor.ground import Ground
 from vpn_sentinel.agent.net.interfaces import Survey, is_up
+from vpn_sentinel.agent.net.kernel import Netlink
 from vpn_sentinel.agent.net.link import IFF_LOOPBACK
-from vpn_sentinel.agent.net.rtnetlink import Netlink
 from vpn_sentinel.agent.probes import dns
 from vpn_sentinel.agent.probes.system_resolver import SystemResolver
 from vpn_sentinel.agent.rounds.route_audit import RouteAudit

@@ -28,8 +28,8 @@ from vpn_sentinel.agent.leakwatch.rules import (
     Rules,
 )
 from vpn_sentinel.agent.net.endpoints import TCP, UDP, Endpoint
-from vpn_sentinel.agent.net.fib import Rule
 from vpn_sentinel.agent.net.packets import RST, SYN, SYN_ACK
+from vpn_sentinel.agent.net.routing_rules import Rule
 from vpn_sentinel.agent.probes.tag import PROBE_HOPS
 from vpn_sentinel.domain.leaks import DNS_PORTS
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork

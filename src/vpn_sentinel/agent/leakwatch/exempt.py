@@ -25,8 +25,8 @@ from vpn_sentinel.agent.leakwatch.senders import selects
 from vpn_sentinel.agent.leakwatch.tap import Tap
 from vpn_sentinel.agent.leakwatch.trial import TRIED, Takers, Trials
 from vpn_sentinel.agent.net.endpoints import TCP, UDP
-from vpn_sentinel.agent.net.fib import FIRST_PERSON, Rule
 from vpn_sentinel.agent.net.packets import Packet, decode
+from vpn_sentinel.agent.net.routing_rules import FIRST_PERSON, Rule
 from vpn_sentinel.agent.net.sockets import Socket
 from vpn_sentinel.domain.policy import IPAddress, is_public, within
 

@@ -10,10 +10,11 @@ from vpn_sentinel.agent.net.coverage import interval
 from vpn_sentinel.agent.net.endpoints import Endpoint
 from vpn_sentinel.agent.net.fib import Fib
 from vpn_sentinel.agent.net.interfaces import INTERNET, Survey, is_up
+from vpn_sentinel.agent.net.kernel import DeviceRoute
 from vpn_sentinel.agent.net.link import IFF_LOOPBACK, IFF_POINTOPOINT, Interface
 from vpn_sentinel.agent.net.local import SHORTEST, addresses
 from vpn_sentinel.agent.net.roles import is_layer3_tunnel
-from vpn_sentinel.agent.net.rtnetlink import Route, Way
+from vpn_sentinel.agent.net.rtnetlink import Route
 from vpn_sentinel.agent.net.servers import reached
 from vpn_sentinel.domain.policy import NOT_PUBLIC, IPAddress, IPNetwork, is_public, within
 
@@ -26,7 +27,7 @@ _MOST: Final = 128  # networks of the LAN that the filter takes in
 class Tables(Protocol):
     """What is read of the kernel's routing. It may raise OSError."""
 
-    def ways(self, by: Collection[int]) -> tuple[Way, ...]: ...
+    def device_routes(self, by: Collection[int]) -> tuple[DeviceRoute, ...]: ...
 
     def route(
         self,
@@ -49,13 +50,13 @@ class _Routes:
     Read once for `ways`, which are the same object until the tables change: full tables take a while.
     """
 
-    ways: tuple[Way, ...]
+    ways: tuple[DeviceRoute, ...]
     own: list[IPAddress]
     lan: tuple[IPNetwork, ...]
     hosts: tuple[IPNetwork, ...]
 
     @classmethod
-    def read(cls, ways: tuple[Way, ...], own: list[IPAddress]) -> "_Routes":
+    def read(cls, ways: tuple[DeviceRoute, ...], own: list[IPAddress]) -> "_Routes":
         lan = tuple(dict.fromkeys(w.network for w in ways if _is_lan(w, own)))[:_MOST]
         hosts = tuple(w.network for w in ways if w.gateway and w.network.prefixlen == w.network.max_prefixlen)
         return cls(ways=ways, own=own, lan=lan, hosts=hosts)
@@ -183,7 +184,7 @@ def ground(
         return Ground()
     watched = survey.beside
     own = [a for i in watched for a in addresses(i, survey.natted)]
-    ways = tables.ways([i.index for i in watched]) if tables else ()
+    ways = tables.device_routes([i.index for i in watched]) if tables else ()
     routes = before.routes
     if routes is None or routes.ways is not ways or routes.own != own:
         routes = _Routes.read(ways, own)
@@ -238,7 +239,7 @@ def _is_line(interface: Interface) -> bool:
     return bool(interface.flags & IFF_POINTOPOINT) and is_up(interface) and interface.kind not in _WIREGUARD
 
 
-def _is_lan(way: Way, own: list[IPAddress]) -> bool:
+def _is_lan(way: DeviceRoute, own: list[IPAddress]) -> bool:
     """A private network with a route of its own, or any network that one of our addresses is in."""
     network = way.network
     first = int(network.network_address)

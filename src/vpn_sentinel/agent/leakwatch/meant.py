@@ -16,7 +16,7 @@ from typing import Final
 
 from vpn_sentinel.agent.leakwatch.rules import Ports
 from vpn_sentinel.agent.net.endpoints import PROTOCOLS, TCP, UDP
-from vpn_sentinel.agent.net.fib import Rule
+from vpn_sentinel.agent.net.routing_rules import Rule
 
 FORMS: Final = "`published 8000/tcp`, `port 123/udp`, `user NAME`, `only user NAME` or `interface NAME`"
 _INTERFACE: Final = re.compile(r"[\w.:@+-]{1,15}", re.ASCII)  # it may stand in a rule of nftables

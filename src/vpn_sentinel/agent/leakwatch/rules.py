@@ -10,8 +10,8 @@ from typing import Final
 
 from vpn_sentinel.agent.leakwatch.senders import selects
 from vpn_sentinel.agent.net.endpoints import TCP, UDP, Endpoint
-from vpn_sentinel.agent.net.fib import Rule
 from vpn_sentinel.agent.net.packets import RST, SYN_ACK, Packet
+from vpn_sentinel.agent.net.routing_rules import Rule
 from vpn_sentinel.domain.leaks import DNS_PORTS
 from vpn_sentinel.domain.policy import NOT_PUBLIC, IPNetwork, within
 

@@ -12,9 +12,10 @@ from ipaddress import ip_address
 from typing import Final
 
 from vpn_sentinel.agent.net.endpoints import TCP, UDP
-from vpn_sentinel.agent.net.fib import EVERYBODY, Fib, Rule, Sender, may_be_a_programs
+from vpn_sentinel.agent.net.fib import Fib
 from vpn_sentinel.agent.net.interfaces import INTERNET
 from vpn_sentinel.agent.net.packets import Packet
+from vpn_sentinel.agent.net.routing_rules import EVERYBODY, Rule, Sender, may_be_a_programs
 from vpn_sentinel.domain.policy import IPAddress
 
 # Besides the usual two a family, for where a rule sends one of those elsewhere.

@@ -20,8 +20,8 @@ from typing import Final, Protocol
 
 from vpn_sentinel.agent.net.as_user import socket_of
 from vpn_sentinel.agent.net.endpoints import TCP, UDP
-from vpn_sentinel.agent.net.fib import FIRST_PERSON
 from vpn_sentinel.agent.net.packets import Packet
+from vpn_sentinel.agent.net.routing_rules import FIRST_PERSON
 from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.wire import codec
 

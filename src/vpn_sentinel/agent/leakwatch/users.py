@@ -10,8 +10,9 @@ from vpn_sentinel.agent.leakwatch.inbound import MAX_FLOWS, Flow
 from vpn_sentinel.agent.leakwatch.meant import Meant
 from vpn_sentinel.agent.leakwatch.senders import Senders, is_mark, leads_in, selects
 from vpn_sentinel.agent.net.endpoints import TCP
-from vpn_sentinel.agent.net.fib import PERSONS, Fib, Rule
+from vpn_sentinel.agent.net.fib import Fib
 from vpn_sentinel.agent.net.packets import Packet
+from vpn_sentinel.agent.net.routing_rules import PERSONS, Rule
 from vpn_sentinel.agent.net.sockets import Socket
 from vpn_sentinel.domain.policy import IPAddress
 

@@ -32,12 +32,12 @@ from vpn_sentinel.agent.leakwatch.tap import BATCH, Tap
 from vpn_sentinel.agent.leakwatch.users import Users
 from vpn_sentinel.agent.net.closed_sockets import ClosedSockets
 from vpn_sentinel.agent.net.endpoints import PROTOCOLS, TCP, UDP, Endpoint
-from vpn_sentinel.agent.net.fib import Sender
 from vpn_sentinel.agent.net.interfaces import Memory, Paths, Recollection, Survey, is_up
 from vpn_sentinel.agent.net.own import OWN, OwnSockets
 from vpn_sentinel.agent.net.packets import Packet, decode
 from vpn_sentinel.agent.net.packettime import packet_times
 from vpn_sentinel.agent.net.roles import has_way
+from vpn_sentinel.agent.net.routing_rules import Sender
 from vpn_sentinel.agent.net.sockets import Sockets
 from vpn_sentinel.agent.probes.system_resolver import is_ours
 from vpn_sentinel.agent.probes.tag import is_probe

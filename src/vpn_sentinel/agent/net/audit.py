@@ -8,22 +8,14 @@ from typing import Final
 
 from vpn_sentinel.agent.net.coverage import by_device, interval, names, public_space, size
 from vpn_sentinel.agent.net.endpoints import TCP, UDP
-from vpn_sentinel.agent.net.fib import (
-    WHOLE_PORT,
-    Fib,
-    Interval,
-    Rule,
-    Sender,
-    intersect,
-    joined,
-    may_be_a_programs,
-    subtract,
-)
+from vpn_sentinel.agent.net.fib import Fib
 from vpn_sentinel.agent.net.interfaces import Survey
 from vpn_sentinel.agent.net.link import IFF_LOOPBACK, Interface, forwards
 from vpn_sentinel.agent.net.local import networks
 from vpn_sentinel.agent.net.roles import has_way
+from vpn_sentinel.agent.net.routing_rules import WHOLE_PORT, Rule, Sender, may_be_a_programs
 from vpn_sentinel.agent.net.servers import reached
+from vpn_sentinel.agent.net.space import Interval, intersect, joined, subtract
 from vpn_sentinel.domain.observation import Routed
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork
 

@@ -13,15 +13,15 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
-from vpn_sentinel.agent.net.attributes import attributes
+from vpn_sentinel.agent.net.netlink import NLMSG_HDR, attributes
 from vpn_sentinel.agent.net.sockets import NETLINK_SOCK_DIAG, SOCKET_SIZE, Socket, parse_socket
 from vpn_sentinel.domain.policy import IPAddress
 
-PAUSE: Final = 0.1  # seconds between two wakings, however many sockets end
+PAUSE_S: Final = 0.1  # between two wakings, however many sockets end
 _GROUPS: Final = 0b1111  # of TCP and UDP, of IPv4 and IPv6
-_BUFFER: Final = 1024 * 1024  # bytes asked for; the kernel may give less (rmem_max)
-_MOST: Final = 2048
-_KEPT: Final = slice(16, 16 + SOCKET_SIZE + 8)  # behind nlmsghdr, with the first attribute, INET_DIAG_PROTOCOL
+_BUFFER_BYTES: Final = 1024 * 1024  # asked for; the kernel may give less (rmem_max)
+_MAX_KEPT: Final = 2048
+_KEPT: Final = slice(NLMSG_HDR.size, NLMSG_HDR.size + SOCKET_SIZE + 8)  # with the first attribute, INET_DIAG_PROTOCOL
 _PORT: Final = slice(4, 6)  # idiag_sport in struct inet_diag_msg
 _INET_DIAG_PROTOCOL: Final = 10
 
@@ -32,13 +32,13 @@ class ClosedSockets:
     def __init__(self, wall: Callable[[], float]) -> None:
         """`wall` is the clock by which the kernel tells when a packet passed. Raises OSError without sock_diag."""
         self._wall = wall
-        self._closed: deque[tuple[float, bytes]] = deque(maxlen=_MOST)  # read when, and inet_diag_msg
+        self._closed: deque[tuple[float, bytes]] = deque(maxlen=_MAX_KEPT)  # read when, and inet_diag_msg
         self._lost = float("-inf")
         self._resume: asyncio.TimerHandle | None = None
         kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
         self._sock = socket.socket(socket.AF_NETLINK, kind, NETLINK_SOCK_DIAG)
         try:
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)
             self._sock.bind((0, _GROUPS))
         except OSError:
             self._sock.close()
@@ -82,11 +82,11 @@ class ClosedSockets:
         self._read()
         loop = asyncio.get_running_loop()
         loop.remove_reader(self._sock)
-        self._resume = loop.call_later(PAUSE, loop.add_reader, self._sock, self._woken)
+        self._resume = loop.call_later(PAUSE_S, loop.add_reader, self._sock, self._woken)
 
     def _read(self) -> None:
         with suppress(BlockingIOError):
-            for _ in range(_MOST):
+            for _ in range(_MAX_KEPT):
                 try:
                     message = self._sock.recv(4096)
                 except OSError as e:
@@ -94,6 +94,6 @@ class ClosedSockets:
                         raise
                     self._lost = self._wall()  # the rest is there
                     continue
-                if len(self._closed) == _MOST:
+                if len(self._closed) == _MAX_KEPT:
                     self._lost = max(self._lost, self._closed[0][0])
                 self._closed.append((self._wall(), message[_KEPT]))

@@ -13,7 +13,9 @@ from functools import cache
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network, summarize_address_range
 from typing import Final
 
-from vpn_sentinel.agent.net.fib import EVERYBODY, Fib, Interval, Sender, intersect, joined, subtract
+from vpn_sentinel.agent.net.fib import Fib
+from vpn_sentinel.agent.net.routing_rules import EVERYBODY, Sender
+from vpn_sentinel.agent.net.space import Interval, intersect, joined, subtract
 from vpn_sentinel.domain.policy import NOT_PUBLIC, IPNetwork
 
 _MOSTLY: Final = 0.6
@@ -27,7 +29,7 @@ _NOBODYS: Final = tuple(
 )  # fmt: skip
 _NAT64: Final = (ip_network("64:ff9b::/96"), ip_network("64:ff9b:1::/48"))
 _OWN_ROUTE: Final = 32  # prefix length from which on a route is for that block
-_KINDS: Final = 8  # of senders whose ways are kept: those through a long list of networks take 5 MB
+_MAX_SENDER_CLASSES: Final = 8  # of senders whose ways are kept: those through a long list of networks take 5 MB
 _BITS: Final = {4: 32, 6: 128}
 _WHOLE: Final = {4: ip_network("0.0.0.0/0"), 6: ip_network("2000::/3")}
 
@@ -58,14 +60,14 @@ def networks(parts: Iterable[Interval], version: int) -> list[IPNetwork]:
 def by_device(fib: Fib, version: int, sender: Sender = EVERYBODY) -> dict[int, list[Interval]]:
     """The public addresses that leave by each device (by its index); one that several devices share is under each.
 
-    A round asks for the same several times: it is kept with the tables, for each kind of sender that rules tell apart.
+    A round asks for the same several times: it is kept with the tables, for each class of senders that rules know.
     """
-    kind = fib.kind(version, sender)
-    if kind not in fib.leaving:
-        if len(fib.leaving) >= _KINDS:
+    who = fib.sender_class(version, sender)
+    if who not in fib.leaving:
+        if len(fib.leaving) >= _MAX_SENDER_CLASSES:
             fib.leaving.clear()
-        fib.leaving[kind] = _by_device(fib, version, sender)
-    return fib.leaving[kind]
+        fib.leaving[who] = _by_device(fib, version, sender)
+    return fib.leaving[who]
 
 
 def _by_device(fib: Fib, version: int, sender: Sender) -> dict[int, list[Interval]]:

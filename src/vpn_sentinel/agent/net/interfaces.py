@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
 from vpn_sentinel.agent.net.endpoints import PROTOCOLS
-from vpn_sentinel.agent.net.fib import Fib, Sender
+from vpn_sentinel.agent.net.fib import Fib
+from vpn_sentinel.agent.net.kernel import Kernel
 from vpn_sentinel.agent.net.link import IFF_LOOPBACK, IFF_LOWER_UP, IFF_POINTOPOINT, IFF_UP, Interface, forwards
 from vpn_sentinel.agent.net.local import natted
 from vpn_sentinel.agent.net.roles import INTERNET, Remembered, Roles, has_way, roles
-from vpn_sentinel.agent.net.rtnetlink import LOCAL, Kernel
+from vpn_sentinel.agent.net.routes import RTN_LOCAL
+from vpn_sentinel.agent.net.routing_rules import Sender
 from vpn_sentinel.domain.observation import Escape, Link, Path
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork
 
@@ -269,7 +271,7 @@ class Paths:
             return Path.UNKNOWN
         if route is None:
             return Path.UNKNOWN
-        if route.kind == LOCAL:
+        if route.type == RTN_LOCAL:
             return Path.LOCAL
         found = next((i for i in self.survey.interfaces if i.index == route.interface), None)
         return Path.UNKNOWN if found is None else self.by(found)
@@ -339,4 +341,4 @@ class Paths:
             route = self.kernel.route(destination, port=port, match=True)
         except OSError:
             return False
-        return route is not None and route.prefix == destination.max_prefixlen and route.kind != LOCAL
+        return route is not None and route.prefix == destination.max_prefixlen and route.type != RTN_LOCAL

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Final
 
 from vpn_sentinel.agent.net.coverage import public_share
-from vpn_sentinel.agent.net.fib import RTN_UNICAST, Fib, RouteEntry, Sender
+from vpn_sentinel.agent.net.fib import Fib
 from vpn_sentinel.agent.net.link import ARPHRD_NONE, ARPHRD_PPP, IFF_LOOPBACK, IFF_POINTOPOINT, IFF_UP, Interface
+from vpn_sentinel.agent.net.routes import RTN_UNICAST, RouteEntry
+from vpn_sentinel.agent.net.routing_rules import Sender
 from vpn_sentinel.domain.policy import IPAddress, is_public
 
 # Where "the internet" is, when single packets are asked about: more than one, since a rule may send one elsewhere.
@@ -176,7 +178,7 @@ class _Look:
                     ours, theirs = self._fib.lookup(address, self._sender), self._fib.lookup(address, other)
                     if ours is None or not ours.leads_by(tunnel.index) or theirs is None:
                         continue
-                    if theirs.kind == RTN_UNICAST and theirs.hops and not theirs.leads_by(tunnel.index):
+                    if theirs.type == RTN_UNICAST and theirs.hops and not theirs.leads_by(tunnel.index):
                         yield theirs
 
     def roles(self, tunnel: str | None) -> Roles:

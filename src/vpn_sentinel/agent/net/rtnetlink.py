@@ -1,184 +1,88 @@
-"""Routing netlink (rtnetlink(7)): packing requests, parsing answers, and one small client.
+"""The messages of routing netlink (rtnetlink(7)): requests packed, answers parsed, by the kernel's names.
 
-Only what the agent asks: links, addresses and "by which interface would you send this?". A netlink socket always speaks
-of the namespace it was opened in; sysfs shows the namespace it was mounted in, which in a container may be another.
-Numbers are those of linux/rtnetlink.h and linux/if_link.h; all fields are in host byte order.
+Numbers are those of linux/rtnetlink.h, linux/if_link.h, linux/if_addr.h, linux/fib_rules.h and linux/nexthop.h. What
+is too short, or of another family than IP's, is None: a message never fails to be read.
 """
 
-import contextlib
-import errno
 import socket
 import struct
-from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
-from ipaddress import IPv6Address, ip_address, ip_network
-from typing import Final, NamedTuple, Protocol
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from ipaddress import ip_network
+from typing import Final
 
-from vpn_sentinel.agent.net.as_user import AS_USER
-from vpn_sentinel.agent.net.attributes import attribute, attributes, error_number
-from vpn_sentinel.agent.net.fib import Fib, Hop, RouteEntry, parse_entry, parse_next_hops, parse_rule
 from vpn_sentinel.agent.net.link import Interface
+from vpn_sentinel.agent.net.netlink import NLM_F_DUMP, U32, address, attribute, attributes, request, text, u32
+from vpn_sentinel.agent.net.routes import RTN_UNICAST, Hop, RouteEntry
+from vpn_sentinel.agent.net.routing_rules import WHOLE_PORT, Rule
+from vpn_sentinel.agent.net.space import ADDRESS_BITS
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork
-from vpn_sentinel.runtime.clock import Clock, SystemClock
 
-NEWLINK, DELLINK, GETLINK = 16, 17, 18
-NEWADDR, DELADDR, GETADDR = 20, 21, 22
-NEWROUTE, DELROUTE, GETROUTE = 24, 25, 26
-NEWRULE, DELRULE, GETRULE = 32, 33, 34
-NEWNEXTHOP, DELNEXTHOP, GETNEXTHOP = 104, 105, 106
-UNICAST, LOCAL = 1, 2  # rtm_type
+RTM_NEWLINK, RTM_DELLINK, RTM_GETLINK = 16, 17, 18
+RTM_NEWADDR, RTM_DELADDR, RTM_GETADDR = 20, 21, 22
+RTM_NEWROUTE, RTM_DELROUTE, RTM_GETROUTE = 24, 25, 26
+RTM_NEWRULE, RTM_DELRULE, RTM_GETRULE = 32, 33, 34
+RTM_NEWNEXTHOP, RTM_DELNEXTHOP, RTM_GETNEXTHOP = 104, 105, 106
 
-_HEADER: Final = struct.Struct("=IHHII")
-_LINK: Final = struct.Struct("=BxHiII")
-_ADDR: Final = struct.Struct("=BBBBi")
-_ROUTE: Final = struct.Struct("=8BI")
-_NHMSG_SIZE: Final = 8
-_U32: Final = struct.Struct("=I")
-_ERROR, _DONE = 2, 3
-_REQUEST, _DUMP, _DUMP_INTERRUPTED = 0x1, 0x300, 0x10
-_FIB_MATCH = 0x2000
-_RTA_UID = 25
-# What was read of routes and rules is used for so many times as long as reading took, and never longer than seconds.
-_FIB_REST, _FIB_OLDEST = 500, 60.0
-_NO_ROUTE = frozenset({errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL, errno.ENODEV, errno.ESRCH})
+_IFINFOMSG: Final = struct.Struct("=BxHiII")
+_IFADDRMSG: Final = struct.Struct("=BBBBi")
+_RTMSG: Final = struct.Struct("=8BI")
+_FIB_RULE_HDR: Final = _RTMSG  # of the same shape
+_NHMSG: Final = struct.Struct("=4BI")
+_RTNEXTHOP: Final = struct.Struct("=HBBi")
+_NEXTHOP_GRP: Final = struct.Struct("=I4x")  # the identity of a member; its weight decides nothing here
+_RX_TX_BYTES: Final = struct.Struct("=16x2Q")  # of struct rtnl_link_stats64
 
+_IFLA_IFNAME, _IFLA_MTU, _IFLA_MASTER, _IFLA_LINKINFO, _IFLA_STATS64, _IFLA_GROUP = 3, 4, 10, 18, 23, 27
+_IFLA_INFO_KIND = 1
+_IFA_ADDRESS, _IFA_LOCAL = 1, 2
+_RTA_DST, _RTA_SRC, _RTA_OIF, _RTA_GATEWAY, _RTA_PRIORITY, _RTA_PREFSRC = 1, 2, 4, 5, 6, 7
+_RTA_MULTIPATH, _RTA_TABLE, _RTA_VIA, _RTA_UID = 9, 15, 18, 25
+_RTA_IP_PROTO, _RTA_SPORT, _RTA_DPORT, _RTA_NH_ID = 27, 28, 29, 30
+_NHA_ID, _NHA_GROUP, _NHA_OIF, _NHA_GATEWAY = 1, 2, 5, 6
+_FRA_DST, _FRA_SRC, _FRA_IIFNAME, _FRA_GOTO, _FRA_PRIORITY, _FRA_FWMARK = 1, 2, 3, 4, 6, 10
+_FRA_TUN_ID, _FRA_SUPPRESS_IFGROUP, _FRA_SUPPRESS_PREFIXLEN = 12, 13, 14
+_FRA_TABLE, _FRA_FWMASK, _FRA_OIFNAME, _FRA_L3MDEV, _FRA_UID_RANGE = 15, 16, 17, 19, 20
+_FRA_IP_PROTO, _FRA_SPORT_RANGE, _FRA_DPORT_RANGE, _FRA_DSCP = 22, 23, 24, 25
+_FRA_SPORT_MASK, _FRA_DPORT_MASK, _FRA_DSCP_MASK = 28, 29, 30
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Way:
-    """An entry of a routing table: packets to `network` leave by `interface`, by a router when `gateway`."""
-
-    network: IPNetwork
-    interface: int
-    gateway: bool
+_FRA_READ: Final = frozenset({*range(26), _FRA_SPORT_MASK, _FRA_DPORT_MASK, _FRA_DSCP_MASK})
+_FIB_RULE_INVERT: Final = 0x2
+_RTNH_F_DEAD: Final = 0x1  # also said of a link without carrier where the kernel ignores routes by such
+_RTM_F_CLONED: Final = 0x200
+_RTM_F_FIB_MATCH: Final = 0x2000
+_RTPROT_KERNEL: Final = 2
+_RT_TABLE_LOCAL: Final = 255
+_TWO_U16: Final = struct.Struct("=HH")
+_TWO_U32: Final = struct.Struct("=II")
+_PORT: Final = struct.Struct("!H")
+VERSION: Final = {socket.AF_INET: 4, socket.AF_INET6: 6}
+_FAMILY: Final = {4: socket.AF_INET, 6: socket.AF_INET6}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """The kernel's answer for one destination. `prefix` is the length of the route that matched, if that was asked."""
+    """The kernel's answer for one destination. `type` is rtm_type (RTN_UNICAST and so on); `prefix` is the length
+    of the route that matched, if that was asked.
+    """
 
     interface: int | None
-    kind: int = UNICAST
+    type: int = RTN_UNICAST
     gateway: bool = False
     source: IPAddress | None = None
     prefix: int | None = None
     next_hop: IPAddress | None = None
 
 
-class Message(NamedTuple):
-    kind: int
-    flags: int
-    sequence: int
-    body: bytes
+# --- requests ---
 
 
-class Kernel(Protocol):
-    """What the agent asks of the kernel. Each may raise OSError where netlink is not to be had."""
-
-    def interfaces(self) -> tuple[Interface, ...]: ...
-
-    def route(
-        self,
-        destination: IPAddress,
-        *,
-        port: int = 0,
-        protocol: int = 17,
-        via: int | None = None,
-        match: bool = False,
-        source: tuple[IPAddress, int] | None = None,
-    ) -> Route | None: ...
-
-    def fib(self) -> Fib: ...
-
-    def changed(self) -> None:
-        """Something may have changed: the next look at routes and rules is a fresh one."""
-        ...
-
-
-def messages(data: bytes) -> Iterator[Message]:
-    """Split one datagram from the kernel. What is cut off at the end is left out."""
-    offset = 0
-    while offset + _HEADER.size <= len(data):
-        length, kind, flags, sequence, _pid = _HEADER.unpack_from(data, offset)
-        if length < _HEADER.size or offset + length > len(data):
-            return
-        yield Message(kind, flags, sequence, data[offset + _HEADER.size : offset + length])
-        offset += (length + 3) & ~3
-
-
-def parse_link(body: bytes) -> Interface | None:
-    """An interface out of RTM_NEWLINK or RTM_DELLINK, without addresses; None when it is too short to be one."""
-    if len(body) < _LINK.size:
-        return None
-    _family, hardware, index, flags, _change = _LINK.unpack_from(body)
-    found = attributes(body, _LINK.size)
-    name = found.get(3, b"").rstrip(b"\0").decode("utf-8", "replace")
-    kind = attributes(found.get(18, b"")).get(1, b"").rstrip(b"\0").decode("ascii", "replace")
-    counters = found.get(23, b"")
-    rx, tx = struct.unpack_from("=2Q", counters, 16) if len(counters) >= 32 else (0, 0)
-    # A name may hold any byte but '/' and white space; what cannot be printed cannot be reported either.
-    name = "".join(c if c.isprintable() else "?" for c in name)
-    master, mtu = found.get(10, b""), found.get(4, b"")
-    return Interface(
-        index=index, name=name, kind=kind, hardware=hardware, flags=flags, rx_bytes=rx, tx_bytes=tx,
-        master=_U32.unpack(master)[0] if len(master) == 4 else None,
-        mtu=_U32.unpack(mtu)[0] if len(mtu) == 4 else 0,
-    )  # fmt: skip
-
-
-def parse_group(body: bytes) -> tuple[int, int] | None:
-    """An interface's index and its group (IFLA_GROUP) out of RTM_NEWLINK."""
-    if len(body) < _LINK.size:
-        return None
-    group = attributes(body, _LINK.size).get(27, b"")
-    return (_LINK.unpack_from(body)[2], _U32.unpack(group)[0]) if len(group) == 4 else None
-
-
-def parse_address(body: bytes) -> tuple[int, IPAddress] | None:
-    """The interface's index and the local address out of RTM_NEWADDR or RTM_DELADDR."""
-    if len(body) < _ADDR.size:
-        return None
-    _family, _prefix, _flags, _scope, index = _ADDR.unpack_from(body)
-    found = attributes(body, _ADDR.size)
-    address = _address(found.get(2) or found.get(1))
-    return None if address is None else (index, address)
-
-
-def parse_network(body: bytes) -> tuple[int, IPNetwork] | None:
-    """The interface's index and the local address's network out of RTM_NEWADDR."""
-    found = parse_address(body)
-    if found is None or body[1] > found[1].max_prefixlen:
-        return None
-    return found[0], ip_network((found[1], body[1]), strict=False)
-
-
-def parse_route(body: bytes) -> Route | None:
-    if len(body) < _ROUTE.size:
-        return None
-    fixed = _ROUTE.unpack_from(body)
-    found = attributes(body, _ROUTE.size)
-    oif = found.get(4, b"")
-    return Route(
-        interface=_U32.unpack(oif)[0] if len(oif) == 4 else None,
-        kind=fixed[7],
-        gateway=5 in found or 18 in found,
-        source=_address(found.get(7)),
-        prefix=fixed[1],
-        next_hop=_address(found.get(5)),
-    )
-
-
-def ways(entry: RouteEntry, by: Collection[int]) -> Iterator[Way]:
-    """By each of the devices that a route leads to; none for a default route."""
-    if entry.kind == UNICAST and entry.prefix:
-        for hop in entry.hops:
-            if hop.interface in by:
-                yield Way(network=entry.network, interface=hop.interface, gateway=hop.gateway is not None)
-
-
-def dump_request(kind: int, sequence: int) -> bytes:
+def dump_request(message_type: int, sequence: int) -> bytes:
     """Ask for all links, addresses, rules, routes or nexthop objects; the rest of each request may be zero."""
-    body = bytes(_NHMSG_SIZE if kind == GETNEXTHOP else _LINK.size)
-    return _HEADER.pack(_HEADER.size + len(body), kind, _REQUEST | _DUMP, sequence, 0) + body
+    size = _NHMSG.size if message_type == RTM_GETNEXTHOP else _IFINFOMSG.size
+    return request(message_type, bytes(size), sequence=sequence, flags=NLM_F_DUMP)
 
 
 def route_request(
@@ -197,192 +101,257 @@ def route_request(
     With the address and port of a connected socket as `source`, the answer is that socket's own route, also where
     routes are balanced by a hash of both ends. `uid` is whose packet it is, this process's own where it is None.
     """
-    family = socket.AF_INET6 if isinstance(destination, IPv6Address) else socket.AF_INET
-    attrs = attribute(1, destination.packed)
+    attrs = attribute(_RTA_DST, destination.packed)
     if via is not None:
-        attrs += attribute(4, _U32.pack(via))
+        attrs += attribute(_RTA_OIF, U32.pack(via))
     if port:
         # Rules may look at protocol and port (`ip rule … ipproto udp dport 53`); older kernels skip these attributes.
-        attrs += attribute(27, bytes([protocol])) + attribute(29, struct.pack("!H", port))
+        attrs += attribute(_RTA_IP_PROTO, bytes([protocol])) + attribute(_RTA_DPORT, _PORT.pack(port))
     if source is not None:
-        attrs += attribute(2, source[0].packed) + (attribute(28, struct.pack("!H", source[1])) if port else b"")
+        attrs += attribute(_RTA_SRC, source[0].packed)
+        attrs += attribute(_RTA_SPORT, _PORT.pack(source[1])) if port else b""
     if uid is not None:
-        attrs += attribute(_RTA_UID, _U32.pack(uid))
-    flags = _FIB_MATCH if match else 0
-    source_length = 0 if source is None else len(source[0].packed) * 8
-    body = _ROUTE.pack(family, len(destination.packed) * 8, source_length, 0, 0, 0, 0, 0, flags) + attrs
-    return _HEADER.pack(_HEADER.size + len(body), GETROUTE, _REQUEST, sequence, 0) + body
+        attrs += attribute(_RTA_UID, U32.pack(uid))
+    flags = _RTM_F_FIB_MATCH if match else 0
+    source_bits = 0 if source is None else source[0].max_prefixlen
+    family = _FAMILY[destination.version]
+    fixed = _RTMSG.pack(family, destination.max_prefixlen, source_bits, 0, 0, 0, 0, 0, flags)
+    return request(RTM_GETROUTE, fixed + attrs, sequence=sequence)
 
 
-def _address(packed: bytes | None) -> IPAddress | None:
-    return ip_address(packed) if packed is not None and len(packed) in (4, 16) else None
+# --- devices and addresses ---
 
 
-def _opened() -> socket.socket:
-    sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, socket.NETLINK_ROUTE)
-    sock.settimeout(1.0)
-    return sock
+def parse_link(body: bytes) -> Interface | None:
+    """An interface out of RTM_NEWLINK or RTM_DELLINK, without addresses; None when it is too short to be one."""
+    if len(body) < _IFINFOMSG.size:
+        return None
+    _family, hardware, index, flags, _change = _IFINFOMSG.unpack_from(body)
+    found = attributes(body, _IFINFOMSG.size)
+    counters = found.get(_IFLA_STATS64, b"")
+    rx, tx = _RX_TX_BYTES.unpack_from(counters) if len(counters) >= _RX_TX_BYTES.size else (0, 0)
+    return Interface(
+        index=index,
+        # A name may hold any byte but '/' and white space; what cannot be printed cannot be reported either.
+        name="".join(c if c.isprintable() else "?" for c in text(found.get(_IFLA_IFNAME))),
+        kind=text(attributes(found.get(_IFLA_LINKINFO, b"")).get(_IFLA_INFO_KIND)),
+        hardware=hardware,
+        flags=flags,
+        rx_bytes=rx,
+        tx_bytes=tx,
+        master=u32(found.get(_IFLA_MASTER)),
+        mtu=u32(found.get(_IFLA_MTU)) or 0,
+    )
 
 
-class Netlink:
-    """A `Kernel` over one netlink socket. Answers come within microseconds, so it asks without the loop."""
+def parse_group(body: bytes) -> tuple[int, int] | None:
+    """An interface's index and its group (IFLA_GROUP) out of RTM_NEWLINK."""
+    if len(body) < _IFINFOMSG.size:
+        return None
+    group = u32(attributes(body, _IFINFOMSG.size).get(_IFLA_GROUP))
+    return None if group is None else (_IFINFOMSG.unpack_from(body)[2], group)
 
-    def __init__(self, clock: Clock | None = None) -> None:
-        """Raises OSError where the sandbox has no netlink."""
-        self._clock = clock or SystemClock()
-        self._sock = _opened()
-        self._sequence = 0
-        self._fib: Fib | None = None  # while it may be true
-        self._before: Fib | None = None  # as it was read last
-        self._fib_until = 0.0
-        self._ways: tuple[Fib, frozenset[int], tuple[Way, ...]] | None = None
-        self._read: dict[bytes, RouteEntry | None] = {}  # what the last dump told of routes
-        self._hops: dict[int, tuple[Hop, ...]] = {}
 
-    def close(self) -> None:
-        self._sock.close()
+def parse_address(body: bytes) -> tuple[int, IPAddress] | None:
+    """The interface's index and the local address out of RTM_NEWADDR or RTM_DELADDR."""
+    if len(body) < _IFADDRMSG.size:
+        return None
+    _family, _prefix, _flags, _scope, index = _IFADDRMSG.unpack_from(body)
+    found = attributes(body, _IFADDRMSG.size)
+    local = address(found.get(_IFA_LOCAL) or found.get(_IFA_ADDRESS))
+    return None if local is None else (index, local)
 
-    def _send(self, request: bytes) -> None:
-        try:
-            self._sock.send(request)
-        except OSError:
-            self._renew()
-            raise
 
-    def _receive(self) -> bytes:
-        try:
-            return self._sock.recv(65536)
-        except OSError:
-            self._renew()
-            raise
+def parse_network(body: bytes) -> tuple[int, IPNetwork] | None:
+    """The interface's index and the local address's network out of RTM_NEWADDR."""
+    found = parse_address(body)
+    if found is None or (prefix := _IFADDRMSG.unpack_from(body)[1]) > found[1].max_prefixlen:
+        return None
+    return found[0], ip_network((found[1], prefix), strict=False)
 
-    def _renew(self) -> None:
-        """This question is lost; the next one shall not fail for what became of the socket."""
-        with contextlib.suppress(OSError):  # then it is tried again at the next failure
-            fresh = _opened()
-            self._sock.close()
-            self._sock = fresh
 
-    def interfaces(self) -> tuple[Interface, ...]:
-        links = [link for m in self._dump(GETLINK) if m.kind == NEWLINK and (link := parse_link(m.body))]
-        addresses: dict[int, list[IPAddress]] = {}
-        networks: dict[int, list[IPNetwork]] = {}
-        for message in self._dump(GETADDR):
-            if message.kind == NEWADDR and (parsed := parse_address(message.body)):
-                addresses.setdefault(parsed[0], []).append(parsed[1])
-            if message.kind == NEWADDR and (network := parse_network(message.body)):
-                networks.setdefault(network[0], []).append(network[1])
-        return tuple(
-            replace(link, addresses=tuple(addresses.get(link.index, ())), networks=tuple(networks.get(link.index, ())))
-            for link in links
-        )
+# --- routes and rules ---
 
-    def route(
-        self,
-        destination: IPAddress,
-        *,
-        port: int = 0,
-        protocol: int = 17,
-        via: int | None = None,
-        match: bool = False,
-        source: tuple[IPAddress, int] | None = None,
-    ) -> Route | None:
-        """Where a packet of the user that sockets are made for would go (`net.as_user`).
 
-        None when no route (or one that prohibits) leads there.
-        """
-        self._sequence += 1
-        request = route_request(
-            destination,
-            self._sequence,
-            port=port,
-            protocol=protocol,
-            via=via,
-            match=match,
-            source=source,
-            uid=AS_USER.uid,
-        )
-        self._send(request)
-        while True:
-            for message in messages(self._receive()):
-                if message.sequence != self._sequence:
-                    continue
-                if message.kind == _ERROR:
-                    code = error_number(message.body)
-                    if code in _NO_ROUTE:
-                        return None
-                    raise OSError(code, "netlink refuses to look a route up")
-                return parse_route(message.body)
+def parse_route(body: bytes) -> Route | None:
+    """The answer to `route_request`; None when it is too short to be one."""
+    if len(body) < _RTMSG.size:
+        return None
+    _family, prefix, _src_len, _tos, _table, _protocol, _scope, route_type, _flags = _RTMSG.unpack_from(body)
+    found = attributes(body, _RTMSG.size)
+    return Route(
+        interface=u32(found.get(_RTA_OIF)),
+        type=route_type,
+        gateway=_RTA_GATEWAY in found or _RTA_VIA in found,
+        source=address(found.get(_RTA_PREFSRC)),
+        prefix=prefix,
+        next_hop=address(found.get(_RTA_GATEWAY)),
+    )
 
-    def fib(self) -> Fib:
-        """All routing rules and tables of both IP versions; the same object while they are the same.
 
-        Read anew after `changed`, and when the last reading is old beside what it cost: full tables take a while.
-        """
-        now = self._clock.boottime()
-        if self._fib is None or now >= self._fib_until:
-            self._fib = self._read_fib()
-            if self._before is not None and self._before.is_like(self._fib):
-                self._fib = self._before  # what was concluded from it holds
-            self._before = self._fib
-            self._fib_until = now + min((self._clock.boottime() - now) * _FIB_REST, _FIB_OLDEST)
-        return self._fib
+def parse_rule(body: bytes) -> Rule | None:
+    """A rule out of RTM_NEWRULE; None for other families and what is too short."""
+    if len(body) < _FIB_RULE_HDR.size:
+        return None
+    family, dst_len, src_len, tos, table, _, _, action, flags = _FIB_RULE_HDR.unpack_from(body)
+    if family not in VERSION:
+        return None
+    found = attributes(body, _FIB_RULE_HDR.size)
+    mark = u32(found.get(_FRA_FWMARK))
+    protocol = found.get(_FRA_IP_PROTO)
+    dscp = found.get(_FRA_DSCP)
+    return Rule(
+        version=VERSION[family],
+        priority=u32(found.get(_FRA_PRIORITY)) or 0,
+        action=action,
+        table=u32(found.get(_FRA_TABLE)) or table,
+        target=u32(found.get(_FRA_GOTO)) or 0,
+        invert=bool(flags & _FIB_RULE_INVERT),
+        source=_network(found.get(_FRA_SRC), src_len),
+        destination=_network(found.get(_FRA_DST), dst_len),
+        mark=mark,
+        mask=_or(u32(found.get(_FRA_FWMASK)), 0xFFFFFFFF),
+        uids=_pair(found.get(_FRA_UID_RANGE), _TWO_U32),
+        protocol=protocol[0] if protocol else None,
+        source_ports=_pair(found.get(_FRA_SPORT_RANGE), _TWO_U16),
+        source_mask=_mask(found.get(_FRA_SPORT_MASK)),
+        destination_ports=_pair(found.get(_FRA_DPORT_RANGE), _TWO_U16),
+        destination_mask=_mask(found.get(_FRA_DPORT_MASK)),
+        incoming=text(found.get(_FRA_IIFNAME)),
+        outgoing=text(found.get(_FRA_OIFNAME)),
+        tos=dscp[0] << 2 if dscp else tos,
+        tos_mask=(found.get(_FRA_DSCP_MASK) or b"\x3f")[0] << 2 if dscp else 0xFF,
+        l3mdev=any(found.get(_FRA_L3MDEV, b"")),
+        rare=any(found.get(_FRA_TUN_ID, b"")) or not _FRA_READ.issuperset(found),
+        suppress_prefix=_suppressed(found.get(_FRA_SUPPRESS_PREFIXLEN)),
+        suppress_group=_suppressed(found.get(_FRA_SUPPRESS_IFGROUP)),
+    )
 
-    def changed(self) -> None:
-        """Routes or rules may have changed: the next look reads them anew."""
-        self._fib = None
 
-    def _read_fib(self) -> Fib:
-        rules = (parse_rule(m.body) for m in self._dump(GETRULE) if m.kind == NEWRULE)
-        hops = self._next_hops()
-        entries = self._routes(hops)
-        known = tuple(r for r in rules if r)
-        links = self._dump(GETLINK) if any(r.suppress_group is not None for r in known) else ()
-        groups = dict(g for m in links if m.kind == NEWLINK and (g := parse_group(m.body)))
-        return Fib(known, entries, groups)
+def _mask(data: bytes | None) -> int:
+    """Of a port (Linux 6.15), in host byte order like the range that it belongs to."""
+    return int.from_bytes(data, sys.byteorder) if data is not None and len(data) == 2 else WHOLE_PORT
 
-    def _routes(self, hops: dict[int, tuple[Hop, ...]]) -> tuple[RouteEntry, ...]:
-        """Of a full table most is as it was: what the last dump told in the same words means the same."""
-        before = self._read if hops == self._hops else {}
-        found: dict[bytes, RouteEntry | None] = {}
-        for message in self._dump(GETROUTE):
-            if message.kind == NEWROUTE:
-                body = message.body
-                found[body] = before[body] if body in before else parse_entry(body, hops)
-        self._read, self._hops = found, hops
-        return tuple(e for e in found.values() if e)
 
-    def _next_hops(self) -> dict[int, tuple[Hop, ...]]:
-        try:
-            return parse_next_hops(m.body for m in self._dump(GETNEXTHOP) if m.kind == NEWNEXTHOP)
-        except OSError as e:
-            if e.errno != errno.EOPNOTSUPP:
-                raise
-            return {}  # a kernel older than 5.3 has none
+def _suppressed(data: bytes | None) -> int | None:
+    """-1, as an unsigned number, says that nothing is."""
+    return None if data == b"\xff" * 4 else u32(data)
 
-    def ways(self, by: Collection[int]) -> tuple[Way, ...]:
-        """All tables' entries by these devices but the default routes; the same object while the tables are."""
-        fib, devices = self.fib(), frozenset(by)
-        if self._ways is None or self._ways[0] is not fib or self._ways[1] != devices:
-            self._ways = fib, devices, tuple(w for e in fib.entries for w in ways(e, devices))
-        return self._ways[2]
 
-    def _dump(self, kind: int) -> list[Message]:
-        for _ in range(3):
-            self._sequence += 1
-            self._send(dump_request(kind, self._sequence))
-            found, interrupted, done = [], False, False
-            while not done:
-                for message in messages(self._receive()):
-                    if message.sequence != self._sequence:
-                        continue
-                    interrupted = interrupted or bool(message.flags & _DUMP_INTERRUPTED)
-                    if message.kind == _ERROR:
-                        raise OSError(error_number(message.body), "netlink refuses a dump")
-                    if message.kind == _DONE:
-                        done = True
-                    else:
-                        found.append(message)
-            if not interrupted:
-                break
-        return found
+def parse_next_hops(bodies: Iterable[bytes]) -> dict[int, tuple[Hop, ...]]:
+    """By their identity, the nexthop objects out of RTM_NEWNEXTHOP, groups among them.
+
+    Routes may name one instead of devices and routers of their own, and where net.ipv4.nexthop_compat_mode is 0 the
+    kernel tells nothing but that name. One without hops swallows packets, or its device is down.
+    """
+    single: dict[int, tuple[Hop, ...]] = {}
+    groups: dict[int, list[int]] = {}
+    for body in bodies:
+        if len(body) < _NHMSG.size:
+            continue
+        *_, flags = _NHMSG.unpack_from(body)
+        found = attributes(body, _NHMSG.size)
+        ident = u32(found.get(_NHA_ID))
+        if ident is None:
+            continue
+        if (members := found.get(_NHA_GROUP)) is not None:
+            whole = len(members) // _NEXTHOP_GRP.size * _NEXTHOP_GRP.size
+            groups[ident] = [i for (i,) in _NEXTHOP_GRP.iter_unpack(members[:whole])]
+            continue
+        interface = u32(found.get(_NHA_OIF))
+        single[ident] = ()
+        if interface is not None and not flags & _RTNH_F_DEAD:
+            single[ident] = (Hop(interface, address(found.get(_NHA_GATEWAY))),)
+    return single | {ident: tuple(h for i in of for h in single.get(i, ())) for ident, of in groups.items()}
+
+
+def follows_from_another_message(body: bytes) -> bool:
+    """Whether RTM_NEWROUTE or RTM_DELROUTE is no news by itself: the route of an address of this host comes behind the
+    address, and a cloned one is a mere cache entry.
+    """
+    if len(body) < _RTMSG.size:
+        return True
+    _family, _prefix, _src_len, _tos, table, _protocol, _scope, _type, flags = _RTMSG.unpack_from(body)
+    return table == _RT_TABLE_LOCAL or bool(flags & _RTM_F_CLONED)
+
+
+def parse_entry(body: bytes, next_hops: Mapping[int, tuple[Hop, ...]] | None = None) -> RouteEntry | None:
+    """An entry out of RTM_NEWROUTE, which may name one of `next_hops`; None for other families and cache entries."""
+    if len(body) < _RTMSG.size:
+        return None
+    family, prefix, src_len, tos, table, protocol, _scope, route_type, flags = _RTMSG.unpack_from(body)
+    version = VERSION.get(family)
+    if version is None or flags & _RTM_F_CLONED or prefix > ADDRESS_BITS[version]:
+        return None
+    bits = ADDRESS_BITS[version]
+    found = attributes(body, _RTMSG.size)
+    destination = found.get(_RTA_DST, b"")
+    if len(destination) * 8 != bits:
+        if prefix:
+            return None
+        destination = b"\0" * (bits // 8)
+    shift = bits - prefix
+    hops = _hops(found, family, next_hops or {}) if not flags & _RTNH_F_DEAD else ()
+    return RouteEntry(
+        version=version,
+        table=u32(found.get(_RTA_TABLE)) or table,
+        first=int.from_bytes(destination) >> shift << shift,
+        prefix=prefix,
+        type=route_type,
+        hops=hops,
+        metric=u32(found.get(_RTA_PRIORITY)) or 0,
+        tos=tos if version == 4 else 0,
+        source=_network(found.get(_RTA_SRC), src_len) if src_len else None,
+        by_kernel=protocol == _RTPROT_KERNEL,
+    )
+
+
+def _hops(found: dict[int, bytes], family: int, next_hops: Mapping[int, tuple[Hop, ...]]) -> tuple[Hop, ...]:
+    several = found.get(_RTA_MULTIPATH)
+    if several is None:
+        interface = u32(found.get(_RTA_OIF))
+        if interface is None:
+            return next_hops.get(u32(found.get(_RTA_NH_ID)) or 0, ())
+        return _only_hop(interface, _gateway(found, family))
+    hops, offset = [], 0
+    while offset + _RTNEXTHOP.size <= len(several):
+        length, flags, _weight, interface = _RTNEXTHOP.unpack_from(several, offset)
+        if length < _RTNEXTHOP.size or offset + length > len(several):
+            break
+        if not flags & _RTNH_F_DEAD:
+            nested = attributes(several[offset + _RTNEXTHOP.size : offset + length])
+            hops.append(Hop(interface, _gateway(nested, family)))
+        offset += (length + 3) & ~3
+    return tuple(hops)
+
+
+@lru_cache(maxsize=256)
+def _only_hop(interface: int, gateway: IPAddress | None) -> tuple[Hop, ...]:
+    """One object for all routes that lead the same way: full tables have few ways."""
+    return (Hop(interface, gateway),)
+
+
+def _gateway(found: dict[int, bytes], family: int) -> IPAddress | None:
+    """RTA_GATEWAY, or RTA_VIA: a router of the other IP version (RFC 5549), behind its family in two bytes."""
+    if (near := address(found.get(_RTA_GATEWAY))) is not None:
+        return near
+    via = found.get(_RTA_VIA)
+    return address(via[2:]) if via is not None and family == socket.AF_INET else None
+
+
+def _network(packed: bytes | None, prefix: int) -> IPNetwork | None:
+    first = address(packed)
+    if first is None or not 0 < prefix <= first.max_prefixlen:
+        return None
+    return ip_network((first, prefix), strict=False)
+
+
+def _pair(data: bytes | None, shape: struct.Struct) -> tuple[int, int] | None:
+    if data is None or len(data) != shape.size:
+        return None
+    low, high = shape.unpack(data)
+    return low, high
+
+
+def _or(value: int | None, default: int) -> int:
+    return default if value is None else value

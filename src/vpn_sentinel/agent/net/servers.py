@@ -6,7 +6,9 @@ program tells of its server is true of the device that its packets take, and say
 
 from collections.abc import Collection, Iterable
 
-from vpn_sentinel.agent.net.fib import EVERYBODY, RTN_UNICAST, Fib
+from vpn_sentinel.agent.net.fib import Fib
+from vpn_sentinel.agent.net.routes import RTN_UNICAST
+from vpn_sentinel.agent.net.routing_rules import EVERYBODY
 from vpn_sentinel.domain.policy import NOT_PUBLIC, IPAddress, within
 
 
@@ -23,7 +25,7 @@ def reached(fib: Fib, servers: Iterable[IPAddress], beside: Collection[int]) -> 
         senders = [EVERYBODY, *(r.sender() for r in fib.rules if r.version == server.version and r.names_sender())]
         for sender in senders:
             entry = fib.lookup(server, sender)
-            leaves = {h.interface for h in entry.hops} if entry and entry.kind == RTN_UNICAST else set()
+            leaves = {h.interface for h in entry.hops} if entry and entry.type == RTN_UNICAST else set()
             if leaves & set(beside):
                 found |= leaves & set(beside)
                 break

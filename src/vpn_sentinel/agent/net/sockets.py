@@ -13,23 +13,29 @@ from ipaddress import ip_address
 from pathlib import Path
 from typing import Final
 
-from vpn_sentinel.agent.net.attributes import attributes, error_number
+from vpn_sentinel.agent.net.netlink import (
+    NLM_F_DUMP,
+    NLMSG_DONE,
+    NLMSG_ERROR,
+    attributes,
+    error_number,
+    messages,
+    request,
+)
 from vpn_sentinel.domain.policy import IPAddress
 
 # linux/tcp_states.h; a connected UDP socket is "established", an unconnected one closed
 ESTABLISHED, _TIME_WAIT, _CLOSED, LISTEN = 1, 6, 7, 10
 NETLINK_SOCK_DIAG: Final = 4
-_BY_FAMILY, _DONE, _ERROR = 20, 3, 2
-_REQUEST, _REQUEST_DUMP = 0x1, 0x301
+_SOCK_DIAG_BY_FAMILY: Final = 20
 _NO_COOKIE: Final = 0xFFFFFFFF
-_HEADER: Final = struct.Struct("=IHHII")
-_ASK: Final = struct.Struct("=BBBxI")
+_ASK: Final = struct.Struct("=BBBxI")  # the beginning of struct inet_diag_req_v2
 _ID: Final = struct.Struct("!HH16s16s")  # idiag_sport, dport, src, dst; behind it interface and cookie
 _BEHIND: Final = struct.Struct("=III")
 _MESSAGE: Final = struct.Struct("=BBBB")
 _TAIL: Final = struct.Struct("=5I")
 SOCKET_SIZE: Final = _MESSAGE.size + _ID.size + _BEHIND.size + _TAIL.size  # of struct inet_diag_msg; attributes follow
-_CGROUP_ID: Final = 21  # INET_DIAG_CGROUP_ID, since Linux 5.8
+_INET_DIAG_CGROUP_ID: Final = 21  # since Linux 5.8
 _ALL_STATES: Final = 0xFFFFFFFF
 _OWNED: Final = _ALL_STATES & ~(1 << _TIME_WAIT)  # of the rest, the kernel tells whose they are
 _PORT_RANGE: Final = Path("/proc/sys/net/ipv4/ip_local_port_range")  # of IPv6 too, and of this network namespace
@@ -39,7 +45,7 @@ _PINGS: Final = {
     6: (Path("/proc/self/net/icmp6"), Path("/proc/self/net/raw6")),
 }
 _ICMP: Final = (socket.IPPROTO_ICMP, socket.IPPROTO_ICMPV6)
-_MOST_DATAGRAMS: Final = 64  # of an answer: some thousand sockets on one port
+_MAX_DATAGRAMS: Final = 64  # of an answer: some thousand sockets on one port
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,7 +104,7 @@ class Sockets:
         found = (
             s
             for family in (socket.AF_INET, socket.AF_INET6)
-            for s in self._ask(family, socket.IPPROTO_TCP, 1 << LISTEN, everything, _REQUEST_DUMP)
+            for s in self._ask(family, socket.IPPROTO_TCP, 1 << LISTEN, everything, NLM_F_DUMP)
         )
         return frozenset(s.port for s in found if not s.near.is_loopback)
 
@@ -164,7 +170,7 @@ class Sockets:
         """
         families = (socket.AF_INET, socket.AF_INET6) if near.version == 4 else (socket.AF_INET6,)
         ends = _ID.pack(0, port, b"", b"")
-        every = [s for f in families for s in self._ask(f, socket.IPPROTO_TCP, _OWNED, ends, _REQUEST_DUMP)]
+        every = [s for f in families for s in self._ask(f, socket.IPPROTO_TCP, _OWNED, ends, NLM_F_DUMP)]
         taken = [s for s in every if (s.far, s.far_port) == (near, port)]
         listens = (self._on_port(socket.IPPROTO_TCP, s.port, near.version, 1 << LISTEN) for s in taken)
         return frozenset(s.uid for some in (taken, *listens) for s in some if s.inode)
@@ -173,7 +179,7 @@ class Sockets:
         """Sockets with this local port; a packet of IPv4 may be an IPv6 socket's too."""
         families = (socket.AF_INET, socket.AF_INET6) if version == 4 else (socket.AF_INET6,)
         ends = _ID.pack(port, 0, b"", b"")
-        found = [s for f in families for s in self._ask(f, protocol, states, ends, _REQUEST_DUMP)]
+        found = [s for f in families for s in self._ask(f, protocol, states, ends, NLM_F_DUMP)]
         return [s for s in found if s.port == port]
 
     def _exact(self, source: IPAddress, port: int, far: IPAddress, far_port: int, device: int = 0) -> Socket | None:
@@ -189,31 +195,23 @@ class Sockets:
         return found[0] if found else None
 
     def _ask(
-        self, family: int, protocol: int, states: int, ends: bytes, flags: int = _REQUEST, device: int = 0
+        self, family: int, protocol: int, states: int, ends: bytes, flags: int = 0, device: int = 0
     ) -> list[Socket]:
         self._sequence += 1
         body = _ASK.pack(family, protocol, 0, states) + ends + _BEHIND.pack(device, _NO_COOKIE, _NO_COOKIE)
-        head = _HEADER.pack(_HEADER.size + len(body), _BY_FAMILY, flags, self._sequence, 0)
-        self._sock.send(head + body)
+        self._sock.send(request(_SOCK_DIAG_BY_FAMILY, body, sequence=self._sequence, flags=flags))
         found: list[Socket] = []
-        for _ in range(_MOST_DATAGRAMS):
-            data = self._sock.recv(65536)
-            offset = 0
-            while offset + _HEADER.size <= len(data):
-                length, kind, _flags, sequence, _pid = _HEADER.unpack_from(data, offset)
-                if length < _HEADER.size:
-                    break
-                message = data[offset + _HEADER.size : offset + length]
-                offset += (length + 3) & ~3
-                if sequence != self._sequence:
+        for _ in range(_MAX_DATAGRAMS):
+            for message in messages(self._sock.recv(65536)):
+                if message.sequence != self._sequence:
                     continue
-                if kind == _DONE:
+                if message.type == NLMSG_DONE:
                     return found
-                if kind == _ERROR:
-                    raise OSError(error_number(message), "the kernel does not tell of sockets")
-                if (parsed := parse_socket(message)) is not None:
+                if message.type == NLMSG_ERROR:
+                    raise OSError(error_number(message.body), "the kernel does not tell of sockets")
+                if (parsed := parse_socket(message.body)) is not None:
                     found.append(parsed)
-            if flags == _REQUEST:
+            if not flags & NLM_F_DUMP:
                 return found
         raise OSError("the kernel's answer does not end")
 
@@ -235,7 +233,7 @@ def parse_socket(body: bytes) -> Socket | None:
     port, far_port, near, far = _ID.unpack_from(body, at_id)
     (device, _, _) = _BEHIND.unpack_from(body, at_id + _ID.size)
     _expires, _rqueue, _wqueue, uid, inode = _TAIL.unpack_from(body, SOCKET_SIZE - _TAIL.size)
-    cgroup = attributes(body, SOCKET_SIZE).get(_CGROUP_ID, b"")
+    cgroup = attributes(body, SOCKET_SIZE).get(_INET_DIAG_CGROUP_ID, b"")
     return Socket(
         state=state,
         near=_address(family, near),

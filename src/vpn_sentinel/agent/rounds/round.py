@@ -13,8 +13,8 @@ from typing import Final, Protocol
 from vpn_sentinel.agent.leakwatch.watch import LeakWatch
 from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.agent.net.interfaces import Paths, Survey
+from vpn_sentinel.agent.net.kernel import Kernel
 from vpn_sentinel.agent.net.packetsocket import packet_socket
-from vpn_sentinel.agent.net.rtnetlink import Kernel
 from vpn_sentinel.agent.probes import bypass, dns, tcp
 from vpn_sentinel.agent.probes.canary import MAX_UPLINKS, Flock, canaries
 from vpn_sentinel.agent.probes.origin import Origins

@@ -9,24 +9,24 @@ import contextlib
 import errno
 import logging
 import socket
-import struct
 import time
 from collections.abc import Callable
 from typing import Final
 
 from vpn_sentinel.agent.net.link import IFF_LOWER_UP, IFF_UP, Interface
+from vpn_sentinel.agent.net.netlink import messages
 from vpn_sentinel.agent.net.rtnetlink import (
-    DELADDR,
-    DELLINK,
-    DELNEXTHOP,
-    DELROUTE,
-    DELRULE,
-    NEWADDR,
-    NEWLINK,
-    NEWNEXTHOP,
-    NEWROUTE,
-    NEWRULE,
-    messages,
+    RTM_DELADDR,
+    RTM_DELLINK,
+    RTM_DELNEXTHOP,
+    RTM_DELROUTE,
+    RTM_DELRULE,
+    RTM_NEWADDR,
+    RTM_NEWLINK,
+    RTM_NEWNEXTHOP,
+    RTM_NEWROUTE,
+    RTM_NEWRULE,
+    follows_from_another_message,
     parse_address,
     parse_link,
 )
@@ -34,18 +34,23 @@ from vpn_sentinel.domain.policy import IPAddress
 
 log = logging.getLogger(__name__)
 
-# RTMGRP_LINK, _IPV4_IFADDR, _IPV4_ROUTE, _IPV4_RULE, _IPV6_IFADDR, _IPV6_ROUTE; the other two have a number only.
-_GROUPS: Final = 0x1 | 0x10 | 0x40 | 0x80 | 0x100 | 0x400
-_IPV6_RULE, _NEXTHOP = 19, 32
-_SOL_NETLINK, _ADD_MEMBERSHIP = 270, 1
-_TABLE_LOCAL: Final = 255
-_CLONED: Final = 0x200
-_FLAGS: Final = struct.Struct("=I")  # rtm_flags
-RETRY: Final = 1.0  # seconds until another socket is tried for
-DEBOUNCE: Final = 0.05  # seconds; one `ip link del` makes several messages
+_RTMGRP_LINK, _RTMGRP_IPV4_IFADDR, _RTMGRP_IPV4_ROUTE, _RTMGRP_IPV4_RULE = 0x1, 0x10, 0x40, 0x80
+_RTMGRP_IPV6_IFADDR, _RTMGRP_IPV6_ROUTE = 0x100, 0x400
+_GROUPS: Final = (
+    _RTMGRP_LINK
+    | _RTMGRP_IPV4_IFADDR
+    | _RTMGRP_IPV4_ROUTE
+    | _RTMGRP_IPV4_RULE
+    | _RTMGRP_IPV6_IFADDR
+    | _RTMGRP_IPV6_ROUTE
+)
+_RTNLGRP_IPV6_RULE, _RTNLGRP_NEXTHOP = 19, 32  # a membership alone brings these two
+_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP = 270, 1
+RETRY_S: Final = 1.0  # until another socket is tried for
+DEBOUNCE_S: Final = 0.05  # one `ip link del` makes several messages
 # Full tables take a while to read. Who is told of changes without end shall not do that alone: beyond so many seconds
 # of the processor that are free, it rests so many times as long as it took, and so many seconds at most.
-_FREE, _REST, _LONGEST = 0.1, 9, 10.0
+_FREE_CPU_S, _REST_TIMES, _MAX_REST_S = 0.1, 9, 10.0
 
 
 class Changes:
@@ -66,36 +71,35 @@ class Changes:
         """Take in one datagram; whether anything in it is new."""
         news = False
         for message in messages(data):  # each is taken in, also behind one that is news
-            news = self._is_new(message.kind, message.body) or news
+            news = self._is_new(message.type, message.body) or news
         return news
 
-    def _is_new(self, kind: int, body: bytes) -> bool:
-        match kind:
-            case _ if kind in (NEWLINK, DELLINK):
-                return self._link(kind, body)
-            case _ if kind in (NEWADDR, DELADDR):
-                return self._address(kind, body)
-            case _ if kind in (NEWROUTE, DELROUTE):
-                # Routes of the host's own addresses follow address messages; cloned ones are mere cache entries.
-                return len(body) >= 12 and body[4] != _TABLE_LOCAL and not _FLAGS.unpack_from(body, 8)[0] & _CLONED
+    def _is_new(self, message_type: int, body: bytes) -> bool:
+        match message_type:
+            case _ if message_type in (RTM_NEWLINK, RTM_DELLINK):
+                return self._link(message_type, body)
+            case _ if message_type in (RTM_NEWADDR, RTM_DELADDR):
+                return self._address(message_type, body)
+            case _ if message_type in (RTM_NEWROUTE, RTM_DELROUTE):
+                return not follows_from_another_message(body)
             case _:
-                return kind in (NEWRULE, DELRULE, NEWNEXTHOP, DELNEXTHOP)
+                return message_type in (RTM_NEWRULE, RTM_DELRULE, RTM_NEWNEXTHOP, RTM_DELNEXTHOP)
 
-    def _link(self, kind: int, body: bytes) -> bool:
+    def _link(self, message_type: int, body: bytes) -> bool:
         link = parse_link(body)
         if link is None:
             return False
-        if kind == DELLINK:
+        if message_type == RTM_DELLINK:
             return self._links.pop(link.index, None) is not None or not self._complete
         old, self._links[link.index] = self._links.get(link.index), _state(link)
         return old != _state(link)
 
-    def _address(self, kind: int, body: bytes) -> bool:
+    def _address(self, message_type: int, body: bytes) -> bool:
         address = parse_address(body)
         if address is None:
             return False
         known = address in self._addresses
-        if kind == DELADDR:
+        if message_type == RTM_DELADDR:
             self._addresses.discard(address)
             return known or not self._complete
         self._addresses.add(address)
@@ -158,7 +162,7 @@ class NetworkSensor:
     def _soon(self) -> None:
         if self._timer is None:
             loop = asyncio.get_running_loop()
-            self._timer = loop.call_at(max(loop.time() + DEBOUNCE, self._rested), self._ring)
+            self._timer = loop.call_at(max(loop.time() + DEBOUNCE_S, self._rested), self._ring)
 
     def _renew(self, error: OSError) -> None:
         """A socket that fails otherwise hears nothing any more, and would fail at once again."""
@@ -172,7 +176,7 @@ class NetworkSensor:
         try:
             self._sock = self._subscribe()
         except OSError:
-            self._retry = asyncio.get_running_loop().call_later(RETRY, self._open_again)
+            self._retry = asyncio.get_running_loop().call_later(RETRY_S, self._open_again)
             return
         self.start()
         self._soon()  # what happened meanwhile was told to nobody
@@ -182,7 +186,7 @@ class NetworkSensor:
         began = time.thread_time()  # of this thread: that the machine is busy costs no rest
         self._changed()
         took = time.thread_time() - began
-        self._rested = asyncio.get_running_loop().time() + min(_REST * max(0.0, took - _FREE), _LONGEST)
+        self._rested = asyncio.get_running_loop().time() + min(_REST_TIMES * max(0.0, took - _FREE_CPU_S), _MAX_REST_S)
 
 
 def subscribed() -> socket.socket:
@@ -195,7 +199,7 @@ def subscribed() -> socket.socket:
     except OSError:
         sock.close()
         raise
-    for group in (_IPV6_RULE, _NEXTHOP):
+    for group in (_RTNLGRP_IPV6_RULE, _RTNLGRP_NEXTHOP):
         with contextlib.suppress(OSError):  # an old kernel has none of them: the rounds see what changed
-            sock.setsockopt(_SOL_NETLINK, _ADD_MEMBERSHIP, group)
+            sock.setsockopt(_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, group)
     return sock

@@ -1,0 +1,85 @@
+"""What all netlink messages have alike (netlink(7)): a header, attributes, the values in them, and errors.
+
+Whoever packs or parses one does it here; numbers have the kernel's names. All fields are in host byte order.
+"""
+
+import errno
+import struct
+from collections.abc import Iterator
+from ipaddress import ip_address
+from typing import Final, NamedTuple
+
+from vpn_sentinel.domain.policy import IPAddress
+
+NLMSG_ERROR, NLMSG_DONE = 2, 3
+NLM_F_REQUEST, NLM_F_DUMP_INTR, NLM_F_DUMP = 0x1, 0x10, 0x300
+NLMSG_HDR: Final = struct.Struct("=IHHII")  # struct nlmsghdr
+U32: Final = struct.Struct("=I")
+_NLATTR: Final = struct.Struct("=HH")
+_NLA_TYPE_MASK: Final = 0x3FFF
+_ERROR: Final = struct.Struct("=i")
+
+
+class Message(NamedTuple):
+    type: int
+    flags: int
+    sequence: int
+    body: bytes
+
+
+def request(message_type: int, body: bytes, *, sequence: int, flags: int = 0) -> bytes:
+    """One message to the kernel; NLM_F_REQUEST is among its flags."""
+    length = NLMSG_HDR.size + len(body)
+    return NLMSG_HDR.pack(length, message_type, NLM_F_REQUEST | flags, sequence, 0) + body
+
+
+def messages(data: bytes) -> Iterator[Message]:
+    """Split one datagram from the kernel. What is cut off at the end is left out."""
+    offset = 0
+    while offset + NLMSG_HDR.size <= len(data):
+        length, message_type, flags, sequence, _pid = NLMSG_HDR.unpack_from(data, offset)
+        if length < NLMSG_HDR.size or offset + length > len(data):
+            return
+        yield Message(message_type, flags, sequence, data[offset + NLMSG_HDR.size : offset + length])
+        offset += _aligned(length)
+
+
+def attribute(attribute_type: int, value: bytes) -> bytes:
+    """One attribute, padded."""
+    return _NLATTR.pack(_NLATTR.size + len(value), attribute_type) + value + b"\0" * (-len(value) % 4)
+
+
+def attributes(body: bytes, offset: int = 0) -> dict[int, bytes]:
+    """The attributes behind a message's fixed part, the last of each type; broken ones end the list."""
+    found = {}
+    while offset + _NLATTR.size <= len(body):
+        length, attribute_type = _NLATTR.unpack_from(body, offset)
+        if length < _NLATTR.size or offset + length > len(body):
+            break
+        found[attribute_type & _NLA_TYPE_MASK] = body[offset + _NLATTR.size : offset + length]
+        offset += _aligned(length)
+    return found
+
+
+def u32(value: bytes | None) -> int | None:
+    """A number of 32 bits; None where there is none."""
+    return int(U32.unpack(value)[0]) if value is not None and len(value) == U32.size else None
+
+
+def text(value: bytes | None) -> str:
+    """A text up to the zeros at its end; empty where there is none."""
+    return (value or b"").rstrip(b"\0").decode("utf-8", "replace")
+
+
+def address(value: bytes | None) -> IPAddress | None:
+    """An address of either IP version; None where there is none."""
+    return ip_address(value) if value is not None and len(value) in (4, 16) else None
+
+
+def error_number(body: bytes) -> int:
+    """The error that a message of type NLMSG_ERROR tells; EPROTO where it is cut off."""
+    return -int(_ERROR.unpack_from(body)[0]) if len(body) >= _ERROR.size else errno.EPROTO
+
+
+def _aligned(length: int) -> int:
+    return (length + 3) & ~3
