@@ -419,6 +419,7 @@ async def test_a_connection_to_the_servers_host_that_was_there_before_may_be_its
     seen = await ran(
         ALONE_WITH_ITS_SERVER
         + """
+from vpn_sentinel.agent.leakwatch.tunnel_ends import CONTROL_S
 raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, 6)
 def tcp(source, port, flags):
     raw.sendto(struct.pack("!HHIIBBHHH", source, port, 1, 1, 0x50, flags, 64, 0, 0) + b"data", ("198.51.100.7", 0))
@@ -430,7 +431,7 @@ tcp(4001, 8443, 0x18); tcp(4001, 8443, 0x11); tcp(4002, 8443, 0x02)  # it ends, 
 send("203.0.113.9", by=bound); await until(lambda: acted)
 tcp(4003, 8444, 0x02)
 await until(lambda: len(acted) > 1)
-clock.now += w.CONTROL_S + 1
+clock.now += CONTROL_S + 1
 tcp(4004, 8443, 0x02)
 await until(lambda: len(acted) > 2)
 running.cancel()

@@ -182,7 +182,7 @@ watch = make(endpoints=())
 send("203.0.113.5"); await until(lambda: "203.0.113.5" in came)
 before = [watch.on, flows(watch)]
 send("203.0.113.9", 51820, bytes([1, 0, 0, 0]) + bytes(144)); await until(lambda: watch.on)
-clock.now += 2 * w.LOOK
+clock.now += 2 * w.LOOK_S
 send("203.0.113.9", 51820, b"any"); send("203.0.113.5"); await until(lambda: came.count("203.0.113.5") == 2)
 say(before=before, on=watch.on, flows=flows(watch))
 """)

@@ -448,7 +448,7 @@ async def test_our_own_question_is_no_leak_and_the_same_of_another_program_is() 
         "from vpn_sentinel.agent.net.own import OwnSockets\n"
         "from vpn_sentinel.agent.probes import datagram, dns\n"
         "from vpn_sentinel.agent.probes.targets import CLOUDFLARE, OPENDNS, ServerEcho\n"
-        "watch._own = OwnSockets(lambda: 0.0)  # of another process\n"
+        "watch._ours.sockets = OwnSockets(lambda: 0.0)  # of another process\n"
         "echo = ServerEcho(ip_address('203.0.113.7'), 9999, b'i' * 8, b'k' * 32)\n"
         "sh('ip rule add pref 1 lookup main')\n"  # whole bypass: each probe goes beside the tunnel
         "for t in (CLOUDFLARE[0], OPENDNS[0], echo):\n"

@@ -4,6 +4,7 @@ Such a packet proves no leak: the home router, or a forwarder on the container's
 through a VPN of its own. What it asks the internet from tells, so whoever finds one here asks it (`probes.dns`).
 """
 
+import asyncio
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
@@ -18,6 +19,7 @@ KEEP: Final = 30.0
 # told of after its last packet. Else a leak that has been mended would last for as long as we ask by ourselves.
 KEEP_LEAKING: Final = 10.0
 MOST: Final = 3  # as many as resolv.conf(5) takes
+_MARGIN_S: Final = 0.05
 # Names that a resolver answers from what it knows of the own network, and asks nobody for: RFC 6761, 6762, 8375, IANA's
 # special-use domain names, ICANN's `internal`; `lan`, `home` and `localdomain` are what home routers call theirs. Not
 # `test` and `invalid`: routers pass them on like any other (dnsmasq), so a question for one shows where others go too.
@@ -45,9 +47,10 @@ class Neighbor:
 class Neighbors:
     """Knows whom packets asked lately. At most three; the one that was seen longest ago makes room."""
 
-    def __init__(self, now: Callable[[], float]) -> None:
-        """`now` is a clock in seconds that never jumps."""
-        self._now = now
+    def __init__(self, now: Callable[[], float], left: Callable[[], None] = lambda: None) -> None:
+        """`now` is a clock in seconds that never jumps; `left` is called when nobody asks one any more that leaks."""
+        self._now, self._left = now, left
+        self._timer: asyncio.TimerHandle | None = None
         self._seen: dict[Neighbor, float] = {}
         self._leaking: frozenset[IPAddress] = frozenset()
 
@@ -94,6 +97,23 @@ class Neighbors:
         left = {n: at + (KEEP_LEAKING if n.address in self._leaking else KEEP) - now for n, at in self._seen.items()}
         self._seen = {n: at for n, at in self._seen.items() if left[n] > 0}
         return min((left[n] for n in self.leaking), default=None)
+
+    def expect_the_end(self) -> None:
+        """Of one that leaks, have the end told when it comes: else the next regular round would tell."""
+        if self._timer is None:
+            self._see_who_left()
+
+    def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _see_who_left(self) -> None:
+        before, seconds = self.leaking, self.forget()
+        self._timer = None
+        if seconds is not None:
+            self._timer = asyncio.get_running_loop().call_later(seconds + _MARGIN_S, self._see_who_left)
+        if before != self.leaking:
+            self._left()
 
 
 def stays_local(name: str) -> bool:
