@@ -6,8 +6,8 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 
 from bench.fuzz.target import ENDS, Loop, Target, Try, Wire, check
 from vpn_sentinel.agent.containment import table
+from vpn_sentinel.agent.leakwatch.fingerprints import Fingerprints
 from vpn_sentinel.agent.leakwatch.rules import is_dhcp
-from vpn_sentinel.agent.leakwatch.shapes import Shapes
 from vpn_sentinel.agent.net import packets, sockets
 from vpn_sentinel.agent.net.fib import Fib
 from vpn_sentinel.agent.net.kernel import Netlink, device_routes
@@ -153,7 +153,7 @@ def pulses() -> Try:
 
 def captured() -> Try:
     """A packet as a packet socket gives it; the first two bytes are the ethertype."""
-    shapes = Shapes()
+    shapes = Fingerprints()
 
     def one(data: bytes) -> None:
         packet = packets.decode(int.from_bytes(data[:2]), data[2:])
@@ -296,7 +296,7 @@ TARGETS = {
         modules=("wire.pulse", "wire.echo", "server.ingest.pulse", "server.ingest.ledger"), make=pulses, longest=1600
     ),
     "captured": Target(
-        modules=("agent.net.packets", "agent.leakwatch.rules", "agent.leakwatch.shapes", "agent.probes.tag"),
+        modules=("agent.net.packets", "agent.leakwatch.rules", "agent.leakwatch.fingerprints", "agent.probes.tag"),
         make=captured,
         longest=600,
     ),

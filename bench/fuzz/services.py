@@ -56,9 +56,12 @@ def http_answers() -> Try:
         except _BROKEN_OFF as e:
             check(len(http.reason(e)) <= 200, "a reason that repeats what was sent at length")
             return
-        check(len(found.body) <= http.MOST and len(found.headers) <= 100, "an answer that is too large")
+        check(len(found.body) <= http.MAX_BODY_BYTES and len(found.headers) <= 100, "an answer that is too large")
         with contextlib.suppress(ValueError):
-            check(len(answers.plain(found.headers, found.body)) <= http.MOST, "an answer that unpacks to too much")
+            check(
+                len(answers.plain(found.headers, found.body)) <= http.MAX_BODY_BYTES,
+                "an answer that unpacks to too much",
+            )
         answers.own_refusal(found.status, found.headers, found.body)
         date = found.headers.get("date")
         for told in (_date(date), retry_after(date, 1_800_000_000.0)):

@@ -8,7 +8,7 @@ import msgspec
 from bench.fuzz.target import File, Target, Try, check, scratch
 from vpn_sentinel.agent.containment import proof
 from vpn_sentinel.agent.geo.settings import GeoSettings
-from vpn_sentinel.agent.geo.shelf import GeoError, read_manifest
+from vpn_sentinel.agent.geo.store import GeoError, read_manifest
 from vpn_sentinel.agent.geo.unpack import gunzip, only_database
 from vpn_sentinel.agent.geo.verify import examine
 from vpn_sentinel.agent.health import Health, Signs
@@ -18,8 +18,8 @@ from vpn_sentinel.agent.probes.dns import ToldZone, nameservers
 from vpn_sentinel.agent.probes.system_resolver import only_local
 from vpn_sentinel.agent.remedies.plan import Memory
 from vpn_sentinel.agent.settings import AgentSettings
-from vpn_sentinel.agent.uplink.courier import read_list
 from vpn_sentinel.agent.uplink.session import Greeted, ProtocolError, Session
+from vpn_sentinel.agent.uplink.uploader import read_list
 from vpn_sentinel.cli.check import _policy_file
 from vpn_sentinel.domain.observation import Observation, Trigger
 from vpn_sentinel.domain.policy import IPNetwork
@@ -234,7 +234,7 @@ TARGETS = {
     "health_requests": Target(modules=("agent.health",), make=health_requests),
     "resolv_conf": Target(modules=("agent.probes.dns", "agent.probes.system_resolver"), make=resolv_conf, longest=8192),
     "databases": Target(modules=("agent.probes.mmdb", "agent.geo.verify"), make=databases, longest=8192),
-    "archives": Target(modules=("agent.geo.unpack", "agent.geo.shelf"), make=archives, longest=8192),
+    "archives": Target(modules=("agent.geo.unpack", "agent.geo.store"), make=archives, longest=8192),
     "settings": Target(
         modules=("runtime.settings", "server.settings", "server.store.address", "agent.settings", "cli.check"),
         make=settings,
@@ -246,7 +246,7 @@ TARGETS = {
             "agent.probes.origin",
             "agent.remedies.plan",
             "agent.containment.proof",
-            "agent.uplink.courier",
+            "agent.uplink.uploader",
         ),
         make=declarations,
     ),

@@ -11,7 +11,7 @@ from tests.wire.answering import reply
 from vpn_sentinel.agent.net.interfaces import Paths, Survey
 from vpn_sentinel.agent.net.rtnetlink import Route
 from vpn_sentinel.agent.probes import dnswire, targets
-from vpn_sentinel.agent.probes.canary import MOMENT, Flock, OverTcp, canaries, one
+from vpn_sentinel.agent.probes.canary import MOMENT, CanaryPlan, OverTcp, canaries, one
 from vpn_sentinel.agent.probes.targets import DnsWhoami, ServerEcho
 from vpn_sentinel.domain.observation import Answer, Canary, Path, Probe
 from vpn_sentinel.wire import echo
@@ -66,14 +66,14 @@ def test_both_families_have_their_literal_targets() -> None:
 
 async def test_who_is_slower_than_the_others_is_left_out_not_lost() -> None:
     async with udp(lambda _: b"203.0.113.1") as (fast, _), udp(lambda _: None) as (slow, _):
-        seen = await canaries(Flock(targets=(here("a", fast), here("b", slow)), reserve=()), NO_TUNNEL)
+        seen = await canaries(CanaryPlan(targets=(here("a", fast), here("b", slow)), reserve=()), NO_TUNNEL)
     assert [(c.target, c.answer) for c in seen] == [("a", Answer.ANSWERED)]
 
 
 async def test_when_all_stay_silent_the_reserve_is_asked() -> None:
     async with udp(lambda _: None) as (dead, _), udp(lambda _: b"203.0.113.1") as (alive, _):
-        flock = Flock(targets=(here("a", dead),), reserve=(here("r", alive),))
-        seen = await canaries(flock, NO_TUNNEL)
+        plan = CanaryPlan(targets=(here("a", dead),), reserve=(here("r", alive),))
+        seen = await canaries(plan, NO_TUNNEL)
     assert ("r", Answer.ANSWERED) in [(c.target, c.answer) for c in seen]
 
 
@@ -87,7 +87,7 @@ async def test_an_answer_without_address_has_the_others_asked() -> None:
 
     async with udp(lambda _: b"none") as (hijacked, _):
         other = OverTcp(ask=trace, address=None, port=443)
-        seen = await canaries(Flock(targets=(here("a", hijacked),), reserve=(), others=(other,)), NO_TUNNEL)
+        seen = await canaries(CanaryPlan(targets=(here("a", hijacked),), reserve=(), others=(other,)), NO_TUNNEL)
     assert asked in seen
     assert ("a", Answer.ANSWERED, None) in [(c.target, c.answer, c.address) for c in seen]
 
@@ -109,7 +109,7 @@ def test_where_datagrams_are_refused_a_connection_is_tried(namespace: None, free
     home = _trace("91.10.10.20")
 
     async def ask(port: int) -> tuple[Canary, ...]:
-        return await canaries(Flock(targets=(here("a", 53),), reserve=(), others=(_over(home, port),)), NO_TUNNEL)
+        return await canaries(CanaryPlan(targets=(here("a", 53),), reserve=(), others=(_over(home, port),)), NO_TUNNEL)
 
     async def both() -> tuple[tuple[Canary, ...], tuple[Canary, ...]]:
         async with tcp(_take) as port:
@@ -131,8 +131,8 @@ async def test_where_a_rule_sends_datagrams_elsewhere_a_connection_shows_the_exi
     paths = Paths(kernel, Survey(interfaces=(ETH, WG), tunnel="wg0", beside=(ETH,)))
     vpn = _trace("185.65.134.10", Path.TUNNEL)
     async with udp(lambda _: b"203.0.113.1") as (port, _):
-        flock = Flock(targets=(here("a", port),), reserve=(), others=(_over(vpn, 443, Path.TUNNEL),))
-        seen = await canaries(flock, paths, enough=lambda found: any(c.target == "a" for c in found))
+        plan = CanaryPlan(targets=(here("a", port),), reserve=(), others=(_over(vpn, 443, Path.TUNNEL),))
+        seen = await canaries(plan, paths, enough=lambda found: any(c.target == "a" for c in found))
     assert {c.target for c in seen} == {"a", "trace"}
 
 
@@ -141,8 +141,8 @@ async def test_where_a_firewalls_mark_may_lead_connections_elsewhere_one_is_aske
     home = _over(_trace("91.10.10.20", Path.TUNNEL), 443, Path.TUNNEL)
     async with udp(lambda _: b"203.0.113.1") as (port, _):
         for marked in (True, False):
-            flock = Flock(targets=(here("a", port),), reserve=(), others=(home,), marked=marked)
-            seen = await canaries(flock, paths, enough=lambda found: any(c.target == "a" for c in found))
+            plan = CanaryPlan(targets=(here("a", port),), reserve=(), others=(home,), marked=marked)
+            seen = await canaries(plan, paths, enough=lambda found: any(c.target == "a" for c in found))
             assert ("trace" in {c.target for c in seen}) is marked
 
 
@@ -156,14 +156,14 @@ async def test_one_that_is_named_is_always_asked() -> None:
         return asked
 
     async with udp(lambda _: b"203.0.113.1") as (port, _):
-        seen = await canaries(Flock(targets=(here("a", port),), also=(server,)), NO_TUNNEL)
+        seen = await canaries(CanaryPlan(targets=(here("a", port),), also=(server,)), NO_TUNNEL)
     assert asked in seen
 
 
 async def test_a_leak_that_is_plain_is_not_waited_on() -> None:
     async with udp(lambda _: b"203.0.113.1") as (fast, _), udp(lambda _: None) as (slow, _):
-        flock = Flock(targets=(here("a", fast), Loopback("b", slow, ip_address("::1"))), reserve=())
-        seen = await canaries(flock, NO_TUNNEL, enough=lambda found: any(c.target == "a" for c in found))
+        plan = CanaryPlan(targets=(here("a", fast), Loopback("b", slow, ip_address("::1"))), reserve=())
+        seen = await canaries(plan, NO_TUNNEL, enough=lambda found: any(c.target == "a" for c in found))
     assert "a" in [c.target for c in seen]
 
 
@@ -175,8 +175,8 @@ def test_a_leak_that_c1_shows_waits_for_no_c2() -> None:
     async def ask() -> tuple[Canary, ...]:
         answers = iter([b"203.0.113.1"])  # to C1, which is sent first
         async with udp(lambda _: next(answers, None)) as (port, _):
-            flock = Flock(targets=(here("a", port),), reserve=())
-            return await canaries(flock, paths, enough=lambda found: any(c.address for c in found))
+            plan = CanaryPlan(targets=(here("a", port),), reserve=())
+            return await canaries(plan, paths, enough=lambda found: any(c.address for c in found))
 
     seen, seconds = waited(ask())
     assert [c.address for c in seen if c.probe is Probe.DEFAULT] == [ip_address("203.0.113.1")]
@@ -191,7 +191,7 @@ def test_by_a_way_out_that_no_route_leads_to_nobody_is_waited_for() -> None:
     async def ask() -> tuple[Canary, ...]:
         answers = iter([b"203.0.113.1"])
         async with udp(lambda _: next(answers, None)) as (port, _):
-            return await canaries(Flock(targets=(here("a", port),), reserve=()), paths)
+            return await canaries(CanaryPlan(targets=(here("a", port),), reserve=()), paths)
 
     seen, seconds = waited(ask())
     assert {(c.probe, c.answer) for c in seen if c.target == "a"} == {
@@ -214,7 +214,7 @@ def test_where_both_families_leak_both_are_told() -> None:
     async def leaks() -> tuple[Canary, ...]:
         async with tcp(_take) as port:
             others = (late(4, "91.10.10.20", 0.05, port), late(6, "2003:e0:1:100::10", 0.03, port))
-            return await canaries(Flock(targets=(), reserve=(), others=others), NO_TUNNEL, enough=bool)
+            return await canaries(CanaryPlan(targets=(), reserve=(), others=others), NO_TUNNEL, enough=bool)
 
     seen, _ = waited(leaks())
     assert {c.family for c in seen if c.address is not None} == {4, 6}
@@ -225,8 +225,8 @@ async def test_a_canary_that_goes_outside_is_waited_for() -> None:
     kernel = FakeKernel(routes={"127.0.0.1": Route(interface=2), "127.0.0.2": Route(interface=3)})
     survey = Survey(interfaces=(ETH, WG), tunnel="wg0", beside=(ETH,))
     async with udp(lambda _: b"203.0.113.1") as (fast, _), udp(lambda _: None) as (slow, _):
-        flock = Flock(targets=(here("out", slow), here("in", fast)), reserve=())
-        seen = await canaries(flock, Paths(kernel, survey))
+        plan = CanaryPlan(targets=(here("out", slow), here("in", fast)), reserve=())
+        seen = await canaries(plan, Paths(kernel, survey))
     assert {(c.target, c.answer) for c in seen} == {("out", Answer.LOST), ("in", Answer.ANSWERED)}
 
 
@@ -234,25 +234,25 @@ async def test_an_echo_with_a_route_of_its_own_is_not_asked() -> None:
     """OpenVPN makes such a route to its server, and VPN Sentinel's server may run on the same machine."""
     kernel = FakeKernel(routes={"127.0.0.1": Route(interface=2, prefix=32)})
     async with udp(lambda _: b"203.0.113.1") as (port, _):
-        flock = Flock(targets=(here("echo", port), here("other", port)), reserve=())
-        seen = await canaries(flock, Paths(kernel, Survey(interfaces=(ETH, WG), tunnel="wg0", beside=(ETH,))))
+        plan = CanaryPlan(targets=(here("echo", port), here("other", port)), reserve=())
+        seen = await canaries(plan, Paths(kernel, Survey(interfaces=(ETH, WG), tunnel="wg0", beside=(ETH,))))
     assert [c.target for c in seen] == ["other"]
 
 
 async def test_what_may_leave_beside_the_tunnel_is_not_asked_there() -> None:
     kernel = FakeKernel(routes={"127.0.0.1": Route(interface=2)})
     async with udp(lambda _: b"203.0.113.1") as (port, _):
-        flock = Flock(targets=(here("a", port),), reserve=(), may_leave=lambda a: a == ip_address("127.0.0.1"))
-        assert await canaries(flock, Paths(kernel, Survey(interfaces=(ETH, WG), tunnel="wg0", beside=(ETH,)))) == ()
-        inside = await canaries(flock, Paths(FakeKernel(), Survey(interfaces=(ETH, WG), tunnel="wg0", beside=(ETH,))))
+        plan = CanaryPlan(targets=(here("a", port),), reserve=(), may_leave=lambda a: a == ip_address("127.0.0.1"))
+        assert await canaries(plan, Paths(kernel, Survey(interfaces=(ETH, WG), tunnel="wg0", beside=(ETH,)))) == ()
+        inside = await canaries(plan, Paths(FakeKernel(), Survey(interfaces=(ETH, WG), tunnel="wg0", beside=(ETH,))))
     assert [c.target for c in inside] == ["a"]
 
 
 async def test_beside_the_tunnel_is_asked_on_the_physical_interface() -> None:
     lo = FakeKernel().links[0]
     async with udp(lambda _: b"203.0.113.1") as (port, _):
-        flock = Flock(targets=(here("a", port),), reserve=())
-        seen = await canaries(flock, Paths(FakeKernel(), Survey(interfaces=(lo, WG), tunnel="wg0", uplinks=(lo,))))
+        plan = CanaryPlan(targets=(here("a", port),), reserve=())
+        seen = await canaries(plan, Paths(FakeKernel(), Survey(interfaces=(lo, WG), tunnel="wg0", uplinks=(lo,))))
     assert {c.probe for c in seen} >= {Probe.DEFAULT, Probe.PHYSICAL}
     assert all(c.path is Path.OUTSIDE for c in seen if c.probe is not Probe.DEFAULT)
 
@@ -274,8 +274,8 @@ async def test_who_answers_dns_in_anothers_place_beside_the_tunnel_tells_no_addr
         udp(lambda _: b"203.0.113.1") as (port, _),
         udp(lambda _: b"198.41.0.4" if diverted else None) as (nobody, asked),
     ):
-        flock = Flock(targets=tuple(here(n, port) for n in names), reserve=(), no_dns=here("no_dns", nobody))
-        seen = await canaries(flock, Paths(FakeKernel(), survey))
+        plan = CanaryPlan(targets=tuple(here(n, port) for n in names), reserve=(), no_dns=here("no_dns", nobody))
+        seen = await canaries(plan, Paths(FakeKernel(), survey))
     answered = [c for c in seen if c.probe is Probe.PHYSICAL and c.answer is Answer.ANSWERED]
     told = {(c.target, c.address and str(c.address)) for c in answered}
     assert told
@@ -284,4 +284,4 @@ async def test_who_answers_dns_in_anothers_place_beside_the_tunnel_tells_no_addr
 
 
 async def test_nobody_to_ask_is_nothing_seen() -> None:
-    assert await canaries(Flock(targets=(), reserve=()), NO_TUNNEL) == ()
+    assert await canaries(CanaryPlan(targets=(), reserve=()), NO_TUNNEL) == ()

@@ -7,7 +7,7 @@ from tests.agent.doubles import ETH, LO, WG, FakeKernel, Loopback, udp
 from vpn_sentinel.agent.net.interfaces import Paths, Survey
 from vpn_sentinel.agent.net.link import IFF_LOWER_UP, Interface
 from vpn_sentinel.agent.net.rtnetlink import Route
-from vpn_sentinel.agent.probes.canary import Flock, canaries, one
+from vpn_sentinel.agent.probes.canary import CanaryPlan, canaries, one
 from vpn_sentinel.agent.probes.gateway import Gateway, gateway
 from vpn_sentinel.domain.judge import judge
 from vpn_sentinel.domain.observation import Answer, Observation, Path, Probe, Trigger
@@ -65,7 +65,7 @@ async def test_it_is_asked_when_nothing_answers_and_proves_nothing_of_the_intern
     async with udp(lambda _: None) as (dead, _), udp(lambda _: b"?") as (alive, served):
         targets = (Loopback("a", dead),)
         paths = Paths(None, Survey(interfaces=(LO,), tunnel="lo"))
-        seen = await canaries(Flock(targets=targets, reserve=(), gateway=Gateway(HERE, alive)), paths)
+        seen = await canaries(CanaryPlan(targets=targets, reserve=(), gateway=Gateway(HERE, alive)), paths)
         assert served.got
     found = next(c for c in seen if c.probe is Probe.GATEWAY)
     assert (found.answer, found.path) == (Answer.ANSWERED, Path.TUNNEL)
@@ -76,6 +76,6 @@ async def test_it_is_asked_when_nothing_answers_and_proves_nothing_of_the_intern
 
 async def test_it_is_left_alone_while_anything_answers() -> None:
     async with udp(lambda _: b"203.0.113.1") as (port, _), udp(lambda _: b"?") as (alive, served):
-        flock = Flock(targets=(Loopback("a", port),), reserve=(), gateway=Gateway(HERE, alive))
-        await canaries(flock, Paths(None, Survey()))
+        plan = CanaryPlan(targets=(Loopback("a", port),), reserve=(), gateway=Gateway(HERE, alive))
+        await canaries(plan, Paths(None, Survey()))
         assert served.got == []

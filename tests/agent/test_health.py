@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from tests.conftest import ManualClock, until
-from vpn_sentinel.agent.health import LIMIT, PLACES, ROUTES, Health, Signs
+from vpn_sentinel.agent.health import MAX_CONNECTIONS, REQUEST_TIMEOUT_S, ROUTES, Health, Signs
 from vpn_sentinel.runtime.settings import SettingError
 
 NOW = 1_800_000_000.0
@@ -165,12 +165,15 @@ async def test_what_is_no_request_is_told_so(port: int, line: str) -> None:
 
 
 async def test_who_holds_all_places_keeps_nobody_out(port: int) -> None:
-    held = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3 * PLACES)]
+    held = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3 * MAX_CONNECTIONS)]
     try:
         assert (await ask(port, b"GET / HTTP/1.1\r\n\r\n")).startswith(b"HTTP/1.1 200 ")
-        async with asyncio.timeout(LIMIT / 2):  # the first yielded long before their time was over
+        async with asyncio.timeout(REQUEST_TIMEOUT_S / 2):  # the first yielded long before their time was over
             with contextlib.suppress(ConnectionError):
-                assert await asyncio.gather(*(reader.read() for reader, _ in held[:PLACES])) == [b""] * PLACES
+                assert (
+                    await asyncio.gather(*(reader.read() for reader, _ in held[:MAX_CONNECTIONS]))
+                    == [b""] * MAX_CONNECTIONS
+                )
     finally:
         for _, writer in held:
             writer.transport.abort()

@@ -6,7 +6,7 @@ from math import inf
 import pytest
 
 from tests.agent.test_quality import Pulses
-from vpn_sentinel.agent.rounds.scheduler import GAP, Schedule
+from vpn_sentinel.agent.rounds.scheduler import BURST_GAP_S, Schedule
 from vpn_sentinel.domain.judge import judge
 from vpn_sentinel.domain.machine import Memory, advance
 from vpn_sentinel.domain.observation import Answer, Canary, Link, Observation, Path, Probe, Trigger
@@ -32,7 +32,7 @@ class Told:
         self.line, self.memory, self.policy = Pulses(loss, seed), Memory(state=State.PROTECTED), Policy()
         self.schedule = Schedule(interval, random.Random(seed))
         self.state, self.next, self.rang, self.may_cut = State.PROTECTED, 0.0, False, True
-        self.began, self.ends = -GAP, inf
+        self.began, self.ends = -BURST_GAP_S, inf
         self.moves: list[tuple[float, State]] = []
 
     def run(self, seconds: float) -> None:
@@ -54,7 +54,7 @@ class Told:
         elif now >= self.ends:
             self.may_cut = True
             self.end()
-        if self.ends == inf and (now >= self.next or (self.rang and now >= self.began + GAP)):
+        if self.ends == inf and (now >= self.next or (self.rang and now >= self.began + BURST_GAP_S)):
             self.begin()
 
     def begin(self) -> None:

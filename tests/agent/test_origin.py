@@ -15,13 +15,13 @@ from vpn_sentinel.agent.net.http import Client
 from vpn_sentinel.agent.net.interfaces import Paths, Survey
 from vpn_sentinel.agent.net.resolver import Names
 from vpn_sentinel.agent.net.rtnetlink import Route
-from vpn_sentinel.agent.probes.canary import Flock
+from vpn_sentinel.agent.probes.canary import CanaryPlan
 from vpn_sentinel.agent.probes.dns import Nameserver
 from vpn_sentinel.agent.probes.dnswire import Reply
-from vpn_sentinel.agent.probes.origin import FRESH, Origins, block, question, read
+from vpn_sentinel.agent.probes.origin import ORIGIN_FRESH_S, Origins, block, question, read
 from vpn_sentinel.agent.probes.place import Places
 from vpn_sentinel.agent.probes.placing import Service, read_ipinfo
-from vpn_sentinel.agent.rounds.round import Eyes, look
+from vpn_sentinel.agent.rounds.round import RoundDeps, look
 from vpn_sentinel.domain.judge import judge
 from vpn_sentinel.domain.observation import Path, Place, Trigger
 from vpn_sentinel.domain.policy import IPAddress, Policy
@@ -91,7 +91,7 @@ async def test_it_is_asked_once_and_outlives_the_process(clock: ManualClock) -> 
         await again.learn([EGRESS], [Nameserver(HERE, port=port)], paths(WG.index))
         assert [p.asn for p in again.known([EGRESS])] == [3352]
         assert len(there.got) == 1
-        clock.now += FRESH
+        clock.now += ORIGIN_FRESH_S
         await again.learn([EGRESS], [Nameserver(HERE, port=port)], paths(WG.index))
         assert len(there.got) == 2
 
@@ -148,7 +148,7 @@ async def test_a_geolocation_service_is_the_second_source_and_is_asked_of_the_bl
     assert service.got == ["/80.58.184.0/json"]
     assert await learned(clock, service, facts=facts) == (place,)
     assert len(service.got) == 1
-    clock.now += FRESH
+    clock.now += ORIGIN_FRESH_S
     await learned(clock, service, facts=facts)
     assert len(service.got) == 2
 
@@ -240,10 +240,10 @@ async def test_a_local_forwarder_in_the_home_providers_network_is_a_leak() -> No
 
     async with udp(lambda _: exit_.encode()) as (canary, _), udp(resolver) as (port, _):
         clock = SystemClock()
-        eyes = Eyes(
+        deps = RoundDeps(
             kernel=FakeKernel(default=WG.index),
             survey=lambda: Survey(interfaces=(LO, WG), tunnel="wg0"),
-            flock=lambda _: Flock(targets=(Loopback("a", canary),), reserve=()),
+            plan=lambda _: CanaryPlan(targets=(Loopback("a", canary),), reserve=()),
             places=Places(Client(names=Names()), (), clock),
             clock=clock,
             nameservers=lambda: (Nameserver(HERE, port=port),),
@@ -251,7 +251,7 @@ async def test_a_local_forwarder_in_the_home_providers_network_is_a_leak() -> No
             origins=Origins(clock, path_to=as_routed),
         )
         policy = Policy(home_networks=(home,))
-        (found,) = [f for f in judge(await look(eyes, Trigger.TIMER, policy), policy).findings if "dns_leak" in f.code]
-        unknown = await look(replace(eyes, origins=None), Trigger.TIMER, policy)
+        (found,) = [f for f in judge(await look(deps, Trigger.TIMER, policy), policy).findings if "dns_leak" in f.code]
+        unknown = await look(replace(deps, origins=None), Trigger.TIMER, policy)
     assert "AS3352" in found.message
     assert Code.RESOLVER_UNEXPECTED in {f.code for f in judge(unknown, policy).findings}

@@ -14,7 +14,7 @@ from vpn_sentinel.agent.geo.databases import Databases
 from vpn_sentinel.agent.net.http import Client
 from vpn_sentinel.agent.net.resolver import Names
 from vpn_sentinel.agent.probes import mmdb, placing
-from vpn_sentinel.agent.probes.place import FRESH, Places
+from vpn_sentinel.agent.probes.place import PLACE_FRESH_S, Places
 from vpn_sentinel.agent.probes.placing import BadAnswerError, Service
 from vpn_sentinel.domain.observation import Place
 
@@ -161,7 +161,7 @@ async def test_two_that_agree_are_enough_and_are_not_asked_again(clock: ManualCl
         assert paths(got) == ["/info", "/whois"]
         assert not places.due(EXIT)
         assert not places.due(None)
-        clock.now += FRESH
+        clock.now += PLACE_FRESH_S
         assert places.due(EXIT)
     assert {p.source for p in places.known([EXIT, None])} == {"ipinfo.io", "ipwho.is"}
 
@@ -232,7 +232,7 @@ async def test_when_all_fail_the_old_opinion_stays(clock: ManualClock) -> None:
     async with http(world) as (port, _):
         places = Places(CLIENT, world.services(port), clock)
         await places.gather(EXIT)
-        clock.now += FRESH
+        clock.now += PLACE_FRESH_S
         world.answers = dict.fromkeys(world.answers, reply("", 500))
         await places.gather(EXIT)
         assert {p.source for p in places.known([EXIT])} == {"ipinfo.io", "ipwho.is"}

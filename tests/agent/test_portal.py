@@ -5,9 +5,9 @@ import pytest
 
 from tests.agent.doubles import ETH, LO, WG, http, reply, tcp
 from vpn_sentinel.agent.net.interfaces import Survey
-from vpn_sentinel.agent.probes.canary import Flock
+from vpn_sentinel.agent.probes.canary import CanaryPlan
 from vpn_sentinel.agent.probes.portal import portal
-from vpn_sentinel.agent.rounds.side_probes import Asides
+from vpn_sentinel.agent.rounds.side_probes import SideProbes
 from vpn_sentinel.domain.observation import Answer, Canary, Claim, Observation, Path, Probe, Trigger
 
 HERE = ip_address("127.0.0.1")
@@ -72,11 +72,11 @@ async def test_a_portal_is_looked_for_only_without_a_kill_switch(beside: list[An
     lost = canary(Probe.DEFAULT, Answer.LOST)
     seen = Observation(trigger=Trigger.TIMER, canaries=(lost,))
     async with asyncio.TaskGroup() as group:
-        aside = Asides(portal=look).begin(
+        probing = SideProbes(portal=look).begin(
             group, Survey(interfaces=(LO, ETH, WG), tunnel="wg0", uplinks=(ETH,), beside=(ETH,))
         )
-        aside.silence((lost, *(canary(Probe.PHYSICAL, a) for a in beside)))
-        found = await aside.add(seen, hurry=False)
+        probing.silence((lost, *(canary(Probe.PHYSICAL, a) for a in beside)))
+        found = await probing.add(seen, hurry=False)
     assert (found.portal, devices) == ((True, ["eth0"]) if asks else (None, []))
 
 
@@ -94,7 +94,7 @@ async def test_claims_that_come_late_are_left_out() -> None:
     seen = Observation(trigger=Trigger.TIMER)
     for claims, expected in ((ready, (claim,)), (slow, ())):
         async with asyncio.timeout(2), asyncio.TaskGroup() as group:
-            aside = Asides(claims=claims, forwarded_port=lambda: 45678).begin(group, Survey())
-            aside.flock(Flock())
-            found = await aside.add(seen, hurry=False)
+            probing = SideProbes(claims=claims, forwarded_port=lambda: 45678).begin(group, Survey())
+            probing.with_suspects(CanaryPlan())
+            found = await probing.add(seen, hurry=False)
         assert (found.claims, found.forwarded_port, found.portal, found.flaky) == (expected, 45678, None, ())

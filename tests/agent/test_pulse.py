@@ -60,7 +60,7 @@ async def pulsing(
         sensor = Pulse(
             every,
             echoes=lambda: (server.target,),
-            ring=lambda: rang.append(loop.time()),
+            on_change=lambda: rang.append(loop.time()),
             acked=acked,
             boottime=loop.time,
             wall=time.time,
@@ -177,7 +177,7 @@ async def test_a_changed_route_gets_a_new_socket() -> None:
     server.port = transport.get_extra_info("sockname")[1]
     rang: list[float] = []
     ways = ["wg0"]
-    sensor = Pulse(0.05, echoes=lambda: (server.target,), ring=lambda: rang.append(1), way=lambda *_: ways[-1])
+    sensor = Pulse(0.05, echoes=lambda: (server.target,), on_change=lambda: rang.append(1), way=lambda *_: ways[-1])
     task = loop.create_task(sensor.run())
     await until(lambda: len(server.got) > 3)
     assert len(ports) == 1
@@ -198,7 +198,7 @@ async def test_a_server_without_an_echo_is_refused_and_rings() -> None:
     rang: list[float] = []
     async with udp(lambda _: None) as (port, _):
         gone = port
-    sensor = Pulse(0.05, echoes=lambda: (ServerEcho(HERE, gone, IDENT, KEY),), ring=lambda: rang.append(1))
+    sensor = Pulse(0.05, echoes=lambda: (ServerEcho(HERE, gone, IDENT, KEY),), on_change=lambda: rang.append(1))
     task = asyncio.get_running_loop().create_task(sensor.run())
     await until(lambda: rang)
     task.cancel()

@@ -5,8 +5,8 @@ from itertools import pairwise
 
 import pytest
 
+from vpn_sentinel.agent.sensors.pulse_timing import PulseTiming
 from vpn_sentinel.agent.sensors.quality import Rates, Samples
-from vpn_sentinel.agent.sensors.rhythm import Rhythm
 from vpn_sentinel.domain.judge import judge
 from vpn_sentinel.domain.observation import Answer, Canary, Link, Observation, Probe, Trigger
 from vpn_sentinel.domain.policy import Policy
@@ -25,7 +25,7 @@ class Pulses:
         self.dead, self.every, self.dead_from = dead, every, 0.0
         self.samples, self.dice, self.loss = Samples(), random.Random(seed), loss
         self.now, self.number, self.close = 0.0, 0, 0
-        self.rhythm = Rhythm(1.0, random.Random(seed))
+        self.timing = PulseTiming(1.0, random.Random(seed))
 
     def run(self, seconds: float) -> None:
         end = self.now + seconds
@@ -34,21 +34,21 @@ class Pulses:
 
     def step(self, end: float) -> None:
         """Do what is due now, and go to when something is due again."""
-        rhythm = self.rhythm
-        if rhythm.dead(self.now):
-            self.samples.forgive(rhythm.unanswered_since or 0.0)
-        if rhythm.due(self.now):
+        timing = self.timing
+        if timing.dead(self.now):
+            self.samples.discard_since(timing.unanswered_since or 0.0)
+        if timing.due(self.now):
             self.number += 1
-            self.samples.sent(self.number, self.now, counts=not rhythm.silent)
-            rhythm.sent(self.now)
+            self.samples.sent(self.number, self.now, counts=not timing.silent)
+            timing.sent(self.now)
             if self.dice.random() >= self.loss and (self.now - self.dead_from) % self.every >= self.dead:
                 self.samples.heard(self.number, self.now + 0.05)
-                rhythm.heard(0.05)
+                timing.heard(0.05)
         pace = self.samples.pace(self.now)
-        if pace is not None and not rhythm.silent:
+        if pace is not None and not timing.silent:
             self.close += 1
-            rhythm.hurry(self.now, pace)
-        self.now += min(max(0.001, rhythm.wait(self.now)), end - self.now)
+            timing.hurry(self.now, pace)
+        self.now += min(max(0.001, timing.wait(self.now)), end - self.now)
 
     @property
     def looking(self) -> bool:
@@ -153,7 +153,7 @@ def stands_still(seconds: float, *, seed: int = 1) -> tuple[Pulses, float]:
     for n, number in enumerate(range(waiting, line.number + 1)):
         rtt = line.samples.heard(number, end + 0.05 + n * 0.002)
         if rtt is not None:
-            line.rhythm.heard(rtt)
+            line.timing.heard(rtt)
     line.loss = 0.0
     return line, end
 
@@ -202,7 +202,7 @@ def test_an_outage_is_no_loss() -> None:
     for number in range(1000, 1020):
         line.samples.sent(number, line.now, counts=number < 1004)
         line.now += 0.4
-    line.samples.forgive(began)
+    line.samples.discard_since(began)
     line.run(60)
     assert line.samples.quality(line.now).lost == 0
 

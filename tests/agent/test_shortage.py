@@ -10,7 +10,7 @@ from vpn_sentinel.agent.net.interfaces import Paths, Survey
 from vpn_sentinel.agent.net.resolver import Names
 from vpn_sentinel.agent.net.urls import address_in
 from vpn_sentinel.agent.probes import dns
-from vpn_sentinel.agent.probes.canary import Flock, OverTcp, canaries
+from vpn_sentinel.agent.probes.canary import CanaryPlan, OverTcp, canaries
 from vpn_sentinel.agent.probes.system_resolver import SystemResolver
 from vpn_sentinel.agent.probes.targets import Seen
 from vpn_sentinel.agent.probes.trace import trace
@@ -39,14 +39,14 @@ async def test_a_tunnel_that_could_not_be_looked_at_is_not_down() -> None:
     link = Link(name="wg0", present=True, up=True)
     async with udp(lambda _: b"203.0.113.4") as (port, _), http(lambda _: reply("ip=203.0.113.4\n")) as (web, _):
         client = Client(names=Names())
-        flock = Flock(
+        plan = CanaryPlan(
             targets=(Whoami("echo", port),),  # type: ignore[arg-type]
             reserve=(),
             others=(OverTcp(ask=lambda: trace(client, f"http://127.0.0.1:{web}", Way.TUNNEL), address=HERE, port=web),),
         )
         with no_descriptor_left():
-            found = await canaries(flock, paths)
-        again = await canaries(flock, paths)
+            found = await canaries(plan, paths)
+        again = await canaries(plan, paths)
     seen = Observation(trigger=Trigger.TIMER, link=link, interfaces=("eth0", "wg0"), canaries=found)
     assert {c.answer for c in found} == {Answer.UNKNOWN}
     assert judge(seen, Policy()).state is State.UNKNOWN

@@ -34,7 +34,7 @@ OUR_OWN = {
     "agent.leakwatch.tap": KERNEL,
     "agent.net.packettime": KERNEL,
     "agent.remedies.remedies": SPOOL,
-    "agent.uplink.load": SPOOL,
+    "agent.uplink.batching": SPOOL,
     "server.api.present": DATABASE,
     "server.app": DATABASE,
     "server.bot.seat": DATABASE,

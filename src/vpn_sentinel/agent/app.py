@@ -27,17 +27,17 @@ from vpn_sentinel.agent.probes.system_resolver import SystemResolver
 from vpn_sentinel.agent.probes.targets import Target
 from vpn_sentinel.agent.reactions import ReactionQueue, Reactions
 from vpn_sentinel.agent.rounds import round as rounds
-from vpn_sentinel.agent.rounds.plan import flock
+from vpn_sentinel.agent.rounds.canary_plan import canary_plan
 from vpn_sentinel.agent.rounds.route_audit import RouteAudit
 from vpn_sentinel.agent.rounds.scheduler import Scheduler
-from vpn_sentinel.agent.rounds.side_probes import Asides
+from vpn_sentinel.agent.rounds.side_probes import SideProbes
 from vpn_sentinel.agent.sensors.pathmtu import PathMtu
 from vpn_sentinel.agent.sensors.pulse import Pulse
 from vpn_sentinel.agent.sensors.resolver import ResolverWatch
 from vpn_sentinel.agent.settings import AgentSettings
-from vpn_sentinel.agent.uplink.courier import Courier
 from vpn_sentinel.agent.uplink.reports import Reports
 from vpn_sentinel.agent.uplink.session import Greeted
+from vpn_sentinel.agent.uplink.uploader import Uploader
 from vpn_sentinel.domain import resolvers
 from vpn_sentinel.domain.observation import Observation, Path, Trigger
 from vpn_sentinel.domain.policy import Policy
@@ -64,7 +64,7 @@ class _Base(Base):
         self.surveyor = Surveyor(self.kernel, configured=probes.tunnel_interface, memory=self.spool, only=outside.only)
         self.zone = dns.ToldZone()
         self.audit = RouteAudit(probes, self.echoes.addresses)
-        self.courier = Courier(
+        self.uploader = Uploader(
             destination(settings),
             self.spool,
             self.http,
@@ -72,7 +72,7 @@ class _Base(Base):
             routes=routes(self.kernel, self.survey),
             greeted=self.greeted,
         )
-        self.reports = Reports(self.spool, self.courier)
+        self.reports = Reports(self.spool, self.uploader)
         self.reactions = ReactionQueue(settings.reactions.contain, self.survey, probes.policy)
 
     def survey(self) -> Survey:
@@ -124,7 +124,7 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
     sensors = _sense(base)
     actors = _act(base, sensors, _look(base, sensors))
     witnesses, watch = sensors.witnesses, sensors.watch
-    signs = health(base, base.courier)
+    signs = health(base, base.uploader)
     async with contextlib.AsyncExitStack() as stack, asyncio.TaskGroup() as group:
         stack.callback(base.close)
         stack.callback(actors.reactions.close)
@@ -136,7 +136,7 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
         await witnesses.look(base.survey())  # before a packet is doubted: where the tunnel's own packets go
         log.info("agent started", extra={"client_id": settings.client_id, "version": __version__})
         works = (
-            actors.scheduler, sensors.pulse, sensors.path_mtu, base.courier, sensors.resolver_watch, witnesses,
+            actors.scheduler, sensors.pulse, sensors.path_mtu, base.uploader, sensors.resolver_watch, witnesses,
             actors.reactions, watch.carrier, watch.others, base.echoes,
         )  # fmt: skip
         tasks = [group.create_task(work.run()) for work in works]
@@ -149,8 +149,8 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
 
 def _sense(base: _Base) -> _Sensors:
     """Make what notices a change between rounds, and gives the reason for the next."""
-    settings, clock, triggers, courier = base.settings, base.clock, base.triggers, base.courier
-    witnesses = Witnesses(settings.introspect, base.http, clock, ring=lambda: triggers.put(Trigger.DEVICE))
+    settings, clock, triggers, uploader = base.settings, base.clock, base.triggers, base.uploader
+    witnesses = Witnesses(settings.introspect, base.http, clock, on_change=lambda: triggers.put(Trigger.DEVICE))
 
     def leaked(watch: LeakWatch) -> None:
         """A packet left outside the tunnel: tell of it now; the round that follows tells the rest."""
@@ -203,15 +203,15 @@ def _sense(base: _Base) -> _Sensors:
         return not AS_USER.refused and not (beside and paths.has_own_way(target.address, target.port))
 
     def pulse_changed() -> None:
-        courier.kick()
+        uploader.network_changed()
         triggers.put(Trigger.CANARY)
 
     pulse = Pulse(
         settings.pulse,
         echoes=lambda: base.echoes.targets,
-        ring=pulse_changed,
+        on_change=pulse_changed,
         fits=tells_of_the_tunnel,
-        acked=lambda: courier.acked_at,
+        acked=lambda: uploader.acked_at,
         boottime=clock.boottime,
         wall=clock.wall,
         way=way(base.kernel, UDP),
@@ -229,7 +229,7 @@ def _sense(base: _Base) -> _Sensors:
     )
 
 
-def _look(base: _Base, sensors: _Sensors) -> rounds.Eyes:
+def _look(base: _Base, sensors: _Sensors) -> rounds.RoundDeps:
     """Make what each round looks with."""
     probes, pulse, witnesses, watch = base.settings.probes, sensors.pulse, sensors.witnesses, sensors.watch
     places = Places(
@@ -239,10 +239,10 @@ def _look(base: _Base, sensors: _Sensors) -> rounds.Eyes:
         look_up=base.databases.look_up,
         limit=min(probes.timeout, 5.0),
     )
-    return rounds.Eyes(
+    return rounds.RoundDeps(
         kernel=base.kernel,
         survey=base.survey,
-        flock=lambda paths: flock(
+        plan=lambda paths: canary_plan(
             probes,
             base.http,
             base.echoes.targets,
@@ -260,8 +260,8 @@ def _look(base: _Base, sensors: _Sensors) -> rounds.Eyes:
         neighbors=lambda: () if AS_USER.refused else (dns.on_link(n.address, n.interface) for n in watch.neighbors),
         system=SystemResolver(boottime=base.clock.boottime),
         origins=Origins(base.clock, base.spool, services=places.about, names=base.names),
-        sight=pulse,
-        asides=Asides(
+        pulses=pulse,
+        side_probes=SideProbes(
             claims=witnesses.look,
             forwarded_port=witnesses.forwarded_port,
             portal=portal_beside(probes, base.names),
@@ -269,7 +269,7 @@ def _look(base: _Base, sensors: _Sensors) -> rounds.Eyes:
     )
 
 
-def _act(base: _Base, sensors: _Sensors, eyes: rounds.Eyes) -> _Actors:
+def _act(base: _Base, sensors: _Sensors, deps: rounds.RoundDeps) -> _Actors:
     """Make what has rounds run, and what becomes of them: reports, and what is done about a leak."""
     settings, pulse, path_mtu, watch = base.settings, sensors.pulse, sensors.path_mtu, sensors.watch
     reactions = Reactions(
@@ -295,7 +295,7 @@ def _act(base: _Base, sensors: _Sensors, eyes: rounds.Eyes) -> _Actors:
 
     async def look(trigger: Trigger, policy: Policy) -> Observation:
         sensors.resolver_watch.looks()
-        return reactions.add_to(await rounds.look(eyes, trigger, policy))
+        return reactions.add_to(await rounds.look(deps, trigger, policy))
 
     def done(seen: Observation, verdict: Verdict) -> None:
         reactions.done(seen, verdict)  # first: what closes the way out waits for no disk
@@ -313,14 +313,14 @@ def _act(base: _Base, sensors: _Sensors, eyes: rounds.Eyes) -> _Actors:
     def paused() -> None:
         pulse.paused()
         path_mtu.reset()
-        base.courier.kick()
+        base.uploader.network_changed()
         base.triggers.put(Trigger.RECHECK)
 
     def network_changed() -> None:
         if base.kernel is not None:
             base.kernel.changed()
         watch.look(base.survey())
-        base.courier.kick()
+        base.uploader.network_changed()
         pulse.reset()
         path_mtu.reset()
         base.triggers.put(Trigger.NETWORK)

@@ -18,8 +18,8 @@ from vpn_sentinel.agent.rounds.triggers import TriggerQueue
 from vpn_sentinel.agent.sensors.netlink import NetworkSensor
 from vpn_sentinel.agent.settings import AgentSettings
 from vpn_sentinel.agent.spool.spool import Spool, SpoolInUseError
-from vpn_sentinel.agent.uplink.conversation import Destination, Routes
-from vpn_sentinel.agent.uplink.courier import Courier
+from vpn_sentinel.agent.uplink.connection import Destination, Routes
+from vpn_sentinel.agent.uplink.uploader import Uploader
 from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.runtime import files
 from vpn_sentinel.runtime.clock import Clock
@@ -109,7 +109,7 @@ def way(kernel: Netlink | None, protocol: int) -> Callable[[IPAddress, int], obj
 
 
 def routes(kernel: Netlink | None, look_around: Callable[[], Survey]) -> Routes:
-    """What a conversation asks of the network here."""
+    """What a connection asks of the network here."""
 
     def owns(address: IPAddress) -> bool:
         return kernel is None or look_around().owns(address)
@@ -117,12 +117,12 @@ def routes(kernel: Netlink | None, look_around: Callable[[], Survey]) -> Routes:
     return Routes(way=way(kernel, TCP), owns=owns)
 
 
-def health(base: Base, courier: Courier) -> Health:
+def health(base: Base, uploader: Uploader) -> Health:
     """The health endpoint of an agent that starts now."""
     started = base.clock.boottime()
 
     def signs() -> Signs:
-        return Signs(started, base.rounds.last_success, courier.acked_at, base.rounds.state, base.spool.pending)
+        return Signs(started, base.rounds.last_success, uploader.acked_at, base.rounds.state, base.spool.pending)
 
     return Health(signs, base.clock, base.settings.interval)
 

@@ -27,14 +27,15 @@ from vpn_sentinel.runtime.addresses import is_host_of
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.runtime.settings import SettingError
 
-LIMIT: Final = 2.0  # seconds for a request and its answer
-MOST: Final = 4096  # bytes of its head
-PLACES: Final = 32  # connections at once
+REQUEST_TIMEOUT_S: Final = 2.0  # seconds for a request and its answer
+MAX_HEAD_BYTES: Final = 4096  # bytes of its head
+MAX_CONNECTIONS: Final = 32  # connections at once
 _NO_SUCH_ADDRESS: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EINVAL)
-_WAITING: Final = 1024  # that the kernel holds; who finds no room tries again after a second (tcp(7), SYN)
-_AT_ONCE: Final = 4  # of them taken in a turn of the loop: who is among them is answered before `PLACES` others came
-_UPLINK_GRACE: Final = 900.0  # seconds: a restart of the agent does not bring a server back
-_ROUND_SLACK: Final = 30.0  # seconds a round may take when nothing answers
+_BACKLOG: Final = 1024  # that the kernel holds; who finds no room tries again after a second (tcp(7), SYN)
+# Taken in one turn of the loop: who is among them is answered before `MAX_CONNECTIONS` others came.
+_ACCEPTED_PER_TURN: Final = 4
+_UPLINK_GRACE_S: Final = 900.0  # seconds: a restart of the agent does not bring a server back
+_ROUND_SLACK_S: Final = 30.0  # seconds a round may take when nothing answers
 ROUTES: Final[Mapping[str, str]] = {
     "/": "alive",
     "/health": "alive",
@@ -68,10 +69,12 @@ class Health:
         """HTTP status and body for a path, 404 for one that is none of ours."""
         signs = self._signs()
         now = self._clock.boottime()
-        rounds_at = 3 * self._interval + _ROUND_SLACK
+        rounds_at = 3 * self._interval + _ROUND_SLACK_S
         looking = _within(now, signs.last_round if signs.last_round is not None else signs.started, rounds_at)
         connected = _within(now, signs.last_ack, rounds_at)
-        heard = _within(now, signs.last_ack if signs.last_ack is not None else signs.started, _UPLINK_GRACE + rounds_at)
+        heard = _within(
+            now, signs.last_ack if signs.last_ack is not None else signs.started, _UPLINK_GRACE_S + rounds_at
+        )
         match None if "//" in path else ROUTES.get(_plain(path)):
             case "alive":
                 well = looking and heard
@@ -99,7 +102,7 @@ class Health:
 
         async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             open_[writer] = None
-            if len(open_) > PLACES:
+            if len(open_) > MAX_CONNECTIONS:
                 open_.popitem(last=False)[0].transport.abort()
             try:
                 await self._answer(reader, writer, names)
@@ -107,7 +110,7 @@ class Health:
                 open_.pop(writer, None)
 
         try:
-            server = await asyncio.start_server(connected, host, port, limit=MOST, backlog=_AT_ONCE)
+            server = await asyncio.start_server(connected, host, port, limit=MAX_HEAD_BYTES, backlog=_ACCEPTED_PER_TURN)
         except OSError as e:
             # The loop's own text repeats the address.
             why = os.strerror(e.errno) if e.errno else str(e)
@@ -117,12 +120,12 @@ class Health:
         for bound in server.sockets:
             # asyncio takes as many in one turn as it lets wait; the same socket may be told of more (listen(2)).
             with socket.fromfd(bound.fileno(), bound.family, bound.type) as same:
-                same.listen(_WAITING)
+                same.listen(_BACKLOG)
         return server
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, names: set[str] | None) -> None:
         try:
-            async with asyncio.timeout(LIMIT):
+            async with asyncio.timeout(REQUEST_TIMEOUT_S):
                 head = await reader.readuntil(b"\r\n\r\n")
                 writer.write(self._response(head.decode("latin-1").split("\r\n"), names))
                 await writer.drain()

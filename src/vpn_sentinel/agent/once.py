@@ -12,13 +12,13 @@ from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.agent.net.interfaces import Paths, Survey, Surveyor
 from vpn_sentinel.agent.net.resolver import Names
 from vpn_sentinel.agent.probes import dns
-from vpn_sentinel.agent.probes.canary import Flock
+from vpn_sentinel.agent.probes.canary import CanaryPlan
 from vpn_sentinel.agent.probes.origin import Origins
 from vpn_sentinel.agent.probes.place import Places
 from vpn_sentinel.agent.probes.system_resolver import LOST_AFTER, SystemResolver
 from vpn_sentinel.agent.probes.trace import whoami
 from vpn_sentinel.agent.rounds import round as rounds
-from vpn_sentinel.agent.rounds.plan import flock, path_to
+from vpn_sentinel.agent.rounds.canary_plan import canary_plan, path_to
 from vpn_sentinel.agent.rounds.route_audit import RouteAudit
 from vpn_sentinel.agent.settings import ProbeSettings
 from vpn_sentinel.domain.judge import judge, learned_home
@@ -27,7 +27,7 @@ from vpn_sentinel.domain.policy import Policy
 from vpn_sentinel.domain.verdict import Verdict
 from vpn_sentinel.runtime.clock import Clock
 
-LISTEN: Final = 1.0  # seconds that packets outside the tunnel are watched for, at least
+LISTEN_S: Final = 1.0  # seconds that packets outside the tunnel are watched for, at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, se
     AS_USER.be(found.user)
 
     # Only WireGuard, which is asked of its device: what takes settings is the agent's.
-    witnesses = Witnesses(IntrospectSettings(), http, clock, ring=lambda: None)
+    witnesses = Witnesses(IntrospectSettings(), http, clock, on_change=lambda: None)
     watch = LeakWatch(
         tables=kernel,
         policy=policy,
@@ -60,8 +60,8 @@ async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, se
         wanted=settings.leak_watch,
     )
 
-    def whom(paths: Paths) -> Flock:
-        usual = flock(settings, http, (), paths)
+    def whom(paths: Paths) -> CanaryPlan:
+        usual = canary_plan(settings, http, (), paths)
         usual = replace(usual, may_leave=policy.allows_outside)
         if server is None:
             return usual
@@ -69,10 +69,10 @@ async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, se
         return replace(usual, also=(lambda: whoami(http, server, path),))
 
     places = Places(http, chosen_services(settings), clock, look_up=databases.look_up, limit=min(settings.timeout, 4.0))
-    eyes = rounds.Eyes(
+    deps = rounds.RoundDeps(
         kernel=kernel,
         survey=around.look,
-        flock=whom,
+        plan=whom,
         places=places,
         clock=clock,
         neighbors=lambda: () if AS_USER.refused else (dns.on_link(n.address, n.interface) for n in watch.neighbors),
@@ -92,17 +92,17 @@ async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, se
         async with asyncio.TaskGroup() as group:
             # Packets that are in doubt wait for these, and not many can.
             trying = [group.create_task(work.run()) for work in (watch.carrier, watch.others)]
-            seen = await rounds.look(eyes, Trigger.START, policy)
+            seen = await rounds.look(deps, Trigger.START, policy)
             if watch.on:
                 # A round may be over in milliseconds; programs behind the tunnel get a moment to show what they do.
-                await asyncio.sleep(max(0.0, started + LISTEN - clock.boottime()))
+                await asyncio.sleep(max(0.0, started + LISTEN_S - clock.boottime()))
             for task in trying:
                 task.cancel()
         if watch.on:
             await watch.settle()
             paths = Paths(kernel, found)
             seen = replace(seen, escapes=paths.known_of(watch.escapes(paths, seen.canaries)))
-            seen = await with_neighbors(seen, eyes, paths)
+            seen = await with_neighbors(seen, deps, paths)
     finally:
         watch.close()
         databases.close()
@@ -111,10 +111,10 @@ async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, se
     return Looked(seen, judge(seen, learned_home(seen, policy)), found)
 
 
-async def with_neighbors(seen: Observation, eyes: rounds.Eyes, paths: Paths) -> Observation:
+async def with_neighbors(seen: Observation, deps: rounds.RoundDeps, paths: Paths) -> Observation:
     """Nameservers of the LAN that programs asked since the round are asked as well."""
     asked = {s.nameserver for s in seen.resolvers}
-    fresh = [n for n in dns.besides(eyes.nameservers(), eyes.neighbors()) if dns.plain(n.address) not in asked]
+    fresh = [n for n in dns.besides(deps.nameservers(), deps.neighbors()) if dns.plain(n.address) not in asked]
     if not fresh:
         return seen
     found = (await dns.resolvers(paths, fresh)).sightings

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
-from vpn_sentinel.agent.containment.containment import Containment, Facts, Mode, Standing
+from vpn_sentinel.agent.containment.containment import Containment, ContainmentDeps, Facts, Mode
 from vpn_sentinel.agent.containment.nft import Nftables
 from vpn_sentinel.agent.containment.proof import cause_of
 from vpn_sentinel.agent.containment.seat import Seat
@@ -104,7 +104,7 @@ class Reactions:
             settings.contain,
             client_id,
             facts,
-            Standing(
+            ContainmentDeps(
                 ways=around.ways,
                 path_of=around.path_of,
                 nft=Nftables(),

@@ -12,12 +12,12 @@ from dataclasses import replace
 from vpn_sentinel.agent.base import Base, destination, health, routes, watch_network
 from vpn_sentinel.agent.net.interfaces import Paths, Survey, survey
 from vpn_sentinel.agent.probes.canary import canaries
-from vpn_sentinel.agent.rounds.plan import flock
+from vpn_sentinel.agent.rounds.canary_plan import canary_plan
 from vpn_sentinel.agent.rounds.scheduler import Scheduler
 from vpn_sentinel.agent.sensors.pulse import Pulse
 from vpn_sentinel.agent.settings import AgentSettings
-from vpn_sentinel.agent.uplink.courier import Courier
 from vpn_sentinel.agent.uplink.reports import Reports
+from vpn_sentinel.agent.uplink.uploader import Uploader
 from vpn_sentinel.domain.judge import judge_reference
 from vpn_sentinel.domain.observation import Answer, Observation, Probe, Trigger
 from vpn_sentinel.domain.verdict import Verdict
@@ -35,7 +35,7 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
         # Without a physical interface no canary is sent beside a tunnel, should there be one.
         return replace(survey(kernel), uplinks=(), beside=())
 
-    courier = Courier(
+    uploader = Uploader(
         destination(settings),
         base.spool,
         base.http,
@@ -43,17 +43,17 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
         routes=routes(kernel, look_around),
         greeted=lambda event: echoes.greet(event.echo),
     )
-    reports = Reports(base.spool, courier)
+    reports = Reports(base.spool, uploader)
 
     def changed(trigger: Trigger) -> None:
-        courier.kick()
+        uploader.network_changed()
         triggers.put(trigger)
 
     pulse = Pulse(
         settings.pulse,
         echoes=lambda: echoes.targets,
-        ring=lambda: changed(Trigger.CANARY),
-        acked=lambda: courier.acked_at,
+        on_change=lambda: changed(Trigger.CANARY),
+        acked=lambda: uploader.acked_at,
         boottime=clock.boottime,
         wall=clock.wall,
     )
@@ -81,7 +81,7 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
         judge=lambda seen, _: judge_reference(seen),
         paused=paused,
     )
-    signs = health(base, courier)
+    signs = health(base, uploader)
     async with contextlib.AsyncExitStack() as stack, asyncio.TaskGroup() as group:
         stack.callback(base.close)
         if kernel is not None:
@@ -89,7 +89,7 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
         server = await signs.serve(settings.health_host, settings.health_port)
         stack.callback(server.close)
         log.info("reference agent started", extra={"client_id": settings.client_id, "site": settings.site})
-        tasks = [group.create_task(work) for work in (scheduler.run(), pulse.run(), courier.run())]
+        tasks = [group.create_task(work) for work in (scheduler.run(), pulse.run(), uploader.run())]
         await stop.wait()
         for task in tasks:
             task.cancel()
@@ -100,7 +100,7 @@ async def _look(base: Base, pulse: Pulse, around: Survey, trigger: Trigger) -> O
     """One round: the same questions as a tunnel's agent asks, on the default route alone."""
     began, silent_for = base.clock.boottime(), pulse.silent_for()
     paths = Paths(base.kernel, around)
-    asked = replace(flock(base.settings.probes, base.http, base.echoes.targets, paths), gateway=None)
+    asked = replace(canary_plan(base.settings.probes, base.http, base.echoes.targets, paths), gateway=None)
     found = await canaries(asked, paths)
     alive = any(c.probe is Probe.DEFAULT and c.answer is Answer.ANSWERED for c in found)
     return Observation(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from vpn_sentinel.agent.geo.shelf import FOLDER
+from vpn_sentinel.agent.geo.store import FOLDER
 from vpn_sentinel.agent.introspect.settings import IntrospectSettings
 from vpn_sentinel.agent.leakwatch.meant import Meant, parse_meant
 from vpn_sentinel.agent.net.endpoints import Endpoint, parse_endpoint

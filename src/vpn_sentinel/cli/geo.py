@@ -126,7 +126,7 @@ class _Row:
 
 def run_show(args: argparse.Namespace) -> int:
     from vpn_sentinel.agent.geo.databases import OLD, TOO_OLD
-    from vpn_sentinel.agent.geo.shelf import read_manifest
+    from vpn_sentinel.agent.geo.store import read_manifest
 
     settings = _settings(args)
     rows = _rows(settings, SystemClock().wall())
@@ -159,7 +159,7 @@ def run_show(args: argparse.Namespace) -> int:
 
 def _rows(settings: "GeoSettings", now: float) -> list[_Row]:
     from vpn_sentinel.agent.geo.databases import days_old
-    from vpn_sentinel.agent.geo.shelf import GeoError, loose_files, named, read_manifest
+    from vpn_sentinel.agent.geo.store import GeoError, loose_files, named, read_manifest
     from vpn_sentinel.agent.geo.update import intact
     from vpn_sentinel.agent.geo.verify import examine
 

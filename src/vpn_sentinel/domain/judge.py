@@ -14,7 +14,7 @@ from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy, is_public
 from vpn_sentinel.domain.verdict import Code, Finding, State, Verdict, worst
 
 # Pulses in a window below which a share of lost ones says nothing.
-MIN_PULSES: Final = 20
+MIN_PULSES_JUDGED: Final = 20
 
 
 def judge(seen: Observation, policy: Policy) -> Verdict:
@@ -140,7 +140,7 @@ def _quality(seen: Observation, policy: Policy) -> Iterator[Finding]:
             f"Packets of {found.vanished} bytes vanish in the tunnel without a word{passes}.",
             {"vanished": str(found.vanished), **({"passes": str(found.mtu)} if found.mtu else {})},
         )
-    if found.sent >= MIN_PULSES and found.lost / found.sent > policy.max_loss:
+    if found.sent >= MIN_PULSES_JUDGED and found.lost / found.sent > policy.max_loss:
         share = round(100 * found.lost / found.sent)
         yield Finding(
             Code.HIGH_LOSS,

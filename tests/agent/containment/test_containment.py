@@ -5,7 +5,7 @@ from ipaddress import ip_address
 
 from tests.agent.containment.test_proof import POLICY, WELL, canary
 from tests.conftest import ManualClock
-from vpn_sentinel.agent.containment.containment import Containment, Mode, Standing, mark
+from vpn_sentinel.agent.containment.containment import Containment, ContainmentDeps, Mode, mark
 from vpn_sentinel.agent.containment.nft import NftError
 from vpn_sentinel.agent.containment.proof import Cause, to_text
 from vpn_sentinel.agent.containment.rules import RELEASED, TABLE, Ways
@@ -58,7 +58,7 @@ class World:
         return self.tables.get(table)
 
     def made(self, mode: Mode = Mode.ON) -> Containment:
-        ground = Standing(
+        ground = ContainmentDeps(
             ways=lambda _cause: self.ways,
             path_of=lambda *_: Path.TUNNEL,
             nft=self.nft,

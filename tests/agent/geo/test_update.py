@@ -18,8 +18,8 @@ from tests.agent.geo.world import DAY, NOW, Server, mmdb, serving
 from tests.conftest import ManualClock, small_disk
 from vpn_sentinel.agent.geo.databases import Databases
 from vpn_sentinel.agent.geo.fetch import Bounds, Login, Web
-from vpn_sentinel.agent.geo.shelf import Collection, Entry, GeoError, Manifest, install, locked, read_manifest, writing
 from vpn_sentinel.agent.geo.sources import Vendor, dbip, from_files, maxmind
+from vpn_sentinel.agent.geo.store import Collection, Entry, GeoError, Manifest, install, locked, read_manifest, writing
 from vpn_sentinel.agent.geo.unpack import only_database
 from vpn_sentinel.agent.geo.update import update
 from vpn_sentinel.domain.observation import Place

@@ -19,7 +19,7 @@ def read(**values: str) -> IntrospectSettings:
 
 async def test_by_default_nobody_is_asked() -> None:
     assert read() == IntrospectSettings()
-    nobody = Witnesses(read(), Client(names=Names()), ManualClock(), ring=lambda: None)
+    nobody = Witnesses(read(), Client(names=Names()), ManualClock(), on_change=lambda: None)
     assert await nobody.look(Survey()) == ()
     assert (nobody.endpoints(), nobody.forwarded_port()) == ((), None)
 

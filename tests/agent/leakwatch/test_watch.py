@@ -387,7 +387,7 @@ async def test_the_end_of_a_leak_by_a_nameserver_on_the_own_link_is_told_when_it
     seen = await ran("""
 from ipaddress import ip_address
 from vpn_sentinel.agent.leakwatch import neighbors
-neighbors.KEEP_LEAKING = 0.3
+neighbors.KEEP_ASKING_LEAKING_S = 0.3
 watch = make()
 send("192.168.7.1", 53, question("example.org")); await until(lambda: asked)
 router = [ip_address("192.168.7.1")]
@@ -434,7 +434,7 @@ say(flows=flows(watch), names=[e.name for e in watch.escapes(Paths(kernel, aroun
 
 
 HEALED = """
-from vpn_sentinel.agent.leakwatch import book as w_book
+from vpn_sentinel.agent.leakwatch import flow_table as w_flow_table
 for line in ("ip tuntap add wg0 mode tun", "ip link set wg0 up", "ip route add default dev wg0 table 42",
              "ip rule add pref 900 table 42", "ip route add 203.0.113.0/24 via 192.168.7.1 dev eth0 table 42"):
     subprocess.run(line.split(), check=True)
@@ -455,7 +455,7 @@ clock.now += 8
 late, before = flows(watch), len(told)
 send("198.51.100.200", by=bound)
 await until(lambda: len(told) > before)
-clock.now += w_book.HOLD - 0.1
+clock.now += w_flow_table.TOLD_FOR_S - 0.1
 flows(watch)  # the last tenth of a second runs by the loop's clock
 ended = len(told)
 await until(lambda: len(told) > ended)

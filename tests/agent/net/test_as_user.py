@@ -7,7 +7,7 @@ from tests.agent.leakwatch.test_watch import ran
 ONE_USER = """
 import os
 from ipaddress import ip_address
-from vpn_sentinel.agent.rounds.plan import flock
+from vpn_sentinel.agent.rounds.canary_plan import canary_plan
 from vpn_sentinel.agent.net.interfaces import Recollection, Surveyor
 from vpn_sentinel.agent.net.as_user import AS_USER
 LINES = ["link add wg0 type veth peer name wgfar", "link set wgfar up", "addr add 10.8.0.2/24 dev wg0",
@@ -83,7 +83,7 @@ say(user=found.user, refused=AS_USER.refused, near=near(), uid=os.geteuid())
 
 NOBODYS_PLACE = """
 import ctypes
-from vpn_sentinel.agent.probes.canary import Flock
+from vpn_sentinel.agent.probes.canary import CanaryPlan
 from vpn_sentinel.agent.rounds import round as rounds
 from vpn_sentinel.agent.doctor.examine import examine
 from vpn_sentinel.agent.doctor.forgiving import read_all
@@ -96,11 +96,11 @@ if {drop}:
     header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     assert ctypes.CDLL(None).capset(header, none) == 0  # prctl(2): what an ordinary user has
 found = look(only={{997}})
-eyes = rounds.Eyes(
-    kernel=kernel, survey=lambda: found, flock=lambda _: Flock(targets=(), reserve=()), places=Places(None, (), clock),
-    clock=clock,
+deps = rounds.RoundDeps(
+    kernel=kernel, survey=lambda: found, plan=lambda _: CanaryPlan(targets=(), reserve=()),
+    places=Places(None, (), clock), clock=clock,
 )
-seen = await rounds.look(eyes, Trigger.TIMER, Policy())
+seen = await rounds.look(deps, Trigger.TIMER, Policy())
 told = [[f.code, f.message, f.advice] for f in judge(seen, Policy()).findings]
 settings = {{"VPN_SENTINEL_TUNNEL_INTERFACE": "wg0", "VPN_SENTINEL_MEANT_OUTSIDE": "only user 997"}}
 checks = await examine(read_all(Source(settings)), SystemClock())

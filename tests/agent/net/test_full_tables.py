@@ -14,7 +14,7 @@ import pytest
 from tests.agent.net.test_audit import WG
 from tests.agent.net.test_fib import ip
 from tests.agent.net.test_roles import SECOND
-from vpn_sentinel.agent.leakwatch.ground import Ground, ground
+from vpn_sentinel.agent.leakwatch.egress_map import EgressMap, egress_map
 from vpn_sentinel.agent.net import coverage, fib, rtnetlink
 from vpn_sentinel.agent.net.audit import audit
 from vpn_sentinel.agent.net.interfaces import Surveyor
@@ -59,10 +59,10 @@ def test_whoever_looks_at_the_same_tables_walks_them_once(
     many(way)
     flattened = counted(monkeypatch, fib, "flattened")
     walks = counted(monkeypatch, coverage, "_by_device")
-    surveyor, stood = Surveyor(kernel), Ground()
+    surveyor, stood = Surveyor(kernel), EgressMap()
     for _ in range(5):
         around = surveyor.look()
-        stood = ground(around, kernel, allowed=(), resolvers=(), before=stood)
+        stood = egress_map(around, kernel, allowed=(), resolvers=(), before=stood)
         audit(around)
     # Everybody and TCP to port 443, by IPv4; everybody by IPv6; and who is left without the tunnel.
     assert len(walks) <= 5

@@ -4,7 +4,7 @@ from ipaddress import ip_address
 import pytest
 
 from tests.agent.doubles import ETH, LO, UP, WG, FakeKernel, surveyed
-from vpn_sentinel.agent.leakwatch.ground import Ground, ground
+from vpn_sentinel.agent.leakwatch.egress_map import EgressMap, egress_map
 from vpn_sentinel.agent.net.fib import Fib
 from vpn_sentinel.agent.net.interfaces import Paths, Surveyor, survey
 from vpn_sentinel.agent.net.link import IFF_POINTOPOINT, IFF_UP, Interface
@@ -159,7 +159,7 @@ def test_a_way_out_is_the_same_one_when_it_has_carried_more() -> None:
         kernel.links = (LO, replace(ETH, rx_bytes=carried, tx_bytes=carried), replace(WG, rx_bytes=carried))
         seen = surveyor.look()
         assert Paths(kernel, seen).of(ip_address("192.0.2.1")) is Path.OUTSIDE
-        assert ground(seen, None, allowed=(), resolvers=(), before=Ground()).others == frozenset()
+        assert egress_map(seen, None, allowed=(), resolvers=(), before=EgressMap()).others == frozenset()
         link = seen.link()
         assert link is not None
         assert link.rx_bytes == carried

@@ -5,16 +5,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.agent.leakwatch.bytes import ip, query, tcp, udp
-from vpn_sentinel.agent.leakwatch.rules import is_dhcp
-from vpn_sentinel.agent.leakwatch.shapes import (
+from vpn_sentinel.agent.leakwatch.fingerprints import (
     ALIKE,
-    Shape,
-    Shapes,
+    Fingerprint,
+    Fingerprints,
     is_dtls,
     is_openvpn_reset,
     is_openvpn_tcp_reset,
     is_wireguard,
 )
+from vpn_sentinel.agent.leakwatch.rules import is_dhcp
 from vpn_sentinel.agent.net.endpoints import parse_endpoint
 from vpn_sentinel.agent.net.packets import asked_name, decode
 
@@ -57,7 +57,7 @@ def test_bytes_never_raise(data: bytes, ethertype: int) -> None:
     packet = decode(ethertype, data)
     if packet is not None:
         assert packet.name is None or packet.name.isprintable()
-        Shapes().of(packet, openvpn=True, unsure=True)
+        Fingerprints().of(packet, openvpn=True, unsure=True)
 
 
 @given(st.sampled_from([0x45, 0x4F, 0x60]), st.sampled_from([1, 6, 17, 44, 58]), st.binary(max_size=120))
@@ -122,14 +122,14 @@ def test_over_tcp_it_stands_behind_its_length(payload: bytes, port: int, told: b
 
 
 def test_openvpn_data_is_believed_when_it_goes_on_alike() -> None:
-    shapes = Shapes()
+    shapes = Fingerprints()
     packet = decoded(17, udp(4000, 1194, b"\x48\0\0\1" + b"d" * 60))
     seen = [shapes.of(packet, openvpn=True, unsure=True) for _ in range(ALIKE)]
-    assert seen == [Shape.MAYBE] * (ALIKE - 1) + [Shape.OWN]
+    assert seen == [Fingerprint.MAYBE] * (ALIKE - 1) + [Fingerprint.OWN]
     other = decoded(17, udp(4000, 1194, b"\x49\0\0\1" + b"d" * 60))
-    assert shapes.of(other, openvpn=True, unsure=True) is Shape.OTHER
-    assert Shapes().of(packet, openvpn=True, unsure=False) is Shape.OTHER
-    assert Shapes().of(packet, openvpn=False, unsure=True) is Shape.OTHER
+    assert shapes.of(other, openvpn=True, unsure=True) is Fingerprint.OTHER
+    assert Fingerprints().of(packet, openvpn=True, unsure=False) is Fingerprint.OTHER
+    assert Fingerprints().of(packet, openvpn=False, unsure=True) is Fingerprint.OTHER
 
 
 def test_a_clients_hello_of_dtls_is_known() -> None:
@@ -154,20 +154,20 @@ def ike(length: int | None = None, exchange: int = 34, other: bytes = bytes(8)) 
 
 
 def test_a_program_that_changes_its_protocol_is_known_by_its_first_packet_whatever_the_tunnel_was() -> None:
-    def shape(payload: bytes, port: int, to: str = FAR, shapes: Shapes | None = None) -> Shape:
-        return (shapes or Shapes()).of(decoded(17, udp(4000, port, payload), to), openvpn=False, unsure=False)
+    def shape(payload: bytes, port: int, to: str = FAR, shapes: Fingerprints | None = None) -> Fingerprint:
+        return (shapes or Fingerprints()).of(decoded(17, udp(4000, port, payload), to), openvpn=False, unsure=False)
 
-    assert shape(b"\x38" + b"s" * 8 + COUNTED + b"s" * 37, 1194) is Shape.OWN
-    assert shape(b"\x38" + b"s" * 8 + b"\0" * 5, 443) is Shape.OWN
-    assert shape(ike(), 500) is Shape.OWN
+    assert shape(b"\x38" + b"s" * 8 + COUNTED + b"s" * 37, 1194) is Fingerprint.OWN
+    assert shape(b"\x38" + b"s" * 8 + b"\0" * 5, 443) is Fingerprint.OWN
+    assert shape(ike(), 500) is Fingerprint.OWN
     for other in (ike(length=99), ike(exchange=35), ike(other=b"r" * 8)):
-        assert shape(other, 500) is Shape.OTHER
-    assert shape(ike(), 501) is Shape.OTHER
-    shapes = Shapes()
-    assert shape(b"\0\0\0\1" + b"esp" * 9, 4500, shapes=shapes) is Shape.OTHER
-    assert shape(ike(), 500, shapes=shapes) is Shape.OWN
-    assert shape(b"\0\0\0\1" + b"esp" * 9, 4500, shapes=shapes) is Shape.OWN
-    assert shape(b"\0\0\0\1" + b"esp" * 9, 4500, "203.0.113.6", shapes=shapes) is Shape.OTHER
+        assert shape(other, 500) is Fingerprint.OTHER
+    assert shape(ike(), 501) is Fingerprint.OTHER
+    shapes = Fingerprints()
+    assert shape(b"\0\0\0\1" + b"esp" * 9, 4500, shapes=shapes) is Fingerprint.OTHER
+    assert shape(ike(), 500, shapes=shapes) is Fingerprint.OWN
+    assert shape(b"\0\0\0\1" + b"esp" * 9, 4500, shapes=shapes) is Fingerprint.OWN
+    assert shape(b"\0\0\0\1" + b"esp" * 9, 4500, "203.0.113.6", shapes=shapes) is Fingerprint.OTHER
 
 
 def test_endpoints_are_written_and_read() -> None:

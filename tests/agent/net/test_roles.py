@@ -15,7 +15,7 @@ from vpn_sentinel.agent.net.interfaces import Paths, Recollection, Survey, Surve
 from vpn_sentinel.agent.net.kernel import Netlink
 from vpn_sentinel.agent.net.roles import Remembered, roles
 from vpn_sentinel.agent.probes.dns import Nameserver, path_to
-from vpn_sentinel.agent.rounds.plan import marks_lead_out
+from vpn_sentinel.agent.rounds.canary_plan import marks_lead_out
 from vpn_sentinel.domain.observation import Path
 
 LAN = """

@@ -17,13 +17,13 @@ from vpn_sentinel.agent.net.interfaces import Paths, Survey, survey
 from vpn_sentinel.agent.net.resolver import Names
 from vpn_sentinel.agent.net.rtnetlink import Route
 from vpn_sentinel.agent.probes import placing
-from vpn_sentinel.agent.probes.canary import Flock, OverTcp
+from vpn_sentinel.agent.probes.canary import CanaryPlan, OverTcp
 from vpn_sentinel.agent.probes.dns import Nameserver, system_nameservers
 from vpn_sentinel.agent.probes.origin import Origins
 from vpn_sentinel.agent.probes.place import Places
 from vpn_sentinel.agent.probes.placing import Service
 from vpn_sentinel.agent.probes.system_resolver import SystemResolver
-from vpn_sentinel.agent.rounds.round import Eyes, look
+from vpn_sentinel.agent.rounds.round import RoundDeps, look
 from vpn_sentinel.domain.judge import judge, learned_home
 from vpn_sentinel.domain.observation import Answer, Canary, Link, Observation, Place, Probe, Quality, Trigger
 from vpn_sentinel.domain.observation import Path as DomainPath
@@ -38,12 +38,12 @@ EXIT = b"185.65.134.10"
 TUNNEL = Survey(interfaces=(LO, WG), tunnel="wg0")
 
 
-def eyes(canary: int, nameserver: int = 9, places: Places | None = None, kernel: FakeKernel | None = None) -> Eyes:
+def deps(canary: int, nameserver: int = 9, places: Places | None = None, kernel: FakeKernel | None = None) -> RoundDeps:
     clock = SystemClock()
-    return Eyes(
+    return RoundDeps(
         kernel=kernel or FakeKernel(),
         survey=lambda: TUNNEL,
-        flock=lambda _: Flock(targets=(Loopback("a", canary),), reserve=()),
+        plan=lambda _: CanaryPlan(targets=(Loopback("a", canary),), reserve=()),
         places=places or Places(Client(names=Names()), (), clock),
         clock=clock,
         nameservers=lambda: (Nameserver(HERE, port=nameserver),),
@@ -59,7 +59,7 @@ async def test_a_round_sees_it_all() -> None:
     ):
         service = Service("ipinfo.io", f"http://127.0.0.1:{web}", "/json", placing.read_ipinfo)
         places = Places(Client(names=Names()), [service], SystemClock())
-        seen = await look(eyes(canary, dns, places), Trigger.TIMER, Policy())
+        seen = await look(deps(canary, dns, places), Trigger.TIMER, Policy())
     assert (seen.trigger, seen.exit(4), seen.interfaces) == (Trigger.TIMER, ip_address("185.65.134.10"), ("wg0",))
     assert {str(s.egress) for s in seen.resolvers} == {"185.65.200.7"}
     assert [p.country for p in seen.places] == ["NL"]
@@ -69,7 +69,7 @@ async def test_a_round_sees_it_all() -> None:
 
 async def test_a_dead_tunnel_is_told_without_asking_further() -> None:
     async with udp(lambda _: None) as (canary, _), udp(whoami) as (dns, served):
-        seen = await look(eyes(canary, dns), Trigger.TIMER, Policy())
+        seen = await look(deps(canary, dns), Trigger.TIMER, Policy())
         assert served.got == []
     assert judge(seen, Policy()).state is State.DOWN
     assert (seen.resolvers, seen.dns_intercepted) == ((), None)
@@ -78,14 +78,14 @@ async def test_a_dead_tunnel_is_told_without_asking_further() -> None:
 async def test_a_leak_is_told_without_asking_further() -> None:
     policy = Policy(home_networks=networks("185.65.134.10"))
     async with udp(lambda _: EXIT) as (canary, _), udp(whoami) as (dns, served):
-        seen = await look(eyes(canary, dns), Trigger.TIMER, policy)
+        seen = await look(deps(canary, dns), Trigger.TIMER, policy)
         assert served.got == []
     assert judge(seen, policy).state is State.LEAKING
 
 
 async def test_what_the_pulses_found_is_told_without_asking_further() -> None:
     async with udp(lambda _: EXIT) as (canary, _), udp(whoami) as (dns, served):
-        seen = await look(replace(eyes(canary, dns), hurry=lambda: True), Trigger.CANARY, Policy())
+        seen = await look(replace(deps(canary, dns), hurry=lambda: True), Trigger.CANARY, Policy())
         assert served.got == []
     assert seen.exit(4) == ip_address("185.65.134.10")
 
@@ -107,7 +107,7 @@ async def test_pulses_are_asked_when_nameservers_have_answered() -> None:
             return Quality(seconds=60.0, sent=60, lost=min(60, len(served.got)))
 
     async with udp(lambda _: EXIT) as (canary, _), udp(whoami) as (dns, served):
-        seen = await look(replace(eyes(canary, dns), sight=Pulses()), Trigger.TIMER, Policy())
+        seen = await look(replace(deps(canary, dns), pulses=Pulses()), Trigger.TIMER, Policy())
     assert seen.quality is not None
     assert seen.quality.lost == min(60, len(served.got)) > 0
 
@@ -125,7 +125,7 @@ async def test_a_dns_leak_does_not_wait_for_places() -> None:
     service = Service("ipinfo.io", "http://127.0.0.1", "/json", placing.read_ipinfo)
     places = Places(Hanging(names=Names()), [service], SystemClock())
     async with udp(lambda _: EXIT) as (canary, _), udp(whoami) as (dns, _):
-        quiet = replace(eyes(canary, dns, places), no_dns=Nameserver(HERE, port=canary))
+        quiet = replace(deps(canary, dns, places), no_dns=Nameserver(HERE, port=canary))
         async with asyncio.timeout(2):
             seen = await look(quiet, Trigger.TIMER, policy)
     assert judge(seen, policy).state is State.LEAKING
@@ -143,7 +143,7 @@ async def test_a_dns_leak_does_not_wait_for_the_systems_resolver() -> None:
 
     policy = Policy(home_networks=networks("185.65.200.7"))
     async with udp(lambda _: EXIT) as (canary, _), udp(whoami) as (dns, _):
-        slow = replace(eyes(canary, dns), system=Slow(boottime=SystemClock().boottime))
+        slow = replace(deps(canary, dns), system=Slow(boottime=SystemClock().boottime))
         async with asyncio.timeout(8):
             seen = await look(slow, Trigger.TIMER, policy)
     assert judge(seen, policy).state is State.LEAKING
@@ -161,7 +161,7 @@ def test_a_dns_leak_waits_for_no_nameserver_that_stays_silent() -> None:
             udp(lambda _: None, host="127.0.0.2") as (dead, _),
         ):
             both = (Nameserver(HERE, port=leaks), Nameserver(ip_address("127.0.0.2"), port=dead))
-            return await look(replace(eyes(canary, dead), nameservers=lambda: both), Trigger.TIMER, policy)
+            return await look(replace(deps(canary, dead), nameservers=lambda: both), Trigger.TIMER, policy)
 
     seen, seconds = waited(round_())
     assert judge(seen, policy).state is State.LEAKING
@@ -185,7 +185,7 @@ def test_a_router_that_may_have_a_vpn_of_its_own_leaks_only_once_its_network_is_
         origins = Origins(SystemClock(), services=services, path_to=lambda *_: DomainPath.OUTSIDE)
         async with udp(lambda _: EXIT) as (canary, _), udp(whoami, host=str(router)) as (port, _):
             kernel = FakeKernel(routes={str(router): Route(interface=ETH.index)})
-            looks = eyes(canary, canary, kernel=kernel)
+            looks = deps(canary, canary, kernel=kernel)
             looks = replace(looks, survey=lambda: around, nameservers=lambda: (Nameserver(router, port=port),))
             return await look(replace(looks, origins=origins), Trigger.TIMER, policy)
 
@@ -197,7 +197,7 @@ def test_a_router_that_may_have_a_vpn_of_its_own_leaks_only_once_its_network_is_
 async def test_what_was_found_out_about_a_proxy_beside_a_leak_is_kept() -> None:
     policy = Policy(home_networks=networks("185.65.200.7"))
     async with udp(lambda _: EXIT) as (canary, _), udp(whoami) as (dns, _), udp(answer) as (proxy, _):
-        seen = await look(replace(eyes(canary, dns), no_dns=Nameserver(HERE, port=proxy)), Trigger.TIMER, policy)
+        seen = await look(replace(deps(canary, dns), no_dns=Nameserver(HERE, port=proxy)), Trigger.TIMER, policy)
     assert judge(seen, policy).state is State.LEAKING
 
 
@@ -209,7 +209,7 @@ async def test_a_nameserver_that_programs_were_seen_to_ask_is_asked_too_and_its_
         udp(whoami, host="127.0.0.2") as (other, _),
     ):
         there = Nameserver(ip_address("127.0.0.2"), port=other)
-        quiet = replace(eyes(canary, dns), no_dns=Nameserver(HERE, port=canary))
+        quiet = replace(deps(canary, dns), no_dns=Nameserver(HERE, port=canary))
         alone = await look(quiet, Trigger.TIMER, policy)
         beside = await look(replace(quiet, neighbors=lambda: (there,)), Trigger.LEAK, policy)
     assert judge(alone, policy).state is State.PROTECTED
@@ -220,7 +220,7 @@ async def test_a_nameserver_that_programs_were_seen_to_ask_is_asked_too_and_its_
 async def test_what_a_packet_went_to_and_does_not_answer_is_no_nameserver() -> None:
     there = Nameserver(ip_address("127.0.0.3"), port=9)
     async with udp(lambda _: EXIT) as (canary, _), udp(whoami) as (dns, _):
-        seen = await look(replace(eyes(canary, dns), neighbors=lambda: (there,)), Trigger.LEAK, Policy())
+        seen = await look(replace(deps(canary, dns), neighbors=lambda: (there,)), Trigger.LEAK, Policy())
     assert {str(s.nameserver) for s in seen.resolvers} == {"127.0.0.1"}
 
 
@@ -236,7 +236,7 @@ async def test_a_resolv_conf_that_cannot_be_read_here_is_no_dns_that_is_down(tmp
     unreadable.symlink_to(unreadable)  # ELOOP; a test that runs as root may read any file
     async with udp(lambda _: b"203.0.113.4") as (port, _):
         looks = replace(
-            eyes(port),
+            deps(port),
             nameservers=lambda: system_nameservers(unreadable),
             system=SystemResolver(fails, boottime=SystemClock().boottime),
         )
@@ -256,10 +256,10 @@ async def test_a_round_in_which_dns_is_intercepted_asks_another_kind_of_echo_for
         )
 
     async with udp(lambda _: b"91.10.0.54") as (port, _), udp(whoami) as (nameserver, _), udp(answer) as (proxy, _):
-        flock = Flock(
+        plan = CanaryPlan(
             targets=(Loopback("cloudflare", port),), reserve=(), others=(OverTcp(ask=trace, address=None, port=443),)
         )
-        looks = replace(eyes(port, nameserver), flock=lambda _: flock)
+        looks = replace(deps(port, nameserver), plan=lambda _: plan)
         intercepted = await look(replace(looks, no_dns=Nameserver(HERE, port=proxy)), Trigger.TIMER, Policy())
         times = len(asked)
         usual = await look(replace(looks, no_dns=Nameserver(HERE, port=9)), Trigger.TIMER, Policy())
@@ -286,8 +286,8 @@ async def test_home_as_this_round_saw_it_is_placed_and_compared() -> None:
     clock = SystemClock()
     origins = Origins(clock, services=services, path_to=lambda *_: DomainPath.OUTSIDE)
     async with udp(lambda _: EXIT) as (port, _), udp(whoami) as (nameserver, _):
-        flock = Flock(targets=(Loopback("a", port),), reserve=(), also=(beside,))
-        looks = replace(eyes(port, nameserver), flock=lambda _: flock, origins=origins)
+        plan = CanaryPlan(targets=(Loopback("a", port),), reserve=(), also=(beside,))
+        looks = replace(deps(port, nameserver), plan=lambda _: plan, origins=origins)
         seen = await look(looks, Trigger.TIMER, Policy())
     assert sorted(asked) == ["185.65.134.0", "185.65.200.0", "185.65.201.0"]
     found = judge(seen, learned_home(seen, Policy()))

@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 
 from tests.conftest import ManualClock, until
-from vpn_sentinel.agent.rounds.scheduler import BURST, GAP, RECHECKS, UNWELL, Pace, Schedule, Scheduler
+from vpn_sentinel.agent.rounds.scheduler import (
+    BURST_GAP_S,
+    MAX_BURST,
+    RECHECKS_S,
+    UNWELL_EVERY_S,
+    Pace,
+    Schedule,
+    Scheduler,
+)
 from vpn_sentinel.agent.rounds.state import RoundState
 from vpn_sentinel.agent.rounds.triggers import TriggerQueue
 from vpn_sentinel.domain.judge import judge, judge_reference
@@ -56,15 +64,15 @@ def test_all_well_waits_for_the_interval_and_never_longer() -> None:
 def test_trouble_is_looked_at_again_soon_then_now_and_then() -> None:
     schedule = Schedule(30.0)
     schedule.after(State.PROTECTED)
-    waits = [schedule.after(State.DOWN)[0] for _ in range(len(RECHECKS) + 2)]
-    assert waits == [*RECHECKS, UNWELL, UNWELL]
+    waits = [schedule.after(State.DOWN)[0] for _ in range(len(RECHECKS_S) + 2)]
+    assert waits == [*RECHECKS_S, UNWELL_EVERY_S, UNWELL_EVERY_S]
 
 
 def test_recovery_is_confirmed_too() -> None:
     schedule = Schedule(30.0)
     for _ in range(20):
         schedule.after(State.DOWN)
-    assert [schedule.after(State.PROTECTED)[0] for _ in RECHECKS] == list(RECHECKS)
+    assert [schedule.after(State.PROTECTED)[0] for _ in RECHECKS_S] == list(RECHECKS_S)
     assert schedule.after(State.PROTECTED)[1] is Trigger.TIMER
 
 
@@ -72,7 +80,7 @@ def test_a_kind_of_trouble_that_changes_begins_again() -> None:
     schedule = Schedule(30.0)
     schedule.after(State.DOWN)
     schedule.after(State.DOWN)
-    assert schedule.after(State.LEAKING) == (RECHECKS[0], Trigger.RECHECK)
+    assert schedule.after(State.LEAKING) == (RECHECKS_S[0], Trigger.RECHECK)
 
 
 def test_a_short_interval_is_never_exceeded() -> None:
@@ -82,7 +90,7 @@ def test_a_short_interval_is_never_exceeded() -> None:
 
 def test_rechecks_outlast_every_grace() -> None:
     policy = Policy()
-    assert sum(RECHECKS) > max(policy.grace_down, policy.grace_degraded, policy.grace_recovery)
+    assert sum(RECHECKS_S) > max(policy.grace_down, policy.grace_degraded, policy.grace_recovery)
 
 
 Look = Callable[[Trigger, Policy], Coroutine[Any, Any, Observation]]
@@ -152,18 +160,18 @@ async def test_many_rings_are_one_round() -> None:
         await until(lambda: len(running.seen) == 3)
     assert [trigger for trigger, _ in running.seen] == [Trigger.START, Trigger.NETWORK, Trigger.CANARY]
     assert len(running.slept) == 2
-    assert all(0.0 <= seconds <= GAP for seconds in running.slept)
+    assert all(0.0 <= seconds <= BURST_GAP_S for seconds in running.slept)
 
 
 async def test_a_change_right_after_another_ones_round_is_not_held_up() -> None:
     """A client that ends changes one thing after the other: what leaks may come with the last of them."""
     async with Running(look_well) as running:
         await until(lambda: running.seen)
-        for rounds in range(2, 2 + BURST + 1):
+        for rounds in range(2, 2 + MAX_BURST + 1):
             running.triggers.put(Trigger.NETWORK)
             await until(lambda rounds=rounds: len(running.seen) == rounds)
     *at_once, held = running.slept
-    assert at_once == [0.0] * BURST
+    assert at_once == [0.0] * MAX_BURST
     assert held > 0.0
 
 
@@ -173,10 +181,10 @@ def test_constant_change_starts_a_round_a_second() -> None:
         now += max(0.01, pace.wait(now))
         pace.started(now)
         starts.append(now)
-    assert starts[BURST - 1] - starts[0] < GAP
-    gaps = [later - earlier for earlier, later in zip(starts[BURST:], starts[BURST + 1 :], strict=False)]
-    assert gaps == pytest.approx([GAP] * len(gaps))
-    assert pace.wait(now + BURST * GAP) == 0.0
+    assert starts[MAX_BURST - 1] - starts[0] < BURST_GAP_S
+    gaps = [later - earlier for earlier, later in zip(starts[MAX_BURST:], starts[MAX_BURST + 1 :], strict=False)]
+    assert gaps == pytest.approx([BURST_GAP_S] * len(gaps))
+    assert pace.wait(now + MAX_BURST * BURST_GAP_S) == 0.0
 
 
 async def test_the_timer_makes_rounds_without_any_event() -> None:

@@ -44,7 +44,7 @@ class Facts(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Standing:
+class ContainmentDeps:
     """What containment stands on. `ways` may raise OSError, and returns None when no tunnel is known here.
 
     `owner_of` is containment.table's; `take_seat` says whether we are the one agent here that may write rules. `tell`
@@ -67,12 +67,12 @@ def mark(client_id: str, spool: str) -> str:
 class Containment:
     """Not to be entered twice at a time: one task drives it."""
 
-    def __init__(self, mode: Mode, client_id: str, facts: Facts, standing: Standing, clock: Clock) -> None:
+    def __init__(self, mode: Mode, client_id: str, facts: Facts, deps: ContainmentDeps, clock: Clock) -> None:
         self.contained = False
         self._mode = mode
         self._client_id = client_id
         self._facts = facts
-        self._standing = standing
+        self._deps = deps
         self._clock = clock
         self._armed = True
         self._applied = ""
@@ -86,13 +86,13 @@ class Containment:
     async def start(self) -> None:
         """Find out what stands here: adopt what is ours, remove it when containment is off, leave what is not ours."""
         try:
-            owner = self._standing.owner_of(TABLE)
+            owner = self._deps.owner_of(TABLE)
             if owner is not None and self._is_ours(owner):
                 await self._found_ours()
             elif owner is not None:
                 log.warning("another agent's containment stands here", extra={"owner": owner or "unnamed"})
-            if self._mode is Mode.ON and self._standing.owner_of(RELEASED) is not None:
-                await self._standing.nft(forget_word())
+            if self._mode is Mode.ON and self._deps.owner_of(RELEASED) is not None:
+                await self._deps.nft(forget_word())
         except OSError as e:
             if self._mode is Mode.ON:
                 log.warning("containment cannot work here", extra={"reason": why_not(e)})
@@ -110,13 +110,13 @@ class Containment:
             return
         if self._mode is Mode.DRY_RUN:
             self._armed = False
-            self._standing.tell("contain", Outcome.DRY_RUN, "the ways out beside the tunnel would be closed")
+            self._deps.tell("contain", Outcome.DRY_RUN, "the ways out beside the tunnel would be closed")
             return
         try:
-            if (owner := self._standing.owner_of(TABLE)) is not None and not self._is_ours(owner):
+            if (owner := self._deps.owner_of(TABLE)) is not None and not self._is_ours(owner):
                 self._failed(f"the rules of another agent stand here: {owner or 'unnamed'}")
                 return
-            if not self._standing.take_seat():
+            if not self._deps.take_seat():
                 self._failed("another agent holds containment in this namespace")
                 return
             self._cause = cause
@@ -135,7 +135,7 @@ class Containment:
         if not self.contained:
             return
         now = self._clock.boottime()
-        if not proven(seen, verdict, self._cause, self._standing.path_of):
+        if not proven(seen, verdict, self._cause, self._deps.path_of):
             self._proofs = 0
             return
         if self._proofs == 0:
@@ -149,16 +149,16 @@ class Containment:
 
     async def _write(self) -> bool:
         """Put the rules in place; whether it was done. Raises OSError."""
-        ways = self._standing.ways(self._cause)
+        ways = self._deps.ways(self._cause)
         if ways is None:
             self._failed("no tunnel interface is known here: closing would cut off everything")
             return False
         text = render(ways, mark(self._client_id, self._facts.identity))
         # First: whoever adopts the rules after a kill must know what to prove before it opens them.
         self._facts.keep(_CAUSE, to_text(self._cause))
-        if text == self._applied and self._standing.owner_of(TABLE) is not None:
+        if text == self._applied and self._deps.owner_of(TABLE) is not None:
             return True
-        await self._standing.nft(text)
+        await self._deps.nft(text)
         self._applied = text
         return True
 
@@ -170,18 +170,18 @@ class Containment:
         log.warning(
             "contained: only the tunnel, its endpoint and the LAN are open", extra={"cause": to_text(self._cause)}
         )
-        self._standing.tell("contain", Outcome.DONE, "the ways out beside the tunnel are closed")
+        self._deps.tell("contain", Outcome.DONE, "the ways out beside the tunnel are closed")
 
     async def _keep_up(self) -> None:
         """Follow endpoints and networks that changed; put back what somebody else swept away; obey a release."""
         try:
-            owner = self._standing.owner_of(TABLE)
-            if owner is None and self._standing.owner_of(RELEASED) is not None:
-                await self._standing.nft(forget_word())
+            owner = self._deps.owner_of(TABLE)
+            if owner is None and self._deps.owner_of(RELEASED) is not None:
+                await self._deps.nft(forget_word())
                 self._released()
                 self._armed = False  # by its owner's will: the next leak closes it again, this one does not
                 log.warning("released by hand: the next leak closes it again, this one does not")
-                self._standing.tell("release", Outcome.DONE, "by hand")
+                self._deps.tell("release", Outcome.DONE, "by hand")
                 return
             if owner is not None and not self._is_ours(owner):
                 self._released()
@@ -189,20 +189,20 @@ class Containment:
                 return
             if await self._write() and owner is None:
                 log.warning("the containment was removed by something else and is put back")
-                self._standing.tell("contain", Outcome.DONE, "put back: something else had removed the rules")
+                self._deps.tell("contain", Outcome.DONE, "put back: something else had removed the rules")
         except (OSError, ValueError) as e:
             self._failed(why_not(e))
 
     async def _open(self, why: str) -> None:
         try:
-            await self._standing.nft(removal())
+            await self._deps.nft(removal())
         except NftError as e:
             self._failed(why_not(e), name="release")
             return
         self._released()
         self._released_at = self._clock.boottime()
         log.warning("released", extra={"why": why})
-        self._standing.tell("release", Outcome.DONE, why)
+        self._deps.tell("release", Outcome.DONE, why)
 
     def _released(self) -> None:
         self.contained = False
@@ -212,16 +212,16 @@ class Containment:
 
     async def _found_ours(self) -> None:
         """Rules of ours from before this start. Raises OSError."""
-        if not self._standing.take_seat():
+        if not self._deps.take_seat():
             log.warning("another agent of this name holds containment in this namespace")
         elif self._mode is Mode.ON:
             self.contained = True
             self._cause = from_text(self._facts.fact(_CAUSE))
             log.warning("still contained, since before this start", extra={"cause": to_text(self._cause)})
         else:
-            await self._standing.nft(removal())
+            await self._deps.nft(removal())
             log.warning("containment is not on: our rules of an earlier start are removed")
-            self._standing.tell("release", Outcome.DONE, "containment is not on any more")
+            self._deps.tell("release", Outcome.DONE, "containment is not on any more")
 
     # -- saying --------------------------------------------------------------------------------------------------------
 
@@ -234,7 +234,7 @@ class Containment:
             return
         self._said = reason
         log.error("containment failed", extra={"action": name, "reason": reason})
-        self._standing.tell(name, Outcome.FAILED, reason)
+        self._deps.tell(name, Outcome.FAILED, reason)
 
 
 def why_not(error: Exception) -> str:

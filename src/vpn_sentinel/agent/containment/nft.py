@@ -10,9 +10,9 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 LIBRARY: Final = "libnftables.so.1"
-_LIMIT: Final = 5.0  # seconds for `nft`
+_NFT_TIMEOUT_S: Final = 5.0  # seconds for `nft`
 _PLACES: Final = "/usr/sbin:/sbin:/usr/local/sbin:/usr/bin:/bin:/usr/local/bin"
-_MOST: Final = 300  # characters of an error
+_MAX_ERROR_CHARS: Final = 300  # characters of an error
 Nft = Callable[[str], Awaitable[None]]
 
 
@@ -80,10 +80,10 @@ async def _spawn(program: str, commands: str) -> None:
     except OSError as e:
         raise NftError(f"{program}: {e.strerror}") from e
     try:
-        async with asyncio.timeout(_LIMIT):
+        async with asyncio.timeout(_NFT_TIMEOUT_S):
             _, said = await process.communicate(commands.encode())
     except TimeoutError as e:
-        raise NftError(f"nft did not end within {_LIMIT:g} s") from e
+        raise NftError(f"nft did not end within {_NFT_TIMEOUT_S:g} s") from e
     finally:
         if process.returncode is None:
             process.kill()
@@ -94,4 +94,4 @@ async def _spawn(program: str, commands: str) -> None:
 
 def first_line(said: bytes) -> str:
     lines = said.decode("utf-8", "replace").strip().splitlines()
-    return (lines[0] if lines else "nftables refused without a word")[:_MOST]
+    return (lines[0] if lines else "nftables refused without a word")[:_MAX_ERROR_CHARS]

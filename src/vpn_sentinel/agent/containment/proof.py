@@ -15,7 +15,7 @@ from vpn_sentinel.domain.policy import IPAddress, Policy
 from vpn_sentinel.domain.verdict import Code, State, Verdict
 from vpn_sentinel.wire import codec
 
-_MOST: Final = 32  # destinations remembered
+_MAX_DESTINATIONS: Final = 32  # destinations remembered
 _UNPROVEN: Final = frozenset({State.LEAKING, State.DOWN, State.UNKNOWN})
 _WHOLE: Final = {Code.IP_LEAK: 4, Code.IPV6_LEAK: 6}
 PathOf = Callable[[IPAddress, int, str], Path]  # of an address, port (0: any) and protocol ("udp", "tcp", …)
@@ -39,7 +39,7 @@ class Cause:
     flows: frozenset[Flow] = field(default=frozenset())
 
     def __or__(self, other: "Cause") -> "Cause":
-        flows = sorted(self.flows | other.flows, key=str)[:_MOST]
+        flows = sorted(self.flows | other.flows, key=str)[:_MAX_DESTINATIONS]
         return Cause(
             families=self.families | other.families,
             nameservers=self.nameservers | other.nameservers,

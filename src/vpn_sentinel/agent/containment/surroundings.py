@@ -10,7 +10,7 @@ from vpn_sentinel.agent.containment.containment import Facts
 from vpn_sentinel.agent.containment.exempt import Exempt
 from vpn_sentinel.agent.containment.proof import Cause
 from vpn_sentinel.agent.containment.rules import Ways
-from vpn_sentinel.agent.leakwatch.ground import Ground, Tables, ground
+from vpn_sentinel.agent.leakwatch.egress_map import EgressMap, Tables, egress_map
 from vpn_sentinel.agent.leakwatch.meant import Meant
 from vpn_sentinel.agent.leakwatch.senders import is_mark
 from vpn_sentinel.agent.net.endpoints import PROTOCOLS, TCP, UDP, Endpoint, parse_endpoint
@@ -41,7 +41,7 @@ class Surroundings:
     policy: Policy
     meant: Meant = field(default_factory=Meant)
     taking: Callable[[], frozenset[int]] = listening_ports
-    _ground: Ground = field(default_factory=Ground)
+    _egress: EgressMap = field(default_factory=EgressMap)
 
     def remember(self) -> Survey:
         """Look, and keep what leads to the VPN's server: when the tunnel is gone, nobody can tell any more.
@@ -49,17 +49,17 @@ class Surroundings:
         Raises OSError.
         """
         found = self.survey()
-        self._ground = ground(
+        self._egress = egress_map(
             found,
             self.tables,
             allowed=self.policy.allowed_outside,
             resolvers=self.policy.allowed_resolvers,
-            before=self._ground,
+            before=self._egress,
         )
         if endpoints := self.endpoints():
             self.facts.keep(_ENDPOINTS, ",".join(str(e) for e in endpoints))
-        if self._ground.openvpn and self._ground.hosts:
-            self.facts.keep(_HOSTS, ",".join(str(h) for h in self._ground.hosts))
+        if self._egress.openvpn and self._egress.hosts:
+            self.facts.keep(_HOSTS, ",".join(str(h) for h in self._egress.hosts))
         return found
 
     def ways(self, cause: Cause) -> Ways | None:
@@ -69,7 +69,7 @@ class Surroundings:
             return None
         endpoints = self.endpoints() or tuple(parse_endpoint(e) for e in self._kept(_ENDPOINTS))
         servers = [(w, a) for w in map(split, self.urls) for a in self.names.known(w.host)]
-        rules = self._ground.with_endpoints(endpoints, (a for _, a in servers))
+        rules = self._egress.with_endpoints(endpoints, (a for _, a in servers))
         # OpenVPN without a management socket: its server is one of the hosts that had a route of their own.
         hosts: tuple[IPNetwork, ...] = ()
         if not endpoints and not rules.marks:
@@ -84,7 +84,7 @@ class Surroundings:
             leaking_names=tuple(sorted((a for a in cause.nameservers if a.is_loopback), key=str)),
             exempt=Exempt(
                 meant=self.meant,
-                excepted=tuple(r for r in self._ground.senders.excepted if not is_mark(r)),
+                excepted=tuple(r for r in self._egress.senders.excepted if not is_mark(r)),
                 taking=self.taking(),
             ),
             forwards=any(_is_on(file) for file in _FORWARDING),

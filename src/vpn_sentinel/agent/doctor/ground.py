@@ -14,7 +14,7 @@ from vpn_sentinel.agent.net.interfaces import Paths, Survey
 from vpn_sentinel.agent.net.kernel import Netlink
 from vpn_sentinel.agent.net.urls import split
 from vpn_sentinel.agent.probes.canary import canaries
-from vpn_sentinel.agent.rounds.plan import flock
+from vpn_sentinel.agent.rounds.canary_plan import canary_plan
 from vpn_sentinel.agent.uplink.answers import own_refusal
 from vpn_sentinel.domain.observation import Canary, Observation, Trigger
 from vpn_sentinel.domain.policy import IPAddress
@@ -87,7 +87,7 @@ class Ground:
 
 async def look(read: Read, http: Client, survey: Survey, paths: Paths) -> Observation:
     """Canaries alone, at most about three seconds; nobody's geolocation service is asked."""
-    found: tuple[Canary, ...] = await canaries(flock(read.agent.probes, http, (), paths), paths)
+    found: tuple[Canary, ...] = await canaries(canary_plan(read.agent.probes, http, (), paths), paths)
     return Observation(trigger=Trigger.START, link=survey.link(), interfaces=survey.names(), canaries=found)
 
 

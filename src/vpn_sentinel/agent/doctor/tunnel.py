@@ -10,8 +10,7 @@ from vpn_sentinel.agent.doctor.check import Check, gap, ok, unknown
 from vpn_sentinel.agent.doctor.ground import Ground
 from vpn_sentinel.agent.introspect import gluetun as control
 from vpn_sentinel.agent.introspect.wireguard import Device, DeviceError, read_device
-from vpn_sentinel.agent.leakwatch.ground import Ground as WatchGround
-from vpn_sentinel.agent.leakwatch.ground import ground as watch_ground
+from vpn_sentinel.agent.leakwatch.egress_map import EgressMap, egress_map
 from vpn_sentinel.agent.leakwatch.meant import Meant
 from vpn_sentinel.agent.leakwatch.rules import Ports
 from vpn_sentinel.agent.net.endpoints import TCP, Endpoint
@@ -87,8 +86,8 @@ async def leak_watch(ground: Ground) -> list[Check]:
     peers = device.peers if isinstance(device, Device) else ()
     endpoints = (*ground.read.agent.probes.tunnel_endpoints, *(p.endpoint for p in peers if p.endpoint))
     probes = ground.read.agent.probes
-    found = watch_ground(
-        ground.survey, ground.kernel, allowed=probes.policy.allowed_outside, resolvers=(), before=WatchGround()
+    found = egress_map(
+        ground.survey, ground.kernel, allowed=probes.policy.allowed_outside, resolvers=(), before=EgressMap()
     )
     watched = [i.name for i in found.interfaces if i.name not in probes.meant_outside.interfaces]
     return [about_leak_watch(watched, endpoints, told=found.tells(endpoints))]

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final
 
-from vpn_sentinel.agent.geo.shelf import MANIFEST, GeoError, loose_files, read_manifest
+from vpn_sentinel.agent.geo.store import MANIFEST, GeoError, loose_files, read_manifest
 from vpn_sentinel.agent.probes.mmdb import Reader, get, open_file, read
 from vpn_sentinel.domain.observation import Place
 from vpn_sentinel.domain.policy import IPAddress
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 LOOK_AGAIN: Final = 60.0  # seconds between two looks at the files
 OLD, TOO_OLD = 45.0, 90.0  # days since the data was built; DB-IP's is new every month, MaxMind's twice a week
 _DAY: Final = 86400.0
-_MOST: Final = 64  # answers kept
+_MAX_ANSWERS: Final = 64  # answers kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +104,7 @@ class Databases:
             self._looked = now
             self._refresh()
         if address not in self._answers:
-            if len(self._answers) >= _MOST:
+            if len(self._answers) >= _MAX_ANSWERS:
                 self._answers.clear()
             found = (self._ask(source, address) for source in self.opened)
             self._answers[address] = tuple(place for place in found if place is not None)

@@ -16,7 +16,7 @@ from http.client import HTTPMessage
 from pathlib import Path
 from typing import IO, Any, Final
 
-from vpn_sentinel.agent.geo.shelf import GeoError, writing
+from vpn_sentinel.agent.geo.store import GeoError, writing
 from vpn_sentinel.agent.net.http import reason
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.runtime.secret import Secret

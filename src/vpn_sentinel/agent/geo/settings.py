@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from vpn_sentinel.agent.geo.shelf import FOLDER
+from vpn_sentinel.agent.geo.store import FOLDER
 from vpn_sentinel.agent.net.urls import is_insecure
 from vpn_sentinel.runtime import settings as s
 from vpn_sentinel.runtime.secret import Secret

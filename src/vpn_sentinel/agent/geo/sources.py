@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from vpn_sentinel.agent.geo.fetch import Login, NotThereError, Web, shown
-from vpn_sentinel.agent.geo.shelf import GeoError, named, part
+from vpn_sentinel.agent.geo.store import GeoError, named, part
 from vpn_sentinel.agent.geo.unpack import copy_of, gunzip, only_database
 
 DBIP_CREDIT: Final = "IP geolocation by DB-IP, https://db-ip.com"

@@ -7,7 +7,7 @@ import zlib
 from pathlib import Path
 from typing import IO, Final, Protocol
 
-from vpn_sentinel.agent.geo.shelf import GeoError, writing
+from vpn_sentinel.agent.geo.store import GeoError, writing
 
 _PIECE: Final = 256 * 1024
 _GZIP: Final = b"\x1f\x8b"

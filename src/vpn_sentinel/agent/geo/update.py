@@ -7,7 +7,8 @@ from typing import Final
 
 from vpn_sentinel.agent.geo.databases import open_together, vendor
 from vpn_sentinel.agent.geo.fetch import Web
-from vpn_sentinel.agent.geo.shelf import (
+from vpn_sentinel.agent.geo.sources import DBIP_CREDIT, MAXMIND_CREDIT, Database, Vendor
+from vpn_sentinel.agent.geo.store import (
     Collection,
     Entry,
     GeoError,
@@ -18,7 +19,6 @@ from vpn_sentinel.agent.geo.shelf import (
     path_of,
     read_manifest,
 )
-from vpn_sentinel.agent.geo.sources import DBIP_CREDIT, MAXMIND_CREDIT, Database, Vendor
 from vpn_sentinel.agent.geo.unpack import digest
 from vpn_sentinel.agent.geo.verify import examine, not_older
 from vpn_sentinel.runtime.clock import Clock

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from vpn_sentinel.agent.geo.databases import day
-from vpn_sentinel.agent.geo.shelf import GeoError
+from vpn_sentinel.agent.geo.store import GeoError
 from vpn_sentinel.agent.probes.mmdb import DAMAGED, Reader, get, open_file, read
 from vpn_sentinel.domain.policy import IPAddress
 

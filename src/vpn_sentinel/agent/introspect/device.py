@@ -10,10 +10,10 @@ from typing import Final
 
 from vpn_sentinel.runtime.clock import Clock, tick
 
-EVERY: Final = 1.0  # seconds
-STALL: Final = 2.0  # seconds that a device sends and receives nothing
+READ_EVERY_S: Final = 1.0  # seconds
+STALL_AFTER_S: Final = 2.0  # seconds that a device sends and receives nothing
 # Seconds between two such signs: somebody's one-way traffic on a quiet tunnel looks the same.
-QUIET: Final = 30.0
+SIGNS_APART_S: Final = 30.0
 
 
 class Stall:
@@ -37,7 +37,7 @@ class Stall:
         if last is None or rx > last[1] or tx == last[2]:
             self._alive = now
             return False
-        if now - self._alive < STALL or (self._signed is not None and now - self._signed < QUIET):
+        if now - self._alive < STALL_AFTER_S or (self._signed is not None and now - self._signed < SIGNS_APART_S):
             return False
         self._signed = now
         return True
@@ -55,12 +55,12 @@ def counters(text: bytes, interface: str) -> tuple[int, int] | None:
 
 
 class StallWatch:
-    """Reads the counters of the interface that `tunnel` names at that moment, and rings at a stall."""
+    """Reads the counters of the interface that `tunnel` names at that moment, and calls `on_change` at a stall."""
 
     def __init__(
         self,
         tunnel: Callable[[], str | None],
-        ring: Callable[[], None],
+        on_change: Callable[[], None],
         clock: Clock,
         *,
         path: str = "/proc/net/dev",
@@ -68,7 +68,7 @@ class StallWatch:
     ) -> None:
         self.stall = Stall()
         self._tunnel = tunnel
-        self._ring = ring
+        self._on_change = on_change
         self._clock = clock
         self._path = path
         self._sleep = sleep
@@ -83,7 +83,7 @@ class StallWatch:
         with file:
             while True:
                 self.read(file)
-                await self._sleep(EVERY)
+                await self._sleep(READ_EVERY_S)
 
     def read(self, file: FileIO) -> None:
         name = self._tunnel()
@@ -95,4 +95,4 @@ class StallWatch:
         if found is None:
             self.stall.forget()
         elif self.stall.step(self._clock.boottime(), *found):
-            self._ring()
+            self._on_change()

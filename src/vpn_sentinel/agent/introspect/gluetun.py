@@ -22,8 +22,8 @@ from vpn_sentinel.wire import limits
 
 log = logging.getLogger(__name__)
 
-LIMIT: Final = 2.0  # seconds for one answer
-EVERY: Final = (6.0, 9.0)  # seconds between two looks while it answers
+ANSWER_TIMEOUT_S: Final = 2.0  # seconds for one answer
+LOOK_EVERY_S: Final = (6.0, 9.0)  # seconds between two looks while it answers
 REST: Final = 60.0  # seconds until what is missing, refused or slow to change is asked again
 STATUS, ADDRESS, DNS = "/v1/vpn/status", "/v1/publicip/ip", "/v1/dns/status"
 PORT, OLD_PORT = "/v1/portforward", "/v1/openvpn/portforwarded"
@@ -59,7 +59,7 @@ class Gluetun:
         changed: Callable[[], None],
         *,
         health: str | None = HEALTH,
-        every: tuple[float, float] = EVERY,
+        every: tuple[float, float] = LOOK_EVERY_S,
         rest: float = REST,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
@@ -170,7 +170,7 @@ class Gluetun:
         if self._health is None or not self._due(self._health):
             return
         try:
-            answer = await self._http.get(self._health, limit=LIMIT)
+            answer = await self._http.get(self._health, limit=ANSWER_TIMEOUT_S)
         except HttpError:
             self._unhealthy = None
             self._sleep_on(self._health)
@@ -185,7 +185,7 @@ class Gluetun:
 
     async def _get(self, route: str) -> Mapping[str, Any] | None:
         """The answer's object; None when the route is refused, missing, or answers with something else."""
-        answer = await self._http.get(self._url + route, limit=LIMIT, headers=self._login.headers())
+        answer = await self._http.get(self._url + route, limit=ANSWER_TIMEOUT_S, headers=self._login.headers())
         if answer.status in (401, 403):
             self._sleep_on(route)
             self._say_refused(route)

@@ -18,9 +18,9 @@ from vpn_sentinel.runtime.secret import Secret
 
 log = logging.getLogger(__name__)
 
-PATIENCE: Final = 3.0  # seconds for the greeting and for the first state
-_LONGEST: Final = 4096  # bytes of a line
-_MOST_LINES: Final = 64  # before the first state
+GREETING_TIMEOUT_S: Final = 3.0  # seconds for the greeting and for the first state
+_MAX_LINE_BYTES: Final = 4096  # bytes of a line
+_MAX_LINES: Final = 64  # before the first state
 _PROMPT: Final = b"ENTER PASSWORD:"
 
 
@@ -60,7 +60,7 @@ class OpenVpn:
         changed: Callable[[], None],
         *,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
-        patience: float = PATIENCE,
+        patience: float = GREETING_TIMEOUT_S,
     ) -> None:
         """`where` is the path of a UNIX socket, or ADDRESS:PORT."""
         self._where = where
@@ -128,9 +128,9 @@ class OpenVpn:
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         if self._where.startswith("/"):
-            return await asyncio.open_unix_connection(self._where, limit=_LONGEST)
+            return await asyncio.open_unix_connection(self._where, limit=_MAX_LINE_BYTES)
         host, _, port = self._where.rpartition(":")
-        return await asyncio.open_connection(host.strip("[]"), int(port), limit=_LONGEST)
+        return await asyncio.open_connection(host.strip("[]"), int(port), limit=_MAX_LINE_BYTES)
 
     async def _enter(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Wait for the greeting; give the password where one is asked for, which comes without the end of a line."""
@@ -153,7 +153,7 @@ class OpenVpn:
     async def _first_state(self, reader: asyncio.StreamReader) -> None:
         """The answer to `state`: its last line before END."""
         found = None
-        for _ in range(_MOST_LINES):
+        for _ in range(_MAX_LINES):
             line = await _line(reader)
             if line == "END":
                 break

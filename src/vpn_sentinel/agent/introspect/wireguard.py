@@ -17,9 +17,9 @@ from vpn_sentinel.agent.net.endpoints import Endpoint, parse_endpoint
 from vpn_sentinel.domain.observation import Claim
 
 FOLDERS: Final = ("/run/wireguard", "/var/run/wireguard")
-LIMIT: Final = 0.5  # seconds for one look
-_LONGEST: Final = 4096  # bytes of a line
-_MOST: Final = 256 * 1024  # bytes of an answer: some thousand peers
+LOOK_TIMEOUT_S: Final = 0.5  # seconds for one look
+_MAX_LINE_BYTES: Final = 4096  # bytes of a line
+_MAX_ANSWER_BYTES: Final = 256 * 1024  # bytes of an answer: some thousand peers
 _SECRET: Final = (b"private_key=", b"preshared_key=")
 _SHOWN: Final = ("endpoints", "latest-handshakes", "transfer", "fwmark")
 
@@ -62,7 +62,7 @@ async def read_device(interface: str, *, kernel: bool, folders: Sequence[str] = 
     `kernel` tells that it is the kernel's own WireGuard. Raises DeviceError, and PermissionError without the privilege.
     """
     try:
-        async with asyncio.timeout(LIMIT):
+        async with asyncio.timeout(LOOK_TIMEOUT_S):
             for folder in folders:
                 with contextlib.suppress(FileNotFoundError, NotADirectoryError):
                     return await _userspace(f"{folder}/{interface}.sock")
@@ -79,7 +79,7 @@ async def read_device(interface: str, *, kernel: bool, folders: Sequence[str] = 
 
 
 async def _userspace(path: str) -> Device:
-    reader, writer = await asyncio.open_unix_connection(path, limit=_LONGEST)
+    reader, writer = await asyncio.open_unix_connection(path, limit=_MAX_LINE_BYTES)
     try:
         writer.write(b"get=1\n\n")
         return await read_answer(_lines(reader))
@@ -92,7 +92,7 @@ async def _lines(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
     taken = 0
     while line := await reader.readline():
         taken += len(line)
-        if taken > _MOST:
+        if taken > _MAX_ANSWER_BYTES:
             raise DeviceError("the answer is too large")
         if line == b"\n":
             return
@@ -138,7 +138,7 @@ async def _show(program: str, interface: str, what: str) -> str:
         said = bytearray()
         while piece := await process.stdout.read(65536):
             said += piece
-            if len(said) > _MOST:
+            if len(said) > _MAX_ANSWER_BYTES:
                 raise DeviceError("the answer is too large")
         if await process.wait() != 0:
             raise DeviceError("wg cannot show it")

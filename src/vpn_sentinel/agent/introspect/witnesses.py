@@ -4,7 +4,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from vpn_sentinel.agent.introspect.device import EVERY, StallWatch
+from vpn_sentinel.agent.introspect.device import READ_EVERY_S, StallWatch
 from vpn_sentinel.agent.introspect.gluetun import Gluetun
 from vpn_sentinel.agent.introspect.openvpn import OpenVpn
 from vpn_sentinel.agent.introspect.port import ForwardedPort
@@ -22,17 +22,17 @@ log = logging.getLogger(__name__)
 class Witnesses:
     """`look` asks what is asked anew each round; the others are listened to by `run`."""
 
-    def __init__(self, settings: IntrospectSettings, http: Client, clock: Clock, ring: Callable[[], None]) -> None:
-        """`ring` is called when one of them tells of a change."""
+    def __init__(self, settings: IntrospectSettings, http: Client, clock: Clock, on_change: Callable[[], None]) -> None:
+        """`on_change` is called when one of them tells of a change."""
         self._clock = clock
-        self._ring = ring
+        self._on_change = on_change
         self._tunnel: str | None = None
         self._wireguard: Device | None = None
         self._hidden = False
-        self._openvpn = OpenVpn(settings.openvpn, settings.openvpn_password, ring) if settings.openvpn else None
-        self._gluetun = Gluetun(http, settings.gluetun, settings.login, ring) if settings.gluetun else None
+        self._openvpn = OpenVpn(settings.openvpn, settings.openvpn_password, on_change) if settings.openvpn else None
+        self._gluetun = Gluetun(http, settings.gluetun, settings.login, on_change) if settings.gluetun else None
         self._port = ForwardedPort(settings.forwarded_port)
-        self._stalls = StallWatch(lambda: self._tunnel, ring, clock)
+        self._stalls = StallWatch(lambda: self._tunnel, on_change, clock)
 
     def endpoints(self) -> tuple[Endpoint, ...]:
         """All far ends of the tunnel that were told of, also after it went away: its last packets are still its own."""
@@ -82,6 +82,6 @@ class Witnesses:
     async def _watch_port(self) -> None:
         self._port.read()
         while self._port.is_file:
-            await asyncio.sleep(EVERY)
+            await asyncio.sleep(READ_EVERY_S)
             if self._port.read():
-                self._ring()
+                self._on_change()

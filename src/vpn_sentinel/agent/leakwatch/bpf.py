@@ -38,7 +38,7 @@ SNAP: Final = 384  # bytes of a packet that come up: enough for the longest name
 HEAD: Final = 80  # bytes of one that comes in: addresses, ports, flags
 DROP: Final = 0
 _SO_ATTACH_FILTER: Final = 26
-_MOST: Final = 4096 - 10  # BPF_MAXINSNS, less what `strangers` takes
+_MAX_INSTRUCTIONS: Final = 4096 - 10  # BPF_MAXINSNS, less what `strangers` takes
 _WORDS: Final = 16  # BPF_MEMWORDS
 
 _LD_W, _LD_LEN, _LD_H, _LD_B, _LDH_X, _LDB_X, _LDX_MSH, _LDX_IMM = 0x20, 0x80, 0x28, 0x30, 0x48, 0x50, 0xB1, 0x01
@@ -111,8 +111,8 @@ def _program(first: list[Insn], six: list[Insn], four: list[Insn]) -> list[Insn]
         *six,
         *four,
     ]
-    if len(made) > _MOST:
-        msg = f"the filter takes {len(made)} instructions, and the kernel at most {_MOST}"
+    if len(made) > _MAX_INSTRUCTIONS:
+        msg = f"the filter takes {len(made)} instructions, and the kernel at most {_MAX_INSTRUCTIONS}"
         raise ValueError(msg)
     return made
 

@@ -35,7 +35,7 @@ PROBES: Final = 6
 ENOUGH: Final = 5  # probes that the carrier must have followed: one may fall together with a retransmission
 FOLLOWS_S: Final = 0.11  # seconds after a probe until the next one, where its carrier's packet was not seen before
 SIZES: Final = range(120, 1000)  # bytes of a probe's IP packet: smaller than those of an upload
-APART: Final = 100  # bytes between the sizes of two probes
+SIZES_APART_BYTES: Final = 100  # bytes between the sizes of two probes
 WRAPPING: Final = range(20, 180)  # bytes that a tunnel may add: headers outside, its own, padding, a MAC
 PADDING: Final = 32  # bytes by which that differs from packet to packet
 RETRY_S: Final = (2.0, 5.0, 10.0, 30.0, 300.0)
@@ -116,7 +116,7 @@ async def search(tunnel: Interface, hosts: tuple[IPAddress, ...], ways: tuple[st
     version = next((a.version for a in tunnel.addresses if not a.is_link_local), None)
     if version is None:
         return None
-    sizes = [SIZES.start + APART * i + random.randrange(APART // 2) for i in range(PROBES)]  # noqa: S311 - no secret
+    sizes = [SIZES.start + SIZES_APART_BYTES * i + random.randrange(SIZES_APART_BYTES // 2) for i in range(PROBES)]  # noqa: S311 - no secret
     random.shuffle(sizes)
     seen: set[Outer] = set()
     came = asyncio.Event()

@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 TRUST_S: Final = 300.0  # seconds that a port counts as a VPN program's
 LONGEST_S: Final = 30  # seconds between two looks for a proxy of one user, after as many that found none
-_MOST: Final = 32  # trusted ports
+_MAX_TRUSTED_PORTS: Final = 32  # trusted ports
 RESTS: Final = 50  # times as long as looking through all sockets took
 _SOON: Final = 0.1  # seconds in which several of them become one change of the filter
 
@@ -240,7 +240,7 @@ class Exempt:
         if packet.source_port is None or packet.protocol not in (TCP, UDP):
             return
         self._trusted[packet.protocol, packet.source_port] = self._now() + TRUST_S
-        if len(self._trusted) > _MOST:
+        if len(self._trusted) > _MAX_TRUSTED_PORTS:
             self._trusted.popitem(last=False)
         if self._again is None:
             self._again = asyncio.get_running_loop().call_later(_SOON, self._filter)

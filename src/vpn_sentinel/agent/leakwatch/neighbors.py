@@ -14,11 +14,11 @@ from vpn_sentinel.domain.policy import IPAddress
 
 # Seconds that one is asked after a packet to it, before another packet must show it again: a regular round's interval,
 # so that what was asked once does not leak for longer than it can be seen to.
-KEEP: Final = 30.0
+KEEP_ASKING_S: Final = 30.0
 # And of one that asks the internet from beside the tunnel, whose every packet comes up: as long as any other flow is
 # told of after its last packet. Else a leak that has been mended would last for as long as we ask by ourselves.
-KEEP_LEAKING: Final = 10.0
-MOST: Final = 3  # as many as resolv.conf(5) takes
+KEEP_ASKING_LEAKING_S: Final = 10.0
+MAX_NEIGHBORS: Final = 3  # as many as resolv.conf(5) takes
 _MARGIN_S: Final = 0.05
 # Names that a resolver answers from what it knows of the own network, and asks nobody for: RFC 6761, 6762, 8375, IANA's
 # special-use domain names, ICANN's `internal`; `lan`, `home` and `localdomain` are what home routers call theirs. Not
@@ -75,7 +75,7 @@ class Neighbors:
         new = neighbor not in self._seen
         self._seen.pop(neighbor, None)
         self._seen[neighbor] = self._now()
-        while len(self._seen) > MOST:
+        while len(self._seen) > MAX_NEIGHBORS:
             del self._seen[next(iter(self._seen))]
         return neighbor if new else None
 
@@ -89,12 +89,15 @@ class Neighbors:
         self._seen = {n: self._now() if n.address in news else at for n, at in self._seen.items()}
         # What is not seen any more may come again, as a forwarder asks it only when it is asked itself.
         kept = self._leaking - frozenset(asked)
-        self._leaking = found if len(kept) > MOST else found | kept
+        self._leaking = found if len(kept) > MAX_NEIGHBORS else found | kept
 
     def forget(self) -> float | None:
         """Drop those that no packet is known to have gone to lately; seconds until the next one that leaks is over."""
         now = self._now()
-        left = {n: at + (KEEP_LEAKING if n.address in self._leaking else KEEP) - now for n, at in self._seen.items()}
+        left = {
+            n: at + (KEEP_ASKING_LEAKING_S if n.address in self._leaking else KEEP_ASKING_S) - now
+            for n, at in self._seen.items()
+        }
         self._seen = {n: at for n, at in self._seen.items() if left[n] > 0}
         return min((left[n] for n in self.leaking), default=None)
 

@@ -18,7 +18,7 @@ from vpn_sentinel.domain.policy import IPAddress
 log = logging.getLogger(__name__)
 
 AGAIN_S: Final = 5.0  # seconds from one trial of a device to the next one
-_MOST: Final = 4  # devices that are tried
+_MAX_DEVICES: Final = 4  # devices that are tried
 
 
 class Others:
@@ -45,7 +45,7 @@ class Others:
 
     def look(self, devices: tuple[Interface, ...], hosts: tuple[IPAddress, ...], ways: tuple[str, ...]) -> None:
         """What is there now: the devices, the hosts that may be one's server, and the ways beside the tunnel."""
-        self._devices, self._hosts, self._ways = devices[:_MOST], hosts, ways
+        self._devices, self._hosts, self._ways = devices[:_MAX_DEVICES], hosts, ways
         there = {i.index for i in self._devices}
         self._found = {i: end for i, end in self._found.items() if i in there and end.address in hosts}
         self._tried = {i: at for i, at in self._tried.items() if i in there}

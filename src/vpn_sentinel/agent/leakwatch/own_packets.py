@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterable
 
 from vpn_sentinel.agent.leakwatch.diverted import is_diverted, is_led_out
-from vpn_sentinel.agent.leakwatch.ground import Ground, Tables
+from vpn_sentinel.agent.leakwatch.egress_map import EgressMap, Tables
 from vpn_sentinel.agent.net.endpoints import TCP
 from vpn_sentinel.agent.net.own import OwnSockets
 from vpn_sentinel.agent.net.packets import Packet
@@ -35,7 +35,7 @@ class OwnPackets:
         """Whether a name that we asked left for another address than it was asked at."""
         return is_diverted(packet, self.sockets)
 
-    def is_led_away(self, packet: Packet, around: Ground) -> bool:
+    def is_led_away(self, packet: Packet, around: EgressMap) -> bool:
         """Whether this host's firewall leads a name that we asked, and so everybody's, elsewhere or past the tunnel."""
         if self.is_diverted(packet):
             return True
@@ -57,7 +57,7 @@ class OwnPackets:
             return False
         return route is not None and route.interface == tunnel
 
-    def is_the_end_of_a_report(self, packet: Packet, interface: str, around: Ground) -> bool:
+    def is_the_end_of_a_report(self, packet: Packet, interface: str, around: EgressMap) -> bool:
         """Whether it is of our own connection to the server, begun through a tunnel that went away meanwhile.
 
         A kill switch that lets established flows pass lets it out, with the tunnel's address as its source.

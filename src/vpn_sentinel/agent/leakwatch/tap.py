@@ -13,11 +13,11 @@ from typing import Final
 from vpn_sentinel.agent.leakwatch import bpf
 from vpn_sentinel.agent.net.packettime import ANCILLARY, note_times, passed
 
-BATCH: Final = 64  # packets read at once; more of them are a flood
-PAUSE: Final = 0.25  # seconds that a flood is left alone; the kernel goes on counting
+BATCH_PACKETS: Final = 64  # packets read at once; more of them are a flood
+FLOOD_PAUSE_S: Final = 0.25  # seconds that a flood is left alone; the kernel goes on counting
 _ETH_P_ALL: Final = 0x0003
 _SOL_PACKET, _STATISTICS = 263, 6
-_BUFFER: Final = 64 * 1024
+_BUFFER_BYTES: Final = 64 * 1024
 _SIOCGIFHWADDR: Final = 0x8927
 _IFREQ: Final = struct.Struct("16sH6s16x")  # netdevice(7): name, ARPHRD_*, hardware address
 _ETHER: Final = 1
@@ -68,7 +68,7 @@ class Tap:
         packet: Callable[[str, int, bytes, float], None],
         missed: Callable[[int], None] = lambda _: None,
         *,
-        pause: float = PAUSE,
+        pause: float = FLOOD_PAUSE_S,
     ) -> None:
         """`packet` gets the interface's name, the ethertype, the packet, and when it passed by the kernel's clock, in
         seconds; `missed` how many were never read. A flood is left alone for `pause` seconds.
@@ -84,7 +84,7 @@ class Tap:
         self._closed = False
         self._sock = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, 0)
         try:
-            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
+            self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)
             note_times(self._sock)
             self._address = _hardware_address(self._sock, interface)
             self.filter(made)
@@ -136,7 +136,7 @@ class Tap:
         """Read what has come, one portion at most."""
         if self.rests:
             return
-        for _ in range(BATCH):
+        for _ in range(BATCH_PACKETS):
             try:
                 data, told, _flags, (interface, ethertype, *_rest) = self._sock.recvmsg(bpf.SNAP, ANCILLARY)
             except BlockingIOError:

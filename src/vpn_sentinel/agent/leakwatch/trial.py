@@ -27,7 +27,7 @@ from vpn_sentinel.wire import codec
 
 PATIENCE_S: Final = 0.25  # for a packet that the kernel sends at once, and for a program that takes a connection
 KEEP_S: Final = {True: 5.0, False: 60.0}  # seconds that an answer holds, by whether it is a leak
-MOST: Final = 8  # trials at once
+MAX_TRIALS: Final = 8  # trials at once
 _ANSWERS: Final = 256
 _HELD: Final = 16  # packets that wait for the end of one trial
 ICMP, ICMP6 = 1, 58
@@ -90,7 +90,7 @@ class Trials:
             held = self._running[key].held
             if len(held) < _HELD:
                 held.append((packet, interface))
-        elif len(self._running) < MOST:
+        elif len(self._running) < MAX_TRIALS:
             users = {os.geteuid(), FIRST_PERSON} if self._proxies else _users(uid)
             probes = [p for u in users if (p := _send(packet, u)) is not None]
             timer = asyncio.get_running_loop().call_later(PATIENCE_S, self._ends, key)

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 from vpn_sentinel.agent.leakwatch.carrier import Carrier
-from vpn_sentinel.agent.leakwatch.ground import Ground
+from vpn_sentinel.agent.leakwatch.egress_map import EgressMap
+from vpn_sentinel.agent.leakwatch.fingerprints import is_dtls
 from vpn_sentinel.agent.leakwatch.others import Others
-from vpn_sentinel.agent.leakwatch.shapes import is_dtls
 from vpn_sentinel.agent.net.endpoints import TCP, Endpoint
 from vpn_sentinel.agent.net.interfaces import Memory, Survey, is_up
 from vpn_sentinel.agent.net.packets import Packet
@@ -59,7 +59,7 @@ class TunnelEnds:
         ends = (*self._told(), *self._learned)  # what was found is in doubt where another host came
         return tuple(dict.fromkeys((*(e.address for e in ends), *((server,) if server else ()))))
 
-    def look(self, survey: Survey, around: Ground, meant: Iterable[IPAddress], *, able: bool) -> None:
+    def look(self, survey: Survey, around: EgressMap, meant: Iterable[IPAddress], *, able: bool) -> None:
         """What is there now; `able` is whether packets can be watched, and so a trial made."""
         hosts, told = around.candidates(self._told(), meant)
         ways = tuple(i.name for i in around.interfaces)

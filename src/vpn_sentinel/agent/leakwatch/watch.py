@@ -11,19 +11,19 @@ from dataclasses import replace
 from ipaddress import ip_network
 from typing import Final
 
-from vpn_sentinel.agent.leakwatch.book import Book, Way
 from vpn_sentinel.agent.leakwatch.carrier import FRESH_S, SURE_S
 from vpn_sentinel.agent.leakwatch.delayed import Delayed
+from vpn_sentinel.agent.leakwatch.egress_map import EgressMap, Tables, egress_map
 from vpn_sentinel.agent.leakwatch.exempt import Exempt
-from vpn_sentinel.agent.leakwatch.ground import Ground, Tables, ground
+from vpn_sentinel.agent.leakwatch.fingerprints import Fingerprint, Fingerprints
+from vpn_sentinel.agent.leakwatch.flow_table import Direction, FlowTable
 from vpn_sentinel.agent.leakwatch.inbound import OLD_S, Flows
 from vpn_sentinel.agent.leakwatch.meant import Meant
 from vpn_sentinel.agent.leakwatch.neighbors import Neighbor, Neighbors
 from vpn_sentinel.agent.leakwatch.openings import Openings
 from vpn_sentinel.agent.leakwatch.own_packets import OwnPackets
 from vpn_sentinel.agent.leakwatch.rules import Rules, is_dhcp, is_dns
-from vpn_sentinel.agent.leakwatch.shapes import Shape, Shapes
-from vpn_sentinel.agent.leakwatch.tap import BATCH
+from vpn_sentinel.agent.leakwatch.tap import BATCH_PACKETS
 from vpn_sentinel.agent.leakwatch.taps import Taps
 from vpn_sentinel.agent.leakwatch.telling import MARGIN_S, Telling
 from vpn_sentinel.agent.leakwatch.tunnel_ends import TunnelEnds
@@ -47,10 +47,10 @@ log = logging.getLogger(__name__)
 LOOK_S: Final = 0.2  # that a look at routes and endpoints holds for further doubts, at least
 CHEAP_LOOK_S: Final = 1.0  # where a look holds no longer, the next one comes soon whatever happened
 LOOK_TIMES, MAX_LOOK_S = 20, 10.0  # times as long as it took, and seconds at most: full tables take a while
-MAX_DOUBTS: Final = 4 * BATCH  # packets without a word to say about them, until the next look
+MAX_DOUBTS: Final = 4 * BATCH_PACKETS  # packets without a word to say about them, until the next look
 ENDED_S: Final = 0.2  # in which the kernel tells of a socket that ended: when its last packet left the device
 UNREAD_S: Final = 10.0  # after something that came in was left unread, in which nobody is said not to have come
-MAX_UNOWNED: Final = 8 * BATCH  # packets whose socket is gone, until it is known how that was bound
+MAX_UNOWNED: Final = 8 * BATCH_PACKETS  # packets whose socket is gone, until it is known how that was bound
 MAX_HELD: Final = 16  # packets that wait until it is tried which host carries the tunnel
 
 
@@ -114,14 +114,14 @@ class LeakWatch:
             answers=lambda packet, passed: self._is_answer(packet, clock.boottime(), passed),
             sure=self._has_read_all,
             leads_out=self._leads_out,
-            server_known=lambda: self._ground.tells_by_end(self.endpoints),
+            server_known=lambda: self._egress.tells_by_end(self.endpoints),
             leaked=self._excepted_leaks,
         )
-        self._ground = Ground()
+        self._egress = EgressMap()
         self._rules = Rules()
         self._tunnel: str | None = None
-        self._shapes = Shapes()
-        self._book = Book()
+        self._fingerprints = Fingerprints()
+        self._flow_table = FlowTable()
         self._telling = Telling(lambda: told(self))
         # Packets that wait: for data, for what the kernel tells of their socket, for visitors, for a trial, for a look.
         self._openings = Openings(self._is_no_vpns)
@@ -201,22 +201,22 @@ class LeakWatch:
         if asked:
             self._killed = held - {c.family for c in asked if c.answer is Answer.ANSWERED}
 
-        def way(escape: Escape) -> Way:
+        def way(escape: Escape) -> Direction:
             if not works or escape.destination.version in held:
-                return Way.UNKNOWN
+                return Direction.UNKNOWN
             protocol = PROTOCOLS.get(escape.protocol, 0)
             if escape.destination in self.servers or escape.destination in self.others.servers:
-                return Way.UNKNOWN  # its route is the tunnel's own, and stays
+                return Direction.UNKNOWN  # its route is the tunnel's own, and stays
             path = paths.of(escape.destination, escape.destination_port or 0, protocol)
             if path is Path.TUNNEL and self._is_routed_outside(escape.destination):
-                return Way.UNKNOWN  # for some users alone
-            return {Path.OUTSIDE: Way.OUTSIDE, Path.TUNNEL: Way.TUNNEL}.get(path, Way.UNKNOWN)
+                return Direction.UNKNOWN  # for some users alone
+            return {Path.OUTSIDE: Direction.OUTSIDE, Path.TUNNEL: Direction.TUNNEL}.get(path, Direction.UNKNOWN)
 
         self._neighbors.forget()
         self._make_rules()  # a round has asked the tunnel's own program again
         now = self._clock.boottime()
-        self._telling.expect_the_end(self._book.forget(now, way))
-        return self._book.tell(now) if self._judges else ()
+        self._telling.expect_the_end(self._flow_table.forget(now, way))
+        return self._flow_table.tell(now) if self._judges else ()
 
     @property
     def _refused(self) -> bool:
@@ -235,25 +235,25 @@ class LeakWatch:
         if survey.tunnel is None or survey.interfaces is None:
             self._close_taps(())
             return
-        before = self._ground.fib
+        before = self._egress.fib
         try:
-            self._ground = ground(
+            self._egress = egress_map(
                 survey,
                 self._tables,
                 allowed=self._policy.allowed_outside,
                 resolvers=self._policy.allowed_resolvers,
-                before=self._ground,
+                before=self._egress,
             )
         except OSError as e:
             log.warning("routes cannot be read: the leak watch stays as it is", extra={"reason": e.strerror})
             return
-        if before is not None and (self._ground.fib is None or not before.is_like(self._ground.fib)):
+        if before is not None and (self._egress.fib is None or not before.is_like(self._egress.fib)):
             self._rerouted = self._looked
-        self._ends.look(survey, self._ground, self._meant(), able=not self._refused)
+        self._ends.look(survey, self._egress, self._meant(), able=not self._refused)
         if self._refused:
             self._close_taps(())
             return
-        wanted = {i.index: i.name for i in self._ground.interfaces if i.name not in self._declared.interfaces}
+        wanted = {i.index: i.name for i in self._egress.interfaces if i.name not in self._declared.interfaces}
         self._flows.look(self._looked)
         self._close_taps(index for index, name in wanted.items() if self._taps.hears(index, name))
         self._taps.unwatched = {index: why for index, why in self._taps.unwatched.items() if index in wanted}
@@ -264,8 +264,8 @@ class LeakWatch:
             if index not in self._taps and not self._refused:
                 self._taps.open(index, name, self._rules)
         if self._taps:
-            devices = (i.index for i in self._ground.interfaces)
-            self._users.learn(self._ground.senders, devices, self._ground.fib, self._ground.tunnel)
+            devices = (i.index for i in self._egress.interfaces)
+            self._users.learn(self._egress.senders, devices, self._egress.fib, self._egress.tunnel)
         self._look_at_exempt()
         self._say()
 
@@ -306,7 +306,7 @@ class LeakWatch:
             self._again.cancel()
 
     def _able(self) -> bool:
-        return self._ground.tells(self.endpoints)
+        return self._egress.tells(self.endpoints)
 
     def _say(self) -> None:
         if self._taps.permitted and not self._able() and not self._said_unable:
@@ -324,7 +324,7 @@ class LeakWatch:
 
     def _look_at_exempt(self) -> None:
         """What leaves by a mark or a port is looked at where all the rest is."""
-        watched = {i.index: i.name for i in self._ground.interfaces if i.index in self._taps}
+        watched = {i.index: i.name for i in self._egress.interfaces if i.index in self._taps}
         try:
             self._exempt.look(watched, self._rules)
         except (OSError, ValueError) as e:
@@ -334,7 +334,7 @@ class LeakWatch:
 
     def _make_rules(self) -> None:
         server, closed = self.carrier.server, self.carrier.closed
-        rules = self._ground.with_endpoints(self._ends.told, self._meant(), self._ends.found, server, closed=closed)
+        rules = self._egress.with_endpoints(self._ends.told, self._meant(), self._ends.found, server, closed=closed)
         rules = replace(rules, published=self._declared.published, ports=self._declared.ports)
         # Those are asked by each round: the next question of a program tells nothing new.
         known = tuple(ip_network(n.address) for n in self._neighbors.hushed)
@@ -353,7 +353,7 @@ class LeakWatch:
             self._look_at_exempt()
         except (OSError, ValueError) as e:
             # With the old filter it would go on, and overlook what may not leave any more. The next look opens anew.
-            for interface in self._ground.interfaces:
+            for interface in self._egress.interfaces:
                 if interface.index in self._taps:
                     self._taps.failed(interface.index, interface.name, e)
             self._close_taps(())
@@ -373,7 +373,7 @@ class LeakWatch:
         if self._is_a_vpns(packet):
             return
         # The tunnel may have moved to another server, or the network changed, and the news is still on its way.
-        looks = now - self._looked > self._look_holds_s and not self._book.has(packet)
+        looks = now - self._looked > self._look_holds_s and not self._flow_table.has(packet)
         if looks and self._is_excused(packet):
             return
         if self._is_its_senders(packet, interface, passed) or self._waits_for_visitors(packet, interface, now, passed):
@@ -381,7 +381,7 @@ class LeakWatch:
         self._flows.begins(packet, now)
         if self._is_put_off(packet, interface, now):
             return
-        if looks or self._book.has(packet) or len(self._unsure) == MAX_HELD or not self._looks_soon(now):
+        if looks or self._flow_table.has(packet) or len(self._unsure) == MAX_HELD or not self._looks_soon(now):
             self._leaked(packet, interface, now)
             return
         # What let it out may have come after the last look: it waits for the next one.
@@ -421,7 +421,7 @@ class LeakWatch:
 
     def _is_let_out(self, packet: Packet) -> bool:
         return self._rules.allow(packet) or (
-            self._ours.has(packet) and not self._ours.is_led_away(packet, self._ground)
+            self._ours.has(packet) and not self._ours.is_led_away(packet, self._egress)
         )
 
     def _judge_unsure(self) -> None:
@@ -479,7 +479,7 @@ class LeakWatch:
 
     def _is_to_a_neighbor(self, packet: Packet) -> bool:
         to = packet.destination
-        return is_dns(packet) and (not is_public(to) or within(to, self._ground.rules.lan))
+        return is_dns(packet) and (not is_public(to) or within(to, self._egress.rules.lan))
 
     def _asked(self, packet: Packet, interface: str, now: float) -> None:
         """A question to a nameserver that is not on the internet: no leak by itself, and a reason to ask it."""
@@ -495,12 +495,12 @@ class LeakWatch:
 
     def _is_a_vpns(self, packet: Packet) -> bool:
         """Whether its shape tells a VPN's packet, or may still do so."""
-        shape = self._shapes.of(packet, openvpn=self._ground.openvpn, unsure=not self._able())
+        shape = self._fingerprints.of(packet, openvpn=self._egress.openvpn, unsure=not self._able())
         if self._ends.is_dtls_again(packet):
-            shape = Shape.OWN  # TLS carries the tunnel until DTLS is tried again
-        if shape is Shape.OTHER or (self._able() and self._users.is_a_persons(packet)):
+            shape = Fingerprint.OWN  # TLS carries the tunnel until DTLS is tried again
+        if shape is Fingerprint.OTHER or (self._able() and self._users.is_a_persons(packet)):
             return False
-        if shape is Shape.OWN and packet.destination_port is not None:
+        if shape is Fingerprint.OWN and packet.destination_port is not None:
             self._openings.belongs_to_vpn(packet)
             # What another program sends to the same end may be anything.
             self._ends.learn(Endpoint(packet.destination, packet.destination_port, packet.protocol, packet.source_port))
@@ -518,7 +518,7 @@ class LeakWatch:
             return True
         if not self.carrier.doubts(packet.destination):
             return False
-        known = self._book.has(packet)
+        known = self._flow_table.has(packet)
         if not known and self._ends.may_be_control(packet, now):
             return True
         if self.carrier.sure(SURE_S if known else FRESH_S):
@@ -544,28 +544,30 @@ class LeakWatch:
         if packet.name is not None and (is_ours(packet.name) or is_probe(packet)):
             # It shows the way of every program's lookups, by getaddrinfo(3) or diverted; the name itself is nobody's.
             packet = replace(packet, name=None)
-        user = None if self._book.has(packet) else self._users.user(packet)
-        new = self._book.see(packet, interface, now, routed=self._is_routed_outside(packet.destination), user=user)
+        user = None if self._flow_table.has(packet) else self._users.user(packet)
+        new = self._flow_table.see(
+            packet, interface, now, routed=self._is_routed_outside(packet.destination), user=user
+        )
         if new is not None:
             self._on_escape(new)
             self._telling.leaked(now)
 
     def _is_routed_outside(self, to: IPAddress) -> bool:
         """Whether routes lead there beside the tunnel, for a sender whom no rule names."""
-        entry = self._ground.fib.lookup(to) if self._ground.fib else None
-        return entry is not None and any(entry.leads_by(i.index) for i in self._ground.interfaces)
+        entry = self._egress.fib.lookup(to) if self._egress.fib else None
+        return entry is not None and any(entry.leads_by(i.index) for i in self._egress.interfaces)
 
     def _leads_out(self, interface: str) -> bool:
-        here, fib = next((i for i in self._ground.interfaces if i.name == interface), None), self._ground.fib
+        here, fib = next((i for i in self._egress.interfaces if i.name == interface), None), self._egress.fib
         return here is not None and fib is not None and any(has_way(here, fib, version) for version in (4, 6))
 
     def _may_leave(self, interface: str, packet: Packet, now: float, passed: float) -> bool:
-        if self._ours.is_led_away(packet, self._ground):
+        if self._ours.is_led_away(packet, self._egress):
             return self._ours.is_diverted(packet) and self._rules.allow(packet)
         return (
             self._ours.has(packet)
             or self._rules.allow(packet)
-            or self._ours.is_the_end_of_a_report(packet, interface, self._ground)
+            or self._ours.is_the_end_of_a_report(packet, interface, self._egress)
             or self._is_answer(packet, now, passed)
         )
 
@@ -595,7 +597,7 @@ class LeakWatch:
         return not self._taps.floods_in and self._clock.boottime() - self._unread > UNREAD_S
 
     def _missed(self, packets: int) -> None:
-        self._book.missed(packets, self._clock.boottime())
+        self._flow_table.missed(packets, self._clock.boottime())
 
 
 def _sockets() -> Sockets | None:

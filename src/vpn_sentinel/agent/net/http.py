@@ -19,11 +19,11 @@ from vpn_sentinel.agent.net.resolver import Names
 from vpn_sentinel.agent.net.urls import Address, split
 from vpn_sentinel.domain.policy import IPAddress
 
-MOST: Final = 64 * 1024  # bytes of a body
+MAX_BODY_BYTES: Final = 64 * 1024  # bytes of a body
 # Bytes of TCP in a packet: what every host takes from the first packet on (RFC 9293, 3.7.1; 576 less two headers), so
 # that 700 bytes of path carry it through any tunnel. Reports are a few KB.
 SEGMENT: Final = 536
-_MOST_HEADERS: Final = 100
+_MAX_HEADERS: Final = 100
 _MANY: Final = 32  # authorities; fewer may have been added by hand to a folder that is not the system's
 _HASHED: Final = re.compile(r"[0-9a-f]{8}\.\d+")
 
@@ -61,7 +61,14 @@ class Client:
         return await self._exchange("POST", url, headers, body, limit, None, at)
 
     async def send(
-        self, method: str, url: str, *, limit: float, body: bytes = b"", headers: Mapping[str, str], most: int = MOST
+        self,
+        method: str,
+        url: str,
+        *,
+        limit: float,
+        body: bytes = b"",
+        headers: Mapping[str, str],
+        most: int = MAX_BODY_BYTES,
     ) -> Response:
         """Any method; the answer may be as large as `most` bytes. Raises HttpError."""
         return await self._exchange(method, url, headers, body, limit, None, most=most)
@@ -76,7 +83,7 @@ class Client:
         family: int | None,
         at: IPAddress | None = None,
         *,
-        most: int = MOST,
+        most: int = MAX_BODY_BYTES,
     ) -> Response:
         try:
             async with asyncio.timeout(limit):
@@ -143,7 +150,7 @@ def head(method: str, where: Address, headers: Mapping[str, str]) -> bytes:
     return "".join(f"{line}\r\n" for line in (*lines, "")).encode("latin-1")
 
 
-async def read_response(reader: asyncio.StreamReader, most: int = MOST) -> Response:
+async def read_response(reader: asyncio.StreamReader, most: int = MAX_BODY_BYTES) -> Response:
     """Read status, headers and a body of at most `most` bytes. After status 101 the reader is at the new protocol.
 
     Raises HttpError, or what the reader raises when the peer stops early.
@@ -154,7 +161,7 @@ async def read_response(reader: asyncio.StreamReader, most: int = MOST) -> Respo
         if not version.startswith("HTTP/1.") or not (status_text.isascii() and status_text.isdigit()):
             raise HttpError("the answer is not HTTP")
         headers: dict[str, str] = {}
-        for _ in range(_MOST_HEADERS):
+        for _ in range(_MAX_HEADERS):
             line = await _line(reader)
             if not line:
                 break

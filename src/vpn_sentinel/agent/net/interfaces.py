@@ -21,7 +21,7 @@ __all__ = ["INTERNET", "Memory", "Paths", "Survey", "Surveyor", "is_up", "recall
 _TUNNEL, _UPLINKS, _USER, _WORD = "tunnel_device", "uplinks", "tunnel_user", "tunnel_named"  # facts of a memory
 log = logging.getLogger(__name__)
 _USERS: Final = 8  # users of rules that are tried
-_MOST: Final = 256  # interfaces named in one observation: what the wire takes
+_MAX_INTERFACES: Final = 256  # interfaces named in one observation: what the wire takes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,11 +76,11 @@ class Survey:
         """All interfaces besides `lo`, None when nobody looked."""
         if self.interfaces is None:
             return None
-        return tuple(i.name for i in self.interfaces if not i.flags & IFF_LOOPBACK)[:_MOST]
+        return tuple(i.name for i in self.interfaces if not i.flags & IFF_LOOPBACK)[:_MAX_INTERFACES]
 
     def uplink_names(self) -> tuple[str, ...] | None:
         """The ways out beside the tunnel by name, None when nobody looked."""
-        return None if self.interfaces is None else tuple(i.name for i in self.uplinks)[:_MOST]
+        return None if self.interfaces is None else tuple(i.name for i in self.uplinks)[:_MAX_INTERFACES]
 
     def owns(self, address: IPAddress) -> bool:
         """Whether an interface still has this address; True when nobody can tell."""

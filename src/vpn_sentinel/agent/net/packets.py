@@ -13,7 +13,7 @@ _FRAGMENT: Final = 44
 _ECHO_REQUEST: Final = {1: 8, 58: 128}
 SYN, RST, SYN_ACK = 0x02, 0x04, 0x12  # TCP's flags (RFC 9293, 3.1)
 _DNS: Final = 53
-_LONGEST: Final = 255
+_MAX_NAME_CHARS: Final = 255
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,4 +112,4 @@ def asked_name(message: bytes) -> str | None:
         offset += 1 + length
     if offset >= len(message) or message[offset] != 0:
         return None
-    return ".".join(labels)[:_LONGEST] or "."
+    return ".".join(labels)[:_MAX_NAME_CHARS] or "."

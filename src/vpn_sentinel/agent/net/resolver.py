@@ -10,7 +10,7 @@ from typing import Final
 from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.domain.policy import IPAddress
 
-PATIENCE: Final = 1.0  # seconds; DNS is often dead exactly when a report is urgent
+LOOKUP_TIMEOUT_S: Final = 1.0  # seconds; DNS is often dead exactly when a report is urgent
 Lookup = Callable[[str], tuple[IPAddress, ...]]
 
 
@@ -37,7 +37,7 @@ class Names:
     half a minute: a stop would hang.
     """
 
-    def __init__(self, lookup: Lookup = system_lookup, *, patience: float = PATIENCE) -> None:
+    def __init__(self, lookup: Lookup = system_lookup, *, patience: float = LOOKUP_TIMEOUT_S) -> None:
         self._lookup = lookup
         self._patience = patience
         self._good: dict[str, tuple[IPAddress, ...]] = {}

@@ -16,7 +16,7 @@ from vpn_sentinel.domain.policy import IPAddress, IPNetwork, is_public
 
 MAX_TRIED: Final = 6  # parts that are tried in one round
 _TRACEROUTE: Final = 33434  # the port that traceroute(8) begins with: no service listens there
-_LIMIT: Final = 0.6  # seconds for a router to answer
+_ROUTER_TIMEOUT_S: Final = 0.6  # seconds for a router to answer
 # Seconds. This host's refusal comes at once, and nothing else is known to hold a packet back: where a router stays
 # silent, or an address is nobody's, the routes' word stands.
 _MOMENT: Final = 0.05
@@ -56,7 +56,7 @@ class Tries:
 async def _try(part: Routed) -> Routed:
     address = _within(part.networks[0])
     where = Destination(address=address, port=_TRACEROUTE, hops=1)
-    outcome: Outcome[None] = await ask(where, b"\0" * 8, lambda _: None, limit=_LIMIT, resend=None)
+    outcome: Outcome[None] = await ask(where, b"\0" * 8, lambda _: None, limit=_ROUTER_TIMEOUT_S, resend=None)
     return replace(part, asked=address, answer=outcome.answer)
 
 

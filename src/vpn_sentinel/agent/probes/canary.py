@@ -41,7 +41,7 @@ class OverTcp:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Flock:
+class CanaryPlan:
     """Whom to ask: `targets` and `also` always, `reserve` and `others` when a family has shown no address by then.
 
     `no_dns` is asked beside the tunnel where nobody but DNS tells what comes out there: see `_believed`.
@@ -124,9 +124,9 @@ class _Sent:
 class _Asked:
     """The canaries that are out, and what has come back."""
 
-    def __init__(self, group: asyncio.TaskGroup, paths: Paths, flock: Flock) -> None:
-        self._suspects = flock.suspects
-        self._may_leave = flock.may_leave
+    def __init__(self, group: asyncio.TaskGroup, paths: Paths, plan: CanaryPlan) -> None:
+        self._suspects = plan.suspects
+        self._may_leave = plan.may_leave
         self._group = group
         self._paths = paths
         self._sent: dict[asyncio.Task[Canary], _Sent] = {}
@@ -167,11 +167,11 @@ class _Asked:
         if witness:
             self._witnesses.append(task)
 
-    def send_more(self, flock: Flock, asked: Iterable[OverTcp]) -> None:
+    def send_more(self, plan: CanaryPlan, asked: Iterable[OverTcp]) -> None:
         """To families that stay silent: the reserve, and those over TCP that were not `asked` already."""
         silent, already = self.silent(), tuple(asked)
-        self.send(t for t in flock.reserve if t.address.version in silent)
-        for other in flock.others:
+        self.send(t for t in plan.reserve if t.address.version in silent)
+        for other in plan.others:
             if other.family in silent and other not in already:
                 # What refuses datagrams most often refuses connections too, without a word. IPv6 is absent, mostly.
                 self.send_over_tcp(other, hasty=other.family == 6 or self.refused(other.family))
@@ -249,42 +249,42 @@ def _told(task: asyncio.Task[Canary], sent: _Sent) -> Canary | None:
 
 
 async def canaries(
-    flock: Flock,
+    plan: CanaryPlan,
     paths: Paths,
     *,
     enough: Callable[[tuple[Canary, ...]], bool] = lambda _: False,
     silence: Callable[[tuple[Canary, ...]], None] = lambda _: None,
 ) -> tuple[Canary, ...]:
-    """Send them all and wait about 1.3 s at most, or as long as the slowest of `flock.others`.
+    """Send them all and wait about 1.3 s at most, or as long as the slowest of `plan.others`.
 
     `enough` is asked, once each C1 has come back or 0.3 s have passed, whether what is back tells all that matters;
     then the rest gets a moment. `silence` is told what has come back after 0.3 s when no C1 has been answered.
     """
     uplinks = paths.survey.uplinks[:MAX_UPLINKS] if paths.survey.tunnel else ()
     async with asyncio.TaskGroup() as group:
-        asked = _Asked(group, paths, flock)
-        asked.send(flock.targets)
+        asked = _Asked(group, paths, plan)
+        asked.send(plan.targets)
         for uplink in uplinks:
-            asked.send_beside(flock.targets, Probe.PHYSICAL, uplink)
-            if flock.targets and all(t.name in ASKED_BY_DNS for t in flock.targets):
-                asked.send_beside((flock.no_dns,), Probe.PHYSICAL, uplink)
+            asked.send_beside(plan.targets, Probe.PHYSICAL, uplink)
+            if plan.targets and all(t.name in ASKED_BY_DNS for t in plan.targets):
+                asked.send_beside((plan.no_dns,), Probe.PHYSICAL, uplink)
             asked.send_beside(CLOUDFLARE, Probe.FIRST_HOP, uplink)
         # A rule for datagrams, or for the port of DNS, sends most canaries elsewhere than the rest of the traffic; a
         # firewall may mark connections, and no route tells.
-        doubtful = [o for o in flock.others if flock.marked and o.family == 4 and o.path is Path.TUNNEL]
-        witnesses = [o for o in flock.others if o in doubtful or asked.differ(o)]
+        doubtful = [o for o in plan.others if plan.marked and o.family == 4 and o.path is Path.TUNNEL]
+        witnesses = [o for o in plan.others if o in doubtful or asked.differ(o)]
         for other in witnesses:
             asked.send_over_tcp(other, witness=True)
-        asked.send_also(flock.also)
+        asked.send_also(plan.also)
         started = asyncio.get_running_loop().time()
         await asked.wait(SETTLE, until=asyncio.ALL_COMPLETED, of=_C1)
         if not (enough(asked.back()) and asked.heard_witnesses()):
             await asked.wait(started + SETTLE - asyncio.get_running_loop().time(), until=asyncio.ALL_COMPLETED)
             if asked.nothing():
-                if flock.gateway is not None:
-                    asked.send_gateway(flock.gateway, paths.survey.tunnel)
+                if plan.gateway is not None:
+                    asked.send_gateway(plan.gateway, paths.survey.tunnel)
                 silence(asked.back())
-            asked.send_more(flock, witnesses)
+            asked.send_more(plan, witnesses)
             while not asked.settled() and not (enough(asked.back()) and asked.heard_witnesses()):
                 await asked.wait(until=asyncio.FIRST_COMPLETED)
         if enough(asked.back()):

@@ -23,8 +23,8 @@ from vpn_sentinel.runtime.shortage import is_shortage
 
 T = TypeVar("T")
 
-LIMIT: Final = 1.0  # seconds until a question counts as lost
-RESEND: Final = 0.4  # seconds until it is asked once more
+LOST_AFTER_S: Final = 1.0  # seconds until a question counts as lost
+RESEND_AFTER_S: Final = 0.4  # seconds until it is asked once more
 IP_RECVERR, IPV6_RECVERR = 11, 25
 _TRACEROUTE: Final = 33434  # the port that programs of this kind send to (traceroute(8))
 _EXTENDED_ERROR: Final = struct.Struct("=IBBBBII")  # sock_extended_err of linux/errqueue.h
@@ -61,8 +61,8 @@ async def ask(
     payload: bytes,
     read: Callable[[bytes], T | None],
     *,
-    limit: float = LIMIT,
-    resend: float | None = RESEND,
+    limit: float = LOST_AFTER_S,
+    resend: float | None = RESEND_AFTER_S,
 ) -> Outcome[T]:
     """Send `payload` and wait up to `limit` seconds for a datagram that `read` accepts; others are ignored."""
     loop = asyncio.get_running_loop()

@@ -31,15 +31,15 @@ from vpn_sentinel.wire.messages import Echo
 T = TypeVar("T")
 
 RESOLV_CONF: Final = FilePath("/etc/resolv.conf")
-LIMIT, RESEND = 2.0, 0.8  # seconds
+DNS_TIMEOUT_S, DNS_RESEND_S = 2.0, 0.8  # seconds
 _INTERCEPTION_LIMIT: Final = 0.9
 _MOMENT: Final = 0.1
-_MOST_NAMESERVERS: Final = 3  # as resolv.conf(5)
+_MAX_NAMESERVERS: Final = 3  # as resolv.conf(5)
 _MUSL_LINE: Final = 255  # bytes with the end of the line
 _BLANKS: Final = " \t\r\v\f"
 _TO_BLANK: Final = str.maketrans(dict.fromkeys(_BLANKS, " "))
 _LINK_MULTICAST: Final = ip_network("ff02::/16")
-_MOST_BYTES: Final = 1 << 18  # of a resolv.conf; one is some hundred
+_MAX_FILE_BYTES: Final = 1 << 18  # of a resolv.conf; one is some hundred
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +147,7 @@ def nameservers(text: str, *, musl: bool = False) -> tuple[Nameserver, ...]:
     """
     words = _musl_words(text) if musl else _glibc_words(text)
     found = [server for word in words if (server := _nameserver(word, musl=musl)) is not None]
-    return tuple(dict.fromkeys(found[:_MOST_NAMESERVERS])) or (THIS_HOST,)
+    return tuple(dict.fromkeys(found[:_MAX_NAMESERVERS])) or (THIS_HOST,)
 
 
 def _glibc_words(text: str) -> Iterator[str]:
@@ -194,7 +194,7 @@ def system_nameservers(path: FilePath = RESOLV_CONF) -> tuple[Nameserver, ...]:
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             if stat.S_ISFIFO(os.fstat(file.fileno()).st_mode):
                 return ()
-            return nameservers(file.read(_MOST_BYTES).decode("utf-8", "replace"), musl=_is_musl())
+            return nameservers(file.read(_MAX_FILE_BYTES).decode("utf-8", "replace"), musl=_is_musl())
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return (THIS_HOST,)
     except OSError:
@@ -355,7 +355,7 @@ async def sighting(server: Nameserver, zone: CanaryZone) -> ResolverSighting | N
 async def _sighting(server: Nameserver, method: Method, paths: Paths | None) -> tuple[ResolverSighting | None, bool]:
     """What one lookup showed, None when it says nothing of the nameserver; and whether the answer was forged."""
     path = path_to(server, paths) if paths else Path.UNKNOWN
-    outcome = await lookup(server, method, limit=LIMIT, resend=RESEND)
+    outcome = await lookup(server, method, limit=DNS_TIMEOUT_S, resend=DNS_RESEND_S)
     revealed = outcome.value or Revealed()
     if method is PATH and revealed.client is None:
         return None, False  # most nameservers refuse it, which says nothing of them
@@ -421,8 +421,8 @@ async def _exchange(
     asked: bytes,
     read: Callable[[dnswire.Reply], T],
     *,
-    limit: float = LIMIT,
-    resend: float | None = RESEND,
+    limit: float = DNS_TIMEOUT_S,
+    resend: float | None = DNS_RESEND_S,
 ) -> Outcome[T]:
     def parsed(datagram: bytes) -> T | None:
         try:

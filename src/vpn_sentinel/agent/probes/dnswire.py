@@ -12,7 +12,7 @@ IN, CHAOS = 1, 3
 NOERROR, SERVFAIL, NXDOMAIN, REFUSED = 0, 2, 3, 5
 _HEADER: Final = struct.Struct("!6H")
 _RECURSE, _RESPONSE, _TRUNCATED = 0x0100, 0x8000, 0x0200
-_MOST_RECORDS: Final = 64
+_MAX_RECORDS: Final = 64
 
 
 class BadMessageError(ValueError):
@@ -67,7 +67,7 @@ def parse(message: bytes, asked: bytes) -> Reply:
     addresses: list[IPAddress] = []
     texts: list[tuple[str, ...]] = []
     aliased = False
-    for _ in range(min(answers, _MOST_RECORDS)):
+    for _ in range(min(answers, _MAX_RECORDS)):
         try:
             offset, kind = _record(message, offset, addresses, texts)
             aliased = aliased or kind == CNAME

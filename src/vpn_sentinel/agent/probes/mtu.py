@@ -20,7 +20,7 @@ from vpn_sentinel.wire import pulse
 
 # IP and UDP headers, and the packet that every path carries (RFC 791 and RFC 8200, section 5).
 HEADERS: Final = {4: 28, 6: 48}
-LEAST: Final = {4: 576, 6: 1280}
+MIN_MTU: Final = {4: 576, 6: 1280}
 _USUAL: Final = 1280  # most tunnels carry that
 _STEPS: Final = 7
 _TRIES, _AGAIN = 3, 5  # lost so often, and after the search so often again: at 30 % loss by chance once in 15,000
@@ -45,7 +45,7 @@ async def search(ask: Ask, mtu: int, family: int) -> Found:
     first = await _tries(ask, mtu, _TRIES)
     if first is Answer.ANSWERED:
         return Found(mtu)
-    low, high = LEAST[family], mtu
+    low, high = MIN_MTU[family], mtu
     if first is Answer.BLOCKED or low >= mtu or await _tries(ask, low, _TRIES) is not Answer.ANSWERED:
         return Found()  # nothing passes: that is no matter of size
     for step in range(_STEPS):

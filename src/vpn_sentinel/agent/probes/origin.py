@@ -25,14 +25,14 @@ from vpn_sentinel.domain.policy import IPAddress, IPNetwork, is_public
 from vpn_sentinel.runtime.clock import Clock
 
 SOURCE: Final = "cymru.com"
-FRESH: Final = 14 * 86400.0  # seconds
+ORIGIN_FRESH_S: Final = 14 * 86400.0  # seconds
 _REST: Final = 600.0  # seconds after no answer
-_LIMIT, _RESEND = 1.0, 0.4  # seconds
+_ANSWER_TIMEOUT_S, _RESEND_S = 1.0, 0.4  # seconds
 _HEAD_START: Final = 0.3  # seconds that the DNS question has before services are asked
-_MOST_ASKED: Final = 8  # blocks in a round
-_MOST_SERVED: Final = 4  # blocks in a round that services are asked about
+_MAX_ASKED: Final = 8  # blocks in a round
+_MAX_SERVED: Final = 4  # blocks in a round that services are asked about
 _SERVED_WITHIN: Final = 2.0  # seconds
-_MOST_KEPT: Final = 64  # blocks
+_MAX_KEPT: Final = 64  # blocks
 _FACT: Final = "origins"
 _NEVER: Final = (0.0, (), SOURCE)
 # Public resolvers for where no nameserver lies inside the tunnel.
@@ -94,10 +94,10 @@ class Origins:
         Nobody is asked beside the tunnel.
         """
         server = next((s for s in (*servers, *_PUBLIC) if _may_go(self._path_to(s, paths), paths)), None)
-        due = [b for b in dict.fromkeys(block(a) for a in addresses if is_public(a)) if self._due(str(b))][:_MOST_ASKED]
+        due = [b for b in dict.fromkeys(block(a) for a in addresses if is_public(a)) if self._due(str(b))][:_MAX_ASKED]
         if not due:
             return
-        turns = iter(range(_MOST_SERVED))
+        turns = iter(range(_MAX_SERVED))
         async with asyncio.TaskGroup() as group:
             asking = {group.create_task(self._look_up(network, server, paths, turns)) for network in due}
             while asking and not enough():
@@ -105,7 +105,7 @@ class Origins:
             for task in asking:
                 task.cancel()
         for kept in (self._known, self._tried):
-            while len(kept) > _MOST_KEPT:
+            while len(kept) > _MAX_KEPT:
                 del kept[next(iter(kept))]
         if self._facts is not None:
             self._facts.keep(_FACT, json.dumps(self._known))
@@ -150,14 +150,14 @@ class Origins:
     async def _is_inside(self, url: str, paths: Paths) -> bool:
         where = split(url)
         try:
-            there = await self._names.addresses(where.host, patience=_LIMIT)
+            there = await self._names.addresses(where.host, patience=_ANSWER_TIMEOUT_S)
         except NotFoundError:
             return False
         return all(_may_go(paths.of(address, where.port, TCP), paths) for address in there)
 
     def _due(self, network: str) -> bool:
         since, *_ = self._known.get(network, _NEVER)
-        if 0 <= self._clock.wall() - since < FRESH:
+        if 0 <= self._clock.wall() - since < ORIGIN_FRESH_S:
             return False
         return self._clock.boottime() - self._tried.get(network, -_REST) >= _REST
 
@@ -204,7 +204,7 @@ async def _ask(server: dns.Nameserver, network: IPNetwork) -> _Said:
         return dns.Revealed()
 
     method = dns.Method("origin", question(network), dnswire.TXT, take)
-    outcome = await dns.lookup(server, method, limit=_LIMIT, resend=_RESEND)
+    outcome = await dns.lookup(server, method, limit=_ANSWER_TIMEOUT_S, resend=_RESEND_S)
     return (tuple(numbers), SOURCE) if numbers and outcome.answer is Answer.ANSWERED else None
 
 

@@ -19,7 +19,7 @@ from vpn_sentinel.wire import limits
 
 log = logging.getLogger(__name__)
 
-FRESH: Final = 6 * 3600.0  # seconds an opinion is good for
+PLACE_FRESH_S: Final = 6 * 3600.0  # seconds an opinion is good for
 _REFUSED_REST: Final = 6 * 3600.0  # after 403 or 429
 _FAILED_REST: Final = 60.0  # after the first failure, doubled by each that follows
 _LONGEST_REST: Final = 3600.0
@@ -71,7 +71,7 @@ class Places:
 
     def due(self, exit_: IPAddress | None) -> bool:
         """Whether services should be asked about this exit now, and one is there that can be."""
-        if exit_ is None or self._clock.boottime() - self._asked.get(exit_, -FRESH) < FRESH:
+        if exit_ is None or self._clock.boottime() - self._asked.get(exit_, -PLACE_FRESH_S) < PLACE_FRESH_S:
             return False
         return bool(self._awake())
 

@@ -16,11 +16,13 @@ from vpn_sentinel.agent.probes import tag
 from vpn_sentinel.agent.probes.trace import TRACE_PATH, parse_trace
 from vpn_sentinel.domain.policy import IPAddress
 
-LIMIT: Final = 1.5  # seconds
+PORTAL_TIMEOUT_S: Final = 1.5  # seconds
 _NETWORK_LOGIN: Final = 511  # Network Authentication Required (RFC 6585)
 
 
-async def portal(address: IPAddress, host: str, device: str, *, port: int = 80, limit: float = LIMIT) -> bool | None:
+async def portal(
+    address: IPAddress, host: str, device: str, *, port: int = 80, limit: float = PORTAL_TIMEOUT_S
+) -> bool | None:
     """Ask the trace service at `address`, whose name in URLs is `host`, bound to the interface `device`.
 
     True: somebody else answers. False: the service does. None: nobody, or an answer that says neither.

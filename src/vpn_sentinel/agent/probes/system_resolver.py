@@ -27,7 +27,7 @@ from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.runtime.shortage import out_of_descriptors
 from vpn_sentinel.wire import canary
 
-PATIENCE: Final = 2.0  # seconds of a round
+ROUND_SHARE_S: Final = 2.0  # seconds of a round
 LOST_AFTER: Final = 12.0  # seconds; glibc tries a silent nameserver for ten: resolv.conf(5), timeout and attempts
 _NSSWITCH: Final = Path("/etc/nsswitch.conf")
 _RESOLVED: Final = Path("/run/systemd/resolve/resolv.conf")
@@ -45,11 +45,9 @@ _NAMES: Final = {getattr(socket, n): n for n in sorted(dir(socket)) if n.startsw
 _WHOAMI: Final = "whoami.akamai.net."
 _ALWAYS: Final = "a.root-servers.net."  # found wherever the internet's names are, and nothing that anybody blocks
 _CACHED: Final = 300.0  # seconds; its records live for less
-_PAUSE: Final = 120.0  # seconds without a look, after which a cache may hold what was before
-_MOST: Final = 8  # addresses
-_OURS: Final = re.compile(
-    rf"r[0-9a-f]{{16}}\.l\.google\.com|nx-[0-9a-f]{{16}}\..+|[0-9a-f]{{{canary.LABEL_LENGTH}}}\..+"
-)
+_CACHE_MAY_HOLD_S: Final = 120.0  # seconds without a look, after which a cache may hold what was before
+_MAX_ADDRESSES: Final = 8  # addresses
+_OURS: Final = re.compile(rf"r[0-9a-f]{{16}}\.l\.google\.com|nx-[0-9a-f]{{16}}\..+|[0-9a-f]{{{canary.LABEL_LENGTH}}}\..+")
 
 # Looks a name up and returns its addresses; raises OSError as getaddrinfo(3) fails.
 Lookup = Callable[[str], Iterable[IPAddress]]
@@ -73,18 +71,18 @@ class Settled:
     """Tells addresses that no cache can have kept from before the network changed. No I/O, and no clock."""
 
     def __init__(self) -> None:
-        self._ground: object = None
+        self._tunnel_and_exit: object = None
         self._looked = 0.0
         self._since: dict[IPAddress, float] = {}
 
-    def of(self, found: Iterable[IPAddress], ground: object, now: float) -> tuple[IPAddress, ...]:
+    def of(self, found: Iterable[IPAddress], tunnel_and_exit: object, now: float) -> tuple[IPAddress, ...]:
         """Those of `found` that the same name had more than five minutes ago already.
 
-        `ground` is what the tunnel and its exit are: with another one it begins anew.
+        `tunnel_and_exit` is what the tunnel and its exit are: with another one it begins anew.
         """
-        if ground != self._ground or now - self._looked > _PAUSE:
+        if tunnel_and_exit != self._tunnel_and_exit or now - self._looked > _CACHE_MAY_HOLD_S:
             self._since = {}
-        self._ground, self._looked = ground, now
+        self._tunnel_and_exit, self._looked = tunnel_and_exit, now
         self._since = {a: self._since.get(a, now) for a in (*self._since, *found)}
         return tuple(a for a in found if now - self._since[a] > _CACHED)
 
@@ -106,7 +104,7 @@ class SystemResolver:
         lookup: Lookup = _getaddrinfo,
         *,
         boottime: Callable[[], float],
-        patience: float = PATIENCE,
+        patience: float = ROUND_SHARE_S,
         lost_after: float = LOST_AFTER,
         nsswitch: Path = _NSSWITCH,
         resolved: Path = _RESOLVED,
@@ -120,18 +118,18 @@ class SystemResolver:
         self._left = False  # a round that had seen enough went on without it
 
     async def ask(
-        self, zone: dns.CanaryZone | None, servers: Sequence[dns.Nameserver], ground: object = None
+        self, zone: dns.CanaryZone | None, servers: Sequence[dns.Nameserver], tunnel_and_exit: object = None
     ) -> SystemLookup | None:
         """Look a fresh name up; None while there is no answer yet. At most `patience` seconds.
 
-        `ground` is anything that differs when the tunnel or its exit is another one.
+        `tunnel_and_exit` is anything that differs when the tunnel or its exit is another one.
         """
         if AS_USER.refused:
             return None
         running = self._running
         # What came after a round had gone on is of then: another nameserver may be asked by now.
         if running is None or (self._left and running.done()):
-            running = self._running = self._start(zone, self._upstreams(servers), ground)
+            running = self._running = self._start(zone, self._upstreams(servers), tunnel_and_exit)
             self._since = self._boottime()
         self._left = True
         await asyncio.wait([running], timeout=self._patience)
@@ -145,7 +143,7 @@ class SystemResolver:
         return SystemLookup(answer=Answer.LOST, error=f"no answer for {waited:.0f} s")
 
     def _start(
-        self, zone: dns.CanaryZone | None, upstreams: tuple[IPAddress, ...], ground: object
+        self, zone: dns.CanaryZone | None, upstreams: tuple[IPAddress, ...], tunnel_and_exit: object
     ) -> asyncio.Future[SystemLookup]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[SystemLookup] = loop.create_future()
@@ -157,7 +155,7 @@ class SystemResolver:
         def work() -> None:
             found = self._outcome(fresh_names(zone), upstreams, tells=zone is not None)
             if zone is None and found.answer is Answer.ANSWERED:
-                found = replace(found, egress=self._settled.of(self._whoami(), ground, self._boottime()))
+                found = replace(found, egress=self._settled.of(self._whoami(), tunnel_and_exit, self._boottime()))
             try:
                 loop.call_soon_threadsafe(finish, found)
             except RuntimeError:  # the loop has ended meanwhile
@@ -216,7 +214,7 @@ class SystemResolver:
 
 def _public(found: Iterable[IPAddress]) -> tuple[IPAddress, ...]:
     """The addresses that can be a resolver's. Beside an IPv4 one, one of IPv6 may be made up of it: DNS64, RFC 6147."""
-    known = tuple(dict.fromkeys(a for a in map(dns.on_the_internet, found) if a is not None))[:_MOST]
+    known = tuple(dict.fromkeys(a for a in map(dns.on_the_internet, found) if a is not None))[:_MAX_ADDRESSES]
     return tuple(a for a in known if a.version == 4) or known
 
 

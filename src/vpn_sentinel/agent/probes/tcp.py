@@ -17,12 +17,12 @@ from vpn_sentinel.domain.policy import IPAddress
 
 # Seconds. A rule that drops lets the opening packet vanish without a word, so that behind most kill switches all of
 # them pass; an answer takes one round trip.
-PATIENCE: Final = 0.3
+CONNECT_TIMEOUT_S: Final = 0.3
 HTTPS: Final = 443
 TARGET: Final = "cloudflare_tcp"
 
 
-async def opens(address: IPAddress, port: int, *, device: str | None = None, limit: float = PATIENCE) -> bool:
+async def opens(address: IPAddress, port: int, *, device: str | None = None, limit: float = CONNECT_TIMEOUT_S) -> bool:
     """Whether somebody takes a connection to `port` of `address` within `limit` seconds, sent by `device` if named."""
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     try:

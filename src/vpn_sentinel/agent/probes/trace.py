@@ -5,7 +5,7 @@ from typing import Final
 
 from vpn_sentinel.agent.net.http import Client, HttpError, json_in
 from vpn_sentinel.agent.net.urls import address_in
-from vpn_sentinel.agent.probes.datagram import RESEND
+from vpn_sentinel.agent.probes.datagram import RESEND_AFTER_S
 from vpn_sentinel.domain.observation import Answer, Canary, Path, Probe
 from vpn_sentinel.domain.policy import IPAddress, is_public
 from vpn_sentinel.runtime.shortage import is_shortage
@@ -13,7 +13,7 @@ from vpn_sentinel.runtime.shortage import is_shortage
 TRACE_PATH = "/cdn-cgi/trace"
 TRACE_URL: Final = "https://1.1.1.1"
 TRACE_URL_6: Final = "https://[2606:4700:4700::1111]"
-LIMIT = 2.5  # seconds
+TRACE_TIMEOUT_S = 2.5  # seconds
 
 
 def parse_trace(body: bytes) -> dict[str, str]:
@@ -22,16 +22,16 @@ def parse_trace(body: bytes) -> dict[str, str]:
     return {key: value for key, found, value in (line.partition("=") for line in lines) if found}
 
 
-async def trace(http: Client, base: str, path: Path, limit: float = LIMIT, family: int = 4) -> Canary:
+async def trace(http: Client, base: str, path: Path, limit: float = TRACE_TIMEOUT_S, family: int = 4) -> Canary:
     """Ask Cloudflare's trace at a literal address, of `family`; once more by a new connection when it is slow.
 
     One that was begun while the tunnel went away has an address and a route that lead nowhere any more.
     """
     async with asyncio.TaskGroup() as group:
         first = group.create_task(_canary(http, base + TRACE_PATH, "trace", path, limit, family))
-        done, asking = await asyncio.wait({first}, timeout=RESEND)
+        done, asking = await asyncio.wait({first}, timeout=RESEND_AFTER_S)
         if asking:
-            again = _canary(http, base + TRACE_PATH, "trace", path, limit - RESEND, family)
+            again = _canary(http, base + TRACE_PATH, "trace", path, limit - RESEND_AFTER_S, family)
             asking.add(group.create_task(again))
         while asking and not any(task.result().answer is Answer.ANSWERED for task in done):
             done, asking = await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
@@ -41,7 +41,7 @@ async def trace(http: Client, base: str, path: Path, limit: float = LIMIT, famil
     return next((c for c in found if c.answer is Answer.ANSWERED), found[0])
 
 
-async def whoami(http: Client, server: str, path: Path, limit: float = LIMIT) -> Canary:
+async def whoami(http: Client, server: str, path: Path, limit: float = TRACE_TIMEOUT_S) -> Canary:
     """Ask the project's own server, `GET /api/v1/whoami` → `{"ip": "…"}`."""
     return await _canary(http, server + "/api/v1/whoami", "server", path, limit)
 

@@ -10,8 +10,8 @@ from vpn_sentinel.agent.introspect.gluetun import STATUS
 from vpn_sentinel.agent.net.http import Client, HttpError
 from vpn_sentinel.agent.remedies.failure import RemedyError
 
-_LIMIT: Final = 15.0  # seconds: it answers when OpenVPN has ended
-_PAUSE: Final = 1.0  # seconds between the two
+_RESTART_TIMEOUT_S: Final = 15.0  # seconds: it answers when OpenVPN has ended
+_BETWEEN_STOP_AND_START_S: Final = 1.0  # seconds between the two
 
 
 async def restart(
@@ -22,7 +22,7 @@ async def restart(
 ) -> str:
     """Stop and start the VPN; what runs in its network namespace keeps it. Raises RemedyError."""
     await _put(http, url, headers, "stopped")
-    await sleep(_PAUSE)
+    await sleep(_BETWEEN_STOP_AND_START_S)
     await _put(http, url, headers, "running")
     return "the VPN was stopped and started"
 
@@ -31,7 +31,7 @@ async def _put(http: Client, url: str, headers: Mapping[str, str], status: str) 
     body = json.dumps({"status": status}).encode()
     more = {"Content-Type": "application/json", **headers}
     try:
-        answer = await http.send("PUT", url + STATUS, body=body, headers=more, limit=_LIMIT)
+        answer = await http.send("PUT", url + STATUS, body=body, headers=more, limit=_RESTART_TIMEOUT_S)
     except HttpError as e:
         raise RemedyError(f"gluetun: {e}") from e
     match answer.status:

@@ -14,7 +14,7 @@ from typing import Final
 from vpn_sentinel.agent.remedies.failure import RemedyError
 
 _RUNS_SCRIPTS: Final = re.compile(r"((ba|da|a|k|mk|z)?sh|busybox|env|python[0-9.]*|perl|node)")
-_MOST_LINKS: Final = 40  # as Linux follows (path_resolution(7))
+_MAX_LINKS: Final = 40  # as Linux follows (path_resolution(7))
 KEPT: Final = 4096  # bytes of its output that are kept for the log
 _LATE: Final = 0.5  # seconds for output that is still in the pipe when the command has ended
 _PRIVATE: Final = ("VPN_SENTINEL_", "TELEGRAM_")
@@ -55,7 +55,7 @@ def _open_to_others(file: str) -> str | None:
             return f"{at} belongs to user {found.st_uid}"
         if stat.S_ISLNK(found.st_mode):
             links += 1
-            if links > _MOST_LINKS:
+            if links > _MAX_LINKS:
                 raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), file)
             left += reversed(at.readlink().parts)
             at = at.parent

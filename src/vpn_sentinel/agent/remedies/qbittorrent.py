@@ -11,14 +11,14 @@ from urllib.parse import urlencode
 from vpn_sentinel.agent.net.http import Client, HttpError, Response, json_in
 from vpn_sentinel.agent.net.urls import split
 from vpn_sentinel.agent.remedies.failure import RemedyError
-from vpn_sentinel.agent.remedies.torrents import LIMIT, MOST
+from vpn_sentinel.agent.remedies.torrents import ANSWER_TIMEOUT_S, MAX_ANSWER_BYTES
 from vpn_sentinel.runtime.secret import Secret
 
 log = logging.getLogger(__name__)
 
 _PAGE: Final = 200  # torrents of one answer
 _PAGES: Final = 50
-_AT_ONCE: Final = 200  # hashes of one request
+_MAX_HASHES: Final = 200  # hashes of one request
 # States of a torrent that does nothing: of version 5 and of version 4, and of one that cannot run.
 _AT_REST: Final = frozenset({"stoppedDL", "stoppedUP", "pausedDL", "pausedUP", "error", "missingFiles"})
 
@@ -46,8 +46,8 @@ class QBittorrent:
 
     async def resume(self, hashes: tuple[str, ...]) -> None:
         cookie = await self._login()
-        for first in range(0, len(hashes), _AT_ONCE):
-            await self._act(cookie, ("start", "resume"), "|".join(hashes[first : first + _AT_ONCE]))
+        for first in range(0, len(hashes), _MAX_HASHES):
+            await self._act(cookie, ("start", "resume"), "|".join(hashes[first : first + _MAX_HASHES]))
 
     async def _login(self) -> str:
         """The session's cookie, empty where none is needed."""
@@ -89,7 +89,12 @@ class QBittorrent:
             headers["Content-Type"] = "application/x-www-form-urlencoded"
         try:
             return await self._http.send(
-                method, self._url + path, body=urlencode(form).encode(), headers=headers, limit=LIMIT, most=MOST
+                method,
+                self._url + path,
+                body=urlencode(form).encode(),
+                headers=headers,
+                limit=ANSWER_TIMEOUT_S,
+                most=MAX_ANSWER_BYTES,
             )
         except HttpError as e:
             raise RemedyError(f"qBittorrent at {split(self._url).authority}: {e}") from e

@@ -2,8 +2,8 @@
 
 from typing import Final, Protocol
 
-LIMIT: Final = 5.0  # seconds for one answer
-MOST: Final = 1024 * 1024  # bytes of one
+ANSWER_TIMEOUT_S: Final = 5.0  # seconds for one answer
+MAX_ANSWER_BYTES: Final = 1024 * 1024  # bytes of one
 
 
 class TorrentClient(Protocol):

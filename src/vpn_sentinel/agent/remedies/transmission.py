@@ -11,7 +11,7 @@ from typing import Any, Final
 from vpn_sentinel.agent.net.http import Client, HttpError, json_in
 from vpn_sentinel.agent.net.urls import split
 from vpn_sentinel.agent.remedies.failure import RemedyError
-from vpn_sentinel.agent.remedies.torrents import LIMIT, MOST
+from vpn_sentinel.agent.remedies.torrents import ANSWER_TIMEOUT_S, MAX_ANSWER_BYTES
 from vpn_sentinel.runtime.secret import Secret
 
 log = logging.getLogger(__name__)
@@ -62,7 +62,9 @@ class Transmission:
                 pair = f"{self._user}:{self._password.reveal()}".encode()
                 headers["Authorization"] = "Basic " + base64.b64encode(pair).decode()
             try:
-                answer = await self._http.send("POST", self._url, body=body, headers=headers, limit=LIMIT, most=MOST)
+                answer = await self._http.send(
+                    "POST", self._url, body=body, headers=headers, limit=ANSWER_TIMEOUT_S, most=MAX_ANSWER_BYTES
+                )
             except HttpError as e:
                 raise RemedyError(f"Transmission at {split(self._url).authority}: {e}") from e
             if answer.status != HTTPStatus.CONFLICT:

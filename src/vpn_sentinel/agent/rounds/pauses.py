@@ -12,8 +12,8 @@ from vpn_sentinel.runtime.clock import tick
 
 log = logging.getLogger(__name__)
 
-EVERY: Final = 0.5  # seconds between two signs of life
-PAUSE: Final = 2.0  # seconds beyond that which no busy machine explains
+SIGN_EVERY_S: Final = 0.5  # seconds between two signs of life
+MIN_PAUSE_S: Final = 2.0  # seconds beyond that which no busy machine explains
 
 
 class Pauses:
@@ -34,14 +34,14 @@ class Pauses:
     async def run(self) -> None:
         self._last = self._boottime()
         while True:
-            await tick(EVERY)
+            await tick(SIGN_EVERY_S)
             self._note()
 
     def _note(self) -> None:
         now = self._boottime()
-        away = now - self._last - EVERY
+        away = now - self._last - SIGN_EVERY_S
         self._last = now
-        if away > PAUSE:
+        if away > MIN_PAUSE_S:
             self._ended = now
             log.warning("this process did not run for a while", extra={"seconds": round(away)})
             self._paused()

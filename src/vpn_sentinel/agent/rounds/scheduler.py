@@ -28,13 +28,13 @@ log = logging.getLogger(__name__)
 
 # Seconds until the rounds after a change of state: together longer than every grace, so that the change is settled,
 # and soon after it.
-RECHECKS: Final = (1.0, 2.0, 3.0, 3.0, 3.0, 3.0, 3.0)
-UNWELL: Final = 15.0  # seconds between rounds while trouble lasts
-LIMIT: Final = 25.0  # seconds for a round: more than one takes where nothing answers at all
+RECHECKS_S: Final = (1.0, 2.0, 3.0, 3.0, 3.0, 3.0, 3.0)
+UNWELL_EVERY_S: Final = 15.0  # seconds between rounds while trouble lasts
+ROUND_TIMEOUT_S: Final = 25.0  # seconds for a round: more than one takes where nothing answers at all
 # Changes come in groups: so many rounds triggers may start at once, then one in as many seconds.
-BURST: Final = 3
-GAP: Final = 1.0
-_REASON: Final = 200  # characters
+MAX_BURST: Final = 3
+BURST_GAP_S: Final = 1.0
+_MAX_REASON_CHARS: Final = 200  # characters
 _ON_TIME: Final = frozenset({Trigger.TIMER, Trigger.RECHECK, Trigger.START})
 _CHANGES: Final = frozenset({Trigger.NETWORK, Trigger.LEAK})
 
@@ -46,18 +46,18 @@ class Schedule:
         self._interval = interval
         self._rng = rng or random.Random()  # noqa: S311 - spreads load, guards nothing
         self._state: State | None = None
-        self._step = len(RECHECKS)
+        self._step = len(RECHECKS_S)
 
     def after(self, state: State) -> tuple[float, Trigger]:
         """Seconds from the start of the round that saw `state` until the next, and what to call it."""
         if state is not self._state and (self._state is not None or state is not State.PROTECTED):
             self._step = 0
         self._state = state
-        if self._step < len(RECHECKS):
+        if self._step < len(RECHECKS_S):
             self._step += 1
-            return min(RECHECKS[self._step - 1], self._interval), Trigger.RECHECK
+            return min(RECHECKS_S[self._step - 1], self._interval), Trigger.RECHECK
         if state is not State.PROTECTED:
-            return min(UNWELL, self._interval), Trigger.RECHECK
+            return min(UNWELL_EVERY_S, self._interval), Trigger.RECHECK
         # Only ever shorter: the server was promised no longer silence than the interval.
         return self._interval * self._rng.uniform(0.9, 1.0), Trigger.TIMER
 
@@ -66,14 +66,14 @@ class Pace:
     """How soon a trigger may start a round; no clock of its own. A round that was on the schedule does not count."""
 
     def __init__(self) -> None:
-        self._full = float("-inf")  # when as many as BURST may start at once again
+        self._full = float("-inf")  # when as many as MAX_BURST may start at once again
 
     def wait(self, now: float) -> float:
         """Seconds until the next may start."""
-        return max(0.0, self._full - (BURST - 1) * GAP - now)
+        return max(0.0, self._full - (MAX_BURST - 1) * BURST_GAP_S - now)
 
     def started(self, now: float) -> None:
-        self._full = max(self._full, now) + GAP
+        self._full = max(self._full, now) + BURST_GAP_S
 
 
 class Scheduler:
@@ -91,7 +91,7 @@ class Scheduler:
         rng: random.Random | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
         judge: Callable[[Observation, Policy], Verdict] = judge,
-        limit: float = LIMIT,
+        limit: float = ROUND_TIMEOUT_S,
         paused: Callable[[], None] = lambda: None,
     ) -> None:
         """`paused` is called when this process did not run for a while: what waited then is of no worth."""
@@ -200,4 +200,4 @@ def _reason(error: BaseException) -> str:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     text = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
-    return "".join(c if c.isprintable() else " " for c in text)[:_REASON]
+    return "".join(c if c.isprintable() else " " for c in text)[:_MAX_REASON_CHARS]

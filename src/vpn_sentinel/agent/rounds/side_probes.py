@@ -10,11 +10,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from vpn_sentinel.agent.net.interfaces import Survey
-from vpn_sentinel.agent.probes.canary import Flock
-from vpn_sentinel.agent.probes.flaky import Steadiness
+from vpn_sentinel.agent.probes.canary import CanaryPlan
+from vpn_sentinel.agent.probes.target_health import TargetHealth
 from vpn_sentinel.domain.observation import Answer, Canary, Claim, Observation, Probe
 
-_PATIENCE: Final = 0.2  # seconds that claims get beyond the canaries
+_CLAIMS_EXTRA_S: Final = 0.2  # seconds that claims get beyond the canaries
 _ECHO: Final = "echo"  # our own server's: when it stays silent, that is told as such
 
 Claims = Callable[[Survey], Coroutine[Any, Any, tuple[Claim, ...]]]
@@ -27,34 +27,34 @@ async def _nobody(_survey: Survey) -> tuple[Claim, ...]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Asides:
+class SideProbes:
     """Whom to ask; lives as long as the agent."""
 
     claims: Claims = _nobody
     forwarded_port: Callable[[], int | None] = lambda: None
     portal: Portal | None = None
-    steadiness: Steadiness = field(default_factory=Steadiness)
+    target_health: TargetHealth = field(default_factory=TargetHealth)
 
-    def begin(self, group: asyncio.TaskGroup, survey: Survey) -> "Aside":
+    def begin(self, group: asyncio.TaskGroup, survey: Survey) -> "SideProbing":
         """Start what is asked in any case."""
-        return Aside(self, group, survey)
+        return SideProbing(self, group, survey)
 
 
-class Aside:
+class SideProbing:
     """One round's share."""
 
-    def __init__(self, asides: Asides, group: asyncio.TaskGroup, survey: Survey) -> None:
-        self._asides = asides
+    def __init__(self, side_probes: SideProbes, group: asyncio.TaskGroup, survey: Survey) -> None:
+        self._probes = side_probes
         self._group = group
         self._survey = survey
-        self._claiming = group.create_task(asides.claims(survey))
+        self._claiming = group.create_task(side_probes.claims(survey))
         self._portal: asyncio.Task[bool | None] | None = None
         self._asked: tuple[tuple[str, int], ...] = ()
 
-    def flock(self, flock: Flock) -> Flock:
+    def with_suspects(self, plan: CanaryPlan) -> CanaryPlan:
         """The same with its suspects."""
-        self._asked = tuple((t.name, t.address.version) for t in flock.targets if t.name != _ECHO)
-        return replace(flock, suspects=self._asides.steadiness.suspects())
+        self._asked = tuple((t.name, t.address.version) for t in plan.targets if t.name != _ECHO)
+        return replace(plan, suspects=self._probes.target_health.suspects())
 
     def silence(self, back: tuple[Canary, ...]) -> None:
         """Nothing has answered on the default route. Behind a kill switch a TCP connection would only hang."""
@@ -62,18 +62,18 @@ class Aside:
         physical = self._survey.physical
         # On its way still is good enough: a refusal comes at once.
         if (
-            self._asides.portal
+            self._probes.portal
             and physical
             and self._survey.tunnel
             and Answer.BLOCKED not in beside
             and beside != {Answer.UNKNOWN}
         ):
-            self._portal = self._group.create_task(self._asides.portal(physical.name))
+            self._portal = self._group.create_task(self._probes.portal(physical.name))
 
     async def add(self, seen: Observation, *, hurry: bool) -> Observation:
         """What was found out, put into the observation. With `hurry` nothing is waited for."""
         dead = not any(c.answer is Answer.ANSWERED for c in seen.asked(Probe.DEFAULT))
-        await asyncio.wait([self._claiming], timeout=0 if hurry else _PATIENCE)
+        await asyncio.wait([self._claiming], timeout=0 if hurry else _CLAIMS_EXTRA_S)
         found = None
         if self._portal is not None:
             if dead:
@@ -84,7 +84,7 @@ class Aside:
         return replace(
             seen,
             claims=claims,
-            forwarded_port=self._asides.forwarded_port(),
+            forwarded_port=self._probes.forwarded_port(),
             portal=found,
-            flaky=self._asides.steadiness.saw(self._asked, seen.canaries),
+            flaky=self._probes.target_health.saw(self._asked, seen.canaries),
         )

@@ -1,1 +1,1 @@
-"""What starts a round without being asked: the kernel's events and the beat of the canary."""
+"""What starts a round without being asked: pulses, the kernel's events, nameservers that change."""

@@ -8,13 +8,13 @@ No I/O, and time is an argument, in seconds by a clock that never jumps.
 from collections import deque
 from typing import Final, NamedTuple
 
-LEAST: Final = 0.5  # seconds: what is shorter is for a look at single pulses
+MIN_INTERRUPTION_S: Final = 0.5  # seconds: what is shorter is for a look at single pulses
 BRIEF: Final = 4.0  # seconds: what lasts longer is an outage, and told as one
 WITHIN: Final = 21.0  # seconds in which they are counted together
 MANY: Final = 3  # of them are enough
 MUCH: Final = 5.0  # seconds: so are two that lasted so long together
 # They are over after so many times the mean time from one to the next without one, and after so many seconds.
-OVER: Final = (2, 15.0)
+INTERRUPTIONS_OVER: Final = (2, 15.0)
 WORTH_TELLING: Final = 0.2  # share of the time
 
 
@@ -42,7 +42,7 @@ class Interruptions:
         if ended - began > BRIEF:
             self._lately.clear()
             self._found = False
-        elif ended - began >= LEAST:
+        elif ended - began >= MIN_INTERRUPTION_S:
             self._lately.append(_Interruption(began, ended))
 
     def doubtful(self, now: float) -> bool:
@@ -55,7 +55,9 @@ class Interruptions:
         while lately and lately[0].began < now - (3 * WITHIN if self._found else WITHIN):
             lately.popleft()
         if self._found:
-            self._found = len(lately) > 1 and now - lately[-1].ended <= min(OVER[0] * self._period(), OVER[1])
+            self._found = len(lately) > 1 and now - lately[-1].ended <= min(
+                INTERRUPTIONS_OVER[0] * self._period(), INTERRUPTIONS_OVER[1]
+            )
             if not self._found:
                 lately.clear()
         elif len(lately) > 1:

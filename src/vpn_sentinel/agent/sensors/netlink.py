@@ -162,7 +162,7 @@ class NetworkSensor:
     def _soon(self) -> None:
         if self._timer is None:
             loop = asyncio.get_running_loop()
-            self._timer = loop.call_at(max(loop.time() + DEBOUNCE_S, self._rested), self._ring)
+            self._timer = loop.call_at(max(loop.time() + DEBOUNCE_S, self._rested), self._tell)
 
     def _renew(self, error: OSError) -> None:
         """A socket that fails otherwise hears nothing any more, and would fail at once again."""
@@ -181,7 +181,7 @@ class NetworkSensor:
         self.start()
         self._soon()  # what happened meanwhile was told to nobody
 
-    def _ring(self) -> None:
+    def _tell(self) -> None:
         self._timer = None
         began = time.thread_time()  # of this thread: that the machine is busy costs no rest
         self._changed()

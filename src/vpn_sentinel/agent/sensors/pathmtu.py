@@ -15,10 +15,10 @@ from vpn_sentinel.agent.sensors.pulse import Pulse
 from vpn_sentinel.domain.observation import Observation, Path
 from vpn_sentinel.domain.verdict import State, Verdict
 
-EVERY: Final = 10.0  # seconds
-_SETTLED: Final = 1.0  # seconds after a change
-_PATIENCE: Final = 0.4  # seconds for one packet, at least
-_SLOW: Final = 0.5  # a round trip of so many seconds: the line is full, and what is late is not lost
+MTU_EVERY_S: Final = 10.0  # seconds
+_SETTLED_S: Final = 1.0  # seconds after a change
+_MIN_REPLY_TIMEOUT_S: Final = 0.4  # seconds for one packet, at least
+_MAX_RTT_S: Final = 0.5  # a round trip of so many seconds: the line is full, and what is late is not lost
 
 
 class PathMtu:
@@ -30,7 +30,7 @@ class PathMtu:
         self._well = False
         self._exits: object = None
         self._due = 0.0
-        self._stirred = asyncio.Event()
+        self._wake = asyncio.Event()
 
     def saw(self, seen: Observation, verdict: Verdict) -> None:
         """A round is over."""
@@ -39,7 +39,7 @@ class PathMtu:
         if self._well and exits != self._exits:
             self._exits = exits
             self.reset()
-        self._stirred.set()
+        self._wake.set()
 
     def reset(self) -> None:
         """Routes changed: what passed before says nothing of the way there is now, which begins with this moment."""
@@ -49,15 +49,15 @@ class PathMtu:
     async def run(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            self._stirred.clear()
+            self._wake.clear()
             target = self._pulse.target if self._well else None
             if target is not None and loop.time() >= self._due:
-                await asyncio.sleep(_SETTLED)
-                self._due = loop.time() + EVERY
+                await asyncio.sleep(_SETTLED_S)
+                self._due = loop.time() + MTU_EVERY_S
                 await self._ask(target)
             try:
                 async with asyncio.timeout(max(1.0, self._due - loop.time()) if target else None):
-                    await self._stirred.wait()
+                    await self._wake.wait()
             except TimeoutError:
                 continue
 
@@ -67,11 +67,11 @@ class PathMtu:
         if link is None or not link.mtu or paths.of(target.address, target.port) is not Path.TUNNEL:
             return
         rtt = self._pulse.rtt or 0.0
-        if rtt > _SLOW:
+        if rtt > _MAX_RTT_S:
             return
         try:
             with Sizer(target, self._numbered) as sizer:
-                size, patience = sizer.largest(link.mtu), max(_PATIENCE, 3 * rtt)
+                size, patience = sizer.largest(link.mtu), max(_MIN_REPLY_TIMEOUT_S, 3 * rtt)
                 found = await search(lambda s: sizer.ask(s, patience), size, target.address.version)
         except OSError:
             return  # no way there just now: the round tells of that

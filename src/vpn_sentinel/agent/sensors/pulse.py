@@ -20,18 +20,19 @@ from vpn_sentinel.agent.net.packettime import ANCILLARY, note_times, passed
 from vpn_sentinel.agent.probes import tag
 from vpn_sentinel.agent.probes.canary import one
 from vpn_sentinel.agent.probes.targets import ServerEcho, Target
-from vpn_sentinel.agent.sensors.beat import LITERAL, Beats, choose
+from vpn_sentinel.agent.sensors.fallback_probe import EVERY_S, FallbackProbes, choose
+from vpn_sentinel.agent.sensors.pulse_timing import REPLY_TIMEOUT_S, PulseTiming
 from vpn_sentinel.agent.sensors.quality import Rates, Samples
-from vpn_sentinel.agent.sensors.rhythm import PATIENCE, Rhythm
 from vpn_sentinel.domain.observation import Answer, Canary, Link, Observation, Path, Probe, Quality
 from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.wire import pulse
 
 log = logging.getLogger(__name__)
 
-LIFE: Final = 2.0  # seconds for which a reply to any pulse shows that the tunnel lives
-_WORKS: Final = 10.0  # seconds since the last reply for which pulses count as working
-_AGAIN: Final = (10.0, 600.0)  # a server that answers questions and no pulses: least and most seconds until a new run
+ALIVE_FOR_S: Final = 2.0  # seconds for which a reply to any pulse shows that the tunnel lives
+_WORKS_FOR_S: Final = 10.0  # seconds since the last reply for which pulses count as working
+# A server that answers questions and no pulses: least and most seconds until a new run.
+_NEW_RUN_AFTER_S: Final = (10.0, 600.0)
 
 
 @dataclass(slots=True)
@@ -55,7 +56,7 @@ class Pulse:
         every: float,
         *,
         echoes: Callable[[], Sequence[Target]],
-        ring: Callable[[], None],
+        on_change: Callable[[], None],
         fits: Callable[[Target], bool] = lambda _: True,
         acked: Callable[[], float | None] = lambda: None,
         boottime: Callable[[], float] = lambda: 0.0,
@@ -68,7 +69,7 @@ class Pulse:
         """
         self._every = every
         self._echoes = echoes
-        self._ring = ring
+        self._on_change = on_change
         self._fits = fits
         self._acked = acked
         self._boottime, self._wall = boottime, wall
@@ -78,21 +79,21 @@ class Pulse:
         self.numbers = Numbers()
         self.samples = Samples()
         self.rates = Rates()
-        self._rhythm = Rhythm(every)
-        self._beats = Beats()
+        self._timing = PulseTiming(every)
+        self._fallback = FallbackProbes()
         self._seen: Observation | None = None
         self._target: ServerEcho | None = None
         self._sock: socket.socket | None = None
         self._wakes = False  # whether a reply wakes this process
-        self._stirred = asyncio.Event()
+        self._wake = asyncio.Event()
         self._choice: Target | None = None
         self._last: tuple[float, float, IPAddress] | None = None  # when the last reply came, its round trip, address
         self._fresh_from = 0.0  # replies of before may have come another way
-        self._lost_since: float | None = None  # of beats to literal addresses
-        self._deaf_since: float | None = None  # since when others answer and the echo does not, by `boottime`
-        self._said_deaf = False
+        self._lost_since: float | None = None  # of fallback probes, to literal addresses
+        self._unreachable_since: float | None = None  # since when others answer and the echo does not, by `boottime`
+        self._said_unreachable = False
         self._silent_from: float | None = None
-        self._shun_until, self._shun_for = 0.0, _AGAIN[0]
+        self._shun_until, self._shun_for = 0.0, _NEW_RUN_AFTER_S[0]
         # Set by whoever measures the path: the largest packet that passes, and one that vanished.
         self.mtu: int | None = None
         self.vanished: int | None = None
@@ -104,24 +105,24 @@ class Pulse:
         """A round is over."""
         self._seen = seen
         self._choice = None
-        self._beats.start_from(seen.canaries)
+        self._fallback.start_from(seen.canaries)
         answers = {c.target == "echo": c.answer is Answer.ANSWERED for c in _best_last(seen)}
         if answers.get(True):
-            self._deaf_since, self._said_deaf = None, False
-        elif answers.get(True) is False and answers.get(False) and self._deaf_since is None:
-            self._deaf_since = self._boottime()
-        self._stirred.set()
+            self._unreachable_since, self._said_unreachable = None, False
+        elif answers.get(True) is False and answers.get(False) and self._unreachable_since is None:
+            self._unreachable_since = self._boottime()
+        self._wake.set()
 
     def reset(self) -> None:
         """Routes or addresses changed: the socket's own address may be stale, and what answered may answer no more."""
         self._close()
         self._choice = None
         self._fresh_from = _now()
-        self._stirred.set()
+        self._wake.set()
 
     def paused(self) -> None:
         """This process did not run for a while: what it waited for since before says nothing."""
-        self._rhythm, self._lost_since = Rhythm(self._every), None
+        self._timing, self._lost_since = PulseTiming(self._every), None
         self.reset()
 
     # --- what a round asks ---
@@ -137,7 +138,7 @@ class Pulse:
         at, rtt, address = self._last
         path = paths.of(target.address, target.port)
         # Beside the tunnel it would be a leak, and that takes an answer of now.
-        if at < max(_now() - LIFE, self._fresh_from) or path is Path.OUTSIDE:
+        if at < max(_now() - ALIVE_FOR_S, self._fresh_from) or path is Path.OUTSIDE:
             return None
         return Canary(
             probe=Probe.DEFAULT,
@@ -150,8 +151,8 @@ class Pulse:
         )
 
     def silent_for(self) -> float:
-        """Seconds since the first pulse, or beat, that has no answer, when nothing has answered since; else 0."""
-        since = self._rhythm.unanswered_since if self._target is not None else self._lost_since
+        """Seconds since the first pulse or fallback probe without an answer; 0 when something has answered since."""
+        since = self._timing.unanswered_since if self._target is not None else self._lost_since
         return 0.0 if since is None else round(max(0.0, _now() - since), 3)
 
     def quality(self, link: Link | None) -> Quality | None:
@@ -183,13 +184,13 @@ class Pulse:
 
     def works(self) -> bool | None:
         """Whether pulses reach the server and its replies reach us; False only while it takes reports another way."""
-        if self._last is not None and _now() - self._last[0] < _WORKS:
+        if self._last is not None and _now() - self._last[0] < _WORKS_FOR_S:
             return True
         acked = self._acked()
-        if self._deaf_since is None or acked is None or acked <= self._deaf_since:
+        if self._unreachable_since is None or acked is None or acked <= self._unreachable_since:
             return None
-        if not self._said_deaf:
-            self._said_deaf = True
+        if not self._said_unreachable:
+            self._said_unreachable = True
             log.warning("UDP does not reach the server: its reports are the sign of life, strangers are asked instead")
         return False
 
@@ -201,21 +202,21 @@ class Pulse:
     @property
     def target(self) -> ServerEcho | None:
         """Whom pulses go to and get replies from; None while they do not."""
-        return self._target if self._last is not None and not self._rhythm.silent else None
+        return self._target if self._last is not None and not self._timing.silent else None
 
     # --- its work ---
 
     async def run(self) -> None:
         try:
             while True:
-                self._stirred.clear()
+                self._wake.clear()
                 target = self._choose()
                 if isinstance(target, ServerEcho):
                     await self._step(target)
                 else:
                     self._close()
                     self._target = None
-                    await self._beat(target)
+                    await self._ask_fallback(target)
         finally:
             self._close()
 
@@ -232,43 +233,43 @@ class Pulse:
         """Send or decide what is due, and wait for the next thing, or for a reply."""
         if target != self._target:
             self._close()
-            self._target, self._rhythm, self._last = target, Rhythm(self._every), None
+            self._target, self._timing, self._last = target, PulseTiming(self._every), None
         if not self._wakes:
             self._read(target)
         now = _now()
-        if self._rhythm.dead(now):
+        if self._timing.dead(now):
             self._silent_from = now
-            self.samples.forgive(self._rhythm.unanswered_since or now)
-            self._ring()
-        self._mind_the_run(now)
-        if self._rhythm.due(now):
+            self.samples.discard_since(self._timing.unanswered_since or now)
+            self._on_change()
+        self._restart_stale(now)
+        if self._timing.due(now):
             self._send(target, now)
         self._look_closely(now)
         self._listen(target, wakes=not self.samples.looking)
-        await self._wait(self._rhythm.wait(_now()))
+        await self._wait(self._timing.wait(_now()))
 
     def _look_closely(self, now: float) -> None:
         """Send faster while it is in doubt how many are lost; a round tells what was found, and that it is over."""
         looking, high, poor = self.samples.looking, self.samples.high, self.samples.poor
         pace = self.samples.pace(now)
-        if pace is not None and not self._rhythm.silent:
-            self._rhythm.hurry(now, pace)
+        if pace is not None and not self._timing.silent:
+            self._timing.hurry(now, pace)
         ended = looking and not self.samples.looking
         if ended:
             self.samples.quality(now)  # before more pulses blur what it found
         if self.samples.high != high or (ended and pace is None and (poor or self.samples.poor)):
-            self._ring()
+            self._on_change()
 
-    def _mind_the_run(self, now: float) -> None:
+    def _restart_stale(self, now: float) -> None:
         """A server that answers a round's question and no pulse may hold this run for an old one's: begin another."""
-        if not self._rhythm.silent or self._silent_from is None or now < self._silent_from + _AGAIN[0]:
+        if not self._timing.silent or self._silent_from is None or now < self._silent_from + _NEW_RUN_AFTER_S[0]:
             return
         answered = self._seen is not None and any(
             c.target == "echo" and c.answer is Answer.ANSWERED for c in self._seen.asked(Probe.DEFAULT)
         )
         if answered:
-            self._shun_until, self._shun_for = now + self._shun_for, min(_AGAIN[1], 2 * self._shun_for)
-            self.numbers, self._rhythm, self._choice = Numbers(), Rhythm(self._every), None
+            self._shun_until, self._shun_for = now + self._shun_for, min(_NEW_RUN_AFTER_S[1], 2 * self._shun_for)
+            self.numbers, self._timing, self._choice = Numbers(), PulseTiming(self._every), None
 
     def datagram(self, target: ServerEcho, size: int | None = None) -> tuple[int, bytes]:
         """The next pulse, a sized one of `size` bytes, and its number."""
@@ -288,12 +289,12 @@ class Pulse:
             pass  # this host's own queue is full: lost like any other
         except OSError:
             self._close()
-            if self._rhythm.refused(now):
+            if self._timing.refused(now):
                 self._silent_from = now
-                self._ring()
+                self._on_change()
             return
-        self.samples.sent(number, now, counts=not self._rhythm.silent)
-        self._rhythm.sent(now)
+        self.samples.sent(number, now, counts=not self._timing.silent)
+        self._timing.sent(now)
 
     def _open(self, target: ServerEcho, now: float) -> socket.socket:
         """The socket, connected: only the target's datagrams get in. Raises OSError.
@@ -338,7 +339,7 @@ class Pulse:
             asyncio.get_running_loop().remove_reader(self._sock)
             self._sock.close()
             self._sock, self._wakes = None, False
-            self.samples.forgive()
+            self.samples.discard_since()
 
     def _read(self, target: ServerEcho) -> None:
         sock = self._sock
@@ -349,17 +350,17 @@ class Pulse:
                 return
             except OSError:
                 # ECONNREFUSED and the like: an ICMP error came back for a pulse.
-                if self._rhythm.refused(_now()):
+                if self._timing.refused(_now()):
                     self._silent_from = _now()
-                    self._ring()
-                self._stirred.set()
+                    self._on_change()
+                self._wake.set()
                 return
             self._heard(data, target, _now() - self._waited(passed(told)))
 
     def _waited(self, came: float) -> float:
         """Seconds since a packet came; none where the clock was set meanwhile."""
         waited = self._wall() - came
-        return waited if 0 < waited < PATIENCE[0] else 0.0
+        return waited if 0 < waited < REPLY_TIMEOUT_S[0] else 0.0
 
     def _heard(self, data: bytes, target: ServerEcho, now: float) -> None:
         told = pulse.read_reply(data, target.ident, self.numbers.run, target.key)
@@ -372,8 +373,8 @@ class Pulse:
         newest = number > self.numbers.heard
         self.numbers.heard = max(number, self.numbers.heard)
         self._last = (now, rtt, address)
-        self._shun_for = _AGAIN[0]
-        again = self._rhythm.heard(rtt)
+        self._shun_for = _NEW_RUN_AFTER_S[0]
+        again = self._timing.heard(rtt)
         seen = Canary(
             probe=Probe.DEFAULT,
             target=target.name,
@@ -381,12 +382,12 @@ class Pulse:
             answer=Answer.ANSWERED,
             address=address,
         )
-        if (newest and self._beats.moved(seen)) or again:
-            self._ring()
+        if (newest and self._fallback.moved(seen)) or again:
+            self._on_change()
         if again or not self.samples.looking:  # a close look's next pulse is due before anything else would be
-            self._stirred.set()
+            self._wake.set()
 
-    async def _beat(self, target: Target) -> None:
+    async def _ask_fallback(self, target: Target) -> None:
         """Ask a literal address, and wait."""
         began = _now()
         seen = await one(target, Path.UNKNOWN)  # what it means is the round's to find out
@@ -394,15 +395,15 @@ class Pulse:
             self._lost_since = None
         elif self._lost_since is None:
             self._lost_since = began
-        if self._beats.beat(seen):
-            self._ring()
-        if not self._beats.in_doubt:
-            await self._wait(began + max(self._every, LITERAL) - _now())
+        if self._fallback.note(seen):
+            self._on_change()
+        if not self._fallback.in_doubt:
+            await self._wait(began + max(self._every, EVERY_S) - _now())
 
     async def _wait(self, seconds: float) -> None:
         try:
             async with asyncio.timeout(max(0.0, seconds)):
-                await self._stirred.wait()
+                await self._wake.wait()
         except TimeoutError:
             return
 

@@ -2,7 +2,7 @@
 
 One pulse a second tells little, and late. So the first one that is missing begins a close look: quick pulses until it
 is plain what they show. They are counted apart from the one that began the look, which would bias them. The odds that a
-look calls too many lost, by the binomial distribution (`SOON`, `LEAST`, `WORTH_TELLING`, `FEW` below), are
+look calls too many lost, by the binomial distribution (`SOON`, `MIN_PULSES`, `WORTH_TELLING`, `FEW` below), are
 
     link loses 1 %  less than 0.000 000 001     5 %  0.000 03     30 %  0.54 after 30 pulses, 0.95 after 60
 
@@ -19,10 +19,10 @@ from math import inf, sqrt
 from typing import Final
 
 from vpn_sentinel.agent.sensors.interruptions import Interrupted, Interruptions
-from vpn_sentinel.domain.judge import MIN_PULSES
+from vpn_sentinel.domain.judge import MIN_PULSES_JUDGED
 from vpn_sentinel.domain.observation import Link, Quality
 
-LEAST: Final = 60  # pulses that a share is told of, where it is not plain after fewer
+MIN_PULSES: Final = 60  # pulses that a share is told of, where it is not plain after fewer
 # Plain before that: of so many at least, more than `ODD` and a sixth of them were lost. That line is the one of Wald's
 # sequential test of a link that loses 5 % against one that loses 30 %.
 SOON: Final = 20
@@ -40,16 +40,16 @@ WELL: Final = 30
 FEW: Final = 2
 RUN: Final = 3  # lost in a row: the line was interrupted
 CALM: Final = 8  # answered in a row: a reason to look whether the loss is over
-OVER: Final = (3, 40)  # no more than so many lost of so many: it is
+LOSS_OVER: Final = (3, 40)  # no more than so many lost of so many: it is
 BURST_EVERY: Final = 0.1  # seconds between the pulses of a close look
 POOR_EVERY: Final = 0.5  # and while too many are lost
 _SETTLED: Final = (1.0, 10.0)  # a pulse is lost when no reply has come for so many seconds: least and most
-_MOST: Final = 600  # pulses kept
+_MAX_PULSES: Final = 600  # pulses kept
 # Answers that come within this many seconds of one another came at once when their pulses were sent over so many
 # seconds at least, and over ten times as long: the far end, or this process, stood still. Those from a full queue come
 # as far apart as their pulses went out.
 AT_ONCE: Final = 0.05
-STALL: Final = 1.0
+LATE_S: Final = 1.0
 STALL_TIMES: Final = 10
 
 
@@ -75,20 +75,20 @@ class _Burst:
     def is_at_once(self) -> bool:
         sent = [s.at for s in self.samples]
         span = max(sent) - min(sent)
-        return span >= STALL and self.newest - self.began <= span / STALL_TIMES
+        return span >= LATE_S and self.newest - self.began <= span / STALL_TIMES
 
 
 class Samples:
     """The newest pulses and what became of each."""
 
     def __init__(self) -> None:
-        self._sent: deque[_Sent] = deque(maxlen=_MOST)
+        self._sent: deque[_Sent] = deque(maxlen=_MAX_PULSES)
         self._by_number: dict[int, _Sent] = {}
         self._jitter: float | None = None
         self._last_rtt: float | None = None
         self._burst: _Burst | None = None
         self._newest = 0
-        self._late: deque[float] = deque(maxlen=_MOST)  # when replies came behind later ones
+        self._late: deque[float] = deque(maxlen=_MAX_PULSES)  # when replies came behind later ones
         self._look_from: float | None = None  # when the close look began that runs
         self._looked_until = 0.0  # what was sent before has been looked into
         self._counts_from = 0.0  # what was sent before was under a loss that is over
@@ -99,7 +99,7 @@ class Samples:
 
     def sent(self, number: int, now: float, *, counts: bool = True) -> None:
         """A pulse went out; `counts` is False while nothing answers at all, which is no matter of quality."""
-        if len(self._sent) == _MOST:
+        if len(self._sent) == _MAX_PULSES:
             self._by_number.pop(self._sent[0].number, None)
         sample = _Sent(number, now, counts=counts)
         self._sent.append(sample)
@@ -153,7 +153,7 @@ class Samples:
             sample.stalled = True
         self._jitter, self._last_rtt = burst.jitter, burst.rtt
 
-    def forgive(self, since: float = 0.0) -> None:
+    def discard_since(self, since: float = 0.0) -> None:
         """Pulses sent from `since` on that still wait count no more: an outage, or a socket that is closed now.
 
         One whose reply comes after all counts.
@@ -189,7 +189,7 @@ class Samples:
         seen = self._settled(now, WIDE, after=began)
         lost = sum(s.rtt is None for s in seen)
         if self._high_from is not None:
-            most, of = OVER
+            most, of = LOSS_OVER
             if lost > most:
                 self._end_look(now)
             elif len(seen) >= of:
@@ -208,13 +208,13 @@ class Samples:
     @staticmethod
     def _is_plain(seen: Sequence[_Sent], lost: int) -> bool:
         """Whether too many of the pulses of a close look are lost."""
-        if len(seen) >= LEAST:
+        if len(seen) >= MIN_PULSES:
             return lost > HIGH * len(seen)
         return len(seen) >= SOON and lost > ODD + len(seen) / 6
 
     @staticmethod
     def _is_well(seen: Sequence[_Sent], lost: int) -> bool:
-        if len(seen) >= LEAST:
+        if len(seen) >= MIN_PULSES:
             return lost <= WORTH_TELLING * len(seen)
         return len(seen) >= WELL and lost <= WORTH_TELLING * len(seen) - FEW
 
@@ -245,7 +245,9 @@ class Samples:
     @property
     def poor(self) -> bool:
         """Whether what was told last is a share of lost pulses that a round should tell."""
-        return self._told is not None and self._told.lost > WORTH_TELLING * self._told.sent >= WORTH_TELLING * LEAST
+        return (
+            self._told is not None and self._told.lost > WORTH_TELLING * self._told.sent >= WORTH_TELLING * MIN_PULSES
+        )
 
     def _settled(self, now: float, last: int, after: float = -inf) -> list[_Sent]:
         """Those sent `after` then of which it is known whether they were lost: the `last` ones, the oldest first."""
@@ -278,9 +280,9 @@ class Samples:
             elif lost <= HIGH * len(recent) and self._told is not None:
                 return self._told
         if self._high_from is None:
-            recent = [s for s in self._settled(now, LEAST) if s.at >= self._counts_from]
-            if len(recent) < LEAST or sum(s.rtt is None for s in recent) > HIGH * len(recent):
-                recent = recent[-(MIN_PULSES - 1) :]  # too few for a share, and the judge reads none into them
+            recent = [s for s in self._settled(now, MIN_PULSES) if s.at >= self._counts_from]
+            if len(recent) < MIN_PULSES or sum(s.rtt is None for s in recent) > HIGH * len(recent):
+                recent = recent[-(MIN_PULSES_JUDGED - 1) :]  # too few for a share, and the judge reads none into them
         answered = [s for s in recent if s.rtt is not None]
         told = [s.rtt for s in answered if s.rtt is not None and not s.stalled]
         began = recent[0].at if recent else now

@@ -17,9 +17,9 @@ from vpn_sentinel.domain.policy import IPAddress, Policy
 from vpn_sentinel.domain.verdict import Code, Verdict
 from vpn_sentinel.runtime.clock import tick
 
-FILE_EVERY: Final = 0.5  # seconds
-CANARY_EVERY: Final = 6.0  # seconds, for each nameserver
-_MOST_KNOWN: Final = 256
+FILE_EVERY_S: Final = 0.5  # seconds
+CANARY_EVERY_S: Final = 6.0  # seconds, for each nameserver
+_MAX_KNOWN_PAIRS: Final = 256
 
 
 @dataclass(slots=True)
@@ -40,7 +40,7 @@ class Strays:
         if Code.DNS_LEAK not in {f.code for f in verdict.findings}:
             for pair in self._judged:
                 self._fine[pair] = None
-            while len(self._fine) > _MOST_KNOWN:
+            while len(self._fine) > _MAX_KNOWN_PAIRS:
                 del self._fine[next(iter(self._fine))]
         else:
             self._fine = {pair: None for pair in self._fine if pair not in self._judged}
@@ -67,8 +67,8 @@ class ResolverWatch:
         strayed: Callable[[], None],
         file: FilePath = dns.RESOLV_CONF,
         nameservers: Callable[[], Sequence[dns.Nameserver]] = dns.system_nameservers,
-        file_every: float = FILE_EVERY,
-        canary_every: float = CANARY_EVERY,
+        file_every: float = FILE_EVERY_S,
+        canary_every: float = CANARY_EVERY_S,
     ) -> None:
         self._canary, self._changed, self._strayed = canary, changed, strayed
         self._file, self._nameservers = file, nameservers

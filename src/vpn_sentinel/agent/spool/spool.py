@@ -19,9 +19,9 @@ from vpn_sentinel.runtime.clock import Clock
 
 log = logging.getLogger(__name__)
 
-MOST_ROWS: Final = 20_000
-MOST_BYTES: Final = 32 * 1024 * 1024
-MOST_IN_MEMORY: Final = 2_000  # rows, while the disk takes none
+MAX_ROWS: Final = 20_000
+MAX_BYTES: Final = 32 * 1024 * 1024
+MAX_ROWS_IN_MEMORY: Final = 2_000  # rows, while the disk takes none
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 _KEEP: Final = "INSERT OR REPLACE INTO observation (seq, boot, boottime, wall, routine, body) VALUES (?, ?, ?, ?, ?, ?)"
 _TAKE: Final = "SELECT seq, boot, boottime, wall, routine, body FROM observation WHERE seq > ? ORDER BY seq LIMIT ?"
@@ -50,9 +50,9 @@ class Spool:
         clock: Clock,
         *,
         boot: str | None = None,
-        most_rows: int = MOST_ROWS,
-        most_bytes: int = MOST_BYTES,
-        most_in_memory: int = MOST_IN_MEMORY,
+        most_rows: int = MAX_ROWS,
+        most_bytes: int = MAX_BYTES,
+        most_in_memory: int = MAX_ROWS_IN_MEMORY,
         connect: Callable[[Path], sqlite3.Connection] = open_file,
     ) -> None:
         """Open or create. Raises SpoolInUseError; a disk that cannot be used is said, and memory takes its place."""

@@ -11,10 +11,10 @@ from typing import Final
 
 import msgspec
 
-from vpn_sentinel.agent.net.http import MOST
+from vpn_sentinel.agent.net.http import MAX_BODY_BYTES
 from vpn_sentinel.wire.problem import CONTENT_TYPE, MARK, Problem
 
-_LONGEST: Final = 160  # characters of a reason
+_MAX_REASON_CHARS: Final = 160  # characters of a reason
 _GZIP: Final = 16 + zlib.MAX_WBITS  # zlib's word for a gzip header
 _decode = msgspec.json.Decoder(Problem).decode
 
@@ -29,7 +29,7 @@ def own_refusal(status: int, headers: Mapping[str, str], body: bytes) -> str | N
         said = _decode(plain(headers, body))
     except (ValueError, RecursionError):
         return None
-    return said.detail[:_LONGEST] if said.status == status and said.detail else None
+    return said.detail[:_MAX_REASON_CHARS] if said.status == status and said.detail else None
 
 
 def plain(headers: Mapping[str, str], body: bytes) -> bytes:
@@ -38,7 +38,7 @@ def plain(headers: Mapping[str, str], body: bytes) -> bytes:
         return body
     unpacker = zlib.decompressobj(_GZIP)
     try:
-        found = unpacker.decompress(body, MOST)
+        found = unpacker.decompress(body, MAX_BODY_BYTES)
     except zlib.error as e:
         msg = "a compressed answer is damaged"
         raise ValueError(msg) from e

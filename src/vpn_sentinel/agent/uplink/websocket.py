@@ -23,7 +23,7 @@ from vpn_sentinel.runtime.secret import Secret
 from vpn_sentinel.wire import codec, limits
 
 _QUIET: Final = 20.0  # seconds without a byte, then a ping; as many more, and the connection is dead
-_MOST_PARTS: Final = 1000  # of one message: a proxy may cut it up, nobody needs that many
+_MAX_PARTS: Final = 1000  # of one message: a proxy may cut it up, nobody needs that many
 _NOT_ONE: Final = "the answer to the WebSocket handshake is not one"
 _PIECE: Final = 16 * 1024  # bytes read at once
 # Our server says why before it closes; who closes with such a code and no word is somebody else.
@@ -70,7 +70,7 @@ class WebSocket:
                     case Message(data=data):
                         found += data.encode() if isinstance(data, str) else data
                         parts += 1
-                        if len(found) > limits.MAX_BODY_BYTES or parts > _MOST_PARTS:
+                        if len(found) > limits.MAX_BODY_BYTES or parts > _MAX_PARTS:
                             raise ChannelError(Fault.BROKEN, "the server sends too large a message")
                         if event.message_finished:
                             return bytes(found)

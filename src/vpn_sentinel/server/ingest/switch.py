@@ -29,7 +29,7 @@ _HELLO_WITHIN: Final = 10.0
 _EXCHANGE: Final = 3.0
 # Messages of reports a minute that one tunnel may send over its WebSocket: many times what an agent ever does.
 _MESSAGES: Final = 300
-# Bytes of them a minute, and at once after a pause: a whole spool (`agent.spool.spool.MOST_BYTES`).
+# Bytes of them a minute, and at once after a pause: a whole spool (`agent.spool.spool.MAX_BYTES`).
 _BYTES, _BYTES_AT_ONCE = 2 * 1024 * 1024, 32 * 1024 * 1024
 # WebSockets of one tunnel at once: an agent has one, or for a while some that died unheard.
 _SOCKETS: Final = 8

@@ -8,7 +8,7 @@ from vpn_sentinel.agent.net.http import Client
 from vpn_sentinel.agent.net.interfaces import Paths, Survey
 from vpn_sentinel.agent.net.resolver import Names
 from vpn_sentinel.agent.net.rtnetlink import Route
-from vpn_sentinel.agent.rounds.plan import flock
+from vpn_sentinel.agent.rounds.canary_plan import canary_plan
 from vpn_sentinel.agent.settings import ProbeSettings
 from vpn_sentinel.domain.observation import Answer
 from vpn_sentinel.domain.observation import Path as Way
@@ -45,6 +45,6 @@ async def test_an_answer_that_another_tunnel_carried_proves_no_way_outside() -> 
         for path, way in (("", Way.OUTSIDE), ("/slow", Way.UNKNOWN)):
             values = {"TRACE_URL": f"http://127.0.0.1:{port}{path}"}
             settings = ProbeSettings.read(Source({f"VPN_SENTINEL_{k}": v for k, v in values.items()}))
-            (over,) = flock(settings, client, (), paths).others
+            (over,) = canary_plan(settings, client, (), paths).others
             found = await over.ask()
             assert (found.answer, found.path) == (Answer.ANSWERED, way)

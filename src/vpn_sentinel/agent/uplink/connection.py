@@ -10,8 +10,8 @@ import msgspec
 from vpn_sentinel.agent.net.http import Client
 from vpn_sentinel.agent.net.urls import split
 from vpn_sentinel.agent.spool.spool import Spool
+from vpn_sentinel.agent.uplink.batching import Batching
 from vpn_sentinel.agent.uplink.channel import CHANGED, Channel, ChannelError, Fault
-from vpn_sentinel.agent.uplink.load import Load
 from vpn_sentinel.agent.uplink.post import post
 from vpn_sentinel.agent.uplink.session import Greeted, Phase, ProtocolError, Session, Stored, TurnedAway
 from vpn_sentinel.agent.uplink.websocket import open_websocket
@@ -20,10 +20,10 @@ from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.runtime.secret import Secret
 from vpn_sentinel.wire.messages import Hello, Report, fingerprint
 
-CONNECT: Final = 4.0  # seconds for a connection with its handshakes
+CONNECT_TIMEOUT_S: Final = 4.0  # seconds for a connection with its handshakes
 # The same, and the seconds for an answer, while bad news waits and another way may be open.
-BRISK: Final = 0.7
-IMPATIENT: Final = 0.5
+FAST_CONNECT_S: Final = 0.7
+FAST_ANSWER_S: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,21 +48,21 @@ class Routes:
 
 
 class Wakeup:
-    """Stirs whoever waits: there is more to send, something came in, or the network changed (`kicked`).
+    """Wakes whoever waits: there is more to send, something came in, or the network changed (`network_has_changed`).
 
     `urgent` while bad news waits for its acknowledgement.
     """
 
     def __init__(self) -> None:
         self._changed = asyncio.Event()
-        self.kicked = False
+        self.network_has_changed = False
         self.urgent = False
 
     def wake(self) -> None:
         self._changed.set()
 
-    def kick(self) -> None:
-        self.kicked = True
+    def network_changed(self) -> None:
+        self.network_has_changed = True
         self._changed.set()
 
     async def wait(self, seconds: float | None) -> None:
@@ -75,10 +75,10 @@ class Wakeup:
 
 
 @dataclass(slots=True, kw_only=True)
-class Conversation:
+class Connection:
     """With one address of the server under one URL. `greeted` becomes true once the server answered there.
 
-    `arrived` is called for each greeting, `acked` for each acknowledgement. `brisk` is asked
+    `arrived` is called for each greeting, `acked` for each acknowledgement. `fail_fast` is asked
     whether bad news waits and another way may be open, so that this one is given little time.
     """
 
@@ -86,14 +86,14 @@ class Conversation:
     url: str
     address: IPAddress
     spool: Spool
-    load: Load
+    batching: Batching
     http: Client
     clock: Clock
     routes: Routes
     wakeup: Wakeup
     arrived: Callable[[str, Greeted], None]
     acked: Callable[[], None]
-    brisk: Callable[[], bool] = lambda: False
+    fail_fast: Callable[[], bool] = lambda: False
     greeted: bool = False
     _told: bool = False  # the server itself said no
     _until: float | None = None
@@ -127,7 +127,7 @@ class Conversation:
         if broken is None:
             return
         silent = broken.fault in (Fault.BROKEN, Fault.CUT) and not (self.greeted or self._told)
-        if silent and not (self.wakeup.kicked or self.brisk()):
+        if silent and not (self.wakeup.network_has_changed or self.fail_fast()):
             # It opened, and the server never spoke through it: so little leads there by a WebSocket.
             raise ChannelError(Fault.HELD, str(broken)) from broken
         raise broken
@@ -136,29 +136,29 @@ class Conversation:
         """Report by one request after another. Raises ChannelError at the first that fails."""
         acked = 0
         while until > self.clock.boottime():
-            reports = self.load.reports(acked)
+            reports = self.batching.reports(acked)
             if not reports and self.greeted:
                 await self.wakeup.wait(until - self.clock.boottime())
-                self.wakeup.kicked = False
+                self.wakeup.network_has_changed = False
                 continue
             session = self._session()
-            pending, thinned = self.load.left_behind(reports), self.spool.thinned
+            pending, thinned = self.batching.left_behind(reports), self.spool.thinned
             body = session.exchange(reports, pending=pending, thinned=thinned, now=self.clock.boottime())
-            limit = self.load.patience + CONNECT
+            limit = self.batching.patience + CONNECT_TIMEOUT_S
             try:
                 answer = await post(self.http, self._path, self.address, self.to.key, body, limit=limit)
             except ChannelError as e:
                 if e.fault is Fault.REJECTED:
-                    self.load.refused(reports, str(e))
+                    self.batching.refused(reports, str(e))
                 elif e.fault is Fault.CUT:
-                    self.load.overdue()
+                    self.batching.overdue()
                 raise
             self._take_in(session, answer)
             if reports and session.acked < reports[-1].seq:
                 raise ChannelError(Fault.BROKEN, "the server did not store what it was sent")
             acked = session.acked
             if reports:
-                self.load.stored()
+                self.batching.stored()
                 self.spool.settled(thinned)
 
     async def _open(self) -> Channel:
@@ -167,7 +167,9 @@ class Conversation:
 
         async def attempt() -> Channel | ChannelError:
             try:
-                return await open_websocket(self._path, self.address, self.to.key, self.http.tls, limit=CONNECT)
+                return await open_websocket(
+                    self._path, self.address, self.to.key, self.http.tls, limit=CONNECT_TIMEOUT_S
+                )
             except ChannelError as e:
                 return e
 
@@ -178,12 +180,12 @@ class Conversation:
             while not opening.done():
                 # Bad news may come while this is on its way.
                 now = self.clock.boottime()
-                until = (until or now + BRISK) if self.brisk() else None
+                until = (until or now + FAST_CONNECT_S) if self.fail_fast() else None
                 if until is not None and now >= until:
-                    why = f"no connection within {BRISK:g} s, and bad news waits"
+                    why = f"no connection within {FAST_CONNECT_S:g} s, and bad news waits"
                     break
                 await self.wakeup.wait(None if until is None else until - now)
-                if self.wakeup.kicked and self._way() != way:
+                if self.wakeup.network_has_changed and self._way() != way:
                     break
             opening.cancel()
         if opening.cancelled():
@@ -211,17 +213,17 @@ class Conversation:
                 self._take_in(session, self._inbox.pop(0))
             if session.overdue(self.clock.boottime()):
                 if self.greeted:
-                    self.load.overdue()
+                    self.batching.overdue()
                 raise ChannelError(Fault.BROKEN, "the server does not answer")
-            if self.wakeup.kicked:
+            if self.wakeup.network_has_changed:
                 if not self.routes.owns(channel.local) or self._way() != way:
                     raise ChannelError(Fault.BROKEN, "the way to the server changed")
-                self.wakeup.kicked = False
+                self.wakeup.network_has_changed = False
             if leave is not None and session.phase is Phase.READY and await leave.is_time():
                 return
-            if session.phase is Phase.READY and (reports := self.load.reports(session.acked)):
+            if session.phase is Phase.READY and (reports := self.batching.reports(session.acked)):
                 self._sent = reports
-                pending, thinned = self.load.left_behind(reports), self.spool.thinned
+                pending, thinned = self.batching.left_behind(reports), self.spool.thinned
                 data = session.offer(reports, pending=pending, thinned=thinned, now=self.clock.boottime())
                 self._sent_as = fingerprint(data)
                 await self._send(channel, data)
@@ -232,30 +234,30 @@ class Conversation:
     def _press(self, session: Session) -> None:
         """Give an awaited answer little time while bad news waits. Raises ChannelError when that has passed."""
         now = self.clock.boottime()
-        if session.deadline is None or not self.brisk():
+        if session.deadline is None or not self.fail_fast():
             self._until = None
         elif self._until is None:
-            self._until = now + IMPATIENT
+            self._until = now + FAST_ANSWER_S
         elif now >= self._until:
             raise ChannelError(Fault.BROKEN, "no answer to bad news: another way is tried")
 
     def _session(self) -> Session:
         hello = msgspec.structs.replace(self.to.hello, spool=self.spool.identity, wall=self.clock.wall())
-        return Session(hello, last=self.load.sent_upto, patience=self.load.patience)
+        return Session(hello, last=self.batching.sent_upto, patience=self.batching.patience)
 
     async def _send(self, channel: Channel, data: bytes) -> None:
         try:
-            async with asyncio.timeout(self.load.patience):
+            async with asyncio.timeout(self.batching.patience):
                 await channel.send(data)
         except TimeoutError as e:
             raise ChannelError(Fault.BROKEN, "the server takes no data") from e
 
     def _take_in(self, session: Session, item: bytes | ChannelError) -> None:
-        """Act on what the server said. Raises ChannelError when that ends the conversation."""
+        """Act on what the server said. Raises ChannelError when that ends the connection."""
         waiting = session.phase is Phase.WAITING
         if isinstance(item, ChannelError):
             if item.fault is Fault.CUT and waiting:
-                self.load.overdue()
+                self.batching.overdue()
             raise item
         try:
             event = session.receive(item)
@@ -276,7 +278,7 @@ class Conversation:
             case Stored():
                 self.spool.forget(event.upto)
                 self.spool.settled(event.thinned)
-                self.load.stored()
+                self.batching.stored()
                 self.acked()
             case TurnedAway():
                 raise self._turned_away(event, waiting=waiting)
@@ -286,13 +288,13 @@ class Conversation:
         if event.of not in ("", self._sent_as):
             return ChannelError(Fault.BROKEN, CHANGED)
         if event.of:
-            self.load.refused(self._sent, event.reason)
+            self.batching.refused(self._sent, event.reason)
         fault = Fault.BROKEN if event.retry or waiting else Fault.DENIED
         return ChannelError(fault, f"the server refuses: {event.reason}")
 
 
 class Leave(Protocol):
-    """Tells a conversation on a second way when the preferred one is open again. `look_at` is when to ask next."""
+    """Tells a connection on a second way when the preferred one is open again. `look_at` is when to ask next."""
 
     look_at: float
 

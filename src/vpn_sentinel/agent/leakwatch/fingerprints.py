@@ -25,10 +25,10 @@ ALIKE: Final = 8  # OpenVPN data packets in a row that begin alike until they ar
 _DNS: Final = 53
 _IKE, _IKE_NAT = 500, 4500
 _SINCE_2020, _UNTIL_2050 = 1_577_836_800, 2_524_608_000
-_MOST: Final = 16
+_MAX_FLOWS: Final = 16
 
 
-class Shape(Enum):
+class Fingerprint(Enum):
     OWN = "own"  # a VPN's
     MAYBE = "maybe"  # more packets will tell
     OTHER = "other"
@@ -94,45 +94,45 @@ def is_dtls(packet: Packet) -> bool:
     )
 
 
-class Shapes:
+class Fingerprints:
     """Looks at packets of one flow after another; remembers how few flows began, and no more than that."""
 
     def __init__(self) -> None:
         self._began: OrderedDict[Endpoint, tuple[bytes, int]] = OrderedDict()
         self._ike: OrderedDict[IPAddress, None] = OrderedDict()
 
-    def of(self, packet: Packet, *, openvpn: bool, unsure: bool) -> Shape:
+    def of(self, packet: Packet, *, openvpn: bool, unsure: bool) -> Fingerprint:
         """`openvpn`: the tunnel may be OpenVPN's. `unsure`: nothing tells its packets yet, so that data packets count.
 
         Any program's packet may begin like one of OpenVPN's data packets; a reset is certain enough by itself, whatever
         the tunnel was until now: programs change their protocol while they run.
         """
         if is_wireguard(packet) or is_openvpn_tcp_reset(packet):
-            return Shape.OWN
+            return Fingerprint.OWN
         port = packet.destination_port
         if packet.protocol != UDP or port is None or port == _DNS:
-            return Shape.OTHER
+            return Fingerprint.OTHER
         if is_openvpn_reset(packet) or self._is_ike(packet):
-            return Shape.OWN
+            return Fingerprint.OWN
         if not (openvpn and unsure):
-            return Shape.OTHER
+            return Fingerprint.OTHER
         return self._data(Endpoint(packet.destination, port, UDP), packet.payload[:4])
 
     def _is_ike(self, packet: Packet) -> bool:
         if is_ike_begun(packet):
             self._ike[packet.destination] = None
-            if len(self._ike) > _MOST:
+            if len(self._ike) > _MAX_FLOWS:
                 self._ike.popitem(last=False)
             return True
         return packet.destination_port == _IKE_NAT and packet.destination in self._ike
 
-    def _data(self, flow: Endpoint, head: bytes) -> Shape:
+    def _data(self, flow: Endpoint, head: bytes) -> Fingerprint:
         began, alike = self._began.get(flow, (head, 0))
         if began != head or len(head) < 4 or head[0] >> 3 != _OPENVPN_DATA:
             self._began.pop(flow, None)
-            return Shape.OTHER
+            return Fingerprint.OTHER
         self._began[flow] = head, alike + 1
         self._began.move_to_end(flow)
-        if len(self._began) > _MOST:
+        if len(self._began) > _MAX_FLOWS:
             self._began.popitem(last=False)
-        return Shape.OWN if alike + 1 >= ALIKE else Shape.MAYBE
+        return Fingerprint.OWN if alike + 1 >= ALIKE else Fingerprint.MAYBE

@@ -8,7 +8,7 @@ from ipaddress import ip_address, ip_network
 import pytest
 
 from tests.agent.doubles import ETH, LO, UP, WG, surveyed
-from vpn_sentinel.agent.leakwatch.ground import Ground, ground
+from vpn_sentinel.agent.leakwatch.egress_map import EgressMap, egress_map
 from vpn_sentinel.agent.net.endpoints import parse_endpoint
 from vpn_sentinel.agent.net.fib import Fib
 from vpn_sentinel.agent.net.kernel import DeviceRoute, device_routes
@@ -43,9 +43,13 @@ def way(network: str, interface: int = 2, *, gateway: bool = False) -> DeviceRou
     return DeviceRoute(network=ip_network(network), interface=interface, gateway=gateway)
 
 
-def stand(tables: Tables, *links: Interface, tunnel: str = "wg0", before: Ground | None = None) -> Ground:
-    return ground(
-        surveyed(*(links or (LO, ETH, WG)), tunnel=tunnel), tables, allowed=(), resolvers=(), before=before or Ground()
+def stand(tables: Tables, *links: Interface, tunnel: str = "wg0", before: EgressMap | None = None) -> EgressMap:
+    return egress_map(
+        surveyed(*(links or (LO, ETH, WG)), tunnel=tunnel),
+        tables,
+        allowed=(),
+        resolvers=(),
+        before=before or EgressMap(),
     )
 
 

@@ -2,8 +2,8 @@ import asyncio
 
 from tests.agent.doubles import Loopback, udp
 from vpn_sentinel.agent.net.interfaces import Paths, Survey
-from vpn_sentinel.agent.probes.canary import Flock, canaries
-from vpn_sentinel.agent.probes.flaky import AGAIN, LOST, Steadiness
+from vpn_sentinel.agent.probes.canary import CanaryPlan, canaries
+from vpn_sentinel.agent.probes.target_health import AGAIN, LOST, TargetHealth
 from vpn_sentinel.domain.observation import Answer, Canary, Probe
 
 ASKED = (("a", 4), ("b", 4), ("b", 6))
@@ -18,7 +18,7 @@ SILENT = said(GOOD, ("b", 4, Answer.LOST))
 
 
 def test_three_silences_in_a_row_make_one_flaky_until_it_answers() -> None:
-    steady = Steadiness()
+    steady = TargetHealth()
     assert steady.saw(ASKED, said(GOOD)) == ()  # b was left out, which says nothing yet
     assert steady.suspects() == {("b", 4)}
     assert [steady.saw(ASKED, SILENT) for _ in range(LOST)] == [(), (), ("b",)]
@@ -28,7 +28,7 @@ def test_three_silences_in_a_row_make_one_flaky_until_it_answers() -> None:
 
 
 def test_when_all_of_a_family_are_silent_no_target_is_to_blame() -> None:
-    steady = Steadiness()
+    steady = TargetHealth()
     for _ in range(5):
         assert steady.saw(ASKED, said(("a", 4, Answer.LOST), ("b", 4, Answer.LOST), ("b", 6, Answer.LOST))) == ()
         assert steady.saw(ASKED, said(GOOD, ("b", 4, Answer.ANSWERED), ("b", 6, Answer.LOST))) == ()
@@ -36,7 +36,7 @@ def test_when_all_of_a_family_are_silent_no_target_is_to_blame() -> None:
 
 
 def test_an_answer_in_between_begins_the_count_again() -> None:
-    steady = Steadiness()
+    steady = TargetHealth()
     for _ in range(3):
         steady.saw(ASKED, SILENT)
         steady.saw(ASKED, SILENT)
@@ -44,13 +44,13 @@ def test_an_answer_in_between_begins_the_count_again() -> None:
 
 
 def test_what_this_host_refused_says_nothing_of_the_target() -> None:
-    steady = Steadiness()
+    steady = TargetHealth()
     for _ in range(5):
         assert steady.saw(ASKED, said(GOOD, ("b", 4, Answer.UNREACHABLE))) == ()
 
 
 def test_one_that_is_known_as_flaky_is_waited_for_now_and_then() -> None:
-    steady = Steadiness()
+    steady = TargetHealth()
     for _ in range(LOST):
         steady.saw(ASKED, SILENT)
     waited = [bool(steady.suspects()) for _ in range(2 * AGAIN)]
@@ -59,7 +59,7 @@ def test_one_that_is_known_as_flaky_is_waited_for_now_and_then() -> None:
 
 async def test_a_round_waits_for_its_suspects() -> None:
     async with udp(lambda _: b"203.0.113.1") as (fast, _), udp(lambda _: None) as (slow, _):
-        flock = Flock(targets=(Loopback("a", fast), Loopback("b", slow)), reserve=(), suspects={("b", 4)})
+        plan = CanaryPlan(targets=(Loopback("a", fast), Loopback("b", slow)), reserve=(), suspects={("b", 4)})
         async with asyncio.timeout(3):
-            seen = await canaries(flock, Paths(None, Survey()))
+            seen = await canaries(plan, Paths(None, Survey()))
     assert {(c.target, c.answer) for c in seen} == {("a", Answer.ANSWERED), ("b", Answer.LOST)}

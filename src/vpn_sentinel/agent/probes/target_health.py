@@ -15,7 +15,7 @@ LOST: Final = 3  # rounds in a row
 AGAIN: Final = 10  # rounds until one that is known as flaky is waited for again
 
 
-class Steadiness:
+class TargetHealth:
     """What consecutive rounds say of each target; no I/O."""
 
     def __init__(self) -> None:

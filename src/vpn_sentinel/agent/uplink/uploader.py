@@ -17,9 +17,9 @@ from vpn_sentinel.agent.net.http import Client, connected
 from vpn_sentinel.agent.net.resolver import NotFoundError
 from vpn_sentinel.agent.net.urls import split
 from vpn_sentinel.agent.spool.spool import Spool
+from vpn_sentinel.agent.uplink.batching import Batching
 from vpn_sentinel.agent.uplink.channel import ChannelError, Fault
-from vpn_sentinel.agent.uplink.conversation import Conversation, Destination, Routes, Wakeup
-from vpn_sentinel.agent.uplink.load import Load
+from vpn_sentinel.agent.uplink.connection import Connection, Destination, Routes, Wakeup
 from vpn_sentinel.agent.uplink.session import Greeted
 from vpn_sentinel.domain.policy import IPAddress, is_public
 from vpn_sentinel.runtime.backoff import backoff
@@ -27,22 +27,22 @@ from vpn_sentinel.runtime.clock import Clock
 
 log = logging.getLogger(__name__)
 
-_PATIENCE: Final = 3.0  # seconds for an acknowledgement
-_HURRIED: Final = 0.2  # seconds for the server's name after a change
-_LOOK: Final = 2.0  # seconds to see whether the preferred way is open
-_APART: Final = 0.25  # seconds between two tries while the network keeps changing
-_SLOWLY: Final = 60.0  # seconds between tries of a key that is not accepted
-_POST_FOR: Final = 300.0  # seconds until a WebSocket is tried again
-_BACK_FIRST: Final = 60.0  # seconds on a second way until the preferred one is looked at
-_BACK_MOST: Final = 900.0
-_STEADY: Final = 10.0  # seconds that a connection must have held for its end to be no reason to wait
-_MOST_ADDRESSES: Final = 4  # of one name
-_BRISK: Final = 2  # rounds through all ways that give each but little time, while bad news waits
+_ACK_TIMEOUT_S: Final = 3.0  # seconds for an acknowledgement
+_HURRIED_LOOKUP_S: Final = 0.2  # seconds for the server's name after a change
+_LOOK_TIMEOUT_S: Final = 2.0  # seconds to see whether the preferred way is open
+_TRIES_APART_S: Final = 0.25  # seconds between two tries while the network keeps changing
+_DENIED_RETRY_S: Final = 60.0  # seconds between tries of a key that is not accepted
+_POST_FOR_S: Final = 300.0  # seconds until a WebSocket is tried again
+_WAY_BACK_AFTER_S: Final = 60.0  # seconds on a second way until the preferred one is looked at
+_MAX_WAY_BACK_AFTER_S: Final = 900.0
+_STEADY_S: Final = 10.0  # seconds that a connection must have held for its end to be no reason to wait
+_MAX_ADDRESSES: Final = 4  # of one name
+_MAX_FAST_PASSES: Final = 2  # rounds through all ways that give each but little time, while bad news waits
 
 
-class Courier:
-    """`run` never ends by itself. `wake` says that the spool holds more, `kick` that the network changed, `hurry` that
-    what was put into the spool is bad news: then a way that does not answer soon is left for another.
+class Uploader:
+    """`run` never ends by itself. `wake` says that the spool holds more, `hurry` that what was put into it is bad news:
+    then a way that does not answer soon is left for another.
     """
 
     def __init__(
@@ -54,8 +54,8 @@ class Courier:
         *,
         routes: Routes | None = None,
         greeted: Callable[[Greeted], None] = lambda _event: None,
-        patience: float = _PATIENCE,
-        back_first: float = _BACK_FIRST,
+        patience: float = _ACK_TIMEOUT_S,
+        back_first: float = _WAY_BACK_AFTER_S,
         wakeup: Wakeup | None = None,
     ) -> None:
         self._to = to
@@ -64,13 +64,13 @@ class Courier:
         self._clock = clock
         self._routes = routes or Routes()
         self._greeted = greeted
-        self._load = Load(spool, patience)
+        self._batching = Batching(spool, patience)
         self._wakeup = wakeup or Wakeup()
         self._hurried = False
         self._said: dict[str, str | None] = {}
         self._post_until: dict[str, float] = {}
         self._posting: set[str] = set()  # of which it was said
-        self._url, self._stored = "", False  # of the conversation that was greeted last: whether reports were stored
+        self._url, self._stored = "", False  # of the connection that was greeted last: whether reports were stored
         self._fruitless: set[str] = set()  # greeted there and stored nothing
         self._back_after = back_first
         self._left: str | None = None  # the way that bad news got no answer on
@@ -82,8 +82,8 @@ class Courier:
     def wake(self) -> None:
         self._wakeup.wake()
 
-    def kick(self) -> None:
-        self._wakeup.kick()
+    def network_changed(self) -> None:
+        self._wakeup.network_changed()
 
     def hurry(self) -> None:
         if not self._wakeup.urgent:
@@ -99,13 +99,17 @@ class Courier:
         while True:
             started = self._clock.boottime()
             greeted, denied = await self._all_ways()
-            if self._wakeup.kicked or (greeted and self._clock.boottime() - started > _STEADY):
+            if self._wakeup.network_has_changed or (greeted and self._clock.boottime() - started > _STEADY_S):
                 waits = backoff(0.5, longest)
-            if not (self._wakeup.kicked or self._turned):
-                await self._pause(max(next(waits), _SLOWLY if denied else 0.0))
-            elif (early := started + _APART - self._clock.boottime()) > 0:
+            if not (self._wakeup.network_has_changed or self._turned):
+                await self._pause(max(next(waits), _DENIED_RETRY_S if denied else 0.0))
+            elif (early := started + _TRIES_APART_S - self._clock.boottime()) > 0:
                 await asyncio.sleep(early)
-            self._hurried, self._wakeup.kicked, self._turned = self._wakeup.kicked, False, False
+            self._hurried, self._wakeup.network_has_changed, self._turned = (
+                self._wakeup.network_has_changed,
+                False,
+                False,
+            )
 
     async def _all_ways(self) -> tuple[bool, bool]:
         """Try each URL until one has served; whether one did, and whether one denied us."""
@@ -132,7 +136,7 @@ class Courier:
     async def _pause(self, seconds: float) -> None:
         """Wait, but not on when the network changes: what was shut may be open now."""
         end = self._clock.boottime() + seconds
-        while not self._wakeup.kicked and (left := end - self._clock.boottime()) > 0:
+        while not self._wakeup.network_has_changed and (left := end - self._clock.boottime()) > 0:
             await self._wakeup.wait(left)
 
     async def _serve(self, url: str, *, second_way: bool) -> bool:
@@ -141,18 +145,18 @@ class Courier:
         try:
             # When the network just changed, DNS may be what broke: then the last good addresses must do.
             hurried = self._hurried or self._wakeup.urgent
-            addresses = await self._http.names.addresses(where.host, patience=_HURRIED if hurried else None)
+            addresses = await self._http.names.addresses(where.host, patience=_HURRIED_LOOKUP_S if hurried else None)
         except NotFoundError as e:
             raise ChannelError(Fault.BROKEN, str(e)) from e
         self._several = len(addresses) > 1  # such as one of each family
         error = ChannelError(Fault.BROKEN, "it has no address")
-        left = deque((address, False) for address in addresses[:_MOST_ADDRESSES])
+        left = deque((address, False) for address in addresses[:_MAX_ADDRESSES])
         while left:
             address, by_post = left.popleft()
             if not where.secure and is_public(address) and not self._to.allow_insecure:
                 error = ChannelError(Fault.BROKEN, f"{address} is public, and the key is not sent there in clear")
                 continue
-            tried = self._conversation(url, address)
+            tried = self._connection(url, address)
             try:
                 back = _WayBack(self, self._to.urls[0]) if second_way else None
                 await self._by_any_means(tried, back, by_post=by_post)
@@ -161,7 +165,7 @@ class Courier:
                 if e.fault is Fault.HELD:
                     # Another family may be open; only where none is, it is the WebSocket that is not let through.
                     left.append((address, True))
-                if self._brisk():
+                if self._fails_fast():
                     self._left, self._turned = url, tried.greeted
                 if tried.greeted:
                     self._ended(url, str(e))
@@ -176,27 +180,27 @@ class Courier:
             self._fruitless.add(url)
         self._say(url, why)
 
-    def _conversation(self, url: str, address: IPAddress) -> Conversation:
-        return Conversation(
+    def _connection(self, url: str, address: IPAddress) -> Connection:
+        return Connection(
             to=self._to,
             url=url,
             address=address,
             spool=self._spool,
-            load=self._load,
+            batching=self._batching,
             http=self._http,
             clock=self._clock,
             routes=self._routes,
             wakeup=self._wakeup,
             arrived=self._arrived,
             acked=self._acked,
-            brisk=self._brisk,
+            fail_fast=self._fails_fast,
         )
 
-    def _brisk(self) -> bool:
+    def _fails_fast(self) -> bool:
         other_way = len(self._to.urls) > 1 or self._several
-        return self._wakeup.urgent and other_way and self._passes <= _BRISK
+        return self._wakeup.urgent and other_way and self._passes <= _MAX_FAST_PASSES
 
-    async def _by_any_means(self, tried: Conversation, back: "_WayBack | None", *, by_post: bool) -> None:
+    async def _by_any_means(self, tried: Connection, back: "_WayBack | None", *, by_post: bool) -> None:
         until = self._post_until.get(tried.url, 0.0)
         if by_post:
             until = self._no_websocket(tried.url, "no answer at any address")
@@ -226,14 +230,14 @@ class Courier:
         if url not in self._posting:
             self._posting.add(url)
             log.info("no WebSocket can be had, reports go by POST", extra={"url": url, "reason": why})
-        self._post_until[url] = self._clock.boottime() + _POST_FOR
+        self._post_until[url] = self._clock.boottime() + _POST_FOR_S
         return self._post_until[url]
 
     async def is_open(self, url: str) -> bool:
         """Whether the server takes connections there."""
         where = split(url)
         try:
-            async with asyncio.timeout(_LOOK):
+            async with asyncio.timeout(_LOOK_TIMEOUT_S):
                 address = (await self._http.names.addresses(where.host))[0]
                 (await connected(address, where.port)).close()
         except OSError:  # TimeoutError is one
@@ -243,7 +247,7 @@ class Courier:
     def next_look(self, *, found: bool) -> float:
         """When to look at the preferred way again: later and later where it opens and then does not serve."""
         if found:
-            self._back_after = min(self._back_after * 2, _BACK_MOST)
+            self._back_after = min(self._back_after * 2, _MAX_WAY_BACK_AFTER_S)
         return self._clock.boottime() + self._back_after
 
     @property
@@ -283,16 +287,16 @@ class Courier:
 class _WayBack:
     """A `Leave`: looks from time to time whether the preferred way is open."""
 
-    def __init__(self, courier: Courier, url: str) -> None:
-        self._courier = courier
+    def __init__(self, uploader: Uploader, url: str) -> None:
+        self._uploader = uploader
         self._url = url
-        self.look_at = courier.next_look(found=False)
+        self.look_at = uploader.next_look(found=False)
 
     async def is_time(self) -> bool:
-        if self._courier.now < self.look_at:
+        if self._uploader.now < self.look_at:
             return False
-        found = await self._courier.is_open(self._url)
-        self.look_at = self._courier.next_look(found=found)
+        found = await self._uploader.is_open(self._url)
+        self.look_at = self._uploader.next_look(found=found)
         return found
 
 

@@ -11,14 +11,14 @@ from vpn_sentinel.wire.messages import Report
 
 log = logging.getLogger(__name__)
 
-CHUNK: Final = 100  # reports in one message
+MAX_REPORTS: Final = 100  # reports in one message
 _CHUNK_BYTES: Final = limits.MAX_BODY_BYTES * 3 // 4  # leaves room for the numbers around each observation
 _LONGEST_PATIENCE: Final = 24.0
 
 _decode = codec.decoder(Observation)
 
 
-class Load:
+class Batching:
     """Sizes messages and knows how long to wait for an answer.
 
     A server that answers late gets smaller messages and more time; one that refuses a message gets ever fewer reports,
@@ -27,7 +27,7 @@ class Load:
 
     def __init__(self, spool: Spool, patience: float) -> None:
         self._spool = spool
-        self._chunk = CHUNK
+        self._chunk = MAX_REPORTS
         self._least_patience = self.patience = patience
         self._refused_alone: int | None = None
         # The highest number that the server can know: what a run before this one left, then what this one sends.
@@ -54,7 +54,7 @@ class Load:
         return max(0, self._spool.pending - len(reports))
 
     def stored(self) -> None:
-        self._chunk = min(CHUNK, self._chunk * 2)
+        self._chunk = min(MAX_REPORTS, self._chunk * 2)
         self.patience = self._least_patience
 
     def overdue(self) -> None:

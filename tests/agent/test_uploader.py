@@ -1,4 +1,4 @@
-"""The courier against a real server: WebSockets and HTTP over the loopback."""
+"""The uploader against a real server: WebSockets and HTTP over the loopback."""
 
 import asyncio
 import gzip
@@ -23,8 +23,8 @@ from vpn_sentinel.agent.net.http import Client
 from vpn_sentinel.agent.net.resolver import Names
 from vpn_sentinel.agent.spool.spool import Spool
 from vpn_sentinel.agent.uplink.answers import plain
-from vpn_sentinel.agent.uplink.conversation import Destination, Routes, Wakeup
-from vpn_sentinel.agent.uplink.courier import Courier, read_list
+from vpn_sentinel.agent.uplink.connection import Destination, Routes, Wakeup
+from vpn_sentinel.agent.uplink.uploader import Uploader, read_list
 from vpn_sentinel.domain.observation import Observation, Trigger
 from vpn_sentinel.runtime.clock import SystemClock
 from vpn_sentinel.runtime.secret import Secret
@@ -139,14 +139,14 @@ def fill(spool: Spool, count: int) -> None:
 
 
 @asynccontextmanager
-async def carrying(spool: Spool, *urls: str, **more: Any) -> AsyncIterator[Courier]:
+async def carrying(spool: Spool, *urls: str, **more: Any) -> AsyncIterator[Uploader]:
     hello = Hello(protocol=PROTOCOL, client_id="nl-1", spool="", version="2", interval=30.0, wall=0.0)
     to = Destination(urls=urls, api_path="/api/v1", key=Secret("the-key"), allow_insecure=False, hello=hello)
     names = more.pop("names", None) or Names()
-    courier = Courier(to, spool, Client(names=names), SystemClock(), **more)
-    task = asyncio.get_running_loop().create_task(courier.run())
+    uploader = Uploader(to, spool, Client(names=names), SystemClock(), **more)
+    task = asyncio.get_running_loop().create_task(uploader.run())
     try:
-        yield courier
+        yield uploader
     finally:
         task.cancel()
         with suppress(asyncio.CancelledError):
@@ -156,15 +156,15 @@ async def carrying(spool: Spool, *urls: str, **more: Any) -> AsyncIterator[Couri
 async def test_everything_arrives_in_order_and_is_forgotten(spool: Spool) -> None:
     fill(spool, 250)
     server = Server()
-    async with server.listening() as url, carrying(spool, url) as courier:
+    async with server.listening() as url, carrying(spool, url) as uploader:
         await until(lambda: spool.pending == 0)
         fill(spool, 1)
-        courier.wake()
+        uploader.wake()
         await until(lambda: spool.pending == 0)
     assert server.stored == list(range(1, 252))
     assert server.keys == ["the-key"]
     assert server.hellos[0].spool == spool.identity
-    assert courier.acked_at is not None
+    assert uploader.acked_at is not None
 
 
 async def test_what_the_server_has_is_not_sent_again(spool: Spool) -> None:
@@ -179,13 +179,13 @@ async def test_what_the_server_has_is_not_sent_again(spool: Spool) -> None:
 async def test_a_server_that_restarts_gets_the_rest(spool: Spool, free_port: int) -> None:
     server = Server()
     url = f"http://127.0.0.1:{free_port}"
-    async with carrying(spool, url) as courier:
+    async with carrying(spool, url) as uploader:
         async with server.listening(free_port):
             fill(spool, 2)
-            courier.wake()
+            uploader.wake()
             await until(lambda: spool.pending == 0)
         fill(spool, 3)
-        courier.wake()
+        uploader.wake()
         async with server.listening(free_port):
             await until(lambda: spool.pending == 0, 10)
     assert server.stored == [1, 2, 3, 4, 5]
@@ -195,11 +195,11 @@ async def test_an_acknowledgement_that_stays_away_ends_the_connection(
     spool: Spool, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = Server()
-    async with server.listening() as url, carrying(spool, url, patience=0.1) as courier:
+    async with server.listening() as url, carrying(spool, url, patience=0.1) as uploader:
         await until(lambda: server.hellos)
         server.silent = True
         fill(spool, 1)
-        courier.wake()
+        uploader.wake()
         await until(lambda: len(server.keys) >= 2)
         server.silent = False
         await until(lambda: spool.pending == 0)
@@ -210,14 +210,14 @@ async def test_a_way_that_changed_is_left_at_once(spool: Spool) -> None:
     way = ["wg0"]
     server = Server()
     routes = Routes(way=lambda _a, _p: way[0])
-    async with server.listening() as url, carrying(spool, url, routes=routes) as courier:
+    async with server.listening() as url, carrying(spool, url, routes=routes) as uploader:
         await until(lambda: len(server.hellos) == 1)
-        courier.kick()
+        uploader.network_changed()
         fill(spool, 1)  # is sent only after the kick was looked into
         await until(lambda: spool.pending == 0)
         assert len(server.keys) == 1  # nothing changed: nothing is dropped
         way[0] = "eth0"
-        courier.kick()
+        uploader.network_changed()
         await until(lambda: len(server.hellos) == 2, 1.0)
 
 
@@ -225,10 +225,10 @@ async def test_an_address_that_is_gone_is_left_at_once(spool: Spool) -> None:
     server = Server()
     gone: list[bool] = []
     routes = Routes(owns=lambda _: not gone)
-    async with server.listening() as url, carrying(spool, url, routes=routes) as courier:
+    async with server.listening() as url, carrying(spool, url, routes=routes) as uploader:
         await until(lambda: len(server.hellos) == 1)
         gone.append(True)
-        courier.kick()
+        uploader.network_changed()
         await until(lambda: len(server.hellos) >= 2, 2.0)
 
 
@@ -245,21 +245,21 @@ async def test_a_change_while_connecting_begins_anew(spool: Spool) -> None:
     async with (
         tcp(slow) as port,
         server.listening() as url,
-        carrying(spool, f"http://127.0.0.1:{port}", url, routes=routes) as courier,
+        carrying(spool, f"http://127.0.0.1:{port}", url, routes=routes) as uploader,
     ):
         await begun.wait()
         way[0] = "eth0"
-        courier.kick()
+        uploader.network_changed()
         await until(lambda: server.hellos, 1.0)
 
 
 async def test_a_pause_ends_when_the_network_changes(spool: Spool) -> None:
     server, waits = Server(), Waits()
     server.status = 401  # the longest pause there is
-    async with server.listening() as url, carrying(spool, url, wakeup=waits) as courier:
+    async with server.listening() as url, carrying(spool, url, wakeup=waits) as uploader:
         await until(lambda: waits.slowly)
         server.status = None
-        courier.kick()
+        uploader.network_changed()
         await until(lambda: server.hellos)
 
 
@@ -308,19 +308,19 @@ async def test_a_server_that_greets_and_cannot_store_is_said_once_and_told_when_
     server = Server()
     full = Refused(reason="the database does not take reports now; nothing was stored", retry=True)
     server.refuse = lambda _: full
-    async with server.listening() as url, carrying(spool, url) as courier:
+    async with server.listening() as url, carrying(spool, url) as uploader:
         await until(lambda: len(server.hellos) >= 3)
-        assert courier.acked_at is None
+        assert uploader.acked_at is None
         assert [r.message for r in caplog.records if "report" in r.message] == ["cannot report"]
         server.refuse = lambda _: None
         await until(lambda: server.stored)
-        await until(lambda: courier.acked_at is not None)
-        said = [r.message for r in caplog.records if r.name.endswith("courier")]
+        await until(lambda: uploader.acked_at is not None)
+        said = [r.message for r in caplog.records if r.name.endswith("uploader")]
     assert said == ["connected", "cannot report", "connected"]
 
 
-def pushed(courier: Courier, spool: Spool) -> bool:
-    courier.kick()  # instead of waiting between the tries
+def pushed(uploader: Uploader, spool: Spool) -> bool:
+    uploader.network_changed()  # instead of waiting between the tries
     return spool.pending == 0
 
 
@@ -330,10 +330,10 @@ async def test_one_refused_report_does_not_hold_up_the_others(spool: Spool) -> N
     server.refuse = lambda said: (
         Refused(reason="no", of=fingerprint(codec.encode(said))) if any(r.seq == 2 for r in said.items) else None
     )
-    async with server.listening() as url, carrying(spool, url) as courier:
-        await until(lambda: pushed(courier, spool), 20)
+    async with server.listening() as url, carrying(spool, url) as uploader:
+        await until(lambda: pushed(uploader, spool), 20)
         fill(spool, 1)
-        courier.wake()
+        uploader.wake()
         await until(lambda: spool.pending == 0)
     assert server.stored == [1, 3, 4, 5]
     assert server.thinned == 1
@@ -346,13 +346,13 @@ async def test_what_something_on_the_way_alters_is_kept_and_said_once(
     fill(spool, 2)
     server = Server()
     server.refuse = lambda said: Refused(reason="no `age`", of=fingerprint(codec.encode(said) + b" "))
-    async with server.listening() as url, carrying(spool, url) as courier:
-        await until(lambda: pushed(courier, spool) or len(server.hellos) > 6)
+    async with server.listening() as url, carrying(spool, url) as uploader:
+        await until(lambda: pushed(uploader, spool) or len(server.hellos) > 6)
         assert spool.pending == 2
         warned = [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
         assert warned == ["cannot report"]
         server.refuse = lambda _: None
-        await until(lambda: pushed(courier, spool), 20)
+        await until(lambda: pushed(uploader, spool), 20)
     assert (server.stored, server.thinned) == ([1, 2], 0)
 
 
@@ -373,8 +373,8 @@ async def test_by_post_only_the_very_reports_that_the_server_refuses_are_given_u
         more = {"Content_Type": CONTENT_TYPE, "VPN_Sentinel": "1", "VPN_Sentinel_Refused": of}
         return reply(codec.encode(problem(422, "no `age`")), 422, **more)
 
-    async with http(gate) as (port, _), carrying(spool, f"http://127.0.0.1:{port}") as courier:
-        await until(lambda: pushed(courier, spool), 20)
+    async with http(gate) as (port, _), carrying(spool, f"http://127.0.0.1:{port}") as uploader:
+        await until(lambda: pushed(uploader, spool), 20)
     assert got == ([1] if kept else [])
     assert any("given up" in r.getMessage() for r in caplog.records) is not kept
 
@@ -438,10 +438,10 @@ async def test_without_websocket_reports_go_by_post(spool: Spool, caplog: pytest
     caplog.set_level(logging.INFO)
     fill(spool, 120)
     got: list[int] = []
-    async with http(stores(got)) as (port, requests), carrying(spool, f"http://127.0.0.1:{port}") as courier:
+    async with http(stores(got)) as (port, requests), carrying(spool, f"http://127.0.0.1:{port}") as uploader:
         await until(lambda: spool.pending == 0)
         fill(spool, 1)
-        courier.wake()
+        uploader.wake()
         await until(lambda: spool.pending == 0)
     assert got == list(range(1, 122))
     assert [r.split(" ")[0] for r in requests].count("GET") == 1
@@ -500,10 +500,10 @@ async def test_no_observation_is_given_up_on_a_gateways_word(
     blocked = reply(codec.encode(problem(status, "blocked")), status, Content_Type="application/problem+json")
     answers = iter([blocked] * 4)
     gate = lambda r: reply("", 405) if r.startswith("GET") else next(answers, None) or respond(r)  # noqa: E731
-    async with http(gate) as (port, _), carrying(spool, f"http://127.0.0.1:{port}") as courier:
+    async with http(gate) as (port, _), carrying(spool, f"http://127.0.0.1:{port}") as uploader:
         async with asyncio.timeout(20):
             while spool.pending:
-                courier.kick()  # no pause is waited for
+                uploader.network_changed()  # no pause is waited for
                 await asyncio.sleep(0.01)
     assert got == [1, 2, 3]
     assert not any("given up" in r.getMessage() for r in caplog.records)
@@ -513,7 +513,7 @@ async def test_no_observation_is_given_up_on_a_gateways_word(
 async def test_a_websocket_that_is_held_without_a_word_is_left_for_post(
     spool: Spool, opened: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vpn_sentinel.agent.uplink.conversation.CONNECT", 0.3)
+    monkeypatch.setattr("vpn_sentinel.agent.uplink.connection.CONNECT", 0.3)
     fill(spool, 1)
     got: list[int] = []
     respond = stores(got)
@@ -540,7 +540,7 @@ async def test_an_address_that_says_nothing_is_left_for_the_other_family(
     spool: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where all that is large, or all of one family, vanishes on the way: no report waits for a POST there."""
-    monkeypatch.setattr("vpn_sentinel.agent.uplink.conversation.CONNECT", 0.3)
+    monkeypatch.setattr("vpn_sentinel.agent.uplink.connection.CONNECT", 0.3)
     fill(spool, 1)
     server, held = Server(), []
 
@@ -562,7 +562,7 @@ async def test_an_address_that_says_nothing_is_left_for_the_other_family(
 async def test_where_no_address_lets_a_websocket_through_every_one_is_posted_to(
     spool: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vpn_sentinel.agent.uplink.conversation.CONNECT", 0.3)
+    monkeypatch.setattr("vpn_sentinel.agent.uplink.connection.CONNECT", 0.3)
     fill(spool, 1)
     got: list[int] = []
     respond = stores(got)
@@ -708,13 +708,13 @@ def test_a_fact_that_is_no_list_is_an_empty_one() -> None:
 
 async def test_bad_news_that_gets_no_answer_goes_the_other_way(spool: Spool) -> None:
     first, second = Server(), Server()
-    async with first.listening() as one, second.listening() as two, carrying(spool, one, two) as courier:
+    async with first.listening() as one, second.listening() as two, carrying(spool, one, two) as uploader:
         fill(spool, 1)
-        courier.wake()
+        uploader.wake()
         await until(lambda: first.stored == [1])
         first.silent = True  # as behind a tunnel that died: the connection stands, nothing comes back
         fill(spool, 1)
-        courier.hurry()
+        uploader.hurry()
         began = SystemClock().boottime()
         await until(lambda: spool.pending == 0)
         assert second.stored == [2]
@@ -723,13 +723,13 @@ async def test_bad_news_that_gets_no_answer_goes_the_other_way(spool: Spool) -> 
 
 async def test_bad_news_waits_where_there_is_no_other_way(spool: Spool) -> None:
     server = Server()
-    async with server.listening() as url, carrying(spool, url, patience=30.0) as courier:
+    async with server.listening() as url, carrying(spool, url, patience=30.0) as uploader:
         fill(spool, 1)
-        courier.wake()
+        uploader.wake()
         await until(lambda: server.stored == [1])
         server.silent = True
         fill(spool, 1)
-        courier.hurry()
+        uploader.hurry()
         await until(lambda: len(server.open) == 1)
         await asyncio.sleep(1.0)
         assert len(server.hellos) == 1  # the same connection still
@@ -737,8 +737,8 @@ async def test_bad_news_waits_where_there_is_no_other_way(spool: Spool) -> None:
 
 async def test_a_way_that_is_merely_slow_is_come_back_to(spool: Spool, free_port: int) -> None:
     server = Server()
-    async with server.listening() as url, carrying(spool, f"http://127.0.0.1:{free_port}", url) as courier:
+    async with server.listening() as url, carrying(spool, f"http://127.0.0.1:{free_port}", url) as uploader:
         fill(spool, 2)
-        courier.hurry()
+        uploader.hurry()
         await until(lambda: spool.pending == 0)
         assert server.stored == [1, 2]

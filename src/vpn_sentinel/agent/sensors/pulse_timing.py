@@ -7,9 +7,9 @@ lives. Times are seconds by a clock that never jumps.
 import random
 from typing import Final
 
-PATIENCE: Final = (0.3, 1.0)  # a pulse without a reply: least and most seconds until it is asked again
+REPLY_TIMEOUT_S: Final = (0.3, 1.0)  # a pulse without a reply: least and most seconds until it is asked again
 TRIES: Final = 3  # pulses that are then sent
-APART: Final = 0.175  # seconds between them
+QUICK_APART_S: Final = 0.175  # seconds between them
 LAST: Final = 0.25  # seconds that the last of them gets at least
 # While nothing answers: pulses so often, for so long. The server learns by them that its replies are not heard.
 URGENT: Final = 0.4
@@ -18,7 +18,7 @@ SPREAD: Final = 0.1  # share by which the time between two pulses varies, so tha
 _REFUSED: Final = 2  # in a row
 
 
-class Rhythm:
+class PulseTiming:
     """Of one run of pulses to one target."""
 
     def __init__(self, every: float, rng: random.Random | None = None) -> None:
@@ -34,7 +34,7 @@ class Rhythm:
     @property
     def patience(self) -> float:
         """Seconds until a pulse without a reply counts as missing: three round trips, within bounds."""
-        least, most = PATIENCE
+        least, most = REPLY_TIMEOUT_S
         return least if self._rtt is None else min(most, max(least, 3 * self._rtt))
 
     @property
@@ -43,7 +43,7 @@ class Rhythm:
         return self._rang is not None
 
     def _dead_at(self, since: float) -> float:
-        return since + self.patience + (TRIES - 1) * APART + max(LAST, min(1.0, 2 * (self._rtt or 0.0)))
+        return since + self.patience + (TRIES - 1) * QUICK_APART_S + max(LAST, min(1.0, 2 * (self._rtt or 0.0)))
 
     def due(self, now: float) -> bool:
         """Whether a pulse is to be sent."""
@@ -59,7 +59,7 @@ class Rhythm:
     def _send_at(self) -> float:
         since = self.unanswered_since
         if since is not None and self._rang is None and self._tried < TRIES:
-            return min(self._next, since + self.patience + self._tried * APART)
+            return min(self._next, since + self.patience + self._tried * QUICK_APART_S)
         return self._next
 
     def sent(self, now: float) -> None:
@@ -80,7 +80,7 @@ class Rhythm:
         if self.unanswered_since is None:
             self.unanswered_since, self._tried = now, 0
         self._refused += 1
-        self._next = now + (APART if self._refused < _REFUSED else self._interval(now))
+        self._next = now + (QUICK_APART_S if self._refused < _REFUSED else self._interval(now))
         if self._refused < _REFUSED or self._rang is not None:
             return False
         self._rang = now

@@ -5,7 +5,7 @@ import pytest
 
 from tests.conftest import ManualClock
 from vpn_sentinel.agent.spool.spool import Spool
-from vpn_sentinel.agent.uplink.load import CHUNK, Load
+from vpn_sentinel.agent.uplink.batching import MAX_REPORTS, Batching
 from vpn_sentinel.domain.observation import Observation, Trigger
 from vpn_sentinel.wire import codec
 
@@ -27,7 +27,7 @@ def fill(spool: Spool, count: int) -> None:
 def test_reports_carry_their_age(spool: Spool, clock: ManualClock) -> None:
     fill(spool, 2)
     clock.now += 5
-    load = Load(spool, 3.0)
+    load = Batching(spool, 3.0)
     reports = load.reports(1)
     assert [(r.seq, r.age) for r in reports] == [(2, 5.0)]
     assert load.left_behind(reports) == 1
@@ -36,13 +36,13 @@ def test_reports_carry_their_age(spool: Spool, clock: ManualClock) -> None:
 def test_what_cannot_be_read_is_given_up(spool: Spool) -> None:
     spool.append(b"{}", routine=False)
     fill(spool, 1)
-    assert [r.seq for r in Load(spool, 3.0).reports(0)] == [2]
+    assert [r.seq for r in Batching(spool, 3.0).reports(0)] == [2]
     assert spool.thinned == 1
 
 
 def test_what_can_have_been_sent_is_what_was_there_before_and_what_was_taken(spool: Spool) -> None:
     fill(spool, 3)
-    load = Load(spool, 3.0)
+    load = Batching(spool, 3.0)
     assert load.sent_upto == 3
     fill(spool, 2)
     assert load.sent_upto == 3
@@ -51,10 +51,10 @@ def test_what_can_have_been_sent_is_what_was_there_before_and_what_was_taken(spo
 
 
 def test_a_slow_server_gets_less_and_more_time(spool: Spool) -> None:
-    fill(spool, CHUNK)
-    load = Load(spool, 3.0)
+    fill(spool, MAX_REPORTS)
+    load = Batching(spool, 3.0)
     load.overdue()
-    assert (len(load.reports(0)), load.patience) == (CHUNK // 2, 6.0)
+    assert (len(load.reports(0)), load.patience) == (MAX_REPORTS // 2, 6.0)
     for _ in range(10):
         load.overdue()
     assert (len(load.reports(0)), load.patience) == (1, 24.0)
@@ -64,7 +64,7 @@ def test_a_slow_server_gets_less_and_more_time(spool: Spool) -> None:
 
 def test_a_report_that_is_never_taken_is_found_and_given_up(spool: Spool) -> None:
     fill(spool, 10)
-    load = Load(spool, 3.0)
+    load = Batching(spool, 3.0)
     poisoned = 3
     for _ in range(100):
         reports = load.reports(0)

@@ -4,7 +4,7 @@ import pytest
 
 from tests.agent.doubles import Loopback
 from vpn_sentinel.agent.probes.targets import CLOUDFLARE
-from vpn_sentinel.agent.sensors.beat import Beats, choose
+from vpn_sentinel.agent.sensors.fallback_probe import FallbackProbes, choose
 from vpn_sentinel.domain.observation import Answer, Canary, Observation, Probe, Trigger
 
 
@@ -30,23 +30,23 @@ BEATS = {
 
 @pytest.mark.parametrize(("beats", "rings"), BEATS.values(), ids=BEATS.keys())
 def test_beats(beats: list[Canary], rings: list[bool]) -> None:
-    rhythm = Beats()
-    assert [rhythm.beat(b) for b in beats] == rings
+    timing = FallbackProbes()
+    assert [timing.beat(b) for b in beats] == rings
 
 
 def test_after_one_lost_the_next_does_not_wait() -> None:
-    rhythm = Beats()
-    rhythm.beat(LOST)
-    assert rhythm.in_doubt
-    rhythm.beat(LOST)
-    assert not rhythm.in_doubt
+    timing = FallbackProbes()
+    timing.beat(LOST)
+    assert timing.in_doubt
+    timing.beat(LOST)
+    assert not timing.in_doubt
 
 
 def test_what_a_round_saw_is_no_news() -> None:
-    rhythm = Beats()
-    rhythm.beat(EXIT)
-    rhythm.start_from([HOME, LOST])
-    assert not rhythm.beat(HOME)
+    timing = FallbackProbes()
+    timing.beat(EXIT)
+    timing.start_from([HOME, LOST])
+    assert not timing.beat(HOME)
 
 
 ECHO = Loopback("echo", 1)

@@ -10,21 +10,20 @@ from vpn_sentinel.agent.net.http import Client
 from vpn_sentinel.agent.net.interfaces import Paths, Survey
 from vpn_sentinel.agent.net.urls import address_in, split
 from vpn_sentinel.agent.probes import dns
-from vpn_sentinel.agent.probes.canary import Flock, OverTcp
+from vpn_sentinel.agent.probes.canary import CanaryPlan, OverTcp
 from vpn_sentinel.agent.probes.gateway import gateway
 from vpn_sentinel.agent.probes.targets import CLOUDFLARE, OPENDNS, Target
-from vpn_sentinel.agent.probes.trace import LIMIT as TRACE_LIMIT
-from vpn_sentinel.agent.probes.trace import TRACE_URL, TRACE_URL_6, trace
+from vpn_sentinel.agent.probes.trace import TRACE_TIMEOUT_S, TRACE_URL, TRACE_URL_6, trace
 from vpn_sentinel.agent.settings import ProbeSettings
 from vpn_sentinel.domain.observation import Canary, Path
 
 log = logging.getLogger(__name__)
 
 # Seconds of silence, and those of a round then: together longer than the grace of a dead tunnel.
-_SILENT, _HURRY = 0.7, 1.1
+_SILENT_S, _HURRIED_TIMEOUT_S = 0.7, 1.1
 
 
-def flock(
+def canary_plan(
     settings: ProbeSettings,
     http: Client,
     echoes: tuple[Target, ...],
@@ -32,21 +31,22 @@ def flock(
     *,
     silent_for: float = 0.0,
     pulsed: bool = False,
-) -> Flock:
+) -> CanaryPlan:
     """Who is asked in a round: the server's echo and Cloudflare, then OpenDNS, then Cloudflare over HTTPS.
 
     The last of them is for networks that let no datagram through. Where pulses have had replies until now (`pulsed`),
     or went unanswered for most of a second, `silent_for`, it is not waited for so long.
     """
     if AS_USER.refused:
-        return Flock(targets=(), reserve=())  # what is asked from here shows the way of others, who are meant to go out
-    patience = _HURRY if pulsed or silent_for >= _SILENT else TRACE_LIMIT
+        # What is asked from here shows the way of others, who are meant to go out.
+        return CanaryPlan(targets=(), reserve=())
+    patience = _HURRIED_TIMEOUT_S if pulsed or silent_for >= _SILENT_S else TRACE_TIMEOUT_S
     # A nameserver in use is judged as one: what escapes to it is a DNS leak, and says nothing of other traffic.
     nameservers = {server.address for server in dns.system_nameservers()}
     usual, reserve = (tuple(t for t in some if t.address not in nameservers) for some in (CLOUDFLARE, OPENDNS))
     if len(usual) < len(CLOUDFLARE):
         usual, reserve = (*usual, *reserve), ()
-    return Flock(
+    return CanaryPlan(
         targets=(*echoes, *usual),
         reserve=reserve,
         others=tuple(_over_https(url, http, paths, patience) for url in _traces(settings.trace_url)),

@@ -10,16 +10,16 @@ from vpn_sentinel.agent.net.packets import Packet
 from vpn_sentinel.domain.observation import Escape
 from vpn_sentinel.domain.policy import IPAddress
 
-HOLD: Final = 10.0  # seconds that a flow is told of after its last packet
+TOLD_FOR_S: Final = 10.0  # seconds that a flow is told of after its last packet
 # And where its packets left because they were routed there, and are routed through the tunnel again: nothing of that
 # kind can leave any more. What left against the routes, by a socket bound to a device, may leave again.
-ROUTED_AGAIN: Final = 2.0
-FLOWS: Final = 32
-NAMES: Final = 8  # different names asked of one nameserver that are kept apart
-_NAME: Final = 64  # characters of an interface's name
+TOLD_WHEN_ROUTED_AGAIN_S: Final = 2.0
+MAX_FLOWS: Final = 32
+MAX_NAMES_PER_SERVER: Final = 8  # different names asked of one nameserver that are kept apart
+_MAX_INTERFACE_CHARS: Final = 64  # characters of an interface's name
 
 
-class Way(Enum):
+class Direction(Enum):
     """Where a flow's packets would go now. UNKNOWN also where the tunnel is down, or a kill switch refuses them."""
 
     OUTSIDE = auto()
@@ -41,7 +41,7 @@ class _Flow:
     def escape(self, now: float) -> Escape:
         packet = self.packet
         return Escape(
-            interface=self.interface[:_NAME],
+            interface=self.interface[:_MAX_INTERFACE_CHARS],
             protocol=packet.called,
             source=packet.source,
             destination=packet.destination,
@@ -60,7 +60,7 @@ _Kind = tuple[int, IPAddress, int | None]
 _Key = tuple[int, IPAddress, int | None, IPAddress, str | None]
 
 
-class Book:
+class FlowTable:
     """Flows by protocol, ends and name asked; source ports are not told apart, the first packet's is shown."""
 
     def __init__(self) -> None:
@@ -80,10 +80,10 @@ class Book:
         key = (*kind, packet.source, packet.name)
         flow = self._flows.get(key)
         new_kind = kind not in self._kinds
-        if flow is None and self._kinds[kind] >= NAMES:
+        if flow is None and self._kinds[kind] >= MAX_NAMES_PER_SERVER:
             flow = next(f for k, f in self._flows.items() if k[:3] == kind)
         if flow is None:
-            if len(self._flows) >= FLOWS:
+            if len(self._flows) >= MAX_FLOWS:
                 self._drop(min(self._flows, key=lambda k: self._flows[k].last))
             flow = self._flows[key] = _Flow(interface, packet, first=now, last=now, user=user)
             self._kinds[kind] += 1
@@ -110,7 +110,7 @@ class Book:
         """All flows, the latest first."""
         return tuple(f.escape(now) for f in sorted(self._flows.values(), key=lambda f: -f.last))
 
-    def forget(self, now: float, way: Callable[[Escape], Way]) -> float | None:
+    def forget(self, now: float, way: Callable[[Escape], Direction]) -> float | None:
         """Drop what is over; `way` says where the flow's packets would go now.
 
         Returns the seconds until the next one is over, if no packet comes; None when that is not known of any.
@@ -121,14 +121,14 @@ class Book:
         return min((s for s in left.values() if s is not None and s >= 0), default=None)
 
     @staticmethod
-    def _left(flow: _Flow, now: float, way: Callable[[Escape], Way]) -> float | None:
+    def _left(flow: _Flow, now: float, way: Callable[[Escape], Direction]) -> float | None:
         match way(flow.escape(now)):
-            case Way.OUTSIDE:
+            case Direction.OUTSIDE:
                 return None
-            case Way.TUNNEL if flow.routed:
-                return flow.last + ROUTED_AGAIN - now
+            case Direction.TUNNEL if flow.routed:
+                return flow.last + TOLD_WHEN_ROUTED_AGAIN_S - now
             case _:
-                return flow.last + HOLD - now
+                return flow.last + TOLD_FOR_S - now
 
     def clear(self) -> None:
         self._flows.clear()

@@ -21,7 +21,7 @@ from vpn_sentinel.domain.policy import NOT_PUBLIC, IPAddress, IPNetwork, is_publ
 _WIREGUARD: Final = frozenset({"wireguard", "amneziawg"})
 _MAIN: Final = 254  # RT_TABLE_MAIN, linux/rtnetlink.h
 _NOT_PUBLIC: Final = {v: tuple(interval(n) for n in NOT_PUBLIC if n.version == v) for v in (4, 6)}
-_MOST: Final = 128  # networks of the LAN that the filter takes in
+_MAX_LAN_NETWORKS: Final = 128  # networks of the LAN that the filter takes in
 
 
 class Tables(Protocol):
@@ -57,13 +57,13 @@ class _Routes:
 
     @classmethod
     def read(cls, ways: tuple[DeviceRoute, ...], own: list[IPAddress]) -> "_Routes":
-        lan = tuple(dict.fromkeys(w.network for w in ways if _is_lan(w, own)))[:_MOST]
+        lan = tuple(dict.fromkeys(w.network for w in ways if _is_lan(w, own)))[:_MAX_LAN_NETWORKS]
         hosts = tuple(w.network for w in ways if w.gateway and w.network.prefixlen == w.network.max_prefixlen)
         return cls(ways=ways, own=own, lan=lan, hosts=hosts)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ground:
+class EgressMap:
     """`rules` are those of the kernel alone, without endpoints. `hosts` are the addresses with a route of their own
     beside the tunnel. `openvpn`: the tunnel may be OpenVPN's, by its device and by the rules around it. `senders` are
     those that the routing rules tell of. `fib` is None where the kernel does not tell of its tables, `tunnel`, its
@@ -168,20 +168,20 @@ class Ground:
         return by_host or any(self._reaches(e.address) for e in known)
 
 
-def ground(
+def egress_map(
     survey: Survey,
     tables: Tables | None,
     *,
     allowed: tuple[IPNetwork, ...],
     resolvers: tuple[IPNetwork, ...],
-    before: Ground,
-) -> Ground:
+    before: EgressMap,
+) -> EgressMap:
     """Look at routes and rules. Raises OSError when the kernel cannot be asked.
 
     What told the tunnel's packets `before` holds on while its interface is gone: its program still sends to its server.
     """
     if survey.interfaces is None:
-        return Ground()
+        return EgressMap()
     watched = survey.beside
     own = [a for i in watched for a in addresses(i, survey.natted)]
     ways = tables.device_routes([i.index for i in watched]) if tables else ()
@@ -197,7 +197,7 @@ def ground(
     sent = before.senders if fib is None else senders(fib, tunnel.index if tunnel else None, before.senders)
     if tunnel is None:
         hosts = (*hosts, *before.hosts)
-    return Ground(
+    return EgressMap(
         interfaces=watched,
         rules=Rules(
             marks=marks(sent.excepted),
@@ -207,7 +207,7 @@ def ground(
             lan=lan,
             resolvers=resolvers,
         ),
-        hosts=tuple(dict.fromkeys(hosts))[:_MOST],
+        hosts=tuple(dict.fromkeys(hosts))[:_MAX_LAN_NETWORKS],
         openvpn=before.openvpn if tunnel is None else tunnel.kind not in _WIREGUARD and _by_routes(sent, fib, tunnel),
         senders=sent,
         fib=fib,

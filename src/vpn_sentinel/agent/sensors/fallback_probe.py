@@ -1,6 +1,6 @@
 """Whom to ask for a sign of life, and what the answers of strangers mean when the server's echo cannot be asked.
 
-Two beats lost in a row, an answer that comes from elsewhere, or answers that come back after a loss are a reason
+Two probes lost in a row, an answer that comes from elsewhere, or answers that come back after a loss are a reason
 to look.
 """
 
@@ -10,25 +10,25 @@ from typing import Final
 from vpn_sentinel.agent.probes.targets import CLOUDFLARE, OPENDNS, Target
 from vpn_sentinel.domain.observation import Answer, Canary, Observation, Probe
 
-LITERAL: Final = 5.0  # seconds between beats to a service of strangers
+EVERY_S: Final = 5.0  # between probes of a service of strangers
 _LOST: Final = 2
 
 
-class Beats:
-    """What the answers of consecutive beats mean; no I/O."""
+class FallbackProbes:
+    """What the answers of consecutive probes mean; no I/O."""
 
     def __init__(self) -> None:
         self._lost = 0
         self._addresses: dict[tuple[str, int], object] = {}
 
     def start_from(self, seen: Sequence[Canary]) -> None:
-        """Take over what a round saw, so that the same answer is no news to the next beat."""
+        """Take over what a round saw, so that the same answer is no news to the next probe."""
         for canary in seen:
             if canary.probe is Probe.DEFAULT and canary.address is not None:
                 self._addresses[canary.target, canary.family] = canary.address
 
-    def beat(self, canary: Canary) -> bool:
-        """Whether this beat is a reason for a round."""
+    def note(self, canary: Canary) -> bool:
+        """Whether this probe is a reason for a round."""
         if canary.answer is not Answer.ANSWERED:
             self._lost += 1
             return self._lost == _LOST

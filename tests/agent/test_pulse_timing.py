@@ -1,16 +1,16 @@
-"""The rhythm of pulses as a simulated line: what arrives is what the line lets through, time is a number."""
+"""The timing of pulses as a simulated line: what arrives is what the line lets through, time is a number."""
 
 import random
 from collections.abc import Callable
 
-from vpn_sentinel.agent.sensors.rhythm import Rhythm
+from vpn_sentinel.agent.sensors.pulse_timing import PulseTiming
 
 
 class Line:
     """Answers what passes after `delay` seconds."""
 
     def __init__(self, passes: Callable[[float], bool], delay: Callable[[float], float] = lambda _: 0.03) -> None:
-        self.rhythm = Rhythm(2.0, random.Random(7))
+        self.timing = PulseTiming(2.0, random.Random(7))
         self.passes, self.delay = passes, delay
         self.now = 0.0
         self.sent: list[float] = []
@@ -19,18 +19,18 @@ class Line:
 
     def run(self, until: float) -> None:
         while self.now < until:
-            if self.rhythm.dead(self.now):
+            if self.timing.dead(self.now):
                 self.rang.append(self.now)
-            if self.rhythm.due(self.now):
-                self.rhythm.sent(self.now)
+            if self.timing.due(self.now):
+                self.timing.sent(self.now)
                 self.sent.append(self.now)
                 if self.passes(self.now):
                     self.back.append((self.now + self.delay(self.now), self.now))
                     self.back.sort()
-            step = self.now + max(1e-6, self.rhythm.wait(self.now))
+            step = self.now + max(1e-6, self.timing.wait(self.now))
             if self.back and self.back[0][0] <= step:
                 self.now, asked = self.back.pop(0)
-                if self.rhythm.heard(self.now - asked):
+                if self.timing.heard(self.now - asked):
                     self.rang.append(self.now)
             else:
                 self.now = step
@@ -53,7 +53,7 @@ def test_a_black_hole_is_noticed_within_three_seconds() -> None:
         assert len(line.rang) == 1
         assert 0.85 < line.rang[0] - fault <= 2.2 + 0.95
         # What the round then says: nothing has answered since the first of them.
-        since = line.rhythm.unanswered_since
+        since = line.timing.unanswered_since
         assert since is not None
         assert fault <= since <= fault + 2.2
 
@@ -105,9 +105,9 @@ def test_a_third_lost_seldom_rings() -> None:
 
 
 def test_a_refusal_rings_at_the_second() -> None:
-    rhythm = Rhythm(2.0)
-    assert not rhythm.refused(10.0)
-    assert rhythm.wait(10.0) < 0.2
-    assert rhythm.refused(10.2)
-    assert not rhythm.refused(10.4)
-    assert rhythm.heard(0.01)
+    timing = PulseTiming(2.0)
+    assert not timing.refused(10.0)
+    assert timing.wait(10.0) < 0.2
+    assert timing.refused(10.2)
+    assert not timing.refused(10.4)
+    assert timing.heard(0.01)
