@@ -28,7 +28,7 @@ from vpn_sentinel.agent.net.rtnetlink import (
     parse_rule,
 )
 from vpn_sentinel.agent.probes import datagram, dns, dnswire, origin, tag, targets
-from vpn_sentinel.agent.sensors.netlink import Changes
+from vpn_sentinel.agent.sensors.netlink import NetworkChanges
 from vpn_sentinel.server.canary.gate import Gate
 from vpn_sentinel.server.canary.listener import Limits, Stream
 from vpn_sentinel.server.canary.responder import Responder
@@ -216,7 +216,7 @@ def netlink() -> Try:
             asked(data).route(ip_address("203.0.113.9"))
         with contextlib.suppress(OSError):
             asked(data)._dump(RTM_GETLINK)
-        changes = Changes()
+        changes = NetworkChanges()
         changes.notice(data)
         changes.notice(data)
         found = list(messages(data))
@@ -251,7 +251,7 @@ def _walk(fib: Fib) -> None:
 
 def sock_diag() -> Try:
     """A datagram of sock_diag's."""
-    told, asks = Told(), sockets.Sockets()
+    told, asks = Told(), sockets.SocketTable()
     asks.close()
     asks._sock = told.near
 

@@ -16,7 +16,7 @@ from vpn_sentinel.agent.leakwatch.meant import parse_meant
 from vpn_sentinel.agent.probes import mmdb, origin
 from vpn_sentinel.agent.probes.dns import ToldZone, nameservers
 from vpn_sentinel.agent.probes.system_resolver import only_local
-from vpn_sentinel.agent.remedies.plan import Memory
+from vpn_sentinel.agent.remedies.plan import RemedyMemory
 from vpn_sentinel.agent.settings import AgentSettings
 from vpn_sentinel.agent.uplink.session import Greeted, ProtocolError, Session
 from vpn_sentinel.agent.uplink.uploader import read_list
@@ -205,7 +205,7 @@ def declarations() -> Try:
         origin._read(text)
         proof.from_text(text)
         read_list(text)
-        Memory.from_text(text)
+        RemedyMemory.from_text(text)
 
     return one
 

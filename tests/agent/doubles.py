@@ -17,7 +17,7 @@ from vpn_sentinel.agent.net.roles import roles
 from vpn_sentinel.agent.net.routes import Hop, RouteEntry
 from vpn_sentinel.agent.net.routing_rules import Rule
 from vpn_sentinel.agent.net.rtnetlink import Route
-from vpn_sentinel.agent.probes.targets import Seen
+from vpn_sentinel.agent.probes.targets import EchoAnswer
 from vpn_sentinel.domain.policy import IPAddress
 
 T = TypeVar("T")
@@ -210,15 +210,15 @@ class Loopback:
     port: int
     address: IPAddress = field(default_factory=lambda: ip_address("127.0.0.1"))
 
-    def question(self) -> tuple[bytes, Callable[[bytes], Seen | None]]:
+    def question(self) -> tuple[bytes, Callable[[bytes], EchoAnswer | None]]:
         return b"where?", self._read
 
     @staticmethod
-    def _read(data: bytes) -> Seen | None:
+    def _read(data: bytes) -> EchoAnswer | None:
         if data == b"none":
-            return Seen(None)
+            return EchoAnswer(None)
         try:
-            return Seen(ip_address(data.decode()))
+            return EchoAnswer(ip_address(data.decode()))
         except ValueError:
             return None
 

@@ -10,7 +10,7 @@ from vpn_sentinel.agent.net.interfaces import Paths, Survey
 from vpn_sentinel.agent.net.rtnetlink import Route
 from vpn_sentinel.agent.probes import dns, dnswire
 from vpn_sentinel.agent.probes.dns import Nameserver
-from vpn_sentinel.agent.probes.dnswire import Reply
+from vpn_sentinel.agent.probes.dnswire import DnsReply
 from vpn_sentinel.domain.observation import Answer, Path
 from vpn_sentinel.wire import canary
 from vpn_sentinel.wire.messages import Echo
@@ -127,10 +127,10 @@ NOT_ON_THE_INTERNET = [
 def test_what_cannot_be_on_the_internet_is_no_egress(said: str) -> None:
     address = ip_address(said)
     readings = (
-        dns.read_google(Reply(1, 0, (), ((said,),))),
-        dns.read_akahelp(Reply(1, 0, (), (("ns", said), ("ecs", f"{said}/32")))),
-        dns.read_akamai(Reply(1, 0, (address,))),
-        dns.read_path(Reply(1, 0, (), ((said,),))),
+        dns.read_google(DnsReply(1, 0, (), ((said,),))),
+        dns.read_akahelp(DnsReply(1, 0, (), (("ns", said), ("ecs", f"{said}/32")))),
+        dns.read_akamai(DnsReply(1, 0, (address,))),
+        dns.read_path(DnsReply(1, 0, (), ((said,),))),
     )
     assert set(readings) == {dns.Revealed()}
 
@@ -149,8 +149,8 @@ async def test_our_own_zone_that_saw_a_private_address_tells_nothing() -> None:
 
 
 def test_the_page_of_a_blocker_is_no_egress() -> None:
-    assert dns.read_akamai(Reply(1, 0, (ip_address("146.112.61.104"),), aliased=True)) == dns.Revealed()
-    mapped = dns.read_akamai(Reply(1, 0, (ip_address("0.0.0.0"), ip_address("::ffff:185.65.200.7"))))
+    assert dns.read_akamai(DnsReply(1, 0, (ip_address("146.112.61.104"),), aliased=True)) == dns.Revealed()
+    mapped = dns.read_akamai(DnsReply(1, 0, (ip_address("0.0.0.0"), ip_address("::ffff:185.65.200.7"))))
     assert mapped.egress == ip_address("185.65.200.7")
 
 
@@ -162,13 +162,13 @@ async def test_an_answer_beside_a_refusal_is_none() -> None:
 
 
 def test_google_tells_egress_and_client_subnet() -> None:
-    reply = Reply(1, 0, (), (("185.65.200.7",), ("edns0-client-subnet 91.10.20.0/24",)))
+    reply = DnsReply(1, 0, (), (("185.65.200.7",), ("edns0-client-subnet 91.10.20.0/24",)))
     assert dns.read_google(reply) == dns.Revealed(egress=ip_address("185.65.200.7"), subnet=ip_network("91.10.20.0/24"))
-    assert dns.read_google(Reply(1, 0)) == dns.Revealed()
+    assert dns.read_google(DnsReply(1, 0)) == dns.Revealed()
 
 
 def test_akahelp_tells_them_by_name() -> None:
-    reply = Reply(1, 0, (), (("ns", "185.65.200.7"), ("ecs", "91.10.20.0/24/0"), ("odd",)))
+    reply = DnsReply(1, 0, (), (("ns", "185.65.200.7"), ("ecs", "91.10.20.0/24/0"), ("odd",)))
     assert dns.read_akahelp(reply) == dns.Revealed(
         egress=ip_address("185.65.200.7"), subnet=ip_network("91.10.20.0/24")
     )
@@ -176,9 +176,9 @@ def test_akahelp_tells_them_by_name() -> None:
 
 def test_akamai_and_the_path_tell_one_address() -> None:
     egress = ip_address("185.65.200.7")
-    assert dns.read_akamai(Reply(1, 0, (egress,))).egress == egress
-    assert dns.read_akamai(Reply(1, 0)).egress is None
-    assert dns.read_path(Reply(1, 0, (), (("185.65.200.7",),))).client == ip_address("185.65.200.7")
+    assert dns.read_akamai(DnsReply(1, 0, (egress,))).egress == egress
+    assert dns.read_akamai(DnsReply(1, 0)).egress is None
+    assert dns.read_path(DnsReply(1, 0, (), (("185.65.200.7",),))).client == ip_address("185.65.200.7")
 
 
 @pytest.mark.parametrize("said", ["0.0.0.0/0", "::/0", "x", "", "10.0.0.0/99"])

@@ -13,11 +13,11 @@ from tests.agent.test_dnswire import answer, text
 from tests.conftest import ManualClock
 from vpn_sentinel.agent.net.http import Client
 from vpn_sentinel.agent.net.interfaces import Paths, Survey
-from vpn_sentinel.agent.net.resolver import Names
+from vpn_sentinel.agent.net.resolver import Resolver
 from vpn_sentinel.agent.net.rtnetlink import Route
 from vpn_sentinel.agent.probes.canary import CanaryPlan
 from vpn_sentinel.agent.probes.dns import Nameserver
-from vpn_sentinel.agent.probes.dnswire import Reply
+from vpn_sentinel.agent.probes.dnswire import DnsReply
 from vpn_sentinel.agent.probes.origin import ORIGIN_FRESH_S, Origins, block, question, read
 from vpn_sentinel.agent.probes.place import Places
 from vpn_sentinel.agent.probes.placing import Service, read_ipinfo
@@ -73,7 +73,7 @@ ANSWERS = {
 
 @pytest.mark.parametrize(("texts", "numbers"), ANSWERS.values(), ids=ANSWERS.keys())
 def test_an_answer(texts: list[tuple[str, ...]], numbers: tuple[int, ...]) -> None:
-    assert read(Reply(1, 0, (), tuple(texts)), block(EGRESS)) == numbers
+    assert read(DnsReply(1, 0, (), tuple(texts)), block(EGRESS)) == numbers
 
 
 def served(data: bytes) -> bytes:
@@ -134,8 +134,8 @@ async def learned(
     async with udp(refused) as (port, _), http(service) as (web, _):
         known = Service("ipinfo.io", f"http://127.0.0.1:{web}", "/json", read_ipinfo, "/{}/json")
         trace = Service("cloudflare", f"http://127.0.0.1:{web}", "/trace", read_ipinfo)
-        places = Places(Client(names=Names()), [trace, known], clock)
-        origins = Origins(clock, facts, path_to=as_routed, services=places.about, names=Names())
+        places = Places(Client(names=Resolver()), [trace, known], clock)
+        origins = Origins(clock, facts, path_to=as_routed, services=places.about, names=Resolver())
         for _ in range(times):
             await origins.learn([EGRESS], [Nameserver(HERE, port=port)], paths(interface))
         return origins.known([EGRESS])
@@ -244,7 +244,7 @@ async def test_a_local_forwarder_in_the_home_providers_network_is_a_leak() -> No
             kernel=FakeKernel(default=WG.index),
             survey=lambda: Survey(interfaces=(LO, WG), tunnel="wg0"),
             plan=lambda _: CanaryPlan(targets=(Loopback("a", canary),), reserve=()),
-            places=Places(Client(names=Names()), (), clock),
+            places=Places(Client(names=Resolver()), (), clock),
             clock=clock,
             nameservers=lambda: (Nameserver(HERE, port=port),),
             no_dns=Nameserver(HERE, port=9),

@@ -13,7 +13,7 @@ from vpn_sentinel.agent.net.interfaces import Paths, Survey
 from vpn_sentinel.agent.net.kernel import Netlink
 from vpn_sentinel.agent.probes.mtu import Found, Sizer, search
 from vpn_sentinel.agent.probes.targets import ServerEcho
-from vpn_sentinel.agent.sensors.pulse import Pulse
+from vpn_sentinel.agent.sensors.pulse import PulseSensor
 from vpn_sentinel.domain.observation import Answer, Canary, Link, Observation, Path, Probe, Trigger
 from vpn_sentinel.wire import echo, pulse
 
@@ -52,12 +52,12 @@ class Server:
 @asynccontextmanager
 async def pulsing(
     rang: list[float], every: float = 0.05, acked: Callable[[], float | None] = lambda: None
-) -> AsyncIterator[tuple[Server, Pulse]]:
+) -> AsyncIterator[tuple[Server, PulseSensor]]:
     server = Server()
     loop = asyncio.get_running_loop()
     async with udp(server.answer) as (port, _):
         server.port = port
-        sensor = Pulse(
+        sensor = PulseSensor(
             every,
             echoes=lambda: (server.target,),
             on_change=lambda: rang.append(loop.time()),
@@ -177,7 +177,9 @@ async def test_a_changed_route_gets_a_new_socket() -> None:
     server.port = transport.get_extra_info("sockname")[1]
     rang: list[float] = []
     ways = ["wg0"]
-    sensor = Pulse(0.05, echoes=lambda: (server.target,), on_change=lambda: rang.append(1), way=lambda *_: ways[-1])
+    sensor = PulseSensor(
+        0.05, echoes=lambda: (server.target,), on_change=lambda: rang.append(1), way=lambda *_: ways[-1]
+    )
     task = loop.create_task(sensor.run())
     await until(lambda: len(server.got) > 3)
     assert len(ports) == 1
@@ -198,7 +200,7 @@ async def test_a_server_without_an_echo_is_refused_and_rings() -> None:
     rang: list[float] = []
     async with udp(lambda _: None) as (port, _):
         gone = port
-    sensor = Pulse(0.05, echoes=lambda: (ServerEcho(HERE, gone, IDENT, KEY),), on_change=lambda: rang.append(1))
+    sensor = PulseSensor(0.05, echoes=lambda: (ServerEcho(HERE, gone, IDENT, KEY),), on_change=lambda: rang.append(1))
     task = asyncio.get_running_loop().create_task(sensor.run())
     await until(lambda: rang)
     task.cancel()

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from vpn_sentinel.agent.uplink.session import Greeted, Phase, ProtocolError, Session, Stored, TurnedAway
+from vpn_sentinel.agent.uplink.session import Acked, Greeted, Phase, ProtocolError, Session, TurnedAway
 from vpn_sentinel.domain.observation import Observation, Trigger
 from vpn_sentinel.wire import codec
 from vpn_sentinel.wire.messages import (
@@ -66,7 +66,7 @@ def test_reports_wait_for_their_acknowledgement() -> None:
     sent = read(made.offer([report(1), report(2)], pending=5, thinned=3, now=200.0))
     assert sent == Reports(items=[report(1), report(2)], pending=5, thinned=3)
     assert (made.phase, made.deadline) == (Phase.WAITING, 203.0)
-    assert made.receive(codec.encode(Ack(seq=2))) == Stored(2, 3)
+    assert made.receive(codec.encode(Ack(seq=2))) == Acked(2, 3)
     assert (made.phase, made.acked, made.deadline) == (Phase.READY, 2, None)
 
 

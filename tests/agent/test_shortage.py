@@ -7,12 +7,12 @@ from tests.agent.doubles import ETH, WG, FakeKernel, http, reply, udp
 from tests.conftest import no_descriptor_left
 from vpn_sentinel.agent.net.http import Client
 from vpn_sentinel.agent.net.interfaces import Paths, Survey
-from vpn_sentinel.agent.net.resolver import Names
+from vpn_sentinel.agent.net.resolver import Resolver
 from vpn_sentinel.agent.net.urls import address_in
 from vpn_sentinel.agent.probes import dns
 from vpn_sentinel.agent.probes.canary import CanaryPlan, OverTcp, canaries
 from vpn_sentinel.agent.probes.system_resolver import SystemResolver
-from vpn_sentinel.agent.probes.targets import Seen
+from vpn_sentinel.agent.probes.targets import EchoAnswer
 from vpn_sentinel.agent.probes.trace import trace
 from vpn_sentinel.domain.judge import judge
 from vpn_sentinel.domain.observation import Answer, Link, Observation, Trigger
@@ -31,14 +31,14 @@ class Whoami:
         self.name, self.address, self.port = name, HERE, port
 
     def question(self) -> tuple[bytes, object]:
-        return b"?", lambda data: Seen(address_in(data.decode()))
+        return b"?", lambda data: EchoAnswer(address_in(data.decode()))
 
 
 async def test_a_tunnel_that_could_not_be_looked_at_is_not_down() -> None:
     paths = Paths(FakeKernel(), Survey(interfaces=(ETH, WG), tunnel="wg0", uplinks=(ETH,), beside=(ETH,)))
     link = Link(name="wg0", present=True, up=True)
     async with udp(lambda _: b"203.0.113.4") as (port, _), http(lambda _: reply("ip=203.0.113.4\n")) as (web, _):
-        client = Client(names=Names())
+        client = Client(names=Resolver())
         plan = CanaryPlan(
             targets=(Whoami("echo", port),),  # type: ignore[arg-type]
             reserve=(),

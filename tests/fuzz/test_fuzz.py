@@ -27,7 +27,7 @@ SPOOL = "the agent's own spool"
 DATABASE = "the server's own database"
 CHECKED = "checked already as the message was read"
 OUR_OWN = {
-    "agent.containment.seat": KERNEL,
+    "agent.containment.instance_lock": KERNEL,
     "agent.doctor.server": CHECKED,
     "agent.probes.echoes": CHECKED,
     "agent.leakwatch.bpf": "addresses that are addresses already",

@@ -32,10 +32,10 @@ from vpn_sentinel.agent.rounds.route_audit import RouteAudit
 from vpn_sentinel.agent.rounds.scheduler import Scheduler
 from vpn_sentinel.agent.rounds.side_probes import SideProbes
 from vpn_sentinel.agent.sensors.pathmtu import PathMtu
-from vpn_sentinel.agent.sensors.pulse import Pulse
+from vpn_sentinel.agent.sensors.pulse import PulseSensor
 from vpn_sentinel.agent.sensors.resolver import ResolverWatch
 from vpn_sentinel.agent.settings import AgentSettings
-from vpn_sentinel.agent.uplink.reports import Reports
+from vpn_sentinel.agent.uplink.reports import Reporter
 from vpn_sentinel.agent.uplink.session import Greeted
 from vpn_sentinel.agent.uplink.uploader import Uploader
 from vpn_sentinel.domain import resolvers
@@ -72,7 +72,7 @@ class _Base(Base):
             routes=routes(self.kernel, self.survey),
             greeted=self.greeted,
         )
-        self.reports = Reports(self.spool, self.uploader)
+        self.reports = Reporter(self.spool, self.uploader)
         self.reactions = ReactionQueue(settings.reactions.contain, self.survey, probes.policy)
 
     def survey(self) -> Survey:
@@ -104,7 +104,7 @@ class _Sensors:
 
     witnesses: Witnesses
     watch: LeakWatch
-    pulse: Pulse
+    pulse: PulseSensor
     path_mtu: PathMtu
     resolver_watch: ResolverWatch
 
@@ -206,7 +206,7 @@ def _sense(base: _Base) -> _Sensors:
         uploader.network_changed()
         triggers.put(Trigger.CANARY)
 
-    pulse = Pulse(
+    pulse = PulseSensor(
         settings.pulse,
         echoes=lambda: base.echoes.targets,
         on_change=pulse_changed,

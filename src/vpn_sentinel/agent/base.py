@@ -10,7 +10,7 @@ from vpn_sentinel.agent.health import Health, Signs
 from vpn_sentinel.agent.net.endpoints import TCP
 from vpn_sentinel.agent.net.interfaces import Survey
 from vpn_sentinel.agent.net.kernel import Netlink
-from vpn_sentinel.agent.net.resolver import Names
+from vpn_sentinel.agent.net.resolver import Resolver
 from vpn_sentinel.agent.net.urls import split
 from vpn_sentinel.agent.probes.echoes import Echoes
 from vpn_sentinel.agent.rounds.state import RoundState
@@ -18,7 +18,7 @@ from vpn_sentinel.agent.rounds.triggers import TriggerQueue
 from vpn_sentinel.agent.sensors.netlink import NetworkSensor
 from vpn_sentinel.agent.settings import AgentSettings
 from vpn_sentinel.agent.spool.spool import Spool, SpoolInUseError
-from vpn_sentinel.agent.uplink.connection import Destination, Routes
+from vpn_sentinel.agent.uplink.connection import ReportTarget, Routes
 from vpn_sentinel.agent.uplink.uploader import Uploader
 from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.runtime import files
@@ -37,7 +37,7 @@ class Base:
         need_key(settings)
         self.settings = settings
         self.clock = clock
-        self.names = Names()
+        self.names = Resolver()
         self.http = http_client(settings.probes, self.names)
         self.spool = open_spool(settings, clock)
         self.kernel = open_kernel()
@@ -72,9 +72,9 @@ def open_spool(settings: AgentSettings, clock: Clock) -> Spool:
         raise SettingError("VPN_SENTINEL_DATA_DIR", str(e)) from e
 
 
-def destination(settings: AgentSettings) -> Destination:
+def destination(settings: AgentSettings) -> ReportTarget:
     """Where reports go, and how this agent introduces itself there; spool and time are filled in as it does."""
-    return Destination(
+    return ReportTarget(
         urls=settings.urls,
         api_path=settings.api_path,
         key=settings.api_key,

@@ -10,10 +10,10 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
 
-from vpn_sentinel.agent.containment.containment import Containment, ContainmentDeps, Facts, Mode
+from vpn_sentinel.agent.containment.containment import Containment, ContainmentDeps, ContainmentFacts, Mode
+from vpn_sentinel.agent.containment.instance_lock import SingleInstanceLock
 from vpn_sentinel.agent.containment.nft import Nftables
 from vpn_sentinel.agent.containment.proof import cause_of
-from vpn_sentinel.agent.containment.seat import Seat
 from vpn_sentinel.agent.containment.surroundings import Surroundings
 from vpn_sentinel.agent.containment.table import owner_of
 from vpn_sentinel.agent.introspect.gluetun import CONTROL
@@ -38,7 +38,7 @@ from vpn_sentinel.wire import limits
 log = logging.getLogger(__name__)
 
 
-class History:
+class ActionLog:
     """Actions that wait for the next observation, with the time of each."""
 
     def __init__(self, clock: Clock) -> None:
@@ -89,7 +89,7 @@ class Reactions:
         settings: ReactionSettings,
         queue: ReactionQueue,
         around: Surroundings,
-        facts: Facts,
+        facts: ContainmentFacts,
         http: Client,
         clock: Clock,
         *,
@@ -98,8 +98,8 @@ class Reactions:
     ) -> None:
         self._mode = settings.contain
         self._around = around
-        self._history = History(clock)
-        self._seat = Seat()
+        self._history = ActionLog(clock)
+        self._lock = SingleInstanceLock()
         self._containment = Containment(
             settings.contain,
             client_id,
@@ -109,7 +109,7 @@ class Reactions:
                 path_of=around.path_of,
                 nft=Nftables(),
                 owner_of=owner_of,
-                take_seat=self._seat.take,
+                take_lock=self._lock.take,
                 tell=self._history.tell,
             ),
             clock,
@@ -143,16 +143,16 @@ class Reactions:
                     await self._containment.saw(seen, verdict)
 
     def close(self) -> None:
-        self._seat.leave()
+        self._lock.leave()
 
 
 def _remedies(
     settings: ReactionSettings,
     policy: Policy,
-    facts: Facts,
+    facts: ContainmentFacts,
     http: Client,
     clock: Clock,
-    history: History,
+    history: ActionLog,
     client_id: str,
     control: IntrospectSettings,
 ) -> Remedies:

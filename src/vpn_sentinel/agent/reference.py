@@ -14,9 +14,9 @@ from vpn_sentinel.agent.net.interfaces import Paths, Survey, survey
 from vpn_sentinel.agent.probes.canary import canaries
 from vpn_sentinel.agent.rounds.canary_plan import canary_plan
 from vpn_sentinel.agent.rounds.scheduler import Scheduler
-from vpn_sentinel.agent.sensors.pulse import Pulse
+from vpn_sentinel.agent.sensors.pulse import PulseSensor
 from vpn_sentinel.agent.settings import AgentSettings
-from vpn_sentinel.agent.uplink.reports import Reports
+from vpn_sentinel.agent.uplink.reports import Reporter
 from vpn_sentinel.agent.uplink.uploader import Uploader
 from vpn_sentinel.domain.judge import judge_reference
 from vpn_sentinel.domain.observation import Answer, Observation, Probe, Trigger
@@ -43,13 +43,13 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
         routes=routes(kernel, look_around),
         greeted=lambda event: echoes.greet(event.echo),
     )
-    reports = Reports(base.spool, uploader)
+    reports = Reporter(base.spool, uploader)
 
     def changed(trigger: Trigger) -> None:
         uploader.network_changed()
         triggers.put(trigger)
 
-    pulse = Pulse(
+    pulse = PulseSensor(
         settings.pulse,
         echoes=lambda: echoes.targets,
         on_change=lambda: changed(Trigger.CANARY),
@@ -96,7 +96,7 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
     log.info("reference agent stopped")
 
 
-async def _look(base: Base, pulse: Pulse, around: Survey, trigger: Trigger) -> Observation:
+async def _look(base: Base, pulse: PulseSensor, around: Survey, trigger: Trigger) -> Observation:
     """One round: the same questions as a tunnel's agent asks, on the default route alone."""
     began, silent_for = base.clock.boottime(), pulse.silent_for()
     paths = Paths(base.kernel, around)

@@ -90,7 +90,7 @@ def _settings(args: argparse.Namespace) -> "GeoSettings":
 
 
 def _vendor(settings: "GeoSettings", args: argparse.Namespace) -> "Vendor":
-    from vpn_sentinel.agent.geo.fetch import Login
+    from vpn_sentinel.agent.geo.fetch import DownloadLogin
     from vpn_sentinel.agent.geo.sources import dbip, from_files, maxmind
 
     if args.file:
@@ -103,7 +103,7 @@ def _vendor(settings: "GeoSettings", args: argparse.Namespace) -> "Vendor":
             PREFIX + "MAXMIND_ACCOUNT",
             f"is not set: MaxMind asks for an account and {PREFIX}MAXMIND_KEY; both are free",
         )
-    return maxmind(settings.maxmind_url, Login(account=account, key=settings.maxmind_key))
+    return maxmind(settings.maxmind_url, DownloadLogin(account=account, key=settings.maxmind_key))
 
 
 # --- show ---

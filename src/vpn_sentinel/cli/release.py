@@ -16,12 +16,12 @@ def add(commands: Any) -> None:
 def run(_: argparse.Namespace) -> int:
     """Raises Unusable when the rules cannot be seen or removed."""
     from vpn_sentinel.agent.containment.containment import why_not
+    from vpn_sentinel.agent.containment.instance_lock import SingleInstanceLock
     from vpn_sentinel.agent.containment.nft import Nftables
     from vpn_sentinel.agent.containment.rules import TABLE, removal
-    from vpn_sentinel.agent.containment.seat import Seat
     from vpn_sentinel.agent.containment.table import owner_of
 
-    seat = Seat()
+    seat = SingleInstanceLock()
     try:
         owner = owner_of(TABLE)
         if owner is None:

@@ -63,7 +63,7 @@ class World:
             path_of=lambda *_: Path.TUNNEL,
             nft=self.nft,
             owner_of=self.owner_of,
-            take_seat=lambda: self.seat,
+            take_lock=lambda: self.seat,
             tell=lambda name, outcome, detail: self.told.append((name, outcome, detail)),
         )
         return Containment(mode, "anna", self.kept, ground, self.clock)

@@ -9,7 +9,7 @@ from ipaddress import ip_network
 
 import pytest
 
-from vpn_sentinel.agent.containment.exempt import Exempt
+from vpn_sentinel.agent.containment.exempt import Exemptions
 from vpn_sentinel.agent.containment.nft import Library
 from vpn_sentinel.agent.containment.rules import Ways, render
 from vpn_sentinel.agent.leakwatch.meant import parse_meant
@@ -49,12 +49,12 @@ def count() -> int:
     return int(lines[next(n for n, line in enumerate(lines) if "TX:" in line) + 1].split()[1])
 
 
-def contain(exempt: Exempt) -> None:
+def contain(exempt: Exemptions) -> None:
     Library().run(render(Ways(tunnel="wg0", exempt=exempt), "anna/0123"))
 
 
 def test_what_is_declared_passes_and_nothing_else(beside: None) -> None:
-    contain(Exempt(meant=parse_meant("port 123/udp; published 8000/tcp; published 6881-6889/udp; user 12345")))
+    contain(Exemptions(meant=parse_meant("port 123/udp; published 8000/tcp; published 6881-6889/udp; user 12345")))
     assert passes(123)
     assert not passes(124)
     assert passes(9, source=6885)  # an answer of a published port
@@ -64,13 +64,13 @@ def test_what_is_declared_passes_and_nothing_else(beside: None) -> None:
 
 
 def test_a_users_and_an_interfaces(beside: None) -> None:
-    contain(Exempt(meant=parse_meant("user 0")))
+    contain(Exemptions(meant=parse_meant("user 0")))
     assert passes(9)
-    contain(Exempt(meant=parse_meant("only user 12345")))
+    contain(Exemptions(meant=parse_meant("only user 12345")))
     assert passes(9)
-    contain(Exempt(meant=parse_meant("only user 0")))
+    contain(Exemptions(meant=parse_meant("only user 0")))
     assert not passes(9)
-    contain(Exempt(meant=parse_meant("interface eth0")))
+    contain(Exemptions(meant=parse_meant("interface eth0")))
     assert passes(9)
 
 
@@ -83,9 +83,9 @@ RULES = {
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES.keys())
 def test_the_vpn_programs_own_by_routing_rules(beside: None, rule: Rule) -> None:
-    contain(Exempt())
+    contain(Exemptions())
     assert not passes(9, source=41641)
-    contain(Exempt(excepted=(rule,)))
+    contain(Exemptions(excepted=(rule,)))
     assert passes(9, source=41641)
 
 
@@ -103,7 +103,7 @@ def test_a_visitor_gets_an_answer(beside: None) -> None:
         with socket.create_server(("0.0.0.0", 8000)) as server:
             server.settimeout(5)
             assert listening_ports() == {8000}
-            contain(Exempt(taking=listening_ports()))
+            contain(Exemptions(taking=listening_ports()))
             visitor = subprocess.Popen([*run, sys.executable, "-c", visit], stdout=subprocess.PIPE, text=True)
             connection, _ = server.accept()
             with connection:

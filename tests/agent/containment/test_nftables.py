@@ -6,9 +6,9 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
+from vpn_sentinel.agent.containment.instance_lock import SingleInstanceLock
 from vpn_sentinel.agent.containment.nft import Library, Nftables, NftError
 from vpn_sentinel.agent.containment.rules import RELEASED, TABLE, Ways, forget_word, removal, render
-from vpn_sentinel.agent.containment.seat import Seat
 from vpn_sentinel.agent.containment.table import comment_in, owner_of
 from vpn_sentinel.agent.net.endpoints import TCP, Endpoint
 
@@ -68,15 +68,18 @@ async def test_without_library_and_program_it_says_so() -> None:
         Library("libnftables.so.none")
 
 
-def test_one_seat_in_a_namespace_and_free_after_death(namespace: None) -> None:
-    one, other = Seat(), Seat()
+def test_one_owner_in_a_namespace_and_free_after_death(namespace: None) -> None:
+    one, other = SingleInstanceLock(), SingleInstanceLock()
     assert one.take()
     assert one.take()
     assert not other.take()
     one.leave()
     assert other.take()
     other.leave()
-    holder = "from vpn_sentinel.agent.containment.seat import Seat; s = Seat(); print(s.take(), flush=True); input()"
+    holder = (
+        "from vpn_sentinel.agent.containment.instance_lock import SingleInstanceLock; lock = SingleInstanceLock();"
+        "print(lock.take(), flush=True); input()"
+    )
     with subprocess.Popen([sys.executable, "-c", holder], stdin=-1, stdout=-1, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "True\n"
@@ -96,7 +99,7 @@ def test_another_users_program_cannot_keep_the_seat_from_an_agent(namespace: Non
     with subprocess.Popen([sys.executable, "-c", squat], stdin=-1, stdout=-1, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "there\n"
-        seat = Seat()
+        seat = SingleInstanceLock()
         assert seat.take()
         assert not seat.bound
         process.kill()
@@ -121,7 +124,7 @@ def test_release_from_the_command_line(namespace: None) -> None:
     assert "the rules of anna are removed. No agent runs here." in alone.stdout
     assert ruleset() == ""
     Library().run(render(WAYS, "anna/0123"))
-    seat = Seat()
+    seat = SingleInstanceLock()
     assert seat.take()
     beside = subprocess.run(command, capture_output=True, text=True, check=False)
     seat.leave()

@@ -17,7 +17,7 @@ from lab.certs import Authority
 from tests.agent.geo.world import DAY, NOW, Server, mmdb, serving
 from tests.conftest import ManualClock, small_disk
 from vpn_sentinel.agent.geo.databases import Databases
-from vpn_sentinel.agent.geo.fetch import Bounds, Login, Web
+from vpn_sentinel.agent.geo.fetch import Bounds, DownloadLogin, Web
 from vpn_sentinel.agent.geo.sources import Vendor, dbip, from_files, maxmind
 from vpn_sentinel.agent.geo.store import Collection, Entry, GeoError, Manifest, install, locked, read_manifest, writing
 from vpn_sentinel.agent.geo.unpack import only_database
@@ -232,7 +232,7 @@ class Watched(Web):
         super().__init__(ssl.create_default_context(), clock, bounds=Bounds())
         self._names, self._plant = names, plant
 
-    def save(self, url: str, to: Path, login: Login | None = None) -> str:
+    def save(self, url: str, to: Path, login: DownloadLogin | None = None) -> str:
         for path in self._names:
             path.unlink(missing_ok=True)
             self._plant(path)
@@ -345,7 +345,7 @@ def secured(tmp_path: Path) -> Iterator[tuple[Server, Server, Path]]:
 
 
 def by_key(server: Server) -> Vendor:
-    return maxmind(server.base, Login(account="12345", key=Secret(KEY)))
+    return maxmind(server.base, DownloadLogin(account="12345", key=Secret(KEY)))
 
 
 def test_maxmind_by_key_and_the_key_goes_no_further(

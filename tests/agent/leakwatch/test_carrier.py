@@ -9,7 +9,7 @@ from tests.agent.leakwatch.test_watch import ran
 from tests.conftest import ManualClock
 from vpn_sentinel.agent.leakwatch.carrier import FRESH_S, SURE_S, Carrier, Outer, carried, twins
 from vpn_sentinel.agent.net.endpoints import TCP, Endpoint, parse_endpoint
-from vpn_sentinel.agent.net.interfaces import Recollection
+from vpn_sentinel.agent.net.facts import Recollection
 from vpn_sentinel.agent.net.link import Interface
 from vpn_sentinel.domain.policy import IPAddress
 

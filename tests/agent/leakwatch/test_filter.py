@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.agent.leakwatch.bytes import HOST, OUTGOING, ip, query, run, tcp, udp
 from vpn_sentinel.agent.leakwatch import bpf
-from vpn_sentinel.agent.leakwatch.rules import Ports, Rules
+from vpn_sentinel.agent.leakwatch.rules import PortRange, Rules
 from vpn_sentinel.agent.net.endpoints import Endpoint, parse_endpoint
 from vpn_sentinel.agent.net.packets import decode
 from vpn_sentinel.agent.net.routing_rules import Rule
@@ -162,8 +162,8 @@ WHOSE = Rules(
         Rule(version=4, priority=1, protocol=17, source_ports=(4000, 4009)),
         Rule(version=6, priority=1, source_ports=(4000, 4000), destination=ip_network("2001:db8:9::/48")),
     ),
-    published=(Ports(6, 8000, 8003), Ports(17, 27015, 27015)),
-    ports=(Ports(17, 123, 123),),
+    published=(PortRange(6, 8000, 8003), PortRange(17, 27015, 27015)),
+    ports=(PortRange(17, 123, 123),),
 )
 WHOSE_MADE = bpf.program(WHOSE)
 

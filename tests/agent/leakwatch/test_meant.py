@@ -3,7 +3,7 @@ import pwd
 import pytest
 
 from vpn_sentinel.agent.leakwatch.meant import Meant, parse_meant
-from vpn_sentinel.agent.leakwatch.rules import Ports
+from vpn_sentinel.agent.leakwatch.rules import PortRange
 from vpn_sentinel.agent.net.endpoints import TCP, UDP
 from vpn_sentinel.agent.settings import ProbeSettings
 from vpn_sentinel.runtime.settings import SettingError, Source
@@ -15,8 +15,8 @@ def test_what_is_meant_is_said_in_words() -> None:
         f" published 8000/tcp; published 6881-6889/udp;port 123/UDP\nuser {root}; only user 997;interface eth1;"
     )
     assert found == Meant(
-        published=(Ports(TCP, 8000, 8000), Ports(UDP, 6881, 6889)),
-        ports=(Ports(UDP, 123, 123),),
+        published=(PortRange(TCP, 8000, 8000), PortRange(UDP, 6881, 6889)),
+        ports=(PortRange(UDP, 123, 123),),
         users=frozenset({0}),
         only=frozenset({997}),
         interfaces=frozenset({"eth1"}),

@@ -8,7 +8,8 @@ ONE_USER = """
 import os
 from ipaddress import ip_address
 from vpn_sentinel.agent.rounds.canary_plan import canary_plan
-from vpn_sentinel.agent.net.interfaces import Recollection, Surveyor
+from vpn_sentinel.agent.net.facts import Recollection
+from vpn_sentinel.agent.net.interfaces import Surveyor
 from vpn_sentinel.agent.net.as_user import AS_USER
 LINES = ["link add wg0 type veth peer name wgfar", "link set wgfar up", "addr add 10.8.0.2/24 dev wg0",
          "link set wg0 up", "route add default dev wg0 table 42"]

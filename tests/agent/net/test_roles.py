@@ -11,7 +11,8 @@ from pathlib import Path as Folder
 import pytest
 
 from tests.agent.net.test_fib import ip
-from vpn_sentinel.agent.net.interfaces import Paths, Recollection, Survey, Surveyor, survey
+from vpn_sentinel.agent.net.facts import Recollection
+from vpn_sentinel.agent.net.interfaces import Paths, Survey, Surveyor, survey
 from vpn_sentinel.agent.net.kernel import Netlink
 from vpn_sentinel.agent.net.roles import Remembered, roles
 from vpn_sentinel.agent.probes.dns import Nameserver, path_to

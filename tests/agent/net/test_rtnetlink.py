@@ -23,7 +23,7 @@ from vpn_sentinel.agent.net.link import IFF_LOWER_UP, IFF_UP
 from vpn_sentinel.agent.net.netlink import attributes, messages
 from vpn_sentinel.agent.net.routes import RTN_LOCAL
 from vpn_sentinel.agent.net.rtnetlink import parse_address, parse_link
-from vpn_sentinel.agent.sensors.netlink import Changes, NetworkSensor
+from vpn_sentinel.agent.sensors.netlink import NetworkChanges, NetworkSensor
 
 
 def attribute(kind: int, value: bytes) -> bytes:
@@ -97,8 +97,8 @@ def test_no_bytes_break_the_parsers(data: bytes) -> None:
     parse_address(data)
     netlink.parse_network(data)
     netlink.parse_route(data)
-    Changes().notice(data)
-    Changes().notice(message(16, data) + message(20, data) + message(24, data))
+    NetworkChanges().notice(data)
+    NetworkChanges().notice(message(16, data) + message(20, data) + message(24, data))
 
 
 def test_the_kernel_knows_the_loopback() -> None:
@@ -141,11 +141,11 @@ NEWS = {
 
 @pytest.mark.parametrize(("data", "news"), NEWS.values(), ids=NEWS.keys())
 def test_changes_are_told_from_repetitions(data: bytes, news: bool) -> None:
-    assert Changes((ETH, WG)).notice(data) is news
+    assert NetworkChanges((ETH, WG)).notice(data) is news
 
 
 def test_a_change_is_news_once() -> None:
-    changes = Changes((ETH, WG))
+    changes = NetworkChanges((ETH, WG))
     down = message(16, link(3, "wg0", 0))
     assert changes.notice(down)
     assert not changes.notice(down)
@@ -201,7 +201,7 @@ async def test_changes_while_it_rests_from_one_that_took_long_are_one() -> None:
 
 
 def test_after_lost_messages_what_seems_to_repeat_the_known_is_news() -> None:
-    changes = Changes((ETH, WG))
+    changes = NetworkChanges((ETH, WG))
     up = message(16, link(3, "wg0", IFF_UP | IFF_LOWER_UP))
     assert not changes.notice(up)
     changes.forget()  # among what was lost: wg0 went down

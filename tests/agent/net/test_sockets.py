@@ -9,19 +9,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vpn_sentinel.agent.net.own import KEEP_S, OwnSockets
-from vpn_sentinel.agent.net.sockets import ESTABLISHED, Sockets, parse_socket
+from vpn_sentinel.agent.net.sockets import ESTABLISHED, SocketTable, parse_socket
 
 LO, FAR = ip_address("127.0.0.1"), ip_address("192.0.2.1")
 
 
 @pytest.fixture
 def sockets():
-    found = Sockets()
+    found = SocketTable()
     yield found
     found.close()
 
 
-def test_who_listens_and_who_sends_is_told(sockets: Sockets) -> None:
+def test_who_listens_and_who_sends_is_told(sockets: SocketTable) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         with socket.create_connection(("127.0.0.1", port)) as client:
@@ -34,7 +34,7 @@ def test_who_listens_and_who_sends_is_told(sockets: Sockets) -> None:
     assert sockets.of(6, LO, 1, LO, 2) is None
 
 
-def test_a_packet_of_ipv4_may_be_an_ipv6_sockets(sockets: Sockets) -> None:
+def test_a_packet_of_ipv4_may_be_an_ipv6_sockets(sockets: SocketTable) -> None:
     with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as both:
         both.bind(("::", 0))
         port = both.getsockname()[1]
@@ -44,7 +44,7 @@ def test_a_packet_of_ipv4_may_be_an_ipv6_sockets(sockets: Sockets) -> None:
     assert sockets.of(17, LO, port, FAR, 53) is None
 
 
-def test_whose_a_packet_is_though_nat_gave_it_another_address(sockets: Sockets) -> None:
+def test_whose_a_packet_is_though_nat_gave_it_another_address(sockets: SocketTable) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         with socket.create_connection(("127.0.0.1", port)) as client:

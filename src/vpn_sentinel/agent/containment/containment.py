@@ -13,6 +13,7 @@ from typing import Final, Protocol
 from vpn_sentinel.agent.containment.nft import Nft, NftError
 from vpn_sentinel.agent.containment.proof import Cause, PathOf, from_text, proven, to_text
 from vpn_sentinel.agent.containment.rules import RELEASED, TABLE, Ways, forget_word, removal, render
+from vpn_sentinel.agent.net.facts import FactStore
 from vpn_sentinel.domain.observation import Observation, Outcome
 from vpn_sentinel.domain.verdict import State, Verdict
 from vpn_sentinel.runtime.clock import Clock
@@ -33,21 +34,17 @@ class Mode(StrEnum):
     ON = "on"
 
 
-class Facts(Protocol):
-    """The part of the spool that remembers."""
+class ContainmentFacts(FactStore, Protocol):
+    """`identity` is the spool's."""
 
     identity: str
-
-    def fact(self, name: str) -> str | None: ...
-
-    def keep(self, name: str, value: str) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ContainmentDeps:
     """What containment stands on. `ways` may raise OSError, and returns None when no tunnel is known here.
 
-    `owner_of` is containment.table's; `take_seat` says whether we are the one agent here that may write rules. `tell`
+    `owner_of` is containment.table's; `take_lock` says whether we are the one agent here that may write rules. `tell`
     gets the name, the outcome and the detail of each action.
     """
 
@@ -55,7 +52,7 @@ class ContainmentDeps:
     path_of: PathOf
     nft: Nft
     owner_of: Callable[[str], str | None]
-    take_seat: Callable[[], bool]
+    take_lock: Callable[[], bool]
     tell: Callable[[str, Outcome, str], None]
 
 
@@ -67,7 +64,9 @@ def mark(client_id: str, spool: str) -> str:
 class Containment:
     """Not to be entered twice at a time: one task drives it."""
 
-    def __init__(self, mode: Mode, client_id: str, facts: Facts, deps: ContainmentDeps, clock: Clock) -> None:
+    def __init__(
+        self, mode: Mode, client_id: str, facts: ContainmentFacts, deps: ContainmentDeps, clock: Clock
+    ) -> None:
         self.contained = False
         self._mode = mode
         self._client_id = client_id
@@ -116,7 +115,7 @@ class Containment:
             if (owner := self._deps.owner_of(TABLE)) is not None and not self._is_ours(owner):
                 self._failed(f"the rules of another agent stand here: {owner or 'unnamed'}")
                 return
-            if not self._deps.take_seat():
+            if not self._deps.take_lock():
                 self._failed("another agent holds containment in this namespace")
                 return
             self._cause = cause
@@ -212,7 +211,7 @@ class Containment:
 
     async def _found_ours(self) -> None:
         """Rules of ours from before this start. Raises OSError."""
-        if not self._deps.take_seat():
+        if not self._deps.take_lock():
             log.warning("another agent of this name holds containment in this namespace")
         elif self._mode is Mode.ON:
             self.contained = True

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from vpn_sentinel.agent.leakwatch.meant import Meant
-from vpn_sentinel.agent.leakwatch.rules import Ports
+from vpn_sentinel.agent.leakwatch.rules import PortRange
 from vpn_sentinel.agent.net.endpoints import TCP
 from vpn_sentinel.agent.net.routing_rules import Rule
 
@@ -20,7 +20,7 @@ _MAX_PORTS: Final = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Exempt:
+class Exemptions:
     """`excepted` are routing rules that select by sender, `taking` TCP ports on which connections are taken here."""
 
     meant: Meant = field(default_factory=Meant)
@@ -43,7 +43,7 @@ class Exempt:
         return tuple(dict.fromkeys(found))
 
 
-def _answers(ports: Ports) -> str:
+def _answers(ports: PortRange) -> str:
     text = f"{_PROTOCOLS[ports.protocol]} sport {ports.low}-{ports.high}"
     return f"{text} {_ANSWER}" if ports.protocol == TCP else text
 

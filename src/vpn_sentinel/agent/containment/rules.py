@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
-from vpn_sentinel.agent.containment.exempt import Exempt
+from vpn_sentinel.agent.containment.exempt import Exemptions
 from vpn_sentinel.agent.net.endpoints import TCP, Endpoint
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork
 
@@ -43,7 +43,7 @@ class Ways:
     leaking_names: tuple[IPAddress, ...] = ()
     forwards: bool = False
     # What passes whatever else holds: see `exempt`.
-    exempt: Exempt = field(default_factory=Exempt)
+    exempt: Exemptions = field(default_factory=Exemptions)
 
     def __post_init__(self) -> None:
         if not _INTERFACE.fullmatch(self.tunnel):

@@ -6,8 +6,8 @@ from ipaddress import ip_network
 from pathlib import Path as File
 from typing import Final
 
-from vpn_sentinel.agent.containment.containment import Facts
-from vpn_sentinel.agent.containment.exempt import Exempt
+from vpn_sentinel.agent.containment.containment import ContainmentFacts
+from vpn_sentinel.agent.containment.exempt import Exemptions
 from vpn_sentinel.agent.containment.proof import Cause
 from vpn_sentinel.agent.containment.rules import Ways
 from vpn_sentinel.agent.leakwatch.egress_map import EgressMap, Tables, egress_map
@@ -16,7 +16,7 @@ from vpn_sentinel.agent.leakwatch.senders import is_mark
 from vpn_sentinel.agent.net.endpoints import PROTOCOLS, TCP, UDP, Endpoint, parse_endpoint
 from vpn_sentinel.agent.net.interfaces import Paths, Survey
 from vpn_sentinel.agent.net.kernel import Kernel
-from vpn_sentinel.agent.net.resolver import Names
+from vpn_sentinel.agent.net.resolver import Resolver
 from vpn_sentinel.agent.net.sockets import listening_ports
 from vpn_sentinel.agent.net.urls import split
 from vpn_sentinel.domain.observation import Path
@@ -35,8 +35,8 @@ class Surroundings:
     tables: Tables | None
     survey: Callable[[], Survey]
     endpoints: Callable[[], tuple[Endpoint, ...]]
-    facts: Facts
-    names: Names
+    facts: ContainmentFacts
+    names: Resolver
     urls: tuple[str, ...]
     policy: Policy
     meant: Meant = field(default_factory=Meant)
@@ -82,7 +82,7 @@ class Surroundings:
             lan=tuple(dict.fromkeys((*rules.outside, *rules.lan, *hosts))),
             resolvers=self.policy.allowed_resolvers,
             leaking_names=tuple(sorted((a for a in cause.nameservers if a.is_loopback), key=str)),
-            exempt=Exempt(
+            exempt=Exemptions(
                 meant=self.meant,
                 excepted=tuple(r for r in self._egress.senders.excepted if not is_mark(r)),
                 taking=self.taking(),

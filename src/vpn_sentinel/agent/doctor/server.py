@@ -9,7 +9,7 @@ from vpn_sentinel.agent.doctor.ground import Greeting, Ground
 from vpn_sentinel.agent.net.http import connected
 from vpn_sentinel.agent.net.urls import split
 from vpn_sentinel.agent.probes import dns
-from vpn_sentinel.agent.probes.datagram import Destination, ask
+from vpn_sentinel.agent.probes.datagram import DatagramTarget, ask
 from vpn_sentinel.agent.probes.targets import ServerEcho
 from vpn_sentinel.domain.observation import Answer
 from vpn_sentinel.domain.policy import IPAddress
@@ -105,7 +105,7 @@ async def echo(ground: Ground) -> list[Check]:
         for address in _one_of_each(ground.http.names.known(split(greeting.url).host)):
             target = ServerEcho(address, welcome.echo.port, ident, key)
             payload, read = target.question()
-            outcome = await ask(Destination(address=address, port=target.port), payload, read)
+            outcome = await ask(DatagramTarget(address=address, port=target.port), payload, read)
             answers.append((address, outcome.answer))
         return [about_echo(welcome.echo.port, answers)]
     return []

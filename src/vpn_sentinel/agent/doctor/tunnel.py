@@ -12,7 +12,7 @@ from vpn_sentinel.agent.introspect import gluetun as control
 from vpn_sentinel.agent.introspect.wireguard import Device, DeviceError, read_device
 from vpn_sentinel.agent.leakwatch.egress_map import EgressMap, egress_map
 from vpn_sentinel.agent.leakwatch.meant import Meant
-from vpn_sentinel.agent.leakwatch.rules import Ports
+from vpn_sentinel.agent.leakwatch.rules import PortRange
 from vpn_sentinel.agent.net.endpoints import TCP, Endpoint
 from vpn_sentinel.agent.net.http import HttpError
 from vpn_sentinel.agent.net.packetsocket import packet_socket
@@ -110,7 +110,7 @@ def about_meant(meant: Meant) -> list[Check]:
     return [ok("meant outside", "; ".join(parts), "that is neither told as a leak nor cut by containment.")]
 
 
-def _spoken(ports: Ports) -> str:
+def _spoken(ports: PortRange) -> str:
     numbers = str(ports.low) if ports.low == ports.high else f"{ports.low}-{ports.high}"
     return f"{numbers}/{'tcp' if ports.protocol == TCP else 'udp'}"
 

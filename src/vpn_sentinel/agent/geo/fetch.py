@@ -40,7 +40,7 @@ class Bounds:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Login:
+class DownloadLogin:
     account: str
     key: Secret
 
@@ -79,7 +79,7 @@ class Web:
         ):
             self._opener.add_handler(handler)
 
-    def save(self, url: str, to: Path, login: Login | None = None) -> str:
+    def save(self, url: str, to: Path, login: DownloadLogin | None = None) -> str:
         """Download to a new file; returns its SHA-256. Raises GeoError, NotThereError for a 404."""
         digest = hashlib.sha256()
         with writing(to) as file:
@@ -94,14 +94,19 @@ class Web:
             self._read(url, login, self.bounds.download, write, self._progress)
         return digest.hexdigest()
 
-    def text(self, url: str, login: Login | None = None) -> str:
+    def text(self, url: str, login: DownloadLogin | None = None) -> str:
         """A short text. Raises GeoError."""
         found = bytearray()
         self._read(url, login, 64 * 1024, found.extend, None)
         return found.decode("utf-8", "replace")
 
     def _read(
-        self, url: str, login: Login | None, most: int, write: Callable[[bytes], object], progress: Progress | None
+        self,
+        url: str,
+        login: DownloadLogin | None,
+        most: int,
+        write: Callable[[bytes], object],
+        progress: Progress | None,
     ) -> None:
         request = urllib.request.Request(url, headers={"User-Agent": "vpn-sentinel"})  # noqa: S310 - checked settings
         if login is not None:
@@ -154,7 +159,7 @@ def shown(url: str) -> str:
     return url.partition("?")[0]
 
 
-def _refusal(url: str, status: int, login: Login | None) -> GeoError:
+def _refusal(url: str, status: int, login: DownloadLogin | None) -> GeoError:
     if status == 404:
         return NotThereError(f"{shown(url)}: is not there (HTTP 404)")
     if status in (401, 403) and login is not None:

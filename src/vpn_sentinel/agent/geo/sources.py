@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Final, Protocol
 
-from vpn_sentinel.agent.geo.fetch import Login, NotThereError, Web, shown
+from vpn_sentinel.agent.geo.fetch import DownloadLogin, NotThereError, Web, shown
 from vpn_sentinel.agent.geo.store import GeoError, named, part
 from vpn_sentinel.agent.geo.unpack import copy_of, gunzip, only_database
 
@@ -87,7 +87,7 @@ class MaxmindPart:
     base: str
     edition: str  # GeoLite2-City, GeoLite2-ASN
     holds: str
-    login: Login
+    login: DownloadLogin
 
     def fetch(self, web: Web, folder: Path, now: float, installed: Installed) -> Fetched | None:
         del now
@@ -146,7 +146,7 @@ def dbip(base: str) -> Vendor:
     return Vendor(name="dbip", licence="CC BY 4.0", credit=DBIP_CREDIT, parts=parts)
 
 
-def maxmind(base: str, login: Login) -> Vendor:
+def maxmind(base: str, login: DownloadLogin) -> Vendor:
     parts = (
         MaxmindPart(base=base, edition="GeoLite2-City", holds="places", login=login),
         MaxmindPart(base=base, edition="GeoLite2-ASN", holds="networks", login=login),

@@ -20,7 +20,7 @@ _SPREAD6: Final = [IPv6Address((0x2001 + n * 16 << 112) + (n * 977 % 65536 << 96
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class DatabaseFacts:
     """`holds`: "places", "networks", or both. `built` is seconds since 1970."""
 
     type: str
@@ -28,7 +28,7 @@ class Facts:
     holds: tuple[str, ...]
 
 
-def examine(path: Path, now: float, wanted: str) -> Facts:
+def examine(path: Path, now: float, wanted: str) -> DatabaseFacts:
     """Open a file and look some addresses up. `now` is the wall clock, `wanted` what it must hold, "" for anything.
 
     Raises GeoError, without the file's name.
@@ -46,7 +46,7 @@ def examine(path: Path, now: float, wanted: str) -> Facts:
         if not holds or (wanted and wanted not in holds):
             missing = wanted or "places or networks"
             raise GeoError(f"tells of no {missing} ({metadata.database_type[:60]!r})")
-        return Facts(metadata.database_type[:120], built, holds)
+        return DatabaseFacts(metadata.database_type[:120], built, holds)
     except DAMAGED as e:
         raise GeoError("is damaged") from e
     finally:
@@ -65,7 +65,7 @@ def _holds(reader: Reader) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def not_older(new: Facts, built: int | None) -> None:
+def not_older(new: DatabaseFacts, built: int | None) -> None:
     """Raises GeoError when the installed one, built at `built`, is newer than `new`."""
     if built is not None and new.built < built:
         raise GeoError(f"is of {day(new.built)}, older than the installed one of {day(built)}")

@@ -29,7 +29,7 @@ class RefusedError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class State:
+class OpenVpnState:
     """`name` is OpenVPN's word. The far end's address and port are told once it is connected."""
 
     name: str
@@ -37,7 +37,7 @@ class State:
     port: int | None = None
 
 
-def read_state(text: str) -> State | None:
+def read_state(text: str) -> OpenVpnState | None:
     """`time,name,description,local,remote,port,…`, as asked for or behind `>STATE:`; None when it is no such line."""
     words = text.split(",")
     if len(words) < 2 or not words[0].isascii() or not words[0].isdigit():
@@ -47,7 +47,7 @@ def read_state(text: str) -> State | None:
         return None
     address = address_in(words[4]) if len(words) > 4 else None
     port = int(words[5]) if len(words) > 5 and words[5].isascii() and words[5].isdigit() else 0
-    return State(name, address, port if 0 < port < 2**16 else None)
+    return OpenVpnState(name, address, port if 0 < port < 2**16 else None)
 
 
 class OpenVpn:
@@ -68,7 +68,7 @@ class OpenVpn:
         self._changed = changed
         self._sleep = sleep
         self._patience = patience
-        self._state: State | None = None
+        self._state: OpenVpnState | None = None
         self._trouble: str | None = None
         self._endpoints: tuple[Endpoint, ...] = ()
 
@@ -162,7 +162,7 @@ class OpenVpn:
             raise RefusedError("it tells no state")
         self._take(found)
 
-    def _take(self, state: State | None) -> None:
+    def _take(self, state: OpenVpnState | None) -> None:
         if state is None:
             return
         old, self._state = self._state, state

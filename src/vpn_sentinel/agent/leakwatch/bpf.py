@@ -24,7 +24,7 @@ from vpn_sentinel.agent.leakwatch.rules import (
     NEVER,
     NOBODY,
     PRIVATE,
-    Ports,
+    PortRange,
     Rules,
 )
 from vpn_sentinel.agent.net.endpoints import TCP, UDP, Endpoint
@@ -144,7 +144,7 @@ def exempt(rules: Rules, trusted: Iterable[tuple[int, int]]) -> list[Insn]:
     excepted = tuple(r for r in rules.excepted if r.mark or r.source_ports is not None)
     if rules.inside:
         return []
-    known = tuple(Ports(protocol, port, port) for protocol, port in trusted)
+    known = tuple(PortRange(protocol, port, port) for protocol, port in trusted)
 
     def half(at: _Family) -> list[Insn]:
         made = _tunnels(rules, at) + _answers(known, at) + _needed(rules, at)
@@ -280,7 +280,7 @@ def _half(rules: Rules, at: _Family) -> list[Insn]:
     return [*made, *_near(rules, at), Insn(_RET, SNAP)]
 
 
-def _answers(published: Iterable[Ports], at: _Family) -> list[Insn]:
+def _answers(published: Iterable[PortRange], at: _Family) -> list[Insn]:
     made: list[Insn] = []
     for ports in published:
         begun = Test((*at.behind, Insn(_LDB_X, 13), Insn(_AND, SYN_ACK)), SYN, otherwise=True)

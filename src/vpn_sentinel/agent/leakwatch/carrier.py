@@ -23,7 +23,7 @@ from vpn_sentinel.agent.introspect.device import counters
 from vpn_sentinel.agent.leakwatch import bpf
 from vpn_sentinel.agent.leakwatch.tap import Tap
 from vpn_sentinel.agent.net.endpoints import TCP, UDP, Endpoint
-from vpn_sentinel.agent.net.interfaces import Memory
+from vpn_sentinel.agent.net.facts import FactStore
 from vpn_sentinel.agent.net.link import Interface
 from vpn_sentinel.agent.net.packets import decode
 from vpn_sentinel.agent.probes.datagram import plain_probe
@@ -192,7 +192,7 @@ class Carrier:
     had a route when the tunnel was seen first is remembered.
     """
 
-    memory: Memory
+    memory: FactStore
     now: Callable[[], float]
     search: Search = search
     keeps_on: KeepsOn = keeps_on

@@ -39,7 +39,7 @@ RESTS: Final = 50  # times as long as looking through all sockets took
 _SOON: Final = 0.1  # seconds in which several of them become one change of the filter
 
 
-class HostSockets(Takers, Protocol):
+class SenderSockets(Takers, Protocol):
     def sender(self, protocol: int, port: int, far: IPAddress, far_port: int) -> Socket | None:
         """Who sends from `port`, None when nobody can tell. It may raise OSError."""
         ...
@@ -53,14 +53,14 @@ class HostSockets(Takers, Protocol):
         ...
 
 
-class Exempt:
+class ExemptWatch:
     """Bounded. The taps are open while anything is watched."""
 
     def __init__(
         self,
         *,
         now: Callable[[], float],
-        sockets: HostSockets | None,
+        sockets: SenderSockets | None,
         declared: Meant,
         flows: Flows,
         explained: Callable[[Packet], bool],

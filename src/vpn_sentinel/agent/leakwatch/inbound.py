@@ -36,7 +36,7 @@ CLIENTS_FROM: Final = 32768  # ip_local_port_range of a network namespace that n
 Flow = tuple[int, IPAddress, int, IPAddress, int]
 
 
-class HostSockets(Protocol):
+class ServiceSockets(Protocol):
     """Sockets of this network namespace. Each call may raise OSError."""
 
     def listens(self, port: int, version: int) -> bool:
@@ -63,7 +63,7 @@ class HostSockets(Protocol):
 class Flows:
     """Bounded. Each call says the time, `now`, and when the packet `passed` by the kernel's clock, in seconds."""
 
-    def __init__(self, sockets: HostSockets | None) -> None:
+    def __init__(self, sockets: ServiceSockets | None) -> None:
         self._sockets = sockets
         self._since = float("inf")  # when the first look was
         self._took: dict[int, float] = {}  # ports that take connections: when they were seen to do so last

@@ -14,7 +14,7 @@ import re
 from dataclasses import dataclass
 from typing import Final
 
-from vpn_sentinel.agent.leakwatch.rules import Ports
+from vpn_sentinel.agent.leakwatch.rules import PortRange
 from vpn_sentinel.agent.net.endpoints import PROTOCOLS, TCP, UDP
 from vpn_sentinel.agent.net.routing_rules import Rule
 
@@ -27,8 +27,8 @@ _MAX_ENTRIES: Final = 64  # the kernel's filter takes so many easily
 class Meant:
     """`users` and `only` are user ids; `interfaces` names."""
 
-    published: tuple[Ports, ...] = ()
-    ports: tuple[Ports, ...] = ()
+    published: tuple[PortRange, ...] = ()
+    ports: tuple[PortRange, ...] = ()
     users: frozenset[int] = frozenset()
     only: frozenset[int] = frozenset()
     interfaces: frozenset[str] = frozenset()
@@ -44,8 +44,8 @@ class Meant:
 
 def parse_meant(text: str) -> Meant:
     """Raises ValueError that says which entry cannot be used, and why."""
-    published: list[Ports] = []
-    ports: list[Ports] = []
+    published: list[PortRange] = []
+    ports: list[PortRange] = []
     users: set[int] = set()
     only: set[int] = set()
     interfaces: set[str] = set()
@@ -77,7 +77,7 @@ def parse_meant(text: str) -> Meant:
     )
 
 
-def _ports(text: str) -> Ports:
+def _ports(text: str) -> PortRange:
     """`8000/tcp` or `6881-6889/udp`."""
     numbers, _, word = text.partition("/")
     low, dash, high = numbers.partition("-")
@@ -86,7 +86,7 @@ def _ports(text: str) -> Ports:
     if protocol is None or len(found) != 2 or (dash and not high) or not 0 < found[0] <= found[1] < 2**16:
         msg = f"{text!r} is no port such as 8000/tcp or 6881-6889/udp"
         raise ValueError(msg)
-    return Ports(protocol, found[0], found[1])
+    return PortRange(protocol, found[0], found[1])
 
 
 def _uid(name: str) -> int:

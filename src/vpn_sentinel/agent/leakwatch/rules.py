@@ -36,7 +36,7 @@ ICMP6_OWN: Final = (1, 2, 3, 4, 129, 130, 131, 132, 133, 134, 135, 136, 137, 143
 
 
 @dataclass(frozen=True, slots=True)
-class Ports:
+class PortRange:
     """A closed range of ports of a protocol (6 or 17)."""
 
     protocol: int
@@ -62,8 +62,8 @@ class Rules:
     lan: tuple[IPNetwork, ...] = ()
     resolvers: tuple[IPNetwork, ...] = ()
     excepted: tuple[Rule, ...] = ()
-    published: tuple[Ports, ...] = ()
-    ports: tuple[Ports, ...] = ()
+    published: tuple[PortRange, ...] = ()
+    ports: tuple[PortRange, ...] = ()
     inside: tuple[tuple[int, int], ...] = ()
 
     def allow(self, packet: Packet) -> bool:

@@ -10,7 +10,8 @@ from vpn_sentinel.agent.leakwatch.egress_map import EgressMap
 from vpn_sentinel.agent.leakwatch.fingerprints import is_dtls
 from vpn_sentinel.agent.leakwatch.others import Others
 from vpn_sentinel.agent.net.endpoints import TCP, Endpoint
-from vpn_sentinel.agent.net.interfaces import Memory, Survey, is_up
+from vpn_sentinel.agent.net.facts import FactStore
+from vpn_sentinel.agent.net.interfaces import Survey, is_up
 from vpn_sentinel.agent.net.packets import Packet
 from vpn_sentinel.domain.policy import IPAddress
 
@@ -27,7 +28,7 @@ class TunnelEnds:
     def __init__(
         self,
         told: Callable[[], Iterable[Endpoint]],
-        memory: Memory,
+        memory: FactStore,
         now: Callable[[], float],
         tried: Callable[[], None],
     ) -> None:

@@ -14,7 +14,7 @@ from typing import Final
 from vpn_sentinel.agent.leakwatch.carrier import FRESH_S, SURE_S
 from vpn_sentinel.agent.leakwatch.delayed import Delayed
 from vpn_sentinel.agent.leakwatch.egress_map import EgressMap, Tables, egress_map
-from vpn_sentinel.agent.leakwatch.exempt import Exempt
+from vpn_sentinel.agent.leakwatch.exempt import ExemptWatch
 from vpn_sentinel.agent.leakwatch.fingerprints import Fingerprint, Fingerprints
 from vpn_sentinel.agent.leakwatch.flow_table import Direction, FlowTable
 from vpn_sentinel.agent.leakwatch.inbound import OLD_S, Flows
@@ -30,12 +30,13 @@ from vpn_sentinel.agent.leakwatch.tunnel_ends import TunnelEnds
 from vpn_sentinel.agent.leakwatch.users import Users
 from vpn_sentinel.agent.net.closed_sockets import ClosedSockets
 from vpn_sentinel.agent.net.endpoints import PROTOCOLS, UDP, Endpoint
-from vpn_sentinel.agent.net.interfaces import Memory, Paths, Recollection, Survey
+from vpn_sentinel.agent.net.facts import FactStore, Recollection
+from vpn_sentinel.agent.net.interfaces import Paths, Survey
 from vpn_sentinel.agent.net.own import OWN, OwnSockets
 from vpn_sentinel.agent.net.packets import Packet, decode
 from vpn_sentinel.agent.net.packettime import packet_times
 from vpn_sentinel.agent.net.roles import has_way
-from vpn_sentinel.agent.net.sockets import Sockets
+from vpn_sentinel.agent.net.sockets import SocketTable
 from vpn_sentinel.agent.probes.system_resolver import is_ours
 from vpn_sentinel.agent.probes.tag import is_probe
 from vpn_sentinel.domain.observation import Answer, Canary, Escape, Path, Probe
@@ -71,7 +72,7 @@ class LeakWatch:
         declared: Meant | None = None,
         wanted: bool = True,
         own: OwnSockets = OWN,
-        memory: Memory | None = None,
+        memory: FactStore | None = None,
         server_found: Callable[[], None] = lambda: None,
         on_neighbor: Callable[[Neighbor], None] = lambda _: None,
         neighbor_left: Callable[[], None] = lambda: None,
@@ -105,7 +106,7 @@ class LeakWatch:
         self._sockets = _sockets()
         self._flows = Flows(self._sockets)
         self._users = Users(self._sockets, self._declared, lambda: ClosedSockets(clock.wall))
-        self._exempt = Exempt(
+        self._exempt = ExemptWatch(
             now=clock.boottime,
             sockets=self._sockets,
             declared=self._declared,
@@ -600,9 +601,9 @@ class LeakWatch:
         self._flow_table.missed(packets, self._clock.boottime())
 
 
-def _sockets() -> Sockets | None:
+def _sockets() -> SocketTable | None:
     try:
-        return Sockets()
+        return SocketTable()
     except OSError as e:
         log.warning("whose packets leave cannot be asked here: users are unknown", extra={"reason": e.strerror})
         return None

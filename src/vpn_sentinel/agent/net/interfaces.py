@@ -4,9 +4,10 @@ import logging
 import os
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Final, Protocol
+from typing import Final
 
 from vpn_sentinel.agent.net.endpoints import PROTOCOLS
+from vpn_sentinel.agent.net.facts import FactStore, Recollection
 from vpn_sentinel.agent.net.fib import Fib
 from vpn_sentinel.agent.net.kernel import Kernel
 from vpn_sentinel.agent.net.link import IFF_LOOPBACK, IFF_LOWER_UP, IFF_POINTOPOINT, IFF_UP, Interface, forwards
@@ -17,7 +18,7 @@ from vpn_sentinel.agent.net.routing_rules import Sender
 from vpn_sentinel.domain.observation import Escape, Link, Path
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork
 
-__all__ = ["INTERNET", "Memory", "Paths", "Survey", "Surveyor", "is_up", "recalled", "survey"]
+__all__ = ["INTERNET", "FactStore", "Paths", "Survey", "Surveyor", "is_up", "recalled", "survey"]
 _TUNNEL, _UPLINKS, _USER, _WORD = "tunnel_device", "uplinks", "tunnel_user", "tunnel_named"  # facts of a memory
 log = logging.getLogger(__name__)
 _USERS: Final = 8  # users of rules that are tried
@@ -92,28 +93,7 @@ def is_up(interface: Interface) -> bool:
     return bool(interface.flags & IFF_UP) and bool(interface.flags & IFF_LOWER_UP)
 
 
-class Memory(Protocol):
-    """Facts by name, for instance those of the spool."""
-
-    def fact(self, name: str) -> str | None: ...
-
-    def keep(self, name: str, value: str) -> None: ...
-
-
-class Recollection:
-    """A memory that ends with the process."""
-
-    def __init__(self) -> None:
-        self._facts: dict[str, str] = {}
-
-    def fact(self, name: str) -> str | None:
-        return self._facts.get(name)
-
-    def keep(self, name: str, value: str) -> None:
-        self._facts[name] = value
-
-
-def recalled(memory: Memory) -> Remembered:
+def recalled(memory: FactStore) -> Remembered:
     """What a memory holds of the roles that devices had."""
     uplinks = (memory.fact(_UPLINKS) or "").split(",")
     return Remembered(tunnel=memory.fact(_TUNNEL), uplinks=frozenset(name for name in uplinks if name))
@@ -127,7 +107,7 @@ class Surveyor:
         kernel: Kernel | None,
         *,
         configured: str | None = None,
-        memory: Memory | None = None,
+        memory: FactStore | None = None,
         only: Collection[int] = (),
     ) -> None:
         """`memory` keeps what was seen of the tunnel across restarts; without one it lasts as long as this object.

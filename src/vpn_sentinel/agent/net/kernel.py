@@ -14,7 +14,14 @@ from typing import Final, Protocol
 from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.agent.net.fib import Fib
 from vpn_sentinel.agent.net.link import Interface
-from vpn_sentinel.agent.net.netlink import NLM_F_DUMP_INTR, NLMSG_DONE, NLMSG_ERROR, Message, error_number, messages
+from vpn_sentinel.agent.net.netlink import (
+    NLM_F_DUMP_INTR,
+    NLMSG_DONE,
+    NLMSG_ERROR,
+    NetlinkMessage,
+    error_number,
+    messages,
+)
 from vpn_sentinel.agent.net.routes import RTN_UNICAST, Hop, RouteEntry
 from vpn_sentinel.agent.net.rtnetlink import (
     RTM_GETADDR,
@@ -239,7 +246,7 @@ class Netlink:
             self._device_routes = fib, devices, tuple(r for e in fib.entries for r in device_routes(e, devices))
         return self._device_routes[2]
 
-    def _dump(self, message_type: int) -> list[Message]:
+    def _dump(self, message_type: int) -> list[NetlinkMessage]:
         for _ in range(_DUMP_TRIES):
             self._sequence += 1
             self._send(dump_request(message_type, self._sequence))

@@ -20,7 +20,7 @@ _NLA_TYPE_MASK: Final = 0x3FFF
 _ERROR: Final = struct.Struct("=i")
 
 
-class Message(NamedTuple):
+class NetlinkMessage(NamedTuple):
     type: int
     flags: int
     sequence: int
@@ -33,14 +33,14 @@ def request(message_type: int, body: bytes, *, sequence: int, flags: int = 0) ->
     return NLMSG_HDR.pack(length, message_type, NLM_F_REQUEST | flags, sequence, 0) + body
 
 
-def messages(data: bytes) -> Iterator[Message]:
+def messages(data: bytes) -> Iterator[NetlinkMessage]:
     """Split one datagram from the kernel. What is cut off at the end is left out."""
     offset = 0
     while offset + NLMSG_HDR.size <= len(data):
         length, message_type, flags, sequence, _pid = NLMSG_HDR.unpack_from(data, offset)
         if length < NLMSG_HDR.size or offset + length > len(data):
             return
-        yield Message(message_type, flags, sequence, data[offset + NLMSG_HDR.size : offset + length])
+        yield NetlinkMessage(message_type, flags, sequence, data[offset + NLMSG_HDR.size : offset + length])
         offset += _aligned(length)
 
 

@@ -73,7 +73,7 @@ class Socket:
         return self.inode == 0 and self.state == _CLOSED
 
 
-class Sockets:
+class SocketTable:
     """Asks over one netlink socket."""
 
     def __init__(self) -> None:
@@ -259,7 +259,7 @@ def _address(family: int, packed: bytes) -> IPAddress:
 def listening_ports() -> frozenset[int]:
     """The ports on which TCP connections are taken here; none where the sandbox does not tell."""
     try:
-        sockets = Sockets()
+        sockets = SocketTable()
     except OSError:
         return frozenset()
     try:

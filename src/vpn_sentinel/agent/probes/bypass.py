@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Final
 
 from vpn_sentinel.agent.net.roles import INTERNET
-from vpn_sentinel.agent.probes.datagram import Destination, Outcome, ask
+from vpn_sentinel.agent.probes.datagram import DatagramResult, DatagramTarget, ask
 from vpn_sentinel.domain.observation import Routed
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, is_public
 
@@ -55,8 +55,8 @@ class Tries:
 
 async def _try(part: Routed) -> Routed:
     address = _within(part.networks[0])
-    where = Destination(address=address, port=_TRACEROUTE, hops=1)
-    outcome: Outcome[None] = await ask(where, b"\0" * 8, lambda _: None, limit=_ROUTER_TIMEOUT_S, resend=None)
+    where = DatagramTarget(address=address, port=_TRACEROUTE, hops=1)
+    outcome: DatagramResult[None] = await ask(where, b"\0" * 8, lambda _: None, limit=_ROUTER_TIMEOUT_S, resend=None)
     return replace(part, asked=address, answer=outcome.answer)
 
 

@@ -12,8 +12,8 @@ from typing import Any, Final
 
 from vpn_sentinel.agent.net.interfaces import Paths
 from vpn_sentinel.agent.net.link import Interface
-from vpn_sentinel.agent.probes.datagram import Destination, Outcome, ask
-from vpn_sentinel.agent.probes.targets import CLOUDFLARE, NO_DNS, OPENDNS, Seen, Target
+from vpn_sentinel.agent.probes.datagram import DatagramResult, DatagramTarget, ask
+from vpn_sentinel.agent.probes.targets import CLOUDFLARE, NO_DNS, OPENDNS, EchoAnswer, Target
 from vpn_sentinel.agent.probes.tcp import opens
 from vpn_sentinel.domain.observation import ASKED_BY_DNS, Answer, Canary, Path, Probe
 from vpn_sentinel.domain.policy import IPAddress
@@ -71,7 +71,7 @@ async def one(
     """Send one canary and wait for its end, at most one second. With `paths` its way is looked up once more then."""
     payload, read = target.question()
     hops = 1 if probe is Probe.FIRST_HOP else None
-    destination = Destination(address=target.address, port=target.port, device=device, hops=hops)
+    destination = DatagramTarget(address=target.address, port=target.port, device=device, hops=hops)
     outcome = await ask(destination, payload, read)
     if outcome.local is not None and paths is not None:
         now = paths.of(target.address, target.port, source=outcome.local)
@@ -80,7 +80,9 @@ async def one(
     return told(outcome, target, path, probe, device)
 
 
-def told(outcome: Outcome[Seen], target: Target, path: Path, probe: Probe, device: str | None = None) -> Canary:
+def told(
+    outcome: DatagramResult[EchoAnswer], target: Target, path: Path, probe: Probe, device: str | None = None
+) -> Canary:
     """What an outcome says as a canary. The address of C3 is the router that reported it expired."""
     address = outcome.value.address if outcome.value else None
     answer = outcome.answer
@@ -243,7 +245,7 @@ def _told(task: asyncio.Task[Canary], sent: _Sent) -> Canary | None:
     if sent.leads or sent.uplink is None or sent.target is None:
         return canary
     if canary is None:
-        return told(Outcome(Answer.UNKNOWN), sent.target, sent.path, sent.probe, sent.uplink.name)
+        return told(DatagramResult(Answer.UNKNOWN), sent.target, sent.path, sent.probe, sent.uplink.name)
     silent = canary.answer in (Answer.LOST, Answer.UNREACHABLE)
     return replace(canary, answer=Answer.UNKNOWN) if silent else canary
 

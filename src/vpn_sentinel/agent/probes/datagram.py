@@ -35,7 +35,7 @@ _REFUSED: Final = frozenset({errno.EPERM, errno.EACCES, errno.EINVAL})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Destination:
+class DatagramTarget:
     """Where to send. `device` binds to one interface, `hops` limits how far the datagram may go."""
 
     address: IPAddress
@@ -46,7 +46,7 @@ class Destination:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome(Generic[T]):
+class DatagramResult(Generic[T]):
     """`value` is what `read` made of the answer; `router` who reported an expired or unreachable one."""
 
     answer: Answer
@@ -57,13 +57,13 @@ class Outcome(Generic[T]):
 
 
 async def ask(
-    destination: Destination,
+    destination: DatagramTarget,
     payload: bytes,
     read: Callable[[bytes], T | None],
     *,
     limit: float = LOST_AFTER_S,
     resend: float | None = RESEND_AFTER_S,
-) -> Outcome[T]:
+) -> DatagramResult[T]:
     """Send `payload` and wait up to `limit` seconds for a datagram that `read` accepts; others are ignored."""
     loop = asyncio.get_running_loop()
     family = socket.AF_INET if destination.address.version == 4 else socket.AF_INET6
@@ -71,11 +71,11 @@ async def ask(
         made = AS_USER.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
     except OSError as e:
         # A host without IPv6 has no such sockets (EAFNOSUPPORT): no way there.
-        return Outcome(Answer.UNKNOWN if is_shortage(e) else Answer.UNREACHABLE)
+        return DatagramResult(Answer.UNKNOWN if is_shortage(e) else Answer.UNREACHABLE)
     with made as sock:
         refused = _prepare(sock, destination)
         if refused is not None:
-            return Outcome(refused)
+            return DatagramResult(refused)
         local = _end(sock)
         OWN.add(sock)
         asked = tag.dns_question(payload, local[1])
@@ -83,7 +83,7 @@ async def ask(
         try:
             sock.send(asked)
         except BlockingIOError:
-            return Outcome(Answer.UNKNOWN)
+            return DatagramResult(Answer.UNKNOWN)
         except OSError as e:
             return _failed(e, sock)
         again = loop.call_later(resend, _send_again, sock, asked) if resend is not None and resend < limit else None
@@ -92,9 +92,9 @@ async def ask(
                 while True:
                     value = read(tag.unmarked(await loop.sock_recv(sock, 4096), asked, payload))
                     if value is not None:
-                        return Outcome(Answer.ANSWERED, value, (loop.time() - start) * 1000, local=local)
+                        return DatagramResult(Answer.ANSWERED, value, (loop.time() - start) * 1000, local=local)
         except TimeoutError:
-            return Outcome(Answer.LOST)
+            return DatagramResult(Answer.LOST)
         except OSError as e:
             return _failed(e, sock)
         finally:
@@ -102,7 +102,7 @@ async def ask(
                 again.cancel()
 
 
-def _prepare(sock: socket.socket, destination: Destination) -> Answer | None:
+def _prepare(sock: socket.socket, destination: DatagramTarget) -> Answer | None:
     """Bind and connect; return how the question ended when it cannot even be sent."""
     six = destination.address.version == 6
     try:
@@ -154,7 +154,7 @@ def _send_again(sock: socket.socket, payload: bytes) -> None:
         return
 
 
-def _failed(error: OSError, sock: socket.socket) -> Outcome[T]:
+def _failed(error: OSError, sock: socket.socket) -> DatagramResult[T]:
     """Tell the host's own refusal, an ICMP time-exceeded and every other ICMP error apart."""
     try:
         _data, ancillary, _flags, _from = sock.recvmsg(512, 512, socket.MSG_ERRQUEUE | socket.MSG_DONTWAIT)
@@ -167,12 +167,12 @@ def _failed(error: OSError, sock: socket.socket) -> Outcome[T]:
             continue
         _errno, origin, icmp_type, _code, _pad, _info, _data2 = _EXTENDED_ERROR.unpack_from(data)
         if origin in _TIME_EXCEEDED and icmp_type == _TIME_EXCEEDED[origin]:
-            return Outcome(Answer.EXPIRED, router=offender(data[_EXTENDED_ERROR.size :]))
+            return DatagramResult(Answer.EXPIRED, router=offender(data[_EXTENDED_ERROR.size :]))
         if origin in _TIME_EXCEEDED:
-            return Outcome(Answer.UNREACHABLE, router=offender(data[_EXTENDED_ERROR.size :]))
+            return DatagramResult(Answer.UNREACHABLE, router=offender(data[_EXTENDED_ERROR.size :]))
     if is_shortage(error):
-        return Outcome(Answer.UNKNOWN)
-    return Outcome(Answer.BLOCKED if error.errno in _REFUSED else Answer.UNREACHABLE)
+        return DatagramResult(Answer.UNKNOWN)
+    return DatagramResult(Answer.BLOCKED if error.errno in _REFUSED else Answer.UNREACHABLE)
 
 
 def offender(sockaddr: bytes) -> IPAddress | None:

@@ -22,7 +22,7 @@ from typing import Final, TypeVar
 from vpn_sentinel.agent.net.interfaces import Paths
 from vpn_sentinel.agent.net.urls import address_in
 from vpn_sentinel.agent.probes import dnswire
-from vpn_sentinel.agent.probes.datagram import Destination, Outcome, ask
+from vpn_sentinel.agent.probes.datagram import DatagramResult, DatagramTarget, ask
 from vpn_sentinel.domain.observation import Answer, Path, ResolverSighting
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, is_public, within
 from vpn_sentinel.wire import canary
@@ -84,7 +84,7 @@ class Method:
     name: str
     domain: str
     kind: int
-    read: Callable[[dnswire.Reply], Revealed]
+    read: Callable[[dnswire.DnsReply], Revealed]
     klass: int = dnswire.IN
 
 
@@ -100,7 +100,7 @@ class CanaryZone:
         """A question that nobody asked before, so that no cache answers it."""
         nonce = secrets.token_bytes(canary.NONCE_BYTES)
 
-        def read(reply: dnswire.Reply) -> Revealed:
+        def read(reply: dnswire.DnsReply) -> Revealed:
             egress = next((a for t in reply.texts if (a := canary.read_answer(t, nonce, self.key))), None)
             return Revealed(egress=egress, forged=egress is None and bool(reply.texts or reply.addresses))
 
@@ -235,7 +235,7 @@ def _is_musl() -> bool:
         return True
 
 
-def read_google(reply: dnswire.Reply) -> Revealed:
+def read_google(reply: dnswire.DnsReply) -> Revealed:
     egress, subnet = None, None
     for strings in reply.texts:
         text = " ".join(strings)
@@ -246,18 +246,18 @@ def read_google(reply: dnswire.Reply) -> Revealed:
     return Revealed(egress=egress, subnet=subnet)
 
 
-def read_akahelp(reply: dnswire.Reply) -> Revealed:
+def read_akahelp(reply: dnswire.DnsReply) -> Revealed:
     said = {strings[0]: strings[1] for strings in reply.texts if len(strings) >= 2}
     return Revealed(egress=on_the_internet(address_in(said.get("ns", ""))), subnet=network_in(said.get("ecs", "")))
 
 
-def read_akamai(reply: dnswire.Reply) -> Revealed:
+def read_akamai(reply: dnswire.DnsReply) -> Revealed:
     """The name has no alias: one leads to the page of whoever blocks it."""
     found = () if reply.aliased else reply.addresses
     return Revealed(egress=next((a for a in map(on_the_internet, found) if a), None))
 
 
-def read_path(reply: dnswire.Reply) -> Revealed:
+def read_path(reply: dnswire.DnsReply) -> Revealed:
     texts = (on_the_internet(address_in(s)) for strings in reply.texts for s in strings)
     return Revealed(client=next((a for a in texts if a), None))
 
@@ -379,7 +379,7 @@ async def _sighting(server: Nameserver, method: Method, paths: Paths | None) -> 
 async def _invents(server: Nameserver, name: str) -> bool | None:
     """Whether this nameserver has an address for `name`; None when it does not say that there is none."""
 
-    def read(reply: dnswire.Reply) -> bool | None:
+    def read(reply: dnswire.DnsReply) -> bool | None:
         return True if reply.addresses else (False if reply.rcode == dnswire.NXDOMAIN else None)
 
     found = await _exchange(server, dnswire.query(secrets.randbits(16), name, dnswire.A), lambda r: (read(r),))
@@ -405,10 +405,10 @@ def plain(address: IPAddress) -> IPAddress:
     return ip_address(address.packed) if isinstance(address, IPv6Address) else address
 
 
-async def lookup(server: Nameserver, method: Method, *, limit: float, resend: float | None) -> Outcome[Revealed]:
+async def lookup(server: Nameserver, method: Method, *, limit: float, resend: float | None) -> DatagramResult[Revealed]:
     asked = dnswire.query(secrets.randbits(16), method.domain, method.kind, method.klass)
 
-    def read(reply: dnswire.Reply) -> Revealed:
+    def read(reply: dnswire.DnsReply) -> Revealed:
         if reply.rcode != dnswire.NOERROR:
             return Revealed(failed=reply.rcode == dnswire.SERVFAIL)
         return method.read(reply)
@@ -419,11 +419,11 @@ async def lookup(server: Nameserver, method: Method, *, limit: float, resend: fl
 async def _exchange(
     server: Nameserver,
     asked: bytes,
-    read: Callable[[dnswire.Reply], T],
+    read: Callable[[dnswire.DnsReply], T],
     *,
     limit: float = DNS_TIMEOUT_S,
     resend: float | None = DNS_RESEND_S,
-) -> Outcome[T]:
+) -> DatagramResult[T]:
     def parsed(datagram: bytes) -> T | None:
         try:
             reply = dnswire.parse(datagram, asked)
@@ -431,5 +431,5 @@ async def _exchange(
             return None
         return read(reply)
 
-    where = Destination(address=server.address, port=server.port, scope=server.scope)
+    where = DatagramTarget(address=server.address, port=server.port, scope=server.scope)
     return await ask(where, asked, parsed, limit=limit, resend=resend)

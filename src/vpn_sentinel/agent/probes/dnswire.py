@@ -20,7 +20,7 @@ class BadMessageError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class DnsReply:
     """`addresses` and `texts` are those of the answer section; a TXT record is a tuple of its strings.
 
     `aliased`: a CNAME record is there.
@@ -43,7 +43,7 @@ def query(ident: int, name: str, kind: int, klass: int = IN) -> bytes:
     return _HEADER.pack(ident, _RECURSE, 1, 0, 0, 0) + question
 
 
-def parse(message: bytes, asked: bytes) -> Reply:
+def parse(message: bytes, asked: bytes) -> DnsReply:
     """Read the answer to the query `asked`. Raises BadMessageError for anything else.
 
     A truncated answer is read as far as it goes: the first record is all that any probe looks at.
@@ -75,7 +75,7 @@ def parse(message: bytes, asked: bytes) -> Reply:
             if flags & _TRUNCATED:
                 break
             raise
-    return Reply(ident, flags & 0xF, tuple(addresses), tuple(texts), aliased)
+    return DnsReply(ident, flags & 0xF, tuple(addresses), tuple(texts), aliased)
 
 
 def _record(message: bytes, offset: int, addresses: list[IPAddress], texts: list[tuple[str, ...]]) -> tuple[int, int]:

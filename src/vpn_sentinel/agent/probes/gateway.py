@@ -12,7 +12,7 @@ from typing import Final
 from vpn_sentinel.agent.net.interfaces import INTERNET, Paths, is_up
 from vpn_sentinel.agent.net.link import Interface
 from vpn_sentinel.agent.probes import dnswire
-from vpn_sentinel.agent.probes.targets import Seen
+from vpn_sentinel.agent.probes.targets import EchoAnswer
 from vpn_sentinel.domain.observation import Path
 from vpn_sentinel.domain.policy import IPAddress
 
@@ -33,12 +33,12 @@ class Gateway:
     def name(self) -> str:
         return str(self.address)
 
-    def question(self) -> tuple[bytes, Callable[[bytes], Seen | None]]:
+    def question(self) -> tuple[bytes, Callable[[bytes], EchoAnswer | None]]:
         return dnswire.query(secrets.randbits(16), "id.server", dnswire.TXT, dnswire.CHAOS), _any
 
 
-def _any(datagram: bytes) -> Seen | None:
-    return Seen(None) if datagram else None
+def _any(datagram: bytes) -> EchoAnswer | None:
+    return EchoAnswer(None) if datagram else None
 
 
 def gateway(paths: Paths, nameservers: Iterable[IPAddress]) -> Gateway | None:

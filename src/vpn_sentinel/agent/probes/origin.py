@@ -12,11 +12,12 @@ import contextlib
 import json
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from ipaddress import ip_address, ip_network
-from typing import Final, Protocol
+from typing import Final
 
 from vpn_sentinel.agent.net.endpoints import TCP
+from vpn_sentinel.agent.net.facts import FactStore
 from vpn_sentinel.agent.net.interfaces import Paths
-from vpn_sentinel.agent.net.resolver import Names, NotFoundError
+from vpn_sentinel.agent.net.resolver import NotFoundError, Resolver
 from vpn_sentinel.agent.net.urls import split
 from vpn_sentinel.agent.probes import dns, dnswire
 from vpn_sentinel.agent.probes.placing import asn_of
@@ -39,14 +40,6 @@ _NEVER: Final = (0.0, (), SOURCE)
 _PUBLIC: Final = tuple(dns.Nameserver(ip_address(a)) for a in ("9.9.9.9", "1.1.1.1"))
 
 
-class Facts(Protocol):
-    """Where answers outlive the process: `agent.spool.spool.Spool`."""
-
-    def fact(self, name: str) -> str | None: ...
-
-    def keep(self, name: str, value: str) -> None: ...
-
-
 # What a service says of an address, None when none does; the second argument tells which may be asked, by its URL.
 Services = Callable[[IPAddress, Callable[[str], Awaitable[bool]]], Awaitable[Place | None]]
 _Origin = tuple[float, tuple[int, ...], str]  # when it was asked (wall clock), the AS numbers, and who said so
@@ -59,14 +52,14 @@ class Origins:
     def __init__(
         self,
         clock: Clock,
-        facts: Facts | None = None,
+        facts: FactStore | None = None,
         *,
         path_to: Callable[[dns.Nameserver, Paths], Path] = dns.path_to,
         services: Services | None = None,
-        names: Names | None = None,
+        names: Resolver | None = None,
     ) -> None:
         """`services` stand in where the DNS question has no answer; `names` knows where they are."""
-        self._services, self._names = services, names or Names()
+        self._services, self._names = services, names or Resolver()
         self._path_to = path_to
         self._clock = clock
         self._facts = facts
@@ -180,7 +173,7 @@ def question(network: IPNetwork) -> str:
     return ".".join(reversed(nibbles)) + ".origin6.asn.cymru.com"
 
 
-def read(reply: dnswire.Reply, network: IPNetwork) -> tuple[int, ...]:
+def read(reply: dnswire.DnsReply, network: IPNetwork) -> tuple[int, ...]:
     """The AS numbers of the longest prefix that covers the block; none when the answer tells none."""
     best: tuple[int, tuple[int, ...]] = (-1, ())
     for strings in reply.texts:
@@ -199,7 +192,7 @@ def read(reply: dnswire.Reply, network: IPNetwork) -> tuple[int, ...]:
 async def _ask(server: dns.Nameserver, network: IPNetwork) -> _Said:
     numbers: list[int] = []
 
-    def take(reply: dnswire.Reply) -> dns.Revealed:
+    def take(reply: dnswire.DnsReply) -> dns.Revealed:
         numbers.extend(read(reply, network))
         return dns.Revealed()
 

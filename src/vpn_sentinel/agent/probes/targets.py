@@ -14,7 +14,7 @@ from vpn_sentinel.wire import echo
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class EchoAnswer:
     """An answer. `address` is None when it holds none: something on the way answers in the target's place."""
 
     address: IPAddress | None
@@ -28,7 +28,7 @@ class Target(Protocol):
     @property
     def port(self) -> int: ...
 
-    def question(self) -> tuple[bytes, Callable[[bytes], Seen | None]]:
+    def question(self) -> tuple[bytes, Callable[[bytes], EchoAnswer | None]]:
         """A datagram, and the reader of its answer: None for a datagram that is not the answer."""
         ...
 
@@ -43,13 +43,13 @@ class ServerEcho:
     key: bytes
     name: str = "echo"
 
-    def question(self) -> tuple[bytes, Callable[[bytes], Seen | None]]:
+    def question(self) -> tuple[bytes, Callable[[bytes], EchoAnswer | None]]:
         nonce = secrets.token_bytes(8)
         return echo.request(self.ident, nonce, self.key, tag.of_echo(nonce)), partial(self._read, nonce)
 
-    def _read(self, nonce: bytes, datagram: bytes) -> Seen | None:
+    def _read(self, nonce: bytes, datagram: bytes) -> EchoAnswer | None:
         address = echo.read_reply(datagram, self.ident, nonce, self.key)
-        return None if address is None else Seen(address)
+        return None if address is None else EchoAnswer(address)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,18 +63,18 @@ class DnsWhoami:
     klass: int
     port: int = 53
 
-    def question(self) -> tuple[bytes, Callable[[bytes], Seen | None]]:
+    def question(self) -> tuple[bytes, Callable[[bytes], EchoAnswer | None]]:
         asked = dnswire.query(secrets.randbits(16), self.domain, self.kind, self.klass)
         return asked, partial(self._read, asked)
 
-    def _read(self, asked: bytes, datagram: bytes) -> Seen | None:
+    def _read(self, asked: bytes, datagram: bytes) -> EchoAnswer | None:
         try:
             reply = dnswire.parse(datagram, asked)
         except dnswire.BadMessageError:
             return None
-        return Seen(self._address(reply))
+        return EchoAnswer(self._address(reply))
 
-    def _address(self, reply: dnswire.Reply) -> IPAddress | None:
+    def _address(self, reply: dnswire.DnsReply) -> IPAddress | None:
         """Public, and of the family that was asked by: a captive portal's resolver answers all with its own address."""
         found = [*reply.addresses, *(a for strings in reply.texts for s in strings if (a := address_in(s)))]
         return next((a for a in found if a.version == self.address.version and is_public(a)), None)

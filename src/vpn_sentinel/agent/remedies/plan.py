@@ -40,7 +40,7 @@ class Wants:
 
 
 @dataclass(slots=True)
-class Memory:
+class RemedyMemory:
     """What outlives a restart: when each remedy was tried (seconds since the epoch), the state that the command was
     told last, and the clients that we paused.
     """
@@ -53,7 +53,7 @@ class Memory:
         return json.dumps({"tries": self.tries, "told": self.told, "paused": self.paused})
 
     @classmethod
-    def from_text(cls, text: str | None) -> "Memory":
+    def from_text(cls, text: str | None) -> "RemedyMemory":
         """What cannot be read is an empty memory."""
         try:
             found = json.loads(text or "{}")
@@ -78,7 +78,7 @@ class Step:
 
 
 class Plan:
-    def __init__(self, wants: Wants, memory: Memory) -> None:
+    def __init__(self, wants: Wants, memory: RemedyMemory) -> None:
         self.memory = memory
         self._wants = wants
         self._state: State | None = None

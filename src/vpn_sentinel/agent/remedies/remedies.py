@@ -5,10 +5,11 @@ import json
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import UTC, datetime
-from typing import Final, Protocol
+from typing import Final
 
+from vpn_sentinel.agent.net.facts import FactStore
 from vpn_sentinel.agent.remedies.failure import RemedyError
-from vpn_sentinel.agent.remedies.plan import Memory, Plan, Step, Wants
+from vpn_sentinel.agent.remedies.plan import Plan, RemedyMemory, Step, Wants
 from vpn_sentinel.agent.remedies.torrents import TorrentClient
 from vpn_sentinel.domain.observation import Observation, Outcome
 from vpn_sentinel.domain.verdict import Verdict
@@ -22,21 +23,13 @@ Hook = Callable[[bytes], Awaitable[str]]
 Restart = Callable[[], Awaitable[str]]
 
 
-class Facts(Protocol):
-    """The part of the spool that remembers."""
-
-    def fact(self, name: str) -> str | None: ...
-
-    def keep(self, name: str, value: str) -> None: ...
-
-
 class Remedies:
     """`saw` takes every round's verdict; `run` does what is due until it is cancelled."""
 
     def __init__(
         self,
         wants: Wants,
-        facts: Facts,
+        facts: FactStore,
         clock: Clock,
         tell: Tell,
         *,
@@ -46,7 +39,7 @@ class Remedies:
         clients: tuple[TorrentClient, ...] = (),
         dry_run: bool = False,
     ) -> None:
-        self._plan = Plan(wants, Memory.from_text(facts.fact(_MEMORY)))
+        self._plan = Plan(wants, RemedyMemory.from_text(facts.fact(_MEMORY)))
         self._facts = facts
         self._clock = clock
         # Tries are counted by the hour, whatever the clock is set to meanwhile.

@@ -46,7 +46,7 @@ _URGENT: Final = frozenset({State.LEAKING, State.DOWN})
 
 
 class PulseView(Protocol):
-    """What the pulses tell a round: see `sensors.pulse.Pulse`."""
+    """What the pulses tell a round: see `sensors.pulse.PulseSensor`."""
 
     def canary(self, paths: Paths) -> Canary | None: ...
 

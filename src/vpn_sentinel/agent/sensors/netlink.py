@@ -53,7 +53,7 @@ DEBOUNCE_S: Final = 0.05  # one `ip link del` makes several messages
 _FREE_CPU_S, _REST_TIMES, _MAX_REST_S = 0.1, 9, 10.0
 
 
-class Changes:
+class NetworkChanges:
     """Tells changes from repetitions."""
 
     def __init__(self, interfaces: tuple[Interface, ...] = ()) -> None:
@@ -126,7 +126,7 @@ class NetworkSensor:
         """`interfaces` is the state that is known; `sock` takes the kernel's place. Raises OSError without netlink."""
         self._subscribe = subscribe or subscribed
         self._changed = changed
-        self._changes = Changes(interfaces)
+        self._changes = NetworkChanges(interfaces)
         self._sock = sock or self._subscribe()
         self._retry: asyncio.TimerHandle | None = None
         self._timer: asyncio.TimerHandle | None = None

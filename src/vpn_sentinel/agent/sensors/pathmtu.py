@@ -11,7 +11,7 @@ from typing import Final
 from vpn_sentinel.agent.net.interfaces import Paths
 from vpn_sentinel.agent.probes.mtu import Found, Sizer, search
 from vpn_sentinel.agent.probes.targets import ServerEcho
-from vpn_sentinel.agent.sensors.pulse import Pulse
+from vpn_sentinel.agent.sensors.pulse import PulseSensor
 from vpn_sentinel.domain.observation import Observation, Path
 from vpn_sentinel.domain.verdict import State, Verdict
 
@@ -22,7 +22,7 @@ _MAX_RTT_S: Final = 0.5  # a round trip of so many seconds: the line is full, an
 
 
 class PathMtu:
-    def __init__(self, pulse: Pulse, look_around: Callable[[], Paths], *, changed: Callable[[], None]) -> None:
+    def __init__(self, pulse: PulseSensor, look_around: Callable[[], Paths], *, changed: Callable[[], None]) -> None:
         """`changed` is called when packets begin, or cease, to vanish."""
         self._pulse = pulse
         self._look_around = look_around

@@ -48,7 +48,7 @@ class Numbers:
         return self.number
 
 
-class Pulse:
+class PulseSensor:
     """`run` never ends by itself. What a round asks of it: `canary`, `silent_for`, `quality`, `works`."""
 
     def __init__(

@@ -25,7 +25,7 @@ class ChannelError(Exception):
         self.fault = fault
 
 
-class Channel(Protocol):
+class MessageChannel(Protocol):
     """A connection that carries whole messages. All methods but `abort` raise ChannelError."""
 
     @property

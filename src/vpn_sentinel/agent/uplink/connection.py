@@ -11,9 +11,9 @@ from vpn_sentinel.agent.net.http import Client
 from vpn_sentinel.agent.net.urls import split
 from vpn_sentinel.agent.spool.spool import Spool
 from vpn_sentinel.agent.uplink.batching import Batching
-from vpn_sentinel.agent.uplink.channel import CHANGED, Channel, ChannelError, Fault
+from vpn_sentinel.agent.uplink.channel import CHANGED, ChannelError, Fault, MessageChannel
 from vpn_sentinel.agent.uplink.post import post
-from vpn_sentinel.agent.uplink.session import Greeted, Phase, ProtocolError, Session, Stored, TurnedAway
+from vpn_sentinel.agent.uplink.session import Acked, Greeted, Phase, ProtocolError, Session, TurnedAway
 from vpn_sentinel.agent.uplink.websocket import open_websocket
 from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.runtime.clock import Clock
@@ -27,7 +27,7 @@ FAST_ANSWER_S: Final = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Destination:
+class ReportTarget:
     """Who is told, and as whom. `hello` is completed with the spool's identity and the time."""
 
     urls: tuple[str, ...]
@@ -82,7 +82,7 @@ class Connection:
     whether bad news waits and another way may be open, so that this one is given little time.
     """
 
-    to: Destination
+    to: ReportTarget
     url: str
     address: IPAddress
     spool: Spool
@@ -161,11 +161,11 @@ class Connection:
                 self.batching.stored()
                 self.spool.settled(thinned)
 
-    async def _open(self) -> Channel:
+    async def _open(self) -> MessageChannel:
         """Connect, unless the way there changes meanwhile: a connection's packets keep the address they began with."""
         way = self._way()
 
-        async def attempt() -> Channel | ChannelError:
+        async def attempt() -> MessageChannel | ChannelError:
             try:
                 return await open_websocket(
                     self._path, self.address, self.to.key, self.http.tls, limit=CONNECT_TIMEOUT_S
@@ -195,7 +195,7 @@ class Connection:
             raise result
         return result
 
-    async def _receive(self, channel: Channel) -> None:
+    async def _receive(self, channel: MessageChannel) -> None:
         try:
             while True:
                 self._inbox.append(await channel.receive())
@@ -204,7 +204,7 @@ class Connection:
             self._inbox.append(e)
             self.wakeup.wake()
 
-    async def _converse(self, channel: Channel, leave: "Leave | None") -> None:
+    async def _converse(self, channel: MessageChannel, leave: "Leave | None") -> None:
         way = self._way()
         session = self._session()
         await self._send(channel, session.open(self.clock.boottime()))
@@ -245,7 +245,7 @@ class Connection:
         hello = msgspec.structs.replace(self.to.hello, spool=self.spool.identity, wall=self.clock.wall())
         return Session(hello, last=self.batching.sent_upto, patience=self.batching.patience)
 
-    async def _send(self, channel: Channel, data: bytes) -> None:
+    async def _send(self, channel: MessageChannel, data: bytes) -> None:
         try:
             async with asyncio.timeout(self.batching.patience):
                 await channel.send(data)
@@ -275,7 +275,7 @@ class Connection:
                 # A greeting alone stores nothing: it counts where it took reports along, or none were waiting.
                 if self.spool.pending < waited or not self.spool.pending:
                     self.acked()
-            case Stored():
+            case Acked():
                 self.spool.forget(event.upto)
                 self.spool.settled(event.thinned)
                 self.batching.stored()

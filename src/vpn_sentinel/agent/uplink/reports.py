@@ -7,7 +7,7 @@ from vpn_sentinel.domain.verdict import State, Verdict
 from vpn_sentinel.wire import codec
 
 
-class Reports:
+class Reporter:
     """Keeps each observation and has it sent. A round that repeats the one before it may be thinned by the spool."""
 
     def __init__(self, spool: Spool, uploader: Uploader) -> None:

@@ -45,7 +45,7 @@ class Greeted:
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
+class Acked:
     """All up to `upto` is in the database, and the server heard of `thinned` more."""
 
     upto: int
@@ -61,7 +61,7 @@ class TurnedAway:
     of: str = ""
 
 
-Event = Greeted | Stored | TurnedAway
+Event = Greeted | Acked | TurnedAway
 
 
 class Session:
@@ -140,7 +140,7 @@ class Session:
                 self._acked = message.seq
                 self._deadline = None
                 self.phase = Phase.READY
-                return Stored(message.seq, self._thinned)
+                return Acked(message.seq, self._thinned)
             case _:
                 raise self._fail(f"the server says {type(message).__name__} while {self.phase}")
 

@@ -19,7 +19,7 @@ from vpn_sentinel.agent.net.urls import split
 from vpn_sentinel.agent.spool.spool import Spool
 from vpn_sentinel.agent.uplink.batching import Batching
 from vpn_sentinel.agent.uplink.channel import ChannelError, Fault
-from vpn_sentinel.agent.uplink.connection import Connection, Destination, Routes, Wakeup
+from vpn_sentinel.agent.uplink.connection import Connection, ReportTarget, Routes, Wakeup
 from vpn_sentinel.agent.uplink.session import Greeted
 from vpn_sentinel.domain.policy import IPAddress, is_public
 from vpn_sentinel.runtime.backoff import backoff
@@ -47,7 +47,7 @@ class Uploader:
 
     def __init__(
         self,
-        to: Destination,
+        to: ReportTarget,
         spool: Spool,
         http: Client,
         clock: Clock,

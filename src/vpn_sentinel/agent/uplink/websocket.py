@@ -31,7 +31,7 @@ _REJECTED_CODES: Final = frozenset({1003, 1007, 1008, 1009})
 
 
 class WebSocket:
-    """A `Channel`. Pings are answered while somebody receives."""
+    """A `MessageChannel`. Pings are answered while somebody receives."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer

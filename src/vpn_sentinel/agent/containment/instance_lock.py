@@ -1,4 +1,4 @@
-"""One owner of the rules in a network namespace: whoever holds the seat.
+"""One owner of the rules in a network namespace: whoever holds the lock.
 
 A name in the abstract space of Unix sockets (unix(7)): the kernel keeps that space per network namespace, as it keeps
 the rules, and frees the name when its holder dies. No file, no privilege: so any program here can take the name, and
@@ -14,8 +14,8 @@ _NAME: Final = "\0vpn-sentinel-containment"
 _CREDENTIALS: Final = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 
 
-class Seat:
-    """`bound` is False also for a seat that was taken though a stranger holds its name."""
+class SingleInstanceLock:
+    """`bound` is False also for a lock that was taken though a stranger holds its name."""
 
     def __init__(self) -> None:
         self._sock: socket.socket | None = None
@@ -25,7 +25,7 @@ class Seat:
         return self._sock is not None
 
     def take(self) -> bool:
-        """Whether the seat is ours, now or since earlier."""
+        """Whether the lock is ours, now or since earlier."""
         if self._sock is not None:
             return True
         try:
