@@ -29,24 +29,24 @@ BEATS = {
 
 
 @pytest.mark.parametrize(("beats", "rings"), BEATS.values(), ids=BEATS.keys())
-def test_beats(beats: list[Canary], rings: list[bool]) -> None:
+def test_answers(beats: list[Canary], rings: list[bool]) -> None:
     timing = FallbackProbes()
-    assert [timing.beat(b) for b in beats] == rings
+    assert [timing.note(b) for b in beats] == rings
 
 
 def test_after_one_lost_the_next_does_not_wait() -> None:
     timing = FallbackProbes()
-    timing.beat(LOST)
+    timing.note(LOST)
     assert timing.in_doubt
-    timing.beat(LOST)
+    timing.note(LOST)
     assert not timing.in_doubt
 
 
 def test_what_a_round_saw_is_no_news() -> None:
     timing = FallbackProbes()
-    timing.beat(EXIT)
+    timing.note(EXIT)
     timing.start_from([HOME, LOST])
-    assert not timing.beat(HOME)
+    assert not timing.note(HOME)
 
 
 ECHO = Loopback("echo", 1)

@@ -513,7 +513,7 @@ async def test_no_observation_is_given_up_on_a_gateways_word(
 async def test_a_websocket_that_is_held_without_a_word_is_left_for_post(
     spool: Spool, opened: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vpn_sentinel.agent.uplink.connection.CONNECT", 0.3)
+    monkeypatch.setattr("vpn_sentinel.agent.uplink.connection.CONNECT_TIMEOUT_S", 0.3)
     fill(spool, 1)
     got: list[int] = []
     respond = stores(got)
@@ -540,7 +540,7 @@ async def test_an_address_that_says_nothing_is_left_for_the_other_family(
     spool: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where all that is large, or all of one family, vanishes on the way: no report waits for a POST there."""
-    monkeypatch.setattr("vpn_sentinel.agent.uplink.connection.CONNECT", 0.3)
+    monkeypatch.setattr("vpn_sentinel.agent.uplink.connection.CONNECT_TIMEOUT_S", 0.3)
     fill(spool, 1)
     server, held = Server(), []
 
@@ -562,7 +562,7 @@ async def test_an_address_that_says_nothing_is_left_for_the_other_family(
 async def test_where_no_address_lets_a_websocket_through_every_one_is_posted_to(
     spool: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vpn_sentinel.agent.uplink.connection.CONNECT", 0.3)
+    monkeypatch.setattr("vpn_sentinel.agent.uplink.connection.CONNECT_TIMEOUT_S", 0.3)
     fill(spool, 1)
     got: list[int] = []
     respond = stores(got)

@@ -198,7 +198,7 @@ async def test_a_broken_answer_is_an_error(raw: bytes) -> None:
 
 
 async def test_one_that_is_slow_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vpn_sentinel.agent.introspect.gluetun.LIMIT", 0.05)
+    monkeypatch.setattr("vpn_sentinel.agent.introspect.gluetun.ANSWER_TIMEOUT_S", 0.05)
 
     async def hang(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:
         await reader.read()
