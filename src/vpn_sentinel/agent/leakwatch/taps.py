@@ -12,6 +12,7 @@ from vpn_sentinel.agent.leakwatch.tap import Tap
 
 log = logging.getLogger(__name__)
 
+UNREAD_S: Final = 10.0  # after something that came in was left unread, in which nobody is said not to have come
 _GONE: Final = frozenset({errno.ENODEV, errno.ENXIO})
 # Gets the interface's name, the ethertype, the packet, and when it passed: see `tap`.
 OnPacket = Callable[[str, int, bytes, float], None]
@@ -25,10 +26,11 @@ class Taps:
     interface that should be watched is not.
     """
 
-    def __init__(self, left: OnPacket, missed: OnMissed, came_in: OnPacket, missed_inbound: OnMissed) -> None:
-        """`left` and `missed` are told of what leaves, the other two of what comes in."""
+    def __init__(self, left: OnPacket, missed: OnMissed, came_in: OnPacket, now: Callable[[], float]) -> None:
+        """`left` and `missed` hear of what leaves, `came_in` of what comes in; `now` is a clock that never jumps."""
         self._left, self._missed = left, missed
-        self._came_in, self._missed_inbound = came_in, missed_inbound
+        self._came_in, self._now = came_in, now
+        self._unread = float("-inf")  # when something that came in was left unread
         self._outbound: dict[int, Tap] = {}
         self._inbound: dict[int, Tap] = {}
         self.permitted: bool | None = None
@@ -45,9 +47,14 @@ class Taps:
         """Whether some of what leaves is left unread just now."""
         return any(tap.rests for tap in self._outbound.values())
 
-    @property
-    def floods_in(self) -> bool:
-        return any(tap.rests for tap in self._inbound.values())
+    def has_read_all(self) -> bool:
+        """Whether all that came in lately was read."""
+        floods = any(tap.rests for tap in self._inbound.values())
+        return not floods and self._now() - self._unread > UNREAD_S
+
+    def leave_unread(self) -> None:
+        """Something that came in tells nothing: what belongs to it may be lost."""
+        self._unread = self._now()
 
     def hears(self, index: int, name: str) -> bool:
         """Whether both sockets are there, and still of the interface of that name."""
@@ -99,6 +106,10 @@ class Taps:
         made = bpf.inbound(rules)
         for tap in self._inbound.values():
             tap.filter(made)
+
+    def _missed_inbound(self, packets: int) -> None:
+        if packets:
+            self.leave_unread()
 
     def read_inbound(self) -> None:
         """Read what came in and waits."""

@@ -5,7 +5,6 @@ Nothing here runs while nothing leaks: no timer, and no packet comes up. packet(
 
 import asyncio
 import logging
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from ipaddress import ip_network
@@ -18,6 +17,7 @@ from vpn_sentinel.agent.leakwatch.exempt import ExemptWatch
 from vpn_sentinel.agent.leakwatch.fingerprints import Fingerprint, Fingerprints
 from vpn_sentinel.agent.leakwatch.flow_table import Direction, FlowTable
 from vpn_sentinel.agent.leakwatch.inbound import OLD_S, Flows
+from vpn_sentinel.agent.leakwatch.look_timing import LOOK_S, LookTiming
 from vpn_sentinel.agent.leakwatch.meant import Meant
 from vpn_sentinel.agent.leakwatch.neighbors import Neighbor, Neighbors
 from vpn_sentinel.agent.leakwatch.openings import Openings
@@ -45,12 +45,8 @@ from vpn_sentinel.runtime.clock import Clock
 
 log = logging.getLogger(__name__)
 
-LOOK_S: Final = 0.2  # that a look at routes and endpoints holds for further doubts, at least
-CHEAP_LOOK_S: Final = 1.0  # where a look holds no longer, the next one comes soon whatever happened
-LOOK_TIMES, MAX_LOOK_S = 20, 10.0  # times as long as it took, and seconds at most: full tables take a while
 MAX_DOUBTS: Final = 4 * BATCH_PACKETS  # packets without a word to say about them, until the next look
 ENDED_S: Final = 0.2  # in which the kernel tells of a socket that ended: when its last packet left the device
-UNREAD_S: Final = 10.0  # after something that came in was left unread, in which nobody is said not to have come
 MAX_UNOWNED: Final = 8 * BATCH_PACKETS  # packets whose socket is gone, until it is known how that was bound
 MAX_HELD: Final = 16  # packets that wait until it is tried which host carries the tunnel
 
@@ -102,7 +98,7 @@ class LeakWatch:
         self._ours = OwnPackets(own, tables, meant)
         self._killed: set[int] = set()  # families of which a kill switch refused a canary lately
         self._times = packet_times() if wanted else None  # long before the first packet is read
-        self._taps = Taps(self._packet, self._missed, self._came_in, self._missed_inbound)
+        self._taps = Taps(self._packet, self._missed, self._came_in, clock.boottime)
         self._sockets = _sockets()
         self._flows = Flows(self._sockets)
         self._users = Users(self._sockets, self._declared, lambda: ClosedSockets(clock.wall))
@@ -113,7 +109,7 @@ class LeakWatch:
             flows=self._flows,
             explained=lambda packet: self._ours.is_probe(packet) or self._is_a_vpns(packet),
             answers=lambda packet, passed: self._is_answer(packet, clock.boottime(), passed),
-            sure=self._has_read_all,
+            sure=self._taps.has_read_all,
             leads_out=self._leads_out,
             server_known=lambda: self._egress.tells_by_end(self.endpoints),
             leaked=self._excepted_leaks,
@@ -131,13 +127,10 @@ class LeakWatch:
         self._held: list[tuple[Packet, str]] = []
         self._unsure: list[tuple[Packet, str, float]] = []  # with when it passed
         self._again: asyncio.TimerHandle | None = None
-        # When, by the clock of packets in the second case, else by `clock.boottime`:
-        self._looked = float("-inf")
+        self._looks = LookTiming()
+        # When, by the clock of packets in the first case, else by `clock.boottime`:
         self._marked = float("-inf")  # the filter that knows of the last new mark was set
-        self._turned = float("-inf")  # what may leave changed
         self._rerouted = float("-inf")  # routes or rules were seen to have changed
-        self._unread = float("-inf")  # something that came in was left unread
-        self._look_holds_s = LOOK_S
         self._said_unable = False
         self._doubts = 0
 
@@ -232,7 +225,7 @@ class LeakWatch:
 
     def _stand_on(self, survey: Survey) -> None:
         self._tunnel = survey.tunnel if self._wanted else None
-        self._looked = self._clock.boottime()
+        now = self._looks.looked = self._clock.boottime()
         if survey.tunnel is None or survey.interfaces is None:
             self._close_taps(())
             return
@@ -249,13 +242,13 @@ class LeakWatch:
             log.warning("routes cannot be read: the leak watch stays as it is", extra={"reason": e.strerror})
             return
         if before is not None and (self._egress.fib is None or not before.is_like(self._egress.fib)):
-            self._rerouted = self._looked
+            self._rerouted = now
         self._ends.look(survey, self._egress, self._meant(), able=not self._refused)
         if self._refused:
             self._close_taps(())
             return
         wanted = {i.index: i.name for i in self._egress.interfaces if i.name not in self._declared.interfaces}
-        self._flows.look(self._looked)
+        self._flows.look(now)
         self._close_taps(index for index, name in wanted.items() if self._taps.hears(index, name))
         self._taps.unwatched = {index: why for index, why in self._taps.unwatched.items() if index in wanted}
         self._make_rules()
@@ -343,7 +336,7 @@ class LeakWatch:
         if rules == self._rules:
             return
         if self._rules != Rules():  # else it is the first look: nothing turned
-            self._turned = self._clock.boottime()
+            self._looks.turned = self._clock.boottime()
         new_mark = set(rules.marks) - set(self._rules.marks)
         self._rules = rules
         try:
@@ -374,7 +367,7 @@ class LeakWatch:
         if self._is_a_vpns(packet):
             return
         # The tunnel may have moved to another server, or the network changed, and the news is still on its way.
-        looks = now - self._looked > self._look_holds_s and not self._flow_table.has(packet)
+        looks = self._looks.is_due(now) and not self._flow_table.has(packet)
         if looks and self._is_excused(packet):
             return
         if self._is_its_senders(packet, interface, passed) or self._waits_for_visitors(packet, interface, now, passed):
@@ -382,7 +375,7 @@ class LeakWatch:
         self._flows.begins(packet, now)
         if self._is_put_off(packet, interface, now):
             return
-        if looks or self._flow_table.has(packet) or len(self._unsure) == MAX_HELD or not self._looks_soon(now):
+        if looks or self._flow_table.has(packet) or len(self._unsure) == MAX_HELD or not self._looks.comes_soon(now):
             self._leaked(packet, interface, now)
             return
         # What let it out may have come after the last look: it waits for the next one.
@@ -402,22 +395,17 @@ class LeakWatch:
             self._wait_for_the_end(packet, interface, passed)
         return not belongs
 
-    def _looks_soon(self, now: float) -> bool:
-        """Whether one look follows another: where they are cheap, or one thing has changed, as more may."""
-        return self._look_holds_s <= CHEAP_LOOK_S or now - self._turned <= LOOK_S
-
     def _is_excused(self, packet: Packet) -> bool:
         """Look anew: whether the packet may leave by what is there now."""
         self._users.note(packet)  # its socket may be gone behind the look
-        began = time.thread_time()  # of this thread: on a busy machine a cheap look takes long, and stays cheap
-        self._read_anew()
-        self._stand_on(self._survey())
-        self._look_holds_s = min(max(LOOK_S, LOOK_TIMES * (time.thread_time() - began)), MAX_LOOK_S)
+        with self._looks.measured():
+            self._read_anew()
+            self._stand_on(self._survey())
         return self._is_let_out(packet)
 
     def _read_anew(self) -> None:
-        """News of rules and routes come later than a packet; full tables, which are dear to read, wait for them."""
-        if self._tables is not None and self._look_holds_s <= CHEAP_LOOK_S:
+        """Full tables are expensive to read: there the kernel's news are waited for."""
+        if self._tables is not None and self._looks.is_cheap:
             self._tables.changed()
 
     def _is_let_out(self, packet: Packet) -> bool:
@@ -585,17 +573,9 @@ class LeakWatch:
         if packet is None:
             return
         if packet.protocol == UDP and self._taps.floods_out:
-            self._unread = self._clock.boottime()
+            self._taps.leave_unread()
         else:
             self._flows.came_in(packet, self._clock.boottime(), passed)
-
-    def _missed_inbound(self, packets: int) -> None:
-        if packets:
-            self._unread = self._clock.boottime()
-
-    def _has_read_all(self) -> bool:
-        """Whether who came in lately is known."""
-        return not self._taps.floods_in and self._clock.boottime() - self._unread > UNREAD_S
 
     def _missed(self, packets: int) -> None:
         self._flow_table.missed(packets, self._clock.boottime())
