@@ -47,7 +47,9 @@ _ALWAYS: Final = "a.root-servers.net."  # found wherever the internet's names ar
 _CACHED: Final = 300.0  # seconds; its records live for less
 _CACHE_MAY_HOLD_S: Final = 120.0  # seconds without a look, after which a cache may hold what was before
 _MAX_ADDRESSES: Final = 8  # addresses
-_OURS: Final = re.compile(rf"r[0-9a-f]{{16}}\.l\.google\.com|nx-[0-9a-f]{{16}}\..+|[0-9a-f]{{{canary.LABEL_LENGTH}}}\..+")
+_OURS: Final = re.compile(
+    rf"r[0-9a-f]{{16}}\.l\.google\.com|nx-[0-9a-f]{{16}}\..+|[0-9a-f]{{{canary.LABEL_LENGTH}}}\..+"
+)
 
 # Looks a name up and returns its addresses; raises OSError as getaddrinfo(3) fails.
 Lookup = Callable[[str], Iterable[IPAddress]]

@@ -276,7 +276,9 @@ def _of_use(
 def _places(deps: RoundDeps, seen: Observation, policy: Policy) -> tuple[Place, ...]:
     addresses = tuple(_addresses(seen, policy))
     origins = deps.origins.known(addresses) if deps.origins is not None else ()
-    return (*deps.places.known(addresses)[: limits.MAX_PER_OBSERVATION - len(origins)], *origins)[: limits.MAX_PER_OBSERVATION]
+    return (*deps.places.known(addresses)[: limits.MAX_PER_OBSERVATION - len(origins)], *origins)[
+        : limits.MAX_PER_OBSERVATION
+    ]
 
 
 def _homes(seen: Observation, policy: Policy) -> Iterable[IPAddress]:
