@@ -14,7 +14,7 @@ from vpn_sentinel.agent.geo.verify import examine
 from vpn_sentinel.agent.health import Health, Signs
 from vpn_sentinel.agent.leakwatch.meant import parse_meant
 from vpn_sentinel.agent.probes import mmdb, origin
-from vpn_sentinel.agent.probes.dns import ToldZone, nameservers
+from vpn_sentinel.agent.probes.dns import LearnedZone, nameservers
 from vpn_sentinel.agent.probes.system_resolver import only_local
 from vpn_sentinel.agent.remedies.plan import RemedyMemory
 from vpn_sentinel.agent.settings import AgentSettings
@@ -67,7 +67,7 @@ def servers_messages() -> Try:
         greeting.open(NOW)
         with contextlib.suppress(ProtocolError):
             if isinstance(event := greeting.receive(data), Greeted):
-                ToldZone().learn(event.canary_zone, event.echo)
+                LearnedZone().learn(event.canary_zone, event.echo)
                 with contextlib.suppress(ProtocolError):
                     greeting.offer([report], pending=0, thinned=0, now=NOW)
                     greeting.receive(data)

@@ -334,7 +334,7 @@ async def test_an_address_for_a_name_that_cannot_exist_is_rewriting(zone: dns.Ca
 
 
 def test_a_welcome_tells_the_zone() -> None:
-    told = dns.ToldZone()
+    told = dns.LearnedZone()
     echo = Echo(port=1, id="00" * 8, key="11" * 32)
     assert told.learn("canary.example.org", echo)
     assert told.zone == dns.CanaryZone("canary.example.org", bytes(8), b"\x11" * 32)

@@ -62,7 +62,7 @@ class _Base(Base):
             raise
         outside = probes.meant_outside
         self.surveyor = Surveyor(self.kernel, configured=probes.tunnel_interface, memory=self.spool, only=outside.only)
-        self.zone = dns.ToldZone()
+        self.zone = dns.LearnedZone()
         self.audit = RouteAudit(probes, self.echoes.addresses)
         self.uploader = Uploader(
             destination(settings),
@@ -184,7 +184,7 @@ def _sense(base: _Base) -> _Sensors:
         tables=base.kernel,
         policy=settings.probes.policy,
         clock=clock,
-        told=leaked,
+        on_update=leaked,
         survey=base.surveyor.look_anew,
         endpoints=lambda: (*settings.probes.tunnel_endpoints, *witnesses.endpoints()),
         meant=base.echoes.addresses,

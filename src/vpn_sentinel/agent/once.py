@@ -53,7 +53,7 @@ async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, se
         tables=kernel,
         policy=policy,
         clock=clock,
-        told=lambda _: None,
+        on_update=lambda _: None,
         survey=around.look_anew,
         endpoints=lambda: (*settings.tunnel_endpoints, *witnesses.endpoints()),
         declared=settings.meant_outside,

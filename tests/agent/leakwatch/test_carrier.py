@@ -136,7 +136,7 @@ async def test_nothing_is_tried_again_while_nothing_changes() -> None:
 def test_who_is_told_the_ports_tries_only_when_in_doubt_and_believes_all_when_nobody_can_tell() -> None:
     search = Tries(None, None, SERVER)
     found, _ = make(search)
-    found.look(TUN, HOSTS[:1], ("eth0",), able=True, told=True)
+    found.look(TUN, HOSTS[:1], ("eth0",), able=True, reported=True)
     assert (found.open, found.closed, found.doubts(SERVER.address)) == (False, True, True)
     asyncio.run(found.settle())
     assert (found.open, found.closed, search.asked) == (True, False, 2)

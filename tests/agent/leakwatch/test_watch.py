@@ -63,7 +63,7 @@ def make(endpoints=("198.51.100.7:51820",), allowed=(), meant="", wanted=True, r
         policy=Policy(
             allowed_outside=tuple(map(ip_network, allowed)), allowed_resolvers=tuple(map(ip_network, resolvers))
         ),
-        told=tell, survey=around, on_escape=acted.append,
+        on_update=tell, survey=around, on_escape=acted.append,
         endpoints=lambda: [parse_endpoint(e) for e in endpoints], declared=parse_meant(meant), wanted=wanted,
         meant=lambda: [ip_address(a) for a in server],
         on_neighbor=lambda neighbor: asked.append(f"{neighbor.address}%{neighbor.interface}"),

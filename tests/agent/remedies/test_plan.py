@@ -163,5 +163,5 @@ def test_a_memory_that_cannot_be_read_is_empty(text: str | None) -> None:
 
 
 def test_a_memory_survives_being_kept() -> None:
-    memory = RemedyMemory(tries={"hook.down": [WALL]}, told=State.DOWN, paused=["qbittorrent"])
+    memory = RemedyMemory(tries={"hook.down": [WALL]}, last_notified=State.DOWN, paused=["qbittorrent"])
     assert RemedyMemory.from_text(memory.to_text()) == memory

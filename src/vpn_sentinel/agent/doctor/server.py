@@ -127,7 +127,7 @@ async def zone(ground: Ground) -> list[Check]:
     welcome = next((g.welcome for g in await ground.greetings.result() if g.welcome), None)
     if welcome is None:
         return []
-    told = dns.ToldZone()
+    told = dns.LearnedZone()
     told.learn(welcome.canary_zone, welcome.echo)
     if told.zone is None:
         return [about_zone(welcome.canary_zone, None)]

@@ -1,6 +1,6 @@
 """The folder of installed databases: DATA_DIR/geo, described by `geo.json` in it.
 
-Files are named after their contents and never written again, so whoever reads one is not disturbed. Replacing
+Files are named after their contents and never written again, so a reader is not disturbed. Replacing
 `geo.json` is the one step that changes what is in use: before it the old files count, after it the new ones, never a
 mixture. Without a `geo.json` every `*.mmdb` in the folder counts.
 """

@@ -202,7 +202,7 @@ class Carrier:
     _tunnel: Interface | None = None
     _hosts: tuple[IPAddress, ...] = ()
     _ways: tuple[str, ...] = ()
-    _told: bool = False
+    _is_reported: bool = False
     _failed: bool = False  # it was tried with these hosts, and nobody could tell
     _able: bool = True
     _at: float | None = None  # when it was found for these hosts, None when they changed since
@@ -213,7 +213,7 @@ class Carrier:
         """The host that carries the tunnel, None when nobody can tell."""
         if self.found is not None and self._at is not None:
             return self.found.address
-        if self._told:
+        if self._is_reported:
             return None  # its own route alone says nothing of it
         return self._hosts[0] if len(self._hosts) == 1 else None if self._able else self._remembered()
 
@@ -226,13 +226,13 @@ class Carrier:
     def closed(self) -> bool:
         """Whether ports tell the tunnel's packets, so that more to the server's own host is in doubt: it can be tried,
         and was not in vain."""
-        known = self.found is not None or self._told
+        known = self.found is not None or self._is_reported
         return self._able and self._tunnel is not None and bool(self._hosts) and known and not self._failed
 
     @property
     def open(self) -> bool:
         """Whether it is to be tried where the tunnel's packets go."""
-        untold = self.found is None and (self._failed or not self._told)
+        untold = self.found is None and (self._failed or not self._is_reported)
         return self._able and self._tunnel is not None and bool(self._hosts) and untold
 
     def sure(self, seconds: float = FRESH_S) -> bool:
@@ -250,13 +250,13 @@ class Carrier:
         ways: tuple[str, ...],
         *,
         able: bool,
-        told: bool = False,
+        reported: bool = False,
     ) -> None:
         """What is there now: the tunnel's device, the hosts that may be its server, the ways beside it.
 
-        `able`: whether packets can be watched. `told`: whether more than a route tells the tunnel's packets, so that
-        what goes there is tried only when it comes up. A new device begins anew; where other hosts came, what is known
-        is tried again.
+        `able`: whether packets can be watched. `reported`: whether more than a route tells the tunnel's packets, so
+        that what goes there is tried only when it comes up. A new device begins anew; where other hosts came, what is
+        known is tried again.
         """
         self._able = self._able and able
         if tunnel is None:
@@ -264,14 +264,14 @@ class Carrier:
             self.found, self._tunnel, self._hosts, self._failed, self._at = None, None, (), False, None
             return
         before = self._tunnel.index if self._tunnel is not None else None
-        if (before, self._hosts, self._told) != (tunnel.index, hosts, told):
+        if (before, self._hosts, self._is_reported) != (tunnel.index, hosts, reported):
             if before != tunnel.index or (self.found is not None and self.found.address not in hosts):
                 self.found = None
             self._failed, self._at = False, None
-            if hosts and not told:
+            if hosts and not reported:
                 self._wake.set()
-        self._tunnel, self._hosts, self._ways, self._told = tunnel, hosts, ways, told
-        if len(hosts) == 1 and not told:
+        self._tunnel, self._hosts, self._ways, self._is_reported = tunnel, hosts, ways, reported
+        if len(hosts) == 1 and not reported:
             self._keep(tunnel, hosts[0])
 
     def doubt(self) -> None:

@@ -83,7 +83,7 @@ class EgressMap:
 
     def with_endpoints(
         self,
-        told: Iterable[Endpoint],
+        reported: Iterable[Endpoint],
         meant: Iterable[IPAddress],
         learned: Iterable[Endpoint] = (),
         server: IPAddress | None = None,
@@ -96,7 +96,7 @@ class EgressMap:
         the one of them that was found to be it. What was `learned` by shape may be another VPN's. `closed`: the ends
         that are told or learned are all that may be sent to at the VPN's host.
         """
-        known = tuple(dict.fromkeys(told))
+        known = tuple(dict.fromkeys(reported))
         hosts = self.hosts
         if closed or server is not None or not self._is_open(known):
             addresses = set(meant)
@@ -108,21 +108,23 @@ class EgressMap:
         ends = tuple(dict.fromkeys((*known, *learned)))
         return replace(self.rules, endpoints=ends, outside=(*self.rules.outside, *hosts))
 
-    def _of_other_tunnels(self, told: Iterable[IPAddress]) -> frozenset[IPNetwork]:
-        """Hosts on devices of which nothing is told, where one tunnel runs inside another: it has a server too."""
+    def _of_other_tunnels(self, reported: Iterable[IPAddress]) -> frozenset[IPNetwork]:
+        """Hosts on devices of which nothing is reported, where one tunnel runs inside another: it has a server too."""
         if self.fib is None or not self.nested:
             return frozenset()
-        devices = reached(self.fib, told, [i.index for i in self.interfaces])
+        devices = reached(self.fib, reported, [i.index for i in self.interfaces])
         found = ((h, self.fib.lookup(h.network_address)) for h in self.hosts)
         return frozenset(h for h, entry in found if entry and not any(entry.leads_by(d) for d in devices))
 
-    def candidates(self, told: Iterable[Endpoint], meant: Iterable[IPAddress]) -> tuple[tuple[IPAddress, ...], bool]:
+    def candidates(
+        self, reported: Iterable[Endpoint], meant: Iterable[IPAddress]
+    ) -> tuple[tuple[IPAddress, ...], bool]:
         """The hosts on the internet of which one may be the VPN's server, and whether more than a route tells of it.
 
         Where nobody says where the tunnel's packets go, and a mark tells them, they may go through a program of this
         host all the same (WireGuard in TCP), which sends them on unmarked: only a trial tells.
         """
-        known = tuple(told)
+        known = tuple(reported)
         told_of = {e.address for e in known if self._reaches(e.address)}
         if not (told_of or self._is_open(known) or (self.senders.excepted and not known)):
             return (), False
@@ -141,9 +143,9 @@ class EgressMap:
         hosts = {h.network_address for h in self.hosts} - known
         return self.lines, tuple(sorted((a for a in hosts if is_public(a)), key=str))
 
-    def _is_open(self, told: tuple[Endpoint, ...]) -> bool:
+    def _is_open(self, reported: tuple[Endpoint, ...]) -> bool:
         """Whether each host with a route of its own may be the VPN's."""
-        return not any(self._reaches(e.address) for e in told) and (self.openvpn or bool(told))
+        return not any(self._reaches(e.address) for e in reported) and (self.openvpn or bool(reported))
 
     def _reaches(self, address: IPAddress) -> bool:
         """Whether packets to an endpoint leave by what is watched.

@@ -1,4 +1,4 @@
-"""Where the tunnel's own packets go: as it was told, as their shape shows, and as a trial found out."""
+"""Where the tunnel's own packets go: as it was reported, as their shape shows, and as a trial found out."""
 
 import logging
 from collections import OrderedDict
@@ -27,26 +27,26 @@ class TunnelEnds:
 
     def __init__(
         self,
-        told: Callable[[], Iterable[Endpoint]],
+        reported: Callable[[], Iterable[Endpoint]],
         memory: FactStore,
         now: Callable[[], float],
         tried: Callable[[], None],
     ) -> None:
-        """`told` are those that are known from elsewhere; `tried` is called after each trial."""
-        self._told = told
+        """`reported` are those that are known from elsewhere; `tried` is called after each trial."""
+        self._reported = reported
         self.carrier = Carrier(memory=memory, now=now, changed=tried)
         self.others = Others(now, tried)
         self._learned: OrderedDict[Endpoint, None] = OrderedDict()
         self._control: dict[Endpoint, float] = {}  # where a connection goes that nobody saw begin: when it did last
 
     @property
-    def told(self) -> tuple[Endpoint, ...]:
-        return tuple(self._told())
+    def reported(self) -> tuple[Endpoint, ...]:
+        return tuple(self._reported())
 
     @property
     def all(self) -> tuple[Endpoint, ...]:
         """As far as they are known: told from elsewhere first, then learned."""
-        return tuple(dict.fromkeys((*self._told(), *self._learned, *self.carrier.endpoints)))
+        return tuple(dict.fromkeys((*self._reported(), *self._learned, *self.carrier.endpoints)))
 
     @property
     def found(self) -> tuple[Endpoint, ...]:
@@ -57,16 +57,16 @@ class TunnelEnds:
     def servers(self) -> tuple[IPAddress, ...]:
         """The hosts that carry the tunnel, as far as they are known: also one of which no port is known."""
         server = self.carrier.server
-        ends = (*self._told(), *self._learned)  # what was found is in doubt where another host came
+        ends = (*self._reported(), *self._learned)  # what was found is in doubt where another host came
         return tuple(dict.fromkeys((*(e.address for e in ends), *((server,) if server else ()))))
 
     def look(self, survey: Survey, around: EgressMap, meant: Iterable[IPAddress], *, able: bool) -> None:
         """What is there now; `able` is whether packets can be watched, and so a trial made."""
-        hosts, told = around.candidates(self._told(), meant)
+        hosts, reported = around.candidates(self._reported(), meant)
         ways = tuple(i.name for i in around.interfaces)
         device = survey.device()
         standing = device is not None and is_up(device) and survey.carries
-        self.carrier.look(device if standing else None, hosts, ways, able=able, told=told)
+        self.carrier.look(device if standing else None, hosts, ways, able=able, reported=reported)
         self.others.look(*around.beside(self.servers), ways)
 
     def learn(self, end: Endpoint) -> None:

@@ -60,7 +60,7 @@ class LeakWatch:
         tables: Tables | None,
         policy: Policy,
         clock: Clock,
-        told: Callable[["LeakWatch"], None],
+        on_update: Callable[["LeakWatch"], None],
         survey: Callable[[], Survey],
         endpoints: Callable[[], Iterable[Endpoint]] = tuple,
         meant: Callable[[], Iterable[IPAddress]] = tuple,
@@ -80,8 +80,8 @@ class LeakWatch:
         `on_neighbor` gets each nameserver of the LAN that is seen to be asked anew, `neighbor_left` is called when
         nobody asks one any more that leaks: see `neighbors`.
 
-        `on_escape` gets the first packet of each new destination at once. `told` is called when there is something to
-        tell, with this watch: with the first escape, then at most once a second.
+        `on_escape` gets the first packet of each new destination at once. `on_update` is called with this watch when
+        there is something to tell: with the first escape, then at most once a second.
         """
         self._tables, self._policy, self._clock = tables, policy, clock
         self._survey, self._meant = survey, meant
@@ -119,7 +119,7 @@ class LeakWatch:
         self._tunnel: str | None = None
         self._fingerprints = Fingerprints()
         self._flow_table = FlowTable()
-        self._telling = Telling(lambda: told(self))
+        self._telling = Telling(lambda: on_update(self))
         # Packets that wait: for data, for what the kernel tells of their socket, for visitors, for a trial, for a look.
         self._openings = Openings(self._is_no_vpns)
         self._unowned = Delayed(self._judge_unowned, MAX_UNOWNED)
@@ -328,7 +328,7 @@ class LeakWatch:
 
     def _make_rules(self) -> None:
         server, closed = self.carrier.server, self.carrier.closed
-        rules = self._egress.with_endpoints(self._ends.told, self._meant(), self._ends.found, server, closed=closed)
+        rules = self._egress.with_endpoints(self._ends.reported, self._meant(), self._ends.found, server, closed=closed)
         rules = replace(rules, published=self._declared.published, ports=self._declared.ports)
         # Those are asked by each round: the next question of a program tells nothing new.
         known = tuple(ip_network(n.address) for n in self._neighbors.hushed)

@@ -175,7 +175,7 @@ class Surveyor:
         return True
 
     def look_anew(self) -> Survey:
-        """The same with routes and rules read in this moment, for whoever cannot wait for the kernel's news."""
+        """The same with routes and rules read in this moment, for a caller who cannot wait for the kernel's news."""
         if self._kernel is not None:
             self._kernel.changed()
         return self.look()

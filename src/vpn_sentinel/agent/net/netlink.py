@@ -1,6 +1,6 @@
 """What all netlink messages have alike (netlink(7)): a header, attributes, the values in them, and errors.
 
-Whoever packs or parses one does it here; numbers have the kernel's names. All fields are in host byte order.
+They are packed and parsed here alone; numbers have the kernel's names. All fields are in host byte order.
 """
 
 import errno

@@ -30,7 +30,7 @@ class Tries:
         beside = [p for p in parts if p.interface != tunnel and p.networks][:MAX_TRIED]
         self._tasks = {id(part): group.create_task(_try(part)) for part in beside}
 
-    async def told(self, enough: Callable[[tuple[Routed, ...]], bool]) -> tuple[Routed, ...]:
+    async def results(self, enough: Callable[[tuple[Routed, ...]], bool]) -> tuple[Routed, ...]:
         """The same parts; of those that were tried and have an answer it is told.
 
         Waits for all answers, or until what is known is `enough`.

@@ -77,10 +77,10 @@ async def one(
         now = paths.of(target.address, target.port, source=outcome.local)
         # A balanced route has an answer for each socket; any other that changed says nothing of the way taken.
         path = now if paths.is_balanced(target.address) or now is path else Path.UNKNOWN
-    return told(outcome, target, path, probe, device)
+    return as_canary(outcome, target, path, probe, device)
 
 
-def told(
+def as_canary(
     outcome: DatagramResult[EchoAnswer], target: Target, path: Path, probe: Probe, device: str | None = None
 ) -> Canary:
     """What an outcome says as a canary. The address of C3 is the router that reported it expired."""
@@ -245,7 +245,7 @@ def _told(task: asyncio.Task[Canary], sent: _Sent) -> Canary | None:
     if sent.leads or sent.uplink is None or sent.target is None:
         return canary
     if canary is None:
-        return told(DatagramResult(Answer.UNKNOWN), sent.target, sent.path, sent.probe, sent.uplink.name)
+        return as_canary(DatagramResult(Answer.UNKNOWN), sent.target, sent.path, sent.probe, sent.uplink.name)
     silent = canary.answer in (Answer.LOST, Answer.UNREACHABLE)
     return replace(canary, answer=Answer.UNKNOWN) if silent else canary
 

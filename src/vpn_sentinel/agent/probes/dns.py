@@ -108,7 +108,7 @@ class CanaryZone:
 
 
 @dataclass(slots=True)
-class ToldZone:
+class LearnedZone:
     """The canary zone as the server's last Welcome told, None without one."""
 
     zone: CanaryZone | None = None

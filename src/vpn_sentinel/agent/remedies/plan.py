@@ -46,11 +46,11 @@ class RemedyMemory:
     """
 
     tries: dict[str, list[float]] = field(default_factory=dict)
-    told: State | None = None
+    last_notified: State | None = None
     paused: list[str] = field(default_factory=list)
 
     def to_text(self) -> str:
-        return json.dumps({"tries": self.tries, "told": self.told, "paused": self.paused})
+        return json.dumps({"tries": self.tries, "told": self.last_notified, "paused": self.paused})
 
     @classmethod
     def from_text(cls, text: str | None) -> "RemedyMemory":
@@ -60,7 +60,7 @@ class RemedyMemory:
             told = found.get("told")
             return cls(
                 tries={str(k): [float(t) for t in v] for k, v in found.get("tries", {}).items()},
-                told=State(told) if told else None,
+                last_notified=State(told) if told else None,
                 paused=[str(c) for c in found.get("paused", ())],
             )
         except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
@@ -124,7 +124,7 @@ class Plan:
             return
         self._done.add(step.key)
         if step.name == "hook":
-            self.memory.told = State(step.key.removeprefix("hook."))
+            self.memory.last_notified = State(step.key.removeprefix("hook."))
         elif step.name.endswith("_pause") and not dry and step.client not in self.memory.paused:
             self.memory.paused.append(step.client)
         elif step.name.endswith("_resume") and step.client in self.memory.paused:
@@ -134,9 +134,9 @@ class Plan:
         state, lasted, wants = self._state, now - self._since, self._wants
         if state is None:
             return
-        if wants.hook and state is not self.memory.told and lasted >= wants.settled.get(state, 0.0):
-            if self.memory.told is None and state is State.PROTECTED:
-                self.memory.told = state  # nothing changed: it was well when we first looked
+        if wants.hook and state is not self.memory.last_notified and lasted >= wants.settled.get(state, 0.0):
+            if self.memory.last_notified is None and state is State.PROTECTED:
+                self.memory.last_notified = state  # nothing changed: it was well when we first looked
             elif f"hook.{state}" not in self._done:
                 yield Step("hook", f"hook.{state}")
         names: tuple[str, ...] = ()

@@ -55,7 +55,7 @@ class Remedies:
 
     def saw(self, seen: Observation, verdict: Verdict) -> None:
         """Take in a round. What is due begins in the background."""
-        told = self._plan.memory.told
+        told = self._plan.memory.last_notified
         for step in self._plan.due(verdict, self._clock.boottime(), self._steady.wall()):
             if step.name in self._busy:
                 continue

@@ -111,7 +111,7 @@ async def look(deps: RoundDeps, trigger: Trigger, policy: Policy) -> Observation
             if (now := _audit(deps, survey)) != parts:
                 trying.stop()
                 parts, trying = now, bypass.Tries(group, now or (), survey.tunnel)
-        routed = await trying.told(lambda routed: _leaks(replace(seen, routed=routed), policy))
+        routed = await trying.results(lambda routed: _leaks(replace(seen, routed=routed), policy))
         seen = replace(seen, routed=None if parts is None else routed)
     if deps.pulses is not None:
         seen = _with_pulses(deps.pulses, seen, paths, silent_for)
@@ -228,7 +228,7 @@ async def _lookups(
 ) -> Observation:
     """Ask each nameserver; what proves a leak waits for no other answer."""
 
-    def told(asked: dns.Asked) -> Observation:
+    def with_lookups(asked: dns.Asked) -> Observation:
         found = replace(
             seen,
             resolvers=_of_use(asked.sightings, nameservers),
@@ -240,14 +240,14 @@ async def _lookups(
         return replace(found, places=_places(deps, found, policy))
 
     def proves(asked: dns.Asked) -> bool:
-        return _is_proved(told(asked), policy)
+        return _is_proved(with_lookups(asked), policy)
 
     others = dns.besides(nameservers, deps.neighbors())
     asked = await dns.resolvers(paths, (*nameservers, *others), zone, enough=proves)
     if not rewriting.done() and proves(asked):
-        return replace(told(asked), dns_rewritten=None)
+        return replace(with_lookups(asked), dns_rewritten=None)
     await rewriting
-    return told(asked)
+    return with_lookups(asked)
 
 
 async def _with_origins(

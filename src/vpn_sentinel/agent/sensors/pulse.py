@@ -94,7 +94,7 @@ class PulseSensor:
         self._said_unreachable = False
         self._silent_from: float | None = None
         self._shun_until, self._shun_for = 0.0, _NEW_RUN_AFTER_S[0]
-        # Set by whoever measures the path: the largest packet that passes, and one that vanished.
+        # Set by `pathmtu`: the largest packet that passes, and one that vanished.
         self.mtu: int | None = None
         self.vanished: int | None = None
         self.full_at: float | None = None  # when one of the full size passed last, or the way there changed since

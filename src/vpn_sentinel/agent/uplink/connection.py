@@ -48,7 +48,7 @@ class Routes:
 
 
 class Wakeup:
-    """Wakes whoever waits: there is more to send, something came in, or the network changed (`network_has_changed`).
+    """Wakes the uploader: there is more to send, something came in, or the network changed (`network_has_changed`).
 
     `urgent` while bad news waits for its acknowledgement.
     """

@@ -93,7 +93,7 @@ class Uploader:
     async def run(self) -> None:
         for host in {split(url).host for url in self._to.urls}:
             self._http.names.remember(host, _addresses(self._spool.fact(f"addresses:{host}")))
-        # Whoever promised a report every few seconds may not be away for half a minute.
+        # An agent that promised a report every few seconds may not be away for half a minute.
         longest = min(30.0, max(1.0, self._to.hello.interval))
         waits = backoff(0.5, longest)
         while True:
