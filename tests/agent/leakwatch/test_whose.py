@@ -453,7 +453,7 @@ async def test_our_own_question_is_no_leak_and_the_same_of_another_program_is() 
         "sh('ip rule add pref 1 lookup main')\n"  # whole bypass: each probe goes beside the tunnel
         "for t in (CLOUDFLARE[0], OPENDNS[0], echo):\n"
         "    payload, read = t.question()\n"
-        "    to = datagram.Destination(address=t.address, port=t.port)\n"
+        "    to = datagram.DatagramTarget(address=t.address, port=t.port)\n"
         "    await datagram.ask(to, payload, read, limit=0.05, resend=None)\n"
         "await dns.intercepted(limit=0.05)\n"
         "await until(lambda: '192.0.2.53' in came)\n"
