@@ -129,6 +129,14 @@ def open_folder(prefix: str) -> Path:
     return folder
 
 
+@pytest.fixture
+def open_path() -> Iterator[Path]:
+    """As tmp_path, for whoever may not enter that."""
+    folder = open_folder("vs-test-")
+    yield folder
+    shutil.rmtree(folder)
+
+
 class Postgres:
     """A cluster of the tests' own, on a socket in its own folder; it ends with the test run."""
 

@@ -11,6 +11,7 @@ import pytest
 
 from tests.agent.doubles import http, reply
 from tests.agent.geo.world import mmdb
+from tests.cli.users import as_user
 from vpn_sentinel.agent.doctor.check import State
 from vpn_sentinel.agent.doctor.examine import CHECKS, examine
 from vpn_sentinel.agent.doctor.forgiving import read_all
@@ -42,25 +43,6 @@ def run(*before: str, words: tuple[str, ...] = ("--json",), **more: Any) -> subp
     return done
 
 
-def as_nobody(folder: Path) -> list[str]:
-    """Words in front of a command that run it as uid 65534, without groups and capabilities.
-
-    A Python below /root is out of its reach: in a mount namespace of its own only that folder of /root is there.
-    """
-    drop = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "--bounding-set=-all", "--inh-caps=-all"]
-    way = [p for p in Path(sys.executable).resolve().parents[::-1] if p != Path("/")]
-    closed = next((n for n, p in enumerate(way) if not p.stat().st_mode & 0o001), None)
-    if closed is None:
-        return drop
-    home, kept, aside = way[closed], way[closed + 1], folder / "kept"
-    aside.mkdir()
-    mounts = (
-        f"mount --bind '{kept}' '{aside}' && mount -t tmpfs -o mode=755 none '{home}' && mkdir -p '{kept}' &&"
-        f""" mount --move '{aside}' '{kept}' && exec "$@\""""
-    )
-    return ["unshare", "--mount", "sh", "-c", mounts, "sh", *drop]
-
-
 def states(done: subprocess.CompletedProcess[str]) -> dict[str, str]:
     """Name → state; of several with one name the worst."""
     said = json.loads(done.stdout)
@@ -82,8 +64,8 @@ def test_without_any_setting_it_says_what_is_not_configured() -> None:
 
 
 @as_root
-def test_without_rights(tmp_path: Path) -> None:
-    done = run(*as_nobody(tmp_path), cwd="/", settings={"DATA_DIR": "/proc/none"})
+def test_without_rights(open_path: Path) -> None:
+    done = run(*as_user(65534, open_path), cwd="/", settings={"DATA_DIR": "/proc/none"})
     found = states(done)
     assert done.returncode == 1
     assert {found[n] for n in ("CAP_NET_RAW", "CAP_NET_ADMIN", "leak watch", "data folder")} == {"gap"}

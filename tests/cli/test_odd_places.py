@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.users import as_user
 from tests.integration.test_durability import wait_until
 from vpn_sentinel.cli.main import main
 
@@ -101,13 +102,14 @@ def test_a_user_without_an_entry_is_told_which_setting_names_a_folder(command: s
 
 
 @ROOT
-def test_a_user_without_an_entry_works_in_the_folder_that_is_set(tmp_path: Path) -> None:
-    os.chown(tmp_path, 12345, 12345)
-    for folder in (tmp_path.parent, tmp_path.parent.parent):  # pytest's own are for root alone
-        folder.chmod(0o755)
-    settings = {"VPN_SENTINEL_DATA_DIR": str(tmp_path)}
+def test_a_user_without_an_entry_works_in_the_folder_that_is_set(open_path: Path) -> None:
+    data, aside = open_path / "data", open_path / "aside"
+    data.mkdir()
+    aside.mkdir()
+    os.chown(data, 12345, 12345)
+    started = [*as_user(12345, aside), *PROGRAM]
     for command in ("token create x", "token list", "db check"):
-        done = run([*NOBODY, *PROGRAM, *command.split()], **settings)
+        done = run([*started, *command.split()], VPN_SENTINEL_DATA_DIR=str(data))
         assert (done.returncode, done.stderr) == (0, ""), command
 
 
