@@ -13,7 +13,8 @@ MODULES = {
         "vpn_sentinel.server.settings",
         HEAVY,
     ),
-    "check": ("vpn_sentinel.cli.check", HEAVY | {"pydantic"}),
+    "check": ("vpn_sentinel.cli.check", HEAVY | {"pydantic", "rich"}),
+    "doctor": ("vpn_sentinel.cli.doctor", HEAVY | {"pydantic", "rich"}),
     "the list of commands": ("vpn_sentinel.cli.main", HEAVY | {"pydantic", "rich", "msgspec"}),
     "the server": ("vpn_sentinel.server.app", {"pydantic", "websockets.asyncio.client"}),
 }

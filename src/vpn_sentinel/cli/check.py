@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from vpn_sentinel.cli.reading import add_config, source_of, warn_unread
+from vpn_sentinel.cli.terminal import of_stdout
 from vpn_sentinel.domain.judge import agreed_country, packets_unseen
 from vpn_sentinel.domain.observation import Answer, Canary, Observation, Place, Probe
 from vpn_sentinel.domain.policy import IPAddress, Policy
@@ -37,7 +38,12 @@ _COLOURS: Final = {
     State.DOWN: "red",
     State.UNKNOWN: "magenta",
 }
-_MARKS: Final = {Severity.CRITICAL: ("✗", "red"), Severity.WARNING: ("!", "yellow"), Severity.INFO: ("·", "dim")}
+# The mark, what stands for it where the output's encoding lacks it, and its style.
+_MARKS: Final = {
+    Severity.CRITICAL: ("✗", "x", "red"),
+    Severity.WARNING: ("!", "!", "yellow"),
+    Severity.INFO: ("·", "-", "dim"),
+}
 
 
 def add(commands: Any) -> None:
@@ -241,28 +247,23 @@ def unseen(looked: "Looked") -> list[str]:
 
 
 def show(looked: "Looked") -> None:
-    """Print for people. Everything from outside goes through `_safe`: a terminal obeys control characters."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console(highlight=False, soft_wrap=True)
+    """Print for people."""
+    terminal = of_stdout()
     seen, verdict = looked.seen, looked.verdict
-    console.print(Text(verdict.state.upper(), style=_COLOURS[verdict.state]))
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    for name, value in _facts(seen):
-        table.add_row(Text(name, style="dim"), Text(_safe(value)))
-    console.print(table)
+    arrow = terminal.either("→", "->")
+    terminal.line(verdict.state.upper(), _COLOURS[verdict.state])
+    terminal.table(_facts(seen))
     for finding in verdict.findings:
-        mark, style = _MARKS[finding.severity]
-        console.print(Text.assemble((f"{mark} ", style), (finding.code.value, style), f"  {_safe(finding.message)}"))
+        mark, plain, style = _MARKS[finding.severity]
+        lead = f"{terminal.either(mark, plain)} {finding.code.value}"
+        terminal.line(finding.message, lead=((lead, style), ("  ", "")), indent=4)
         for key, value in finding.evidence.items():
-            console.print(Text(f"    {_safe(key)}: {_safe(value)}", style="dim"))
-        console.print(Text(f"    → {finding.advice}"))
+            terminal.line(f"{key}: {value}", "dim", lead=(("    ", ""),), indent=6)
+        terminal.command(f"{arrow} {finding.advice}", indent=4)
     if missing := unseen(looked):
-        console.print(Text("Not looked at:", style="dim"))
+        terminal.line("Not looked at:", "dim")
         for line in missing:
-            console.print(Text(f"  {_safe(line)}", style="dim"))
+            terminal.line(line, "dim", lead=(("  ", ""),), indent=4)
 
 
 def _facts(seen: Observation) -> list[tuple[str, str]]:
@@ -294,7 +295,3 @@ def _facts(seen: Observation) -> list[tuple[str, str]]:
 def _asked(canary: Canary) -> str:
     told = canary.answer if canary.address or canary.answer is not Answer.ANSWERED else "answered, without an address"
     return f"{canary.target} over IPv{canary.family}: {told}"
-
-
-def _safe(text: str) -> str:
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -4,20 +4,20 @@ import argparse
 import asyncio
 import json
 import logging
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from vpn_sentinel.cli.reading import add_config, source_of, unread
-from vpn_sentinel.cli.showing import printable
+from vpn_sentinel.cli.terminal import of_stdout
 from vpn_sentinel.runtime.clock import SystemClock
 from vpn_sentinel.runtime.settings import SettingError, Source, environment
 
 if TYPE_CHECKING:
     from vpn_sentinel.agent.doctor.check import Check
 
-_STYLES: Final = {"ok": ("✓", "green"), "gap": ("✗", "bold red"), "unknown": ("?", "yellow")}
-_MARGIN: Final = 3  # the mark, and what stands around it
+# The mark, what stands for it where the output's encoding lacks it, and its style.
+_STYLES: Final = {"ok": ("✓", "+", "green"), "gap": ("✗", "x", "bold red"), "unknown": ("?", "?", "yellow")}
+_MARGIN_COLUMNS: Final = 4  # the mark and a space before a check's name, two spaces after it
 
 
 def add(commands: Any) -> None:
@@ -70,23 +70,20 @@ def as_plain(check: "Check") -> dict[str, str]:
 
 def show(found: Sequence["Check"]) -> None:
     """Print for people: aligned, coloured on a terminal."""
-    from rich.console import Console
-    from rich.text import Text
-
-    console = Console(highlight=False, soft_wrap=True)
+    terminal = of_stdout()
+    arrow = terminal.either("→", "->")
     width = max(len(check.name) for check in found)
-    indent = " " * (width + _MARGIN + 1)
+    indent = width + _MARGIN_COLUMNS
     for check in found:
-        mark, style = _STYLES[check.state]
-        name = printable(check.name).ljust(width)
-        console.print(Text.assemble((f"{mark} ", style), (f"{name}  ", "dim"), printable(check.found)))
+        mark, plain, style = _STYLES[check.state]
+        lead = ((f"{terminal.either(mark, plain)} ", style), (f"{check.name.ljust(width)}  ", "dim"))
+        terminal.line(check.found, lead=lead, indent=indent)
         if check.means:
-            console.print(Text(f"{indent}{_sentence(printable(check.means))}", style="dim"))
+            terminal.line(_sentence(check.means), "dim", lead=((" " * indent, ""),))
         if check.fix:
-            console.print(Text(f"{indent}→ {printable(check.fix)}"))
+            terminal.command(f"{arrow} {check.fix}", indent=indent)
     counts = {state: sum(c.state == state for c in found) for state in _STYLES}
-    console.print(Text(f"{counts['ok']} ok, {counts['gap']} gaps, {counts['unknown']} unknown"))
-    sys.stdout.flush()
+    terminal.line(f"{counts['ok']} ok, {counts['gap']} gaps, {counts['unknown']} unknown")
 
 
 def _sentence(text: str) -> str:
