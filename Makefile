@@ -34,7 +34,7 @@ $(BIN)/python:
 
 $(VENV)/server: $(BIN)/python requirements/server.lock requirements/build.lock pyproject.toml
 	@echo "installing from requirements/server.lock"
-	@$(PIP) --require-hashes -r requirements/server.lock -r requirements/build.lock
+	@$(PIP) --no-deps --require-hashes -r requirements/server.lock -r requirements/build.lock  # all that it needs
 	@$(PIP) --no-build-isolation --no-deps --editable .
 	@touch $@
 

@@ -9,6 +9,6 @@ compile() {
         --custom-compile-command "make lock" "$@" --output-file "requirements/$out.lock"
 }
 compile agent pyproject.toml
-compile server --extra server pyproject.toml
+compile server --extra server --excludes requirements/unneeded.txt pyproject.toml
 compile dev --extra server --extra dev pyproject.toml
 compile build requirements/build.in
