@@ -9,6 +9,7 @@ import logging
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from vpn_sentinel.agent.containment.containment import Containment, ContainmentDeps, ContainmentFacts, Mode
 from vpn_sentinel.agent.containment.instance_lock import SingleInstanceLock
@@ -16,24 +17,19 @@ from vpn_sentinel.agent.containment.nft import Nftables
 from vpn_sentinel.agent.containment.proof import cause_of
 from vpn_sentinel.agent.containment.surroundings import Surroundings
 from vpn_sentinel.agent.containment.table import owner_of
-from vpn_sentinel.agent.introspect.gluetun import CONTROL
 from vpn_sentinel.agent.introspect.settings import IntrospectSettings
 from vpn_sentinel.agent.net.http import Client
 from vpn_sentinel.agent.net.interfaces import Survey
-from vpn_sentinel.agent.remedies import gluetun, hook
-from vpn_sentinel.agent.remedies.plan import Wants
-from vpn_sentinel.agent.remedies.qbittorrent import QBittorrent
-from vpn_sentinel.agent.remedies.remedies import Remedies
 from vpn_sentinel.agent.remedies.settings import ReactionSettings
-from vpn_sentinel.agent.remedies.torrents import TorrentClient
-from vpn_sentinel.agent.remedies.transmission import Transmission
 from vpn_sentinel.domain.judge import judge
 from vpn_sentinel.domain.observation import Action, Escape, Observation, Outcome, Trigger
 from vpn_sentinel.domain.policy import Policy
 from vpn_sentinel.domain.verdict import State, Verdict
 from vpn_sentinel.runtime.clock import Clock
-from vpn_sentinel.runtime.settings import environment
 from vpn_sentinel.wire import limits
+
+if TYPE_CHECKING:
+    from vpn_sentinel.agent.remedies.remedies import Remedies
 
 log = logging.getLogger(__name__)
 
@@ -114,7 +110,13 @@ class Reactions:
             ),
             clock,
         )
-        self._remedies = _remedies(settings, around.policy, facts, http, clock, self._history, client_id, control)
+        self._remedies: Remedies | None = None
+        if settings.wants_remedies:
+            from vpn_sentinel.agent.remedies.build import build_remedies  # a quarter of a megabyte
+
+            self._remedies = build_remedies(
+                settings, around.policy, facts, http, clock, self._history.tell, client_id=client_id, control=control
+            )
         self._queue = queue
 
     def add_to(self, seen: Observation) -> Observation:
@@ -128,12 +130,14 @@ class Reactions:
             with contextlib.suppress(OSError):  # told when it matters: when the rules are to be made
                 self._around.remember()
         self._queue.put(seen, verdict)
-        self._remedies.saw(seen, verdict)
+        if self._remedies is not None:
+            self._remedies.saw(seen, verdict)
 
     async def run(self) -> None:
         """Work until cancelled. The rules stay in the kernel when this ends."""
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._remedies.run())
+            if self._remedies is not None:
+                group.create_task(self._remedies.run())
             await self._containment.start()
             while True:
                 seen, verdict = await self._queue.get()
@@ -144,55 +148,3 @@ class Reactions:
 
     def close(self) -> None:
         self._lock.leave()
-
-
-def _remedies(
-    settings: ReactionSettings,
-    policy: Policy,
-    facts: ContainmentFacts,
-    http: Client,
-    clock: Clock,
-    history: ActionLog,
-    client_id: str,
-    control: IntrospectSettings,
-) -> Remedies:
-    clients: list[TorrentClient] = []
-    if settings.qbittorrent_url:
-        user, password = settings.qbittorrent_user, settings.qbittorrent_password
-        clients.append(QBittorrent(http, settings.qbittorrent_url, user, password))
-    if settings.transmission_url:
-        user, password = settings.transmission_user, settings.transmission_password
-        clients.append(Transmission(http, settings.transmission_url, user, password))
-    after = settings.after
-    settled = {State.DOWN: policy.grace_down, State.DEGRADED: policy.grace_degraded}
-    settled[State.PROTECTED] = policy.grace_recovery
-
-    async def run_hook(document: bytes) -> str:
-        said = await hook.run_hook(settings.hook, document, hook.clean(environment()), settings.hook_timeout)
-        if said:
-            log.info("the command said", extra={"output": said})
-        return "ended well"
-
-    async def restart() -> str:
-        return await gluetun.restart(http, control.gluetun or CONTROL, control.login.headers())
-
-    return Remedies(
-        Wants(
-            hook=bool(settings.hook),
-            restart=settings.gluetun_restart,
-            clients=tuple(c.name for c in clients),
-            resume=settings.resume,
-            restart_after=30.0 if after is None else after,
-            pause_after=0.0 if after is None else after,
-            settled=settled if after is None else dict.fromkeys(settled, after) | {State.LEAKING: after},
-            cap=settings.cap,
-        ),
-        facts,
-        clock,
-        history.tell,
-        client_id=client_id,
-        hook=run_hook if settings.hook else None,
-        restart=restart,
-        clients=tuple(clients),
-        dry_run=settings.dry_run,
-    )

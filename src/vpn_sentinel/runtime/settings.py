@@ -10,7 +10,6 @@ import os
 import select
 import ssl
 import stat
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -152,6 +151,8 @@ class Source:
 
 def from_toml(path: str, what: str) -> dict[str, object]:
     """What a TOML file holds. Raises SettingError, by the name `what`, when it cannot be read or parsed."""
+    import tomllib  # a tenth of a megabyte, where somebody keeps settings in a file
+
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except RecursionError as e:

@@ -34,6 +34,11 @@ class ReactionSettings:
     cap: int
     dry_run: bool
 
+    @property
+    def wants_remedies(self) -> bool:
+        """Whether anything but containment is to be done."""
+        return bool(self.hook or self.gluetun_restart or self.qbittorrent_url or self.transmission_url)
+
     @classmethod
     def read(cls, source: Source) -> "ReactionSettings":
         """Raises SettingError naming the setting that cannot be used."""
