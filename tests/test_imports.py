@@ -7,7 +7,7 @@ import pytest
 
 HEAVY = {"sqlalchemy", "alembic", "litestar", "uvicorn", "uvloop", "httpx", "jinja2", "prometheus_client", "asyncpg"}
 NOT_THE_AGENTS = {
-    "pydantic", "rich", "email", "importlib.metadata", "zipfile", "ctypes", "tomllib", "unicodedata",
+    "pydantic", "rich", "email", "importlib.metadata", "zipfile", "ctypes", "tomllib", "unicodedata", "h11",
     "vpn_sentinel.agent.remedies.remedies", "vpn_sentinel.agent.doctor", "vpn_sentinel.agent.geo.fetch",
 }  # fmt: skip
 MODULES = {
@@ -58,3 +58,24 @@ def test_reading_a_geo_database_brings_neither_multiprocessing_nor_its_own_versi
         assert version("maxminddb") and Lock()
     """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_agents_websocket_brings_no_second_http_along() -> None:
+    """It would cost a third of a megabyte; who wants it afterwards gets the real one."""
+    code = """if True:
+        import sys
+        from vpn_sentinel.agent.uplink import websocket
+        assert "wsproto.frame_protocol" in sys.modules and "h11" not in sys.modules
+        import h11
+        assert h11.Connection(h11.CLIENT)
+    """
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_what_is_loaded_already_is_not_replaced() -> None:
+    code = """if True:
+        import h11, wsproto
+        from vpn_sentinel.agent.uplink import websocket
+        assert sys.modules["h11"] is h11 and wsproto.WSConnection(wsproto.ConnectionType.CLIENT)
+    """
+    subprocess.run([sys.executable, "-c", "import sys\n" + code], check=True)

@@ -2,7 +2,6 @@
 
 import errno
 import struct
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, Final, Protocol
 from vpn_sentinel.agent.probes.placing import asn_of, clean, country_code
 from vpn_sentinel.domain.observation import Place
 from vpn_sentinel.domain.policy import IPAddress
+from vpn_sentinel.runtime.imports import stand_ins
 
 # What reading a cut or damaged file can end in: the library's own InvalidDatabaseError is a RuntimeError.
 DAMAGED: Final = (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, struct.error)
@@ -64,14 +64,8 @@ def _library() -> Any:
     """
     own_version = ModuleType("importlib.metadata")
     own_version.version = lambda _name: ""  # type: ignore[attr-defined]
-    absent = {"multiprocessing": None, "importlib.metadata": own_version}
-    absent = {name: stand_in for name, stand_in in absent.items() if name not in sys.modules}
-    sys.modules.update(absent)  # type: ignore[arg-type]
-    try:
+    with stand_ins({"multiprocessing": None, "importlib.metadata": own_version}):
         import maxminddb
-    finally:
-        for name in absent:
-            del sys.modules[name]
     return maxminddb
 
 

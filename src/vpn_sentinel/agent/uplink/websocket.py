@@ -7,20 +7,23 @@ import asyncio
 import contextlib
 import ssl
 from http import HTTPStatus
+from types import ModuleType
 from typing import Final
-
-from wsproto.connection import Connection, ConnectionState, ConnectionType
-from wsproto.events import CloseConnection, Event, Message, Ping, TextMessage
-from wsproto.frame_protocol import CloseReason
-from wsproto.utilities import LocalProtocolError, generate_accept_token, generate_nonce
 
 from vpn_sentinel.agent.net.http import Response, connected, head, read_response, reason
 from vpn_sentinel.agent.net.urls import Address, split
 from vpn_sentinel.agent.uplink.answers import own_refusal, strangers
 from vpn_sentinel.agent.uplink.channel import ChannelError, Fault
 from vpn_sentinel.domain.policy import IPAddress
+from vpn_sentinel.runtime.imports import stand_ins
 from vpn_sentinel.runtime.secret import Secret
 from vpn_sentinel.wire import codec, limits
+
+with stand_ins({"h11": ModuleType("h11")}):  # for wsproto's own handshake; ours is HTTP as the agent has it anyway
+    from wsproto.connection import Connection, ConnectionState, ConnectionType
+    from wsproto.events import CloseConnection, Event, Message, Ping, TextMessage
+    from wsproto.frame_protocol import CloseReason
+    from wsproto.utilities import LocalProtocolError, generate_accept_token, generate_nonce
 
 _QUIET: Final = 20.0  # seconds without a byte, then a ping; as many more, and the connection is dead
 _MAX_PARTS: Final = 1000  # of one message: a proxy may cut it up, nobody needs that many
