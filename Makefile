@@ -3,6 +3,7 @@
 # make demo    the lab with three tunnels, a few faults, the dashboard (root)
 # make check   format, lint, types, imports: seconds
 # make bench   the cost figures in bench/
+# make pages   the pages of docs/reference that are written from the code
 # make fuzz    malformed input for all that reads what others write, SECONDS=20 for each
 
 PYTHON ?= python3
@@ -22,7 +23,7 @@ SECONDS  ?= 20
 # A rerun is a race to find, not a pass to keep.
 ACCEPTANCE := -m pytest -q -raR -n $(LABS) --dist loadgroup --reruns 1 -m acceptance
 
-.PHONY: up test unit acceptance demo check format bench fuzz lock clean packages
+.PHONY: up test unit acceptance demo check format bench fuzz pages lock clean packages
 
 up: $(VENV)/server
 	@exec $(BIN)/vpn-sentinel up
@@ -83,6 +84,10 @@ demo: $(VENV)/dev packages
 	@exec $(BIN)/python -m lab.demo
 
 # --- upkeep -----------------------------------------------------------------------------------------------------------
+
+pages: $(VENV)/dev
+	@$(BIN)/python -m docs.make_settings
+	@$(BIN)/python -m docs.make_states
 
 lock: $(VENV)/dev
 	@sh tools/lock.sh

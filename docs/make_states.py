@@ -1,4 +1,4 @@
-"""Draw the state machine from its table: `python docs/make_states.py` writes docs/reference/states.md anew."""
+"""Draw the state machine from its table: `make pages` writes docs/reference/states.md anew."""
 
 from pathlib import Path
 from typing import Final
@@ -11,7 +11,7 @@ PAGE: Final = Path(__file__).parent / "reference" / "states.md"
 _HEAD: Final = """\
 # States and transitions
 
-Drawn from `vpn_sentinel.domain.machine.TRANSITIONS` by `python docs/make_states.py`; a test keeps this page current.
+Drawn from `vpn_sentinel.domain.machine.TRANSITIONS` by `make pages`; a test keeps this page current.
 
 A row is the state a tunnel is in, a column what comes in: the verdict of a report, or, for *silent*, the deadline that
 passed without one. A cell says how long that must last, without a break, before the state changes. An empty cell
@@ -20,8 +20,9 @@ so does one that was never judged: after *grace unverified* the tunnel is *unver
 why. A tunnel that was leaking or down stays so, with the same findings added: that nobody can look is no sign of an
 end. Sight that is lost three times within five minutes counts as lost, and is back after *flap calm*.
 
-A tunnel that left *protected* three times within five minutes is flapping: it shows the finding `flapping`, and where
-the table says *grace recovery*, *flap calm* counts. So the third outage stays one open incident until there is calm.
+A tunnel that left *protected* three times within five minutes (`VPN_SENTINEL_FLAP_COUNT`, `VPN_SENTINEL_FLAP_WINDOW`)
+is flapping: it shows the finding `flapping`, and where the table says *grace recovery*, *flap calm* counts. So the
+third outage stays one open incident until there is calm.
 """
 _GRACE: Final = """\
 | wait | setting | default |

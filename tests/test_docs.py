@@ -9,19 +9,17 @@ from pathlib import Path
 
 import pytest
 
-from docs import make_states
+from docs import make_settings, make_states
 from tests.server.test_doors import OPEN, READ, REPORT, TABLE
-from vpn_sentinel.agent.geo.settings import GeoSettings
 from vpn_sentinel.agent.health import ROUTES as AGENT_ROUTES
-from vpn_sentinel.agent.settings import AgentSettings
 from vpn_sentinel.cli.main import COMMANDS
+from vpn_sentinel.cli.reading import every_setting
 from vpn_sentinel.domain.notice import Kind
 from vpn_sentinel.domain.verdict import Code
-from vpn_sentinel.runtime.settings import PREFIX, UNPREFIXED, Source
+from vpn_sentinel.runtime.settings import PREFIX, UNPREFIXED, key_of
 from vpn_sentinel.server.api import health
 from vpn_sentinel.server.api.routes import ROUTES
 from vpn_sentinel.server.bot import commands as bot
-from vpn_sentinel.server.settings import ServerSettings
 
 ROOT = Path(__file__).resolve().parents[1]
 REFERENCE = ROOT / "docs" / "reference"
@@ -43,12 +41,8 @@ def named(text: str) -> set[str]:
     return set(re.findall(r"`([^`\n]+)`", text))
 
 
-def settings_asked() -> set[str]:
-    server, agent = Source(env={}), Source(env={PREFIX + "URL": "https://sentinel.example"})
-    ServerSettings.read(server)
-    AgentSettings.read(agent)
-    GeoSettings.read(agent)
-    return {name if name in UNPREFIXED else PREFIX + name for name in server.asked | agent.asked}
+def settings_declared() -> set[str]:
+    return {key_of(name) for setting in every_setting() for name in setting.names}
 
 
 def metrics_made() -> set[str]:
@@ -75,8 +69,8 @@ def commands_known() -> Iterator[str]:
 
 
 def test_every_setting_is_documented_and_no_other() -> None:
-    documented = {w for w in named(page("settings.md")) if w.startswith(PREFIX) or w in UNPREFIXED}
-    assert documented - {PREFIX + "CONFIG"} == settings_asked()
+    rows = {cell for cell in first_cells(page("settings.md")) if cell.startswith(PREFIX) or cell in UNPREFIXED}
+    assert rows == settings_declared()
 
 
 def test_every_finding_is_documented_and_no_other() -> None:
@@ -203,8 +197,12 @@ def test_situations_judged_in_the_case_table_are_in_it() -> None:
     assert {n for n, cells in situations().items() if cells[3] == "not yet"} & judged == set()
 
 
+def test_the_page_of_settings_is_current() -> None:
+    assert make_settings.PAGE.read_text(encoding="utf-8") == make_settings.render(), "run: make pages"
+
+
 def test_the_page_of_states_is_current() -> None:
-    assert make_states.PAGE.read_text(encoding="utf-8") == make_states.render(), "run: python docs/make_states.py"
+    assert make_states.PAGE.read_text(encoding="utf-8") == make_states.render(), "run: make pages"
 
 
 @pytest.mark.parametrize("where", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
@@ -216,5 +214,5 @@ def test_links_lead_somewhere(where: Path) -> None:
 @pytest.mark.parametrize("where", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_settings_in_the_docs_exist(where: Path) -> None:
     said = set(re.findall(r"VPN_SENTINEL_[A-Z_]+[A-Z]", where.read_text(encoding="utf-8")))
-    known = settings_asked() | {PREFIX + "CONFIG"}
+    known = settings_declared() | {PREFIX + "CONFIG"}
     assert {name for name in said if name not in known and name.removesuffix("_FILE") not in known} == set()

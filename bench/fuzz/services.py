@@ -31,7 +31,7 @@ from vpn_sentinel.server.notify.channel import DeliveryError
 from vpn_sentinel.server.notify.channels.bot_api import BotApi
 from vpn_sentinel.server.notify.failures import retry_after
 from vpn_sentinel.server.own_address import OwnAddress
-from vpn_sentinel.server.settings import Telegram
+from vpn_sentinel.server.settings import TelegramSettings
 from vpn_sentinel.wire import limits
 
 # What `Client` turns into an HttpError, and the handshake of a WebSocket into a ChannelError.
@@ -240,7 +240,7 @@ class _Stream(httpx.AsyncByteStream):
 def bot_api() -> Try:
     """Telegram's answer: its status in two bytes, one that says how it is packed, and its body."""
     loop = Loop()
-    settings = Telegram(token=Secret("1:token"), chat_id="1", api_url="http://198.51.100.1")
+    settings = TelegramSettings(token=Secret("1:token"), chat_id="1", api_url="http://198.51.100.1")
     packed: Mapping[int, dict[str, str]] = {1: {"content-encoding": "gzip"}, 2: {"content-encoding": "deflate"}}
     data = b""
 

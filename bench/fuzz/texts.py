@@ -21,6 +21,7 @@ from vpn_sentinel.agent.settings import AgentSettings
 from vpn_sentinel.agent.uplink.session import Greeted, ProtocolError, Session
 from vpn_sentinel.agent.uplink.uploader import read_list
 from vpn_sentinel.cli.check import _policy_file
+from vpn_sentinel.cli.reading import every_setting
 from vpn_sentinel.domain.observation import Observation, Trigger
 from vpn_sentinel.domain.policy import IPNetwork
 from vpn_sentinel.runtime import wal
@@ -188,7 +189,7 @@ def settings() -> Try:
             with contextlib.suppress(SettingError):
                 source = Source.load({}, {}, file.hold(data))
                 read(source)
-                source.unread()
+                source.unknown(every_setting())
         with contextlib.suppress(SettingError):
             _policy_file(file.path)
 
@@ -236,7 +237,14 @@ TARGETS = {
     "databases": Target(modules=("agent.probes.mmdb", "agent.geo.verify"), make=databases, longest=8192),
     "archives": Target(modules=("agent.geo.unpack", "agent.geo.store"), make=archives, longest=8192),
     "settings": Target(
-        modules=("runtime.settings", "server.settings", "server.store.address", "agent.settings", "cli.check"),
+        modules=(
+            "runtime.settings",
+            "runtime.parsers",
+            "server.settings",
+            "server.store.address",
+            "agent.settings",
+            "cli.check",
+        ),
         make=settings,
         longest=8192,
     ),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from vpn_sentinel.cli.main import main
-from vpn_sentinel.cli.reading import _names_of_every_role
+from vpn_sentinel.cli.reading import every_setting
 from vpn_sentinel.runtime.settings import UNPREFIXED
 
 LONG = "x" * 64 + ".example"  # a label takes 63 bytes
@@ -38,7 +38,9 @@ SERVER = {
     "SERVER_RATE_LIMIT_REQUESTS": ["0"],
     "CLIENT_TIMEOUT_MINUTES": ["nan"], "SERVER_ALERT_THRESHOLD_MINUTES": ["x"], "SERVER_CHECK_INTERVAL_MINUTES": ["x"],
     "MISSED_REPORTS": ["0", "1.5"], "GRACE_DOWN": ["-1"], "GRACE_DEGRADED": ["x"], "GRACE_UNVERIFIED": ["inf"],
-    "GRACE_RECOVERY": ["nan"], "FLAP_CALM": ["x"], "RETENTION_DAYS": ["0"], "API_KEY": ["short", "këy-of-ours"],
+    "GRACE_RECOVERY": ["nan"], "FLAP_CALM": ["x"],
+    "FLAP_COUNT": ["1", "17"], "FLAP_WINDOW": ["0"], "MAX_LOSS": ["20", "x%"], "MAX_RTT_MS": ["0", "1s"],
+    "RETENTION_DAYS": ["0"], "API_KEY": ["short", "këy-of-ours"],
     "TELEGRAM_BOT_TOKEN": ["x", "²:abc", "123:ä", "1:a b"], "TELEGRAM_CHAT_ID": ["x y", "²", "@ä"],
     "TELEGRAM_API_URL": STRICT, "WEBHOOK_URL": [*STRICT, "https://h/ä", "https://h/\x01", "http://xn--/"],
     "LOG_FILE": ["{}", "{}/none/two\nlines", "{}/none/x", "{}/pipe"],
@@ -66,7 +68,7 @@ AGENT = {
     "QBITTORRENT_URL": BASES, "QBITTORRENT_USER": ["alone"], "TRANSMISSION_URL": BASES, "TRANSMISSION_USER": ["a:b"],
     "HOME_NETWORKS": ["home", "fe80::1%eth0", "fe80::1", "64:ff9b::/96"],
     "EXPECTED_COUNTRIES": ["Netherlands"], "ALLOWED_RESOLVERS": ["x"],
-    "ALLOWED_OUTSIDE": ["x"],
+    "ALLOWED_OUTSIDE": ["x"], "MAX_LOSS": ["-1", "nan"], "MAX_RTT_MS": ["inf"],
 }  # fmt: skip
 GEO = {"DBIP_URL": BASES, "MAXMIND_URL": BASES, "MAXMIND_ACCOUNT": ["name"]}
 # Any text is one; what cannot be done with it is said where it is done. TZ is the system's.
@@ -112,4 +114,6 @@ def test_a_setting_that_cannot_be_used_is_named(
 
 
 def test_no_setting_is_left_out() -> None:
-    assert _names_of_every_role() == {name for settings in ROLES.values() for name in settings} | FREE
+    assert {name for setting in every_setting() for name in setting.names} == {
+        name for settings in ROLES.values() for name in settings
+    } | FREE

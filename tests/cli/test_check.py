@@ -282,6 +282,6 @@ def test_what_is_wrong_beside_the_round_is_said_apart_from_its_object(tmp_path: 
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=20, check=False)
     assert json.loads(done.stdout)["state"] == "unknown"
     misspelt, unusable = done.stderr.splitlines()
-    assert misspelt == "vpn-sentinel: VPN_SENTINEL_HOME_NETWORK: no such setting; is it misspelt?"
+    assert misspelt == "vpn-sentinel: VPN_SENTINEL_HOME_NETWORK: no such setting; is VPN_SENTINEL_HOME_NETWORKS meant?"
     assert "a database of places cannot be used" in unusable
     assert f"{tmp_path}/file/geo/geo.json: Not a directory" in unusable

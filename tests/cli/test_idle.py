@@ -10,50 +10,50 @@ import pytest
 
 from tests.integration.program import Server
 from vpn_sentinel.cli.main import main
-from vpn_sentinel.cli.reading import _names_of_every_role
-from vpn_sentinel.runtime.idle import AGENT, GEO, SERVER, Idle, idle
+from vpn_sentinel.cli.reading import settings_of
+from vpn_sentinel.runtime.idle import idle
 from vpn_sentinel.runtime.settings import Source
 
 SAID = {
     "a login without its client": (
-        AGENT,
+        "agent",
         {"TRANSMISSION_USER": "u"},
         "TRANSMISSION_USER: does nothing without {}TRANSMISSION_URL",
     ),
     "a limit of nothing": (
-        AGENT,
+        "agent",
         {"REMEDY_CAP": "3"},
         "REMEDY_CAP: does nothing without {0}HOOK or {0}REMEDY_GLUETUN_RESTART or {0}QBITTORRENT_URL or "
         "{0}TRANSMISSION_URL",
     ),
     "for what is turned off": (
-        AGENT,
+        "agent",
         {"GLUETUN_API_KEY": "k", "REMEDY_GLUETUN_RESTART": "false"},
         "GLUETUN_API_KEY: does nothing without {0}GLUETUN_URL or {0}REMEDY_GLUETUN_RESTART",
     ),
     "what a reference agent does not do": (
-        AGENT,
+        "agent",
         {"CONTAIN": "on", "ROLE": "Reference", "SITE": "home"},
         "CONTAIN: does nothing beside {}ROLE=Reference",
     ),
-    "a signature of nothing": (SERVER, {"WEBHOOK_SECRET": "s"}, "WEBHOOK_SECRET: does nothing without {}WEBHOOK_URL"),
-    "a zone's nameserver": (SERVER, {"CANARY_NS": "ns.example"}, "CANARY_NS: does nothing without {}CANARY_ZONE"),
+    "a signature of nothing": ("server", {"WEBHOOK_SECRET": "s"}, "WEBHOOK_SECRET: does nothing without {}WEBHOOK_URL"),
+    "a zone's nameserver": ("server", {"CANARY_NS": "ns.example"}, "CANARY_NS: does nothing without {}CANARY_ZONE"),
     "the port of no dashboard": (
-        SERVER,
+        "server",
         {"SERVER_DASHBOARD_PORT": "81", "SERVER_DASHBOARD_ENABLED": "no"},
         "SERVER_DASHBOARD_PORT: does nothing beside {}SERVER_DASHBOARD_ENABLED=no",
     ),
     "backups of another's database": (
-        SERVER,
+        "server",
         {"BACKUP_DIR": "/b", "DATABASE_URL": "postgresql://u:HUSH@h/n"},
         "BACKUP_DIR: does nothing beside {}DATABASE_URL=postgresql://…",
     ),
     "how many of none": (
-        SERVER,
+        "server",
         {"BACKUP_KEEP": "3", "BACKUP_HOURS": "0"},
         "BACKUP_KEEP: does nothing beside {}BACKUP_HOURS=0",
     ),
-    "whose files": (GEO, {"MAXMIND_URL": "https://h"}, "MAXMIND_URL: does nothing without {}MAXMIND_KEY"),
+    "whose files": ("geo", {"MAXMIND_URL": "https://h"}, "MAXMIND_URL: does nothing without {}MAXMIND_KEY"),
 }
 NOTHING = {
     "nothing set": {},
@@ -65,23 +65,26 @@ NOTHING = {
 }  # fmt: skip
 
 
-def of(settings: dict[str, str], *rows: Idle) -> tuple[str, ...]:
-    return idle(Source(env={f"VPN_SENTINEL_{name}": value for name, value in settings.items()}), *rows)
+def of(settings: dict[str, str], *readers: str) -> tuple[str, ...]:
+    source = Source(env={f"VPN_SENTINEL_{name}": value for name, value in settings.items()})
+    return tuple(line for reader in readers for line in idle(source, settings_of(reader)))
 
 
-@pytest.mark.parametrize(("rows", "settings", "said"), SAID.values(), ids=SAID.keys())
-def test_what_does_nothing_is_told(rows: tuple[Idle, ...], settings: dict[str, str], said: str) -> None:
-    assert of(settings, *rows) == ("VPN_SENTINEL_" + said.format("VPN_SENTINEL_"),)
+@pytest.mark.parametrize(("reader", "settings", "said"), SAID.values(), ids=SAID.keys())
+def test_what_does_nothing_is_told(reader: str, settings: dict[str, str], said: str) -> None:
+    assert of(settings, reader) == ("VPN_SENTINEL_" + said.format("VPN_SENTINEL_"),)
 
 
 @pytest.mark.parametrize("settings", NOTHING.values(), ids=NOTHING.keys())
 def test_what_does_something_is_not(settings: dict[str, str]) -> None:
-    assert of(settings, *SERVER, *AGENT, *GEO) == ()
+    assert of(settings, "server", "agent", "geo") == ()
 
 
-def test_the_table_names_settings() -> None:
-    rows = (*SERVER, *AGENT, *GEO)
-    assert {n for row in rows for n in (*row.names, *row.needs, row.beside) if n} <= _names_of_every_role()
+@pytest.mark.parametrize("reader", ["server", "agent", "geo"])
+def test_what_a_setting_needs_is_read_by_the_same_command(reader: str) -> None:
+    settings = settings_of(reader)
+    rows = [row for setting in settings for row in setting.idle]
+    assert {name for row in rows for name in (*row.needs, row.beside) if name} <= {s.name for s in settings}
 
 
 def test_a_server_says_so_and_starts(tmp_path: Path) -> None:

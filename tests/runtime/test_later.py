@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vpn_sentinel.runtime.settings import mode_later
+from vpn_sentinel.runtime.parsers import mode_later
 
 
 def test_what_may_still_come_is_waited_for(tmp_path: Path) -> None:

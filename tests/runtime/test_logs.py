@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from vpn_sentinel.runtime.logs import LineFormatter, open_log
-from vpn_sentinel.runtime.unusable import Unusable
+from vpn_sentinel.runtime.user_error import UserError
 
 
 @pytest.fixture
@@ -118,7 +118,7 @@ def test_a_quiet_log_leaves_what_is_wrong(capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_a_log_that_cannot_be_opened_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(Unusable, match="No such file"):
+    with pytest.raises(UserError, match="No such file"):
         open_log(file=str(tmp_path / "none" / "sentinel.log"))
 
 

@@ -9,9 +9,17 @@ from typing import Any
 
 import pytest
 
-from vpn_sentinel.runtime import settings as read
+from vpn_sentinel.runtime import parsers as read
+from vpn_sentinel.runtime import settings
 from vpn_sentinel.runtime.secret import Secret
-from vpn_sentinel.runtime.settings import SettingError, Source
+from vpn_sentinel.runtime.settings import Section, Setting, SettingError, Source
+from vpn_sentinel.wire.settings import TZ
+
+
+def named(
+    name: str, parse: Callable[[str], Any] = read.text, default: Any = None, old_names: tuple[str, ...] = ()
+) -> Setting[Any]:
+    return Section("", read_by=("agent",)).add(name, parse, default, "", old_names=old_names)
 
 
 def test_the_flag_wins_over_the_environment_and_that_over_the_file() -> None:
@@ -26,8 +34,8 @@ def test_an_empty_value_counts_as_not_set() -> None:
     file = {"interval": 3}
     assert Source(env={"VPN_SENTINEL_INTERVAL": ""}, file=file, flags={"INTERVAL": ""}).raw("INTERVAL") == "3"
     assert Source(env={"VPN_SENTINEL_INTERVAL": "  "}).raw("INTERVAL") is None
-    assert Source(env={}, file={"url": ""}).get("URL", read.url, None) is None
-    assert Source(env={}, file={"url": []}).get("URL", read.urls, ()) == ()
+    assert Source(env={}, file={"url": ""}).get(named("URL", read.url, None)) is None
+    assert Source(env={}, file={"url": []}).get(named("URL", read.urls, ())) == ()
 
 
 @pytest.mark.parametrize(
@@ -58,7 +66,7 @@ def test_quotes_around_a_value_of_the_environment_are_no_part_of_it(said: str, m
     assert Source(env={"TELEGRAM_BOT_TOKEN": said}).raw("TELEGRAM_BOT_TOKEN") == meant
     # Elsewhere they were taken away already, or are meant.
     assert Source(env={}, flags={"IT": said}).raw("IT") == said
-    assert Source(env={"TZ": said}).raw("TZ") == said.strip()
+    assert Source(env={"TZ": said}).get(TZ) == said.strip()
 
 
 def test_names_of_files_may_stand_in_quotes_and_what_they_hold_stays(tmp_path: Path) -> None:
@@ -124,7 +132,7 @@ def test_a_secret_of_two_lines_is_refused(tmp_path: Path) -> None:
     held = tmp_path / "key"
     held.write_text("hunter2\nhunter2\n")
     with pytest.raises(SettingError, match=r"^VPN_SENTINEL_X: takes one line of printable characters$"):
-        Source(env={"VPN_SENTINEL_X_FILE": str(held)}).get("X", read.secret, None)
+        Source(env={"VPN_SENTINEL_X_FILE": str(held)}).get(named("X", read.secret, None))
 
 
 def test_a_pipe_is_read_and_one_that_nobody_writes_into_is_told(
@@ -136,7 +144,7 @@ def test_a_pipe_is_read_and_one_that_nobody_writes_into_is_told(
     writing.start()
     assert source.raw("API_KEY") == "hunter2hunter2"
     writing.join()
-    monkeypatch.setattr(read, "_PIPE_WITHIN", 0.01)
+    monkeypatch.setattr(settings, "_PIPE_TIMEOUT_S", 0.01)
     with pytest.raises(SettingError, match=r"^VPN_SENTINEL_API_KEY_FILE: .* is a pipe that nobody writes into$"):
         source.raw("API_KEY")
 
@@ -147,9 +155,12 @@ def test_the_configuration_is_a_toml_file(tmp_path: Path) -> None:
     by_flag = Source.load({}, {"URL": None, "NAME": "nl"}, str(file))
     by_env = Source.load({"VPN_SENTINEL_CONFIG": str(file)}, {})
     for source in (by_flag, by_env):
-        assert source.get("INTERVAL", read.integer(1, 9), 0) == 5
-        assert source.get("HOME_NETWORKS", read.networks, ()) == (ip_network("10.0.0.0/8"), ip_network("fd00::/8"))
-        assert source.unread() == []
+        assert source.get(named("INTERVAL", read.integer(1, 9), 0)) == 5
+        assert source.get(named("HOME_NETWORKS", read.networks, ())) == (
+            ip_network("10.0.0.0/8"),
+            ip_network("fd00::/8"),
+        )
+        assert source.unknown([named("INTERVAL"), named("HOME_NETWORKS")]) == []
     assert by_flag.flags == {"NAME": "nl"}
     assert Source.load({}, {}).file == {}
 
@@ -159,8 +170,8 @@ def test_names_in_the_file_are_taken_in_any_case(tmp_path: Path) -> None:
     file.write_text('HOME_NETWORKS = ["198.51.100.7"]\nTelegram_Chat_ID = "5"\nINTERVALL = 1\ntz = "Asia/Tokyo"\n')
     source = Source.load({}, {}, str(file))
     assert (source.raw("HOME_NETWORKS"), source.raw("TELEGRAM_CHAT_ID")) == ("198.51.100.7", "5")
-    source.raw("TZ")
-    assert source.unread() == ["intervall", "tz"]
+    known = [named("HOME_NETWORKS"), named("TELEGRAM_CHAT_ID"), TZ]
+    assert source.unknown(known) == ["intervall", "tz"]
 
 
 @pytest.mark.parametrize(
@@ -185,7 +196,7 @@ def test_a_configuration_that_cannot_be_read_names_itself(tmp_path: Path, conten
     assert "\n" not in str(refused.value)
 
 
-def test_what_nobody_asked_for_is_told() -> None:
+def test_names_that_nobody_declares_are_told() -> None:
     env = {
         "VPN_SENTINEL_INTERVAL": "1",
         "VPN_SENTINEL_INTERVALL": "1",
@@ -196,13 +207,27 @@ def test_what_nobody_asked_for_is_told() -> None:
         "TELEGRAM_CHAT_ID": "7",
     }
     source = Source(env={**env, "VPN_SENTINEL_API_KEY": "k"}, file={"interval": 1, "intervall": 1, "server": {}})
-    for name in ("INTERVAL", "API_KEY", "TELEGRAM_CHAT_ID"):
-        source.raw(name)
-    assert source.unread() == ["VPN_SENTINEL_INTERVALL", "VPN_SENTINEL_TELEGRAM_CHAT_ID", "intervall", "server"]
+    known = [named("INTERVAL"), named("API_KEY"), named("TELEGRAM_CHAT_ID")]
+    assert source.unknown(known) == ["VPN_SENTINEL_INTERVALL", "VPN_SENTINEL_TELEGRAM_CHAT_ID", "intervall", "server"]
+
+
+def test_an_old_name_is_taken_and_the_new_one_wins() -> None:
+    setting = named("INTERVAL", read.integer(1, 9), 0, old_names=("PERIOD",))
+    old = {"VPN_SENTINEL_PERIOD": "2"}
+    assert Source(env=old).get(setting) == 2
+    assert Source(env={}, file={"period": 3}).get(setting) == 3
+    assert Source(env={**old, "VPN_SENTINEL_INTERVAL": "1"}).get(setting) == 1
+    assert Source(env=old).unknown([setting]) == []
+
+
+def test_an_old_name_that_cannot_be_used_is_named_beside_the_new_one_too() -> None:
+    setting = named("INTERVAL", read.integer(1, 9), 0, old_names=("PERIOD",))
+    with pytest.raises(SettingError, match=r"^VPN_SENTINEL_PERIOD: "):
+        Source(env={"VPN_SENTINEL_PERIOD": "x", "VPN_SENTINEL_INTERVAL": "1"}).get(setting)
 
 
 def test_the_default_stands_where_nobody_says() -> None:
-    assert Source(env={}).get("INTERVAL", read.number(1, 9), 30.0) == 30.0
+    assert Source(env={}).get(named("INTERVAL", read.number(1, 9), 30.0)) == 30.0
 
 
 GOOD: list[tuple[Callable[[str], Any], str, Any]] = [
@@ -216,6 +241,11 @@ GOOD: list[tuple[Callable[[str], Any], str, Any]] = [
     (read.boolean, "no", False),
     (read.number(0.5, 2), "0.5", 0.5),
     (read.number(0.5, 2), "2", 2.0),
+    (read.share, "0.05", 0.05),
+    (read.share, "5%", 0.05),
+    (read.share, "5 %", 0.05),
+    (read.share, "1", 1.0),
+    (read.share, "0%", 0.0),
     (read.integer(1, 10), "1", 1),
     (read.integer(1, 10), " 10 ", 10),
     (read.port, "65535", 65535),
@@ -246,7 +276,7 @@ GOOD: list[tuple[Callable[[str], Any], str, Any]] = [
 
 @pytest.mark.parametrize(("parse", "text", "value"), GOOD)
 def test_a_value_that_is_taken(parse: Callable[[str], Any], text: str, value: Any) -> None:
-    assert Source(env={"VPN_SENTINEL_IT": text}).get("IT", parse, value) == value
+    assert Source(env={"VPN_SENTINEL_IT": text}).get(named("IT", parse, value)) == value
     assert parse(text) == value
 
 
@@ -257,6 +287,10 @@ BAD: list[tuple[Callable[[str], Any], str, str]] = [
     (read.number(0.5, 2), "nan", "is not a number"),
     (read.number(0.5, 2), "inf", "is not a number"),
     (read.number(0.5, 2), "two", "is not a number"),
+    (read.share, "20", "is not a share from 0 to 1, nor a percentage such as 5%"),
+    (read.share, "101%", "is not a share"),
+    (read.share, "%", "is not a share"),
+    (read.share, "nan", "is not a share"),
     (read.integer(1, 10), "0", "is not a whole number from 1 to 10"),
     (read.integer(1, 10), "11", "is not a whole number"),
     (read.integer(1, 10), "1.0", "is not a whole number"),
@@ -314,7 +348,7 @@ BAD: list[tuple[Callable[[str], Any], str, str]] = [
 @pytest.mark.parametrize(("parse", "text", "problem"), BAD)
 def test_a_value_that_is_refused_by_the_name_of_its_key(parse: Callable[[str], Any], text: str, problem: str) -> None:
     with pytest.raises(SettingError) as refused:
-        Source(env={"VPN_SENTINEL_IT": text}).get("IT", parse, None)
+        Source(env={"VPN_SENTINEL_IT": text}).get(named("IT", parse, None))
     assert str(refused.value).startswith("VPN_SENTINEL_IT: ")
     assert problem in str(refused.value)
     # It does start so: what is wrong with it is something else.
@@ -325,12 +359,12 @@ def test_a_value_that_is_refused_by_the_name_of_its_key(parse: Callable[[str], A
 
 def test_a_key_without_the_prefix_is_named_as_it_is() -> None:
     with pytest.raises(SettingError, match=r"^TELEGRAM_CHAT_ID: "):
-        Source(env={"TELEGRAM_CHAT_ID": "x"}).get("TELEGRAM_CHAT_ID", read.integer(1, 2), 1)
+        Source(env={"TELEGRAM_CHAT_ID": "x"}).get(named("TELEGRAM_CHAT_ID", read.integer(1, 2), 1))
 
 
 def test_an_address_with_a_password_is_not_repeated() -> None:
     with pytest.raises(SettingError) as refused:
-        Source(env={"VPN_SENTINEL_URL": "http://user:hunter2@a:99999"}).get("URL", read.url, None)
+        Source(env={"VPN_SENTINEL_URL": "http://user:hunter2@a:99999"}).get(named("URL", read.url, None))
     assert "hunter2" not in str(refused.value)
 
 
@@ -342,19 +376,19 @@ def test_a_file_that_can_be_read(tmp_path: Path) -> None:
 
 def test_the_place_for_state_is_the_systems_or_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.geteuid", lambda: 0)
-    assert read.default_data_dir() == "/var/lib/vpn-sentinel"
+    assert settings.default_data_dir() == "/var/lib/vpn-sentinel"
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     monkeypatch.setenv("HOME", "/home/ann")
-    assert read.default_data_dir() == "/home/ann/.local/state/vpn-sentinel"
+    assert settings.default_data_dir() == "/home/ann/.local/state/vpn-sentinel"
 
 
 def test_the_environment_is_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VPN_SENTINEL_IT", "here")
-    assert Source(env=read.environment()).raw("IT") == "here"
+    assert Source(env=settings.environment()).raw("IT") == "here"
 
 
 def test_a_secret_setting_is_kept_as_one() -> None:
-    found = Source(env={"VPN_SENTINEL_API_KEY": "hunter2"}).get("API_KEY", read.secret, None)
+    found = Source(env={"VPN_SENTINEL_API_KEY": "hunter2"}).get(named("API_KEY", read.secret, None))
     assert found == Secret("hunter2")
 
 
@@ -363,4 +397,4 @@ def test_a_user_without_a_home_has_no_traceback(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr("os.geteuid", lambda: 12345)
     monkeypatch.setattr("os.getuid", lambda: 12345)
-    assert read.default_data_dir() == read.HOMELESS
+    assert settings.default_data_dir() == settings.HOMELESS

@@ -9,7 +9,8 @@ from vpn_sentinel.domain.machine import Memory, advance
 from vpn_sentinel.domain.observation import Answer, Canary, Link, Observation, Path, Probe, Quality, Trigger
 from vpn_sentinel.domain.policy import Policy
 from vpn_sentinel.domain.verdict import State
-from vpn_sentinel.server.tracking.evaluation import began, is_measured, lasts
+from vpn_sentinel.server.tracking.evaluation import Evaluator, began, is_measured, lasts
+from vpn_sentinel.server.tracking.sites import Sites
 
 POLICY = Policy()
 THROUGH = Canary(probe=Probe.DEFAULT, target="echo", family=4, answer=Answer.ANSWERED, path=Path.TUNNEL)
@@ -44,3 +45,14 @@ def test_what_a_second_round_still_sees_at_its_end_has_lasted_so_long(quality: Q
             memory, verdict, at, POLICY, began=since, measured=is_measured(verdict), lasted=lasts(seen, verdict)
         )
         assert memory.state is state, at + took
+
+
+@pytest.mark.parametrize(
+    ("agent", "server", "limit"), [(0.05, 0.4, 0.05), (Policy.max_loss, 0.4, 0.4), (0.4, Policy.max_loss, 0.4)]
+)
+def test_the_agents_limit_counts_unless_it_is_the_default(agent: float, server: float, limit: float) -> None:
+    # `5000 *` makes of the default of one the default of the other.
+    rules = Evaluator(Policy(max_loss=server, max_rtt_ms=5000 * server), Sites().view()).effective_policy(
+        Policy(max_loss=agent, max_rtt_ms=5000 * agent)
+    )
+    assert (rules.max_loss, rules.max_rtt_ms) == (limit, 5000 * limit)

@@ -6,28 +6,37 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from vpn_sentinel.agent.geo.store import FOLDER
-from vpn_sentinel.agent.introspect.settings import IntrospectSettings
+from vpn_sentinel.agent.introspect.settings import WITNESSES, IntrospectSettings
 from vpn_sentinel.agent.leakwatch.meant import Meant, parse_meant
 from vpn_sentinel.agent.net.endpoints import Endpoint, parse_endpoint
 from vpn_sentinel.agent.net.urls import address_in, is_insecure
 from vpn_sentinel.agent.probes.trace import TRACE_URL
-from vpn_sentinel.agent.remedies.settings import ReactionSettings
+from vpn_sentinel.agent.remedies.settings import REACTIONS, ReactionSettings
+from vpn_sentinel.agent.role import NOT_FOR_REFERENCE, REFERENCE, TUNNEL
 from vpn_sentinel.domain.policy import Policy
 from vpn_sentinel.domain.tunnel import site_name, tunnel_name
-from vpn_sentinel.runtime import settings as s
+from vpn_sentinel.runtime import parsers as p
 from vpn_sentinel.runtime.secret import Secret
-from vpn_sentinel.runtime.settings import SettingError, Source
+from vpn_sentinel.runtime.settings import Section, SettingError, Source, fill, of
+from vpn_sentinel.wire.settings import (
+    API_PATH,
+    DEBUG,
+    EVERYWHERE,
+    LOG_FILE,
+    POLICY,
+    read_data_dir,
+    read_policy,
+)
 
-_NONE: Final[tuple[str, ...]] = ()
 # How an entry begins, in any case; names behind it keep theirs.
-_KEYWORDS: Final = re.compile(
+GEO_FOLDER: Final = "geo"  # below DATA_DIR
+_MEANT_KEYWORDS: Final = re.compile(
     r"(?:^|;)\s*(?:published|port|only\s+user|user|interface)(?=\s)", re.IGNORECASE | re.MULTILINE
 )
 _NO_ENDPOINTS: Final[tuple[Endpoint, ...]] = ()
-_SERVICES: Final = ("auto", "ipinfo.io", "ip-api.com", "ipwho.is")
+_GEO_SERVICES: Final = ("auto", "ipinfo.io", "ip-api.com", "ipwho.is")
 # The same services as people and the replaced agent write them.
-_SPELLINGS: Final = {
+_GEO_SPELLINGS: Final = {
     "ipinfo": "ipinfo.io",
     "ipapi": "ip-api.com",
     "ip-api": "ip-api.com",
@@ -39,122 +48,6 @@ _SPELLINGS: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProbeSettings:
-    """What one round needs; `check` reads no more than this. `timeout` is seconds for one HTTP request."""
-
-    geolocation_service: str
-    ipinfo_url: str
-    ipapi_url: str
-    ipwhois_url: str
-    trace_url: str
-    ca_file: str | None
-    databases: tuple[str, ...]
-    geo_folder: Path
-    tunnel_interface: str | None
-    tunnel_endpoints: tuple[Endpoint, ...]
-    leak_watch: bool
-    meant_outside: Meant
-    timeout: float
-    policy: Policy
-
-    @classmethod
-    def read(cls, source: Source) -> "ProbeSettings":
-        """Raises SettingError naming the setting that cannot be used."""
-        ca = source.get("CA_FILE", s.authorities, None)
-        replaced_ca = source.get("TLS_CERT_PATH", s.authorities, None)
-        base = Policy()
-        return cls(
-            geolocation_service=source.get("GEOLOCATION_SERVICE", _service, "auto"),
-            ipinfo_url=source.get("IPINFO_URL", s.url, "https://ipinfo.io"),
-            ipapi_url=source.get("IPAPI_URL", s.url, "http://ip-api.com"),
-            ipwhois_url=source.get("IPWHOIS_URL", s.url, "https://ipwho.is"),
-            trace_url=source.get("TRACE_URL", s.url, TRACE_URL),
-            ca_file=str(ca or replaced_ca) if ca or replaced_ca else None,
-            databases=source.get("GEO_DB", _files, _NONE),
-            geo_folder=source.get("DATA_DIR", Path, Path(s.default_data_dir())) / FOLDER,
-            tunnel_interface=source.get("TUNNEL_INTERFACE", _interface, None),
-            tunnel_endpoints=source.get("TUNNEL_ENDPOINTS", _endpoints, _NO_ENDPOINTS),
-            leak_watch=source.get("LEAK_WATCH", s.boolean, True),
-            meant_outside=source.get("MEANT_OUTSIDE", _meant, Meant()),
-            timeout=source.get("TIMEOUT", s.number(1, 300, "seconds"), 10.0),
-            policy=Policy(
-                home_networks=source.get("HOME_NETWORKS", s.home_networks, base.home_networks),
-                expected_countries=source.get("EXPECTED_COUNTRIES", s.countries, base.expected_countries),
-                allowed_resolvers=source.get("ALLOWED_RESOLVERS", s.networks, base.allowed_resolvers),
-                allowed_outside=source.get("ALLOWED_OUTSIDE", s.networks, base.allowed_outside),
-            ),
-        )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AgentSettings:
-    """`urls`: the first is preferred. `interval` and `pulse` are seconds. `health_port` is on `health_host`.
-
-    `role` is "tunnel" or "reference", `site` where it runs, "" for none.
-    """
-
-    urls: tuple[str, ...]
-    api_path: str
-    api_key: Secret
-    client_id: str
-    role: str
-    site: str
-    interval: float
-    pulse: float
-    allow_insecure: bool
-    debug: bool
-    log_file: str | None
-    health_host: str
-    health_port: int
-    data_dir: Path
-    reactions: ReactionSettings
-    probes: ProbeSettings
-    introspect: IntrospectSettings
-
-    @classmethod
-    def read(cls, source: Source, *, hostname: str | None = None) -> "AgentSettings":
-        """Raises SettingError naming the setting that cannot be used, or that is missing."""
-        urls = source.get("URL", s.urls, _NONE)
-        if not urls:
-            raise SettingError("VPN_SENTINEL_URL", "is not set: the server's address, e.g. https://sentinel.example")
-        api_path = source.get("API_PATH", s.path, "/api/v1")
-        urls = tuple(url.removesuffix(api_path) for url in urls)  # as people copy it from the API's documents
-        api_key = source.get("API_KEY", s.secret, Secret(""))
-        if not api_key.reveal().isascii() or not api_key.reveal().isprintable():
-            raise SettingError("VPN_SENTINEL_API_KEY", "takes printable ASCII characters")
-        allow_insecure = source.get("ALLOW_INSECURE", s.boolean, False)
-        for url in urls:
-            if not allow_insecure and is_insecure(url):
-                raise SettingError(
-                    "VPN_SENTINEL_URL",
-                    f"{url} would carry the key in clear; use https, or VPN_SENTINEL_ALLOW_INSECURE=true if you must",
-                )
-        role = source.get("ROLE", s.one_of("tunnel", "reference"), "tunnel")
-        site = source.get("SITE", site_name, "")
-        if role == "reference" and not site:
-            raise SettingError("VPN_SENTINEL_SITE", "is not set: a reference agent names the site that it stands for")
-        return cls(
-            urls=urls,
-            api_path=api_path,
-            api_key=api_key,
-            client_id=source.get("CLIENT_ID", tunnel_name, valid_name(hostname or socket.gethostname())),
-            role=role,
-            site=site,
-            interval=source.get("INTERVAL", s.number(1, 3600, "seconds"), 30.0),
-            pulse=source.get("PULSE_SECONDS", s.number(0.2, 3600, "seconds"), 1.0),
-            allow_insecure=allow_insecure,
-            debug=source.get("DEBUG", s.boolean, False),
-            log_file=source.get("LOG_FILE", s.text, None),
-            health_host=source.get("HEALTH_HOST", _own_address, "127.0.0.1"),
-            health_port=source.get("HEALTH_PORT", s.port, 8082),
-            data_dir=source.get("DATA_DIR", Path, Path(s.default_data_dir())),
-            reactions=ReactionSettings.read(source),
-            probes=ProbeSettings.read(source),
-            introspect=IntrospectSettings.read(source, insecure=lambda url: not allow_insecure and is_insecure(url)),
-        )
-
-
 def valid_name(hostname: str) -> str:
     """The nearest valid tunnel name to a host's name."""
     kept = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in hostname)[:64].lstrip("._-")
@@ -163,14 +56,14 @@ def valid_name(hostname: str) -> str:
 
 def _service(value: str) -> str:
     name = value.strip().lower().removeprefix("https://").removeprefix("http://").removeprefix("www.").rstrip("/")
-    return s.one_of(*_SERVICES)(_SPELLINGS.get(name, name))
+    return p.one_of(*_GEO_SERVICES)(_GEO_SPELLINGS.get(name, name))
 
 
 def _own_address(value: str) -> str:
     """An address to listen on. A name is not looked up: who answers may be at the other end of the tunnel."""
     if value.lower() == "localhost":
         return "127.0.0.1"
-    address = address_in(s.listening_host(value))
+    address = address_in(p.listening_host(value))
     if address is None:
         msg = f"{value!r} is neither an address nor localhost"
         raise ValueError(msg)
@@ -178,7 +71,7 @@ def _own_address(value: str) -> str:
 
 
 def _meant(value: str) -> Meant:
-    return parse_meant(_KEYWORDS.sub(lambda found: found[0].lower(), value))
+    return parse_meant(_MEANT_KEYWORDS.sub(lambda found: found[0].lower(), value))
 
 
 def _interface(value: str) -> str:
@@ -193,8 +86,216 @@ def _interface(value: str) -> str:
 
 
 def _endpoints(value: str) -> tuple[Endpoint, ...]:
-    return tuple(parse_endpoint(part) for part in s.listed(value))
+    return tuple(parse_endpoint(part) for part in p.listed(value))
 
 
 def _files(value: str) -> tuple[str, ...]:
-    return tuple(str(s.readable_file(part)) for part in s.words(value))
+    return tuple(str(p.readable_file(part)) for part in p.words(value))
+
+
+AGENT: Final = Section("Agent", read_by=("agent",))
+URL: Final = AGENT.add(
+    "URL",
+    p.urls,
+    p.NO_TEXTS,
+    "the server's address, such as `https://sentinel.example:5000`, with or without the API's path "
+    "(`VPN_SENTINEL_API_PATH`). Several, separated by commas: the first is preferred, the others are second ways",
+    default_text="needed",
+    stand_in="http://127.0.0.1:9",  # port 9, discard
+)
+CLIENT_ID: Final = AGENT.add(
+    "CLIENT_ID",
+    tunnel_name,
+    None,
+    "the tunnel's name: letters, digits, `.`, `_`, `-`, at most 100",
+    default_text="the host's name",
+)
+ROLE: Final = AGENT.add(
+    "ROLE",
+    p.one_of(TUNNEL, REFERENCE),
+    TUNNEL,
+    "`reference`: this agent runs beside the tunnels of its site, and stands for the home connection",
+)
+SITE: Final = AGENT.add(
+    "SITE",
+    site_name,
+    "",
+    "where this runs; agents of one home share it. A reference agent needs it: what it says counts for all tunnels "
+    "there, so it takes a shared key, or a token whose name is the site's",
+    stand_in="unnamed",
+)
+ALLOW_INSECURE: Final = AGENT.add(
+    "ALLOW_INSECURE",
+    p.boolean,
+    False,
+    "true sends the key over plain HTTP to public addresses too",
+    read_by=("agent", "geo"),
+)
+
+_ROUNDS: Final = ("agent", "check")
+TUNNEL_SECTION: Final = Section("The tunnel, and what may leave beside it", read_by=_ROUNDS)
+
+PLACES: Final = Section("Certificates, places and outside services", read_by=_ROUNDS)
+CA_FILE: Final = PLACES.add(
+    "CA_FILE",
+    p.authorities,
+    None,
+    "further certificate authorities, PEM, beside the system's",
+    read_by=("agent", "check", "geo"),
+    old_names=("TLS_CERT_PATH",),
+)
+GEO_DB: Final = PLACES.add(
+    "GEO_DB",
+    _files,
+    p.NO_TEXTS,
+    "database files in MaxMind's format (`.mmdb`), asked before any service; a replaced file is taken within a minute",
+    default_text="what `geo update` installed",
+    read_by=("agent", "check", "geo"),
+)
+
+# All that an agent reads, `check` too.
+SECTIONS: Final = (AGENT, TUNNEL_SECTION, POLICY, WITNESSES, PLACES, REACTIONS, EVERYWHERE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeSettings:
+    """What one round needs; `check` reads no more than this. `timeout` is seconds for one HTTP request."""
+
+    tunnel_interface: str | None = TUNNEL_SECTION.field(
+        "TUNNEL_INTERFACE",
+        _interface,
+        None,
+        "the tunnel's interface, one name: another tunnel takes an agent of its own. Where nothing else shows that it "
+        "is one, `tunnel_unseen` says that the verdict rests on this word. Where it names the way out beneath a tunnel "
+        "that is seen here, that tunnel is watched, and log, `check` and `doctor` say so",
+        default_text="found",
+        idle=(NOT_FOR_REFERENCE,),
+    )
+    tunnel_endpoints: tuple[Endpoint, ...] = TUNNEL_SECTION.field(
+        "TUNNEL_ENDPOINTS",
+        _endpoints,
+        _NO_ENDPOINTS,
+        "the VPN servers to which the tunnel's own packets go: `ADDRESS:PORT/udp` or `/tcp`, `[IPV6]:PORT/udp`. Needed "
+        "where nothing else tells them: no WireGuard, no rule with a mark, no route to the server, no management "
+        "socket",
+        default_text="found",
+        idle=(NOT_FOR_REFERENCE,),
+    )
+    meant_outside: Meant = TUNNEL_SECTION.field(
+        "MEANT_OUTSIDE",
+        _meant,
+        Meant(),
+        "what is meant to leave beside the tunnel, in words, separated by `;`: `published 8000/tcp` (answers of a port "
+        "here to visitors; a range is `6881-6889/udp`), `port 123/udp` (what goes to that port of anybody), `user "
+        "backup` (what that user's programs send, by name or number), `only user debian-transmission` (the tunnel is "
+        "for that user alone), `interface eth1` (that way out is not watched). Example: `published 8000/tcp; user "
+        "backup`. Answers to visitors are known without it in most cases; not those of a session with a container that "
+        "began before the agent, when the published port is 32768 or higher, or the visitor's port is lower than that "
+        "(and the published one is 1024 or higher); networks go into `VPN_SENTINEL_ALLOWED_OUTSIDE`",
+        default_text="none",
+        idle=(NOT_FOR_REFERENCE,),
+    )
+    leak_watch: bool = TUNNEL_SECTION.field(
+        "LEAK_WATCH",
+        p.boolean,
+        True,
+        "`false` turns the leak watch off: no packet is looked at. Routes and canaries are watched all the same",
+    )
+    policy: Policy
+    ca_file: str | None
+    geo_folder: Path
+    databases: tuple[str, ...] = of(GEO_DB)
+    geolocation_service: str = PLACES.field(
+        "GEOLOCATION_SERVICE",
+        _service,
+        "auto",
+        "`auto`, `ipinfo.io`, `ip-api.com` or `ipwho.is`; also as `ipinfo`, `ip-api`, `ipwhois.app` …",
+    )
+    ipinfo_url: str = PLACES.field("IPINFO_URL", p.url, "https://ipinfo.io", "base address")
+    ipapi_url: str = PLACES.field(
+        "IPAPI_URL", p.url, "http://ip-api.com", "base address; its free service takes no HTTPS"
+    )
+    ipwhois_url: str = PLACES.field("IPWHOIS_URL", p.url, "https://ipwho.is", "base address")
+    trace_url: str = PLACES.field("TRACE_URL", p.url, TRACE_URL, "base address of Cloudflare's trace")
+    timeout: float = PLACES.field(
+        "TIMEOUT",
+        p.number(1, 300, "seconds"),
+        10.0,
+        "seconds for a geolocation service; more than 5 (`check`: 4) counts as that",
+    )
+
+    @classmethod
+    def read(cls, source: Source) -> "ProbeSettings":
+        """Raises SettingError naming the setting that cannot be used."""
+        ca = source.get(CA_FILE)
+        return fill(
+            cls,
+            source,
+            ca_file=None if ca is None else str(ca),
+            geo_folder=read_data_dir(source) / GEO_FOLDER,
+            policy=read_policy(source, "agent"),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AgentSettings:
+    """`urls`: the first is preferred. `interval` and `pulse` are seconds. `health_port` is on `health_host`.
+
+    `role` is "tunnel" or "reference", `site` where it runs, "" for none.
+    """
+
+    urls: tuple[str, ...]
+    api_path: str = of(API_PATH)
+    api_key: Secret = AGENT.field(
+        "API_KEY", p.header, Secret(""), "a token of `token create NAME`, or a shared key", default_text="needed"
+    )
+    client_id: str
+    role: str = of(ROLE)
+    site: str = of(SITE)
+    allow_insecure: bool = of(ALLOW_INSECURE)
+    interval: float = AGENT.field(
+        "INTERVAL", p.number(1, 3600, "seconds"), 30.0, "seconds between full rounds, 1 to 3600"
+    )
+    pulse: float = AGENT.field(
+        "PULSE_SECONDS",
+        p.number(0.2, 3600, "seconds"),
+        1.0,
+        "seconds between two pulses to our own server, of 92 bytes each, and as many come back; to a public service, "
+        "where those do not reach it, 5 at least",
+    )
+    health_host: str = AGENT.field(
+        "HEALTH_HOST", _own_address, "127.0.0.1", "address of the agent's own health, or `localhost`"
+    )
+    health_port: int = AGENT.field("HEALTH_PORT", p.port, 8082, "the port of the agent's own health")
+    data_dir: Path
+    reactions: ReactionSettings
+    probes: ProbeSettings
+    introspect: IntrospectSettings
+    debug: bool = of(DEBUG)
+    log_file: str | None = of(LOG_FILE)
+
+    @classmethod
+    def read(cls, source: Source, *, hostname: str | None = None) -> "AgentSettings":
+        """Raises SettingError naming the setting that cannot be used, or that is missing."""
+        urls = source.get(URL)
+        if not urls:
+            raise SettingError(URL.key, "is not set: the server's address, e.g. https://sentinel.example")
+        api_path = source.get(API_PATH)
+        urls = tuple(url.removesuffix(api_path) for url in urls)  # as people copy it from the API's documents
+        allow_insecure = source.get(ALLOW_INSECURE)
+        for url in urls:
+            if not allow_insecure and is_insecure(url):
+                problem = f"{url} would carry the key in clear; use https, or {ALLOW_INSECURE.key}=true if you must"
+                raise SettingError(URL.key, problem)
+        if source.get(ROLE) == REFERENCE and not source.get(SITE):
+            raise SettingError(SITE.key, "is not set: a reference agent names the site that it stands for")
+        return fill(
+            cls,
+            source,
+            urls=urls,
+            client_id=source.get(CLIENT_ID) or valid_name(hostname or socket.gethostname()),
+            data_dir=read_data_dir(source),
+            reactions=ReactionSettings.read(source),
+            probes=ProbeSettings.read(source),
+            introspect=IntrospectSettings.read(source, insecure=lambda url: not allow_insecure and is_insecure(url)),
+        )

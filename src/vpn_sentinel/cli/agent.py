@@ -4,10 +4,9 @@ import argparse
 from typing import Any
 
 from vpn_sentinel.cli.process import run_until_stopped
-from vpn_sentinel.cli.reading import add_config, source_of, warn_idle, warn_unread
+from vpn_sentinel.cli.reading import add_config, source_of, warn_idle, warn_unknown
 from vpn_sentinel.runtime import logs
 from vpn_sentinel.runtime.clock import SystemClock
-from vpn_sentinel.runtime.idle import AGENT
 
 
 def add(commands: Any) -> None:
@@ -24,12 +23,13 @@ def add(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from vpn_sentinel.agent import app, reference
+    from vpn_sentinel.agent.role import REFERENCE
     from vpn_sentinel.agent.settings import AgentSettings
 
     source = source_of(args)
     settings = AgentSettings.read(source)
-    warn_unread(source)
-    warn_idle(source, *AGENT)
+    warn_unknown(source, "agent")
+    warn_idle(source, "agent")
     logs.open_log(debug=settings.debug, file=settings.log_file)
-    work = reference.run if settings.role == "reference" else app.run
+    work = reference.run if settings.role == REFERENCE else app.run
     return run_until_stopped(lambda stop: work(settings, SystemClock(), stop), fast=False)

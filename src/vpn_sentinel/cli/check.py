@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from vpn_sentinel.cli.reading import add_config, source_of, warn_unread
+from vpn_sentinel.cli.reading import add_config, source_of, warn_unknown
 from vpn_sentinel.cli.terminal import of_stdout
 from vpn_sentinel.domain.judge import agreed_country, packets_unseen
 from vpn_sentinel.domain.observation import Answer, Canary, Observation, Place, Probe
@@ -16,9 +16,9 @@ from vpn_sentinel.domain.policy import IPAddress, Policy
 from vpn_sentinel.domain.routes import each_spoken
 from vpn_sentinel.domain.verdict import Severity, State, Verdict
 from vpn_sentinel.runtime import logs
-from vpn_sentinel.runtime import settings as read
+from vpn_sentinel.runtime import parsers as read
 from vpn_sentinel.runtime.clock import SystemClock
-from vpn_sentinel.runtime.settings import SettingError
+from vpn_sentinel.runtime.settings import SettingError, from_toml
 
 if TYPE_CHECKING:
     from vpn_sentinel.agent.once import Looked
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         settings = ProbeSettings.read(source)
         policy = _policy(settings.policy, args)
         server = _flag("--server", read.url, args.server) if args.server else None
-        warn_unread(source)
+        warn_unknown(source, "check")
         logs.open_log(quiet=True)
         looked = asyncio.run(look_once(settings, policy, SystemClock(), server=server))
     except SettingError as e:
@@ -112,7 +112,7 @@ def _policy(base: Policy, args: argparse.Namespace) -> Policy:
 
 
 def _policy_file(path: str) -> dict[str, str]:
-    said = read.from_toml(path, f"--policy {path}")
+    said = from_toml(path, f"--policy {path}")
     allowed = {"home_networks", "expected_countries", "allowed_resolvers", "allowed_outside"}
     if unknown := sorted(said.keys() - allowed):
         raise SettingError(f"--policy {path}", f"{unknown[0]!r} is not one of {', '.join(sorted(allowed))}")

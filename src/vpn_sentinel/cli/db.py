@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from vpn_sentinel.cli.reading import server_settings
 from vpn_sentinel.cli.storing import add_database, with_store
 from vpn_sentinel.runtime.clock import SystemClock
-from vpn_sentinel.runtime.unusable import Unusable
+from vpn_sentinel.runtime.user_error import UserError
 
 if TYPE_CHECKING:
     from vpn_sentinel.server.settings import ServerSettings
@@ -46,7 +46,7 @@ def _migrate(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    """Raises Unusable for a damaged database; status 1 too where something was lost that nobody was told of yet."""
+    """Raises UserError for a damaged database; status 1 too where something was lost that nobody was told of yet."""
     from sqlalchemy import func, select
 
     from vpn_sentinel.server.store import backup
@@ -58,7 +58,7 @@ def _check(args: argparse.Namespace) -> int:
         if isinstance(store, SqliteStore) and (wrong := await store.beside(backup.problem)):
             file, folder = settings.database_file, settings.backup_folder
             todo = f"; {backup.remedy(folder)}" if folder else ""
-            raise Unusable(f"database {file} is damaged: {wrong}{todo}")
+            raise UserError(f"database {file} is damaged: {wrong}{todo}")
         counts = {}
         for table in (tunnels, observations, incidents, outbox):
             counts[table.name] = int((await store.read(select(func.count()).select_from(table)))[0][0])
@@ -94,14 +94,14 @@ def _restore(args: argparse.Namespace) -> int:
     file, folder = _places(server_settings(args))
     chosen = args.file or next((b.path for b in backup.backups(folder)), None)
     if chosen is None:
-        raise Unusable(f"{folder} holds no backup")
+        raise UserError(f"{folder} holds no backup")
     aside = backup.restore(file, chosen)
     print(f"{file} is {chosen} now" + (f"; what it was is kept as {aside}" if aside else ""))
     return 0
 
 
 def _places(settings: "ServerSettings") -> tuple[Path, Path]:
-    """The database's file, and the folder of its copies. Raises Unusable for PostgreSQL."""
+    """The database's file, and the folder of its copies. Raises UserError for PostgreSQL."""
     if settings.database_file is None or settings.backup_folder is None:
-        raise Unusable("backups of a PostgreSQL database are made and put back by its own tools (pg_dump, pg_restore)")
+        raise UserError("backups of a PostgreSQL database are made and put back by its own tools (pg_dump, pg_restore)")
     return settings.database_file, settings.backup_folder

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from vpn_sentinel.cli.reading import add_config, source_of, unread
+from vpn_sentinel.cli.reading import add_config, source_of, unknown
 from vpn_sentinel.cli.terminal import of_stdout
 from vpn_sentinel.runtime.clock import SystemClock
 from vpn_sentinel.runtime.settings import SettingError, Source, environment
@@ -47,8 +47,7 @@ def run(args: argparse.Namespace) -> int:
     except SettingError as e:  # the file as a whole; the rest can still be looked at
         source, troubles = Source(env=environment()), (str(e),)
     read = read_all(source)
-    misspelt = tuple(f"{name}: no such setting; is it misspelt?" for name in unread(source))
-    read = replace(read, troubles=(*troubles, *read.troubles, *misspelt))
+    read = replace(read, troubles=(*troubles, *read.troubles, *unknown(source, "agent", "geo")))
     logging.getLogger().addHandler(logging.NullHandler())  # what would be logged has a line of its own here
     found = asyncio.run(examine(read, SystemClock()))
     if args.json:

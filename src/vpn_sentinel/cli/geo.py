@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vpn_sentinel.cli.reading import add_config, source_of, warn_idle, warn_unread
+from vpn_sentinel.cli.reading import add_config, source_of, warn_idle, warn_unknown
 from vpn_sentinel.cli.showing import local_time, printable, table
 from vpn_sentinel.runtime.clock import SystemClock
-from vpn_sentinel.runtime.idle import GEO
 from vpn_sentinel.runtime.settings import PREFIX, SettingError
 
 if TYPE_CHECKING:
@@ -84,8 +83,8 @@ def _settings(args: argparse.Namespace) -> "GeoSettings":
 
     source = source_of(args)
     settings = GeoSettings.read(source)
-    warn_unread(source)
-    warn_idle(source, *GEO)
+    warn_unknown(source, "geo")
+    warn_idle(source, "geo")
     return settings
 
 

@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import Final
 
 from vpn_sentinel import __version__
-from vpn_sentinel.runtime.unusable import Unusable
+from vpn_sentinel.runtime.user_error import UserError
 
 USAGE: Final = 64  # EX_USAGE of sysexits(3)
 FAILED: Final = 1
@@ -100,7 +100,7 @@ def _main(words: list[str]) -> int:
             raise
         print(f"vpn-sentinel: {args.command} needs the server's packages ({e.name} is missing)", file=sys.stderr)
         return FAILED
-    except Unusable as e:
+    except UserError as e:
         print(f"vpn-sentinel: {e}", file=sys.stderr)
         return FAILED
 

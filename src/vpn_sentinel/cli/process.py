@@ -8,13 +8,13 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from vpn_sentinel.runtime.clock import SystemClock
 from vpn_sentinel.runtime.shortage import Untaken
-from vpn_sentinel.runtime.unusable import Unusable
+from vpn_sentinel.runtime.user_error import UserError
 
 
 def run_until_stopped(work: Callable[[asyncio.Event], Awaitable[None]], *, fast: bool) -> int:
     """Run `work` with an event that SIGTERM sets, and SIGINT where it is not ignored; returns 0 after a clean end.
 
-    With `fast` the loop is uvloop's, which the server needs for its datagrams and TLS connections. An Unusable,
+    With `fast` the loop is uvloop's, which the server needs for its datagrams and TLS connections. A UserError,
     alone or in a group, is raised as itself.
     """
     factory = None
@@ -23,14 +23,14 @@ def run_until_stopped(work: Callable[[asyncio.Event], Awaitable[None]], *, fast:
 
         factory = uvloop.new_event_loop
     with asyncio.Runner(loop_factory=factory) as runner:
-        unusable: BaseException | None = None
+        failure: BaseException | None = None
         try:
             runner.run(_supervised(work))
-        except* Unusable as group:
-            unusable = first(group.exceptions)
+        except* UserError as group:
+            failure = first(group.exceptions)
         # Not from within: Python before 3.11.4 wraps in a group again what an `except*` raises.
-        if unusable is not None:
-            raise unusable from None
+        if failure is not None:
+            raise failure from None
     return 0
 
 

@@ -1,20 +1,29 @@
 """Settings of a command: its flags over the environment over a TOML file."""
 
 import argparse
-import logging
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, TypeVar
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Final
 
-from vpn_sentinel.runtime.idle import Idle, idle
-from vpn_sentinel.runtime.settings import Source, environment
+from vpn_sentinel.runtime.idle import idle
+from vpn_sentinel.runtime.settings import PREFIX, Setting, Source, environment, key_of
 from vpn_sentinel.runtime.timezone import is_understood
+from vpn_sentinel.wire.settings import TZ
 
 if TYPE_CHECKING:
     from vpn_sentinel.server.settings import ServerSettings
 
-log = logging.getLogger(__name__)
-T = TypeVar("T")
+_ALIKE: Final = 0.8  # of 1: how near a name must be to be offered for a misspelt one
+
+# Where the settings are declared that a command reads. `up` reads those of agent and server, `doctor` those of agent
+# and geo, and every command on the database those of server.
+_DECLARED: Final = {
+    "agent": "vpn_sentinel.agent.settings",
+    "check": "vpn_sentinel.agent.settings",
+    "geo": "vpn_sentinel.agent.geo.settings",
+    "server": "vpn_sentinel.server.settings",
+}
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +34,18 @@ def source_of(args: argparse.Namespace) -> Source:
     """Flags whose `dest` is a setting's name (upper case) become its value. Raises SettingError."""
     flags = {name: value for name, value in vars(args).items() if name.isupper()}
     return Source.load(environment(), flags, getattr(args, "config", None))
+
+
+def settings_of(*readers: str) -> tuple[Setting[Any], ...]:
+    """The settings that these commands read: agent, check, geo, server."""
+    sections = [section for reader in readers for section in import_module(_DECLARED[reader]).SECTIONS]
+    settings = (s for section in sections for s in section.settings if not {*readers}.isdisjoint(s.read_by))
+    return tuple(dict.fromkeys(settings))
+
+
+def every_setting() -> tuple[Setting[Any], ...]:
+    """All settings of all commands."""
+    return settings_of(*_DECLARED)
 
 
 def server_settings(args: argparse.Namespace, also: Callable[[Source], object] | None = None) -> "ServerSettings":
@@ -38,42 +59,47 @@ def server_settings(args: argparse.Namespace, also: Callable[[Source], object] |
     settings = ServerSettings.read(source)
     if also is not None:
         also(source)
-    warn_unread(source)
+    warn_unknown(source, "server")
     return settings
 
 
-def warn_unread(source: Source) -> None:
+def warn_unknown(source: Source, *readers: str) -> None:
     """A misspelt setting is told, not ignored. One environment file often serves agent and server, so what the other
-    role reads is known too.
+    role reads is known too. `readers` are the commands that run.
     """
-    for name in unread(source):
-        print(f"vpn-sentinel: {name}: no such setting; is it misspelt?", file=sys.stderr)
-    zone = source.raw("TZ")
+    for line in unknown(source, *readers):
+        print(f"vpn-sentinel: {line}", file=sys.stderr)
+    zone = source.get(TZ)
     if zone and not is_understood(zone):
         print(f"vpn-sentinel: TZ: the system does not know {zone!r}: times are told in UTC", file=sys.stderr)
 
 
-def warn_idle(source: Source, *rows: Idle) -> None:
+def warn_idle(source: Source, *readers: str) -> None:
     """What is set and does nothing as the other settings stand is told, for somebody counts on it."""
-    for line in idle(source, *rows):
+    for line in idle(source, settings_of(*readers)):
         print(f"vpn-sentinel: {line}", file=sys.stderr)
 
 
-def unread(source: Source) -> list[str]:
-    """Names that are set and that no role reads. The other roles' settings are read only where some are left."""
-    if not source.unread():
+def unknown(source: Source, *readers: str) -> list[str]:
+    """A line for each name that is set and that no command reads. The other roles' settings are looked up only where
+    some are left.
+    """
+    if not source.unknown(settings_of(*readers)):
         return []
-    source.asked |= _names_of_every_role()
-    return source.unread()
+    every = every_setting()
+    return [_hint(name, every) for name in source.unknown(every)]
 
 
-def _names_of_every_role() -> set[str]:
-    from vpn_sentinel.agent.geo.settings import GeoSettings
-    from vpn_sentinel.agent.settings import AgentSettings
-    from vpn_sentinel.server.settings import ServerSettings
+def _hint(name: str, every: tuple[Setting[Any], ...]) -> str:
+    """What is said of an unknown `name`: one of the environment, or, in lower case, of the file."""
+    from difflib import get_close_matches
 
-    plain = Source(env={"VPN_SENTINEL_URL": "http://127.0.0.1"})
-    ServerSettings.read(plain)
-    AgentSettings.read(plain)
-    GeoSettings.read(plain)
-    return plain.asked
+    in_file = name.islower()
+    bare = name.upper().removeprefix(PREFIX)
+    if in_file and any(setting.name == bare and setting.env_only for setting in every):
+        return f"{name}: stands in the environment alone"
+    names = [known for setting in every for known in setting.names if not (in_file and setting.env_only)]
+    near = get_close_matches(bare, names, n=1, cutoff=_ALIKE)
+    if not near:
+        return f"{name}: no such setting; is it misspelt?"
+    return f"{name}: no such setting; is {near[0].lower() if in_file else key_of(near[0])} meant?"

@@ -5,7 +5,7 @@ import asyncio
 from typing import Any
 
 from vpn_sentinel.cli.process import report
-from vpn_sentinel.runtime.unusable import Unusable
+from vpn_sentinel.runtime.user_error import UserError
 
 
 def add(commands: Any) -> None:
@@ -14,7 +14,7 @@ def add(commands: Any) -> None:
 
 
 def run(_: argparse.Namespace) -> int:
-    """Raises Unusable when the rules cannot be seen or removed."""
+    """Raises UserError when the rules cannot be seen or removed."""
     from vpn_sentinel.agent.containment.containment import why_not
     from vpn_sentinel.agent.containment.instance_lock import SingleInstanceLock
     from vpn_sentinel.agent.containment.nft import Nftables
@@ -31,7 +31,7 @@ def run(_: argparse.Namespace) -> int:
         alone = seat.take() and seat.bound
         asyncio.run(Nftables()(removal(leave_word=None if alone else owner)))
     except OSError as e:
-        raise Unusable(f"the containment could not be removed: {why_not(e)}") from e
+        raise UserError(f"the containment could not be removed: {why_not(e)}") from e
     finally:
         seat.leave()
     name = owner.rpartition("/")[0] or "an agent without a name"

@@ -9,7 +9,6 @@ from vpn_sentinel.cli.reading import add_config, server_settings, warn_idle
 from vpn_sentinel.cli.storing import naming_the_setting
 from vpn_sentinel.runtime import logs
 from vpn_sentinel.runtime.clock import SystemClock
-from vpn_sentinel.runtime.idle import SERVER
 
 
 def add(commands: Any) -> None:
@@ -25,7 +24,7 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from vpn_sentinel.server.app import serve
 
-    settings = server_settings(args, also=lambda source: warn_idle(source, *SERVER))
+    settings = server_settings(args, also=lambda source: warn_idle(source, "server"))
     logs.open_log(debug=settings.debug, file=settings.log_file)
 
     async def work(stop: asyncio.Event) -> None:

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vpn_sentinel.cli.process import report, run_until_stopped
-from vpn_sentinel.cli.reading import add_config, source_of, warn_idle, warn_unread
+from vpn_sentinel.cli.reading import add_config, source_of, warn_idle, warn_unknown
 from vpn_sentinel.cli.storing import naming_the_setting
 from vpn_sentinel.runtime import files, logs
 from vpn_sentinel.runtime.addresses import parse_address
 from vpn_sentinel.runtime.clock import Clock, SystemClock
-from vpn_sentinel.runtime.idle import AGENT, SERVER
 from vpn_sentinel.runtime.secret import Secret
 from vpn_sentinel.runtime.settings import PREFIX, SettingError
 
@@ -43,8 +42,8 @@ def run(args: argparse.Namespace) -> int:
     # The agent here reports to the server here, whatever address other agents are given.
     source.flags = {**source.flags, "URL": "http://127.0.0.1:5000"}
     serving, watching = ServerSettings.read(source), AgentSettings.read(source)
-    warn_unread(source)
-    warn_idle(source, *SERVER, *AGENT)
+    warn_unknown(source, "server", "agent")
+    warn_idle(source, "server", "agent")
     watching = replace(watching, urls=(_own_url(serving),))
     logs.open_log(debug=serving.debug, file=serving.log_file)
     return run_until_stopped(lambda stop: _both(serving, watching, SystemClock(), stop), fast=True)

@@ -32,7 +32,7 @@ from enum import StrEnum
 from typing import Final
 
 from vpn_sentinel.domain.observation import PortCheck
-from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy
+from vpn_sentinel.domain.policy import MAX_FLAP_COUNT, IPAddress, IPNetwork, Policy
 from vpn_sentinel.domain.remembered import Working
 from vpn_sentinel.domain.verdict import HARM, MEANING, Code, Finding, State, Verdict
 
@@ -68,7 +68,6 @@ TRANSITIONS: Final[dict[State, dict[State, Wait]]] = {
 }
 # For a tunnel that comes and goes: what must last longer then.
 FLAPPING: Final[dict[Wait, Wait]] = {Wait.RECOVERY: Wait.CALM}
-_MAX_TURNS: Final = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -284,7 +283,7 @@ def _settle(step: _Step, verdict: Verdict, at: float, began: float, until: float
     if blinking or until - candidate.since >= wait.seconds(policy):
         turns = memory.turns
         if memory.state is State.PROTECTED:
-            turns = (*_lately(turns, candidate.since, policy), candidate.since)[-_MAX_TURNS:]
+            turns = (*_lately(turns, candidate.since, policy), candidate.since)[-MAX_FLAP_COUNT:]
             step.memory = replace(memory, turns=turns)
         step.move(state, candidate.since, _with_flapping(verdict.findings, state, turns, candidate.since, policy))
     else:
@@ -299,7 +298,7 @@ def _blinked(memory: Memory, at: float, policy: Policy) -> Memory:
     ages = memory.state is State.UNVERIFIED or State.UNVERIFIED in TRANSITIONS[memory.state]
     if not ages or latest in (State.UNVERIFIED, State.PENDING, State.SILENT):
         return memory
-    return replace(memory, blinks=(*_lately(memory.blinks, at, policy), at)[-_MAX_TURNS:])
+    return replace(memory, blinks=(*_lately(memory.blinks, at, policy), at)[-MAX_FLAP_COUNT:])
 
 
 def _lately(turns: tuple[float, ...], at: float, policy: Policy) -> tuple[float, ...]:

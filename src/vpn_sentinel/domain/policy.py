@@ -55,6 +55,9 @@ def is_public(address: IPAddress) -> bool:
     return not within(address, NOT_PUBLIC)
 
 
+MAX_FLAP_COUNT: Final = 16  # so many departures are remembered
+
+
 @dataclass(frozen=True, kw_only=True)  # without slots: settings read the defaults from the class
 class Policy:
     """One tunnel's rules. Durations are seconds.
@@ -65,7 +68,7 @@ class Policy:
     change of verdict (16 s), so that one of them decides. `allowed_outside` are destinations whose traffic is meant to
     leave beside the tunnel. Of the pulses, more than `max_loss` (0 to 1) lost, or a median round trip above
     `max_rtt_ms`, is trouble. A tunnel that left *protected* `flap_count` times within `flap_window` is flapping, and
-    has recovered only after `flap_calm` without a break.
+    has recovered only after `flap_calm` without a break; `flap_count` is at most `MAX_FLAP_COUNT`.
     """
 
     home_networks: tuple[IPNetwork, ...] = ()

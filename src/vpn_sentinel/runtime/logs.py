@@ -9,7 +9,7 @@ import time
 from io import TextIOWrapper
 from typing import Final
 
-from vpn_sentinel.runtime.unusable import Unusable
+from vpn_sentinel.runtime.user_error import UserError
 
 PLAIN: Final = frozenset(logging.makeLogRecord({}).__dict__) | {"message", "asctime", "taskName"}
 
@@ -68,14 +68,14 @@ class _LogFile(logging.FileHandler):
 def open_log(*, debug: bool = False, quiet: bool = False, file: str | None = None) -> None:
     """Send log lines to standard error, or to `file`; `quiet` leaves warnings and errors.
 
-    Raises Unusable when the file cannot be opened.
+    Raises UserError when the file cannot be opened.
     """
     try:
         handler = _LogFile(file, encoding="utf-8") if file else logging.StreamHandler(sys.stderr)
     except OSError as e:
         why = "is a pipe that nobody reads, or a socket" if e.errno == errno.ENXIO else e.strerror
         msg = f"VPN_SENTINEL_LOG_FILE: {_clean(file or '')}: {why}"
-        raise Unusable(msg) from e
+        raise UserError(msg) from e
     handler.setFormatter(LineFormatter())
     root = logging.getLogger()
     root.handlers[:] = [handler]

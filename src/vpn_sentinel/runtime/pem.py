@@ -5,11 +5,11 @@ import ssl
 from pathlib import Path
 from typing import Final
 
-_CERTIFICATE: Final = (b"-----BEGIN CERTIFICATE-----", b"-----BEGIN TRUSTED CERTIFICATE-----")
-_KEY: Final = b"PRIVATE KEY-----"
+_CERTIFICATE_BEGINS: Final = (b"-----BEGIN CERTIFICATE-----", b"-----BEGIN TRUSTED CERTIFICATE-----")
+_KEY_MARK: Final = b"PRIVATE KEY-----"
 # PKCS #8 (RFC 5958), and OpenSSL's older form (RFC 1421).
-_ENCRYPTED: Final = (b"-----BEGIN ENCRYPTED PRIVATE KEY-----", b"Proc-Type: 4,ENCRYPTED")
-_LARGEST: Final = 1_000_000  # bytes that are looked at
+_ENCRYPTED_MARKS: Final = (b"-----BEGIN ENCRYPTED PRIVATE KEY-----", b"Proc-Type: 4,ENCRYPTED")
+_MAX_PEM_BYTES: Final = 1_000_000  # that are looked at
 
 
 class PairError(ValueError):
@@ -23,12 +23,12 @@ class PairError(ValueError):
 def try_pair(context: ssl.SSLContext, cert: str | os.PathLike[str], key: str | os.PathLike[str], secret: str) -> None:
     """Have `context` take them; `secret` is the key's passphrase, "" for none. Raises PairError."""
     held = _read(cert, of_key=False)
-    if not any(mark in held for mark in _CERTIFICATE):
+    if not any(mark in held for mark in _CERTIFICATE_BEGINS):
         raise PairError(f"{cert} holds no certificate (PEM){_of_der(held, 'x509')}", of_key=False)
     held = _read(key, of_key=True)
-    if _KEY not in held:
+    if _KEY_MARK not in held:
         raise PairError(f"{key} holds no private key (PEM){_of_der(held, 'pkey')}", of_key=True)
-    encrypted = any(mark in held for mark in _ENCRYPTED)
+    encrypted = any(mark in held for mark in _ENCRYPTED_MARKS)
     if encrypted and not secret:
         plain = f"`openssl pkey -in {key} -out PLAIN` writes it without"
         raise PairError(f"{key} is encrypted with a passphrase, for which nobody is asked: {plain}", of_key=True)
@@ -58,7 +58,7 @@ def _told(error: ssl.SSLError, cert: str | os.PathLike[str], key: object, *, enc
 def _read(path: str | os.PathLike[str], *, of_key: bool) -> bytes:
     try:
         with Path(path).open("rb") as file:
-            return file.read(_LARGEST)
+            return file.read(_MAX_PEM_BYTES)
     except OSError as e:
         raise PairError(f"{path}: {e.strerror}", of_key=of_key) from e
 

@@ -1,4 +1,4 @@
-"""The server's settings, read once. `docs/reference/settings.md` lists them with their defaults."""
+"""The server's settings: declared, and read once into a frozen object."""
 
 import re
 import ssl
@@ -7,220 +7,43 @@ from pathlib import Path
 from typing import Final
 
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy
-from vpn_sentinel.runtime import settings as read
+from vpn_sentinel.runtime import parsers as p
+from vpn_sentinel.runtime.idle import is_off
 from vpn_sentinel.runtime.pem import PairError, try_pair
 from vpn_sentinel.runtime.secret import Secret
-from vpn_sentinel.runtime.settings import SettingError, Source
+from vpn_sentinel.runtime.settings import Idle, Section, SettingError, Source, fill, key_of, of
 from vpn_sentinel.runtime.urls import address_of
 from vpn_sentinel.server.store.address import parse
+from vpn_sentinel.wire.settings import (
+    API_PATH,
+    DEBUG,
+    EVERYWHERE,
+    LOG_FILE,
+    POLICY,
+    TIMES,
+    read_data_dir,
+    read_policy,
+)
 
-_BACKUPS: Final = "backups"  # the folder beside the database
-_LABEL: Final = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?", re.ASCII)
+_BACKUP_FOLDER: Final = "backups"  # beside the database
+_DNS_LABEL: Final = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?", re.ASCII)
 _BOT_TOKEN: Final = re.compile(r"[0-9]+:[A-Za-z0-9_-]+", re.ASCII)
 _CHAT: Final = re.compile(r"-?[0-9]{1,20}|@[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
-_NO_ADDRESSES: Final[tuple[IPAddress, ...]] = ()
-_NO_NAMES: Final[tuple[str, ...]] = ()
-_LONGEST_ZONE: Final = 190  # of 253, to leave room for an agent's label
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Telegram:
-    """`chat_id` is the only chat that is told and served."""
-
-    token: Secret
-    chat_id: str
-    api_url: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Webhook:
-    """The address may hold a credential, so it is kept as one. `secret` signs each body, when set."""
-
-    url: Secret
-    secret: Secret | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Canary:
-    """The DNS zone that this server answers for. `servers` are its names in NS records, `addresses` theirs."""
-
-    zone: str
-    hosts: tuple[str, ...]
-    port: int
-    servers: tuple[str, ...]
-    addresses: tuple[IPAddress, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServerSettings:
-    """Durations are seconds. `allowed_ips` empty means every address may report; it still needs a key.
-
-    `backup_hours` is 0 for no backups by schedule.
-    """
-
-    data_dir: Path
-    database_url: str
-    host: str
-    api_port: int
-    api_path: str
-    health_port: int
-    health_host: str
-    dashboard_port: int
-    dashboard_host: str
-    dashboard_enabled: bool
-    api_key: Secret | None
-    allowed_ips: tuple[IPNetwork, ...]
-    trusted_proxies: tuple[IPNetwork, ...]
-    rate_limit: int
-    keepalive_timeout: float
-    missed_reports: int
-    retention_days: float
-    backup_dir: Path | None
-    backup_hours: float
-    backup_keep: int
-    port_check: bool
-    policy: Policy
-    telegram: Telegram | None
-    webhook: Webhook | None
-    webhook_private: bool
-    trace_url: str
-    ca_file: Path | None
-    tls_cert: Path | None
-    tls_key: Path | None
-    public_url: str | None
-    debug: bool
-    log_file: str | None
-    canary: Canary | None = None
-
-    @property
-    def database_file(self) -> Path | None:
-        """The file of a SQLite database, None for PostgreSQL."""
-        url = self.database_url
-        return Path(url.removeprefix("sqlite:///")) if url.startswith("sqlite:///") else None
-
-    @property
-    def backup_folder(self) -> Path | None:
-        """Where copies of it are kept; None for PostgreSQL, which has its own ways."""
-        file = self.database_file
-        return None if file is None else self.backup_dir or file.parent / _BACKUPS
-
-    @classmethod
-    def read(cls, source: Source) -> "ServerSettings":
-        """Read and check every setting. Raises SettingError that names the first one that cannot be used."""
-        get = source.get
-        public = get("DASHBOARD_PUBLIC", read.boolean, default=False)
-        data_dir = Path(get("DATA_DIR", read.text, read.default_data_dir()))
-        # The replaced system names the silence after which it warned twice; the more specific name wins.
-        threshold = get("SERVER_ALERT_THRESHOLD_MINUTES", read.number(0.05, 1440, "minutes"), 15.0)
-        get("SERVER_CHECK_INTERVAL_MINUTES", read.number(0.05, 1440, "minutes"), 5.0)
-        cert = get("TLS_CERT_PATH", read.readable_file, None)
-        key = get("TLS_KEY_PATH", read.readable_file, None)
-        if (cert is None) != (key is None):
-            missing = "TLS_KEY_PATH" if key is None else "TLS_CERT_PATH"
-            raise SettingError(read.PREFIX + missing, "is needed too: a certificate and its key come together")
-        if cert is not None and key is not None:
-            _check_pair(cert, key)
-        settings = cls(
-            data_dir=data_dir,
-            database_url=get("DATABASE_URL", _database_url, f"sqlite:///{data_dir}/sentinel.db"),
-            host=get(
-                "SERVER_HOST", read.listening_host, "::"
-            ),  # both families: agents report from anywhere; every route asks for a key
-            api_port=get("SERVER_API_PORT", read.port, 5000),
-            api_path=get("API_PATH", read.path, "/api/v1"),
-            health_port=get("SERVER_HEALTH_PORT", read.port, 8081),
-            health_host=get("SERVER_HEALTH_HOST", read.listening_host, "::"),  # says no name and no address
-            dashboard_port=get("SERVER_DASHBOARD_PORT", read.port, 8080),
-            dashboard_host="::" if public else "127.0.0.1",  # the owner said so
-            dashboard_enabled=get("SERVER_WEB_DASHBOARD_ENABLED", read.boolean, default=True)
-            and get("SERVER_DASHBOARD_ENABLED", read.boolean, default=True),
-            api_key=get("API_KEY", _key, None),
-            allowed_ips=get("SERVER_ALLOWED_IPS", read.networks, ()),
-            trusted_proxies=get("TRUSTED_PROXIES", read.networks, ()),
-            rate_limit=get("SERVER_RATE_LIMIT_REQUESTS", read.integer(1, 1_000_000), 30),
-            keepalive_timeout=60 * get("CLIENT_TIMEOUT_MINUTES", read.number(0.05, 1440, "minutes"), threshold),
-            missed_reports=get("MISSED_REPORTS", read.integer(1, 100), 3),
-            port_check=get("PORT_CHECK", read.boolean, default=True),
-            retention_days=get("RETENTION_DAYS", read.number(0.01, 3650, "days"), 30.0),
-            backup_dir=get("BACKUP_DIR", Path, None),
-            backup_hours=get("BACKUP_HOURS", read.number(0, 8760, "hours"), 24.0),
-            backup_keep=get("BACKUP_KEEP", read.integer(1, 1000), 3),
-            policy=Policy(
-                home_networks=get("HOME_NETWORKS", read.home_networks, ()),
-                expected_countries=get("EXPECTED_COUNTRIES", read.countries, ()),
-                allowed_resolvers=get("ALLOWED_RESOLVERS", read.networks, ()),
-                allowed_outside=get("ALLOWED_OUTSIDE", read.networks, ()),
-                grace_down=get("GRACE_DOWN", read.number(0, 3600, "seconds"), Policy.grace_down),
-                grace_degraded=get("GRACE_DEGRADED", read.number(0, 3600, "seconds"), Policy.grace_degraded),
-                grace_unverified=get("GRACE_UNVERIFIED", read.number(0, 3600, "seconds"), Policy.grace_unverified),
-                grace_recovery=get("GRACE_RECOVERY", read.number(0, 3600, "seconds"), Policy.grace_recovery),
-                flap_calm=get("FLAP_CALM", read.number(0, 86400, "seconds"), Policy.flap_calm),
-            ),
-            telegram=_telegram(source),
-            webhook=_webhook(source),
-            webhook_private=get("WEBHOOK_ALLOW_PRIVATE", read.boolean, default=False),
-            trace_url=get("TRACE_URL", lambda v: _asked(read.url(v)), "https://1.1.1.1"),
-            ca_file=get("CA_FILE", read.authorities, None),
-            tls_cert=cert,
-            tls_key=key,
-            public_url=get("PUBLIC_URL", read.url, None),
-            debug=get("DEBUG", read.boolean, default=False),
-            log_file=get("LOG_FILE", read.text, None),
-            canary=_canary(source),
-        )
-        source.raw("TZ")  # the system's: see runtime.timezone
-        _distinct_ports(settings)
-        return settings
-
-
-def _check_pair(cert: Path, key: Path) -> None:
-    try:
-        try_pair(ssl.create_default_context(ssl.Purpose.CLIENT_AUTH), cert, key, "")
-    except PairError as e:
-        raise SettingError(read.PREFIX + ("TLS_KEY_PATH" if e.of_key else "TLS_CERT_PATH"), str(e)) from e
-
-
-def _distinct_ports(settings: ServerSettings) -> None:
-    named = {"SERVER_API_PORT": settings.api_port, "SERVER_HEALTH_PORT": settings.health_port}
-    if settings.dashboard_enabled:
-        named["SERVER_DASHBOARD_PORT"] = settings.dashboard_port
-    if settings.canary is not None:
-        named["CANARY_PORT"] = settings.canary.port
-    seen: dict[int, str] = {}
-    for name, port in named.items():
-        if port in seen:
-            raise SettingError(read.PREFIX + name, f"{port} is taken by {read.PREFIX}{seen[port]}")
-        seen[port] = name
-
-
-def _canary(source: Source) -> Canary | None:
-    zone = source.get("CANARY_ZONE", _domain, None)
-    hosts = source.get("CANARY_HOST", read.addresses, _NO_ADDRESSES)
-    port = source.get("CANARY_PORT", read.port, 53)
-    servers = source.get("CANARY_NS", _domains, _NO_NAMES)
-    addresses = source.get("CANARY_ADDRESSES", read.addresses, _NO_ADDRESSES)
-    if zone is None:
-        return None
-    return Canary(
-        zone=zone,
-        hosts=tuple(str(a) for a in hosts) or ("::",),
-        port=port,
-        servers=servers or (f"ns.{zone}",),
-        addresses=addresses,
-    )
+_MIN_KEY_CHARS: Final = 8
+_MAX_ZONE_CHARS: Final = 190  # of 253, to leave room for an agent's label
 
 
 def _domain(value: str) -> str:
     name = value.rstrip(".").lower()
     labels = name.split(".")
-    if len(labels) < 2 or len(name) > _LONGEST_ZONE or not all(_LABEL.fullmatch(label) for label in labels):
+    if len(labels) < 2 or len(name) > _MAX_ZONE_CHARS or not all(_DNS_LABEL.fullmatch(label) for label in labels):
         msg = f"{value!r} is not a domain name such as canary.example.org"
         raise ValueError(msg)
     return name
 
 
 def _domains(value: str) -> tuple[str, ...]:
-    return tuple(_domain(part) for part in read.listed(value))
+    return tuple(_domain(part) for part in p.listed(value))
 
 
 def _database_url(value: str) -> str:
@@ -236,33 +59,13 @@ def _database_url(value: str) -> str:
 
 
 def _key(value: str) -> Secret:
-    if len(value) < 8:
-        msg = "is too short: a key takes at least 8 characters"
+    if len(value) < _MIN_KEY_CHARS:
+        msg = f"is too short: a key takes at least {_MIN_KEY_CHARS} characters"
         raise ValueError(msg)
     if not (value.isascii() and value.isprintable()):
         msg = "takes printable ASCII characters: a header carries no others"
         raise ValueError(msg)
     return Secret(value)
-
-
-def _telegram(source: Source) -> Telegram | None:
-    token = source.get("TELEGRAM_BOT_TOKEN", read.secret, None)
-    chat = source.get("TELEGRAM_CHAT_ID", _chat, None)
-    url = source.get("TELEGRAM_API_URL", lambda v: _asked(read.url_with_login(v)), "https://api.telegram.org")
-    enabled = source.get("TELEGRAM_ENABLED", read.boolean, default=token is not None or chat is not None)
-    if not enabled:
-        return None
-    if token is None:
-        raise SettingError(
-            "TELEGRAM_BOT_TOKEN", "is needed for Telegram (VPN_SENTINEL_TELEGRAM_ENABLED=false turns it off)"
-        )
-    if chat is None:
-        raise SettingError(
-            "TELEGRAM_CHAT_ID", "is needed for Telegram (VPN_SENTINEL_TELEGRAM_ENABLED=false turns it off)"
-        )
-    if not _BOT_TOKEN.fullmatch(token.reveal()):
-        raise SettingError("TELEGRAM_BOT_TOKEN", "is not a bot token such as 123456:ABC-DEF")
-    return Telegram(token=token, chat_id=chat, api_url=url)
 
 
 def _chat(value: str) -> str:
@@ -288,7 +91,407 @@ def _asked(value: str) -> str:
     return value
 
 
-def _webhook(source: Source) -> Webhook | None:
-    url = source.get("WEBHOOK_URL", lambda v: Secret(_asked(address_of(v))), None)
-    secret = source.get("WEBHOOK_SECRET", read.secret, None)
-    return None if url is None else Webhook(url=url, secret=secret)
+def _trace_url(value: str) -> str:
+    return _asked(p.url(value))
+
+
+def _telegram_url(value: str) -> str:
+    return _asked(p.url_with_login(value))
+
+
+def _webhook_url(value: str) -> Secret:
+    return Secret(_asked(address_of(value)))
+
+
+def _is_postgres(value: str) -> bool:
+    return value.startswith("postgres")
+
+
+def _is_zero(value: str) -> bool:
+    return not float(value)
+
+
+# --- the settings -----------------------------------------------------------------------------------------------------
+
+DATABASE: Final = Section("Server: database, keys, backups", read_by=("server",))
+DATABASE_URL: Final = DATABASE.add(
+    "DATABASE_URL",
+    _database_url,
+    None,
+    "`sqlite:///PATH`, the path of a file as it stands, or `postgresql://USER:PASSWORD@HOST/NAME`, in every form that "
+    "[libpq documents](https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-CONNSTRING-URIS): `sslmode`, "
+    "`sslrootcert`, several hosts, a socket (`?host=/run/postgresql`), `options`, `passfile`, `PGPASSWORD`. Of several "
+    "hosts the one that takes writes is used. `service` is not supported, nor `hostaddr` beside a host with "
+    "`verify-full`, and `channel_binding=require` is not checked (said at the start). PgBouncer may stand between, in "
+    "any mode but `statement`. The database's encoding must be UTF8",
+    default_text="`sqlite:///DATA_DIR/sentinel.db`",
+)
+_NO_SQLITE: Final = Idle(beside="DATABASE_URL", spoils=_is_postgres, shown="postgresql://…")
+
+LISTENING: Final = Section("Server: addresses, ports, TLS", read_by=("server",))
+
+DASHBOARD: Final = Section("Server: dashboard", read_by=("server",))
+_NO_DASHBOARD: Final = (
+    Idle(beside="SERVER_WEB_DASHBOARD_ENABLED", spoils=is_off),
+    Idle(beside="SERVER_DASHBOARD_ENABLED", spoils=is_off),
+)
+DASHBOARD_PUBLIC: Final = DASHBOARD.add(
+    "DASHBOARD_PUBLIC",
+    p.boolean,
+    False,
+    "true lets the dashboard listen on all addresses. It asks for no login",
+    idle=_NO_DASHBOARD,
+)
+SERVER_WEB_DASHBOARD_ENABLED: Final = DASHBOARD.add(
+    "SERVER_WEB_DASHBOARD_ENABLED", p.boolean, True, "false: no dashboard"
+)
+SERVER_DASHBOARD_ENABLED: Final = DASHBOARD.add(
+    "SERVER_DASHBOARD_ENABLED", p.boolean, True, "the same; either one turns it off"
+)
+
+ACCESS: Final = Section("Server: who may come", read_by=("server",))
+
+DEADLINES: Final = Section("Server: when an agent is silent, and what is tried from here", read_by=("server",))
+CLIENT_TIMEOUT_MINUTES: Final = DEADLINES.add(
+    "CLIENT_TIMEOUT_MINUTES",
+    p.number(0.05, 1440, "minutes"),
+    15.0,
+    "minutes without a keepalive after which a tunnel of the old client is silent",
+    old_names=("SERVER_ALERT_THRESHOLD_MINUTES",),
+)
+SERVER_CHECK_INTERVAL_MINUTES: Final = DEADLINES.add(
+    "SERVER_CHECK_INTERVAL_MINUTES",
+    p.number(0.05, 1440, "minutes"),
+    5.0,
+    "accepted and checked, without effect: deadlines are watched once a second",
+)
+
+NOTICES: Final = Section("Server: notices", read_by=("server",))
+TELEGRAM_BOT_TOKEN: Final = NOTICES.add("TELEGRAM_BOT_TOKEN", p.secret, None, "the bot's token; see [Telegram](bot.md)")
+TELEGRAM_CHAT_ID: Final = NOTICES.add(
+    "TELEGRAM_CHAT_ID", _chat, None, "the only chat that is told and served: its number, or a channel's `@name`"
+)
+TELEGRAM_ENABLED: Final = NOTICES.add(
+    "TELEGRAM_ENABLED",
+    p.boolean,
+    None,
+    "false turns Telegram off",
+    default_text="true when token or chat is set",
+)
+TELEGRAM_API_URL: Final = NOTICES.add(
+    "TELEGRAM_API_URL",
+    _telegram_url,
+    "https://api.telegram.org",
+    "base address of the Bot API",
+    idle=(Idle(needs=("TELEGRAM_BOT_TOKEN",)),),
+)
+WEBHOOK_URL: Final = NOTICES.add("WEBHOOK_URL", _webhook_url, None, "where notices are posted as JSON")
+_NO_WEBHOOK: Final = Idle(needs=("WEBHOOK_URL",))
+WEBHOOK_SECRET: Final = NOTICES.add(
+    "WEBHOOK_SECRET", p.secret, None, "signs each body (HMAC-SHA256)", idle=(_NO_WEBHOOK,)
+)
+
+DNS_CANARY: Final = Section("Server: a DNS zone of its own", read_by=("server",))
+CANARY_ZONE: Final = DNS_CANARY.add(
+    "CANARY_ZONE",
+    _domain,
+    None,
+    "the DNS zone that is delegated to this server, such as `canary.example.org`; see "
+    "[a zone of your own](../how-to/dns-canary.md). None: no DNS is served",
+)
+_NO_ZONE: Final = Idle(needs=("CANARY_ZONE",))
+CANARY_HOST: Final = DNS_CANARY.add(
+    "CANARY_HOST",
+    p.addresses,
+    p.NO_ADDRESSES,
+    "the addresses on which DNS is served; `::` takes IPv4 and IPv6. TCP and UDP",
+    default_text="`::`",
+    idle=(_NO_ZONE,),
+)
+CANARY_PORT: Final = DNS_CANARY.add("CANARY_PORT", p.port, 53, "their port", idle=(_NO_ZONE,))
+CANARY_NS: Final = DNS_CANARY.add(
+    "CANARY_NS",
+    _domains,
+    p.NO_TEXTS,
+    "the names of this server in NS records, as the delegation has them",
+    default_text="`ns.` and the zone",
+    idle=(_NO_ZONE,),
+)
+CANARY_ADDRESSES: Final = DNS_CANARY.add(
+    "CANARY_ADDRESSES",
+    p.addresses,
+    p.NO_ADDRESSES,
+    "the addresses of those names that lie in the zone",
+    default_text="the server's public address",
+    idle=(_NO_ZONE,),
+)
+
+# All that a server reads.
+SECTIONS: Final = (DATABASE, LISTENING, DASHBOARD, ACCESS, DEADLINES, TIMES, NOTICES, DNS_CANARY, POLICY, EVERYWHERE)
+
+
+# --- and what is made of them -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TelegramSettings:
+    """`chat_id` is the only chat that is told and served."""
+
+    token: Secret
+    chat_id: str
+    api_url: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WebhookSettings:
+    """The address may hold a credential, so it is kept as one. `secret` signs each body, when set."""
+
+    url: Secret
+    secret: Secret | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DnsCanarySettings:
+    """The DNS zone that this server answers for. `servers` are its names in NS records, `addresses` theirs."""
+
+    zone: str
+    hosts: tuple[str, ...]
+    port: int
+    servers: tuple[str, ...]
+    addresses: tuple[IPAddress, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSettings:
+    """Durations are seconds. `allowed_ips` empty means every address may report; it still needs a key.
+
+    `backup_hours` is 0 for no backups by schedule.
+    """
+
+    data_dir: Path
+    database_url: str
+    api_key: Secret | None = DATABASE.field(
+        "API_KEY",
+        _key,
+        None,
+        "a shared key, at least 8 characters: it may report under any name and read everything. Without it a first key "
+        "is made and printed once",
+    )
+    retention_days: float = DATABASE.field(
+        "RETENTION_DAYS",
+        p.number(0.01, 3650, "days"),
+        30.0,
+        "days that observations are kept; transitions, closed incidents and settled deliveries twelve times as long",
+    )
+    backup_hours: float = DATABASE.field(
+        "BACKUP_HOURS",
+        p.number(0, 8760, "hours"),
+        24.0,
+        "hours from one [backup](../how-to/database.md) of the SQLite database to the next; 0: none",
+        idle=(_NO_SQLITE,),
+    )
+    backup_keep: int = DATABASE.field(
+        "BACKUP_KEEP",
+        p.integer(1, 1000),
+        3,
+        "how many are kept, the newest",
+        idle=(Idle(beside="BACKUP_HOURS", spoils=_is_zero), _NO_SQLITE),
+    )
+    backup_dir: Path | None = DATABASE.field(
+        "BACKUP_DIR",
+        Path,
+        None,
+        "where; another disk is better. Made and tried at the start. No effect with PostgreSQL",
+        default_text="`backups` beside the database",
+        idle=(_NO_SQLITE,),  # without a schedule `db backup` uses it all the same
+    )
+    host: str = LISTENING.field(
+        "SERVER_HOST",
+        p.listening_host,
+        "::",  # both families: agents report from anywhere; every route asks for a key
+        "the address that agents reach, or a name of this host; `::` takes IPv4 and IPv6, or IPv4 alone on a machine "
+        "without IPv6. TCP and UDP",
+    )
+    api_port: int = LISTENING.field(
+        "SERVER_API_PORT", p.port, 5000, "port of the API and the agents (TCP) and of the echo (UDP)"
+    )
+    api_path: str = of(API_PATH)
+    tls_cert: Path | None = LISTENING.field(
+        "TLS_CERT_PATH",
+        p.readable_file,
+        None,
+        "certificate of the API's port, PEM; with it the port speaks HTTPS only",
+        pair="TLS_KEY_PATH",
+    )
+    tls_key: Path | None = LISTENING.field("TLS_KEY_PATH", p.readable_file, None, "its key, PEM", pair="TLS_CERT_PATH")
+    public_url: str | None = LISTENING.field(
+        "PUBLIC_URL",
+        p.url,
+        None,
+        "the server's address as others write it: shown on the empty dashboard, and accepted as the dashboard's host "
+        "name. With a certificate `up` needs it: its own agent reports there",
+    )
+    health_host: str = LISTENING.field(
+        "SERVER_HEALTH_HOST",
+        p.listening_host,
+        "::",  # says no name and no address
+        "the address of health and metrics, which ask for no login and name no tunnel",
+    )
+    health_port: int = LISTENING.field("SERVER_HEALTH_PORT", p.port, 8081, "the port of health and metrics")
+    dashboard_port: int = DASHBOARD.field(
+        "SERVER_DASHBOARD_PORT", p.port, 8080, "the dashboard's port", idle=_NO_DASHBOARD
+    )
+    dashboard_host: str
+    dashboard_enabled: bool
+    allowed_ips: tuple[IPNetwork, ...] = ACCESS.field(
+        "SERVER_ALLOWED_IPS",
+        p.networks,
+        p.NO_NETWORKS,
+        "addresses and networks that may report and read the API; a key is needed in any case. `/whoami` and the "
+        "schema stay open",
+        default_text="all",
+    )
+    trusted_proxies: tuple[IPNetwork, ...] = ACCESS.field(
+        "TRUSTED_PROXIES",
+        p.networks,
+        p.NO_NETWORKS,
+        "addresses and networks of reverse proxies, and of nothing else, whose `X-Forwarded-For` is believed. "
+        "`Forwarded` and `X-Real-IP` are not read: where such a proxy names nobody, the address is unknown, which the "
+        "log says once, and an allow-list lets nobody in",
+    )
+    rate_limit: int = ACCESS.field(
+        "SERVER_RATE_LIMIT_REQUESTS",
+        p.integer(1, 1_000_000),
+        30,
+        "requests a minute: keepalives of one address, posted reports of one agent. WebSockets are not counted",
+    )
+    keepalive_timeout: float
+    missed_reports: int = DEADLINES.field(
+        "MISSED_REPORTS",
+        p.integer(1, 100),
+        3,
+        "reports an agent may miss before it is silent: this many times its interval, and one second",
+    )
+    port_check: bool = DEADLINES.field(
+        "PORT_CHECK",
+        p.boolean,
+        True,
+        "false: forwarded ports are not tried from here. They are tried only at an address that the tunnel's own "
+        "packets came from",
+    )
+    trace_url: str = DEADLINES.field(
+        "TRACE_URL",
+        _trace_url,
+        "https://1.1.1.1",
+        "base address of Cloudflare's trace, which tells the server its own public address",
+    )
+    policy: Policy
+    telegram: TelegramSettings | None
+    webhook: WebhookSettings | None
+    webhook_private: bool = NOTICES.field(
+        "WEBHOOK_ALLOW_PRIVATE",
+        p.boolean,
+        False,
+        "true lets the webhook lead to private and local addresses",
+        idle=(_NO_WEBHOOK,),
+    )
+    ca_file: Path | None = NOTICES.field(
+        "CA_FILE",
+        p.authorities,
+        None,
+        "further certificate authorities, PEM, beside the system's: for Telegram and the webhook",
+    )
+    canary: DnsCanarySettings | None = None
+    debug: bool = of(DEBUG)
+    log_file: str | None = of(LOG_FILE)
+
+    @property
+    def database_file(self) -> Path | None:
+        """The file of a SQLite database, None for PostgreSQL."""
+        url = self.database_url
+        return Path(url.removeprefix("sqlite:///")) if url.startswith("sqlite:///") else None
+
+    @property
+    def backup_folder(self) -> Path | None:
+        """Where copies of it are kept; None for PostgreSQL, which has its own ways."""
+        file = self.database_file
+        return None if file is None else self.backup_dir or file.parent / _BACKUP_FOLDER
+
+    @classmethod
+    def read(cls, source: Source) -> "ServerSettings":
+        """Read and check every setting. Raises SettingError that names the first one that cannot be used."""
+        get = source.get
+        data_dir = read_data_dir(source)
+        get(SERVER_CHECK_INTERVAL_MINUTES)
+        settings = fill(
+            cls,
+            source,
+            data_dir=data_dir,
+            database_url=get(DATABASE_URL) or f"sqlite:///{data_dir}/sentinel.db",
+            dashboard_host="::" if get(DASHBOARD_PUBLIC) else "127.0.0.1",
+            dashboard_enabled=all((get(SERVER_WEB_DASHBOARD_ENABLED), get(SERVER_DASHBOARD_ENABLED))),
+            keepalive_timeout=60 * get(CLIENT_TIMEOUT_MINUTES),
+            policy=read_policy(source, "server"),
+            telegram=_telegram(source),
+            webhook=_webhook(source),
+            canary=_dns_canary(source),
+        )
+        _check_pair(settings.tls_cert, settings.tls_key)
+        _check_ports(settings)
+        return settings
+
+
+def _check_pair(cert: Path | None, key: Path | None) -> None:
+    if cert is not None and key is not None:
+        try:
+            try_pair(ssl.create_default_context(ssl.Purpose.CLIENT_AUTH), cert, key, "")
+        except PairError as e:
+            raise SettingError(key_of("TLS_KEY_PATH" if e.of_key else "TLS_CERT_PATH"), str(e)) from e
+    elif cert is not None or key is not None:
+        missing = "TLS_KEY_PATH" if key is None else "TLS_CERT_PATH"
+        raise SettingError(key_of(missing), "is needed too: a certificate and its key come together")
+
+
+def _check_ports(settings: ServerSettings) -> None:
+    named = {"SERVER_API_PORT": settings.api_port, "SERVER_HEALTH_PORT": settings.health_port}
+    if settings.dashboard_enabled:
+        named["SERVER_DASHBOARD_PORT"] = settings.dashboard_port
+    if settings.canary is not None:
+        named["CANARY_PORT"] = settings.canary.port
+    seen: dict[int, str] = {}
+    for name, port in named.items():
+        if port in seen:
+            raise SettingError(key_of(name), f"{port} is taken by {key_of(seen[port])}")
+        seen[port] = name
+
+
+def _dns_canary(source: Source) -> DnsCanarySettings | None:
+    zone, hosts, port = source.get(CANARY_ZONE), source.get(CANARY_HOST), source.get(CANARY_PORT)
+    servers, addresses = source.get(CANARY_NS), source.get(CANARY_ADDRESSES)
+    if zone is None:
+        return None
+    return DnsCanarySettings(
+        zone=zone,
+        hosts=tuple(str(a) for a in hosts) or ("::",),
+        port=port,
+        servers=servers or (f"ns.{zone}",),
+        addresses=addresses,
+    )
+
+
+def _telegram(source: Source) -> TelegramSettings | None:
+    token, chat, url = source.get(TELEGRAM_BOT_TOKEN), source.get(TELEGRAM_CHAT_ID), source.get(TELEGRAM_API_URL)
+    enabled = source.get(TELEGRAM_ENABLED)
+    if enabled is False or (enabled is None and token is None and chat is None):
+        return None
+    if token is None or chat is None:
+        missing = TELEGRAM_BOT_TOKEN if token is None else TELEGRAM_CHAT_ID
+        raise SettingError(missing.key, f"is needed for Telegram ({TELEGRAM_ENABLED.key}=false turns it off)")
+    if not _BOT_TOKEN.fullmatch(token.reveal()):
+        raise SettingError(TELEGRAM_BOT_TOKEN.key, "is not a bot token such as 123456:ABC-DEF")
+    return TelegramSettings(token=token, chat_id=chat, api_url=url)
+
+
+def _webhook(source: Source) -> WebhookSettings | None:
+    url, secret = source.get(WEBHOOK_URL), source.get(WEBHOOK_SECRET)
+    return None if url is None else WebhookSettings(url=url, secret=secret)

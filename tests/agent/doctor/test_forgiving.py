@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import pytest
+
 from vpn_sentinel.agent.doctor.forgiving import read_all
-from vpn_sentinel.runtime.settings import Source
+from vpn_sentinel.cli.reading import settings_of
+from vpn_sentinel.runtime.settings import Setting, Source
 
 
 def names(**settings: str) -> list[str]:
@@ -40,6 +43,20 @@ def test_an_address_that_would_show_the_key_is_not_used() -> None:
     read = read_all(Source({"VPN_SENTINEL_URL": "http://s.example", "VPN_SENTINEL_API_KEY": "k3y"}))
     assert read.urls == ()
     assert [t.split(":")[0] for t in read.troubles] == ["VPN_SENTINEL_URL"]
+
+
+def test_a_reference_agent_without_its_site() -> None:
+    read = read_all(Source({"VPN_SENTINEL_ROLE": "reference", "VPN_SENTINEL_URL": "https://s.example"}))
+    assert [t.split(":")[0] for t in read.troubles] == ["VPN_SENTINEL_SITE"]
+    assert (read.agent.role, read.urls) == ("reference", ("https://s.example",))
+
+
+@pytest.mark.parametrize("value", ["x", "\x01", "/none", "http://8.8.8.8", "-1"])
+@pytest.mark.parametrize("setting", settings_of("agent", "geo"), ids=lambda s: s.name)
+def test_whatever_one_setting_holds_all_are_read(setting: Setting[object], value: str) -> None:
+    for env in ({setting.key: value}, {setting.key: value, "VPN_SENTINEL_ROLE": "reference"}):
+        read = read_all(Source(env), hostname="host")
+        assert all("\n" not in trouble for trouble in read.troubles)
 
 
 def test_a_secret_file_that_is_missing() -> None:

@@ -30,7 +30,7 @@ from vpn_sentinel.domain.observation import Path as DomainPath
 from vpn_sentinel.domain.policy import IPAddress, Policy
 from vpn_sentinel.domain.verdict import State
 from vpn_sentinel.runtime.clock import SystemClock
-from vpn_sentinel.runtime.settings import networks
+from vpn_sentinel.runtime.parsers import networks
 
 HERE = ip_address("127.0.0.1")
 EXIT = b"185.65.134.10"

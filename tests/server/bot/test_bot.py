@@ -21,7 +21,7 @@ from vpn_sentinel.server.bot.bot import Bot
 from vpn_sentinel.server.bot.seat import Seat
 from vpn_sentinel.server.notify.channel import TransientError
 from vpn_sentinel.server.notify.channels.bot_api import BotApi
-from vpn_sentinel.server.settings import Telegram
+from vpn_sentinel.server.settings import TelegramSettings
 from vpn_sentinel.server.store.schema import meta
 from vpn_sentinel.server.store.store import Store
 
@@ -114,7 +114,7 @@ class Desk:
         async def at_once(seconds: float) -> None:
             self.time.now += seconds
 
-        settings = Telegram(token=Secret(TOKEN), chat_id=chat, api_url=self.url)
+        settings = TelegramSettings(token=Secret(TOKEN), chat_id=chat, api_url=self.url)
         api = BotApi(self.http, settings, self.time, sleep=at_once)
         return Bot(api, store, self.time, chat, holder, sleep=self.time.sleep, rng=random.Random(1))
 

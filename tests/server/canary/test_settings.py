@@ -5,12 +5,12 @@ from ipaddress import ip_address
 import pytest
 
 from vpn_sentinel.runtime.settings import SettingError, Source
-from vpn_sentinel.server.settings import Canary, ServerSettings
+from vpn_sentinel.server.settings import DnsCanarySettings, ServerSettings
 
 ZONE = "VPN_SENTINEL_CANARY_ZONE"
 
 
-def read(**env: str) -> Canary | None:
+def read(**env: str) -> DnsCanarySettings | None:
     return ServerSettings.read(Source({f"VPN_SENTINEL_{k}": v for k, v in env.items()})).canary
 
 
@@ -20,7 +20,7 @@ def test_without_a_zone_no_dns_is_served() -> None:
 
 
 def test_a_zone_is_enough() -> None:
-    assert read(CANARY_ZONE="Canary.Example.org.") == Canary(
+    assert read(CANARY_ZONE="Canary.Example.org.") == DnsCanarySettings(
         zone="canary.example.org", hosts=("::",), port=53, servers=("ns.canary.example.org",), addresses=()
     )
 
@@ -33,7 +33,7 @@ def test_all_can_be_said() -> None:
         CANARY_NS="sentinel.example.org,ns2.example.net",
         CANARY_ADDRESSES="192.0.2.1,2001:db8::1",
     )
-    assert found == Canary(
+    assert found == DnsCanarySettings(
         zone="canary.example.org",
         hosts=("192.0.2.1", "2001:db8::1"),
         port=5353,

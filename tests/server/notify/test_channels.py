@@ -37,7 +37,7 @@ from vpn_sentinel.server.notify.guard import (
     is_forbidden,
     tls,
 )
-from vpn_sentinel.server.settings import ServerSettings, Telegram, Webhook
+from vpn_sentinel.server.settings import ServerSettings, TelegramSettings, WebhookSettings
 
 TOKEN = "123456:SECRET-token_of_the_bot"
 AT = 1_800_000_000.0
@@ -80,7 +80,7 @@ def api(server: StandIn, http: httpx.AsyncClient, time: Time) -> BotApi:
     async def sleep(seconds: float) -> None:
         time.now += seconds
 
-    telegram = Telegram(token=Secret(TOKEN), chat_id="42", api_url=server.url)
+    telegram = TelegramSettings(token=Secret(TOKEN), chat_id="42", api_url=server.url)
     return BotApi(http, telegram, time, sleep=sleep, limit=3)
 
 
@@ -168,7 +168,7 @@ async def test_an_answer_of_telegram_is_bounded_unpacked_too(
 ) -> None:
     async with StandIn() as server:
         server.answers = [answer]
-        telegram = Telegram(token=Secret(TOKEN), chat_id="42", api_url=server.url)
+        telegram = TelegramSettings(token=Secret(TOKEN), chat_id="42", api_url=server.url)
         tracemalloc.start()
         try:
             failure = await failure_of(TelegramChannel(BotApi(http, telegram, time, limit=10.0), "42"))
@@ -262,7 +262,7 @@ async def webhook_for(
     server: StandIn, time: Time, *, secret: str | None = None, path: str = "/hook?key=SECRET", private: bool = True
 ) -> WebhookChannel:
     client = guarded_client(tls(None), private=private, limit=3)
-    settings = Webhook(url=Secret(server.url + path), secret=Secret(secret) if secret else None)
+    settings = WebhookSettings(url=Secret(server.url + path), secret=Secret(secret) if secret else None)
     return WebhookChannel(client, settings, time, limit=3)
 
 
@@ -498,7 +498,7 @@ async def test_a_name_that_does_not_resolve_is_transient(time: Time) -> None:
         raise OSError
 
     client = guarded_client(tls(None), private=False, limit=1, resolve=nothing)
-    channel = WebhookChannel(client, Webhook(url=Secret("https://hook.example/SECRET")), time)
+    channel = WebhookChannel(client, WebhookSettings(url=Secret("https://hook.example/SECRET")), time)
     failure = await failure_of(channel)
     assert (type(failure), failure.reason) == (TransientError, "unreachable")
 

@@ -7,7 +7,7 @@ from typing import Final
 
 from vpn_sentinel.agent.doctor import machine, network, places, reactions, server, tunnel
 from vpn_sentinel.agent.doctor.check import Check, unknown
-from vpn_sentinel.agent.doctor.forgiving import Read
+from vpn_sentinel.agent.doctor.forgiving import DoctorSettings
 from vpn_sentinel.agent.doctor.ground import Ground, Once, greet_all, look
 from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.agent.net.http import Client, tls_context
@@ -53,7 +53,7 @@ _IN_THE_USERS_PLACE: Final = (
 )  # fmt: skip
 
 
-async def examine(read: Read, clock: Clock) -> list[Check]:
+async def examine(read: DoctorSettings, clock: Clock) -> list[Check]:
     """Look at everything, within 10 seconds. Changes nothing here, and nothing on the server."""
     probes = read.agent.probes
     names = Resolver()

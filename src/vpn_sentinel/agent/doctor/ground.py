@@ -8,7 +8,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, Final, Generic, TypeVar
 
 from vpn_sentinel import __version__
-from vpn_sentinel.agent.doctor.forgiving import Read
+from vpn_sentinel.agent.doctor.forgiving import DoctorSettings
 from vpn_sentinel.agent.net.http import Client, HttpError, reason
 from vpn_sentinel.agent.net.interfaces import Paths, Survey
 from vpn_sentinel.agent.net.kernel import Netlink
@@ -75,7 +75,7 @@ class Greeting:
 class Ground:
     """`kernel` is None where netlink is not to be had. `look` are the canaries of one round."""
 
-    read: Read
+    read: DoctorSettings
     clock: Clock
     kernel: Netlink | None
     survey: Survey
@@ -85,19 +85,19 @@ class Ground:
     greetings: Once[tuple[Greeting, ...]]
 
 
-async def look(read: Read, http: Client, survey: Survey, paths: Paths) -> Observation:
+async def look(read: DoctorSettings, http: Client, survey: Survey, paths: Paths) -> Observation:
     """Canaries alone, at most about three seconds; nobody's geolocation service is asked."""
     found: tuple[Canary, ...] = await canaries(canary_plan(read.agent.probes, http, (), paths), paths)
     return Observation(trigger=Trigger.START, link=survey.link(), interfaces=survey.names(), canaries=found)
 
 
-async def greet_all(read: Read, http: Client, clock: Clock) -> tuple[Greeting, ...]:
+async def greet_all(read: DoctorSettings, http: Client, clock: Clock) -> tuple[Greeting, ...]:
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(greet(read, url, http, clock)) for url in read.urls]
     return tuple(t.result() for t in tasks)
 
 
-async def greet(read: Read, url: str, http: Client, clock: Clock) -> Greeting:
+async def greet(read: DoctorSettings, url: str, http: Client, clock: Clock) -> Greeting:
     """Say hello at the addresses of the server's name, at once: as for the agent, one that answers is enough."""
     try:
         known = await http.names.addresses(split(url).host, patience=LIMIT)
@@ -109,7 +109,7 @@ async def greet(read: Read, url: str, http: Client, clock: Clock) -> Greeting:
     return next((g for g in said if g.status is not None), said[0])
 
 
-async def _greet(read: Read, url: str, at: IPAddress, http: Client, clock: Clock) -> Greeting:
+async def _greet(read: DoctorSettings, url: str, at: IPAddress, http: Client, clock: Clock) -> Greeting:
     """Say hello by POST, without a report: the server checks key and name, answers, and stores nothing."""
     agent = read.agent
     hello = Hello(

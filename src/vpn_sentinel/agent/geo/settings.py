@@ -1,13 +1,30 @@
-"""The settings of `vpn-sentinel geo`. The agent reads none of them, so MaxMind's key stays out of it."""
+"""The settings of `vpn-sentinel geo`. The agent reads few of them, and not MaxMind's key."""
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
-from vpn_sentinel.agent.geo.store import FOLDER
+from vpn_sentinel.agent import settings as agent
 from vpn_sentinel.agent.net.urls import is_insecure
-from vpn_sentinel.runtime import settings as s
+from vpn_sentinel.runtime import parsers as p
 from vpn_sentinel.runtime.secret import Secret
-from vpn_sentinel.runtime.settings import SettingError, Source
+from vpn_sentinel.runtime.settings import Idle, Section, SettingError, Source, fill, key_of
+from vpn_sentinel.wire.settings import read_data_dir
+
+
+def _account(value: str) -> str:
+    if not (value.isascii() and value.isdigit() and len(value) <= 20):
+        msg = "is not an account number"  # not repeated: people mix it up with the key
+        raise ValueError(msg)
+    return value
+
+
+UPDATES: Final = Section(
+    "Offline databases of places",
+    "See [offline databases](../how-to/geo.md). The agent reads none of these, so MaxMind's key stays out of it.\n",
+    read_by=("geo",),
+)
+SECTIONS: Final = (*agent.SECTIONS, UPDATES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,40 +33,46 @@ class GeoSettings:
 
     folder: Path
     files: str | None
-    dbip_url: str
-    maxmind_url: str
-    maxmind_account: str | None
-    maxmind_key: Secret
     ca_file: str | None
+    dbip_url: str = UPDATES.field("DBIP_URL", p.url, "https://download.db-ip.com", "base address of DB-IP's files")
+    maxmind_url: str = UPDATES.field(
+        "MAXMIND_URL",
+        p.url,
+        "https://download.maxmind.com",
+        "base address of MaxMind's files",
+        idle=(Idle(needs=("MAXMIND_KEY",)),),
+    )
+    maxmind_account: str | None = UPDATES.field(
+        "MAXMIND_ACCOUNT",
+        _account,
+        None,
+        "MaxMind account number; with the key, `geo update` fetches GeoLite2",
+        pair="MAXMIND_KEY",
+    )
+    maxmind_key: Secret = UPDATES.field(
+        "MAXMIND_KEY",
+        p.header,
+        Secret(""),
+        "MaxMind licence key; it goes to that address alone, and not over plain HTTP",
+        pair="MAXMIND_ACCOUNT",
+    )
 
     @classmethod
     def read(cls, source: Source) -> "GeoSettings":
         """Raises SettingError naming the setting that cannot be used."""
-        ca = source.get("CA_FILE", s.authorities, None)
-        replaced_ca = source.get("TLS_CERT_PATH", s.authorities, None)
-        account = source.get("MAXMIND_ACCOUNT", _account, None)
-        key = source.get("MAXMIND_KEY", s.secret, Secret(""))
-        maxmind_url = source.get("MAXMIND_URL", s.url, "https://download.maxmind.com")
-        if bool(account) != bool(key):
-            missing = "MAXMIND_KEY" if account else "MAXMIND_ACCOUNT"
-            raise SettingError(s.PREFIX + missing, "is not set: MaxMind takes account number and licence key together")
-        if not key.reveal().isascii() or not key.reveal().isprintable():
-            raise SettingError(s.PREFIX + "MAXMIND_KEY", "takes printable ASCII characters")
-        if key and is_insecure(maxmind_url) and not source.get("ALLOW_INSECURE", s.boolean, False):
-            raise SettingError(s.PREFIX + "MAXMIND_URL", f"{maxmind_url} would carry the key in clear; use https")
-        return cls(
-            folder=source.get("DATA_DIR", Path, Path(s.default_data_dir())) / FOLDER,
-            files=source.raw("GEO_DB"),
-            dbip_url=source.get("DBIP_URL", s.url, "https://download.db-ip.com"),
-            maxmind_url=maxmind_url,
-            maxmind_account=account,
-            maxmind_key=key,
-            ca_file=str(ca or replaced_ca) if ca or replaced_ca else None,
+        ca = source.get(agent.CA_FILE)
+        settings = fill(
+            cls,
+            source,
+            folder=read_data_dir(source) / agent.GEO_FOLDER,
+            files=source.text(agent.GEO_DB),
+            ca_file=None if ca is None else str(ca),
         )
-
-
-def _account(value: str) -> str:
-    if not (value.isascii() and value.isdigit() and len(value) <= 20):
-        msg = "is not an account number"  # not repeated: people mix it up with the key
-        raise ValueError(msg)
-    return value
+        account, key, url = settings.maxmind_account, settings.maxmind_key, settings.maxmind_url
+        if bool(account) != bool(key):
+            missing = key_of("MAXMIND_KEY" if account else "MAXMIND_ACCOUNT")
+            raise SettingError(missing, "is not set: MaxMind takes account number and licence key together")
+        allow_insecure = source.get(agent.ALLOW_INSECURE)
+        if key and is_insecure(url) and not allow_insecure:
+            raise SettingError(key_of("MAXMIND_URL"), f"{url} would carry the key in clear; use https")
+        return settings

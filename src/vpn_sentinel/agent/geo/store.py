@@ -16,14 +16,13 @@ from typing import IO, Final
 import msgspec
 
 from vpn_sentinel.runtime import files
-from vpn_sentinel.runtime.unusable import Unusable
+from vpn_sentinel.runtime.user_error import UserError
 
-FOLDER: Final = "geo"  # below DATA_DIR
 MANIFEST: Final = "geo.json"
 _LOCK: Final = ".lock"
 
 
-class GeoError(Unusable):
+class GeoError(UserError):
     """A database that cannot be fetched, used or kept. The message is one line."""
 
 

@@ -14,7 +14,7 @@ from vpn_sentinel.server.canary.gate import Gate
 from vpn_sentinel.server.canary.responder import Outcome, Responder
 from vpn_sentinel.server.canary.zone import Zone
 from vpn_sentinel.server.crowd import Crowd, Place, room
-from vpn_sentinel.server.settings import Canary as Settings
+from vpn_sentinel.server.settings import DnsCanarySettings
 
 _MOST_CONNECTIONS: Final = 512
 _WAITING: Final = 256  # that the kernel holds until they are taken
@@ -170,7 +170,10 @@ class Listener:
 
 
 def build_canary(
-    settings: Settings, secret: bytes, own_address: Callable[[], tuple[IPNetwork, ...]], registry: CollectorRegistry
+    settings: DnsCanarySettings,
+    secret: bytes,
+    own_address: Callable[[], tuple[IPNetwork, ...]],
+    registry: CollectorRegistry,
 ) -> Listener:
     """A listener for the zone of `settings`. Where no addresses are set, the server's own stand in for them."""
 

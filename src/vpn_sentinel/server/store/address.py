@@ -11,8 +11,8 @@ from ipaddress import ip_address
 from typing import Final
 from urllib.parse import unquote
 
+from vpn_sentinel.runtime.parsers import readable_file
 from vpn_sentinel.runtime.pem import PairError, try_pair
-from vpn_sentinel.runtime.settings import readable_file
 from vpn_sentinel.runtime.urls import host_problem
 
 SCHEMES: Final = ("postgresql", "postgres", "postgresql+asyncpg", "postgres+asyncpg")

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Final
 
 from vpn_sentinel.runtime import files
-from vpn_sentinel.runtime.unusable import Unusable
+from vpn_sentinel.runtime.user_error import UserError
 from vpn_sentinel.server.store.sqlitefile import DAMAGED, hold, whose
 
 _NAME: Final = re.compile(r"sentinel-([0-9]{8}T[0-9]{6}Z)\.db", re.ASCII)
 _STAMP: Final = "%Y%m%dT%H%M%SZ"
 
 
-class BackupError(Unusable):
+class BackupError(UserError):
     """A copy that cannot be made or put back. One line."""
 
 

@@ -6,7 +6,7 @@ from typing import Any, Final, Protocol, TypeVar
 
 from sqlalchemy import Executable, Row
 
-from vpn_sentinel.runtime.unusable import Unusable
+from vpn_sentinel.runtime.user_error import UserError
 
 T = TypeVar("T")
 C = TypeVar("C", bound="Changes")
@@ -33,7 +33,7 @@ _WORDS: Final = {
 }
 
 
-class StoreUnavailable(Unusable):
+class StoreUnavailable(UserError):
     """The database cannot be reached or written now. `reason` is a short word for metrics; trying again may help."""
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -46,7 +46,7 @@ class StoreUnavailable(Unusable):
         return _WORDS.get(self.reason, "refuses what it is asked: see the server's log")
 
 
-class StoreUnusable(Unusable):
+class StoreUnusable(UserError):
     """The database cannot be used at all: a wrong address, a damaged file, a schema from the future. One line."""
 
 

@@ -18,7 +18,7 @@ import msgspec
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.server.notify.channel import DeliveryError, PermanentError, SetupError, TransientError
 from vpn_sentinel.server.notify.failures import PLAIN, before_an_answer, keep_urls_out_of_the_log, whole
-from vpn_sentinel.server.settings import Telegram
+from vpn_sentinel.server.settings import TelegramSettings
 
 log = logging.getLogger(__name__)
 
@@ -140,7 +140,7 @@ class BotApi:
     def __init__(
         self,
         http: httpx.AsyncClient,
-        telegram: Telegram,
+        telegram: TelegramSettings,
         clock: Clock,
         *,
         sleep: Sleep = asyncio.sleep,

@@ -30,7 +30,7 @@ from vpn_sentinel.server.notify import text
 from vpn_sentinel.server.notify.channel import DeliveryError, PermanentError, SetupError, TransientError
 from vpn_sentinel.server.notify.failures import before_an_answer, retry_after
 from vpn_sentinel.server.notify.guard import ForbiddenAddressError
-from vpn_sentinel.server.settings import Webhook
+from vpn_sentinel.server.settings import WebhookSettings
 from vpn_sentinel.wire.codec import encode
 
 TIMEOUT_S: Final = 10.0
@@ -52,7 +52,9 @@ class WebhookChannel:
 
     name = "webhook"
 
-    def __init__(self, http: httpx.AsyncClient, webhook: Webhook, clock: Clock, limit: float = TIMEOUT_S) -> None:
+    def __init__(
+        self, http: httpx.AsyncClient, webhook: WebhookSettings, clock: Clock, limit: float = TIMEOUT_S
+    ) -> None:
         self._http = http
         self._webhook = webhook
         self._clock = clock
