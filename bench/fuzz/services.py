@@ -17,7 +17,7 @@ from vpn_sentinel.agent.introspect.openvpn import OpenVpn, RefusedError
 from vpn_sentinel.agent.introspect.wireguard import DeviceError, _lines, read_answer, read_shown
 from vpn_sentinel.agent.net import http, urls
 from vpn_sentinel.agent.net.endpoints import parse_endpoint
-from vpn_sentinel.agent.net.resolver import Resolver
+from vpn_sentinel.agent.net.resolver import HostResolver
 from vpn_sentinel.agent.probes import placing, trace
 from vpn_sentinel.agent.remedies.failure import RemedyError
 from vpn_sentinel.agent.remedies.qbittorrent import QBittorrent
@@ -108,7 +108,7 @@ class Served(http.Client):
 
 
 def served(data: bytes) -> Served:
-    return Served(names=Resolver(), given=[b"HTTP/1.1 " + part for part in parts(data, 4)])
+    return Served(names=HostResolver(), given=[b"HTTP/1.1 " + part for part in parts(data, 4)])
 
 
 def gluetun() -> Try:

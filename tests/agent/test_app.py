@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from vpn_sentinel.agent.build import chosen_services
-from vpn_sentinel.agent.net.resolver import Resolver
+from vpn_sentinel.agent.net.resolver import HostResolver
 from vpn_sentinel.agent.probes.echoes import Echoes
 from vpn_sentinel.agent.settings import ProbeSettings
 from vpn_sentinel.runtime.settings import Source
@@ -76,7 +76,7 @@ async def test_what_cannot_be_used_stops_the_start_with_one_line(
 
 
 def test_the_echo_is_asked_at_public_addresses_once_a_family() -> None:
-    echoes = Echoes(Resolver(), ("192.168.1.5", "65.108.77.20", "65.108.77.21", "2a01:4f9::1"))
+    echoes = Echoes(HostResolver(), ("192.168.1.5", "65.108.77.20", "65.108.77.21", "2a01:4f9::1"))
     echoes.greet(Echo(port=5000, id="00" * 8, key="11" * 32))
     assert [str(t.address) for t in echoes.targets] == ["65.108.77.20", "2a01:4f9::1"]
     echoes.greet(None)

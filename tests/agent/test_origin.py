@@ -13,7 +13,7 @@ from tests.agent.test_dnswire import answer, text
 from tests.conftest import ManualClock
 from vpn_sentinel.agent.net.http import Client
 from vpn_sentinel.agent.net.interfaces import Paths, Survey
-from vpn_sentinel.agent.net.resolver import Resolver
+from vpn_sentinel.agent.net.resolver import HostResolver
 from vpn_sentinel.agent.net.rtnetlink import Route
 from vpn_sentinel.agent.probes.canary import CanaryPlan
 from vpn_sentinel.agent.probes.dns import Nameserver
@@ -134,8 +134,8 @@ async def learned(
     async with udp(refused) as (port, _), http(service) as (web, _):
         known = Service("ipinfo.io", f"http://127.0.0.1:{web}", "/json", read_ipinfo, "/{}/json")
         trace = Service("cloudflare", f"http://127.0.0.1:{web}", "/trace", read_ipinfo)
-        places = Places(Client(names=Resolver()), [trace, known], clock)
-        origins = Origins(clock, facts, path_to=as_routed, services=places.about, names=Resolver())
+        places = Places(Client(names=HostResolver()), [trace, known], clock)
+        origins = Origins(clock, facts, path_to=as_routed, services=places.about, names=HostResolver())
         for _ in range(times):
             await origins.learn([EGRESS], [Nameserver(HERE, port=port)], paths(interface))
         return origins.known([EGRESS])
@@ -244,7 +244,7 @@ async def test_a_local_forwarder_in_the_home_providers_network_is_a_leak() -> No
             kernel=FakeKernel(default=WG.index),
             survey=lambda: Survey(interfaces=(LO, WG), tunnel="wg0"),
             plan=lambda _: CanaryPlan(targets=(Loopback("a", canary),), reserve=()),
-            places=Places(Client(names=Resolver()), (), clock),
+            places=Places(Client(names=HostResolver()), (), clock),
             clock=clock,
             nameservers=lambda: (Nameserver(HERE, port=port),),
             no_dns=Nameserver(HERE, port=9),

@@ -12,14 +12,14 @@ from tests.agent.doubles import http, reply
 from tests.conftest import ManualClock
 from vpn_sentinel.agent.geo.databases import Databases
 from vpn_sentinel.agent.net.http import Client
-from vpn_sentinel.agent.net.resolver import Resolver
+from vpn_sentinel.agent.net.resolver import HostResolver
 from vpn_sentinel.agent.probes import mmdb, placing
 from vpn_sentinel.agent.probes.place import PLACE_FRESH_S, Places
 from vpn_sentinel.agent.probes.placing import BadAnswerError, Service
 from vpn_sentinel.domain.observation import Place
 
 EXIT = ip_address("185.65.134.10")
-CLIENT = Client(names=Resolver())
+CLIENT = Client(names=HostResolver())
 IPINFO = json.dumps(
     {"ip": str(EXIT), "city": "Amsterdam", "region": "North Holland", "country": "NL",
      "org": "AS39351 31173 Services AB", "timezone": "Europe/Amsterdam"}

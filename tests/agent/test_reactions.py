@@ -17,7 +17,7 @@ from vpn_sentinel.agent.containment.surroundings import Surroundings
 from vpn_sentinel.agent.introspect.settings import IntrospectSettings
 from vpn_sentinel.agent.net import interfaces
 from vpn_sentinel.agent.net.http import Client
-from vpn_sentinel.agent.net.resolver import Resolver
+from vpn_sentinel.agent.net.resolver import HostResolver
 from vpn_sentinel.agent.reactions import ReactionQueue, Reactions
 from vpn_sentinel.agent.remedies.settings import ReactionSettings
 from vpn_sentinel.domain.judge import judge
@@ -49,11 +49,11 @@ def made(**values: str) -> tuple[ReactionQueue, Reactions]:
         survey=lambda: interfaces.survey(kernel),
         endpoints=tuple,
         facts=kept,
-        names=Resolver(),
+        names=HostResolver(),
         urls=("https://sentinel.example",),
         policy=POLICY,
     )
-    http = Client(names=Resolver())
+    http = Client(names=HostResolver())
     clock = ManualClock()
     settings = read(**values)
     queue = ReactionQueue(settings.contain, around.survey, POLICY)

@@ -7,7 +7,7 @@ from tests.agent.doubles import ETH, WG, FakeKernel, http, reply, udp
 from tests.conftest import no_descriptor_left
 from vpn_sentinel.agent.net.http import Client
 from vpn_sentinel.agent.net.interfaces import Paths, Survey
-from vpn_sentinel.agent.net.resolver import Resolver
+from vpn_sentinel.agent.net.resolver import HostResolver
 from vpn_sentinel.agent.net.urls import address_in
 from vpn_sentinel.agent.probes import dns
 from vpn_sentinel.agent.probes.canary import CanaryPlan, OverTcp, canaries
@@ -38,7 +38,7 @@ async def test_a_tunnel_that_could_not_be_looked_at_is_not_down() -> None:
     paths = Paths(FakeKernel(), Survey(interfaces=(ETH, WG), tunnel="wg0", uplinks=(ETH,), beside=(ETH,)))
     link = Link(name="wg0", present=True, up=True)
     async with udp(lambda _: b"203.0.113.4") as (port, _), http(lambda _: reply("ip=203.0.113.4\n")) as (web, _):
-        client = Client(names=Resolver())
+        client = Client(names=HostResolver())
         plan = CanaryPlan(
             targets=(Whoami("echo", port),),  # type: ignore[arg-type]
             reserve=(),

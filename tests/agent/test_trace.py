@@ -4,11 +4,11 @@ import pytest
 
 from tests.agent.doubles import http, reply
 from vpn_sentinel.agent.net.http import Client
-from vpn_sentinel.agent.net.resolver import Resolver
+from vpn_sentinel.agent.net.resolver import HostResolver
 from vpn_sentinel.agent.probes.trace import trace, whoami
 from vpn_sentinel.domain.observation import Answer, Path
 
-CLIENT = Client(names=Resolver())
+CLIENT = Client(names=HostResolver())
 HERE = ip_address("203.0.113.4")
 
 

@@ -20,7 +20,7 @@ from websockets.utils import accept_key
 from tests.agent.doubles import http, reply, tcp
 from tests.conftest import until
 from vpn_sentinel.agent.net.http import Client
-from vpn_sentinel.agent.net.resolver import Resolver
+from vpn_sentinel.agent.net.resolver import HostResolver
 from vpn_sentinel.agent.spool.spool import Spool
 from vpn_sentinel.agent.uplink.answers import plain
 from vpn_sentinel.agent.uplink.connection import ReportTarget, Routes, Wakeup
@@ -142,7 +142,7 @@ def fill(spool: Spool, count: int) -> None:
 async def carrying(spool: Spool, *urls: str, **more: Any) -> AsyncIterator[Uploader]:
     hello = Hello(protocol=PROTOCOL, client_id="nl-1", spool="", version="2", interval=30.0, wall=0.0)
     to = ReportTarget(urls=urls, api_path="/api/v1", key=Secret("the-key"), allow_insecure=False, hello=hello)
-    names = more.pop("names", None) or Resolver()
+    names = more.pop("names", None) or HostResolver()
     uploader = Uploader(to, spool, Client(names=names), SystemClock(), **more)
     task = asyncio.get_running_loop().create_task(uploader.run())
     try:
@@ -549,7 +549,7 @@ async def test_an_address_that_says_nothing_is_left_for_the_other_family(
         while await reader.read(4096):
             pass
 
-    names = Resolver(lambda _: (ip_address("127.0.0.1"), ip_address("::1")))
+    names = HostResolver(lambda _: (ip_address("127.0.0.1"), ip_address("::1")))
     async with (
         tcp(swallow) as port,
         serve(server.talk, "::1", port, close_timeout=0.1),
@@ -576,7 +576,7 @@ async def test_where_no_address_lets_a_websocket_through_every_one_is_posted_to(
         while await reader.read(4096):
             pass
 
-    names = Resolver(lambda _: (ip_address("::1"), ip_address("127.0.0.1")))
+    names = HostResolver(lambda _: (ip_address("::1"), ip_address("127.0.0.1")))
     async with tcp(talk) as port, carrying(spool, f"http://sentinel.test:{port}", names=names, patience=0.3):
         await until(lambda: spool.pending == 0)
     assert got == [1]
@@ -673,7 +673,7 @@ async def test_a_proxy_that_strips_the_upgrade_leads_to_post(spool: Spool) -> No
 
 
 async def test_the_key_is_not_sent_in_clear_to_a_public_address(spool: Spool, caplog: pytest.LogCaptureFixture) -> None:
-    names = Resolver(lambda _: (ip_address("8.8.8.8"),))
+    names = HostResolver(lambda _: (ip_address("8.8.8.8"),))
     async with carrying(spool, "http://sentinel:5000", names=names):
         await until(lambda: caplog.records)
     assert "not sent there in clear" in str(caplog.records[0].__dict__["reason"])
@@ -683,20 +683,20 @@ async def test_the_servers_address_outlives_a_restart(spool: Spool) -> None:
     server = Server()
     async with server.listening() as url:
         port = url.rsplit(":", 1)[1]
-        async with carrying(spool, f"http://sentinel:{port}", names=Resolver(lambda _: (ip_address("127.0.0.1"),))):
+        async with carrying(spool, f"http://sentinel:{port}", names=HostResolver(lambda _: (ip_address("127.0.0.1"),))):
             await until(lambda: server.hellos)
         assert json.loads(spool.fact("addresses:sentinel") or "") == ["127.0.0.1"]
 
         def dead(_: str) -> tuple:  # type: ignore[type-arg]
             raise OSError("no resolver")
 
-        async with carrying(spool, f"http://sentinel:{port}", names=Resolver(dead)):
+        async with carrying(spool, f"http://sentinel:{port}", names=HostResolver(dead)):
             await until(lambda: len(server.hellos) == 2)
 
 
 async def test_a_name_that_is_not_found_is_said(spool: Spool, caplog: pytest.LogCaptureFixture) -> None:
     spool.keep("addresses:sentinel", '["nonsense"]')
-    async with carrying(spool, "http://sentinel:5000", names=Resolver(lambda _: ())):
+    async with carrying(spool, "http://sentinel:5000", names=HostResolver(lambda _: ())):
         await until(lambda: caplog.records)
     assert caplog.records[0].__dict__["reason"] == "no address found for sentinel"
 

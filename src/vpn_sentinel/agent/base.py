@@ -10,7 +10,7 @@ from vpn_sentinel.agent.health import Health, Signs
 from vpn_sentinel.agent.net.endpoints import TCP
 from vpn_sentinel.agent.net.interfaces import Survey
 from vpn_sentinel.agent.net.kernel import Netlink
-from vpn_sentinel.agent.net.resolver import Resolver
+from vpn_sentinel.agent.net.resolver import HostResolver
 from vpn_sentinel.agent.net.urls import split
 from vpn_sentinel.agent.probes.echoes import Echoes
 from vpn_sentinel.agent.rounds.state import RoundState
@@ -37,7 +37,7 @@ class Base:
         need_key(settings)
         self.settings = settings
         self.clock = clock
-        self.names = Resolver()
+        self.names = HostResolver()
         self.http = http_client(settings.probes, self.names)
         self.spool = open_spool(settings, clock)
         self.kernel = open_kernel()

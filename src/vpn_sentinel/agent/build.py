@@ -5,7 +5,7 @@ import logging
 from vpn_sentinel.agent.geo.databases import Databases
 from vpn_sentinel.agent.net.http import Client, tls_context
 from vpn_sentinel.agent.net.kernel import Netlink
-from vpn_sentinel.agent.net.resolver import Resolver
+from vpn_sentinel.agent.net.resolver import HostResolver
 from vpn_sentinel.agent.net.urls import split
 from vpn_sentinel.agent.probes.placing import Service, services
 from vpn_sentinel.agent.probes.portal import portal
@@ -25,7 +25,7 @@ def open_kernel() -> Netlink | None:
         return None
 
 
-def http_client(settings: ProbeSettings, names: Resolver) -> Client:
+def http_client(settings: ProbeSettings, names: HostResolver) -> Client:
     """Raises SettingError when the CA file holds no certificates."""
     try:
         return Client(names=names, tls=tls_context(settings.ca_file))
@@ -48,7 +48,7 @@ def open_databases(settings: ProbeSettings, clock: Clock) -> Databases:
         raise SettingError("VPN_SENTINEL_GEO_DB", str(e)) from e
 
 
-def portal_beside(settings: ProbeSettings, names: Resolver) -> Portal:
+def portal_beside(settings: ProbeSettings, names: HostResolver) -> Portal:
     """How a round looks for a captive portal: at the trace service's host, without TLS."""
     host = split(settings.trace_url).host
 

@@ -10,7 +10,7 @@ from vpn_sentinel.agent.introspect.witnesses import Witnesses
 from vpn_sentinel.agent.leakwatch.watch import LeakWatch
 from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.agent.net.interfaces import Paths, Survey, Surveyor
-from vpn_sentinel.agent.net.resolver import Resolver
+from vpn_sentinel.agent.net.resolver import HostResolver
 from vpn_sentinel.agent.probes import dns
 from vpn_sentinel.agent.probes.canary import CanaryPlan
 from vpn_sentinel.agent.probes.origin import Origins
@@ -39,7 +39,7 @@ class Looked:
 
 async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, server: str | None = None) -> Looked:
     """Look and judge. `server` is the address of a VPN Sentinel server that is asked as well. Raises SettingError."""
-    names = Resolver()
+    names = HostResolver()
     http = http_client(settings, names)
     databases = open_databases(settings, clock)
     kernel = open_kernel()

@@ -14,12 +14,12 @@ from tests.agent.doubles import http, reply, tcp
 from tests.conftest import until
 from vpn_sentinel.agent.introspect.gluetun import Gluetun, Login, found_here, port_in, word
 from vpn_sentinel.agent.net.http import Client
-from vpn_sentinel.agent.net.resolver import Resolver
+from vpn_sentinel.agent.net.resolver import HostResolver
 from vpn_sentinel.domain.observation import Observation, Trigger
 from vpn_sentinel.runtime.secret import Secret
 from vpn_sentinel.wire.codec import check_observation
 
-CLIENT = Client(names=Resolver())
+CLIENT = Client(names=HostResolver())
 GOOD = {
     "/v1/vpn/status": {"status": "running"},
     "/v1/publicip/ip": {"public_ip": "185.65.134.10", "country": "Netherlands"},

@@ -7,7 +7,7 @@ from vpn_sentinel.agent.introspect.settings import IntrospectSettings
 from vpn_sentinel.agent.introspect.witnesses import Witnesses
 from vpn_sentinel.agent.net.http import Client
 from vpn_sentinel.agent.net.interfaces import Survey
-from vpn_sentinel.agent.net.resolver import Resolver
+from vpn_sentinel.agent.net.resolver import HostResolver
 from vpn_sentinel.agent.net.urls import is_insecure
 from vpn_sentinel.runtime.settings import SettingError, Source
 
@@ -19,7 +19,7 @@ def read(**values: str) -> IntrospectSettings:
 
 async def test_by_default_nobody_is_asked() -> None:
     assert read() == IntrospectSettings()
-    nobody = Witnesses(read(), Client(names=Resolver()), ManualClock(), on_change=lambda: None)
+    nobody = Witnesses(read(), Client(names=HostResolver()), ManualClock(), on_change=lambda: None)
     assert await nobody.look(Survey()) == ()
     assert (nobody.endpoints(), nobody.forwarded_port()) == ((), None)
 

@@ -11,10 +11,10 @@ from lab.certs import Authority, Pair
 from tests.agent.doubles import http, reply, tcp
 from tests.conftest import NEEDS_OPENSSL
 from vpn_sentinel.agent.net.http import Client, HttpError, connected, read_response, reason, tls_context
-from vpn_sentinel.agent.net.resolver import Resolver
+from vpn_sentinel.agent.net.resolver import HostResolver
 from vpn_sentinel.agent.net.urls import split
 
-CLIENT = Client(names=Resolver())
+CLIENT = Client(names=HostResolver())
 
 
 async def test_get_and_post() -> None:

@@ -3,13 +3,13 @@ from ipaddress import ip_address
 
 import pytest
 
-from vpn_sentinel.agent.net.resolver import NotFoundError, Resolver, system_lookup
+from vpn_sentinel.agent.net.resolver import HostResolver, NotFoundError, system_lookup
 
 ONE = ip_address("192.0.2.1")
 
 
 async def test_a_literal_is_its_own_address() -> None:
-    names = Resolver(lambda host: pytest.fail(f"asked for {host}"))
+    names = HostResolver(lambda host: pytest.fail(f"asked for {host}"))
     assert await names.addresses("192.0.2.1") == (ONE,)
     assert await names.addresses("[2001:db8::1]") == (ip_address("2001:db8::1"),)
     assert names.known("192.0.2.1") == (ONE,)
@@ -23,7 +23,7 @@ async def test_the_last_good_answer_stands_in_for_a_dead_resolver() -> None:
             raise OSError("no resolver")
         return (ONE,)
 
-    names = Resolver(lookup)
+    names = HostResolver(lookup)
     assert await names.addresses("a.test") == (ONE,)
     alive = False
     assert await names.addresses("a.test") == (ONE,)
@@ -39,7 +39,7 @@ async def test_a_resolver_that_hangs_is_not_waited_for_and_not_asked_twice() -> 
         release.wait(5)
         return (ONE,)
 
-    names = Resolver(lookup, patience=0.02)
+    names = HostResolver(lookup, patience=0.02)
     names.remember("a.test", (ip_address("192.0.2.9"),))
     assert await names.addresses("a.test") == (ip_address("192.0.2.9"),)
     assert await names.addresses("a.test") == (ip_address("192.0.2.9"),)
@@ -49,7 +49,7 @@ async def test_a_resolver_that_hangs_is_not_waited_for_and_not_asked_twice() -> 
 
 
 async def test_nothing_is_remembered_of_nothing() -> None:
-    names = Resolver(lambda _: ())
+    names = HostResolver(lambda _: ())
     names.remember("a.test", ())
     assert names.known("a.test") == ()
     with pytest.raises(NotFoundError):

@@ -10,7 +10,7 @@ import pytest
 
 from tests.agent.doubles import http, reply
 from vpn_sentinel.agent.net.http import Client
-from vpn_sentinel.agent.net.resolver import Resolver
+from vpn_sentinel.agent.net.resolver import HostResolver
 from vpn_sentinel.agent.remedies import gluetun
 from vpn_sentinel.agent.remedies.failure import RemedyError
 from vpn_sentinel.agent.remedies.qbittorrent import QBittorrent
@@ -21,7 +21,7 @@ PASSWORD = Secret("pa55&word=")
 
 
 def client() -> Client:
-    return Client(names=Resolver())
+    return Client(names=HostResolver())
 
 
 @dataclass

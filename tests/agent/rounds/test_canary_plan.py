@@ -6,7 +6,7 @@ import sys
 from tests.agent.doubles import ETH, FakeKernel, http, reply
 from vpn_sentinel.agent.net.http import Client
 from vpn_sentinel.agent.net.interfaces import Paths, Survey
-from vpn_sentinel.agent.net.resolver import Resolver
+from vpn_sentinel.agent.net.resolver import HostResolver
 from vpn_sentinel.agent.net.rtnetlink import Route
 from vpn_sentinel.agent.rounds.canary_plan import canary_plan
 from vpn_sentinel.agent.settings import ProbeSettings
@@ -34,7 +34,7 @@ async def test_an_answer_that_another_tunnel_carried_proves_no_way_outside() -> 
     """A VPN's program changes its protocol: its new tunnel comes up while the trace is asked."""
     kernel = FakeKernel(routes={"127.0.0.1": Route(interface=ETH.index)})
     paths = Paths(kernel, Survey(interfaces=(ETH,), tunnel="wg0", uplinks=(ETH,), beside=(ETH,)))
-    client = Client(names=Resolver())
+    client = Client(names=HostResolver())
 
     def answer(head: str) -> bytes:
         if "slow" in head:

@@ -14,7 +14,7 @@ from tests.agent.test_dnswire import answer
 from tests.agent.test_place import IPINFO
 from vpn_sentinel.agent.net.http import Client
 from vpn_sentinel.agent.net.interfaces import Paths, Survey, survey
-from vpn_sentinel.agent.net.resolver import Resolver
+from vpn_sentinel.agent.net.resolver import HostResolver
 from vpn_sentinel.agent.net.rtnetlink import Route
 from vpn_sentinel.agent.probes import placing
 from vpn_sentinel.agent.probes.canary import CanaryPlan, OverTcp
@@ -44,7 +44,7 @@ def deps(canary: int, nameserver: int = 9, places: Places | None = None, kernel:
         kernel=kernel or FakeKernel(),
         survey=lambda: TUNNEL,
         plan=lambda _: CanaryPlan(targets=(Loopback("a", canary),), reserve=()),
-        places=places or Places(Client(names=Resolver()), (), clock),
+        places=places or Places(Client(names=HostResolver()), (), clock),
         clock=clock,
         nameservers=lambda: (Nameserver(HERE, port=nameserver),),
         no_dns=Nameserver(HERE, port=nameserver),
@@ -58,7 +58,7 @@ async def test_a_round_sees_it_all() -> None:
         http(lambda _: reply(IPINFO)) as (web, _),
     ):
         service = Service("ipinfo.io", f"http://127.0.0.1:{web}", "/json", placing.read_ipinfo)
-        places = Places(Client(names=Resolver()), [service], SystemClock())
+        places = Places(Client(names=HostResolver()), [service], SystemClock())
         seen = await look(deps(canary, dns, places), Trigger.TIMER, Policy())
     assert (seen.trigger, seen.exit(4), seen.interfaces) == (Trigger.TIMER, ip_address("185.65.134.10"), ("wg0",))
     assert {str(s.egress) for s in seen.resolvers} == {"185.65.200.7"}
@@ -123,7 +123,7 @@ async def test_a_dns_leak_does_not_wait_for_places() -> None:
         get = staticmethod(hang)  # type: ignore[assignment]
 
     service = Service("ipinfo.io", "http://127.0.0.1", "/json", placing.read_ipinfo)
-    places = Places(Hanging(names=Resolver()), [service], SystemClock())
+    places = Places(Hanging(names=HostResolver()), [service], SystemClock())
     async with udp(lambda _: EXIT) as (canary, _), udp(whoami) as (dns, _):
         quiet = replace(deps(canary, dns, places), no_dns=Nameserver(HERE, port=canary))
         async with asyncio.timeout(2):

@@ -16,7 +16,7 @@ from vpn_sentinel.agent.leakwatch.senders import is_mark
 from vpn_sentinel.agent.net.endpoints import PROTOCOLS, TCP, UDP, Endpoint, parse_endpoint
 from vpn_sentinel.agent.net.interfaces import Paths, Survey
 from vpn_sentinel.agent.net.kernel import Kernel
-from vpn_sentinel.agent.net.resolver import Resolver
+from vpn_sentinel.agent.net.resolver import HostResolver
 from vpn_sentinel.agent.net.sockets import listening_ports
 from vpn_sentinel.agent.net.urls import split
 from vpn_sentinel.domain.observation import Path
@@ -36,7 +36,7 @@ class Surroundings:
     survey: Callable[[], Survey]
     endpoints: Callable[[], tuple[Endpoint, ...]]
     facts: ContainmentFacts
-    names: Resolver
+    names: HostResolver
     urls: tuple[str, ...]
     policy: Policy
     meant: Meant = field(default_factory=Meant)

@@ -13,7 +13,7 @@ from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.agent.net.http import Client, tls_context
 from vpn_sentinel.agent.net.interfaces import Paths, Surveyor
 from vpn_sentinel.agent.net.kernel import Netlink
-from vpn_sentinel.agent.net.resolver import Resolver
+from vpn_sentinel.agent.net.resolver import HostResolver
 from vpn_sentinel.runtime.clock import Clock
 
 Look = Callable[[Ground], Awaitable[list[Check]]]
@@ -56,7 +56,7 @@ _IN_THE_USERS_PLACE: Final = (
 async def examine(read: DoctorSettings, clock: Clock) -> list[Check]:
     """Look at everything, within 10 seconds. Changes nothing here, and nothing on the server."""
     probes = read.agent.probes
-    names = Resolver()
+    names = HostResolver()
     try:
         http = Client(names=names, tls=tls_context(probes.ca_file))
     except OSError:

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.agent.net.own import OWN
-from vpn_sentinel.agent.net.resolver import Resolver
+from vpn_sentinel.agent.net.resolver import HostResolver
 from vpn_sentinel.agent.net.urls import Address, split
 from vpn_sentinel.domain.policy import IPAddress
 
@@ -45,7 +45,7 @@ class Response:
 class Client:
     """`tls` verifies servers; it is made only once, since its certificates cost memory."""
 
-    names: Resolver
+    names: HostResolver
     tls: ssl.SSLContext | None = None
 
     async def get(

@@ -30,7 +30,7 @@ def system_lookup(host: str) -> tuple[IPAddress, ...]:
     return tuple(dict.fromkeys(ip_address(str(sockaddr[0]).partition("%")[0]) for *_, sockaddr in found))
 
 
-class Resolver:
+class HostResolver:
     """Looks names up in daemon threads, at most one for a name, and remembers the last good answer.
 
     The loop's executor would do, but its threads are waited for at the end, and a thread in getaddrinfo(3) may take

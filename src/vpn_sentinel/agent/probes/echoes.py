@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from vpn_sentinel.agent.net.resolver import NotFoundError, Resolver
+from vpn_sentinel.agent.net.resolver import HostResolver, NotFoundError
 from vpn_sentinel.agent.probes.targets import ServerEcho, Target
 from vpn_sentinel.domain.policy import IPAddress, is_public
 from vpn_sentinel.wire.messages import Echo
@@ -18,7 +18,7 @@ _SEEK_APART: Final = 60.0  # seconds
 class Echoes:
     """The server's UDP echo, as its last Welcome told: one target for each family of its public addresses."""
 
-    names: Resolver
+    names: HostResolver
     hosts: Sequence[str]
     targets: tuple[Target, ...] = ()
     _told: Echo | None = None

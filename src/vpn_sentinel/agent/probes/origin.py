@@ -17,7 +17,7 @@ from typing import Final
 from vpn_sentinel.agent.net.endpoints import TCP
 from vpn_sentinel.agent.net.facts import FactStore
 from vpn_sentinel.agent.net.interfaces import Paths
-from vpn_sentinel.agent.net.resolver import NotFoundError, Resolver
+from vpn_sentinel.agent.net.resolver import HostResolver, NotFoundError
 from vpn_sentinel.agent.net.urls import split
 from vpn_sentinel.agent.probes import dns, dnswire
 from vpn_sentinel.agent.probes.placing import asn_of
@@ -56,10 +56,10 @@ class Origins:
         *,
         path_to: Callable[[dns.Nameserver, Paths], Path] = dns.path_to,
         services: Services | None = None,
-        names: Resolver | None = None,
+        names: HostResolver | None = None,
     ) -> None:
         """`services` stand in where the DNS question has no answer; `names` knows where they are."""
-        self._services, self._names = services, names or Resolver()
+        self._services, self._names = services, names or HostResolver()
         self._path_to = path_to
         self._clock = clock
         self._facts = facts
