@@ -150,10 +150,11 @@ def frames() -> Try:
 TARGETS = {
     "requests": Target(
         modules=(
-            "server.serving", "server.alike", "server.ingest.switch", "server.ingest.door", "server.ingest.keepalive",
+            "server.connection", "server.request_stream", "server.alike",
+            "server.ingest.switch", "server.ingest.door", "server.ingest.keepalive",
             "server.api.params", "server.api.health",
         ),
         make=requests,
     ),
-    "frames": Target(modules=("server.websocket", "server.ingest.switch"), make=frames),
+    "frames": Target(modules=("server.connection", "server.websocket", "server.ingest.switch"), make=frames),
 }  # fmt: skip

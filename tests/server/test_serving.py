@@ -21,8 +21,9 @@ from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 from lab.certs import Authority
 from tests.conftest import until
 from vpn_sentinel.runtime.settings import SettingError, Source
+from vpn_sentinel.server.connection import Limits
 from vpn_sentinel.server.crowd import Crowd
-from vpn_sentinel.server.serving import EmbeddedServer, Limits, embedded, listen, serve_until
+from vpn_sentinel.server.serving import EmbeddedServer, embedded, listen, serve_until
 from vpn_sentinel.server.settings import ServerSettings
 
 HEAD = b"GET / HTTP/1.1\r\nHost: a\r\n"

@@ -6,11 +6,14 @@ import os
 import struct
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from tests.conftest import until
 from tests.server.test_serving import House, house
-from vpn_sentinel.server.serving import Bounded
-from vpn_sentinel.server.websocket import FRAMES
+from vpn_sentinel.server.request_stream import RequestStream
+from vpn_sentinel.server.websocket import FRAMES, FrameMeter
 
 SHAKE = (
     b"GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
@@ -22,7 +25,12 @@ FIN = 0x80
 
 def frame(opcode: int, payload: bytes = b"", fin: int = FIN) -> bytes:
     """RFC 6455, section 5.2, with a mask of zeros."""
-    size = bytes([0x80 | len(payload)]) if len(payload) < 126 else b"\xfe" + struct.pack("!H", len(payload))
+    if len(payload) < 126:
+        size = bytes([0x80 | len(payload)])
+    elif len(payload) < 65_536:
+        size = b"\xfe" + struct.pack("!H", len(payload))
+    else:
+        size = b"\xff" + struct.pack("!Q", len(payload))
     return bytes([fin | opcode]) + size + bytes(4) + payload
 
 
@@ -78,7 +86,7 @@ async def test_a_websocket_keeps_nothing_of_the_request_that_it_began_as() -> No
         gc.disable()
         try:
             await connected(at)
-            left = [o for o in gc.get_objects() if isinstance(o, Bounded)]
+            left = [o for o in gc.get_objects() if isinstance(o, (HttpToolsProtocol, RequestStream))]
         finally:
             gc.enable()
         assert not left
@@ -121,3 +129,22 @@ async def test_who_does_not_take_the_farewell_holds_no_connection(monkeypatch: p
         connection.transport.write(held)  # more than the kernels take
         writer.write(frame(TEXT, b"\xff"))  # no UTF-8: it is closed for that
         await until(lambda: not at.server.crowd.open)
+
+
+@given(
+    sizes=st.lists(st.sampled_from([0, 1, 5, 125, 126, 300, 65_535, 65_536, 70_000]), max_size=6),
+    cuts=st.lists(st.integers(1, 80_000), min_size=1, max_size=5),
+)
+def test_frames_are_counted_however_they_are_cut(sizes: list[int], cuts: list[int]) -> None:
+    """As many as the meter grants, and not one more, whatever lies between two reads."""
+    sent = b"".join(frame(TEXT, b"\xff" * size) for size in sizes) + frame(PING) * (int(FRAMES) - len(sizes))
+    meter = FrameMeter(0.0)
+    at = 0
+    for n in range(len(sent)):
+        if at >= len(sent):
+            break
+        size = cuts[n % len(cuts)]
+        assert meter.grants(sent[at : at + size], 0.0)
+        at += size
+    assert not meter.grants(frame(PING), 0.0)
+    assert meter.grants(frame(PING), 1.0)

@@ -1,0 +1,441 @@
+"""One client's connection in front of uvicorn: what it may send, for how long, and when it yields to others.
+
+Nothing here knows how uvicorn works inside. It is handed one request at a time, as a client would send it, by a
+transport of ours; what the application answers is seen as an ASGI server's caller sees it.
+"""
+
+import asyncio
+import contextlib
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from email.utils import formatdate
+from math import inf
+from typing import Any, Final
+
+import msgspec
+from websockets.exceptions import InvalidState
+
+from vpn_sentinel.server.crowd import Crowd, Place
+from vpn_sentinel.server.request_stream import Head, Refused, RequestStream
+from vpn_sentinel.server.websocket import TOO_MANY_FRAMES, FrameMeter
+from vpn_sentinel.wire.problem import CONTENT_TYPE, problem
+
+_BODY_PAUSES: Final = 10  # a whole body may take as many times as long as lies between two parts
+_HELD_BACK_BYTES: Final = 64 * 1024  # of requests that wait; what is beyond is not read until they are fewer
+# Of a request's body that nobody wants, before it is answered, and after that.
+DRAINED_BEFORE_BYTES: Final = 64 * 1024
+DRAINED_BEFORE_S: Final = 1.0
+DRAINED_AFTER_BYTES: Final = 512 * 1024
+DRAINED_AFTER_S: Final = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What one listener grants. Times are seconds; `head` is bytes of the request line, the headers and the trailers,
+    and of the heads of all requests that wait on one connection.
+
+    `drained_within` is how long a client may leave an answer unread, `connections` how many may be open in all, half of
+    them of one network (a /24, or a /48 of IPv6) and `per_address` of one address (or a /64). A body
+    may come in so many `parts`, of which `body_within` may lie between two, and ten times that between the first and
+    the last.
+    """
+
+    connections: int
+    per_address: int = 1000
+    head: int = 64 * 1024
+    queue: int = 8
+    parts: int = 1024
+    head_within: float = 10.0
+    body_within: float = 15.0
+    idle: float = 5.0
+    drained_within: float = 30.0
+
+
+@dataclass(slots=True)
+class _Request:
+    """`pieces` were not handed over yet, `complete` once all of it has come."""
+
+    head: Head
+    pieces: list[bytes] = field(default_factory=list)
+    complete: bool = False
+
+
+class Connection(asyncio.Protocol):
+    """The protocol of a connection, which hands on to `server`, another one, what is granted.
+
+    One timer per connection: it re-arms itself from `_deadline`, which is all that a request moves.
+    """
+
+    def __init__(
+        self, crowd: Crowd, limits: Limits, place: Place,
+        *, server: Callable[["Connection"], asyncio.Protocol], websockets: bool, connections: "set[Connection]",
+    ) -> None:  # fmt: skip
+        """`server` makes the protocol behind; `websockets` says whether it takes them. While it is open the connection
+        is one of `connections`.
+        """
+        self._crowd, self._limits, self._place = crowd, limits, place
+        self._make, self._connections = server, connections
+        self._loop = asyncio.get_running_loop()
+        self._stream: RequestStream | None = RequestStream(
+            self, head_bytes=limits.head, parts=limits.parts, websockets=websockets
+        )
+        self._frames: FrameMeter | None = None  # of a WebSocket
+        self._server: asyncio.Protocol | None = None  # until it was told that the connection is over
+        self._lost: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._rings_at = self._deadline = self._drained_by = self._body_by = inf
+        self._current: _Request | None = None  # which is being answered
+        self._answering = False  # its answer has begun
+        self._waiting: deque[_Request] = deque()
+        self._reading = False  # inside a request
+        self._ended = False  # nothing more comes, and who said all still waits for an answer
+        self._server_paused = self._paused = False
+
+    # What the transport calls.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport: asyncio.Transport = transport  # type: ignore[assignment]  # uvloop's are of no class of asyncio's
+        self._place.cut = self._transport.abort
+        self._connections.add(self)
+        self._server = self._make(self)
+        self._server.connection_made(_ServerTransport(self))
+        self._wait(self._limits.head_within)
+
+    def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the server needs no reason
+        self._deadline = self._drained_by = inf
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        self._place.leave()
+        self._connections.discard(self)
+        self._end_server()
+        self._waiting.clear()
+        self._current = None
+        self._end_stream()
+        if self._lost is not None and not self._lost.done():
+            self._lost.set_result(None)
+
+    def data_received(self, data: bytes) -> None:
+        if self._transport.is_closing() or self._server is None:
+            return
+        if self._stream is None:
+            self._frames_received(self._server, data)
+            return
+        try:
+            self._stream.feed(data)
+        except Refused as e:
+            self._hand_over()  # a request before it was a request
+            self._refuse(str(e))
+        else:
+            self._hand_over()
+            self._read_or_pause()
+
+    def eof_received(self) -> bool:
+        """Whether the transport is to stay open: who has said all waits for an answer that has not begun.
+
+        One that has may be a stream without an end. Over TLS asyncio closes both ways.
+        """
+        waits = self._current is not None and not self._answering and not self._reading
+        self._ended = waits and self._transport.get_extra_info("sslcontext") is None
+        return self._ended
+
+    def pause_writing(self) -> None:
+        self._drained_by = self._loop.time() + self._limits.drained_within
+        self._arm(self._drained_by)
+        if self._frames is None:
+            self._place.idle()
+        if self._server is not None:
+            self._server.pause_writing()
+        self._read_or_pause()
+
+    def resume_writing(self) -> None:
+        self._drained_by = inf
+        if self._current is not None:
+            self._place.busy()
+        if self._server is not None:
+            self._server.resume_writing()
+        self._read_or_pause()
+
+    # What the stream of requests calls.
+
+    def request_began(self) -> None:
+        self._reading = True
+        self._wait(self._limits.head_within)
+
+    def head_complete(self, head: Head) -> None:
+        request = _Request(head, [head.text])
+        if self._current is None:
+            self._current = request
+        else:
+            heads = head.size + sum(waiting.head.size for waiting in self._waiting)
+            if len(self._waiting) >= self._limits.queue or heads > self._limits.head:
+                msg = "Too many requests wait for their answers."
+                raise Refused(msg)
+            if head.is_websocket:
+                msg = "A connection cannot change its protocol before all is answered."
+                raise Refused(msg)
+            self._waiting.append(request)
+        self._place.busy()
+        self._body_by = self._loop.time() + _BODY_PAUSES * self._limits.body_within
+        self._wait(self._limits.body_within)
+
+    def body_part(self, part: bytes) -> None:
+        self._wait(min(self._limits.body_within, self._body_by - self._loop.time()))
+        if (request := self._last) is not None:
+            request.pieces.append(part)
+
+    def request_complete(self, end: bytes) -> None:
+        self._reading = False
+        if (request := self._last) is not None:
+            request.complete = True
+            request.pieces.append(end)
+        if self._current is not None:
+            self._deadline = inf  # it is the application's turn
+        else:
+            self._wait(self._limits.idle)
+
+    @property
+    def _last(self) -> _Request | None:
+        return self._waiting[-1] if self._waiting else self._current
+
+    # Between the client and the server behind.
+
+    def _hand_over(self) -> None:
+        """Let the server have what has come of the request that it is to answer."""
+        request, server = self._current, self._server
+        if request is None or server is None or not request.pieces:
+            return
+        data, request.pieces = b"".join(request.pieces), []
+        server.data_received(data)
+        if self._server is not server:  # it has put a WebSocket's in its place, and is told that this was all
+            server.connection_lost(ConnectionAbortedError())
+            self._current = None
+            self._end_stream()
+
+    def replace_server(self, server: asyncio.Protocol) -> None:
+        """From now on `server` speaks to the client: a WebSocket's."""
+        self._server = server
+        self._frames = FrameMeter(self._loop.time())
+        self._deadline = inf
+        self._place.idle()  # until the agent's hello was answered
+
+    def _frames_received(self, server: asyncio.Protocol, data: bytes) -> None:
+        if self._frames is not None and not self._frames.grants(data, self._loop.time()):
+            self._end_server()
+            self._transport.write(TOO_MANY_FRAMES)
+            self.close()
+            return
+        try:
+            server.data_received(data)
+        except InvalidState:  # a text that is none, and behind it the close: nobody is left to be told
+            self._transport.abort()
+
+    def _refuse(self, why: str) -> None:
+        """Answer 400 and close. An answer that has begun, or that others wait before, is cut instead."""
+        peer = self._transport.get_extra_info("peername")
+        self._crowd.complain(f"requests are refused: {why}", peer[0] if peer else "", self._loop.time())
+        self._end_server()
+        if self._current is not None and (self._answering or self._waiting):
+            self._transport.abort()
+            return
+        body = msgspec.json.encode(problem(400, why))
+        head = (
+            f"HTTP/1.1 400 Bad Request\r\ndate: {formatdate(usegmt=True)}\r\ncontent-type: {CONTENT_TYPE}\r\n"
+            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+        )
+        self._transport.write(head.encode() + body)
+        self._transport.close()
+        self._wait(self._limits.head_within)
+
+    def _end_server(self) -> None:
+        """Tell the server that the connection is over, and so the application."""
+        server, self._server = self._server, None
+        if server is not None:
+            server.connection_lost(None)
+
+    def _end_stream(self) -> None:
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            stream.close()
+
+    # What the server behind does by its transport.
+
+    @property
+    def transport(self) -> asyncio.Transport:
+        return self._transport
+
+    def server_writes(self, data: Any) -> None:
+        if self._server is not None:
+            self._transport.write(data)
+
+    def server_closes(self) -> None:
+        if self._server is not None:
+            self.close()
+
+    def server_pauses(self, *, paused: bool) -> None:
+        self._server_paused = paused
+        self._read_or_pause()
+
+    def close(self) -> None:
+        """Once all is sent, or when the client has left it unread for too long."""
+        self._transport.close()
+        self._wait(self._limits.drained_within)
+
+    def abort(self) -> None:
+        self._transport.abort()
+
+    def _read_or_pause(self) -> None:
+        if self._transport.is_closing():
+            return
+        held = sum(len(piece) for request in self._waiting for piece in request.pieces) if self._waiting else 0
+        unread = self._frames is not None and self._drained_by < inf  # frames are answered
+        paused = self._server_paused or held > _HELD_BACK_BYTES or unread
+        if paused != self._paused:
+            self._paused = paused
+            (self._transport.pause_reading if paused else self._transport.resume_reading)()
+
+    # What the application is called through.
+
+    async def serve_http(self, app: Any, scope: Any, receive: Any, send: Any) -> None:
+        """Run `app`; an answer before the end of its request is the last one of the connection."""
+        request = self._current
+        if request is None:
+            return
+        asked, comes = False, True
+
+        async def hear() -> Any:
+            nonlocal asked
+            asked = True
+            return await receive()
+
+        async def answer(message: Any) -> None:
+            nonlocal comes
+            starts = message["type"] == "http.response.start"
+            more = starts or message.get("more_body", False)
+            if starts and not request.complete:
+                comes = asked or not request.head.expects_continue  # else it waits to be asked for
+                if comes:
+                    # Mostly it is on its way, and to be cut while it sends would cost the client the answer.
+                    await self._drain(request, receive, DRAINED_BEFORE_BYTES, DRAINED_BEFORE_S)
+                if not request.complete:
+                    message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
+            elif not more and comes and not request.complete:
+                await send(message | {"more_body": True})
+                await self._drain(request, receive, DRAINED_AFTER_BYTES, DRAINED_AFTER_S)
+                message = {"type": message["type"]}
+            self._answering = True
+            await send(message)
+            if not more:
+                self._answered(request)
+            elif not starts and self._drained_by == inf:
+                self._place.keep()  # a stream, or a long answer that is being taken
+
+        await app(scope, hear, answer)
+
+    async def serve_websocket(self, app: Any, scope: Any, receive: Any, send: Any) -> None:
+        greeted = denied = False
+
+        async def answer(message: Any) -> None:
+            nonlocal greeted, denied
+            await send(message)
+            if message["type"] == "websocket.send" and not greeted:
+                greeted = True
+                self._place.keep()
+            denied = denied or message["type"] == "websocket.http.response.body"
+
+        await app(scope, receive, answer)
+        if denied and self._server is not None:
+            # uvicorn takes it for a fault of the application where that ends before the connection does.
+            self._lost = self._loop.create_future()
+            await self._lost
+
+    def _answered(self, request: _Request) -> None:
+        if self._current is not request:
+            return
+        self._current, self._answering = None, False
+        if self._transport.is_closing():
+            return
+        if self._waiting:
+            self._current = self._waiting.popleft()
+            self._hand_over()
+            self._read_or_pause()
+        elif self._ended:
+            self.close()
+        elif not self._reading:
+            self._wait(self._limits.idle)
+            self._place.idle()
+
+    async def _drain(self, request: _Request, receive: Any, size: int, seconds: float) -> None:
+        """Read what is left of a body, which nobody wants, `size` bytes at most (RFC 9112, section 9.6)."""
+        self._place.idle()  # what is waited for is of no use to anybody, so it yields
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not request.complete and size > 0:
+                    event = await receive()
+                    if event["type"] != "http.request":
+                        return
+                    size -= len(event["body"])
+
+    # Time.
+
+    def _wait(self, seconds: float) -> None:
+        self._deadline = self._loop.time() + seconds
+        if self._deadline < self._rings_at:
+            self._arm(self._deadline)
+
+    def _arm(self, at: float) -> None:
+        if at < self._rings_at:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._rings_at = at
+            self._timer = self._loop.call_at(at, self._ring)
+
+    def _ring(self) -> None:
+        self._timer, self._rings_at = None, inf
+        now = self._loop.time()
+        if now >= self._drained_by or (now >= self._deadline and self._transport.is_closing()):
+            self._transport.abort()
+            return
+        if now >= self._deadline and self._paused:
+            # It is we who do not read: the client cannot go on.
+            self._deadline = now + self._limits.body_within
+        elif now >= self._deadline:
+            if self._reading:
+                self._transport.abort()
+                return
+            self.close()
+        if (at := min(self._deadline, self._drained_by)) < inf:
+            self._arm(at)
+
+
+class _ServerTransport(asyncio.Transport):
+    """The transport of the protocol behind a connection."""
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__()
+        self._connection = connection
+
+    def get_extra_info(self, name: str, default: Any = None) -> Any:
+        return self._connection.transport.get_extra_info(name, default)
+
+    def is_closing(self) -> bool:
+        return self._connection.transport.is_closing()
+
+    def close(self) -> None:
+        self._connection.server_closes()
+
+    def abort(self) -> None:
+        self._connection.abort()
+
+    def write(self, data: Any) -> None:
+        self._connection.server_writes(data)
+
+    def pause_reading(self) -> None:
+        self._connection.server_pauses(paused=True)
+
+    def resume_reading(self) -> None:
+        self._connection.server_pauses(paused=False)
+
+    def set_protocol(self, protocol: asyncio.BaseProtocol) -> None:
+        self._connection.replace_server(protocol)  # type: ignore[arg-type]
