@@ -18,8 +18,8 @@ import uvloop
 from prometheus_client import CollectorRegistry
 
 from bench.dns_seeds import TXT, edns, own_name, question
-from vpn_sentinel.server.canary.gate import Gate
 from vpn_sentinel.server.canary.listener import CanaryMetrics, Limits, Listener
+from vpn_sentinel.server.canary.query_limit import QueryLimit
 from vpn_sentinel.server.canary.responder import Responder
 from vpn_sentinel.server.canary.zone import Zone
 
@@ -45,7 +45,7 @@ async def serve(kind: str) -> None:
         await asyncio.get_running_loop().create_datagram_endpoint(Echo, sock=udp)
     else:
         zone = Zone(name=ZONE, servers=(f"ns.{ZONE}",), addresses=tuple, secret=SECRET)
-        gate = Gate(genuine=_ENDLESS, strange=_ENDLESS, total=_ENDLESS)
+        gate = QueryLimit(genuine=_ENDLESS, strange=_ENDLESS, total=_ENDLESS)
         limits = Limits(connections=AT_ONCE, per_network=AT_ONCE)
         await Listener(Responder(zone, gate), CanaryMetrics(CollectorRegistry()), limits).open([udp, tcp])
     await asyncio.Event().wait()

@@ -29,8 +29,8 @@ from vpn_sentinel.agent.net.rtnetlink import (
 )
 from vpn_sentinel.agent.probes import datagram, dns, dnswire, origin, tag, targets
 from vpn_sentinel.agent.sensors.netlink import NetworkChanges
-from vpn_sentinel.server.canary.gate import Gate
 from vpn_sentinel.server.canary.listener import Limits, Stream
+from vpn_sentinel.server.canary.query_limit import QueryLimit
 from vpn_sentinel.server.canary.responder import Responder
 from vpn_sentinel.server.canary.zone import Zone
 from vpn_sentinel.server.crowd import Crowd
@@ -80,7 +80,7 @@ def dns_questions() -> Try:
         nonlocal now
         now += 1.0
         first, asked = (data[:1] or b"\0")[0], data[1:]
-        responder = Responder(made, Gate())
+        responder = Responder(made, QueryLimit())
         reply, _ = responder.respond(asked, _HOSTS[first % 3], now, datagram=bool(first & 0x80))
         if reply is None:
             return
@@ -100,7 +100,7 @@ def dns_streams() -> Try:
         crowd = Crowd(8, 8, 8)
         place = crowd.enter("127.0.0.1", 0.0, lambda: None)
         assert place is not None
-        stream = Stream(Responder(made, Gate()), lambda _: None, place, limits)
+        stream = Stream(Responder(made, QueryLimit()), lambda _: None, place, limits)
         wire = Wire(stream)
         stream.connection_made(wire)
         for at in range(0, len(sent), size):

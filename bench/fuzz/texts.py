@@ -28,7 +28,8 @@ from vpn_sentinel.runtime import wal
 from vpn_sentinel.runtime.addresses import parse_address, parse_network
 from vpn_sentinel.runtime.clock import SystemClock
 from vpn_sentinel.runtime.settings import SettingError, Source
-from vpn_sentinel.server.access import headers_of, key_from, peer
+from vpn_sentinel.server.access import key_from
+from vpn_sentinel.server.client import client_address, headers_of
 from vpn_sentinel.server.ingest.door import Refusal
 from vpn_sentinel.server.ingest.session import _check_hello, _check_reports, _known, _stored, parse
 from vpn_sentinel.server.settings import ServerSettings
@@ -103,7 +104,7 @@ def forwarded_for() -> Try:
         raw += [(name.strip().lower(), value.strip()) for name, _, value in (o.partition(b":") for o in others)]
         headers = headers_of({"headers": raw})
         for remote in ("10.0.0.1", "203.0.113.9", "fd00::1%eth0"):
-            found = peer(remote, headers.get("x-forwarded-for"), trusted)
+            found = client_address(remote, headers.get("x-forwarded-for"), trusted)
             check(found is None or parse_address(str(found)) == found, "an address that does not come back")
         key = key_from(headers)
         check(key is None or key, "an empty key")
@@ -231,7 +232,9 @@ TARGETS = {
     ),
     "servers_messages": Target(modules=("agent.uplink.session", "wire.messages"), make=servers_messages),
     "keepalives": Target(modules=("wire.keepalive",), make=keepalives),
-    "forwarded_for": Target(modules=("server.access", "runtime.addresses"), make=forwarded_for, longest=1024),
+    "forwarded_for": Target(
+        modules=("server.access", "server.client", "runtime.addresses"), make=forwarded_for, longest=1024
+    ),
     "health_requests": Target(modules=("agent.health",), make=health_requests),
     "resolv_conf": Target(modules=("agent.probes.dns", "agent.probes.system_resolver"), make=resolv_conf, longest=8192),
     "databases": Target(modules=("agent.probes.mmdb", "agent.geo.verify"), make=databases, longest=8192),

@@ -1,9 +1,9 @@
-"""Keys, tokens, who guesses, and where a request really came from."""
+"""Keys, tokens, and who guesses."""
 
 import asyncio
 import logging
 from collections.abc import Sequence
-from ipaddress import ip_address, ip_network
+from ipaddress import ip_address
 from typing import Any
 
 import pytest
@@ -11,17 +11,13 @@ from sqlalchemy import Executable, Row, select
 
 from tests.conftest import ManualClock
 from vpn_sentinel.runtime.secret import Secret
-from vpn_sentinel.server import access as access_module
 from vpn_sentinel.server.access import (
     Access,
     Caller,
     TooManyWrongKeys,
     create_token,
     first_key,
-    headers_of,
-    inside,
     key_from,
-    peer,
     revoke_token,
 )
 from vpn_sentinel.server.store.schema import tokens
@@ -303,89 +299,6 @@ async def test_what_is_remembered_of_callers_is_bounded(
         await guess(access, 1, ip_address(f"198.51.100.{n}"))
         assert await access.admit(KEY.reveal(), ip_address(f"203.0.113.{n}")) is not None
     assert len(access._guesses._by_place) == len(access._welcome) == 5
-
-
-def test_lines_of_one_header_are_one_list() -> None:
-    lines = [(b"x-forwarded-for", b"1.2.3.4"), (b"X-API-Key", b"k"), (b"x-forwarded-for", b"146.70.1.2, 10.0.0.2")]
-    assert headers_of({"headers": lines}) == {"x-forwarded-for": "1.2.3.4,146.70.1.2, 10.0.0.2", "x-api-key": "k"}
-
-
-PROXIES = (ip_network("10.0.0.0/8"), ip_network("fd00::/8"))
-PEERS: dict[str, tuple[str, str | None, str]] = {
-    "nobody in between": ("146.70.1.2", None, "146.70.1.2"),
-    "IPv4 on a socket of both versions": ("::ffff:146.70.1.2", None, "146.70.1.2"),
-    "a link-local address": ("fe80::1%eth0", None, "fe80::1"),
-    "a stranger's header is not believed": ("146.70.1.2", "1.2.3.4", "146.70.1.2"),
-    "a proxy of ours": ("10.0.0.1", "146.70.1.2", "146.70.1.2"),
-    "a proxy of ours, by IPv6": ("fd00::1", "2a0d::2", "2a0d::2"),
-    "two proxies of ours": ("10.0.0.1", "146.70.1.2, 10.0.0.2", "146.70.1.2"),
-    "what stands before the first stranger is the stranger's word": ("10.0.0.1", "1.2.3.4, 146.70.1.2", "146.70.1.2"),
-    "with its port": ("10.0.0.1", "83.46.112.77:51008", "83.46.112.77"),
-    "in quotes and brackets": ("10.0.0.1", '"[2001:db8::5]"', "2001:db8::5"),
-    "in brackets with its port": ("10.0.0.1", "1.2.3.4, [2001:db8::5]:443", "2001:db8::5"),
-    "in quotes with its port": ("10.0.0.1", '"83.46.112.77:51008"', "83.46.112.77"),
-    "IPv6 without brackets": ("10.0.0.1", "2001:db8::5", "2001:db8::5"),
-    "IPv4 that a proxy of both versions saw": ("10.0.0.1", "::ffff:83.46.112.77", "83.46.112.77"),
-    "that, with its port": ("10.0.0.1", "[::ffff:83.46.112.77]:51008", "83.46.112.77"),
-    "IPv4 by a NAT64 in front of us": ("64:ff9b::532e:704d", None, "83.46.112.77"),
-    "IPv4 that a proxy behind a NAT64 saw": ("10.0.0.1", "[64:ff9b::532e:704d]:51008", "83.46.112.77"),
-    "commas at the end": ("10.0.0.1", "1.2.3.4, 83.46.112.77, ,", "83.46.112.77"),
-    "two proxies of ours with ports": ("10.0.0.1", "83.46.112.77:1, 10.0.0.2:2", "83.46.112.77"),
-    "a zone": ("10.0.0.1", "fe80::1%eth0", "fe80::1"),
-    "proxies all the way": ("10.0.0.1", "10.0.0.3, 10.0.0.2", "10.0.0.3"),
-}
-
-
-@pytest.mark.parametrize(("remote", "header", "found"), PEERS.values(), ids=PEERS.keys())
-def test_where_a_request_really_came_from(remote: str, header: str | None, found: str) -> None:
-    assert peer(remote, header, iter(PROXIES)) == ip_address(found)
-
-
-@pytest.mark.parametrize(
-    "hop", ["unknown", "_hidden", "example.org", "83.46.112.77:x", "[2001:db8::5", "[2001:db8::5]x", "1.2.3", '""']
-)
-def test_what_a_proxy_says_in_another_way_is_unknown_and_said_once(
-    hop: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(access_module, "_TOLD_OF", set())
-    assert [peer("10.0.0.1", f"146.70.1.2, {hop}", PROXIES) for _ in range(3)] == [None] * 3
-    [said] = caplog.records
-    assert (said.__dict__["proxy"], said.__dict__["says"]) == ("10.0.0.1", hop)
-
-
-NOBODY: dict[str, tuple[str, str | None, str]] = {
-    "no header": ("10.0.0.1", None, "10.0.0.1"),
-    "an empty one": ("10.0.0.1", "", "10.0.0.1"),
-    "less than nothing": ("10.0.0.1", " , ", "10.0.0.1"),
-    "a proxy on the internet": ("185.1.2.3", None, "185.1.2.3"),
-    "one behind another": ("10.0.0.1", "185.1.2.3", "185.1.2.3"),
-}
-
-
-@pytest.mark.parametrize(("remote", "header", "proxy"), NOBODY.values(), ids=NOBODY.keys())
-def test_a_proxy_that_names_nobody_is_not_taken_for_the_client_and_said_once(
-    remote: str, header: str | None, proxy: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(access_module, "_TOLD_OF", set())
-    trusted = (*PROXIES, ip_network("185.1.2.3/32"))
-    assert [peer(remote, header, trusted) for _ in range(3)] == [None] * 3
-    [said] = caplog.records
-    assert said.__dict__["proxy"] == proxy
-    assert "X-Forwarded-For" in said.__dict__["remedy"]
-
-
-def test_without_trusted_proxies_no_header_counts() -> None:
-    assert peer("10.0.0.1", "1.2.3.4", ()) == ip_address("10.0.0.1")
-
-
-def test_a_peer_that_is_no_address_is_an_error() -> None:
-    with pytest.raises(ValueError, match="is no address such as"):
-        peer("/run/proxy.sock", "1.2.3.4", PROXIES)
-
-
-def test_a_network_of_the_other_version_holds_nothing() -> None:
-    assert inside(ip_address("10.1.2.3"), PROXIES)
-    assert not inside(ip_address("::10.1.2.3"), PROXIES)
 
 
 @pytest.mark.parametrize(

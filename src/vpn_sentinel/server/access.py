@@ -1,4 +1,4 @@
-"""Who may call: the peer's real address, the allow-list, and the keys.
+"""Who may call: the keys, and who guesses them.
 
 Nothing is open by default. A caller shows a key in `X-API-Key` (or as a bearer token): either a shared key, which may
 report under any name and read everything, or one tunnel's token, which may only report as that tunnel.
@@ -9,21 +9,20 @@ import hmac
 import logging
 import secrets
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
-from ipaddress import IPv4Address, IPv6Network, ip_network
-from typing import Any, Final
+from typing import Final
 
 from sqlalchemy import insert, select, update
 
-from vpn_sentinel.domain.policy import IPAddress, IPNetwork, is_public
+from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.runtime.secret import Secret
 from vpn_sentinel.runtime.settings import unquoted
+from vpn_sentinel.server.client import client_of
 from vpn_sentinel.server.store.schema import tokens
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
-from vpn_sentinel.wire.codec import address, written_address
 
 log = logging.getLogger(__name__)
 
@@ -40,10 +39,6 @@ _MINUTE: Final = 60.0
 _MOST_GUESSERS: Final = 100_000
 _MOST_WELCOME: Final = 100_000
 _MOST_LINES: Final = 30
-# Proxies of which it was said that their header is not understood, or names nobody.
-_TOLD_OF: Final[set[tuple[str, IPAddress]]] = set()
-_MOST_TOLD: Final = 100
-_NAT64: Final = IPv6Network("64:ff9b::/96")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +89,7 @@ class Access:
         Once an address showed too many wrong keys in a minute, a right one is not told from a wrong one there: only a
         key that was right at this address before still is, so that a neighbour behind the same exit locks nobody out.
         """
-        where, digest = _place(ip), _digest(key)
+        where, digest = client_of(ip) if ip is not None else "none", _digest(key)
         known = (where, digest) in self._welcome
         now = self._clock.boottime()
         self._guesses.tell(now)
@@ -270,66 +265,6 @@ async def first_key(store: Store, now: float, show: Callable[[str], None]) -> bo
     return True
 
 
-def peer(remote: str, forwarded_for: str | None, trusted: Iterable[IPNetwork]) -> IPAddress | None:
-    """The address that a request really came from, None where a proxy of ours does not say it, or not understandably.
-
-    `X-Forwarded-For` is believed only from a trusted proxy, and read from its end: the first address there that is not
-    itself a trusted proxy. A proxy's own address is nobody's: taken for a tunnel's exit, it would hide a leak. Only one
-    of a private network may also be a client's, where another proxy names it. Raises ValueError when `remote` is no
-    address.
-    """
-    trusted = tuple(trusted)
-    found = _translated(address(remote.partition("%")[0]))
-    named = False
-    for hop in reversed((forwarded_for or "").split(",")):
-        if not inside(found, trusted):
-            return found
-        if not hop.strip():
-            continue  # an empty element of a list says nothing (RFC 9110, section 5.6.1.2)
-        try:
-            found, named = _hop(hop), True
-        except ValueError:
-            _say_once("a proxy's X-Forwarded-For is not understood", found, says=hop.strip()[:60])
-            return None
-    if inside(found, trusted) and (not named or is_public(found)):
-        remedy = "let it set X-Forwarded-For (nothing else is read), or take it off VPN_SENTINEL_TRUSTED_PROXIES"
-        _say_once("a trusted proxy names nobody in X-Forwarded-For", found, remedy=remedy)
-        return None
-    return found
-
-
-def _hop(text: str) -> IPAddress:
-    """One element of `X-Forwarded-For`. Raises ValueError for what is no address: `unknown`, `_hidden`, a name."""
-    return _translated(written_address(text))
-
-
-def _translated(found: IPAddress) -> IPAddress:
-    """The IPv4 address that a NAT64 in front of us writes into IPv6's form, by the well-known prefix (RFC 6052)."""
-    return IPv4Address(found.packed[12:]) if found.version == 6 and found in _NAT64 else found
-
-
-def _say_once(what: str, proxy: IPAddress, **more: str) -> None:
-    """Once for a proxy, and not for more of them than anybody sets up."""
-    if (what, proxy) in _TOLD_OF or len(_TOLD_OF) >= _MOST_TOLD:
-        return
-    _TOLD_OF.add((what, proxy))
-    log.warning("%s: where such requests come from is unknown", what, extra={"proxy": str(proxy), **more})
-
-
-def headers_of(scope: Mapping[str, Any]) -> dict[str, str]:
-    """The headers of an ASGI scope, names in lower case. Proxies add lines of `X-Forwarded-For`: they are one list."""
-    raw = scope["headers"]
-    found: dict[str, str] = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in raw}
-    if "x-forwarded-for" in found:
-        lines = (v.decode("latin-1") for k, v in raw if k.lower() == b"x-forwarded-for")
-        found["x-forwarded-for"] = ",".join(lines)
-    return found
-
-
-def inside(ip: IPAddress, networks: Iterable[IPNetwork]) -> bool:
-    return any(ip.version == n.version and ip in n for n in networks)
-
-
 def key_from(headers: Mapping[str, str]) -> str | None:
     """The key in `X-API-Key` or `Authorization: Bearer`; header names are lower case.
 
@@ -339,13 +274,6 @@ def key_from(headers: Mapping[str, str]) -> str | None:
         return unquoted(key) or None
     scheme, _, token = headers.get("authorization", "").partition(" ")
     return unquoted(token) or None if scheme.lower() == "bearer" else None
-
-
-def _place(ip: IPAddress | None) -> str:
-    """Whose guesses are counted together: an IPv4 address, or the /64 that one IPv6 customer has."""
-    if ip is None:
-        return "none"
-    return str(ip) if ip.version == 4 else str(ip_network((ip, 64), strict=False))
 
 
 def _digest(key: str) -> str:

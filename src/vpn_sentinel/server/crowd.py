@@ -2,7 +2,6 @@
 
 import logging
 import resource
-import socket
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping
 from math import inf
@@ -10,6 +9,8 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+from vpn_sentinel.server.client import client_prefix, network_prefix
 
 log = logging.getLogger(__name__)
 
@@ -19,16 +20,13 @@ _TIME_TO_ASK: Final = 1.0  # seconds: a round trip or three, of TLS too
 _DESCRIPTORS: Final = 65_536
 _KEPT_BACK: Final = 128
 
-# An IPv4 address, or the /64 that one IPv6 customer has; and the /24 or /48 around it.
-Prefix = str | bytes
-
 
 class Place:
     """One connection. It is new until it says that it is busy, idle, or to be kept."""
 
     __slots__ = ("_crowd", "address", "cut", "network")
 
-    def __init__(self, crowd: "Crowd", address: Prefix, network: Prefix, cut: Callable[[], None]) -> None:
+    def __init__(self, crowd: "Crowd", address: bytes, network: bytes, cut: Callable[[], None]) -> None:
         self._crowd: Crowd | None = crowd
         self.address, self.network, self.cut = address, network, cut
 
@@ -67,12 +65,12 @@ class Crowd:
 
     def __init__(self, connections: int, per_address: int, per_network: int) -> None:
         self._connections, self._per_address, self._per_network = connections, per_address, per_network
-        self.open: Counter[Prefix] = Counter()  # by address
+        self.open: Counter[bytes] = Counter()  # by address
         self.new: OrderedDict[Place, float] = OrderedDict()  # with when each came
         self.idle: OrderedDict[Place, None] = OrderedDict()
         self.served: OrderedDict[Place, None] = OrderedDict()
         self.refused = dict.fromkeys(("all", "address", "network", "yielded"), 0)
-        self._networks: Counter[Prefix] = Counter()
+        self._networks: Counter[bytes] = Counter()
         self._total = 0
         self._full = False
         self._complained_at: dict[str, float] = {}
@@ -83,7 +81,7 @@ class Crowd:
 
     def enter(self, host: str, now: float, cut: Callable[[], None]) -> Place | None:
         """Count a connection of `host`, which `cut` ends. None: there is no room."""
-        address, network = _address(host), _network(host)
+        address, network = client_prefix(host), network_prefix(host)
         for whole, taken, most in (
             ("address", self.open[address], self._per_address),
             ("network", self._networks[network], self._per_network),
@@ -187,19 +185,3 @@ def _descriptors() -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         log.info("limit of open files raised", extra={"before": soft, "now": wanted})
     return min(max(soft, wanted), _DESCRIPTORS)
-
-
-def _is_ipv4(host: str) -> bool:
-    return ":" not in host or "." in host
-
-
-def _address(host: str) -> Prefix:
-    return host if _is_ipv4(host) else _packed(host)[:8]
-
-
-def _network(host: str) -> Prefix:
-    return host.rpartition(":")[2].rpartition(".")[0] if _is_ipv4(host) else _packed(host)[:6]
-
-
-def _packed(host: str) -> bytes:
-    return socket.inet_pton(socket.AF_INET6, host.partition("%")[0])

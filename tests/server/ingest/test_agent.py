@@ -15,8 +15,8 @@ from vpn_sentinel.server.access import create_token, revoke_token
 from vpn_sentinel.server.ingest import switch
 from vpn_sentinel.server.ingest.ledger import Ledger
 from vpn_sentinel.server.ingest.pulse import PulseProtocol
-from vpn_sentinel.server.ingest.rate import RateLimit
 from vpn_sentinel.server.ingest.session import Sessions
+from vpn_sentinel.server.rate_limit import RateLimit
 from vpn_sentinel.server.store.schema import actions, observations
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
 from vpn_sentinel.wire import echo, limits
@@ -455,6 +455,17 @@ async def test_each_agent_behind_one_address_has_its_own_rate(build: Build) -> N
     house = build(SERVER_RATE_LIMIT_REQUESTS="2")
     assert [(await house.exchange(exchange(n))).status for n in (1, 2, 3)] == [200, 200, 429]
     assert (await house.exchange(exchange(1, greeting=hello(client_id="se")))).status == 200
+
+
+async def test_one_customer_of_ipv6_has_the_rate_of_one_address(build: Build) -> None:
+    house = build(SERVER_RATE_LIMIT_REQUESTS="2")
+
+    async def from_address(n: int) -> int:
+        return (await house.exchange(exchange(n), client=(f"2001:db8:0:1::{n}", 40000))).status
+
+    assert [await from_address(n) for n in (1, 2, 3)] == [200, 200, 429]
+    answer = await house.exchange(exchange(3), client=("2001:db8:0:2::1", 40000))
+    assert answer.status == 200
 
 
 async def test_each_agent_has_its_own_rate_of_bytes(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,8 @@ from litestar.handlers import BaseRouteHandler
 from litestar.types import Guard
 
 from vpn_sentinel.domain.policy import IPAddress
-from vpn_sentinel.server.access import Access, TooManyWrongKeys, headers_of, inside, key_from, peer
+from vpn_sentinel.server.access import Access, TooManyWrongKeys, key_from
+from vpn_sentinel.server.client import client_address, headers_of, inside
 from vpn_sentinel.server.settings import ServerSettings
 
 # Put in a route's `opt` to open it to everyone.
@@ -56,6 +57,6 @@ def address_of(
     """Where a request really came from: see `access.peer`. None also on a Unix socket, which has none."""
     try:
         remote = connection.client.host if connection.client else ""
-        return peer(remote, headers.get("x-forwarded-for"), settings.trusted_proxies)
+        return client_address(remote, headers.get("x-forwarded-for"), settings.trusted_proxies)
     except ValueError:
         return None

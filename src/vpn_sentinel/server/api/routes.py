@@ -9,11 +9,12 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.params import FromPath
 from litestar.response import Stream
 
-from vpn_sentinel.server.access import headers_of, key_from
+from vpn_sentinel.server.access import key_from
 from vpn_sentinel.server.api import events, present
 from vpn_sentinel.server.api.guard import OPEN, address_of
 from vpn_sentinel.server.api.params import Before, Limit, Open, Time, TunnelName, seconds
 from vpn_sentinel.server.api.services import ApiServices
+from vpn_sentinel.server.client import headers_of
 from vpn_sentinel.server.store import queries
 from vpn_sentinel.wire import rest
 

@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter
 
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork
 from vpn_sentinel.server.acceptor import Acceptor
-from vpn_sentinel.server.canary.gate import Gate
+from vpn_sentinel.server.canary.query_limit import QueryLimit
 from vpn_sentinel.server.canary.responder import Outcome, Responder
 from vpn_sentinel.server.canary.zone import Zone
 from vpn_sentinel.server.crowd import Crowd, Place, room
@@ -181,4 +181,4 @@ def build_canary(
         return settings.addresses or tuple(n.network_address for n in own_address())
 
     zone = Zone(name=settings.zone, servers=settings.servers, addresses=addresses, secret=secret)
-    return Listener(Responder(zone, Gate()), CanaryMetrics(registry))
+    return Listener(Responder(zone, QueryLimit()), CanaryMetrics(registry))

@@ -5,9 +5,10 @@ from ipaddress import IPv6Address, ip_address
 
 from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.server.canary import message
-from vpn_sentinel.server.canary.gate import Gate, network_of
 from vpn_sentinel.server.canary.message import BadQueryError, Query
+from vpn_sentinel.server.canary.query_limit import QueryLimit
 from vpn_sentinel.server.canary.zone import Zone
+from vpn_sentinel.server.client import resolver_prefix
 
 _MOST_TCP = 65535
 
@@ -28,9 +29,9 @@ class Outcome(StrEnum):
 class Responder:
     """`respond` is all that a transport needs. It raises nothing, whatever the bytes."""
 
-    def __init__(self, zone: Zone, gate: Gate) -> None:
+    def __init__(self, zone: Zone, limit: QueryLimit) -> None:
         self._zone = zone
-        self._gate = gate
+        self._limit = limit
 
     def respond(self, data: bytes, host: str, now: float, *, datagram: bool) -> tuple[bytes | None, Outcome]:
         """Answer what came from `host` at `now` (seconds that never jump); None is silence.
@@ -38,17 +39,17 @@ class Responder:
         The answer to a datagram is never larger than it: what would be is asked for again over TCP, which nobody can
         do in another's name.
         """
-        if not self._gate.open(now):
+        if not self._limit.admits_any(now):
             return None, Outcome.LIMITED
-        network = network_of(host)
+        network = resolver_prefix(host)
         try:
             query = message.parse(data)
         except BadQueryError as e:
-            if e.reply is not None and not self._gate.admits(network, now, genuine=False):
+            if e.reply is not None and not self._limit.admits(network, now, genuine=False):
                 return None, Outcome.LIMITED
             return e.reply, Outcome.MALFORMED
         genuine = self._zone.genuine(query)
-        if not self._gate.admits(network, now, genuine=genuine is not None):
+        if not self._limit.admits(network, now, genuine=genuine is not None):
             return None, Outcome.LIMITED
         reply = self._zone.answer(query, _plain(host), genuine)
         limit = min(len(data), _payload(query)) if datagram else _MOST_TCP

@@ -6,8 +6,9 @@ from typing import Any, Final
 
 from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.runtime.clock import Clock
-from vpn_sentinel.server.access import Access, Caller, TooManyWrongKeys, headers_of, inside, key_from, peer
-from vpn_sentinel.server.ingest.rate import RateLimit
+from vpn_sentinel.server.access import Access, Caller, TooManyWrongKeys, key_from
+from vpn_sentinel.server.client import client_address, client_of, headers_of, inside
+from vpn_sentinel.server.rate_limit import RateLimit
 from vpn_sentinel.server.settings import ServerSettings
 from vpn_sentinel.wire import limits
 
@@ -39,8 +40,8 @@ class Guest:
     headers: Headers
 
     def place(self, name: str) -> str:
-        """Whose rate counts: the address's, or, where that is unknown, that of what reports as `name`."""
-        return f"unknown {name[:100]}" if self.address is None else str(self.address)
+        """Whose rate counts: the client's, or, where that is unknown, that of what reports as `name`."""
+        return f"unknown {name[:100]}" if self.address is None else client_of(self.address)
 
 
 class Door:
@@ -73,11 +74,11 @@ class Door:
             raise Refusal(403, "this key is not known here any more")
 
     def address(self, scope: Any, headers: Headers) -> IPAddress | None:
-        """Where a request really came from: see `access.peer`."""
+        """Where a request really came from: see `client.client_address`."""
         client = scope.get("client")
         if client is None:
             raise Refusal(400, "the connection has no address")
-        return peer(client[0], headers.get("x-forwarded-for"), self._settings.trusted_proxies)
+        return client_address(client[0], headers.get("x-forwarded-for"), self._settings.trusted_proxies)
 
     def pace(self, key: str) -> None:
         """Raises Refusal (429) when `key` asks too often."""

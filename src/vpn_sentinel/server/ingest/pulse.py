@@ -10,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily
 from sqlalchemy import func, or_, select
 
 from vpn_sentinel.server.ingest.ledger import Ledger, Seen
+from vpn_sentinel.server.rate_limit import RateLimit
 from vpn_sentinel.server.store.schema import tokens, tunnels
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
 from vpn_sentinel.server.tracking.group_commit import Busy
@@ -20,7 +21,7 @@ from vpn_sentinel.wire.echo import is_genuine
 log = logging.getLogger(__name__)
 
 # Strangers' MACs that are checked in a second, to learn of a tunnel that another replica greeted.
-_CHECKS: Final = 50
+_CHECKS_PER_SECOND: Final = 50
 # News that wait at most; each tunnel has one line at a time, so this is never reached by those that are known.
 _WAITING: Final = 100_000
 _TOGETHER: Final = 256
@@ -37,7 +38,7 @@ class PulseProtocol(asyncio.DatagramProtocol):
         self._now = now
         self._missed = missed
         self._transport: asyncio.DatagramTransport | None = None
-        self._checks = (0.0, 0)
+        self._checks = RateLimit(_CHECKS_PER_SECOND * 60, _CHECKS_PER_SECOND)
         self.counts = dict.fromkeys(("answered", "malformed", "unknown", "forged", "replayed"), 0)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -68,10 +69,7 @@ class PulseProtocol(asyncio.DatagramProtocol):
 
     def _look_up(self, data: bytes) -> None:
         """Only a bounded number of MACs a second: garbage must not cost more than its reading."""
-        now = self._now()
-        until, left = self._checks if now < self._checks[0] else (now + 1.0, _CHECKS)
-        self._checks = (until, left - 1)
-        if left > 0 and is_genuine(data, self._ledger.key_for(pulse.ident_of(data))):
+        if self._checks.wait(None, self._now()) == 0 and is_genuine(data, self._ledger.key_for(pulse.ident_of(data))):
             self._missed()
 
 

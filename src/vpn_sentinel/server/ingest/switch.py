@@ -14,8 +14,8 @@ import msgspec
 from vpn_sentinel.server.access import Caller
 from vpn_sentinel.server.ingest.door import Door, Guest, Refusal, json_body, retry_header
 from vpn_sentinel.server.ingest.keepalive import Keepalives
-from vpn_sentinel.server.ingest.rate import RateLimit
 from vpn_sentinel.server.ingest.session import Sessions, parse
+from vpn_sentinel.server.rate_limit import RateLimit
 from vpn_sentinel.server.store.store import StoreUnavailable
 from vpn_sentinel.server.tracking.group_commit import Busy
 from vpn_sentinel.wire import limits, problem

@@ -2,7 +2,7 @@
 
 import pytest
 
-from vpn_sentinel.server.ingest.rate import RateLimit
+from vpn_sentinel.server.rate_limit import RateLimit
 
 
 def test_a_minutes_worth_may_come_at_once_and_then_one_by_one() -> None:
@@ -28,7 +28,7 @@ def test_a_pause_saves_up_no_more_than_a_minute() -> None:
 
 
 def test_bytes_cost_what_they_are() -> None:
-    rate = RateLimit(60, most=100)
+    rate = RateLimit(60, burst=100)
     assert rate.wait("a", 0.0, 70) == 0.0
     assert rate.wait("a", 0.0, 70) == pytest.approx(40.0)
     assert rate.wait("a", 40.0, 70) == 0.0
@@ -36,7 +36,7 @@ def test_bytes_cost_what_they_are() -> None:
 
 
 def test_who_waits_pays_what_it_owes() -> None:
-    rate = RateLimit(60, most=2)
+    rate = RateLimit(60, burst=2)
     assert [rate.owe("a", 0.0) for _ in range(4)] == [0.0, 0.0, 1.0, 2.0]
     assert rate.owe("a", 2.0) == 1.0
 
