@@ -36,6 +36,7 @@ from vpn_sentinel.server.ingest.switch import Switch
 from vpn_sentinel.server.live.hub import Hub
 from vpn_sentinel.server.notify.channels import build_channels
 from vpn_sentinel.server.notify.channels.bot_api import BotApi
+from vpn_sentinel.server.notify.channels.moved_chats import MovedChats
 from vpn_sentinel.server.notify.dispatcher import Dispatcher
 from vpn_sentinel.server.notify.guard import tls
 from vpn_sentinel.server.notify.metrics import NotifyMetrics
@@ -182,7 +183,10 @@ async def _run(
         httpx.AsyncClient(verify=trust, timeout=timeouts, limits=limits, trust_env=False) as http,
         asyncio.TaskGroup() as tasks,
     ):
-        bot_api = BotApi(http, settings.telegram, clock) if settings.telegram else None
+        moved_chats = MovedChats(store)
+        bot_api = BotApi(http, settings.telegram, clock, moved=moved_chats) if settings.telegram else None
+        if settings.telegram is not None:
+            await moved_chats.load(settings.telegram.chat_id)
         channels = build_channels(settings, http, clock=clock, api=bot_api)
         dispatcher = Dispatcher(store, channels, clock, NotifyMetrics(registry, channels))
         own_address = OwnAddress(http, settings.trace_url, _wants_own_address(settings))

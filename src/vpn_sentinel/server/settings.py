@@ -28,7 +28,8 @@ from vpn_sentinel.wire.settings import (
 _BACKUP_FOLDER: Final = "backups"  # beside the database
 _DNS_LABEL: Final = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?", re.ASCII)
 _BOT_TOKEN: Final = re.compile(r"[0-9]+:[A-Za-z0-9_-]+", re.ASCII)
-_CHAT: Final = re.compile(r"-?[0-9]{1,20}|@[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
+_CHAT: Final = re.compile(r"(-?[0-9]{1,20}|@[A-Za-z_][A-Za-z0-9_]*)(?::([0-9]{1,10}))?", re.ASCII)
+_GENERAL_TOPIC: Final = 1  # which Telegram takes messages for without its number alone
 _MIN_KEY_CHARS: Final = 8
 _MAX_ZONE_CHARS: Final = 190  # of 253, to leave room for an agent's label
 
@@ -68,11 +69,14 @@ def _key(value: str) -> Secret:
     return Secret(value)
 
 
-def _chat(value: str) -> str:
-    if not _CHAT.fullmatch(value):
-        msg = f"{value!r} is neither a chat's number nor a channel's @name"
+def _chat(value: str) -> tuple[str, int | None]:
+    """A chat, and the topic in it. Raises ValueError."""
+    found = _CHAT.fullmatch(value)
+    if found is None:
+        msg = f"{value!r} is neither a chat's number nor a channel's @name, with or without a topic (-1001234567890:45)"
         raise ValueError(msg)
-    return value
+    chat, topic = found.groups()
+    return chat, int(topic) if topic is not None and int(topic) > _GENERAL_TOPIC else None
 
 
 def _asked(value: str) -> str:
@@ -169,7 +173,11 @@ SERVER_CHECK_INTERVAL_MINUTES: Final = DEADLINES.add(
 NOTICES: Final = Section("Server: notices", read_by=("server",))
 TELEGRAM_BOT_TOKEN: Final = NOTICES.add("TELEGRAM_BOT_TOKEN", p.secret, None, "the bot's token; see [Telegram](bot.md)")
 TELEGRAM_CHAT_ID: Final = NOTICES.add(
-    "TELEGRAM_CHAT_ID", _chat, None, "the only chat that is told and served: its number, or a channel's `@name`"
+    "TELEGRAM_CHAT_ID",
+    _chat,
+    None,
+    "the only chat that is told and served: its number, or a channel's `@name`; with a [topic](bot.md) as "
+    "`-1001234567890:45`",
 )
 TELEGRAM_ENABLED: Final = NOTICES.add(
     "TELEGRAM_ENABLED",
@@ -235,11 +243,12 @@ SECTIONS: Final = (DATABASE, LISTENING, DASHBOARD, ACCESS, DEADLINES, TIMES, NOT
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TelegramSettings:
-    """`chat_id` is the only chat that is told and served."""
+    """`chat_id` is the only chat that is told and served; `topic` (a `message_thread_id`) is where it is told."""
 
     token: Secret
     chat_id: str
     api_url: str
+    topic: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -489,7 +498,8 @@ def _telegram(source: Source) -> TelegramSettings | None:
         raise SettingError(missing.key, f"is needed for Telegram ({TELEGRAM_ENABLED.key}=false turns it off)")
     if not _BOT_TOKEN.fullmatch(token.reveal()):
         raise SettingError(TELEGRAM_BOT_TOKEN.key, "is not a bot token such as 123456:ABC-DEF")
-    return TelegramSettings(token=token, chat_id=chat, api_url=url)
+    number, topic = chat
+    return TelegramSettings(token=token, chat_id=number, api_url=url, topic=topic)
 
 
 def _webhook(source: Source) -> WebhookSettings | None:

@@ -21,6 +21,7 @@ from vpn_sentinel.server.bot.bot import Bot
 from vpn_sentinel.server.bot.seat import Seat
 from vpn_sentinel.server.notify.channel import TransientError
 from vpn_sentinel.server.notify.channels.bot_api import BotApi
+from vpn_sentinel.server.notify.channels.moved_chats import MovedChats
 from vpn_sentinel.server.settings import TelegramSettings
 from vpn_sentinel.server.store.schema import meta
 from vpn_sentinel.server.store.store import Store
@@ -84,9 +85,17 @@ class TelegramSide:
         self.ended = True
         self._tell()
 
-    def says(self, text: str, chat: int = CHAT, age: float = 0.0, **more: Any) -> None:
+    def says(
+        self, text: str, chat: int = CHAT, age: float = 0.0, *, topic: int = 0, thread_of_replies: int = 0,
+        migrate_to: int = 0, **more: Any,
+    ) -> None:  # fmt: skip
         self.next_id += 1
         message = {"chat": {"id": chat, **more}, "date": int(self.time.now - age), "text": text}
+        if topic or thread_of_replies:
+            message["message_thread_id"] = topic or thread_of_replies
+            message["is_topic_message"] = bool(topic)
+        if migrate_to:
+            message["migrate_to_chat_id"] = migrate_to
         self.pending.append({"update_id": self.next_id, "message": message})
         self._tell()
 
@@ -110,13 +119,18 @@ class Desk:
     def __init__(self, telegram: TelegramSide, url: str, http: httpx.AsyncClient, time: Time) -> None:
         self.telegram, self.url, self.http, self.time = telegram, url, http, time
 
-    def bot(self, store: Store, holder: str = "one", chat: str = str(CHAT)) -> Bot:
+    def bot(self, store: Store, holder: str = "one", chat: str = str(CHAT), moved: MovedChats | None = None) -> Bot:
         async def at_once(seconds: float) -> None:
             self.time.now += seconds
 
         settings = TelegramSettings(token=Secret(TOKEN), chat_id=chat, api_url=self.url)
-        api = BotApi(self.http, settings, self.time, sleep=at_once)
+        api = BotApi(self.http, settings, self.time, moved=moved or MovedChats(store), sleep=at_once)
         return Bot(api, store, self.time, chat, holder, sleep=self.time.sleep, rng=random.Random(1))
+
+    async def restarted(self, store: Store, chat: str) -> Bot:
+        moved = MovedChats(store)
+        await moved.load(chat)
+        return self.bot(store, "two", chat, moved)
 
 
 @pytest.fixture
@@ -196,6 +210,26 @@ async def test_strangers_get_no_answer_and_one_line(store: Store, desk: Desk, ca
         assert await desk.telegram.until(1) == [commands.PONG]
     said = [r.__dict__["chat"] for r in caplog.records if "not served" in r.message]
     assert said == [666, 667]
+
+
+async def test_the_answer_is_given_in_the_topic_where_it_was_asked(store: Store, desk: Desk) -> None:
+    async with running(desk.bot(store)):
+        desk.telegram.says("/ping", topic=45)
+        desk.telegram.says("/ping")
+        desk.telegram.says("/ping", thread_of_replies=7)  # in a group without topics, which takes no such number
+        await desk.telegram.until(3)
+        assert [m.get("message_thread_id") for m in desk.telegram.sent] == [45, None, None]
+
+
+async def test_a_group_that_moves_is_served_at_once_and_after_a_restart(store: Store, desk: Desk) -> None:
+    async with running(desk.bot(store, chat="-777")):
+        desk.telegram.says("", chat=-777, migrate_to=-100777)
+        desk.telegram.says("/ping", chat=-100777)
+        assert await desk.telegram.until(1) == [commands.PONG]
+    async with running(await desk.restarted(store, chat="-777")):
+        desk.telegram.says("/ping", chat=-100777)
+        await desk.telegram.until(2)
+    assert [m["chat_id"] for m in desk.telegram.sent] == ["-100777"] * 2
 
 
 async def test_a_chat_can_be_named(store: Store, desk: Desk) -> None:

@@ -19,6 +19,7 @@ import pytest
 
 from tests.conftest import ManualClock
 from tests.server.notify.standins import Answer, StandIn, Time, telegram_error, telegram_ok
+from tests.server.notify.test_dispatcher import Faulty
 from vpn_sentinel.domain.notice import STATELESS, Kind, Notice
 from vpn_sentinel.domain.verdict import Code, Finding, State
 from vpn_sentinel.runtime.secret import Secret
@@ -26,6 +27,7 @@ from vpn_sentinel.runtime.settings import SettingError, Source
 from vpn_sentinel.server.notify.channel import DeliveryError, SetupError, TransientError
 from vpn_sentinel.server.notify.channels import build_channels
 from vpn_sentinel.server.notify.channels.bot_api import MOST, BotApi
+from vpn_sentinel.server.notify.channels.moved_chats import MovedChats
 from vpn_sentinel.server.notify.channels.telegram import TelegramChannel
 from vpn_sentinel.server.notify.channels.webhook import WebhookChannel, body, signature
 from vpn_sentinel.server.notify.failures import reason_of, retry_after
@@ -38,6 +40,7 @@ from vpn_sentinel.server.notify.guard import (
     tls,
 )
 from vpn_sentinel.server.settings import ServerSettings, TelegramSettings, WebhookSettings
+from vpn_sentinel.server.store.store import Store
 
 TOKEN = "123456:SECRET-token_of_the_bot"
 AT = 1_800_000_000.0
@@ -232,7 +235,68 @@ async def test_a_group_that_became_a_supergroup_is_followed(api: BotApi, server:
     await channel.send(NOTICE, 7)
     await channel.send(NOTICE, 8)
     assert [a.json["chat_id"] for a in server.asked] == ["-777", "-100777", "-100777"]
-    assert api.current("-777") == "-100777"
+
+
+async def test_a_moved_chat_is_known_after_a_restart(
+    http: httpx.AsyncClient, server: StandIn, time: Time, store: Store
+) -> None:
+    async def sleep(seconds: float) -> None:
+        time.now += seconds
+
+    async def started() -> TelegramChannel:
+        moved = MovedChats(store)
+        await moved.load("-777")
+        telegram = TelegramSettings(token=Secret(TOKEN), chat_id="-777", api_url=server.url)
+        return TelegramChannel(BotApi(http, telegram, time, moved=moved, sleep=sleep), "-777")
+
+    server.answers = [telegram_error(400, "Bad Request: group chat was upgraded", migrate_to_chat_id=-100777)]
+    await (await started()).send(NOTICE, 7)
+    await (await started()).send(NOTICE, 8)
+    assert [a.json["chat_id"] for a in server.asked] == ["-777", "-100777", "-100777"]
+    server.answers = [telegram_error(400, "Bad Request: group chat was upgraded", migrate_to_chat_id=-100778)]
+    await (await started()).send(NOTICE, 9)  # once more
+    await (await started()).send(NOTICE, 10)
+    assert [a.json["chat_id"] for a in server.asked[3:]] == ["-100777", "-100778", "-100778"]
+
+
+async def test_an_alarm_goes_out_though_the_new_number_cannot_be_kept(
+    http: httpx.AsyncClient, server: StandIn, time: Time, store: Store
+) -> None:
+    away = Faulty(store)
+    away.away = True
+    telegram = TelegramSettings(token=Secret(TOKEN), chat_id="-777", api_url=server.url)
+    api = BotApi(http, telegram, time, moved=MovedChats(away), sleep=lambda _: asyncio.sleep(0))
+    server.answers = [telegram_error(400, "Bad Request: group chat was upgraded", migrate_to_chat_id=-100777)]
+    await TelegramChannel(api, "-777").send(NOTICE, 7)
+    assert [a.json["chat_id"] for a in server.asked] == ["-777", "-100777"]
+
+
+async def test_a_topic_is_told_where_one_is_set(api: BotApi, server: StandIn) -> None:
+    await TelegramChannel(api, "-100777", topic=45).send(NOTICE, 7)
+    await TelegramChannel(api, "-100777").send(NOTICE, 8)
+    assert [a.json.get("message_thread_id") for a in server.asked] == [45, None]
+
+
+CHATS = {
+    "42": ("42", None),
+    "-1001234567890": ("-1001234567890", None),
+    "-1001234567890:45": ("-1001234567890", 45),
+    "-1001234567890:1": ("-1001234567890", None),  # the General topic, whose number Telegram does not take
+    "@ours:45": ("@ours", 45),
+}
+
+
+@pytest.mark.parametrize(("said", "meant"), CHATS.items(), ids=CHATS.keys())
+def test_a_topic_stands_behind_the_chats_number(said: str, meant: tuple[str, int | None]) -> None:
+    telegram = settings(TELEGRAM_BOT_TOKEN=TOKEN, TELEGRAM_CHAT_ID=said).telegram
+    assert telegram is not None
+    assert (telegram.chat_id, telegram.topic) == meant
+
+
+@pytest.mark.parametrize("said", ["-100:", "-100:x", "-100:-1", ":45", "-100/45", "-100:45:1"])
+def test_what_is_no_topic_is_named(said: str) -> None:
+    with pytest.raises(SettingError, match=r"^TELEGRAM_CHAT_ID: .* neither a chat's number nor"):
+        settings(TELEGRAM_BOT_TOKEN=TOKEN, TELEGRAM_CHAT_ID=said)
 
 
 async def test_messages_are_a_second_apart(api: BotApi, server: StandIn, time: Time) -> None:

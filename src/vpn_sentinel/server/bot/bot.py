@@ -119,6 +119,10 @@ class Bot:
                 self._strangers.add(message.chat.id)
                 log.warning("a chat that is not served wrote to the bot", extra={"chat": message.chat.id})
             return
+        if message.migrate_to_chat_id is not None:
+            self._api.moved.note(self._chat_id, str(message.migrate_to_chat_id))
+            await self._api.moved.keep(self._chat_id)
+            return
         command = commands.parse(message.text, self._username or "")
         if command is None:
             return
@@ -127,10 +131,10 @@ class Bot:
             log.info("command not answered, it is too old", extra={"command": command, "age": f"{age:.0f}"})
             return
         for part in split(await self._answer(command)):
-            await self._reply(message.chat, part)
+            await self._reply(message, part)
 
     def _is_served(self, chat: Chat) -> bool:
-        served = self._api.current(self._chat_id).lower()
+        served = self._api.moved.current(self._chat_id).lower()
         return served == str(chat.id) or (chat.username != "" and served == f"@{chat.username}".lower())
 
     async def _answer(self, command: str) -> str:
@@ -146,11 +150,11 @@ class Bot:
             case _:  # /help, Telegram's own /start, and what does not exist
                 return commands.HELP
 
-    async def _reply(self, chat: Chat, text: str) -> None:
-        """Answer, with a few tries; who asked can ask again."""
+    async def _reply(self, asked: Message, text: str) -> None:
+        """Answer where it was asked, with a few tries; who asked can ask again."""
         for attempt in range(1, _TRIES + 1):
             try:
-                await self._api.send_message(str(chat.id), text, html=True)
+                await self._api.send_message(str(asked.chat.id), text, html=True, topic=asked.topic)
             except TransientError as e:
                 wait = min(e.retry_after or float(attempt), 30.0)
                 reason = e.reason

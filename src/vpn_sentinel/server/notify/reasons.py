@@ -13,8 +13,9 @@ _TELEGRAM: Final[Mapping[str, str]] = {
     "chat_not_found": "Telegram finds no such chat for this bot: check TELEGRAM_CHAT_ID (a group's begins with -), and "
     "write the bot a message or add it to the group first",
     "chat_moved": "the group became a supergroup with another number: set TELEGRAM_CHAT_ID to it",
-    "topic_closed": "the group's General topic is closed: open it again",
-    "topic_gone": "the topic in the group is gone: see that the bot may write to the group's General topic",
+    "topic_closed": "the topic in the group is closed: open it again",
+    "topic_gone": "there is no such topic in the group: check the number behind the colon of TELEGRAM_CHAT_ID; without "
+    "one, see that the bot may write to the group's General topic",
     "no_right_to_write": "the bot may not write in the group: give it the right to send messages",
     "refused": "Telegram refuses the message for a reason that is not known here: try the bot in this chat by hand",
     "rejected": "Telegram takes no form of this message, the shortest neither: check TELEGRAM_CHAT_ID",

@@ -23,7 +23,7 @@ def build_channels(
     channels: dict[str, Channel] = {}
     if settings.telegram is not None:
         api = api or BotApi(http, settings.telegram, clock)
-        channels[TelegramChannel.name] = TelegramChannel(api, settings.telegram.chat_id)
+        channels[TelegramChannel.name] = TelegramChannel(api, settings.telegram.chat_id, topic=settings.telegram.topic)
     if settings.webhook is not None:
         try:
             httpx.URL(settings.webhook.url.reveal())

@@ -6,7 +6,6 @@ not even as the context of another: failures become words first, and are raised 
 
 import asyncio
 import contextlib
-import logging
 import math
 from collections.abc import Awaitable, Callable, Mapping
 from http import HTTPStatus
@@ -17,10 +16,9 @@ import msgspec
 
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.server.notify.channel import DeliveryError, PermanentError, SetupError, TransientError
+from vpn_sentinel.server.notify.channels.moved_chats import MovedChats
 from vpn_sentinel.server.notify.failures import PLAIN, before_an_answer, keep_urls_out_of_the_log, whole
 from vpn_sentinel.server.settings import TelegramSettings
-
-log = logging.getLogger(__name__)
 
 # One message a second in a chat is what Telegram recommends (https://core.telegram.org/bots/faq#broadcasting-to-users).
 PACE: Final = 1.0
@@ -56,11 +54,19 @@ class Chat(msgspec.Struct, frozen=True):
 
 
 class Message(msgspec.Struct, frozen=True):
-    """`date` is seconds since the epoch."""
+    """`date` is seconds since the epoch. A group that became a supergroup says its new number, `migrate_to_chat_id`."""
 
     chat: Chat
     date: int
     text: str = ""
+    message_thread_id: int | None = None
+    is_topic_message: bool = False
+    migrate_to_chat_id: int | None = None
+
+    @property
+    def topic(self) -> int | None:
+        """Where it was written. Replies have a thread in groups without topics too, which takes no message."""
+        return self.message_thread_id if self.is_topic_message else None
 
 
 class Update(msgspec.Struct, frozen=True):
@@ -143,6 +149,7 @@ class BotApi:
         telegram: TelegramSettings,
         clock: Clock,
         *,
+        moved: MovedChats | None = None,
         sleep: Sleep = asyncio.sleep,
         limit: float = LIMIT,
     ) -> None:
@@ -154,26 +161,24 @@ class BotApi:
         self._limit = limit
         self._pace = asyncio.Lock()
         self._sent_at = float("-inf")
-        self._moved: dict[str, str] = {}
-
-    def current(self, chat_id: str) -> str:
-        """The number of a chat that may have moved since the settings were written."""
-        return self._moved.get(chat_id, chat_id)
+        self.moved = MovedChats() if moved is None else moved
 
     async def get_me(self) -> User:
         return _parsed(_user, await self._call("getMe", {}))
 
-    async def send_message(self, chat_id: str, text: str, *, html: bool) -> None:
+    async def send_message(self, chat_id: str, text: str, *, html: bool, topic: int | None = None) -> None:
         """Send at most 4,096 UTF-16 code units, counted after entities are parsed."""
         try:
-            await self._send(self.current(chat_id), text, html=html)
+            await self._send(self.moved.current(chat_id), text, html=html, topic=topic)
         except ChatMovedError as moved:
-            self._moved[chat_id] = moved.chat_id
+            self.moved.note(chat_id, moved.chat_id)
         else:
             return
-        # An alarm must not wait until somebody has read this line and changed the setting.
-        log.warning("the chat moved: set TELEGRAM_CHAT_ID to its new number", extra={"chat": self._moved[chat_id]})
-        await self._send(self.current(chat_id), text, html=html)
+        # An alarm must not wait until somebody has changed the setting, nor for the database.
+        try:
+            await self._send(self.moved.current(chat_id), text, html=html, topic=topic)
+        finally:
+            await self.moved.keep(chat_id)
 
     async def get_updates(self, offset: int | None, wait: int) -> list[Update]:
         """Messages from `offset` on, which confirms the earlier ones; waits up to `wait` seconds for the first.
@@ -186,8 +191,10 @@ class BotApi:
         found = _parsed(_updates, await self._call("getUpdates", params, wait=wait))
         return [_readable(item) for item in found]
 
-    async def _send(self, chat_id: str, text: str, *, html: bool) -> None:
+    async def _send(self, chat_id: str, text: str, *, html: bool, topic: int | None) -> None:
         params: dict[str, object] = {"chat_id": chat_id, "text": text, "link_preview_options": {"is_disabled": True}}
+        if topic is not None:
+            params["message_thread_id"] = topic
         if html:
             params["parse_mode"] = "HTML"
         async with self._pace:

@@ -10,13 +10,16 @@ from vpn_sentinel.server.notify.split import split
 
 
 class TelegramChannel:
-    """`zone` is where times are told, None the process's own."""
+    """`topic` is the one of the chat that is told, None in a chat without. `zone` is where times are told, None the
+    process's own.
+    """
 
     name = "telegram"
 
-    def __init__(self, api: BotApi, chat_id: str, zone: tzinfo | None = None) -> None:
+    def __init__(self, api: BotApi, chat_id: str, zone: tzinfo | None = None, *, topic: int | None = None) -> None:
         self._api = api
         self._chat_id = chat_id
+        self._topic = topic
         self._zone = zone
 
     async def send(self, notice: Notice, delivery_id: int) -> None:  # noqa: ARG002 - Telegram knows no idempotency key
@@ -37,4 +40,4 @@ class TelegramChannel:
 
     async def _send(self, message: str, *, html: bool) -> None:
         for part in split(message):
-            await self._api.send_message(self._chat_id, part, html=html)
+            await self._api.send_message(self._chat_id, part, html=html, topic=self._topic)
