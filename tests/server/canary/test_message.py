@@ -1,14 +1,17 @@
 """Reading any bytes and building answers; dnslib, which shares no code with it, reads them back."""
 
 import struct
+from ipaddress import ip_address
 
 import pytest
-from dnslib import EDNS0, QTYPE, RR, TXT, DNSHeader, DNSQuestion, DNSRecord
+from dnslib import AAAA as DNSLIB_AAAA
+from dnslib import EDNS0, QTYPE, RR, TXT, DNSHeader, DNSLabel, DNSQuestion, DNSRecord
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vpn_sentinel.server.canary import message
 from vpn_sentinel.server.canary.message import BadQueryError, Edns, Record, Reply, pack, parse, wire
+from vpn_sentinel.server.canary.zone import labels_of, texts
 
 
 def query(name: str = "Probe.Example.ORG", kind: str = "TXT", *, opt: EDNS0 | None = None, **header: int) -> bytes:
@@ -144,3 +147,97 @@ def test_a_large_code_is_split_between_header_and_opt() -> None:
     read = DNSRecord.parse(packed)
     assert read.header.rcode == 0
     assert (read.ar[0].edns_rcode, read.ar[0].edns_ver) == (1, 0)
+
+
+# --- both ways, whatever is asked and answered ------------------------------------------------------------------------
+
+LABELS = st.lists(st.binary(min_size=1, max_size=20).filter(lambda raw: raw.lower() == raw), min_size=1, max_size=6)
+# dnslib reads names of ASCII alone, though any byte may be in one (RFC 2181, section 11).
+ASCII_LABELS = st.lists(
+    st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=20), min_size=1, max_size=6
+).map(lambda names: [name.lower().encode() for name in names])
+KINDS = st.sampled_from([message.A, message.NS, message.SOA, message.TXT, message.AAAA, message.ANY, 65, 257])
+OPTS = st.none() | st.builds(Edns, st.integers(0, 255), st.integers(0, 65_535), st.booleans())
+
+
+def asked_by_dnslib(labels: list[bytes], kind: int, edns: Edns | None, ident: int, *, recurse: bool) -> bytes:
+    header = DNSHeader(id=ident, rd=int(recurse), bitmap=0x0100 if recurse else 0)
+    made = DNSRecord(header, q=DNSQuestion(DNSLabel(tuple(labels)), kind))
+    if edns is not None:
+        made.add_ar(EDNS0(udp_len=edns.payload, version=edns.version, flags="do" if edns.dnssec_ok else ""))
+    return bytes(made.pack())
+
+
+@given(labels=LABELS, kind=KINDS, edns=OPTS, ident=st.integers(0, 65_535), recurse=st.booleans())
+def test_what_dnslib_asks_is_read_as_it_was_meant(
+    labels: list[bytes], kind: int, edns: Edns | None, ident: int, recurse: bool
+) -> None:
+    read = parse(asked_by_dnslib(labels, kind, edns, ident, recurse=recurse))
+    assert (read.ident, read.recurse, read.labels) == (ident, recurse, tuple(labels))
+    assert (read.kind, read.klass, read.edns) == (kind, message.IN, edns)
+
+
+@st.composite
+def records(draw: st.DrawFn) -> tuple[Record, str]:
+    """A record of ours, and its data as dnslib writes it."""
+    owner = draw(st.none() | ASCII_LABELS.map(wire))
+    kind = draw(st.sampled_from([message.A, message.AAAA, message.NS, message.TXT, message.SOA]))
+    ttl = draw(st.integers(0, 2**31 - 1))
+    if kind in (message.A, message.AAAA):
+        size = 4 if kind == message.A else 16
+        address = ip_address(draw(st.binary(min_size=size, max_size=size)))
+        shown = str(address) if kind == message.A else str(DNSLIB_AAAA(str(address)))
+        return Record(owner, kind, ttl, address.packed), shown
+    name = draw(HOSTS)
+    if kind == message.NS:
+        return Record(owner, kind, ttl, wire(labels_of(name))), f"{name}."
+    if kind == message.TXT:
+        strings = draw(st.lists(st.text("abc 123=", max_size=255), min_size=1, max_size=3))
+        return Record(owner, kind, ttl, texts(strings)), ",".join(f'"{each}"' for each in strings)
+    numbers = draw(st.lists(st.integers(0, 2**32 - 1), min_size=5, max_size=5))
+    data = wire(labels_of(name)) * 2 + b"".join(n.to_bytes(4) for n in numbers)
+    return Record(owner, kind, ttl, data), f"{name}. {name}. {' '.join(map(str, numbers))}"
+
+
+HOSTS = st.lists(st.text("abcxyz019", min_size=1, max_size=12), min_size=1, max_size=4).map(".".join)
+SECTION = st.lists(records(), max_size=4)
+
+
+def seen(found: list[RR]) -> list[tuple[bytes, int, int, str]]:
+    return [(wire(tuple(r.rname.label)), r.rtype, r.ttl, str(r.rdata)) for r in found if r.rtype != QTYPE.OPT]
+
+
+@given(
+    labels=ASCII_LABELS,
+    edns=st.none() | st.builds(Edns, st.just(0), st.integers(512, 4096), st.booleans()),
+    answers=SECTION,
+    authority=SECTION,
+    additional=SECTION,
+    rcode=st.sampled_from([0, 3, 5]),
+    authoritative=st.booleans(),
+)
+def test_what_is_answered_dnslib_reads_as_it_was_meant(
+    labels: list[bytes],
+    edns: Edns | None,
+    answers: list[tuple[Record, str]],
+    authority: list[tuple[Record, str]],
+    additional: list[tuple[Record, str]],
+    rcode: int,
+    authoritative: bool,
+) -> None:
+    query = parse(asked_by_dnslib(labels, message.TXT, edns, 4711, recurse=True))
+    sections = [[record for record, _ in part] for part in (answers, authority, additional)]
+    reply = Reply(
+        rcode=rcode, authoritative=authoritative, answers=sections[0], authority=sections[1], additional=sections[2]
+    )
+    packed, truncated = pack(query, reply, limit=65_535)
+    assert not truncated
+    read = DNSRecord.parse(packed)
+    assert (read.header.id, read.header.rcode, read.header.aa, read.header.rd) == (4711, rcode, authoritative, 1)
+    assert wire(tuple(read.q.qname.label)) == wire(tuple(labels))
+    for found, meant in ((read.rr, answers), (read.auth, authority), (read.ar, additional)):
+        assert seen(found) == [
+            (wire(tuple(labels)) if r.owner is None else r.owner, r.kind, r.ttl, shown) for r, shown in meant
+        ]
+    opts = [(r.edns_ver, r.rclass, r.edns_do) for r in read.ar if r.rtype == QTYPE.OPT]
+    assert opts == ([] if edns is None else [(0, message.PAYLOAD, int(edns.dnssec_ok))])
