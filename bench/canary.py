@@ -18,10 +18,10 @@ import uvloop
 from prometheus_client import CollectorRegistry
 
 from bench.dns_seeds import TXT, edns, own_name, question
-from vpn_sentinel.server.canary.listener import CanaryMetrics, Limits, Listener
-from vpn_sentinel.server.canary.query_limit import QueryLimit
-from vpn_sentinel.server.canary.responder import Responder
-from vpn_sentinel.server.canary.zone import Zone
+from vpn_sentinel.server.dns_canary.listener import DnsCanaryMetrics, DnsListener, TcpLimits
+from vpn_sentinel.server.dns_canary.query_limit import QueryLimit
+from vpn_sentinel.server.dns_canary.responder import Responder
+from vpn_sentinel.server.dns_canary.zone import Zone
 
 SECRET, ZONE = bytes(range(32)), "canary.example.org"
 AT_ONCE, SECONDS, ROUNDS = 64, 3.0, 3
@@ -46,8 +46,8 @@ async def serve(kind: str) -> None:
     else:
         zone = Zone(name=ZONE, servers=(f"ns.{ZONE}",), addresses=tuple, secret=SECRET)
         gate = QueryLimit(genuine=_ENDLESS, strange=_ENDLESS, total=_ENDLESS)
-        limits = Limits(connections=AT_ONCE, per_network=AT_ONCE)
-        await Listener(Responder(zone, gate), CanaryMetrics(CollectorRegistry()), limits).open([udp, tcp])
+        limits = TcpLimits(connections=AT_ONCE, per_network=AT_ONCE)
+        await DnsListener(Responder(zone, gate), DnsCanaryMetrics(CollectorRegistry()), limits).open([udp, tcp])
     await asyncio.Event().wait()
 
 

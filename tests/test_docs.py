@@ -113,7 +113,7 @@ BOUND = re.compile(
 
 
 def set_in(module: str, name: str, index: str) -> float:
-    """A constant, or the default of a field of `Limits`."""
+    """A constant, or the default of a field of a dataclass."""
     found = import_module("vpn_sentinel." + module.replace("/", "."))
     owner, _, field = name.rpartition(".")
     if owner:

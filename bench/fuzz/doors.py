@@ -14,7 +14,7 @@ from vpn_sentinel.server.api.app import build_api
 from vpn_sentinel.server.api.health import HealthServices, build_health
 from vpn_sentinel.server.api.services import ApiServices
 from vpn_sentinel.server.dashboard.app import DashboardServices, build_dashboard
-from vpn_sentinel.server.ingest.door import Door
+from vpn_sentinel.server.ingest.admission import Admission
 from vpn_sentinel.server.ingest.keepalive import Keepalives
 from vpn_sentinel.server.ingest.session import Sessions
 from vpn_sentinel.server.ingest.switch import Switch
@@ -71,14 +71,14 @@ class House:
         access = Access(store, clock, settings.api_key)
         tracker = Tracker(store, clock, hub, settings.policy)
         self._running = asyncio.create_task(tracker.run())
-        door = Door(settings, access, clock)
+        admission = Admission(settings, access, clock)
         sessions = Sessions(tracker, store, clock, echo_secret=bytes(32), echo_port=5000, missed=3)
-        keepalives = Keepalives(door, tracker, clock, settings.keepalive_timeout)
+        keepalives = Keepalives(admission, tracker, clock, settings.keepalive_timeout)
         api = build_api(ApiServices(store=store, access=access, hub=hub, settings=settings, clock=clock))
         dashboard = build_dashboard(DashboardServices(store=store, hub=hub, settings=settings, clock=clock))
         services = HealthServices(store=store, clock=clock, registry=registry, dispatcher=lambda: (True, ""))
         self.apps = (
-            Watched(Switch(door, keepalives, sessions, api, settings.api_path, crowd=10_000_000)),
+            Watched(Switch(admission, keepalives, sessions, api, settings.api_path, per_client=10_000_000)),
             Watched(build_health(services), (503,)),
             Watched(dashboard),
         )
@@ -98,9 +98,9 @@ class House:
     async def talk(self, door: int, pieces: list[bytes]) -> None:
         """One connection from its beginning to its end."""
         server = self.doors[door]
-        place = server.crowd.enter("127.0.0.1", 0.0, lambda: None)
-        assert place is not None
-        protocol = server.protocol(place)
+        slot = server.connection_limit.enter("127.0.0.1", 0.0, lambda: None)
+        assert slot is not None
+        protocol = server.protocol(slot)
         wire = Wire(protocol)
         protocol.connection_made(wire)
         for piece in pieces:
@@ -118,7 +118,7 @@ class House:
             await asyncio.sleep(0)
         check(not server.server_state.tasks, "a request outlives its connection")
         check(not server.server_state.connections, "a connection is not forgotten")
-        check(not server.crowd.open, "a place is not given back")
+        check(not server.connection_limit.open, "a slot is not given back")
         bad = [*self.apps[door].bad, *(int(s) for s in _STATUS.findall(wire.written) if s[:1] == b"5")]
         self.apps[door].bad.clear()
         check(not bad, f"answered with {bad}")
@@ -150,8 +150,8 @@ def frames() -> Try:
 TARGETS = {
     "requests": Target(
         modules=(
-            "server.connection", "server.request_stream", "server.alike",
-            "server.ingest.switch", "server.ingest.door", "server.ingest.keepalive",
+            "server.connection", "server.request_stream", "server.request_normalizer",
+            "server.ingest.switch", "server.ingest.admission", "server.ingest.keepalive",
             "server.api.params", "server.api.health",
         ),
         make=requests,

@@ -29,13 +29,13 @@ from vpn_sentinel.agent.net.rtnetlink import (
 )
 from vpn_sentinel.agent.probes import datagram, dns, dnswire, origin, tag, targets
 from vpn_sentinel.agent.sensors.netlink import NetworkChanges
-from vpn_sentinel.server.canary.listener import Limits, Stream
-from vpn_sentinel.server.canary.query_limit import QueryLimit
-from vpn_sentinel.server.canary.responder import Responder
-from vpn_sentinel.server.canary.zone import Zone
-from vpn_sentinel.server.crowd import Crowd
-from vpn_sentinel.server.ingest.ledger import Ledger
+from vpn_sentinel.server.connection_limit import ConnectionLimit
+from vpn_sentinel.server.dns_canary.listener import TcpLimits, TcpStream
+from vpn_sentinel.server.dns_canary.query_limit import QueryLimit
+from vpn_sentinel.server.dns_canary.responder import Responder
+from vpn_sentinel.server.dns_canary.zone import Zone
 from vpn_sentinel.server.ingest.pulse import PulseProtocol
+from vpn_sentinel.server.ingest.pulse_registry import PulseRegistry
 from vpn_sentinel.wire import echo, pulse
 
 SECRET = bytes(range(32))
@@ -93,14 +93,14 @@ def dns_questions() -> Try:
 def dns_streams() -> Try:
     """Questions over TCP, each behind its length, in pieces as large as the first byte says; 0 is at once."""
     made = Zone(name=ZONE, servers=(f"ns.{ZONE}",), addresses=lambda: (ip_address("203.0.113.1"),), secret=SECRET)
-    limits, loop = Limits(), Loop()
+    limits, loop = TcpLimits(), Loop()
 
     async def one(data: bytes) -> None:
         size, sent = (data[:1] or b"\0")[0] or max(1, len(data)), data[1:]
-        crowd = Crowd(8, 8, 8)
-        place = crowd.enter("127.0.0.1", 0.0, lambda: None)
-        assert place is not None
-        stream = Stream(Responder(made, QueryLimit()), lambda _: None, place, limits)
+        limit = ConnectionLimit(8, 8, 8)
+        slot = limit.enter("127.0.0.1", 0.0, lambda: None)
+        assert slot is not None
+        stream = TcpStream(Responder(made, QueryLimit()), lambda _: None, slot, limits)
         wire = Wire(stream)
         stream.connection_made(wire)
         for at in range(0, len(sent), size):
@@ -109,15 +109,15 @@ def dns_streams() -> Try:
         check(wire.is_closing() or len(stream._buffer) <= limits.message + 1, "more is kept than one question")
         check(len(wire.written) <= 256 * (len(sent) // 14 + 1), "more answers than questions")
         wire.lose()
-        check(not crowd.open, "a place is not given back")
+        check(not limit.open, "a slot is not given back")
 
     return lambda data: loop(one(data))
 
 
 def pulses() -> Try:
     """The first byte chooses the way: a request, one whose MAC is made right, or a reply."""
-    ledger = Ledger(SECRET, lambda _: None)
-    ledger.greet(NAME, "")
+    pulse_registry = PulseRegistry(SECRET, lambda _: None)
+    pulse_registry.greet(NAME, "")
     now = 0.0
 
     class Sent:
@@ -125,7 +125,7 @@ def pulses() -> Try:
             replies.append(data)
 
     replies: list[bytes] = []
-    protocol = PulseProtocol(ledger, lambda: now)
+    protocol = PulseProtocol(pulse_registry, lambda: now)
     protocol.connection_made(Sent())  # type: ignore[arg-type]
 
     def one(data: bytes) -> None:
@@ -287,13 +287,15 @@ TARGETS = {
         longest=1500,
     ),
     "dns_questions": Target(
-        modules=("server.canary.message", "server.canary.responder", "server.canary.zone", "wire.canary"),
+        modules=("server.dns_canary.message", "server.dns_canary.responder", "server.dns_canary.zone", "wire.canary"),
         make=dns_questions,
         longest=1500,
     ),
-    "dns_streams": Target(modules=("server.canary.listener",), make=dns_streams),
+    "dns_streams": Target(modules=("server.dns_canary.listener",), make=dns_streams),
     "pulses": Target(
-        modules=("wire.pulse", "wire.echo", "server.ingest.pulse", "server.ingest.ledger"), make=pulses, longest=1600
+        modules=("wire.pulse", "wire.echo", "server.ingest.pulse", "server.ingest.pulse_registry"),
+        make=pulses,
+        longest=1600,
     ),
     "captured": Target(
         modules=("agent.net.packets", "agent.leakwatch.rules", "agent.leakwatch.fingerprints", "agent.probes.tag"),

@@ -30,7 +30,7 @@ from vpn_sentinel.runtime.clock import SystemClock
 from vpn_sentinel.runtime.settings import SettingError, Source
 from vpn_sentinel.server.access import key_from
 from vpn_sentinel.server.client import client_address, headers_of
-from vpn_sentinel.server.ingest.door import Refusal
+from vpn_sentinel.server.ingest.admission import Refusal
 from vpn_sentinel.server.ingest.session import _check_hello, _check_reports, _known, _stored, parse
 from vpn_sentinel.server.settings import ServerSettings
 from vpn_sentinel.wire import codec, keepalive

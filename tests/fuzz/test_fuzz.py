@@ -37,7 +37,7 @@ OUR_OWN = {
     "agent.uplink.batching": SPOOL,
     "server.api.present": DATABASE,
     "server.app": DATABASE,
-    "server.bot.seat": DATABASE,
+    "server.bot.poller_lease": DATABASE,
     "server.dashboard.view": DATABASE,
     "server.notify.outbox": DATABASE,
     "server.tracking.decision": DATABASE,

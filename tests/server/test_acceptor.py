@@ -7,20 +7,20 @@ import pytest
 import uvloop
 
 from vpn_sentinel.server.acceptor import Acceptor
-from vpn_sentinel.server.crowd import Crowd, Place
+from vpn_sentinel.server.connection_limit import ConnectionLimit, ConnectionSlot
 
 CAME = 300
 
 
 class Served(asyncio.Protocol):
-    def __init__(self, place: Place) -> None:
-        self.place = place
+    def __init__(self, slot: ConnectionSlot) -> None:
+        self.slot = slot
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.place.cut = transport.close
+        self.slot.cut = transport.close
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.place.leave()
+        self.slot.leave()
 
 
 @pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio's", "uvloop's"])
@@ -31,24 +31,24 @@ def test_who_comes_behind_hundreds_is_taken_within_a_few_turns(loop: Callable[[]
 
 
 async def _hundreds() -> None:
-    crowd = Crowd(CAME, CAME, CAME)
+    limit = ConnectionLimit(CAME, CAME, CAME)
     with contextlib.ExitStack() as open_:
         bound = open_.enter_context(socket.socket())
         bound.bind(("127.0.0.1", 0))
         bound.setblocking(False)
-        acceptor = Acceptor(bound, crowd, Served, waiting=CAME)
+        acceptor = Acceptor(bound, limit, Served, waiting=CAME)
         for _ in range(CAME):
             open_.enter_context(socket.create_connection(bound.getsockname(), timeout=5.0))
         for _ in range(CAME // 8 + 10):
             await asyncio.sleep(0)
-        assert len(crowd) == CAME
-        for place in crowd.unserved():
-            place.cut()
+        assert len(limit) == CAME
+        for slot in limit.unserved():
+            slot.cut()
         acceptor.close()
         await acceptor.wait_closed()
         for _ in range(20):
             await asyncio.sleep(0)
-        assert len(crowd) == 0
+        assert len(limit) == 0
 
 
 @pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio's", "uvloop's"])
@@ -60,7 +60,7 @@ def test_who_has_to_go_before_it_is_open_goes(loop: Callable[[], asyncio.Abstrac
 
 
 async def _has_to_go(turns: int, *, by_its_place: bool) -> None:
-    crowd, lost = Crowd(1, 1, 1), asyncio.Event()
+    limit, lost = ConnectionLimit(1, 1, 1), asyncio.Event()
 
     class Ends(Served):
         def connection_lost(self, exc: Exception | None) -> None:
@@ -70,24 +70,24 @@ async def _has_to_go(turns: int, *, by_its_place: bool) -> None:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         bound.setblocking(False)
-        acceptor = Acceptor(bound, crowd, Ends, waiting=1)
+        acceptor = Acceptor(bound, limit, Ends, waiting=1)
         with socket.create_connection(bound.getsockname(), timeout=5.0) as caller:
-            await _comes(crowd)
+            await _comes(limit)
             for _ in range(turns):
                 await asyncio.sleep(0)
             if by_its_place or not acceptor._opening:
-                crowd.unserved()[0].cut()
+                limit.unserved()[0].cut()
             acceptor.close()
             await acceptor.wait_closed()
             async with asyncio.timeout(5.0):
                 await lost.wait()
-            assert len(crowd) == 0
+            assert len(limit) == 0
             assert not acceptor.is_serving()
             assert caller.recv(1) == b""
 
 
-async def _comes(crowd: Crowd) -> None:
+async def _comes(limit: ConnectionLimit) -> None:
     """Until it is counted, and not a turn longer."""
     async with asyncio.timeout(5.0):
-        while not len(crowd):  # noqa: ASYNC110 - a turn is what matters here
+        while not len(limit):  # noqa: ASYNC110 - a turn is what matters here
             await asyncio.sleep(0)

@@ -292,8 +292,8 @@ async def test_many_guessers_do_not_fill_the_log(
 async def test_what_is_remembered_of_callers_is_bounded(
     store: Store, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vpn_sentinel.server.access._MOST_GUESSERS", 5)
-    monkeypatch.setattr("vpn_sentinel.server.access._MOST_WELCOME", 5)
+    monkeypatch.setattr("vpn_sentinel.server.access.MAX_GUESSERS", 5)
+    monkeypatch.setattr("vpn_sentinel.server.access.MAX_WELCOME", 5)
     access = Access(store, clock, KEY)
     for n in range(20):
         await guess(access, 1, ip_address(f"198.51.100.{n}"))

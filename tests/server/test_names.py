@@ -8,7 +8,7 @@ from tests.conftest import ManualClock, until
 from tests.server.ingest.test_pulse import Agent, Port
 from tests.server.sample import tunnel
 from vpn_sentinel.server.access import create_token, revoke_token
-from vpn_sentinel.server.ingest.pulse import Names, names_of
+from vpn_sentinel.server.ingest.pulse import KnownTunnels, names_of
 from vpn_sentinel.server.store.schema import tunnels
 from vpn_sentinel.server.store.store import Store
 
@@ -43,17 +43,17 @@ async def test_a_revoked_agents_pulse_key_stays_refused_after_a_restart(store: S
     await _hold(store, clock.now, "nl", "de")
     await create_token(store, "nl", shared=False, now=clock.now)
     await revoke_token(store, "nl", clock.now)
-    port, revoked, other = Port(), Agent("nl"), Agent("de")  # a ledger that has never heard of anybody
-    known = Names(port.ledger, lambda: names_of(store), apart=0.01)
+    port, revoked, other = Port(), Agent("nl"), Agent("de")  # a pulse_registry that has never heard of anybody
+    known = KnownTunnels(port.registry, lambda: names_of(store), apart=0.01)
     task = asyncio.create_task(known.run())
-    await until(lambda: len(port.ledger) == 1)
+    await until(lambda: len(port.registry) == 1)
     assert port.gets(other.pulse()) is not None
     assert port.gets(revoked.pulse()) is None
     await _hold(store, clock.now, "se")
     known.missed()  # which the revoked agent's pulse brings about as well
-    await until(lambda: len(port.ledger) == 2)
+    await until(lambda: len(port.registry) == 2)
     assert port.gets(revoked.pulse()) is None
-    port.ledger.greet("nl", "key")  # it came with a valid key
+    port.registry.greet("nl", "key")  # it came with a valid key
     assert port.gets(revoked.pulse()) is not None
     task.cancel()
 

@@ -8,20 +8,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vpn_sentinel.server.request_stream import Head, Refused, RequestStream
+from vpn_sentinel.server.request_stream import BadRequest, RequestHead, RequestStream
 
 
 class Requests:
     """All that came, as bytes that a server would read."""
 
     def __init__(self) -> None:
-        self.heads: list[Head] = []
+        self.heads: list[RequestHead] = []
         self.sent = b""
         self.complete = 0
 
     def request_began(self) -> None: ...
 
-    def head_complete(self, head: Head) -> None:
+    def head_complete(self, head: RequestHead) -> None:
         self.heads.append(head)
         self.sent += head.text
 
@@ -98,7 +98,7 @@ def test_whatever_comes_out_is_a_request(tail: bytes) -> None:
     stream = RequestStream(came, head_bytes=65536, parts=1000, websockets=False)
     try:
         stream.feed(b"GET / HTTP/1.1\r\nHost: a\r\nX: " + tail + b"\r\n\r\n")
-    except Refused:
+    except BadRequest:
         return
     assert len(Read(came.sent).requests) == len(came.heads)
 
@@ -116,5 +116,5 @@ ODD = {
 @pytest.mark.parametrize("sent", ODD.values(), ids=ODD.keys())
 def test_what_is_no_request_is_refused(sent: bytes) -> None:
     stream = RequestStream(Requests(), head_bytes=65536, parts=1000, websockets=True)
-    with pytest.raises(Refused, match=r"^This is not an HTTP request\.$"):
+    with pytest.raises(BadRequest, match=r"^This is not an HTTP request\.$"):
         stream.feed(sent)

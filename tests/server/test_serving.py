@@ -22,7 +22,7 @@ from lab.certs import Authority
 from tests.conftest import until
 from vpn_sentinel.runtime.settings import SettingError, Source
 from vpn_sentinel.server.connection import Limits
-from vpn_sentinel.server.crowd import Crowd
+from vpn_sentinel.server.connection_limit import ConnectionLimit
 from vpn_sentinel.server.serving import EmbeddedServer, embedded, listen, serve_until
 from vpn_sentinel.server.settings import ServerSettings
 
@@ -121,7 +121,7 @@ class House:
         return sent, await rest(reader)
 
     def _open(self) -> int:
-        return self.server.crowd.open.total()
+        return self.server.connection_limit.open.total()
 
 
 class Hand:
@@ -183,7 +183,7 @@ async def house(
                 writer.close()
             await serving
             await asyncio.gather(*(w.wait_closed() for w in made.writers), return_exceptions=True)
-    assert not server.crowd.open
+    assert not server.connection_limit.open
 
 
 CHUNKED = b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -215,7 +215,7 @@ async def test_a_flood_is_cut(first: bytes, piece: Callable[[int], bytes]) -> No
     async with house() as at:
         sent, answer = await at.flood(first, piece)
         assert sent < 1_000_000
-        assert at.server.crowd.open.total() == 0
+        assert at.server.connection_limit.open.total() == 0
         if answer.startswith(b"HTTP/1.1 400"):
             head, _, body = answer.partition(b"\r\n\r\n")
             assert b"application/problem+json" in head
@@ -243,9 +243,9 @@ async def test_garbage_is_answered_as_a_problem_and_said_once(caplog: pytest.Log
 
 
 def test_what_repeats_is_counted_until_it_is_said_again(caplog: pytest.LogCaptureFixture) -> None:
-    crowd = Crowd(1, 1, 1)
+    limit = ConnectionLimit(1, 1, 1)
     for now in (0, 1, 30, 59, 61):
-        crowd.complain("garbage", "a", now)
+        limit.complain("garbage", "a", now)
     assert [vars(r)["times"] for r in caplog.records] == [1, 4]
 
 
@@ -266,20 +266,20 @@ async def test_who_stalls_is_closed(sent: bytes) -> None:
         _, writer = await at.connect()
         writer.transport.pause_reading()
         writer.write(sent)
-        await until(lambda: at.server.crowd.open.total() == 1)
-        await until(lambda: not at.server.crowd.open)
+        await until(lambda: at.server.connection_limit.open.total() == 1)
+        await until(lambda: not at.server.connection_limit.open)
 
 
 async def test_who_drips_a_head_is_closed() -> None:
     async with house(**SHORT) as at:
         with Hand() as clock:
             _, writer = await at.connect()
-            await clock.until(lambda: at.server.crowd.open.total() == 1)
+            await clock.until(lambda: at.server.connection_limit.open.total() == 1)
             started = clock.now
             for byte in HEAD * 10:
                 writer.write(bytes([byte]))
                 await clock.go(0.03)
-                if not at.server.crowd.open:
+                if not at.server.connection_limit.open:
                     break
             assert 0.15 < clock.now - started < 0.6
 
@@ -293,10 +293,10 @@ async def test_who_drips_a_body_is_closed() -> None:
             started = clock.now
             for n in range(1, 100):
                 await clock.go(0.2)
-                if not at.server.crowd.open:
+                if not at.server.connection_limit.open:
                     break
                 writer.write(b"1\r\nx\r\n")
-                await clock.until(lambda n=n: at.app.read == n or not at.server.crowd.open)  # type: ignore[misc]
+                await clock.until(lambda n=n: at.app.read == n or not at.server.connection_limit.open)  # type: ignore[misc]
             assert 2.9 < clock.now - started < 3.6  # ten times what may lie between two parts
 
 
@@ -378,15 +378,15 @@ async def test_a_stream_and_a_websocket_outlive_every_timer() -> None:
             assert await ws.recv() == "still here"
             await reader.readuntil(b"tick\n" * 1)
             assert not reader.at_eof()
-            assert at.server.crowd.open.total() == 2
-        await until(lambda: at.server.crowd.open.total() == 1)
+            assert at.server.connection_limit.open.total() == 2
+        await until(lambda: at.server.connection_limit.open.total() == 1)
 
 
 async def test_a_refused_websocket_is_no_error_of_ours(caplog: pytest.LogCaptureFixture) -> None:
     async with house() as at:
         with pytest.raises(websockets.InvalidStatus) as refused:
             await websockets.connect(f"ws://127.0.0.1:{at.port}/denied")
-        await until(lambda: not at.server.crowd.open)
+        await until(lambda: not at.server.connection_limit.open)
     assert (refused.value.response.status_code, refused.value.response.body) == (403, b"no")
     assert [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING] == []
 
@@ -412,7 +412,7 @@ async def test_what_waited_in_a_connection_that_is_cut_is_freed_at_once() -> Non
                 )
                 await until(lambda path=path: at.app.seen and at.app.seen[-1]["path"].encode() == path)
                 writer.transport.abort()
-            await until(lambda: not at.server.crowd.open)
+            await until(lambda: not at.server.connection_limit.open)
             at.app.seen.clear()
             await until(lambda: not any(isinstance(o, RequestResponseCycle) for o in gc.get_objects()))
         finally:
@@ -482,13 +482,13 @@ async def test_more_connections_than_granted_are_closed_at_once(
     caplog.set_level(logging.INFO, "vpn_sentinel")
     async with house(**limits) as at:
         kept = [await at.connect() for _ in range(8)]
-        await until(lambda: at.server.crowd.open.total() == 8)
+        await until(lambda: at.server.connection_limit.open.total() == 8)
         for _ in range(5):
             reader, _ = await at.connect()
             assert await rest(reader) == b""
         for _, writer in kept:
             writer.close()
-        await until(lambda: at.server.crowd.open.total() == 0)
+        await until(lambda: at.server.connection_limit.open.total() == 0)
         reader, writer = await at.connect()
         writer.write(HEAD + b"\r\n")
         await reader.readuntil(b"\r\n\r\n0")
@@ -508,7 +508,7 @@ async def test_where_all_connections_are_taken_the_idle_ones_yield(caplog: pytes
                 await reader.readuntil(b"tick\n")
                 streams.append(reader)
         idle = [await at.connect(f"127.0.3.{n}") for n in range(1, 5)]
-        await until(lambda: len(at.server.crowd) == 8)
+        await until(lambda: len(at.server.connection_limit) == 8)
         for n in range(4):  # each of which has asked for something, and goes on
             reader, writer = await at.connect(f"127.0.4.{n + 1}")
             writer.write(stream)
@@ -517,11 +517,11 @@ async def test_where_all_connections_are_taken_the_idle_ones_yield(caplog: pytes
         reader, _ = await at.connect("127.0.5.1")
         assert await rest(reader) == b""  # all are streams
         assert not any(r.at_eof() for r in streams)
-        assert at.server.crowd.refused == {"all": 1, "address": 0, "network": 0, "yielded": 4}
+        assert at.server.connection_limit.refused == {"all": 1, "address": 0, "network": 0, "yielded": 4}
         for writer in at.writers:
             writer.close()
-        await until(lambda: len(at.server.crowd) == 0)
-    said = [r.message for r in caplog.records if r.name == "vpn_sentinel.server.crowd"]
+        await until(lambda: len(at.server.connection_limit) == 0)
+    said = [r.message for r in caplog.records if r.name == "vpn_sentinel.server.connection_limit"]
     assert said == ["all connections are taken: others yield to new ones", "connections are taken again"]
 
 
@@ -573,24 +573,24 @@ async def _handshakes(tmp_path: Path) -> None:
     async with house(cert=pair.cert, key=pair.key, per_address=3, head_within=0.5) as at:
         for _ in range(5):
             await at.connect("127.0.1.1")
-        await until(lambda: at.server.crowd.refused["address"] == 2)
+        await until(lambda: at.server.connection_limit.refused["address"] == 2)
         reader, writer = await asyncio.open_connection("127.0.0.1", at.port, ssl=trusting, server_hostname="localhost")
         for _ in range(2):
             writer.write(b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 5\r\n\r\nhello")
             await reader.readuntil(b"\r\n\r\n5")
-        assert len(at.server.crowd) == 4
+        assert len(at.server.connection_limit) == 4
         writer.close()
-        await until(lambda: len(at.server.crowd) == 0)  # those that never shook hands were given up
+        await until(lambda: len(at.server.connection_limit) == 0)  # those that never shook hands were given up
 
 
 def test_an_ipv6_customer_is_one_and_mapped_ipv4_are_many() -> None:
-    crowd = Crowd(10, 1, 10)
-    assert crowd.enter("2001:db8::1", 0, list)
-    assert not crowd.enter("2001:db8::2", 0, list)
-    assert crowd.enter("2001:db8:0:1::1", 0, list)
-    assert crowd.enter("::ffff:192.0.2.1", 0, list)
-    assert crowd.enter("::ffff:192.0.2.2", 0, list)
-    assert crowd.enter("fe80::1%eth0", 0, list)
+    limit = ConnectionLimit(10, 1, 10)
+    assert limit.enter("2001:db8::1", 0, list)
+    assert not limit.enter("2001:db8::2", 0, list)
+    assert limit.enter("2001:db8:0:1::1", 0, list)
+    assert limit.enter("::ffff:192.0.2.1", 0, list)
+    assert limit.enter("::ffff:192.0.2.2", 0, list)
+    assert limit.enter("fe80::1%eth0", 0, list)
 
 
 STALLS = {
@@ -675,7 +675,7 @@ def test_who_has_said_all_and_ends_its_side_gets_the_answer(
             async with asyncio.timeout(5):
                 said = await reader.read()
             assert said.count(b"HTTP/1.1 200") == said.count(b"slow") == times
-            await until(lambda: not made.server.crowd.open)
+            await until(lambda: not made.server.connection_limit.open)
 
     with asyncio.Runner(loop_factory=loop) as runner:
         runner.run(ask())
@@ -698,11 +698,11 @@ def test_who_ends_its_side_elsewhere_is_gone(sent: bytes, loop: Callable[[], asy
         async with house(head_within=30, body_within=30, idle=30, drained_within=30) as made:
             _, writer = await made.connect()
             writer.write(sent)
-            await until(lambda: len(made.server.crowd) == 1)
+            await until(lambda: len(made.server.connection_limit) == 1)
             await asyncio.sleep(0.05)
             writer.write_eof()
             async with asyncio.timeout(5):  # sooner than any limit
-                await until(lambda: not made.server.crowd.open)
+                await until(lambda: not made.server.connection_limit.open)
 
     with asyncio.Runner(loop_factory=loop) as runner:
         runner.run(ends())

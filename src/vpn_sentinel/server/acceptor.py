@@ -9,14 +9,14 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final
 
-from vpn_sentinel.server.crowd import Crowd, Place
+from vpn_sentinel.server.connection_limit import ConnectionLimit, ConnectionSlot
 
 log = logging.getLogger(__name__)
 
-# Connections taken in one turn of the loop. Where all places are taken each drives one out, who should be heard first:
-# the smallest listener has some hundred places.
-_AT_ONCE: Final = 8
-_TRIES_AGAIN: Final = 1.0  # seconds after there was no descriptor for one
+# Connections taken in one turn of the loop. Where all slots are taken each drives one out, who should be heard first:
+# the smallest listener has some hundred slots.
+ACCEPTS_PER_TURN: Final = 8
+_RETRY_S: Final = 1.0  # seconds after there was no descriptor for one
 
 
 class Acceptor:
@@ -26,15 +26,15 @@ class Acceptor:
     """
 
     def __init__(
-        self, bound: socket.socket, crowd: Crowd, protocol: Callable[[Place], asyncio.BaseProtocol],
+        self, bound: socket.socket, limit: ConnectionLimit, protocol: Callable[[ConnectionSlot], asyncio.BaseProtocol],
         *, waiting: int, context: ssl.SSLContext | None = None, seconds: float = 0.0,
     ) -> None:  # fmt: skip
-        """`protocol` serves a connection, and leaves its place at the end. So many as `waiting` says the kernel holds
+        """`protocol` serves a connection, and leaves its slot at the end. So many as `waiting` says the kernel holds
         until they are taken.
 
         `seconds` is the time for a handshake, and for its end, where there is a `context`.
         """
-        self._bound, self._crowd, self._protocol = bound, crowd, protocol
+        self._bound, self._connection_limit, self._protocol = bound, limit, protocol
         self._tls: dict[str, ssl.SSLContext | float] = {}
         if context is not None:  # asyncio gives a handshake a minute, and its end half a one
             self._tls = {"ssl": context, "ssl_handshake_timeout": seconds, "ssl_shutdown_timeout": seconds}
@@ -65,7 +65,7 @@ class Acceptor:
         self._loop.add_reader(self._bound, self._accept)
 
     def _accept(self) -> None:
-        for _ in range(_AT_ONCE):
+        for _ in range(ACCEPTS_PER_TURN):
             try:
                 made, peer = self._bound.accept()
             except (BlockingIOError, ConnectionAbortedError):
@@ -73,25 +73,25 @@ class Acceptor:
             except OSError as e:  # no descriptor is left: `watch.descriptors` says so
                 log.debug("a connection cannot be taken", extra={"reason": e.strerror})
                 self._loop.remove_reader(self._bound)
-                self._later = self._loop.call_later(_TRIES_AGAIN, self._open)
+                self._later = self._loop.call_later(_RETRY_S, self._open)
                 return
             made.setblocking(False)
-            place = self._crowd.enter(peer[0], self._loop.time(), partial(_end, made))
-            if place is None:
+            slot = self._connection_limit.enter(peer[0], self._loop.time(), partial(_end, made))
+            if slot is None:
                 made.close()
                 continue
             opening = self._loop.create_task(
-                self._loop.connect_accepted_socket(partial(self._protocol, place), made, **self._tls)  # type: ignore[arg-type]
+                self._loop.connect_accepted_socket(partial(self._protocol, slot), made, **self._tls)  # type: ignore[arg-type]
             )
             self._opening[opening] = made
-            opening.add_done_callback(partial(self._opened, place))
+            opening.add_done_callback(partial(self._opened, slot))
 
-    def _opened(self, place: Place, opening: asyncio.Task[Any]) -> None:
+    def _opened(self, slot: ConnectionSlot, opening: asyncio.Task[Any]) -> None:
         made = self._opening.pop(opening)
         if opening.cancelled() or (failed := opening.exception()) is None:  # cancelled: the loop ends
             return
         made.close()
-        place.leave()
+        slot.leave()
         if not isinstance(failed, OSError):
             raise failed
         log.debug("a connection does not open", extra={"reason": str(failed)})  # no TLS, mostly, or too slow

@@ -26,19 +26,19 @@ from vpn_sentinel.server.store.store import Store, StoreUnavailable
 
 log = logging.getLogger(__name__)
 
-_PREFIX: Final = 8
+_PREFIX_CHARS: Final = 8
 _MARK: Final = "vs_"
 # How long a token that was revoked elsewhere may still be taken from memory, in seconds.
-_FRESH: Final = 5.0
+_FRESH_S: Final = 5.0
 # How often the table is asked again for a key that is not in memory, in seconds: it may have been made just now.
-_MISSED: Final = 1.0
+_MISSED_S: Final = 1.0
 # Wrong keys one address may show in a minute: keys are long, this only keeps guessers cheap.
-_WRONG_KEYS: Final = 20
-_MINUTE: Final = 60.0
+WRONG_KEYS_PER_MINUTE: Final = 20
+_MINUTE_S: Final = 60.0
 # Addresses whose wrong keys are counted, places where a key was right, and lines a minute about wrong keys.
-_MOST_GUESSERS: Final = 100_000
-_MOST_WELCOME: Final = 100_000
-_MOST_LINES: Final = 30
+MAX_GUESSERS: Final = 100_000
+MAX_WELCOME: Final = 100_000
+LINES_PER_MINUTE: Final = 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +108,7 @@ class Access:
             return None
         self._welcome[where, digest] = None
         self._welcome.move_to_end((where, digest))
-        if len(self._welcome) > _MOST_WELCOME:
+        if len(self._welcome) > MAX_WELCOME:
             self._welcome.popitem(last=False)
         return found
 
@@ -136,7 +136,7 @@ class Access:
     async def _refresh(self, key: str, given: str) -> None:
         """Read the table when what is in memory is old, or when it does not hold `key`."""
         age = self._clock.boottime() - self._read_at
-        if age <= _MISSED or (age <= _FRESH and self._match(key, given) is not None):
+        if age <= _MISSED_S or (age <= _FRESH_S and self._match(key, given) is not None):
             return
         rounds = self._rounds
         async with self._reading:
@@ -176,9 +176,9 @@ class _Guesses:
     def check(self, where: str, now: float) -> None:
         """Raises TooManyWrongKeys. Such a refusal is told of as one more."""
         guesser = self._by_place.get(where)
-        if guesser is not None and guesser.wrong >= _WRONG_KEYS and now - guesser.since < _MINUTE:
+        if guesser is not None and guesser.wrong >= WRONG_KEYS_PER_MINUTE and now - guesser.since < _MINUTE_S:
             guesser.unsaid += 1
-            raise TooManyWrongKeys(guesser.since + _MINUTE - now)
+            raise TooManyWrongKeys(guesser.since + _MINUTE_S - now)
 
     def add(self, where: str, now: float) -> None:
         """Count a wrong key. The first one of a quiet address is told at once, the others when its minute is over."""
@@ -187,7 +187,7 @@ class _Guesses:
         if guesser is None:
             guesser = self._by_place[where] = _Guesser(now)
             self._say(where, 1, now)
-            if len(self._by_place) > _MOST_GUESSERS:
+            if len(self._by_place) > MAX_GUESSERS:
                 self._by_place.popitem(last=False)
         else:
             guesser.unsaid += 1
@@ -197,7 +197,7 @@ class _Guesses:
         """Close the minutes that are over."""
         while self._by_place:
             where, guesser = next(iter(self._by_place.items()))
-            if now - guesser.since < _MINUTE:
+            if now - guesser.since < _MINUTE_S:
                 return
             del self._by_place[where]
             if guesser.unsaid:
@@ -205,12 +205,12 @@ class _Guesses:
                 self._by_place[where] = _Guesser(now)
 
     def _say(self, where: str, times: int, now: float) -> None:
-        if now - self._lines_since >= _MINUTE:
+        if now - self._lines_since >= _MINUTE_S:
             self._lines, self._lines_since = 0, now
         self._lines += 1
-        if self._lines < _MOST_LINES:
+        if self._lines < LINES_PER_MINUTE:
             log.warning("wrong keys were shown", extra={"address": where, "times": times})
-        elif self._lines == _MOST_LINES:
+        elif self._lines == LINES_PER_MINUTE:
             log.warning("wrong keys were shown by many addresses; no more is said of them this minute")
 
 
@@ -282,4 +282,4 @@ def _digest(key: str) -> str:
 
 
 def _prefix_of(key: str) -> str:
-    return key.removeprefix(_MARK)[:_PREFIX]
+    return key.removeprefix(_MARK)[:_PREFIX_CHARS]

@@ -24,13 +24,13 @@ from vpn_sentinel.server.api.app import build_api
 from vpn_sentinel.server.api.health import HealthServices, build_health
 from vpn_sentinel.server.api.services import ApiServices
 from vpn_sentinel.server.bot.bot import Bot
-from vpn_sentinel.server.canary.listener import build_canary
-from vpn_sentinel.server.crowd import CrowdMetrics
+from vpn_sentinel.server.connection_limit import ConnectionMetrics
 from vpn_sentinel.server.dashboard.app import DashboardServices, build_dashboard
-from vpn_sentinel.server.ingest.door import Door
+from vpn_sentinel.server.dns_canary.listener import build_dns_canary
+from vpn_sentinel.server.ingest.admission import Admission
 from vpn_sentinel.server.ingest.keepalive import Keepalives
-from vpn_sentinel.server.ingest.ledger import Ledger
-from vpn_sentinel.server.ingest.pulse import Lookout, Names, PulseMetrics, PulseProtocol, names_of
+from vpn_sentinel.server.ingest.pulse import KnownTunnels, PulseMetrics, PulseProtocol, SightingQueue, names_of
+from vpn_sentinel.server.ingest.pulse_registry import PulseRegistry
 from vpn_sentinel.server.ingest.session import Sessions
 from vpn_sentinel.server.ingest.switch import Switch
 from vpn_sentinel.server.live.hub import Hub
@@ -190,7 +190,7 @@ async def _run(
         channels = build_channels(settings, http, clock=clock, api=bot_api)
         dispatcher = Dispatcher(store, channels, clock, NotifyMetrics(registry, channels))
         own_address = OwnAddress(http, settings.trace_url, _wants_own_address(settings))
-        sites = Sites(lambda name: _pulsed(ledger, name, clock), moved=lambda: keeper.moved)
+        sites = Sites(lambda name: _pulsed(pulse_registry, name, clock), moved=lambda: keeper.moved)
         await sites.load(store, clock.wall())
         tracker = Tracker(
             store,
@@ -204,11 +204,11 @@ async def _run(
             moved=lambda: keeper.moved,
         )
         ports = Ports(tracker.forwarded if settings.port_check else {}, tracker.submit, clock)
-        door = Door(settings, access, clock)
-        lookout = Lookout(tracker.submit, clock.wall)
-        ledger = Ledger(secret, lookout.note)
-        known = Names(ledger, lambda: _names(store, clock))
-        pulses = PulseProtocol(ledger, clock.boottime, missed=known.missed)
+        admission = Admission(settings, access, clock)
+        sighting_queue = SightingQueue(tracker.submit, clock.wall)
+        pulse_registry = PulseRegistry(secret, sighting_queue.note)
+        known = KnownTunnels(pulse_registry, lambda: _names(store, clock))
+        pulses = PulseProtocol(pulse_registry, clock.boottime, missed=known.missed)
         PulseMetrics(registry, lambda: pulses.counts)
         sessions = Sessions(
             tracker,
@@ -218,13 +218,13 @@ async def _run(
             echo_port=settings.api_port,
             missed=settings.missed_reports,
             canary_zone=settings.canary.zone if settings.canary else None,
-            ledger=ledger,
+            pulse_registry=pulse_registry,
         )
-        keepalives = Keepalives(door, tracker, clock, settings.keepalive_timeout)
+        keepalives = Keepalives(admission, tracker, clock, settings.keepalive_timeout)
         services = ApiServices(store=store, access=access, hub=hub, settings=settings, clock=clock)
-        crowd = 10 * settings.rate_limit
-        api = Switch(door, keepalives, sessions, build_api(services), settings.api_path, crowd=crowd)
-        canary = build_canary(settings.canary, secret, own_address, registry) if settings.canary else None
+        per_client = 10 * settings.rate_limit
+        api = Switch(admission, keepalives, sessions, build_api(services), settings.api_path, per_client=per_client)
+        dns_canary = build_dns_canary(settings.canary, secret, own_address, registry) if settings.canary else None
         presence = Presence(clock)
         overdue = Overdue(store, tracker, clock, presence, keeper.follow)
         overload = Overload(store, tuple(channels), clock, presence, registry, dispatcher.wake)
@@ -235,7 +235,7 @@ async def _run(
                 registry=registry,
                 dispatcher=dispatcher.healthy,
                 deadlines=overdue.healthy,
-                canary=canary.healthy if canary else None,
+                canary=dns_canary.healthy if dns_canary else None,
             )
         )
 
@@ -252,7 +252,7 @@ async def _run(
             tasks.create_task(sites.run(store, clock), name="sites"),
             tasks.create_task(ports.run(), name="ports"),
             tasks.create_task(known.run(), name="names of pulses"),
-            tasks.create_task(lookout.run(), name="lookout"),
+            tasks.create_task(sighting_queue.run(), name="sightings"),
         ]
         engine_needs = _what_its_engine_needs(settings, store, hub, clock, dispatcher, registry)
         running.append(tasks.create_task(engine_needs.run(), name="engine"))
@@ -262,18 +262,18 @@ async def _run(
 
         loop = asyncio.get_running_loop()
         echo, _ = await loop.create_datagram_endpoint(lambda: pulses, sock=sockets.echo)
-        if canary is not None:
-            await canary.open(sockets.canary)
+        if dns_canary is not None:
+            await dns_canary.open(sockets.canary)
         closing = asyncio.Event()
         cert, key_file = settings.tls_cert, settings.tls_key
-        doors = {"api": (embedded(api, cert=cert, key=key_file), sockets.api)}
-        doors["health"] = (embedded(health, side=True), sockets.health)
+        listeners = {"api": (embedded(api, cert=cert, key=key_file), sockets.api)}
+        listeners["health"] = (embedded(health, side=True), sockets.health)
         if sockets.dashboard is not None:
             dashboard = build_dashboard(DashboardServices(store=store, hub=hub, settings=settings, clock=clock))
-            doors["dashboard"] = (embedded(dashboard, side=True), sockets.dashboard)
-        crowds = {name: server.crowd for name, (server, _) in doors.items()}
-        CrowdMetrics(registry, crowds | ({"canary": canary.crowd} if canary else {}))
-        servers = [tasks.create_task(serve_until(server, bound, closing)) for server, bound in doors.values()]
+            listeners["dashboard"] = (embedded(dashboard, side=True), sockets.dashboard)
+        connection_limits = {name: server.connection_limit for name, (server, _) in listeners.items()}
+        ConnectionMetrics(registry, connection_limits | ({"canary": dns_canary.connection_limit} if dns_canary else {}))
+        servers = [tasks.create_task(serve_until(server, bound, closing)) for server, bound in listeners.values()]
 
         at = clock.wall()
         started_notice = Notice(kind=Kind.SERVER_STARTED, at=at, details=(f"Version {__version__}",))
@@ -292,8 +292,8 @@ async def _run(
         closing.set()
         await asyncio.gather(*servers)
         echo.close()
-        if canary is not None:
-            canary.close()
+        if dns_canary is not None:
+            dns_canary.close()
         for task in running:
             task.cancel()
     log.info("server stopped")
@@ -345,10 +345,10 @@ async def _names(store: Store, clock: Clock) -> dict[str, float]:
     return {name: at - offset for name, at in (await names_of(store)).items()}
 
 
-def _pulsed(ledger: Ledger, name: str, clock: Clock) -> Span | None:
+def _pulsed(pulse_registry: PulseRegistry, name: str, clock: Clock) -> Span | None:
     """From when to when pulses of `name` came over the internet without a gap, by the wall clock."""
     offset = clock.wall() - clock.boottime()
-    span = ledger.steady(name)
+    span = pulse_registry.steady(name)
     return None if span is None else (span[0] + offset, span[1] + offset)
 
 

@@ -16,13 +16,13 @@ from typing import Any, Final
 import msgspec
 from websockets.exceptions import InvalidState
 
-from vpn_sentinel.server.crowd import Crowd, Place
-from vpn_sentinel.server.request_stream import Head, Refused, RequestStream
+from vpn_sentinel.server.connection_limit import ConnectionLimit, ConnectionSlot
+from vpn_sentinel.server.request_stream import BadRequest, RequestHead, RequestStream
 from vpn_sentinel.server.websocket import TOO_MANY_FRAMES, FrameMeter
 from vpn_sentinel.wire.problem import CONTENT_TYPE, problem
 
-_BODY_PAUSES: Final = 10  # a whole body may take as many times as long as lies between two parts
-_HELD_BACK_BYTES: Final = 64 * 1024  # of requests that wait; what is beyond is not read until they are fewer
+BODY_PAUSES: Final = 10  # a whole body may take as many times as long as lies between two parts
+HELD_BACK_BYTES: Final = 64 * 1024  # of requests that wait; what is beyond is not read until they are fewer
 # Of a request's body that nobody wants, before it is answered, and after that.
 DRAINED_BEFORE_BYTES: Final = 64 * 1024
 DRAINED_BEFORE_S: Final = 1.0
@@ -56,7 +56,7 @@ class Limits:
 class _Request:
     """`pieces` were not handed over yet, `complete` once all of it has come."""
 
-    head: Head
+    head: RequestHead
     pieces: list[bytes] = field(default_factory=list)
     complete: bool = False
 
@@ -68,13 +68,13 @@ class Connection(asyncio.Protocol):
     """
 
     def __init__(
-        self, crowd: Crowd, limits: Limits, place: Place,
+        self, limit: ConnectionLimit, limits: Limits, slot: ConnectionSlot,
         *, server: Callable[["Connection"], asyncio.Protocol], websockets: bool, connections: "set[Connection]",
     ) -> None:  # fmt: skip
         """`server` makes the protocol behind; `websockets` says whether it takes them. While it is open the connection
         is one of `connections`.
         """
-        self._crowd, self._limits, self._place = crowd, limits, place
+        self._connection_limit, self._limits, self._slot = limit, limits, slot
         self._make, self._connections = server, connections
         self._loop = asyncio.get_running_loop()
         self._stream: RequestStream | None = RequestStream(
@@ -96,7 +96,7 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport: asyncio.Transport = transport  # type: ignore[assignment]  # uvloop's are of no class of asyncio's
-        self._place.cut = self._transport.abort
+        self._slot.cut = self._transport.abort
         self._connections.add(self)
         self._server = self._make(self)
         self._server.connection_made(_ServerTransport(self))
@@ -107,7 +107,7 @@ class Connection(asyncio.Protocol):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self._place.leave()
+        self._slot.leave()
         self._connections.discard(self)
         self._end_server()
         self._waiting.clear()
@@ -124,7 +124,7 @@ class Connection(asyncio.Protocol):
             return
         try:
             self._stream.feed(data)
-        except Refused as e:
+        except BadRequest as e:
             self._hand_over()  # a request before it was a request
             self._refuse(str(e))
         else:
@@ -144,7 +144,7 @@ class Connection(asyncio.Protocol):
         self._drained_by = self._loop.time() + self._limits.drained_within
         self._arm(self._drained_by)
         if self._frames is None:
-            self._place.idle()
+            self._slot.idle()
         if self._server is not None:
             self._server.pause_writing()
         self._read_or_pause()
@@ -152,7 +152,7 @@ class Connection(asyncio.Protocol):
     def resume_writing(self) -> None:
         self._drained_by = inf
         if self._current is not None:
-            self._place.busy()
+            self._slot.busy()
         if self._server is not None:
             self._server.resume_writing()
         self._read_or_pause()
@@ -163,7 +163,7 @@ class Connection(asyncio.Protocol):
         self._reading = True
         self._wait(self._limits.head_within)
 
-    def head_complete(self, head: Head) -> None:
+    def head_complete(self, head: RequestHead) -> None:
         request = _Request(head, [head.text])
         if self._current is None:
             self._current = request
@@ -171,13 +171,13 @@ class Connection(asyncio.Protocol):
             heads = head.size + sum(waiting.head.size for waiting in self._waiting)
             if len(self._waiting) >= self._limits.queue or heads > self._limits.head:
                 msg = "Too many requests wait for their answers."
-                raise Refused(msg)
+                raise BadRequest(msg)
             if head.is_websocket:
                 msg = "A connection cannot change its protocol before all is answered."
-                raise Refused(msg)
+                raise BadRequest(msg)
             self._waiting.append(request)
-        self._place.busy()
-        self._body_by = self._loop.time() + _BODY_PAUSES * self._limits.body_within
+        self._slot.busy()
+        self._body_by = self._loop.time() + BODY_PAUSES * self._limits.body_within
         self._wait(self._limits.body_within)
 
     def body_part(self, part: bytes) -> None:
@@ -218,7 +218,7 @@ class Connection(asyncio.Protocol):
         self._server = server
         self._frames = FrameMeter(self._loop.time())
         self._deadline = inf
-        self._place.idle()  # until the agent's hello was answered
+        self._slot.idle()  # until the agent's hello was answered
 
     def _frames_received(self, server: asyncio.Protocol, data: bytes) -> None:
         if self._frames is not None and not self._frames.grants(data, self._loop.time()):
@@ -234,7 +234,7 @@ class Connection(asyncio.Protocol):
     def _refuse(self, why: str) -> None:
         """Answer 400 and close. An answer that has begun, or that others wait before, is cut instead."""
         peer = self._transport.get_extra_info("peername")
-        self._crowd.complain(f"requests are refused: {why}", peer[0] if peer else "", self._loop.time())
+        self._connection_limit.complain(f"requests are refused: {why}", peer[0] if peer else "", self._loop.time())
         self._end_server()
         if self._current is not None and (self._answering or self._waiting):
             self._transport.abort()
@@ -290,7 +290,7 @@ class Connection(asyncio.Protocol):
             return
         held = sum(len(piece) for request in self._waiting for piece in request.pieces) if self._waiting else 0
         unread = self._frames is not None and self._drained_by < inf  # frames are answered
-        paused = self._server_paused or held > _HELD_BACK_BYTES or unread
+        paused = self._server_paused or held > HELD_BACK_BYTES or unread
         if paused != self._paused:
             self._paused = paused
             (self._transport.pause_reading if paused else self._transport.resume_reading)()
@@ -329,7 +329,7 @@ class Connection(asyncio.Protocol):
             if not more:
                 self._answered(request)
             elif not starts and self._drained_by == inf:
-                self._place.keep()  # a stream, or a long answer that is being taken
+                self._slot.keep()  # a stream, or a long answer that is being taken
 
         await app(scope, hear, answer)
 
@@ -341,7 +341,7 @@ class Connection(asyncio.Protocol):
             await send(message)
             if message["type"] == "websocket.send" and not greeted:
                 greeted = True
-                self._place.keep()
+                self._slot.keep()
             denied = denied or message["type"] == "websocket.http.response.body"
 
         await app(scope, receive, answer)
@@ -364,11 +364,11 @@ class Connection(asyncio.Protocol):
             self.close()
         elif not self._reading:
             self._wait(self._limits.idle)
-            self._place.idle()
+            self._slot.idle()
 
     async def _drain(self, request: _Request, receive: Any, size: int, seconds: float) -> None:
         """Read what is left of a body, which nobody wants, `size` bytes at most (RFC 9112, section 9.6)."""
-        self._place.idle()  # what is waited for is of no use to anybody, so it yields
+        self._slot.idle()  # what is waited for is of no use to anybody, so it yields
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while not request.complete and size > 0:

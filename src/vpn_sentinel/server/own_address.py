@@ -12,10 +12,10 @@ from vpn_sentinel.wire.codec import address
 
 log = logging.getLogger(__name__)
 
-_ASK_INTERVAL_S: Final = 3600.0
+_INTERVAL_S: Final = 3600.0
 _RETRY_S: Final = 300.0
 # Bytes and seconds that an answer may take; a true one takes some 300 bytes.
-_MAX_ANSWER_BYTES: Final = 4096
+MAX_ANSWER_BYTES: Final = 4096
 _TIMEOUT_S: Final = 10.0
 
 
@@ -45,7 +45,7 @@ class OwnAddress:
                 await asyncio.sleep(_RETRY_S)
             else:
                 self._failed = ""
-                await asyncio.sleep(_ASK_INTERVAL_S)
+                await asyncio.sleep(_INTERVAL_S)
 
     def _say(self, reason: str) -> None:
         """Once for each cause, and only what somebody may have to do something about."""
@@ -74,7 +74,7 @@ class OwnAddress:
             answer.raise_for_status()
             async for part in answer.aiter_raw():
                 body += part
-                if len(body) > _MAX_ANSWER_BYTES:
-                    msg = f"more than {_MAX_ANSWER_BYTES} bytes"
+                if len(body) > MAX_ANSWER_BYTES:
+                    msg = f"more than {MAX_ANSWER_BYTES} bytes"
                     raise ValueError(msg)
         return body.decode("utf-8", "replace")

@@ -10,11 +10,11 @@ _BYTES_PER_HEADER: Final = 144
 _OF_AN_OFFER: Final = (b"upgrade", b"http2-settings")
 
 
-class Refused(Exception):
+class BadRequest(Exception):
     """What came is no request, or more than is granted. Its text is for the client."""
 
 
-class Head(NamedTuple):
+class RequestHead(NamedTuple):
     """The head of a request. `size` is bytes that it takes in memory, `text` what the server behind is to read."""
 
     text: bytes
@@ -24,10 +24,10 @@ class Head(NamedTuple):
 
 
 class Receiver(Protocol):
-    """Told of each request, piece by piece. May raise Refused."""
+    """Told of each request, piece by piece. May raise BadRequest."""
 
     def request_began(self) -> None: ...
-    def head_complete(self, head: Head) -> None: ...
+    def head_complete(self, head: RequestHead) -> None: ...
     def body_part(self, part: bytes) -> None: ...
     def request_complete(self, end: bytes) -> None: ...
 
@@ -49,19 +49,19 @@ class RequestStream:
         self._start()
 
     def feed(self, data: bytes) -> None:
-        """Raises Refused. Nothing is read behind the head of a WebSocket: its client has to wait (RFC 6455, 4.1)."""
+        """Raises BadRequest. Nothing is read behind the head of a WebSocket: its client has to wait (RFC 6455, 4.1)."""
         self._unframed += len(data)
         try:
             while data:
                 data = self._rest_of(data)
         except httptools.HttpParserError as e:
-            if isinstance(e.__context__, Refused):
+            if isinstance(e.__context__, BadRequest):
                 raise e.__context__ from None
             msg = "This is not an HTTP request."
-            raise Refused(msg) from e
+            raise BadRequest(msg) from e
         if self._unframed > self._most_bytes:
             msg = "The head is too large."
-            raise Refused(msg)
+            raise BadRequest(msg)
 
     def close(self) -> None:
         """Nothing more is fed. The parser refers to whom it calls: both would stay until there is a full collection."""
@@ -108,14 +108,14 @@ class RequestStream:
         offered = self._parser.should_upgrade()
         if method == b"CONNECT":
             msg = "This is not an HTTP request."
-            raise Refused(msg)
+            raise BadRequest(msg)
         is_websocket = offered and self._is_handshake()
         if offered and not is_websocket:
             self._declined = self._text(method, _without_offer(self._headers))
             return
         self._headed = True
         self._weigh(len(self._url))
-        head = Head(self._text(method, self._headers), self._head, self._expects_continue, is_websocket)
+        head = RequestHead(self._text(method, self._headers), self._head, self._expects_continue, is_websocket)
         self._receiver.head_complete(head)
 
     def on_body(self, body: bytes) -> None:
@@ -123,7 +123,7 @@ class RequestStream:
         self._parts += 1
         if self._parts > self._most_parts:
             msg = "The body comes in too many parts."
-            raise Refused(msg)
+            raise BadRequest(msg)
         self._receiver.body_part(b"%x\r\n%b\r\n" % (len(body), body) if self._chunked else body)
 
     def on_message_complete(self) -> None:
@@ -136,7 +136,7 @@ class RequestStream:
         self._head += size
         if self._head > self._most_bytes:
             msg = "The head is too large."
-            raise Refused(msg)
+            raise BadRequest(msg)
 
     def _is_handshake(self) -> bool:
         """Whether this is a WebSocket's (RFC 6455, section 4.1), and not what some proxies write on all."""

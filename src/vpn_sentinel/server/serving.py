@@ -13,16 +13,16 @@ import uvicorn
 
 from vpn_sentinel.runtime.settings import SettingError
 from vpn_sentinel.server.acceptor import Acceptor
-from vpn_sentinel.server.alike import Alike
 from vpn_sentinel.server.connection import Connection, Limits
-from vpn_sentinel.server.crowd import Crowd, Place, room
+from vpn_sentinel.server.connection_limit import ConnectionLimit, ConnectionSlot, connections_for
+from vpn_sentinel.server.request_normalizer import RequestNormalizer
 
 # The last of a link's address without its zone (ipv6(7)).
 _NO_SUCH_ADDRESS: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EINVAL)
 _CONNECTION: Final = "vpn_sentinel.connection"  # its key in ASGI's `state`
-_WAITING: Final = 2048  # connections that the kernel holds until they are taken
-_ENDS_WITHIN: Final = 0.5
-_TASKS_END_WITHIN: Final = 0.2
+LISTEN_BACKLOG: Final = 2048  # connections that the kernel holds until they are taken
+_CONNECTIONS_END_WITHIN_S: Final = 0.5
+_TASKS_END_WITHIN_S: Final = 0.2
 
 
 class EmbeddedServer(uvicorn.Server):
@@ -35,7 +35,7 @@ class EmbeddedServer(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, limits: Limits, tracked: "_Tracked") -> None:
         super().__init__(config)
-        self.crowd = Crowd(limits.connections, limits.per_address, max(limits.connections // 2, 1))
+        self.connection_limit = ConnectionLimit(limits.connections, limits.per_address, max(limits.connections // 2, 1))
         self._limits, self._tracked = limits, tracked
         self._connections: set[Connection] = set()
 
@@ -48,7 +48,7 @@ class EmbeddedServer(uvicorn.Server):
         self.servers = []
         for bound in sockets or []:
             taking: Any = Acceptor(
-                bound, self.crowd, self.protocol,
+                bound, self.connection_limit, self.protocol,
                 waiting=self.config.backlog, context=self.config.ssl, seconds=self._limits.head_within,
             )  # fmt: skip
             self.servers.append(taking)
@@ -64,10 +64,10 @@ class EmbeddedServer(uvicorn.Server):
         for task in list(self._tracked.running):
             task.cancel()
 
-    def protocol(self, place: Place) -> Connection:
-        """What serves the connection at `place`."""
+    def protocol(self, slot: ConnectionSlot) -> Connection:
+        """What serves the connection at `slot`."""
         return Connection(
-            self.crowd, self._limits, place,
+            self.connection_limit, self._limits, slot,
             server=self._behind, websockets=self.config.ws_protocol_class is not None, connections=self._connections,
         )  # fmt: skip
 
@@ -104,8 +104,8 @@ def embedded(
     A `side` door takes no WebSockets and two sixteenths of the process's descriptors; the main one takes eleven.
     """
     if limits is None:
-        limits = Limits(connections=room(2 if side else 11))
-    tracked = _Tracked(Alike(app))
+        limits = Limits(connections=connections_for(2 if side else 11))
+    tracked = _Tracked(RequestNormalizer(app))
     config = uvicorn.Config(
         tracked,
         loop="none",
@@ -120,7 +120,7 @@ def embedded(
         proxy_headers=False,  # ours are believed only from listed networks
         timeout_graceful_shutdown=1,
         timeout_keep_alive=ceil(limits.idle + limits.head_within) + 1,  # later than a `Connection` ends it
-        backlog=_WAITING,
+        backlog=LISTEN_BACKLOG,
         ssl_certfile=str(cert) if cert else None,
         ssl_keyfile=str(key) if key else None,
     )
@@ -175,7 +175,7 @@ async def serve_until(server: EmbeddedServer, bound: socket.socket, closing: asy
         serving = tasks.create_task(server.serve(sockets=[bound]))
         await closing.wait()
         server.should_exit = True
-        for patience, cut in ((_ENDS_WITHIN, server.abort), (_TASKS_END_WITHIN, server.cancel)):
+        for patience, cut in ((_CONNECTIONS_END_WITHIN_S, server.abort), (_TASKS_END_WITHIN_S, server.cancel)):
             done, _ = await asyncio.wait({serving}, timeout=patience)
             if not done:
                 cut()

@@ -10,8 +10,8 @@ from prometheus_client import CollectorRegistry, Counter
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.conftest import ManualClock
-from vpn_sentinel.server.alike import Alike
 from vpn_sentinel.server.api.health import HealthServices, build_health
+from vpn_sentinel.server.request_normalizer import RequestNormalizer
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
 
 
@@ -63,7 +63,7 @@ async def probe(services: HealthServices) -> AsyncIterator[httpx.AsyncClient]:
 
 
 def client(services: HealthServices) -> httpx.AsyncClient:
-    transport = httpx.ASGITransport(Alike(build_health(services)))  # type: ignore[arg-type]
+    transport = httpx.ASGITransport(RequestNormalizer(build_health(services)))  # type: ignore[arg-type]
     return httpx.AsyncClient(transport=transport, base_url="http://sentinel.test:8081")
 
 

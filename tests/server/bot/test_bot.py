@@ -16,9 +16,9 @@ from tests.server.notify.standins import Answer, Asked, StandIn, Time, telegram_
 from tests.server.notify.test_dispatcher import Faulty
 from vpn_sentinel.runtime.secret import Secret
 from vpn_sentinel.server.bot import bot as subject
-from vpn_sentinel.server.bot import commands, seat
+from vpn_sentinel.server.bot import commands, poller_lease
 from vpn_sentinel.server.bot.bot import Bot
-from vpn_sentinel.server.bot.seat import Seat
+from vpn_sentinel.server.bot.poller_lease import PollerLease
 from vpn_sentinel.server.notify.channel import TransientError
 from vpn_sentinel.server.notify.channels.bot_api import BotApi
 from vpn_sentinel.server.notify.channels.moved_chats import MovedChats
@@ -152,8 +152,8 @@ async def running(bot: Bot) -> AsyncIterator[None]:
             await asyncio.gather(task, return_exceptions=True)
 
 
-async def the_seat(store: Store) -> dict[str, Any]:
-    [row] = await store.read(select(meta.c.value).where(meta.c.key == seat.KEY))
+async def the_lease(store: Store) -> dict[str, Any]:
+    [row] = await store.read(select(meta.c.value).where(meta.c.key == poller_lease.KEY))
     return dict(json.loads(row.value))
 
 
@@ -256,7 +256,7 @@ async def test_a_crash_after_the_answer_is_remembered_in_the_database(store: Sto
     async with running(desk.bot(store, "first")):
         desk.telegram.says("/ping")
         await desk.telegram.until(1)
-        assert (await the_seat(store))["offset"] == desk.telegram.next_id + 1
+        assert (await the_lease(store))["offset"] == desk.telegram.next_id + 1
         desk.telegram.end_poll()
         await desk.telegram.until(1)
         await desk.telegram.reaches(lambda: len(desk.telegram.polls) >= 3)
@@ -286,17 +286,17 @@ async def test_two_servers_take_turns(store: Store, desk: Desk) -> None:
         async with running(desk.bot(store, "second")):
             await desk.time.quiet(1)
             assert len(desk.telegram.polls) == 1
-            assert (await the_seat(store))["holder"] == "first"
-    assert (await the_seat(store))["holder"] == ""
+            assert (await the_lease(store))["holder"] == "first"
+    assert (await the_lease(store))["holder"] == ""
 
 
 async def test_the_twin_takes_over_when_the_lease_is_over(store: Store, desk: Desk) -> None:
-    dead = Seat(store, "dead")
-    assert await dead.hold(desk.time.now, desk.time.now + subject.LEASE)
+    dead = PollerLease(store, "dead")
+    assert await dead.hold(desk.time.now, desk.time.now + subject.LEASE_S)
     async with running(desk.bot(store, "alive")):
         await desk.time.quiet(1)
         assert desk.telegram.polls == []
-        await desk.time.pass_(subject.LEASE - 1, 1)
+        await desk.time.pass_(subject.LEASE_S - 1, 1)
         assert desk.telegram.polls == []
         desk.telegram.says("/ping")
         task = asyncio.create_task(desk.time.pass_(30, 1))
@@ -331,8 +331,8 @@ async def test_a_wrong_token_is_said_once_and_tried_slowly(
     desk.telegram.failures = [telegram_error(401, "Unauthorized")] * 3
     async with running(desk.bot(store)):
         await desk.time.quiet(1)
-        assert [until - desk.time.now for until, _, _ in desk.time.asleep] == [subject.REPAIR]
-        await desk.time.pass_(subject.REPAIR, 1)
+        assert [until - desk.time.now for until, _, _ in desk.time.asleep] == [subject.REPAIR_S]
+        await desk.time.pass_(subject.REPAIR_S, 1)
     assert [r.__dict__["reason"] for r in caplog.records] == ["auth"]
     assert "SECRET" not in caplog.text
 
@@ -421,10 +421,10 @@ async def test_a_lost_database_stops_the_polling_and_nothing_else(
 
 
 async def test_one_of_many_gets_the_free_seat(store: Store) -> None:
-    first = Seat(store, "first")
+    first = PollerLease(store, "first")
     assert await first.hold(100.0, 200.0)
     await first.leave()
-    seats = [Seat(store, str(n)) for n in range(8)]
+    seats = [PollerLease(store, str(n)) for n in range(8)]
     won = await asyncio.gather(*(s.hold(100.0, 145.0) for s in seats))
     assert won.count(True) == 1
     winner = seats[won.index(True)]
@@ -435,7 +435,7 @@ async def test_one_of_many_gets_the_free_seat(store: Store) -> None:
 
 
 async def test_a_seat_that_was_taken_away_is_given_up(store: Store) -> None:
-    slow, fast = Seat(store, "slow"), Seat(store, "fast")
+    slow, fast = PollerLease(store, "slow"), PollerLease(store, "fast")
     assert await slow.hold(0.0, 45.0)
     slow.offset = 8
     assert await fast.hold(50.0, 95.0)
@@ -450,17 +450,17 @@ ODD = ["", "null", "{", '{"until": "soon"}', '{"holder": "x", "until": 1e300}', 
 
 @pytest.mark.parametrize("value", ODD)
 async def test_a_row_that_makes_no_sense_blocks_nobody(store: Store, value: str) -> None:
-    await store.write(insert(meta).values(key=seat.KEY, value=value))
-    assert await Seat(store, "me").hold(100.0, 145.0)
+    await store.write(insert(meta).values(key=poller_lease.KEY, value=value))
+    assert await PollerLease(store, "me").hold(100.0, 145.0)
 
 
 async def test_the_offset_travels_with_the_seat(store: Store) -> None:
-    first, second = Seat(store, "first"), Seat(store, "second")
+    first, second = PollerLease(store, "first"), PollerLease(store, "second")
     assert await first.hold(0.0, 45.0)
     first.offset = 77
     assert await first.hold(1.0, 46.0)
     await first.leave()
     assert await second.hold(2.0, 47.0)
     assert second.offset == 77
-    await store.write(update(meta).where(meta.c.key == seat.KEY).values(value="{}"))
+    await store.write(update(meta).where(meta.c.key == poller_lease.KEY).values(value="{}"))
     assert not await second.hold(3.0, 48.0)

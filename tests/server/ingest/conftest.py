@@ -13,7 +13,7 @@ from sqlalchemy import select
 from tests.conftest import ManualClock
 from vpn_sentinel.runtime.settings import Source
 from vpn_sentinel.server.access import Access
-from vpn_sentinel.server.ingest.door import Door
+from vpn_sentinel.server.ingest.admission import Admission
 from vpn_sentinel.server.ingest.keepalive import Keepalives
 from vpn_sentinel.server.ingest.session import Sessions
 from vpn_sentinel.server.ingest.switch import Switch
@@ -72,10 +72,10 @@ class House:
         self.passed_on: list[str] = []
         self.tracker = Tracker(store, clock, Hub(), settings.policy)
         self.access = Access(store, clock, settings.api_key)
-        door = Door(settings, self.access, clock)
+        admission = Admission(settings, self.access, clock)
         sessions = Sessions(self.tracker, store, clock, echo_secret=SECRET, echo_port=5000, missed=3)
-        keepalives = Keepalives(door, self.tracker, clock, settings.keepalive_timeout)
-        self.switch = Switch(door, keepalives, sessions, self._framework, settings.api_path)
+        keepalives = Keepalives(admission, self.tracker, clock, settings.keepalive_timeout)
+        self.switch = Switch(admission, keepalives, sessions, self._framework, settings.api_path)
 
     async def _framework(self, scope: Any, receive: Any, send: Any) -> None:
         self.passed_on.append(f"{scope['type']} {scope.get('path', '')}")

@@ -13,8 +13,8 @@ from tests.server.ingest.conftest import EXIT, KEY, SECRET, Build, House, Socket
 from tests.server.ingest.test_keepalive import Broken
 from vpn_sentinel.server.access import create_token, revoke_token
 from vpn_sentinel.server.ingest import switch
-from vpn_sentinel.server.ingest.ledger import Ledger
 from vpn_sentinel.server.ingest.pulse import PulseProtocol
+from vpn_sentinel.server.ingest.pulse_registry import PulseRegistry
 from vpn_sentinel.server.ingest.session import Sessions
 from vpn_sentinel.server.rate_limit import RateLimit
 from vpn_sentinel.server.store.schema import actions, observations
@@ -88,7 +88,7 @@ async def test_of_large_messages_one_is_read_in_a_turn_of_the_loop(build: Build)
     noting = house.switch._sessions = Noting(house.switch._sessions)
     counting = asyncio.create_task(noting.count())
     bodies = [exchange(*range(1, 101), greeting=hello(client_id=f"t{n}")) for n in range(20)]
-    assert len(json.dumps(bodies[0])) > switch._LARGE
+    assert len(json.dumps(bodies[0])) > switch.LARGE_MESSAGE_BYTES
     answers = await asyncio.gather(*(house.exchange(body) for body in bodies))
     counting.cancel()
     assert {a.status for a in answers} == {200}
@@ -123,7 +123,7 @@ async def test_an_agent_that_comes_back_is_told_what_is_stored(house: House, con
 async def test_of_too_many_connections_of_one_tunnel_the_oldest_ends(house: House, connect: Connect) -> None:
     other = connect(house)
     await greeted(other, client_id="se")
-    sockets = [connect(house) for _ in range(switch._SOCKETS + 1)]
+    sockets = [connect(house) for _ in range(switch.MAX_SOCKETS + 1)]
     for socket in sockets:
         await greeted(socket)
     assert await refused(sockets[0]) == ("too many connections of this tunnel", True, 1013)
@@ -131,7 +131,7 @@ async def test_of_too_many_connections_of_one_tunnel_the_oldest_ends(house: Hous
         socket.say(reports(seq))
         assert await socket.hears() == {"type": "ack", "seq": seq}
     sockets[1].sent.put_nowait({"type": "websocket.disconnect", "code": 1006})
-    await until(lambda: len(house.switch._seats["nl"]) < switch._SOCKETS)
+    await until(lambda: len(house.switch._sockets_of["nl"]) < switch.MAX_SOCKETS)
     await greeted(connect(house))  # for which nobody has to go
     sockets[2].say(reports(100))
     assert await sockets[2].hears() == {"type": "ack", "seq": 100}
@@ -469,7 +469,7 @@ async def test_one_customer_of_ipv6_has_the_rate_of_one_address(build: Build) ->
 
 
 async def test_each_agent_has_its_own_rate_of_bytes(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(switch, "_BYTES_AT_ONCE", len(json.dumps(exchange(1))) + 10)
+    monkeypatch.setattr(switch, "BYTES_BURST", len(json.dumps(exchange(1))) + 10)
     house = build()
     assert (await house.exchange(exchange(1))).status == 200
     answer = await house.exchange(exchange(2))
@@ -505,9 +505,9 @@ class Wire:
 
 
 def test_the_echo_answers_what_is_genuine_and_nothing_else() -> None:
-    ledger = Ledger(SECRET)
-    wire, protocol = Wire(), PulseProtocol(ledger, lambda: 0.0)
-    ledger.greet("nl", "key")
+    pulse_registry = PulseRegistry(SECRET)
+    wire, protocol = Wire(), PulseProtocol(pulse_registry, lambda: 0.0)
+    pulse_registry.greet("nl", "key")
     ident = echo.ident_for(SECRET, "nl")
     key = echo.key_for(SECRET, ident)
     question = echo.request(ident, b"12345678", key)

@@ -11,7 +11,7 @@ from sqlalchemy import Executable, Row
 from tests.server.ingest.conftest import EXIT, KEY, Build, House
 from vpn_sentinel.runtime.settings import Source
 from vpn_sentinel.server.access import create_token, revoke_token
-from vpn_sentinel.server.ingest.door import Door
+from vpn_sentinel.server.ingest.admission import Admission
 from vpn_sentinel.server.settings import ServerSettings
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
 from vpn_sentinel.wire import limits
@@ -96,16 +96,16 @@ async def test_a_guessing_neighbour_locks_nobody_out(house: House, store: Store)
 
 
 async def test_every_line_of_a_proxy_counts(house: House) -> None:
-    door = Door(
+    admission = Admission(
         ServerSettings.read(Source(env={"VPN_SENTINEL_API_KEY": KEY, "VPN_SENTINEL_TRUSTED_PROXIES": "172.17.0.0/16"})),
         house.access,
         house.clock,
     )
     scope = house.scope("http", "/api/v1/keepalive", ("172.17.0.2", 1), KEY, x_forwarded_for="1.2.3.4, 146.70.1.7")
     scope["headers"].append((b"x-forwarded-for", b"172.17.0.9"))
-    assert (await door.enter(scope)).address == ip_address("146.70.1.7")
+    assert (await admission.admit(scope)).address == ip_address("146.70.1.7")
     scope["headers"].append((b"x-forwarded-for", b"146.70.1.8"))
-    assert (await door.enter(scope)).address == ip_address("146.70.1.8")
+    assert (await admission.admit(scope)).address == ip_address("146.70.1.8")
 
 
 async def test_who_reports_too_often_is_told_when_to_come_back(build: Build) -> None:

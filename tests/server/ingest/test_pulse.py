@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
 
 from tests.conftest import until
-from vpn_sentinel.server.ingest.ledger import Ledger, Seen, Window
-from vpn_sentinel.server.ingest.pulse import Lookout, Names, PulseMetrics, PulseProtocol
+from vpn_sentinel.server.ingest.pulse import KnownTunnels, PulseMetrics, PulseProtocol, SightingQueue
+from vpn_sentinel.server.ingest.pulse_registry import PulseNews, PulseRegistry, ReplayWindow
 from vpn_sentinel.server.store.store import StoreUnavailable
 from vpn_sentinel.server.tracking.inputs import PulseObservation
 from vpn_sentinel.wire import echo, pulse
@@ -48,12 +48,12 @@ class Port:
     """The protocol with a wire and a clock that a test moves."""
 
     def __init__(self, *names: str) -> None:
-        self.told: list[Seen] = []
+        self.told: list[PulseNews] = []
         self.missed = 0
-        self.ledger = Ledger(SECRET, self.told.append)
-        self.ledger.know(dict.fromkeys(names, 0.0))
+        self.registry = PulseRegistry(SECRET, self.told.append)
+        self.registry.know(dict.fromkeys(names, 0.0))
         self.now = 100.0
-        self.protocol = PulseProtocol(self.ledger, lambda: self.now, missed=self._miss)
+        self.protocol = PulseProtocol(self.registry, lambda: self.now, missed=self._miss)
         self.wire = Wire()
         self.protocol.connection_made(self.wire)  # type: ignore[arg-type]
 
@@ -74,7 +74,7 @@ def test_a_pulse_is_answered_once() -> None:
     assert answer is not None
     assert pulse.read_reply(answer, agent.ident, RUN, agent.key) == (1, ip_address(EXIT[0]))
     assert port.gets(asked, HOME) is None
-    assert port.told == [Seen("nl", ip_address(EXIT[0]), unheard=False)]
+    assert port.told == [PulseNews("nl", ip_address(EXIT[0]), unheard=False)]
     assert port.protocol.counts == {"answered": 1, "malformed": 0, "unknown": 0, "forged": 0, "replayed": 1}
 
 
@@ -103,34 +103,34 @@ def test_who_was_never_greeted_is_not_answered_and_asked_about() -> None:
     port, agent = Port("nl"), Agent("de")
     assert port.gets(agent.pulse()) is None
     assert port.missed == 1
-    port.ledger.greet("de", "key")
+    port.registry.greet("de", "key")
     assert port.gets(agent.pulse()) is not None
 
 
 def test_a_revoked_agent_is_not_answered_until_it_is_greeted_again() -> None:
     port, agent = Port("nl"), Agent()
-    port.ledger.forget("nl", "key", at=1000.0)
+    port.registry.forget("nl", "key", at=1000.0)
     assert port.gets(agent.pulse()) is None
-    port.ledger.know({"nl": 1005.0})  # its row is in the database still, with what came by the key before
+    port.registry.know({"nl": 1005.0})  # its row is in the database still, with what came by the key before
     assert port.gets(agent.pulse()) is None
-    port.ledger.greet("nl", "key")
+    port.registry.greet("nl", "key")
     assert port.gets(agent.pulse()) is not None
 
 
 def test_a_revoked_key_does_not_silence_the_agent_that_came_by_another() -> None:
     port, agent = Port(), Agent()
-    port.ledger.greet("nl", "old")
-    port.ledger.greet("nl", "new")
-    port.ledger.forget("nl", "old", at=1000.0)  # by the session of the old agent, which runs still
+    port.registry.greet("nl", "old")
+    port.registry.greet("nl", "new")
+    port.registry.forget("nl", "old", at=1000.0)  # by the session of the old agent, which runs still
     assert port.gets(agent.pulse()) is not None
-    port.ledger.forget("nl", "new", at=1000.0)
+    port.registry.forget("nl", "new", at=1000.0)
     assert port.gets(agent.pulse()) is None
 
 
 def test_a_tunnel_that_reports_to_another_replica_by_another_key_is_answered_here_too() -> None:
     port, agent = Port("nl"), Agent()
-    port.ledger.forget("nl", "old", at=1000.0)
-    port.ledger.know({"nl": 1011.0})
+    port.registry.forget("nl", "old", at=1000.0)
+    port.registry.know({"nl": 1011.0})
     assert port.gets(agent.pulse()) is not None
 
 
@@ -141,7 +141,7 @@ def test_strangers_make_no_records_and_few_checks() -> None:
     stranger = Agent("de")
     for _ in range(200):
         port.gets(stranger.pulse())
-    assert len(port.ledger) == 1
+    assert len(port.registry) == 1
     assert port.missed == 0  # this second's checks went to garbage
     port.now += 1.1
     port.gets(stranger.pulse())
@@ -167,7 +167,7 @@ def test_an_agent_that_hears_no_more_is_told_and_its_recovery_too() -> None:
         port.gets(agent.pulse(silent=int(1000 * (port.now - began + 2))))
         port.now += 0.3
     assert 2.4 < port.now - began < 3.6
-    assert port.told == [Seen("nl", ip_address(EXIT[0]), unheard=True)]
+    assert port.told == [PulseNews("nl", ip_address(EXIT[0]), unheard=True)]
     for _ in range(20):  # told again every few seconds
         port.gets(agent.pulse(silent=60_000))
         port.now += 0.5
@@ -259,21 +259,21 @@ def test_a_run_that_an_old_one_displaced_in_a_silence_comes_back() -> None:
 
 def test_it_is_known_since_when_pulses_come_without_a_gap() -> None:
     port, agent = Port("nl"), Agent()
-    assert port.ledger.steady("nl") is None
+    assert port.registry.steady("nl") is None
     for _ in range(3):
         port.gets(agent.pulse())
         port.now += 2
-    assert port.ledger.steady("nl") == (100.0, 104.0)
+    assert port.registry.steady("nl") == (100.0, 104.0)
     port.now += 3
     port.gets(agent.pulse())
-    assert port.ledger.steady("nl") == (109.0, 109.0)
+    assert port.registry.steady("nl") == (109.0, 109.0)
     port.gets(agent.pulse(), ("192.168.7.2", 40000))
-    assert port.ledger.steady("nl") is None  # over a LAN: that says nothing of the internet
+    assert port.registry.steady("nl") is None  # over a LAN: that says nothing of the internet
 
 
 @given(st.lists(st.integers(1, 400), max_size=300))
 def test_a_window_takes_each_number_once_and_none_that_is_old(numbers: list[int]) -> None:
-    window, taken, top = Window(), set[int](), 0
+    window, taken, top = ReplayWindow(), set[int](), 0
     for number in numbers:
         expected = number not in taken and number > top - 128
         assert window.take(number) is expected
@@ -283,7 +283,7 @@ def test_a_window_takes_each_number_once_and_none_that_is_old(numbers: list[int]
 
 
 def test_a_window_takes_a_leap_and_no_zero() -> None:
-    window = Window()
+    window = ReplayWindow()
     assert not window.take(0)
     assert window.take(2**32 - 1)
     assert not window.take(1)
@@ -327,12 +327,12 @@ async def test_names_are_read_at_the_start_and_when_one_is_missed() -> None:
     async def read() -> dict[str, float]:
         return names
 
-    known = Names(port.ledger, read, apart=0.01)
+    known = KnownTunnels(port.registry, read, apart=0.01)
     task = asyncio.create_task(known.run())
-    await until(lambda: len(port.ledger) == 1)
+    await until(lambda: len(port.registry) == 1)
     names["de"] = 0.0
     known.missed()
-    await until(lambda: len(port.ledger) == 2)
+    await until(lambda: len(port.registry) == 2)
     task.cancel()
 
 
@@ -346,9 +346,9 @@ async def test_news_reach_the_tracker_and_wait_for_the_database() -> None:
             raise StoreUnavailable("gone", "the database is away")
         got.append(sighting)
 
-    lookout = Lookout(sighted, lambda: 5.0)
-    task = asyncio.create_task(lookout.run())
-    lookout.note(Seen("nl", ip_address(EXIT[0]), unheard=False))
+    sighting_queue = SightingQueue(sighted, lambda: 5.0)
+    task = asyncio.create_task(sighting_queue.run())
+    sighting_queue.note(PulseNews("nl", ip_address(EXIT[0]), unheard=False))
     await until(lambda: got)
     assert got == [PulseObservation(tunnel="nl", address=ip_address(EXIT[0]), unheard=False, at=5.0)]
     task.cancel()
@@ -357,10 +357,10 @@ async def test_news_reach_the_tracker_and_wait_for_the_database() -> None:
 def test_a_real_socket_under_uvloop() -> None:
     async def talk() -> bytes:
         loop = asyncio.get_running_loop()
-        ledger, agent = Ledger(SECRET), Agent()
-        ledger.greet("nl", "key")
+        pulse_registry, agent = PulseRegistry(SECRET), Agent()
+        pulse_registry.greet("nl", "key")
         transport, _ = await loop.create_datagram_endpoint(
-            lambda: PulseProtocol(ledger, loop.time), local_addr=("127.0.0.1", 0)
+            lambda: PulseProtocol(pulse_registry, loop.time), local_addr=("127.0.0.1", 0)
         )
         answered: asyncio.Future[bytes] = loop.create_future()
 

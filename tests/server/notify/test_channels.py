@@ -26,7 +26,7 @@ from vpn_sentinel.runtime.secret import Secret
 from vpn_sentinel.runtime.settings import SettingError, Source
 from vpn_sentinel.server.notify.channel import DeliveryError, SetupError, TransientError
 from vpn_sentinel.server.notify.channels import build_channels
-from vpn_sentinel.server.notify.channels.bot_api import MOST, BotApi
+from vpn_sentinel.server.notify.channels.bot_api import MAX_ANSWER_BYTES, BotApi
 from vpn_sentinel.server.notify.channels.moved_chats import MovedChats
 from vpn_sentinel.server.notify.channels.telegram import TelegramChannel
 from vpn_sentinel.server.notify.channels.webhook import WebhookChannel, body, signature
@@ -159,8 +159,8 @@ TELEGRAM_FAILURES = {
 BOMB = gzip.compress(b'{"ok": true, "result": "' + b"x" * (64 * 1024 * 1024) + b'"}')
 TOO_LARGE = {
     "unpacks to 64 MB": Answer(200, BOMB, {"Content-Encoding": "gzip"}),
-    "long": Answer(200, b'{"ok": true, "result": "' + b"x" * MOST + b'"}'),
-    "without an end": Answer(raw=b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * (MOST + 65536)),
+    "long": Answer(200, b'{"ok": true, "result": "' + b"x" * MAX_ANSWER_BYTES + b'"}'),
+    "without an end": Answer(raw=b"HTTP/1.1 200 OK\r\n\r\n" + b"x" * (MAX_ANSWER_BYTES + 65536)),
     "damaged": Answer(200, BOMB[:5000], {"Content-Encoding": "gzip"}),
 }
 
@@ -179,7 +179,7 @@ async def test_an_answer_of_telegram_is_bounded_unpacked_too(
         finally:
             tracemalloc.stop()
     assert (type(failure), failure.reason) == (TransientError, "garbage")
-    assert most < 6 * MOST
+    assert most < 6 * MAX_ANSWER_BYTES
 
 
 async def test_an_answer_of_telegram_that_a_proxy_packed_is_read(api: BotApi, server: StandIn) -> None:

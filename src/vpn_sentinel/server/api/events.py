@@ -15,7 +15,7 @@ from vpn_sentinel.wire import rest
 log = logging.getLogger(__name__)
 
 # How soon a client comes back after its stream ended, in milliseconds.
-_RETRY: Final = 2000
+_RETRY_MS: Final = 2000
 _ENCODER: Final = msgspec.json.Encoder()
 
 
@@ -51,7 +51,7 @@ async def stream(
     the stream still does; the stream ends with it.
     """
     with hub.listen() as listener:
-        yield b"retry: %d\n: connected\n\n" % _RETRY
+        yield b"retry: %d\n: connected\n\n" % _RETRY_MS
         async for names in listener.changes(idle=idle):
             try:
                 changed = await encoded.of(names) if names else None

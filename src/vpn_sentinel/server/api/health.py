@@ -31,8 +31,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 # How long an answer is given again instead of asking anew: nobody who calls here may wear the database out.
 T = TypeVar("T")
 
-_FRESH: Final = 1.0
-_COUNTS_FRESH: Final = 5.0
+_FRESH_S: Final = 1.0
+_COUNTS_FRESH_S: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +81,7 @@ class Readiness:
     async def report(self) -> HealthReport:
         """What works now, at most one second old. Concurrent callers wait for one answer."""
         async with self._asking:
-            if self._services.clock.boottime() - self._asked_at > _FRESH:
+            if self._services.clock.boottime() - self._asked_at > _FRESH_S:
                 ok, detail = self._services.dispatcher()
                 parts = {"database": await self._database(), "dispatcher": Part(ok, detail)}
                 if self._services.deadlines is not None:
@@ -126,7 +126,7 @@ class TunnelsCollector(Collector):
     async def refresh(self) -> None:
         """Ask the database, unless it was asked a moment ago. When it does not answer, the gauges go away."""
         async with self._asking:
-            if self._clock.boottime() - self._asked_at <= _COUNTS_FRESH:
+            if self._clock.boottime() - self._asked_at <= _COUNTS_FRESH_S:
                 return
             self._counts = await self._within(queries.counts(self._store))
             self._writes = await self._within(self._pinged()) or False

@@ -14,7 +14,7 @@ from vpn_sentinel.wire.codec import encode
 log = logging.getLogger(__name__)
 
 # How soon a caller may try again while the database is away, in seconds.
-_RETRY_AFTER: Final = 2
+_RETRY_AFTER_S: Final = 2
 
 Answer = Response[bytes]
 _Request = Request[Any, Any, Any]
@@ -39,7 +39,7 @@ def on_store_unavailable(_: _Request, error: StoreUnavailable) -> Answer:
     return problem(
         HTTPStatus.SERVICE_UNAVAILABLE,
         f"The database {error.words}. Try again.",
-        {"Retry-After": str(_RETRY_AFTER)},
+        {"Retry-After": str(_RETRY_AFTER_S)},
     )
 
 

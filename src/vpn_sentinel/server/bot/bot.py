@@ -11,7 +11,7 @@ from typing import Final
 from vpn_sentinel.runtime.backoff import backoff
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.server.bot import commands, status
-from vpn_sentinel.server.bot.seat import Seat
+from vpn_sentinel.server.bot.poller_lease import PollerLease
 from vpn_sentinel.server.notify.channel import DeliveryError, SetupError, TransientError
 from vpn_sentinel.server.notify.channels.bot_api import BotApi, Chat, ConflictError, Message, Sleep
 from vpn_sentinel.server.notify.split import split
@@ -20,13 +20,13 @@ from vpn_sentinel.server.store.store import Store, StoreUnavailable
 
 log = logging.getLogger(__name__)
 
-POLL: Final = 25  # seconds that Telegram holds the question open
-LEASE: Final = 45.0  # outlasts one poll and its time limit
-STANDBY: Final = 15.0
-STALE: Final = 600.0  # what was asked longer ago than this, nobody waits for any more
-REPAIR: Final = 300.0
+POLL_S: Final = 25  # seconds that Telegram holds the question open
+LEASE_S: Final = 45.0  # outlasts one poll and its time limit
+STANDBY_S: Final = 15.0
+STALE_S: Final = 600.0  # what was asked longer ago than this, nobody waits for any more
+REPAIR_S: Final = 300.0
 _TRIES: Final = 3
-_STRANGERS: Final = 100
+_MAX_STRANGERS_TOLD: Final = 100
 
 
 class Bot:
@@ -50,7 +50,7 @@ class Bot:
         self._store = store
         self._clock = clock
         self._chat_id = chat_id
-        self._seat = Seat(store, holder)
+        self._lease = PollerLease(store, holder)
         self._sleep = sleep
         self._zone = zone
         self._rng = rng or random.Random()  # noqa: S311 - spreads load, guards nothing
@@ -67,10 +67,10 @@ class Bot:
                 if (wait := await self._turn()) > 0:
                     await self._sleep(wait)
         finally:
-            # Shutdown waits for nobody; who cannot be told in time finds the seat free when its lease is over.
+            # Shutdown waits for nobody; who cannot be told in time finds it free when it has run out.
             with contextlib.suppress(StoreUnavailable, TimeoutError):
                 async with asyncio.timeout(0.5):
-                    await self._seat.leave()
+                    await self._lease.leave()
 
     async def _turn(self) -> float:
         """Poll once and answer; how many seconds to wait before the next turn."""
@@ -78,15 +78,15 @@ class Bot:
             if not await self._hold():
                 self._well()
                 self._caught_up = False
-                return min(max(self._seat.free_at - self._clock.wall(), 1.0), STANDBY)
+                return min(max(self._lease.free_at - self._clock.wall(), 1.0), STANDBY_S)
             await self._poll()
         except StoreUnavailable as e:
             return self._ill(e.reason, "no database, the bot waits", 0.5, 15.0)
         except ConflictError as e:
             return 30.0 + self._ill(e.reason, "someone else polls with the bot's token, or set a webhook", 1.0, 240.0)
         except SetupError as e:
-            self._ill(e.reason, "the bot cannot be reached as it is set up", REPAIR, REPAIR)
-            return REPAIR
+            self._ill(e.reason, "the bot cannot be reached as it is set up", REPAIR_S, REPAIR_S)
+            return REPAIR_S
         except DeliveryError as e:
             wait = self._ill(e.reason, "Telegram does not answer the bot", 1.0, 60.0)
             asked = e.retry_after if isinstance(e, TransientError) else None
@@ -96,26 +96,26 @@ class Bot:
     async def _poll(self) -> None:
         if self._username is None:
             self._username = (await self._api.get_me()).username
-        updates = await self._api.get_updates(self._seat.offset, POLL)
+        updates = await self._api.get_updates(self._lease.offset, POLL_S)
         self._well()
         if not updates:
             # That confirmed all before. Asking from the same number on for ever would lose messages after a week of
             # quiet, when Telegram may begin to number anew.
-            self._seat.offset, self._caught_up = None, True
+            self._lease.offset, self._caught_up = None, True
         for update in updates:
             if update.message is not None:
                 await self._hear(update.message)
-            self._seat.offset = max(self._seat.offset or 0, update.update_id + 1)
+            self._lease.offset = max(self._lease.offset or 0, update.update_id + 1)
             if not await self._hold():
-                return  # another server has the seat now, and goes on from where the row says
+                return  # another server has the lease now, and goes on from where the row says
 
     async def _hold(self) -> bool:
         now = self._clock.wall()
-        return await self._seat.hold(now, now + LEASE)
+        return await self._lease.hold(now, now + LEASE_S)
 
     async def _hear(self, message: Message) -> None:
         if not self._is_served(message.chat):
-            if message.chat.id not in self._strangers and len(self._strangers) < _STRANGERS:
+            if message.chat.id not in self._strangers and len(self._strangers) < _MAX_STRANGERS_TOLD:
                 self._strangers.add(message.chat.id)
                 log.warning("a chat that is not served wrote to the bot", extra={"chat": message.chat.id})
             return
@@ -127,7 +127,7 @@ class Bot:
         if command is None:
             return
         age = self._clock.wall() - message.date
-        if not self._caught_up and age > STALE:
+        if not self._caught_up and age > STALE_S:
             log.info("command not answered, it is too old", extra={"command": command, "age": f"{age:.0f}"})
             return
         for part in split(await self._answer(command)):

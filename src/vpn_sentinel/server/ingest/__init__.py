@@ -1,1 +1,1 @@
-"""The doors for reports: keepalives, the agents' WebSocket and its POST fallback, and the UDP echo."""
+"""What takes reports: keepalives, the agents' WebSocket and its POST fallback, and the UDP echo."""

@@ -8,7 +8,7 @@ import msgspec
 
 from vpn_sentinel.domain.policy import is_public
 from vpn_sentinel.runtime.clock import Clock
-from vpn_sentinel.server.ingest.door import Door, Refusal, json_body
+from vpn_sentinel.server.ingest.admission import Admission, Refusal, json_body
 from vpn_sentinel.server.tracking.inputs import ReportBatch, TimedObservation
 from vpn_sentinel.server.tracking.tracker import Tracker
 from vpn_sentinel.wire.codec import encode
@@ -16,14 +16,14 @@ from vpn_sentinel.wire.keepalive import Reading, Received, read
 
 log = logging.getLogger(__name__)
 
-_MOST_SAID: Final = 1000  # fields of clients that a line tells of
+_MAX_FIELDS_TOLD: Final = 1000  # fields of clients that a line tells of
 
 
 class Keepalives:
     """Caller: any key; a tunnel's own token only for its own `client_id`."""
 
-    def __init__(self, door: Door, tracker: Tracker, clock: Clock, silent_after: float) -> None:
-        self._door = door
+    def __init__(self, admission: Admission, tracker: Tracker, clock: Clock, silent_after: float) -> None:
+        self._admission = admission
         self._tracker = tracker
         self._clock = clock
         self._silent_after = silent_after
@@ -31,13 +31,13 @@ class Keepalives:
 
     async def take(self, scope: Any, receive: Any) -> bytes:
         """Store one keepalive and return the answer's body. Raises Refusal."""
-        guest = await self._door.enter(scope)
-        if guest.address is not None:
-            self._door.pace(str(guest.address))
-        body = await json_body(receive, guest.headers)
+        peer = await self._admission.admit(scope)
+        if peer.address is not None:
+            self._admission.rate_limit(peer.client(""))
+        body = await json_body(receive, peer.headers)
         now = self._clock.wall()
         try:
-            said = read(body, now, guest.address if guest.address and is_public(guest.address) else None)
+            said = read(body, now, peer.address if peer.address and is_public(peer.address) else None)
         except msgspec.ValidationError as e:
             # The replaced server said 400 to a report that names nobody, and its clients know that.
             raise Refusal(400 if "missing required field `client_id`" in str(e) else 422, str(e)) from e
@@ -45,11 +45,11 @@ class Keepalives:
             raise Refusal(400, f"the body is not JSON: {e}") from e
         except ValueError as e:
             raise Refusal(422, str(e)) from e
-        if not guest.caller.may_report_as(said.client_id):
-            raise Refusal(403, f"this token may only report as {guest.caller.name}")
+        if not peer.caller.may_report_as(said.client_id):
+            raise Refusal(403, f"this token may only report as {peer.caller.name}")
         self._say_odd(said)
-        if guest.address is None:
-            self._door.pace(guest.place(said.client_id))
+        if peer.address is None:
+            self._admission.rate_limit(peer.client(said.client_id))
         await self._tracker.submit(
             ReportBatch(
                 tunnel=said.client_id,
@@ -68,7 +68,7 @@ class Keepalives:
     def _say_odd(self, said: Reading) -> None:
         """A field that is not understood is told once, with what it held: the report counts without it."""
         for field, value in said.odd:
-            if (said.client_id, field) not in self._said and len(self._said) < _MOST_SAID:
+            if (said.client_id, field) not in self._said and len(self._said) < _MAX_FIELDS_TOLD:
                 self._said.add((said.client_id, field))
                 known = {"tunnel": said.client_id, "field": field, "value": value}
                 log.warning("an old client's field is not understood, and counts as not said", extra=known)

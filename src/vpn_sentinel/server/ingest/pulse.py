@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily
 from sqlalchemy import func, or_, select
 
-from vpn_sentinel.server.ingest.ledger import Ledger, Seen
+from vpn_sentinel.server.ingest.pulse_registry import PulseNews, PulseRegistry
 from vpn_sentinel.server.rate_limit import RateLimit
 from vpn_sentinel.server.store.schema import tokens, tunnels
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
@@ -21,24 +21,26 @@ from vpn_sentinel.wire.echo import is_genuine
 log = logging.getLogger(__name__)
 
 # Strangers' MACs that are checked in a second, to learn of a tunnel that another replica greeted.
-_CHECKS_PER_SECOND: Final = 50
+CHECKS_PER_SECOND: Final = 50
 # News that wait at most; each tunnel has one line at a time, so this is never reached by those that are known.
-_WAITING: Final = 100_000
-_TOGETHER: Final = 256
+_MAX_SIGHTINGS: Final = 100_000
+_SIGHTINGS_PER_BATCH: Final = 256
 # Seconds for which a revoked key may still have been taken (see access), and some.
-_REVOKED: Final = 10.0
+_REVOKED_S: Final = 10.0
 
 
 class PulseProtocol(asyncio.DatagramProtocol):
     """Answers genuine requests and is silent to everything else. Caller: holders of a key given in a welcome."""
 
-    def __init__(self, ledger: Ledger, now: Callable[[], float], *, missed: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, pulse_registry: PulseRegistry, now: Callable[[], float], *, missed: Callable[[], None] = lambda: None
+    ) -> None:
         """`now` is a clock that never jumps; `missed` is called for a genuine request of a tunnel not known here."""
-        self._ledger = ledger
+        self._registry = pulse_registry
         self._now = now
         self._missed = missed
         self._transport: asyncio.DatagramTransport | None = None
-        self._checks = RateLimit(_CHECKS_PER_SECOND * 60, _CHECKS_PER_SECOND)
+        self._checks = RateLimit(CHECKS_PER_SECOND * 60, CHECKS_PER_SECOND)
         self.counts = dict.fromkeys(("answered", "malformed", "unknown", "forged", "replayed"), 0)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -53,15 +55,15 @@ class PulseProtocol(asyncio.DatagramProtocol):
     def _answer(self, data: bytes, addr: tuple[str, int]) -> str:
         if not pulse.is_request(data):
             return "malformed"
-        record = self._ledger.find(pulse.ident_of(data))
+        record = self._registry.find(pulse.ident_of(data))
         if record is None:
             self._look_up(data)
             return "unknown"
         if not is_genuine(data, record.key):
             return "forged"
-        packed = self._ledger.came_from(record, addr[0])
+        packed = self._registry.came_from(record, addr[0])
         said = pulse.read(data)
-        if said.numbered and not self._ledger.take(record, said, self._now()):
+        if said.numbered and not self._registry.take(record, said, self._now()):
             return "replayed"
         if self._transport is not None:
             self._transport.sendto(pulse.reply(data, packed, addr[1], record.key), addr)
@@ -69,17 +71,17 @@ class PulseProtocol(asyncio.DatagramProtocol):
 
     def _look_up(self, data: bytes) -> None:
         """Only a bounded number of MACs a second: garbage must not cost more than its reading."""
-        if self._checks.wait(None, self._now()) == 0 and is_genuine(data, self._ledger.key_for(pulse.ident_of(data))):
+        if self._checks.wait(None, self._now()) == 0 and is_genuine(data, self._registry.key_for(pulse.ident_of(data))):
             self._missed()
 
 
-class Names:
-    """Keeps the ledger knowing the tunnels that the database holds: at the start, and when one is missed."""
+class KnownTunnels:
+    """Keeps the pulse_registry knowing the tunnels that the database holds: at the start, and when one is missed."""
 
     def __init__(
-        self, ledger: Ledger, read: Callable[[], Awaitable[Mapping[str, float]]], *, apart: float = 5.0
+        self, pulse_registry: PulseRegistry, read: Callable[[], Awaitable[Mapping[str, float]]], *, apart: float = 5.0
     ) -> None:
-        self._ledger = ledger
+        self._registry = pulse_registry
         self._read = read
         self._apart = apart
         self._asked = asyncio.Event()
@@ -91,7 +93,7 @@ class Names:
     async def run(self) -> None:
         while True:
             await self._asked.wait()
-            self._ledger.know(await self._read())
+            self._registry.know(await self._read())
             self._asked.clear()
             await asyncio.sleep(self._apart)
 
@@ -105,14 +107,14 @@ async def names_of(store: Store) -> dict[str, float]:
     own = select(tokens.c.name, func.max(tokens.c.revoked_at).label("at")).where(tokens.c.shared == 0)
     gone = own.group_by(tokens.c.name).having(func.count() == func.count(tokens.c.revoked_at)).subquery()
     held = select(tunnels.c.name, tunnels.c.last_seen).outerjoin(gone, gone.c.name == tunnels.c.name)
-    held = held.where(or_(gone.c.at.is_(None), tunnels.c.last_seen > gone.c.at + _REVOKED)).order_by(tunnels.c.id)
+    held = held.where(or_(gone.c.at.is_(None), tunnels.c.last_seen > gone.c.at + _REVOKED_S)).order_by(tunnels.c.id)
     try:
         return {row.name: row.last_seen for row in await store.read(held)}
     except StoreUnavailable:
         return {}  # whoever is greeted is known all the same, and the next pulse of another asks again
 
 
-class Lookout:
+class SightingQueue:
     """Brings news of pulses to the tracker, out of the datagram's way: the latest of each tunnel and family.
 
     What cannot be stored now is tried again, unless something newer has come.
@@ -124,12 +126,12 @@ class Lookout:
         self._news: dict[tuple[str, int], PulseObservation] = {}
         self._arrived = asyncio.Event()
 
-    def note(self, seen: Seen) -> None:
+    def note(self, seen: PulseNews) -> None:
         self._add(PulseObservation(tunnel=seen.name, address=seen.address, unheard=seen.unheard, at=self._wall()))
 
     def _add(self, sighting: PulseObservation) -> None:
         key = (sighting.tunnel, sighting.address.version)
-        if len(self._news) < _WAITING or key in self._news:
+        if len(self._news) < _MAX_SIGHTINGS or key in self._news:
             self._news[key] = sighting
             self._arrived.set()
 
@@ -137,7 +139,7 @@ class Lookout:
         while True:
             await self._arrived.wait()
             # Together, so that they are committed together.
-            batch = [self._news.pop(key) for key in list(self._news)[:_TOGETHER]]
+            batch = [self._news.pop(key) for key in list(self._news)[:_SIGHTINGS_PER_BATCH]]
             ends = await asyncio.gather(*(self._sighted(s) for s in batch), return_exceptions=True)
             refused = [(s, e) for s, e in zip(batch, ends, strict=True) if isinstance(e, BaseException)]
             for sighting, error in refused:

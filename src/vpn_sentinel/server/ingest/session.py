@@ -13,8 +13,8 @@ from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.domain.tunnel import site_name, tunnel_name
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.server.access import Caller
-from vpn_sentinel.server.ingest.door import Refusal
-from vpn_sentinel.server.ingest.ledger import Ledger
+from vpn_sentinel.server.ingest.admission import Refusal
+from vpn_sentinel.server.ingest.pulse_registry import PulseRegistry
 from vpn_sentinel.server.store.schema import tunnels
 from vpn_sentinel.server.store.store import Store
 from vpn_sentinel.server.tracking.inputs import ReportBatch, TimedObservation
@@ -27,7 +27,7 @@ from vpn_sentinel.wire.messages import PROTOCOL, Ack, Echo, Exchange, FromAgent,
 _decode = decoder(FromAgent)
 _memory = decoder(Memory)
 _YEAR_5138: Final = 1e11
-_LONGEST_ROUND: Final = 60.0
+_LONGEST_ROUND_S: Final = 60.0
 
 
 class Sessions:
@@ -43,7 +43,7 @@ class Sessions:
         echo_port: int,
         missed: int,
         canary_zone: str | None = None,
-        ledger: Ledger | None = None,
+        pulse_registry: PulseRegistry | None = None,
     ) -> None:
         self._tracker = tracker
         self._store = store
@@ -52,7 +52,7 @@ class Sessions:
         self._echo_port = echo_port
         self._missed = missed
         self._canary_zone = canary_zone
-        self._ledger = ledger
+        self._registry = pulse_registry
 
     async def welcome(self, hello: Hello, caller: Caller, address: IPAddress | None) -> Welcome:
         """Greet an agent: what of its spool is stored, and how to ask the echo. Raises Refusal (403, 422)."""
@@ -65,8 +65,8 @@ class Sessions:
             select(tunnels.c.spool, tunnels.c.seq, tunnels.c.memory).where(tunnels.c.name == hello.client_id)
         )
         stored = found[0].seq if found and found[0].spool == hello.spool else 0
-        if self._ledger is not None:
-            self._ledger.greet(hello.client_id, caller.key)
+        if self._registry is not None:
+            self._registry.greet(hello.client_id, caller.key)
         ident = echo.ident_for(self._echo_secret, hello.client_id)
         key = echo.key_for(self._echo_secret, ident)
         return Welcome(
@@ -116,8 +116,8 @@ class Sessions:
 
     def refused(self, hello: Hello, caller: Caller) -> None:
         """The key of this session was revoked: the pulse port knows the tunnel no more, unless it came by another."""
-        if self._ledger is not None:
-            self._ledger.forget(hello.client_id, caller.key, self.ticks())
+        if self._registry is not None:
+            self._registry.forget(hello.client_id, caller.key, self.ticks())
 
     def ticks(self) -> float:
         return self._clock.boottime()
@@ -193,4 +193,4 @@ def _stored(report: Report, now: float) -> TimedObservation:
     # An agent that started with its clock in 1970 may hold absurd ages; refused, they would block its spool for ever.
     age = min(report.age, limits.MAX_REPORT_AGE_S)
     # What a round saw was so when it began; it is as old as the wait for what did not answer.
-    return TimedObservation(seq=report.seq, at=now - age - min(seen.took_ms / 1000, _LONGEST_ROUND), observation=seen)
+    return TimedObservation(seq=report.seq, at=now - age - min(seen.took_ms / 1000, _LONGEST_ROUND_S), observation=seen)

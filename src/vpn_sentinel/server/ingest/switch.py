@@ -12,7 +12,7 @@ from typing import Any, Final, TypeVar
 import msgspec
 
 from vpn_sentinel.server.access import Caller
-from vpn_sentinel.server.ingest.door import Door, Guest, Refusal, json_body, retry_header
+from vpn_sentinel.server.ingest.admission import Admission, AdmittedPeer, Refusal, json_body, retry_header
 from vpn_sentinel.server.ingest.keepalive import Keepalives
 from vpn_sentinel.server.ingest.session import Sessions, parse
 from vpn_sentinel.server.rate_limit import RateLimit
@@ -24,19 +24,19 @@ from vpn_sentinel.wire.messages import REFUSED_HEADER, Exchange, Hello, Refused,
 
 log = logging.getLogger(__name__)
 
-_HELLO_WITHIN: Final = 10.0
+HELLO_TIMEOUT_S: Final = 10.0
 # An agent without a session sends what it saw within this time, in seconds; older means that it could not reach us.
-_EXCHANGE: Final = 3.0
+_EXCHANGE_S: Final = 3.0
 # Messages of reports a minute that one tunnel may send over its WebSocket: many times what an agent ever does.
-_MESSAGES: Final = 300
+MESSAGES_PER_MINUTE: Final = 300
 # Bytes of them a minute, and at once after a pause: a whole spool (`agent.spool.spool.MAX_BYTES`).
-_BYTES, _BYTES_AT_ONCE = 2 * 1024 * 1024, 32 * 1024 * 1024
+BYTES_PER_MINUTE, BYTES_BURST = 2 * 1024 * 1024, 32 * 1024 * 1024
 # WebSockets of one tunnel at once: an agent has one, or for a while some that died unheard.
-_SOCKETS: Final = 8
+MAX_SOCKETS: Final = 8
 # And that come with its own token in a minute.
-_ARRIVALS: Final = 60
+ARRIVALS_PER_MINUTE: Final = 60
 # Bytes above which a message is read in turn with others of its kind: the largest takes more than ten milliseconds.
-_LARGE: Final = 16 * 1024
+LARGE_MESSAGE_BYTES: Final = 16 * 1024
 T = TypeVar("T")
 # What stands behind a route: it takes ASGI's scope and `receive`, and raises Refusal.
 Take = Callable[[Any, Any], Awaitable[bytes]]
@@ -44,7 +44,7 @@ Take = Callable[[Any, Any], Awaitable[bytes]]
 _POLICY, _TOO_BIG, _TRY_LATER = 1008, 1009, 1013
 
 
-class Seat:
+class AgentSocket:
     """One WebSocket among those of its tunnel."""
 
     def __init__(self) -> None:
@@ -69,22 +69,29 @@ class Seat:
 
 
 class Switch:
-    """`crowd` is how many exchanges a minute one address may make for all the tunnels behind it."""
+    """`per_client` is how many exchanges a minute one client may make for all the tunnels behind it."""
 
     def __init__(
-        self, door: Door, keepalives: Keepalives, sessions: Sessions, api: Any, path: str, *, crowd: int = 300
+        self,
+        admission: Admission,
+        keepalives: Keepalives,
+        sessions: Sessions,
+        api: Any,
+        path: str,
+        *,
+        per_client: int = 300,
     ) -> None:
-        self._door = door
+        self._admission = admission
         self._sessions = sessions
         self._api = api
         self._agent = f"{path}/agent"
         self._takes: dict[str, Take] = {f"{path}/keepalive": keepalives.take, self._agent: self._exchange}
-        self._messages = RateLimit(_MESSAGES)
-        self._bytes = RateLimit(_BYTES, _BYTES_AT_ONCE)
-        self._crowd = RateLimit(crowd)
-        self._arrivals = RateLimit(_ARRIVALS)
+        self._messages = RateLimit(MESSAGES_PER_MINUTE)
+        self._bytes = RateLimit(BYTES_PER_MINUTE, BYTES_BURST)
+        self._per_client = RateLimit(per_client)
+        self._arrivals = RateLimit(ARRIVALS_PER_MINUTE)
         self._turnstile = asyncio.Lock()
-        self._seats: dict[str, list[Seat]] = {}
+        self._sockets_of: dict[str, list[AgentSocket]] = {}
         self._said: str | None = None
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -140,25 +147,25 @@ class Switch:
 
     async def _exchange(self, scope: Any, receive: Any) -> bytes:
         """An agent that cannot hold a WebSocket open. Caller: any key; a tunnel's own token only as that tunnel."""
-        guest = await self._door.enter(scope)
-        body = await json_body(receive, guest.headers)
+        peer = await self._admission.admit(scope)
+        body = await json_body(receive, peer.headers)
         await self._one_a_turn(len(body))
         with _about(body):
             said = parse(body)
         if not isinstance(said, Exchange):
             raise Refusal(422, "an exchange is needed")
         # By tunnel, for many may sit behind one exit; and by address, or one key could make names without end.
-        place = guest.place(said.hello.client_id)
-        self._door.pace(f"{place} {said.hello.client_id[:100]}")
-        if (wait := self._crowd.wait(place, self._sessions.ticks())) > 0:
+        client = peer.client(said.hello.client_id)
+        self._admission.rate_limit(f"{client} {said.hello.client_id[:100]}")
+        if (wait := self._per_client.wait(client, self._sessions.ticks())) > 0:
             raise Refusal(429, "too many reports a minute from this address", wait)
         if (wait := self._bytes.wait(said.hello.client_id, self._sessions.ticks(), len(body))) > 0:
             raise Refusal(429, "too many bytes a minute of this tunnel", wait)
         greeted = self._sessions.ticks()
-        welcome = await self._sessions.welcome(said.hello, guest.caller, guest.address)
+        welcome = await self._sessions.welcome(said.hello, peer.caller, peer.address)
         await self._one_a_turn(len(body))
         with _about(body):
-            ack = await self._sessions.take(said.hello, said.reports, greeted, guest.address, before=_EXCHANGE)
+            ack = await self._sessions.take(said.hello, said.reports, greeted, peer.address, before=_EXCHANGE_S)
         return encode(msgspec.structs.replace(welcome, ack=max(ack.seq, welcome.ack)))
 
     async def _socket(self, scope: Any, receive: Any, send: Any) -> None:
@@ -166,14 +173,14 @@ class Switch:
         if (await receive())["type"] != "websocket.connect":
             return
         try:
-            guest = await self._guarded(self._door.enter(scope))
-            self._pace(guest.caller)
+            peer = await self._guarded(self._admission.admit(scope))
+            self._pace(peer.caller)
         except Refusal as e:
             await _deny(scope, send, e)
             return
         await send({"type": "websocket.accept"})
         try:
-            await self._talk(guest, receive, send)
+            await self._talk(peer, receive, send)
         except Refusal as e:
             retry = e.status in (429, 500, 503)
             refused = encode(Refused(reason=e.detail, retry=retry, of=e.of)).decode()
@@ -181,26 +188,28 @@ class Switch:
             code = _TRY_LATER if retry else _TOO_BIG if e.status == 413 else _POLICY
             await _send_quietly(send, {"type": "websocket.close", "code": code, "reason": _short(e.detail)})
 
-    async def _talk(self, guest: Guest, receive: Any, send: Any) -> None:
+    async def _talk(self, peer: AdmittedPeer, receive: Any, send: Any) -> None:
         try:
-            async with asyncio.timeout(_HELLO_WITHIN):
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
                 first = await receive()
         except TimeoutError:
-            raise Refusal(422, f"no hello within {_HELLO_WITHIN:.0f} s") from None
+            raise Refusal(422, f"no hello within {HELLO_TIMEOUT_S:.0f} s") from None
         if first["type"] == "websocket.disconnect":
             return
         hello = _message(_text(first))
         if not isinstance(hello, Hello):
             raise Refusal(422, "a hello comes first")
         greeted = self._sessions.ticks()
-        welcome = await self._guarded(self._sessions.welcome(hello, guest.caller, guest.address))
-        with self._seated(hello.client_id) as seat:
+        welcome = await self._guarded(self._sessions.welcome(hello, peer.caller, peer.address))
+        with self._counted(hello.client_id) as socket:
             await _send_quietly(send, {"type": "websocket.send", "text": encode(welcome).decode()})
-            await self._hear(guest, hello, greeted, seat, receive, send)
+            await self._hear(peer, hello, greeted, socket, receive, send)
 
-    async def _hear(self, guest: Guest, hello: Hello, greeted: float, seat: Seat, receive: Any, send: Any) -> None:
+    async def _hear(
+        self, peer: AdmittedPeer, hello: Hello, greeted: float, socket: AgentSocket, receive: Any, send: Any
+    ) -> None:
         """Reports until the connection ends, or the tunnel has too many newer ones."""
-        while (event := await seat.waits(receive()))["type"] == "websocket.receive":
+        while (event := await socket.waits(receive()))["type"] == "websocket.receive":
             body = _text(event)
             await self._one_a_turn(len(body))
             with _about(body):
@@ -208,15 +217,15 @@ class Switch:
             if not isinstance(reports, Reports):
                 raise Refusal(422, "after the hello only reports are expected")
             try:
-                await self._guarded(self._door.still(guest))
+                await self._guarded(self._admission.recheck(peer))
             except Refusal as e:
                 if e.status == 403:
-                    self._sessions.refused(hello, guest.caller)
+                    self._sessions.refused(hello, peer.caller)
                 raise
             await self._in_turn(hello.client_id, len(body))
             await self._one_a_turn(len(body))
             with _about(body):
-                ack = await self._stored(self._sessions.take(hello, reports, greeted, guest.address))
+                ack = await self._stored(self._sessions.take(hello, reports, greeted, peer.address))
             await _send_quietly(send, {"type": "websocket.send", "text": encode(ack).decode()})
 
     def _pace(self, caller: Caller) -> None:
@@ -225,25 +234,25 @@ class Switch:
             raise Refusal(429, "too many connections a minute of this tunnel", wait)
 
     @contextmanager
-    def _seated(self, name: str) -> Iterator[Seat]:
+    def _counted(self, name: str) -> Iterator[AgentSocket]:
         """Of too many connections of one tunnel the oldest ends: its agent may have died, the newest one's has not."""
-        seats, seat = self._seats.setdefault(name, []), Seat()
-        seats.append(seat)
-        if len(seats) > _SOCKETS:
-            seats.pop(0).end()
+        sockets, socket = self._sockets_of.setdefault(name, []), AgentSocket()
+        sockets.append(socket)
+        if len(sockets) > MAX_SOCKETS:
+            sockets.pop(0).end()
         try:
-            yield seat
+            yield socket
         finally:
-            if seat in seats:
-                seats.remove(seat)
-            if not seats and self._seats.get(name) is seats:
-                del self._seats[name]
+            if socket in sockets:
+                sockets.remove(socket)
+            if not sockets and self._sockets_of.get(name) is sockets:
+                del self._sockets_of[name]
 
     async def _one_a_turn(self, size: int) -> None:
         """Let one large message be read in each turn of the loop: what is due besides (deadlines, deliveries, health)
         waits for one, not for those of all connections.
         """
-        if size > _LARGE:
+        if size > LARGE_MESSAGE_BYTES:
             async with self._turnstile:
                 await asyncio.sleep(0)
 

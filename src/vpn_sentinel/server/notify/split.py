@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import Final
 
-MAX_LENGTH: Final = 4096
+MESSAGE_UNITS: Final = 4096
 # A tag or a character reference must not be cut; everything else may be, between two characters.
 _ATOM: Final = re.compile(r"<[^<>]{0,40}>|&[a-z0-9#]{1,8};|.", re.DOTALL)
 
@@ -18,7 +18,7 @@ def utf16(text: str) -> int:
     return len(text) + sum(c > "\uffff" for c in text)
 
 
-def split(text: str, limit: int = MAX_LENGTH) -> list[str]:
+def split(text: str, limit: int = MESSAGE_UNITS) -> list[str]:
     """Cut `text` at line borders into parts of at most `limit` (at least 50) code units; none is empty or blank.
 
     A line that is longer than a whole message is cut inside, but never inside a tag or a character reference.

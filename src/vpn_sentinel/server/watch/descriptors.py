@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.runtime.shortage import Untaken, out_of_descriptors
 
-_LOOK_INTERVAL_S: Final = 1.0  # seconds
+_INTERVAL_S: Final = 1.0  # seconds
 
 
 class Descriptors:
@@ -29,6 +29,6 @@ class Descriptors:
     async def run(self) -> None:
         while True:
             if out_of_descriptors():
-                self._short.inc(_LOOK_INTERVAL_S)
+                self._short.inc(_INTERVAL_S)
                 self._untaken.note(os.strerror(errno.EMFILE))
-            await asyncio.sleep(_LOOK_INTERVAL_S)
+            await asyncio.sleep(_INTERVAL_S)

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-_LOOK_INTERVAL_S: Final = 20.0  # seconds
-_WORTH_IT: Final = 8_000_000  # bytes more than there were: to look through the heap takes some ten milliseconds
+_INTERVAL_S: Final = 20.0  # seconds
+_MIN_GROWTH_BYTES: Final = 8_000_000  # bytes more than there were: to look through the heap takes some ten milliseconds
 _PAGE: Final = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -30,9 +30,9 @@ async def give_back() -> None:
         return
     least = resident()
     while True:
-        await asyncio.sleep(_LOOK_INTERVAL_S)
+        await asyncio.sleep(_INTERVAL_S)
         least = min(least, resident())
-        if resident() > least + _WORTH_IT:
+        if resident() > least + _MIN_GROWTH_BYTES:
             await asyncio.to_thread(trim, 0)
             least = resident()
 

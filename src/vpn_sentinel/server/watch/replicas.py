@@ -16,7 +16,7 @@ from vpn_sentinel.server.store.store import Store, StoreUnavailable
 
 log = logging.getLogger(__name__)
 
-_POLL_INTERVAL_S: Final = 1.0
+_INTERVAL_S: Final = 1.0
 # Replicas' clocks may differ by as much, in seconds; what is told twice does no harm.
 _OVERLAP_S: Final = 5.0
 
@@ -30,7 +30,7 @@ class Replicas:
     async def run(self) -> None:
         since = self._clock.wall()
         while True:
-            await asyncio.sleep(_POLL_INTERVAL_S)
+            await asyncio.sleep(_INTERVAL_S)
             if not self._hub.listeners:
                 since = self._clock.wall()
                 continue

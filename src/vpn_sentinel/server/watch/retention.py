@@ -13,8 +13,8 @@ from vpn_sentinel.server.watch.timekeeper import moved_so_far
 
 log = logging.getLogger(__name__)
 
-_PRUNE_INTERVAL_S: Final = 300.0
-_MAX_ROWS_AT_ONCE: Final = 500  # rows: whoever reports waits for so many
+_INTERVAL_S: Final = 300.0
+ROWS_PER_DELETE: Final = 500  # rows: whoever reports waits for so many
 _PAUSE_S: Final = 0.05
 # What the history page tells (transitions, actions, incidents) is kept longer than what it was judged from.
 _HISTORY_FACTOR: Final = 12
@@ -34,7 +34,7 @@ class Retention:
                 await self.prune()
             except StoreUnavailable as e:
                 log.warning("old rows stay for now", extra={"reason": e.reason})
-            await asyncio.sleep(_PRUNE_INTERVAL_S)
+            await asyncio.sleep(_INTERVAL_S)
 
     async def prune(self) -> int:
         """Delete what is too old; returns how many rows went. Raises StoreUnavailable."""
@@ -52,7 +52,7 @@ class Retention:
             while True:
                 count = len((await self._store.write(statement))[0])
                 gone += count
-                if count < _MAX_ROWS_AT_ONCE:
+                if count < ROWS_PER_DELETE:
                     break
                 await asyncio.sleep(_PAUSE_S)
         return gone
@@ -65,7 +65,7 @@ class Retention:
 
 
 def _oldest(table: Table, when: Column[float], before: float) -> Executable:
-    chosen = select(table.c.id).where(when < before).limit(_MAX_ROWS_AT_ONCE)
+    chosen = select(table.c.id).where(when < before).limit(ROWS_PER_DELETE)
     return delete(table).where(table.c.id.in_(chosen)).returning(table.c.id)
 
 
@@ -74,6 +74,6 @@ def _oldest_observations(before: float) -> Executable:
     with every row of the table, while all who report wait.
     """
     received_at = observations.c.received_at
-    oldest = select(received_at).where(received_at < before).order_by(received_at).limit(_MAX_ROWS_AT_ONCE).subquery()
+    oldest = select(received_at).where(received_at < before).order_by(received_at).limit(ROWS_PER_DELETE).subquery()
     upto = select(func.max(oldest.c.received_at)).scalar_subquery()
     return delete(observations).where(received_at <= upto).returning(observations.c.seq)

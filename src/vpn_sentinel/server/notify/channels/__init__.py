@@ -7,7 +7,7 @@ from vpn_sentinel.runtime.settings import PREFIX, SettingError
 from vpn_sentinel.server.notify.channel import Channel
 from vpn_sentinel.server.notify.channels.bot_api import BotApi
 from vpn_sentinel.server.notify.channels.telegram import TelegramChannel
-from vpn_sentinel.server.notify.channels.webhook import TIMEOUT_S, WebhookChannel
+from vpn_sentinel.server.notify.channels.webhook import SEND_TIMEOUT_S, WebhookChannel
 from vpn_sentinel.server.notify.guard import guarded_client, tls
 from vpn_sentinel.server.settings import ServerSettings
 
@@ -29,6 +29,6 @@ def build_channels(
             httpx.URL(settings.webhook.url.reveal())
         except httpx.InvalidURL:
             raise SettingError(PREFIX + "WEBHOOK_URL", "is not a usable address") from None
-        client = guarded_client(tls(settings.ca_file), private=settings.webhook_private, limit=TIMEOUT_S)
+        client = guarded_client(tls(settings.ca_file), private=settings.webhook_private, limit=SEND_TIMEOUT_S)
         channels[WebhookChannel.name] = WebhookChannel(client, settings.webhook, clock)
     return channels

@@ -21,10 +21,10 @@ from vpn_sentinel.server.notify.failures import PLAIN, before_an_answer, keep_ur
 from vpn_sentinel.server.settings import TelegramSettings
 
 # One message a second in a chat is what Telegram recommends (https://core.telegram.org/bots/faq#broadcasting-to-users).
-PACE: Final = 1.0
-LIMIT: Final = 15.0
+MIN_INTERVAL_S: Final = 1.0
+CALL_TIMEOUT_S: Final = 15.0
 # Bytes of an answer: twenty updates, each with a message of 4,096 characters and one that it replies to, escaped.
-MOST: Final = 2 * 1024 * 1024
+MAX_ANSWER_BYTES: Final = 2 * 1024 * 1024
 
 T = TypeVar("T")
 Sleep = Callable[[float], Awaitable[None]]
@@ -151,7 +151,7 @@ class BotApi:
         *,
         moved: MovedChats | None = None,
         sleep: Sleep = asyncio.sleep,
-        limit: float = LIMIT,
+        limit: float = CALL_TIMEOUT_S,
     ) -> None:
         keep_urls_out_of_the_log()
         self._http = http
@@ -198,7 +198,7 @@ class BotApi:
         if html:
             params["parse_mode"] = "HTML"
         async with self._pace:
-            if (wait := self._sent_at + PACE - self._clock.boottime()) > 0:
+            if (wait := self._sent_at + MIN_INTERVAL_S - self._clock.boottime()) > 0:
                 await self._sleep(wait)
             try:
                 await self._call("sendMessage", params)
@@ -215,7 +215,7 @@ class BotApi:
                     "POST", f"{self._telegram.api_url}/bot{self._telegram.token.reveal()}/{method}",
                     json=params, headers=PLAIN, timeout=limit,
                 ) as answer:  # fmt: skip
-                    status, body = answer.status_code, await whole(answer, MOST)
+                    status, body = answer.status_code, await whole(answer, MAX_ANSWER_BYTES)
         except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, UnicodeError) as e:
             broken = before_an_answer(e)
         if broken is not None:

@@ -33,7 +33,7 @@ from vpn_sentinel.server.notify.guard import ForbiddenAddressError
 from vpn_sentinel.server.settings import WebhookSettings
 from vpn_sentinel.wire.codec import encode
 
-TIMEOUT_S: Final = 10.0
+SEND_TIMEOUT_S: Final = 10.0
 # The state in which a notice of this kind leaves its tunnel.
 _STATE: Final[Mapping[Kind, State]] = {
     Kind.CONNECTED: State.PROTECTED,
@@ -53,7 +53,7 @@ class WebhookChannel:
     name = "webhook"
 
     def __init__(
-        self, http: httpx.AsyncClient, webhook: WebhookSettings, clock: Clock, limit: float = TIMEOUT_S
+        self, http: httpx.AsyncClient, webhook: WebhookSettings, clock: Clock, limit: float = SEND_TIMEOUT_S
     ) -> None:
         self._http = http
         self._webhook = webhook

@@ -1,7 +1,7 @@
-"""Who polls. Telegram lets one poller at a time use a token, so servers that share a database take turns on one seat.
+"""Who polls. Telegram lets one poller at a time use a token, so servers that share a database take turns.
 
-The seat is the row `bot_poller` of `meta`: {"holder", "until", "offset"} as JSON, times in seconds since the epoch. The
-offset of the last poll lives in the same row, so only the holder can move it.
+The lease is the row `bot_poller` of `meta`: {"holder", "until", "offset"} as JSON, times in seconds since the epoch.
+The offset of the last poll lives in the same row, so only the holder can move it.
 """
 
 from typing import Final
@@ -14,10 +14,10 @@ from vpn_sentinel.server.store.store import Store
 
 KEY: Final = "bot_poller"
 # Nobody leases for longer; a row that says so was written by a clock that was wrong.
-_LONGEST: Final = 60.0
+_LONGEST_LEASE_S: Final = 60.0
 
 
-class Taken(msgspec.Struct, frozen=True):
+class LeaseRow(msgspec.Struct, frozen=True):
     """The row. `offset` is the first update that has not been answered, None when Telegram holds none that was."""
 
     holder: str = ""
@@ -25,11 +25,11 @@ class Taken(msgspec.Struct, frozen=True):
     offset: int | None = None
 
 
-_decode = msgspec.json.Decoder(Taken).decode
+_decode = msgspec.json.Decoder(LeaseRow).decode
 
 
-class Seat:
-    """One server's claim to the seat. `offset` may be changed while it is held; the next `hold` keeps it."""
+class PollerLease:
+    """One server's hold on the lease. `offset` may be changed while it is held; the next `hold` keeps it."""
 
     def __init__(self, store: Store, holder: str) -> None:
         self._store = store
@@ -40,13 +40,13 @@ class Seat:
 
     @property
     def free_at(self) -> float:
-        """When the seat that another one holds may become free."""
+        """When the lease that another one holds may become free."""
         return self._free_at
 
     async def hold(self, now: float, until: float) -> bool:
-        """Take the seat when it is free, or keep it; whether it is ours until `until`. Raises StoreUnavailable.
+        """Take the lease when it is free, or keep it; whether it is ours until `until`. Raises StoreUnavailable.
 
-        Survives the race of two servers for a free seat: the UPDATE names the exact old value, so only the first finds
+        Survives the race of two servers for a free lease: the UPDATE names the exact old value, so only the first finds
         it. (On PostgreSQL the second waits for the first's commit and looks again.) Both may find no row at all and
         insert one: the primary key stops the second, which raises StoreUnavailable and asks again later.
         """
@@ -57,21 +57,21 @@ class Seat:
                 await self._store.write(insert(meta).from_select(["key", "value"], absent))
             old = found[0].value if found else "{}"
             seen = _read(old)
-            if seen.holder != self._holder and now < seen.until < now + _LONGEST:
+            if seen.holder != self._holder and now < seen.until < now + _LONGEST_LEASE_S:
                 self._free_at = seen.until
                 return False
             self.offset = max(self.offset or 0, seen.offset or 0) or None
             self._mine = old
         self._free_at = until
-        return await self._swap(Taken(self._holder, until, self.offset))
+        return await self._swap(LeaseRow(self._holder, until, self.offset))
 
     async def leave(self) -> None:
-        """Free the seat for whoever waits. Raises StoreUnavailable."""
+        """Free the lease for whoever waits. Raises StoreUnavailable."""
         if self._mine is not None:
-            await self._swap(Taken("", 0.0, self.offset))
+            await self._swap(LeaseRow("", 0.0, self.offset))
             self._mine = None
 
-    async def _swap(self, new: Taken) -> bool:
+    async def _swap(self, new: LeaseRow) -> bool:
         text = msgspec.json.encode(new).decode()
         old, self._mine = self._mine, None  # a failure leaves it open whether the row changed: read it again
         statement = update(meta).where(meta.c.key == KEY, meta.c.value == old).values(value=text).returning(meta.c.key)
@@ -81,8 +81,8 @@ class Seat:
         return bool(changed)
 
 
-def _read(value: str) -> Taken:
+def _read(value: str) -> LeaseRow:
     try:
         return _decode(value)
     except (ValueError, RecursionError):
-        return Taken()
+        return LeaseRow()

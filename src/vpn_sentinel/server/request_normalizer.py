@@ -13,7 +13,7 @@ _ASKED_AS: Final = {"HEAD": "GET", "OPTIONS": "TRACE"}
 _NOT_FOUND: Final = encode(problem.problem(404, "Not Found"))
 
 
-class Alike:
+class RequestNormalizer:
     """An ASGI application in front of another, which needs to know of GET, POST and the like alone.
 
     - A path with an empty segment (`//`) is nobody's: 404. One slash at the end is left out.

@@ -14,29 +14,29 @@ from typing import Final
 from vpn_sentinel.domain.policy import IPAddress, is_public
 from vpn_sentinel.wire import echo, pulse
 
-_WIDTH: Final = 128  # numbers that the replay window spans
-_MASK: Final = (1 << _WIDTH) - 1
-_RUNS: Final = 8  # runs of one agent whose numbers are remembered
+WINDOW_NUMBERS: Final = 128  # numbers that the replay window spans
+_MASK: Final = (1 << WINDOW_NUMBERS) - 1
+_MAX_RUNS: Final = 8  # runs of one agent whose numbers are remembered
 # Seconds without a pulse of the run that counts until another may take its place: an agent sends one a second.
-_QUIET: Final = 6.0
+_QUIET_S: Final = 6.0
 # More seconds than this between two pulses are a gap: one that was lost, or a line that was dead.
-_GAP: Final = 3.0
-_REFUSED: Final = 10.0  # seconds that what came by a key before it was refused may take to be stored
-_MOST: Final = 50_000  # tunnels that are known at a time
+_GAP_S: Final = 3.0
+_REFUSED_S: Final = 10.0  # seconds that what came by a key before it was refused may take to be stored
+MAX_TUNNELS: Final = 50_000  # tunnels that are known at a time
 # Pulses in a row, over so many seconds, that tell of no new reply, before the replies count as unheard. An agent whose
 # pulses go unanswered sends ten within 3 s; of which, at 30 % loss, all are lost once in 100,000 times.
-_UNHEARD: Final = 8
-_UNHEARD_FOR: Final = 2.5
+_UNHEARD_PULSES: Final = 8
+_UNHEARD_S: Final = 2.5
 # A longer gap between two pulses counts as no more: a line that stood still, or this server, holds them back and then
 # delivers all at once, and they could know of no answer yet.
-_GAP_COUNTS: Final = 1.0  # seconds
-_STILL: Final = 3.0  # seconds until what stays unheard is told again
+_GAP_COUNTS_S: Final = 1.0  # seconds
+_REPEAT_S: Final = 3.0  # seconds until what stays unheard is told again
 # When most agents hear nothing at once, it is this server's own way back that is dead, and no tunnel.
-_CROWD: Final = 5
-_RECENT: Final = 10.0  # seconds since its last pulse that an agent counts as one of them
+_MIN_AGENTS: Final = 5
+_RECENT_S: Final = 10.0  # seconds since its last pulse that an agent counts as one of them
 
 
-class Window:
+class ReplayWindow:
     """Which numbers of a run were taken: each at most once, none that is too old (RFC 6479 explains such windows)."""
 
     __slots__ = ("_bits", "_top")
@@ -49,17 +49,17 @@ class Window:
         """Whether `number` (1 and up) comes for the first time and is not behind the window."""
         ahead = number - self._top
         if ahead > 0:
-            self._bits = ((self._bits << ahead) | 1) & _MASK if ahead < _WIDTH else 1
+            self._bits = ((self._bits << ahead) | 1) & _MASK if ahead < WINDOW_NUMBERS else 1
             self._top = number
             return True
-        if number < 1 or -ahead >= _WIDTH or self._bits >> -ahead & 1:
+        if number < 1 or -ahead >= WINDOW_NUMBERS or self._bits >> -ahead & 1:
             return False
         self._bits |= 1 << -ahead
         return True
 
 
 @dataclass(slots=True)
-class Record:
+class PulseRecord:
     """One tunnel's pulses. Times are by a clock that never jumps. Of `windows`, by run, the newest used is the last.
 
     Since `steady` they have come without a gap. `greeted` is the caller's key of the last greeting here, None when the
@@ -71,7 +71,7 @@ class Record:
     key: bytes
     greeted: str | None = None
     run: int = -1
-    windows: dict[int, Window] = field(default_factory=dict)
+    windows: dict[int, ReplayWindow] = field(default_factory=dict)
     host: str = ""
     packed: bytes = b""
     address: IPAddress | None = None
@@ -86,7 +86,7 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
-class Seen:
+class PulseNews:
     """News of one tunnel: its pulses come from `address`, and whether it hears the replies."""
 
     name: str
@@ -94,15 +94,15 @@ class Seen:
     unheard: bool
 
 
-class Ledger:
+class PulseRegistry:
     """`told` is called with news, in the middle of a datagram's handling: it must only take note."""
 
-    def __init__(self, secret: bytes, told: Callable[[Seen], None] = lambda _: None) -> None:
+    def __init__(self, secret: bytes, told: Callable[[PulseNews], None] = lambda _: None) -> None:
         self._secret = secret
         self._told = told
-        self._records: OrderedDict[bytes, Record] = OrderedDict()
+        self._records: OrderedDict[bytes, PulseRecord] = OrderedDict()
         self._banned: dict[str, float] = {}  # by name, when a key was refused
-        self._crowd: tuple[float, bool] = (-math.inf, False)
+        self._most_hear_nothing: tuple[float, bool] = (-math.inf, False)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -118,7 +118,7 @@ class Ledger:
         One that has reported since came by another key, maybe to another replica.
         """
         for name, at in seen.items():
-            if at > self._banned.get(name, -math.inf) + _REFUSED:
+            if at > self._banned.get(name, -math.inf) + _REFUSED_S:
                 self._banned.pop(name, None)
                 self._add(name)
 
@@ -131,7 +131,7 @@ class Ledger:
         self._banned[name] = at
         self._records.pop(ident, None)
 
-    def find(self, ident: bytes) -> Record | None:
+    def find(self, ident: bytes) -> PulseRecord | None:
         return self._records.get(ident)
 
     def steady(self, name: str) -> tuple[float, float] | None:
@@ -144,55 +144,55 @@ class Ledger:
     def key_for(self, ident: bytes) -> bytes:
         return echo.key_for(self._secret, ident)
 
-    def _add(self, name: str) -> Record:
+    def _add(self, name: str) -> PulseRecord:
         ident = echo.ident_for(self._secret, name)
         record = self._records.get(ident)
         if record is not None:
             self._records.move_to_end(ident)
             return record
-        record = self._records[ident] = Record(name, self.key_for(ident))
-        if len(self._records) > _MOST:
+        record = self._records[ident] = PulseRecord(name, self.key_for(ident))
+        if len(self._records) > MAX_TUNNELS:
             self._records.popitem(last=False)
         return record
 
-    def came_from(self, record: Record, host: str) -> bytes:
+    def came_from(self, record: PulseRecord, host: str) -> bytes:
         """The bytes of the address that a datagram came from, an IPv4-mapped one as the IPv4 address it is."""
         if host != record.host:
             record.host = host
             record.packed = pulse.packed(host)
         return record.packed
 
-    def take(self, record: Record, said: pulse.Pulse, now: float) -> bool:
+    def take(self, record: PulseRecord, said: pulse.Pulse, now: float) -> bool:
         """Note a genuine pulse; False for one that is a replay or too old, which changes nothing.
 
         While one run lives, another is answered and not believed: it may be an old one that somebody has kept, and
         sends from where he likes. A run that was replaced so can come back.
         """
-        window = record.windows.pop(said.run, None) or Window()
+        window = record.windows.pop(said.run, None) or ReplayWindow()
         taken = window.take(said.number)
         record.windows[said.run] = window
-        if len(record.windows) > _RUNS:
+        if len(record.windows) > _MAX_RUNS:
             del record.windows[next(r for r in record.windows if r != record.run)]
         if not taken:
             return False
         if said.run != record.run:
-            if now - record.last < _QUIET:
+            if now - record.last < _QUIET_S:
                 return True
             self._new_run(record, said)
-        if now - record.last > _GAP:
+        if now - record.last > _GAP_S:
             record.steady = now
-        record.waited += min(now - record.last, _GAP_COUNTS)
+        record.waited += min(now - record.last, _GAP_COUNTS_S)
         record.last = now
         self._note_heard(record, said, now)
         self._note_address(record, now)
         return True
 
-    def _new_run(self, record: Record, said: pulse.Pulse) -> None:
+    def _new_run(self, record: PulseRecord, said: pulse.Pulse) -> None:
         """The agent was started anew, or this server was: nothing that was counted goes on."""
         record.run = said.run
         record.heard, record.waiting, record.waited = said.heard, 0, 0.0
 
-    def _note_heard(self, record: Record, said: pulse.Pulse, now: float) -> None:
+    def _note_heard(self, record: PulseRecord, said: pulse.Pulse, now: float) -> None:
         if said.heard > record.heard:
             record.heard, record.waiting, record.waited = said.heard, 0, 0.0
             if record.unheard:
@@ -201,21 +201,21 @@ class Ledger:
             return
         record.waiting += 1
         # Who never heard a reply may sit behind a firewall that takes none; only who did can have lost something.
-        dead = record.heard > 0 and record.waiting >= _UNHEARD and record.waited >= _UNHEARD_FOR
-        if not dead or said.silent < 1000 * (_UNHEARD_FOR - 0.5):
+        dead = record.heard > 0 and record.waiting >= _UNHEARD_PULSES and record.waited >= _UNHEARD_S
+        if not dead or said.silent < 1000 * (_UNHEARD_S - 0.5):
             return
         record.unheard = True
-        if now - record.told >= _STILL and not self._all_unheard(now):
+        if now - record.told >= _REPEAT_S and not self._all_unheard(now):
             self._tell(record, now)
 
     def _all_unheard(self, now: float) -> bool:
         """Whether more than half of the agents that send seem to hear nothing; counted once a second at most."""
-        if now >= self._crowd[0]:
-            recent = [r.waiting >= _UNHEARD // 2 for r in self._records.values() if now - r.last < _RECENT]
-            self._crowd = (now + 1.0, len(recent) >= _CROWD and 2 * sum(recent) > len(recent))
-        return self._crowd[1]
+        if now >= self._most_hear_nothing[0]:
+            recent = [r.waiting >= _UNHEARD_PULSES // 2 for r in self._records.values() if now - r.last < _RECENT_S]
+            self._most_hear_nothing = (now + 1.0, len(recent) >= _MIN_AGENTS and 2 * sum(recent) > len(recent))
+        return self._most_hear_nothing[1]
 
-    def _note_address(self, record: Record, now: float) -> None:
+    def _note_address(self, record: PulseRecord, now: float) -> None:
         family = 4 if len(record.packed) == 4 else 6
         last = record.by_family.get(family)
         if last is not None and last.packed == record.packed:
@@ -224,7 +224,7 @@ class Ledger:
         record.address = record.by_family[family] = ip_address(record.packed)
         self._tell(record, now)
 
-    def _tell(self, record: Record, now: float) -> None:
+    def _tell(self, record: PulseRecord, now: float) -> None:
         record.told = now
         if record.address is not None:
-            self._told(Seen(record.name, record.address, record.unheard))
+            self._told(PulseNews(record.name, record.address, record.unheard))

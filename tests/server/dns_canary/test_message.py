@@ -9,9 +9,9 @@ from dnslib import EDNS0, QTYPE, RR, TXT, DNSHeader, DNSLabel, DNSQuestion, DNSR
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vpn_sentinel.server.canary import message
-from vpn_sentinel.server.canary.message import BadQueryError, Edns, Record, Reply, pack, parse, wire
-from vpn_sentinel.server.canary.zone import labels_of, texts
+from vpn_sentinel.server.dns_canary import message
+from vpn_sentinel.server.dns_canary.message import BadQueryError, DnsResponse, Edns, ResourceRecord, pack, parse, wire
+from vpn_sentinel.server.dns_canary.zone import labels_of, texts
 
 
 def query(name: str = "Probe.Example.ORG", kind: str = "TXT", *, opt: EDNS0 | None = None, **header: int) -> bytes:
@@ -93,7 +93,7 @@ def test_what_deserves_no_answer_gets_none(data: bytes) -> None:
 def reply_to(data: bytes) -> bytes:
     """The shortest there is; empty for silence."""
     try:
-        return pack(parse(data), Reply(rcode=message.NXDOMAIN), limit=len(data))[0]
+        return pack(parse(data), DnsResponse(rcode=message.NXDOMAIN), limit=len(data))[0]
     except BadQueryError as e:
         return e.reply or b""
 
@@ -112,26 +112,26 @@ def test_so_are_questions_with_damage(at: int, damage: bytes) -> None:
     assert len(reply_to(bytes(data))) <= len(data)
 
 
-def record(data: bytes = b"\x02hi", owner: bytes | None = None) -> Record:
-    return Record(owner, message.TXT, 0, data)
+def record(data: bytes = b"\x02hi", owner: bytes | None = None) -> ResourceRecord:
+    return ResourceRecord(owner, message.TXT, 0, data)
 
 
 def test_an_answer_echoes_the_question_byte_for_byte() -> None:
     asked = query(opt=EDNS0(udp_len=1232, flags="do"))
     more = record(owner=wire((b"other", b"org")))
-    packed, truncated = pack(parse(asked), Reply(rcode=0, answers=[record()], authority=[more]), limit=65535)
+    packed, truncated = pack(parse(asked), DnsResponse(rcode=0, answers=[record()], authority=[more]), limit=65535)
     assert not truncated
     assert packed[12 : 12 + 23] == asked[12 : 12 + 23]
     read = DNSRecord.parse(packed)
     assert (read.header.aa, read.header.rd, read.header.ra, read.header.tc) == (1, 1, 0, 0)
     assert [str(r.rname) for r in read.rr] == ["Probe.Example.ORG."]
     assert [str(r.rname) for r in read.auth] == ["other.org."]
-    assert [(r.rtype, r.rclass, r.edns_do) for r in read.ar] == [(QTYPE.OPT, message.PAYLOAD, 1)]
+    assert [(r.rtype, r.rclass, r.edns_do) for r in read.ar] == [(QTYPE.OPT, message.UDP_PAYLOAD_BYTES, 1)]
 
 
 def test_what_does_not_fit_is_left_out_and_said() -> None:
     asked = query()
-    packed, truncated = pack(parse(asked), Reply(rcode=0, answers=[record()]), limit=len(asked))
+    packed, truncated = pack(parse(asked), DnsResponse(rcode=0, answers=[record()]), limit=len(asked))
     assert truncated
     assert len(packed) == len(asked)
     read = DNSRecord.parse(packed)
@@ -139,11 +139,11 @@ def test_what_does_not_fit_is_left_out_and_said() -> None:
 
 
 def test_only_who_speaks_edns_is_answered_so() -> None:
-    assert DNSRecord.parse(pack(parse(query()), Reply(rcode=0), limit=512)[0]).ar == []
+    assert DNSRecord.parse(pack(parse(query()), DnsResponse(rcode=0), limit=512)[0]).ar == []
 
 
 def test_a_large_code_is_split_between_header_and_opt() -> None:
-    packed, _ = pack(parse(query(opt=EDNS0(version=1))), Reply(rcode=message.BADVERS), limit=512)
+    packed, _ = pack(parse(query(opt=EDNS0(version=1))), DnsResponse(rcode=message.BADVERS), limit=512)
     read = DNSRecord.parse(packed)
     assert read.header.rcode == 0
     assert (read.ar[0].edns_rcode, read.ar[0].edns_ver) == (1, 0)
@@ -178,7 +178,7 @@ def test_what_dnslib_asks_is_read_as_it_was_meant(
 
 
 @st.composite
-def records(draw: st.DrawFn) -> tuple[Record, str]:
+def records(draw: st.DrawFn) -> tuple[ResourceRecord, str]:
     """A record of ours, and its data as dnslib writes it."""
     owner = draw(st.none() | ASCII_LABELS.map(wire))
     kind = draw(st.sampled_from([message.A, message.AAAA, message.NS, message.TXT, message.SOA]))
@@ -187,16 +187,16 @@ def records(draw: st.DrawFn) -> tuple[Record, str]:
         size = 4 if kind == message.A else 16
         address = ip_address(draw(st.binary(min_size=size, max_size=size)))
         shown = str(address) if kind == message.A else str(DNSLIB_AAAA(str(address)))
-        return Record(owner, kind, ttl, address.packed), shown
+        return ResourceRecord(owner, kind, ttl, address.packed), shown
     name = draw(HOSTS)
     if kind == message.NS:
-        return Record(owner, kind, ttl, wire(labels_of(name))), f"{name}."
+        return ResourceRecord(owner, kind, ttl, wire(labels_of(name))), f"{name}."
     if kind == message.TXT:
         strings = draw(st.lists(st.text("abc 123=", max_size=255), min_size=1, max_size=3))
-        return Record(owner, kind, ttl, texts(strings)), ",".join(f'"{each}"' for each in strings)
+        return ResourceRecord(owner, kind, ttl, texts(strings)), ",".join(f'"{each}"' for each in strings)
     numbers = draw(st.lists(st.integers(0, 2**32 - 1), min_size=5, max_size=5))
     data = wire(labels_of(name)) * 2 + b"".join(n.to_bytes(4) for n in numbers)
-    return Record(owner, kind, ttl, data), f"{name}. {name}. {' '.join(map(str, numbers))}"
+    return ResourceRecord(owner, kind, ttl, data), f"{name}. {name}. {' '.join(map(str, numbers))}"
 
 
 HOSTS = st.lists(st.text("abcxyz019", min_size=1, max_size=12), min_size=1, max_size=4).map(".".join)
@@ -219,15 +219,15 @@ def seen(found: list[RR]) -> list[tuple[bytes, int, int, str]]:
 def test_what_is_answered_dnslib_reads_as_it_was_meant(
     labels: list[bytes],
     edns: Edns | None,
-    answers: list[tuple[Record, str]],
-    authority: list[tuple[Record, str]],
-    additional: list[tuple[Record, str]],
+    answers: list[tuple[ResourceRecord, str]],
+    authority: list[tuple[ResourceRecord, str]],
+    additional: list[tuple[ResourceRecord, str]],
     rcode: int,
     authoritative: bool,
 ) -> None:
     query = parse(asked_by_dnslib(labels, message.TXT, edns, 4711, recurse=True))
     sections = [[record for record, _ in part] for part in (answers, authority, additional)]
-    reply = Reply(
+    reply = DnsResponse(
         rcode=rcode, authoritative=authoritative, answers=sections[0], authority=sections[1], additional=sections[2]
     )
     packed, truncated = pack(query, reply, limit=65_535)
@@ -240,4 +240,4 @@ def test_what_is_answered_dnslib_reads_as_it_was_meant(
             (wire(tuple(labels)) if r.owner is None else r.owner, r.kind, r.ttl, shown) for r, shown in meant
         ]
     opts = [(r.edns_ver, r.rclass, r.edns_do) for r in read.ar if r.rtype == QTYPE.OPT]
-    assert opts == ([] if edns is None else [(0, message.PAYLOAD, int(edns.dnssec_ok))])
+    assert opts == ([] if edns is None else [(0, message.UDP_PAYLOAD_BYTES, int(edns.dnssec_ok))])

@@ -13,15 +13,15 @@ A, NS, SOA, TXT, AAAA, OPT, IXFR, AXFR, ANY = 1, 2, 6, 16, 28, 41, 251, 252, 255
 IN: Final = 1
 NOERROR, FORMERR, NXDOMAIN, NOTIMP, REFUSED, BADVERS = 0, 1, 3, 4, 5, 16
 HEADER: Final = struct.Struct("!6H")
-PAYLOAD: Final = 1232  # what passes everywhere unfragmented (DNS flag day 2020)
+UDP_PAYLOAD_BYTES: Final = 1232  # what passes everywhere unfragmented (DNS flag day 2020)
 
 _RESPONSE, _AUTHORITATIVE, _TRUNCATED, _RECURSE, _OPCODE = 0x8000, 0x0400, 0x0200, 0x0100, 0x7800
 _DNSSEC_OK: Final = 0x8000
 _FIXED: Final = struct.Struct("!HHIH")  # type, class, TTL and length of a record
 _PAIR: Final = struct.Struct("!HH")
 _THE_QUESTION: Final = b"\xc0\x0c"  # a pointer to the name behind the header
-_MOST_LABELS: Final = 127
-_MOST_ADDITIONAL: Final = 4  # an OPT, a TSIG, and some to spare
+_MAX_LABELS: Final = 127
+_MAX_ADDITIONAL: Final = 4  # an OPT, a TSIG, and some to spare
 
 
 class BadQueryError(ValueError):
@@ -42,7 +42,7 @@ class Edns:
 
 
 @dataclass(frozen=True, slots=True)
-class Query:
+class DnsQuery:
     """`question` is the section as it came, byte for byte; `labels` the name in lower case, without the root."""
 
     ident: int
@@ -55,7 +55,7 @@ class Query:
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class ResourceRecord:
     """`owner` in wire form; None stands for the question's name. `ttl` is seconds."""
 
     owner: bytes | None
@@ -65,15 +65,15 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Reply:
+class DnsResponse:
     rcode: int
     authoritative: bool = True
-    answers: Sequence[Record] = ()
-    authority: Sequence[Record] = ()
-    additional: Sequence[Record] = ()
+    answers: Sequence[ResourceRecord] = ()
+    authority: Sequence[ResourceRecord] = ()
+    additional: Sequence[ResourceRecord] = ()
 
 
-def parse(data: bytes) -> Query:
+def parse(data: bytes) -> DnsQuery:
     """Read one query. Raises BadQueryError and nothing else, whatever the bytes."""
     if len(data) < HEADER.size:
         raise BadQueryError("shorter than a header")
@@ -83,16 +83,16 @@ def parse(data: bytes) -> Query:
     if flags & _OPCODE:
         raise BadQueryError("not a query", _bare(ident, flags, NOTIMP))
     try:
-        if questions != 1 or answers or authority or additional > _MOST_ADDITIONAL:
+        if questions != 1 or answers or authority or additional > _MAX_ADDITIONAL:
             _refuse("not one question alone")
         question, labels, kind, klass = _question(data)
         edns = _edns(data, HEADER.size + len(question), additional)
     except BadQueryError as e:
         raise BadQueryError(str(e), _bare(ident, flags, FORMERR)) from None
-    return Query(ident, bool(flags & _RECURSE), question, labels, kind, klass, edns)
+    return DnsQuery(ident, bool(flags & _RECURSE), question, labels, kind, klass, edns)
 
 
-def pack(query: Query, reply: Reply, *, limit: int) -> tuple[bytes, bool]:
+def pack(query: DnsQuery, reply: DnsResponse, *, limit: int) -> tuple[bytes, bool]:
     """Build the response, at most `limit` bytes. What does not fit leaves a response without records that says so
     (TC), for the asker to come back over TCP; the second value is True then.
     """
@@ -155,7 +155,7 @@ def _name(data: bytes, offset: int) -> tuple[tuple[bytes, ...], int]:
         offset += 1
         if length == 0:
             break
-        if length > 63 or len(labels) == _MOST_LABELS:
+        if length > 63 or len(labels) == _MAX_LABELS:
             _refuse("not a plain name")
         labels.append(data[offset : offset + length].lower())
         offset += length
@@ -185,9 +185,9 @@ def _opt(asked: Edns | None, rcode: int) -> bytes:
     if asked is None:
         return b""
     flags = (rcode >> 4) << 24 | (_DNSSEC_OK if asked.dnssec_ok else 0)
-    return b"\0" + _FIXED.pack(OPT, PAYLOAD, flags, 0)
+    return b"\0" + _FIXED.pack(OPT, UDP_PAYLOAD_BYTES, flags, 0)
 
 
-def _record(record: Record) -> bytes:
+def _record(record: ResourceRecord) -> bytes:
     owner = _THE_QUESTION if record.owner is None else record.owner
     return owner + _FIXED.pack(record.kind, IN, record.ttl, len(record.data)) + record.data

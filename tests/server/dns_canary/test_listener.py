@@ -9,18 +9,18 @@ from dnslib import QTYPE, RCODE, DNSRecord
 from prometheus_client import CollectorRegistry
 
 from bench.dns_seeds import question
-from tests.server.canary.test_responder import KEY, NONCE, ZONE, own_name, responder
+from tests.server.dns_canary.test_responder import KEY, NONCE, ZONE, own_name, responder
 from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.runtime.settings import SettingError
-from vpn_sentinel.server.canary.listener import CanaryMetrics, Limits, Listener
+from vpn_sentinel.server.dns_canary.listener import DnsCanaryMetrics, DnsListener, TcpLimits
 from vpn_sentinel.server.serving import listen
 from vpn_sentinel.wire import canary
 
-LIMITS = Limits(connections=4, per_network=3, idle=0.4)
+LIMITS = TcpLimits(connections=4, per_network=3, idle=0.4)
 
 
 class Served:
-    def __init__(self, port: int, listener: Listener, registry: CollectorRegistry) -> None:
+    def __init__(self, port: int, listener: DnsListener, registry: CollectorRegistry) -> None:
         self.port, self.listener, self.registry = port, listener, registry
 
     def counted(self, outcome: str) -> float:
@@ -33,7 +33,7 @@ async def served() -> AsyncIterator[Served]:
     port = tcp.getsockname()[1]
     udp = listen("::", port, "VPN_SENTINEL_CANARY_PORT", socket.SOCK_DGRAM)
     registry = CollectorRegistry()
-    made = Listener(responder(), CanaryMetrics(registry), LIMITS)
+    made = DnsListener(responder(), DnsCanaryMetrics(registry), LIMITS)
     assert made.healthy() == (False, "a socket was closed")
     await made.open([udp, tcp])
     try:
@@ -136,7 +136,7 @@ async def test_who_keeps_us_waiting_is_let_go(served: Served) -> None:
     slow.writer.write(b"\x00")  # bytes alone earn no time
     assert await idle.ended()
     assert await slow.ended()
-    assert len(served.listener.crowd) == 0
+    assert len(served.listener.connection_limit) == 0
     await idle.close()
     await slow.close()
 
@@ -173,7 +173,7 @@ async def test_idle_connections_yield_to_new_ones(served: Served) -> None:
         assert DNSRecord.parse(await client.read()).header.rcode == RCODE.NOERROR
         await client.close()
     assert await idle[0].ended()
-    assert served.listener.crowd.refused["yielded"] >= 1
+    assert served.listener.connection_limit.refused["yielded"] >= 1
     for client in idle:
         await client.close()
 
@@ -186,7 +186,7 @@ async def test_who_asks_and_does_not_read_is_let_go(served: Served) -> None:
     client.writer.transport.pause_reading()
     client.send(*[asked] * 1500)  # some 200 KB of answers
     async with asyncio.timeout(5):
-        while len(served.listener.crowd):  # noqa: ASYNC110 - the listener has no event to wait for
+        while len(served.listener.connection_limit):  # noqa: ASYNC110 - the listener has no event to wait for
             await asyncio.sleep(0.02)
     await client.close()
 

@@ -14,7 +14,7 @@ from vpn_sentinel.wire import limits
 
 Headers = dict[str, str]
 # Characters of a reason: it may repeat what the sender sent, and must not be as long.
-_DETAIL: Final = 300
+_DETAIL_CHARS: Final = 300
 
 
 class Refusal(Exception):
@@ -26,32 +26,32 @@ class Refusal(Exception):
     def __init__(self, status: int, detail: str, retry_after: float | None = None) -> None:
         super().__init__(detail)
         self.status = status
-        self.detail = detail[:_DETAIL]
+        self.detail = detail[:_DETAIL_CHARS]
         self.retry_after = retry_after
         self.of = ""
 
 
 @dataclass(frozen=True, slots=True)
-class Guest:
+class AdmittedPeer:
     """A caller that came in, the address it really came from (None: unknown), and its headers (lower-case names)."""
 
     caller: Caller
     address: IPAddress | None
     headers: Headers
 
-    def place(self, name: str) -> str:
+    def client(self, name: str) -> str:
         """Whose rate counts: the client's, or, where that is unknown, that of what reports as `name`."""
         return f"unknown {name[:100]}" if self.address is None else client_of(self.address)
 
 
-class Door:
+class Admission:
     def __init__(self, settings: ServerSettings, access: Access, clock: Clock) -> None:
         self._settings = settings
         self._access = access
         self._clock = clock
         self._rate = RateLimit(settings.rate_limit)
 
-    async def enter(self, scope: Any) -> Guest:
+    async def admit(self, scope: Any) -> AdmittedPeer:
         """Let in who may report. Raises Refusal (401, 403, 429)."""
         headers = headers_of(scope)
         address = self.address(scope, headers)
@@ -66,11 +66,11 @@ class Door:
             raise Refusal(429, str(e), e.retry_after) from e
         if caller is None:
             raise Refusal(403, "this key is not known here")
-        return Guest(caller, address, headers)
+        return AdmittedPeer(caller, address, headers)
 
-    async def still(self, guest: Guest) -> None:
-        """Raises Refusal (403) when the key that `guest` came in with was revoked since."""
-        if await self._access.caller(key_from(guest.headers)) is None:
+    async def recheck(self, peer: AdmittedPeer) -> None:
+        """Raises Refusal (403) when the key that `peer` came in with was revoked since."""
+        if await self._access.caller(key_from(peer.headers)) is None:
             raise Refusal(403, "this key is not known here any more")
 
     def address(self, scope: Any, headers: Headers) -> IPAddress | None:
@@ -80,7 +80,7 @@ class Door:
             raise Refusal(400, "the connection has no address")
         return client_address(client[0], headers.get("x-forwarded-for"), self._settings.trusted_proxies)
 
-    def pace(self, key: str) -> None:
+    def rate_limit(self, key: str) -> None:
         """Raises Refusal (429) when `key` asks too often."""
         wait = self._rate.wait(key, self._clock.boottime())
         if wait:

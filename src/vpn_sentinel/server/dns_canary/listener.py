@@ -1,4 +1,4 @@
-"""The canary's doors: UDP, and TCP with its bounds (RFC 7766). Anybody on the internet may knock."""
+"""The DNS canary's sockets: UDP, and TCP with its bounds (RFC 7766). Anybody on the internet may ask."""
 
 import asyncio
 import socket
@@ -10,33 +10,33 @@ from prometheus_client import CollectorRegistry, Counter
 
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork
 from vpn_sentinel.server.acceptor import Acceptor
-from vpn_sentinel.server.canary.query_limit import QueryLimit
-from vpn_sentinel.server.canary.responder import Outcome, Responder
-from vpn_sentinel.server.canary.zone import Zone
-from vpn_sentinel.server.crowd import Crowd, Place, room
+from vpn_sentinel.server.connection_limit import ConnectionLimit, ConnectionSlot, connections_for
+from vpn_sentinel.server.dns_canary.query_limit import QueryLimit
+from vpn_sentinel.server.dns_canary.responder import QueryOutcome, Responder
+from vpn_sentinel.server.dns_canary.zone import Zone
 from vpn_sentinel.server.settings import DnsCanarySettings
 
-_MOST_CONNECTIONS: Final = 512
-_WAITING: Final = 256  # that the kernel holds until they are taken
+MAX_CONNECTIONS: Final = 512
+LISTEN_BACKLOG: Final = 256  # that the kernel holds until they are taken
 
 
-class CanaryMetrics:
+class DnsCanaryMetrics:
     """Queries by what became of them. One registry takes one of these."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         counter = Counter(
             "vpn_sentinel_canary_queries", "DNS queries by what became of them.", ("outcome",), registry=registry
         )
-        self._by_outcome = {outcome: counter.labels(outcome.value) for outcome in Outcome}
+        self._by_outcome = {outcome: counter.labels(outcome.value) for outcome in QueryOutcome}
 
-    def note(self, outcome: Outcome) -> None:
+    def note(self, outcome: QueryOutcome) -> None:
         self._by_outcome[outcome].inc()
 
 
 class Datagrams(asyncio.DatagramProtocol):
     """A question in each datagram, and at most as many bytes back."""
 
-    def __init__(self, responder: Responder, note: Callable[[Outcome], None]) -> None:
+    def __init__(self, responder: Responder, note: Callable[[QueryOutcome], None]) -> None:
         self._responder = responder
         self._note = note
         self._loop = asyncio.get_running_loop()
@@ -54,20 +54,22 @@ class Datagrams(asyncio.DatagramProtocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
+class TcpLimits:
     """Of TCP. `idle` is seconds for a whole question to come, or an answer to be taken; `message` is bytes of one."""
 
-    connections: int = _MOST_CONNECTIONS
+    connections: int = MAX_CONNECTIONS
     per_network: int = 64
     idle: float = 5.0
     message: int = 1232
 
 
-class Stream(asyncio.Protocol):
+class TcpStream(asyncio.Protocol):
     """One connection: questions one behind another, each with its length in two bytes before it."""
 
-    def __init__(self, responder: Responder, note: Callable[[Outcome], None], place: Place, limits: Limits) -> None:
-        self._responder, self._note, self._place, self._limits = responder, note, place, limits
+    def __init__(
+        self, responder: Responder, note: Callable[[QueryOutcome], None], slot: ConnectionSlot, limits: TcpLimits
+    ) -> None:
+        self._responder, self._note, self._slot, self._limits = responder, note, slot, limits
         self._loop = asyncio.get_running_loop()
         self._buffer = b""
         self._host = ""
@@ -76,7 +78,7 @@ class Stream(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport  # type: ignore[assignment]
-        self._place.cut = self.abort
+        self._slot.cut = self.abort
         peer = transport.get_extra_info("peername")
         if not peer:  # gone already
             self.abort()
@@ -86,7 +88,7 @@ class Stream(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         del exc
-        self._place.leave()
+        self._slot.leave()
         if self._timer is not None:
             self._timer.cancel()
 
@@ -98,7 +100,7 @@ class Stream(asyncio.Protocol):
         while len(self._buffer) >= 2 and self._transport is not None and not self._transport.is_closing():
             length = int.from_bytes(self._buffer[:2])
             if length > self._limits.message:
-                self._note(Outcome.MALFORMED)
+                self._note(QueryOutcome.MALFORMED)
                 self.abort()
                 return
             if len(self._buffer) < 2 + length:
@@ -111,7 +113,7 @@ class Stream(asyncio.Protocol):
                 return
             self._transport.write(len(answer).to_bytes(2) + answer)
             self._wait()  # only a whole question earns more time
-            self._place.idle()
+            self._slot.idle()
 
     def pause_writing(self) -> None:
         """Answers are not taken: ask no more until they are, for as long as a question may take."""
@@ -132,14 +134,16 @@ class Stream(asyncio.Protocol):
         self._timer = self._loop.call_later(self._limits.idle, self.abort)
 
 
-class Listener:
+class DnsListener:
     """Serves sockets that are bound already: UDP ones and TCP ones."""
 
-    def __init__(self, responder: Responder, metrics: CanaryMetrics, limits: Limits | None = None) -> None:
+    def __init__(self, responder: Responder, metrics: DnsCanaryMetrics, limits: TcpLimits | None = None) -> None:
         self._responder, self._metrics = responder, metrics
-        self._limits = limits or Limits(connections=min(room(1), _MOST_CONNECTIONS))
-        self.crowd = Crowd(self._limits.connections, self._limits.per_network, self._limits.per_network)
-        self._doors: list[asyncio.BaseTransport] = []
+        self._limits = limits or TcpLimits(connections=min(connections_for(1), MAX_CONNECTIONS))
+        self.connection_limit = ConnectionLimit(
+            self._limits.connections, self._limits.per_network, self._limits.per_network
+        )
+        self._endpoints: list[asyncio.BaseTransport] = []
         self._servers: list[Acceptor] = []
 
     async def open(self, sockets: Sequence[socket.socket]) -> None:
@@ -147,38 +151,38 @@ class Listener:
         note = self._metrics.note
         for sock in sockets:
             if sock.type == socket.SOCK_DGRAM:
-                door, _ = await loop.create_datagram_endpoint(lambda: Datagrams(self._responder, note), sock=sock)
-                self._doors.append(door)
+                endpoint, _ = await loop.create_datagram_endpoint(lambda: Datagrams(self._responder, note), sock=sock)
+                self._endpoints.append(endpoint)
             else:
-                self._servers.append(Acceptor(sock, self.crowd, self._stream, waiting=_WAITING))
+                self._servers.append(Acceptor(sock, self.connection_limit, self._stream, waiting=LISTEN_BACKLOG))
 
-    def _stream(self, place: Place) -> Stream:
-        return Stream(self._responder, self._metrics.note, place, self._limits)
+    def _stream(self, slot: ConnectionSlot) -> TcpStream:
+        return TcpStream(self._responder, self._metrics.note, slot, self._limits)
 
     def healthy(self) -> tuple[bool, str]:
-        """Whether every door stands open; what is wrong, in words without addresses."""
-        shut = any(d.is_closing() for d in self._doors) or not all(s.is_serving() for s in self._servers)
-        return (False, "a socket was closed") if shut or not self._doors else (True, "")
+        """Whether every socket is open; what is wrong, in words without addresses."""
+        shut = any(d.is_closing() for d in self._endpoints) or not all(s.is_serving() for s in self._servers)
+        return (False, "a socket was closed") if shut or not self._endpoints else (True, "")
 
     def close(self) -> None:
         for server in self._servers:
             server.close()
-        for door in self._doors:
-            door.close()
-        for place in self.crowd.unserved():  # between two questions all are
-            place.cut()
+        for endpoint in self._endpoints:
+            endpoint.close()
+        for slot in self.connection_limit.unserved():  # between two questions all are
+            slot.cut()
 
 
-def build_canary(
+def build_dns_canary(
     settings: DnsCanarySettings,
     secret: bytes,
     own_address: Callable[[], tuple[IPNetwork, ...]],
     registry: CollectorRegistry,
-) -> Listener:
+) -> DnsListener:
     """A listener for the zone of `settings`. Where no addresses are set, the server's own stand in for them."""
 
     def addresses() -> tuple[IPAddress, ...]:
         return settings.addresses or tuple(n.network_address for n in own_address())
 
     zone = Zone(name=settings.zone, servers=settings.servers, addresses=addresses, secret=secret)
-    return Listener(Responder(zone, QueryLimit()), CanaryMetrics(registry))
+    return DnsListener(Responder(zone, QueryLimit()), DnsCanaryMetrics(registry))

@@ -4,16 +4,16 @@ from enum import StrEnum
 from ipaddress import IPv6Address, ip_address
 
 from vpn_sentinel.domain.policy import IPAddress
-from vpn_sentinel.server.canary import message
-from vpn_sentinel.server.canary.message import BadQueryError, Query
-from vpn_sentinel.server.canary.query_limit import QueryLimit
-from vpn_sentinel.server.canary.zone import Zone
 from vpn_sentinel.server.client import resolver_prefix
+from vpn_sentinel.server.dns_canary import message
+from vpn_sentinel.server.dns_canary.message import BadQueryError, DnsQuery
+from vpn_sentinel.server.dns_canary.query_limit import QueryLimit
+from vpn_sentinel.server.dns_canary.zone import Zone
 
-_MOST_TCP = 65535
+_TCP_MESSAGE_BYTES = 65535
 
 
-class Outcome(StrEnum):
+class QueryOutcome(StrEnum):
     """What became of a query, for the metrics."""
 
     SIGHTED = "sighted"  # an agent's own question: answered with the resolver's address
@@ -33,35 +33,35 @@ class Responder:
         self._zone = zone
         self._limit = limit
 
-    def respond(self, data: bytes, host: str, now: float, *, datagram: bool) -> tuple[bytes | None, Outcome]:
+    def respond(self, data: bytes, host: str, now: float, *, datagram: bool) -> tuple[bytes | None, QueryOutcome]:
         """Answer what came from `host` at `now` (seconds that never jump); None is silence.
 
         The answer to a datagram is never larger than it: what would be is asked for again over TCP, which nobody can
         do in another's name.
         """
         if not self._limit.admits_any(now):
-            return None, Outcome.LIMITED
+            return None, QueryOutcome.LIMITED
         network = resolver_prefix(host)
         try:
             query = message.parse(data)
         except BadQueryError as e:
             if e.reply is not None and not self._limit.admits(network, now, genuine=False):
-                return None, Outcome.LIMITED
-            return e.reply, Outcome.MALFORMED
+                return None, QueryOutcome.LIMITED
+            return e.reply, QueryOutcome.MALFORMED
         genuine = self._zone.genuine(query)
         if not self._limit.admits(network, now, genuine=genuine is not None):
-            return None, Outcome.LIMITED
+            return None, QueryOutcome.LIMITED
         reply = self._zone.answer(query, _plain(host), genuine)
-        limit = min(len(data), _payload(query)) if datagram else _MOST_TCP
+        limit = min(len(data), _payload(query)) if datagram else _TCP_MESSAGE_BYTES
         packed, truncated = message.pack(query, reply, limit=limit)
         if truncated:
-            return packed, Outcome.TRUNCATED
+            return packed, QueryOutcome.TRUNCATED
         return packed, _outcome(reply.rcode, sighted=genuine is not None and bool(reply.answers))
 
 
-def _payload(query: Query) -> int:
+def _payload(query: DnsQuery) -> int:
     """What the asker takes in one datagram (RFC 6891, section 6.2.3), and we send."""
-    return min(message.PAYLOAD, max(512, query.edns.payload)) if query.edns else 512
+    return min(message.UDP_PAYLOAD_BYTES, max(512, query.edns.payload)) if query.edns else 512
 
 
 def _plain(host: str) -> IPAddress:
@@ -71,13 +71,13 @@ def _plain(host: str) -> IPAddress:
     return address
 
 
-def _outcome(rcode: int, *, sighted: bool) -> Outcome:
+def _outcome(rcode: int, *, sighted: bool) -> QueryOutcome:
     match rcode:
         case message.REFUSED:
-            return Outcome.REFUSED
+            return QueryOutcome.REFUSED
         case message.NXDOMAIN:
-            return Outcome.NXDOMAIN
+            return QueryOutcome.NXDOMAIN
         case message.BADVERS:
-            return Outcome.BAD_VERSION
+            return QueryOutcome.BAD_VERSION
         case _:
-            return Outcome.SIGHTED if sighted else Outcome.ZONE
+            return QueryOutcome.SIGHTED if sighted else QueryOutcome.ZONE

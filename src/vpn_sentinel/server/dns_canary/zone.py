@@ -10,8 +10,8 @@ from ipaddress import IPv6Address
 from typing import Final
 
 from vpn_sentinel.domain.policy import IPAddress
-from vpn_sentinel.server.canary import message
-from vpn_sentinel.server.canary.message import Query, Record, Reply
+from vpn_sentinel.server.dns_canary import message
+from vpn_sentinel.server.dns_canary.message import DnsQuery, DnsResponse, ResourceRecord
 from vpn_sentinel.wire import canary
 
 _SERVERS_TTL: Final = 3600  # seconds; who serves the zone hardly changes
@@ -33,34 +33,36 @@ class Zone:
     addresses: Callable[[], Iterable[IPAddress]]
     secret: bytes
     _apex: tuple[bytes, ...] = field(init=False)
-    _soa: Record = field(init=False)
+    _soa: ResourceRecord = field(init=False)
 
     def __post_init__(self) -> None:
         apex = labels_of(self.name)
         numbers = b"".join(n.to_bytes(4) for n in (1, 3600, 600, 86400, _NEGATIVE_TTL))
         names = message.wire(labels_of(self.servers[0])) + message.wire((b"hostmaster", *apex))
         object.__setattr__(self, "_apex", apex)
-        object.__setattr__(self, "_soa", Record(message.wire(apex), message.SOA, _NEGATIVE_TTL, names + numbers))
+        object.__setattr__(
+            self, "_soa", ResourceRecord(message.wire(apex), message.SOA, _NEGATIVE_TTL, names + numbers)
+        )
 
-    def genuine(self, query: Query) -> tuple[bytes, bytes] | None:
+    def genuine(self, query: DnsQuery) -> tuple[bytes, bytes] | None:
         """The nonce and the key of an agent's question, None for everybody else's."""
         if query.klass != message.IN or len(query.labels) != len(self._apex) + 1 or query.labels[1:] != self._apex:
             return None
         return canary.read_label(query.labels[0], self.secret)
 
-    def answer(self, query: Query, asker: IPAddress, genuine: tuple[bytes, bytes] | None) -> Reply:
+    def answer(self, query: DnsQuery, asker: IPAddress, genuine: tuple[bytes, bytes] | None) -> DnsResponse:
         """Answer a query that came from `asker`; `genuine` is what `genuine` found of it."""
         if query.edns is not None and query.edns.version != 0:
-            return Reply(rcode=message.BADVERS, authoritative=False)
+            return DnsResponse(rcode=message.BADVERS, authoritative=False)
         depth = len(self._apex)
         inside = query.labels[-depth:] == self._apex
         if query.klass != message.IN or not inside or query.kind in _TRANSFERS:
-            return Reply(rcode=message.REFUSED, authoritative=False)
+            return DnsResponse(rcode=message.REFUSED, authoritative=False)
         if genuine is not None:
             nonce, key = genuine
-            records = [Record(None, message.TXT, _NEVER_TWICE, texts(canary.answer(asker, nonce, key)))]
+            records = [ResourceRecord(None, message.TXT, _NEVER_TWICE, texts(canary.answer(asker, nonce, key)))]
             # getaddrinfo(3) asks for addresses alone: what programs use is seen by it, and by nothing else.
-            records.append(Record(None, _kind(asker), _NEVER_TWICE, asker.packed))
+            records.append(ResourceRecord(None, _kind(asker), _NEVER_TWICE, asker.packed))
             return self._of(query, records)
         if len(query.labels) == depth:
             return self._of(query, [self._soa, *self._ns()], additional=self._glue())
@@ -69,28 +71,32 @@ class Zone:
             return self._of(query, self._addresses(None))
         if any(server[-len(query.labels) :] == query.labels for server in own):
             return self._of(query, [])  # nothing there, but one of the servers below it (RFC 8020)
-        return Reply(rcode=message.NXDOMAIN, authority=(self._soa,))
+        return DnsResponse(rcode=message.NXDOMAIN, authority=(self._soa,))
 
-    def _of(self, query: Query, records: list[Record], additional: Iterable[Record] = ()) -> Reply:
+    def _of(
+        self, query: DnsQuery, records: list[ResourceRecord], additional: Iterable[ResourceRecord] = ()
+    ) -> DnsResponse:
         """What of a name's records is asked for; when nothing, the SOA tells how long that holds (RFC 2308)."""
         wanted = [r for r in records if query.kind in (r.kind, message.ANY)]
         if not wanted:
-            return Reply(rcode=message.NOERROR, authority=(self._soa,))
+            return DnsResponse(rcode=message.NOERROR, authority=(self._soa,))
         more = tuple(additional) if any(r.kind == message.NS for r in wanted) else ()
-        return Reply(rcode=message.NOERROR, answers=wanted, additional=more)
+        return DnsResponse(rcode=message.NOERROR, answers=wanted, additional=more)
 
-    def _ns(self) -> list[Record]:
+    def _ns(self) -> list[ResourceRecord]:
         apex = message.wire(self._apex)
-        return [Record(apex, message.NS, _SERVERS_TTL, message.wire(labels_of(server))) for server in self.servers]
+        return [
+            ResourceRecord(apex, message.NS, _SERVERS_TTL, message.wire(labels_of(server))) for server in self.servers
+        ]
 
-    def _glue(self) -> Iterable[Record]:
+    def _glue(self) -> Iterable[ResourceRecord]:
         for server in self.servers:
             name = labels_of(server)
             if name[-len(self._apex) :] == self._apex:
                 yield from self._addresses(message.wire(name))
 
-    def _addresses(self, owner: bytes | None) -> list[Record]:
-        return [Record(owner, _kind(a), _ADDRESS_TTL, a.packed) for a in self.addresses()]
+    def _addresses(self, owner: bytes | None) -> list[ResourceRecord]:
+        return [ResourceRecord(owner, _kind(a), _ADDRESS_TTL, a.packed) for a in self.addresses()]
 
 
 def _kind(address: IPAddress) -> int:

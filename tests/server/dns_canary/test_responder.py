@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bench.dns_seeds import seeds
-from tests.server.canary.test_message import query
-from vpn_sentinel.server.canary import message
-from vpn_sentinel.server.canary.query_limit import QueryLimit
-from vpn_sentinel.server.canary.responder import Outcome, Responder
-from vpn_sentinel.server.canary.zone import Zone
+from tests.server.dns_canary.test_message import query
+from vpn_sentinel.server.dns_canary import message
+from vpn_sentinel.server.dns_canary.query_limit import QueryLimit
+from vpn_sentinel.server.dns_canary.responder import QueryOutcome, Responder
+from vpn_sentinel.server.dns_canary.zone import Zone
 from vpn_sentinel.wire import canary
 from vpn_sentinel.wire.echo import ident_for, key_for
 
@@ -38,7 +38,7 @@ def own_name(nonce: bytes = NONCE) -> str:
 
 def ask(
     name: str, kind: str = "TXT", *, host: str = ASKER, datagram: bool = False, opt: EDNS0 | None = None, **more: int
-) -> tuple[DNSRecord, Outcome]:
+) -> tuple[DNSRecord, QueryOutcome]:
     made = responder()
     packed, outcome = made.respond(query(name, kind, opt=opt, **more), host, 0.0, datagram=datagram)
     assert packed is not None
@@ -51,7 +51,7 @@ def ask(
 )
 def test_an_agent_learns_who_asked_for_it(host: str, seen: str) -> None:
     answer, outcome = ask(own_name(), host=host)
-    assert outcome is Outcome.SIGHTED
+    assert outcome is QueryOutcome.SIGHTED
     (found,) = answer.rr
     assert (found.rtype, found.ttl) == (QTYPE.TXT, 0)
     strings = tuple(s.decode() for s in found.rdata.data)
@@ -63,13 +63,13 @@ def test_letter_case_carries_nothing_and_comes_back() -> None:
     rng = random.Random(7)  # as resolvers do against forgery
     name = "".join(rng.choice((c.upper(), c.lower())) for c in own_name())
     answer, outcome = ask(name)
-    assert outcome is Outcome.SIGHTED
+    assert outcome is QueryOutcome.SIGHTED
     assert str(answer.q.qname) == str(answer.rr[0].rname) == name + "."
 
 
 def test_over_udp_the_resolver_is_sent_to_tcp() -> None:
     answer, outcome = ask(own_name(), datagram=True)
-    assert outcome is Outcome.TRUNCATED
+    assert outcome is QueryOutcome.TRUNCATED
     assert (answer.header.tc, answer.header.rcode, answer.rr) == (1, RCODE.NOERROR, [])
 
 
@@ -77,7 +77,7 @@ def test_over_udp_the_resolver_is_sent_to_tcp() -> None:
 def test_the_address_of_an_agents_name_is_where_the_question_came_from(asker: str, kind: str) -> None:
     packed, outcome = responder().respond(query(own_name(), kind), asker, 0.0, datagram=False)
     (record,) = DNSRecord.parse(packed).rr
-    assert (str(record.rdata), record.ttl, outcome) == (asker, 0, Outcome.SIGHTED)
+    assert (str(record.rdata), record.ttl, outcome) == (asker, 0, QueryOutcome.SIGHTED)
     over_udp, _ = responder().respond(query(own_name(), kind), asker, 0.0, datagram=True)
     assert (DNSRecord.parse(over_udp).header.tc, DNSRecord.parse(over_udp).rr) == (1, [])
 
@@ -90,16 +90,16 @@ def soa_is_there(answer: DNSRecord) -> None:
 @pytest.mark.parametrize(
     ("name", "kind", "rcode", "outcome"),
     {
-        "a name that nobody could ask": (f"www.{ZONE}", "A", RCODE.NXDOMAIN, Outcome.NXDOMAIN),
-        "one below an agent's": (f"a.{own_name()}", "TXT", RCODE.NXDOMAIN, Outcome.NXDOMAIN),
-        "one with a wrong MAC": (f"{'0' * 48}.{ZONE}", "TXT", RCODE.NXDOMAIN, Outcome.NXDOMAIN),
-        "another type of an agent's": (own_name(), "MX", RCODE.NOERROR, Outcome.ZONE),
-        "an address of IPv6 where IPv4 asked": (own_name(), "AAAA", RCODE.NOERROR, Outcome.ZONE),
-        "another type of the apex": (ZONE, "A", RCODE.NOERROR, Outcome.ZONE),
-        "another type of the server": (f"ns.{ZONE}", "TXT", RCODE.NOERROR, Outcome.ZONE),
+        "a name that nobody could ask": (f"www.{ZONE}", "A", RCODE.NXDOMAIN, QueryOutcome.NXDOMAIN),
+        "one below an agent's": (f"a.{own_name()}", "TXT", RCODE.NXDOMAIN, QueryOutcome.NXDOMAIN),
+        "one with a wrong MAC": (f"{'0' * 48}.{ZONE}", "TXT", RCODE.NXDOMAIN, QueryOutcome.NXDOMAIN),
+        "another type of an agent's": (own_name(), "MX", RCODE.NOERROR, QueryOutcome.ZONE),
+        "an address of IPv6 where IPv4 asked": (own_name(), "AAAA", RCODE.NOERROR, QueryOutcome.ZONE),
+        "another type of the apex": (ZONE, "A", RCODE.NOERROR, QueryOutcome.ZONE),
+        "another type of the server": (f"ns.{ZONE}", "TXT", RCODE.NOERROR, QueryOutcome.ZONE),
     }.values(),
 )
-def test_what_is_not_there(name: str, kind: str, rcode: int, outcome: Outcome) -> None:
+def test_what_is_not_there(name: str, kind: str, rcode: int, outcome: QueryOutcome) -> None:
     answer, got = ask(name, kind)
     assert (answer.header.rcode, got, answer.rr, answer.header.aa) == (rcode, outcome, [], 1)
     soa_is_there(answer)
@@ -115,7 +115,7 @@ def test_the_apex_tells_of_the_zone_and_its_servers() -> None:
     soa, _ = ask(ZONE, "SOA")
     assert str(soa.rr[0].rdata).startswith(f"ns.{ZONE}. hostmaster.{ZONE}. ")
     ns, outcome = ask(ZONE.upper(), "NS")
-    assert outcome is Outcome.ZONE
+    assert outcome is QueryOutcome.ZONE
     assert [str(r.rdata) for r in ns.rr] == [f"ns.{ZONE}."]
     assert {str(r.rdata) for r in ns.ar} == {"192.0.2.1", "2001:db8::1"}
     both, _ = ask(ZONE, "ANY")
@@ -139,7 +139,7 @@ def test_servers_elsewhere_bring_no_addresses() -> None:
 @pytest.mark.parametrize("datagram", [True, False])
 def test_everything_else_is_refused_without_content(name: str, kind: str, datagram: bool) -> None:
     answer, outcome = ask(name, kind, datagram=datagram)
-    assert outcome is Outcome.REFUSED
+    assert outcome is QueryOutcome.REFUSED
     assert (answer.header.rcode, answer.header.aa, answer.header.ra, answer.header.tc) == (RCODE.REFUSED, 0, 0, 0)
     assert (answer.rr, answer.auth, answer.ar) == ([], [], [])
 
@@ -147,14 +147,14 @@ def test_everything_else_is_refused_without_content(name: str, kind: str, datagr
 def test_so_is_another_class() -> None:
     data = query(own_name())[:-2] + b"\x00\x03"
     packed, outcome = responder().respond(data, ASKER, 0.0, datagram=True)
-    assert outcome is Outcome.REFUSED
+    assert outcome is QueryOutcome.REFUSED
     assert packed is not None
     assert packed[3] & 0xF == RCODE.REFUSED
 
 
 def test_an_unknown_version_of_edns_is_told_ours() -> None:
     answer, outcome = ask(own_name(), datagram=True, opt=EDNS0(version=9, udp_len=1232))
-    assert outcome is Outcome.BAD_VERSION
+    assert outcome is QueryOutcome.BAD_VERSION
     assert (answer.ar[0].edns_ver, answer.ar[0].edns_rcode, answer.rr) == (0, 1, [])
 
 
@@ -174,7 +174,7 @@ def test_nor_is_a_damaged_one(which: int, damages: list[tuple[int, bytes]]) -> N
         data[at : at + len(damage)] = damage
     for datagram in (True, False):
         packed, outcome = responder().respond(bytes(data), ASKER, 0.0, datagram=datagram)
-        assert isinstance(outcome, Outcome)
+        assert isinstance(outcome, QueryOutcome)
         assert packed is None or not datagram or len(packed) <= len(data)
 
 
@@ -190,7 +190,7 @@ def test_strangers_are_answered_a_few_times_a_second() -> None:
     data = query("www.example.com", "A")
     assert count(made, data, "203.0.113.1", 0.0) == 20
     assert count(made, data, "203.0.113.99", 0.0) == 0  # of the same network
-    assert made.respond(data, "203.0.113.99", 0.0, datagram=True) == (None, Outcome.LIMITED)
+    assert made.respond(data, "203.0.113.99", 0.0, datagram=True) == (None, QueryOutcome.LIMITED)
     assert count(made, data, "203.0.114.1", 0.0) == 20
     assert count(made, data, "203.0.113.1", 1.0) == 10
 
@@ -220,5 +220,5 @@ def test_a_reply_is_never_answered() -> None:
     made = responder()
     packed, _ = made.respond(query(own_name()), ASKER, 0.0, datagram=True)
     assert packed is not None
-    assert made.respond(packed, ASKER, 0.0, datagram=True) == (None, Outcome.MALFORMED)
+    assert made.respond(packed, ASKER, 0.0, datagram=True) == (None, QueryOutcome.MALFORMED)
     assert message.HEADER.size == 12
