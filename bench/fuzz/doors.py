@@ -19,6 +19,7 @@ from vpn_sentinel.server.ingest.keepalive import Keepalives
 from vpn_sentinel.server.ingest.session import Sessions
 from vpn_sentinel.server.ingest.switch import Switch
 from vpn_sentinel.server.live.hub import Hub
+from vpn_sentinel.server.part_health import PartHealth
 from vpn_sentinel.server.serving import EmbeddedServer, embedded
 from vpn_sentinel.server.settings import ServerSettings
 from vpn_sentinel.server.store.open import open_store
@@ -76,7 +77,7 @@ class House:
         keepalives = Keepalives(admission, tracker, clock, settings.keepalive_timeout)
         api = build_api(ApiServices(store=store, access=access, hub=hub, settings=settings, clock=clock))
         dashboard = build_dashboard(DashboardServices(store=store, hub=hub, settings=settings, clock=clock))
-        services = HealthServices(store=store, clock=clock, registry=registry, dispatcher=lambda: (True, ""))
+        services = HealthServices(store=store, clock=clock, registry=registry, dispatcher=lambda: PartHealth(ok=True))
         self.apps = (
             Watched(Switch(admission, keepalives, sessions, api, settings.api_path, per_client=10_000_000)),
             Watched(build_health(services), (503,)),

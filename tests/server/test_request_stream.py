@@ -5,7 +5,7 @@ from typing import Any
 
 import httptools
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vpn_sentinel.server.request_stream import BadRequest, RequestHead, RequestStream
@@ -81,6 +81,7 @@ def requests(draw: Callable[[Any], Any]) -> bytes:
     return b"POST /%b HTTP/1.1\r\n" % draw(st.sampled_from([b"", b"a?b=%20c", b"%2F"])) + head + b"\r\n" + body
 
 
+@settings(deadline=None)
 @given(sent=st.lists(requests(), min_size=1, max_size=3), size=st.integers(1, 400))
 def test_the_same_requests_come_out(sent: list[bytes], size: int) -> None:
     data, came = b"".join(sent), Requests()
@@ -92,6 +93,7 @@ def test_the_same_requests_come_out(sent: list[bytes], size: int) -> None:
     assert b"x-late" not in came.sent.lower()
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_whatever_comes_out_is_a_request(tail: bytes) -> None:
     came = Requests()

@@ -6,7 +6,7 @@ import os
 import struct
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
@@ -131,6 +131,7 @@ async def test_who_does_not_take_the_farewell_holds_no_connection(monkeypatch: p
         await until(lambda: not at.server.connection_limit.open)
 
 
+@settings(deadline=None)
 @given(
     sizes=st.lists(st.sampled_from([0, 1, 5, 125, 126, 300, 65_535, 65_536, 70_000]), max_size=6),
     cuts=st.lists(st.integers(1, 20) | st.integers(1, 80_000), max_size=40),

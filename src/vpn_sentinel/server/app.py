@@ -235,7 +235,7 @@ async def _run(
                 registry=registry,
                 dispatcher=dispatcher.healthy,
                 deadlines=overdue.healthy,
-                canary=dns_canary.healthy if dns_canary else None,
+                dns_canary=dns_canary.healthy if dns_canary else None,
             )
         )
 

@@ -11,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from tests.conftest import ManualClock
 from vpn_sentinel.server.api.health import HealthServices, build_health
+from vpn_sentinel.server.part_health import PartHealth
 from vpn_sentinel.server.request_normalizer import RequestNormalizer
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
 
@@ -52,7 +53,7 @@ def services(patient: Patient, clock: ManualClock) -> HealthServices:
         store=patient,
         clock=clock,
         registry=CollectorRegistry(),
-        dispatcher=lambda: (True, ""),  # type: ignore[arg-type]
+        dispatcher=lambda: PartHealth(ok=True),  # type: ignore[arg-type]
     )
 
 
@@ -109,7 +110,9 @@ async def test_database_that_hangs(services: HealthServices, patient: Patient) -
 
 
 async def test_dispatcher_stuck(services: HealthServices) -> None:
-    async with client(replace(services, dispatcher=lambda: (False, "no delivery succeeded for 20 min"))) as probe:
+    async with client(
+        replace(services, dispatcher=lambda: PartHealth(False, "no delivery succeeded for 20 min"))
+    ) as probe:
         response = await probe.get("/health/ready")
     assert response.status_code == 503
     assert response.json()["parts"]["dispatcher"] == {"ok": False, "detail": "no delivery succeeded for 20 min"}
@@ -184,9 +187,11 @@ async def test_what_is_not_there(probe: httpx.AsyncClient) -> None:
     assert (response.status_code, response.headers["allow"]) == (405, "GET, HEAD, OPTIONS")
 
 
-@pytest.mark.parametrize(("canary", "status"), [((True, ""), 200), ((False, "a socket was closed"), 503)])
+@pytest.mark.parametrize(
+    ("canary", "status"), [(PartHealth(True), 200), (PartHealth(False, "a socket was closed"), 503)]
+)
 async def test_a_dns_zone_is_a_part_of_it(services: HealthServices, canary: tuple[bool, str], status: int) -> None:
-    async with client(replace(services, canary=lambda: canary)) as probing:
+    async with client(replace(services, dns_canary=lambda: canary)) as probing:
         answer = await probing.get("/health/ready")
     assert answer.status_code == status
     assert answer.json()["parts"]["canary"]["ok"] is canary[0]

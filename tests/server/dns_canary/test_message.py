@@ -168,6 +168,7 @@ def asked_by_dnslib(labels: list[bytes], kind: int, edns: Edns | None, ident: in
     return bytes(made.pack())
 
 
+@settings(deadline=None)
 @given(labels=LABELS, kind=KINDS, edns=OPTS, ident=st.integers(0, 65_535), recurse=st.booleans())
 def test_what_dnslib_asks_is_read_as_it_was_meant(
     labels: list[bytes], kind: int, edns: Edns | None, ident: int, recurse: bool
@@ -207,6 +208,7 @@ def seen(found: list[RR]) -> list[tuple[bytes, int, int, str]]:
     return [(wire(tuple(r.rname.label)), r.rtype, r.ttl, str(r.rdata)) for r in found if r.rtype != QTYPE.OPT]
 
 
+@settings(deadline=None)
 @given(
     labels=ASCII_LABELS,
     edns=st.none() | st.builds(Edns, st.just(0), st.integers(512, 4096), st.booleans()),

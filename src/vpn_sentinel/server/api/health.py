@@ -19,6 +19,7 @@ from prometheus_client.registry import Collector
 from vpn_sentinel import __version__
 from vpn_sentinel.domain.verdict import HARM, State
 from vpn_sentinel.runtime.clock import Clock
+from vpn_sentinel.server.part_health import PartHealth
 from vpn_sentinel.server.shared import Shared
 from vpn_sentinel.server.store import queries
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
@@ -28,28 +29,27 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-# How long an answer is given again instead of asking anew: nobody who calls here may wear the database out.
 T = TypeVar("T")
 
+# How long an answer is given again instead of asking anew: nobody who calls here may wear the database out.
 _FRESH_S: Final = 1.0
 _COUNTS_FRESH_S: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HealthServices:
-    """`dispatcher` says whether notices can go out, and if not why, in words without names and addresses.
+    """`dispatcher` says whether notices can go out, `deadlines` whether they are watched.
 
-    `patience` is how long the database may take to answer, in seconds. `canary` is None without a DNS zone.
+    `patience` is how long the database may take to answer, in seconds. `dns_canary` is None without a DNS zone.
     """
 
     store: Store
     clock: Clock
     registry: CollectorRegistry
-    dispatcher: Callable[[], tuple[bool, str]]
+    dispatcher: Callable[[], PartHealth]
     patience: float = 2.0
-    canary: Callable[[], tuple[bool, str]] | None = None
-    # Whether deadlines are watched, and if not why.
-    deadlines: Callable[[], tuple[bool, str]] | None = None
+    dns_canary: Callable[[], PartHealth] | None = None
+    deadlines: Callable[[], PartHealth] | None = None
 
 
 class Part(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -82,12 +82,11 @@ class Readiness:
         """What works now, at most one second old. Concurrent callers wait for one answer."""
         async with self._asking:
             if self._services.clock.boottime() - self._asked_at > _FRESH_S:
-                ok, detail = self._services.dispatcher()
-                parts = {"database": await self._database(), "dispatcher": Part(ok, detail)}
+                parts = {"database": await self._database(), "dispatcher": Part(*self._services.dispatcher())}
                 if self._services.deadlines is not None:
                     parts["deadlines"] = Part(*self._services.deadlines())
-                if self._services.canary is not None:
-                    parts["canary"] = Part(*self._services.canary())
+                if self._services.dns_canary is not None:
+                    parts["canary"] = Part(*self._services.dns_canary())
                 self._report = HealthReport("ok" if all(p.ok for p in parts.values()) else "failing", parts)
                 self._asked_at = self._services.clock.boottime()
             return self._report

@@ -14,6 +14,7 @@ from vpn_sentinel.server.connection_limit import ConnectionLimit, ConnectionSlot
 from vpn_sentinel.server.dns_canary.query_limit import QueryLimit
 from vpn_sentinel.server.dns_canary.responder import QueryOutcome, Responder
 from vpn_sentinel.server.dns_canary.zone import Zone
+from vpn_sentinel.server.part_health import PartHealth
 from vpn_sentinel.server.settings import DnsCanarySettings
 
 MAX_CONNECTIONS: Final = 512
@@ -159,10 +160,12 @@ class DnsListener:
     def _stream(self, slot: ConnectionSlot) -> TcpStream:
         return TcpStream(self._responder, self._metrics.note, slot, self._limits)
 
-    def healthy(self) -> tuple[bool, str]:
+    def healthy(self) -> PartHealth:
         """Whether every socket is open; what is wrong, in words without addresses."""
         shut = any(d.is_closing() for d in self._endpoints) or not all(s.is_serving() for s in self._servers)
-        return (False, "a socket was closed") if shut or not self._endpoints else (True, "")
+        return (
+            PartHealth(ok=False, detail="a socket was closed") if shut or not self._endpoints else PartHealth(ok=True)
+        )
 
     def close(self) -> None:
         for server in self._servers:

@@ -7,7 +7,7 @@ is four sections of plain records; only the owner of the question's own name is 
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, NoReturn
+from typing import Final, NamedTuple, NoReturn
 
 A, NS, SOA, TXT, AAAA, OPT, IXFR, AXFR, ANY = 1, 2, 6, 16, 28, 41, 251, 252, 255
 IN: Final = 1
@@ -73,6 +73,13 @@ class DnsResponse:
     additional: Sequence[ResourceRecord] = ()
 
 
+class Packed(NamedTuple):
+    """A response; `truncated` says that it holds no records, since they did not fit."""
+
+    data: bytes
+    truncated: bool
+
+
 def parse(data: bytes) -> DnsQuery:
     """Read one query. Raises BadQueryError and nothing else, whatever the bytes."""
     if len(data) < HEADER.size:
@@ -92,9 +99,9 @@ def parse(data: bytes) -> DnsQuery:
     return DnsQuery(ident, bool(flags & _RECURSE), question, labels, kind, klass, edns)
 
 
-def pack(query: DnsQuery, reply: DnsResponse, *, limit: int) -> tuple[bytes, bool]:
+def pack(query: DnsQuery, reply: DnsResponse, *, limit: int) -> Packed:
     """Build the response, at most `limit` bytes. What does not fit leaves a response without records that says so
-    (TC), for the asker to come back over TCP; the second value is True then.
+    (TC), for the asker to come back over TCP.
     """
     records = b"".join(_record(r) for part in (reply.answers, reply.authority, reply.additional) for r in part)
     counts = len(reply.answers), len(reply.authority), len(reply.additional)
@@ -106,7 +113,7 @@ def pack(query: DnsQuery, reply: DnsResponse, *, limit: int) -> tuple[bytes, boo
     flags = _RESPONSE | (reply.rcode & 0xF) | (_RECURSE if query.recurse else 0)
     flags |= (_AUTHORITATIVE if reply.authoritative else 0) | (_TRUNCATED if truncated else 0)
     head = HEADER.pack(query.ident, flags, 1, counts[0], counts[1], counts[2] + bool(opt))
-    return head + query.question + records + opt, truncated
+    return Packed(head + query.question + records + opt, truncated)
 
 
 def wire(labels: Sequence[bytes]) -> bytes:

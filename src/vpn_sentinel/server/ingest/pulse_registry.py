@@ -102,7 +102,8 @@ class PulseRegistry:
         self._told = told
         self._records: OrderedDict[bytes, PulseRecord] = OrderedDict()
         self._banned: dict[str, float] = {}  # by name, when a key was refused
-        self._most_hear_nothing: tuple[float, bool] = (-math.inf, False)
+        self._most_hear_nothing = False  # as it was counted last
+        self._count_again_at = -math.inf
 
     def __len__(self) -> int:
         return len(self._records)
@@ -210,10 +211,11 @@ class PulseRegistry:
 
     def _all_unheard(self, now: float) -> bool:
         """Whether more than half of the agents that send seem to hear nothing; counted once a second at most."""
-        if now >= self._most_hear_nothing[0]:
+        if now >= self._count_again_at:
             recent = [r.waiting >= _UNHEARD_PULSES // 2 for r in self._records.values() if now - r.last < _RECENT_S]
-            self._most_hear_nothing = (now + 1.0, len(recent) >= _MIN_AGENTS and 2 * sum(recent) > len(recent))
-        return self._most_hear_nothing[1]
+            self._most_hear_nothing = len(recent) >= _MIN_AGENTS and 2 * sum(recent) > len(recent)
+            self._count_again_at = now + 1.0
+        return self._most_hear_nothing
 
     def _note_address(self, record: PulseRecord, now: float) -> None:
         family = 4 if len(record.packed) == 4 else 6

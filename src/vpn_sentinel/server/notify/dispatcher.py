@@ -13,6 +13,7 @@ from vpn_sentinel.server.notify.metrics import NotifyMetrics
 from vpn_sentinel.server.notify.reasons import words
 from vpn_sentinel.server.notify.text import duration
 from vpn_sentinel.server.notify.worker import SEND_TIMEOUT_S, WaitFor, Worker, wait_for
+from vpn_sentinel.server.part_health import PartHealth
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
 
 log = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ class Dispatcher:
         for worker in self._workers.values():
             worker.wake()
 
-    def healthy(self) -> tuple[bool, str]:
+    def healthy(self) -> PartHealth:
         """For /health/ready, from memory: whether every worker still turns, and what is owed, in words.
 
         A channel whose other side fails is no reason to restart this server, so it does not count.
@@ -72,14 +73,15 @@ class Dispatcher:
         now = self._clock.boottime()
         idle = max((now - w.turned_at for w in self._workers.values()), default=0.0)
         if idle > _MAX_STALL_S:
-            return False, f"deliveries have stood still for {duration(idle)}"
+            return PartHealth(ok=False, detail=f"deliveries have stood still for {duration(idle)}")
         known = ((name, w.failing) for name, w in self._workers.items() if w.failing is not None)
         failing = "".join(f"; {name} fails: {words(name, reason)}" for name, reason in known)
         pending = [d for d in self._pending if d.channel in self._workers]
         if not pending:  # as of the last look: what fails is owed something, if not known yet how much
-            return True, failing.removeprefix("; ") or "nothing is owed"
+            return PartHealth(ok=True, detail=failing.removeprefix("; ") or "nothing is owed")
         oldest = self._clock.wall() - min(d.since for d in pending)
-        return True, f"{sum(d.count for d in pending)} owed, the oldest for {duration(oldest)}{failing}"
+        said = f"{sum(d.count for d in pending)} owed, the oldest for {duration(oldest)}{failing}"
+        return PartHealth(ok=True, detail=said)
 
     async def _look_after(self) -> None:
         never = asyncio.Event()

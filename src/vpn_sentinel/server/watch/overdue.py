@@ -20,6 +20,7 @@ from typing import Final
 from sqlalchemy import case, exists, insert, select, update
 
 from vpn_sentinel.runtime.clock import Clock
+from vpn_sentinel.server.part_health import PartHealth
 from vpn_sentinel.server.store.schema import meta, tunnels
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
 from vpn_sentinel.server.tracking.tracker import Tracker
@@ -67,12 +68,12 @@ class Overdue:
         self._ticked_at = clock.boottime()
         self._next = 0.0  # when the next deadline passes, at the latest a tick from the last one
 
-    def healthy(self) -> tuple[bool, str]:
+    def healthy(self) -> PartHealth:
         """For /health/ready: whether deadlines are watched, and if not why, in a word."""
         since = self._clock.boottime() - self._ticked_at
-        return (
-            (True, "") if since <= MIN_OUTAGE_S else (False, f"not watched for {since:.0f} s: {self._said or 'stuck'}")
-        )
+        if since <= MIN_OUTAGE_S:
+            return PartHealth(ok=True)
+        return PartHealth(ok=False, detail=f"not watched for {since:.0f} s: {self._said or 'stuck'}")
 
     async def run(self) -> None:
         while True:
