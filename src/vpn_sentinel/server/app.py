@@ -1,4 +1,4 @@
-"""The server's wiring: one long, boring function."""
+"""The server put together: each part is made from those before it, and nothing names what is made later."""
 
 import asyncio
 import contextlib
@@ -6,9 +6,9 @@ import errno
 import logging
 import secrets
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import httpx
 from prometheus_client import CollectorRegistry
@@ -24,9 +24,10 @@ from vpn_sentinel.server.api.app import build_api
 from vpn_sentinel.server.api.health import HealthServices, build_health
 from vpn_sentinel.server.api.services import ApiServices
 from vpn_sentinel.server.bot.bot import Bot
+from vpn_sentinel.server.bound_sockets import BoundSockets
 from vpn_sentinel.server.connection_limit import ConnectionMetrics
 from vpn_sentinel.server.dashboard.app import DashboardServices, build_dashboard
-from vpn_sentinel.server.dns_canary.listener import build_dns_canary
+from vpn_sentinel.server.dns_canary.listener import DnsListener, build_dns_canary
 from vpn_sentinel.server.ingest.admission import Admission
 from vpn_sentinel.server.ingest.keepalive import Keepalives
 from vpn_sentinel.server.ingest.pulse import KnownTunnels, PulseMetrics, PulseProtocol, SightingQueue, names_of
@@ -41,7 +42,7 @@ from vpn_sentinel.server.notify.dispatcher import Dispatcher
 from vpn_sentinel.server.notify.guard import tls
 from vpn_sentinel.server.notify.metrics import NotifyMetrics
 from vpn_sentinel.server.own_address import OwnAddress
-from vpn_sentinel.server.serving import embedded, listen, serve_until
+from vpn_sentinel.server.serving import EmbeddedServer, embedded, serve_until
 from vpn_sentinel.server.settings import ServerSettings
 from vpn_sentinel.server.store.open import open_store
 from vpn_sentinel.server.store.outbox_rows import delivery_rows
@@ -68,51 +69,6 @@ _FOLDER_WITHIN: Final = 5.0  # seconds; a dead NFS server's folder answers never
 _AWAY: Final = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH)
 
 
-@dataclass(frozen=True, slots=True)
-class Sockets:
-    """Bound before anything else starts, so that a busy port is told in one line and nothing has to be undone."""
-
-    api: socket.socket
-    echo: socket.socket
-    health: socket.socket
-    dashboard: socket.socket | None
-    canary: tuple[socket.socket, ...] = ()
-
-    @classmethod
-    def bind(cls, settings: ServerSettings) -> "Sockets":
-        """Raises SettingError that names the port or address that cannot be had."""
-        bound: list[socket.socket] = []
-
-        def take(host: str, port: int, name: str, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
-            hosts = {"SERVER_API_PORT": "SERVER_HOST"}.get(name, name.replace("_PORT", "_HOST"))
-            # The dashboard's address is no setting.
-            host_setting = "" if name == "SERVER_DASHBOARD_PORT" else PREFIX + hosts
-            bound.append(listen(host, port, PREFIX + name, kind, host_setting=host_setting))
-            return bound[-1]
-
-        try:
-            api = take(settings.host, settings.api_port, "SERVER_API_PORT")
-            echo = take(settings.host, settings.api_port, "SERVER_API_PORT", socket.SOCK_DGRAM)
-            health = take(settings.health_host, settings.health_port, "SERVER_HEALTH_PORT")
-            dashboard = None
-            if settings.dashboard_enabled:
-                dashboard = take(settings.dashboard_host, settings.dashboard_port, "SERVER_DASHBOARD_PORT")
-            canary: tuple[socket.socket, ...] = ()
-            if (zone := settings.canary) is not None:
-                kinds = (socket.SOCK_DGRAM, socket.SOCK_STREAM)
-                canary = tuple(take(host, zone.port, "CANARY_PORT", kind) for host in zone.hosts for kind in kinds)
-        except BaseException:
-            for sock in bound:
-                sock.close()
-            raise
-        return cls(api, echo, health, dashboard, canary)
-
-    def close(self) -> None:
-        for sock in (self.api, self.echo, self.health, self.dashboard, *self.canary):
-            if sock is not None:
-                sock.close()
-
-
 async def serve(
     settings: ServerSettings,
     clock: Clock,
@@ -127,7 +83,7 @@ async def serve(
     Raises SettingError or StoreUnusable, with one line, when it cannot start.
     """
     await _try_backups(settings)
-    sockets = Sockets.bind(settings)
+    sockets = BoundSockets.bind(settings)
     try:
         store = await open_store(settings.database_url, serving=True)
         try:
@@ -155,15 +111,56 @@ async def _try_backups(settings: ServerSettings) -> None:
             raise SettingError(PREFIX + "BACKUP_DIR", f"{folder}: {e.strerror}") from e
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Base:
+    """What every part stands on. `http` is for what the server itself asks of others."""
+
+    settings: ServerSettings
+    store: Store
+    clock: SteadyClock
+    keeper: Timekeeper
+    secret: bytes
+    registry: CollectorRegistry
+    hub: Hub
+    access: Access
+    http: httpx.AsyncClient
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Notifying:
+    """How people are told. `bot` answers them, where Telegram is set up."""
+
+    dispatcher: Dispatcher
+    bot: Bot | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Tracking:
+    """The one transaction, and what brings it news: reports by way of the doors, pulses, deadlines, ports."""
+
+    tracker: Tracker
+    sites: Sites
+    sightings: SightingQueue
+    pulse_registry: PulseRegistry
+    known_tunnels: KnownTunnels
+    pulses: PulseProtocol
+    own_address: OwnAddress
+    ports: Ports
+    presence: Presence
+    overdue: Overdue
+    overload: Overload
+
+
 async def _run(
     settings: ServerSettings,
     system: Clock,
     stop: asyncio.Event,
     tell: Callable[[str], None],
     store: Store,
-    sockets: Sockets,
+    sockets: BoundSockets,
     started: Callable[[Store], None],
 ) -> None:
+    """Make the parts, each from those before it; run them until `stop` is set."""
     clock = SteadyClock(system)
     alone = settings.database_url.startswith("sqlite:")
     keeper = Timekeeper(store, clock, lambda: _time(settings, system, store), patience=0.0 if alone else SETTLE_S)
@@ -171,132 +168,184 @@ async def _run(
     secret = await _secret(store)
     if settings.api_key is None:
         await _first_key(store, clock, tell)
-
-    registry = CollectorRegistry()
-    hub = Hub()
-    access = Access(store, clock, settings.api_key)
-    trust = tls(settings.ca_file)
-    timeouts = httpx.Timeout(15.0, connect=10.0, read=60.0)
-    limits = httpx.Limits(max_connections=20)
-    async with (
-        # Never the process's proxy settings: they would carry what a VPN's owner wants kept apart.
-        httpx.AsyncClient(verify=trust, timeout=timeouts, limits=limits, trust_env=False) as http,
-        asyncio.TaskGroup() as tasks,
-    ):
-        moved_chats = MovedChats(store)
-        bot_api = BotApi(http, settings.telegram, clock, moved=moved_chats) if settings.telegram else None
-        if settings.telegram is not None:
-            await moved_chats.load(settings.telegram.chat_id)
-        channels = build_channels(settings, http, clock=clock, api=bot_api)
-        dispatcher = Dispatcher(store, channels, clock, NotifyMetrics(registry, channels))
-        own_address = OwnAddress(http, settings.trace_url, _wants_own_address(settings))
-        sites = Sites(lambda name: _pulsed(pulse_registry, name, clock), moved=lambda: keeper.moved)
-        await sites.load(store, clock.wall())
-        tracker = Tracker(
-            store,
-            clock,
-            hub,
-            settings.policy,
-            channels=tuple(channels),
-            on_commit=dispatcher.wake,
-            own_address=own_address,
-            sites=sites,
-            moved=lambda: keeper.moved,
+    async with _client(settings) as http, asyncio.TaskGroup() as tasks:
+        base = _Base(
+            settings=settings,
+            store=store,
+            clock=clock,
+            keeper=keeper,
+            secret=secret,
+            registry=CollectorRegistry(),
+            hub=Hub(),
+            access=Access(store, clock, settings.api_key),
+            http=http,
         )
-        ports = Ports(tracker.forwarded if settings.port_check else {}, tracker.submit, clock)
-        admission = Admission(settings, access, clock)
-        sighting_queue = SightingQueue(tracker.submit, clock.wall)
-        pulse_registry = PulseRegistry(secret, sighting_queue.note)
-        known = KnownTunnels(pulse_registry, lambda: _names(store, clock))
-        pulses = PulseProtocol(pulse_registry, clock.boottime, missed=known.missed)
-        PulseMetrics(registry, lambda: pulses.counts)
-        sessions = Sessions(
-            tracker,
-            store,
-            clock,
-            echo_secret=secret,
-            echo_port=settings.api_port,
-            missed=settings.missed_reports,
-            canary_zone=settings.canary.zone if settings.canary else None,
-            pulse_registry=pulse_registry,
-        )
-        keepalives = Keepalives(admission, tracker, clock, settings.keepalive_timeout)
-        services = ApiServices(store=store, access=access, hub=hub, settings=settings, clock=clock)
-        per_client = 10 * settings.rate_limit
-        api = Switch(admission, keepalives, sessions, build_api(services), settings.api_path, per_client=per_client)
-        dns_canary = build_dns_canary(settings.canary, secret, own_address, registry) if settings.canary else None
-        presence = Presence(clock)
-        overdue = Overdue(store, tracker, clock, presence, keeper.follow)
-        overload = Overload(store, tuple(channels), clock, presence, registry, dispatcher.wake)
-        health = build_health(
-            HealthServices(
-                store=store,
-                clock=clock,
-                registry=registry,
-                dispatcher=dispatcher.healthy,
-                deadlines=overdue.healthy,
-                dns_canary=dns_canary.healthy if dns_canary else None,
-            )
-        )
+        notifying = await _notify(base)
+        tracking = await _track(base, notifying)
+        dns_canary = None
+        if settings.canary is not None:
+            dns_canary = build_dns_canary(settings.canary, secret, tracking.own_address, base.registry)
+        servers = _servers(base, notifying, tracking, dns_canary, sockets)
 
-        running = [
-            tasks.create_task(tracker.run(), name="tracker"),
-            tasks.create_task(dispatcher.run(), name="dispatcher"),
-            tasks.create_task(presence.run(), name="presence"),
-            tasks.create_task(overdue.run(), name="overdue"),
-            tasks.create_task(overload.run(), name="overload"),
-            tasks.create_task(Descriptors(clock, registry).run(), name="descriptors"),
-            tasks.create_task(give_back(), name="memory"),
-            tasks.create_task(Retention(store, clock, settings.retention_days).run(), name="retention"),
-            tasks.create_task(own_address.run(), name="own address"),
-            tasks.create_task(sites.run(store, clock), name="sites"),
-            tasks.create_task(ports.run(), name="ports"),
-            tasks.create_task(known.run(), name="names of pulses"),
-            tasks.create_task(sighting_queue.run(), name="sightings"),
-        ]
-        engine_needs = _what_its_engine_needs(settings, store, hub, clock, dispatcher, registry)
-        running.append(tasks.create_task(engine_needs.run(), name="engine"))
-        if settings.telegram is not None and bot_api is not None:
-            bot = Bot(bot_api, store, clock, settings.telegram.chat_id, secrets.token_hex(8))
-            running.append(tasks.create_task(bot.run(), name="bot"))
-
-        loop = asyncio.get_running_loop()
-        echo, _ = await loop.create_datagram_endpoint(lambda: pulses, sock=sockets.echo)
+        running = [tasks.create_task(w, name=name) for name, w in _works(base, notifying, tracking).items()]
+        pulses = tracking.pulses
+        echo, _ = await asyncio.get_running_loop().create_datagram_endpoint(lambda: pulses, sock=sockets.echo)
         if dns_canary is not None:
             await dns_canary.open(sockets.canary)
         closing = asyncio.Event()
-        cert, key_file = settings.tls_cert, settings.tls_key
-        listeners = {"api": (embedded(api, cert=cert, key=key_file), sockets.api)}
-        listeners["health"] = (embedded(health, side=True), sockets.health)
-        if sockets.dashboard is not None:
-            dashboard = build_dashboard(DashboardServices(store=store, hub=hub, settings=settings, clock=clock))
-            listeners["dashboard"] = (embedded(dashboard, side=True), sockets.dashboard)
-        connection_limits = {name: server.connection_limit for name, (server, _) in listeners.items()}
-        ConnectionMetrics(registry, connection_limits | ({"canary": dns_canary.connection_limit} if dns_canary else {}))
-        servers = [tasks.create_task(serve_until(server, bound, closing)) for server, bound in listeners.values()]
-
-        at = clock.wall()
-        started_notice = Notice(kind=Kind.SERVER_STARTED, at=at, details=(f"Version {__version__}",))
-        if settings.database_url.startswith("sqlite:"):
-            # Nobody else delivers from this file: a lease that stands is a crashed server's, and need not run out.
-            await store.write(update(outbox).where(outbox.c.settled_at.is_(None)).values(leased_until=0.0))
-        if deliveries := delivery_rows(started_notice, channels, at):
-            await store.write(insert(outbox).values(deliveries))
-        dispatcher.wake()
-        log.info("server started", extra={"version": __version__, "port": settings.api_port})
+        serving = [tasks.create_task(serve_until(server, bound, closing)) for server, bound in servers]
+        await _tell_of_start(base, notifying.dispatcher)
         started(store)
         spare_the_collector()
         await stop.wait()
 
-        hub.close()
+        base.hub.close()
         closing.set()
-        await asyncio.gather(*servers)
+        await asyncio.gather(*serving)
         echo.close()
         if dns_canary is not None:
             dns_canary.close()
         for task in running:
             task.cancel()
     log.info("server stopped")
+
+
+def _client(settings: ServerSettings) -> httpx.AsyncClient:
+    return httpx.AsyncClient(
+        verify=tls(settings.ca_file),
+        timeout=httpx.Timeout(15.0, connect=10.0, read=60.0),
+        limits=httpx.Limits(max_connections=20),
+        trust_env=False,  # never the process's proxy settings: they would carry what a VPN's owner wants kept apart
+    )
+
+
+async def _notify(base: _Base) -> _Notifying:
+    telegram, moved_chats = base.settings.telegram, MovedChats(base.store)
+    bot_api = bot = None
+    if telegram is not None:
+        await moved_chats.load(telegram.chat_id)
+        bot_api = BotApi(base.http, telegram, base.clock, moved=moved_chats)
+        bot = Bot(bot_api, base.store, base.clock, telegram.chat_id, secrets.token_hex(8))
+    channels = build_channels(base.settings, base.http, clock=base.clock, api=bot_api)
+    metrics = NotifyMetrics(base.registry, channels)
+    return _Notifying(dispatcher=Dispatcher(base.store, channels, base.clock, metrics), bot=bot)
+
+
+async def _track(base: _Base, notifying: _Notifying) -> _Tracking:
+    settings, store, clock, keeper = base.settings, base.store, base.clock, base.keeper
+    dispatcher = notifying.dispatcher
+    sightings = SightingQueue(clock.wall)
+    pulse_registry = PulseRegistry(base.secret, sightings.note)
+    known_tunnels = KnownTunnels(pulse_registry, lambda: _names(store, clock))
+    pulses = PulseProtocol(pulse_registry, clock.boottime, missed=known_tunnels.missed)
+    PulseMetrics(base.registry, lambda: pulses.counts)
+    sites = Sites(lambda name: _pulsed(pulse_registry, name, clock), moved=lambda: keeper.moved)
+    await sites.load(store, clock.wall())
+    own_address = OwnAddress(base.http, settings.trace_url, _wants_own_address(settings))
+    tracker = Tracker(
+        store,
+        clock,
+        base.hub,
+        settings.policy,
+        channels=dispatcher.channels,
+        on_commit=dispatcher.wake,
+        own_address=own_address,
+        sites=sites,
+        moved=lambda: keeper.moved,
+    )
+    presence = Presence(clock)
+    return _Tracking(
+        tracker=tracker,
+        sites=sites,
+        sightings=sightings,
+        pulse_registry=pulse_registry,
+        known_tunnels=known_tunnels,
+        pulses=pulses,
+        own_address=own_address,
+        ports=Ports(tracker.forwarded if settings.port_check else {}, tracker.submit, clock),
+        presence=presence,
+        overdue=Overdue(store, tracker, clock, presence, keeper.follow),
+        overload=Overload(store, dispatcher.channels, clock, presence, base.registry, dispatcher.wake),
+    )
+
+
+def _api(base: _Base, tracking: _Tracking) -> Switch:
+    """What answers on the API's port: reports, and in front of nothing but those that read."""
+    settings, clock = base.settings, base.clock
+    admission = Admission(settings, base.access, clock)
+    sessions = Sessions(
+        tracking.tracker,
+        base.store,
+        clock,
+        echo_secret=base.secret,
+        echo_port=settings.api_port,
+        missed=settings.missed_reports,
+        canary_zone=settings.canary.zone if settings.canary else None,
+        pulse_registry=tracking.pulse_registry,
+    )
+    keepalives = Keepalives(admission, tracking.tracker, clock, settings.keepalive_timeout)
+    services = ApiServices(store=base.store, access=base.access, hub=base.hub, settings=settings, clock=clock)
+    per_client = 10 * settings.rate_limit
+    return Switch(admission, keepalives, sessions, build_api(services), settings.api_path, per_client=per_client)
+
+
+def _servers(
+    base: _Base, notifying: _Notifying, tracking: _Tracking, dns_canary: DnsListener | None, sockets: BoundSockets
+) -> list[tuple[EmbeddedServer, socket.socket]]:
+    """Each port's server with its socket."""
+    settings, store, clock = base.settings, base.store, base.clock
+    health = build_health(
+        HealthServices(
+            store=store,
+            clock=clock,
+            registry=base.registry,
+            dispatcher=notifying.dispatcher.healthy,
+            deadlines=tracking.overdue.healthy,
+            dns_canary=dns_canary.healthy if dns_canary else None,
+        )
+    )
+    api = embedded(_api(base, tracking), cert=settings.tls_cert, key=settings.tls_key)
+    found = {"api": (api, sockets.api), "health": (embedded(health, side=True), sockets.health)}
+    if sockets.dashboard is not None:
+        dashboard = build_dashboard(DashboardServices(store=store, hub=base.hub, settings=settings, clock=clock))
+        found["dashboard"] = (embedded(dashboard, side=True), sockets.dashboard)
+    limits = {name: server.connection_limit for name, (server, _) in found.items()}
+    ConnectionMetrics(base.registry, limits | ({"canary": dns_canary.connection_limit} if dns_canary else {}))
+    return list(found.values())
+
+
+def _works(base: _Base, notifying: _Notifying, tracking: _Tracking) -> dict[str, Coroutine[Any, Any, None]]:
+    """What runs beside the servers, by the name of its task."""
+    store, clock, registry = base.store, base.clock, base.registry
+    works = {
+        "tracker": tracking.tracker.run(),
+        "dispatcher": notifying.dispatcher.run(),
+        "presence": tracking.presence.run(),
+        "overdue": tracking.overdue.run(),
+        "overload": tracking.overload.run(),
+        "descriptors": Descriptors(clock, registry).run(),
+        "memory": give_back(),
+        "retention": Retention(store, clock, base.settings.retention_days).run(),
+        "own address": tracking.own_address.run(),
+        "sites": tracking.sites.run(store, clock),
+        "ports": tracking.ports.run(),
+        "names of pulses": tracking.known_tunnels.run(),
+        "sightings": tracking.sightings.run(tracking.tracker.submit),
+        "engine": _what_its_engine_needs(base.settings, store, base.hub, clock, notifying.dispatcher, registry).run(),
+    }
+    return works if notifying.bot is None else works | {"bot": notifying.bot.run()}
+
+
+async def _tell_of_start(base: _Base, dispatcher: Dispatcher) -> None:
+    at = base.clock.wall()
+    if base.settings.database_url.startswith("sqlite:"):
+        # Nobody else delivers from this file: a lease that stands is a crashed server's, and need not run out.
+        await base.store.write(update(outbox).where(outbox.c.settled_at.is_(None)).values(leased_until=0.0))
+    notice = Notice(kind=Kind.SERVER_STARTED, at=at, details=(f"Version {__version__}",))
+    if deliveries := delivery_rows(notice, dispatcher.channels, at):
+        await base.store.write(insert(outbox).values(deliveries))
+    dispatcher.wake()
+    log.info("server started", extra={"version": __version__, "port": base.settings.api_port})
 
 
 def _what_its_engine_needs(

@@ -346,8 +346,8 @@ async def test_news_reach_the_tracker_and_wait_for_the_database() -> None:
             raise StoreUnavailable("gone", "the database is away")
         got.append(sighting)
 
-    sighting_queue = SightingQueue(sighted, lambda: 5.0)
-    task = asyncio.create_task(sighting_queue.run())
+    sighting_queue = SightingQueue(lambda: 5.0)
+    task = asyncio.create_task(sighting_queue.run(sighted))
     sighting_queue.note(PulseNews("nl", ip_address(EXIT[0]), unheard=False))
     await until(lambda: got)
     assert got == [PulseObservation(tunnel="nl", address=ip_address(EXIT[0]), unheard=False, at=5.0)]

@@ -120,8 +120,7 @@ class SightingQueue:
     What cannot be stored now is tried again, unless something newer has come.
     """
 
-    def __init__(self, sighted: Callable[[PulseObservation], Awaitable[None]], wall: Callable[[], float]) -> None:
-        self._sighted = sighted
+    def __init__(self, wall: Callable[[], float]) -> None:
         self._wall = wall
         self._news: dict[tuple[str, int], PulseObservation] = {}
         self._arrived = asyncio.Event()
@@ -135,12 +134,13 @@ class SightingQueue:
             self._news[key] = sighting
             self._arrived.set()
 
-    async def run(self) -> None:
+    async def run(self, submit: Callable[[PulseObservation], Awaitable[None]]) -> None:
+        """Hand what waits to `submit`, for ever."""
         while True:
             await self._arrived.wait()
             # Together, so that they are committed together.
             batch = [self._news.pop(key) for key in list(self._news)[:_SIGHTINGS_PER_BATCH]]
-            ends = await asyncio.gather(*(self._sighted(s) for s in batch), return_exceptions=True)
+            ends = await asyncio.gather(*(submit(s) for s in batch), return_exceptions=True)
             refused = [(s, e) for s, e in zip(batch, ends, strict=True) if isinstance(e, BaseException)]
             for sighting, error in refused:
                 if not isinstance(error, StoreUnavailable | Busy):
