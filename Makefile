@@ -21,7 +21,10 @@ SECONDS  ?= 20
 # The lab lives in real time on shared cores: what fails there is tried once more, and told as RERUN
 # and named in the last line (tests/conftest.py).
 # A rerun is a race to find, not a pass to keep.
-ACCEPTANCE := -m pytest -q -raR -n $(LABS) --dist loadgroup --reruns 1 -m acceptance
+# What takes long is printed, and docs/tests.md says why.
+SLOWEST    := --durations 20 --durations-min 5
+UNIT       := -m pytest -q -n $(WORKERS) --dist worksteal $(SLOWEST) -m "not acceptance"
+ACCEPTANCE := -m pytest -q -raR -n $(LABS) --dist loadgroup --reruns 1 $(SLOWEST) -m acceptance
 
 .PHONY: up test unit acceptance demo check format bench fuzz pages lock clean packages
 
@@ -64,13 +67,13 @@ format: $(VENV)/dev
 	@$(BIN)/ruff check --quiet --fix . ; $(BIN)/ruff format --quiet .
 
 unit: $(VENV)/dev
-	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not acceptance"
+	@$(BIN)/python $(UNIT)
 
 acceptance: $(VENV)/dev packages
 	@$(BIN)/python $(ACCEPTANCE)
 
 test: check packages
-	@$(BIN)/python -m pytest -q -n $(WORKERS) --dist worksteal -m "not acceptance"
+	@$(BIN)/python $(UNIT)
 	@$(BIN)/python $(ACCEPTANCE)
 
 bench: $(VENV)/dev

@@ -68,6 +68,15 @@ def commands_known() -> Iterator[str]:
                 yield from (f"{name} {verb}" for verb in action.choices)
 
 
+def test_each_test_that_takes_long_is_there() -> None:
+    text = (ROOT / "docs" / "tests.md").read_text(encoding="utf-8")
+    slow = re.findall(r"`(test_\w+\.py|[a-z_/]+/test_\w+\.py)::(test_\w+)", text)
+    assert len(slow) >= 20
+    for file, name in slow:
+        (found,) = [p for p in (ROOT / "tests").rglob("test_*.py") if p.as_posix().endswith(f"/{file}")]
+        assert re.search(rf"^(async )?def {name}\(", found.read_text(encoding="utf-8"), re.MULTILINE), f"{file}::{name}"
+
+
 def test_every_setting_is_documented_and_no_other() -> None:
     rows = {cell for cell in first_cells(page("settings.md")) if cell.startswith(PREFIX) or cell in UNPREFIXED}
     assert rows == settings_declared()
