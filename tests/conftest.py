@@ -71,15 +71,26 @@ def no_descriptor_left() -> Iterator[int]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+def may_open(files: int) -> bool:
+    """Whether this process may open so many files, by the hard limit: the soft one is raised for all tests."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    return hard == resource.RLIM_INFINITY or hard >= files
+
+
+def needs_files(files: int) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(not may_open(files), reason=f"needs {files} open files (ulimit -Hn)")
+
+
 # What a child inherits as ignored: SIGINT and SIGQUIT of what a shell starts with `&`, SIGHUP under nohup.
 _LEFT_TO_CHILDREN = (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP, signal.SIGTERM)
+_FILES = 4096  # that one process may open: some tests come with hundreds of connections at once
 # The program's own settings, how wide and colourful a terminal is, and what takes requests to 127.0.0.1 elsewhere.
 _LEADS_ELSEWHERE = re.compile(r"(VPN_SENTINEL|TELEGRAM)_.*|TZ|COLUMNS|LINES|(NO|FORCE)_COLOR|(?i:(https?|all)_proxy)")
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _as_a_terminal_starts_it() -> Iterator[None]:
-    """Tests, and programs that they start, find signals, umask and settings as a login has them, in any parent.
+    """Tests, and programs that they start, find signals, limits and settings as a login has them, in any parent.
 
     What was ignored stays without effect here: a handler that does nothing is, unlike SIG_IGN, not inherited.
     """
@@ -89,6 +100,9 @@ def _as_a_terminal_starts_it() -> Iterator[None]:
     if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:  # every child would seem to end with 0
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < _FILES:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (_FILES if may_open(_FILES) else hard, hard))
     before = os.umask(0o022)
     with pytest.MonkeyPatch.context() as patch:
         for name in filter(_LEADS_ELSEWHERE.fullmatch, [*os.environ]):

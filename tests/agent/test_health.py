@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from tests.conftest import ManualClock, until
+from tests.conftest import ManualClock, needs_files, until
 from vpn_sentinel.agent.health import MAX_CONNECTIONS, REQUEST_TIMEOUT_S, ROUTES, Health, Signs
 from vpn_sentinel.runtime.settings import SettingError
 
@@ -51,6 +51,7 @@ async def ask(port: int, request: bytes) -> bytes:
         await writer.wait_closed()
 
 
+@needs_files(500)
 async def test_hundreds_that_come_at_once_shut_nobody_out(clock: ManualClock, free_port: int) -> None:
     """While the agent is at something else: the kernel takes them, or they would try again after a second."""
     server = await health(clock, 10, 20).serve("127.0.0.1", free_port)

@@ -131,7 +131,7 @@ def test_a_command_that_others_may_write_is_refused_at_the_start(tmp_path: Path)
     script.write_text("#!/bin/sh\n")
     script.chmod(0o777)
     with pytest.raises(SettingError, match=f"VPN_SENTINEL_HOOK: {script} can be written by everybody: "):
-        read(HOOK=str(script))
+        read(HOOK=f"'{script}'")
 
 
 @pytest.mark.parametrize(

@@ -237,9 +237,9 @@ def test_an_address_that_is_new_does_not_count() -> None:
 
 LIBC = """
 import asyncio, json, socket, subprocess, sys, threading
-mounted = [f"mount --bind {file} /etc/{name}" for file, name in zip(sys.argv[1:], ("resolv.conf", "hosts"))]
-for line in ("ip link set lo up", *mounted):
-    subprocess.run(line.split(), check=True)
+mounted = [["mount", "--bind", file, f"/etc/{name}"] for file, name in zip(sys.argv[1:], ("resolv.conf", "hosts"))]
+for words in ("ip link set lo up".split(), *mounted):
+    subprocess.run(words, check=True)
 from vpn_sentinel.agent.probes.dns import CanaryZone
 from vpn_sentinel.agent.probes.system_resolver import SystemResolver, _getaddrinfo
 sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)

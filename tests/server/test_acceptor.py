@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import uvloop
 
+from tests.conftest import needs_files
 from vpn_sentinel.server.acceptor import Acceptor
 from vpn_sentinel.server.connection_limit import ConnectionLimit, ConnectionSlot
 
@@ -23,6 +24,7 @@ class Served(asyncio.Protocol):
         self.slot.leave()
 
 
+@needs_files(2 * CAME + 100)
 @pytest.mark.parametrize("loop", [asyncio.new_event_loop, uvloop.new_event_loop], ids=["asyncio's", "uvloop's"])
 def test_who_comes_behind_hundreds_is_taken_within_a_few_turns(loop: Callable[[], asyncio.AbstractEventLoop]) -> None:
     """Under load a turn takes long, and the kernel lets only so many wait."""

@@ -6,6 +6,7 @@ import sys
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
+from tests.conftest import needs_files
 from vpn_sentinel.server.connection_limit import ConnectionLimit, ConnectionMetrics, ConnectionSlot
 
 
@@ -115,7 +116,7 @@ print(sum(door.connection_limit._connections for door in (*web, dns)))
 """
 
 
-@pytest.mark.parametrize("limit", [1024, 4096])
+@pytest.mark.parametrize("limit", [pytest.param(n, marks=needs_files(n)) for n in (1024, 4096)])
 def test_all_listeners_together_leave_what_is_kept_back(limit: int) -> None:
     """In a process of its own: a limit is lowered once and for all."""
     out = subprocess.run([sys.executable, "-c", SHARES, str(limit)], capture_output=True, text=True, check=True)

@@ -26,7 +26,7 @@ MIGRATIONS = Path(store_package.__file__).parent / "migrations"
 
 def main() -> None:
     for line in sys.stdin:
-        how, statement, url = line.split()
+        how, statement, url = line.rstrip("\n").split(maxsplit=2)  # a path in it may have spaces
         child = os.fork()
         if child == 0:
             kill_before(int(statement), sqlite=url.startswith("sqlite:"))
