@@ -1,6 +1,8 @@
 """What a client sends reaches the server behind as the same requests, however it was cut and framed."""
 
+import random
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 import httptools
@@ -8,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vpn_sentinel.server.request_stream import BadRequest, RequestHead, RequestStream
+from bench.fuzz.mutate import mutated
+from vpn_sentinel.server.request_stream import BadRequest, RequestHead, RequestStream, plain_request
 
 
 class Requests:
@@ -120,3 +123,61 @@ def test_what_is_no_request_is_refused(sent: bytes) -> None:
     stream = RequestStream(Requests(), head_bytes=65536, parts=1000, websockets=True)
     with pytest.raises(BadRequest, match=r"^This is not an HTTP request\.$"):
         stream.feed(sent)
+
+
+PLAIN = (
+    b"POST /api/v1/keepalive HTTP/1.1\r\nHost: a\r\nX-API-Key: k\r\nContent-Length: 5\r\n\r\nhello",
+    b"GET /api/v1/tunnels?x=1 HTTP/1.1\r\nhost: a:5000\r\nAccept: */*\r\n\r\n",
+    b"GET / HTTP/1.1\r\nConnection: keep-alive\r\nContent-Length:\t0 \r\n\r\n",
+)
+NOT_PLAIN = {
+    "chunks": b"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "two lengths": b"POST / HTTP/1.1\r\nContent-Length: 1\r\nContent-Length: 1\r\n\r\nx",
+    "a length and a list": b"POST / HTTP/1.1\r\nContent-Length: 1, 1\r\n\r\nx",
+    "a space before the colon": b"POST / HTTP/1.1\r\nContent-Length : 1\r\n\r\nx",
+    "a sign": b"POST / HTTP/1.1\r\nContent-Length: +1\r\n\r\nx",
+    "a folded line": b"POST / HTTP/1.1\r\nContent-Length:\r\n 1\r\n\r\nx",
+    "a bare line feed": b"POST / HTTP/1.1\r\nA: b\nContent-Length: 1\r\n\r\nx",
+    "a bare carriage return": b"POST / HTTP/1.1\r\nA: b\rContent-Length: 1\r\n\r\nx",
+    "more than the length": b"POST / HTTP/1.1\r\nContent-Length: 1\r\n\r\nxGET / HTTP/1.1\r\n\r\n",
+    "less": b"POST / HTTP/1.1\r\nContent-Length: 9\r\n\r\nx",
+    "two requests": b"GET / HTTP/1.1\r\n\r\nGET / HTTP/1.1\r\n\r\n",
+    "a body without a length": b"GET / HTTP/1.1\r\nHost: a\r\n\r\nx",
+    "an older version": b"GET / HTTP/1.0\r\nHost: a\r\n\r\n",
+    "another protocol": b"GET / HTTP/1.1\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\r\n",
+    "a promise": b"POST / HTTP/1.1\r\nExpect: 100-continue\r\nContent-Length: 1\r\n\r\nx",
+    "a method of rules of its own": b"CONNECT / HTTP/1.1\r\nHost: a\r\n\r\n",
+    "a line before it": b"\r\nGET / HTTP/1.1\r\nHost: a\r\n\r\n",
+    "many lines": b"GET / HTTP/1.1\r\n" + b"a:\r\n" * 65 + b"\r\n",
+    "a long head": b"GET / HTTP/1.1\r\na: " + b"x" * 4096 + b"\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("data", PLAIN)
+def test_a_plain_request_needs_no_parser(data: bytes) -> None:
+    assert (head := plain_request(data)) is not None
+    assert head.text == data
+    assert len(Read(data).requests) == 1
+
+
+@pytest.mark.parametrize("data", NOT_PLAIN.values(), ids=NOT_PLAIN.keys())
+def test_what_is_not_plain_beyond_doubt_is_parsed(data: bytes) -> None:
+    assert plain_request(data) is None
+
+
+def test_what_is_called_plain_is_one_whole_request_to_the_parser() -> None:
+    """If these two ever differed, a client could hide a second request behind the first, uncounted."""
+    seeds, plain = (*PLAIN, *NOT_PLAIN.values()), 0
+    for data in islice(mutated(seeds, random.Random("plain"), 4096), 60_000):
+        if plain_request(data) is None:
+            continue
+        plain += 1
+        came = Requests()
+        RequestStream(came, head_bytes=65536, parts=4, websockets=True).feed(data)
+        assert (came.complete, len(came.heads)) == (1, 1), data
+        assert came.heads[0].is_websocket is False, data
+        method, url, headers, body = Read(data).requests[0]
+        assert data.startswith(method + b" " + url)
+        assert data.endswith(b"\r\n\r\n" + body)
+        assert len(Read(data).requests) == 1, headers
+    assert plain > 1000

@@ -16,7 +16,7 @@ from vpn_sentinel.domain.observation import Observation, Path, Trigger
 from vpn_sentinel.runtime.clock import SteadyClock
 from vpn_sentinel.server.ingest.session import Sessions
 from vpn_sentinel.server.live.hub import Hub
-from vpn_sentinel.server.notify import outbox as debts
+from vpn_sentinel.server.notify import outbox as deliveries
 from vpn_sentinel.server.store.open import open_store
 from vpn_sentinel.server.store.outbox_rows import delivery_rows
 from vpn_sentinel.server.store.schema import incidents, observations, outbox, tokens, transitions, tunnels
@@ -205,21 +205,21 @@ async def test_what_is_leased_and_what_is_due_later_stays_so_long(server: Server
     await server.takes(LEAK)
     await server.runs(1)
     now = server.clock.wall()
-    (leased,) = await debts.lease(server.store, now, now + 60, 1)
+    (leased,) = await deliveries.lease(server.store, now, now + 60, 1)
     await server.runs(10)
     await server.set(by)
     await server.runs(49)
-    assert await debts.lease(server.store, server.clock.wall(), server.clock.wall() + 60, 1) == []
+    assert await deliveries.lease(server.store, server.clock.wall(), server.clock.wall() + 60, 1) == []
     await server.runs(1)
     now = server.clock.wall()
-    (again,) = await debts.lease(server.store, now, now + 60, 1)
+    (again,) = await deliveries.lease(server.store, now, now + 60, 1)
     assert (again.id, again.attempt) == (leased.id, 2)
     assert now - again.created_at == 61.0  # as old as it is: nothing is given up sooner, or never
 
-    later = debts.DeliveryOutcome(result=debts.Result.TRANSIENT, due_at=now + 300)
-    await debts.settle(server.store, again, later, now)
+    later = deliveries.DeliveryOutcome(result=deliveries.Result.TRANSIENT, due_at=now + 300)
+    await deliveries.settle(server.store, again, later, now)
     await server.set(-by)
-    assert await debts.next_due(server.store, "telegram", server.clock.wall()) == server.clock.wall() + 300
+    assert await deliveries.next_due(server.store, "telegram", server.clock.wall()) == server.clock.wall() + 300
 
 
 @STEPS
@@ -228,12 +228,12 @@ async def test_what_a_channel_was_told_before_is_not_handed_to_it_from_another(s
     async with running(server.tracker):
         await server.takes(LEAK)
     now = server.clock.wall()
-    (told,) = await debts.lease(server.store, now, now + 60, 1, "telegram")
-    await debts.settle(server.store, told, debts.DeliveryOutcome(result=debts.Result.DONE), now)
+    (told,) = await deliveries.lease(server.store, now, now + 60, 1, "telegram")
+    await deliveries.settle(server.store, told, deliveries.DeliveryOutcome(result=deliveries.Result.DONE), now)
     await server.set(by)
     await server.runs(61)
     now = server.clock.wall()
-    assert await debts.readdress(server.store, ["telegram"], now - 60, now) == 0
+    assert await deliveries.reassign(server.store, ["telegram"], now - 60, now) == 0
 
 
 @STEPS
@@ -241,14 +241,14 @@ async def test_of_a_tunnel_of_which_enough_was_told_the_rest_waits_as_long(serve
     await server.runs(120)
     now = server.clock.wall()
     (owed,) = delivery_rows(Notice(kind=Kind.DOWN, tunnel="nl", at=now), ["telegram"], now)
-    told = [{**owed, "settled_at": now - 50.0 - i, "outcome": "done"} for i in range(debts.MOST)]
+    told = [{**owed, "settled_at": now - 50.0 - i, "outcome": "done"} for i in range(deliveries.MAX_PER_WINDOW)]
     await server.store.write(insert(outbox).values(told))
     await server.store.write(insert(outbox).values(owed))
     await server.set(by)
     now = server.clock.wall()
-    assert await debts.next_due(server.store, "telegram", now) == now + 10
-    assert await debts.lease(server.store, now, now + 60, 1) == []
-    assert len(await debts.lease(server.store, now + 10, now + 70, 1)) == 1
+    assert await deliveries.next_due(server.store, "telegram", now) == now + 10
+    assert await deliveries.lease(server.store, now, now + 60, 1) == []
+    assert len(await deliveries.lease(server.store, now + 10, now + 70, 1)) == 1
 
 
 @STEPS
@@ -287,8 +287,8 @@ async def test_a_reference_agent_keeps_its_word(server: Server, by: float) -> No
     assert server.sites.view().up("flat", now, now - 5, now - 5) is True
     fresh = Sites(moved=lambda: server.keeper.moved)
     await fresh.load(server.store, now)
-    assert fresh.up("flat", now, now - 5, now - 5) is True
-    assert fresh.may_tell("flat", now)
+    assert fresh.view().up("flat", now, now - 5, now - 5) is True
+    assert fresh.view().may_tell("flat", now)
     await server.takes(lost, **reference)
     assert server.sites.view().up("flat", server.clock.wall(), now - 5, now) is False
 
@@ -418,7 +418,7 @@ async def test_a_server_starts_with_a_clock_that_was_set_meanwhile(engines: Any,
     await server.takes(WELL, LEAK)
     await server.runs(10)
     now = server.clock.wall()
-    (leased,) = await debts.lease(server.store, now, now + 60, 1, "telegram")
+    (leased,) = await deliveries.lease(server.store, now, now + 60, 1, "telegram")
     again = await engines(by)
     again.seqs = server.seqs
     await again.takes(WELL)
@@ -432,7 +432,7 @@ async def test_a_server_starts_with_a_clock_that_was_set_meanwhile(engines: Any,
     await again.runs(SILENT_AFTER)
     assert await again.state() == "silent"
     now = again.clock.wall()
-    assert [d.id for d in await debts.lease(again.store, now, now + 60, 1)] == [leased.id]
+    assert [d.id for d in await deliveries.lease(again.store, now, now + 60, 1)] == [leased.id]
 
 
 async def test_rows_of_the_future_freeze_nothing(engines: Any) -> None:

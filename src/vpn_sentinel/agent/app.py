@@ -58,7 +58,7 @@ class _Base(Base):
         try:
             self.databases = open_databases(probes, clock)
         except SettingError:
-            self.close()
+            super().close()
             raise
         outside = probes.meant_outside
         self.surveyor = Surveyor(self.kernel, configured=probes.tunnel_interface, memory=self.spool, only=outside.only)

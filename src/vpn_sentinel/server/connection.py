@@ -17,7 +17,7 @@ import msgspec
 from websockets.exceptions import InvalidState
 
 from vpn_sentinel.server.connection_limit import ConnectionLimit, ConnectionSlot
-from vpn_sentinel.server.request_stream import BadRequest, RequestHead, RequestStream
+from vpn_sentinel.server.request_stream import BadRequest, RequestHead, RequestStream, plain_request
 from vpn_sentinel.server.websocket import TOO_MANY_FRAMES, FrameMeter
 from vpn_sentinel.wire.problem import CONTENT_TYPE, problem
 
@@ -121,6 +121,12 @@ class Connection(asyncio.Protocol):
             return
         if self._stream is None:
             self._frames_received(self._server, data)
+            return
+        if not self._reading and self._current is None and (head := plain_request(data)) is not None:
+            self.request_began()
+            self.head_complete(head)
+            self.request_complete(b"")
+            self._hand_over()
             return
         try:
             self._stream.feed(data)

@@ -1,5 +1,6 @@
 """A client's requests on one connection: counted while they are parsed, and written anew for the server behind."""
 
+import re
 from typing import Final, NamedTuple, Protocol
 
 import httptools
@@ -8,6 +9,17 @@ import httptools
 # Thousands of tiny ones are dearer than a long one.
 _BYTES_PER_HEADER: Final = 144
 _OF_AN_OFFER: Final = (b"upgrade", b"http2-settings")
+
+
+# A head that is plain: a method without rules of its own, a path, and headers by the letter of RFC 9112.
+_PLAIN_HEAD: Final = re.compile(
+    rb"(?:POST|GET) /[!-~]* HTTP/1\.1(?:\r\n[!#$%&'*+.^_`|~0-9A-Za-z-]+:[!-~\x80-\xff \t]*){0,64}"
+)
+# In a plain head, wherever it stands, any of these has the parser look: another framing, a promise, another protocol.
+_NOT_PLAIN: Final = (b"transfer-encoding", b"upgrade", b"expect")
+_LENGTH: Final = b"\r\ncontent-length:"
+_MAX_PLAIN_HEAD_BYTES: Final = 2048
+_MAX_LENGTH_DIGITS: Final = 6
 
 
 class BadRequest(Exception):
@@ -21,6 +33,27 @@ class RequestHead(NamedTuple):
     size: int
     expects_continue: bool
     is_websocket: bool
+
+
+def plain_request(data: bytes) -> RequestHead | None:
+    """The head of `data`, where that is one whole request and nothing else, beyond doubt; else None.
+
+    Most are: an agent's client sends head and body at once, and waits for the answer. To be counted they need no parser
+    of ours before the server's own. Beyond doubt: the length is told once, in digits, and is what came (RFC 9112, 6.3).
+    """
+    end = data.find(b"\r\n\r\n", 0, _MAX_PLAIN_HEAD_BYTES)
+    if end < 0 or _PLAIN_HEAD.fullmatch(data, 0, end) is None:
+        return None
+    head = data[:end].lower()
+    length, start = b"0", head.find(_LENGTH)
+    if start >= 0:
+        length = head[start + len(_LENGTH) :].partition(b"\r\n")[0].strip(b" \t")
+    if head.count(b"content-length") != (start >= 0) or any(word in head for word in _NOT_PLAIN):
+        return None
+    if not length.isdigit() or len(length) > _MAX_LENGTH_DIGITS or len(data) != end + 4 + int(length):
+        return None
+    size = end + head.count(b"\r\n") * _BYTES_PER_HEADER
+    return RequestHead(data, size, expects_continue=False, is_websocket=False)
 
 
 class Receiver(Protocol):

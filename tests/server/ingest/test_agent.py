@@ -484,9 +484,9 @@ async def test_too_many_that_wait_are_sent_away_with_a_time(lobby: House) -> Non
         def __len__(self) -> int:
             return 5000
 
-    waiting, lobby.tracker._commits._arrivals = lobby.tracker._commits._arrivals, Full()  # type: ignore[assignment]
+    waiting, lobby.tracker._commits._reports = lobby.tracker._commits._reports, Full()  # type: ignore[assignment]
     answer = await lobby.exchange(exchange(1))
-    lobby.tracker._commits._arrivals = waiting
+    lobby.tracker._commits._reports = waiting
     assert (answer.status, answer.headers["retry-after"]) == (503, "2")
     assert answer.json["detail"] == "too many reports wait; nothing was stored"
 

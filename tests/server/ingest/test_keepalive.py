@@ -335,10 +335,10 @@ class Broken:
     async def read(self, statement: Executable) -> Sequence[Row[Any]]:
         return await self._store.read(statement)
 
-    async def transact(self, *args: Any, **more: Any) -> None:
+    async def transact(self, *args: Any, **more: Any) -> Any:
         if self.broken:
             raise self.failure
-        await self._store.transact(*args, **more)
+        return await self._store.transact(*args, **more)
 
 
 async def test_a_database_that_is_gone_is_said_once_and_its_return_too(
