@@ -13,7 +13,7 @@ from vpn_sentinel.runtime.clock import SystemClock
 from vpn_sentinel.server.live.hub import Hub
 from vpn_sentinel.server.store import rows
 from vpn_sentinel.server.store.open import open_store
-from vpn_sentinel.server.store.schema import meta, outbox, tunnels
+from vpn_sentinel.server.store.schema import meta, outbox, transitions, tunnels
 from vpn_sentinel.server.store.store import Changes, Store, StoreUnavailable
 from vpn_sentinel.server.tracking.tracker import Tracker
 from vpn_sentinel.server.watch.overdue import MAX_EXCUSED_S, MIN_OUTAGE_S, RETURN_GRACE_S, Overdue
@@ -117,6 +117,19 @@ async def test_a_row_that_cannot_be_judged_does_not_stop_the_tick(
     assert await server.silent() == ["good"]
     assert (await server.deadlines())["bad"] == 2.0 + 300.0
     assert "a deadline could not be judged" in caplog.text
+
+
+async def test_a_silence_that_cannot_be_told_yet_is_told_whole_later(server: Server) -> None:
+    await server.knows(bad=1.0)
+    row = tunnels.c.name == "bad"
+    await server.store.write(update(tunnels).where(row).values(place='{"height": 1.5}'))  # of a newer version
+    await server.tick(2.0)
+    assert await server.silent() == []
+    await server.store.write(update(tunnels).where(row).values(place="{}"))
+    await server.tracker.sweep(["bad"], START + 303.0)
+    assert await server.silent() == ["bad"]
+    assert [r.new for r in await server.store.read(select(transitions.c.new))] == ["silent"]
+    assert [r.kind for r in await server.store.read(select(outbox.c.kind))] == ["silent"]
 
 
 async def test_each_tick_says_that_the_server_is_alive(server: Server) -> None:

@@ -305,14 +305,14 @@ class _Deciding:
         """Write what a step leads to: transitions, incidents, what is owed to people, and the row itself."""
         writes, now = self._writes, self._context.now
         memory, told = notices(before, memory, events, caught_up=caught_up)
-        if memory is not before or not row.memory:
-            row.memory = encode(replace(memory, seen_at=0.0)).decode()
-            if memory.findings != before.findings:
-                row.findings = encode(memory.findings).decode()
         # What a broken row trips over comes first: a step is written whole, or not at all.
         deliveries: list[tuple[object, ...]] = []
         for notice in told:
             deliveries += delivery_values(with_context(notice, row), self._context.channels, now)
+        if memory is not before or not row.memory:
+            row.memory = encode(replace(memory, seen_at=0.0)).decode()
+            if memory.findings != before.findings:
+                row.findings = encode(memory.findings).decode()
         for event in events:
             record(row.id, event, now, writes)
             if isinstance(event, Moved | Revised):
