@@ -8,7 +8,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from sqlalchemy import Row, or_, select
 
@@ -41,6 +41,8 @@ _PULSE_TRANSIT_S: Final = 0.1
 _PULSING_S: Final = 2.0
 # From when to when pulses came without a gap, in seconds since the epoch.
 Span = tuple[float, float]
+
+V = TypeVar("V")
 
 _memory: Final = decoder(Memory)
 
@@ -119,7 +121,7 @@ class SiteView:
     def __init__(
         self,
         by_name: Mapping[str, Reference],
-        by_site: Mapping[str, Mapping[str, Reference]],
+        by_site: Mapping[str, dict[str, Reference]],
         pulsed: Callable[[str], Span | None],
     ) -> None:
         self._by_name = by_name
@@ -136,22 +138,22 @@ class SiteView:
         if state in (State.PROTECTED, State.DOWN):
             known = known.said(min(since, at), state)
         well_at = max(known.well_at, at) if state is State.PROTECTED else known.well_at
-        self._put(name, replace(known, homes=homes, seen_at=max(known.seen_at, at), well_at=well_at))
+        self.put(name, replace(known, homes=homes, seen_at=max(known.seen_at, at), well_at=well_at))
 
     def heard(self, name: str, deadline: float, patience: float) -> None:
         if (known := self._of_name(name)) is not None:
-            self._put(name, replace(known, deadline=deadline, patience=patience))
+            self.put(name, replace(known, deadline=deadline, patience=patience))
 
     def silent(self, name: str, patience: float) -> None:
         """Nothing came from `name` for so many seconds: from its last word on, nothing is known of it."""
         if (known := self._of_name(name)) is not None:
             known = known.said(known.seen_at + _JUST_AFTER_S, State.SILENT)
-            self._put(name, replace(known, deadline=None, patience=patience))
+            self.put(name, replace(known, deadline=None, patience=patience))
 
     def forget(self, name: str) -> None:
         """`name` is no reference agent any more."""
         if self._of_name(name) is not None:
-            self._put(name, None)
+            self.put(name, None)
 
     def homes(self, site: str) -> tuple[IPNetwork, ...]:
         """The networks that must not be seen outside the tunnels of `site`."""
@@ -172,6 +174,10 @@ class SiteView:
         """Whether a reference agent of `site` was well when last heard of: it tells soon if home has no internet."""
         return any(known.works(now) for known in self._of_site(site).values())
 
+    def merged(self) -> tuple[dict[str, Reference], dict[str, dict[str, Reference]]]:
+        """All reference agents as they are here, by name and by site."""
+        return _merged(self._by_name, self.changed), _merged(self._by_site, self._changed_sites)
+
     def _of_name(self, name: str) -> Reference | None:
         return self.changed[name] if name in self.changed else self._by_name.get(name)
 
@@ -181,14 +187,20 @@ class SiteView:
         changed = self._changed_sites.get(site)
         return changed if changed is not None else self._by_site.get(site, {})
 
-    def _put(self, name: str, reference: Reference | None) -> None:
+    def put(self, name: str, reference: Reference | None) -> None:
+        """From now on `reference` is what is known of the agent `name`; None: it is no reference agent."""
         was = self._of_name(name)
         self.changed[name] = reference
-        for site in {r.site for r in (was, reference) if r is not None}:
-            members = {n: r for n, r in self._of_site(site).items() if n != name}
-            if reference is not None and reference.site == site:
-                members[name] = reference
-            self._changed_sites[site] = members
+        if was is not None and (reference is None or reference.site != was.site):
+            del self._own(was.site)[name]
+        if reference is not None:
+            self._own(reference.site)[name] = reference
+
+    def _own(self, site: str) -> dict[str, Reference]:
+        """The reference agents of a site, to be changed here: copied once, in their order."""
+        if (own := self._changed_sites.get(site)) is None:
+            own = self._changed_sites[site] = dict(self._by_site.get(site, {}))
+        return own
 
 
 class Sites:
@@ -213,8 +225,10 @@ class Sites:
     def apply(self, changed: Mapping[str, Reference | None]) -> None:
         """Take over what a committed decision changed (`SiteView.changed`)."""
         if changed:
-            known: dict[str, Reference | None] = {**self._by_name, **changed}
-            self._put({name: reference for name, reference in known.items() if reference is not None})
+            view = self.view()
+            for name, reference in changed.items():
+                view.put(name, reference)
+            self._by_name, self._by_site = view.merged()
 
     def move(self, by: float) -> None:
         """The clock was set forward by so many seconds."""
@@ -257,6 +271,17 @@ class Sites:
                 await self.load(store, clock.wall())
             except StoreUnavailable as e:
                 log.debug("sites were not read", extra={"reason": e.reason})
+
+
+def _merged(base: Mapping[str, V], changed: Mapping[str, V | None]) -> dict[str, V]:
+    """`base` with what was changed; what is None or empty is gone. Costs far less than grouping all by site again."""
+    whole = dict(base)
+    for name, value in changed.items():
+        if value:
+            whole[name] = value
+        else:
+            whole.pop(name, None)
+    return whole
 
 
 def newest(homes: Sequence[Home], seen: Iterable[IPNetwork], at: float) -> tuple[Home, ...]:
