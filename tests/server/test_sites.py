@@ -1,5 +1,6 @@
 """What a site's reference agent gives its tunnels, what pulses show, and forwarded ports: on both engines."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from ipaddress import ip_address, ip_network
@@ -244,6 +245,23 @@ async def test_one_that_falls_silent_alone_says_nothing_of_its_site(site: Site) 
     await site.reference(at_home(OLD_HOME))
     await site.tracker.sweep(["nl"], START + 92)
     assert "attic" not in (await site.row()).findings
+
+
+async def test_who_of_the_site_is_being_stored_is_not_called_silent(site: Site) -> None:
+    await site.reference(at_home(OLD_HOME))
+    await site.tunnel(WELL)
+    site.clock.now += 92
+    site.store.gate.clear()  # the database is slow
+    stored = asyncio.create_task(site.reference(at_home(OLD_HOME)))
+    while not site.store.transactions[2:]:
+        await asyncio.sleep(0)
+    swept = asyncio.create_task(site.tracker.sweep(["nl"], START + 92))
+    await asyncio.sleep(0.1)
+    site.store.gate.set()
+    await asyncio.gather(stored, swept)
+    row = await site.row()
+    assert row.state == "silent"
+    assert "attic" not in row.findings
 
 
 async def test_sites_outlive_a_restart(site: Site, store: Store, clock: ManualClock) -> None:

@@ -111,8 +111,9 @@ class Tracker:
         """
         c, own = tunnels.c, tunnels.alias()
         sites = select(own.c.site).where(own.c.name.in_(names), own.c.site != "")
-        company = await self._store.read(select(c.name, c.site, c.interval, c.last_seen).where(c.site.in_(sites)))
         async with self._commits.busy:
+            # Not before: what is committed meanwhile tells who of a site is heard.
+            company = await self._store.read(select(c.name, c.site, c.interval, c.last_seen).where(c.site.in_(sites)))
             context = self._context(now)
 
             def decided(rows: Mapping[str, TunnelRow]) -> Decision:
