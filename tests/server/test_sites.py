@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import select
 
 from tests.conftest import ManualClock
-from tests.server.test_tracker import DEAD, EXIT, START, WELL, Watch, canary, running
+from tests.server.test_tracker import DEAD, EXIT, START, WELL, Watch, canary, running, yielded
 from vpn_sentinel.domain.observation import (
     Action,
     Answer,
@@ -253,8 +253,7 @@ async def test_who_of_the_site_is_being_stored_is_not_called_silent(site: Site) 
     site.clock.now += 92
     site.store.gate.clear()  # the database is slow
     stored = asyncio.create_task(site.reference(at_home(OLD_HOME)))
-    while not site.store.transactions[2:]:
-        await asyncio.sleep(0)
+    await yielded()
     swept = asyncio.create_task(site.tracker.sweep(["nl"], START + 92))
     await asyncio.sleep(0.1)
     site.store.gate.set()
