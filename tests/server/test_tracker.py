@@ -420,6 +420,17 @@ async def test_a_report_whose_commit_failed_leaves_no_mark(watch: Watch) -> None
     assert (await watch.row()).version == "1.1"
 
 
+async def test_the_same_again_counts_anew_after_another_replica_was_told_otherwise(
+    watch: Watch, store: Store, clock: ManualClock
+) -> None:
+    other = Watch(store, clock)
+    async with running(other.tracker):
+        for version, replica in (("1.0", watch), ("1.0", watch), ("1.1", other), ("1.0", watch)):
+            clock.now += 30
+            await replica.keepalive(WELL, version=version)
+    assert (await watch.row()).version == "1.0"
+
+
 async def test_a_leak_whose_commit_failed_is_told_when_it_is_sent_again(watch: Watch) -> None:
     await watch.take((1, 0.0, WELL))
     watch.clock.now += 1

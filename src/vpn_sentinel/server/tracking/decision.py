@@ -388,9 +388,12 @@ def _heard(memory: Memory, pulses: PulseObservation) -> Memory:
 
 
 def _mark(row: TunnelRow, batch: ReportBatch, seen: Observation) -> int:
-    """Tells one keepalive, and the memory that it met, from another; costs less memory than keeping them."""
-    said = (seen.exit(4), seen.exit(6), seen.reported_from, seen.places)
-    return hash((row.spool, row.memory, said, batch.version, batch.dns_loc, batch.dns_colo))
+    """Tells one keepalive, and the row that it leaves or meets, from another; costs less memory than keeping them.
+
+    The row is in it because another replica may have changed it, or a commit of which nobody learned that it succeeded.
+    """
+    said = (seen.exit(4), seen.exit(6), seen.reported_from, seen.places, batch.version, batch.dns_loc, batch.dns_colo)
+    return hash((said, row.spool, row.memory, row.version, row.dns_loc, row.dns_colo, row.place))
 
 
 def _has_transport_findings(batch: ReportBatch) -> bool:
