@@ -29,7 +29,7 @@ AGENT = "/client/health"
 # What prometheus_client puts behind the name that the code says.
 ENDINGS = {"Counter": "_total", "CounterMetricFamily": "_total", "InfoMetricFamily": "_info"}
 PAGES = sorted([ROOT / "README.md", ROOT / "ARCHITECTURE.md", *(ROOT / "docs").rglob("*.md")])
-LINK = re.compile(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)")
+LINK = re.compile(r"\]\(([^)#\s]*)#?([^)\s]*)\)")
 
 
 def page(name: str) -> str:
@@ -214,10 +214,54 @@ def test_the_page_of_states_is_current() -> None:
     assert make_states.PAGE.read_text(encoding="utf-8") == make_states.render(), "run: make pages"
 
 
+def anchors_of(where: Path) -> set[str]:
+    """The anchors that GitHub makes of the headings."""
+    titles = re.findall(r"^#+ (.+)$", where.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w-]", "", title.lower().replace(" ", "-")) for title in titles}
+
+
 @pytest.mark.parametrize("where", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_links_lead_somewhere(where: Path) -> None:
-    links = [link for link in LINK.findall(where.read_text(encoding="utf-8")) if "://" not in link]
-    assert [link for link in links if not (where.parent / link).exists()] == []
+def test_links_and_anchors_lead_somewhere(where: Path) -> None:
+    for link, anchor in LINK.findall(where.read_text(encoding="utf-8")):
+        if "://" in link:
+            continue
+        target = where.parent / link if link else where
+        assert target.exists(), link
+        assert not anchor or anchor in anchors_of(target), f"{link}#{anchor}"
+
+
+PACKAGE = ROOT / "src" / "vpn_sentinel"
+# Where a path that the page of the architecture names may begin.
+BEGINNINGS = (ROOT, PACKAGE, *(folder for part in ("agent", "server", "") for folder in (PACKAGE / part).iterdir()))
+
+
+def in_the_tree(name: str) -> bool:
+    """Whether `a/b.py`, `a/b`, `a/b.Name` or `module.Name` is a file, or a name in one."""
+    path, _, attribute = name.removesuffix("/").partition(".")
+    if any((begin / name).exists() or (begin / f"{name}.py").exists() for begin in BEGINNINGS):
+        return True
+    modules = [file for begin in BEGINNINGS for file in (begin / f"{path}.py", begin / path / "__init__.py")]
+    sources = [file.read_text(encoding="utf-8") for file in modules if file.exists()]
+    return any(set(attribute.split(".")) <= set(re.findall(r"\w+", source)) for source in sources)
+
+
+def test_paths_in_the_architecture_exist() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    paths = {name for name in named(text) if re.fullmatch(r"[a-z_]+/[a-zA-Z_./]*", name)}
+    assert len(paths) > 60
+    assert {path for path in paths if not in_the_tree(path)} == set()
+
+
+def test_names_in_the_architecture_exist() -> None:
+    """What is written as in code: `Class`, `Class.method`, `module.function`, `_private`."""
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    source = "\n".join(p.read_text(encoding="utf-8") for p in PACKAGE.rglob("*.py"))
+    known = set(re.findall(r"\w+", source)) | {p.stem for p in PACKAGE.rglob("*")}
+    written = {name for name in named(text) if re.fullmatch(r"[A-Z]\w*[a-z]\w*(\.\w+)*|[a-z_]+(\.\w+)+|_\w+", name)}
+    files = {name for name in written if name.endswith((".py", ".toml"))}
+    assert len(written) > 50
+    assert {name for name in written - files if not set(name.split(".")) <= known} == set()
+    assert files <= {p.name for folder in ("src", "tests", "") for p in (ROOT / folder).glob("**/*" if folder else "*")}
 
 
 @pytest.mark.parametrize("where", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
