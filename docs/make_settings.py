@@ -1,4 +1,4 @@
-"""Write the page of settings from their declarations: `make pages` writes it anew.
+"""Write the page of settings from their declarations, for `make pages`.
 
 A setting is declared in `agent/settings.py` and the modules that it names, in `server/settings.py`, or, for both, in
 `wire/settings.py`.
@@ -19,24 +19,23 @@ _HEAD: Final = """\
 
 Written from the declarations in the code by `make pages`; a test keeps this page current.
 
-A setting comes from a TOML file, the environment, or a flag. Later wins, in that order.
+A setting comes from a TOML file, the environment, or a flag; a later one of these wins.
 
-- Environment: the name as it stands here.
+- Environment: the name as on this page.
 - `NAME_FILE` in the environment names a file that holds the value, for Docker secrets. It counts as the environment.
-- One pair of quotes around the whole of a value in the environment is no part of it, keys and passwords included:
-  Docker hands over those of an env file and of a list in a compose file as they stand. Of two different pairs the inner
-  one stays, and so does what a file holds. A client of the replaced program sends its key with them, which is the same
-  key to the server. `VPN_SENTINEL_HOOK` has quotes of its own, and `TZ` is the system's.
-- TOML: `--config FILE` or `VPN_SENTINEL_CONFIG`. The same name without its prefix, in lower case or not:
-  `api_key = "…"`, `home_networks = ["198.51.100.7"]`. Names without a prefix too: `telegram_bot_token = "…"`.
+- One pair of quotes around a whole value in the environment is removed, also of keys and passwords: Docker passes on
+  quotes in an env file and in a list in a compose file. Of two different pairs the inner one is kept; quotes in a file
+  are kept too. A client of the replaced program sends its key with the quotes; the server accepts that as the same key.
+  `VPN_SENTINEL_HOOK` and `TZ` are read without this.
+- TOML: `--config FILE` or `VPN_SENTINEL_CONFIG`. The same name without its prefix, in any case: `api_key = "…"`,
+  `home_networks = ["198.51.100.7"]`. Names without a prefix too: `telegram_bot_token = "…"`.
 - Flags: see [the commands](cli.md).
 
-An empty value counts as not set. A value that cannot be used stops the start with one line that names the setting. A
-name with our prefix that no command reads is printed when the program starts, with the one that it resembles. A setting
-that does nothing as the others stand is printed too: `VPN_SENTINEL_TRANSMISSION_USER` without
-`VPN_SENTINEL_TRANSMISSION_URL`, say.
+An empty value counts as not set. An invalid value prevents the start, with one line that names the setting. The start
+prints a warning for a name with our prefix that no command reads, with a similar one that exists, and for a setting
+without an effect, such as `VPN_SENTINEL_TRANSMISSION_USER` without `VPN_SENTINEL_TRANSMISSION_URL`.
 
-Several values are separated by commas; addresses, networks, countries and names by spaces or line ends too. Booleans
+Lists are separated by commas; lists of addresses, networks, countries and names by spaces or line ends too. Booleans
 are `true`, `false`, `1`, `0`, `yes`, `no`, `on`, `off`.
 
 ## Who reads what
@@ -44,7 +43,7 @@ are `true`, `false`, `1`, `0`, `yes`, `no`, `on`, `off`.
 The commands `server`, `agent`, `check` and `geo` read the settings that name them. `up` reads those of server and
 agent, `doctor` those of agent and geo, and `db`, `token`, `tunnel` and `notify` those of the server.
 
-A first server needs none. A first agent needs its server's address and a key, and should know the home's address:
+A server needs no setting to start. An agent needs its server's address and a key, and should know the home's address:
 
 ```sh
 VPN_SENTINEL_URL=https://sentinel.example:5000
@@ -82,9 +81,9 @@ def _section(part: Section) -> str:
     if part.about:
         lines += [part.about]
     if same:
-        lines += [f"Read by {_commands(same)}.", "", "| setting | default | what it takes |", "|---|---|---|"]
+        lines += [f"Read by {_commands(same)}.", "", "| setting | default | value |", "|---|---|---|"]
     else:
-        lines += ["| setting | default | read by | what it takes |", "|---|---|---|---|"]
+        lines += ["| setting | default | read by | value |", "|---|---|---|---|"]
     for setting in part.settings:
         who = "" if same else f" {', '.join(setting.read_by)} |"
         lines.append(f"| `{setting.key}` | {_default(setting)} |{who} {_takes(setting)} |")
@@ -95,8 +94,8 @@ def _section(part: Section) -> str:
 
 
 def _commands(names: tuple[str, ...]) -> str:
-    told = [f"`{name}`" for name in names]
-    return told[0] if len(told) == 1 else f"{', '.join(told[:-1])} and {told[-1]}"
+    quoted = [f"`{name}`" for name in names]
+    return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} and {quoted[-1]}"
 
 
 def _default(setting: Setting[Any]) -> str:
@@ -114,18 +113,18 @@ def _default(setting: Setting[Any]) -> str:
         case str() as value:
             return f"`{value}`"
         case value:
-            msg = f"{setting.key} takes a default_text: {value!r} does not speak for itself"
+            msg = f"{setting.key} needs a default_text: {value!r} cannot be shown"
             raise ValueError(msg)
 
 
 def _takes(setting: Setting[Any]) -> str:
-    told = [setting.takes]
+    parts = [setting.takes]
     if setting.pair:
-        told.append(f"together with `{key_of(setting.pair)}` or not at all")
+        parts.append(f"only together with `{key_of(setting.pair)}`")
     needed = [" or ".join(f"`{key_of(name)}`" for name in row.needs) for row in setting.idle if row.needs]
     if needed:
-        told.append(f"does nothing without {' and '.join(needed)}")
-    return "; ".join(told)
+        parts.append(f"no effect without {' and '.join(needed)}")
+    return "; ".join(parts)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draw the state machine from its table: `make pages` writes docs/reference/states.md anew."""
+"""Draw the state machine from its table into docs/reference/states.md, for `make pages`."""
 
 from pathlib import Path
 from typing import Final
@@ -13,16 +13,18 @@ _HEAD: Final = """\
 
 Drawn from `vpn_sentinel.domain.machine.TRANSITIONS` by `make pages`; a test keeps this page current.
 
-A row is the state a tunnel is in, a column what comes in: the verdict of a report, or, for *silent*, the deadline that
-passed without one. A cell says how long that must last, without a break, before the state changes. An empty cell
-changes nothing. The column *unverified* is the verdict *unknown*: nothing could be seen. A good state ages then, and
-so does one that was never judged: after *grace unverified* the tunnel is *unverified*, with what could not be seen and
-why. A tunnel that was leaking or down stays so, with the same findings added: that nobody can look is no sign of an
-end. Sight that is lost three times within five minutes counts as lost, and is back after *flap calm*.
+A row is the state of a tunnel, a column a stimulus: the verdict of a report, or, for *silent*, a deadline that passed
+without one. A cell says how long the stimulus must last, without a break, before the state changes. An empty cell
+changes nothing.
+
+The column *unverified* is the verdict *unknown*: nothing could be checked. A good state, or *pending*, becomes
+*unverified* after *grace unverified*, with what could not be checked and why. A tunnel that was leaking or down stays
+so, with the same findings added: a failed check is no sign of an end. If checks become impossible three times within
+five minutes, the tunnel is *unverified* at once, until they have worked for *flap calm*.
 
 A tunnel that left *protected* three times within five minutes (`VPN_SENTINEL_FLAP_COUNT`, `VPN_SENTINEL_FLAP_WINDOW`)
-is flapping: it shows the finding `flapping`, and where the table says *grace recovery*, *flap calm* counts. So the
-third outage stays one open incident until there is calm.
+is flapping: it shows the finding `flapping`, and *flap calm* replaces *grace recovery* in the table. So the third
+outage stays one open incident until there is calm.
 """
 _GRACE: Final = """\
 | wait | setting | default |
@@ -39,25 +41,25 @@ def render() -> str:
     lines += ["", _GRACE.rstrip()]
     for wait in Wait:
         name = "" if wait is Wait.NONE else f"`VPN_SENTINEL_{wait.value.upper()}`"
-        lines.append(f"| {_said(wait)} | {name} | {wait.seconds(Policy()):g} s |")
+        lines.append(f"| {_label(wait)} | {name} | {wait.seconds(Policy()):g} s |")
     lines += ["", "## As a graph", "", "```mermaid", "stateDiagram-v2", f"    [*] --> {State.PENDING}"]
     for state in states:
-        lines += [f"    {state} --> {to}: {_said(wait)}" for to, wait in TRANSITIONS[state].items()]
+        lines += [f"    {state} --> {to}: {_label(wait)}" for to, wait in TRANSITIONS[state].items()]
     lines += ["```", "", "## What brings a verdict about", "", "| verdict | findings |", "|---|---|"]
     for state in HARM:
         codes = [f"`{code}`" for code, meaning in MEANING.items() if meaning.state is state]
         if codes:
             lines.append(f"| {state} | {', '.join(codes)} |")
-    lines += ["", "The most harmful finding decides. Those of *protected* are told, and change nothing.", ""]
+    lines += ["", "The most harmful finding decides. Those of *protected* are shown, and do not change the state.", ""]
     return "\n".join(lines)
 
 
 def _cell(state: State, stimulus: State) -> str:
     wait = TRANSITIONS[state].get(stimulus)
-    return "" if wait is None else _said(wait)
+    return "" if wait is None else _label(wait)
 
 
-def _said(wait: Wait) -> str:
+def _label(wait: Wait) -> str:
     return "at once" if wait is Wait.NONE else wait.value.replace("_", " ")
 
 

@@ -99,7 +99,8 @@ URL: Final = AGENT.add(
     p.urls,
     p.NO_TEXTS,
     "the server's address, such as `https://sentinel.example:5000`, with or without the API's path "
-    "(`VPN_SENTINEL_API_PATH`). Several, separated by commas: the first is preferred, the others are second ways",
+    "(`VPN_SENTINEL_API_PATH`). Several, separated by commas: the first is preferred, the others are used when it does "
+    "not answer",
     default_text="needed",
     stand_in="http://127.0.0.1:9",  # port 9, discard
 )
@@ -114,14 +115,14 @@ ROLE: Final = AGENT.add(
     "ROLE",
     p.one_of(TUNNEL, REFERENCE),
     TUNNEL,
-    "`reference`: this agent runs beside the tunnels of its site, and stands for the home connection",
+    "`reference`: this agent runs outside the tunnels of its site, and observes the home connection",
 )
 SITE: Final = AGENT.add(
     "SITE",
     site_name,
     "",
-    "where this runs; agents of one home share it. A reference agent needs it: what it says counts for all tunnels "
-    "there, so it takes a shared key, or a token whose name is the site's",
+    "the home where this runs; its agents share the name. Required for a reference agent: its reports affect all "
+    "tunnels of the site, so it needs a shared key, or a token with the site's name",
     stand_in="unnamed",
 )
 ALLOW_INSECURE: Final = AGENT.add(
@@ -140,7 +141,7 @@ CA_FILE: Final = PLACES.add(
     "CA_FILE",
     p.authorities,
     None,
-    "further certificate authorities, PEM, beside the system's",
+    "further certificate authorities, PEM, in addition to the system's",
     read_by=("agent", "check", "geo"),
     old_names=("TLS_CERT_PATH",),
 )
@@ -148,7 +149,7 @@ GEO_DB: Final = PLACES.add(
     "GEO_DB",
     _files,
     p.NO_TEXTS,
-    "database files in MaxMind's format (`.mmdb`), asked before any service; a replaced file is taken within a minute",
+    "database files in MaxMind's format (`.mmdb`), asked before any service; a replaced file is loaded within a minute",
     default_text="what `geo update` installed",
     read_by=("agent", "check", "geo"),
 )
@@ -165,9 +166,9 @@ class ProbeSettings:
         "TUNNEL_INTERFACE",
         _interface,
         None,
-        "the tunnel's interface, one name: another tunnel takes an agent of its own. Where nothing else shows that it "
-        "is one, `tunnel_unseen` says that the verdict rests on this word. Where it names the way out beneath a tunnel "
-        "that is seen here, that tunnel is watched, and log, `check` and `doctor` say so",
+        "the tunnel's interface, one name: another tunnel needs an agent of its own. Where nothing else shows that it "
+        "is a tunnel, the verdict rests on this setting, and `tunnel_unseen` says so. If it names the uplink beneath a "
+        "tunnel that is found here, that tunnel is watched, and log, `check` and `doctor` say so",
         default_text="found",
         idle=(NOT_FOR_REFERENCE,),
     )
@@ -176,7 +177,7 @@ class ProbeSettings:
         _endpoints,
         _NO_ENDPOINTS,
         "the VPN servers to which the tunnel's own packets go: `ADDRESS:PORT/udp` or `/tcp`, `[IPV6]:PORT/udp`. Needed "
-        "where nothing else tells them: no WireGuard, no rule with a mark, no route to the server, no management "
+        "where nothing else shows them: no WireGuard, no rule with a mark, no route to the server, no management "
         "socket",
         default_text="found",
         idle=(NOT_FOR_REFERENCE,),
@@ -185,13 +186,12 @@ class ProbeSettings:
         "MEANT_OUTSIDE",
         _meant,
         Meant(),
-        "what is meant to leave beside the tunnel, in words, separated by `;`: `published 8000/tcp` (answers of a port "
-        "here to visitors; a range is `6881-6889/udp`), `port 123/udp` (what goes to that port of anybody), `user "
-        "backup` (what that user's programs send, by name or number), `only user debian-transmission` (the tunnel is "
-        "for that user alone), `interface eth1` (that way out is not watched). Example: `published 8000/tcp; user "
-        "backup`. Answers to visitors are known without it in most cases; not those of a session with a container that "
-        "began before the agent, when the published port is 32768 or higher, or the visitor's port is lower than that "
-        "(and the published one is 1024 or higher); networks go into `VPN_SENTINEL_ALLOWED_OUTSIDE`",
+        "what is [meant to leave beside the tunnel](../how-to/meant-outside.md), entries separated by `;`: `published "
+        "8000/tcp; port 123/udp; user backup; only user debian-transmission; interface eth1`. Users are names or "
+        "numbers. Most answers of a published port to clients are recognized without an entry; not those in a session "
+        "with a container that began before the agent, if the published port is 32768 or higher, or if the client's "
+        "port is lower than that (and the published one is 1024 or higher). Networks go into "
+        "`VPN_SENTINEL_ALLOWED_OUTSIDE`",
         default_text="none",
         idle=(NOT_FOR_REFERENCE,),
     )
@@ -199,7 +199,7 @@ class ProbeSettings:
         "LEAK_WATCH",
         p.boolean,
         True,
-        "`false` turns the leak watch off: no packet is looked at. Routes and canaries are watched all the same",
+        "`false` turns the leak watch off: no packets are watched, only routes and canaries",
     )
     policy: Policy
     ca_file: str | None
@@ -213,7 +213,7 @@ class ProbeSettings:
     )
     ipinfo_url: str = PLACES.field("IPINFO_URL", p.url, "https://ipinfo.io", "base address")
     ipapi_url: str = PLACES.field(
-        "IPAPI_URL", p.url, "http://ip-api.com", "base address; its free service takes no HTTPS"
+        "IPAPI_URL", p.url, "http://ip-api.com", "base address; its free service has no HTTPS"
     )
     ipwhois_url: str = PLACES.field("IPWHOIS_URL", p.url, "https://ipwho.is", "base address")
     trace_url: str = PLACES.field("TRACE_URL", p.url, TRACE_URL, "base address of Cloudflare's trace")
@@ -221,7 +221,7 @@ class ProbeSettings:
         "TIMEOUT",
         p.number(1, 300, "seconds"),
         10.0,
-        "seconds for a geolocation service; more than 5 (`check`: 4) counts as that",
+        "seconds for a request to a geolocation service; at most 5 (`check`: 4), higher values count as that",
     )
 
     @classmethod
@@ -288,7 +288,7 @@ class AgentSettings:
                 problem = f"{url} would carry the key in clear; use https, or {ALLOW_INSECURE.key}=true if you must"
                 raise SettingError(URL.key, problem)
         if source.get(ROLE) == REFERENCE and not source.get(SITE):
-            raise SettingError(SITE.key, "is not set: a reference agent names the site that it stands for")
+            raise SettingError(SITE.key, "is not set: a reference agent names its site")
         return fill(
             cls,
             source,

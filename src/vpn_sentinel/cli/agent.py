@@ -13,11 +13,17 @@ def add(commands: Any) -> None:
     parser = commands.add_parser("agent", help="watch the tunnel of this network namespace and report")
     add_config(parser)
     parser.add_argument("--url", dest="URL", metavar="URL", help="the server's address; commas separate several")
-    parser.add_argument("--client-id", dest="CLIENT_ID", metavar="NAME", help="the tunnel's name (this host's)")
-    parser.add_argument("--interface", dest="TUNNEL_INTERFACE", metavar="NAME", help="the tunnel's interface (found)")
-    parser.add_argument("--role", dest="ROLE", metavar="ROLE", help="tunnel, or reference for one beside the tunnels")
-    parser.add_argument("--site", dest="SITE", metavar="NAME", help="where this runs: tunnels of one home share it")
-    parser.add_argument("--data-dir", dest="DATA_DIR", metavar="FOLDER", help="where reports wait to be sent")
+    parser.add_argument(
+        "--client-id", dest="CLIENT_ID", metavar="NAME", help="the tunnel's name (default: this host's)"
+    )
+    parser.add_argument(
+        "--interface", dest="TUNNEL_INTERFACE", metavar="NAME", help="the tunnel's interface (default: found)"
+    )
+    parser.add_argument("--role", dest="ROLE", metavar="ROLE", help="tunnel, or reference for a site's reference agent")
+    parser.add_argument(
+        "--site", dest="SITE", metavar="NAME", help="the home where this runs; its agents share the name"
+    )
+    parser.add_argument("--data-dir", dest="DATA_DIR", metavar="FOLDER", help="the data folder, where reports wait")
     parser.set_defaults(func=run)
 
 

@@ -49,7 +49,7 @@ _MARKS: Final = {
 def add(commands: Any) -> None:
     parser = commands.add_parser(
         "check",
-        help="look once, from this machine, without any server",
+        help="check this machine once, without a server",
         epilog="Exit status: 0 protected, 1 degraded, 2 leaking, 3 down, 4 unknown, 64 wrong usage.",
     )
     add_config(parser)
@@ -59,10 +59,16 @@ def add(commands: Any) -> None:
         metavar="FILE",
         help="TOML with home_networks, expected_countries, allowed_resolvers, allowed_outside",
     )
-    parser.add_argument("--home", metavar="CIDR", action="append", help="addresses that must never be seen outside")
-    parser.add_argument("--country", metavar="CC", action="append", help="a country where the exit may be")
-    parser.add_argument("--server", metavar="URL", help="a VPN Sentinel server to ask where this machine comes from")
-    parser.add_argument("--interface", dest="TUNNEL_INTERFACE", metavar="NAME", help="the tunnel's interface (found)")
+    parser.add_argument("--home", metavar="CIDR", action="append", help="the home's public addresses; may be repeated")
+    parser.add_argument(
+        "--country", metavar="CC", action="append", help="a country where the exit may be; may be repeated"
+    )
+    parser.add_argument(
+        "--server", metavar="URL", help="a VPN Sentinel server that returns this machine's exit address"
+    )
+    parser.add_argument(
+        "--interface", dest="TUNNEL_INTERFACE", metavar="NAME", help="the tunnel's interface (default: found)"
+    )
     parser.set_defaults(func=run)
 
 

@@ -19,16 +19,16 @@ def add(commands: Any) -> None:
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     for name, purpose, work in (
         ("migrate", "bring the schema up to date (the server does so too when it starts)", _migrate),
-        ("check", "look at every page for damage, count what it holds", _check),
-        ("backup", "copy a SQLite database now, beside a running server too", _backup),
-        ("restore", "put a copy in the place of a SQLite database; the old one is kept", _restore),
+        ("check", "check every page for damage, count the rows", _check),
+        ("backup", "back up a SQLite database now, also while a server runs", _backup),
+        ("restore", "replace a SQLite database by a backup; the old one is kept", _restore),
     ):
         verb = verbs.add_parser(name, help=purpose)
         add_database(verb)
         if name in ("backup", "restore"):
-            verb.add_argument("--backup-dir", dest="BACKUP_DIR", metavar="FOLDER", help="where copies are kept")
+            verb.add_argument("--backup-dir", dest="BACKUP_DIR", metavar="FOLDER", help="the folder of the backups")
         if name == "restore":
-            verb.add_argument("file", nargs="?", type=Path, metavar="FILE", help="which copy (the newest)")
+            verb.add_argument("file", nargs="?", type=Path, metavar="FILE", help="which backup (default: the newest)")
         verb.set_defaults(func=work)
 
 
@@ -46,7 +46,7 @@ def _migrate(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> int:
-    """Raises UserError for a damaged database; status 1 too where something was lost that nobody was told of yet."""
+    """Raises UserError for a damaged database; status 1 too for a loss of data that was not reported yet."""
     from sqlalchemy import func, select
 
     from vpn_sentinel.server.store import backup

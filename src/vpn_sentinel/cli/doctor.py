@@ -23,14 +23,16 @@ _MARGIN_COLUMNS: Final = 4  # the mark and a space before a check's name, two sp
 def add(commands: Any) -> None:
     parser = commands.add_parser(
         "doctor",
-        help="explain what can and cannot be seen from here, and how to mend it",
-        epilog="Exit status: 0 no gap, 1 gaps, 64 wrong usage. It changes nothing, here or on the server.",
+        help="explain what can and cannot be seen from here, and how to fix it",
+        epilog="Exit status: 0 no gap, 1 one gap or more, 64 wrong usage. It changes nothing, here or on the server.",
     )
     add_config(parser)
     parser.add_argument("--json", action="store_true", help="print one JSON object and nothing else")
-    parser.add_argument("--data-dir", dest="DATA_DIR", metavar="FOLDER", help="the agent's folder")
+    parser.add_argument("--data-dir", dest="DATA_DIR", metavar="FOLDER", help="the agent's data folder")
     parser.add_argument("--url", dest="URL", metavar="URL", help="the server's address; commas separate several")
-    parser.add_argument("--interface", dest="TUNNEL_INTERFACE", metavar="NAME", help="the tunnel's interface (found)")
+    parser.add_argument(
+        "--interface", dest="TUNNEL_INTERFACE", metavar="NAME", help="the tunnel's interface (default: found)"
+    )
     parser.set_defaults(func=run)
 
 

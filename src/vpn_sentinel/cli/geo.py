@@ -17,27 +17,27 @@ if TYPE_CHECKING:
 
 
 def add(commands: Any) -> None:
-    parser = commands.add_parser("geo", help="fetch and show the offline databases of places")
+    parser = commands.add_parser("geo", help="download and show the offline databases of places")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
     update = verbs.add_parser(
         "update",
-        help="fetch the newest, verify it, and put it in the place of the old",
-        epilog="A running agent takes it within a minute. When anything fails the old one stays in use.",
+        help="download the newest, verify and install it",
+        epilog="A running agent loads it within a minute. If anything fails, the old one stays in use.",
     )
     add_config(update)
     _folder(update)
     from_where = update.add_mutually_exclusive_group()
     from_where.add_argument(
-        "--source", choices=("dbip", "maxmind"), help="whose (MaxMind's when its key is set, else DB-IP Lite)"
+        "--source", choices=("dbip", "maxmind"), help="the source (MaxMind if its key is set, else DB-IP Lite)"
     )
     from_where.add_argument(
         "--file",
         metavar="FILE",
         action="append",
-        help="a file that you have: .mmdb, .mmdb.gz, .tar.gz; may be repeated",
+        help="a file to install: .mmdb, .mmdb.gz, .tar.gz; may be repeated",
     )
     update.set_defaults(func=run_update)
-    show = verbs.add_parser("show", help="what is installed: source, age, whether it is whole, whom to credit")
+    show = verbs.add_parser("show", help="what is installed: source, age, whether it is intact, whom to credit")
     add_config(show)
     _folder(show)
     show.add_argument("--json", action="store_true", help="print one JSON object")
@@ -46,7 +46,10 @@ def add(commands: Any) -> None:
 
 def _folder(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--data-dir", dest="DATA_DIR", metavar="FOLDER", help="the agent's folder; theirs is `geo` in it"
+        "--data-dir",
+        dest="DATA_DIR",
+        metavar="FOLDER",
+        help="the agent's data folder; the databases are in `geo` in it",
     )
 
 

@@ -20,17 +20,17 @@ _FILES: Final = 32
 
 # Command -> what it is for, its module under `cli`.
 COMMANDS: Final = {
-    "check": ("look once, from this machine, without any server", "check"),
+    "check": ("check this machine once, without a server", "check"),
     "up": ("run server and agent together on this machine", "up"),
     "agent": ("watch the tunnel of this network namespace and report", "agent"),
-    "server": ("take reports, judge, remember, notify", "server"),
+    "server": ("receive and judge reports, keep the history, notify", "server"),
     "token": ("create, list and revoke agents' credentials", "token"),
     "tunnel": ("list and show the watched tunnels", "tunnel"),
     "notify": ("send a test message", "notify"),
-    "geo": ("fetch and show the offline databases of places", "geo"),
-    "doctor": ("explain what can and cannot be seen from here, and how to mend it", "doctor"),
+    "geo": ("download and show the offline databases of places", "geo"),
+    "doctor": ("explain what can and cannot be seen from here, and how to fix it", "doctor"),
     "release": ("open what containment closed in this network namespace", "release"),
-    "db": ("migrate or check the database", "db"),
+    "db": ("migrate, check, back up or restore the database", "db"),
 }
 
 
@@ -83,7 +83,7 @@ def _lacking(error: BaseException) -> str:
 
 
 def _main(words: list[str]) -> int:
-    parser = _Parser(prog="vpn-sentinel", description="Watches VPN tunnels and tells you when one leaks or dies.")
+    parser = _Parser(prog="vpn-sentinel", description="Watches VPN tunnels and notifies you when one leaks or fails.")
     parser.add_argument("--version", action="version", version=f"vpn-sentinel {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     wanted = next((w for w in words if not w.startswith("-")), None)

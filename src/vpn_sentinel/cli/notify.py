@@ -22,7 +22,7 @@ CHANNELS: Final = {
 def add(commands: Any) -> None:
     parser = commands.add_parser("notify", help="send a test message")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    test = verbs.add_parser("test", help="send one message now, past the outbox, and say how it went")
+    test = verbs.add_parser("test", help="send one message now, not by the outbox, and print the result")
     test.add_argument("channel", metavar="CHANNEL", choices=tuple(CHANNELS), help=" or ".join(CHANNELS))
     add_config(test)
     test.set_defaults(func=_test)

@@ -12,11 +12,17 @@ from vpn_sentinel.runtime.clock import SystemClock
 
 
 def add(commands: Any) -> None:
-    parser = commands.add_parser("server", help="take reports, judge, remember, notify")
+    parser = commands.add_parser("server", help="receive and judge reports, keep the history, notify")
     add_config(parser)
-    parser.add_argument("--api-port", dest="SERVER_API_PORT", metavar="PORT", help="REST API, agents, UDP echo (5000)")
-    parser.add_argument("--dashboard-port", dest="SERVER_DASHBOARD_PORT", metavar="PORT", help="dashboard (8080)")
-    parser.add_argument("--health-port", dest="SERVER_HEALTH_PORT", metavar="PORT", help="health and metrics (8081)")
+    parser.add_argument(
+        "--api-port", dest="SERVER_API_PORT", metavar="PORT", help="REST API, agents, UDP echo (default: 5000)"
+    )
+    parser.add_argument(
+        "--dashboard-port", dest="SERVER_DASHBOARD_PORT", metavar="PORT", help="dashboard (default: 8080)"
+    )
+    parser.add_argument(
+        "--health-port", dest="SERVER_HEALTH_PORT", metavar="PORT", help="health and metrics (default: 8081)"
+    )
     parser.add_argument("--database-url", dest="DATABASE_URL", metavar="URL", help="sqlite:///PATH or postgresql://…")
     parser.set_defaults(func=run)
 

@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 def add_database(parser: argparse.ArgumentParser) -> None:
     add_config(parser)
-    parser.add_argument("--data-dir", dest="DATA_DIR", metavar="FOLDER", help="where the server keeps its database")
+    parser.add_argument("--data-dir", dest="DATA_DIR", metavar="FOLDER", help="the server's data folder")
     parser.add_argument("--database-url", dest="DATABASE_URL", metavar="URL", help="sqlite:///PATH or postgresql://…")
 
 

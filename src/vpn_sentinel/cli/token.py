@@ -14,10 +14,10 @@ from vpn_sentinel.runtime.clock import SystemClock
 def add(commands: Any) -> None:
     parser = commands.add_parser("token", help="create, list and revoke agents' credentials")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    create = verbs.add_parser("create", help="make a token and print it: it is shown only this once")
+    create = verbs.add_parser("create", help="make a token and print it, once")
     create.add_argument("name", metavar="NAME", type=_name, help="the tunnel that may report with it")
     create.add_argument("--shared", action="store_true", help="may report under any name, and read everything")
-    listed = verbs.add_parser("list", help="list tokens; their text is kept nowhere")
+    listed = verbs.add_parser("list", help="list tokens: names, kinds, dates")
     revoke = verbs.add_parser("revoke", help="refuse a token from now on")
     revoke.add_argument("name", metavar="NAME")
     for verb, func in ((create, _create), (listed, _list), (revoke, _revoke)):

@@ -13,8 +13,8 @@ _MAX_TRANSITIONS: Final = 20
 def add(commands: Any) -> None:
     parser = commands.add_parser("tunnel", help="list and show the watched tunnels")
     verbs = parser.add_subparsers(metavar="VERB", required=True)
-    listed = verbs.add_parser("list", help="all tunnels as they stand")
-    show = verbs.add_parser("show", help="one tunnel: findings and what its state did lately")
+    listed = verbs.add_parser("list", help="all tunnels with their states")
+    show = verbs.add_parser("show", help="one tunnel: findings and last transitions")
     show.add_argument("name", metavar="NAME")
     for verb, func in ((listed, _list), (show, _show)):
         add_database(verb)

@@ -25,10 +25,8 @@ if TYPE_CHECKING:
 def add(commands: Any) -> None:
     parser = commands.add_parser("up", help="run server and agent together on this machine")
     add_config(parser)
-    parser.add_argument("--data-dir", dest="DATA_DIR", metavar="FOLDER", help="where the database is kept")
-    parser.add_argument(
-        "--home", dest="HOME_NETWORKS", metavar="CIDR", help="addresses that must never be seen outside"
-    )
+    parser.add_argument("--data-dir", dest="DATA_DIR", metavar="FOLDER", help="the data folder")
+    parser.add_argument("--home", dest="HOME_NETWORKS", metavar="CIDR", help="the home's public addresses")
     parser.set_defaults(func=run)
 
 

@@ -122,12 +122,12 @@ DATABASE_URL: Final = DATABASE.add(
     "DATABASE_URL",
     _database_url,
     None,
-    "`sqlite:///PATH`, the path of a file as it stands, or `postgresql://USER:PASSWORD@HOST/NAME`, in every form that "
+    "`sqlite:///PATH`, the literal path of a file, or `postgresql://USER:PASSWORD@HOST/NAME`, in every form that "
     "[libpq documents](https://www.postgresql.org/docs/current/libpq-connect.html#LIBPQ-CONNSTRING-URIS): `sslmode`, "
     "`sslrootcert`, several hosts, a socket (`?host=/run/postgresql`), `options`, `passfile`, `PGPASSWORD`. Of several "
-    "hosts the one that takes writes is used. `service` is not supported, nor `hostaddr` beside a host with "
-    "`verify-full`, and `channel_binding=require` is not checked (said at the start). PgBouncer may stand between, in "
-    "any mode but `statement`. The database's encoding must be UTF8",
+    "hosts the one that accepts writes is used. `service` is not supported, nor `hostaddr` together with a host and "
+    "`verify-full`; `channel_binding=require` is not checked (the start says so). PgBouncer may be in between, in any "
+    "mode but `statement`. The database's encoding must be UTF8",
     default_text="`sqlite:///DATA_DIR/sentinel.db`",
 )
 _NO_SQLITE: Final = Idle(beside="DATABASE_URL", spoils=_is_postgres, shown="postgresql://…")
@@ -143,19 +143,19 @@ DASHBOARD_PUBLIC: Final = DASHBOARD.add(
     "DASHBOARD_PUBLIC",
     p.boolean,
     False,
-    "true lets the dashboard listen on all addresses. It asks for no login",
+    "true lets the dashboard listen on all addresses. It has no login",
     idle=_NO_DASHBOARD,
 )
 SERVER_WEB_DASHBOARD_ENABLED: Final = DASHBOARD.add(
     "SERVER_WEB_DASHBOARD_ENABLED", p.boolean, True, "false: no dashboard"
 )
 SERVER_DASHBOARD_ENABLED: Final = DASHBOARD.add(
-    "SERVER_DASHBOARD_ENABLED", p.boolean, True, "the same; either one turns it off"
+    "SERVER_DASHBOARD_ENABLED", p.boolean, True, "the same: false in either one turns it off"
 )
 
-ACCESS: Final = Section("Server: who may come", read_by=("server",))
+ACCESS: Final = Section("Server: who has access", read_by=("server",))
 
-DEADLINES: Final = Section("Server: when an agent is silent, and what is tried from here", read_by=("server",))
+DEADLINES: Final = Section("Server: silence, and checks from outside", read_by=("server",))
 CLIENT_TIMEOUT_MINUTES: Final = DEADLINES.add(
     "CLIENT_TIMEOUT_MINUTES",
     p.number(0.05, 1440, "minutes"),
@@ -167,7 +167,7 @@ SERVER_CHECK_INTERVAL_MINUTES: Final = DEADLINES.add(
     "SERVER_CHECK_INTERVAL_MINUTES",
     p.number(0.05, 1440, "minutes"),
     5.0,
-    "accepted and checked, without effect: deadlines are watched once a second",
+    "validated, but without effect: deadlines are checked once a second",
 )
 
 NOTICES: Final = Section("Server: notices", read_by=("server",))
@@ -176,8 +176,8 @@ TELEGRAM_CHAT_ID: Final = NOTICES.add(
     "TELEGRAM_CHAT_ID",
     _chat,
     None,
-    "the only chat that is told and served: its number, or a channel's `@name`; with a [topic](bot.md) as "
-    "`-1001234567890:45`",
+    "the only chat that gets messages and may use the bot: its number, or a channel's `@name`; with a [topic](bot.md) "
+    "as `-1001234567890:45`",
 )
 TELEGRAM_ENABLED: Final = NOTICES.add(
     "TELEGRAM_ENABLED",
@@ -193,7 +193,7 @@ TELEGRAM_API_URL: Final = NOTICES.add(
     "base address of the Bot API",
     idle=(Idle(needs=("TELEGRAM_BOT_TOKEN",)),),
 )
-WEBHOOK_URL: Final = NOTICES.add("WEBHOOK_URL", _webhook_url, None, "where notices are posted as JSON")
+WEBHOOK_URL: Final = NOTICES.add("WEBHOOK_URL", _webhook_url, None, "the address to which notices are posted as JSON")
 _NO_WEBHOOK: Final = Idle(needs=("WEBHOOK_URL",))
 WEBHOOK_SECRET: Final = NOTICES.add(
     "WEBHOOK_SECRET", p.secret, None, "signs each body (HMAC-SHA256)", idle=(_NO_WEBHOOK,)
@@ -212,16 +212,16 @@ CANARY_HOST: Final = DNS_CANARY.add(
     "CANARY_HOST",
     p.addresses,
     p.NO_ADDRESSES,
-    "the addresses on which DNS is served; `::` takes IPv4 and IPv6. TCP and UDP",
+    "the addresses to listen on for DNS; `::` means IPv4 and IPv6. TCP and UDP",
     default_text="`::`",
     idle=(_NO_ZONE,),
 )
-CANARY_PORT: Final = DNS_CANARY.add("CANARY_PORT", p.port, 53, "their port", idle=(_NO_ZONE,))
+CANARY_PORT: Final = DNS_CANARY.add("CANARY_PORT", p.port, 53, "the port to listen on for DNS", idle=(_NO_ZONE,))
 CANARY_NS: Final = DNS_CANARY.add(
     "CANARY_NS",
     _domains,
     p.NO_TEXTS,
-    "the names of this server in NS records, as the delegation has them",
+    "the names of this server in NS records, as in the delegation",
     default_text="`ns.` and the zone",
     idle=(_NO_ZONE,),
 )
@@ -229,7 +229,7 @@ CANARY_ADDRESSES: Final = DNS_CANARY.add(
     "CANARY_ADDRESSES",
     p.addresses,
     p.NO_ADDRESSES,
-    "the addresses of those names that lie in the zone",
+    "the addresses of the names in `VPN_SENTINEL_CANARY_NS` that are in the zone",
     default_text="the server's public address",
     idle=(_NO_ZONE,),
 )
@@ -243,7 +243,7 @@ SECTIONS: Final = (DATABASE, LISTENING, DASHBOARD, ACCESS, DEADLINES, TIMES, NOT
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TelegramSettings:
-    """`chat_id` is the only chat that is told and served; `topic` (a `message_thread_id`) is where it is told."""
+    """`chat_id` is the only chat that gets messages and may use the bot; `topic` (a `message_thread_id`) is where."""
 
     token: Secret
     chat_id: str
@@ -290,36 +290,37 @@ class ServerSettings:
         "RETENTION_DAYS",
         p.number(0.01, 3650, "days"),
         30.0,
-        "days that observations are kept; transitions, closed incidents and settled deliveries twelve times as long",
+        "days for which observations are kept; transitions, closed incidents and settled deliveries twelve times as "
+        "long",
     )
     backup_hours: float = DATABASE.field(
         "BACKUP_HOURS",
         p.number(0, 8760, "hours"),
         24.0,
-        "hours from one [backup](../how-to/database.md) of the SQLite database to the next; 0: none",
+        "hours between two [backups](../how-to/database.md) of the SQLite database; 0: none",
         idle=(_NO_SQLITE,),
     )
     backup_keep: int = DATABASE.field(
         "BACKUP_KEEP",
         p.integer(1, 1000),
         3,
-        "how many are kept, the newest",
+        "how many of the newest backups are kept",
         idle=(Idle(beside="BACKUP_HOURS", spoils=_is_zero), _NO_SQLITE),
     )
     backup_dir: Path | None = DATABASE.field(
         "BACKUP_DIR",
         Path,
         None,
-        "where; another disk is better. Made and tried at the start. No effect with PostgreSQL",
-        default_text="`backups` beside the database",
+        "the folder of the backups; another disk is better. Created and tested at the start. No effect with PostgreSQL",
+        default_text="`backups` next to the database",
         idle=(_NO_SQLITE,),  # without a schedule `db backup` uses it all the same
     )
     host: str = LISTENING.field(
         "SERVER_HOST",
         p.listening_host,
         "::",  # both families: agents report from anywhere; every route asks for a key
-        "the address that agents reach, or a name of this host; `::` takes IPv4 and IPv6, or IPv4 alone on a machine "
-        "without IPv6. TCP and UDP",
+        "the address to listen on for agents and API, or a name of this host; `::` means IPv4 and IPv6, or IPv4 alone "
+        "on a machine without IPv6. TCP and UDP",
     )
     api_port: int = LISTENING.field(
         "SERVER_API_PORT", p.port, 5000, "port of the API and the agents (TCP) and of the echo (UDP)"
@@ -329,22 +330,24 @@ class ServerSettings:
         "TLS_CERT_PATH",
         p.readable_file,
         None,
-        "certificate of the API's port, PEM; with it the port speaks HTTPS only",
+        "certificate of the API's port, PEM; with it the port speaks only HTTPS",
         pair="TLS_KEY_PATH",
     )
-    tls_key: Path | None = LISTENING.field("TLS_KEY_PATH", p.readable_file, None, "its key, PEM", pair="TLS_CERT_PATH")
+    tls_key: Path | None = LISTENING.field(
+        "TLS_KEY_PATH", p.readable_file, None, "the certificate's key, PEM", pair="TLS_CERT_PATH"
+    )
     public_url: str | None = LISTENING.field(
         "PUBLIC_URL",
         p.url,
         None,
-        "the server's address as others write it: shown on the empty dashboard, and accepted as the dashboard's host "
-        "name. With a certificate `up` needs it: its own agent reports there",
+        "the server's address for its users: shown on the empty dashboard, and accepted as the dashboard's host name. "
+        "`up` with a certificate needs it: its own agent reports to this address",
     )
     health_host: str = LISTENING.field(
         "SERVER_HEALTH_HOST",
         p.listening_host,
         "::",  # says no name and no address
-        "the address of health and metrics, which ask for no login and name no tunnel",
+        "the address to listen on for health and metrics, which have no login and name no tunnel",
     )
     health_port: int = LISTENING.field("SERVER_HEALTH_PORT", p.port, 8081, "the port of health and metrics")
     dashboard_port: int = DASHBOARD.field(
@@ -364,35 +367,35 @@ class ServerSettings:
         "TRUSTED_PROXIES",
         p.networks,
         p.NO_NETWORKS,
-        "addresses and networks of reverse proxies, and of nothing else, whose `X-Forwarded-For` is believed. "
-        "`Forwarded` and `X-Real-IP` are not read: where such a proxy names nobody, the address is unknown, which the "
-        "log says once, and an allow-list lets nobody in",
+        "addresses and networks of reverse proxies, and of nothing else, whose `X-Forwarded-For` is trusted. "
+        "`Forwarded` and `X-Real-IP` are not read: if such a proxy sends no `X-Forwarded-For`, the client's address is "
+        "unknown, which is logged once, and an allow-list refuses it",
     )
     rate_limit: int = ACCESS.field(
         "SERVER_RATE_LIMIT_REQUESTS",
         p.integer(1, 1_000_000),
         30,
-        "requests a minute: keepalives of one address, posted reports of one agent. WebSockets are not counted",
+        "requests a minute: keepalives of one address, reports by POST of one agent. WebSockets are not counted",
     )
     keepalive_timeout: float
     missed_reports: int = DEADLINES.field(
         "MISSED_REPORTS",
         p.integer(1, 100),
         3,
-        "reports an agent may miss before it is silent: this many times its interval, and one second",
+        "reports that an agent may miss before it is silent: this many times its interval, plus one second",
     )
     port_check: bool = DEADLINES.field(
         "PORT_CHECK",
         p.boolean,
         True,
-        "false: forwarded ports are not tried from here. They are tried only at an address that the tunnel's own "
+        "false: the server does not check forwarded ports. It checks them only at an address that the tunnel's own "
         "packets came from",
     )
     trace_url: str = DEADLINES.field(
         "TRACE_URL",
         _trace_url,
         "https://1.1.1.1",
-        "base address of Cloudflare's trace, which tells the server its own public address",
+        "base address of Cloudflare's trace, which returns the server's own public address",
     )
     policy: Policy
     telegram: TelegramSettings | None
@@ -401,14 +404,14 @@ class ServerSettings:
         "WEBHOOK_ALLOW_PRIVATE",
         p.boolean,
         False,
-        "true lets the webhook lead to private and local addresses",
+        "true allows a webhook at private and local addresses",
         idle=(_NO_WEBHOOK,),
     )
     ca_file: Path | None = NOTICES.field(
         "CA_FILE",
         p.authorities,
         None,
-        "further certificate authorities, PEM, beside the system's: for Telegram and the webhook",
+        "further certificate authorities, PEM, in addition to the system's: for Telegram and the webhook",
     )
     canary: DnsCanarySettings | None = None
     debug: bool = of(DEBUG)

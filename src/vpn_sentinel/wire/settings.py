@@ -14,9 +14,9 @@ _EVERY: Final = ("server", "agent", "check", "geo")
 POLICY: Final = Section(
     "Policy",
     """\
-On the agent, on the server, or on both. Networks add up; the countries that an agent names win over the server's. In
-every list of networks `::ffff:192.0.2.1` is `192.0.2.1`, and an address takes no zone (`%eth0`). Of a limit the agent's
-counts, unless it is the default.
+On the agent, on the server, or on both. Networks of both are combined; an agent's countries replace the server's. Of a
+limit the agent's counts, unless it is the default. In every list of networks `::ffff:192.0.2.1` is `192.0.2.1`, and an
+address has no zone (`%eth0`).
 """,
     read_by=("server", "agent", "check"),
 )
@@ -24,7 +24,7 @@ POLICY.add(
     "HOME_NETWORKS",
     p.home_networks,
     Policy.home_networks,
-    "addresses and networks that must never be seen outside: the home's public ones, such as `198.51.100.7`",
+    "the home's public addresses and networks, such as `198.51.100.7`: traffic that comes out there is a leak",
 )
 POLICY.add(
     "EXPECTED_COUNTRIES",
@@ -38,25 +38,25 @@ POLICY.add(
     "ALLOWED_OUTSIDE",
     p.networks,
     Policy.allowed_outside,
-    "addresses and networks whose traffic is meant to leave beside the tunnel: a declared split",
+    "addresses and networks whose traffic is meant to leave beside the tunnel (split tunnelling)",
 )
 POLICY.add(
     "MAX_LOSS",
     p.share,
     Policy.max_loss,
-    "the share of the pulses that may get lost, 0 to 1 or in percent: `0.05`, `5%`. More is `high_loss`. The agent "
-    "looks closely for a loss of 20 %; what is much less is told by 60 pulses, of which some get lost by chance",
+    "the share of pulses that may be lost, 0 to 1 or in percent: `0.05`, `5%`. More is `high_loss`. The agent measures "
+    "a loss of 20 % or more quickly; a much smaller one is computed from 60 pulses, so chance has an influence",
 )
 POLICY.add(
     "MAX_RTT_MS",
     p.number(1, 1_000_000, "milliseconds"),
     Policy.max_rtt_ms,
-    "milliseconds that a pulse's round trip may take, the median of them. More is `high_latency`",
+    "milliseconds that the median round trip of the pulses may take. More is `high_latency`",
 )
 
 TIMES: Final = Section(
     "How long trouble must last",
-    "A leak is told at once. All else must last, without a break: see [states](states.md).\n",
+    "A leak is notified at once. All other trouble must last without a break: see [states](states.md).\n",
     read_by=("server",),
 )
 TIMES.add("GRACE_DOWN", p.number(0, 3600, "seconds"), Policy.grace_down, "seconds that *down* must last")
@@ -65,16 +65,16 @@ TIMES.add(
     "GRACE_UNVERIFIED",
     p.number(0, 3600, "seconds"),
     Policy.grace_unverified,
-    "seconds for which nothing can be verified until that is a state",
+    "seconds without anything verified, after which a tunnel is *unverified*",
 )
 TIMES.add("GRACE_RECOVERY", p.number(0, 3600, "seconds"), Policy.grace_recovery, "seconds that recovery must last")
 TIMES.add(
     "FLAP_COUNT",
     p.integer(2, MAX_FLAP_COUNT),
     Policy.flap_count,
-    "a tunnel that leaves *protected* so many times within `VPN_SENTINEL_FLAP_WINDOW` is flapping, 2 to 16",
+    "a tunnel that leaves *protected* this many times within `VPN_SENTINEL_FLAP_WINDOW` is flapping, 2 to 16",
 )
-TIMES.add("FLAP_WINDOW", p.number(1, 86400, "seconds"), Policy.flap_window, "seconds; see the one above")
+TIMES.add("FLAP_WINDOW", p.number(1, 86400, "seconds"), Policy.flap_window, "seconds; see `VPN_SENTINEL_FLAP_COUNT`")
 TIMES.add(
     "FLAP_CALM",
     p.number(0, 86400, "seconds"),
@@ -97,27 +97,27 @@ DATA_DIR: Final = EVERYWHERE.add(
     "DATA_DIR",
     Path,
     None,
-    "the folder of what is kept: the server's SQLite database, the agent's spool, in which reports wait, and the "
-    "[databases of places](../how-to/geo.md)",
+    "the data folder: the server's SQLite database, the agent's spool of waiting reports, and the [databases of "
+    "places](../how-to/geo.md)",
     default_text="`/var/lib/vpn-sentinel` for root, else `~/.local/state/vpn-sentinel`",
     read_by=_EVERY,
 )
 API_PATH: Final = EVERYWHERE.add(
-    "API_PATH", p.path, "/api/v1", "what stands before every route; the same on agent and server"
+    "API_PATH", p.path, "/api/v1", "the path before every route; the same on agent and server"
 )
 DEBUG: Final = EVERYWHERE.add("DEBUG", p.boolean, False, "true logs more")
 LOG_FILE: Final = EVERYWHERE.add(
     "LOG_FILE",
     p.text,
     None,
-    "a file for the log; made with mode 0600, one that is there keeps its mode",
+    "a file for the log; a new one gets mode 0600, an existing one keeps its mode",
     default_text="standard error",
 )
 TZ: Final = EVERYWHERE.add(
     "TZ",
     p.text,
     None,
-    "the zone in which messages tell times, beside UTC; in the environment alone",
+    "the time zone of messages, in addition to UTC; read from the environment only",
     default_text="the system's",
     read_by=_EVERY,
     verbatim=True,

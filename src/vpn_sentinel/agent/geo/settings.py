@@ -21,7 +21,7 @@ def _account(value: str) -> str:
 
 UPDATES: Final = Section(
     "Offline databases of places",
-    "See [offline databases](../how-to/geo.md). The agent reads none of these, so MaxMind's key stays out of it.\n",
+    "See [offline databases](../how-to/geo.md). The agent reads none of these, so it never has MaxMind's key.\n",
     read_by=("geo",),
 )
 SECTIONS: Final = (*agent.SECTIONS, UPDATES)
@@ -29,7 +29,7 @@ SECTIONS: Final = (*agent.SECTIONS, UPDATES)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GeoSettings:
-    """`files` is set when the agent is told to read other files than the folder's."""
+    """`files` is set when the agent reads other files than the folder's."""
 
     folder: Path
     files: str | None
@@ -53,7 +53,7 @@ class GeoSettings:
         "MAXMIND_KEY",
         p.header,
         Secret(""),
-        "MaxMind licence key; it goes to that address alone, and not over plain HTTP",
+        "MaxMind licence key; it is sent to that address alone, and not over plain HTTP",
         pair="MAXMIND_ACCOUNT",
     )
 

@@ -1,4 +1,4 @@
-"""Whom the agent may ask about the tunnel, beside what the kernel tells everybody."""
+"""Which programs the agent may query about the tunnel, in addition to the kernel."""
 
 import os
 import stat
@@ -65,7 +65,7 @@ GLUETUN_URL: Final = WITNESSES.add(
     _control,
     None,
     "base address of gluetun's control server, such as `http://127.0.0.1:8000`; plain HTTP only on this host and in "
-    "private networks, or with `VPN_SENTINEL_ALLOW_INSECURE`. Never used unless it is set; `doctor` tells when one "
+    "private networks, or with `VPN_SENTINEL_ALLOW_INSECURE`. Never used unless it is set; `doctor` reports when one "
     "answers",
     idle=(NOT_FOR_REFERENCE,),
 )
@@ -85,7 +85,9 @@ GLUETUN_USER: Final = WITNESSES.add(
     pair="GLUETUN_PASSWORD",
     idle=(_GLUETUN,),
 )
-GLUETUN_PASSWORD: Final = WITNESSES.add("GLUETUN_PASSWORD", p.header, _EMPTY, "its password", pair="GLUETUN_USER")
+GLUETUN_PASSWORD: Final = WITNESSES.add(
+    "GLUETUN_PASSWORD", p.header, _EMPTY, "the user's password", pair="GLUETUN_USER"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +103,11 @@ class IntrospectSettings:
         idle=(NOT_FOR_REFERENCE,),
     )
     openvpn_password: Secret = WITNESSES.field(
-        "OPENVPN_MANAGEMENT_PASSWORD", p.secret, _EMPTY, "its password", idle=(Idle(needs=("OPENVPN_MANAGEMENT",)),)
+        "OPENVPN_MANAGEMENT_PASSWORD",
+        p.secret,
+        _EMPTY,
+        "the password of that interface",
+        idle=(Idle(needs=("OPENVPN_MANAGEMENT",)),),
     )
     gluetun: str | None = None
     login: Login = _NO_LOGIN
@@ -109,14 +115,14 @@ class IntrospectSettings:
         "FORWARDED_PORT",
         _port_or_file,
         None,
-        "the port that the VPN forwards here: a number, or the path of the file that a script writes it to",
-        default_text="what gluetun tells",
+        "the port that the VPN forwards here: a number, or the path of a file to which a script writes it",
+        default_text="the port that gluetun reports",
         idle=(NOT_FOR_REFERENCE,),
     )
 
     @classmethod
     def read(cls, source: Source, *, insecure: Callable[[str], bool]) -> "IntrospectSettings":
-        """`insecure` tells whether a key may not be sent to an address. Raises SettingError naming the setting."""
+        """`insecure` says whether a key must not be sent to an address. Raises SettingError naming the setting."""
         gluetun = source.get(GLUETUN_URL)
         login = Login(
             key=source.get(GLUETUN_API_KEY), user=source.get(GLUETUN_USER), password=source.get(GLUETUN_PASSWORD)

@@ -24,7 +24,7 @@ def _command(value: str) -> tuple[str, ...]:
     if len(found) == 1 and not p.mode_of(found[0]):  # all of it in quotes, as an env file hands it over
         found = tuple(shlex.split(found[0]))
     if not found or not found[0].startswith("/"):
-        msg = "takes a command with its whole path, such as /usr/local/bin/on-change --quiet"
+        msg = "needs a command with its full path, such as /usr/local/bin/on-change --quiet"
         raise ValueError(msg)
     if not stat.S_ISREG(p.mode_of(found[0])) or not os.access(found[0], os.X_OK):
         msg = f"{found[0]} is missing or cannot be run"
@@ -68,15 +68,16 @@ class ReactionSettings:
         "CONTAIN",
         _mode,
         Mode.OFF,
-        "`on` closes the ways out beside the tunnel when it leaks; `dry-run` only tells when",
+        "`on` closes the ways out beside the tunnel when it leaks; `dry-run` only reports when it would",
         idle=(NOT_FOR_REFERENCE,),
     )
     hook: tuple[str, ...] = REACTIONS.field(
         "HOOK",
         _command,
         p.NO_TEXTS,
-        "a command with its whole path, and arguments, run when the verdict changes: `/usr/local/bin/on-change "
-        "--quiet`. It and every folder above must be root's or the agent's own, and writable by nobody else",
+        "a command with its full path, and arguments, run when the verdict changes: `/usr/local/bin/on-change "
+        "--quiet`. It and every folder above must belong to root or to the agent's user, and be writable by nobody "
+        "else",
         idle=(NOT_FOR_REFERENCE,),
         verbatim=True,  # a command line has quotes of its own
     )
@@ -84,15 +85,15 @@ class ReactionSettings:
         "HOOK_TIMEOUT",
         p.number(1, 300, "seconds"),
         10.0,
-        "seconds until it is killed, 1 to 300",
+        "seconds after which the command is killed, 1 to 300",
         idle=(Idle(needs=("HOOK",)),),
     )
     gluetun_restart: bool = REACTIONS.field(
         "REMEDY_GLUETUN_RESTART",
         p.boolean,
         False,
-        "true restarts gluetun's VPN when the tunnel is down, at `VPN_SENTINEL_GLUETUN_URL` or, without, "
-        "`http://127.0.0.1:8000`",
+        "true restarts gluetun's VPN when the tunnel is down, through `VPN_SENTINEL_GLUETUN_URL` or, if that is not "
+        "set, `http://127.0.0.1:8000`",
         idle=(NOT_FOR_REFERENCE,),
     )
     qbittorrent_url: str | None = REACTIONS.field(
@@ -106,12 +107,12 @@ class ReactionSettings:
         "QBITTORRENT_USER",
         p.text,
         "",
-        "its user; not needed where it trusts this address",
+        "qBittorrent's user; not needed where it trusts this address",
         pair="QBITTORRENT_PASSWORD",
         idle=(Idle(needs=("QBITTORRENT_URL",)),),
     )
     qbittorrent_password: Secret = REACTIONS.field(
-        "QBITTORRENT_PASSWORD", p.secret, Secret(""), "the password", pair="QBITTORRENT_USER"
+        "QBITTORRENT_PASSWORD", p.secret, Secret(""), "the user's password", pair="QBITTORRENT_USER"
     )
     transmission_url: str | None = REACTIONS.field(
         "TRANSMISSION_URL",
@@ -121,20 +122,20 @@ class ReactionSettings:
         idle=(NOT_FOR_REFERENCE,),
     )
     transmission_user: str = REACTIONS.field(
-        "TRANSMISSION_USER", _basic_user, "", "its user", idle=(Idle(needs=("TRANSMISSION_URL",)),)
+        "TRANSMISSION_USER", _basic_user, "", "Transmission's user", idle=(Idle(needs=("TRANSMISSION_URL",)),)
     )
     transmission_password: Secret = REACTIONS.field(
         "TRANSMISSION_PASSWORD",
         p.secret,
         Secret(""),
-        "the password",
+        "the user's password",
         idle=(Idle(needs=("TRANSMISSION_URL",)), Idle(needs=("TRANSMISSION_USER",))),
     )
     resume: bool = REACTIONS.field(
         "REMEDY_RESUME",
         p.boolean,
         False,
-        "true resumes the torrents that we paused once the tunnel is protected again",
+        "true resumes the torrents that the agent paused once the tunnel is protected again",
         idle=(Idle(needs=("QBITTORRENT_URL", "TRANSMISSION_URL")),),
     )
     after: float | None = REACTIONS.field(
@@ -142,14 +143,14 @@ class ReactionSettings:
         p.number(0, 3600, "seconds"),
         None,
         "seconds that trouble must last: 30 for a restart, 0 for a pause, the graces for the command",
-        default_text="each its own",
+        default_text="each remedy's own",
         idle=(_ANY_REMEDY,),
     )
     cap: int = REACTIONS.field(
         "REMEDY_CAP", p.integer(1, 60), 3, "times an hour that each remedy may run, 1 to 60", idle=(_ANY_REMEDY,)
     )
     dry_run: bool = REACTIONS.field(
-        "REMEDY_DRY_RUN", p.boolean, False, "true only tells what would have been done", idle=(_ANY_REMEDY,)
+        "REMEDY_DRY_RUN", p.boolean, False, "true only reports what would have been done", idle=(_ANY_REMEDY,)
     )
 
     @property
@@ -162,5 +163,5 @@ class ReactionSettings:
         """Raises SettingError naming the setting that cannot be used."""
         settings = fill(cls, source)
         if bool(settings.qbittorrent_user) is not bool(settings.qbittorrent_password):
-            raise SettingError(key_of("QBITTORRENT_USER"), f"takes {key_of('QBITTORRENT_PASSWORD')} beside it")
+            raise SettingError(key_of("QBITTORRENT_USER"), f"needs {key_of('QBITTORRENT_PASSWORD')} as well")
         return settings
