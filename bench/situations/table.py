@@ -17,13 +17,13 @@ MESSAGE = 1.0  # seconds from the verdict until it has reached people
 _HEAD = """# Measured
 
 Situations of [the table](situations.md) on real tunnels in the lab, each several times, written by the run itself
-(`python -m bench situations`). Right means: this state with its findings, no other state on the way, the one message
-that is due and no second, and health again after the repair. Seconds count from the moment before the fault's first
-command; the verdict's time is the server's own record, the message's is its arrival at a stand-in of Telegram. A
-finding that moves no state has no record, and is timed by the event stream, which is at most 0.25 s late. Faults with a
-promised time meet an agent with default settings that has been at rest. Two settings differ: a server waits 4 s
-instead of 60 for calm after repeated trouble, except in row 42, because here all trouble is repeated; and where silence
-is awaited or a change that nothing announces, rounds are 4 s apart and not 30.
+(`python -m bench situations`). *Right* means: this state with its findings, no other state before it, the one message
+that is due and no second one, and *protected* again after the repair. Seconds count from the moment before the fault's
+first command. The verdict's time is from the server's records, the message's is its arrival at a stand-in for Telegram.
+A finding that changes no state has no record; it is timed by the event stream, which is at most 0.25 s late. Faults
+with a promised time are tried with an agent with default settings that has been idle. Two settings differ: a server
+waits 4 s instead of 60 for calm after repeated trouble, except in row 42, because here all trouble is repeated; and
+rounds are 4 s apart instead of 30 where *silent* is expected, or a change without any notification from the kernel.
 """
 
 
