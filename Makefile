@@ -1,27 +1,26 @@
 # make up      environment, server and agent on this machine
-# make test    everything that is checked; as root it installs what the tests need
+# make test    all checks and tests; as root it installs what the tests need
 # make demo    the lab with three tunnels, a few faults, the dashboard (root)
-# make check   format, lint, types, imports: seconds
+# make check   format, lint, types, imports; takes seconds
 # make bench   the cost figures in bench/
-# make pages   the pages of docs/reference that are written from the code
-# make fuzz    malformed input for all that reads what others write, SECONDS=20 for each
+# make pages   the pages of docs/reference that are generated from the code
+# make fuzz    malformed input for all parsers of untrusted input, SECONDS=20 for each
 
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-# As root the tests may install what they need; Debian's names of it:
+# Debian packages that the tests need; as root they are installed:
 PACKAGES := $(shell cat lab/packages.txt tests/packages.txt 2>/dev/null)
 SUDO_FREE := $(shell [ "$$(id -u)" = 0 ] && echo yes)
 
-# Tests side by side: as many as there are cores; in the lab, where they mostly wait, some more.
+# Tests in parallel: as many as there are cores; in the lab, where they mostly wait, some more.
 WORKERS  := $(shell nproc 2>/dev/null || echo 2)
 LABS     ?= 3
 SECONDS  ?= 20
-# The lab lives in real time on shared cores: what fails there is tried once more, and told as RERUN
-# and named in the last line (tests/conftest.py).
-# A rerun is a race to find, not a pass to keep.
-# What takes long is printed, and docs/tests.md says why.
+# The lab runs in real time on shared cores: a test that fails there is tried once more, listed as RERUN
+# and in the last line (tests/conftest.py). A rerun is a race to find, not a pass to keep.
+# The slowest tests are printed; docs/tests.md says why they are slow.
 SLOWEST    := --durations 20 --durations-min 5
 UNIT       := -m pytest -q -n $(WORKERS) --dist worksteal $(SLOWEST) -m "not acceptance"
 ACCEPTANCE := -m pytest -q -raR -n $(LABS) --dist loadgroup --reruns 1 $(SLOWEST) -m acceptance
@@ -31,7 +30,7 @@ ACCEPTANCE := -m pytest -q -raR -n $(LABS) --dist loadgroup --reruns 1 $(SLOWEST
 up: $(VENV)/server
 	@exec $(BIN)/vpn-sentinel up
 
-# --- environments: each stamp says what the venv holds ----------------------------------------------------------------
+# --- environments: each stamp says what is in the venv ----------------------------------------------------------------
 
 $(BIN)/python:
 	@sh tools/venv.sh "$(PYTHON)" "$(VENV)"
@@ -79,7 +78,7 @@ test: check packages
 bench: $(VENV)/dev
 	@$(BIN)/python -m bench
 
-# What leads to a fault is kept in .cache/fuzz, what leads somewhere new in tests/fuzz/corpus.
+# Inputs that cause a fault are kept in .cache/fuzz, inputs with new coverage in tests/fuzz/corpus.
 fuzz: $(VENV)/dev
 	@$(BIN)/python -m bench fuzz --seconds $(SECONDS) --keep
 
