@@ -260,11 +260,11 @@ class AgentSettings:
         "PULSE_SECONDS",
         p.number(0.2, 3600, "seconds"),
         1.0,
-        "seconds between two pulses to our own server, of 92 bytes each, and as many come back; to a public service, "
-        "where those do not reach it, 5 at least",
+        "seconds between two pulses to our own server, 92 bytes each way; where pulses do not reach it, canaries go to "
+        "a public service, 5 s apart or more",
     )
     health_host: str = AGENT.field(
-        "HEALTH_HOST", _own_address, "127.0.0.1", "address of the agent's own health, or `localhost`"
+        "HEALTH_HOST", _own_address, "127.0.0.1", "the address to listen on for the agent's own health, or `localhost`"
     )
     health_port: int = AGENT.field("HEALTH_PORT", p.port, 8082, "the port of the agent's own health")
     data_dir: Path
