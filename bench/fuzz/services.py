@@ -10,7 +10,7 @@ from typing import Any
 import httpx
 
 from bench.fuzz.target import ENDS, Loop, Target, Try, Wire, check, parts
-from vpn_sentinel.agent.doctor.ground import _date
+from vpn_sentinel.agent.doctor.context import _date
 from vpn_sentinel.agent.introspect.device import counters
 from vpn_sentinel.agent.introspect.gluetun import Gluetun, Login
 from vpn_sentinel.agent.introspect.openvpn import OpenVpn, RefusedError
@@ -270,7 +270,7 @@ def bot_api() -> Try:
 
 TARGETS = {
     "http_answers": Target(
-        modules=("agent.net.http", "agent.uplink.answers", "agent.doctor.ground", "wire.problem"), make=http_answers
+        modules=("agent.net.http", "agent.uplink.answers", "agent.doctor.context", "wire.problem"), make=http_answers
     ),
     "websocket_answers": Target(modules=("agent.uplink.websocket",), make=websocket_answers),
     "gluetun": Target(modules=("agent.introspect.gluetun",), make=gluetun),

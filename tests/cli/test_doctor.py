@@ -14,7 +14,7 @@ from tests.agent.geo.world import mmdb
 from tests.cli.users import as_user
 from vpn_sentinel.agent.doctor.check import State
 from vpn_sentinel.agent.doctor.examine import CHECKS, examine
-from vpn_sentinel.agent.doctor.forgiving import read_all
+from vpn_sentinel.agent.doctor.lenient import read_all
 from vpn_sentinel.cli.main import main
 from vpn_sentinel.runtime.clock import SystemClock
 from vpn_sentinel.runtime.settings import Source

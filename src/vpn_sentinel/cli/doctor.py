@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
 
     from vpn_sentinel.agent.doctor.check import State
     from vpn_sentinel.agent.doctor.examine import examine
-    from vpn_sentinel.agent.doctor.forgiving import read_all
+    from vpn_sentinel.agent.doctor.lenient import read_all
 
     troubles: tuple[str, ...] = ()
     try:

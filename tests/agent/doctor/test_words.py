@@ -11,8 +11,8 @@ from tests.agent.doubles import ETH, LO, WG
 from vpn_sentinel.agent.containment.containment import Mode
 from vpn_sentinel.agent.doctor import machine, network, places, reactions, server, tunnel
 from vpn_sentinel.agent.doctor.check import Check, State, gap, ok
-from vpn_sentinel.agent.doctor.ground import Greeting
-from vpn_sentinel.agent.doctor.network import Server, Way
+from vpn_sentinel.agent.doctor.context import Greeting
+from vpn_sentinel.agent.doctor.network import FamilyRoute, NameserverRoute
 from vpn_sentinel.agent.introspect.wireguard import Device, DeviceError, Peer
 from vpn_sentinel.agent.leakwatch.meant import Meant, parse_meant
 from vpn_sentinel.agent.net.endpoints import parse_endpoint
@@ -54,17 +54,17 @@ def sighting(answer: Answer = Answer.ANSWERED, egress: bool = True) -> ResolverS
 
 
 def resolver(path: Path, *seen: ResolverSighting, allowed: bool = False, tunnel: str | None = "wg0") -> list[Check]:
-    return network.about_resolvers([Server(ip_address("10.0.0.1"), path, allowed)], seen, tunnel=tunnel)
+    return network.about_resolvers([NameserverRoute(ip_address("10.0.0.1"), path, allowed)], seen, tunnel=tunnel)
 
 
 def stub(address: str, *, egress: bool = True) -> list[Check]:
     found = replace(sighting(egress=egress), nameserver=ip_address(address))
-    return network.about_resolvers([Server(ip_address(address), Path.LOCAL)], [found], tunnel="wg0")
+    return network.about_resolvers([NameserverRoute(ip_address(address), Path.LOCAL)], [found], tunnel="wg0")
 
 
 def routes(four: Path, six: Path, tunnel: str | None = "wg0") -> list[Check]:
     devices = {Path.TUNNEL: "wg0", Path.OUTSIDE: "eth0", Path.UNKNOWN: None}
-    return network.about_routes(Way(4, four, devices[four]), Way(6, six, devices[six]), tunnel=tunnel)
+    return network.about_routes(FamilyRoute(4, four, devices[four]), FamilyRoute(6, six, devices[six]), tunnel=tunnel)
 
 
 def kill_switch(*found: Canary, tunnel_: str | None = "wg0") -> Check:
@@ -77,8 +77,10 @@ def greeted(status: int | None, *, welcome: bool = False, why: str = "", has_key
 
 
 def clock(date: float | None, *, exact: bool = True) -> Check:
-    told = Greeting(url=URL, status=200, welcome=WELCOME if exact else None, date=date, sent=NOW, came=NOW + 0.2)
-    return machine.about_clock([told])
+    greeting = Greeting(
+        url=URL, status=200, welcome=WELCOME if exact else None, date=date, sent_at=NOW, received_at=NOW + 0.2
+    )
+    return machine.about_clock([greeting])
 
 
 OUTSIDE6 = canary(Probe.FIRST_HOP, Answer.EXPIRED, 6)
@@ -122,7 +124,7 @@ CASES: dict[str, tuple[Check | Sequence[Check], list[State], str]] = {
     "no interface at all": (network.about_interfaces(Survey(interfaces=(LO,)), None), [GAP, UNKNOWN], "none besides"),
     "a tunnel that is gone": (
         network.about_interfaces(Survey(interfaces=(LO, ETH), tunnel="wg7", uplinks=(ETH,)), "wg7"), [GAP, OK],
-        "wg7 (as configured) is not here",
+        "wg7 (as configured) does not exist",
     ),
     "a tunnel switched off": (
         network.about_interfaces(replace(SURVEY, interfaces=(LO, ETH, replace(WG, flags=0))), None), [GAP, OK],
@@ -135,7 +137,7 @@ CASES: dict[str, tuple[Check | Sequence[Check], list[State], str]] = {
     "offline": (routes(Path.UNKNOWN, Path.UNKNOWN), [GAP, OK], "offline"),
     "routes without a tunnel": (routes(Path.OUTSIDE, Path.OUTSIDE, None), [UNKNOWN, UNKNOWN], "no tunnel is known"),
     "no nameserver": (network.about_resolvers((), (), tunnel="wg0"), [GAP], "names none"),
-    "the VPN's resolver": (resolver(Path.TUNNEL, sighting()), [OK], "through the tunnel; it asks the world from 203"),
+    "the VPN's resolver": (resolver(Path.TUNNEL, sighting()), [OK], "; it queries the internet from 203"),
     "a resolver beside": (resolver(Path.OUTSIDE, sighting()), [GAP], "VPN_SENTINEL_ALLOWED_RESOLVERS"),
     "one beside that is allowed": (resolver(Path.OUTSIDE, sighting(), allowed=True), [OK], "beside the tunnel"),
     "a resolver without a tunnel": (resolver(Path.OUTSIDE, sighting(), tunnel=None), [UNKNOWN], "no tunnel"),
@@ -158,10 +160,10 @@ CASES: dict[str, tuple[Check | Sequence[Check], list[State], str]] = {
     ),
     "home is unknown": (tunnel.about_home(Policy(), Policy()), [GAP], "VPN_SENTINEL_HOME_NETWORKS"),
     "the watch knows the far end": (
-        tunnel.about_leak_watch(["eth0"], [WATCHED], told=True), [OK], "198.51.100.9:51820/udp",
+        tunnel.about_leak_watch(["eth0"], [WATCHED], recognized=True), [OK], "198.51.100.9:51820/udp",
     ),
-    "the watch knows a mark": (tunnel.about_leak_watch(["eth0"], [], told=True), [OK], "by their mark"),
-    "the watch knows nothing": (tunnel.about_leak_watch(["eth0"], [], told=False), [GAP], "TUNNEL_ENDPOINTS"),
+    "the watch knows a mark": (tunnel.about_leak_watch(["eth0"], [], recognized=True), [OK], "by their mark"),
+    "the watch knows nothing": (tunnel.about_leak_watch(["eth0"], [], recognized=False), [GAP], "TUNNEL_ENDPOINTS"),
     "names are found": (
         network.about_system_resolver(SystemLookup(answer=Answer.ANSWERED)), [OK], "getaddrinfo finds names",
     ),
@@ -174,7 +176,7 @@ CASES: dict[str, tuple[Check | Sequence[Check], list[State], str]] = {
         tunnel.about_meant(parse_meant("published 8000/tcp;port 123/udp;user 7;interface eth1;only user 9")), [OK],
         "answers of port 8000/tcp; what goes to port 123/udp; what user 7 sends; what leaves by eth1; all but what",
     ),
-    "nothing to watch": (tunnel.about_leak_watch([], [], told=False), [UNKNOWN], "no interface"),
+    "nothing to watch": (tunnel.about_leak_watch([], [], recognized=False), [UNKNOWN], "no interface"),
     "WireGuard tells": (
         tunnel.about_wireguard(Device(peers=(Peer(endpoint=WATCHED, handshake=int(NOW) - 30),)), NOW), [OK], "30 s ago",
     ),
@@ -208,7 +210,7 @@ CASES: dict[str, tuple[Check | Sequence[Check], list[State], str]] = {
     "UDP passes": (server.about_echo(5000, [(EXIT, Answer.ANSWERED)]), [OK], "5000 answers at 203.0.113.4"),
     "UDP does not pass": (server.about_echo(5000, [(EXIT, Answer.LOST)]), [GAP], "let UDP 5000 pass"),
     "no zone": (server.about_zone(None, None), [OK], "the server has none"),
-    "a zone that works": (server.about_zone("c.example", [None, EGRESS]), [OK], "asked from 203.0.113.53"),
+    "a zone that works": (server.about_zone("c.example", [None, EGRESS]), [OK], "queried from 203.0.113.53"),
     "a zone that does not": (server.about_zone("c.example", [None]), [GAP], "delegate c.example"),
     "an odd zone": (server.about_zone("c..example", None), [UNKNOWN], "c..example"),
     "no database": (places.about_places([], (), NOW), [GAP], "vpn-sentinel geo update"),

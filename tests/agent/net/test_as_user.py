@@ -87,7 +87,7 @@ import ctypes
 from vpn_sentinel.agent.probes.canary import CanaryPlan
 from vpn_sentinel.agent.rounds import round as rounds
 from vpn_sentinel.agent.doctor.examine import examine
-from vpn_sentinel.agent.doctor.forgiving import read_all
+from vpn_sentinel.agent.doctor.lenient import read_all
 from vpn_sentinel.runtime.settings import Source
 from vpn_sentinel.agent.probes.place import Places
 from vpn_sentinel.domain.judge import judge
@@ -122,7 +122,7 @@ async def test_an_agent_that_may_not_ask_in_the_users_place_says_so_in_its_repor
     said = {name: (state, found) for name, state, found in checks}
     assert "for user 997 alone" in said["tunnel of one user"][1]
     for name in ("routes", "way out", "kill switch", "resolvers", "system resolver"):
-        assert said[name] == ("unknown", "not asked: the tunnel is for one user alone, and not for this one")
+        assert said[name] == ("unknown", "not checked: the tunnel is for one user alone, and not for this one")
 
 
 async def test_the_doctor_looks_in_the_users_place_as_the_agent_does() -> None:

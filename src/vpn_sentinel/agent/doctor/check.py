@@ -1,22 +1,22 @@
-"""One line of the doctor's answer."""
+"""The result of one check of `doctor`."""
 
 import re
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-_LOGIN: Final = re.compile(r"://[^/\s]*@")  # a name and a password in an address
+_LOGIN: Final = re.compile(r"://[^/\s]*@")  # a user name and a password in a URL
 
 
 class State(StrEnum):
     OK = "ok"
-    GAP = "gap"  # something is not seen, or would fail when it matters; there is something to mend
-    UNKNOWN = "unknown"  # it could not be looked at
+    GAP = "gap"  # something is not watched, or would fail when needed: `fix` says what to change
+    UNKNOWN = "unknown"  # it could not be checked
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Check:
-    """`found` is what is the case here, `means` what follows from it for the watch, `fix` what to do about a gap."""
+    """`found` is what was found here, `means` what that means for the monitoring, `fix` what to do about a gap."""
 
     name: str
     state: State
@@ -38,5 +38,5 @@ def unknown(name: str, found: str, means: str = "", fix: str = "") -> Check:
 
 
 def without_login(text: str) -> str:
-    """`text` without the logins of addresses in it: what the doctor says is pasted into reports of trouble."""
+    """`text` without user names and passwords in its URLs: people paste this output into bug reports."""
     return _LOGIN.sub("://***@", text)

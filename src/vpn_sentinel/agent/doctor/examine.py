@@ -1,4 +1,4 @@
-"""All checks, run side by side, each within its own time."""
+"""All checks, run concurrently, each with its own time limit."""
 
 import asyncio
 import contextlib
@@ -7,8 +7,8 @@ from typing import Final
 
 from vpn_sentinel.agent.doctor import machine, network, places, reactions, server, tunnel
 from vpn_sentinel.agent.doctor.check import Check, unknown
-from vpn_sentinel.agent.doctor.forgiving import DoctorSettings
-from vpn_sentinel.agent.doctor.ground import Ground, Once, greet_all, look
+from vpn_sentinel.agent.doctor.context import DoctorContext, SharedTask, greet_all, observe
+from vpn_sentinel.agent.doctor.lenient import DoctorSettings
 from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.agent.net.http import Client, tls_context
 from vpn_sentinel.agent.net.interfaces import Paths, Surveyor
@@ -16,11 +16,11 @@ from vpn_sentinel.agent.net.kernel import Netlink
 from vpn_sentinel.agent.net.resolver import HostResolver
 from vpn_sentinel.runtime.clock import Clock
 
-Look = Callable[[Ground], Awaitable[list[Check]]]
-LIMIT: Final = 8.0  # seconds for one check, what it waits for included
+CheckFunction = Callable[[DoctorContext], Awaitable[list[Check]]]
+CHECK_TIMEOUT_S: Final = 8.0  # for one check, including what it waits for
 
-# In the order in which they are shown. A new check is a function and its line here.
-CHECKS: Final[tuple[tuple[str, Look], ...]] = (
+# In the order of the output. A new check is a function and its line here.
+CHECKS: Final[tuple[tuple[str, CheckFunction], ...]] = (
     ("settings", machine.settings),
     ("system", machine.system),
     ("capabilities", machine.capabilities),
@@ -47,15 +47,16 @@ CHECKS: Final[tuple[tuple[str, Look], ...]] = (
 )
 
 
-# What this user's own traffic shows says nothing of the one user whom the tunnel is for.
-_IN_THE_USERS_PLACE: Final = (
+# These send packets or look up routes. Where the tunnel is for one user alone, the result for any other user says
+# nothing about the tunnel.
+_CHECKED_AS_TUNNEL_USER: Final = (
     network.routes, tunnel.way_out, tunnel.kill_switch, network.resolvers, network.system_resolver,
 )  # fmt: skip
 
 
-async def examine(read: DoctorSettings, clock: Clock) -> list[Check]:
-    """Look at everything, within 10 seconds. Changes nothing here, and nothing on the server."""
-    probes = read.agent.probes
+async def examine(settings: DoctorSettings, clock: Clock) -> list[Check]:
+    """Run all checks, within 10 seconds. Changes nothing on this host or on the server."""
+    probes = settings.agent.probes
     names = HostResolver()
     try:
         http = Client(names=names, tls=tls_context(probes.ca_file))
@@ -65,43 +66,43 @@ async def examine(read: DoctorSettings, clock: Clock) -> list[Check]:
         kernel = _netlink()
         if kernel is not None:
             stack.callback(kernel.close)
-        # As the agent looks: where the tunnel is for one user alone, in that user's place.
-        around = Surveyor(kernel, configured=probes.tunnel_interface, only=probes.meant_outside.only).look()
-        AS_USER.be(around.user)
+        # As the agent does: where the tunnel is for one user alone, with sockets of that user.
+        survey = Surveyor(kernel, configured=probes.tunnel_interface, only=probes.meant_outside.only).look()
+        AS_USER.be(survey.user)
         stack.callback(AS_USER.be, None)
-        paths = Paths(kernel, around)
+        paths = Paths(kernel, survey)
         async with asyncio.TaskGroup() as group:
-            ground = Ground(
-                read=read,
+            context = DoctorContext(
+                settings=settings,
                 clock=clock,
                 kernel=kernel,
-                survey=around,
+                survey=survey,
                 paths=paths,
                 http=http,
-                look=Once(group, look(read, http, around, paths)),
-                greetings=Once(group, greet_all(read, http, clock)),
+                observation=SharedTask(group, observe(settings, http, survey, paths)),
+                greetings=SharedTask(group, greet_all(settings, http, clock)),
             )
-            tasks = [group.create_task(_one(name, check, ground)) for name, check in CHECKS]
+            tasks = [group.create_task(_run(name, check, context)) for name, check in CHECKS]
             await asyncio.wait(tasks)
-            ground.look.stop()
-            ground.greetings.stop()
+            context.observation.stop()
+            context.greetings.stop()
     return [found for task in tasks for found in task.result()]
 
 
-async def _one(name: str, check: Look, ground: Ground) -> list[Check]:
-    if AS_USER.refused and check in _IN_THE_USERS_PLACE:
-        return [unknown(name, "not asked: the tunnel is for one user alone, and not for this one")]
+async def _run(name: str, check: CheckFunction, context: DoctorContext) -> list[Check]:
+    if AS_USER.refused and check in _CHECKED_AS_TUNNEL_USER:
+        return [unknown(name, "not checked: the tunnel is for one user alone, and not for this one")]
     try:
-        async with asyncio.timeout(LIMIT):
-            return await check(ground)
+        async with asyncio.timeout(CHECK_TIMEOUT_S):
+            return await check(context)
     except TimeoutError:
-        return [unknown(name, f"could not be told within {LIMIT:g} s")]
+        return [unknown(name, f"no result within {CHECK_TIMEOUT_S:g} s")]
     except OSError as e:
-        return [unknown(name, f"could not be looked at: {e.strerror or e}")]
+        return [unknown(name, f"could not be checked: {e.strerror or e}")]
 
 
 def _netlink() -> Netlink | None:
     try:
         return Netlink()
     except OSError:
-        return None  # has a line of its own
+        return None  # the check of interfaces says so

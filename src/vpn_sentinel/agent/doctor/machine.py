@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Final
 
 from vpn_sentinel.agent.doctor.check import Check, gap, ok, unknown
-from vpn_sentinel.agent.doctor.ground import Greeting, Ground
+from vpn_sentinel.agent.doctor.context import DoctorContext, Greeting
 from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.agent.net.packetsocket import packet_socket
 from vpn_sentinel.runtime import files
 
 _NET_ADMIN, _NET_RAW = 12, 13  # linux/capability.h
-_OFF: Final = 2.0  # seconds that the clock may be wrong
-_CONTAINER: Final = (
+_MAX_CLOCK_ERROR_S: Final = 2.0
+_GRANT_CAPABILITIES: Final = (
     "in a container: `cap_add: [NET_RAW, NET_ADMIN]`; in systemd: `AmbientCapabilities=CAP_NET_RAW CAP_NET_ADMIN`"
 )
 
 
-async def system(_: Ground) -> list[Check]:
+async def system(_: DoctorContext) -> list[Check]:
     return [about_system(platform.system(), platform.release(), sys.version_info[:3])]
 
 
@@ -34,7 +34,7 @@ def about_system(system: str, release: str, python: tuple[int, ...]) -> Check:
     return ok("system", found)
 
 
-async def capabilities(_: Ground) -> list[Check]:
+async def capabilities(_: DoctorContext) -> list[Check]:
     effective = effective_capabilities(Path("/proc/self/status"))
     who = [about_user(os.geteuid(), _user(os.geteuid())), *about_one_user(AS_USER.uid, AS_USER.refused_uid)]
     return [*who, *about_capabilities(effective, packet_socket())]
@@ -58,19 +58,19 @@ def about_user(uid: int, name: str | None) -> Check:
 
 
 def about_one_user(uid: int | None, refused: int | None) -> list[Check]:
-    """Whether questions can be asked in the place of the one user whom the tunnel is for."""
+    """Whether probes can be sent as the one user whom the tunnel is for."""
     if refused is not None:
         return [
             gap(
                 "tunnel of one user",
-                f"for user {refused} alone, and nothing may be asked in that user's place",
+                f"for user {refused} alone, and this process may not send probes as that user",
                 "where traffic leaves stays unknown.",
                 f"run the agent as user {refused}, or give it CAP_SETUID",
             )
         ]
     if uid is None:
         return []
-    return [ok("tunnel of one user", f"for user {uid} alone", "all is asked in that user's place.")]
+    return [ok("tunnel of one user", f"for user {uid} alone", "all probes are sent as that user.")]
 
 
 def about_capabilities(effective: int | None, packet: str | None) -> list[Check]:
@@ -81,14 +81,14 @@ def about_capabilities(effective: int | None, packet: str | None) -> list[Check]
         )
     else:
         why = f"it is there, but a packet socket is refused ({packet})" if raw else "missing"
-        fix = "allow AF_PACKET in the sandbox (seccomp, RestrictAddressFamilies)" if raw else _CONTAINER
+        fix = "allow AF_PACKET in the sandbox (seccomp, RestrictAddressFamilies)" if raw else _GRANT_CAPABILITIES
         watch = gap("CAP_NET_RAW", why, "no leak watch: leaks are found by canaries alone, within seconds.", fix)
     if effective is None:
         return [watch, unknown("CAP_NET_ADMIN", "/proc/self/status cannot be read")]
     if has_net_admin(effective):
-        return [watch, ok("CAP_NET_ADMIN", "held", "WireGuard's own account can be read, and containment can work.")]
-    means = "WireGuard's own account (endpoint, handshake) stays unread, and containment cannot work."
-    return [watch, gap("CAP_NET_ADMIN", "missing", means, _CONTAINER)]
+        return [watch, ok("CAP_NET_ADMIN", "held", "WireGuard's state can be read, and containment can work.")]
+    means = "WireGuard's state (endpoint, handshake) cannot be read, and containment cannot work."
+    return [watch, gap("CAP_NET_ADMIN", "missing", means, _GRANT_CAPABILITIES)]
 
 
 def _user(uid: int) -> str | None:
@@ -98,31 +98,35 @@ def _user(uid: int) -> str | None:
         return None
 
 
-async def clock(ground: Ground) -> list[Check]:
-    return [about_clock(await ground.greetings.result())]
+async def clock(context: DoctorContext) -> list[Check]:
+    return [about_clock(await context.greetings.result())]
 
 
 def about_clock(greetings: Sequence[Greeting]) -> Check:
-    told = next((g for g in greetings if g.date is not None), None)
-    if told is None or told.date is None:
+    answered = next((g for g in greetings if g.date is not None), None)
+    if answered is None or answered.date is None:
         return unknown(
-            "clock", "no server to compare it with", "reports carry ages, so a wrong clock misdates nothing."
+            "clock", "no server to compare it with", "reports carry ages, so a wrong clock does not change their times."
         )
     # An HTTP date has whole seconds, rounded down.
-    coarse = 0.0 if told.welcome else 1.0
-    late, early = told.date - told.came, told.date + coarse - told.sent
-    off = late if late > 0 else early if early < 0 else 0.0
-    if abs(off) <= _OFF:
+    resolution_s = 0.0 if answered.welcome else 1.0
+    # The server read its clock between `sent_at` and `received_at`: only what lies outside of that is an error.
+    behind, ahead = answered.date - answered.received_at, answered.date + resolution_s - answered.sent_at
+    error_s = behind if behind > 0 else ahead if ahead < 0 else 0.0
+    if abs(error_s) <= _MAX_CLOCK_ERROR_S:
         return ok("clock", "agrees with the server's")
-    way = "behind" if off > 0 else "ahead of"
-    means = "reports carry ages and stay right, but certificates and this machine's log are judged by this clock."
+    direction = "behind" if error_s > 0 else "ahead of"
+    means = "reports carry ages and stay right, but certificates and the times in logs depend on this clock."
     return gap(
-        "clock", f"{abs(off):.0f} s {way} the server's", means, "let a time service run (systemd-timesyncd, chrony)"
+        "clock",
+        f"{abs(error_s):.0f} s {direction} the server's",
+        means,
+        "let a time service run (systemd-timesyncd, chrony)",
     )
 
 
-async def data_folder(ground: Ground) -> list[Check]:
-    folder = ground.read.agent.data_dir
+async def data_folder(context: DoctorContext) -> list[Check]:
+    folder = context.settings.agent.data_dir
     if folder.is_dir():
         try:
             files.try_folder(folder)
@@ -130,22 +134,24 @@ async def data_folder(ground: Ground) -> list[Check]:
             return [about_folder(folder, e.strerror or "refused", there=True)]
         return [about_folder(folder, None, there=True)]
     try:
-        above = next(p for p in folder.absolute().parents if p.exists())
+        parent = next(p for p in folder.absolute().parents if p.exists())
     except (OSError, StopIteration):
         return [about_folder(folder, "cannot be reached", there=False)]
-    usable = above.is_dir() and os.access(above, os.W_OK | os.X_OK)
-    return [about_folder(folder, None if usable else f"{above} cannot be written", there=False)]
+    usable = parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)
+    return [about_folder(folder, None if usable else f"{parent} cannot be written", there=False)]
 
 
 def about_folder(folder: Path, trouble: str | None, *, there: bool) -> Check:
     if trouble is None:
         return ok("data folder", f"{folder} {'can be written' if there else 'can be made'}")
     fix = "make it writable for this user, or set VPN_SENTINEL_DATA_DIR"
-    return gap("data folder", f"{folder}: {trouble}", "the agent does not start: reports have nowhere to wait.", fix)
+    return gap(
+        "data folder", f"{folder}: {trouble}", "the agent does not start: it has no place to store reports.", fix
+    )
 
 
-async def settings(ground: Ground) -> list[Check]:
-    return about_settings(ground.read.troubles, ground.read.idle)
+async def settings(context: DoctorContext) -> list[Check]:
+    return about_settings(context.settings.troubles, context.settings.idle)
 
 
 def about_settings(troubles: Sequence[str], idle: Sequence[str] = ()) -> list[Check]:

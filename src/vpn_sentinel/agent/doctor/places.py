@@ -1,28 +1,28 @@
-"""Check of the offline databases of places."""
+"""Check of the offline geolocation databases."""
 
 from collections.abc import Sequence
 
 from vpn_sentinel.agent.doctor.check import Check, gap, ok
-from vpn_sentinel.agent.doctor.ground import Ground
+from vpn_sentinel.agent.doctor.context import DoctorContext
 from vpn_sentinel.agent.geo.databases import Databases, days_old, how_old
 
 
-async def geo(ground: Ground) -> list[Check]:
-    probes = ground.read.agent.probes
+async def geo(context: DoctorContext) -> list[Check]:
+    probes = context.settings.agent.probes
     try:
-        databases = Databases(ground.clock, files=probes.databases, folder=probes.geo_folder)
+        databases = Databases(context.clock, files=probes.databases, folder=probes.geo_folder)
     except ValueError as e:
         return [gap("places", str(e), "the agent does not start.", "see VPN_SENTINEL_GEO_DB")]
     try:
         opened = [(o.name, o.built) for o in databases.opened]
-        return about_places(opened, databases.failures, ground.clock.wall())
+        return about_places(opened, databases.failures, context.clock.wall())
     finally:
         databases.close()
 
 
 def about_places(opened: Sequence[tuple[str, int]], failures: Sequence[str], now: float) -> list[Check]:
     fix = "vpn-sentinel geo update, and see that this user may read it"
-    broken = [gap("places", why, "this database is not asked.", fix) for why in failures]
+    broken = [gap("places", why, "this database is not used.", fix) for why in failures]
     if not opened and not broken:
         means = "where an exit is comes from web services alone, which often refuse VPN exits."
         return [gap("places", "no offline database", means, "vpn-sentinel geo update")]

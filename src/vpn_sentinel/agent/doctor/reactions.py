@@ -1,4 +1,4 @@
-"""Checks of what the agent is told to do about trouble: whether it could."""
+"""Whether the reactions that are configured (containment, hook, remedies) could work here."""
 
 import ctypes
 import os
@@ -8,18 +8,18 @@ from pathlib import Path
 from vpn_sentinel.agent.containment.containment import Mode
 from vpn_sentinel.agent.containment.nft import LIBRARY
 from vpn_sentinel.agent.doctor.check import Check, gap, ok
-from vpn_sentinel.agent.doctor.ground import Ground
+from vpn_sentinel.agent.doctor.context import DoctorContext
 from vpn_sentinel.agent.doctor.machine import effective_capabilities, has_net_admin
 from vpn_sentinel.agent.net.http import Client, HttpError
 
 
-async def containment(ground: Ground) -> list[Check]:
+async def containment(context: DoctorContext) -> list[Check]:
     may = has_net_admin(effective_capabilities(Path("/proc/self/status")))
-    return [about_containment(ground.read.reactions.contain, may=may, nftables=has_nftables())]
+    return [about_containment(context.settings.reactions.contain, may=may, nftables=has_nftables())]
 
 
 def has_nftables() -> bool:
-    """Its library, or the program where an administrator's programs are."""
+    """Whether the library or the program `nft` is installed, also where /sbin is not in this user's PATH."""
     try:
         ctypes.CDLL(LIBRARY)
     except OSError:
@@ -29,7 +29,7 @@ def has_nftables() -> bool:
 
 def about_containment(mode: Mode, *, may: bool, nftables: bool) -> Check:
     if mode is Mode.OFF:
-        return ok("containment", "off", "a leak is told, and not stopped; VPN_SENTINEL_CONTAIN turns it on.")
+        return ok("containment", "off", "a leak is reported, and not stopped; VPN_SENTINEL_CONTAIN turns it on.")
     missing = [word for word, there in (("CAP_NET_ADMIN", may), ("nftables", nftables)) if not there]
     if not missing:
         return ok("containment", f"{mode.value}, and able to work")
@@ -39,22 +39,22 @@ def about_containment(mode: Mode, *, may: bool, nftables: bool) -> Check:
     )
 
 
-async def remedies(ground: Ground) -> list[Check]:
-    wanted = ground.read.reactions
+async def remedies(context: DoctorContext) -> list[Check]:
+    configured = context.settings.reactions
     found = []
-    if wanted.hook:
-        found.append(about_hook(wanted.hook[0], runs=os.access(wanted.hook[0], os.X_OK)))
-    if wanted.gluetun_restart:
-        found.append(about_restart(configured=ground.read.agent.introspect.gluetun is not None))
-    for name, url in (("qBittorrent", wanted.qbittorrent_url), ("Transmission", wanted.transmission_url)):
+    if configured.hook:
+        found.append(about_hook(configured.hook[0], runs=os.access(configured.hook[0], os.X_OK)))
+    if configured.gluetun_restart:
+        found.append(about_restart(configured=context.settings.agent.introspect.gluetun is not None))
+    for name, url in (("qBittorrent", configured.qbittorrent_url), ("Transmission", configured.transmission_url)):
         if url is not None:
-            found.append(about_torrents(name, url, await _trouble(ground.http, url)))
-    return found or [ok("remedies", "none is configured", "the agent looks and tells, and does nothing.")]
+            found.append(about_torrents(name, url, await _connection_error(context.http, url)))
+    return found or [ok("remedies", "none is configured", "the agent watches and reports, and does nothing else.")]
 
 
-async def _trouble(http: Client, url: str) -> str | None:
+async def _connection_error(http: Client, url: str) -> str | None:
     try:
-        await http.get(url, limit=2.0)  # any answer will do: it is there
+        await http.get(url, limit=2.0)  # any answer shows that it is there
     except HttpError as e:
         return str(e)
     return None

@@ -1,4 +1,4 @@
-"""What the checks share: settings, the kernel's view, one round of canaries, and one greeting of the server."""
+"""What the checks share: settings, the kernel's view, one round of canaries, and one hello to the server."""
 
 import asyncio
 import secrets
@@ -8,7 +8,7 @@ from email.utils import parsedate_to_datetime
 from typing import Any, Final, Generic, TypeVar
 
 from vpn_sentinel import __version__
-from vpn_sentinel.agent.doctor.forgiving import DoctorSettings
+from vpn_sentinel.agent.doctor.lenient import DoctorSettings
 from vpn_sentinel.agent.net.http import Client, HttpError, reason
 from vpn_sentinel.agent.net.interfaces import Paths, Survey
 from vpn_sentinel.agent.net.kernel import Netlink
@@ -23,19 +23,19 @@ from vpn_sentinel.wire import codec
 from vpn_sentinel.wire.messages import PROTOCOL, Exchange, FromServer, Hello, Reports, Welcome
 
 T = TypeVar("T")
-LIMIT: Final = 4.0  # seconds for one request to the server
-_ADDRESSES: Final = 4  # of one name, that are asked
+_REQUEST_TIMEOUT_S: Final = 4.0  # for one request to the server
+_MAX_ADDRESSES_TRIED: Final = 4  # of one server name
 _read_answer = codec.decoder(FromServer)
 
 
-class Once(Generic[T]):
-    """Work that several checks wait for; one that gives up waiting does not stop it for the others."""
+class SharedTask(Generic[T]):
+    """A task that several checks wait for. A check that times out does not cancel it for the others."""
 
     def __init__(self, group: asyncio.TaskGroup, work: Coroutine[Any, Any, T]) -> None:
-        self._task = group.create_task(self._kept(work))
+        self._task = group.create_task(self._with_error(work))
 
     async def result(self) -> T:
-        """Raises the OSError that the work ended in."""
+        """Raises the OSError that the task ended with."""
         await asyncio.wait([self._task])
         found = self._task.result()
         if isinstance(found, OSError):
@@ -43,10 +43,10 @@ class Once(Generic[T]):
         return found
 
     @staticmethod
-    async def _kept(work: Coroutine[Any, Any, T]) -> T | OSError:
+    async def _with_error(work: Coroutine[Any, Any, T]) -> T | OSError:
         try:
             return await work
-        except OSError as e:  # for those who wait, and not for the whole group
+        except OSError as e:  # raised where the result is read: here it would cancel the whole group
             return e
 
     def stop(self) -> None:
@@ -55,10 +55,11 @@ class Once(Generic[T]):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Greeting:
-    """How a server took our hello. `status` is HTTP's, None when there was no answer, and `why` then says why not.
+    """How a server answered our hello. `status` is the HTTP status, None without an answer; `why` then is the reason.
 
-    `ours` is false where the answer is not our server's, but somebody's on the way.
-    `date` is the time by its clock, in seconds since 1970, where it told one; `sent` and `came` are ours.
+    `ours` is false when something other than our server answered, such as a proxy or a login page.
+    `date` is the server's time if the answer has one; `sent_at` and `received_at` are by our clock. All three are in
+    seconds since 1970.
     """
 
     url: str
@@ -67,51 +68,51 @@ class Greeting:
     welcome: Welcome | None = None
     ours: bool = True
     date: float | None = None
-    sent: float = 0.0
-    came: float = 0.0
+    sent_at: float = 0.0
+    received_at: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Ground:
-    """`kernel` is None where netlink is not to be had. `look` are the canaries of one round."""
+class DoctorContext:
+    """`kernel` is None where netlink is not available. `observation` holds the canaries of one round."""
 
-    read: DoctorSettings
+    settings: DoctorSettings
     clock: Clock
     kernel: Netlink | None
     survey: Survey
     paths: Paths
     http: Client
-    look: Once[Observation]
-    greetings: Once[tuple[Greeting, ...]]
+    observation: SharedTask[Observation]
+    greetings: SharedTask[tuple[Greeting, ...]]
 
 
-async def look(read: DoctorSettings, http: Client, survey: Survey, paths: Paths) -> Observation:
-    """Canaries alone, at most about three seconds; nobody's geolocation service is asked."""
-    found: tuple[Canary, ...] = await canaries(canary_plan(read.agent.probes, http, (), paths), paths)
+async def observe(settings: DoctorSettings, http: Client, survey: Survey, paths: Paths) -> Observation:
+    """Canaries alone, about three seconds at most; no geolocation service is asked."""
+    found: tuple[Canary, ...] = await canaries(canary_plan(settings.agent.probes, http, (), paths), paths)
     return Observation(trigger=Trigger.START, link=survey.link(), interfaces=survey.names(), canaries=found)
 
 
-async def greet_all(read: DoctorSettings, http: Client, clock: Clock) -> tuple[Greeting, ...]:
+async def greet_all(settings: DoctorSettings, http: Client, clock: Clock) -> tuple[Greeting, ...]:
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(greet(read, url, http, clock)) for url in read.urls]
+        tasks = [group.create_task(greet(settings, url, http, clock)) for url in settings.urls]
     return tuple(t.result() for t in tasks)
 
 
-async def greet(read: DoctorSettings, url: str, http: Client, clock: Clock) -> Greeting:
-    """Say hello at the addresses of the server's name, at once: as for the agent, one that answers is enough."""
+async def greet(settings: DoctorSettings, url: str, http: Client, clock: Clock) -> Greeting:
+    """Say hello to all addresses of the server's name in parallel: as for the agent, one that answers is enough."""
     try:
-        known = await http.names.addresses(split(url).host, patience=LIMIT)
+        known = await http.names.addresses(split(url).host, patience=_REQUEST_TIMEOUT_S)
     except (OSError, ValueError) as e:
         return Greeting(url=url, why=reason(e))
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(_greet(read, url, at, http, clock)) for at in known[:_ADDRESSES]]
-    said = [t.result() for t in tasks]
-    return next((g for g in said if g.status is not None), said[0])
+        tasks = [group.create_task(_greet(settings, url, at, http, clock)) for at in known[:_MAX_ADDRESSES_TRIED]]
+    greetings = [t.result() for t in tasks]
+    return next((g for g in greetings if g.status is not None), greetings[0])
 
 
-async def _greet(read: DoctorSettings, url: str, at: IPAddress, http: Client, clock: Clock) -> Greeting:
+async def _greet(settings: DoctorSettings, url: str, at: IPAddress, http: Client, clock: Clock) -> Greeting:
     """Say hello by POST, without a report: the server checks key and name, answers, and stores nothing."""
-    agent = read.agent
+    agent = settings.agent
     hello = Hello(
         protocol=PROTOCOL,
         client_id=agent.client_id,
@@ -127,19 +128,21 @@ async def _greet(read: DoctorSettings, url: str, at: IPAddress, http: Client, cl
         headers["X-API-Key"] = agent.api_key.reveal()
     sent = clock.wall()
     try:
-        answer = await http.post(f"{url}{agent.api_path}/agent", body, headers, limit=LIMIT, at=at)
+        answer = await http.post(f"{url}{agent.api_path}/agent", body, headers, limit=_REQUEST_TIMEOUT_S, at=at)
     except HttpError as e:
         return Greeting(url=url, why=str(e))
     welcome = None
     if answer.status == 200:
         try:
-            said = _read_answer(answer.body.decode("utf-8"))
+            message = _read_answer(answer.body.decode("utf-8"))
         except ValueError:
-            said = None
-        welcome = said if isinstance(said, Welcome) else None
+            message = None
+        welcome = message if isinstance(message, Welcome) else None
     date = welcome.wall if welcome else _date(answer.headers.get("date"))
     ours = welcome is not None or own_refusal(answer.status, answer.headers, answer.body) is not None
-    return Greeting(url=url, status=answer.status, welcome=welcome, ours=ours, date=date, sent=sent, came=clock.wall())
+    return Greeting(
+        url=url, status=answer.status, welcome=welcome, ours=ours, date=date, sent_at=sent, received_at=clock.wall()
+    )
 
 
 def _date(text: str | None) -> float | None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from vpn_sentinel.agent.doctor.forgiving import read_all
+from vpn_sentinel.agent.doctor.lenient import read_all
 from vpn_sentinel.cli.reading import settings_of
 from vpn_sentinel.runtime.settings import Setting, Source
 

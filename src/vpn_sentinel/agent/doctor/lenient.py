@@ -1,4 +1,4 @@
-"""Settings read to the end: each one that cannot be used is noted, and the rest counts as if it were not set."""
+"""All settings of an agent, read without stopping at the first error: one that cannot be used counts as not set."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,9 +17,9 @@ _BY_KEY: Final = {setting.key: setting for setting in _SETTINGS}
 
 @dataclass
 class LenientSource(Source):
-    """A source that answers a setting it cannot parse with the default. `troubles` are the messages, by setting.
+    """A source that returns the default for a setting it cannot parse. `troubles` are the error messages, by setting.
 
-    `left_out` are the names of settings that count as not set, with what stands for them.
+    `left_out` are the names of settings that count as not set, each with the value used instead.
     """
 
     troubles: dict[str, str] = field(default_factory=dict)
@@ -42,7 +42,7 @@ class LenientSource(Source):
             return None
 
     def until_read(self, read: Callable[[Source], T]) -> T:
-        """Read a role's settings. What stops it, where several do not fit together, is noted and left out."""
+        """Read a role's settings. Where several contradict each other, the one at fault is noted and left out."""
         for _ in _SETTINGS:
             try:
                 return read(self)
@@ -60,8 +60,8 @@ class LenientSource(Source):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DoctorSettings:
-    """`urls` are the server's addresses that may be used. `troubles`, and `idle` for what does nothing, are one line
-    each.
+    """`urls` are the server's addresses that may be used. `troubles` are errors, `idle` settings without effect, one
+    line each.
     """
 
     agent: AgentSettings
@@ -78,7 +78,7 @@ def read_all(source: Source, hostname: str | None = None) -> DoctorSettings:
     lenient.until_read(GeoSettings.read)
     reactions = lenient.until_read(ReactionSettings.read)
     missing = URL.name in lenient.left_out
-    # That no server is set at all has a line of its own.
+    # The check of the server reports that none is set at all.
     if missing and Source.text(source, URL) is None:
         lenient.troubles.pop(URL.key, None)
     return DoctorSettings(
