@@ -12,7 +12,7 @@ from vpn_sentinel.agent.net import packets, sockets
 from vpn_sentinel.agent.net.fib import Fib
 from vpn_sentinel.agent.net.kernel import Netlink, device_routes
 from vpn_sentinel.agent.net.netlink import attribute, attributes, messages
-from vpn_sentinel.agent.net.routing_rules import EVERYBODY
+from vpn_sentinel.agent.net.routing_rules import ANY_SENDER
 from vpn_sentinel.agent.net.rtnetlink import (
     RTM_GETLINK,
     RTM_NEWNEXTHOP,
@@ -238,9 +238,9 @@ def netlink() -> Try:
 
 def _walk(fib: Fib) -> None:
     for version, made in ((4, IPv4Address), (6, IPv6Address)):
-        for sender in (EVERYBODY, *(rule.sender() for rule in fib.rules[:2])):
+        for sender in (ANY_SENDER, *(rule.sender() for rule in fib.rules[:2])):
             at = -1
-            for segment in fib.spread(version, sender):
+            for segment in fib.segments(version, sender):
                 check(at < segment.first <= segment.last, "parts of the address space that overlap")
                 at = segment.last
                 for number in (segment.first, segment.last):

@@ -77,7 +77,7 @@ class _Base(Base):
 
     def survey(self) -> Survey:
         found = self.surveyor.look()
-        AS_USER.be(found.user)
+        AS_USER.switch_to(found.user)
         return found
 
     def paths(self) -> Paths:
@@ -200,7 +200,7 @@ def _sense(base: _Base) -> _Sensors:
     def tells_of_the_tunnel(target: Target) -> bool:
         paths = base.paths()
         beside = paths.of(target.address, target.port) is Path.OUTSIDE
-        return not AS_USER.refused and not (beside and paths.has_own_way(target.address, target.port))
+        return not AS_USER.refused and not (beside and paths.has_host_route(target.address, target.port))
 
     def pulse_changed() -> None:
         uploader.network_changed()
@@ -253,7 +253,7 @@ def _look(base: _Base, sensors: _Sensors) -> rounds.RoundDeps:
         places=places,
         clock=base.clock,
         watch=watch,
-        came_out=base.surveyor.came_out,
+        came_out=base.surveyor.learn_exits,
         hurry=lambda: pulse.lossy and base.rounds.state is State.PROTECTED,
         audit=base.audit.look,
         canary=lambda: base.zone.zone,

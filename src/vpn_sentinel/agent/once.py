@@ -45,7 +45,7 @@ async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, se
     kernel = open_kernel()
     around = Surveyor(kernel, configured=settings.tunnel_interface, only=settings.meant_outside.only)
     found = around.look()
-    AS_USER.be(found.user)
+    AS_USER.switch_to(found.user)
 
     # Only WireGuard, which is asked of its device: what takes settings is the agent's.
     witnesses = Witnesses(IntrospectSettings(), http, clock, on_change=lambda: None)
@@ -80,7 +80,7 @@ async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, se
         system=SystemResolver(boottime=clock.boottime, patience=LOST_AFTER + 0.1),
         origins=Origins(clock, services=places.about, names=names),
         watch=watch,
-        came_out=around.came_out,
+        came_out=around.learn_exits,
         audit=RouteAudit(settings).look,
     )
     try:

@@ -9,7 +9,7 @@ from tests.agent.leakwatch.test_watch import ran
 from tests.conftest import ManualClock
 from vpn_sentinel.agent.leakwatch.carrier import FRESH_S, SURE_S, Carrier, Outer, carried, twins
 from vpn_sentinel.agent.net.endpoints import TCP, Endpoint, parse_endpoint
-from vpn_sentinel.agent.net.facts import Recollection
+from vpn_sentinel.agent.net.facts import InMemoryFacts
 from vpn_sentinel.agent.net.link import Interface
 from vpn_sentinel.domain.policy import IPAddress
 
@@ -67,9 +67,9 @@ class Tries:
         return answer
 
 
-def make(search: Tries, memory: Recollection | None = None) -> tuple[Carrier, ManualClock]:
+def make(search: Tries, memory: InMemoryFacts | None = None) -> tuple[Carrier, ManualClock]:
     clock = ManualClock()
-    return Carrier(memory=memory or Recollection(), now=clock.boottime, search=search, keeps_on=idle), clock
+    return Carrier(memory=memory or InMemoryFacts(), now=clock.boottime, search=search, keeps_on=idle), clock
 
 
 async def idle(_tunnel: Interface, _ends: tuple[Endpoint, ...], _ways: tuple[str, ...]) -> bool:
@@ -172,7 +172,7 @@ def test_it_is_given_up_only_when_it_fails_twice() -> None:
 
 
 def test_without_the_capability_the_host_that_was_there_first_is_remembered() -> None:
-    memory = Recollection()
+    memory = InMemoryFacts()
     found, _ = make(Tries(), memory)
     found.look(TUN, HOSTS[:1], ("eth0",), able=False)
     again, _ = make(Tries(), memory)  # the agent was started again

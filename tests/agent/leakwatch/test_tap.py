@@ -16,7 +16,7 @@ from vpn_sentinel.agent.leakwatch import bpf
 from vpn_sentinel.agent.leakwatch.rules import Rules
 from vpn_sentinel.agent.leakwatch.tap import Tap
 from vpn_sentinel.agent.net.endpoints import UDP, Endpoint
-from vpn_sentinel.agent.net.packettime import packet_times
+from vpn_sentinel.agent.net.packettime import timestamp_socket
 
 FAR = "93.184.216.34"
 
@@ -57,7 +57,7 @@ async def test_the_filter_of_a_provider_with_many_servers_has_room(old_kernel: N
 
 async def test_a_packets_time_is_when_it_passed_however_late_it_is_read(namespace: None) -> None:
     """By it an answer is told from what was asked before: of the first packets, too."""
-    kept = packet_times()
+    kept = timestamp_socket()
     assert kept is not None
     passed: list[float] = []
     with kept, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as user:

@@ -25,7 +25,7 @@ from vpn_sentinel.agent.net.endpoints import parse_endpoint
 from vpn_sentinel.agent.net.interfaces import Paths, survey
 from vpn_sentinel.agent.leakwatch import watch as w
 from vpn_sentinel.agent.leakwatch.meant import parse_meant
-from vpn_sentinel.agent.net.packettime import packet_times
+from vpn_sentinel.agent.net.packettime import timestamp_socket
 from vpn_sentinel.agent.net.kernel import Netlink
 from vpn_sentinel.domain.policy import Policy
 
@@ -34,7 +34,7 @@ from vpn_sentinel.domain.policy import Policy
 until = partial(until, limit=20.0)
 """
 BEGIN = """
-times = packet_times()  # an agent has looked at much before its first packet, a test has not
+times = timestamp_socket()  # an agent has looked at much before its first packet, a test has not
 for line in ("link set lo up", "link add eth0 type veth peer name far", "link set far up", "link set eth0 up",
              "addr add 192.168.7.2/24 dev eth0", "neigh add 192.168.7.1 lladdr 02:00:00:00:00:01 dev eth0",
              "route add default via 192.168.7.1"):

@@ -8,7 +8,7 @@ ONE_USER = """
 import os
 from ipaddress import ip_address
 from vpn_sentinel.agent.rounds.canary_plan import canary_plan
-from vpn_sentinel.agent.net.facts import Recollection
+from vpn_sentinel.agent.net.facts import InMemoryFacts
 from vpn_sentinel.agent.net.interfaces import Surveyor
 from vpn_sentinel.agent.net.as_user import AS_USER
 LINES = ["link add wg0 type veth peer name wgfar", "link set wgfar up", "addr add 10.8.0.2/24 dev wg0",
@@ -25,10 +25,10 @@ def near():
     with AS_USER.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((str(TO), 53))
         return probe.getsockname()[0]
-memory = Recollection()
+memory = InMemoryFacts()
 def look(**options):
     found = Surveyor(kernel, configured="wg0", memory=memory, **options).look()
-    AS_USER.be(found.user)
+    AS_USER.switch_to(found.user)
     return found
 """
 
@@ -79,7 +79,7 @@ say(user=found.user, refused=AS_USER.refused, near=near(), uid=os.geteuid())
 """
     )
     assert (seen["user"], seen["refused"], seen["near"]) == (997, True, "192.168.7.2")
-    assert str(seen["err"]).count("in that user's place") == 1
+    assert str(seen["err"]).count("may not send probes as that user") == 1
 
 
 NOBODYS_PLACE = """

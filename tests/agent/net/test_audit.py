@@ -188,8 +188,8 @@ def test_a_public_network_behind_a_nat_is_not_local(namespace: None) -> None:
     around = Surveyor(kernel := Netlink())
     try:
         before = audit(around.look())
-        assert around.came_out({"eth0": frozenset({ip_network("91.10.10.20/32")})})
-        assert not around.came_out({"eth0": frozenset({ip_network("91.10.10.20/32")})})
+        assert around.learn_exits({"eth0": frozenset({ip_network("91.10.10.20/32")})})
+        assert not around.learn_exits({"eth0": frozenset({ip_network("91.10.10.20/32")})})
         after = audit(around.look())
     finally:
         kernel.close()

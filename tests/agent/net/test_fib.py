@@ -285,11 +285,11 @@ def compared() -> tuple[Fib, list[object]]:
                 mine = names[found.hops[0].interface] if found.type == RTN_UNICAST else None
             if mine != (said := asked(destination, sender)):
                 wrong.append((destination, sender, mine, said))
-            parts = [s for s in fib.spread(address.version, sender) if s.first <= int(address) <= s.last]
+            parts = [s for s in fib.segments(address.version, sender) if s.first <= int(address) <= s.last]
             assert len(parts) <= 1
             spread = parts[0].entry if parts else None
             assert spread is found or (found is None and spread is not None and spread.type != RTN_UNICAST)
-            ways = fib.spread(address.version, sender, by_way=True)
+            ways = fib.segments(address.version, sender, merge=True)
             way = [s.interfaces for s in ways if s.first <= int(address) <= s.last]
             assert way == [s.interfaces for s in parts]
     return fib, wrong
@@ -394,7 +394,7 @@ def test_ten_thousand_routes_are_one_walk(namespace: None) -> None:
         fib = kernel.fib()
     finally:
         kernel.close()
-    assert len([s for s in fib.spread(4) if s.entry is not None and s.entry.prefix == 24]) == 10_000
+    assert len([s for s in fib.segments(4) if s.entry is not None and s.entry.prefix == 24]) == 10_000
 
 
 def test_a_thousand_rules_that_lead_on_are_one_walk(namespace: None) -> None:
@@ -405,12 +405,12 @@ def test_a_thousand_rules_that_lead_on_are_one_walk(namespace: None) -> None:
         check=True,
     )
     ip(DEVICES)
-    assert all(s.entry is not None for s in read().spread(4))
+    assert all(s.entry is not None for s in read().segments(4))
 
 
 def test_an_empty_kernel_routes_nothing() -> None:
     assert Fib().lookup(ip_address("1.1.1.1")) is None
-    assert Fib().spread(4) == []
+    assert Fib().segments(4) == []
 
 
 def test_intervals() -> None:

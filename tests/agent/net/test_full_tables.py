@@ -73,8 +73,8 @@ def test_whoever_looks_at_the_same_tables_walks_them_once(
 def test_a_full_table_by_one_device_is_few_parts(kernel: Netlink) -> None:
     many(INSIDE)
     found = kernel.fib()
-    assert len(found.spread(4)) > MANY
-    assert len(found.spread(4, by_way=True)) < 50
+    assert len(found.segments(4)) > MANY
+    assert len(found.segments(4, merge=True)) < 50
 
 
 def test_what_is_as_it_was_is_not_read_anew(kernel: Netlink, monkeypatch: pytest.MonkeyPatch) -> None:

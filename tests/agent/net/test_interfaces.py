@@ -132,15 +132,15 @@ def test_a_kernel_that_stops_answering_makes_paths_unknown() -> None:
     seen = surveyed(LO, ETH, WG)
     kernel = FakeKernel(broken=True)
     assert Paths(kernel, seen).of(ip_address("192.0.2.1")) is Path.UNKNOWN
-    assert not Paths(kernel, seen).has_own_way(ip_address("192.0.2.1"), 5000)
-    assert not Paths(None, seen).has_own_way(ip_address("192.0.2.1"), 5000)
+    assert not Paths(kernel, seen).has_host_route(ip_address("192.0.2.1"), 5000)
+    assert not Paths(None, seen).has_host_route(ip_address("192.0.2.1"), 5000)
 
 
 def test_a_host_route_is_a_way_of_its_own() -> None:
     seen = surveyed(LO, ETH, WG)
     kernel = FakeKernel(routes={"192.0.2.1": Route(interface=2, prefix=32), "192.0.2.2": Route(interface=2, prefix=0)})
-    assert Paths(kernel, seen).has_own_way(ip_address("192.0.2.1"), 5000)
-    assert not Paths(kernel, seen).has_own_way(ip_address("192.0.2.2"), 5000)
+    assert Paths(kernel, seen).has_host_route(ip_address("192.0.2.1"), 5000)
+    assert not Paths(kernel, seen).has_host_route(ip_address("192.0.2.2"), 5000)
 
 
 class Steady(FakeKernel):

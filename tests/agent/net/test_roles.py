@@ -11,7 +11,7 @@ from pathlib import Path as Folder
 import pytest
 
 from tests.agent.net.test_fib import ip
-from vpn_sentinel.agent.net.facts import Recollection
+from vpn_sentinel.agent.net.facts import InMemoryFacts
 from vpn_sentinel.agent.net.interfaces import Paths, Survey, Surveyor, survey
 from vpn_sentinel.agent.net.kernel import Netlink
 from vpn_sentinel.agent.net.roles import Remembered, roles
@@ -284,7 +284,7 @@ def test_no_way_to_ask_is_known(namespace: None) -> None:
     try:
         found = survey(kernel)
         paths = Paths(kernel, found)
-        ways = {i.name: paths.leads_there(i, ip_address("1.1.1.1")) for i in found.uplinks}
+        ways = {i.name: paths.can_route(i, ip_address("1.1.1.1")) for i in found.uplinks}
     finally:
         kernel.close()
     assert ways == {"eth0": False, "eth1": True}
@@ -349,7 +349,7 @@ def test_the_tunnel_above_a_named_uplink_is_missed_when_it_goes(namespace: None)
     """Its traffic goes home then, and the word is not what makes that a tunnel."""
     ip(LAN + GATEWAY + WG_QUICK.format("wg0"))
     kernel = Netlink()
-    memory = Recollection()
+    memory = InMemoryFacts()
     try:
         Surveyor(kernel, configured="eth0", memory=memory).look()
         ip("link del wg0")
@@ -366,7 +366,7 @@ def test_a_new_word_is_believed_over_the_memory_of_another_set_up(namespace: Non
     """The VPN moved to the router, and the owner says so: the tunnel that was here before is not missed."""
     ip(LAN + GATEWAY + WG_QUICK.format("wg0"))
     kernel = Netlink()
-    memory = Recollection()
+    memory = InMemoryFacts()
     try:
         Surveyor(kernel, memory=memory).look()
         ip("link del wg0")

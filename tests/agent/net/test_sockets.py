@@ -56,8 +56,8 @@ def test_whose_a_packet_is_though_nat_gave_it_another_address(sockets: SocketTab
             assert found.uid == os.getuid()
             assert sockets.sender(6, own, FAR, port) is None
             assert [(s.far, s.far_port) for s in sockets.connecting(own, 4)] == [(LO, port)]
-            assert sockets.takers(LO, own) == {os.getuid()}
-            assert sockets.takers(FAR, own) == frozenset()
+            assert sockets.peer_users(LO, own) == {os.getuid()}
+            assert sockets.peer_users(FAR, own) == frozenset()
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as loose:
         loose.bind(("127.0.0.1", 0))
         found = sockets.sender(17, loose.getsockname()[1], FAR, 53)

@@ -68,8 +68,8 @@ async def examine(settings: DoctorSettings, clock: Clock) -> list[Check]:
             stack.callback(kernel.close)
         # As the agent does: where the tunnel is for one user alone, with sockets of that user.
         survey = Surveyor(kernel, configured=probes.tunnel_interface, only=probes.meant_outside.only).look()
-        AS_USER.be(survey.user)
-        stack.callback(AS_USER.be, None)
+        AS_USER.switch_to(survey.user)
+        stack.callback(AS_USER.switch_to, None)
         paths = Paths(kernel, survey)
         async with asyncio.TaskGroup() as group:
             context = DoctorContext(

@@ -12,10 +12,10 @@ from vpn_sentinel.agent.net.fib import Fib
 from vpn_sentinel.agent.net.interfaces import INTERNET, Survey, is_up
 from vpn_sentinel.agent.net.kernel import DeviceRoute
 from vpn_sentinel.agent.net.link import IFF_LOOPBACK, IFF_POINTOPOINT, Interface
-from vpn_sentinel.agent.net.local import SHORTEST, addresses
+from vpn_sentinel.agent.net.local import MIN_PREFIX_LENGTH, addresses
 from vpn_sentinel.agent.net.roles import is_layer3_tunnel
 from vpn_sentinel.agent.net.rtnetlink import Route
-from vpn_sentinel.agent.net.servers import reached
+from vpn_sentinel.agent.net.servers import devices_to
 from vpn_sentinel.domain.policy import NOT_PUBLIC, IPAddress, IPNetwork, is_public, within
 
 _WIREGUARD: Final = frozenset({"wireguard", "amneziawg"})
@@ -112,7 +112,7 @@ class EgressMap:
         """Hosts on devices of which nothing is reported, where one tunnel runs inside another: it has a server too."""
         if self.fib is None or not self.nested:
             return frozenset()
-        devices = reached(self.fib, reported, [i.index for i in self.interfaces])
+        devices = devices_to(self.fib, reported, [i.index for i in self.interfaces])
         found = ((h, self.fib.lookup(h.network_address)) for h in self.hosts)
         return frozenset(h for h, entry in found if entry and not any(entry.leads_by(d) for d in devices))
 
@@ -249,6 +249,6 @@ def _is_lan(way: DeviceRoute, own: list[IPAddress]) -> bool:
     if any(low <= first and last <= high for low, high in _NOT_PUBLIC[network.version]):
         return True
     # A shorter one is no LAN but a part of the internet, e.g. the half that some programs route in place of the whole.
-    if way.gateway or network.prefixlen < SHORTEST[network.version]:
+    if way.gateway or network.prefixlen < MIN_PREFIX_LENGTH[network.version]:
         return False
     return any(a.version == network.version and a in network for a in own)

@@ -26,7 +26,7 @@ from vpn_sentinel.agent.leakwatch.tap import Tap
 from vpn_sentinel.agent.leakwatch.trial import TRIED, Takers, Trials
 from vpn_sentinel.agent.net.endpoints import TCP, UDP
 from vpn_sentinel.agent.net.packets import Packet, decode
-from vpn_sentinel.agent.net.routing_rules import FIRST_PERSON, Rule
+from vpn_sentinel.agent.net.routing_rules import FIRST_PERSONAL_UID, Rule
 from vpn_sentinel.agent.net.sockets import Socket
 from vpn_sentinel.domain.policy import IPAddress, is_public, within
 
@@ -181,7 +181,7 @@ class ExemptWatch:
         owner = self._owner(packet)
         uid = None if owner is None else owner.uid
         if answers:
-            if packet.protocol == TCP or uid is None or uid < FIRST_PERSON:
+            if packet.protocol == TCP or uid is None or uid < FIRST_PERSONAL_UID:
                 self._trust(packet)  # but not a person's port, which may begin flows too
         elif packet.protocol not in TRIED or uid in self._declared.users or (owner is not None and owner.is_kernels):
             self._trust(packet)
@@ -192,7 +192,7 @@ class ExemptWatch:
 
     def _by_port(self, packet: Packet, interface: str, uid: int | None) -> None:
         """A person's program has no tunnel; whose port it is when the socket is gone, nobody knows."""
-        if uid is not None and uid < FIRST_PERSON:
+        if uid is not None and uid < FIRST_PERSONAL_UID:
             self._trust(packet)
         elif uid is not None and not self._visited(packet) and self._sure():
             self._leaks(packet, interface)
@@ -210,7 +210,7 @@ class ExemptWatch:
     def _marked(self, packet: Packet, interface: str) -> None:
         """Where nothing else tells the tunnel's packets, what is marked for everybody may be its server's address."""
         owner = self._owner(packet)
-        if self._server_known() or (owner is not None and owner.uid >= FIRST_PERSON):
+        if self._server_known() or (owner is not None and owner.uid >= FIRST_PERSONAL_UID):
             self._leaks(packet, interface)
 
     def _proxied(self, packet: Packet, interface: str) -> None:

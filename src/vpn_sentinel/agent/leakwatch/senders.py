@@ -15,7 +15,7 @@ from vpn_sentinel.agent.net.endpoints import TCP, UDP
 from vpn_sentinel.agent.net.fib import Fib
 from vpn_sentinel.agent.net.interfaces import INTERNET
 from vpn_sentinel.agent.net.packets import Packet
-from vpn_sentinel.agent.net.routing_rules import EVERYBODY, Rule, Sender, may_be_a_programs
+from vpn_sentinel.agent.net.routing_rules import ANY_SENDER, Rule, Sender, may_be_one_program
 from vpn_sentinel.domain.policy import IPAddress
 
 # Besides the usual two a family, for where a rule sends one of those elsewhere.
@@ -40,7 +40,7 @@ def senders(fib: Fib, tunnel: int | None, before: Senders) -> Senders:
 
     What was found `before` holds on where nobody's packets go through the tunnel: its program still sends.
     """
-    turned = [replace(r, invert=False) for r in fib.rules if r.invert and r.names_sender() and may_be_a_programs(r)]
+    turned = [replace(r, invert=False) for r in fib.rules if r.invert and r.names_sender() and may_be_one_program(r)]
     if tunnel is None:
         return replace(before, excepted=tuple(dict.fromkeys((*before.excepted, *turned))))
     excepted: list[Rule] = []
@@ -51,7 +51,7 @@ def senders(fib: Fib, tunnel: int | None, before: Senders) -> Senders:
         to = rule.destination.network_address if rule.destination else through[rule.version] or _SOME[rule.version]
         sends = _like(rule)
         others, this = (_leads(fib, s, to, tunnel) for s in (_somebody_else(rule, sends), sends))
-        if others and not this and may_be_a_programs(rule):
+        if others and not this and may_be_one_program(rule):
             excepted.append(rule)
         elif this and not others and _is_who(rule) and not _is_root(rule):
             inside.append(rule)
@@ -69,7 +69,7 @@ def senders(fib: Fib, tunnel: int | None, before: Senders) -> Senders:
 def _everybody(fib: Fib, tunnel: int, version: int) -> IPAddress | None:
     """An address to which everybody's packets go through the tunnel, if there is one."""
     some = (a for a in _ANYWHERE if a.version == version)
-    return next((a for a in some if _leads(fib, EVERYBODY, a, tunnel)), None)
+    return next((a for a in some if _leads(fib, ANY_SENDER, a, tunnel)), None)
 
 
 def _leads(fib: Fib, sender: Sender, to: IPAddress, tunnel: int) -> bool:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import Final
 
 from vpn_sentinel.agent.leakwatch import bpf
-from vpn_sentinel.agent.net.packettime import ANCILLARY, note_times, passed
+from vpn_sentinel.agent.net.packettime import ANCILLARY_BYTES, enable_timestamps, packet_time
 
 BATCH_PACKETS: Final = 64  # packets read at once; more of them are a flood
 FLOOD_PAUSE_S: Final = 0.25  # seconds that a flood is left alone; the kernel goes on counting
@@ -85,7 +85,7 @@ class Tap:
         self._sock = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, 0)
         try:
             self._sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER_BYTES)
-            note_times(self._sock)
+            enable_timestamps(self._sock)
             self._address = _hardware_address(self._sock, interface)
             self.filter(made)
             self._sock.bind((interface, _ETH_P_ALL))
@@ -138,7 +138,7 @@ class Tap:
             return
         for _ in range(BATCH_PACKETS):
             try:
-                data, told, _flags, (interface, ethertype, *_rest) = self._sock.recvmsg(bpf.SNAP, ANCILLARY)
+                data, told, _flags, (interface, ethertype, *_rest) = self._sock.recvmsg(bpf.SNAP, ANCILLARY_BYTES)
             except BlockingIOError:
                 return
             except UnicodeDecodeError:  # the interface has a name that is no text by now
@@ -146,7 +146,7 @@ class Tap:
                 continue
             except OSError:
                 return  # ENETDOWN: the interface went down; the socket hears of it again when it comes up
-            self._packet(interface, ethertype, data, passed(told))
+            self._packet(interface, ethertype, data, packet_time(told))
             if self._closed:
                 return  # by what the packet led to
         asyncio.get_running_loop().remove_reader(self._sock)

@@ -21,7 +21,7 @@ from typing import Final, Protocol
 from vpn_sentinel.agent.net.as_user import socket_of
 from vpn_sentinel.agent.net.endpoints import TCP, UDP
 from vpn_sentinel.agent.net.packets import Packet
-from vpn_sentinel.agent.net.routing_rules import FIRST_PERSON
+from vpn_sentinel.agent.net.routing_rules import FIRST_PERSONAL_UID
 from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.wire import codec
 
@@ -43,7 +43,7 @@ Key = tuple[int | None, int, IPAddress | None, int | None]
 class Takers(Protocol):
     """Sockets of this network namespace. It may raise OSError."""
 
-    def takers(self, near: IPAddress, port: int) -> frozenset[int]:
+    def peer_users(self, near: IPAddress, port: int) -> frozenset[int]:
         """The users whose programs here have the other end of a TCP connection from `near` and `port`."""
         ...
 
@@ -91,7 +91,7 @@ class Trials:
             if len(held) < _HELD:
                 held.append((packet, interface))
         elif len(self._running) < MAX_TRIALS:
-            users = {os.geteuid(), FIRST_PERSON} if self._proxies else _users(uid)
+            users = {os.geteuid(), FIRST_PERSONAL_UID} if self._proxies else _users(uid)
             probes = [p for u in users if (p := _send(packet, u)) is not None]
             timer = asyncio.get_running_loop().call_later(PATIENCE_S, self._ends, key)
             self._running[key] = _Trial(timer, probes, _end(left or packet), [(packet, interface)])
@@ -133,7 +133,7 @@ class Trials:
         with contextlib.suppress(OSError):  # nobody tells whose they are
             for probe in self._running[key].probes:
                 near, port = probe.getsockname()[:2]
-                if uid in self._sockets.takers(codec.address(near), port):
+                if uid in self._sockets.peer_users(codec.address(near), port):
                     return True
         return False
 
@@ -165,8 +165,8 @@ def _stop(trial: _Trial) -> None:
 
 def _users(uid: int | None) -> set[int]:
     """Who sends a packet of ours. A sender that is gone may have been a person, as most are."""
-    person = FIRST_PERSON if uid is None else uid
-    return {os.geteuid(), person} if person >= FIRST_PERSON else {os.geteuid()}
+    person = FIRST_PERSONAL_UID if uid is None else uid
+    return {os.geteuid(), person} if person >= FIRST_PERSONAL_UID else {os.geteuid()}
 
 
 def _send(packet: Packet, uid: int) -> socket.socket | None:

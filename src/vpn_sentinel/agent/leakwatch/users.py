@@ -12,7 +12,7 @@ from vpn_sentinel.agent.leakwatch.senders import Senders, is_mark, leads_in, sel
 from vpn_sentinel.agent.net.endpoints import TCP
 from vpn_sentinel.agent.net.fib import Fib
 from vpn_sentinel.agent.net.packets import Packet
-from vpn_sentinel.agent.net.routing_rules import PERSONS, Rule
+from vpn_sentinel.agent.net.routing_rules import PERSONAL_UIDS, Rule
 from vpn_sentinel.agent.net.sockets import Socket
 from vpn_sentinel.domain.policy import IPAddress
 
@@ -113,7 +113,7 @@ class Users:
     def is_a_persons(self, packet: Packet) -> bool:
         """Whether a person's program sends it, which is no VPN's and none of the system's; False where nobody knows."""
         uid = self.user(packet)
-        return uid is not None and uid in PERSONS
+        return uid is not None and uid in PERSONAL_UIDS
 
     def user(self, packet: Packet) -> int | None:
         """Whose program sends it, as long as the kernel knows the socket."""

@@ -30,12 +30,12 @@ from vpn_sentinel.agent.leakwatch.tunnel_ends import TunnelEnds
 from vpn_sentinel.agent.leakwatch.users import Users
 from vpn_sentinel.agent.net.closed_sockets import ClosedSockets
 from vpn_sentinel.agent.net.endpoints import PROTOCOLS, UDP, Endpoint
-from vpn_sentinel.agent.net.facts import FactStore, Recollection
+from vpn_sentinel.agent.net.facts import FactStore, InMemoryFacts
 from vpn_sentinel.agent.net.interfaces import Paths, Survey
-from vpn_sentinel.agent.net.own import OWN, OwnSockets
+from vpn_sentinel.agent.net.own import OWN_SOCKETS, OwnSockets
 from vpn_sentinel.agent.net.packets import Packet, decode
-from vpn_sentinel.agent.net.packettime import packet_times
-from vpn_sentinel.agent.net.roles import has_way
+from vpn_sentinel.agent.net.packettime import timestamp_socket
+from vpn_sentinel.agent.net.roles import has_internet_route
 from vpn_sentinel.agent.net.sockets import SocketTable
 from vpn_sentinel.agent.probes.system_resolver import is_ours
 from vpn_sentinel.agent.probes.tag import is_probe
@@ -67,7 +67,7 @@ class LeakWatch:
         on_escape: Callable[[Escape], None] = lambda _: None,
         declared: Meant | None = None,
         wanted: bool = True,
-        own: OwnSockets = OWN,
+        own: OwnSockets = OWN_SOCKETS,
         memory: FactStore | None = None,
         server_found: Callable[[], None] = lambda: None,
         on_neighbor: Callable[[Neighbor], None] = lambda _: None,
@@ -92,12 +92,12 @@ class LeakWatch:
         self._on_neighbor = on_neighbor
         self._neighbors = Neighbors(clock.boottime, neighbor_left)
         self._ends = TunnelEnds(
-            endpoints, memory if memory is not None else Recollection(), clock.boottime, tried=self._tried
+            endpoints, memory if memory is not None else InMemoryFacts(), clock.boottime, tried=self._tried
         )
         self.carrier, self.others = self._ends.carrier, self._ends.others
         self._ours = OwnPackets(own, tables, meant)
         self._killed: set[int] = set()  # families of which a kill switch refused a canary lately
-        self._times = packet_times() if wanted else None  # long before the first packet is read
+        self._times = timestamp_socket() if wanted else None  # long before the first packet is read
         self._taps = Taps(self._packet, self._missed, self._came_in, clock.boottime)
         self._sockets = _sockets()
         self._flows = Flows(self._sockets)
@@ -548,7 +548,9 @@ class LeakWatch:
 
     def _leads_out(self, interface: str) -> bool:
         here, fib = next((i for i in self._egress.interfaces if i.name == interface), None), self._egress.fib
-        return here is not None and fib is not None and any(has_way(here, fib, version) for version in (4, 6))
+        return (
+            here is not None and fib is not None and any(has_internet_route(here, fib, version) for version in (4, 6))
+        )
 
     def _may_leave(self, interface: str, packet: Packet, now: float, passed: float) -> bool:
         if self._ours.is_led_away(packet, self._egress):

@@ -1,7 +1,7 @@
-"""Sockets that belong to another user: where the tunnel is for one user alone, only such ones go that user's way.
+"""Sockets that belong to another user: where the tunnel is for one user alone, only these are routed into it.
 
 The kernel gives a socket the file system user id of the thread that makes it (setfsuid(2); linux/net/socket.c,
-sock_alloc), and rules by user look at that (ip-rule(8), uidrange). It is changed for that moment and for this thread
+sock_alloc), and rules by user match on that (ip-rule(8), uidrange). It is changed for that moment and for this thread
 alone. It takes CAP_SETUID, as root has it.
 """
 
@@ -15,12 +15,12 @@ from typing import Final
 
 log = logging.getLogger(__name__)
 
-_NOBODY: Final = 2**32 - 1  # changes nothing, and is answered with the id that holds
+_INVALID_UID: Final = 2**32 - 1  # setfsuid(2) with it changes nothing, and returns the current id
 
 
 @cache
 def _setfsuid() -> Callable[[int], int]:
-    """setfsuid(2). Only few need it, and ctypes costs a quarter of a megabyte."""
+    """setfsuid(2). Loaded when it is needed: most agents do not need it, and ctypes costs a quarter of a megabyte."""
     import ctypes
 
     call = ctypes.CDLL(None).setfsuid
@@ -29,15 +29,15 @@ def _setfsuid() -> Callable[[int], int]:
 
 
 class AsUser:
-    """`uid` is the user whose way is asked about, None for this process's own. `refused`: it may not be asked about."""
+    """`uid` is the user that sockets are made for, None for this process's own. `refused`: that is not permitted."""
 
     def __init__(self) -> None:
         self.uid: int | None = None
         self.refused = False
         self._wanted: int | None = None
 
-    def be(self, uid: int | None) -> None:
-        """Make sockets as `uid` from now on; where that is not permitted it is said once, and `refused` is set."""
+    def switch_to(self, uid: int | None) -> None:
+        """Make sockets as `uid` from now on; where that is not permitted, log it once and set `refused`."""
         uid = None if uid == os.geteuid() else uid
         if uid == self._wanted:
             return
@@ -45,19 +45,21 @@ class AsUser:
         self.refused = False
         if uid is None:
             return
-        codecs.lookup("idna")  # for names; loaded at its first use, from files that the user may not be able to read
+        codecs.lookup(
+            "idna"
+        )  # for host names: loaded at its first use, from files that the user may not be able to read
         with self:
-            self.refused = _setfsuid()(_NOBODY) != uid
+            self.refused = _setfsuid()(_INVALID_UID) != uid
         if self.refused:
             self.uid = None
             log.warning(
-                "only one user's programs go through the tunnel, and nothing can be asked in that user's place",
+                "only one user's programs go through the tunnel, and this process may not send probes as that user",
                 extra={"uid": uid, "remedy": "run the agent as that user, or with CAP_SETUID"},
             )
 
     @property
     def refused_uid(self) -> int | None:
-        """The user in whose place nothing may be asked, None where that is nobody."""
+        """The user that sockets may not be made for, None if there is no such user."""
         return self._wanted if self.refused else None
 
     def __enter__(self) -> None:
@@ -69,18 +71,18 @@ class AsUser:
             _setfsuid()(os.geteuid())
 
     def socket(self, family: int, kind: int) -> socket.socket:
-        """A socket of that user's. Raises OSError."""
+        """A socket that belongs to that user. Raises OSError."""
         with self:
             return socket.socket(family, kind)
 
 
 def socket_of(uid: int, family: int, kind: int, protocol: int = 0) -> socket.socket | None:
-    """A socket of user `uid`, None where making one takes a permission that is not there. Raises OSError."""
+    """A socket of user `uid`, None without the permission to make one. Raises OSError."""
     if uid == os.geteuid():
         return socket.socket(family, kind, protocol)
     _setfsuid()(uid)
     try:
-        return socket.socket(family, kind, protocol) if _setfsuid()(_NOBODY) == uid else None
+        return socket.socket(family, kind, protocol) if _setfsuid()(_INVALID_UID) == uid else None
     finally:
         _setfsuid()(os.geteuid())
 

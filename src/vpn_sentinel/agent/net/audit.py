@@ -1,4 +1,4 @@
-"""What rules and tables send past the tunnel: known before a packet takes that way, and without any capability."""
+"""What rules and tables route past the tunnel: known before any packet is sent, and without any capability."""
 
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -6,21 +6,21 @@ from dataclasses import replace
 from ipaddress import ip_network
 from typing import Final
 
-from vpn_sentinel.agent.net.coverage import by_device, interval, names, public_space, size
+from vpn_sentinel.agent.net.coverage import address_count, by_device, covering_networks, interval, public_space
 from vpn_sentinel.agent.net.endpoints import TCP, UDP
 from vpn_sentinel.agent.net.fib import Fib
 from vpn_sentinel.agent.net.interfaces import Survey
 from vpn_sentinel.agent.net.link import IFF_LOOPBACK, Interface, forwards
 from vpn_sentinel.agent.net.local import networks
-from vpn_sentinel.agent.net.roles import has_way
-from vpn_sentinel.agent.net.routing_rules import WHOLE_PORT, Rule, Sender, may_be_a_programs
-from vpn_sentinel.agent.net.servers import reached
+from vpn_sentinel.agent.net.roles import has_internet_route
+from vpn_sentinel.agent.net.routing_rules import FULL_PORT_MASK, Rule, Sender, may_be_one_program
+from vpn_sentinel.agent.net.servers import devices_to
 from vpn_sentinel.agent.net.space import Interval, intersect, joined, subtract
 from vpn_sentinel.domain.observation import Routed
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork
 
-MAX_NETWORKS: Final = 16  # networks that are named of one device; how many more there are is counted
-MAX_CLASSES: Final = 16  # rules for a protocol or a port that are walked for themselves
+MAX_NETWORKS: Final = 16  # networks named for one device; the others are counted
+MAX_CLASSES: Final = 16  # classes of traffic (by protocol, port, …) that are looked up on their own
 _PROTOCOLS: Final = {TCP: "TCP", UDP: "UDP", 1: "ICMP", 58: "ICMPv6"}
 
 
@@ -33,11 +33,11 @@ def audit(
     interfaces: Collection[str] = (),
     is_meant: Callable[[Rule], bool] = lambda _: False,
 ) -> tuple[Routed, ...] | None:
-    """By which devices the internet leaves, and which part of it goes beside the tunnel. None when nobody can tell.
+    """By which devices packets to the internet leave, and which part goes beside the tunnel. None when unknown.
 
-    Left out is what is meant to go there: `may_leave`, the LAN, and the VPN's `servers`. Where none of those is known
-    for a device, each host that has a route of its own there may be one, but for `services` of the internet. Left out
-    as well are devices of `interfaces`, and the kinds of traffic of rules that `is_meant` knows.
+    Excluded is what should go there: `may_leave`, the LAN, and the VPN's `servers`. Where none of the servers is known
+    for a device, each single host with a route by it may be one, except `services` of the internet. Also excluded are
+    the devices in `interfaces`, and the traffic of rules for which `is_meant` is true.
     """
     if survey.fib is None or survey.tunnel is None:
         return None
@@ -45,14 +45,14 @@ def audit(
     if device is None:
         return ()
     known = tuple(servers)
-    told_of = reached(survey.fib, known, [i.index for i in survey.beside])
+    explained = devices_to(survey.fib, known, [i.index for i in survey.beside])
     local = (n for i in survey.beside for n in networks(i, survey.natted))
     excepted = [*may_leave, *local, *(ip_network(s) for s in known)]
-    # A server that is known says nothing of devices that its packets do not take: one tunnel may carry another.
+    # A known server explains nothing on devices that its packets do not take: one tunnel may carry another.
     excepted += [
         network
         for network, entry in survey.fib.hosts_beside(device.index)
-        if network.network_address not in services and not any(entry.leads_by(index) for index in told_of)
+        if network.network_address not in services and not any(entry.leads_by(index) for index in explained)
     ]
     others = [i for i in survey.interfaces or () if i.name != device.name and not i.flags & IFF_LOOPBACK]
     found: list[Routed] = []
@@ -60,7 +60,7 @@ def audit(
         free = joined(interval(n) for n in excepted if n.version == version)
         beside = tuple(i for i in survey.beside if i.name not in interfaces)
         kinds = tuple(r for r in survey.fib.rules if r.version == version and not is_meant(r))
-        behind = [i for i in others if not has_way(i, survey.fib, version)]
+        behind = [i for i in others if not has_internet_route(i, survey.fib, version)]
         classes = (*_classes(survey.fib, kinds, version, sender), *_passed_on(behind, kinds, version))
         found += _of_version(survey.fib, device, beside, version, sender, free, classes)
     return tuple(found)
@@ -75,30 +75,30 @@ def _of_version(
     free: list[Interval],
     classes: tuple[tuple[str, Sender], ...],
 ) -> Iterator[Routed]:
-    total = size(public_space(version))
-    spread = by_device(fib, version, sender)
-    inside = spread.get(device.index, [])
+    total = address_count(public_space(version))
+    default = by_device(fib, version, sender)
+    inside = default.get(device.index, [])
     if inside:
-        yield Routed(interface=device.name, family=version, share=size(inside) / total)
-    again = _with_address(fib, device, version, sender)
-    bound = by_device(fib, version, again) if again else {}
-    told: dict[int, list[Interval]] = {}
+        yield Routed(interface=device.name, family=version, share=address_count(inside) / total)
+    bound_sender = _with_address(fib, device, version, sender)
+    bound = by_device(fib, version, bound_sender) if bound_sender else {}
+    reported: dict[int, list[Interval]] = {}
     for other in beside:
-        # What a socket looks up once more when it has the tunnel's address: a rule by source may lead it elsewhere.
-        parts = joined([*spread.get(other.index, []), *intersect(inside, bound.get(other.index, []))])
-        told[other.index] = parts = subtract(parts, free)
+        # A socket that has the tunnel's address is looked up again: a rule by source may route it elsewhere.
+        parts = joined([*default.get(other.index, []), *intersect(inside, bound.get(other.index, []))])
+        reported[other.index] = parts = subtract(parts, free)
         if parts:
-            found = names(fib, version, sender, other.index, parts, MAX_NETWORKS)
-            if again and not found[1]:
-                found = names(fib, version, again, other.index, parts, MAX_NETWORKS)
-            yield _routed(other, version, found, size(parts) / total)
+            found = covering_networks(fib, version, sender, other.index, parts, MAX_NETWORKS)
+            if bound_sender and not found[1]:
+                found = covering_networks(fib, version, bound_sender, other.index, parts, MAX_NETWORKS)
+            yield _routed(other, version, found, address_count(parts) / total)
     for only, rule_sender in classes:
         by_class = by_device(fib, version, rule_sender)
         for other in beside:
-            more = subtract(subtract(by_class.get(other.index, []), free), told[other.index])
+            more = subtract(subtract(by_class.get(other.index, []), free), reported[other.index])
             if more:
-                found = names(fib, version, rule_sender, other.index, more, MAX_NETWORKS)
-                yield _routed(other, version, found, size(more) / total, only)
+                found = covering_networks(fib, version, rule_sender, other.index, more, MAX_NETWORKS)
+                yield _routed(other, version, found, address_count(more) / total, only)
 
 
 def _routed(
@@ -116,7 +116,7 @@ def _routed(
 
 
 def _with_address(fib: Fib, device: Interface, version: int, sender: Sender) -> Sender | None:
-    """The sender once its socket has the device's address; None where no rule looks at sources."""
+    """The sender with the device's address as source; None where no rule matches on sources."""
     if not any(rule.source is not None and rule.version == version for rule in fib.rules):
         return None
     source = next((a for a in device.addresses if a.version == version and not a.is_link_local), None)
@@ -124,14 +124,14 @@ def _with_address(fib: Fib, device: Interface, version: int, sender: Sender) -> 
 
 
 def _classes(fib: Fib, kinds: tuple[Rule, ...], version: int, sender: Sender) -> Iterator[tuple[str, Sender]]:
-    """Kinds of traffic, by protocol, port or type of service, that rules tell from the rest; each with a name.
+    """Classes of traffic that rules distinguish by protocol, port or type of service; each with a name.
 
     A name that ends with "to port 53" or "to port 853" is read as DNS (`domain.routes`).
     """
     rules = [r for r in kinds if _is_class(r)]
-    for who, uid in _several_users(kinds):
+    for who, uid in _user_groups(kinds):
         yield who, replace(sender, uid=uid)
-    for many in [r for r in kinds if r.source_ports is not None and not may_be_a_programs(r)][:MAX_CLASSES]:
+    for many in [r for r in kinds if r.source_ports is not None and not may_be_one_program(r)][:MAX_CLASSES]:
         low, high = many.source_ports or (0, 0)
         named = f"{_PROTOCOLS.get(many.protocol or 0, 'packets')} from ports {low}-{high}"
         yield named, replace(sender, protocol=many.protocol or TCP, source_port=low)
@@ -141,14 +141,14 @@ def _classes(fib: Fib, kinds: tuple[Rule, ...], version: int, sender: Sender) ->
         words = [_PROTOCOLS.get(rule.protocol, f"protocol {rule.protocol}") if rule.protocol else "packets"]
         if low:
             words.append(f"to port {low}" if low == high else f"to ports {low}-{high}")
-        if rule.destination_mask != WHOLE_PORT:
+        if rule.destination_mask != FULL_PORT_MASK:
             words.append(f"under mask 0x{rule.destination_mask:04x}")
         if rule.tos:
             words.append(f"with TOS 0x{rule.tos:02x}")
         name = " ".join(w for w in words if w)
         if name not in seen:
             seen.add(name)
-            # A port has a protocol; rules that name another one do not select it.
+            # A port belongs to a protocol; rules for another protocol do not select it.
             protocol = rule.protocol or TCP
             yield name, Sender(uid=sender.uid, protocol=protocol, destination_port=low, tos=rule.tos)
     for tos in sorted({e.tos for e in fib.entries if e.tos and e.version == version})[:MAX_CLASSES]:
@@ -156,31 +156,31 @@ def _classes(fib: Fib, kinds: tuple[Rule, ...], version: int, sender: Sender) ->
 
 
 def _passed_on(behind: list[Interface], kinds: tuple[Rule, ...], version: int) -> Iterator[tuple[str, Sender]]:
-    """What this host sends on for those behind it, containers say, where rules tell it from the rest."""
+    """What this host forwards for others, such as containers, where rules distinguish it."""
     incoming = {r.incoming for r in kinds}
     sources = [r.source for r in kinds if r.source is not None]
     for device in behind:
         own = [n for n in device.networks if n.version == version and not n.is_link_local]
-        parts = [_narrower(s, n) for s in sources for n in own if s.overlaps(n)]
+        parts = [_longer_prefix(s, n) for s in sources for n in own if s.overlaps(n)]
         parts = [p for p in parts if not any(p == ip_network(a) for a in device.addresses)]
         named = parts or (own if device.name in incoming else [])
         if named and forwards(device, version):
             for part in dict.fromkeys(named[:MAX_CLASSES]):
-                yield f"packets from {part}", Sender(source=_somebody(part), incoming=device.name)
+                yield f"packets from {part}", Sender(source=_example_host(part), incoming=device.name)
 
 
-def _narrower(one: IPNetwork, other: IPNetwork) -> IPNetwork:
+def _longer_prefix(one: IPNetwork, other: IPNetwork) -> IPNetwork:
     return one if one.prefixlen > other.prefixlen else other
 
 
-def _somebody(network: IPNetwork) -> IPAddress:
-    """A host of it, and not the one that has its first address, which is often this one."""
+def _example_host(network: IPNetwork) -> IPAddress:
+    """An address in it, not the first host address, which often is this host's."""
     return network[min(2, network.num_addresses - 1)]
 
 
-def _several_users(kinds: tuple[Rule, ...]) -> Iterator[tuple[str, int]]:
-    """Groups of users that rules tell from the rest and that are no one program's, and one of each."""
-    rules = [r for r in kinds if r.uids is not None and not may_be_a_programs(r)]
+def _user_groups(kinds: tuple[Rule, ...]) -> Iterator[tuple[str, int]]:
+    """Groups of users that rules distinguish and that are not one program's user, each with one member."""
+    rules = [r for r in kinds if r.uids is not None and not may_be_one_program(r)]
     for low, high, others in dict.fromkeys((*(r.uids or (0, 0)), r.invert) for r in rules[:MAX_CLASSES]):
         named = f"user {low}" if low == high else f"users {low}-{high}"
         yield (f"packets of all but {named}", high + 1) if others else (f"packets of {named}", low)

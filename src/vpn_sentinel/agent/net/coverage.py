@@ -2,9 +2,9 @@
 
 The internet is the public address space: for IPv6 the global unicast block 2000::/3 (RFC 4291), less what IANA's
 special-purpose registries take out (`domain.policy.NOT_PUBLIC`) and what they hold for documentation. 64:ff9b::/96
-stands for all of IPv4 (RFC 6052), and 64:ff9b:1::/48 has room for the same (RFC 8215), where the network has a
-translator: they count where a route or a rule of their own leads there. A default route leads there too, and says
-nothing of one.
+stands for all of IPv4 (RFC 6052), and 64:ff9b:1::/48 has room for the same (RFC 8215), where the network has a NAT64
+translator: they count where a route or a rule for these blocks exists. A default route covers them too, and does not
+show that there is a translator.
 """
 
 from collections import defaultdict
@@ -14,31 +14,30 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_net
 from typing import Final
 
 from vpn_sentinel.agent.net.fib import Fib
-from vpn_sentinel.agent.net.routing_rules import EVERYBODY, Sender
-from vpn_sentinel.agent.net.space import Interval, intersect, joined, subtract
+from vpn_sentinel.agent.net.routing_rules import ANY_SENDER, Sender
+from vpn_sentinel.agent.net.space import ADDRESS_BITS, Interval, intersect, joined, subtract
 from vpn_sentinel.domain.policy import NOT_PUBLIC, IPNetwork
 
-_MOSTLY: Final = 0.6
-# Nobody's either, though examples use them: documentation (RFC 5737, 3849, 9637), and the relays of 6to4, which are no
-# more (RFC 7526). VPN programs keep lists of what is private out of the tunnel, and these stand there.
-_NOBODYS: Final = tuple(
+_MIN_NAMED_SHARE: Final = 0.6  # of the public addresses of a route's network, from which on it is named as a whole
+# No host has these addresses either: documentation (RFC 5737, 3849, 9637), and the relays of 6to4, which is obsolete
+# (RFC 7526). VPN programs keep a list of private networks outside the tunnel, and it often includes these.
+_UNUSED_BLOCKS: Final = tuple(
     ip_network(block)
     for block in (
         "192.0.2.0/24", "192.88.99.0/24", "198.51.100.0/24", "203.0.113.0/24", "2001:db8::/32", "3fff::/20",
     )
 )  # fmt: skip
 _NAT64: Final = (ip_network("64:ff9b::/96"), ip_network("64:ff9b:1::/48"))
-_OWN_ROUTE: Final = 32  # prefix length from which on a route is for that block
-_MAX_SENDER_CLASSES: Final = 8  # of senders whose ways are kept: those through a long list of networks take 5 MB
-_BITS: Final = {4: 32, 6: 128}
-_WHOLE: Final = {4: ip_network("0.0.0.0/0"), 6: ip_network("2000::/3")}
+_MIN_NAT64_PREFIX: Final = 32  # prefix length from which on a route is for a NAT64 block
+_MAX_CACHED_SENDER_CLASSES: Final = 8  # one for a long list of networks takes 5 MB
+_INTERNET: Final = {4: ip_network("0.0.0.0/0"), 6: ip_network("2000::/3")}
 
 
 @cache
 def public_space(version: int) -> tuple[Interval, ...]:
     """The public addresses of one IP version, as disjoint intervals in order."""
-    taken = joined(interval(n) for n in (*NOT_PUBLIC, *_NOBODYS) if n.version == version)
-    return tuple(subtract([interval(_WHOLE[version])], taken))
+    taken = joined(interval(n) for n in (*NOT_PUBLIC, *_UNUSED_BLOCKS) if n.version == version)
+    return tuple(subtract([interval(_INTERNET[version])], taken))
 
 
 def interval(network: IPNetwork) -> Interval:
@@ -46,8 +45,8 @@ def interval(network: IPNetwork) -> Interval:
     return int(network.network_address), int(network.broadcast_address)
 
 
-def size(parts: Iterable[Interval]) -> int:
-    """How many addresses disjoint intervals hold."""
+def address_count(parts: Iterable[Interval]) -> int:
+    """The number of addresses in disjoint intervals."""
     return sum(last - first + 1 for first, last in parts)
 
 
@@ -57,24 +56,24 @@ def networks(parts: Iterable[Interval], version: int) -> list[IPNetwork]:
     return [n for first, last in parts for n in summarize_address_range(kind(first), kind(last))]
 
 
-def by_device(fib: Fib, version: int, sender: Sender = EVERYBODY) -> dict[int, list[Interval]]:
+def by_device(fib: Fib, version: int, sender: Sender = ANY_SENDER) -> dict[int, list[Interval]]:
     """The public addresses that leave by each device (by its index); one that several devices share is under each.
 
-    A round asks for the same several times: it is kept with the tables, for each class of senders that rules know.
+    A round asks for the same several times: the result is cached with the tables, by class of sender.
     """
     who = fib.sender_class(version, sender)
-    if who not in fib.leaving:
-        if len(fib.leaving) >= _MAX_SENDER_CLASSES:
-            fib.leaving.clear()
-        fib.leaving[who] = _by_device(fib, version, sender)
-    return fib.leaving[who]
+    if who not in fib.by_device_cache:
+        if len(fib.by_device_cache) >= _MAX_CACHED_SENDER_CLASSES:
+            fib.by_device_cache.clear()
+        fib.by_device_cache[who] = _by_device(fib, version, sender)
+    return fib.by_device_cache[who]
 
 
 def _by_device(fib: Fib, version: int, sender: Sender) -> dict[int, list[Interval]]:
-    segments = fib.spread(version, sender, public_space(version), by_way=True)
+    segments = fib.segments(version, sender, public_space(version), merge=True)
     if version == 6:
-        translated = fib.spread(version, sender, [interval(n) for n in _NAT64])
-        segments += [s for s in translated if s.name is not None and s.name[1] >= _OWN_ROUTE]
+        translated = fib.segments(version, sender, [interval(n) for n in _NAT64])
+        segments += [s for s in translated if s.name is not None and s.name[1] >= _MIN_NAT64_PREFIX]
     found: dict[int, list[Interval]] = defaultdict(list)
     for segment in segments:
         for index in segment.interfaces:
@@ -82,31 +81,33 @@ def _by_device(fib: Fib, version: int, sender: Sender) -> dict[int, list[Interva
     return {index: joined(parts) for index, parts in found.items()}
 
 
-def names(
-    fib: Fib, version: int, sender: Sender, interface: int, parts: list[Interval], most: int
+def covering_networks(
+    fib: Fib, version: int, sender: Sender, interface: int, parts: list[Interval], limit: int
 ) -> tuple[list[IPNetwork], int]:
-    """Networks that stand for `parts`, which leave by a device: as routes and rules name them, the largest part first;
-    `most` of them, and how many there are.
+    """Networks that cover `parts`, which leave by a device: those of routes and rules, the largest part first; at most
+    `limit` of them, and how many there are.
 
-    Where a name would say much more than what it stands for, its part is named by networks of its own.
+    Where such a network is much larger than the part that leaves, the part itself is split into networks.
     """
-    held: dict[tuple[int, int], int] = defaultdict(int)  # of what begins at an address and has a prefix
-    for segment in fib.spread(version, sender, parts):
+    held: dict[tuple[int, int], int] = defaultdict(int)  # addresses, by first address and prefix length
+    for segment in fib.segments(version, sender, parts):
         if interface in segment.interfaces and (name := segment.name) is not None:
             held[name] += segment.last - segment.first + 1
     found: dict[tuple[int, int], int] = {}
     for name, addresses in held.items():
-        ends = name[0], name[0] + (1 << _BITS[version] - name[1]) - 1
-        if addresses == size([ends]) or addresses >= _MOSTLY * size(whole := intersect([ends], public_space(version))):
+        ends = name[0], name[0] + (1 << ADDRESS_BITS[version] - name[1]) - 1
+        if addresses == address_count([ends]) or addresses >= _MIN_NAMED_SHARE * address_count(
+            whole := intersect([ends], public_space(version))
+        ):
             found[name] = addresses
         else:
             own = networks(intersect(whole, parts), version)
             found |= {(int(n.network_address), n.prefixlen): n.num_addresses for n in own}
     kind = IPv4Network if version == 4 else IPv6Network
-    return [kind(name) for name in sorted(found, key=lambda name: -found[name])[:most]], len(found)
+    return [kind(name) for name in sorted(found, key=lambda name: -found[name])[:limit]], len(found)
 
 
-def public_share(fib: Fib, version: int, sender: Sender = EVERYBODY) -> dict[int, float]:
-    """The part of the public address space, above 0 and up to 1, that leaves by each device."""
-    total = size(public_space(version))
-    return {index: size(parts) / total for index, parts in by_device(fib, version, sender).items()}
+def public_share(fib: Fib, version: int, sender: Sender = ANY_SENDER) -> dict[int, float]:
+    """The share of the public address space, above 0 and up to 1, that leaves by each device."""
+    total = address_count(public_space(version))
+    return {index: address_count(parts) / total for index, parts in by_device(fib, version, sender).items()}

@@ -1,4 +1,4 @@
-"""Where the tunnel's own packets go: the VPN server's address, and what is known of its port and protocol."""
+"""Where the tunnel's own packets go: the VPN server's address, port and protocol."""
 
 from dataclasses import dataclass
 from typing import Final
@@ -15,7 +15,7 @@ PROTOCOLS: Final = {"udp": UDP, "tcp": TCP}
 class Endpoint:
     """A VPN server that carries the tunnel. `protocol` is 6 (TCP) or 17 (UDP).
 
-    `near` is the one port here from which that is known, None where it is known of all that goes there.
+    `near` is the local port that this is known for, None when it applies to all packets to that endpoint.
     """
 
     address: IPAddress
@@ -29,13 +29,13 @@ class Endpoint:
 
 
 def parse_endpoint(text: str) -> Endpoint:
-    """`ADDRESS:PORT`, `[IPV6]:PORT`, each with `/udp` (usual) or `/tcp` behind it. Raises ValueError."""
+    """`ADDRESS:PORT`, `[IPV6]:PORT`, each followed by `/udp` (the default) or `/tcp`. Raises ValueError."""
     where, _, word = text.strip().partition("/")
     host, colon, port = where.rpartition(":")
     bracketed = host.startswith("[") and host.endswith("]")
     protocol = PROTOCOLS.get(word.lower() or "udp")
     if not colon or protocol is None or not port.isascii() or not port.isdigit() or not 0 < int(port) < 2**16:
-        msg = f"{text!r} is no endpoint such as 198.51.100.7:51820/udp or [2001:db8::7]:1194/tcp"
+        msg = f"{text!r} is not an endpoint such as 198.51.100.7:51820/udp or [2001:db8::7]:1194/tcp"
         raise ValueError(msg)
     address = codec.address(host[1:-1] if bracketed else host)
     if (":" in host) is not bracketed:

@@ -1,4 +1,4 @@
-"""Facts by name that outlive a round, and in the spool the process: who is the tunnel, what carries it."""
+"""Named facts that outlive a round, and with the spool also the process: which device is the tunnel, and the like."""
 
 from typing import Protocol
 
@@ -11,8 +11,8 @@ class FactStore(Protocol):
     def keep(self, name: str, value: str) -> None: ...
 
 
-class Recollection:
-    """A `FactStore` that ends with the process."""
+class InMemoryFacts:
+    """A `FactStore` that does not outlive the process."""
 
     def __init__(self) -> None:
         self._facts: dict[str, str] = {}

@@ -1,6 +1,6 @@
-"""A small HTTP/1.1 client: one request a connection, a bounded answer, a time limit, no redirects (RFC 9112).
+"""A small HTTP/1.1 client: one request per connection, a bounded answer, a time limit, no redirects (RFC 9112).
 
-The agent asks few, short questions and owes 25 MB in all; the stock clients cost 5 to 16 MB each.
+The agent sends few and short requests and may use 25 MB in all; the usual clients cost 5 to 16 MB each.
 """
 
 import asyncio
@@ -14,18 +14,20 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 from vpn_sentinel.agent.net.as_user import AS_USER
-from vpn_sentinel.agent.net.own import OWN
+from vpn_sentinel.agent.net.own import OWN_SOCKETS
 from vpn_sentinel.agent.net.resolver import HostResolver
-from vpn_sentinel.agent.net.urls import Address, split
+from vpn_sentinel.agent.net.urls import ParsedUrl, split
 from vpn_sentinel.domain.policy import IPAddress
 
-MAX_BODY_BYTES: Final = 64 * 1024  # bytes of a body
-# Bytes of TCP in a packet: what every host takes from the first packet on (RFC 9293, 3.7.1; 576 less two headers), so
-# that 700 bytes of path carry it through any tunnel. Reports are a few KB.
-SEGMENT: Final = 536
+MAX_BODY_BYTES: Final = 64 * 1024  # of an answer
+# TCP payload of a packet: every host accepts that much from the first packet on (RFC 9293, 3.7.1; 576 less two
+# headers), and a path MTU of 700 bytes carries it through any tunnel. Reports are a few KB.
+MAX_SEGMENT_BYTES: Final = 536
 _MAX_HEADERS: Final = 100
-_MANY: Final = 32  # authorities; fewer may have been added by hand to a folder that is not the system's
-_HASHED: Final = re.compile(r"[0-9a-f]{8}\.\d+")
+_MIN_INDEXED_AUTHORITIES: Final = (
+    32  # with fewer, it may be a folder that somebody filled by hand, and not the system's
+)
+_HASHED_NAME: Final = re.compile(r"[0-9a-f]{8}\.\d+")
 
 
 class HttpError(OSError):
@@ -34,7 +36,7 @@ class HttpError(OSError):
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """`headers` are by lower-case name."""
+    """`headers` have lower-case names."""
 
     status: int
     body: bytes
@@ -43,7 +45,7 @@ class Response:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Client:
-    """`tls` verifies servers; it is made only once, since its certificates cost memory."""
+    """`tls` verifies servers; one is shared, since its certificates cost memory."""
 
     names: HostResolver
     tls: ssl.SSLContext | None = None
@@ -57,7 +59,7 @@ class Client:
     async def post(
         self, url: str, body: bytes, headers: Mapping[str, str], *, limit: float, at: IPAddress | None = None
     ) -> Response:
-        """POST `body`; `at` is the server's address when the caller knows it. Raises HttpError."""
+        """POST `body`; `at` is the address to connect to if the caller knows it. Raises HttpError."""
         return await self._exchange("POST", url, headers, body, limit, None, at)
 
     async def send(
@@ -70,7 +72,7 @@ class Client:
         headers: Mapping[str, str],
         most: int = MAX_BODY_BYTES,
     ) -> Response:
-        """Any method; the answer may be as large as `most` bytes. Raises HttpError."""
+        """Any method; the body of the answer may have `most` bytes. Raises HttpError."""
         return await self._exchange(method, url, headers, body, limit, None, most=most)
 
     async def _exchange(
@@ -99,9 +101,9 @@ class Client:
             raise e if isinstance(e, HttpError) else HttpError(reason(e)) from e
 
     async def _ask(
-        self, method: str, where: Address, at: IPAddress, headers: Mapping[str, str], body: bytes, most: int
+        self, method: str, where: ParsedUrl, at: IPAddress, headers: Mapping[str, str], body: bytes, most: int
     ) -> Response:
-        # `limit` bounds the whole.
+        # `_exchange` limits the time of all of it.
         sock = await connected(at, where.port)
         reader, writer = await asyncio.open_connection(
             sock=sock,
@@ -119,23 +121,23 @@ class Client:
             writer.write(head(method, where, fields) + body)
             return await read_response(reader, most)
         finally:
-            # Aborted, not closed: one that stopped answering would hold a closing handshake for long.
+            # Aborted, not closed: the TLS closing handshake with a peer that stopped answering would take long.
             writer.transport.abort()
 
 
 async def connected(at: IPAddress, port: int) -> socket.socket:
     """A TCP connection whose segments are small, so that it also works where large packets vanish.
 
-    A tunnel whose path takes less than its interface promises is one of the things that must be told (situation 30),
-    and Linux does not look for such a path by itself (net.ipv4.tcp_mtu_probing is 0). Raises OSError.
+    A tunnel whose path MTU is below that of its interface is something that must be reported (situation 30),
+    and Linux does not detect such a path by itself (net.ipv4.tcp_mtu_probing is 0). Raises OSError.
     """
     sock = AS_USER.socket(socket.AF_INET if at.version == 4 else socket.AF_INET6, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, SEGMENT)
-        # Bound first: the leak watch may read the first packet before the connection stands.
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, MAX_SEGMENT_BYTES)
+        # Bound first: the leak watch may read the first packet before the connection is established.
         sock.bind(("", 0))
-        OWN.add(sock, (at, port))
+        OWN_SOCKETS.add(sock, (at, port))
         await asyncio.get_running_loop().sock_connect(sock, (str(at), port))
     except BaseException:
         sock.close()
@@ -143,8 +145,8 @@ async def connected(at: IPAddress, port: int) -> socket.socket:
     return sock
 
 
-def head(method: str, where: Address, headers: Mapping[str, str]) -> bytes:
-    """A request's head. Raises ValueError where a header is not Latin-1."""
+def head(method: str, where: ParsedUrl, headers: Mapping[str, str]) -> bytes:
+    """Request line and headers. Raises ValueError when a header is not Latin-1."""
     fields = {"Host": where.authority, "User-Agent": "vpn-sentinel", **headers}
     lines = [f"{method} {where.path} HTTP/1.1", *(f"{name}: {value}" for name, value in fields.items())]
     return "".join(f"{line}\r\n" for line in (*lines, "")).encode("latin-1")
@@ -189,8 +191,8 @@ async def _body(reader: asyncio.StreamReader, status: int, headers: Mapping[str,
             raise HttpError("the answer is too large")
         return await reader.readexactly(int(length))
     found = bytearray()
-    while piece := await reader.read(8192):
-        found += piece
+    while chunk := await reader.read(8192):
+        found += chunk
         if len(found) > most:
             raise HttpError("the answer is too large")
     return bytes(found)
@@ -219,11 +221,11 @@ def json_in(body: bytes) -> Any:
 
 
 def reason(error: BaseException) -> str:
-    """Why it failed, in few words and without anything the other side wrote at length."""
+    """Why it failed, in a few words, with at most 120 characters of what the peer sent."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not trusted: {error.verify_message}"
     if isinstance(error, ssl.SSLError):
-        return f"TLS failed: {getattr(error, 'reason', None) or 'broken off'}"  # not every one has a reason
+        return f"TLS failed: {getattr(error, 'reason', None) or 'broken off'}"  # some have no reason
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, EOFError):
@@ -247,8 +249,8 @@ def tls_context(ca_file: str | None) -> ssl.SSLContext:
 def _indexed() -> str | None:
     """The folder of the system's authorities, where OpenSSL finds one by its name's hash (openssl-rehash(1)).
 
-    An authority is then read when it is needed: all of them at once are most of a megabyte. None where there is no such
-    folder with many, or somebody named a file (SSL_CERT_FILE), which comes first.
+    OpenSSL then reads an authority when it is needed: all of them at once take almost a megabyte. None where no such
+    folder has enough of them, or SSL_CERT_FILE names a file, which takes precedence.
     """
     paths = ssl.get_default_verify_paths()
     named = paths.cafile is not None and paths.cafile != paths.openssl_cafile
@@ -256,7 +258,7 @@ def _indexed() -> str | None:
         return None
     try:
         with os.scandir(paths.capath) as entries:
-            found = sum(1 for entry in entries if _HASHED.fullmatch(entry.name))
+            found = sum(1 for entry in entries if _HASHED_NAME.fullmatch(entry.name))
     except OSError:
         return None
-    return paths.capath if found >= _MANY else None
+    return paths.capath if found >= _MIN_INDEXED_AUTHORITIES else None

@@ -1,4 +1,4 @@
-"""The network devices here at one moment, the role of each, and which kind of way a packet would take."""
+"""The network devices of this host at one moment, the role of each, and which path a packet would take."""
 
 import logging
 import os
@@ -7,34 +7,35 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from vpn_sentinel.agent.net.endpoints import PROTOCOLS
-from vpn_sentinel.agent.net.facts import FactStore, Recollection
+from vpn_sentinel.agent.net.facts import FactStore, InMemoryFacts
 from vpn_sentinel.agent.net.fib import Fib
 from vpn_sentinel.agent.net.kernel import Kernel
 from vpn_sentinel.agent.net.link import IFF_LOOPBACK, IFF_LOWER_UP, IFF_POINTOPOINT, IFF_UP, Interface, forwards
 from vpn_sentinel.agent.net.local import natted
-from vpn_sentinel.agent.net.roles import INTERNET, Remembered, Roles, has_way, roles
+from vpn_sentinel.agent.net.roles import INTERNET, Remembered, Roles, has_internet_route, roles
 from vpn_sentinel.agent.net.routes import RTN_LOCAL
 from vpn_sentinel.agent.net.routing_rules import Sender
 from vpn_sentinel.domain.observation import Escape, Link, Path
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork
 
 __all__ = ["INTERNET", "FactStore", "Paths", "Survey", "Surveyor", "is_up", "recalled", "survey"]
-_TUNNEL, _UPLINKS, _USER, _WORD = "tunnel_device", "uplinks", "tunnel_user", "tunnel_named"  # facts of a memory
+# Names of facts in a `FactStore`.
+_TUNNEL, _UPLINKS, _USER, _CONFIGURED = "tunnel_device", "uplinks", "tunnel_user", "tunnel_named"
 log = logging.getLogger(__name__)
-_USERS: Final = 8  # users of rules that are tried
-_MAX_INTERFACES: Final = 256  # interfaces named in one observation: what the wire takes
+_MAX_USERS_TRIED: Final = 8  # of those that routing rules name
+_MAX_INTERFACES: Final = 256  # interfaces named in one observation: the limit of the wire format
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Survey:
     """The host's interfaces at one moment. `tunnel` is the tunnel's name, also when the interface is gone.
 
-    `interfaces` is None when the kernel could not be asked. `uplinks` are the ways out beside the tunnel that packets
-    can be sent by, the usual one first; `beside` are all devices by which packets could leave beside it: see
-    `net.roles`. `carries` says whether the tunnel carries anything, `declared` that only the owner calls it one,
-    `misnamed` is the way out beneath the tunnel that the owner names in its place.
-    `user` is whom the tunnel is for, when it is for one alone. `natted` are devices whose public IPv4 addresses are not
-    the internet's: see `net.local`.
+    `interfaces` is None when netlink did not answer. `uplinks` are the interfaces beside the tunnel that packets can be
+    sent by, the usual one first; `beside` are all devices by which packets could leave beside it: see `net.roles`.
+    `carries`: traffic is routed into the tunnel now. `declared`: only the configuration says that it is a tunnel.
+    `misnamed` is the uplink that the configuration names where the tunnel is meant.
+    `user` is the user whom the tunnel is for, None for everybody. `natted` are devices behind NAT whose public IPv4
+    addresses are not theirs on the internet: see `net.local`.
     """
 
     interfaces: tuple[Interface, ...] | None = None
@@ -50,11 +51,11 @@ class Survey:
 
     @property
     def physical(self) -> Interface | None:
-        """The usual way out beside the tunnel."""
+        """The usual uplink beside the tunnel."""
         return self.uplinks[0] if self.uplinks else None
 
     def link(self) -> Link | None:
-        """The tunnel's interface as an observation tells it, None when none is known."""
+        """The tunnel's interface for an observation, None when no tunnel is known."""
         if self.tunnel is None or self.interfaces is None:
             return None
         found = self.device()
@@ -70,37 +71,37 @@ class Survey:
         )
 
     def device(self) -> Interface | None:
-        """The tunnel's interface, None when it is not there."""
+        """The tunnel's interface, None when it does not exist."""
         return next((i for i in self.interfaces or () if i.name == self.tunnel), None)
 
     def names(self) -> tuple[str, ...] | None:
-        """All interfaces besides `lo`, None when nobody looked."""
+        """All interfaces except `lo`, None when unknown."""
         if self.interfaces is None:
             return None
         return tuple(i.name for i in self.interfaces if not i.flags & IFF_LOOPBACK)[:_MAX_INTERFACES]
 
     def uplink_names(self) -> tuple[str, ...] | None:
-        """The ways out beside the tunnel by name, None when nobody looked."""
+        """The names of the uplinks beside the tunnel, None when unknown."""
         return None if self.interfaces is None else tuple(i.name for i in self.uplinks)[:_MAX_INTERFACES]
 
     def owns(self, address: IPAddress) -> bool:
-        """Whether an interface still has this address; True when nobody can tell."""
+        """Whether an interface still has this address; True when unknown."""
         return self.interfaces is None or any(address in i.addresses for i in self.interfaces)
 
 
 def is_up(interface: Interface) -> bool:
-    """Switched on, and its other end (the process behind a tun device) is there."""
+    """Administratively up, and with a carrier (for a tun device: its process)."""
     return bool(interface.flags & IFF_UP) and bool(interface.flags & IFF_LOWER_UP)
 
 
 def recalled(memory: FactStore) -> Remembered:
-    """What a memory holds of the roles that devices had."""
+    """The roles that devices had, as stored in `memory`."""
     uplinks = (memory.fact(_UPLINKS) or "").split(",")
     return Remembered(tunnel=memory.fact(_TUNNEL), uplinks=frozenset(name for name in uplinks if name))
 
 
 class Surveyor:
-    """Looks at the interfaces again and again. Roles are decided anew when devices, rules or routes changed."""
+    """Reads the interfaces for each round. Roles are decided again when devices, rules or routes have changed."""
 
     def __init__(
         self,
@@ -110,19 +111,19 @@ class Surveyor:
         memory: FactStore | None = None,
         only: Collection[int] = (),
     ) -> None:
-        """`memory` keeps what was seen of the tunnel across restarts; without one it lasts as long as this object.
+        """`memory` stores what was seen of the tunnel across restarts; without one it lasts as long as this object.
 
-        `only` are the users whom the tunnel is for, by the owner's word.
+        `only` are the users whom the tunnel is for, by configuration.
         """
         self._kernel, self._configured = kernel, configured
         self._only = min(only, default=None)
-        self._memory = memory if memory is not None else Recollection()
+        self._memory = memory if memory is not None else InMemoryFacts()
         self._decided: tuple[object, tuple[Roles, int | None]] | None = None
         self._outside: dict[str, frozenset[IPNetwork]] = {}
-        self._over: str | None = None  # the tunnel that was said to be meant, where its uplink is named
+        self._logged_misnamed: str | None = None  # the tunnel for which the wrong name was logged
 
     def look(self) -> Survey:
-        """Raises nothing: a kernel that cannot be asked makes a survey that knows nothing."""
+        """Never raises: without netlink the survey has no interfaces."""
         if self._kernel is None:
             return Survey(tunnel=self._configured, user=self._only)
         known = recalled(self._memory)
@@ -130,18 +131,18 @@ class Surveyor:
             interfaces, fib = self._kernel.interfaces(), self._kernel.fib()
         except OSError:
             return Survey(tunnel=self._configured or known.tunnel, user=self._only)
-        if self._configured is not None and self._memory.fact(_WORD) != self._configured:
-            # A new word of the owner's: what was the tunnel before it does not speak against it.
-            self._memory.keep(_WORD, self._configured)
+        if self._configured is not None and self._memory.fact(_CONFIGURED) != self._configured:
+            # The setting is new: what was the tunnel before does not count against it.
+            self._memory.keep(_CONFIGURED, self._configured)
             known = replace(known, tunnel=None)
         found, user = self._roles(interfaces, fib, known)
         if found.tunnel is not None:
             self._memory.keep(_TUNNEL, found.tunnel)
-        if found.misnamed and found.tunnel != self._over:
-            self._over = found.tunnel
+        if found.misnamed and found.tunnel != self._logged_misnamed:
+            self._logged_misnamed = found.tunnel
             log.warning(
-                "VPN_SENTINEL_TUNNEL_INTERFACE names the way out beneath a tunnel, and that tunnel is watched: name "
-                "it, or unset this",
+                "VPN_SENTINEL_TUNNEL_INTERFACE names the uplink of a tunnel, and that tunnel is watched: name it, or "
+                "unset this",
                 extra={"named": self._configured, "tunnel": found.tunnel},
             )
         if found.carries:
@@ -160,14 +161,14 @@ class Surveyor:
             natted=natted(found.beside, self._outside),
         )
 
-    def came_out(self, outside: Mapping[str, frozenset[IPNetwork]]) -> bool:
-        """Take in where packets by the devices of these names come out; whether it says anything new."""
-        news = {name: found for name, found in outside.items() if found != self._outside.get(name)}
-        self._outside |= news
-        return bool(news)
+    def learn_exits(self, outside: Mapping[str, frozenset[IPNetwork]]) -> bool:
+        """Note at which addresses packets by each device come out; returns whether that is new."""
+        changed = {name: found for name, found in outside.items() if found != self._outside.get(name)}
+        self._outside |= changed
+        return bool(changed)
 
     def learn(self, tunnel: str, beside: Iterable[str]) -> bool:
-        """Take in what somebody else remembers, where nothing is remembered here; whether it was taken."""
+        """Take over what the server remembers if nothing is stored here; returns whether it was taken over."""
         if self._memory.fact(_TUNNEL) is not None:
             return False
         self._memory.keep(_TUNNEL, tunnel)
@@ -175,22 +176,22 @@ class Surveyor:
         return True
 
     def look_anew(self) -> Survey:
-        """The same with routes and rules read in this moment, for a caller who cannot wait for the kernel's news."""
+        """As `look`, with routes and rules read now, for a caller that cannot wait for the kernel's notification."""
         if self._kernel is not None:
             self._kernel.changed()
         return self.look()
 
     def _roles(self, interfaces: tuple[Interface, ...], fib: Fib, known: Remembered) -> tuple[Roles, int | None]:
-        """What was read of routes is the same object while nothing changed."""
+        """Cached: `fib` is the same object while no route or rule changed."""
         now = (fib, interfaces, known)
         if self._decided is None or self._decided[0] != now:
             self._decided = now, self._decide(interfaces, fib, known)
         return self._decided[1]
 
     def _decide(self, interfaces: tuple[Interface, ...], fib: Fib, known: Remembered) -> tuple[Roles, int | None]:
-        """The roles, and the user whom the tunnel is for when nobody else's packets go through it.
+        """The roles, and the user whom the tunnel is for when no other user's packets go through it.
 
-        Where everybody's went through it before, a rule for one user that is left of it makes no tunnel of that user's.
+        Where everybody's packets went through it before, a remaining rule for one user does not make it that user's.
         """
         found = roles(interfaces, fib, configured=self._configured, remembered=known, uid=self._only)
         if self._only is not None:
@@ -200,10 +201,12 @@ class Surveyor:
             return found, None
         devices = {i.name: i.index for i in interfaces}
         mine = _families(fib, os.geteuid(), devices.get(found.tunnel or ""))
-        for uid in sorted({rule.uids[0] for rule in fib.rules if rule.uids is not None and not rule.invert})[:_USERS]:
-            its = roles(interfaces, fib, configured=self._configured, remembered=known, uid=uid)
-            if its.carries and _families(fib, uid, devices.get(its.tunnel or "")) > mine:
-                return its, uid
+        for uid in sorted({rule.uids[0] for rule in fib.rules if rule.uids is not None and not rule.invert})[
+            :_MAX_USERS_TRIED
+        ]:
+            theirs = roles(interfaces, fib, configured=self._configured, remembered=known, uid=uid)
+            if theirs.carries and _families(fib, uid, devices.get(theirs.tunnel or "")) > mine:
+                return theirs, uid
         if remembered and not mine:
             uid = int(remembered)
             return roles(interfaces, fib, configured=self._configured, remembered=known, uid=uid), uid
@@ -214,13 +217,13 @@ def _families(fib: Fib, uid: int, device: int | None) -> set[int]:
     """The IP versions of which a user's packets to the internet go through a device."""
     if device is None:
         return set()
-    ways = [(a.version, fib.lookup(a, Sender(uid=uid))) for a in INTERNET]
-    return {version for version, entry in ways if entry is not None and entry.leads_by(device)}
+    routes = [(a.version, fib.lookup(a, Sender(uid=uid))) for a in INTERNET]
+    return {version for version, entry in routes if entry is not None and entry.leads_by(device)}
 
 
 def survey(kernel: Kernel | None, *, configured: str | None = None, remembered: Remembered | None = None) -> Survey:
-    """One look, with what is `remembered`."""
-    memory = Recollection()
+    """One survey, with the roles that are `remembered`."""
+    memory = InMemoryFacts()
     if remembered is not None:
         memory.keep(_UPLINKS, ",".join(remembered.uplinks))
         if remembered.tunnel is not None:
@@ -230,7 +233,7 @@ def survey(kernel: Kernel | None, *, configured: str | None = None, remembered: 
 
 @dataclass(frozen=True, slots=True)
 class Paths:
-    """Tells by which kind of interface the kernel would send a packet."""
+    """By which kind of interface the kernel would send a packet."""
 
     kernel: Kernel | None
     survey: Survey
@@ -242,7 +245,7 @@ class Paths:
         protocol: int = 17,
         source: tuple[IPAddress, int] | None = None,
     ) -> Path:
-        """`source` is the address and port of a connected socket: balanced routes go by both ends."""
+        """`source` is the address and port of a connected socket: multipath routes hash both ends."""
         if self.kernel is None or self.survey.interfaces is None:
             return Path.UNKNOWN
         try:
@@ -257,24 +260,25 @@ class Paths:
         return Path.UNKNOWN if found is None else self.by(found)
 
     def known_of(self, escapes: Iterable[Escape]) -> tuple[Escape, ...]:
-        """The same with how each is routed now, which need not be how it went."""
+        """The same with the path that each has by the routes now, which may differ from when it was sent."""
         return tuple(
             replace(e, path=self.of(e.destination, e.destination_port or 0, PROTOCOLS.get(e.protocol, 0)))
             for e in escapes
         )
 
     def by(self, device: Interface) -> Path:
-        """Which kind of way a device of this survey is."""
+        """Which kind of path a device of this survey is."""
         if device.flags & IFF_LOOPBACK:
             return Path.LOCAL
         if device.name == self.survey.tunnel:
             return Path.TUNNEL
-        # A device of another VPN that leads to that one's own network only is neither this tunnel nor a way home.
+        # A device of another VPN that leads only to that VPN's own network is neither this tunnel nor an uplink.
         return Path.OUTSIDE if device in self.survey.beside else Path.UNKNOWN
 
-    def takes_through(self, neighbor: IPAddress) -> bool:
-        """Whether this host is the router of a container or machine here, and passes what that one sends on into the
-        tunnel. A device that leads to the internet itself is an uplink, and none of those.
+    def forwards_into_tunnel(self, neighbor: IPAddress) -> bool:
+        """Whether this host is the router of `neighbor` (a container, say), and forwards its packets into the tunnel.
+
+        A device that leads to the internet itself is an uplink, and has no such neighbours.
         """
         if self.kernel is None or self.survey.fib is None:
             return False
@@ -286,16 +290,16 @@ class Paths:
         tunnel, fib = self.survey.device(), self.survey.fib
         if found is None or tunnel is None or not forwards(found, neighbor.version):
             return False
-        if has_way(found, fib, neighbor.version):
+        if has_internet_route(found, fib, neighbor.version):
             return False
         to = next(a for a in INTERNET if a.version == neighbor.version)
         entry = fib.lookup(to, Sender(source=neighbor, incoming=found.name))
         return entry is not None and entry.leads_by(tunnel.index)
 
-    def leads_there(self, uplink: Interface, destination: IPAddress) -> bool:
+    def can_route(self, uplink: Interface, destination: IPAddress) -> bool:
         """Whether a socket bound to `uplink` has a route to `destination`; True when nobody can tell.
 
-        Where none is, the kernel takes the address for a neighbour's, and nobody answers for it.
+        Without one, the kernel treats the address as on-link, and nobody answers its ARP or NDP requests.
         """
         if self.kernel is None:
             return True
@@ -306,11 +310,11 @@ class Paths:
         return route is not None and (route.gateway or bool(uplink.flags & IFF_POINTOPOINT))
 
     def is_balanced(self, destination: IPAddress) -> bool:
-        """Whether the route there leads by several devices, from which the kernel chooses for each socket."""
+        """Whether the route there leads by several devices, from which the kernel chooses per socket."""
         entry = self.survey.fib.lookup(destination, Sender(uid=self.survey.user)) if self.survey.fib else None
         return entry is not None and len({hop.interface for hop in entry.hops}) > 1
 
-    def has_own_way(self, destination: IPAddress, port: int) -> bool:
+    def has_host_route(self, destination: IPAddress, port: int) -> bool:
         """Whether a host route leads there beside the tunnel: OpenVPN makes one for its server's own address.
 
         Traffic to such an address is meant to leave outside, so it proves no leak.

@@ -1,7 +1,7 @@
-"""What the agent asks of the kernel by routing netlink: devices, rules and routes, and where a packet would go.
+"""The agent's requests to the kernel by routing netlink: devices, rules, routes, and the route of a packet.
 
-A netlink socket always speaks of the namespace it was opened in; sysfs shows the namespace it was mounted in, which in
-a container may be another.
+A netlink socket always shows the namespace it was opened in; sysfs shows the namespace it was mounted in, which may be
+another one in a container.
 """
 
 import contextlib
@@ -49,8 +49,8 @@ from vpn_sentinel.agent.net.rtnetlink import (
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork
 from vpn_sentinel.runtime.clock import Clock, SystemClock
 
-# What was read of routes and rules is used for so many times as long as reading took, and never longer than seconds.
-_FIB_KEPT_TIMES, _FIB_KEPT_MAX_S = 500, 60.0
+# Routes and rules are cached for this multiple of the time that reading took, at most so many seconds.
+_FIB_CACHE_MULTIPLE, _FIB_CACHE_MAX_S = 500, 60.0
 _DUMP_TRIES: Final = 3
 _NO_ROUTE: Final = frozenset(
     {errno.ENETUNREACH, errno.EHOSTUNREACH, errno.EACCES, errno.EINVAL, errno.ENODEV, errno.ESRCH}
@@ -59,7 +59,7 @@ _NO_ROUTE: Final = frozenset(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeviceRoute:
-    """An entry of a routing table: packets to `network` leave by `interface`, by a router when `gateway`."""
+    """An entry of a routing table: packets to `network` leave by `interface`, to a router if `gateway`."""
 
     network: IPNetwork
     interface: int
@@ -67,7 +67,7 @@ class DeviceRoute:
 
 
 class Kernel(Protocol):
-    """What the agent asks of the kernel. Each may raise OSError where netlink is not to be had."""
+    """The agent's requests to the kernel. Each may raise OSError where netlink is not available."""
 
     def interfaces(self) -> tuple[Interface, ...]: ...
 
@@ -85,12 +85,12 @@ class Kernel(Protocol):
     def fib(self) -> Fib: ...
 
     def changed(self) -> None:
-        """Something may have changed: the next look at routes and rules is a fresh one."""
+        """Something may have changed: the next `fib` reads routes and rules again."""
         ...
 
 
 def device_routes(entry: RouteEntry, by: Collection[int]) -> Iterator[DeviceRoute]:
-    """By each of the devices that a route leads to; none for a default route."""
+    """One for each device of `by` that a route leads to; none for a default route."""
     if entry.type == RTN_UNICAST and entry.prefix:
         for hop in entry.hops:
             if hop.interface in by:
@@ -104,18 +104,18 @@ def _opened() -> socket.socket:
 
 
 class Netlink:
-    """A `Kernel` over one netlink socket. Answers come within microseconds, so it asks without the loop."""
+    """A `Kernel` over one netlink socket. Answers come within microseconds, so calls block."""
 
     def __init__(self, clock: Clock | None = None) -> None:
         """Raises OSError where the sandbox has no netlink."""
         self._clock = clock or SystemClock()
         self._sock = _opened()
         self._sequence = 0
-        self._fib: Fib | None = None  # while it may be true
-        self._before: Fib | None = None  # as it was read last
+        self._fib: Fib | None = None  # while it is up to date
+        self._last_fib: Fib | None = None  # as it was read last
         self._fib_until = 0.0
         self._device_routes: tuple[Fib, frozenset[int], tuple[DeviceRoute, ...]] | None = None
-        self._read: dict[bytes, RouteEntry | None] = {}  # what the last dump told of routes
+        self._parsed: dict[bytes, RouteEntry | None] = {}  # routes of the last dump, by message body
         self._hops: dict[int, tuple[Hop, ...]] = {}
 
     def close(self) -> None:
@@ -136,8 +136,8 @@ class Netlink:
             raise
 
     def _renew(self) -> None:
-        """This question is lost; the next one shall not fail for what became of the socket."""
-        with contextlib.suppress(OSError):  # then it is tried again at the next failure
+        """This request failed; a new socket keeps the next one from failing too."""
+        with contextlib.suppress(OSError):  # tried again at the next failure
             fresh = _opened()
             self._sock.close()
             self._sock = fresh
@@ -166,9 +166,9 @@ class Netlink:
         match: bool = False,
         source: tuple[IPAddress, int] | None = None,
     ) -> Route | None:
-        """Where a packet of the user that sockets are made for would go (`net.as_user`).
+        """The route of a packet of the user that sockets are made for (`net.as_user`).
 
-        None when no route (or one that prohibits) leads there.
+        None without a route, or when a route prohibits it.
         """
         self._sequence += 1
         request = route_request(
@@ -196,19 +196,20 @@ class Netlink:
     def fib(self) -> Fib:
         """All routing rules and tables of both IP versions; the same object while they are the same.
 
-        Read anew after `changed`, and when the last reading is old beside what it cost: full tables take a while.
+        Read again after `changed`, and when the cache is old compared to the time that reading took: full tables take a
+        while.
         """
         now = self._clock.boottime()
         if self._fib is None or now >= self._fib_until:
             self._fib = self._read_fib()
-            if self._before is not None and self._before.is_like(self._fib):
-                self._fib = self._before  # what was concluded from it holds
-            self._before = self._fib
-            self._fib_until = now + min((self._clock.boottime() - now) * _FIB_KEPT_TIMES, _FIB_KEPT_MAX_S)
+            if self._last_fib is not None and self._last_fib.is_like(self._fib):
+                self._fib = self._last_fib  # so that results cached with it stay valid
+            self._last_fib = self._fib
+            self._fib_until = now + min((self._clock.boottime() - now) * _FIB_CACHE_MULTIPLE, _FIB_CACHE_MAX_S)
         return self._fib
 
     def changed(self) -> None:
-        """Routes or rules may have changed: the next look reads them anew."""
+        """Routes or rules may have changed: the next `fib` reads them again."""
         self._fib = None
 
     def _read_fib(self) -> Fib:
@@ -221,14 +222,14 @@ class Netlink:
         return Fib(known, entries, groups)
 
     def _routes(self, hops: dict[int, tuple[Hop, ...]]) -> tuple[RouteEntry, ...]:
-        """Of a full table most is as it was: what the last dump told in the same words means the same."""
-        before = self._read if hops == self._hops else {}
+        """Most of a full table is unchanged: a message with the same bytes as in the last dump is not parsed again."""
+        before = self._parsed if hops == self._hops else {}
         found: dict[bytes, RouteEntry | None] = {}
         for message in self._dump(RTM_GETROUTE):
             if message.type == RTM_NEWROUTE:
                 body = message.body
                 found[body] = before[body] if body in before else parse_entry(body, hops)
-        self._read, self._hops = found, hops
+        self._parsed, self._hops = found, hops
         return tuple(e for e in found.values() if e)
 
     def _next_hops(self) -> dict[int, tuple[Hop, ...]]:
@@ -240,7 +241,7 @@ class Netlink:
             return {}  # a kernel older than 5.3 has none
 
     def device_routes(self, by: Collection[int]) -> tuple[DeviceRoute, ...]:
-        """All tables' entries by these devices but the default routes; the same object while the tables are."""
+        """Entries of all tables by these devices, except default routes; the same object while tables are unchanged."""
         fib, devices = self.fib(), frozenset(by)
         if self._device_routes is None or self._device_routes[0] is not fib or self._device_routes[1] != devices:
             self._device_routes = fib, devices, tuple(r for e in fib.entries for r in device_routes(e, devices))

@@ -1,4 +1,4 @@
-"""A network device as rtnetlink tells it (linux/if.h, linux/if_arp.h, linux/if_link.h)."""
+"""A network device as rtnetlink reports it (linux/if.h, linux/if_arp.h, linux/if_link.h)."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,24 +15,24 @@ _FORWARDING: Final = "/proc/sys/net/ipv{}/conf/{}/forwarding"  # ip-sysctl
 class Interface:
     """A network interface. `kind` is rtnetlink's (`wireguard`, `tun`, `veth`, … or empty); counters are bytes.
 
-    A device is the same whatever it has carried: counters take no part in comparisons.
+    Counters take no part in comparisons: a device is the same whatever it has carried.
     """
 
     index: int
     name: str
     kind: str = ""
-    hardware: int = 0  # ARPHRD_*, 0 when it was not told
+    hardware: int = 0  # ARPHRD_*, 0 when unknown
     flags: int = 0
     rx_bytes: int = field(default=0, compare=False)
     tx_bytes: int = field(default=0, compare=False)
     addresses: tuple[IPAddress, ...] = ()
-    master: int | None = None  # the index of the bridge, bond or VRF that it is a part of
-    networks: tuple[IPNetwork, ...] = ()  # those of its addresses
-    mtu: int = 0  # bytes of an IP packet; 0 when it was not told
+    master: int | None = None  # the index of the bridge, bond or VRF that it belongs to
+    networks: tuple[IPNetwork, ...] = ()  # the networks of its addresses
+    mtu: int = 0  # bytes of an IP packet; 0 when unknown
 
 
 def forwards(device: Interface, version: int) -> bool:
-    """Whether this host passes on what comes in by the device, for one IP version; False where nobody tells."""
+    """Whether this host forwards packets that come in by the device, for one IP version; False if that is unknown."""
     try:
         return Path(_FORWARDING.format(version, device.name)).read_text(encoding="ascii").strip() == "1"
     except OSError:

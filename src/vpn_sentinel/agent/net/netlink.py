@@ -1,6 +1,6 @@
-"""What all netlink messages have alike (netlink(7)): a header, attributes, the values in them, and errors.
+"""What all netlink messages have in common (netlink(7)): a header, attributes, the values in them, and errors.
 
-They are packed and parsed here alone; numbers have the kernel's names. All fields are in host byte order.
+They are packed and parsed only here; constants have the kernel's names. All fields are in host byte order.
 """
 
 import errno
@@ -28,13 +28,13 @@ class NetlinkMessage(NamedTuple):
 
 
 def request(message_type: int, body: bytes, *, sequence: int, flags: int = 0) -> bytes:
-    """One message to the kernel; NLM_F_REQUEST is among its flags."""
+    """One message to the kernel, with NLM_F_REQUEST added to `flags`."""
     length = NLMSG_HDR.size + len(body)
     return NLMSG_HDR.pack(length, message_type, NLM_F_REQUEST | flags, sequence, 0) + body
 
 
 def messages(data: bytes) -> Iterator[NetlinkMessage]:
-    """Split one datagram from the kernel. What is cut off at the end is left out."""
+    """Split one datagram from the kernel. A truncated message at the end is left out."""
     offset = 0
     while offset + NLMSG_HDR.size <= len(data):
         length, message_type, flags, sequence, _pid = NLMSG_HDR.unpack_from(data, offset)
@@ -45,12 +45,12 @@ def messages(data: bytes) -> Iterator[NetlinkMessage]:
 
 
 def attribute(attribute_type: int, value: bytes) -> bytes:
-    """One attribute, padded."""
+    """One attribute, padded to four bytes."""
     return _NLATTR.pack(_NLATTR.size + len(value), attribute_type) + value + b"\0" * (-len(value) % 4)
 
 
 def attributes(body: bytes, offset: int = 0) -> dict[int, bytes]:
-    """The attributes behind a message's fixed part, the last of each type; broken ones end the list."""
+    """The attributes after a message's fixed part, the last of each type; a malformed one ends the list."""
     found = {}
     while offset + _NLATTR.size <= len(body):
         length, attribute_type = _NLATTR.unpack_from(body, offset)
@@ -62,22 +62,22 @@ def attributes(body: bytes, offset: int = 0) -> dict[int, bytes]:
 
 
 def u32(value: bytes | None) -> int | None:
-    """A number of 32 bits; None where there is none."""
+    """A 32-bit number; None when the value is missing or of another size."""
     return int(U32.unpack(value)[0]) if value is not None and len(value) == U32.size else None
 
 
 def text(value: bytes | None) -> str:
-    """A text up to the zeros at its end; empty where there is none."""
+    """A text without its trailing zeros; empty when the value is missing."""
     return (value or b"").rstrip(b"\0").decode("utf-8", "replace")
 
 
 def address(value: bytes | None) -> IPAddress | None:
-    """An address of either IP version; None where there is none."""
+    """An address of either IP version; None when the value is missing or of another size."""
     return ip_address(value) if value is not None and len(value) in (4, 16) else None
 
 
 def error_number(body: bytes) -> int:
-    """The error that a message of type NLMSG_ERROR tells; EPROTO where it is cut off."""
+    """The errno in a message of type NLMSG_ERROR; EPROTO when it is truncated."""
     return -int(_ERROR.unpack_from(body)[0]) if len(body) >= _ERROR.size else errno.EPROTO
 
 

@@ -1,7 +1,7 @@
-"""The sockets by which this process itself asks and reports: their packets prove where traffic goes, and are no user's.
+"""The sockets by which this process probes and reports: their packets are not a user's traffic.
 
-A socket that probes, pulses or reports is told of here once it is connected. It counts as long as it is open, and for
-a few seconds more: its last packets may still wait to be read.
+A socket for probes, pulses or reports is registered here once it is connected. It counts as long as it is open, and
+for a few seconds more: the leak watch may read its last packets later.
 """
 
 import socket
@@ -17,33 +17,33 @@ KEEP_S: Final = 3.0  # after the socket is closed
 _IFNAMSIZ: Final = 16  # bytes of a device's name, linux/if.h
 _PROTOCOLS: Final = {socket.SOCK_DGRAM: socket.IPPROTO_UDP, socket.SOCK_STREAM: socket.IPPROTO_TCP}
 
-_Flow = tuple[int, int, IPAddress, int]  # protocol, local port, far address, far port
+_Flow = tuple[int, int, IPAddress, int]  # protocol, local port, remote address, remote port
 
 
 class OwnSockets:
-    """Knows flows by protocol, local port, and far end: another program that gets the same port later is not meant."""
+    """Flows by protocol, local port and remote end, so that another program with the same port later does not match."""
 
     def __init__(self, now: Callable[[], float]) -> None:
         """`now` is a clock in seconds that never jumps."""
         self._now = now
         self._open: dict[_Flow, int] = {}
         self._closed: dict[_Flow, float] = {}
-        self._bound: set[_Flow] = set()  # of those that are open: sent by one device, whatever the routes say
+        self._bound: set[_Flow] = set()  # open ones that are bound to a device, so that routes do not apply
 
     def add(self, sock: socket.socket, far: tuple[IPAddress, int] | None = None) -> None:
-        """Remember a socket until it is gone. `far` is where it will send, if it is bound and not connected yet."""
+        """Remember a socket until it is closed. `far` is where it will send, if it is bound and not connected yet."""
         try:
             port = sock.getsockname()[1]
             if far is None:
                 peer = sock.getpeername()
                 far = codec.address(str(peer[0]).partition("%")[0]), peer[1]
         except OSError:
-            return  # closed meanwhile: it sends nothing any more
+            return  # closed meanwhile: it sends nothing
         flow = _PROTOCOLS[socket.SocketKind(sock.type)], port, *far
         self._open[flow] = self._open.get(flow, 0) + 1
         if _is_bound_to_device(sock):
             self._bound.add(flow)
-        weakref.finalize(sock, self._gone, flow).atexit = False
+        weakref.finalize(sock, self._closed_one, flow).atexit = False
 
     def has(self, protocol: int, port: int | None, address: IPAddress, far_port: int | None) -> bool:
         """Whether a packet of `protocol` (6 or 17) from `port` to that address and port is this process's own."""
@@ -53,16 +53,16 @@ class OwnSockets:
         return flow in self._open or self._closed.get(flow, 0.0) > self._now()
 
     def ports(self, protocol: int, address: IPAddress, far_port: int | None) -> list[int]:
-        """The local ports of this process's sockets that send, or lately sent, to that address and port."""
+        """The local ports of this process's sockets that send, or recently sent, to that address and port."""
         now = self._now()
-        lately = (flow for flow, until in self._closed.items() if until > now)
-        return [f[1] for f in (*self._open, *lately) if (f[0], *f[2:]) == (protocol, address, far_port)]
+        recent = (flow for flow, until in self._closed.items() if until > now)
+        return [f[1] for f in (*self._open, *recent) if (f[0], *f[2:]) == (protocol, address, far_port)]
 
     def routed(self, protocol: int, port: int) -> list[tuple[IPAddress, int]]:
-        """Where the open sockets of that protocol and local port send, address and port, as far as routes decide."""
+        """Remote address and port of open sockets with that protocol and local port that follow the routes."""
         return [f[2:] for f in self._open if f[:2] == (protocol, port) and f not in self._bound]
 
-    def _gone(self, flow: _Flow) -> None:
+    def _closed_one(self, flow: _Flow) -> None:
         now = self._now()
         left = self._open.get(flow, 0) - 1
         if left > 0:
@@ -78,4 +78,4 @@ def _is_bound_to_device(sock: socket.socket) -> bool:
     return sock.getsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, _IFNAMSIZ).strip(b"\0") != b""
 
 
-OWN: Final = OwnSockets(SystemClock().boottime)
+OWN_SOCKETS: Final = OwnSockets(SystemClock().boottime)

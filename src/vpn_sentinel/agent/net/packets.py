@@ -1,4 +1,4 @@
-"""The first bytes of a packet, read: addresses, ports, the DNS name asked. Never raises, whatever the bytes are."""
+"""Parses the first bytes of a packet: addresses, ports, the name in a DNS query. Never raises on malformed bytes."""
 
 import struct
 from dataclasses import dataclass, replace
@@ -8,20 +8,20 @@ from typing import Final
 from vpn_sentinel.domain.policy import IPAddress
 
 IPV4, IPV6 = 0x0800, 0x86DD  # of linux/if_ether.h
-_NAMES: Final = {1: "icmp", 6: "tcp", 17: "udp", 58: "icmp6"}
-_FRAGMENT: Final = 44
+_PROTOCOL_NAMES: Final = {1: "icmp", 6: "tcp", 17: "udp", 58: "icmp6"}
+_IPPROTO_FRAGMENT: Final = 44
 _ECHO_REQUEST: Final = {1: 8, 58: 128}
 SYN, RST, SYN_ACK = 0x02, 0x04, 0x12  # TCP's flags (RFC 9293, 3.1)
-_DNS: Final = 53
+_DNS_PORT: Final = 53
 _MAX_NAME_CHARS: Final = 255
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packet:
     """`size` is the IP packet's, in bytes. `kind` is ICMP's type, `echo` the identifier of a ping (RFC 792, RFC 4443),
-    `flags` TCP's, `payload` what is behind the header of UDP or TCP.
+    `flags` TCP's, `payload` what follows the header of UDP or TCP.
 
-    `fragment` is a later piece of a packet, without ports of its own. `tos` is the type of service, or traffic class.
+    `fragment` is a fragment after the first one, without ports. `tos` is the type of service, or traffic class.
     """
 
     protocol: int
@@ -42,17 +42,17 @@ class Packet:
 
     @property
     def opens(self) -> bool:
-        """Whether it asks for a TCP connection."""
+        """Whether it opens a TCP connection."""
         return self.flags & SYN_ACK == SYN
 
     @property
     def called(self) -> str:
-        """The protocol's name as an observation says it."""
-        return _NAMES.get(self.protocol, str(self.protocol))
+        """The protocol's name in an observation."""
+        return _PROTOCOL_NAMES.get(self.protocol, str(self.protocol))
 
 
 def decode(ethertype: int, data: bytes) -> Packet | None:
-    """Read a packet from its IP header on, possibly cut off; None when it is no IP."""
+    """Read a packet from its IP header on, possibly cut off; None when it is not IP."""
     if ethertype == IPV4 and len(data) >= 20 and data[0] >> 4 == 4 and data[0] & 0xF >= 5:
         size, fragment = struct.unpack_from("!H", data, 2)[0], struct.unpack_from("!H", data, 6)[0] & 0x1FFF
         return _transport(
@@ -63,7 +63,7 @@ def decode(ethertype: int, data: bytes) -> Packet | None:
         size = 40 + struct.unpack_from("!H", data, 4)[0]
         ends = IPv6Address(data[8:24]), IPv6Address(data[24:40])
         tos = struct.unpack_from("!H", data)[0] >> 4 & 0xFF
-        return _transport(data, 40, data[6], ends, size, hops=data[7], later=data[6] == _FRAGMENT, tos=tos)
+        return _transport(data, 40, data[6], ends, size, hops=data[7], later=data[6] == _IPPROTO_FRAGMENT, tos=tos)
     return None
 
 
@@ -85,7 +85,7 @@ def _transport(
     tcp = protocol == 6
     payload = rest[(rest[12] >> 4) * 4 :] if tcp and len(rest) > 12 else b"" if tcp else rest[8:]
     name = None
-    if destination_port == _DNS:
+    if destination_port == _DNS_PORT:
         name = asked_name(payload[2:] if tcp else payload)
     return replace(
         bare,
@@ -99,7 +99,7 @@ def _transport(
 
 
 def asked_name(message: bytes) -> str | None:
-    """The name in a DNS query (RFC 1035, 4.1.2); None when this is none. What cannot be printed becomes `?`."""
+    """The name in a DNS query (RFC 1035, 4.1.2); None when it is not one. Unprintable bytes become `?`."""
     if len(message) < 13 or message[2] & 0x80 or struct.unpack_from("!H", message, 4)[0] == 0:
         return None
     labels, offset = [], 12

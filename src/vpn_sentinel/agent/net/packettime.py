@@ -1,4 +1,4 @@
-"""When the kernel saw a packet, however late it is read: SO_TIMESTAMPNS (socket(7), timestamping.rst)."""
+"""The kernel's timestamps of packets, however late they are read: SO_TIMESTAMPNS (socket(7), timestamping.rst)."""
 
 import socket
 import struct
@@ -6,32 +6,32 @@ from typing import Final
 
 _SO_TIMESTAMPNS: Final = 35  # asm-generic/socket.h
 _TIMESPEC: Final = struct.Struct("@qq")
-ANCILLARY: Final = socket.CMSG_SPACE(_TIMESPEC.size)
-"""Bytes of ancillary data that recvmsg needs room for."""
+ANCILLARY_BYTES: Final = socket.CMSG_SPACE(_TIMESPEC.size)
+"""The buffer size for ancillary data that recvmsg needs."""
 
 
-def note_times(sock: socket.socket) -> None:
-    """Have the kernel tell the time of each packet that the socket gets. Raises OSError."""
+def enable_timestamps(sock: socket.socket) -> None:
+    """Have the kernel timestamp each packet that the socket receives. Raises OSError."""
     sock.setsockopt(socket.SOL_SOCKET, _SO_TIMESTAMPNS, 1)
 
 
-def packet_times() -> socket.socket | None:
-    """A socket that has the kernel note the time of each packet, to be kept open; None where there is none to be had.
+def timestamp_socket() -> socket.socket | None:
+    """A socket that keeps the kernel's timestamps enabled while it is open; None when there is no permission or memory.
 
-    It begins some time after the first socket that asks for it (net_enable_timestamp() in net/core/dev.c leaves it to a
-    worker), and says of earlier packets when they were read: which of two came first would be anybody's guess.
+    The kernel begins some time after the first socket that asks for them (net_enable_timestamp() in net/core/dev.c
+    leaves it to a worker), and gives earlier packets the time when they were read: their order would be lost.
     """
     try:
         sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-        note_times(sock)
+        enable_timestamps(sock)
     except OSError:
         return None
     return sock
 
 
-def passed(told: list[tuple[int, int, bytes]]) -> float:
-    """The time of a packet by the wall clock, in seconds, out of recvmsg's ancillary data; 0.0 where it has none."""
-    if not told:
+def packet_time(ancillary: list[tuple[int, int, bytes]]) -> float:
+    """A packet's timestamp (wall clock, seconds) from recvmsg's ancillary data; 0.0 if it has none."""
+    if not ancillary:
         return 0.0
-    seconds, nanoseconds = _TIMESPEC.unpack(told[0][2])
+    seconds, nanoseconds = _TIMESPEC.unpack(ancillary[0][2])
     return float(seconds + nanoseconds / 1e9)

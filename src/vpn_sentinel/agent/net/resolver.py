@@ -1,4 +1,4 @@
-"""Names to addresses, by the system's own resolver, without letting a dead one hold anything up."""
+"""Host names to addresses, by the system's resolver, without being blocked by one that does not answer."""
 
 import asyncio
 import socket
@@ -10,16 +10,16 @@ from typing import Final
 from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.domain.policy import IPAddress
 
-LOOKUP_TIMEOUT_S: Final = 1.0  # seconds; DNS is often dead exactly when a report is urgent
+LOOKUP_TIMEOUT_S: Final = 1.0  # short: DNS often fails exactly when a report is urgent
 Lookup = Callable[[str], tuple[IPAddress, ...]]
 
 
 class NotFoundError(OSError):
-    """A name that has no address, or whose address could not be found in time."""
+    """The name has no address, or none was found in time."""
 
 
 def encoded(host: str) -> bytes:
-    """A name as getaddrinfo(3) takes it; given as text, Python loads the tables of IDNA for any, which take 0.5 MB."""
+    """A name for getaddrinfo(3). For a `str`, Python would load the IDNA tables, also for ASCII names: 0.5 MB."""
     return host.encode("ascii" if host.isascii() else "idna")
 
 
@@ -31,10 +31,10 @@ def system_lookup(host: str) -> tuple[IPAddress, ...]:
 
 
 class HostResolver:
-    """Looks names up in daemon threads, at most one for a name, and remembers the last good answer.
+    """Looks names up in daemon threads, at most one per name, and remembers the last good answer.
 
-    The loop's executor would do, but its threads are waited for at the end, and a thread in getaddrinfo(3) may take
-    half a minute: a stop would hang.
+    Not in the loop's executor: its threads are joined at exit, and a thread in getaddrinfo(3) may take half a minute,
+    which would delay the stop.
     """
 
     def __init__(self, lookup: Lookup = system_lookup, *, patience: float = LOOKUP_TIMEOUT_S) -> None:
@@ -44,16 +44,16 @@ class HostResolver:
         self._running: dict[str, asyncio.Future[tuple[IPAddress, ...]]] = {}
 
     def remember(self, host: str, addresses: tuple[IPAddress, ...]) -> None:
-        """Take in what was known before a restart."""
+        """Take over addresses that were known before a restart."""
         if addresses:
             self._good.setdefault(host, addresses)
 
     def known(self, host: str) -> tuple[IPAddress, ...]:
-        """What needs no asking: a literal address itself, or the last good answer."""
+        """Addresses without a lookup: a literal address itself, or the last good answer."""
         return _literal(host) or self._good.get(host, ())
 
     async def addresses(self, host: str, *, patience: float | None = None) -> tuple[IPAddress, ...]:
-        """Current addresses of `host`, or the last good ones when nothing comes in time. Raises NotFoundError."""
+        """Current addresses of `host`, or the last good ones when there is no answer in time. Raises NotFoundError."""
         if literal := _literal(host):
             return literal
         running = self._running.get(host) or self._start(host)
@@ -79,7 +79,7 @@ class HostResolver:
                 future.set_result(found)
             else:
                 future.set_exception(error)
-                future.exception()  # looked at here, so that nobody complains when all stopped waiting
+                future.exception()  # marks it as retrieved: asyncio logs no error when no caller waits any more
 
         def work() -> None:
             found: tuple[IPAddress, ...] = ()
@@ -90,7 +90,7 @@ class HostResolver:
                 error = e
             try:
                 loop.call_soon_threadsafe(finish, found, error)
-            except RuntimeError:  # the loop has ended meanwhile
+            except RuntimeError:  # the loop has been closed meanwhile
                 return
 
         threading.Thread(target=work, name="getaddrinfo", daemon=True).start()

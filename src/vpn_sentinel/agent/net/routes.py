@@ -1,4 +1,4 @@
-"""An entry of a routing table (ip-route(8), linux/rtnetlink.h), and a part of the address space that takes one."""
+"""An entry of a routing table (ip-route(8), linux/rtnetlink.h), and a part of the address space that it applies to."""
 
 from dataclasses import dataclass
 from ipaddress import IPv4Network, IPv6Network
@@ -15,7 +15,7 @@ REFUSING: Final = frozenset({RTN_BLACKHOLE, RTN_UNREACHABLE, RTN_PROHIBIT})
 
 @dataclass(frozen=True, slots=True)
 class Hop:
-    """A way that a route offers: the device's index, and whether a router there takes the packets."""
+    """A next hop of a route: the device's index, and the router's address, None for a directly connected network."""
 
     interface: int
     gateway: IPAddress | None = None
@@ -25,10 +25,10 @@ class Hop:
 class RouteEntry:
     """An entry of a routing table. `first` is the lowest address of its prefix, as an integer; `hops` may be empty.
 
-    `type` is rtm_type (RTN_UNICAST and so on). With a `tos` it is for packets of that type of service alone.
-    With a `source`, which IPv6 knows, it is for packets from there alone.
-    `by_kernel`: it came with an address of this host, such as that of a line's other end, and nobody asked for it
-    (RTPROT_KERNEL).
+    `type` is rtm_type (RTN_UNICAST and so on). With a `tos` it is only for packets of that type of service.
+    With a `source` (IPv6 only) it is only for packets from that network.
+    `by_kernel`: the kernel added it together with an address of this host, such as the route to the peer of a
+    point-to-point link (RTPROT_KERNEL).
     """
 
     version: int
@@ -55,11 +55,11 @@ class RouteEntry:
         return IPv4Network((self.first, self.prefix)) if self.version == 4 else IPv6Network((self.first, self.prefix))
 
     def is_for_one_host(self) -> bool:
-        """Whether somebody gave a single host a route of its own: so the VPN's server is excepted from the tunnel."""
+        """Whether it is a host route that a program or person added, as VPN clients do for their server."""
         return self.type == RTN_UNICAST and self.prefix == self.bits and bool(self.hops) and not self.by_kernel
 
     def leads_by(self, interface: int) -> bool:
-        hops = self.hops  # one, of nearly all of a full table
+        hops = self.hops  # nearly all routes of a full table have one
         return hops[0].interface == interface if len(hops) == 1 else any(h.interface == interface for h in hops)
 
     def leads_to_internet(self) -> bool:
@@ -67,7 +67,7 @@ class RouteEntry:
 
 
 class Segment(NamedTuple):
-    """A part of the address space, the rule that decided, and the route that it takes; None where the rule refuses."""
+    """A part of the address space, its route (None where the rule refuses packets), and the rule that decided."""
 
     first: int
     last: int
@@ -76,7 +76,7 @@ class Segment(NamedTuple):
 
     @property
     def interfaces(self) -> tuple[int, ...]:
-        """Indices of the devices that it leaves by; none for this host's own addresses and what is refused."""
+        """Indices of the devices that packets leave by; none for local addresses and refused packets."""
         if self.entry is None or self.entry.type != RTN_UNICAST:
             return ()
         hops = self.entry.hops
@@ -84,7 +84,7 @@ class Segment(NamedTuple):
 
     @property
     def name(self) -> tuple[int, int] | None:
-        """The network by which its route or its rule names it, whichever says more: where it begins, and its prefix.
+        """The network of its route or its rule, whichever is more specific: first address and prefix length.
 
         None without a route.
         """

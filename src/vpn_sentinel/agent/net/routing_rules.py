@@ -1,4 +1,4 @@
-"""A routing rule, whom it selects, and what of a packet it looks at (ip-rule(8), linux/fib_rules.h)."""
+"""A routing rule, which packets it selects, and by which of their properties (ip-rule(8), linux/fib_rules.h)."""
 
 import socket
 from collections.abc import Iterable
@@ -11,24 +11,24 @@ from vpn_sentinel.domain.policy import IPAddress, IPNetwork
 FR_ACT_TO_TBL, FR_ACT_GOTO = 1, 2
 FR_ACT_BLACKHOLE, FR_ACT_UNREACHABLE, FR_ACT_PROHIBIT = 6, 7, 8
 
-WHOLE_PORT: Final = 0xFFFF
-# Where what this host itself sends is said to come in (fib_rules.c: LOOPBACK_IFINDEX).
+FULL_PORT_MASK: Final = 0xFFFF
+# The incoming interface of packets that this host itself sends (fib_rules.c: LOOPBACK_IFINDEX).
 _LOOPBACK: Final = "lo"
-MAX_OWN_PORTS: Final = 256
-FIRST_PERSON: Final = 1000  # the first user id that is a person's
-# Behind them are those of services that have none of their own, and nobody's, which VPN programs change to.
-PERSONS: Final = range(FIRST_PERSON, 60_000)
+MAX_OWN_PORTS: Final = 256  # a longer range is not one program's
+FIRST_PERSONAL_UID: Final = 1000  # login.defs(5), UID_MIN
+# Above them are dynamic service users and `nobody`, which VPN programs switch to.
+PERSONAL_UIDS: Final = range(FIRST_PERSONAL_UID, 60_000)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """A routing rule. Selectors that are None, or "" for a name, match everything; `invert` turns all of them round.
+    """A routing rule. Selectors that are None, or "" for a name, match everything; `invert` negates all of them.
 
     `version` is 4 or 6. `mark` is compared under `mask`; `uids`, `source_ports` and `destination_ports` are closed
-    ranges, or one port under a mask; `table` counts for the action FR_ACT_TO_TBL, `target` for FR_ACT_GOTO. Where the
-    table's route has a prefix that is not longer than `suppress_prefix`, or leads by a device of the group
-    `suppress_group`, the next rule is asked. `tos` is compared under `tos_mask`, 0 is any. `rare`: it
-    has a selector that is not read here, such as IPv6's flow label, so that it selects no ordinary packet.
+    ranges, or one port under a mask; `table` is used with the action FR_ACT_TO_TBL, `target` with FR_ACT_GOTO. A
+    route of the table is ignored, and the next rule applies, if its prefix is not longer than `suppress_prefix` or it
+    leads by a device of the group `suppress_group`. `tos` is compared under `tos_mask`, 0 is any. `rare`: it has a
+    selector that is not read here, such as IPv6's flow label, so it selects no ordinary packet.
     """
 
     version: int
@@ -44,9 +44,9 @@ class Rule:
     uids: tuple[int, int] | None = None
     protocol: int | None = None
     source_ports: tuple[int, int] | None = None
-    source_mask: int = WHOLE_PORT
+    source_mask: int = FULL_PORT_MASK
     destination_ports: tuple[int, int] | None = None
-    destination_mask: int = WHOLE_PORT
+    destination_mask: int = FULL_PORT_MASK
     incoming: str = ""
     outgoing: str = ""
     tos: int = 0
@@ -57,9 +57,9 @@ class Rule:
     suppress_group: int | None = None
 
     def names_sender(self) -> bool:
-        """Whether it selects by who sends: by mark, user or port of the sender, or by a protocol without ports.
+        """Whether it selects by sender: by mark, user or source port, or by a protocol without ports.
 
-        So VPN programs except their own packets. What a rule selects by destination is a part of the traffic instead.
+        VPN programs except their own packets like this. A rule by destination selects a part of all traffic instead.
         """
         own_protocol = self.protocol is not None and self.protocol not in (
             socket.IPPROTO_TCP,
@@ -70,7 +70,7 @@ class Rule:
         return bool(self.mark) or self.uids is not None or self.source_ports is not None or own_protocol
 
     def sender(self, uid: int | None = None) -> "Sender":
-        """A sender whom the selectors name, before any inversion; `uid` is its user where none is named."""
+        """A sender that the selectors match, before any inversion; `uid` is its user if the rule has none."""
         return Sender(
             mark=(self.mark or 0) & self.mask,
             uid=self.uids[0] if self.uids else uid,
@@ -80,30 +80,31 @@ class Rule:
         )
 
 
-def may_be_a_programs(rule: Rule) -> bool:
-    """Whether the users or ports that a rule names may be those of one program, such as a VPN's own or one that is
-    meant for it.
+def may_be_one_program(rule: Rule) -> bool:
+    """Whether the users or ports of a rule may belong to one program, such as the VPN program, or one that should use
+    the VPN.
 
-    One user may be. Several, with people among them, are a part of everybody; so is root, whose programs are many.
-    Debian and Fedora, and login.defs(5), give numbers from 1000 on to people. One program has a port or a few of its
-    own; a long range has those of everybody's connections in it.
+    A single user may. A range that includes people does not; nor does root, who runs many programs. Debian and Fedora,
+    and login.defs(5), assign ids from 1000 on to people. One program has one or a few ports; a long range includes the
+    ports of other programs' connections.
     """
     if rule.source_ports is not None:
         low, high = rule.source_ports
-        if (high - low + 1) << (WHOLE_PORT & ~rule.source_mask).bit_count() > MAX_OWN_PORTS:
+        if (high - low + 1) << (FULL_PORT_MASK & ~rule.source_mask).bit_count() > MAX_OWN_PORTS:
             return False
     if rule.uids is None:
         return True
     low, high = rule.uids
-    return low > 0 and (low == high or high < FIRST_PERSON)
+    return low > 0 and (low == high or high < FIRST_PERSONAL_UID)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sender:
-    """What of a packet beside its destination decides where it goes. 0 for ports and protocol: any that no rule names.
+    """The properties of a packet, besides its destination, that decide its route.
 
-    `uid` None is a sender whom no rule by user selects; `outgoing` is the device that its socket is bound to. What this
-    host passes on for somebody else came in by the device `incoming`.
+    A port or protocol of 0 is one that no rule selects.
+    `uid` None is a sender that no rule by user selects; `outgoing` is the device that its socket is bound to. A packet
+    that this host forwards came in by the device `incoming`.
     """
 
     mark: int = 0
@@ -117,11 +118,11 @@ class Sender:
     incoming: str = _LOOPBACK
 
 
-EVERYBODY: Final = Sender()
+ANY_SENDER: Final = Sender()
 
 
 def selected(rule: Rule, sender: Sender) -> Iterable[Interval]:
-    """The destinations for which the rule selects what `sender` sends."""
+    """The destinations for which the rule selects packets of `sender`."""
     whole = whole_space(rule.version)
     others = selects(rule, sender)
     if rule.destination is None:
@@ -133,7 +134,7 @@ def selected(rule: Rule, sender: Sender) -> Iterable[Interval]:
 
 
 def selects(rule: Rule, sender: Sender) -> bool:
-    """Whether all selectors but that of the destination agree, before the inversion."""
+    """Whether all selectors except the destination match, before any inversion."""
     return (
         rule.incoming in ("", sender.incoming)
         and rule.outgoing in ("", sender.outgoing)

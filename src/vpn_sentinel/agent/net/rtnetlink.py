@@ -1,7 +1,7 @@
 """The messages of routing netlink (rtnetlink(7)): requests packed, answers parsed, by the kernel's names.
 
 Numbers are those of linux/rtnetlink.h, linux/if_link.h, linux/if_addr.h, linux/fib_rules.h and linux/nexthop.h. What
-is too short, or of another family than IP's, is None: a message never fails to be read.
+is too short, or of another address family than IP, is parsed as None: no message raises an exception.
 """
 
 import socket
@@ -16,7 +16,7 @@ from typing import Final
 from vpn_sentinel.agent.net.link import Interface
 from vpn_sentinel.agent.net.netlink import NLM_F_DUMP, U32, address, attribute, attributes, request, text, u32
 from vpn_sentinel.agent.net.routes import RTN_UNICAST, Hop, RouteEntry
-from vpn_sentinel.agent.net.routing_rules import WHOLE_PORT, Rule
+from vpn_sentinel.agent.net.routing_rules import FULL_PORT_MASK, Rule
 from vpn_sentinel.agent.net.space import ADDRESS_BITS
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork
 
@@ -32,7 +32,7 @@ _RTMSG: Final = struct.Struct("=8BI")
 _FIB_RULE_HDR: Final = _RTMSG  # of the same shape
 _NHMSG: Final = struct.Struct("=4BI")
 _RTNEXTHOP: Final = struct.Struct("=HBBi")
-_NEXTHOP_GRP: Final = struct.Struct("=I4x")  # the identity of a member; its weight decides nothing here
+_NEXTHOP_GRP: Final = struct.Struct("=I4x")  # the id of a member; its weight does not matter here
 _RX_TX_BYTES: Final = struct.Struct("=16x2Q")  # of struct rtnl_link_stats64
 
 _IFLA_IFNAME, _IFLA_MTU, _IFLA_MASTER, _IFLA_LINKINFO, _IFLA_STATS64, _IFLA_GROUP = 3, 4, 10, 18, 23, 27
@@ -50,7 +50,7 @@ _FRA_SPORT_MASK, _FRA_DPORT_MASK, _FRA_DSCP_MASK = 28, 29, 30
 
 _FRA_READ: Final = frozenset({*range(26), _FRA_SPORT_MASK, _FRA_DPORT_MASK, _FRA_DSCP_MASK})
 _FIB_RULE_INVERT: Final = 0x2
-_RTNH_F_DEAD: Final = 0x1  # also said of a link without carrier where the kernel ignores routes by such
+_RTNH_F_DEAD: Final = 0x1  # also set for a link without carrier where the kernel ignores routes by such links
 _RTM_F_CLONED: Final = 0x200
 _RTM_F_FIB_MATCH: Final = 0x2000
 _RTPROT_KERNEL: Final = 2
@@ -65,7 +65,7 @@ _FAMILY: Final = {4: socket.AF_INET, 6: socket.AF_INET6}
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
     """The kernel's answer for one destination. `type` is rtm_type (RTN_UNICAST and so on); `prefix` is the length
-    of the route that matched, if that was asked.
+    of the route that matched, if that was requested.
     """
 
     interface: int | None
@@ -99,13 +99,13 @@ def route_request(
     """Ask for the route that a packet of `protocol` to `destination` and `port` would take (0: any port).
 
     With the address and port of a connected socket as `source`, the answer is that socket's own route, also where
-    routes are balanced by a hash of both ends. `uid` is whose packet it is, this process's own where it is None.
+    routes are balanced by a hash of both ends. `uid` is the sender's user, None for this process.
     """
     attrs = attribute(_RTA_DST, destination.packed)
     if via is not None:
         attrs += attribute(_RTA_OIF, U32.pack(via))
     if port:
-        # Rules may look at protocol and port (`ip rule … ipproto udp dport 53`); older kernels skip these attributes.
+        # Rules may match on protocol and port (`ip rule … ipproto udp dport 53`); older kernels skip these attributes.
         attrs += attribute(_RTA_IP_PROTO, bytes([protocol])) + attribute(_RTA_DPORT, _PORT.pack(port))
     if source is not None:
         attrs += attribute(_RTA_SRC, source[0].packed)
@@ -123,7 +123,7 @@ def route_request(
 
 
 def parse_link(body: bytes) -> Interface | None:
-    """An interface out of RTM_NEWLINK or RTM_DELLINK, without addresses; None when it is too short to be one."""
+    """An interface from RTM_NEWLINK or RTM_DELLINK, without addresses; None when it is too short."""
     if len(body) < _IFINFOMSG.size:
         return None
     _family, hardware, index, flags, _change = _IFINFOMSG.unpack_from(body)
@@ -145,7 +145,7 @@ def parse_link(body: bytes) -> Interface | None:
 
 
 def parse_group(body: bytes) -> tuple[int, int] | None:
-    """An interface's index and its group (IFLA_GROUP) out of RTM_NEWLINK."""
+    """An interface's index and its group (IFLA_GROUP) from RTM_NEWLINK."""
     if len(body) < _IFINFOMSG.size:
         return None
     group = u32(attributes(body, _IFINFOMSG.size).get(_IFLA_GROUP))
@@ -153,7 +153,7 @@ def parse_group(body: bytes) -> tuple[int, int] | None:
 
 
 def parse_address(body: bytes) -> tuple[int, IPAddress] | None:
-    """The interface's index and the local address out of RTM_NEWADDR or RTM_DELADDR."""
+    """The interface's index and the local address from RTM_NEWADDR or RTM_DELADDR."""
     if len(body) < _IFADDRMSG.size:
         return None
     _family, _prefix, _flags, _scope, index = _IFADDRMSG.unpack_from(body)
@@ -163,7 +163,7 @@ def parse_address(body: bytes) -> tuple[int, IPAddress] | None:
 
 
 def parse_network(body: bytes) -> tuple[int, IPNetwork] | None:
-    """The interface's index and the local address's network out of RTM_NEWADDR."""
+    """The interface's index and the local address's network from RTM_NEWADDR."""
     found = parse_address(body)
     if found is None or (prefix := _IFADDRMSG.unpack_from(body)[1]) > found[1].max_prefixlen:
         return None
@@ -174,7 +174,7 @@ def parse_network(body: bytes) -> tuple[int, IPNetwork] | None:
 
 
 def parse_route(body: bytes) -> Route | None:
-    """The answer to `route_request`; None when it is too short to be one."""
+    """The answer to `route_request`; None when it is too short."""
     if len(body) < _RTMSG.size:
         return None
     _family, prefix, _src_len, _tos, _table, _protocol, _scope, route_type, _flags = _RTMSG.unpack_from(body)
@@ -190,7 +190,7 @@ def parse_route(body: bytes) -> Route | None:
 
 
 def parse_rule(body: bytes) -> Rule | None:
-    """A rule out of RTM_NEWRULE; None for other families and what is too short."""
+    """A rule from RTM_NEWRULE; None for other families and short messages."""
     if len(body) < _FIB_RULE_HDR.size:
         return None
     family, dst_len, src_len, tos, table, _, _, action, flags = _FIB_RULE_HDR.unpack_from(body)
@@ -210,12 +210,12 @@ def parse_rule(body: bytes) -> Rule | None:
         source=_network(found.get(_FRA_SRC), src_len),
         destination=_network(found.get(_FRA_DST), dst_len),
         mark=mark,
-        mask=_or(u32(found.get(_FRA_FWMASK)), 0xFFFFFFFF),
-        uids=_pair(found.get(_FRA_UID_RANGE), _TWO_U32),
+        mask=_or_default(u32(found.get(_FRA_FWMASK)), 0xFFFFFFFF),
+        uids=_number_pair(found.get(_FRA_UID_RANGE), _TWO_U32),
         protocol=protocol[0] if protocol else None,
-        source_ports=_pair(found.get(_FRA_SPORT_RANGE), _TWO_U16),
+        source_ports=_number_pair(found.get(_FRA_SPORT_RANGE), _TWO_U16),
         source_mask=_mask(found.get(_FRA_SPORT_MASK)),
-        destination_ports=_pair(found.get(_FRA_DPORT_RANGE), _TWO_U16),
+        destination_ports=_number_pair(found.get(_FRA_DPORT_RANGE), _TWO_U16),
         destination_mask=_mask(found.get(_FRA_DPORT_MASK)),
         incoming=text(found.get(_FRA_IIFNAME)),
         outgoing=text(found.get(_FRA_OIFNAME)),
@@ -229,20 +229,20 @@ def parse_rule(body: bytes) -> Rule | None:
 
 
 def _mask(data: bytes | None) -> int:
-    """Of a port (Linux 6.15), in host byte order like the range that it belongs to."""
-    return int.from_bytes(data, sys.byteorder) if data is not None and len(data) == 2 else WHOLE_PORT
+    """A port mask (Linux 6.15), in host byte order like the port range that it belongs to."""
+    return int.from_bytes(data, sys.byteorder) if data is not None and len(data) == 2 else FULL_PORT_MASK
 
 
 def _suppressed(data: bytes | None) -> int | None:
-    """-1, as an unsigned number, says that nothing is."""
+    """None for -1, as an unsigned number: nothing is suppressed."""
     return None if data == b"\xff" * 4 else u32(data)
 
 
 def parse_next_hops(bodies: Iterable[bytes]) -> dict[int, tuple[Hop, ...]]:
-    """By their identity, the nexthop objects out of RTM_NEWNEXTHOP, groups among them.
+    """The nexthop objects from RTM_NEWNEXTHOP by their id, including groups.
 
-    Routes may name one instead of devices and routers of their own, and where net.ipv4.nexthop_compat_mode is 0 the
-    kernel tells nothing but that name. One without hops swallows packets, or its device is down.
+    A route may refer to one instead of having devices and routers of its own, and where net.ipv4.nexthop_compat_mode
+    is 0 the kernel reports only its id. One without hops drops packets, or its device is down.
     """
     single: dict[int, tuple[Hop, ...]] = {}
     groups: dict[int, list[int]] = {}
@@ -266,8 +266,8 @@ def parse_next_hops(bodies: Iterable[bytes]) -> dict[int, tuple[Hop, ...]]:
 
 
 def follows_from_another_message(body: bytes) -> bool:
-    """Whether RTM_NEWROUTE or RTM_DELROUTE is no news by itself: the route of an address of this host comes behind the
-    address, and a cloned one is a mere cache entry.
+    """Whether RTM_NEWROUTE or RTM_DELROUTE adds nothing: the local route of an address follows the message about the
+    address, and a cloned route is only a cache entry.
     """
     if len(body) < _RTMSG.size:
         return True
@@ -276,7 +276,7 @@ def follows_from_another_message(body: bytes) -> bool:
 
 
 def parse_entry(body: bytes, next_hops: Mapping[int, tuple[Hop, ...]] | None = None) -> RouteEntry | None:
-    """An entry out of RTM_NEWROUTE, which may name one of `next_hops`; None for other families and cache entries."""
+    """An entry from RTM_NEWROUTE, which may refer to one of `next_hops`; None for other families and cache entries."""
     if len(body) < _RTMSG.size:
         return None
     family, prefix, src_len, tos, table, protocol, _scope, route_type, flags = _RTMSG.unpack_from(body)
@@ -327,12 +327,12 @@ def _hops(found: dict[int, bytes], family: int, next_hops: Mapping[int, tuple[Ho
 
 @lru_cache(maxsize=256)
 def _only_hop(interface: int, gateway: IPAddress | None) -> tuple[Hop, ...]:
-    """One object for all routes that lead the same way: full tables have few ways."""
+    """One object for all routes with the same next hop: full tables have few next hops."""
     return (Hop(interface, gateway),)
 
 
 def _gateway(found: dict[int, bytes], family: int) -> IPAddress | None:
-    """RTA_GATEWAY, or RTA_VIA: a router of the other IP version (RFC 5549), behind its family in two bytes."""
+    """RTA_GATEWAY, or RTA_VIA: a router of the other IP version (RFC 5549), after two bytes for its family."""
     if (near := address(found.get(_RTA_GATEWAY))) is not None:
         return near
     via = found.get(_RTA_VIA)
@@ -346,12 +346,12 @@ def _network(packed: bytes | None, prefix: int) -> IPNetwork | None:
     return ip_network((first, prefix), strict=False)
 
 
-def _pair(data: bytes | None, shape: struct.Struct) -> tuple[int, int] | None:
+def _number_pair(data: bytes | None, shape: struct.Struct) -> tuple[int, int] | None:
     if data is None or len(data) != shape.size:
         return None
     low, high = shape.unpack(data)
     return low, high
 
 
-def _or(value: int | None, default: int) -> int:
+def _or_default(value: int | None, default: int) -> int:
     return default if value is None else value

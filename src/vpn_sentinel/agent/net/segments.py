@@ -1,4 +1,4 @@
-"""A routing table as disjoint parts of the address space, each with the route that packets there take."""
+"""A routing table as disjoint parts of the address space, each with its route."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -7,10 +7,10 @@ from vpn_sentinel.agent.net.routes import RTN_UNICAST, RouteEntry, Segment
 
 
 def best(entries: Iterable[RouteEntry]) -> list[RouteEntry]:
-    """Of the routes with one prefix, that for the narrowest source, then for the type of service, then that with the
-    lowest metric, of those whose devices are there (fib_find_alias, fib_table_lookup, fib6_node_lookup).
+    """The best route for each prefix: for the narrowest source, then for a type of service, then by the lowest metric.
 
-    IPv6 keeps routes of one prefix and metric by several routers as entries of their own and uses all of them.
+    Only routes whose device exists count (fib_find_alias, fib_table_lookup, fib6_node_lookup). IPv6 has routes of one
+    prefix and metric by several routers as separate entries and uses all of them.
     """
     chosen: dict[tuple[int, int], RouteEntry] = {}
     for entry in entries:
@@ -30,32 +30,32 @@ def _rank(entry: RouteEntry) -> tuple[int, int, int]:
 
 
 def flattened(entries: Iterable[RouteEntry]) -> Iterator[Segment]:
-    """Nested prefixes, in order, as disjoint parts, each with the innermost."""
+    """Nested prefixes, in order, as disjoint parts, each with its most specific route."""
     open_: list[tuple[int, RouteEntry]] = []  # with the last address of each
     at = 0
     for entry in entries:
         first = entry.first
         while open_ and open_[-1][0] < first:
-            last, done = open_.pop()
+            last, inner = open_.pop()
             if at <= last:
-                yield Segment(at, last, done)
+                yield Segment(at, last, inner)
                 at = last + 1
         if open_ and at < first:
             yield Segment(at, first - 1, open_[-1][1])
         at = first
         open_.append((entry.last, entry))
     while open_:
-        last, done = open_.pop()
+        last, inner = open_.pop()
         if at <= last:
-            yield Segment(at, last, done)
+            yield Segment(at, last, inner)
             at = last + 1
 
 
 def merged(segments: Iterable[Segment], suppressed: int) -> Iterator[Segment]:
-    """Neighbours that lead the same way as one; routes of prefixes up to the length `suppressed` stay apart."""
+    """Adjacent parts with the same next hop as one; prefixes up to the length `suppressed` stay separate."""
     first, last, entry = 0, -1, None
     for segment in segments:
-        if entry is not None and segment.first == last + 1 and _are_alike(entry, segment.entry, suppressed):
+        if entry is not None and segment.first == last + 1 and _can_merge(entry, segment.entry, suppressed):
             last = segment.last
         else:
             if entry is not None:
@@ -65,7 +65,7 @@ def merged(segments: Iterable[Segment], suppressed: int) -> Iterator[Segment]:
         yield Segment(first, last, entry)
 
 
-def _are_alike(one: RouteEntry, other: RouteEntry | None, suppressed: int) -> bool:
+def _can_merge(one: RouteEntry, other: RouteEntry | None, suppressed: int) -> bool:
     return (
         other is not None
         and one.hops == other.hops

@@ -1,7 +1,7 @@
-"""Whose socket sent a packet: the kernel's table of TCP and UDP sockets (sock_diag(7), linux/inet_diag.h).
+"""Which user's socket sent a packet: the kernel's table of TCP and UDP sockets (sock_diag(7), linux/inet_diag.h).
 
-Readable without any capability, and for the network namespace as a whole: sockets of other users and containers too.
-A question costs about 30 microseconds; the kernel looks by local port, so that the answer is short.
+Readable without any capability, for the whole network namespace: sockets of other users and containers too. A query
+costs about 30 microseconds; it filters by local port, so that the answer is short.
 """
 
 import errno
@@ -29,29 +29,36 @@ ESTABLISHED, _TIME_WAIT, _CLOSED, LISTEN = 1, 6, 7, 10
 NETLINK_SOCK_DIAG: Final = 4
 _SOCK_DIAG_BY_FAMILY: Final = 20
 _NO_COOKIE: Final = 0xFFFFFFFF
-_ASK: Final = struct.Struct("=BBBxI")  # the beginning of struct inet_diag_req_v2
-_ID: Final = struct.Struct("!HH16s16s")  # idiag_sport, dport, src, dst; behind it interface and cookie
-_BEHIND: Final = struct.Struct("=III")
-_MESSAGE: Final = struct.Struct("=BBBB")
-_TAIL: Final = struct.Struct("=5I")
-SOCKET_SIZE: Final = _MESSAGE.size + _ID.size + _BEHIND.size + _TAIL.size  # of struct inet_diag_msg; attributes follow
+_REQUEST_HEAD: Final = struct.Struct("=BBBxI")  # the beginning of struct inet_diag_req_v2
+_ID: Final = struct.Struct(
+    "!HH16s16s"
+)  # idiag_sport, dport, src, dst of struct inet_diag_sockid; interface and cookie follow
+_INTERFACE_AND_COOKIE: Final = struct.Struct("=III")
+_RESPONSE_HEAD: Final = struct.Struct("=BBBB")
+_RESPONSE_TAIL: Final = struct.Struct("=5I")
+SOCKET_SIZE: Final = (
+    _RESPONSE_HEAD.size + _ID.size + _INTERFACE_AND_COOKIE.size + _RESPONSE_TAIL.size
+)  # of struct inet_diag_msg; attributes follow
 _INET_DIAG_CGROUP_ID: Final = 21  # since Linux 5.8
 _ALL_STATES: Final = 0xFFFFFFFF
-_OWNED: Final = _ALL_STATES & ~(1 << _TIME_WAIT)  # of the rest, the kernel tells whose they are
-_PORT_RANGE: Final = Path("/proc/sys/net/ipv4/ip_local_port_range")  # of IPv6 too, and of this network namespace
-# Of this network namespace: sockets for pings by identifier (icmp(7)), and raw ones by protocol.
-_PINGS: Final = {
+_STATES_WITH_OWNER: Final = _ALL_STATES & ~(
+    1 << _TIME_WAIT
+)  # the kernel does not report the owner of a socket in TIME_WAIT
+_PORT_RANGE: Final = Path("/proc/sys/net/ipv4/ip_local_port_range")  # for IPv6 too; of this network namespace
+# Of this network namespace: ping sockets by identifier (icmp(7)), and raw sockets by protocol.
+_ICMP_TABLES: Final = {
     4: (Path("/proc/self/net/icmp"), Path("/proc/self/net/raw")),
     6: (Path("/proc/self/net/icmp6"), Path("/proc/self/net/raw6")),
 }
-_ICMP: Final = (socket.IPPROTO_ICMP, socket.IPPROTO_ICMPV6)
-_MAX_DATAGRAMS: Final = 64  # of an answer: some thousand sockets on one port
+_ICMP_PROTOCOLS: Final = (socket.IPPROTO_ICMP, socket.IPPROTO_ICMPV6)
+_MAX_DATAGRAMS: Final = 64  # of one answer: enough for some thousand sockets on one port
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Socket:
-    """`far` and `far_port` are None and 0 for one that is not connected. `device` is the index of the interface that it
-    is bound to, 0 for none; `cgroup` is 0 where the kernel does not tell. `inode` is 0 for the kernel's own."""
+    """`near` and `port` are the local end, `far` and `far_port` the remote end, None and 0 when not connected. `device`
+    is the index of the interface that it is bound to, 0 for none; `cgroup` is 0 when unknown. `inode` is 0 for sockets
+    of the kernel."""
 
     state: int
     near: IPAddress
@@ -69,12 +76,12 @@ class Socket:
 
     @property
     def is_kernels(self) -> bool:
-        """Whether it is UDP's and no program's, such as that of WireGuard's module."""
+        """Whether it is a UDP socket of the kernel, such as that of WireGuard's module."""
         return self.inode == 0 and self.state == _CLOSED
 
 
 class SocketTable:
-    """Asks over one netlink socket."""
+    """Queries the table over one netlink socket."""
 
     def __init__(self) -> None:
         """Raises OSError where the sandbox has no sock_diag."""
@@ -86,20 +93,20 @@ class SocketTable:
         self._sock.close()
 
     def listens(self, port: int, version: int) -> bool:
-        """Whether a TCP socket takes connections on this port. Raises OSError."""
+        """Whether a TCP socket listens on this port. Raises OSError."""
         return bool(self._on_port(socket.IPPROTO_TCP, port, version, 1 << LISTEN))
 
     def serves(self, port: int, version: int) -> bool:
-        """Whether a UDP socket on this port is connected to nobody, and so takes what anybody sends. Raises OSError."""
+        """Whether an unconnected UDP socket, which takes datagrams from anybody, has this port. Raises OSError."""
         return any(s.far is None for s in self._on_port(socket.IPPROTO_UDP, port, version, _ALL_STATES))
 
     def is_ephemeral(self, port: int) -> bool:
-        """Whether the kernel may have given the port to a program that asked for none (ip-sysctl). Raises OSError."""
+        """Whether the kernel may have chosen this port for a program (ip-sysctl). Raises OSError."""
         low, high = _PORT_RANGE.read_text().split()
         return int(low) <= port <= int(high)
 
     def listening(self) -> frozenset[int]:
-        """The ports on which TCP connections are taken, but for those of the loopback alone. Raises OSError."""
+        """The ports with a listening TCP socket, except on loopback addresses. Raises OSError."""
         everything = _ID.pack(0, 0, b"", b"")
         found = (
             s
@@ -109,22 +116,22 @@ class SocketTable:
         return frozenset(s.port for s in found if not s.near.is_loopback)
 
     def pings(self, echo: int, version: int) -> int | None:
-        """The user who pings with this identifier: by a socket for pings, else by the raw ones, if all are of one user.
+        """The user who pings with this identifier: by a ping socket, else by the raw sockets if all are of one user.
 
-        None when nobody can tell. Raises OSError.
+        None when unknown. Raises OSError.
         """
-        by_echo, by_protocol = _PINGS[version]
+        by_echo, by_protocol = _ICMP_TABLES[version]
         own = {uid for ident, uid in _listed(by_echo) if ident == echo}
-        found = own or {uid for protocol, uid in _listed(by_protocol) if protocol in _ICMP}
+        found = own or {uid for protocol, uid in _listed(by_protocol) if protocol in _ICMP_PROTOCOLS}
         return found.pop() if len(found) == 1 else None
 
     def of(
         self, protocol: int, source: IPAddress, port: int, far: IPAddress, far_port: int, devices: Iterable[int] = ()
     ) -> Socket | None:
-        """Who sends from `source` and `port` to `far`: the connected socket, else the unconnected one of UDP.
+        """The socket that sends from `source` and `port` to `far`: a connected one, else an unconnected UDP socket.
 
-        One of TCP that is bound to a device is found by the index of that device alone, among `devices`. None when it
-        is gone already, or when sockets of different users may be meant. Raises OSError.
+        A TCP socket that is bound to a device is only found with that device's index, one of `devices`. None when it
+        is closed already, or when sockets of different users match. Raises OSError.
         """
         if protocol == socket.IPPROTO_TCP:
             first = self._exact(source, port, far, far_port)
@@ -139,9 +146,9 @@ class SocketTable:
         return chosen[0] if len({(s.uid, s.cgroup) for s in chosen}) == 1 else None
 
     def sender(self, protocol: int, port: int, far: IPAddress, far_port: int) -> Socket | None:
-        """Who sends from `port`, whichever address the packet has: NAT gave it another one than the socket's.
+        """The socket that sends from `port`, whatever the packet's source address: NAT changed it.
 
-        As `of` it is None when nobody can tell. Raises OSError.
+        None as in `of`. Raises OSError.
         """
         tcp = protocol == socket.IPPROTO_TCP
         found = self.connecting(port, far.version) if tcp else self._on_port(protocol, port, far.version, _ALL_STATES)
@@ -150,40 +157,40 @@ class SocketTable:
         return chosen[0] if len({s.uid for s in chosen}) == 1 else None
 
     def has(self, source: IPAddress, port: int, far: IPAddress, far_port: int) -> bool:
-        """Whether a TCP socket has exactly these ends. Raises OSError."""
+        """Whether a TCP socket has exactly these two ends. Raises OSError."""
         found = self._exact(source, port, far, far_port)
         return found is not None and (found.far, found.far_port) == (far, far_port)
 
     def connecting(self, port: int, version: int) -> list[Socket]:
-        """TCP sockets of programs with this local port that do not listen; a closed one is nobody's. Raises OSError.
+        """TCP sockets of programs with this local port that do not listen; a closed one has no owner. Raises OSError.
 
-        The kernel goes through all its sockets: half a millisecond, or more on a machine with much memory.
+        The kernel scans all its sockets: half a millisecond, or more on a machine with much memory.
         """
-        found = self._on_port(socket.IPPROTO_TCP, port, version, _OWNED & ~(1 << LISTEN))
+        found = self._on_port(socket.IPPROTO_TCP, port, version, _STATES_WITH_OWNER & ~(1 << LISTEN))
         return [s for s in found if s.inode]
 
-    def takers(self, near: IPAddress, port: int) -> frozenset[int]:
-        """The users whose programs have the other end of a TCP connection from `near` and `port`, both ends here.
+    def peer_users(self, near: IPAddress, port: int) -> frozenset[int]:
+        """The users whose programs have the other end of a local TCP connection from `near` and `port`.
 
-        A connection that was not accepted yet is nobody's, so who listens is told too; root may have opened that
-        socket for another user's program. Raises OSError.
+        A connection that was not accepted yet has no owner, so the users of the listening socket are included; root
+        may have opened that socket for another user's program. Raises OSError.
         """
         families = (socket.AF_INET, socket.AF_INET6) if near.version == 4 else (socket.AF_INET6,)
         ends = _ID.pack(0, port, b"", b"")
-        every = [s for f in families for s in self._ask(f, socket.IPPROTO_TCP, _OWNED, ends, NLM_F_DUMP)]
-        taken = [s for s in every if (s.far, s.far_port) == (near, port)]
-        listens = (self._on_port(socket.IPPROTO_TCP, s.port, near.version, 1 << LISTEN) for s in taken)
-        return frozenset(s.uid for some in (taken, *listens) for s in some if s.inode)
+        every = [s for f in families for s in self._ask(f, socket.IPPROTO_TCP, _STATES_WITH_OWNER, ends, NLM_F_DUMP)]
+        peers = [s for s in every if (s.far, s.far_port) == (near, port)]
+        listens = (self._on_port(socket.IPPROTO_TCP, s.port, near.version, 1 << LISTEN) for s in peers)
+        return frozenset(s.uid for some in (peers, *listens) for s in some if s.inode)
 
     def _on_port(self, protocol: int, port: int, version: int, states: int) -> list[Socket]:
-        """Sockets with this local port; a packet of IPv4 may be an IPv6 socket's too."""
+        """Sockets with this local port; an IPv6 socket may send IPv4 packets too."""
         families = (socket.AF_INET, socket.AF_INET6) if version == 4 else (socket.AF_INET6,)
         ends = _ID.pack(port, 0, b"", b"")
         found = [s for f in families for s in self._ask(f, protocol, states, ends, NLM_F_DUMP)]
         return [s for s in found if s.port == port]
 
     def _exact(self, source: IPAddress, port: int, far: IPAddress, far_port: int, device: int = 0) -> Socket | None:
-        """By the kernel's own look-up, which falls back to the socket that listens."""
+        """By the kernel's own lookup, which falls back to a listening socket."""
         family = socket.AF_INET if far.version == 4 else socket.AF_INET6
         try:
             ends = _ID.pack(port, far_port, source.packed, far.packed)
@@ -198,7 +205,11 @@ class SocketTable:
         self, family: int, protocol: int, states: int, ends: bytes, flags: int = 0, device: int = 0
     ) -> list[Socket]:
         self._sequence += 1
-        body = _ASK.pack(family, protocol, 0, states) + ends + _BEHIND.pack(device, _NO_COOKIE, _NO_COOKIE)
+        body = (
+            _REQUEST_HEAD.pack(family, protocol, 0, states)
+            + ends
+            + _INTERFACE_AND_COOKIE.pack(device, _NO_COOKIE, _NO_COOKIE)
+        )
         self._sock.send(request(_SOCK_DIAG_BY_FAMILY, body, sequence=self._sequence, flags=flags))
         found: list[Socket] = []
         for _ in range(_MAX_DATAGRAMS):
@@ -208,7 +219,7 @@ class SocketTable:
                 if message.type == NLMSG_DONE:
                     return found
                 if message.type == NLMSG_ERROR:
-                    raise OSError(error_number(message.body), "the kernel does not tell of sockets")
+                    raise OSError(error_number(message.body), "the kernel refuses to list sockets")
                 if (parsed := parse_socket(message.body)) is not None:
                     found.append(parsed)
             if not flags & NLM_F_DUMP:
@@ -217,22 +228,22 @@ class SocketTable:
 
 
 def _listed(path: Path) -> list[tuple[int, int]]:
-    """Local port, which has another meaning there, and user of each socket in a table of the kernel's (proc(5))."""
+    """Local port (for ICMP the identifier, for raw sockets the protocol) and user of each socket (proc(5))."""
     lines = (line.split() for line in path.read_text().splitlines()[1:])
     return [(int(fields[1].rpartition(":")[2], 16), int(fields[7])) for fields in lines]
 
 
 def parse_socket(body: bytes) -> Socket | None:
-    """A socket out of struct inet_diag_msg; None for other families and what is too short."""
-    at_id = _MESSAGE.size
+    """A socket from struct inet_diag_msg; None for other families and short messages."""
+    at_id = _RESPONSE_HEAD.size
     if len(body) < SOCKET_SIZE:
         return None
-    family, state, _timer, _retrans = _MESSAGE.unpack_from(body)
+    family, state, _timer, _retrans = _RESPONSE_HEAD.unpack_from(body)
     if family not in (socket.AF_INET, socket.AF_INET6):
         return None
     port, far_port, near, far = _ID.unpack_from(body, at_id)
-    (device, _, _) = _BEHIND.unpack_from(body, at_id + _ID.size)
-    _expires, _rqueue, _wqueue, uid, inode = _TAIL.unpack_from(body, SOCKET_SIZE - _TAIL.size)
+    (device, _, _) = _INTERFACE_AND_COOKIE.unpack_from(body, at_id + _ID.size)
+    _expires, _rqueue, _wqueue, uid, inode = _RESPONSE_TAIL.unpack_from(body, SOCKET_SIZE - _RESPONSE_TAIL.size)
     cgroup = attributes(body, SOCKET_SIZE).get(_INET_DIAG_CGROUP_ID, b"")
     return Socket(
         state=state,
@@ -248,7 +259,7 @@ def parse_socket(body: bytes) -> Socket | None:
 
 
 def _address(family: int, packed: bytes) -> IPAddress:
-    """IPv4-mapped addresses of IPv6 sockets as the IPv4 addresses that their packets carry."""
+    """IPv4-mapped addresses of IPv6 sockets become IPv4 addresses, as in their packets."""
     if family == socket.AF_INET:
         return ip_address(packed[:4])
     if packed[:12] == b"\0" * 10 + b"\xff\xff":
@@ -257,7 +268,7 @@ def _address(family: int, packed: bytes) -> IPAddress:
 
 
 def listening_ports() -> frozenset[int]:
-    """The ports on which TCP connections are taken here; none where the sandbox does not tell."""
+    """The ports with a listening TCP socket here; none where the sandbox has no sock_diag."""
     try:
         sockets = SocketTable()
     except OSError:

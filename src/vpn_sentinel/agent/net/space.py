@@ -1,4 +1,4 @@
-"""The address space of an IP version as integers, and parts of it as closed intervals of them."""
+"""The address space of an IP version as integers, and its parts as closed intervals."""
 
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence

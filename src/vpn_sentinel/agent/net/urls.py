@@ -1,4 +1,4 @@
-"""URLs and addresses in texts: where a URL leads, and who could read on the way what is sent there."""
+"""URLs and addresses in texts: the parts of a URL, and whether requests to it could be read on the way."""
 
 from dataclasses import dataclass
 from ipaddress import ip_network
@@ -9,12 +9,12 @@ from vpn_sentinel.domain.policy import IPAddress, is_public
 from vpn_sentinel.wire import codec
 
 _LOCAL_NAMES: Final = (".localhost", ".local", ".lan", ".internal", ".home.arpa", ".localdomain")
-_SHARED: Final = ip_network("100.64.0.0/10")  # carrier-grade NAT: not public, but not ours alone either
+_CGNAT: Final = ip_network("100.64.0.0/10")  # carrier-grade NAT: not public, but shared with others
 
 
 @dataclass(frozen=True, slots=True)
-class Address:
-    """Where a URL leads. `path` includes the query."""
+class ParsedUrl:
+    """The parts of a URL. `path` includes the query."""
 
     secure: bool
     host: str
@@ -27,15 +27,15 @@ class Address:
         return host if self.port == (443 if self.secure else 80) else f"{host}:{self.port}"
 
 
-def split(url: str) -> Address:
-    """Take an http or https URL apart. Raises ValueError."""
+def split(url: str) -> ParsedUrl:
+    """Parse an http or https URL. Raises ValueError."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         msg = "is not an address that starts with http:// or https://"
         raise ValueError(msg)
     secure = parts.scheme == "https"
     path = (parts.path or "/") + (f"?{parts.query}" if parts.query else "")
-    return Address(secure, parts.hostname, parts.port or (443 if secure else 80), path)
+    return ParsedUrl(secure, parts.hostname, parts.port or (443 if secure else 80), path)
 
 
 def is_insecure(url: str) -> bool:
@@ -45,13 +45,13 @@ def is_insecure(url: str) -> bool:
         return False
     address = address_in(where.host)
     if address is not None:
-        return is_public(address) or address in _SHARED
+        return is_public(address) or address in _CGNAT
     # A name without a dot is this host's, the LAN's or the container network's.
     return "." in where.host and not where.host.lower().endswith(_LOCAL_NAMES)
 
 
 def address_in(text: str) -> IPAddress | None:
-    """The address that a text is, else None."""
+    """The IP address that a text consists of, else None."""
     try:
         return codec.address(text.strip())
     except ValueError:

@@ -148,7 +148,7 @@ class _Asked:
     def send_beside(self, targets: Iterable[Target], probe: Probe, uplink: Interface) -> None:
         """C2 and C3: bound to one of the ways out beside the tunnel."""
         for target in targets:
-            leads = self._paths.leads_there(uplink, target.address)
+            leads = self._paths.can_route(uplink, target.address)
             task = self._group.create_task(one(target, Path.OUTSIDE, probe, uplink.name))
             family = target.address.version
             self._sent[task] = _Sent(probe, family, Path.OUTSIDE, uplink=uplink, target=target, leads=leads)
@@ -303,4 +303,4 @@ async def _if_it_opens(other: OverTcp) -> Canary:
 
 def _is_meant_to(target: Target, paths: Paths) -> bool:
     """The server may run on the VPN provider's own host, to which a VPN client makes a route beside the tunnel."""
-    return target.name == "echo" and paths.has_own_way(target.address, target.port)
+    return target.name == "echo" and paths.has_host_route(target.address, target.port)

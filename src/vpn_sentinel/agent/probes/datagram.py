@@ -15,7 +15,7 @@ from ipaddress import ip_address
 from typing import Final, Generic, TypeVar
 
 from vpn_sentinel.agent.net.as_user import AS_USER
-from vpn_sentinel.agent.net.own import OWN
+from vpn_sentinel.agent.net.own import OWN_SOCKETS
 from vpn_sentinel.agent.probes import tag
 from vpn_sentinel.domain.observation import Answer
 from vpn_sentinel.domain.policy import IPAddress
@@ -77,7 +77,7 @@ async def ask(
         if refused is not None:
             return DatagramResult(refused)
         local = _end(sock)
-        OWN.add(sock)
+        OWN_SOCKETS.add(sock)
         asked = tag.dns_question(payload, local[1])
         start = loop.time()
         try:

@@ -395,7 +395,7 @@ def path_to(server: Nameserver, paths: Paths) -> Path:
         return Path.LOCAL
     if not (server.scope and server.address.is_link_local):
         path = paths.of(server.address, server.port)
-        return Path.UNKNOWN if path is Path.OUTSIDE and paths.takes_through(server.address) else path
+        return Path.UNKNOWN if path is Path.OUTSIDE and paths.forwards_into_tunnel(server.address) else path
     found = next((i for i in paths.survey.interfaces or () if i.index == server.scope), None)
     return Path.UNKNOWN if found is None else paths.by(found)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from vpn_sentinel.agent.net.as_user import AS_USER
-from vpn_sentinel.agent.net.own import OWN
+from vpn_sentinel.agent.net.own import OWN_SOCKETS
 from vpn_sentinel.agent.probes.targets import ServerEcho
 from vpn_sentinel.domain.observation import Answer
 from vpn_sentinel.wire import pulse
@@ -86,7 +86,7 @@ class Sizer:
         try:
             self._sock.setsockopt(*_MTU_DISCOVER[self._family], _PROBE)
             self._sock.connect((str(target.address), target.port))
-            OWN.add(self._sock)
+            OWN_SOCKETS.add(self._sock)
         except OSError:
             self._sock.close()
             raise

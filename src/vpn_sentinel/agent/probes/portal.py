@@ -11,7 +11,7 @@ from urllib.parse import urljoin, urlsplit
 
 from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.agent.net.http import Response, read_response
-from vpn_sentinel.agent.net.own import OWN
+from vpn_sentinel.agent.net.own import OWN_SOCKETS
 from vpn_sentinel.agent.probes import tag
 from vpn_sentinel.agent.probes.trace import TRACE_PATH, parse_trace
 from vpn_sentinel.domain.policy import IPAddress
@@ -39,7 +39,7 @@ async def _get(address: IPAddress, host: str, device: str, port: int) -> Respons
     with AS_USER.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode() + b"\0")
         tag.bind_marked(sock, address)
-        OWN.add(sock, (address, port))
+        OWN_SOCKETS.add(sock, (address, port))
         await asyncio.get_running_loop().sock_connect(sock, (str(address), port))
         reader, writer = await asyncio.open_connection(sock=sock.dup(), limit=16 * 1024)
         try:

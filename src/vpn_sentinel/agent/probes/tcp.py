@@ -9,7 +9,7 @@ from typing import Final
 
 from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.agent.net.interfaces import Paths
-from vpn_sentinel.agent.net.own import OWN
+from vpn_sentinel.agent.net.own import OWN_SOCKETS
 from vpn_sentinel.agent.probes import tag
 from vpn_sentinel.agent.probes.targets import CLOUDFLARE
 from vpn_sentinel.domain.observation import Answer, Canary, Path, Probe
@@ -32,7 +32,7 @@ async def opens(address: IPAddress, port: int, *, device: str | None = None, lim
             tag.bind_marked(sock, address)
             # Closed without a farewell: nothing of it stays behind, here or there.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-            OWN.add(sock, (address, port))
+            OWN_SOCKETS.add(sock, (address, port))
             async with asyncio.timeout(limit):
                 await asyncio.get_running_loop().sock_connect(sock, (str(address), port))
     except OSError:  # TimeoutError is one
@@ -47,7 +47,7 @@ async def beside(paths: Paths, found: tuple[Canary, ...], *, most: int) -> tuple
         (uplink, target.address)
         for uplink in paths.survey.uplinks[:most]
         for target in CLOUDFLARE
-        if (uplink.name, target.address.version) not in open_ and paths.leads_there(uplink, target.address)
+        if (uplink.name, target.address.version) not in open_ and paths.can_route(uplink, target.address)
     ]
     answered = await asyncio.gather(*(opens(address, HTTPS, device=uplink.name) for uplink, address in wanted))
     return tuple(

@@ -15,8 +15,8 @@ from typing import Final
 
 from vpn_sentinel.agent.net.as_user import AS_USER
 from vpn_sentinel.agent.net.interfaces import Paths
-from vpn_sentinel.agent.net.own import OWN
-from vpn_sentinel.agent.net.packettime import ANCILLARY, note_times, passed
+from vpn_sentinel.agent.net.own import OWN_SOCKETS
+from vpn_sentinel.agent.net.packettime import ANCILLARY_BYTES, enable_timestamps, packet_time
 from vpn_sentinel.agent.probes import tag
 from vpn_sentinel.agent.probes.canary import one
 from vpn_sentinel.agent.probes.targets import ServerEcho, Target
@@ -311,13 +311,13 @@ class PulseSensor:
             family = socket.AF_INET if target.address.version == 4 else socket.AF_INET6
             sock = AS_USER.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
             try:
-                note_times(sock)
+                enable_timestamps(sock)
                 sock.connect((str(target.address), target.port))
             except OSError:
                 sock.close()
                 raise
             self._sock = sock
-            OWN.add(sock)
+            OWN_SOCKETS.add(sock)
         return self._sock
 
     def _listen(self, target: ServerEcho, *, wakes: bool) -> None:
@@ -345,7 +345,7 @@ class PulseSensor:
         sock = self._sock
         while sock is not None and self._sock is sock:
             try:
-                data, told, *_ = sock.recvmsg(2048, ANCILLARY)
+                data, told, *_ = sock.recvmsg(2048, ANCILLARY_BYTES)
             except BlockingIOError:
                 return
             except OSError:
@@ -355,7 +355,7 @@ class PulseSensor:
                     self._on_change()
                 self._wake.set()
                 return
-            self._heard(data, target, _now() - self._waited(passed(told)))
+            self._heard(data, target, _now() - self._waited(packet_time(told)))
 
     def _waited(self, came: float) -> float:
         """Seconds since a packet came; none where the clock was set meanwhile."""

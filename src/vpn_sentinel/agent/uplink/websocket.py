@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Final
 
 from vpn_sentinel.agent.net.http import Response, connected, head, read_response, reason
-from vpn_sentinel.agent.net.urls import Address, split
+from vpn_sentinel.agent.net.urls import ParsedUrl, split
 from vpn_sentinel.agent.uplink.answers import own_refusal, strangers
 from vpn_sentinel.agent.uplink.channel import ChannelError, Fault
 from vpn_sentinel.domain.policy import IPAddress
@@ -151,7 +151,9 @@ async def open_websocket(
             sock.close()
 
 
-async def _shake_hands(where: Address, key: Secret, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def _shake_hands(
+    where: ParsedUrl, key: Secret, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+) -> None:
     nonce = generate_nonce()
     asked = {
         "Upgrade": "websocket",
