@@ -8,7 +8,7 @@ from ipaddress import ip_network
 import pytest
 
 from tests.agent.doubles import refuse, waited
-from vpn_sentinel.agent.probes.bypass import Tries
+from vpn_sentinel.agent.probes.bypass import BypassProbes
 from vpn_sentinel.domain.judge import judge
 from vpn_sentinel.domain.observation import Answer, Canary, Link, Observation, Probe, Routed, Trigger
 from vpn_sentinel.domain.policy import Policy
@@ -32,7 +32,7 @@ async def nobody_answers() -> AsyncIterator[None]:
 
 async def tried(enough: Enough) -> tuple[Routed, ...]:
     async with nobody_answers(), asyncio.TaskGroup() as group:
-        return await Tries(group, (INSIDE, OUTSIDE), "wg0").results(enough)
+        return await BypassProbes(group, (INSIDE, OUTSIDE), "wg0").results(enough)
 
 
 def leaks(*, held: bool) -> Enough:
@@ -81,5 +81,5 @@ def test_a_refusal_of_this_host_is_known_in_time(namespace: None) -> None:
 async def test_what_is_tried_is_an_address_that_a_host_can_have(namespace: None, network: str, tried: str) -> None:
     part = Routed(interface="eth0", family=ip_network(network).version, share=0.1, networks=(ip_network(network),))
     async with asyncio.TaskGroup() as group:
-        (told,) = await Tries(group, (part,), "wg0").results(lambda _: False)
+        (told,) = await BypassProbes(group, (part,), "wg0").results(lambda _: False)
     assert str(told.asked) == tried

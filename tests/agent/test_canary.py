@@ -11,7 +11,7 @@ from tests.wire.answering import reply
 from vpn_sentinel.agent.net.interfaces import Paths, Survey
 from vpn_sentinel.agent.net.rtnetlink import Route
 from vpn_sentinel.agent.probes import dnswire, targets
-from vpn_sentinel.agent.probes.canary import MOMENT, CanaryPlan, OverTcp, canaries, one
+from vpn_sentinel.agent.probes.canary import LEAK_SETTLE_S, CanaryPlan, OverTcp, canaries, one
 from vpn_sentinel.agent.probes.targets import DnsWhoami, ServerEcho
 from vpn_sentinel.domain.observation import Answer, Canary, Path, Probe
 from vpn_sentinel.wire import echo
@@ -180,7 +180,7 @@ def test_a_leak_that_c1_shows_waits_for_no_c2() -> None:
 
     seen, seconds = waited(ask())
     assert [c.address for c in seen if c.probe is Probe.DEFAULT] == [ip_address("203.0.113.1")]
-    assert seconds == pytest.approx(MOMENT)
+    assert seconds == pytest.approx(LEAK_SETTLE_S)
 
 
 def test_by_a_way_out_that_no_route_leads_to_nobody_is_waited_for() -> None:

@@ -11,7 +11,7 @@ from tests.agent.doubles import ETH, LO, WG, FakeKernel, udp
 from tests.conftest import until
 from vpn_sentinel.agent.net.interfaces import Paths, Survey
 from vpn_sentinel.agent.net.kernel import Netlink
-from vpn_sentinel.agent.probes.mtu import Found, Sizer, search
+from vpn_sentinel.agent.probes.mtu import MtuProbe, MtuResult, search
 from vpn_sentinel.agent.probes.targets import ServerEcho
 from vpn_sentinel.agent.sensors.pulse import PulseSensor
 from vpn_sentinel.domain.observation import Answer, Canary, Link, Observation, Path, Probe, Trigger
@@ -274,7 +274,7 @@ class Pipe:
 
 async def test_a_path_that_carries_it_all_costs_one_packet() -> None:
     pipe = Pipe(1500)
-    assert await search(pipe.ask, 1420, 4) == Found(1420)
+    assert await search(pipe.ask, 1420, 4) == MtuResult(1420)
     assert pipe.asked == [1420]
 
 
@@ -296,7 +296,7 @@ async def test_who_is_told_sends_less_and_is_in_no_black_hole() -> None:
 
 
 async def test_where_nothing_passes_size_is_not_the_matter() -> None:
-    assert await search(Pipe(0).ask, 1420, 4) == Found()
+    assert await search(Pipe(0).ask, 1420, 4) == MtuResult()
 
 
 async def test_loss_is_no_black_hole() -> None:
@@ -305,7 +305,7 @@ async def test_loss_is_no_black_hole() -> None:
             await super().ask(size)
             return Answer.LOST if len(self.asked) < 5 and size == 1420 else Answer.ANSWERED
 
-    assert await search(Lossy(1420).ask, 1420, 4) == Found(1420)
+    assert await search(Lossy(1420).ask, 1420, 4) == MtuResult(1420)
 
 
 async def test_packets_of_a_size_reach_a_real_port() -> None:
@@ -318,7 +318,7 @@ async def test_packets_of_a_size_reach_a_real_port() -> None:
             number = next(numbers)
             return 9, number, pulse.request(target.ident, target.key, run=9, number=number, size=size)
 
-        with Sizer(server.target, numbered) as sizer:
+        with MtuProbe(server.target, numbered) as sizer:
             assert sizer.largest(65536) == 1500
             assert await sizer.ask(1420, 2.0) is Answer.ANSWERED
             server.deaf = True

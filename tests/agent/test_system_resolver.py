@@ -12,7 +12,13 @@ from pathlib import Path
 import pytest
 
 from vpn_sentinel.agent.probes.dns import THIS_HOST, CanaryZone, Nameserver
-from vpn_sentinel.agent.probes.system_resolver import Settled, SystemResolver, fresh_names, is_ours, only_local
+from vpn_sentinel.agent.probes.system_resolver import (
+    SystemResolver,
+    UncachedAddresses,
+    fresh_names,
+    is_agent_name,
+    only_local,
+)
 from vpn_sentinel.domain.observation import Answer, SystemLookup
 from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.wire import canary
@@ -223,13 +229,13 @@ async def test_without_a_zone_an_answer_counts_when_no_cache_can_hold_it_any_mor
 
 
 def test_names_that_we_make_up_are_known_and_others_are_not() -> None:
-    assert all(is_ours(n) for n in (*fresh_names(None), *fresh_names(ZONE), fresh_names(ZONE)[0].upper()))
+    assert all(is_agent_name(n) for n in (*fresh_names(None), *fresh_names(ZONE), fresh_names(ZONE)[0].upper()))
     assert len(fresh_names(ZONE)[0].partition(".")[0]) == canary.LABEL_LENGTH
-    assert not any(is_ours(n) for n in ("example.org", "r1.l.google.com", "whoami.akamai.net", ""))
+    assert not any(is_agent_name(n) for n in ("example.org", "r1.l.google.com", "whoami.akamai.net", ""))
 
 
 def test_an_address_that_is_new_does_not_count() -> None:
-    settled = Settled()
+    settled = UncachedAddresses()
     for at in range(0, 400, 100):
         settled.of((ISP,), None, float(at))
     assert settled.of((ISP, CLIENT6), None, 400.0) == (ISP,)

@@ -3,7 +3,7 @@ import asyncio
 from tests.agent.doubles import Loopback, udp
 from vpn_sentinel.agent.net.interfaces import Paths, Survey
 from vpn_sentinel.agent.probes.canary import CanaryPlan, canaries
-from vpn_sentinel.agent.probes.target_health import AGAIN, LOST, TargetHealth
+from vpn_sentinel.agent.probes.target_health import FLAKY_AFTER_ROUNDS, RECHECK_EVERY_ROUNDS, TargetHealth
 from vpn_sentinel.domain.observation import Answer, Canary, Probe
 
 ASKED = (("a", 4), ("b", 4), ("b", 6))
@@ -21,7 +21,7 @@ def test_three_silences_in_a_row_make_one_flaky_until_it_answers() -> None:
     steady = TargetHealth()
     assert steady.saw(ASKED, said(GOOD)) == ()  # b was left out, which says nothing yet
     assert steady.suspects() == {("b", 4)}
-    assert [steady.saw(ASKED, SILENT) for _ in range(LOST)] == [(), (), ("b",)]
+    assert [steady.saw(ASKED, SILENT) for _ in range(FLAKY_AFTER_ROUNDS)] == [(), (), ("b",)]
     assert steady.saw(ASKED, said(GOOD)) == ("b",)
     assert steady.saw(ASKED, said(GOOD, ("b", 4, Answer.ANSWERED))) == ()
     assert steady.suspects() == set()
@@ -51,9 +51,9 @@ def test_what_this_host_refused_says_nothing_of_the_target() -> None:
 
 def test_one_that_is_known_as_flaky_is_waited_for_now_and_then() -> None:
     steady = TargetHealth()
-    for _ in range(LOST):
+    for _ in range(FLAKY_AFTER_ROUNDS):
         steady.saw(ASKED, SILENT)
-    waited = [bool(steady.suspects()) for _ in range(2 * AGAIN)]
+    waited = [bool(steady.suspects()) for _ in range(2 * RECHECK_EVERY_ROUNDS)]
     assert waited.count(True) == 2
 
 

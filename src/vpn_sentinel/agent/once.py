@@ -15,7 +15,7 @@ from vpn_sentinel.agent.probes import dns
 from vpn_sentinel.agent.probes.canary import CanaryPlan
 from vpn_sentinel.agent.probes.origin import Origins
 from vpn_sentinel.agent.probes.place import Places
-from vpn_sentinel.agent.probes.system_resolver import LOST_AFTER, SystemResolver
+from vpn_sentinel.agent.probes.system_resolver import LOST_AFTER_S, SystemResolver
 from vpn_sentinel.agent.probes.trace import whoami
 from vpn_sentinel.agent.rounds import round as rounds
 from vpn_sentinel.agent.rounds.canary_plan import canary_plan, path_to
@@ -77,7 +77,7 @@ async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, se
         clock=clock,
         neighbors=lambda: () if AS_USER.refused else (dns.on_link(n.address, n.interface) for n in watch.neighbors),
         # There is no round after this one that could hear a late answer, or that there is none.
-        system=SystemResolver(boottime=clock.boottime, patience=LOST_AFTER + 0.1),
+        system=SystemResolver(boottime=clock.boottime, patience=LOST_AFTER_S + 0.1),
         origins=Origins(clock, services=places.about, names=names),
         watch=watch,
         came_out=around.learn_exits,

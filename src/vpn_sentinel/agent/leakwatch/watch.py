@@ -37,7 +37,7 @@ from vpn_sentinel.agent.net.packets import Packet, decode
 from vpn_sentinel.agent.net.packettime import timestamp_socket
 from vpn_sentinel.agent.net.roles import has_internet_route
 from vpn_sentinel.agent.net.sockets import SocketTable
-from vpn_sentinel.agent.probes.system_resolver import is_ours
+from vpn_sentinel.agent.probes.system_resolver import is_agent_name
 from vpn_sentinel.agent.probes.tag import is_probe
 from vpn_sentinel.domain.observation import Answer, Canary, Escape, Path, Probe
 from vpn_sentinel.domain.policy import IPAddress, Policy, is_public, within
@@ -530,7 +530,7 @@ class LeakWatch:
             self._leaked(packet, interface, self._clock.boottime())
 
     def _leaked(self, packet: Packet, interface: str, now: float) -> None:
-        if packet.name is not None and (is_ours(packet.name) or is_probe(packet)):
+        if packet.name is not None and (is_agent_name(packet.name) or is_probe(packet)):
             # It shows the way of every program's lookups, by getaddrinfo(3) or diverted; the name itself is nobody's.
             packet = replace(packet, name=None)
         user = None if self._flow_table.has(packet) else self._users.user(packet)

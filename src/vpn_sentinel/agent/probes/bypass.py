@@ -1,7 +1,7 @@
-"""One packet into each part of the internet that routes send past the tunnel: does it really leave there?
+"""One packet to each part of the internet that routes send past the tunnel: does it really leave there?
 
-It has one hop to live, so that nobody beyond the first router sees it; that router's time-exceeded, or this host's
-refusal to send, is the answer. Costs at most 0.6 s, beside the canaries.
+Its TTL is 1, so that no host beyond the first router sees it; the router's time-exceeded message, or this host's
+refusal to send, is the answer. Takes at most 0.6 s, in parallel with the canaries.
 """
 
 import asyncio
@@ -14,15 +14,15 @@ from vpn_sentinel.agent.probes.datagram import DatagramResult, DatagramTarget, a
 from vpn_sentinel.domain.observation import Routed
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, is_public
 
-MAX_TRIED: Final = 6  # parts that are tried in one round
-_TRACEROUTE: Final = 33434  # the port that traceroute(8) begins with: no service listens there
-_ROUTER_TIMEOUT_S: Final = 0.6  # seconds for a router to answer
-# Seconds. This host's refusal comes at once, and nothing else is known to hold a packet back: where a router stays
-# silent, or an address is nobody's, the routes' word stands.
-_MOMENT: Final = 0.05
+MAX_TRIED: Final = 6  # parts of the internet tried in one round
+_TRACEROUTE_PORT: Final = 33434  # the port that traceroute(8) begins with: no service listens there
+_ROUTER_TIMEOUT_S: Final = 0.6
+# This host's refusal comes at once, and nothing else shows that a packet is blocked: where a router stays silent, the
+# result is what the routes say.
+_REFUSAL_TIMEOUT_S: Final = 0.05
 
 
-class Tries:
+class BypassProbes:
     """One packet into each of the first parts beside the tunnel, sent by tasks of `group`."""
 
     def __init__(self, group: asyncio.TaskGroup, parts: tuple[Routed, ...], tunnel: str | None) -> None:
@@ -31,13 +31,13 @@ class Tries:
         self._tasks = {id(part): group.create_task(_try(part)) for part in beside}
 
     async def results(self, enough: Callable[[tuple[Routed, ...]], bool]) -> tuple[Routed, ...]:
-        """The same parts; of those that were tried and have an answer it is told.
+        """The same parts, with the answers of those that were tried.
 
-        Waits for all answers, or until what is known is `enough`.
+        Waits for all answers, or until `enough` is true.
         """
         waiting: set[asyncio.Task[Routed]] = set(self._tasks.values())
         if waiting:
-            _, waiting = await asyncio.wait(waiting, timeout=_MOMENT)
+            _, waiting = await asyncio.wait(waiting, timeout=_REFUSAL_TIMEOUT_S)
         while waiting and not enough(self._so_far()):
             _, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
         found = self._so_far()
@@ -55,7 +55,7 @@ class Tries:
 
 async def _try(part: Routed) -> Routed:
     address = _within(part.networks[0])
-    where = DatagramTarget(address=address, port=_TRACEROUTE, hops=1)
+    where = DatagramTarget(address=address, port=_TRACEROUTE_PORT, hops=1)
     outcome: DatagramResult[None] = await ask(where, b"\0" * 8, lambda _: None, limit=_ROUTER_TIMEOUT_S, resend=None)
     return replace(part, asked=address, answer=outcome.answer)
 

@@ -1,8 +1,8 @@
 """The three canaries (docs/reference/situations.md): C1 on the default route, C2 beside the tunnel, C3 for one hop.
 
-All are asked at once. A family is settled when one of its targets answered; those still on their way are then left out
-instead of being called lost. When a family stays silent, a reserve is asked too, so that one target that shuns VPN
-exits (situation 35) never looks like a dead tunnel.
+All are sent in parallel. An IP version is settled when one of its targets answered; those that are still out are then
+omitted and not counted as lost. When no target of a version answers, a reserve is asked too, so that one target that
+refuses VPN exits (situation 35) never looks like a dead tunnel.
 """
 
 import asyncio
@@ -18,22 +18,22 @@ from vpn_sentinel.agent.probes.tcp import opens
 from vpn_sentinel.domain.observation import ASKED_BY_DNS, Answer, Canary, Path, Probe
 from vpn_sentinel.domain.policy import IPAddress
 
-SETTLE: Final = 0.3  # seconds that slower targets get once one has answered; then the reserve is asked where none has
-MOMENT: Final = 0.1  # seconds that the others get once a leak is plain: where both families leak, both are told
+SETTLE_S: Final = 0.3  # for slower targets once one has answered; then the reserve is asked where none has
+LEAK_SETTLE_S: Final = 0.1  # for the others once a leak is certain: where both IP versions leak, both are reported
 _C1: Final = frozenset({Probe.DEFAULT})
-MAX_UPLINKS: Final = 4  # ways out beside the tunnel that are asked in one round
-# Asks a target that takes no datagram.
-Other = Callable[[], Coroutine[Any, Any, Canary]]
+MAX_UPLINKS: Final = 4  # uplinks beside the tunnel that are probed in one round
+# Asks a target over TCP.
+TcpQuestion = Callable[[], Coroutine[Any, Any, Canary]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OverTcp:
-    """A target that is asked over TCP, such as the HTTPS trace: by `ask`, at `port` of `address`, which goes by `path`.
+    """A target that is asked over TCP by `ask`, such as the HTTPS trace; `path` is that to `port` of `address`.
 
     `address` is None for one that is known by its name only.
     """
 
-    ask: Other
+    ask: TcpQuestion
     address: IPAddress | None
     port: int
     path: Path = Path.UNKNOWN
@@ -42,16 +42,16 @@ class OverTcp:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CanaryPlan:
-    """Whom to ask: `targets` and `also` always, `reserve` and `others` when a family has shown no address by then.
+    """Which targets to ask: `targets` and `also` always, `reserve` and `others` when an IP version has no address yet.
 
-    `no_dns` is asked beside the tunnel where nobody but DNS tells what comes out there: see `_believed`.
-    `gateway` is the tunnel's other end, asked when nobody at all has answered. `marked`: a mark leads past the tunnel,
-    so that connections may go another way than datagrams; then they are asked about too. `suspects` are targets by name
-    and family that are waited for though others have answered. What goes to addresses that `may_leave` proves nothing.
+    `no_dns` is asked beside the tunnel where only DNS targets show the address there: see `_believed`.
+    `gateway` is the tunnel's other end, asked when no target has answered. `marked`: a rule routes some mark past the
+    tunnel, so connections may take another path than datagrams; then they are tested too. `suspects` are targets by
+    name and family whose answer is awaited although others have answered. Addresses that `may_leave` prove no leak.
     """
 
     targets: tuple[Target, ...] = CLOUDFLARE
-    also: tuple[Other, ...] = ()
+    also: tuple[TcpQuestion, ...] = ()
     reserve: tuple[Target, ...] = OPENDNS
     others: tuple[OverTcp, ...] = ()
     no_dns: Target = NO_DNS
@@ -68,14 +68,14 @@ async def one(
     device: str | None = None,
     paths: Paths | None = None,
 ) -> Canary:
-    """Send one canary and wait for its end, at most one second. With `paths` its way is looked up once more then."""
+    """Send one canary and wait for its result, one second at most. With `paths` its path is looked up again then."""
     payload, read = target.question()
     hops = 1 if probe is Probe.FIRST_HOP else None
     destination = DatagramTarget(address=target.address, port=target.port, device=device, hops=hops)
     outcome = await ask(destination, payload, read)
     if outcome.local is not None and paths is not None:
         now = paths.of(target.address, target.port, source=outcome.local)
-        # A balanced route has an answer for each socket; any other that changed says nothing of the way taken.
+        # A multipath route depends on the socket; if another one changed meanwhile, the path that was taken is unknown.
         path = now if paths.is_balanced(target.address) or now is path else Path.UNKNOWN
     return as_canary(outcome, target, path, probe, device)
 
@@ -83,11 +83,11 @@ async def one(
 def as_canary(
     outcome: DatagramResult[EchoAnswer], target: Target, path: Path, probe: Probe, device: str | None = None
 ) -> Canary:
-    """What an outcome says as a canary. The address of C3 is the router that reported it expired."""
+    """The outcome as a canary. The address of C3 is the router that reported the exceeded TTL."""
     address = outcome.value.address if outcome.value else None
     answer = outcome.answer
     if probe is Probe.GATEWAY and answer is Answer.UNREACHABLE and outcome.router == target.address:
-        answer = Answer.ANSWERED  # "nobody listens on this port", said by the host itself
+        answer = Answer.ANSWERED  # "port unreachable" by the host itself
     if probe is Probe.FIRST_HOP:
         address = outcome.router if answer is Answer.EXPIRED else None
     return Canary(
@@ -104,7 +104,7 @@ def as_canary(
 
 @dataclass(frozen=True, slots=True)
 class _Sent:
-    """`leads`: a route leads there. Where none does, nobody can be asked: only this host's refusal says anything."""
+    """`leads`: there is a route. Without one, only a refusal by this host is a result."""
 
     probe: Probe
     family: int
@@ -124,7 +124,7 @@ class _Sent:
 
 
 class _Asked:
-    """The canaries that are out, and what has come back."""
+    """The canaries that were sent, and their results."""
 
     def __init__(self, group: asyncio.TaskGroup, paths: Paths, plan: CanaryPlan) -> None:
         self._suspects = plan.suspects
@@ -135,7 +135,7 @@ class _Asked:
         self._witnesses: list[asyncio.Task[Canary]] = []
 
     def send(self, targets: Iterable[Target]) -> None:
-        """C1: as the kernel routes it."""
+        """C1: by the kernel's routes."""
         for target in targets:
             path = self._paths.of(target.address, target.port)
             if path is Path.OUTSIDE and (self._may_leave(target.address) or _is_meant_to(target, self._paths)):
@@ -146,7 +146,7 @@ class _Asked:
             self._sent[task] = _Sent(Probe.DEFAULT, family, path, awaited)
 
     def send_beside(self, targets: Iterable[Target], probe: Probe, uplink: Interface) -> None:
-        """C2 and C3: bound to one of the ways out beside the tunnel."""
+        """C2 and C3: bound to one of the uplinks beside the tunnel."""
         for target in targets:
             leads = self._paths.can_route(uplink, target.address)
             task = self._group.create_task(one(target, Path.OUTSIDE, probe, uplink.name))
@@ -157,25 +157,25 @@ class _Asked:
         task = self._group.create_task(one(gateway, Path.TUNNEL, Probe.GATEWAY, device))
         self._sent[task] = _Sent(Probe.GATEWAY, gateway.address.version, Path.TUNNEL)
 
-    def send_also(self, others: Iterable[Other]) -> None:
-        """Whoever names one wants its answer: waited for like one that may leak."""
+    def send_also(self, others: Iterable[TcpQuestion]) -> None:
+        """Targets of `also`: their answers are always awaited."""
         for other in others:
             self._sent[self._group.create_task(other())] = _Sent(Probe.DEFAULT, 4, Path.UNKNOWN, awaited=True)
 
     def send_over_tcp(self, other: OverTcp, *, hasty: bool = False, witness: bool = False) -> None:
-        """`hasty`: only where a connection comes about at once. A `witness` is waited for."""
+        """`hasty`: only if a connection is accepted at once. A `witness` is awaited."""
         task = self._group.create_task(_if_it_opens(other) if hasty else other.ask())
         self._sent[task] = _Sent(Probe.DEFAULT, other.family, other.path, awaited=witness)
         if witness:
             self._witnesses.append(task)
 
     def send_more(self, plan: CanaryPlan, asked: Iterable[OverTcp]) -> None:
-        """To families that stay silent: the reserve, and those over TCP that were not `asked` already."""
+        """To IP versions without an answer: the reserve, and targets over TCP that were not `asked` already."""
         silent, already = self.silent(), tuple(asked)
         self.send(t for t in plan.reserve if t.address.version in silent)
         for other in plan.others:
             if other.family in silent and other not in already:
-                # What refuses datagrams most often refuses connections too, without a word. IPv6 is absent, mostly.
+                # What blocks datagrams mostly blocks connections too, without an error. IPv6 mostly is absent.
                 self.send_over_tcp(other, hasty=other.family == 6 or self.refused(other.family))
 
     def differ(self, other: OverTcp) -> bool:
@@ -184,7 +184,7 @@ class _Asked:
             return False
         return any(s.path is Path.OUTSIDE for s in self._sent.values() if s.family == other.family and s.is_default)
 
-    def heard_witnesses(self) -> bool:
+    def witnesses_done(self) -> bool:
         return all(task.done() for task in self._witnesses)
 
     async def wait(self, seconds: float | None = None, *, until: str, of: Set[Probe] = frozenset(Probe)) -> None:
@@ -192,15 +192,15 @@ class _Asked:
             await asyncio.wait(waiting, timeout=seconds, return_when=until)
 
     def back(self) -> tuple[Canary, ...]:
-        """What has come back; of those that were given up, the ones that nobody could answer."""
-        return _believed([c for t, s in self._sent.items() if t.done() and (c := _told(t, s)) is not None])
+        """The results so far; of cancelled canaries, those that could not be answered."""
+        return _believed([c for t, s in self._sent.items() if t.done() and (c := _result(t, s)) is not None])
 
     def silent(self) -> set[int]:
-        """The families of which no C1 has shown an address."""
+        """The IP versions for which no C1 has shown an address."""
         return {4, 6} - {c.family for c in self.back() if c.probe is Probe.DEFAULT and c.address is not None}
 
-    def nothing(self) -> bool:
-        """Whether no C1 has been answered, though this host sent some."""
+    def nothing_answered(self) -> bool:
+        """Whether no C1 has been answered, although this host sent some."""
         found = {c.answer for c in self.back() if c.probe is Probe.DEFAULT}
         return Answer.ANSWERED not in found and found != {Answer.BLOCKED}
 
@@ -210,16 +210,16 @@ class _Asked:
         return answers == {Answer.BLOCKED}
 
     def settled(self) -> bool:
-        """Whether those still out can be left out: their kind and family has its answer.
+        """Whether the remaining ones can be omitted: for their kind and IP version there is an answer.
 
-        A C1 that the kernel routes outside is always waited for: its answer would be a leak, and a slow one is one too.
+        A C1 that the kernel routes outside is always awaited: its answer would be a leak, also when it is slow.
         """
-        told_ = {
+        answered = {
             (c.probe, c.family, c.interface)
             for c in self.back()
             if c.address is not None or (c.probe is not Probe.DEFAULT and c.answer in (Answer.ANSWERED, Answer.EXPIRED))
         }
-        return all(t.done() or not s.leads or (s.question in told_ and not s.awaited) for t, s in self._sent.items())
+        return all(t.done() or not s.leads or (s.question in answered and not s.awaited) for t, s in self._sent.items())
 
     def stop(self) -> None:
         for task in self._sent:
@@ -227,9 +227,9 @@ class _Asked:
 
 
 def _believed(found: list[Canary]) -> tuple[Canary, ...]:
-    """Without the addresses that somebody told in the place of nameservers: a home router that diverts port 53 say.
+    """Without the addresses in answers that may not be from the nameserver: a home router may divert port 53.
 
-    Who answers where no DNS runs does so. A server's echo has no such port, and is believed.
+    An answer from an address without a DNS server shows it. A server's echo has another port, and is believed.
     """
     diverted = {c.interface for c in found if c.target == NO_DNS.name and c.answer is Answer.ANSWERED}
     return tuple(
@@ -239,8 +239,8 @@ def _believed(found: list[Canary]) -> tuple[Canary, ...]:
     )
 
 
-def _told(task: asyncio.Task[Canary], sent: _Sent) -> Canary | None:
-    """Where no route leads out by an uplink, nobody could be asked by it, so that silence there says nothing."""
+def _result(task: asyncio.Task[Canary], sent: _Sent) -> Canary | None:
+    """Without a route by an uplink, no target could be reached by it, so silence is no result."""
     canary = None if task.cancelled() else task.result()
     if sent.leads or sent.uplink is None or sent.target is None:
         return canary
@@ -259,8 +259,8 @@ async def canaries(
 ) -> tuple[Canary, ...]:
     """Send them all and wait about 1.3 s at most, or as long as the slowest of `plan.others`.
 
-    `enough` is asked, once each C1 has come back or 0.3 s have passed, whether what is back tells all that matters;
-    then the rest gets a moment. `silence` is told what has come back after 0.3 s when no C1 has been answered.
+    `enough` is called once each C1 is done or 0.3 s have passed, with the results so far; when it is true, the others
+    get 0.1 s more. `silence` is called with the results after 0.3 s when no C1 has been answered.
     """
     uplinks = paths.survey.uplinks[:MAX_UPLINKS] if paths.survey.tunnel else ()
     async with asyncio.TaskGroup() as group:
@@ -271,26 +271,26 @@ async def canaries(
             if plan.targets and all(t.name in ASKED_BY_DNS for t in plan.targets):
                 asked.send_beside((plan.no_dns,), Probe.PHYSICAL, uplink)
             asked.send_beside(CLOUDFLARE, Probe.FIRST_HOP, uplink)
-        # A rule for datagrams, or for the port of DNS, sends most canaries elsewhere than the rest of the traffic; a
-        # firewall may mark connections, and no route tells.
+        # A rule for UDP, or for the port of DNS, routes most canaries elsewhere than the rest of the traffic; a
+        # firewall may mark connections, which the routes do not show.
         doubtful = [o for o in plan.others if plan.marked and o.family == 4 and o.path is Path.TUNNEL]
         witnesses = [o for o in plan.others if o in doubtful or asked.differ(o)]
         for other in witnesses:
             asked.send_over_tcp(other, witness=True)
         asked.send_also(plan.also)
         started = asyncio.get_running_loop().time()
-        await asked.wait(SETTLE, until=asyncio.ALL_COMPLETED, of=_C1)
-        if not (enough(asked.back()) and asked.heard_witnesses()):
-            await asked.wait(started + SETTLE - asyncio.get_running_loop().time(), until=asyncio.ALL_COMPLETED)
-            if asked.nothing():
+        await asked.wait(SETTLE_S, until=asyncio.ALL_COMPLETED, of=_C1)
+        if not (enough(asked.back()) and asked.witnesses_done()):
+            await asked.wait(started + SETTLE_S - asyncio.get_running_loop().time(), until=asyncio.ALL_COMPLETED)
+            if asked.nothing_answered():
                 if plan.gateway is not None:
                     asked.send_gateway(plan.gateway, paths.survey.tunnel)
                 silence(asked.back())
             asked.send_more(plan, witnesses)
-            while not asked.settled() and not (enough(asked.back()) and asked.heard_witnesses()):
+            while not asked.settled() and not (enough(asked.back()) and asked.witnesses_done()):
                 await asked.wait(until=asyncio.FIRST_COMPLETED)
         if enough(asked.back()):
-            await asked.wait(MOMENT, until=asyncio.ALL_COMPLETED)
+            await asked.wait(LEAK_SETTLE_S, until=asyncio.ALL_COMPLETED)
         asked.stop()
     return asked.back()
 
@@ -302,5 +302,5 @@ async def _if_it_opens(other: OverTcp) -> Canary:
 
 
 def _is_meant_to(target: Target, paths: Paths) -> bool:
-    """The server may run on the VPN provider's own host, to which a VPN client makes a route beside the tunnel."""
+    """The server may run on the host of the VPN server, to which a VPN client adds a route beside the tunnel."""
     return target.name == "echo" and paths.has_host_route(target.address, target.port)

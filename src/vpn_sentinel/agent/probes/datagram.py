@@ -1,8 +1,8 @@
-"""One question in one UDP datagram, and how it ended: the way every canary and every DNS lookup goes.
+"""One question in one UDP datagram, and its result: canaries and DNS lookups are sent by this.
 
-Sockets are made anew for each question: a random source port guards against forged answers, and the route is the
-current one. Each carries the mark of a probe (`tag`), and is known as our own (`net.own`). ip(7), ipv6(7) and
-recvmsg(2) describe the error queue that tells a lost packet from a refused one.
+Each question has a new socket: a random source port guards against forged answers, and the route is the
+current one. Each carries the mark of a probe (`tag`), and is registered in `net.own`. ip(7), ipv6(7) and recvmsg(2)
+describe the error queue, which distinguishes a lost packet from a refused one.
 """
 
 import asyncio
@@ -23,10 +23,10 @@ from vpn_sentinel.runtime.shortage import is_shortage
 
 T = TypeVar("T")
 
-LOST_AFTER_S: Final = 1.0  # seconds until a question counts as lost
-RESEND_AFTER_S: Final = 0.4  # seconds until it is asked once more
+LOST_AFTER_S: Final = 1.0  # until a question counts as lost
+RESEND_AFTER_S: Final = 0.4  # until it is sent once more
 IP_RECVERR, IPV6_RECVERR = 11, 25
-_TRACEROUTE: Final = 33434  # the port that programs of this kind send to (traceroute(8))
+_TRACEROUTE_PORT: Final = 33434  # traceroute(8); no service listens there
 _EXTENDED_ERROR: Final = struct.Struct("=IBBBBII")  # sock_extended_err of linux/errqueue.h
 _ICMP, _ICMP6 = 2, 3  # its ee_origin
 _TIME_EXCEEDED: Final = {_ICMP: 11, _ICMP6: 3}
@@ -47,13 +47,13 @@ class DatagramTarget:
 
 @dataclass(frozen=True, slots=True)
 class DatagramResult(Generic[T]):
-    """`value` is what `read` made of the answer; `router` who reported an expired or unreachable one."""
+    """`value` is the result of `read` for the answer; `router` is the sender of an ICMP error."""
 
     answer: Answer
     value: T | None = None
     rtt_ms: float | None = None
     router: IPAddress | None = None
-    local: tuple[IPAddress, int] | None = None  # the address and port that it was asked from
+    local: tuple[IPAddress, int] | None = None  # the local address and port
 
 
 async def ask(
@@ -70,13 +70,13 @@ async def ask(
     try:
         made = AS_USER.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
     except OSError as e:
-        # A host without IPv6 has no such sockets (EAFNOSUPPORT): no way there.
+        # A host without IPv6 has no such sockets (EAFNOSUPPORT): unreachable.
         return DatagramResult(Answer.UNKNOWN if is_shortage(e) else Answer.UNREACHABLE)
     with made as sock:
         refused = _prepare(sock, destination)
         if refused is not None:
             return DatagramResult(refused)
-        local = _end(sock)
+        local = _local_end(sock)
         OWN_SOCKETS.add(sock)
         asked = tag.dns_question(payload, local[1])
         start = loop.time()
@@ -103,13 +103,13 @@ async def ask(
 
 
 def _prepare(sock: socket.socket, destination: DatagramTarget) -> Answer | None:
-    """Bind and connect; return how the question ended when it cannot even be sent."""
+    """Bind and connect; return an answer if the question cannot be sent."""
     six = destination.address.version == 6
     try:
         if destination.device is not None:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, destination.device.encode() + b"\0")
     except OSError as e:
-        # No permission (kernels before 5.7) says nothing of the kill switch; a device that went away has no route.
+        # No permission (kernels before 5.7) says nothing about the kill switch; a device that went away has no route.
         return Answer.UNREACHABLE if e.errno == errno.ENODEV else Answer.UNKNOWN
     try:
         if six:
@@ -122,7 +122,7 @@ def _prepare(sock: socket.socket, destination: DatagramTarget) -> Answer | None:
         else:
             sock.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, hops)
         where = (str(destination.address), destination.port)
-        # Connected: only answers from there get through, and ICMP errors come back to this socket.
+        # Connected: only answers from that address are received, and ICMP errors are reported on this socket.
         sock.connect((*where, 0, destination.scope) if six else where)
     except OSError as e:
         return _failed(e, sock).answer
@@ -130,7 +130,7 @@ def _prepare(sock: socket.socket, destination: DatagramTarget) -> Answer | None:
 
 
 def plain_probe(address: IPAddress, device: str, payload: bytes) -> None:
-    """Send one datagram by `device` that dies at the first hop, and expect nothing back. Raises OSError."""
+    """Send one datagram by `device` with a TTL of 1, without waiting for an answer. Raises OSError."""
     six = address.version == 6
     with socket.socket(socket.AF_INET6 if six else socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK) as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode() + b"\0")
@@ -138,10 +138,10 @@ def plain_probe(address: IPAddress, device: str, payload: bytes) -> None:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS, 1)
         else:
             sock.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, 1)
-        sock.sendto(payload, (str(address), _TRACEROUTE))
+        sock.sendto(payload, (str(address), _TRACEROUTE_PORT))
 
 
-def _end(sock: socket.socket) -> tuple[IPAddress, int]:
+def _local_end(sock: socket.socket) -> tuple[IPAddress, int]:
     host, port = sock.getsockname()[:2]
     return ip_address(host.partition("%")[0]), port
 
@@ -150,12 +150,12 @@ def _send_again(sock: socket.socket, payload: bytes) -> None:
     try:
         sock.send(payload)
     except OSError:
-        # An error of the first datagram is pending: the one who waits to receive gets it.
+        # The pending error of the first datagram: `ask` gets it again from recv.
         return
 
 
 def _failed(error: OSError, sock: socket.socket) -> DatagramResult[T]:
-    """Tell the host's own refusal, an ICMP time-exceeded and every other ICMP error apart."""
+    """Distinguish a refusal by this host, an ICMP time-exceeded message and any other ICMP error."""
     try:
         _data, ancillary, _flags, _from = sock.recvmsg(512, 512, socket.MSG_ERRQUEUE | socket.MSG_DONTWAIT)
     except OSError:
@@ -176,7 +176,7 @@ def _failed(error: OSError, sock: socket.socket) -> DatagramResult[T]:
 
 
 def offender(sockaddr: bytes) -> IPAddress | None:
-    """Who sent the ICMP error: the sockaddr behind a sock_extended_err."""
+    """The sender of the ICMP error, from the sockaddr after a sock_extended_err."""
     if len(sockaddr) < 8:
         return None
     (family,) = struct.unpack_from("=H", sockaddr)

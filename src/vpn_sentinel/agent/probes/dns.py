@@ -1,10 +1,10 @@
-"""Which resolver asks for this host: the same few questions to each of the system's nameservers.
+"""Which resolvers look names up for this host: the same few queries to each of the system's nameservers.
 
 `canary`: TXT of a random name in the zone of our own server → the resolver's egress, from no third party.
-`google`: TXT o-o.myaddr.l.google.com → the resolver's egress, and the client subnet it passed on.
+`google`: TXT o-o.myaddr.l.google.com → the resolver's egress, and the client subnet that it forwarded.
 `akahelp`: TXT whoami.ds.akahelp.net → `"ns" "<egress>"`, `"ecs" "<subnet>"`.
 `akamai`: A whoami.akamai.net → the egress.
-`path`: CH TXT whoami.cloudflare of the nameserver itself → the address it was asked from, when it is Cloudflare's.
+`path`: CH TXT whoami.cloudflare of the nameserver itself → the client's address, when it is Cloudflare's.
 """
 
 import asyncio
@@ -31,15 +31,15 @@ from vpn_sentinel.wire.messages import Echo
 T = TypeVar("T")
 
 RESOLV_CONF: Final = FilePath("/etc/resolv.conf")
-DNS_TIMEOUT_S, DNS_RESEND_S = 2.0, 0.8  # seconds
-_INTERCEPTION_LIMIT: Final = 0.9
-_MOMENT: Final = 0.1
+DNS_TIMEOUT_S, DNS_RESEND_S = 2.0, 0.8
+_INTERCEPTION_TIMEOUT_S: Final = 0.9
+_SETTLE_S: Final = 0.1  # for the other lookups, once there are enough
 _MAX_NAMESERVERS: Final = 3  # as resolv.conf(5)
-_MUSL_LINE: Final = 255  # bytes with the end of the line
+_MUSL_LINE_BYTES: Final = 255  # including the line break
 _BLANKS: Final = " \t\r\v\f"
 _TO_BLANK: Final = str.maketrans(dict.fromkeys(_BLANKS, " "))
 _LINK_MULTICAST: Final = ip_network("ff02::/16")
-_MAX_FILE_BYTES: Final = 1 << 18  # of a resolv.conf; one is some hundred
+_MAX_FILE_BYTES: Final = 1 << 18  # of a resolv.conf; the usual size is some hundred
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +50,9 @@ class Nameserver:
 
 
 THIS_HOST: Final = Nameserver(ip_address("127.0.0.1"))
-# Addresses that are no public host's, besides the domain's NOT_PUBLIC: documentation (RFC 5737, 3849, 9637) and the
-# NAT64 prefixes (RFC 6052, RFC 8215). Ad blockers and rebinding protection answer with what is at hand.
-_NOBODYS: Final[tuple[IPNetwork, ...]] = tuple(
+# Addresses that no public host has, besides NOT_PUBLIC of the domain: documentation (RFC 5737, 3849, 9637) and the
+# NAT64 prefixes (RFC 6052, RFC 8215). Ad blockers and rebinding protection answer with such addresses.
+_NO_HOST_BLOCKS: Final[tuple[IPNetwork, ...]] = tuple(
     ip_network(n)
     for n in (
         "192.0.2.0/24",
@@ -64,19 +64,19 @@ _NOBODYS: Final[tuple[IPNetwork, ...]] = tuple(
         "64:ff9b:1::/48",
     )
 )
-# TEST-NET-1 (RFC 5737): nobody runs DNS there, so an answer is a proxy's.
+# TEST-NET-1 (RFC 5737): no DNS server is there, so an answer comes from a proxy.
 NO_DNS_HERE: Final = Nameserver(ip_address("192.0.2.53"))
 
 
 @dataclass(frozen=True, slots=True)
 class Revealed:
-    """What one answer told. All empty when it was an answer, and told nothing."""
+    """The facts in one answer. All are empty for an answer without any."""
 
     egress: IPAddress | None = None
     client: IPAddress | None = None
     subnet: IPNetwork | None = None
     failed: bool = False
-    forged: bool = False  # it is not what our own server says
+    forged: bool = False  # the answer is not from our own server
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,14 +90,14 @@ class Method:
 
 @dataclass(frozen=True, slots=True)
 class CanaryZone:
-    """The zone that our server is authoritative for, and what we are known by there."""
+    """The zone that our server is authoritative for, and this agent's id and key there."""
 
     name: str
     ident: bytes
     key: bytes = field(repr=False)
 
     def method(self) -> Method:
-        """A question that nobody asked before, so that no cache answers it."""
+        """A query with a random name, so that no cache has the answer."""
         nonce = secrets.token_bytes(canary.NONCE_BYTES)
 
         def read(reply: dnswire.DnsReply) -> Revealed:
@@ -109,12 +109,12 @@ class CanaryZone:
 
 @dataclass(slots=True)
 class LearnedZone:
-    """The canary zone as the server's last Welcome told, None without one."""
+    """The canary zone in the server's last Welcome, None without one."""
 
     zone: CanaryZone | None = None
 
     def learn(self, name: str | None, echo: Echo | None) -> bool:
-        """Take in a Welcome; whether a zone is known now that was not."""
+        """Process a Welcome; returns whether the zone is a new one."""
         old, self.zone = self.zone, None
         if name and echo is not None and is_domain(name):
             self.zone = CanaryZone(name, bytes.fromhex(echo.id), bytes.fromhex(echo.key))
@@ -122,15 +122,15 @@ class LearnedZone:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """What the lookups of one round revealed. `forged`: a canary's answer was not our server's."""
+class ResolverAnswers:
+    """The results of the lookups of one round. `forged`: the answer to a canary was not from our server."""
 
     sightings: tuple[ResolverSighting, ...] = ()
     forged: bool = False
 
 
 def is_domain(name: str) -> bool:
-    """Whether a canary's name can be made below it."""
+    """Whether it is a domain name, with room for the label of a canary."""
     try:
         dnswire.query(0, f"{'0' * canary.LABEL_LENGTH}.{name}", dnswire.TXT)
     except ValueError:
@@ -141,9 +141,10 @@ def is_domain(name: str) -> bool:
 def nameservers(text: str, *, musl: bool = False) -> tuple[Nameserver, ...]:
     """The nameservers that programs use, each once, as the C library reads resolv.conf(5).
 
-    The word begins the line, a blank or a tab ends it; what follows the address is ignored; the first three count, one
-    that is named twice twice; a file that names none means this host. glibc's res_init.c and musl's resolvconf.c differ
-    in what a blank is, in long lines and in zones that are no interface. Tried against glibc 2.36 and musl 1.2.3.
+    The keyword begins the line and ends with a blank or tab; what follows the address is ignored; the first three
+    entries count, including duplicates; a file without any means this host. glibc's res_init.c and musl's resolvconf.c
+    differ in what is a blank, in long lines, and in zones that are no interface. Tested against glibc 2.36 and musl
+    1.2.3.
     """
     words = _musl_words(text) if musl else _glibc_words(text)
     found = [server for word in words if (server := _nameserver(word, musl=musl)) is not None]
@@ -158,9 +159,9 @@ def _glibc_words(text: str) -> Iterator[str]:
 
 
 def _musl_words(text: str) -> Iterator[str]:
-    """A CR is a blank here as each of isspace(3); a line that fills fgets(3)'s buffer, or holds a NUL, is ignored."""
+    """All of isspace(3) are blanks here, CR too; a line that fills the buffer of fgets(3) or has a NUL is ignored."""
     for line in text.split("\n"):
-        short = len(line.encode("utf-8", "replace")) < _MUSL_LINE and "\0" not in line
+        short = len(line.encode("utf-8", "replace")) < _MUSL_LINE_BYTES and "\0" not in line
         if short and line[:10] == "nameserver" and line[10:11] in tuple(_BLANKS):
             yield line[11:].lstrip(_BLANKS).translate(_TO_BLANK).partition(" ")[0]
 
@@ -173,9 +174,9 @@ def _nameserver(word: str, *, musl: bool) -> Nameserver | None:
         pass
     else:
         scope = _scope(address, zone)
-        # musl leaves out one of which the zone is nothing; glibc takes it as without one.
+        # musl skips one with an unknown zone; glibc ignores the zone.
         return None if musl and percent and scope is None else Nameserver(address, scope or 0)
-    # inet_aton(3), which takes "10.1" too, but here no space behind the address: a CR makes it none.
+    # inet_aton(3), which accepts "10.1" too, but no space after the address: with a CR it is not an address.
     if not word or not word.isascii() or word.split() != [word]:
         return None
     try:
@@ -187,8 +188,8 @@ def _nameserver(word: str, *, musl: bool) -> Nameserver | None:
 def system_nameservers(path: FilePath = RESOLV_CONF) -> tuple[Nameserver, ...]:
     """Read each time: a VPN client rewrites the file when it connects.
 
-    Without a file the C library asks this host. Nothing is known of one that cannot be read here: others may; nor of a
-    pipe, which would wait for its writer, and hand what it says to one reader alone.
+    Without a file the C library asks this host. Empty for a file that this process cannot read (other programs may),
+    and for a named pipe, which would block, and give its content to one reader only.
     """
     try:
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
@@ -202,7 +203,7 @@ def system_nameservers(path: FilePath = RESOLV_CONF) -> tuple[Nameserver, ...]:
 
 
 def on_link(address: IPAddress, device: str) -> Nameserver:
-    """The nameserver at an address to which `device` leads."""
+    """The nameserver at an address that is reached by `device`."""
     return Nameserver(address, (isinstance(address, IPv6Address) and _scope(address, device)) or 0)
 
 
@@ -213,8 +214,8 @@ def besides(servers: Iterable[Nameserver], more: Iterable[Nameserver]) -> tuple[
 
 
 def _scope(address: IPv6Address, zone: str) -> int | None:
-    """The index that a zone stands for; None for what is no number and no interface here. Only what stays on the link
-    has a zone by name."""
+    """The interface index for a zone; None if it is neither a number nor an interface here. Only link-local addresses
+    can have a zone by name."""
     if zone.isascii() and zone.isdigit():
         digits = zone.lstrip("0") or "0"
         return int(digits) if len(digits) <= 10 and int(digits) < 2**32 else None
@@ -228,7 +229,7 @@ def _scope(address: IPv6Address, zone: str) -> int | None:
 
 @cache
 def _is_musl() -> bool:
-    """Whether this process's C library is another one than glibc, which names itself: confstr(3)."""
+    """Whether this process's C library is not glibc, which gives its name in confstr(3)."""
     try:
         return not os.confstr("CS_GNU_LIBC_VERSION")
     except (ValueError, OSError):
@@ -252,7 +253,7 @@ def read_akahelp(reply: dnswire.DnsReply) -> Revealed:
 
 
 def read_akamai(reply: dnswire.DnsReply) -> Revealed:
-    """The name has no alias: one leads to the page of whoever blocks it."""
+    """The name has no alias: an answer with one leads to a page that says that the name is blocked."""
     found = () if reply.aliased else reply.addresses
     return Revealed(egress=next((a for a in map(on_the_internet, found) if a), None))
 
@@ -263,7 +264,7 @@ def read_path(reply: dnswire.DnsReply) -> Revealed:
 
 
 def network_in(text: str) -> IPNetwork | None:
-    """A client subnet as `192.0.2.0/24`, or with its scope behind: `192.0.2.0/24/0`. `/0` tells nothing."""
+    """A client subnet as `192.0.2.0/24`, or followed by its scope: `192.0.2.0/24/0`. None for `/0`."""
     parts = text.strip().split("/")
     try:
         found = ip_network("/".join(parts[:2]), strict=False)
@@ -273,9 +274,9 @@ def network_in(text: str) -> IPNetwork | None:
 
 
 def on_the_internet(address: IPAddress | None) -> IPAddress | None:
-    """`address` as one that a host on the internet can have, an IPv4-mapped one as its IPv4 self; else None."""
+    """`address` if a host on the internet can have it, an IPv4-mapped one as IPv4; else None."""
     address = _unmapped(address)
-    return address if address is not None and is_public(address) and not within(address, _NOBODYS) else None
+    return address if address is not None and is_public(address) and not within(address, _NO_HOST_BLOCKS) else None
 
 
 def _unmapped(address: IPAddress | None) -> IPAddress | None:
@@ -290,7 +291,7 @@ _ROOT: Final = Method("root", "a.root-servers.net", dnswire.A, read_akamai)
 
 
 def plan(servers: Iterable[Nameserver], zone: CanaryZone | None = None) -> list[tuple[Nameserver, Method]]:
-    """Five to ten questions over all nameservers, by two methods at least; with a zone, our own server's first.
+    """Five to ten queries to all nameservers, by two methods at least; with a zone, our own server's first.
 
     A resolver with several egresses shows more than one.
     """
@@ -310,65 +311,65 @@ async def resolvers(
     servers: Iterable[Nameserver],
     zone: CanaryZone | None = None,
     *,
-    enough: Callable[[Asked], bool] = lambda _: False,
-) -> Asked:
-    """Ask all at once; at most two seconds, or until what is back is `enough` and the rest has had a moment."""
+    enough: Callable[[ResolverAnswers], bool] = lambda _: False,
+) -> ResolverAnswers:
+    """Ask all in parallel, for two seconds at most, or until `enough` is true and 0.1 s have passed since."""
     async with asyncio.TaskGroup() as group:
         tasks = [group.create_task(_sighting(server, method, paths)) for server, method in plan(servers, zone)]
         waiting = set(tasks)
         while waiting:
             _, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            if waiting and enough(_asked(tasks)):
-                await asyncio.wait(waiting, timeout=_MOMENT)
+            if waiting and enough(_answers(tasks)):
+                await asyncio.wait(waiting, timeout=_SETTLE_S)
                 break
-        found = _asked(tasks)
+        found = _answers(tasks)
         for task in tasks:
             task.cancel()
     return found
 
 
-def _asked(tasks: Iterable[asyncio.Task[tuple[ResolverSighting | None, bool]]]) -> Asked:
+def _answers(tasks: Iterable[asyncio.Task[tuple[ResolverSighting | None, bool]]]) -> ResolverAnswers:
     found = [t.result() for t in tasks if t.done()]
-    return Asked(tuple(s for s, _ in found if s is not None), any(forged for _, forged in found))
+    return ResolverAnswers(tuple(s for s, _ in found if s is not None), any(forged for _, forged in found))
 
 
-async def intercepted(limit: float = _INTERCEPTION_LIMIT, at: Nameserver = NO_DNS_HERE) -> bool:
-    """Whether something answers a query to an address that runs no DNS."""
+async def intercepted(limit: float = _INTERCEPTION_TIMEOUT_S, at: Nameserver = NO_DNS_HERE) -> bool:
+    """Whether something answers a query to an address without a DNS server."""
     return (await lookup(at, _ROOT, limit=limit, resend=None)).answer is Answer.ANSWERED
 
 
 async def rewritten(servers: Iterable[Nameserver], zone: CanaryZone | None = None) -> bool | None:
-    """Whether a nameserver gives a name that cannot exist an address; None when none says either way."""
-    # Below the zone nothing like it exists; without one, no top level domain is called so.
+    """Whether a nameserver gives an address for a name that cannot exist; None when no answer shows it."""
+    # No such name exists below the zone; without a zone, no such top-level domain exists.
     name = f"nx-{secrets.token_hex(8)}.{zone.name if zone else 'nx' + secrets.token_hex(8)}"
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(_invents(server, name)) for server in servers]
-    told = {t.result() for t in tasks}
-    return True if True in told else (False if False in told else None)
+        tasks = [group.create_task(_has_address(server, name)) for server in servers]
+    results = {t.result() for t in tasks}
+    return True if True in results else (False if False in results else None)
 
 
 async def sighting(server: Nameserver, zone: CanaryZone) -> ResolverSighting | None:
-    """One canary through one nameserver, its path not looked at; None when the zone cannot be asked."""
+    """One canary through one nameserver, without its path; None when it says nothing about the nameserver."""
     return (await _sighting(server, zone.method(), None))[0]
 
 
 async def _sighting(server: Nameserver, method: Method, paths: Paths | None) -> tuple[ResolverSighting | None, bool]:
-    """What one lookup showed, None when it says nothing of the nameserver; and whether the answer was forged."""
+    """The result of one lookup, None when it says nothing about the nameserver; and whether the answer was forged."""
     path = path_to(server, paths) if paths else Path.UNKNOWN
     outcome = await lookup(server, method, limit=DNS_TIMEOUT_S, resend=DNS_RESEND_S)
     revealed = outcome.value or Revealed()
     if method is PATH and revealed.client is None:
-        return None, False  # most nameservers refuse it, which says nothing of them
+        return None, False  # most nameservers refuse it, which is normal
     if method.name == "canary" and revealed.failed:
-        return None, False  # it may be our own server that is down
+        return None, False  # our own server may be down
     egress = _unmapped(revealed.egress)
     seen = ResolverSighting(
         method=method.name,
         nameserver=plain(server.address),
-        # A nameserver that is there and cannot look anything up serves nobody: as good as out of reach.
+        # A nameserver that cannot look anything up is of no use: it counts as unreachable.
         answer=Answer.UNREACHABLE if revealed.failed else outcome.answer,
         path=path,
-        # Our own server on the same LAN sees a private address: no egress either.
+        # Our own server on the same LAN sees a private address, which is not the egress.
         egress=egress if egress is not None and is_public(egress) else None,
         client=revealed.client,
         subnet=revealed.subnet,
@@ -376,8 +377,8 @@ async def _sighting(server: Nameserver, method: Method, paths: Paths | None) -> 
     return seen, revealed.forged
 
 
-async def _invents(server: Nameserver, name: str) -> bool | None:
-    """Whether this nameserver has an address for `name`; None when it does not say that there is none."""
+async def _has_address(server: Nameserver, name: str) -> bool | None:
+    """Whether this nameserver has an address for `name`; None for any answer except an address or NXDOMAIN."""
 
     def read(reply: dnswire.DnsReply) -> bool | None:
         return True if reply.addresses else (False if reply.rcode == dnswire.NXDOMAIN else None)
@@ -389,7 +390,7 @@ async def _invents(server: Nameserver, name: str) -> bool | None:
 def path_to(server: Nameserver, paths: Paths) -> Path:
     """By which kind of interface a nameserver is reached; a zone (`fe80::1%eth0`) names the interface itself.
 
-    One that this host takes through the tunnel itself, as a container here, is not known to ask beside it.
+    The path is unknown for a neighbour whose packets this host forwards into the tunnel, such as a container.
     """
     if server.address.is_loopback or server.address.is_unspecified:
         return Path.LOCAL
@@ -401,7 +402,7 @@ def path_to(server: Nameserver, paths: Paths) -> Path:
 
 
 def plain(address: IPAddress) -> IPAddress:
-    """The address without its zone, which names an interface of this host only."""
+    """The address without its zone, which only has a meaning on this host."""
     return ip_address(address.packed) if isinstance(address, IPv6Address) else address
 
 

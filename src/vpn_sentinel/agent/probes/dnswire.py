@@ -1,4 +1,4 @@
-"""DNS messages by hand (RFC 1035), no more than the probes need: one question, and defensive reading of the answer."""
+"""DNS messages (RFC 1035), only what the probes need: one question, and a defensive parser for the answer."""
 
 import struct
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ _MAX_RECORDS: Final = 64
 
 
 class BadMessageError(ValueError):
-    """Not a DNS message, or one that points outside or back into itself."""
+    """Not a DNS message, or a malformed one."""
 
 
 @dataclass(frozen=True, slots=True)
 class DnsReply:
     """`addresses` and `texts` are those of the answer section; a TXT record is a tuple of its strings.
 
-    `aliased`: a CNAME record is there.
+    `aliased`: there is a CNAME record.
     """
 
     ident: int
@@ -46,7 +46,7 @@ def query(ident: int, name: str, kind: int, klass: int = IN) -> bytes:
 def parse(message: bytes, asked: bytes) -> DnsReply:
     """Read the answer to the query `asked`. Raises BadMessageError for anything else.
 
-    A truncated answer is read as far as it goes: the first record is all that any probe looks at.
+    A truncated answer is read as far as it goes: no probe needs more than the first record.
     """
     if len(message) < _HEADER.size:
         raise BadMessageError("shorter than a header")
@@ -79,12 +79,12 @@ def parse(message: bytes, asked: bytes) -> DnsReply:
 
 
 def _record(message: bytes, offset: int, addresses: list[IPAddress], texts: list[tuple[str, ...]]) -> tuple[int, int]:
-    """Take one record in; the offset behind it, and its type."""
+    """Parse one record; returns the offset after it, and its type."""
     offset = _skip_name(message, offset)
     if offset + 10 > len(message):
         raise BadMessageError("a record is cut off")
     kind = int.from_bytes(message[offset : offset + 2])
-    length = int.from_bytes(message[offset + 8 : offset + 10])  # behind class and time to live
+    length = int.from_bytes(message[offset + 8 : offset + 10])  # after class and TTL
     offset += 10
     data = message[offset : offset + length]
     if len(data) != length:
@@ -99,7 +99,7 @@ def _record(message: bytes, offset: int, addresses: list[IPAddress], texts: list
 
 
 def _skip_name(message: bytes, offset: int) -> int:
-    """The offset behind a name. A pointer ends it and is never followed, so no loop can be built."""
+    """The offset after a name. A pointer ends it and is never followed, so there can be no loop."""
     for _ in range(128):
         if offset >= len(message):
             break
@@ -118,9 +118,9 @@ def _strings(data: bytes) -> tuple[str, ...]:
     found, offset = [], 0
     while offset < len(data):
         length = data[offset]
-        piece = data[offset + 1 : offset + 1 + length]
-        if len(piece) != length:
+        string = data[offset + 1 : offset + 1 + length]
+        if len(string) != length:
             raise BadMessageError("a text is cut off")
-        found.append(piece.decode("ascii", "replace"))
+        found.append(string.decode("ascii", "replace"))
         offset += 1 + length
     return tuple(found)

@@ -1,6 +1,6 @@
 """The VPN server's own address inside the tunnel: does it answer while the internet does not (situation 7)?
 
-Whoever answers there tells that the tunnel's other end lives, and nothing about the internet behind it.
+An answer shows that the tunnel's other end is alive, and nothing about the internet behind it.
 """
 
 import secrets
@@ -16,18 +16,18 @@ from vpn_sentinel.agent.probes.targets import EchoAnswer
 from vpn_sentinel.domain.observation import Path
 from vpn_sentinel.domain.policy import IPAddress
 
-_DNS: Final = 53
-_PRIVATE: Final = tuple(
+_DNS_PORT: Final = 53
+_PRIVATE_NETWORKS: Final = tuple(
     ip_network(n) for n in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7")
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Gateway:
-    """A `Target`. Asked for its own name, which needs nobody else; any answer will do, also "no such port"."""
+    """A `Target`. Asked for its own name, which it knows by itself; any answer counts, also "port unreachable"."""
 
     address: IPAddress
-    port: int = _DNS
+    port: int = _DNS_PORT
 
     @property
     def name(self) -> str:
@@ -42,23 +42,23 @@ def _any(datagram: bytes) -> EchoAnswer | None:
 
 
 def gateway(paths: Paths, nameservers: Iterable[IPAddress]) -> Gateway | None:
-    """Whom to ask: a nameserver of the VPN's, else the gateway of its route, else the first address of its subnet.
+    """The target: a nameserver of the VPN, else the gateway of its route, else the first address of its subnet.
 
-    None when the tunnel's interface is not up, or nothing tells of its other end.
+    None when the tunnel's interface is not up, or its other end is unknown.
     """
     survey = paths.survey
     tunnel = next((i for i in survey.interfaces or () if i.name == survey.tunnel), None)
     if tunnel is None or not is_up(tunnel):
         return None
     for address in (*nameservers, *_next_hops(paths, tunnel), *_first_of_subnets(tunnel)):
-        if is_private(address) and address not in tunnel.addresses and paths.of(address, _DNS) is Path.TUNNEL:
+        if is_private(address) and address not in tunnel.addresses and paths.of(address, _DNS_PORT) is Path.TUNNEL:
             return Gateway(address)
     return None
 
 
 def is_private(address: IPAddress) -> bool:
-    """Of a private network or carrier-grade NAT: what a VPN's inside is numbered with."""
-    return any(address.version == n.version and address in n for n in _PRIVATE)
+    """Of a private network or carrier-grade NAT, as addresses inside a VPN are."""
+    return any(address.version == n.version and address in n for n in _PRIVATE_NETWORKS)
 
 
 def _next_hops(paths: Paths, tunnel: Interface) -> Iterable[IPAddress]:

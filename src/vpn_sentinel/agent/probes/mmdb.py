@@ -1,4 +1,4 @@
-"""Places out of database files in MaxMind's format: GeoLite2, DB-IP Lite, IPinfo Lite."""
+"""Places from database files in MaxMind's format: GeoLite2, DB-IP Lite, IPinfo Lite."""
 
 import errno
 import struct
@@ -13,12 +13,12 @@ from vpn_sentinel.domain.observation import Place
 from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.runtime.imports import stand_ins
 
-# What reading a cut or damaged file can end in: the library's own InvalidDatabaseError is a RuntimeError.
+# Exceptions when a truncated or damaged file is read: the library's own InvalidDatabaseError is a RuntimeError.
 DAMAGED: Final = (OSError, ValueError, TypeError, LookupError, ArithmeticError, RuntimeError, struct.error)
 
 
 class Metadata(Protocol):
-    """What a file says of itself. `build_epoch` is seconds since 1970; `ip_version` 4 or 6, 6 holds both."""
+    """The metadata of a file. `build_epoch` is seconds since 1970; `ip_version` is 4 or 6; 6 has both."""
 
     @property
     def database_type(self) -> str: ...
@@ -36,19 +36,23 @@ class Reader(Protocol):
 
 
 def open_file(path: str | Path) -> Reader:
-    """Open one file. Raises ValueError that names it and says why it cannot be used."""
-    maxminddb = _library()  # only for those who have a file
+    """Open one file. Raises ValueError with its name and the reason why it cannot be used."""
+    maxminddb = _library()  # imported only when there is a file
     try:
-        # Read piece by piece, not mapped: a mapping costs 1 to 2 MB for the first few addresses, as the kernel brings
-        # in what lies around them, and kills the process when somebody cuts the file. A look-up takes 0.04 ms so.
+        # With read(2), not mapped: a mapping costs 1 to 2 MB for the first few addresses (the kernel reads ahead), and
+        # the process gets SIGBUS when the file is truncated. A lookup takes 0.04 ms this way.
         reader: Reader = maxminddb.open_database(str(path), maxminddb.MODE_FILE)
     except DAMAGED as e:
-        # The library puts the path into some of its messages; once is enough. An empty file is EINVAL to it.
+        # Some of the library's messages contain the path, which would be repeated. For an empty file it raises EINVAL.
         why = e.strerror if isinstance(e, OSError) and e.errno != errno.EINVAL else None
         msg = f"{path}: {why or 'is not a MaxMind database file'}"
         raise ValueError(msg) from e
-    said = reader.metadata()
-    if said.ip_version not in (4, 6) or type(said.build_epoch) is not int or type(said.database_type) is not str:
+    metadata = reader.metadata()
+    if (
+        metadata.ip_version not in (4, 6)
+        or type(metadata.build_epoch) is not int
+        or type(metadata.database_type) is not str
+    ):
         reader.close()
         msg = f"{path}: is not a MaxMind database file"
         raise ValueError(msg)
@@ -57,10 +61,10 @@ def open_file(path: str | Path) -> Reader:
 
 @cache
 def _library() -> Any:
-    """The package `maxminddb` without what it brings along, 2 MB in an agent of 24.
+    """The package `maxminddb` without two imports of it, 2 MB in an agent of 24.
 
-    That is `multiprocessing`, whose lock it does without where there is none (a thread's does as well for a process
-    that never forks), and `importlib.metadata`, which it asks for its own version.
+    These are `multiprocessing`, without which it uses a lock for threads (enough for a process that never forks), and
+    `importlib.metadata`, which it only needs for its own version.
     """
     own_version = ModuleType("importlib.metadata")
     own_version.version = lambda _name: ""  # type: ignore[attr-defined]
@@ -70,7 +74,7 @@ def _library() -> Any:
 
 
 def get(reader: Reader, address: IPAddress) -> object:
-    """The record of an address, None without one. Raises ValueError when the file is damaged where it looks."""
+    """The record of an address, None without one. Raises ValueError when that part of the file is damaged."""
     if address.version > reader.metadata().ip_version:
         return None
     try:

@@ -1,7 +1,7 @@
-"""Where an exit address is: files first, then services, asked seldom and never all.
+"""The place of an exit address: from files first, then from services, which are asked rarely and never all of them.
 
-A service is asked when the exit changed or its answer is six hours old, two at a time until two opinions agree: one
-alone is often wrong about VPN exits. One that refuses rests for hours, one that fails for minutes.
+A service is asked when the exit changed or its answer is six hours old, two at a time until two agree: a single one is
+often wrong about VPN exits. A service that refuses is not asked for hours, one that fails for minutes.
 """
 
 import asyncio
@@ -19,12 +19,12 @@ from vpn_sentinel.wire import limits
 
 log = logging.getLogger(__name__)
 
-PLACE_FRESH_S: Final = 6 * 3600.0  # seconds an opinion is good for
-_REFUSED_REST: Final = 6 * 3600.0  # after 403 or 429
-_FAILED_REST: Final = 60.0  # after the first failure, doubled by each that follows
-_LONGEST_REST: Final = 3600.0
-_WANTED: Final = 2  # opinions that agree
-_REMEMBERED: Final = 16  # addresses
+PLACE_FRESH_S: Final = 6 * 3600.0  # then an opinion is outdated
+_REFUSED_RETRY_S: Final = 6 * 3600.0  # after 403 or 429
+_FAILED_RETRY_S: Final = 60.0  # after the first failure, doubled by each that follows
+_MAX_RETRY_S: Final = 3600.0
+_AGREEING_OPINIONS: Final = 2  # then no more services are asked
+_MAX_CACHED_ADDRESSES: Final = 16
 
 LookUp = Callable[[IPAddress], tuple[Place, ...]]
 
@@ -34,13 +34,13 @@ def _no_files(_address: IPAddress) -> tuple[Place, ...]:
 
 
 @dataclass(slots=True)
-class _Rest:
+class _Pause:
     until: float = 0.0
     failures: int = 0
 
 
 class Places:
-    """What is known of addresses. Opinions are kept as they come, so a gathering that is cut short loses none."""
+    """Known places of addresses. Answers are stored at once, so a cancelled `gather` loses none."""
 
     def __init__(
         self,
@@ -59,10 +59,10 @@ class Places:
         self._limit = limit
         self._opinions: dict[IPAddress, dict[str, Place]] = {}
         self._asked: dict[IPAddress, float] = {}
-        self._rest = {service.name: _Rest() for service in services}
+        self._pauses = {service.name: _Pause() for service in services}
 
     def known(self, addresses: Iterable[IPAddress | None]) -> tuple[Place, ...]:
-        """What files and earlier answers say of these addresses, without asking anyone."""
+        """From files and earlier answers, without asking a service."""
         found: list[Place] = []
         for address in dict.fromkeys(a for a in addresses if a is not None):
             found += self._look_up(address)
@@ -70,20 +70,20 @@ class Places:
         return tuple(found[: limits.MAX_PER_OBSERVATION])
 
     def due(self, exit_: IPAddress | None) -> bool:
-        """Whether services should be asked about this exit now, and one is there that can be."""
+        """Whether services should be asked about this exit now, and at least one is available."""
         if exit_ is None or self._clock.boottime() - self._asked.get(exit_, -PLACE_FRESH_S) < PLACE_FRESH_S:
             return False
-        return bool(self._awake())
+        return bool(self._available())
 
     async def gather(self, exit_: IPAddress) -> None:
-        """Ask services until two opinions on `exit_` agree, or none is left to ask."""
+        """Ask services until two agree about `exit_`, or none is left."""
         self._forget_oldest()
         old = self._opinions.pop(exit_, {})
         answered = False
         try:
-            queue = self._awake()
+            queue = self._available()
             while queue and not self._agreed(exit_):
-                pair, queue = queue[:_WANTED], queue[_WANTED:]
+                pair, queue = queue[:_AGREEING_OPINIONS], queue[_AGREEING_OPINIONS:]
                 async with asyncio.TaskGroup() as group:
                     tasks = [group.create_task(self._ask(service, exit_.version)) for service in pair]
                 answered = answered or any(t.result() for t in tasks)
@@ -94,11 +94,11 @@ class Places:
             self._asked[exit_] = self._clock.boottime()
 
     async def about(self, address: IPAddress, may_ask: Callable[[str], Awaitable[bool]]) -> Place | None:
-        """What the first service that names a network says of an address that is nobody's exit here.
+        """The answer of the first service that knows the network of an address that is not an exit of this host.
 
-        `may_ask` tells of a service's base URL whether it may be asked now.
+        `may_ask` says whether a service may be asked now, by its base URL.
         """
-        for service in self._awake():
+        for service in self._available():
             if not service.about or not await may_ask(service.base):
                 continue
             place = await self._fetch(service, service.about.format(address), None)
@@ -106,14 +106,14 @@ class Places:
                 return place
         return None
 
-    def _awake(self) -> list[Service]:
+    def _available(self) -> list[Service]:
         now = self._clock.boottime()
-        return [s for s in self._services if self._rest[s.name].until <= now]
+        return [s for s in self._services if self._pauses[s.name].until <= now]
 
     def _agreed(self, exit_: IPAddress) -> bool:
         places = (*self._look_up(exit_), *self._opinions.get(exit_, {}).values())
         countries = [p.country for p in places if p.country]
-        return any(countries.count(c) >= _WANTED for c in countries)
+        return any(countries.count(c) >= _AGREEING_OPINIONS for c in countries)
 
     async def _ask(self, service: Service, family: int) -> bool:
         place = await self._fetch(service, service.path, family)
@@ -131,35 +131,35 @@ class Places:
         except (HttpError, BadAnswerError) as e:
             self._failed(service, str(e))
             return None
-        rest = self._rest[service.name]
-        if rest.failures:
+        pause = self._pauses[service.name]
+        if pause.failures:
             log.info("geolocation service answers again", extra={"service": service.name})
-        rest.failures = 0
+        pause.failures = 0
         if response.headers.get("x-rl") == "0":
-            rest.until = self._clock.boottime() + _seconds(response.headers.get("x-ttl"), 60.0)
+            pause.until = self._clock.boottime() + _seconds(response.headers.get("x-ttl"), 60.0)
         return place
 
     def _refused(self, service: Service, response: Response) -> None:
         if response.status not in (403, 429):
             self._failed(service, f"HTTP {response.status}")
             return
-        wait = _seconds(response.headers.get("x-ttl") or response.headers.get("retry-after"), _REFUSED_REST)
-        self._rests(service, f"HTTP {response.status}", wait)
+        wait = _seconds(response.headers.get("x-ttl") or response.headers.get("retry-after"), _REFUSED_RETRY_S)
+        self._pause_service(service, f"HTTP {response.status}", wait)
 
     def _failed(self, service: Service, why: str) -> None:
-        failures = self._rest[service.name].failures
-        self._rests(service, why, min(_FAILED_REST * 2.0 ** min(failures, 10), _LONGEST_REST))
+        failures = self._pauses[service.name].failures
+        self._pause_service(service, why, min(_FAILED_RETRY_S * 2.0 ** min(failures, 10), _MAX_RETRY_S))
 
-    def _rests(self, service: Service, why: str, seconds: float) -> None:
-        rest = self._rest[service.name]
-        rest.until = self._clock.boottime() + seconds
-        rest.failures += 1
-        if rest.failures == 1:
+    def _pause_service(self, service: Service, why: str, seconds: float) -> None:
+        pause = self._pauses[service.name]
+        pause.until = self._clock.boottime() + seconds
+        pause.failures += 1
+        if pause.failures == 1:
             facts = {"service": service.name, "reason": why, "seconds": int(seconds)}
             log.info("geolocation service rests", extra=facts)
 
     def _forget_oldest(self) -> None:
-        while len(self._opinions) >= _REMEMBERED:
+        while len(self._opinions) >= _MAX_CACHED_ADDRESSES:
             oldest = next(iter(self._opinions))
             del self._opinions[oldest]
             self._asked.pop(oldest, None)

@@ -1,4 +1,5 @@
-"""What geolocation services say, read with suspicion: texts become printable and short, the rest is checked."""
+"""Parsers for answers of geolocation services, which are not trusted: texts become printable and short, the rest is
+checked."""
 
 import json
 import re
@@ -12,17 +13,18 @@ from vpn_sentinel.domain.observation import Place
 from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.wire import limits
 
-_AS: Final = re.compile(r"AS(\d{1,10})\b\s*(.*)", re.ASCII | re.IGNORECASE | re.DOTALL)
+_ASN_PATTERN: Final = re.compile(r"AS(\d{1,10})\b\s*(.*)", re.ASCII | re.IGNORECASE | re.DOTALL)
 
 
 class BadAnswerError(ValueError):
-    """An answer that names no address: an error page, a captive portal, a service that changed."""
+    """An answer without an address: an error page, a captive portal, a service that changed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """One source. `name` is what a setting chooses it by; `path`, added to its base URL, asks about the asker, `about`
-    about another address. "" where it tells of no other."""
+    """One service. `name` is its name in settings. Added to the base URL, `path` asks about the own address, and
+    `about` about another one; "" when the service cannot do that.
+    """
 
     name: str
     base: str
@@ -32,47 +34,47 @@ class Service:
 
 
 def read_ipinfo(body: bytes) -> Place:
-    said = _json(body)
-    org = clean(said.get("org"))
+    answer = _json(body)
+    org = clean(answer.get("org"))
     return Place(
-        ip=_address(said.get("ip")),
+        ip=_address(answer.get("ip")),
         source="ipinfo.io",
-        country=country_code(said.get("country")),
-        region=clean(said.get("region")),
-        city=clean(said.get("city")),
-        timezone=clean(said.get("timezone")),
-        asn=asn_of(org) if org and _AS.match(org) else None,  # a company may be called by a number
+        country=country_code(answer.get("country")),
+        region=clean(answer.get("region")),
+        city=clean(answer.get("city")),
+        timezone=clean(answer.get("timezone")),
+        asn=asn_of(org) if org and _ASN_PATTERN.match(org) else None,  # a company may be called by a number
         org=without_asn(org),
     )
 
 
 def read_ipapi(body: bytes) -> Place:
-    said = _json(body)
-    if said.get("status") != "success":
+    answer = _json(body)
+    if answer.get("status") != "success":
         raise BadAnswerError("the service reports a failure")
     return Place(
-        ip=_address(said.get("query")),
+        ip=_address(answer.get("query")),
         source="ip-api.com",
-        country=country_code(said.get("countryCode")),
-        region=clean(said.get("regionName")),
-        city=clean(said.get("city")),
-        timezone=clean(said.get("timezone")),
-        asn=asn_of(said.get("as")),
-        org=clean(said.get("org")) or clean(said.get("isp")),
+        country=country_code(answer.get("countryCode")),
+        region=clean(answer.get("regionName")),
+        city=clean(answer.get("city")),
+        timezone=clean(answer.get("timezone")),
+        asn=asn_of(answer.get("as")),
+        org=clean(answer.get("org")) or clean(answer.get("isp")),
     )
 
 
 def read_ipwhois(body: bytes) -> Place:
-    said = _json(body)
-    if said.get("success") is not True:
+    answer = _json(body)
+    if answer.get("success") is not True:
         raise BadAnswerError("the service reports a failure")
-    connection, timezone = _map(said.get("connection")), said.get("timezone")
+    connection, timezone = _map(answer.get("connection")), answer.get("timezone")
     return Place(
-        ip=_address(said.get("ip")),
+        ip=_address(answer.get("ip")),
         source="ipwho.is",
-        country=country_code(said.get("country_code")),
-        region=clean(said.get("region")),
-        city=clean(said.get("city")),
+        country=country_code(answer.get("country_code")),
+        region=clean(answer.get("region")),
+        city=clean(answer.get("city")),
         timezone=clean(_map(timezone).get("id")),
         asn=asn_of(connection.get("asn")),
         org=clean(connection.get("org")) or clean(connection.get("isp")),
@@ -80,8 +82,8 @@ def read_ipwhois(body: bytes) -> Place:
 
 
 def read_trace(body: bytes) -> Place:
-    said = parse_trace(body)
-    return Place(ip=_address(said.get("ip")), source="cloudflare", country=country_code(said.get("loc")))
+    answer = parse_trace(body)
+    return Place(ip=_address(answer.get("ip")), source="cloudflare", country=country_code(answer.get("loc")))
 
 
 def services(ipinfo: str, ipapi: str, ipwhois: str, trace: str) -> tuple[Service, ...]:
@@ -95,7 +97,7 @@ def services(ipinfo: str, ipapi: str, ipwhois: str, trace: str) -> tuple[Service
 
 
 def clean(value: object) -> str | None:
-    """A text that can be kept and shown, None for anything else."""
+    """A text that is safe to store and show, None for anything else."""
     if not isinstance(value, str):
         return None
     text = "".join(c for c in value if c.isprintable()).strip()[: limits.MAX_TEXT_LENGTH]
@@ -103,20 +105,20 @@ def clean(value: object) -> str | None:
 
 
 def country_code(value: object) -> str | None:
-    """ISO 3166-1 alpha-2. Cloudflare writes XX where it knows nothing and T1 for Tor, DB-IP ZZ: none is a country."""
+    """ISO 3166-1 alpha-2. XX (Cloudflare, unknown), T1 (Cloudflare, Tor) and ZZ (DB-IP) are no countries."""
     text = value.strip().upper() if isinstance(value, str) else ""
     return text if len(text) == 2 and text.isascii() and text.isalpha() and text not in ("XX", "ZZ") else None
 
 
 def asn_of(value: object) -> int | None:
-    """The number out of 64500, "64500", "AS64500" or "AS64500 Example Ltd"."""
+    """The number from 64500, "64500", "AS64500" or "AS64500 Example Ltd"."""
     match value:
         case bool():
             return None
         case int():
             number = value
         case str():
-            found = _AS.match(value.strip())
+            found = _ASN_PATTERN.match(value.strip())
             digits = found[1] if found else value.strip()
             number = int(digits) if digits.isascii() and digits.isdigit() and len(digits) <= 10 else 0
         case _:
@@ -125,18 +127,18 @@ def asn_of(value: object) -> int | None:
 
 
 def without_asn(org: str | None) -> str | None:
-    found = _AS.match(org) if org else None
+    found = _ASN_PATTERN.match(org) if org else None
     return (found[2].strip() or None) if found else org
 
 
 def _json(body: bytes) -> Mapping[str, Any]:
     try:
-        said = json.loads(body)
+        answer = json.loads(body)
     except (ValueError, RecursionError) as e:
         raise BadAnswerError("the answer is not JSON") from e
-    if not isinstance(said, dict):
+    if not isinstance(answer, dict):
         raise BadAnswerError("the answer is not a JSON object")
-    return said
+    return answer
 
 
 def _map(value: object) -> Mapping[str, Any]:

@@ -1,7 +1,7 @@
 """Is there a captive portal (situation 34)? One plain HTTP request beside the tunnel, when nothing answers through it.
 
-It is asked only where datagrams beside the tunnel are not refused: behind a kill switch it would only hang. Costs at
-most 1.5 s, side by side with the reserve canaries.
+Only sent where datagrams beside the tunnel are not refused: behind a kill switch it would only time out. Takes at most
+1.5 s, in parallel with the reserve canaries.
 """
 
 import asyncio
@@ -16,8 +16,8 @@ from vpn_sentinel.agent.probes import tag
 from vpn_sentinel.agent.probes.trace import TRACE_PATH, parse_trace
 from vpn_sentinel.domain.policy import IPAddress
 
-PORTAL_TIMEOUT_S: Final = 1.5  # seconds
-_NETWORK_LOGIN: Final = 511  # Network Authentication Required (RFC 6585)
+PORTAL_TIMEOUT_S: Final = 1.5
+_NETWORK_AUTHENTICATION_REQUIRED: Final = 511  # RFC 6585
 
 
 async def portal(
@@ -25,7 +25,7 @@ async def portal(
 ) -> bool | None:
     """Ask the trace service at `address`, whose name in URLs is `host`, bound to the interface `device`.
 
-    True: somebody else answers. False: the service does. None: nobody, or an answer that says neither.
+    True: another server answered. False: the service did. None: no answer, or one that shows neither.
     """
     try:
         async with asyncio.timeout(limit):
@@ -54,14 +54,14 @@ async def _get(address: IPAddress, host: str, device: str, port: int) -> Respons
 
 
 def read_answer(answer: Response, host: str) -> bool | None:
-    """Whose answer it is. Raises ValueError when it names an impossible address."""
+    """As `portal`. Raises ValueError for a redirect to an invalid URL."""
     if answer.status in (301, 302, 303, 307, 308):
         name = f"[{host}]" if ":" in host else host
         target = urlsplit(urljoin(f"http://{name}/", answer.headers.get("location", "")))
         if target.hostname != host:
             return None if target.hostname is None else True
-        return False if target.scheme == "https" else None  # the service's own move to HTTPS
-    if answer.status == _NETWORK_LOGIN:
+        return False if target.scheme == "https" else None  # the service's own redirect to HTTPS
+    if answer.status == _NETWORK_AUTHENTICATION_REQUIRED:
         return True
     if answer.status == 200:
         return "ip" not in parse_trace(answer.body)

@@ -1,16 +1,17 @@
-"""The mark that tells a probe of ours from the same question asked by any other program, for a leak watch to read.
+"""The mark that distinguishes a probe of ours from the same query by another program, for the leak watch.
 
 Two agents, or an agent and `check`, may share a network namespace: each sees the other's probes leave beside the
-tunnel, where they are sent on purpose. A mark on the socket (SO_MARK) would change the route, so the packet has one:
+tunnel, where they are sent on purpose. A mark on the socket (SO_MARK) could change the route, so the packet itself is
+marked:
 
-- a DNS question leaves with 65 hops, which no system begins with, and its 16-bit id is a keyed hash of source port and
-  name. Both together an ordinary program has by chance never, since nothing else sends with 65 hops;
-- a TCP connection beside the tunnel is begun with 65 hops from a port of which one in 256 is marked, by a keyed hash of
-  port and far address;
-- a question to the server's echo, and a pulse, carries in its spare bytes a keyed hash of its nonce.
+- a DNS query has a TTL of 65, which no system uses as its initial value, and its 16-bit id is a keyed hash of source
+  port and name. No ordinary program has both by chance;
+- a TCP connection beside the tunnel has a TTL of 65 and a source port that is marked by a keyed hash of port and remote
+  address, as one in 256 is;
+- a request to the server's echo, and a pulse, has a keyed hash of its nonce in its spare bytes.
 
-The key is the kernel's boot id (random(4)): all programs on this machine read the same, and nobody else can know it, so
-the id stays as hard to guess from outside as a random one. Where it cannot be read there is no mark.
+The key is the kernel's boot id (random(4)): all programs on this machine read the same value, and others do not know
+it, so the DNS id is as hard to guess from outside as a random one. Where it cannot be read there is no mark.
 """
 
 import errno
@@ -29,8 +30,8 @@ from vpn_sentinel.wire.echo import MAGIC, NONCE_AT, TAG, TAG_AT
 
 PROBE_HOPS: Final = 65
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
-_NONCE: Final = 8
-_PORTS: Final = range(32768, 60999)  # ip(7), ip_local_port_range
+_NONCE_BYTES: Final = 8
+_EPHEMERAL_PORTS: Final = range(32768, 60999)  # ip(7), ip_local_port_range
 
 
 @cache
@@ -42,20 +43,20 @@ def _key() -> bytes | None:
 
 
 def dns_question(message: bytes, port: int) -> bytes:
-    """The DNS question `message` with the id that marks it when it is sent from `port`; anything else as it is."""
+    """The DNS query `message` with the id that marks it when it is sent from `port`; other messages unchanged."""
     name, key = asked_name(message), _key()
     if message.startswith(MAGIC) or name is None or key is None:
         return message
-    return _ident(key, port, name) + message[2:]
+    return _dns_id(key, port, name) + message[2:]
 
 
 def unmarked(answer: bytes, asked: bytes, message: bytes) -> bytes:
-    """The answer to `asked` as one to `message`, which `dns_question` made it of; as it is when its id is another."""
+    """The answer to `asked` with the id of `message`, from which `dns_question` made it; unchanged for another id."""
     return message[:2] + answer[2:] if asked is not message and answer[:2] == asked[:2] else answer
 
 
 def of_echo(nonce: bytes) -> bytes:
-    """What the spare bytes of an echo's question carry: 8 bytes, or none where there is no key."""
+    """The mark in the spare bytes of an echo request: 8 bytes, or none without a key."""
     key = _key()
     return b"" if key is None else blake2s(nonce, key=key, digest_size=TAG).digest()
 
@@ -63,7 +64,7 @@ def of_echo(nonce: bytes) -> bytes:
 def is_probe(packet: Packet, ports: Iterable[int] = ()) -> bool:
     """Whether the packet carries the mark of a probe from this machine.
 
-    `ports` are others that a DNS question may have been sent from: this host's NAT may have given it another one.
+    `ports` are other source ports that a DNS query may have had: NAT on this host may have changed it.
     """
     key, payload = _key(), packet.payload
     if key is None or packet.source_port is None:
@@ -73,18 +74,18 @@ def is_probe(packet: Packet, ports: Iterable[int] = ()) -> bool:
     if packet.protocol != UDP:
         return False
     if payload.startswith(MAGIC):
-        nonce = payload[NONCE_AT : NONCE_AT + _NONCE]
+        nonce = payload[NONCE_AT : NONCE_AT + _NONCE_BYTES]
         return len(payload) >= TAG_AT + TAG and payload[TAG_AT : TAG_AT + TAG] == of_echo(nonce)
     name = asked_name(payload) if packet.hops == PROBE_HOPS else None
-    return name is not None and any(payload[:2] == _ident(key, p, name) for p in (packet.source_port, *ports))
+    return name is not None and any(payload[:2] == _dns_id(key, p, name) for p in (packet.source_port, *ports))
 
 
 def tcp_ports(to: IPAddress) -> Iterator[int]:
-    """Ports of ours that mark a connection to `to`; 0, any port, where there is no key."""
+    """Local ports that mark a connection to `to`; then 0 (any port), also without a key."""
     key = _key()
-    first = random.choice(_PORTS)  # noqa: S311 - no secret
-    for n in range(len(_PORTS)):
-        port = _PORTS[(first - _PORTS.start + n) % len(_PORTS)]
+    first = random.choice(_EPHEMERAL_PORTS)  # noqa: S311 - no secret
+    for n in range(len(_EPHEMERAL_PORTS)):
+        port = _EPHEMERAL_PORTS[(first - _EPHEMERAL_PORTS.start + n) % len(_EPHEMERAL_PORTS)]
         if key is not None and _is_marked(key, port, to):
             yield port
     yield 0
@@ -110,5 +111,5 @@ def _is_marked(key: bytes, port: int, to: IPAddress) -> bool:
     return blake2s(port.to_bytes(2) + to.packed, key=key, digest_size=1).digest() == b"\0"
 
 
-def _ident(key: bytes, port: int, name: str) -> bytes:
+def _dns_id(key: bytes, port: int, name: str) -> bytes:
     return blake2s(port.to_bytes(2) + name.lower().encode(), key=key, digest_size=2).digest()

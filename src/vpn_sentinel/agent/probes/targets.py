@@ -1,4 +1,4 @@
-"""Who can be asked "where do you see me come from?" by one datagram."""
+"""Targets that answer one datagram with the sender's address as they see it."""
 
 import secrets
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from vpn_sentinel.wire import echo
 
 @dataclass(frozen=True, slots=True)
 class EchoAnswer:
-    """An answer. `address` is None when it holds none: something on the way answers in the target's place."""
+    """An answer. `address` is None when it has none: then something other than the target answered."""
 
     address: IPAddress | None
 
@@ -29,7 +29,7 @@ class Target(Protocol):
     def port(self) -> int: ...
 
     def question(self) -> tuple[bytes, Callable[[bytes], EchoAnswer | None]]:
-        """A datagram, and the reader of its answer: None for a datagram that is not the answer."""
+        """A datagram, and a parser for its answer that returns None for any other datagram."""
         ...
 
 
@@ -54,7 +54,7 @@ class ServerEcho:
 
 @dataclass(frozen=True, slots=True)
 class DnsWhoami:
-    """A name server that answers with the address of who asks."""
+    """A name server that answers with the client's address."""
 
     name: str
     address: IPAddress
@@ -75,13 +75,13 @@ class DnsWhoami:
         return EchoAnswer(self._address(reply))
 
     def _address(self, reply: dnswire.DnsReply) -> IPAddress | None:
-        """Public, and of the family that was asked by: a captive portal's resolver answers all with its own address."""
+        """Public, and of the family of the query: a captive portal's resolver answers with its own address."""
         found = [*reply.addresses, *(a for strings in reply.texts for s in strings if (a := address_in(s)))]
         return next((a for a in found if a.version == self.address.version and is_public(a)), None)
 
 
 def cloudflare(port: int = 53) -> tuple[DnsWhoami, ...]:
-    """CH TXT whoami.cloudflare at both families' literal addresses: no name needs resolving."""
+    """CH TXT whoami.cloudflare at both families' literal addresses: no name must be resolved."""
     return tuple(
         DnsWhoami("cloudflare", ip_address(a), "whoami.cloudflare", dnswire.TXT, dnswire.CHAOS, port)
         for a in ("1.1.1.1", "2606:4700:4700::1111")
@@ -98,5 +98,5 @@ def opendns(port: int = 53) -> tuple[DnsWhoami, ...]:
 
 CLOUDFLARE: Final = cloudflare()
 OPENDNS: Final = opendns()
-# TEST-NET-1 (RFC 5737): nobody runs DNS there, so who answers is in the way of those above as well.
+# TEST-NET-1 (RFC 5737): no DNS server is there, so an answer shows that something diverts queries to those above too.
 NO_DNS: Final = DnsWhoami("no_dns", ip_address("192.0.2.53"), "a.root-servers.net", dnswire.A, dnswire.IN)

@@ -1,6 +1,7 @@
-"""Does a TCP connection come about, and by which way? One opening packet and its answer; then it is cut off.
+"""Can a TCP connection be established, and by which path? A SYN and its answer; then the connection is reset.
 
-A kill switch may refuse datagrams alone, or all but some TCP port: what it does to one says nothing of the other.
+A kill switch may block only datagrams, or everything except a TCP port: the result for one says nothing about the
+other.
 """
 
 import asyncio
@@ -15,22 +16,22 @@ from vpn_sentinel.agent.probes.targets import CLOUDFLARE
 from vpn_sentinel.domain.observation import Answer, Canary, Path, Probe
 from vpn_sentinel.domain.policy import IPAddress
 
-# Seconds. A rule that drops lets the opening packet vanish without a word, so that behind most kill switches all of
-# them pass; an answer takes one round trip.
+# A rule that drops the SYN gives no error, so behind most kill switches the whole time passes; an answer takes one
+# round trip.
 CONNECT_TIMEOUT_S: Final = 0.3
 HTTPS: Final = 443
 TARGET: Final = "cloudflare_tcp"
 
 
 async def opens(address: IPAddress, port: int, *, device: str | None = None, limit: float = CONNECT_TIMEOUT_S) -> bool:
-    """Whether somebody takes a connection to `port` of `address` within `limit` seconds, sent by `device` if named."""
+    """Whether a connection to `port` of `address` is accepted within `limit` seconds, sent by `device` if given."""
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     try:
         with AS_USER.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as sock:
             if device is not None:
                 sock.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, device.encode() + b"\0")
             tag.bind_marked(sock, address)
-            # Closed without a farewell: nothing of it stays behind, here or there.
+            # SO_LINGER 0: close() sends a reset, so no state is left at either end.
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
             OWN_SOCKETS.add(sock, (address, port))
             async with asyncio.timeout(limit):
@@ -41,7 +42,7 @@ async def opens(address: IPAddress, port: int, *, device: str | None = None, lim
 
 
 async def beside(paths: Paths, found: tuple[Canary, ...], *, most: int) -> tuple[Canary, ...]:
-    """C2 by TCP, by each of the first `most` ways out where a datagram was not answered; what is silent is left out."""
+    """C2 by TCP, by each of the first `most` uplinks where no datagram was answered; only answers are returned."""
     open_ = {(c.interface, c.family) for c in found if c.probe is Probe.PHYSICAL and c.answer is Answer.ANSWERED}
     wanted = [
         (uplink, target.address)
@@ -59,6 +60,6 @@ async def beside(paths: Paths, found: tuple[Canary, ...], *, most: int) -> tuple
             path=Path.OUTSIDE,
             interface=uplink.name,
         )
-        for (uplink, address), taken in zip(wanted, answered, strict=True)
-        if taken
+        for (uplink, address), accepted in zip(wanted, answered, strict=True)
+        if accepted
     )

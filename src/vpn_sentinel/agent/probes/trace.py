@@ -1,4 +1,4 @@
-"""Where an HTTPS service sees us come from: for networks that let no datagram through."""
+"""The address that an HTTPS service sees for this host: for networks that block UDP."""
 
 import asyncio
 from typing import Final
@@ -13,7 +13,7 @@ from vpn_sentinel.runtime.shortage import is_shortage
 TRACE_PATH = "/cdn-cgi/trace"
 TRACE_URL: Final = "https://1.1.1.1"
 TRACE_URL_6: Final = "https://[2606:4700:4700::1111]"
-TRACE_TIMEOUT_S = 2.5  # seconds
+TRACE_TIMEOUT_S = 2.5
 
 
 def parse_trace(body: bytes) -> dict[str, str]:
@@ -23,9 +23,9 @@ def parse_trace(body: bytes) -> dict[str, str]:
 
 
 async def trace(http: Client, base: str, path: Path, limit: float = TRACE_TIMEOUT_S, family: int = 4) -> Canary:
-    """Ask Cloudflare's trace at a literal address, of `family`; once more by a new connection when it is slow.
+    """Ask Cloudflare's trace at a literal address of `family`; with a second connection when the first is slow.
 
-    One that was begun while the tunnel went away has an address and a route that lead nowhere any more.
+    A connection that began while the tunnel went away has a source address and a route that no longer work.
     """
     async with asyncio.TaskGroup() as group:
         first = group.create_task(_canary(http, base + TRACE_PATH, "trace", path, limit, family))
@@ -50,11 +50,11 @@ async def _canary(http: Client, url: str, target: str, path: Path, limit: float,
     address: IPAddress | None = None
     try:
         response = await http.get(url, limit=limit)
-        # A captive portal's page is an answer of the wrong kind: it is never taken for an exit.
+        # The page of a captive portal has no address, so it is not an answer.
         address = _address(target, response.body) if response.status == 200 else None
         answer = Answer.ANSWERED if address is not None else Answer.LOST
         if address is not None and not is_public(address):
-            # A server on the LAN does not see where we leave for the internet; a trace that says so is somebody's else.
+            # A server on the LAN does not see the exit address; a trace with a private address is not Cloudflare's.
             address, answer = None, Answer.UNKNOWN if target == "server" else Answer.LOST
     except HttpError as e:
         answer = Answer.UNKNOWN if is_shortage(e.__cause__) else Answer.LOST
@@ -66,8 +66,8 @@ def _address(target: str, body: bytes) -> IPAddress | None:
     if target == "trace":
         return address_in(parse_trace(body).get("ip", ""))
     try:
-        said = json_in(body)
+        fields = json_in(body)
     except ValueError:
         return None
-    text = said.get("ip") if isinstance(said, dict) else None
+    text = fields.get("ip") if isinstance(fields, dict) else None
     return address_in(text) if isinstance(text, str) else None

@@ -101,7 +101,7 @@ async def look(deps: RoundDeps, trigger: Trigger, policy: Policy) -> Observation
 
     async with asyncio.TaskGroup() as group:
         probing = deps.side_probes.begin(group, survey)
-        trying = bypass.Tries(group, parts or (), survey.tunnel)
+        trying = bypass.BypassProbes(group, parts or (), survey.tunnel)
         found = await canaries(probing.with_suspects(deps.plan(paths)), paths, enough=leaks, silence=probing.silence)
         seen = await probing.add(replace(seen, canaries=found), hurry=leaks(found))
         if deps.came_out(_outside(survey, found, policy)):
@@ -110,7 +110,7 @@ async def look(deps: RoundDeps, trigger: Trigger, policy: Policy) -> Observation
                 deps.watch.look(survey)
             if (now := _audit(deps, survey)) != parts:
                 trying.stop()
-                parts, trying = now, bypass.Tries(group, now or (), survey.tunnel)
+                parts, trying = now, bypass.BypassProbes(group, now or (), survey.tunnel)
         routed = await trying.results(lambda routed: _leaks(replace(seen, routed=routed), policy))
         seen = replace(seen, routed=None if parts is None else routed)
     if deps.pulses is not None:
@@ -228,7 +228,7 @@ async def _lookups(
 ) -> Observation:
     """Ask each nameserver; what proves a leak waits for no other answer."""
 
-    def with_lookups(asked: dns.Asked) -> Observation:
+    def with_lookups(asked: dns.ResolverAnswers) -> Observation:
         found = replace(
             seen,
             resolvers=_of_use(asked.sightings, nameservers),
@@ -239,7 +239,7 @@ async def _lookups(
         )
         return replace(found, places=_places(deps, found, policy))
 
-    def proves(asked: dns.Asked) -> bool:
+    def proves(asked: dns.ResolverAnswers) -> bool:
         return _is_proved(with_lookups(asked), policy)
 
     others = dns.besides(nameservers, deps.neighbors())

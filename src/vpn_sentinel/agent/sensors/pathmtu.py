@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Final
 
 from vpn_sentinel.agent.net.interfaces import Paths
-from vpn_sentinel.agent.probes.mtu import Found, Sizer, search
+from vpn_sentinel.agent.probes.mtu import MtuProbe, MtuResult, search
 from vpn_sentinel.agent.probes.targets import ServerEcho
 from vpn_sentinel.agent.sensors.pulse import PulseSensor
 from vpn_sentinel.domain.observation import Observation, Path
@@ -70,7 +70,7 @@ class PathMtu:
         if rtt > _MAX_RTT_S:
             return
         try:
-            with Sizer(target, self._numbered) as sizer:
+            with MtuProbe(target, self._numbered) as sizer:
                 size, patience = sizer.largest(link.mtu), max(_MIN_REPLY_TIMEOUT_S, 3 * rtt)
                 found = await search(lambda s: sizer.ask(s, patience), size, target.address.version)
         except OSError:
@@ -82,7 +82,7 @@ class PathMtu:
         number, datagram = self._pulse.datagram(target, size)
         return self._pulse.numbers.run, number, datagram
 
-    def _keep(self, found: Found) -> None:
+    def _keep(self, found: MtuResult) -> None:
         before = self._pulse.vanished
         if found.mtu is None:
             return  # nothing passed: what was known is still the best that is known
