@@ -127,7 +127,7 @@ class _Row:
 
 
 def run_show(args: argparse.Namespace) -> int:
-    from vpn_sentinel.agent.geo.databases import OLD, TOO_OLD
+    from vpn_sentinel.agent.geo.databases import OLD_DAYS, TOO_OLD_DAYS
     from vpn_sentinel.agent.geo.store import read_manifest
 
     settings = _settings(args)
@@ -150,7 +150,14 @@ def run_show(args: argparse.Namespace) -> int:
     table(
         ("SOURCE", "TYPE", "HOLDS", "AGE", "FETCHED", "STATE"),
         [
-            (r.source, r.type, " and ".join(r.holds), _age(r.days, OLD, TOO_OLD), local_time(r.fetched), r.state)
+            (
+                r.source,
+                r.type,
+                " and ".join(r.holds),
+                _age(r.days, OLD_DAYS, TOO_OLD_DAYS),
+                local_time(r.fetched),
+                r.state,
+            )
             for r in rows
         ],
     )

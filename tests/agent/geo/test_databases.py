@@ -12,7 +12,7 @@ import pytest
 from tests.agent.geo.test_update import fetch
 from tests.agent.geo.world import DAY, NOW, Server, mmdb, serving
 from tests.conftest import ManualClock
-from vpn_sentinel.agent.geo.databases import LOOK_AGAIN, Databases
+from vpn_sentinel.agent.geo.databases import CHECK_FILES_EVERY_S, Databases
 from vpn_sentinel.agent.geo.sources import dbip, from_files
 
 EXIT, EXIT6 = ip_address("185.65.134.10"), ip_address("2a03:1b20:3::10")
@@ -40,7 +40,7 @@ def test_a_new_file_is_taken_without_a_restart_and_the_old_is_let_go(tmp_path: P
         mmdb(tmp_path / "x.mmdb", "both", country=country, built=NOW - 20 * DAY + n)
         fetch(from_files((tmp_path / "x.mmdb",)), folder, clock)
         databases.look_up(EXIT)
-        clock.now += LOOK_AGAIN
+        clock.now += CHECK_FILES_EVERY_S
         assert countries(databases) == [country]
         gc.collect()
         assert held(folder) == 1
@@ -56,7 +56,7 @@ def test_an_update_between_two_questions_disturbs_neither(tmp_path: Path, clock:
         assert countries(databases) == ["DE"]
         _renew(server, tmp_path, clock)
         assert countries(databases) == ["DE"]  # the old file is gone from the folder, and still open
-        clock.now += LOOK_AGAIN
+        clock.now += CHECK_FILES_EVERY_S
         assert countries(databases) == ["NL"]
         databases.close()
 
@@ -86,7 +86,7 @@ def test_files_that_are_named_win_over_the_folder(tmp_path: Path, clock: ManualC
     assert countries(databases) == ["SE"]
     mmdb(tmp_path / "new.mmdb", "Named", country="CH")
     (tmp_path / "new.mmdb").replace(tmp_path / "else" / "named.mmdb")
-    clock.now += LOOK_AGAIN
+    clock.now += CHECK_FILES_EVERY_S
     assert countries(databases) == ["CH"]
     databases.close()
 
@@ -99,13 +99,13 @@ def test_what_cannot_be_opened_is_told_once_and_the_old_stays(
     databases = Databases(clock, files=[str(path)])
     path.unlink()
     for _ in range(5):
-        clock.now += LOOK_AGAIN
+        clock.now += CHECK_FILES_EVERY_S
         assert countries(databases) == ["NL"]
     assert [r.message for r in caplog.records if r.levelno >= logging.WARNING] == [
         "a database of places cannot be used"
     ]
     mmdb(path, "Mine", country="SE")
-    clock.now += LOOK_AGAIN
+    clock.now += CHECK_FILES_EVERY_S
     assert countries(databases) == ["SE"]
     databases.close()
 
@@ -142,7 +142,7 @@ def test_a_file_that_is_cut_while_it_is_in_use_is_no_crash(tmp_path: Path, clock
         os.truncate(path, size)
         databases.look_up(EXIT)
     path.write_bytes(good)
-    clock.now += LOOK_AGAIN
+    clock.now += CHECK_FILES_EVERY_S
     assert countries(databases) == ["NL"]
     databases.close()
 
@@ -163,7 +163,7 @@ def test_age_is_logged_once(
     mmdb(tmp_path / "x.mmdb", "Mine", built=NOW - days * DAY)
     databases = Databases(clock, folder=tmp_path)
     for _ in range(3):
-        clock.now += LOOK_AGAIN
+        clock.now += CHECK_FILES_EVERY_S
         databases.look_up(EXIT)
     said = [r.message for r in caplog.records if "vpn-sentinel geo update" in r.message]
     assert [m.split(";")[0].removeprefix("a database of places is ") for m in said] == words

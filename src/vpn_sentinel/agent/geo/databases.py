@@ -1,7 +1,7 @@
-"""The databases in use: which files, opened once, and opened anew when they change.
+"""The databases in use: which files, opened once, and opened again when they change.
 
-Files are looked at once a minute, when somebody asks for an address; a new one takes the place of the old without a
-restart. Those of one vendor make one opinion together: the city from the one, the network from the other.
+Files are checked once a minute, when an address is looked up; a new file replaces the old one without a restart. The
+files of one vendor count as one source: the city from one, the network from the other.
 """
 
 import logging
@@ -19,10 +19,10 @@ from vpn_sentinel.runtime.clock import Clock
 
 log = logging.getLogger(__name__)
 
-LOOK_AGAIN: Final = 60.0  # seconds between two looks at the files
-OLD, TOO_OLD = 45.0, 90.0  # days since the data was built; DB-IP's is new every month, MaxMind's twice a week
-_DAY: Final = 86400.0
-_MAX_ANSWERS: Final = 64  # answers kept
+CHECK_FILES_EVERY_S: Final = 60.0  # at most, while addresses are looked up
+OLD_DAYS, TOO_OLD_DAYS = 45.0, 90.0  # since the data was built; DB-IP publishes every month, MaxMind twice a week
+_DAY_S: Final = 86400.0
+_MAX_ANSWERS: Final = 64  # cached
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +36,7 @@ class Opened:
 
     @property
     def name(self) -> str:
-        """As a place's source: with the day that its data is of."""
+        """The source of its places: with the date of the data."""
         return f"{self.source[:48]}:{day(self.built)}"
 
     def close(self) -> None:
@@ -45,7 +45,7 @@ class Opened:
 
 
 def vendor(database_type: str) -> str | None:
-    """Whose a file is, by the type that it gives itself; None for one that is not known."""
+    """The vendor of a file, by its database type; None when unknown."""
     if database_type.startswith("DBIP"):
         return "dbip"
     return "maxmind" if database_type.startswith(("GeoLite2", "GeoIP2")) else None
@@ -56,23 +56,23 @@ def day(seconds: float) -> str:
 
 
 def days_old(built: float, now: float) -> float:
-    return max(0.0, now - built) / _DAY
+    return max(0.0, now - built) / _DAY_S
 
 
 def how_old(built: float, now: float) -> str | None:
-    """In words, None while the data is young enough."""
+    """In words, None while the data is recent enough."""
     days = days_old(built, now)
-    return "much too old" if days >= TOO_OLD else "old" if days >= OLD else None
+    return "much too old" if days >= TOO_OLD_DAYS else "old" if days >= OLD_DAYS else None
 
 
 def open_together(source: str, paths: Sequence[Path]) -> Opened:
-    """Open files as one source. Raises ValueError that names the one that cannot be used."""
+    """Open files as one source. Raises ValueError with the name of the one that cannot be used."""
     readers = tuple(open_file(path) for path in paths)
     return Opened(source, min(r.metadata().build_epoch for r in readers), tuple(paths), readers)
 
 
 def open_by_vendor(paths: Sequence[Path]) -> tuple[Opened, ...]:
-    """Open files that nobody described: those of one vendor together, others each alone. Raises ValueError."""
+    """Open files without a manifest: those of one vendor together, others separately. Raises ValueError."""
     groups: dict[str, list[Path]] = {}
     for path in paths:
         reader = open_file(path)
@@ -82,26 +82,26 @@ def open_by_vendor(paths: Sequence[Path]) -> tuple[Opened, ...]:
 
 
 class Databases:
-    """Looks addresses up in `files`, or, when none are named, in what is installed in `folder`."""
+    """Looks up addresses in `files`, or, if that is empty, in what is installed in `folder`."""
 
     def __init__(self, clock: Clock, *, files: Sequence[str] = (), folder: Path | None = None) -> None:
-        """Raises ValueError that names the one of `files` that cannot be used. `folder` may be missing or empty."""
+        """Raises ValueError with the name of a file that cannot be used. `folder` may be missing or empty."""
         self._clock = clock
         self._files = tuple(Path(f) for f in files)
         self._folder = folder
-        self._looked = clock.boottime()
-        self._told: set[tuple[str, str]] = set()
+        self._checked_at = clock.boottime()
+        self._logged: set[tuple[str, str]] = set()
         self._answers: dict[IPAddress, tuple[Place, ...]] = {}  # each round asks for the same few
-        self.failures: tuple[str, ...] = ()  # why what is there now cannot be used, one line each
+        self.failures: tuple[str, ...] = ()  # why current files cannot be used, one line each
         self.opened: tuple[Opened, ...] = open_by_vendor(self._files)
-        self._mark: object = self._marks() if self._files else None
+        self._loaded_states: object = self._file_states() if self._files else None
         self._refresh()
 
     def look_up(self, address: IPAddress) -> tuple[Place, ...]:
-        """What each source says of an address; one that does not know it says nothing."""
+        """The place of an address by each source that knows it."""
         now = self._clock.boottime()
-        if now - self._looked >= LOOK_AGAIN:
-            self._looked = now
+        if now - self._checked_at >= CHECK_FILES_EVERY_S:
+            self._checked_at = now
             self._refresh()
         if address not in self._answers:
             if len(self._answers) >= _MAX_ANSWERS:
@@ -121,16 +121,16 @@ class Databases:
             try:
                 place = read(source.name, address, get(reader, address))
             except ValueError as e:
-                self._say_once(str(path), str(e))
+                self._log_once(str(path), str(e))
                 continue
             found = place if found is None or place is None else _filled(found, place)
         return found
 
     def _refresh(self) -> None:
-        """Take what is there now when it changed. What cannot be opened is told, and what it was to replace stays."""
-        mark = self._marks()
-        if mark != self._mark:
-            self._mark, self.failures = mark, ()
+        """Open the files again if they changed. If one cannot be opened, log it and keep the old one."""
+        states = self._file_states()
+        if states != self._loaded_states:
+            self._loaded_states, self.failures = states, ()
             self._answers.clear()
             new = self._load()
             for source in self.opened:
@@ -139,7 +139,7 @@ class Databases:
             self.opened, old = new, self.opened
             if new or old:
                 log.info("databases of places in use", extra={"names": ", ".join(o.name for o in new) or "none"})
-        self._tell_age()
+        self._log_age()
 
     def _load(self) -> tuple[Opened, ...]:
         try:
@@ -162,39 +162,39 @@ class Databases:
         return tuple(found)
 
     def _failed(self, why: str) -> None:
-        self._mark = None  # tried again at the next look
+        self._loaded_states = None  # tried again at the next check
         self.failures = (*self.failures, why)
-        self._say_once("databases of places", why)
+        self._log_once("databases of places", why)
 
-    def _marks(self) -> tuple[object, ...]:
-        """Changes with every change of the files that matter."""
+    def _file_states(self) -> tuple[object, ...]:
+        """A value that differs after every change of the files in use."""
         if self._files or self._folder is None:
-            return tuple(_mark(path) for path in self._files)
-        return (_mark(self._folder / MANIFEST), *(_mark(path) for path in loose_files(self._folder)))
+            return tuple(_file_state(path) for path in self._files)
+        return (_file_state(self._folder / MANIFEST), *(_file_state(path) for path in loose_files(self._folder)))
 
-    def _tell_age(self) -> None:
+    def _log_age(self) -> None:
         now = self._clock.wall()
         for source in self.opened:
             words = how_old(source.built, now)
-            if words is not None and (source.name, words) not in self._told:
-                self._told.add((source.name, words))
-                level = logging.WARNING if days_old(source.built, now) >= TOO_OLD else logging.INFO
+            if words is not None and (source.name, words) not in self._logged:
+                self._logged.add((source.name, words))
+                level = logging.WARNING if days_old(source.built, now) >= TOO_OLD_DAYS else logging.INFO
                 facts = {"database": source.name, "days": int(days_old(source.built, now))}
                 log.log(level, "a database of places is %s; `vpn-sentinel geo update` renews it", words, extra=facts)
 
-    def _say_once(self, which: str, why: str) -> None:
-        if (which, why) not in self._told:
-            self._told.add((which, why))
+    def _log_once(self, which: str, why: str) -> None:
+        if (which, why) not in self._logged:
+            self._logged.add((which, why))
             log.warning("a database of places cannot be used", extra={"which": which, "reason": why})
 
 
 def _filled(first: Place, second: Place) -> Place:
-    """`first`, with what only `second` knows."""
+    """`first`, with the missing fields from `second`."""
     names = [f.name for f in fields(Place)]
     return replace(first, **{n: getattr(second, n) for n in names if getattr(first, n) is None})
 
 
-def _mark(path: Path) -> tuple[str, int, int, int] | None:
+def _file_state(path: Path) -> tuple[str, int, int, int] | None:
     try:
         found = path.stat()
     except OSError:

@@ -1,6 +1,6 @@
-"""Downloads to disk: streamed, bounded in size and time, and without passing credentials on.
+"""Downloads to disk: streamed, limited in size and time, and without passing credentials on.
 
-The standard library's client, which honours `https_proxy`; the agent itself never loads it.
+By the standard library's client, which honours `https_proxy`; the agent itself never loads it.
 """
 
 import base64
@@ -21,8 +21,8 @@ from vpn_sentinel.agent.net.http import reason
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.runtime.secret import Secret
 
-_PIECE: Final = 256 * 1024
-Progress = Callable[[int, int | None], None]  # bytes so far, and in all when that is known
+_CHUNK_BYTES: Final = 256 * 1024
+Progress = Callable[[int, int | None], None]  # bytes so far, and in total if known
 
 
 class NotThereError(GeoError):
@@ -31,7 +31,9 @@ class NotThereError(GeoError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bounds:
-    """`download` and `unpacked` are bytes of one file; `silence` and `whole` seconds of one download."""
+    """`download` and `unpacked` are maximum bytes of one file. `silence` and `whole` are the maximum seconds without
+    data and of one download.
+    """
 
     download: int = 512 * 1024 * 1024
     unpacked: int = 1024 * 1024 * 1024
@@ -54,10 +56,10 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
     ) -> urllib.request.Request | None:
-        # The login is an "unredirected" header, so it stays with the address that it was meant for.
+        # The login is an "unredirected" header, so it is not sent to the address of a redirect.
         if req.full_url.startswith("https:") and not newurl.startswith("https:"):
             fp.close()
-            raise GeoError(f"{shown(req.full_url)}: leads from HTTPS to an unprotected address")
+            raise GeoError(f"{shown(req.full_url)}: redirects from HTTPS to plain HTTP")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
@@ -84,11 +86,11 @@ class Web:
         digest = hashlib.sha256()
         with writing(to) as file:
 
-            def write(piece: bytes) -> None:
-                digest.update(piece)
+            def write(chunk: bytes) -> None:
+                digest.update(chunk)
                 try:
-                    file.write(piece)
-                except OSError as e:  # the disk's fault, not the network's
+                    file.write(chunk)
+                except OSError as e:  # an error of the disk, not of the network
                     raise GeoError(f"{to.parent}: {e.strerror}") from e
 
             self._read(url, login, self.bounds.download, write, self._progress)
@@ -104,17 +106,17 @@ class Web:
         self,
         url: str,
         login: DownloadLogin | None,
-        most: int,
+        max_bytes: int,
         write: Callable[[bytes], object],
         progress: Progress | None,
     ) -> None:
         request = urllib.request.Request(url, headers={"User-Agent": "vpn-sentinel"})  # noqa: S310 - checked settings
         if login is not None:
             request.add_unredirected_header("Authorization", login.header())
-        began = self._clock.boottime()
+        started_at = self._clock.boottime()
         try:
             with self._opener.open(request, timeout=self.bounds.silence) as response:
-                self._copy(response, most, write, progress, began)
+                self._copy(response, max_bytes, write, progress, started_at)
         except urllib.error.HTTPError as e:
             with e:
                 raise _refusal(url, e.code, login) from None
@@ -128,40 +130,45 @@ class Web:
         except http.client.IncompleteRead:
             raise GeoError(f"{shown(url)}: the connection ended early") from None
         except (http.client.HTTPException, ValueError):
-            # Their texts may repeat what the other side wrote, a signed address among it.
+            # Their texts may contain what the server sent, such as a signed URL.
             raise GeoError(f"{shown(url)}: the answer is not usable HTTP") from None
         except OSError as e:
             raise GeoError(f"{shown(url)}: {reason(e)}") from None
 
     def _copy(
-        self, response: Any, most: int, write: Callable[[bytes], object], progress: Progress | None, began: float
+        self,
+        response: Any,
+        max_bytes: int,
+        write: Callable[[bytes], object],
+        progress: Progress | None,
+        started_at: float,
     ) -> None:
         length = response.headers.get("Content-Length") or ""
-        whole = int(length) if length.isascii() and length.isdigit() else None
-        if whole is not None and whole > most:
-            raise GeoError(f"is larger than {most} bytes")
-        got = 0
-        while piece := response.read(_PIECE):
-            got += len(piece)
-            if got > most:
-                raise GeoError(f"is larger than {most} bytes")
-            if self._clock.boottime() - began > self.bounds.whole:
+        total = int(length) if length.isascii() and length.isdigit() else None
+        if total is not None and total > max_bytes:
+            raise GeoError(f"is larger than {max_bytes} bytes")
+        received = 0
+        while chunk := response.read(_CHUNK_BYTES):
+            received += len(chunk)
+            if received > max_bytes:
+                raise GeoError(f"is larger than {max_bytes} bytes")
+            if self._clock.boottime() - started_at > self.bounds.whole:
                 raise GeoError(f"is not complete after {self.bounds.whole:g} s")
-            write(piece)
+            write(chunk)
             if progress is not None:
-                progress(got, whole)
-        if whole is not None and got != whole:
-            raise GeoError(f"the connection ended after {got} of {whole} bytes")
+                progress(received, total)
+        if total is not None and received != total:
+            raise GeoError(f"the connection ended after {received} of {total} bytes")
 
 
 def shown(url: str) -> str:
-    """An address without its query, which may hold a signature."""
+    """A URL without its query, which may have a signature."""
     return url.partition("?")[0]
 
 
 def _refusal(url: str, status: int, login: DownloadLogin | None) -> GeoError:
     if status == 404:
-        return NotThereError(f"{shown(url)}: is not there (HTTP 404)")
+        return NotThereError(f"{shown(url)}: does not exist (HTTP 404)")
     if status in (401, 403) and login is not None:
         return GeoError(f"{shown(url)}: does not accept this account and key (HTTP {status})")
     if status == 429:
@@ -170,14 +177,14 @@ def _refusal(url: str, status: int, login: DownloadLogin | None) -> GeoError:
 
 
 def terminal_progress() -> Progress | None:
-    """Shows megabytes on standard error while somebody looks at it, None when nobody does."""
+    """Shows megabytes on standard error; None when that is not a terminal."""
     if not sys.stderr.isatty():
         return None
 
-    def show(got: int, whole: int | None) -> None:
-        of = f" of {whole / 1e6:.1f}" if whole else ""
-        end = "\n" if got == whole else ""
-        sys.stderr.write(f"\r  {got / 1e6:.1f}{of} MB{end}")
+    def show(received: int, total: int | None) -> None:
+        of = f" of {total / 1e6:.1f}" if total else ""
+        end = "\n" if received == total else ""
+        sys.stderr.write(f"\r  {received / 1e6:.1f}{of} MB{end}")
         sys.stderr.flush()
 
     return show

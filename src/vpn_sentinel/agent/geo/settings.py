@@ -29,7 +29,7 @@ SECTIONS: Final = (*agent.SECTIONS, UPDATES)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GeoSettings:
-    """`files` is set when the agent reads other files than the folder's."""
+    """`files` is set when the agent is configured to read other files than those of the folder."""
 
     folder: Path
     files: str | None

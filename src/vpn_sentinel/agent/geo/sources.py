@@ -1,7 +1,7 @@
-"""Where databases come from: DB-IP Lite, MaxMind's GeoLite2, or files. Each knows how to fetch its parts.
+"""Sources of databases: DB-IP Lite, MaxMind's GeoLite2, or files. Each can fetch its parts.
 
 DB-IP: one gzip file a part and month, free, CC BY 4.0 (db-ip.com/db/lite.php). MaxMind: a tar.gz by its permalink,
-with account and licence key, beside a file with its SHA-256 (dev.maxmind.com/geoip/updating-databases).
+with account and licence key, next to a file with its SHA-256 (dev.maxmind.com/geoip/updating-databases).
 """
 
 from collections.abc import Callable
@@ -20,19 +20,19 @@ MAXMIND_CREDIT: Final = "This product includes GeoLite2 data created by MaxMind,
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fetched:
-    """A database file in the folder, not yet looked at. `archive` is the SHA-256 of what it came in."""
+    """A database file in the folder, not yet verified. `archive` is the SHA-256 of the downloaded archive."""
 
     path: Path
     origin: str
     archive: str = ""
 
 
-# Whether what is installed came from this origin (and this archive, when it is not empty), and is whole.
+# Whether the installed file came from this origin (and this archive, when it is not empty), and is intact.
 Installed = Callable[[str, str], bool]
 
 
 class Database(Protocol):
-    """One part. `holds` is what its records must tell."""
+    """One part of a source. `holds` is what its records must contain: "places" or "networks"."""
 
     @property
     def holds(self) -> str: ...
@@ -44,9 +44,9 @@ class Database(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Vendor:
-    """A source: its name, under which licence its data is, whom to credit, and its parts.
+    """A source: its name, the licence of its data, whom to credit, and its parts.
 
-    The first three are empty when the files themselves must tell.
+    The first three are empty when they depend on the files.
     """
 
     name: str
@@ -92,8 +92,8 @@ class MaxmindPart:
     def fetch(self, web: Web, folder: Path, now: float, installed: Installed) -> Fetched | None:
         del now
         url = f"{self.base}/geoip/databases/{self.edition}/download?suffix=tar.gz"
-        said = web.text(url + ".sha256", self.login).split()
-        wanted = said[0].lower() if said else ""
+        checksum = web.text(url + ".sha256", self.login).split()
+        wanted = checksum[0].lower() if checksum else ""
         if len(wanted) != 64 or not set(wanted) <= set("0123456789abcdef"):
             raise GeoError(f"{shown(url)}: the answer holds no SHA-256")
         if installed(shown(url), wanted):
@@ -101,7 +101,7 @@ class MaxmindPart:
         packed, tar, found = part(folder), part(folder), part(folder)
         archive = web.save(url, packed, self.login)
         if archive != wanted:
-            raise GeoError(f"{shown(url)}: its SHA-256 is not the one that MaxMind gives")
+            raise GeoError(f"{shown(url)}: its SHA-256 is not the one that MaxMind publishes")
         with named(shown(url)):
             gunzip(packed, tar, web.bounds.unpacked)
             packed.unlink()
@@ -112,7 +112,7 @@ class MaxmindPart:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FilePart:
-    """A file that somebody has: `.mmdb`, `.mmdb.gz` or a `.tar.gz` that holds one."""
+    """A local file: `.mmdb`, `.mmdb.gz` or a `.tar.gz` with one."""
 
     file: Path
     holds: str = ""
@@ -120,19 +120,19 @@ class FilePart:
     def fetch(self, web: Web, folder: Path, now: float, installed: Installed) -> Fetched | None:
         del now, installed
         tar, found = part(folder), part(folder)
-        most = web.bounds.unpacked
+        max_bytes = web.bounds.unpacked
         try:
             with named(str(self.file)):
                 if self.file.name.endswith((".tar.gz", ".tgz")):
-                    gunzip(self.file, tar, most)
-                    only_database(tar, found, most)
+                    gunzip(self.file, tar, max_bytes)
+                    only_database(tar, found, max_bytes)
                     tar.unlink()
                 elif self.file.name.endswith(".gz"):
-                    gunzip(self.file, found, most)
+                    gunzip(self.file, found, max_bytes)
                 else:
-                    copy_of(self.file, found, most)
+                    copy_of(self.file, found, max_bytes)
         except OSError as e:
-            if e.filename is None:  # written to our folder, which is named elsewhere
+            if e.filename is None:  # an error of our folder, which the caller names
                 raise
             raise GeoError(f"{e.filename}: {e.strerror}") from e
         return Fetched(path=found, origin=str(self.file.absolute()))
@@ -159,7 +159,7 @@ def from_files(files: tuple[Path, ...]) -> Vendor:
 
 
 def _months(now: float) -> tuple[str, str]:
-    """This month and the one before, as YYYY-MM: a new file comes out some time on the first."""
+    """This month and the one before, as YYYY-MM: a new file is published at some time on the first."""
     today = datetime.fromtimestamp(now, UTC)
     year, month = (today.year, today.month - 1) if today.month > 1 else (today.year - 1, 12)
     return f"{today.year:04}-{today.month:02}", f"{year:04}-{month:02}"

@@ -1,8 +1,8 @@
 """The folder of installed databases: DATA_DIR/geo, described by `geo.json` in it.
 
-Files are named after their contents and never written again, so a reader is not disturbed. Replacing
-`geo.json` is the one step that changes what is in use: before it the old files count, after it the new ones, never a
-mixture. Without a `geo.json` every `*.mmdb` in the folder counts.
+Files are named after their contents and never modified, so a reader is not disturbed. Replacing `geo.json` is the
+single step that changes what is in use: before it the old files, after it the new ones, never a mixture. Without a
+`geo.json` every `*.mmdb` in the folder counts.
 """
 
 import fcntl
@@ -19,16 +19,16 @@ from vpn_sentinel.runtime import files
 from vpn_sentinel.runtime.user_error import UserError
 
 MANIFEST: Final = "geo.json"
-_LOCK: Final = ".lock"
+_LOCK_NAME: Final = ".lock"
 
 
 class GeoError(UserError):
-    """A database that cannot be fetched, used or kept. The message is one line."""
+    """A database that cannot be fetched, used or stored. The message is one line."""
 
 
 @contextmanager
 def named(name: str) -> Iterator[None]:
-    """Put `name` in front of a GeoError that comes out of the block."""
+    """Prefix a GeoError that is raised in the block with `name`."""
     try:
         yield
     except GeoError as e:
@@ -38,7 +38,7 @@ def named(name: str) -> Iterator[None]:
 class Entry(msgspec.Struct, frozen=True, kw_only=True):
     """One file. `origin` is where it came from; `built` seconds since 1970; `archive` the SHA-256 of what was fetched.
 
-    `holds` names what its records tell: "places", "networks" or both.
+    `holds` is what its records contain: "places", "networks" or both.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Collection(msgspec.Struct, frozen=True, kw_only=True):
-    """The files of one source: "dbip", "maxmind" or "mmdb". Together they make one opinion. `fetched` as `built`."""
+    """The files of one source: "dbip", "maxmind" or "mmdb". `fetched` is in seconds since 1970."""
 
     source: str
     fetched: float
@@ -78,11 +78,11 @@ def read_manifest(folder: Path) -> Manifest | None:
     except OSError as e:
         raise GeoError(f"{path}: {e.strerror}") from e
     except (ValueError, RecursionError) as e:  # msgspec.DecodeError is a ValueError
-        raise GeoError(f"{path}: is damaged; `vpn-sentinel geo update` writes it anew") from e
+        raise GeoError(f"{path}: is damaged; `vpn-sentinel geo update` writes it again") from e
 
 
 def loose_files(folder: Path) -> tuple[Path, ...]:
-    """What somebody put into the folder by hand. Raises nothing: no folder has no files."""
+    """Files that somebody put into the folder by hand. Never raises: empty without a folder."""
     with suppress(OSError):
         return tuple(sorted(p for p in folder.glob("*.mmdb") if p.is_file()))
     return ()
@@ -90,11 +90,11 @@ def loose_files(folder: Path) -> tuple[Path, ...]:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder for one update; it is made when it is missing. Raises GeoError when another one holds it."""
+    """Lock the folder for one update; make it if it is missing. Raises GeoError when another update has the lock."""
     try:
         files.folder(folder.parent)
         files.folder(folder, mode=0o755)
-        handle = os.open(folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        handle = os.open(folder / _LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
     except OSError as e:
         raise GeoError(f"{folder}: {e.strerror}") from e
     try:
@@ -102,26 +102,27 @@ def locked(folder: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             raise GeoError(f"{folder}: another update is running") from e
-        _sweep(folder)  # of one that was killed
+        _remove_parts(folder)  # after an update that was killed
         try:
             yield
         finally:
-            _sweep(folder)
+            _remove_parts(folder)
     finally:
         os.close(handle)
 
 
 def part(folder: Path) -> Path:
-    """A new name for what is being fetched or unpacked: nobody can have put a link there before."""
+    """A random name for a file that is being fetched or unpacked: nobody can have put a link there before."""
     return folder / f"{secrets.token_hex(8)}{files.PART}"
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[IO[bytes]]:
-    """A new file, its writer's alone until it is whole. Raises FileExistsError for whatever bears its name, a link too.
+    """A new file, readable only by its owner until it is complete. Raises FileExistsError if the name exists, also as a
+    link.
 
-    Root may run this in a folder where others write, who can put a link in the place of a name at any time: so the
-    mode is set by the handle.
+    Root may run this in a folder where others can write and replace a name with a link at any time: so the mode is set
+    by the file descriptor.
     """
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     with os.fdopen(handle, "wb") as file:
@@ -130,19 +131,19 @@ def writing(path: Path) -> Iterator[IO[bytes]]:
 
 
 def path_of(folder: Path, entry: Entry) -> Path:
-    """Where an installed file is: in the folder, whatever its manifest says."""
+    """The path of an installed file: always in the folder, whatever path the manifest has."""
     return folder / Path(entry.name).name
 
 
 def install(folder: Path, collection: Collection, fetched: tuple[Path, ...]) -> None:
-    """Put `fetched`, the files of `collection` in its order, in the place of the source's old ones. Raises OSError."""
+    """Replace the source's old files with `fetched`, the files of `collection` in its order. Raises OSError."""
     try:
         old = read_manifest(folder) or Manifest()
     except GeoError:
         old = Manifest()
     for path, entry in zip(fetched, collection.files, strict=True):
         files.to_disk(path)
-        path.replace(path_of(folder, entry))  # of a link there the link itself
+        path.replace(path_of(folder, entry))  # replaces a link, not its target
     files.to_disk(folder)
     others = tuple(c for c in old.collections if c.source != collection.source)
     new = Manifest(collections=(*others, collection))
@@ -155,10 +156,10 @@ def install(folder: Path, collection: Collection, fetched: tuple[Path, ...]) -> 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Raises OSError."""
     content = msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
-    files.put(folder / MANIFEST, content, mode=0o644)  # public, as what it lists
+    files.put(folder / MANIFEST, content, mode=0o644)  # public, as the files
 
 
-def _sweep(folder: Path) -> None:
+def _remove_parts(folder: Path) -> None:
     for path in folder.glob(f"*{files.PART}"):
-        with suppress(OSError):  # a folder of that name, perhaps: it is in nobody's way
+        with suppress(OSError):  # a folder of that name, perhaps: harmless
             path.unlink()

@@ -1,4 +1,4 @@
-"""Out of gzip and tar, to new files, and never more than a bound allows."""
+"""Unpack gzip and tar to new files, up to a maximum size."""
 
 import gzip
 import hashlib
@@ -9,38 +9,38 @@ from typing import IO, Final, Protocol
 
 from vpn_sentinel.agent.geo.store import GeoError, writing
 
-_PIECE: Final = 256 * 1024
-_GZIP: Final = b"\x1f\x8b"
+_CHUNK_BYTES: Final = 256 * 1024
+_GZIP_MAGIC: Final = b"\x1f\x8b"
 
 
 class _Readable(Protocol):
     def read(self, size: int, /) -> bytes: ...
 
 
-def gunzip(packed: Path, to: Path, most: int) -> None:
-    """Raises GeoError for what is no gzip file, is cut off or damaged, or unpacks to more than `most` bytes."""
+def gunzip(packed: Path, to: Path, max_bytes: int) -> None:
+    """Raises GeoError when it is not a gzip file, is truncated or damaged, or unpacks to more than `max_bytes`."""
     with packed.open("rb") as file:
-        if file.read(2) != _GZIP:
-            raise GeoError("is not a gzip file; perhaps a web page came in its place")
+        if file.read(2) != _GZIP_MAGIC:
+            raise GeoError("is not a gzip file; perhaps a web page was sent instead")
     try:
         with gzip.open(packed) as source, writing(to) as target:
-            _copy(source, target, most)
+            _copy(source, target, max_bytes)
     except (gzip.BadGzipFile, EOFError, zlib.error) as e:
         raise GeoError("is cut off or damaged (gzip)") from e
 
 
-def only_database(archive: Path, to: Path, most: int) -> str:
-    """Take the one `.mmdb` out of a tar file; returns its name. Raises GeoError."""
+def only_database(archive: Path, to: Path, max_bytes: int) -> str:
+    """Extract the only `.mmdb` of a tar file; returns its name. Raises GeoError."""
     try:
         with archive.open("rb") as tar:
-            # Header by header, for tarfile reads extended ones whole, and one of 300 MB for many minutes. What a path
-            # or link in the archive says is never used as a path here.
+            # Header by header: tarfile reads extended headers as a whole, and takes many minutes for one of 300 MB.
+            # Paths and links in the archive are never used as paths here.
             while (head := tar.read(tarfile.BLOCKSIZE)).strip(b"\0"):
                 member = tarfile.TarInfo.frombuf(head, "utf-8", "surrogateescape")
                 if member.size < 0:
                     raise GeoError("is damaged (tar)")
                 if member.isreg() and member.name.endswith(".mmdb"):
-                    _take(tar, member.size, to, most)
+                    _extract(tar, member.size, to, max_bytes)
                     return Path(member.name).name
                 tar.seek(-member.size % tarfile.BLOCKSIZE + member.size, 1)
     except (tarfile.TarError, EOFError) as e:
@@ -48,13 +48,13 @@ def only_database(archive: Path, to: Path, most: int) -> str:
     raise GeoError("holds no .mmdb file")
 
 
-def _take(tar: IO[bytes], size: int, to: Path, most: int) -> None:
-    if size > most:
-        raise GeoError(f"unpacks to more than {most} bytes")
+def _extract(tar: IO[bytes], size: int, to: Path, max_bytes: int) -> None:
+    if size > max_bytes:
+        raise GeoError(f"unpacks to more than {max_bytes} bytes")
     with writing(to) as target:
-        while size and (piece := tar.read(min(size, _PIECE))):
-            target.write(piece)
-            size -= len(piece)
+        while size and (chunk := tar.read(min(size, _CHUNK_BYTES))):
+            target.write(chunk)
+            size -= len(chunk)
     if size:
         raise GeoError("is cut off (tar)")
 
@@ -65,16 +65,16 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def copy_of(path: Path, to: Path, most: int) -> None:
+def copy_of(path: Path, to: Path, max_bytes: int) -> None:
     with path.open("rb") as source, writing(to) as target:
-        _copy(source, target, most)
+        _copy(source, target, max_bytes)
 
 
-def _copy(source: _Readable, target: IO[bytes], most: int) -> int:
+def _copy(source: _Readable, target: IO[bytes], max_bytes: int) -> int:
     got = 0
-    while piece := source.read(_PIECE):
-        got += len(piece)
-        if got > most:
-            raise GeoError(f"unpacks to more than {most} bytes")
-        target.write(piece)
+    while chunk := source.read(_CHUNK_BYTES):
+        got += len(chunk)
+        if got > max_bytes:
+            raise GeoError(f"unpacks to more than {max_bytes} bytes")
+        target.write(chunk)
     return got

@@ -1,4 +1,4 @@
-"""One update: fetch beside the old files, verify, then swap. What fails before the swap changes nothing."""
+"""One update: fetch next to the old files, verify, then swap. A failure before the swap changes nothing."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -23,19 +23,19 @@ from vpn_sentinel.agent.geo.unpack import digest
 from vpn_sentinel.agent.geo.verify import examine, not_older
 from vpn_sentinel.runtime.clock import Clock
 
-OTHERS: Final = "mmdb"  # whose vendor is not known
+UNKNOWN_VENDOR: Final = "mmdb"  # source name of files
 
 
 @dataclass(frozen=True, slots=True)
 class Updated:
-    """What is installed now; `changed` is False when it was the newest already."""
+    """What is installed now; `changed` is False when it already was the newest."""
 
     collection: Collection
     changed: bool
 
 
 def update(source: Vendor, folder: Path, web: Web, clock: Clock) -> Updated:
-    """Bring `source` up to date in `folder`. Raises GeoError; the old files are in use then as before."""
+    """Bring `source` up to date in `folder`. Raises GeoError; then the old files stay in use."""
     try:
         with locked(folder):
             return _update(source, folder, web, clock)
@@ -47,14 +47,14 @@ def _update(source: Vendor, folder: Path, web: Web, clock: Clock) -> Updated:
     try:
         manifest = read_manifest(folder) or Manifest()
     except GeoError:
-        manifest = Manifest()  # damaged: everything is fetched anew
-    done = [_one(part, source.name, manifest, folder, web, clock) for part in source.parts]
-    name = source.name or _whose(entry for entry, _ in done)
+        manifest = Manifest()  # damaged: everything is fetched again
+    results = [_fetch_part(part, source.name, manifest, folder, web, clock) for part in source.parts]
+    name = source.name or _vendor_of(entry for entry, _ in results)
     installed = manifest.of(name)
-    # Of files that somebody has, one alone may be given: what it does not tell stays as it was.
-    told = {what for entry, _ in done for what in entry.holds}
-    done += [(e, path_of(folder, e)) for e in (installed.files if installed else ()) if not told & set(e.holds)]
-    entries, paths = tuple(entry for entry, _ in done), tuple(path for _, path in done)
+    # A local file may cover only a part (places or networks): the other part stays as it was.
+    covered = {what for entry, _ in results for what in entry.holds}
+    results += [(e, path_of(folder, e)) for e in (installed.files if installed else ()) if not covered & set(e.holds)]
+    entries, paths = tuple(entry for entry, _ in results), tuple(path for _, path in results)
     collection = Collection(
         source=name,
         fetched=clock.wall(),
@@ -67,15 +67,17 @@ def _update(source: Vendor, folder: Path, web: Web, clock: Clock) -> Updated:
     return Updated(collection, installed is None or installed.files != entries)
 
 
-def _whose(entries: Iterable[Entry]) -> str:
-    """The one vendor of all of them; "mmdb" for files of nobody known, or of several."""
-    found = {vendor(entry.type) or OTHERS for entry in entries}
-    return found.pop() if len(found) == 1 else OTHERS
+def _vendor_of(entries: Iterable[Entry]) -> str:
+    """The vendor of all of them; "mmdb" for files of an unknown vendor, or of several."""
+    found = {vendor(entry.type) or UNKNOWN_VENDOR for entry in entries}
+    return found.pop() if len(found) == 1 else UNKNOWN_VENDOR
 
 
-def _one(part: Database, source: str, manifest: Manifest, folder: Path, web: Web, clock: Clock) -> tuple[Entry, Path]:
-    """What is to be installed of one part, and where it lies now."""
-    old = _holding(manifest.of(source), part.holds)
+def _fetch_part(
+    part: Database, source: str, manifest: Manifest, folder: Path, web: Web, clock: Clock
+) -> tuple[Entry, Path]:
+    """The entry to be installed for one part, and the current path of its file."""
+    old = _entry_with(manifest.of(source), part.holds)
 
     def is_installed(origin: str, archive: str) -> bool:
         return old is not None and old.origin == origin and archive in ("", old.archive) and intact(folder, old)
@@ -84,11 +86,11 @@ def _one(part: Database, source: str, manifest: Manifest, folder: Path, web: Web
     if fetched is None and old is not None:
         return old, path_of(folder, old)
     if fetched is None:
-        raise GeoError("nothing was fetched")  # no part says so without having been told that it is installed
+        raise GeoError("nothing was fetched")  # a part returns None only when it is installed
     with named(fetched.origin):
         facts = examine(fetched.path, clock.wall(), part.holds)
-        rival = old or _holding(manifest.of(source or vendor(facts.type) or OTHERS), facts.holds[0])
-        not_older(facts, rival.built if rival else None)
+        replaced = old or _entry_with(manifest.of(source or vendor(facts.type) or UNKNOWN_VENDOR), facts.holds[0])
+        not_older(facts, replaced.built if replaced else None)
     sha256 = digest(fetched.path)
     entry = Entry(
         name=f"{'-'.join(facts.holds)}-{sha256[:16]}.mmdb",
@@ -103,12 +105,12 @@ def _one(part: Database, source: str, manifest: Manifest, folder: Path, web: Web
     return entry, fetched.path
 
 
-def _holding(installed: Collection | None, what: str) -> Entry | None:
+def _entry_with(installed: Collection | None, what: str) -> Entry | None:
     return next((e for e in installed.files if what in e.holds), None) if installed else None
 
 
 def intact(folder: Path, entry: Entry) -> bool:
-    """Whether the installed file is what it was when it was verified."""
+    """Whether the installed file is unchanged since it was verified."""
     try:
         return digest(path_of(folder, entry)) == entry.sha256
     except OSError:
