@@ -11,7 +11,7 @@ import pytest
 
 from lab import Lab, Site, until
 from tests.acceptance.stand import INTERVAL, KEY, Stand, once
-from vpn_sentinel.agent.sensors.interruptions import BRIEF
+from vpn_sentinel.agent.sensors.interruptions import MAX_INTERRUPTION_S
 
 pytestmark = pytest.mark.acceptance
 
@@ -157,7 +157,7 @@ def test_row_42_a_tunnel_that_comes_and_goes_is_one_open_incident(attic: Attic) 
         told = len(attic.messages())
         attic.site.block_endpoint()
         attic.wait_message("is down", told, 20)
-        time.sleep(BRIEF)  # where it is shorter, two of them are loss as well, and told as that
+        time.sleep(MAX_INTERRUPTION_S)  # where it is shorter, two of them are loss as well, and told as that
         attic.site.heal()
         attic.wait_message("is protected again", told, 40)
     told = len(attic.messages())
@@ -168,7 +168,7 @@ def test_row_42_a_tunnel_that_comes_and_goes_is_one_open_incident(attic: Attic) 
         attic.site.heal()
         time.sleep(INTERVAL)
         attic.site.block_endpoint()
-        time.sleep(INTERVAL + BRIEF)
+        time.sleep(INTERVAL + MAX_INTERRUPTION_S)
     attic.site.heal()
     attic.wait_state("protected", 60)
     until(lambda: not attic.owed(), 10, "nothing owed", interval=0.1)

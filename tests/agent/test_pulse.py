@@ -178,7 +178,7 @@ async def test_a_changed_route_gets_a_new_socket() -> None:
     rang: list[float] = []
     ways = ["wg0"]
     sensor = PulseSensor(
-        0.05, echoes=lambda: (server.target,), on_change=lambda: rang.append(1), way=lambda *_: ways[-1]
+        0.05, echoes=lambda: (server.target,), on_change=lambda: rang.append(1), route=lambda *_: ways[-1]
     )
     task = loop.create_task(sensor.run())
     await until(lambda: len(server.got) > 3)

@@ -30,7 +30,7 @@ class Line:
             step = self.now + max(1e-6, self.timing.wait(self.now))
             if self.back and self.back[0][0] <= step:
                 self.now, asked = self.back.pop(0)
-                if self.timing.heard(self.now - asked):
+                if self.timing.received(self.now - asked):
                     self.rang.append(self.now)
             else:
                 self.now = step
@@ -110,4 +110,4 @@ def test_a_refusal_rings_at_the_second() -> None:
     assert timing.wait(10.0) < 0.2
     assert timing.refused(10.2)
     assert not timing.refused(10.4)
-    assert timing.heard(0.01)
+    assert timing.received(0.01)

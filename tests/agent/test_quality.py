@@ -42,8 +42,8 @@ class Pulses:
             self.samples.sent(self.number, self.now, counts=not timing.silent)
             timing.sent(self.now)
             if self.dice.random() >= self.loss and (self.now - self.dead_from) % self.every >= self.dead:
-                self.samples.heard(self.number, self.now + 0.05)
-                timing.heard(0.05)
+                self.samples.received(self.number, self.now + 0.05)
+                timing.received(0.05)
         pace = self.samples.pace(self.now)
         if pace is not None and not timing.silent:
             self.close += 1
@@ -151,9 +151,9 @@ def stands_still(seconds: float, *, seed: int = 1) -> tuple[Pulses, float]:
     waiting, end = line.number + 1, line.now + seconds
     line.run(seconds)
     for n, number in enumerate(range(waiting, line.number + 1)):
-        rtt = line.samples.heard(number, end + 0.05 + n * 0.002)
+        rtt = line.samples.received(number, end + 0.05 + n * 0.002)
         if rtt is not None:
-            line.timing.heard(rtt)
+            line.timing.received(rtt)
     line.loss = 0.0
     return line, end
 
@@ -182,7 +182,7 @@ def test_a_full_queue_is_told(every: float) -> None:
         samples.sent(number, now)
         due.append((round(now + 2.0, 1) + dice.random() * 0.02, number))
     for at, number in sorted(due):
-        samples.heard(number, at)
+        samples.received(number, at)
     found = samples.quality(200 * every + 3)
     assert found.rtt_ms == pytest.approx(2010, abs=60)
 
@@ -248,10 +248,10 @@ def test_a_late_reply_is_none_lost_and_is_out_of_order() -> None:
     for number in range(1, 12):
         samples.sent(number, float(number))
         if number != 5:
-            samples.heard(number, number + 0.1)
+            samples.received(number, number + 0.1)
     assert samples.quality(20.0).lost == 1
-    assert samples.heard(5, 20.0) == 15.0
-    assert samples.heard(5, 20.1) is None
+    assert samples.received(5, 20.0) == 15.0
+    assert samples.received(5, 20.1) is None
     found = samples.quality(20.0)
     assert (found.lost, found.reordered) == (0, 1)
 
@@ -260,7 +260,7 @@ def test_jitter_is_smoothed() -> None:
     samples = Samples()
     for number in range(1, 200):
         samples.sent(number, float(number))
-        samples.heard(number, number + (0.1 if number % 2 else 0.12))
+        samples.received(number, number + (0.1 if number % 2 else 0.12))
     assert samples.quality(200.0).jitter_ms == pytest.approx(20.0, abs=0.1)
 
 

@@ -10,7 +10,7 @@ from tests.agent.doubles import udp
 from tests.agent.test_dnswire import answer, text
 from tests.conftest import until
 from vpn_sentinel.agent.probes.dns import CanaryZone, Nameserver
-from vpn_sentinel.agent.sensors.resolver import ResolverWatch, Strays, mark
+from vpn_sentinel.agent.sensors.resolver import ResolverWatch, UnexpectedEgresses, mark
 from vpn_sentinel.domain.judge import judge
 from vpn_sentinel.domain.observation import Answer, Canary, Observation, Probe, ResolverSighting, Trigger
 from vpn_sentinel.domain.policy import Policy
@@ -33,13 +33,13 @@ def sighting(egress: str | None, nameserver: str = str(NAMESERVER)) -> ResolverS
     )
 
 
-def strays(*egresses: str) -> Strays:
-    made = Strays()
+def strays(*egresses: str) -> UnexpectedEgresses:
+    made = UnexpectedEgresses()
     saw(made, *egresses)
     return made
 
 
-def saw(made: Strays, *egresses: str) -> None:
+def saw(made: UnexpectedEgresses, *egresses: str) -> None:
     seen = Observation(trigger=Trigger.TIMER, canaries=(EXIT,), resolvers=tuple(sighting(e) for e in egresses))
     made.saw(seen, judge(seen, POLICY), POLICY)
 
@@ -59,7 +59,7 @@ def test_the_exits_network_known_resolvers_and_what_a_round_saw_are_none() -> No
 
 
 def test_before_any_round_nothing_is_news() -> None:
-    assert not Strays().is_news(sighting("192.0.2.53"))
+    assert not UnexpectedEgresses().is_news(sighting("192.0.2.53"))
 
 
 def test_what_was_no_leak_stays_none_and_a_leak_that_comes_back_is_news() -> None:
@@ -73,7 +73,7 @@ def test_what_was_no_leak_stays_none_and_a_leak_that_comes_back_is_news() -> Non
 
 
 def test_what_is_remembered_is_bounded() -> None:
-    made = Strays()
+    made = UnexpectedEgresses()
     for i in range(400):
         saw(made, f"203.0.{113 + i // 250}.{i % 250}")
     assert len(made._fine) == 256
@@ -87,7 +87,7 @@ async def watching(
     watch = ResolverWatch(
         canary=zone,
         changed=lambda: rang.put_nowait("changed"),
-        strayed=lambda: rang.put_nowait("strayed"),
+        unexpected_egress=lambda: rang.put_nowait("unexpected_egress"),
         file=file,
         nameservers=lambda: (Nameserver(HERE, port=port),),
         file_every=0.01,
@@ -132,7 +132,7 @@ async def test_a_file_that_a_round_has_read_since_is_no_news(tmp_path: Path) -> 
     watch = ResolverWatch(
         canary=lambda: None,
         changed=lambda: rang.append(file.read_text()),
-        strayed=lambda: None,
+        unexpected_egress=lambda: None,
         file=file,
         nameservers=tuple,
         file_every=0.01,
@@ -140,7 +140,7 @@ async def test_a_file_that_a_round_has_read_since_is_no_news(tmp_path: Path) -> 
     )
     running = asyncio.get_running_loop().create_task(watch.run())
     file.write_text("nameserver 10.64.0.1\n")
-    watch.looks()
+    watch.round_begins()
     await asyncio.sleep(0.05)
     assert rang == []
     file.write_text("nameserver 192.168.1.1\n")
@@ -167,7 +167,7 @@ async def test_a_nameserver_that_strays_rings(tmp_path: Path) -> None:
             await thrice.wait()
         assert rang.empty()
         egress[0] = "192.0.2.53"
-        assert await heard(rang) == "strayed"
+        assert await heard(rang) == "unexpected_egress"
     assert len(set(got)) == len(got)  # never the same name twice
 
 

@@ -214,7 +214,7 @@ def _sense(base: _Base) -> _Sensors:
         acked=lambda: uploader.acked_at,
         boottime=clock.boottime,
         wall=clock.wall,
-        way=way(base.kernel, UDP),
+        route=way(base.kernel, UDP),
     )
     return _Sensors(
         witnesses=witnesses,
@@ -224,7 +224,7 @@ def _sense(base: _Base) -> _Sensors:
         resolver_watch=ResolverWatch(
             canary=lambda: base.zone.zone,
             changed=lambda: triggers.put(Trigger.NETWORK),
-            strayed=lambda: triggers.put(Trigger.CANARY),
+            unexpected_egress=lambda: triggers.put(Trigger.CANARY),
         ),
     )
 
@@ -294,7 +294,7 @@ def _act(base: _Base, sensors: _Sensors, deps: rounds.RoundDeps) -> _Actors:
     )
 
     async def look(trigger: Trigger, policy: Policy) -> Observation:
-        sensors.resolver_watch.looks()
+        sensors.resolver_watch.round_begins()
         return reactions.add_to(await rounds.look(deps, trigger, policy))
 
     def done(seen: Observation, verdict: Verdict) -> None:

@@ -405,7 +405,7 @@ def test_a_way_out_of_https_is_not_taken(
 ) -> None:
     permalinks, _, ca = secured
     permalinks.maxmind(tmp_path, server)  # its storage speaks plain HTTP
-    with pytest.raises(GeoError, match="from HTTPS to an plain HTTP") as raised:
+    with pytest.raises(GeoError, match="from HTTPS to plain HTTP") as raised:
         update(by_key(permalinks), folder, web(clock, ca), clock)
     assert "s1gned" not in str(raised.value)
     assert server.got == []

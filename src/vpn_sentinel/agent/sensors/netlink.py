@@ -1,7 +1,8 @@
-"""The kernel's own news: links, addresses, routes, nexthop objects and rules, the moment they change (rtnetlink(7)).
+"""The kernel's notifications: links, addresses, routes, nexthop objects and rules, the moment they change
+(rtnetlink(7)).
 
-Not all of it is news. Router advertisements renew addresses every few seconds and Wi-Fi drivers repeat their links;
-what repeats the state that is known is left out.
+Not all of them are changes. Router advertisements renew addresses every few seconds and Wi-Fi drivers repeat their
+links; a repetition of the known state is ignored.
 """
 
 import asyncio
@@ -44,17 +45,17 @@ _GROUPS: Final = (
     | _RTMGRP_IPV6_IFADDR
     | _RTMGRP_IPV6_ROUTE
 )
-_RTNLGRP_IPV6_RULE, _RTNLGRP_NEXTHOP = 19, 32  # a membership alone brings these two
+_RTNLGRP_IPV6_RULE, _RTNLGRP_NEXTHOP = 19, 32  # beyond the 32 bits of bind(2): by membership
 _SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP = 270, 1
-RETRY_S: Final = 1.0  # until another socket is tried for
+RETRY_S: Final = 1.0  # until a new socket is tried
 DEBOUNCE_S: Final = 0.05  # one `ip link del` makes several messages
-# Full tables take a while to read. Who is told of changes without end shall not do that alone: beyond so many seconds
-# of the processor that are free, it rests so many times as long as it took, and so many seconds at most.
+# Full tables take a while to read. To limit the CPU time under continuous changes, a call that took longer than
+# `_FREE_CPU_S` is followed by a pause of `_REST_TIMES` the excess, up to `_MAX_REST_S`.
 _FREE_CPU_S, _REST_TIMES, _MAX_REST_S = 0.1, 9, 10.0
 
 
 class NetworkChanges:
-    """Tells changes from repetitions."""
+    """Distinguishes changes from repetitions."""
 
     def __init__(self, interfaces: tuple[Interface, ...] = ()) -> None:
         self._links = {i.index: _state(i) for i in interfaces}
@@ -62,17 +63,17 @@ class NetworkChanges:
         self._complete = True
 
     def forget(self) -> None:
-        """Messages were lost: what is known may be stale, and what seems to repeat it may be news."""
+        """Messages were lost: the known state may be stale, and an apparent repetition may be a change."""
         self._links.clear()
         self._addresses.clear()
         self._complete = False
 
     def notice(self, data: bytes) -> bool:
-        """Take in one datagram; whether anything in it is new."""
-        news = False
-        for message in messages(data):  # each is taken in, also behind one that is news
-            news = self._is_new(message.type, message.body) or news
-        return news
+        """Process one datagram; returns whether it has a change."""
+        changes_seen = False
+        for message in messages(data):  # all are processed, also after the first change
+            changes_seen = self._is_new(message.type, message.body) or changes_seen
+        return changes_seen
 
     def _is_new(self, message_type: int, body: bytes) -> bool:
         match message_type:
@@ -111,9 +112,9 @@ def _state(interface: Interface) -> tuple[str, int]:
 
 
 class NetworkSensor:
-    """Calls `changed` soon after something changed; many changes at once are one.
+    """Calls `changed` shortly after a change; several changes within that time are one call.
 
-    So are all that come while it rests from a call that took long.
+    The same applies to changes during the pause after a call that took long.
     """
 
     def __init__(
@@ -123,14 +124,14 @@ class NetworkSensor:
         sock: socket.socket | None = None,
         subscribe: Callable[[], socket.socket] | None = None,
     ) -> None:
-        """`interfaces` is the state that is known; `sock` takes the kernel's place. Raises OSError without netlink."""
+        """`interfaces` is the known state; `sock` replaces the kernel. Raises OSError without netlink."""
         self._subscribe = subscribe or subscribed
         self._changed = changed
         self._changes = NetworkChanges(interfaces)
         self._sock = sock or self._subscribe()
         self._retry: asyncio.TimerHandle | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._rested = 0.0  # when, by the loop's clock, `changed` may be called again
+        self._rested_until = 0.0  # loop time from which `changed` may be called again
 
     def start(self) -> None:
         asyncio.get_running_loop().add_reader(self._sock, self._readable)
@@ -144,29 +145,29 @@ class NetworkSensor:
         self._sock.close()
 
     def _readable(self) -> None:
-        news = False
+        changes_seen = False
         while True:
             try:
-                news = self._changes.notice(self._sock.recv(65536)) or news
+                changes_seen = self._changes.notice(self._sock.recv(65536)) or changes_seen
             except BlockingIOError:
                 break
             except OSError as e:
-                news = True
+                changes_seen = True
                 self._changes.forget()
-                if e.errno != errno.ENOBUFS:  # that one: so much changed that the kernel dropped some of it
+                if e.errno != errno.ENOBUFS:  # ENOBUFS: the kernel dropped messages
                     self._renew(e)
                     break
-        if news:
-            self._soon()
+        if changes_seen:
+            self._schedule()
 
-    def _soon(self) -> None:
+    def _schedule(self) -> None:
         if self._timer is None:
             loop = asyncio.get_running_loop()
-            self._timer = loop.call_at(max(loop.time() + DEBOUNCE_S, self._rested), self._tell)
+            self._timer = loop.call_at(max(loop.time() + DEBOUNCE_S, self._rested_until), self._notify)
 
     def _renew(self, error: OSError) -> None:
-        """A socket that fails otherwise hears nothing any more, and would fail at once again."""
-        log.warning("the kernel's news broke off: listening anew", extra={"reason": error.strerror})
+        """Replace a socket that failed with another error: it receives nothing, and would fail again at once."""
+        log.warning("the netlink socket failed: subscribing again", extra={"reason": error.strerror})
         asyncio.get_running_loop().remove_reader(self._sock)
         self._sock.close()
         self._open_again()
@@ -179,18 +180,20 @@ class NetworkSensor:
             self._retry = asyncio.get_running_loop().call_later(RETRY_S, self._open_again)
             return
         self.start()
-        self._soon()  # what happened meanwhile was told to nobody
+        self._schedule()  # there may have been changes meanwhile
 
-    def _tell(self) -> None:
+    def _notify(self) -> None:
         self._timer = None
-        began = time.thread_time()  # of this thread: that the machine is busy costs no rest
+        began = time.thread_time()  # CPU time of this thread: a busy machine does not extend the pause
         self._changed()
         took = time.thread_time() - began
-        self._rested = asyncio.get_running_loop().time() + min(_REST_TIMES * max(0.0, took - _FREE_CPU_S), _MAX_REST_S)
+        self._rested_until = asyncio.get_running_loop().time() + min(
+            _REST_TIMES * max(0.0, took - _FREE_CPU_S), _MAX_REST_S
+        )
 
 
 def subscribed() -> socket.socket:
-    """A netlink socket that hears of links, addresses, routes, nexthop objects and rules. Raises OSError."""
+    """A netlink socket for notifications of links, addresses, routes, nexthop objects and rules. Raises OSError."""
     sock = socket.socket(
         socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK, socket.NETLINK_ROUTE
     )
@@ -200,6 +203,6 @@ def subscribed() -> socket.socket:
         sock.close()
         raise
     for group in (_RTNLGRP_IPV6_RULE, _RTNLGRP_NEXTHOP):
-        with contextlib.suppress(OSError):  # an old kernel has none of them: the rounds see what changed
+        with contextlib.suppress(OSError):  # missing in old kernels: then rounds detect the change
             sock.setsockopt(_SOL_NETLINK, _NETLINK_ADD_MEMBERSHIP, group)
     return sock

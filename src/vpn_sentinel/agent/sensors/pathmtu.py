@@ -1,7 +1,7 @@
-"""When to look for packets that vanish by their size: when the tunnel is well, after each change, and every 10 s.
+"""When to probe the path MTU: while the tunnel works, after each change and every 10 s.
 
-While all is well that is one packet of full size each way in ten seconds, 12 MB a day in each direction. What was found
-stands until it is asked again.
+Without a problem that is one packet of full size in ten seconds, 12 MB a day in each direction. A result is valid until
+the next probe.
 """
 
 import asyncio
@@ -15,15 +15,15 @@ from vpn_sentinel.agent.sensors.pulse import PulseSensor
 from vpn_sentinel.domain.observation import Observation, Path
 from vpn_sentinel.domain.verdict import State, Verdict
 
-MTU_EVERY_S: Final = 10.0  # seconds
-_SETTLED_S: Final = 1.0  # seconds after a change
-_MIN_REPLY_TIMEOUT_S: Final = 0.4  # seconds for one packet, at least
-_MAX_RTT_S: Final = 0.5  # a round trip of so many seconds: the line is full, and what is late is not lost
+MTU_EVERY_S: Final = 10.0
+_SETTLED_S: Final = 1.0  # after a change
+_MIN_REPLY_TIMEOUT_S: Final = 0.4  # for one packet
+_MAX_RTT_S: Final = 0.5  # above it the queue is full, and a late packet is not lost
 
 
 class PathMtu:
     def __init__(self, pulse: PulseSensor, look_around: Callable[[], Paths], *, changed: Callable[[], None]) -> None:
-        """`changed` is called when packets begin, or cease, to vanish."""
+        """`changed` is called when full-sized packets begin or cease to be lost."""
         self._pulse = pulse
         self._look_around = look_around
         self._changed = changed
@@ -42,7 +42,7 @@ class PathMtu:
         self._wake.set()
 
     def reset(self) -> None:
-        """Routes changed: what passed before says nothing of the way there is now, which begins with this moment."""
+        """Routes changed: earlier results do not apply to the new path."""
         self._due = 0.0
         self._pulse.full_at = asyncio.get_running_loop().time()
 
@@ -74,7 +74,7 @@ class PathMtu:
                 size, patience = sizer.largest(link.mtu), max(_MIN_REPLY_TIMEOUT_S, 3 * rtt)
                 found = await search(lambda s: sizer.ask(s, patience), size, target.address.version)
         except OSError:
-            return  # no way there just now: the round tells of that
+            return  # unreachable now: a round reports that
         if self._pulse.target == target and self._due > 0.0:
             self._keep(found)
 
@@ -85,7 +85,7 @@ class PathMtu:
     def _keep(self, found: MtuResult) -> None:
         before = self._pulse.vanished
         if found.mtu is None:
-            return  # nothing passed: what was known is still the best that is known
+            return  # nothing passed: the earlier result stays
         self._pulse.mtu, self._pulse.vanished = found.mtu, found.vanished
         if found.vanished is None:
             self._pulse.full_at = asyncio.get_running_loop().time()

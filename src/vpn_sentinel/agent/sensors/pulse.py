@@ -1,8 +1,8 @@
-"""Pulses: one small datagram a second to the server's echo, over one socket that stays.
+"""Pulses: one small datagram a second to the server's echo, over one socket that stays open.
 
-A pulse that stays without a reply is followed by three quick ones; when those stay so too, an answer names another
-address, or answers come back, a round starts. Where UDP does not reach the server, one canary every five seconds goes
-to a literal address of strangers instead, and the reports over the WebSocket are the server's sign of life.
+A pulse without a reply is followed by three quick ones. A round starts when those have no reply either, when a reply
+has another address, or when replies resume. Where UDP does not reach the server, one canary every five seconds goes to
+a literal address of a public service instead, and the server knows from the WebSocket that the agent is alive.
 """
 
 import asyncio
@@ -29,15 +29,15 @@ from vpn_sentinel.wire import pulse
 
 log = logging.getLogger(__name__)
 
-ALIVE_FOR_S: Final = 2.0  # seconds for which a reply to any pulse shows that the tunnel lives
-_WORKS_FOR_S: Final = 10.0  # seconds since the last reply for which pulses count as working
-# A server that answers questions and no pulses: least and most seconds until a new run.
+ALIVE_FOR_S: Final = 2.0  # a reply is evidence for that long that the tunnel works
+_WORKS_FOR_S: Final = 10.0  # since the last reply, pulses count as working
+# Minimum and maximum until a new run, for a server that answers echo requests of a round but no pulses.
 _NEW_RUN_AFTER_S: Final = (10.0, 600.0)
 
 
 @dataclass(slots=True)
 class Numbers:
-    """Of one run: every pulse has its own, sized ones too, so that the server takes each once."""
+    """Of one run: every pulse, also a sized one, has its own number, so that the server processes each once."""
 
     run: int = field(default_factory=lambda: secrets.randbits(32))
     number: int = 0
@@ -49,7 +49,7 @@ class Numbers:
 
 
 class PulseSensor:
-    """`run` never ends by itself. What a round asks of it: `canary`, `silent_for`, `quality`, `works`."""
+    """`run` never returns. A round uses `canary`, `silent_for`, `quality` and `works`."""
 
     def __init__(
         self,
@@ -61,11 +61,11 @@ class PulseSensor:
         acked: Callable[[], float | None] = lambda: None,
         boottime: Callable[[], float] = lambda: 0.0,
         wall: Callable[[], float] = lambda: 0.0,
-        way: Callable[[IPAddress, int], object] = lambda _address, _port: None,
+        route: Callable[[IPAddress, int], object] = lambda _address, _port: None,
     ) -> None:
-        """`every` is seconds between pulses; `fits` whether the way to a target tells of the tunnel; `acked` when the
-        server last acknowledged a report, by the clock `boottime`; `wall` is the kernel's clock for packets; `way` how
-        the kernel routes there now.
+        """`every` is the interval of pulses in seconds; `fits` is whether a target is reached by the tunnel; `acked`
+        when the server last acknowledged a report, by the clock `boottime`; `wall` is the clock of the kernel's packet
+        timestamps; `route` is any value that changes with the kernel's route to an address and port.
         """
         self._every = every
         self._echoes = echoes
@@ -73,9 +73,9 @@ class PulseSensor:
         self._fits = fits
         self._acked = acked
         self._boottime, self._wall = boottime, wall
-        self._way = way
-        self._went: object = None
-        self._asked_way = 0.0  # when the kernel was asked for it
+        self._route = route
+        self._socket_route: object = None
+        self._route_checked_at = 0.0  # when the kernel was asked for it
         self.numbers = Numbers()
         self.samples = Samples()
         self.rates = Rates()
@@ -84,22 +84,22 @@ class PulseSensor:
         self._seen: Observation | None = None
         self._target: ServerEcho | None = None
         self._sock: socket.socket | None = None
-        self._wakes = False  # whether a reply wakes this process
+        self._wakes = False  # whether the loop watches the socket
         self._wake = asyncio.Event()
         self._choice: Target | None = None
         self._last: tuple[float, float, IPAddress] | None = None  # when the last reply came, its round trip, address
-        self._fresh_from = 0.0  # replies of before may have come another way
+        self._fresh_from = 0.0  # earlier replies may have taken another route
         self._lost_since: float | None = None  # of fallback probes, to literal addresses
-        self._unreachable_since: float | None = None  # since when others answer and the echo does not, by `boottime`
-        self._said_unreachable = False
+        self._unreachable_since: float | None = None  # by `boottime`: others answer, and the echo does not
+        self._logged_unreachable = False
         self._silent_from: float | None = None
-        self._shun_until, self._shun_for = 0.0, _NEW_RUN_AFTER_S[0]
-        # Set by `pathmtu`: the largest packet that passes, and one that vanished.
+        self._skip_until, self._skip_for = 0.0, _NEW_RUN_AFTER_S[0]
+        # Set by `pathmtu`: the largest packet that passes, and the size of one that is lost.
         self.mtu: int | None = None
         self.vanished: int | None = None
-        self.full_at: float | None = None  # when one of the full size passed last, or the way there changed since
+        self.full_at: float | None = None  # when one of the full size passed last, or when its route changed
 
-    # --- what happens to it ---
+    # --- events ---
 
     def saw(self, seen: Observation) -> None:
         """A round is over."""
@@ -108,36 +108,36 @@ class PulseSensor:
         self._fallback.start_from(seen.canaries)
         answers = {c.target == "echo": c.answer is Answer.ANSWERED for c in _best_last(seen)}
         if answers.get(True):
-            self._unreachable_since, self._said_unreachable = None, False
+            self._unreachable_since, self._logged_unreachable = None, False
         elif answers.get(True) is False and answers.get(False) and self._unreachable_since is None:
             self._unreachable_since = self._boottime()
         self._wake.set()
 
     def reset(self) -> None:
-        """Routes or addresses changed: the socket's own address may be stale, and what answered may answer no more."""
+        """Routes or addresses changed: the socket's source address may be stale, and the target may be unreachable."""
         self._close()
         self._choice = None
         self._fresh_from = _now()
         self._wake.set()
 
     def paused(self) -> None:
-        """This process did not run for a while: what it waited for since before says nothing."""
+        """This process did not run for a while: replies that are missing since before prove nothing."""
         self._timing, self._lost_since = PulseTiming(self._every), None
         self.reset()
 
-    # --- what a round asks ---
+    # --- queries by a round ---
 
     def canary(self, paths: Paths) -> Canary | None:
-        """A canary that says that a reply to a pulse came within the last two seconds; None when none did.
+        """A canary for a reply to a pulse within the last two seconds; None without one.
 
-        On a line with a deep queue replies are older than a round waits. Only for a tunnel whose interface stands.
+        On a line with a deep queue, a reply takes longer than a round waits. Only for a tunnel whose interface is up.
         """
         target, link = self._target, paths.survey.link()
         if self._last is None or target is None or (link is not None and not (link.present and link.up)):
             return None
         at, rtt, address = self._last
         path = paths.of(target.address, target.port)
-        # Beside the tunnel it would be a leak, and that takes an answer of now.
+        # Beside the tunnel it would be a leak, for which an earlier answer is no proof.
         if at < max(_now() - ALIVE_FOR_S, self._fresh_from) or path is Path.OUTSIDE:
             return None
         return Canary(
@@ -179,19 +179,21 @@ class PulseSensor:
 
     @property
     def lossy(self) -> bool:
-        """Whether a close look found that too many are lost, and none that it is over."""
+        """Whether a close look found too many lost pulses, and no later one found the end of that."""
         return self.samples.high
 
     def works(self) -> bool | None:
-        """Whether pulses reach the server and its replies reach us; False only while it takes reports another way."""
+        """Whether pulses reach the server and its replies this host; False only while it accepts reports over TCP."""
         if self._last is not None and _now() - self._last[0] < _WORKS_FOR_S:
             return True
         acked = self._acked()
         if self._unreachable_since is None or acked is None or acked <= self._unreachable_since:
             return None
-        if not self._said_unreachable:
-            self._said_unreachable = True
-            log.warning("UDP does not reach the server: its reports are the sign of life, strangers are asked instead")
+        if not self._logged_unreachable:
+            self._logged_unreachable = True
+            log.warning(
+                "UDP does not reach the server: reports show that the agent is alive, and public services are probed"
+            )
         return False
 
     @property
@@ -201,10 +203,10 @@ class PulseSensor:
 
     @property
     def target(self) -> ServerEcho | None:
-        """Whom pulses go to and get replies from; None while they do not."""
+        """The target of pulses while it replies; None while it does not."""
         return self._target if self._last is not None and not self._timing.silent else None
 
-    # --- its work ---
+    # --- the loop ---
 
     async def run(self) -> None:
         try:
@@ -222,15 +224,15 @@ class PulseSensor:
 
     def _choose(self) -> Target:
         if self._choice is None:
-            shunned = _now() < self._shun_until
-            self._choice = choose(() if shunned else self._echoes(), self._seen, self._fits)
+            skipped = _now() < self._skip_until
+            self._choice = choose(() if skipped else self._echoes(), self._seen, self._fits)
         elif not isinstance(self._choice, ServerEcho) or self._choice not in self._echoes():
             self._choice = None
             return self._choose()
         return self._choice
 
     async def _step(self, target: ServerEcho) -> None:
-        """Send or decide what is due, and wait for the next thing, or for a reply."""
+        """Send or decide what is due, and wait for the next due time, or for a reply."""
         if target != self._target:
             self._close()
             self._target, self._timing, self._last = target, PulseTiming(self._every), None
@@ -249,26 +251,26 @@ class PulseSensor:
         await self._wait(self._timing.wait(_now()))
 
     def _look_closely(self, now: float) -> None:
-        """Send faster while it is in doubt how many are lost; a round tells what was found, and that it is over."""
+        """Send faster while the loss is uncertain; a round reports the result, and the end of a loss."""
         looking, high, poor = self.samples.looking, self.samples.high, self.samples.poor
         pace = self.samples.pace(now)
         if pace is not None and not self._timing.silent:
             self._timing.hurry(now, pace)
         ended = looking and not self.samples.looking
         if ended:
-            self.samples.quality(now)  # before more pulses blur what it found
+            self.samples.quality(now)  # before more pulses change the result
         if self.samples.high != high or (ended and pace is None and (poor or self.samples.poor)):
             self._on_change()
 
     def _restart_stale(self, now: float) -> None:
-        """A server that answers a round's question and no pulse may hold this run for an old one's: begin another."""
+        """A server that answers a round's echo request but no pulse may take this run for an old one: begin another."""
         if not self._timing.silent or self._silent_from is None or now < self._silent_from + _NEW_RUN_AFTER_S[0]:
             return
         answered = self._seen is not None and any(
             c.target == "echo" and c.answer is Answer.ANSWERED for c in self._seen.asked(Probe.DEFAULT)
         )
         if answered:
-            self._shun_until, self._shun_for = now + self._shun_for, min(_NEW_RUN_AFTER_S[1], 2 * self._shun_for)
+            self._skip_until, self._skip_for = now + self._skip_for, min(_NEW_RUN_AFTER_S[1], 2 * self._skip_for)
             self.numbers, self._timing, self._choice = Numbers(), PulseTiming(self._every), None
 
     def datagram(self, target: ServerEcho, size: int | None = None) -> tuple[int, bytes]:
@@ -286,7 +288,7 @@ class PulseSensor:
         try:
             self._open(target, now).send(datagram)
         except BlockingIOError:
-            pass  # this host's own queue is full: lost like any other
+            pass  # this host's send queue is full: counts as lost
         except OSError:
             self._close()
             if self._timing.refused(now):
@@ -297,16 +299,16 @@ class PulseSensor:
         self._timing.sent(now)
 
     def _open(self, target: ServerEcho, now: float) -> socket.socket:
-        """The socket, connected: only the target's datagrams get in. Raises OSError.
+        """The socket, connected, so that it only receives from the target. Raises OSError.
 
-        Where the route leads elsewhere by now, a new one is made: a kill switch that spares established flows would
-        let the old one out with the tunnel's address, which says nothing of what a program could send.
+        When the route has changed, a new one is made: a kill switch that accepts established flows would let the old
+        one out with the tunnel's address, which does not show what another program could send.
         """
-        if self._sock is None or now - self._asked_way >= self._every / 2:  # quick pulses need not ask each time
-            way, self._asked_way = self._way(target.address, target.port), now
-            if way != self._went:
+        if self._sock is None or now - self._route_checked_at >= self._every / 2:  # not for each quick pulse
+            route, self._route_checked_at = self._route(target.address, target.port), now
+            if route != self._socket_route:
                 self._close()
-                self._went = way
+                self._socket_route = route
         if self._sock is None:
             family = socket.AF_INET if target.address.version == 4 else socket.AF_INET6
             sock = AS_USER.socket(family, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
@@ -321,9 +323,9 @@ class PulseSensor:
         return self._sock
 
     def _listen(self, target: ServerEcho, *, wakes: bool) -> None:
-        """Have replies wake this process, but for a close look: there each pulse finds those to the ones before it.
+        """Watch the socket for replies, except during a close look: then they are read before the next pulse.
 
-        The kernel tells when each came.
+        The kernel's timestamps say when each came.
         """
         if self._sock is None or wakes is self._wakes:
             return
@@ -345,7 +347,7 @@ class PulseSensor:
         sock = self._sock
         while sock is not None and self._sock is sock:
             try:
-                data, told, *_ = sock.recvmsg(2048, ANCILLARY_BYTES)
+                data, ancillary, *_ = sock.recvmsg(2048, ANCILLARY_BYTES)
             except BlockingIOError:
                 return
             except OSError:
@@ -355,26 +357,26 @@ class PulseSensor:
                     self._on_change()
                 self._wake.set()
                 return
-            self._heard(data, target, _now() - self._waited(packet_time(told)))
+            self._received(data, target, _now() - self._waited(packet_time(ancillary)))
 
     def _waited(self, came: float) -> float:
-        """Seconds since a packet came; none where the clock was set meanwhile."""
+        """Seconds since a packet came; 0 when the clock was set meanwhile."""
         waited = self._wall() - came
         return waited if 0 < waited < REPLY_TIMEOUT_S[0] else 0.0
 
-    def _heard(self, data: bytes, target: ServerEcho, now: float) -> None:
-        told = pulse.read_reply(data, target.ident, self.numbers.run, target.key)
-        if told is None:
+    def _received(self, data: bytes, target: ServerEcho, now: float) -> None:
+        reply = pulse.read_reply(data, target.ident, self.numbers.run, target.key)
+        if reply is None:
             return
-        number, address = told
-        rtt = self.samples.heard(number, now)
+        number, address = reply
+        rtt = self.samples.received(number, now)
         if rtt is None:
             return
         newest = number > self.numbers.heard
         self.numbers.heard = max(number, self.numbers.heard)
         self._last = (now, rtt, address)
-        self._shun_for = _NEW_RUN_AFTER_S[0]
-        again = self._timing.heard(rtt)
+        self._skip_for = _NEW_RUN_AFTER_S[0]
+        again = self._timing.received(rtt)
         seen = Canary(
             probe=Probe.DEFAULT,
             target=target.name,
@@ -384,13 +386,13 @@ class PulseSensor:
         )
         if (newest and self._fallback.moved(seen)) or again:
             self._on_change()
-        if again or not self.samples.looking:  # a close look's next pulse is due before anything else would be
+        if again or not self.samples.looking:  # during a close look the next pulse is due first
             self._wake.set()
 
     async def _ask_fallback(self, target: Target) -> None:
-        """Ask a literal address, and wait."""
+        """Probe a literal address, and wait."""
         began = _now()
-        seen = await one(target, Path.UNKNOWN)  # what it means is the round's to find out
+        seen = await one(target, Path.UNKNOWN)  # a round finds out what it means
         if seen.answer is Answer.ANSWERED:
             self._lost_since = None
         elif self._lost_since is None:
@@ -409,7 +411,7 @@ class PulseSensor:
 
 
 def _best_last(seen: Observation) -> list[Canary]:
-    """The canaries on the default route, those that were answered behind the others."""
+    """The canaries on the default route, with the answered ones last."""
     return sorted(seen.asked(Probe.DEFAULT), key=lambda c: c.answer is Answer.ANSWERED)
 
 

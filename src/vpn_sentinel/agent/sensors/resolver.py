@@ -1,7 +1,7 @@
-"""Nameservers that change between two rounds: another resolv.conf, or one that asks from elsewhere.
+"""Nameserver changes between two rounds: another resolv.conf, or another egress of a nameserver.
 
-The file is looked at every half second, which costs one stat. With a zone of our own, each nameserver is sent one
-canary every six seconds; without one nobody is asked here, for the names of strangers are theirs to pay for.
+The file is checked every half second, which costs one stat(2). With a zone of our own, each nameserver gets one canary
+every six seconds; without one, no query is sent, since it would burden servers of others.
 """
 
 import asyncio
@@ -17,14 +17,14 @@ from vpn_sentinel.domain.policy import IPAddress, Policy
 from vpn_sentinel.domain.verdict import Code, Verdict
 from vpn_sentinel.runtime.clock import tick
 
-FILE_EVERY_S: Final = 0.5  # seconds
-CANARY_EVERY_S: Final = 6.0  # seconds, for each nameserver
+FILE_EVERY_S: Final = 0.5
+CANARY_EVERY_S: Final = 6.0  # for each nameserver
 _MAX_KNOWN_PAIRS: Final = 256
 
 
 @dataclass(slots=True)
-class Strays:
-    """Tells a canary that came out somewhere odd from one that did not; no I/O."""
+class UnexpectedEgresses:
+    """Detects canaries with an egress that no round has judged; no I/O."""
 
     _seen: Observation | None = None
     _policy: Policy = field(default_factory=Policy)
@@ -32,7 +32,7 @@ class Strays:
     _fine: dict[tuple[IPAddress, IPAddress], None] = field(default_factory=dict)
 
     def saw(self, seen: Observation, verdict: Verdict, policy: Policy) -> None:
-        """A round is over. What it saw is no news any more; what it did not call a leak is none later either."""
+        """A round is over. The egresses that it saw are no news; those that it did not judge a leak stay no news."""
         if not seen.resolvers:
             return
         self._seen, self._policy = seen, policy
@@ -46,7 +46,7 @@ class Strays:
             self._fine = {pair: None for pair in self._fine if pair not in self._judged}
 
     def is_news(self, sighting: ResolverSighting) -> bool:
-        """Whether a round should look into it."""
+        """Whether it is a reason for a round."""
         if self._seen is None or sighting.egress is None:
             return False
         pair = (sighting.nameserver, sighting.egress)
@@ -57,32 +57,32 @@ class Strays:
 
 
 class ResolverWatch:
-    """Calls `changed` when resolv.conf did, and `strayed` when a canary came out where no round saw one."""
+    """Calls `changed` when resolv.conf did, and `unexpected_egress` for an egress that no round saw."""
 
     def __init__(
         self,
         *,
         canary: Callable[[], dns.CanaryZone | None],
         changed: Callable[[], None],
-        strayed: Callable[[], None],
+        unexpected_egress: Callable[[], None],
         file: FilePath = dns.RESOLV_CONF,
         nameservers: Callable[[], Sequence[dns.Nameserver]] = dns.system_nameservers,
         file_every: float = FILE_EVERY_S,
         canary_every: float = CANARY_EVERY_S,
     ) -> None:
-        self._canary, self._changed, self._strayed = canary, changed, strayed
+        self._canary, self._changed, self._unexpected_egress = canary, changed, unexpected_egress
         self._file, self._nameservers = file, nameservers
         self._file_every, self._canary_every = file_every, canary_every
-        self._strays = Strays()
+        self._egresses = UnexpectedEgresses()
         self._known = mark(file)
 
-    def looks(self) -> None:
-        """A round begins, and will read the file: as it is now it is no news any more."""
+    def round_begins(self) -> None:
+        """A round begins and will read the file, so its current state is no news."""
         self._known = mark(self._file)
 
     def saw(self, seen: Observation, verdict: Verdict, policy: Policy) -> None:
         """A round is over."""
-        self._strays.saw(seen, verdict, policy)
+        self._egresses.saw(seen, verdict, policy)
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
@@ -103,15 +103,15 @@ class ResolverWatch:
             if zone is None or not servers:
                 await asyncio.sleep(self._canary_every)
                 continue
-            for server in servers:  # one behind the other: each has its turn every `canary_every`
+            for server in servers:  # one after the other, so that each is asked every `canary_every` seconds
                 await asyncio.sleep(self._canary_every / len(servers))
                 seen = await dns.sighting(server, zone)
-                if seen is not None and self._strays.is_news(seen):
-                    self._strayed()
+                if seen is not None and self._egresses.is_news(seen):
+                    self._unexpected_egress()
 
 
 def mark(file: FilePath) -> tuple[int, ...] | None:
-    """What differs when a file was written or replaced; None when there is none."""
+    """A value that differs when the file was written or replaced; None when there is no file."""
     try:
         found = file.stat()
     except OSError:
