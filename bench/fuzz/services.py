@@ -157,7 +157,7 @@ def openvpn() -> Try:
         asked = Telling("127.0.0.1:1", Secret("password" if data[:1] == b"p" else ""), lambda: None)
         asked.given = data[1:]
         with contextlib.suppress(OSError, EOFError, ValueError, RefusedError, TimeoutError):
-            await asked._converse()
+            await asked._session()
         if (claim := asked.claim()) is not None:
             check(claim.status and claim.status.isascii(), "a state that cannot be shown")
 

@@ -42,7 +42,7 @@ def at(port: int, login: Login | None = None, rang: list[None] | None = None, he
     noticed: list[None] = [] if rang is None else rang
     return Gluetun(
         CLIENT, f"http://127.0.0.1:{port}", login or Login(), lambda: noticed.append(None),
-        health=health, every=(0.01, 0.01), rest=0.0,
+        health=health, every=(0.01, 0.01), retry_after=0.0,
     )  # fmt: skip
 
 
@@ -95,7 +95,7 @@ async def test_it_shows_its_login(login: Login, header: str, caplog: pytest.LogC
     assert "s3cret" not in repr(login) + repr(gluetun) + caplog.text
     claim = gluetun.claim()
     assert claim is not None
-    assert claim.status == "error: it refuses to tell its status"
+    assert claim.status == "error: it refuses to show its status"
     told = [r.message for r in caplog.records if "VPN_SENTINEL_GLUETUN_API_KEY" in r.message]
     assert len(told) == 1
 

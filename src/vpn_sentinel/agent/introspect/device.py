@@ -1,7 +1,7 @@
-"""The tunnel device's own counters, once a second: the sign of a stall.
+"""The tunnel device's counters, read once a second to detect a stall.
 
-/proc/net/dev costs some 20 µs to read and needs no privilege. A device that goes on sending while nothing comes back
-is a reason to look at once; what it means is for the round to find out.
+Reading /proc/net/dev costs some 20 µs and needs no privilege. A device that continues to send while it receives nothing
+is a reason for a round at once, which finds out what it means.
 """
 
 from collections.abc import Awaitable, Callable
@@ -10,41 +10,43 @@ from typing import Final
 
 from vpn_sentinel.runtime.clock import Clock, tick
 
-READ_EVERY_S: Final = 1.0  # seconds
-STALL_AFTER_S: Final = 2.0  # seconds that a device sends and receives nothing
-# Seconds between two such signs: somebody's one-way traffic on a quiet tunnel looks the same.
-SIGNS_APART_S: Final = 30.0
+READ_EVERY_S: Final = 1.0
+STALL_AFTER_S: Final = 2.0  # of sending without receiving
+# Between two reports: one-way traffic on an otherwise idle tunnel looks the same.
+STALLS_APART_S: Final = 30.0
 
 
 class Stall:
-    """Notices a device that goes on sending while nothing comes in; no I/O, no clock."""
+    """Detects a device that continues to send while it receives nothing; no I/O, no clock."""
 
     def __init__(self) -> None:
         self._last: tuple[float, int, int] | None = None
-        self._alive = 0.0  # when something came in last, or the device sent nothing
-        self._signed: float | None = None
+        self._alive = 0.0  # last time that it received something, or sent nothing
+        self._reported_at: float | None = None
 
     def forget(self) -> None:
         """The device is gone, or another one took its name."""
         self._last = None
 
     def step(self, now: float, rx: int, tx: int) -> bool:
-        """Take one reading at `now` (seconds); whether it shows a stall that was not told of yet."""
+        """Process one reading at `now` (seconds); returns whether it shows a stall that was not reported yet."""
         last = self._last
         if last is not None and (rx < last[1] or tx < last[2] or not now > last[0]):
-            last = None  # made anew: its counters began again
+            last = None  # the device was recreated, and its counters reset
         self._last = (now, rx, tx)
         if last is None or rx > last[1] or tx == last[2]:
             self._alive = now
             return False
-        if now - self._alive < STALL_AFTER_S or (self._signed is not None and now - self._signed < SIGNS_APART_S):
+        if now - self._alive < STALL_AFTER_S or (
+            self._reported_at is not None and now - self._reported_at < STALLS_APART_S
+        ):
             return False
-        self._signed = now
+        self._reported_at = now
         return True
 
 
 def counters(text: bytes, interface: str) -> tuple[int, int] | None:
-    """(received, sent) bytes of one interface in /proc/net/dev (proc_pid_net(5)); None when it is not there."""
+    """(received, sent) bytes of one interface in /proc/net/dev (proc_pid_net(5)); None when it does not exist."""
     name = interface.encode() + b":"
     for line in text.splitlines():
         if line.lstrip().startswith(name):
@@ -55,7 +57,7 @@ def counters(text: bytes, interface: str) -> tuple[int, int] | None:
 
 
 class StallWatch:
-    """Reads the counters of the interface that `tunnel` names at that moment, and calls `on_change` at a stall."""
+    """Reads the counters of the interface that `tunnel` returns, and calls `on_change` at a stall."""
 
     def __init__(
         self,
@@ -77,7 +79,7 @@ class StallWatch:
     async def run(self) -> None:
         """Read once a second, for ever; returns where there is no such file."""
         try:
-            file = FileIO(self._path)  # kept open: what /proc holds does not block
+            file = FileIO(self._path)  # kept open: reading /proc does not block
         except OSError:
             return
         with file:

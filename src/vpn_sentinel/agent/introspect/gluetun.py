@@ -1,7 +1,8 @@
-"""gluetun's own account, by its control server and its health server.
+"""The state of gluetun, from its control server and its health server.
 
-Only routes that read are asked, and none that shows settings. A route that is refused or missing rests; status and
-forwarded port are asked every few seconds, the rest when the status changes and once a minute.
+Only read-only routes are requested, and none that shows settings. A route that is refused or missing is not requested
+for a minute; status and forwarded port are requested every few seconds, the others when the status changes and once a
+minute.
 """
 
 import asyncio
@@ -22,9 +23,9 @@ from vpn_sentinel.wire import limits
 
 log = logging.getLogger(__name__)
 
-ANSWER_TIMEOUT_S: Final = 2.0  # seconds for one answer
-LOOK_EVERY_S: Final = (6.0, 9.0)  # seconds between two looks while it answers
-REST: Final = 60.0  # seconds until what is missing, refused or slow to change is asked again
+ANSWER_TIMEOUT_S: Final = 2.0
+LOOK_EVERY_S: Final = (6.0, 9.0)  # while it answers
+RETRY_AFTER_S: Final = 60.0  # for routes that are missing, refused, or seldom change
 STATUS, ADDRESS, DNS = "/v1/vpn/status", "/v1/publicip/ip", "/v1/dns/status"
 PORT, OLD_PORT = "/v1/portforward", "/v1/openvpn/portforwarded"
 CONTROL: Final = "http://127.0.0.1:8000"
@@ -33,7 +34,7 @@ HEALTH: Final = "http://127.0.0.1:9999/"
 
 @dataclass(frozen=True, slots=True)
 class Login:
-    """A key, or a user with a password; neither where gluetun's default role lets everybody read."""
+    """A key, or a user with a password; neither where gluetun's default role allows these routes."""
 
     key: Secret = Secret("")  # noqa: RUF009 - never changes
     user: str = ""
@@ -49,7 +50,7 @@ class Login:
 
 
 class Gluetun:
-    """Asks again and again, remembers the last answers, and calls `changed` when status or port become others."""
+    """Requests the state repeatedly, stores the last answers, and calls `changed` when status or port change."""
 
     def __init__(
         self,
@@ -60,7 +61,7 @@ class Gluetun:
         *,
         health: str | None = HEALTH,
         every: tuple[float, float] = LOOK_EVERY_S,
-        rest: float = REST,
+        retry_after: float = RETRY_AFTER_S,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
         self._http = http
@@ -68,26 +69,26 @@ class Gluetun:
         self._login = login
         self._changed = changed
         self._every = every
-        self._rest = rest
+        self._retry_after = retry_after
         self._sleep = sleep
-        # Its health server listens on the loopback of its own namespace only.
+        # The health server only listens on the loopback address of gluetun's namespace.
         host = address_in(split(url).host)
         self._health = health if host is not None and host.is_loopback else None
-        self._asleep: dict[str, float] = {}  # route -> loop time until which it rests
+        self._paused_until: dict[str, float] = {}  # by route, in loop time
         self._refused: set[str] = set()
         self._status: str | None = None
-        self._trouble: str | None = None
+        self._error: str | None = None
         self._unhealthy: str | None = None
         self._dns: str | None = None
         self._address: IPAddress | None = None
-        self._connecting = False  # it runs, and has not been through its tunnel to ask for its address
+        self._connecting = False  # it is running, and has not yet queried its address through the tunnel
         self.port: int | None = None
         self._port_route = PORT
 
     def claim(self) -> Claim | None:
-        """None before the first answer. `status` is gluetun's word, and behind it what is out of order."""
-        if self._trouble is not None:
-            return Claim(source="gluetun", status=f"error: {self._trouble}"[: limits.MAX_TEXT_LENGTH])
+        """None before the first answer. `status` is gluetun's, followed by what does not work."""
+        if self._error is not None:
+            return Claim(source="gluetun", status=f"error: {self._error}"[: limits.MAX_TEXT_LENGTH])
         if self._status is None:
             return None
         notes = [
@@ -99,72 +100,72 @@ class Gluetun:
         return Claim(source="gluetun", status=status[: limits.MAX_TEXT_LENGTH], address=self._address)
 
     async def run(self) -> None:
-        """Look, for ever: every few seconds while it answers, with back-off while it does not."""
+        """Never returns: requests every few seconds while it answers, with back-off while it does not."""
         waits = backoff(self._every[0], 60.0)
         while True:
-            before = (self._status, self._trouble, self.port)
+            before = (self._status, self._error, self.port)
             first = before == (None, None, None)
             await self.look()
-            # Its first answer is no change, but a port that it knows is not to wait for the next round.
-            if before != (self._status, self._trouble, self.port) and (not first or self.port is not None):
+            # The first answer is no change, unless it has a port, which should be reported at once.
+            if before != (self._status, self._error, self.port) and (not first or self.port is not None):
                 self._changed()
-            if self._trouble is None:
+            if self._error is None:
                 waits = backoff(self._every[0], 60.0)
                 await self._sleep(random.uniform(*self._every))  # noqa: S311 - spreads load, guards nothing
             else:
                 await self._sleep(next(waits))
 
     async def look(self) -> None:
-        """Ask once. A control server that does not answer leaves an error as status, and forgets the rest."""
+        """Request once. If the control server does not answer, the status is an error, and the rest is unknown."""
         try:
-            said = await self._get(STATUS)
+            reply = await self._get(STATUS)
         except HttpError as e:
             self._failed(word(str(e)) or "no answer")
             return
-        status = word(said.get("status")) if said is not None else None
+        status = word(reply.get("status")) if reply is not None else None
         if status is None:
-            self._failed("it refuses to tell its status" if STATUS in self._refused else "its answer makes no sense")
+            self._failed("it refuses to show its status" if STATUS in self._refused else "its answer makes no sense")
             return
-        if self._trouble is not None:
+        if self._error is not None:
             log.info("gluetun answers", extra={"url": self._url})
         if status != self._status:
-            self._asleep.pop(ADDRESS, None)
-            self._asleep.pop(DNS, None)
-        self._trouble, self._status = None, status
-        await self._look_further()
+            self._paused_until.pop(ADDRESS, None)
+            self._paused_until.pop(DNS, None)
+        self._error, self._status = None, status
+        await self._read_details()
 
     def _failed(self, why: str) -> None:
-        if why != self._trouble:
+        if why != self._error:
             log.warning("gluetun's control server does not serve", extra={"url": self._url, "why": why})
-        self._trouble, self._status, self._address, self.port, self._unhealthy = why, None, None, None, None
+        self._error, self._status, self._address, self.port, self._unhealthy = why, None, None, None, None
 
-    async def _look_further(self) -> None:
+    async def _read_details(self) -> None:
         try:
             await self._ask_port()
-            if self._due(ADDRESS) and (said := await self._get(ADDRESS)) is not None:
-                text = said.get("public_ip")
+            if self._due(ADDRESS) and (reply := await self._get(ADDRESS)) is not None:
+                text = reply.get("public_ip")
                 self._address = address_in(text) if isinstance(text, str) else None
                 self._connecting = self._status == "running" and text == ""
                 if self._address is not None:
-                    self._sleep_on(ADDRESS)
-            if self._due(DNS) and (said := await self._get(DNS)) is not None:
-                self._dns = word(said.get("status"))
-                self._sleep_on(DNS)
+                    self._pause(ADDRESS)
+            if self._due(DNS) and (reply := await self._get(DNS)) is not None:
+                self._dns = word(reply.get("status"))
+                self._pause(DNS)
         except HttpError as e:
-            log.debug("gluetun leaves a question open", extra={"why": str(e)})
+            log.debug("gluetun did not answer a request", extra={"why": str(e)})
         await self._ask_health()
 
     async def _ask_port(self) -> None:
         if not self._due(PORT):
             return
-        said = await self._get(self._port_route)
-        if said is None and self._port_route not in self._refused:
+        reply = await self._get(self._port_route)
+        if reply is None and self._port_route not in self._refused:
             self._port_route = OLD_PORT if self._port_route == PORT else PORT
-            said = await self._get(self._port_route)
-        if said is None:
-            self._sleep_on(PORT)
+            reply = await self._get(self._port_route)
+        if reply is None:
+            self._pause(PORT)
         else:
-            self.port = port_in(said)
+            self.port = port_in(reply)
 
     async def _ask_health(self) -> None:
         if self._health is None or not self._due(self._health):
@@ -173,46 +174,46 @@ class Gluetun:
             answer = await self._http.get(self._health, limit=ANSWER_TIMEOUT_S)
         except HttpError:
             self._unhealthy = None
-            self._sleep_on(self._health)
+            self._pause(self._health)
             return
         self._unhealthy = None if answer.status == 200 else word(answer.body[:200].decode("utf-8", "replace")) or "?"
 
     def _due(self, route: str) -> bool:
-        return asyncio.get_running_loop().time() >= self._asleep.get(route, 0.0)
+        return asyncio.get_running_loop().time() >= self._paused_until.get(route, 0.0)
 
-    def _sleep_on(self, route: str) -> None:
-        self._asleep[route] = asyncio.get_running_loop().time() + self._rest
+    def _pause(self, route: str) -> None:
+        self._paused_until[route] = asyncio.get_running_loop().time() + self._retry_after
 
     async def _get(self, route: str) -> Mapping[str, Any] | None:
-        """The answer's object; None when the route is refused, missing, or answers with something else."""
+        """The JSON object of the answer; None when the route is refused, missing, or answers with something else."""
         answer = await self._http.get(self._url + route, limit=ANSWER_TIMEOUT_S, headers=self._login.headers())
         if answer.status in (401, 403):
-            self._sleep_on(route)
-            self._say_refused(route)
+            self._pause(route)
+            self._log_refused(route)
             return None
         self._refused.discard(route)
         if answer.status != 200:
-            self._sleep_on(route)
+            self._pause(route)
             return None
         return _object(answer)
 
-    def _say_refused(self, route: str) -> None:
+    def _log_refused(self, route: str) -> None:
         if route in self._refused:
             return
         self._refused.add(route)
         log.warning(
-            "gluetun refuses a question: set VPN_SENTINEL_GLUETUN_API_KEY, or VPN_SENTINEL_GLUETUN_USER and "
-            "VPN_SENTINEL_GLUETUN_PASSWORD, and let their role ask this route",
+            "gluetun refuses a request: set VPN_SENTINEL_GLUETUN_API_KEY, or VPN_SENTINEL_GLUETUN_USER and "
+            "VPN_SENTINEL_GLUETUN_PASSWORD, and let their role read this route",
             extra={"route": f"GET {route}"},
         )
 
 
 def _object(answer: Response) -> Mapping[str, Any] | None:
     try:
-        said = json_in(answer.body)
+        reply = json_in(answer.body)
     except ValueError:
         return None
-    return said if isinstance(said, dict) else None
+    return reply if isinstance(reply, dict) else None
 
 
 def word(value: object) -> str | None:
@@ -223,19 +224,19 @@ def word(value: object) -> str | None:
     return text or None
 
 
-def port_in(said: Mapping[str, Any]) -> int | None:
+def port_in(reply: Mapping[str, Any]) -> int | None:
     """`{"port": N, "ports": […]}`; 0 is none."""
-    ports = said.get("ports")
-    for found in (said.get("port"), *(ports if isinstance(ports, list) else ())):
+    ports = reply.get("ports")
+    for found in (reply.get("port"), *(ports if isinstance(ports, list) else ())):
         if isinstance(found, int) and not isinstance(found, bool) and 0 < found < 2**16:
             return found
     return None
 
 
 async def found_here(http: Client, *, control: str = CONTROL, health: str = HEALTH) -> bool:
-    """Whether something in this namespace answers as gluetun does, so that an owner can be told of the setting.
+    """Whether something in this namespace answers like gluetun, so that `doctor` can recommend the setting.
 
-    It is never used by itself: whoever listens on this port of a shared namespace could tell us anything.
+    It is never used automatically: any program that listens on this port of a shared namespace could send false data.
     """
     try:
         answer = await http.get(control + STATUS, limit=1.0)

@@ -1,6 +1,6 @@
-"""OpenVPN's own account, by its management interface (OpenVPN's doc/management-notes.txt): clear text, line by line.
+"""The state of OpenVPN, from its management interface (OpenVPN's doc/management-notes.txt): clear text, line by line.
 
-It takes one client at a time and lets the next one wait without a word, so a greeting that stays away means "busy".
+It serves one client at a time and does not answer the next one, so a missing greeting means "busy".
 """
 
 import asyncio
@@ -18,19 +18,19 @@ from vpn_sentinel.runtime.secret import Secret
 
 log = logging.getLogger(__name__)
 
-GREETING_TIMEOUT_S: Final = 3.0  # seconds for the greeting and for the first state
-_MAX_LINE_BYTES: Final = 4096  # bytes of a line
+GREETING_TIMEOUT_S: Final = 3.0  # and for the first state
+_MAX_LINE_BYTES: Final = 4096
 _MAX_LINES: Final = 64  # before the first state
 _PROMPT: Final = b"ENTER PASSWORD:"
 
 
 class RefusedError(Exception):
-    """The management interface will not serve us; the text says why."""
+    """The management interface refuses this client; the text is the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class OpenVpnState:
-    """`name` is OpenVPN's word. The far end's address and port are told once it is connected."""
+    """`name` is OpenVPN's. The server's address and port are known once it is connected."""
 
     name: str
     address: IPAddress | None = None
@@ -38,7 +38,7 @@ class OpenVpnState:
 
 
 def read_state(text: str) -> OpenVpnState | None:
-    """`time,name,description,local,remote,port,…`, as asked for or behind `>STATE:`; None when it is no such line."""
+    """`time,name,description,local,remote,port,…`, as an answer or after `>STATE:`; None for any other line."""
     words = text.split(",")
     if len(words) < 2 or not words[0].isascii() or not words[0].isdigit():
         return None
@@ -51,7 +51,7 @@ def read_state(text: str) -> OpenVpnState | None:
 
 
 class OpenVpn:
-    """Keeps one connection, and calls `changed` when the state becomes another one."""
+    """Keeps one connection, and calls `changed` when the state changes."""
 
     def __init__(
         self,
@@ -69,30 +69,30 @@ class OpenVpn:
         self._sleep = sleep
         self._patience = patience
         self._state: OpenVpnState | None = None
-        self._trouble: str | None = None
+        self._error: str | None = None
         self._endpoints: tuple[Endpoint, ...] = ()
 
     def claim(self) -> Claim | None:
         """None before the first answer."""
         if self._state is not None:
             return Claim(source="openvpn", status=self._state.name, endpoint=self._endpoint())
-        if self._trouble is not None:
-            return Claim(source="openvpn", status=f"error: {self._trouble}", endpoint=self._endpoint())
+        if self._error is not None:
+            return Claim(source="openvpn", status=f"error: {self._error}", endpoint=self._endpoint())
         return None
 
     def endpoints(self) -> tuple[Endpoint, ...]:
-        """The last far end, as both protocols: the state does not tell which one it is."""
+        """The last server endpoint, for both protocols: the state does not show which one it is."""
         return self._endpoints
 
     def _endpoint(self) -> str | None:
         return str(self._endpoints[0]).partition("/")[0] if self._endpoints else None
 
     async def run(self) -> None:
-        """Connect and listen, for ever."""
+        """Connect and listen; never returns."""
         waits = backoff(1.0, 60.0)
         while True:
             try:
-                await self._converse()
+                await self._session()
             except (OSError, EOFError, ValueError, RefusedError, TimeoutError) as e:
                 if self._state is not None:
                     waits = backoff(1.0, 60.0)
@@ -100,25 +100,25 @@ class OpenVpn:
             await self._sleep(next(waits))
 
     def _lost(self, why: str) -> None:
-        """Say it when it changes; a state that is known no longer is a change too."""
-        if why != self._trouble:
+        """Log the reason when it changes. The loss of a known state is a change too."""
+        if why != self._error:
             log.warning("OpenVPN's management interface does not serve", extra={"where": self._where, "why": why})
-        had, self._state, self._trouble = self._state, None, why
+        had, self._state, self._error = self._state, None, why
         if had is not None:
             self._changed()
 
-    async def _converse(self) -> None:
+    async def _session(self) -> None:
         async with asyncio.timeout(self._patience):
             reader, writer = await self._connect()
         try:
-            await self._enter(reader, writer)
+            await self._log_in(reader, writer)
             async with asyncio.timeout(self._patience):
-                # Both in one write: no change can fall between them. What comes later is told only when it changes.
+                # Both in one write, so that no change is missed between them. Later states come only on a change.
                 writer.write(b"state\nstate on\n")
                 await self._first_state(reader)
-            if self._trouble is not None:
+            if self._error is not None:
                 log.info("OpenVPN's management interface serves again", extra={"where": self._where})
-                self._trouble = None
+                self._error = None
             while True:
                 line = await _line(reader)
                 if line.startswith(">STATE:"):
@@ -132,8 +132,8 @@ class OpenVpn:
         host, _, port = self._where.rpartition(":")
         return await asyncio.open_connection(host.strip("[]"), int(port), limit=_MAX_LINE_BYTES)
 
-    async def _enter(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Wait for the greeting; give the password where one is asked for, which comes without the end of a line."""
+    async def _log_in(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Wait for the greeting; give the password after a prompt, which comes without a line break."""
         try:
             async with asyncio.timeout(self._patience):
                 first = await reader.readexactly(1)
@@ -159,7 +159,7 @@ class OpenVpn:
                 break
             found = read_state(line) or found
         if found is None:
-            raise RefusedError("it tells no state")
+            raise RefusedError("it shows no state")
         self._take(found)
 
     def _take(self, state: OpenVpnState | None) -> None:
@@ -168,8 +168,8 @@ class OpenVpn:
         old, self._state = self._state, state
         if state.address is not None and state.port is not None:
             self._endpoints = tuple(Endpoint(state.address, state.port, protocol) for protocol in (UDP, TCP))
-        # The very first is no change: the first round looks anyway.
-        if (old.name if old else None) != state.name and (old is not None or self._trouble is not None):
+        # The very first is no change: the first round reads it anyway.
+        if (old.name if old else None) != state.name and (old is not None or self._error is not None):
             self._changed()
 
 

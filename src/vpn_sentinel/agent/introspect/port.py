@@ -1,4 +1,4 @@
-"""The forwarded port as its owner gives it: a number, or the file that a script (gluetun's, the VPN's) writes it to."""
+"""The forwarded port by configuration: a number, or the file that a script (of gluetun or the VPN) writes it to."""
 
 import logging
 import os
@@ -8,36 +8,36 @@ log = logging.getLogger(__name__)
 
 
 class ForwardedPort:
-    """`read` is cheap enough for once a second: the file is opened only when it became another one."""
+    """`read` is cheap enough for once a second: the file is only opened after it changed."""
 
     def __init__(self, given: int | Path | None) -> None:
         self._path = given if isinstance(given, Path) else None
         self.port = given if isinstance(given, int) else None
-        self._mark: tuple[int, int, int] | None = None
-        self._said = False
+        self._file_state: tuple[int, int, int] | None = None
+        self._logged = False
 
     @property
     def is_file(self) -> bool:
         return self._path is not None
 
     def read(self) -> bool:
-        """Look at the file; whether the port is another one now."""
+        """Check the file; returns whether the port changed."""
         if self._path is None:
             return False
         old = self.port
         try:
             found = self._path.stat()
-            mark = (found.st_ino, found.st_mtime_ns, found.st_size)
-            if mark == self._mark:
+            state = (found.st_ino, found.st_mtime_ns, found.st_size)
+            if state == self._file_state:
                 return False
             with self._path.open("rb") as file:
                 self.port = port_of(file.read(256))
-            self._mark, trouble = mark, None if self.port else "it holds no port"
+            self._file_state, trouble = state, None if self.port else "it holds no port"
         except OSError as e:
-            self._mark, self.port, trouble = None, None, e.strerror or os.strerror(e.errno or 0)
-        if trouble is not None and not self._said:
+            self._file_state, self.port, trouble = None, None, e.strerror or os.strerror(e.errno or 0)
+        if trouble is not None and not self._logged:
             log.warning("no forwarded port is known", extra={"file": str(self._path), "why": trouble})
-        self._said = trouble is not None
+        self._logged = trouble is not None
         return self.port != old
 
 

@@ -1,4 +1,4 @@
-"""Which programs the agent may query about the tunnel, in addition to the kernel."""
+"""Settings of the sources about the tunnel, in addition to the kernel."""
 
 import os
 import stat
@@ -31,13 +31,13 @@ def _user(value: str) -> str:
 
 
 def _management(value: str) -> str:
-    """A UNIX socket's path, or an address of the loopback with a port: what is said there is in clear text."""
+    """A UNIX socket's path, or an address of the loopback with a port: the protocol is in clear text."""
     if value.startswith("/"):
         if len(os.fsencode(value)) > _MAX_SOCKET_PATH_BYTES:
             msg = f"takes a path of at most {_MAX_SOCKET_PATH_BYTES} bytes (unix(7))"
             raise ValueError(msg)
         mode = p.mode_later(value)
-        if mode and not stat.S_ISSOCK(mode):  # OpenVPN may not have made it yet
+        if mode and not stat.S_ISSOCK(mode):  # OpenVPN may not have created it yet
             msg = f"{value} is no socket"
             raise ValueError(msg)
         return value
@@ -52,7 +52,7 @@ def _management(value: str) -> str:
 
 def _port_or_file(value: str) -> int | Path:
     if value.startswith("/"):
-        if stat.S_ISDIR(p.mode_later(value)):  # one that is not there yet is written later
+        if stat.S_ISDIR(p.mode_later(value)):  # a file that does not exist yet is written later
             msg = f"{value} is a folder"
             raise ValueError(msg)
         return Path(value)
@@ -122,7 +122,7 @@ class IntrospectSettings:
 
     @classmethod
     def read(cls, source: Source, *, insecure: Callable[[str], bool]) -> "IntrospectSettings":
-        """`insecure` says whether a key must not be sent to an address. Raises SettingError naming the setting."""
+        """`insecure` says whether a key would be sent in clear to a URL. Raises SettingError naming the setting."""
         gluetun = source.get(GLUETUN_URL)
         login = Login(
             key=source.get(GLUETUN_API_KEY), user=source.get(GLUETUN_USER), password=source.get(GLUETUN_PASSWORD)

@@ -1,8 +1,8 @@
-"""WireGuard's own account: endpoints, mark, last handshake and counters of one interface, and never a key.
+"""WireGuard's state: endpoints, mark, last handshake and counters of one interface, and never a key.
 
 A userspace device (wireguard-go, boringtun) answers on a UNIX socket; see "Cross-platform Userspace Implementation" on
-wireguard.com. Its answer to `get=1` names the private key too: a line with a key is dropped as it is read. For a device
-in the kernel `wg show` is asked one thing at a time, so that no key is ever printed (`dump` would). Both need
+wireguard.com. Its answer to `get=1` contains the private key too: a line with a key is dropped as it is read. For a
+device in the kernel `wg show` is run once for each value, so that no key is printed (as `dump` would). Both need
 CAP_NET_ADMIN, or root.
 """
 
@@ -17,20 +17,20 @@ from vpn_sentinel.agent.net.endpoints import Endpoint, parse_endpoint
 from vpn_sentinel.domain.observation import Claim
 
 FOLDERS: Final = ("/run/wireguard", "/var/run/wireguard")
-LOOK_TIMEOUT_S: Final = 0.5  # seconds for one look
-_MAX_LINE_BYTES: Final = 4096  # bytes of a line
-_MAX_ANSWER_BYTES: Final = 256 * 1024  # bytes of an answer: some thousand peers
-_SECRET: Final = (b"private_key=", b"preshared_key=")
-_SHOWN: Final = ("endpoints", "latest-handshakes", "transfer", "fwmark")
+LOOK_TIMEOUT_S: Final = 0.5
+_MAX_LINE_BYTES: Final = 4096
+_MAX_ANSWER_BYTES: Final = 256 * 1024  # enough for some thousand peers
+_KEY_PREFIXES: Final = (b"private_key=", b"preshared_key=")
+_SHOW_ARGUMENTS: Final = ("endpoints", "latest-handshakes", "transfer", "fwmark")
 
 
 class DeviceError(Exception):
-    """The device was found and could not be asked; the text says why and holds nothing that it answered."""
+    """The device was found but could not be read; the text is the reason, without any part of its answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """`handshake` is the last one's time, seconds since the Unix epoch by this host's clock; 0: never."""
+    """`handshake` is the time of the last one, in seconds since 1970 by this host's clock; 0: never."""
 
     endpoint: Endpoint | None = None
     handshake: int = 0
@@ -46,7 +46,7 @@ class Device:
     peers: tuple[Peer, ...] = ()
 
     def claim(self, wall: float) -> Claim:
-        """The peer with the newest handshake. A time that lies in the future is a wrong clock's: unknown."""
+        """The peer with the newest handshake. Its age is unknown when its time is in the future (a wrong clock)."""
         peer = max(self.peers, key=lambda p: p.handshake, default=Peer())
         age = wall - peer.handshake if peer.handshake else None
         return Claim(
@@ -57,9 +57,10 @@ class Device:
 
 
 async def read_device(interface: str, *, kernel: bool, folders: Sequence[str] = FOLDERS) -> Device | None:
-    """Ask once, at most half a second; None when nothing here is to be asked about `interface`.
+    """Read once, within half a second; None when there is no source for `interface` here.
 
-    `kernel` tells that it is the kernel's own WireGuard. Raises DeviceError, and PermissionError without the privilege.
+    `kernel`: the device is one of WireGuard in the kernel. Raises DeviceError, and PermissionError without the
+    privilege.
     """
     try:
         async with asyncio.timeout(LOOK_TIMEOUT_S):
@@ -73,7 +74,7 @@ async def read_device(interface: str, *, kernel: bool, folders: Sequence[str] = 
     except PermissionError:
         raise
     except (OSError, EOFError) as e:
-        raise DeviceError((e.strerror if isinstance(e, OSError) else None) or "the answer was broken off") from e
+        raise DeviceError((e.strerror if isinstance(e, OSError) else None) or "the answer was cut off") from e
     except ValueError as e:
         raise DeviceError("the answer makes no sense") from e
 
@@ -88,7 +89,7 @@ async def _userspace(path: str) -> Device:
 
 
 async def _lines(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
-    """The answer's lines up to the empty one that ends it, without those that hold a key."""
+    """The lines of the answer up to the empty one that ends it, without those with a key."""
     taken = 0
     while line := await reader.readline():
         taken += len(line)
@@ -96,13 +97,13 @@ async def _lines(reader: asyncio.StreamReader) -> AsyncIterator[bytes]:
             raise DeviceError("the answer is too large")
         if line == b"\n":
             return
-        if not line.startswith(_SECRET):
+        if not line.startswith(_KEY_PREFIXES):
             yield line.rstrip(b"\n")
     raise EOFError
 
 
 async def read_answer(lines: AsyncIterator[bytes]) -> Device:
-    """Read the answer to `get=1`. Raises ValueError, or DeviceError with the device's own error number."""
+    """Parse the answer to `get=1`. Raises ValueError, or DeviceError with the device's error number."""
     device, peers = Device(), list[Peer]()
     async for line in lines:
         name, _, value = line.decode("ascii").partition("=")
@@ -125,7 +126,7 @@ async def read_answer(lines: AsyncIterator[bytes]) -> Device:
 
 
 async def _kernel(program: str, interface: str) -> Device:
-    return read_shown({what: await _show(program, interface, what) for what in _SHOWN})
+    return read_shown({what: await _show(program, interface, what) for what in _SHOW_ARGUMENTS})
 
 
 async def _show(program: str, interface: str, what: str) -> str:
@@ -133,37 +134,37 @@ async def _show(program: str, interface: str, what: str) -> str:
         program, "show", interface, what,
         stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL,
     )  # fmt: skip
-    assert process.stdout is not None  # noqa: S101 - it was asked for
+    assert process.stdout is not None  # noqa: S101 - PIPE was requested
     try:
-        said = bytearray()
-        while piece := await process.stdout.read(65536):
-            said += piece
-            if len(said) > _MAX_ANSWER_BYTES:
+        output = bytearray()
+        while chunk := await process.stdout.read(65536):
+            output += chunk
+            if len(output) > _MAX_ANSWER_BYTES:
                 raise DeviceError("the answer is too large")
         if await process.wait() != 0:
             raise DeviceError("wg cannot show it")
-        return said.decode("ascii")
+        return output.decode("ascii")
     finally:
         if process.returncode is None:
             process.kill()
             await process.wait()
 
 
-def read_shown(said: dict[str, str]) -> Device:
-    """Read what `wg show INTERFACE …` prints for each of four words. Raises ValueError."""
+def read_shown(output: dict[str, str]) -> Device:
+    """Parse the output of `wg show INTERFACE …` for each of four arguments. Raises ValueError."""
     peers: dict[str, Peer] = {}
-    for words in _rows(said["endpoints"], 2):
+    for words in _rows(output["endpoints"], 2):
         peers[words[0]] = Peer(endpoint=_endpoint(words[1]))
-    for words in _rows(said["latest-handshakes"], 2):
+    for words in _rows(output["latest-handshakes"], 2):
         peers[words[0]] = replace(peers.get(words[0], Peer()), handshake=_number(words[1]))
-    for words in _rows(said["transfer"], 3):
+    for words in _rows(output["transfer"], 3):
         peers[words[0]] = replace(peers.get(words[0], Peer()), rx_bytes=_number(words[1]), tx_bytes=_number(words[2]))
-    mark = said["fwmark"].strip()
+    mark = output["fwmark"].strip()
     return Device(fwmark=0 if mark in ("", "off") else _number(mark, 32), peers=tuple(peers.values()))
 
 
 def _number(text: str, bits: int = 63) -> int:
-    """Raises ValueError for what the kernel has no room for: nobody can count with it."""
+    """Raises ValueError for a number that is larger than the kernel's type."""
     found = int(text, 0) if text.startswith("0x") else int(text)
     if not 0 <= found < 2**bits:
         raise ValueError(text[:20])
@@ -179,7 +180,7 @@ def _rows(text: str, columns: int) -> list[list[str]]:
 
 
 def _endpoint(text: str) -> Endpoint | None:
-    """None for `(none)`, and for a link-local address with its zone, which no tunnel's packets leave home by."""
+    """None for `(none)`, and for a link-local address with a zone, which is not on the internet."""
     try:
         return parse_endpoint(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Everyone who can tell of the tunnel besides the canaries, put together for the round and the leak watch."""
+"""The sources about the tunnel besides the canaries, for a round and the leak watch."""
 
 import asyncio
 import logging
@@ -20,33 +20,33 @@ log = logging.getLogger(__name__)
 
 
 class Witnesses:
-    """`look` asks what is asked anew each round; the others are listened to by `run`."""
+    """`look` queries what is read for each round; `run` listens to the others."""
 
     def __init__(self, settings: IntrospectSettings, http: Client, clock: Clock, on_change: Callable[[], None]) -> None:
-        """`on_change` is called when one of them tells of a change."""
+        """`on_change` is called when one of them reports a change."""
         self._clock = clock
         self._on_change = on_change
         self._tunnel: str | None = None
         self._wireguard: Device | None = None
-        self._hidden = False
+        self._logged_refusal = False
         self._openvpn = OpenVpn(settings.openvpn, settings.openvpn_password, on_change) if settings.openvpn else None
         self._gluetun = Gluetun(http, settings.gluetun, settings.login, on_change) if settings.gluetun else None
         self._port = ForwardedPort(settings.forwarded_port)
         self._stalls = StallWatch(lambda: self._tunnel, on_change, clock)
 
     def endpoints(self) -> tuple[Endpoint, ...]:
-        """All far ends of the tunnel that were told of, also after it went away: its last packets are still its own."""
+        """All endpoints of the tunnel that are known, also after it went away: its last packets may come later."""
         peers = self._wireguard.peers if self._wireguard else ()
         known = [p.endpoint for p in peers if p.endpoint is not None]
         return tuple(dict.fromkeys((*known, *(self._openvpn.endpoints() if self._openvpn else ()))))
 
     def forwarded_port(self) -> int | None:
-        """The owner's word first, then gluetun's."""
+        """The configured port, else gluetun's."""
         self._port.read()
         return self._port.port or (self._gluetun.port if self._gluetun else None)
 
     async def look(self, survey: Survey) -> tuple[Claim, ...]:
-        """What each of them says now, within half a second."""
+        """The current claim of each, within half a second."""
         self._tunnel = survey.tunnel
         found = [await self._ask_wireguard(survey)]
         found += [witness.claim() for witness in (self._openvpn, self._gluetun) if witness is not None]
@@ -59,9 +59,9 @@ class Witnesses:
         try:
             device = await read_device(interface.name, kernel=interface.kind == "wireguard")
         except PermissionError:
-            if not self._hidden:
-                log.info("what WireGuard says of itself is not to be read here", extra={"interface": interface.name})
-            self._hidden = True
+            if not self._logged_refusal:
+                log.info("no permission to read the state of WireGuard", extra={"interface": interface.name})
+            self._logged_refusal = True
             return None
         except DeviceError as e:
             return Claim(source="wireguard", status=f"error: {e}")
@@ -71,7 +71,7 @@ class Witnesses:
         return device.claim(self._clock.wall())
 
     async def run(self) -> None:
-        """Listen, for ever."""
+        """Listen; never returns."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._stalls.run())
             group.create_task(self._watch_port())
