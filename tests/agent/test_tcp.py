@@ -58,7 +58,7 @@ async def test_only_ways_out_that_no_datagram_took_are_asked(monkeypatch: pytest
         probe=Probe.PHYSICAL, target="cloudflare", family=4, answer=Answer.ANSWERED, path=Path.OUTSIDE, interface="eth0"
     )
     paths = Paths(FakeKernel(gateways={2, 4}), survey)
-    found = await probe.beside(paths, (shown,), most=2)
+    found = await probe.beside(paths, (shown,), max_uplinks=2)
     assert sorted(asked) == [("1.1.1.1", "eth1"), ("2606:4700:4700::1111", "eth0"), ("2606:4700:4700::1111", "eth1")]
     assert {(c.interface, c.family, c.answer) for c in found} == {
         ("eth1", 4, Answer.ANSWERED), ("eth0", 6, Answer.ANSWERED), ("eth1", 6, Answer.ANSWERED),

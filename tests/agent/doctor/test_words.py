@@ -111,7 +111,7 @@ CASES: dict[str, tuple[Check | Sequence[Check], list[State], str]] = {
     "one that does nothing": (machine.about_settings((), ("A: does nothing without B",)), [GAP], "A: does nothing"),
     "two that are not": (machine.about_settings(("A: x", "B: y")), [GAP, GAP], "A: x"),
     "no netlink": (network.about_interfaces(Survey(), None), [GAP], "AF_NETLINK"),
-    "a tunnel": (network.about_interfaces(SURVEY, None), [OK, OK], "wg0, kind wireguard: it carries the way"),
+    "a tunnel": (network.about_interfaces(SURVEY, None), [OK, OK], "wg0, kind wireguard: traffic to the internet"),
     "a tunnel by its setting": (network.about_interfaces(SURVEY, "wg0"), [OK, OK], "as configured"),
     "a setting that names the way out": (
         network.about_interfaces(replace(SURVEY, misnamed="eth0"), "eth0"), [GAP, OK], "names eth0, the way out",

@@ -48,11 +48,15 @@ def _tunnel(survey: Survey, configured: str | None, listing: str) -> Check:
         fix = "start the VPN, run this in its network namespace (network_mode: service:NAME), or name its interface in "
         return gap(
             "tunnel",
-            f"nothing shows that a VPN carries the way to the internet; {listing}",
+            f"nothing shows that a VPN carries traffic to the internet; {listing}",
             means,
             fix + _INTERFACE_SETTING,
         )
-    why = "as configured" if configured else "it carries the way to the internet, and its own packets leave beside it"
+    why = (
+        "as configured"
+        if configured
+        else "traffic to the internet goes through it, and its own packets leave beside it"
+    )
     if link is None:
         fix = f"start the VPN, or correct {_INTERFACE_SETTING}"
         return gap("tunnel", f"{survey.tunnel} ({why}) does not exist; {listing}", "the tunnel counts as down.", fix)
@@ -175,7 +179,7 @@ def about_system_resolver(lookup: SystemLookup | None) -> Check:
         return ok(name, f"getaddrinfo finds names{behind}")
     found = f"no answer within {_LOOKUP_TIMEOUT_S:g} s" if lookup is None or not lookup.error else lookup.error
     fix = "see /etc/resolv.conf and the line `hosts:` of /etc/nsswitch.conf, and that the nameserver answers"
-    return gap(name, f"getaddrinfo finds no name: {found}", "programs here cannot look names up.", fix)
+    return gap(name, f"getaddrinfo finds no name: {found}", "programs here cannot look up names.", fix)
 
 
 async def resolvers(context: DoctorContext) -> list[Check]:

@@ -1,1 +1,1 @@
-"""What the tunnel's own program says of it. Evidence beside the canaries, never against them."""
+"""What the tunnel's own program reports. It adds evidence to the canaries, and never overrules them."""

@@ -24,9 +24,7 @@ MAX_BODY_BYTES: Final = 64 * 1024  # of an answer
 # headers), and a path MTU of 700 bytes carries it through any tunnel. Reports are a few KB.
 MAX_SEGMENT_BYTES: Final = 536
 _MAX_HEADERS: Final = 100
-_MIN_INDEXED_AUTHORITIES: Final = (
-    32  # with fewer, it may be a folder that somebody filled by hand, and not the system's
-)
+_MIN_INDEXED_AUTHORITIES: Final = 32  # with fewer, somebody may have filled the folder by hand
 _HASHED_NAME: Final = re.compile(r"[0-9a-f]{8}\.\d+")
 
 
@@ -70,10 +68,10 @@ class Client:
         limit: float,
         body: bytes = b"",
         headers: Mapping[str, str],
-        most: int = MAX_BODY_BYTES,
+        max_bytes: int = MAX_BODY_BYTES,
     ) -> Response:
-        """Any method; the body of the answer may have `most` bytes. Raises HttpError."""
-        return await self._exchange(method, url, headers, body, limit, None, most=most)
+        """Any method; the body of the answer may have up to `max_bytes`. Raises HttpError."""
+        return await self._exchange(method, url, headers, body, limit, None, max_bytes=max_bytes)
 
     async def _exchange(
         self,
@@ -85,7 +83,7 @@ class Client:
         family: int | None,
         at: IPAddress | None = None,
         *,
-        most: int = MAX_BODY_BYTES,
+        max_bytes: int = MAX_BODY_BYTES,
     ) -> Response:
         try:
             async with asyncio.timeout(limit):
@@ -94,14 +92,14 @@ class Client:
                 chosen = next((a for a in addresses if family in (None, a.version)), None)
                 if chosen is None:
                     raise HttpError(f"{where.host} has no IPv{family} address")
-                return await self._ask(method, where, chosen, headers, body, most)
+                return await self._ask(method, where, chosen, headers, body, max_bytes)
         except TimeoutError as e:
             raise HttpError(f"no answer within {limit:g} s") from e
         except (OSError, ValueError, EOFError, asyncio.LimitOverrunError) as e:
             raise e if isinstance(e, HttpError) else HttpError(reason(e)) from e
 
     async def _ask(
-        self, method: str, where: ParsedUrl, at: IPAddress, headers: Mapping[str, str], body: bytes, most: int
+        self, method: str, where: ParsedUrl, at: IPAddress, headers: Mapping[str, str], body: bytes, max_bytes: int
     ) -> Response:
         # `_exchange` limits the time of all of it.
         sock = await connected(at, where.port)
@@ -119,7 +117,7 @@ class Client:
                 **headers,
             }
             writer.write(head(method, where, fields) + body)
-            return await read_response(reader, most)
+            return await read_response(reader, max_bytes)
         finally:
             # Aborted, not closed: the TLS closing handshake with a peer that stopped answering would take long.
             writer.transport.abort()
@@ -152,8 +150,8 @@ def head(method: str, where: ParsedUrl, headers: Mapping[str, str]) -> bytes:
     return "".join(f"{line}\r\n" for line in (*lines, "")).encode("latin-1")
 
 
-async def read_response(reader: asyncio.StreamReader, most: int = MAX_BODY_BYTES) -> Response:
-    """Read status, headers and a body of at most `most` bytes. After status 101 the reader is at the new protocol.
+async def read_response(reader: asyncio.StreamReader, max_bytes: int = MAX_BODY_BYTES) -> Response:
+    """Read status, headers and a body of at most `max_bytes`. After status 101 the reader is at the new protocol.
 
     Raises HttpError, or what the reader raises when the peer stops early.
     """
@@ -173,36 +171,36 @@ async def read_response(reader: asyncio.StreamReader, most: int = MAX_BODY_BYTES
             raise HttpError("too many headers")
         status = int(status_text)
         if status >= 200 or status == 101:
-            return Response(status, await _body(reader, status, headers, most), headers)
+            return Response(status, await _body(reader, status, headers, max_bytes), headers)
 
 
 async def _line(reader: asyncio.StreamReader) -> str:
     return (await reader.readuntil(b"\n")).decode("latin-1").rstrip("\r\n")
 
 
-async def _body(reader: asyncio.StreamReader, status: int, headers: Mapping[str, str], most: int) -> bytes:
+async def _body(reader: asyncio.StreamReader, status: int, headers: Mapping[str, str], max_bytes: int) -> bytes:
     if status in (101, 204, 304):
         return b""
     if headers.get("transfer-encoding", "").lower() == "chunked":
-        return await _chunks(reader, most)
+        return await _chunks(reader, max_bytes)
     length = headers.get("content-length")
     if length is not None:
-        if not (length.isascii() and length.isdigit()) or int(length) > most:
+        if not (length.isascii() and length.isdigit()) or int(length) > max_bytes:
             raise HttpError("the answer is too large")
         return await reader.readexactly(int(length))
     found = bytearray()
     while chunk := await reader.read(8192):
         found += chunk
-        if len(found) > most:
+        if len(found) > max_bytes:
             raise HttpError("the answer is too large")
     return bytes(found)
 
 
-async def _chunks(reader: asyncio.StreamReader, most: int) -> bytes:
+async def _chunks(reader: asyncio.StreamReader, max_bytes: int) -> bytes:
     found = bytearray()
     while True:
         size = int((await _line(reader)).partition(";")[0], 16)
-        if size < 0 or len(found) + size > most:
+        if size < 0 or len(found) + size > max_bytes:
             raise HttpError("the answer is too large")
         if size == 0:
             return bytes(found)

@@ -297,7 +297,7 @@ class Paths:
         return entry is not None and entry.leads_by(tunnel.index)
 
     def can_route(self, uplink: Interface, destination: IPAddress) -> bool:
-        """Whether a socket bound to `uplink` has a route to `destination`; True when nobody can tell.
+        """Whether a socket bound to `uplink` has a route to `destination`; True when unknown.
 
         Without one, the kernel treats the address as on-link, and nobody answers its ARP or NDP requests.
         """

@@ -248,8 +248,8 @@ def read_google(reply: dnswire.DnsReply) -> Revealed:
 
 
 def read_akahelp(reply: dnswire.DnsReply) -> Revealed:
-    said = {strings[0]: strings[1] for strings in reply.texts if len(strings) >= 2}
-    return Revealed(egress=on_the_internet(address_in(said.get("ns", ""))), subnet=network_in(said.get("ecs", "")))
+    fields = {strings[0]: strings[1] for strings in reply.texts if len(strings) >= 2}
+    return Revealed(egress=on_the_internet(address_in(fields.get("ns", ""))), subnet=network_in(fields.get("ecs", "")))
 
 
 def read_akamai(reply: dnswire.DnsReply) -> Revealed:

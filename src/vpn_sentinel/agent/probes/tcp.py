@@ -41,12 +41,12 @@ async def opens(address: IPAddress, port: int, *, device: str | None = None, lim
     return True
 
 
-async def beside(paths: Paths, found: tuple[Canary, ...], *, most: int) -> tuple[Canary, ...]:
-    """C2 by TCP, by each of the first `most` uplinks where no datagram was answered; only answers are returned."""
+async def beside(paths: Paths, found: tuple[Canary, ...], *, max_uplinks: int) -> tuple[Canary, ...]:
+    """C2 by TCP, by each of the first `max_uplinks` where no datagram was answered; returns the answers."""
     open_ = {(c.interface, c.family) for c in found if c.probe is Probe.PHYSICAL and c.answer is Answer.ANSWERED}
     wanted = [
         (uplink, target.address)
-        for uplink in paths.survey.uplinks[:most]
+        for uplink in paths.survey.uplinks[:max_uplinks]
         for target in CLOUDFLARE
         if (uplink.name, target.address.version) not in open_ and paths.can_route(uplink, target.address)
     ]

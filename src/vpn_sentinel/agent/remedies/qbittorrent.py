@@ -94,7 +94,7 @@ class QBittorrent:
                 body=urlencode(form).encode(),
                 headers=headers,
                 limit=ANSWER_TIMEOUT_S,
-                most=MAX_ANSWER_BYTES,
+                max_bytes=MAX_ANSWER_BYTES,
             )
         except HttpError as e:
             raise RemedyError(f"qBittorrent at {split(self._url).authority}: {e}") from e

@@ -63,7 +63,7 @@ class Transmission:
                 headers["Authorization"] = "Basic " + base64.b64encode(pair).decode()
             try:
                 answer = await self._http.send(
-                    "POST", self._url, body=body, headers=headers, limit=ANSWER_TIMEOUT_S, most=MAX_ANSWER_BYTES
+                    "POST", self._url, body=body, headers=headers, limit=ANSWER_TIMEOUT_S, max_bytes=MAX_ANSWER_BYTES
                 )
             except HttpError as e:
                 raise RemedyError(f"Transmission at {split(self._url).authority}: {e}") from e

@@ -195,7 +195,7 @@ async def _slow_part(deps: RoundDeps, seen: Observation, policy: Policy, paths: 
         system = deps.system if nameservers else None
         tunnel_and_exit = (seen.link and (seen.link.name, seen.link.up), seen.exit(4), seen.exit(6))
         using = group.create_task(system.ask(zone, nameservers, tunnel_and_exit)) if system is not None else None
-        connecting = group.create_task(tcp.beside(paths, seen.canaries, most=MAX_UPLINKS))
+        connecting = group.create_task(tcp.beside(paths, seen.canaries, max_uplinks=MAX_UPLINKS))
         seen = await _lookups(deps, seen, policy, paths, nameservers, zone, rewriting)
         seen = await _with_origins(deps, seen, policy, paths, nameservers)
         if using is not None and not _leaks(seen, policy):

@@ -87,7 +87,7 @@ class PulseSensor:
         self._wakes = False  # whether the loop watches the socket
         self._wake = asyncio.Event()
         self._choice: Target | None = None
-        self._last: tuple[float, float, IPAddress] | None = None  # when the last reply came, its round trip, address
+        self._last: tuple[float, float, IPAddress] | None = None  # time of the last reply, its round trip, its address
         self._fresh_from = 0.0  # earlier replies may have taken another route
         self._lost_since: float | None = None  # of fallback probes, to literal addresses
         self._unreachable_since: float | None = None  # by `boottime`: others answer, and the echo does not
@@ -325,7 +325,7 @@ class PulseSensor:
     def _listen(self, target: ServerEcho, *, wakes: bool) -> None:
         """Watch the socket for replies, except during a close look: then they are read before the next pulse.
 
-        The kernel's timestamps say when each came.
+        The kernel's timestamps say when each arrived.
         """
         if self._sock is None or wakes is self._wakes:
             return
@@ -351,7 +351,7 @@ class PulseSensor:
             except BlockingIOError:
                 return
             except OSError:
-                # ECONNREFUSED and the like: an ICMP error came back for a pulse.
+                # ECONNREFUSED and the like: an ICMP error arrived_at back for a pulse.
                 if self._timing.refused(_now()):
                     self._silent_from = _now()
                     self._on_change()
@@ -359,9 +359,9 @@ class PulseSensor:
                 return
             self._received(data, target, _now() - self._waited(packet_time(ancillary)))
 
-    def _waited(self, came: float) -> float:
-        """Seconds since a packet came; 0 when the clock was set meanwhile."""
-        waited = self._wall() - came
+    def _waited(self, arrived_at: float) -> float:
+        """Seconds since a packet arrived; 0 when the clock was set meanwhile."""
+        waited = self._wall() - arrived_at
         return waited if 0 < waited < REPLY_TIMEOUT_S[0] else 0.0
 
     def _received(self, data: bytes, target: ServerEcho, now: float) -> None:
