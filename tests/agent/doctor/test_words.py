@@ -114,7 +114,7 @@ CASES: dict[str, tuple[Check | Sequence[Check], list[State], str]] = {
     "a tunnel": (network.about_interfaces(SURVEY, None), [OK, OK], "wg0, kind wireguard: traffic to the internet"),
     "a tunnel by its setting": (network.about_interfaces(SURVEY, "wg0"), [OK, OK], "as configured"),
     "a setting that names the way out": (
-        network.about_interfaces(replace(SURVEY, misnamed="eth0"), "eth0"), [GAP, OK], "names eth0, the way out",
+        network.about_interfaces(replace(SURVEY, misnamed="eth0"), "eth0"), [GAP, OK], "names eth0, the uplink of",
     ),
     "no tunnel": (
         network.about_interfaces(Survey(interfaces=(LO, ETH), uplinks=(ETH,)), None),

@@ -1,4 +1,4 @@
-"""Checks of the network: interfaces, the ways out of each family, and the nameservers."""
+"""Checks of the network: interfaces, the routes of each IP version, and the nameservers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -64,7 +64,7 @@ def _tunnel(survey: Survey, configured: str | None, listing: str) -> Check:
         return gap("tunnel", f"{link.name} ({why}) is switched off", "the tunnel counts as down.", "start the VPN")
     kind = f", kind {link.kind}" if link.kind else ""
     if survey.misnamed is not None:
-        says = f"{_INTERFACE_SETTING} names {survey.misnamed}, the way out beneath {link.name}{kind}"
+        says = f"{_INTERFACE_SETTING} names {survey.misnamed}, the uplink of {link.name}{kind}"
         return gap(
             "tunnel", says, f"{link.name} is watched, whatever the setting says.", f"name {link.name}, or unset it"
         )
@@ -208,7 +208,7 @@ def _resolver(server: NameserverRoute, seen: Sequence[ResolverSighting], tunnel:
     name, path = f"resolver {dns.plain(server.address)}", server.path
     egress = ", ".join(dict.fromkeys(str(s.egress) for s in seen if s.egress))
     stub = _STUB_RESOLVERS.get(str(server.address), "a forwarder on this host")
-    where = {Path.TUNNEL: "through the tunnel", Path.OUTSIDE: "by the way beside the tunnel", Path.LOCAL: stub}
+    where = {Path.TUNNEL: "through the tunnel", Path.OUTSIDE: "beside the tunnel", Path.LOCAL: stub}
     found = where.get(path, "by an unknown path") + (f"; it queries the internet from {egress}" if egress else "")
     if not any(s.answer is Answer.ANSWERED for s in seen):
         fix = "check whether it can be reached through the VPN, or use one that can"

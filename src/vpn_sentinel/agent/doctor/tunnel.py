@@ -34,7 +34,7 @@ async def kill_switch(context: DoctorContext) -> list[Check]:
 def about_kill_switch(seen: Observation, tunnel: str | None, physical: str | None) -> Check:
     name = "kill switch"
     if tunnel is None or physical is None:
-        return unknown(name, "not tested: it takes a tunnel and a way beside it")
+        return unknown(name, "not tested: it takes a tunnel and an uplink beside it")
     outside = [*seen.asked(Probe.PHYSICAL), *seen.asked(Probe.FIRST_HOP)]
     passed = [c for c in outside if c.answer in (Answer.ANSWERED, Answer.EXPIRED)]
     if passed:
