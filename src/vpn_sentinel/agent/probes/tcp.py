@@ -19,7 +19,7 @@ from vpn_sentinel.domain.policy import IPAddress
 # A rule that drops the SYN gives no error, so behind most kill switches the whole time passes; an answer takes one
 # round trip.
 CONNECT_TIMEOUT_S: Final = 0.3
-HTTPS: Final = 443
+_HTTPS_PORT: Final = 443
 TARGET: Final = "cloudflare_tcp"
 
 
@@ -50,7 +50,7 @@ async def beside(paths: Paths, found: tuple[Canary, ...], *, max_uplinks: int) -
         for target in CLOUDFLARE
         if (uplink.name, target.address.version) not in open_ and paths.can_route(uplink, target.address)
     ]
-    answered = await asyncio.gather(*(opens(address, HTTPS, device=uplink.name) for uplink, address in wanted))
+    answered = await asyncio.gather(*(opens(address, _HTTPS_PORT, device=uplink.name) for uplink, address in wanted))
     return tuple(
         Canary(
             probe=Probe.PHYSICAL,

@@ -9,7 +9,7 @@ import random
 from typing import Final
 
 REPLY_TIMEOUT_S: Final = (0.3, 1.0)  # a pulse without a reply: minimum and maximum until it is repeated
-TRIES: Final = 3  # pulses that are sent then
+QUICK_PULSES: Final = 3  # sent after a pulse without a reply
 QUICK_APART_S: Final = 0.175  # between them
 LAST_TRY_TIMEOUT_S: Final = 0.25  # at least
 # Interval and duration of pulses while nothing answers: they show the server that its replies do not arrive.
@@ -47,7 +47,7 @@ class PulseTiming:
         return (
             since
             + self.patience
-            + (TRIES - 1) * QUICK_APART_S
+            + (QUICK_PULSES - 1) * QUICK_APART_S
             + max(LAST_TRY_TIMEOUT_S, min(1.0, 2 * (self._rtt or 0.0)))
         )
 
@@ -64,7 +64,7 @@ class PulseTiming:
 
     def _send_at(self) -> float:
         since = self.unanswered_since
-        if since is not None and self._silent_since is None and self._tried < TRIES:
+        if since is not None and self._silent_since is None and self._tried < QUICK_PULSES:
             return min(self._next, since + self.patience + self._tried * QUICK_APART_S)
         return self._next
 
@@ -105,7 +105,7 @@ class PulseTiming:
     def dead(self, now: float) -> bool:
         """Whether nothing answers any more; True once for each silence."""
         since = self.unanswered_since
-        if since is None or self._silent_since is not None or self._tried < TRIES or now < self._dead_at(since):
+        if since is None or self._silent_since is not None or self._tried < QUICK_PULSES or now < self._dead_at(since):
             return False
         self._silent_since = now
         self._next = now
