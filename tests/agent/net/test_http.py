@@ -100,6 +100,30 @@ async def test_a_server_that_says_nothing_is_given_up() -> None:
             await CLIENT.get(f"http://127.0.0.1:{port}/", limit=0.1)
 
 
+async def test_nothing_of_a_request_that_was_given_up_arrives_later() -> None:
+    """As at a server whose path comes back: what the kernel still held would be read as news."""
+    given_up, arrived = asyncio.Event(), asyncio.Event()
+    found = b""
+
+    async def late(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal found
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        await given_up.wait()
+        writer.transport.resume_reading()  # type: ignore[attr-defined]
+        try:
+            found = await reader.read()
+        except ConnectionResetError:
+            found = b"reset"
+        arrived.set()
+
+    async with tcp(late) as port:
+        with pytest.raises(HttpError, match="no answer"):
+            await CLIENT.post(f"http://127.0.0.1:{port}/", b"x" * 8_000_000, {}, limit=0.5)
+        given_up.set()
+        await asyncio.wait_for(arrived.wait(), 10)
+    assert found == b"reset"
+
+
 async def test_nobody_there(free_port: int) -> None:
     with pytest.raises(HttpError):
         await CLIENT.get(f"http://127.0.0.1:{free_port}/", limit=2)

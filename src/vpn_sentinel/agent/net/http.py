@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import ssl
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -23,6 +24,7 @@ MAX_BODY_BYTES: Final = 64 * 1024  # of an answer
 # TCP payload of a packet: every host accepts that much from the first packet on (RFC 9293, 3.7.1; 576 less two
 # headers), and a path MTU of 700 bytes carries it through any tunnel. Reports are a few KB.
 MAX_SEGMENT_BYTES: Final = 536
+_RESET_ON_CLOSE: Final = struct.pack("ii", 1, 0)  # struct linger of socket(7): on, for 0 seconds
 _MAX_HEADERS: Final = 100
 _MIN_INDEXED_AUTHORITIES: Final = 32  # with fewer, somebody may have filled the folder by hand
 _HASHED_NAME: Final = re.compile(r"[0-9a-f]{8}\.\d+")
@@ -127,12 +129,17 @@ async def connected(at: IPAddress, port: int) -> socket.socket:
     """A TCP connection whose segments are small, so that it also works where large packets vanish.
 
     A tunnel whose path MTU is below that of its interface is something that must be reported (situation 30),
-    and Linux does not detect such a path by itself (net.ipv4.tcp_mtu_probing is 0). Raises OSError.
+    and Linux does not detect such a path by itself (net.ipv4.tcp_mtu_probing is 0).
+
+    Closing it resets it (RFC 9293, 3.10.5: ABORT). Otherwise the kernel would go on sending what is left in the buffer
+    for minutes, and once the path works again the server would read a report that was given up long ago: dated by its
+    arrival, and before those that are sent anew with their true age. Raises OSError.
     """
     sock = AS_USER.socket(socket.AF_INET if at.version == 4 else socket.AF_INET6, socket.SOCK_STREAM)
     try:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, MAX_SEGMENT_BYTES)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET_ON_CLOSE)
         # Bound first: the leak watch may read the first packet before the connection is established.
         sock.bind(("", 0))
         OWN_SOCKETS.add(sock, (at, port))
