@@ -158,8 +158,9 @@ def by_site(by_name: Mapping[str, Reference]) -> dict[str, dict[str, Reference]]
 
 def said(decision: Decision) -> tuple[Any, ...]:
     effects = decision.effects
-    told = (effects.tunnels, effects.moves, effects.shared, effects.owes, [repr(e) for _, e in effects.failures])
-    return ([(sql, list(values)) for sql, values in decision.batches], *told)
+    failures = [repr(e) for _, e in effects.failures]
+    outside = (effects.tunnels, effects.moves, effects.shared, effects.has_deliveries, failures)
+    return ([(sql, list(values)) for sql, values in decision.batches], *outside)
 
 
 @given(sequences())

@@ -1,10 +1,10 @@
-"""What each part of the server says of itself to /health/ready."""
+"""The health of each part of the server, as /health/ready shows it."""
 
 from typing import NamedTuple
 
 
 class PartHealth(NamedTuple):
-    """Whether it can do its work; `detail` says why not, or how it stands, in words without names and addresses."""
+    """Whether the part can do its work; `detail` says why not, or its present state, without names and addresses."""
 
     ok: bool
     detail: str = ""

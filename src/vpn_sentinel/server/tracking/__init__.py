@@ -1,1 +1,1 @@
-"""The one transaction, from what enters to what is written: `decision.decide` is its pure core, `Tracker` runs it."""
+"""The server's one transaction, from inputs to statements: `decision.decide` is its pure core, `Tracker` runs it."""

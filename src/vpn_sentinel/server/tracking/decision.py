@@ -1,8 +1,8 @@
-"""What follows from what entered: the pure core of the server's one transaction.
+"""Decides what follows from a batch of inputs: the pure core of the server's one transaction.
 
-`decide` and `decide_silences` do no I/O, ask no clock, and change nothing but what they return and the rows that they
-were given, which are the transaction's own copies. So a transaction may run twice, and one that fails leaves no trace:
-`Effects` count once the changes are committed, and not before.
+`decide` and `decide_silences` do no I/O, read no clock, and change nothing but their result and the rows that they are
+given, which are the transaction's own copies. So a transaction may run twice, and one that fails leaves no trace:
+`Effects` take place only after the changes are committed.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,17 +35,17 @@ from vpn_sentinel.server.tracking.sites import REFERENCE, silent_too
 from vpn_sentinel.server.tracking.writes import Writes, record
 from vpn_sentinel.wire.codec import decoder, encode, encode_observation
 
-# A tunnel whose row trips the program is looked at again after so many seconds.
+# A tunnel whose row raises an exception is tried again after this time.
 _RETRY_BROKEN_ROW_S: Final = 300.0
-# Pulses that were seen in trouble so many seconds ago are a sign of life: no silence, though reports stay away.
+# Trouble seen in pulses is stored; within this time of it the agent is alive, so missing reports are no silence.
 _PULSE_IS_LIFE_S: Final = 15.0
-# So many seconds the agent's own word, that its tunnel is alive, stands against "your pulses are unheard".
+# For this time the agent's own probes, which show that its tunnel is alive, overrule "its pulses are unheard".
 _REFUTED_FOR_S: Final = 600.0
-# Ports below belong to a system's own services: no VPN forwards them, and nobody should be made to knock there.
+# Lower ports belong to a system's own services: no VPN forwards them, and no agent may make this server connect there.
 _MIN_FORWARDED_PORT: Final = 1024
-# Seconds before an agent could speak that what it saw still stands for now.
+# What an agent saw at most this time before it connected still counts as the present state.
 _STILL_CURRENT_S: Final = 2.0
-# Seconds that a reference agent gets to find out that home is down, when a tunnel there died: three of its pulses.
+# When a tunnel dies, its reference agent gets this time, three of its pulses, to find out that home is down.
 _WAIT_FOR_HOME_S: Final = 6.0
 _MAYBE_HOME: Final = frozenset({Code.NO_TRAFFIC, Code.UPLINK_DOWN})
 
@@ -55,11 +55,11 @@ _policy_of: Final = decoder(Policy)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
-    """What a decision goes by beside what entered and what is known.
+    """What a decision depends on besides its inputs and what is known.
 
     `now` is the server's time in seconds since the epoch, `clock_moved` by how much it has been set (see
-    `domain.machine.Memory`). `policy` are the server's rules, `keepalive_policy` those for old clients, which declare
-    nothing. Every notice is owed to each of `channels`.
+    `domain.machine.Memory`). `policy` is the server's own, `keepalive_policy` that for old clients, which declare
+    nothing. Every notice gets a delivery for each of `channels`.
     """
 
     now: float
@@ -71,18 +71,18 @@ class Context:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Effects:
-    """What happens outside the database once a decision is committed.
+    """What takes place outside the database once a decision is committed.
 
-    `draft` is what this process knows from then on. `tunnels` are the names of those that were written, `moves` their
-    changes of state. `shared` are names that several agents report under, `owes` says whether people are to be told
-    something, `failures` which rows could not be judged, and why.
+    `draft` is what this process knows from then on. `tunnels` are the names of the written ones, `moves` their changes
+    of state. `shared` are names that several agents report under, `has_deliveries` says whether a message was put into
+    the outbox, `failures` which rows could not be judged, and why.
     """
 
     draft: Draft
     tunnels: frozenset[str]
     moves: tuple[tuple[str, Moved | Revised], ...]
     shared: tuple[str, ...]
-    owes: bool
+    has_deliveries: bool
     failures: tuple[tuple[str, Exception], ...]
 
 
@@ -92,39 +92,39 @@ class Decision(Changes):
 
 
 def decide(batch: Iterable[Input], rows: Mapping[str, TunnelRow], known: Knowledge, context: Context) -> Decision:
-    """What follows from a batch, in its order. `rows` by name; a report needs the row of its tunnel.
+    """Decide what follows from a batch, input by input. `rows` are by name; a report needs the row of its tunnel.
 
-    Raises what a row or a report that cannot be judged trips over: nothing of the batch counts then.
+    Raises any exception that a row or a report causes which cannot be judged; nothing of the batch is stored then.
     """
-    deciding = _Deciding(known, context)
+    builder = _DecisionBuilder(known, context)
     for entering in batch:
         row = rows.get(entering.tunnel)
         if isinstance(entering, ReportBatch):
-            deciding.take_reports(rows[entering.tunnel], entering)
+            builder.add_reports(rows[entering.tunnel], entering)
         elif row is not None and isinstance(entering, PulseObservation):
-            deciding.take_pulses(row, entering)
+            builder.add_pulses(row, entering)
         elif row is not None and isinstance(entering, PortCheckResult):
-            deciding.take_port_check(row, entering)
-    return deciding.decision()
+            builder.add_port_check(row, entering)
+    return builder.decision()
 
 
 def decide_silences(
-    rows: Iterable[TunnelRow], known: Knowledge, context: Context, grace: float, company: Sequence[Row[Any]]
+    rows: Iterable[TunnelRow], known: Knowledge, context: Context, grace: float, site_members: Sequence[Row[Any]]
 ) -> Decision:
-    """Which of `rows` are silent, whose deadline passed `grace` seconds ago or earlier.
+    """Decide which of `rows` are silent: those whose deadline passed `grace` seconds ago or earlier.
 
-    `company` are the tunnels of their sites: see `sites.silent_too`. A row that cannot be judged is put off, and keeps
-    no other from being watched.
+    `site_members` are the tunnels of their sites: see `sites.silent_too`. A row that cannot be judged is tried again
+    later, and does not keep others from being watched.
     """
-    deciding = _Deciding(known, context)
+    builder = _DecisionBuilder(known, context)
     for row in rows:
         if row.deadline is not None and row.deadline <= context.now - grace:
-            deciding.take_silence(row, row.deadline, silent_too(row, company, context.now))
-    return deciding.decision()
+            builder.add_silence(row, row.deadline, silent_too(row, site_members, context.now))
+    return builder.decision()
 
 
-class _Deciding:
-    """One decision in the making."""
+class _DecisionBuilder:
+    """Gathers one decision, input by input."""
 
     def __init__(self, known: Knowledge, context: Context) -> None:
         self._context = context
@@ -142,17 +142,17 @@ class _Deciding:
             tunnels=frozenset(row.name for row in written),
             moves=tuple(writes.moves),
             shared=tuple(self._shared),
-            owes=bool(writes.deliveries),
+            has_deliveries=bool(writes.deliveries),
             failures=tuple(self._failures),
         )
         return Decision(batches=writes.batches(), effects=effects)
 
-    def take_reports(self, row: TunnelRow, batch: ReportBatch) -> None:
-        """Judge each observation that is new, and follow what they came to together."""
+    def add_reports(self, row: TunnelRow, batch: ReportBatch) -> None:
+        """Judge each new observation, and write what they lead to together."""
         policy = self._policy_for(batch)
-        if batch.spool is None and self._same_again(row, batch):
+        if batch.spool is None and self._add_repeat(row, batch):
             return
-        _introduce(row, batch)
+        _update_sender(row, batch)
         was, before = row.memory, self._memory(row)
         memory, events, home_known, well = before, list[Event](), False, False
         spool = batch.name_of_spool(row.spool, row.seq)
@@ -161,7 +161,7 @@ class _Deciding:
         came_from = tuple(a for a in (batch.peer, *pulsed_from) if a is not None and batch.spool is not None)
         extra = self._transport_findings(row, batch, spool, memory)
         for item in batch.observations:
-            # Milliseconds, so that the numbers go on where they were when a tunnel's other kind of sender stops.
+            # A keepalive's number is its time in milliseconds, so that numbers go on rising when an agent replaces it.
             seq = item.seq if batch.spool is not None else max(last + 1, int(1000 * item.at))
             if seq <= last:
                 continue  # a replay of what the database holds changes nothing
@@ -176,69 +176,69 @@ class _Deciding:
             well = verdict.state in (State.PROTECTED, State.DEGRADED)
             if row.role == REFERENCE:
                 since = item.at if began is None else began
-                self._draft.sites.saw(row.name, row.site, memory.homes, since, item.at, verdict.state)
-            self._writes.saw(row.id, spool, seq, item.at, batch.received_at, verdict, seen)
+                self._draft.sites.add_observation(row.name, row.site, memory.homes, since, item.at, verdict.state)
+            self._writes.add_observation(row.id, spool, seq, item.at, batch.received_at, verdict, seen)
             update_snapshot(row, seen)
         row.spool, row.seq = spool, last
         if well and batch.caught_up:
-            self._note_way(row, batch, policy.with_home(self._evaluator.home(row.site, memory.home)))
+            self._note_beside_tunnel(row, batch, policy.with_home(self._evaluator.home(row.site, memory.home)))
         self._note_sender(row, batch)
-        # After a silence the first words are of the time before the agent could speak; how things stand now follows.
-        # That all is well is as good as new: an agent that was started looks around before it connects.
-        lately = _STILL_CURRENT_S if memory.state is State.PROTECTED else 0.0
-        stale = before.told is State.SILENT and memory.seen_at < min(batch.connected_at, self._context.now) - lately
+        # After a silence the first reports are of the time before the agent could connect; the present state follows.
+        # "Protected" may be a little older: an agent that was just started makes a round before it connects.
+        max_age = _STILL_CURRENT_S if memory.state is State.PROTECTED else 0.0
+        stale = before.told is State.SILENT and memory.seen_at < min(batch.connected_at, self._context.now) - max_age
         waits = not home_known and self._waits_for_home(row, memory)
-        self._follow(row, before, memory, events, caught_up=batch.caught_up and not stale and not waits)
+        self._write_step(row, before, memory, events, caught_up=batch.caught_up and not stale and not waits)
         if batch.spool is None:
-            # The same again would move as little: what depends on time (a grace, a wrong clock) is not of this kind.
+            # An equal keepalive would change nothing either; what depends on time (a grace, a wrong clock) is excluded.
             moved_nothing = row.memory == was and memory.candidate is None and not extra
             repeat = Repeat(_mark(row, batch, seen), verdict.state.value) if moved_nothing else None
             self._draft.repeats.put(row.name, repeat)
 
     def _waits_for_home(self, row: TunnelRow, memory: Memory) -> bool:
-        """Whether a dead tunnel is not told yet, because its reference agent may be about to say that home is down.
+        """Whether the notice of a dead tunnel waits, because its reference agent may soon report that home is down.
 
-        That one pulses too, so while home is well this server knows it at once, and nothing waits; unless the pulses go
-        to another replica, or come over a LAN, or not at all. An interface that is gone waits never: home has no part
-        in that.
+        A reference agent sends pulses too, so while home is well this server knows it at once, and nothing waits;
+        unless the pulses go to another replica, come over a LAN, or do not come at all. A missing interface never
+        waits: it does not depend on home.
         """
         fresh = memory.state is State.DOWN and memory.seen_at - memory.since < _WAIT_FOR_HOME_S
         maybe_home = fresh and any(f.code in _MAYBE_HOME for f in memory.findings)
-        return maybe_home and self._draft.sites.may_tell(row.site, self._context.now)
+        return maybe_home and self._draft.sites.has_working_reference(row.site, self._context.now)
 
     def _transport_findings(
         self, row: TunnelRow, batch: ReportBatch, spool: str, memory: Memory
     ) -> tuple[Finding, ...]:
-        """What this server finds besides the agent's rounds."""
+        """This server's own findings about the sender and the transport."""
         known = any(f.code is Code.NAME_SHARED for f in memory.findings)
-        was = self._draft.sources.get(row.name) or ReportSources()
-        sources = was.heard(spool, row.spool, batch.received_at, batch.interval, known=known)
-        if sources is not was:
+        before = self._draft.sources.get(row.name) or ReportSources()
+        sources = before.with_report(spool, row.spool, batch.received_at, batch.interval, known=known)
+        if sources is not before:
             self._draft.sources.put(row.name, sources)
         if shared := sources.are_several(batch.received_at):
             self._shared.append(row.name)
-        # A reference agent has no verdict of its own that could be the other's.
+        # A reference agent has no verdict on a tunnel that could be mixed up with another's.
         return transport_findings(batch.skew, batch.thinned, shared=shared and row.role != REFERENCE)
 
     def _note_sender(self, row: TunnelRow, batch: ReportBatch) -> None:
-        """That it was heard, and what that means for its site and its forwarded port."""
+        """Note that the sender reported, and what that means for its site and its forwarded port."""
         row.last_seen = batch.received_at
         row.deadline = batch.received_at + batch.silent_after
         if row.role == REFERENCE:
-            self._draft.sites.heard(row.name, row.deadline, batch.silent_after)
+            self._draft.sites.set_deadline(row.name, row.deadline, batch.silent_after)
             return
         self._draft.sites.forget(row.name)
         if batch.spool is not None and batch.caught_up and batch.observations:
             self._note_port(row, batch.observations[-1].observation, batch.peer)
 
-    def _note_way(self, row: TunnelRow, batch: ReportBatch, policy: Policy) -> None:
-        """Whether an agent that sees its tunnel well reports from home, and declares that something may go there."""
+    def _note_beside_tunnel(self, row: TunnelRow, batch: ReportBatch, policy: Policy) -> None:
+        """Note whether an agent whose tunnel is well reports from home, and declares traffic that may leave there."""
         declared = batch.policy is not None and batch.policy.allowed_outside
         beside = bool(declared) and batch.peer is not None and policy.is_home(batch.peer)
         self._draft.beside_tunnel.put(row.name, beside or None)
 
     def _note_port(self, row: TunnelRow, seen: Observation, peer: IPAddress | None) -> None:
-        """Whether the forwarded port may be tried: only at an address that this tunnel's packets came from."""
+        """Note whether the forwarded port may be tried: only at an address that this tunnel's packets came from."""
         came_from = {peer, *(self._draft.pulse_addresses.get(row.name) or {}).values()}
         where = next((e for e in (seen.exit(4), seen.exit(6)) if e and e in came_from and is_public(e)), None)
         forwarded = None
@@ -246,40 +246,42 @@ class _Deciding:
             forwarded = ForwardedAddress(where, seen.forwarded_port)
         self._draft.forwarded.put(row.name, forwarded)
 
-    def take_pulses(self, row: TunnelRow, pulses: PulseObservation) -> None:
-        """Judge what the server itself sees of a tunnel; only trouble is stored."""
+    def add_pulses(self, row: TunnelRow, pulses: PulseObservation) -> None:
+        """Judge what the server itself sees of a tunnel's pulses; only trouble is stored."""
         if row.role == REFERENCE or row.source != "agent":
             return
         public = is_public(pulses.address)
         if public:
             known_addresses = self._draft.pulse_addresses.get(row.name) or {}
             self._draft.pulse_addresses.put(row.name, {**known_addresses, pulses.address.version: pulses.address})
-        # One of a LAN tells no exit.
+        # An address in a LAN is no exit.
         address = pulses.address if public and not self._draft.beside_tunnel.get(row.name) else None
         seen = Observation(trigger=Trigger.PULSE, reported_from=address, unheard=pulses.unheard)
         before = self._memory(row)
         declared = _policy_of(row.policy) if row.policy else None
         policy = self._evaluator.effective_policy(declared).with_home(self._evaluator.home(row.site, before.home))
         verdict = judge(seen, policy)
-        known = _heard(before, pulses)
+        known = _with_pulses(before, pulses)
         refuted = known.unheard_since <= known.refuted and pulses.at - known.refuted < _REFUTED_FOR_S
-        # After a silence the agent's replay is on its way, and knows better than pulses that have only just come back.
+        # After a silence the agent's replay follows soon, and is better evidence than pulses that only just came back.
         may_be_down = not refuted and known.state is not State.SILENT
         if verdict.state is State.LEAKING or (verdict.state is State.DOWN and may_be_down):
-            # Whoever calls them unheard has waited before; a leak is as old as its packet.
+            # Pulses are called unheard only after a wait as long as the grace; a leak dates from its packet.
             began = pulses.at - policy.grace_down if verdict.state is State.DOWN else None
             memory, events = advance(known, verdict, pulses.at, policy, began=began)
         elif known is not before:
             memory, events = known, list[Event]()
         else:
             return
-        self._writes.saw(row.id, "pulse", int(1000 * pulses.at), pulses.at, self._context.now, verdict, seen)
-        self._follow(row, before, memory, events, caught_up=True)
+        self._writes.add_observation(
+            row.id, "pulse", int(1000 * pulses.at), pulses.at, self._context.now, verdict, seen
+        )
+        self._write_step(row, before, memory, events, caught_up=True)
 
-    def _same_again(self, row: TunnelRow, batch: ReportBatch) -> bool:
-        """Take a keepalive that says what the last one said, if that one moved nothing; else leave it to be judged.
+    def _add_repeat(self, row: TunnelRow, batch: ReportBatch) -> bool:
+        """Store a keepalive that equals the last one without judging it, if that one changed nothing; else False.
 
-        Most keepalives are of this kind, and judging them anew costs several times as much.
+        Most keepalives are of this kind, and judging each again costs several times as much.
         """
         item, repeat = batch.observations[0], self._draft.repeats.get(row.name)
         if repeat is None or _has_transport_findings(batch) or repeat.mark != _mark(row, batch, item.observation):
@@ -294,20 +296,20 @@ class _Deciding:
         return True
 
     def _policy_for(self, batch: ReportBatch) -> Policy:
-        """What it is judged by. A keepalive declares nothing."""
+        """The policy that the batch is judged by. A keepalive declares none."""
         if batch.policy is None:
             return self._context.keepalive_policy
         return self._evaluator.effective_policy(batch.policy)
 
-    def _follow(
+    def _write_step(
         self, row: TunnelRow, before: Memory, memory: Memory, events: Sequence[Event], *, caught_up: bool
     ) -> None:
-        """Write what a step leads to: transitions, incidents, what is owed to people, and the row itself."""
+        """Write what the step from `before` to `memory` leads to: transitions, incidents, deliveries, the row."""
         writes, now = self._writes, self._context.now
-        memory, told = notices(before, memory, events, caught_up=caught_up)
-        # What a broken row trips over comes first: a step is written whole, or not at all.
+        memory, new_notices = notices(before, memory, events, caught_up=caught_up)
+        # What can fail on a broken row comes first: a step is written whole, or not at all.
         deliveries: list[tuple[object, ...]] = []
-        for notice in told:
+        for notice in new_notices:
             deliveries += delivery_values(with_context(notice, row), self._context.channels, now)
         if memory is not before or not row.memory:
             row.memory = encode(replace(memory, seen_at=0.0)).decode()
@@ -322,8 +324,8 @@ class _Deciding:
         row.state, row.since = memory.state.value, memory.since or row.created_at
         writes.tunnels[row.id] = row
 
-    def take_port_check(self, row: TunnelRow, result: PortCheckResult) -> None:
-        """Since when an answer has been the same is kept: its trouble began then."""
+    def add_port_check(self, row: TunnelRow, result: PortCheckResult) -> None:
+        """Keep the result, and the time of the first of equal results: its trouble began then."""
         memory = self._memory(row, result.at)
         since = memory.port_checked_at if memory.port_check == result.check else result.at
         row.memory = encode(replace(memory, port_check=result.check, port_checked_at=since, seen_at=0.0)).decode()
@@ -333,17 +335,17 @@ class _Deciding:
         self._writes.tunnels[row.id] = row
 
     def _memory(self, row: TunnelRow, now: float | None = None) -> Memory:
-        """What the row remembers, by the clock as it is now; nothing in it is later than `now`."""
+        """The row's memory, with its times by the clock as it is now, and none later than `now`."""
         moved = self._context.clock_moved
         if not row.memory:
             return Memory(moved=moved)
         memory = _memory_of(row.memory)
-        # The row's own times have been moved with the clock.
+        # The columns, unlike the memory in the row, were already moved with the clock.
         memory = replace(timeshift.moved(memory, moved - memory.moved), seen_at=row.seen_at)
         return timeshift.not_after(memory, self._context.now if now is None else now)
 
-    def take_silence(self, row: TunnelRow, deadline: float, others: Sequence[str]) -> None:
-        """Make the tunnel silent, unless its pulses show that it lives. `others` of its site are silent too."""
+    def add_silence(self, row: TunnelRow, deadline: float, others: Sequence[str]) -> None:
+        """Make the tunnel silent, unless its pulses show that it is alive. `others` of its site are silent too."""
         now = self._context.now
         if row.seen_at > row.last_seen and abs(now - row.seen_at) < _PULSE_IS_LIFE_S:
             row.deadline = now + _PULSE_IS_LIFE_S
@@ -355,18 +357,18 @@ class _Deciding:
             finding = silence_finding(row.last_seen, deadline, row.site, others, pulses=pulses)
             memory, events = overdue(before, deadline, finding)
             row.deadline = None
-            self._follow(row, before, memory, events, caught_up=True)
+            self._write_step(row, before, memory, events, caught_up=True)
         except Exception as e:  # noqa: BLE001 - one bad row, say of a newer version, must not keep the others unwatched
             self._failures.append((row.name, e))
             row.deadline = now + _RETRY_BROKEN_ROW_S
             self._writes.tunnels[row.id] = row
             return
         if row.role == REFERENCE:
-            self._draft.sites.silent(row.name, deadline - row.last_seen)
+            self._draft.sites.add_silence(row.name, deadline - row.last_seen)
 
 
-def _introduce(row: TunnelRow, batch: ReportBatch) -> None:
-    """Take over what a sender says of itself."""
+def _update_sender(row: TunnelRow, batch: ReportBatch) -> None:
+    """Copy into the row what the sender says about itself."""
     row.source = "keepalive" if batch.spool is None else "agent"
     row.role, row.site = batch.role, batch.site
     row.version, row.interval = batch.version, batch.interval
@@ -380,22 +382,22 @@ def _policy_text(policy: Policy) -> str:
     return encode(policy).decode()
 
 
-def _heard(memory: Memory, pulses: PulseObservation) -> Memory:
-    """Note since when pulses are unheard, or that they are heard again."""
+def _with_pulses(memory: Memory, pulses: PulseObservation) -> Memory:
+    """The memory with the time since which pulses are unheard, or 0 when replies reach the agent again."""
     if pulses.unheard is (memory.unheard_since > 0):
         return memory
     return replace(memory, unheard_since=pulses.at if pulses.unheard else 0.0, refuted=0.0)
 
 
 def _mark(row: TunnelRow, batch: ReportBatch, seen: Observation) -> int:
-    """Tells one keepalive, and the row that it leaves or meets, from another; costs less memory than keeping them.
+    """A hash of a keepalive and of the row that it found or left, to compare with the next: smaller than keeping both.
 
-    The row is in it because another replica may have changed it, or a commit of which nobody learned that it succeeded.
+    The row is in it because another replica may have changed it, or a commit that succeeded without being acknowledged.
     """
-    said = (seen.exit(4), seen.exit(6), seen.reported_from, seen.places, batch.version, batch.dns_loc, batch.dns_colo)
-    return hash((said, row.spool, row.memory, row.version, row.dns_loc, row.dns_colo, row.place))
+    sent = (seen.exit(4), seen.exit(6), seen.reported_from, seen.places, batch.version, batch.dns_loc, batch.dns_colo)
+    return hash((sent, row.spool, row.memory, row.version, row.dns_loc, row.dns_colo, row.place))
 
 
 def _has_transport_findings(batch: ReportBatch) -> bool:
-    """Whether the batch itself tells of a wrong clock, or of rounds that never came."""
+    """Whether the batch itself shows a wrong clock, or rounds that never came."""
     return bool(batch.thinned) or (batch.skew is not None and abs(batch.skew) > MAX_CLOCK_SKEW_S)

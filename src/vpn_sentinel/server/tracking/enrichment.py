@@ -1,4 +1,4 @@
-"""What surfaces and messages show beside a verdict: places, resolvers, and what only the receiver knows."""
+"""What pages and messages show in addition to a verdict: places, resolvers, and what only the receiver knows."""
 
 from dataclasses import replace
 from typing import Final
@@ -12,7 +12,7 @@ from vpn_sentinel.server.store.store import TunnelRow
 from vpn_sentinel.wire.codec import decoder, encode
 from vpn_sentinel.wire.rest import place_of
 
-# A clock further off than this is told.
+# A clock that is off by more than this is a finding.
 MAX_CLOCK_SKEW_S: Final = 60.0
 
 _place_of: Final = decoder(dict[str, str | int | None])
@@ -20,10 +20,10 @@ _resolvers_of: Final = decoder(list[dict[str, str | None]])
 
 
 def transport_findings(skew: float | None, thinned: int, *, shared: bool = False) -> tuple[Finding, ...]:
-    """What only the receiver knows: a wrong clock (`skew` seconds), rounds that never came, a name of several."""
+    """Findings that only the receiver can make: a wrong clock (`skew` seconds), lost rounds, a name used by several."""
     extra: list[Finding] = []
     if shared:
-        message = "Several agents report as this tunnel: what is told of it is now the one's, now the other's."
+        message = "Several agents report as this tunnel: what is shown of it alternates between them."
         extra.append(Finding(Code.NAME_SHARED, message))
     if skew is not None and abs(skew) > MAX_CLOCK_SKEW_S:
         seconds, side = f"{abs(skew):.0f}", "ahead" if skew > 0 else "behind"
@@ -37,7 +37,7 @@ def transport_findings(skew: float | None, thinned: int, *, shared: bool = False
 
 
 def add_transport_findings(verdict: Verdict, extra: tuple[Finding, ...]) -> Verdict:
-    """The verdict with the receiver's findings."""
+    """The verdict with the receiver's findings; its state is the worst of all."""
     if not extra:
         return verdict
     findings = (*verdict.findings, *extra)
@@ -45,7 +45,7 @@ def add_transport_findings(verdict: Verdict, extra: tuple[Finding, ...]) -> Verd
 
 
 def update_snapshot(row: TunnelRow, seen: Observation) -> None:
-    """Copy what surfaces show; what an observation does not know stays as it was, but a place goes with its address."""
+    """Copy into the row what the pages show; unknown values stay as they were, but a place goes with its address."""
     exit4, exit6 = seen.exit(4), seen.exit(6)
     if seen.trigger is Trigger.KEEPALIVE and exit4 is None and exit6 is None and seen.reported_from is not None:
         exit4, exit6 = (seen.reported_from, None) if seen.reported_from.version == 4 else (None, seen.reported_from)
@@ -55,7 +55,7 @@ def update_snapshot(row: TunnelRow, seen: Observation) -> None:
         if (place := best_place(seen, exit4 or exit6)) is not None:
             row.place = encode(place).decode()
         elif place_of(row.place).ip != str(exit4 or exit6):
-            row.place = "{}"  # of another address: where the tunnel comes out, say, while this one is home
+            row.place = "{}"  # it was of another address, such as the tunnel's exit, while this one is home
     if seen.forwarded_port is not None:
         row.port = seen.forwarded_port
     egresses = dict.fromkeys(r.egress for r in seen.resolvers if r.egress)
@@ -64,7 +64,7 @@ def update_snapshot(row: TunnelRow, seen: Observation) -> None:
 
 
 def best_place(seen: Observation, ip: IPAddress | None) -> Place | None:
-    """The fullest account of `ip` among those that name the country most sources agree on; None without any."""
+    """The most complete place of `ip` among those in the country that most sources name; None without any."""
     places = seen.places_of(ip)
     if len(places) < 2:
         return places[0] if places else None
@@ -81,10 +81,10 @@ def _resolver(seen: Observation, ip: IPAddress) -> dict[str, object]:
 
 
 def with_context(notice: Notice, row: TunnelRow) -> Notice:
-    """Add what a reader wants to know beside the event: where the exit is and who resolves."""
+    """Add what a reader wants to know besides the event: where the exit is, and which resolvers are used."""
     place = _place_of(row.place)
     if place.get("ip") != str(notice.exit):
-        place = {}  # of another address, such as the one that leaks
+        place = {}  # it is of another address, such as the one that leaks
     where = [str(place[k]) for k in ("city", "region", "country") if place.get(k)]
     provider = " ".join(str(v) for v in (place.get("org"), f"AS{place['asn']}" if place.get("asn") else None) if v)
     listed = _resolvers_of(row.resolvers)

@@ -1,4 +1,4 @@
-"""What an observation means for its tunnel: judged with what the server knows besides, and added to the memory."""
+"""Judges an observation with what the server knows in addition, and advances the tunnel's memory by it."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,14 +15,14 @@ from vpn_sentinel.server.tracking.enrichment import add_transport_findings
 from vpn_sentinel.server.tracking.sites import REFERENCE, SiteView, newest
 
 _MEASURED = frozenset({Code.HIGH_LOSS, Code.MTU_BLACKHOLE})
-# Homes learned beside the tunnel that are remembered.
+# Home networks learned outside the tunnel; the newest are kept.
 _MAX_LEARNED_HOMES = 8
 
 
 class Evaluation(NamedTuple):
-    """What one observation came to: the memory after it, its verdict, what moved, and since when its trouble lasts.
+    """The result of one observation: the memory after it, its verdict, the machine's events, and when trouble began.
 
-    `began` is None where nothing says more than when it was seen.
+    `began` is None where nothing dates the trouble earlier than the observation itself.
     """
 
     memory: Memory
@@ -32,7 +32,7 @@ class Evaluation(NamedTuple):
 
 
 class Evaluator:
-    """`own` are the server's rules, `sites` what is known of the home connections. Changes neither."""
+    """`own` is the server's policy, `sites` what is known of the home connections. Changes neither."""
 
     def __init__(self, own: Policy, sites: SiteView) -> None:
         self._own = own
@@ -53,7 +53,7 @@ class Evaluator:
         )
 
     def home(self, site: str, learned: Sequence[IPNetwork] = ()) -> tuple[IPNetwork, ...]:
-        """Home networks that nobody declared: those of the site's reference agents, and those learned."""
+        """Home networks that no setting declares: those of the site's reference agents, and those learned."""
         return (*self._sites.homes(site), *learned)
 
     def evaluate(
@@ -65,7 +65,7 @@ class Evaluator:
         policy: Policy,
         extra: tuple[Finding, ...],
     ) -> Evaluation:
-        """Judge what was seen at `at` and advance `memory` by it. `extra` is what the receiver adds."""
+        """Judge `seen`, observed at `at`, and advance `memory` by it. `extra` are the receiver's own findings."""
         reference = row.role == REFERENCE
         if reference:
             effective, verdict = policy, judge_reference(seen)
@@ -95,7 +95,7 @@ class Evaluator:
     def enrich(
         self, row: TunnelRow, memory: Memory, seen: Observation, at: float, came_from: tuple[IPAddress, ...] = ()
     ) -> Observation:
-        """Add what the server knows: the tunnel as it was, the site's internet, the forwarded port from outside.
+        """Add what the server knows: the tunnel while it worked, the site's internet, the forwarded port from outside.
 
         `came_from` are the addresses that the agent's own packets came from.
         """
@@ -114,10 +114,11 @@ class Evaluator:
 
 
 def silence_between(memory: Memory, at: float, silent_after: float) -> tuple[Memory, list[Event]]:
-    """The silence of an agent that did not run between its last observation and the one at `at`.
+    """The memory and events of the silence between the agent's last observation and the one at `at`.
 
-    A replay voids a silence that the agent merely could not break; this keeps the part in which it saw nothing. Only
-    for observations that follow one another by number: where rounds were thinned, the agent ran.
+    A replay voids a silence in which the agent watched but could not report; this keeps the part in which it did not
+    run. Only for observations with consecutive numbers: a gap in the numbers means that rounds were thinned, so the
+    agent ran.
     """
     deadline = memory.seen_at + silent_after
     if memory.state is State.SILENT or not memory.seen_at or at <= deadline:
@@ -126,7 +127,7 @@ def silence_between(memory: Memory, at: float, silent_after: float) -> tuple[Mem
 
 
 def _well_until(memory: Memory) -> float:
-    """When the tunnel was last seen well, as far as is known."""
+    """When the tunnel was last known to be well."""
     if memory.before is not None:
         return memory.seen_at  # the silence since may be void
     candidate = memory.candidate
@@ -136,7 +137,7 @@ def _well_until(memory: Memory) -> float:
 
 
 def began(seen: Observation, verdict: Verdict, at: float, memory: Memory) -> float | None:
-    """When the trouble began that a verdict names, where more is known of it than when it was seen."""
+    """When the verdict's trouble began, where that is known better than by the time of the observation; else None."""
     if verdict.state is State.DOWN and seen.silent_for > 0:
         return at - seen.silent_for
     if verdict.state is State.DEGRADED and any(f.code is Code.PORT_CLOSED for f in verdict.findings):
@@ -150,23 +151,23 @@ def began(seen: Observation, verdict: Verdict, at: float, memory: Memory) -> flo
 
 
 def is_measured(verdict: Verdict) -> bool:
-    """Whether the trouble takes a stretch of time to be measured: earlier rounds in it could not tell it yet."""
+    """Whether the trouble takes a stretch of time to measure: earlier rounds in it could not detect it yet."""
     return verdict.state is State.DEGRADED and any(f.code in _MEASURED for f in verdict.findings)
 
 
 def lasts(seen: Observation, verdict: Verdict) -> float:
-    """For how many seconds the round watched what it tells of: nothing that it asked answered, or pulses told it."""
+    """Seconds for which the round itself watched the trouble: no target answered, or pulses measured it. 0: not so."""
     asked = seen.asked(Probe.DEFAULT)
     dead = verdict.state is State.DOWN and asked and all(c.answer is not Answer.ANSWERED for c in asked)
     return _took(seen) if dead or is_measured(verdict) else 0.0
 
 
 def _took(seen: Observation) -> float:
-    """Seconds from a round's start, which is its time, to its end, where the pulses are asked."""
+    """Seconds from a round's start, which is its time, to its end, when the pulse statistics are read."""
     return seen.took_ms / 1000
 
 
 def _is_refuted(memory: Memory, seen: Observation, at: float) -> bool:
-    """Whether the agent shows that its tunnel is alive, which the server took for dead: its pulses are unheard."""
+    """Whether the agent's probes show a live tunnel that the server took for dead because its pulses were unheard."""
     alive = any(c.answer is Answer.ANSWERED for c in seen.asked(Probe.DEFAULT))
     return 0 < memory.unheard_since < at and alive

@@ -1,4 +1,4 @@
-"""Group commit: what waits together is committed together, so durability costs one fsync a batch."""
+"""Group commit: inputs that wait at the same time are committed together, so durability costs one fsync a batch."""
 
 import asyncio
 import logging
@@ -11,16 +11,16 @@ from vpn_sentinel.server.tracking.inputs import Input, ReportBatch
 
 log = logging.getLogger(__name__)
 
-# Inputs that one transaction takes at most: bounds how long a reader of the same rows waits.
+# Inputs in one transaction; bounds how long a reader of the same rows waits.
 _MAX_BATCH: Final = 256
-# Observations after which it takes no further input: each is judged, which keeps the interpreter from all else.
+# A batch with this many observations takes no further input: judging them blocks the event loop.
 _MAX_OBSERVATIONS: Final = 256
-# Inputs of one kind that wait at most; beyond it the server says "busy" rather than grow.
+# Inputs of one kind that may wait; beyond it the server answers "busy" rather than let the queue grow.
 _MAX_QUEUED: Final = 5000
 
 
 class Busy(Exception):
-    """More inputs wait than can be taken; the sender tries again later."""
+    """Too many inputs wait; the sender tries again later."""
 
 
 @dataclass(slots=True)
@@ -30,7 +30,7 @@ class _Waiting:
 
 
 class GroupCommit:
-    """`commit` stores a batch of inputs, all of them or none; it raises when nothing of them was stored.
+    """`commit` stores a batch of inputs, all of them or none; it raises when none was stored.
 
     `busy` is held while something is committed.
     """
@@ -53,12 +53,12 @@ class GroupCommit:
         await done
 
     def amend(self, change: Callable[[Input], Input]) -> None:
-        """Change what waits."""
+        """Replace each waiting input by what `change` returns for it."""
         for waiting in (*self._reports, *self._checks):
             waiting.input = change(waiting.input)
 
     async def run(self) -> None:
-        """Commit what waits, for ever. On cancellation whoever waits is told that the server is going."""
+        """Commit what waits, for ever. On cancellation, every waiting `put` raises StoreUnavailable."""
         try:
             while True:
                 await self._wake.wait()
@@ -86,7 +86,7 @@ class GroupCommit:
                 log.exception("a report could not be judged", extra={"tunnel": batch[0].input.tunnel})
                 _settle(batch, e)
                 return
-            # One report that trips the program must not take the others of its batch with it.
+            # One report that raises an unexpected exception must not make the others of its batch fail.
             for waiting in batch:
                 await self._commit([waiting])
         else:
@@ -94,18 +94,18 @@ class GroupCommit:
 
 
 def _first(queue: Sequence[_Waiting]) -> list[_Waiting]:
-    """What is committed next: the earliest, one of any size and more while they are few."""
-    batch, left = list[_Waiting](), _MAX_OBSERVATIONS
+    """The next batch: the earliest inputs, at least one of any size, and more while the observations are few."""
+    batch, room = list[_Waiting](), _MAX_OBSERVATIONS
     for waiting in queue[:_MAX_BATCH]:
-        if left <= 0:
+        if room <= 0:
             break
         batch.append(waiting)
-        left -= len(waiting.input.observations) if isinstance(waiting.input, ReportBatch) else 1
+        room -= len(waiting.input.observations) if isinstance(waiting.input, ReportBatch) else 1
     return batch
 
 
 def _settle(batch: Iterable[_Waiting], error: Exception | None) -> None:
-    """Answer whoever waits; one that has gone meanwhile needs no answer."""
+    """Answer the callers that wait; one that was cancelled meanwhile needs no answer."""
     for waiting in batch:
         if waiting.done.done():
             continue

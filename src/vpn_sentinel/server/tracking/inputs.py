@@ -1,4 +1,4 @@
-"""What enters the tracker: reports of agents and old clients, and what the server found out by itself."""
+"""The tracker's inputs: reports of agents and old clients, and what the server found out by itself."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -9,7 +9,7 @@ import msgspec
 from vpn_sentinel.domain.observation import Observation, PortCheck
 from vpn_sentinel.domain.policy import IPAddress, Policy
 
-_MAX_TRANSIT_S: Final = 30.0  # that a message may take
+_MAX_TRANSIT_S: Final = 30.0  # the longest that a message may take from the agent to here
 
 
 class TimedObservation(msgspec.Struct, frozen=True, kw_only=True):
@@ -21,11 +21,12 @@ class TimedObservation(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ReportBatch(msgspec.Struct, frozen=True, kw_only=True):
-    """What one message brought of one tunnel. `spool` is the agent's; a keepalive has none and is numbered here.
+    """The content of one message about one tunnel. `spool` is the agent's; a keepalive has none and is numbered here.
 
     `silent_after` is how many seconds without a further message make the tunnel silent. `caught_up` is False while the
-    agent still holds later observations. `skew` is the sender's clock minus ours; `connected_at` is since when it has
-    been able to send. `peer` is the address that the message came from. `role` and `site`: see wire.messages.Hello.
+    agent still holds later observations. `skew` is the sender's clock minus ours, in seconds; `connected_at` is the
+    time since which it has been able to send. `peer` is the address that the message came from. `role` and `site`: see
+    wire.messages.Hello.
     """
 
     tunnel: str
@@ -47,11 +48,12 @@ class ReportBatch(msgspec.Struct, frozen=True, kw_only=True):
     site: str = ""
 
     def name_of_spool(self, stored: str, seq: int) -> str:
-        """The name that its rounds are stored under, where the database holds `seq` of the spool `stored`.
+        """The spool name that its rounds are stored under; the database holds the spool `stored` up to number `seq`.
 
-        Two hosts may be copies of one: with the same spool, whose numbers both give to rounds of their own. Who is
-        behind would be taken for one that repeats itself, and nothing of what it sees would be judged. But what was
-        seen during a session is in the database only if this session brought it; so the other's has another name.
+        Two hosts may be copies of one image: both have the same spool name and number their own rounds in it. The one
+        with the lower numbers would look like a repetition, and none of its rounds would be judged. But a round that
+        was made during a session can be in the database only if this session brought it; so such rounds get another
+        spool name.
         """
         if self.spool is None:
             return "keepalive"
@@ -64,9 +66,9 @@ class ReportBatch(msgspec.Struct, frozen=True, kw_only=True):
 class PulseObservation:
     """What the server itself sees of a tunnel's pulses at the time `at` (seconds since the epoch).
 
-    They come from `address`; `unheard` says that they have come for a while without the agent hearing the replies.
-    To be told when either changes, and again every few seconds while `unheard` lasts. Only trouble is stored. Without
-    effect for a name that has no tunnel, and for a reference agent.
+    They come from `address`; `unheard` says that they have come for a while without the agent receiving the replies.
+    Submit one when either changes, and again every few seconds while `unheard` lasts. Only trouble is stored. It has no
+    effect for a name without a tunnel, nor for a reference agent.
     """
 
     tunnel: str
@@ -79,7 +81,7 @@ class PulseObservation:
 class PortCheckResult:
     """How the attempt to reach a tunnel's forwarded port ended, at the time `at`.
 
-    What the agent sees next is judged by it. Without effect for a name that has no tunnel.
+    The agent's next observations are judged with it. It has no effect for a name without a tunnel.
     """
 
     tunnel: str
@@ -91,7 +93,7 @@ Input = ReportBatch | PulseObservation | PortCheckResult
 
 
 def moved(entering: Input, by: float) -> Input:
-    """The same by a clock that was set forward by so many seconds."""
+    """The same input after the clock was set forward by `by` seconds."""
     if not isinstance(entering, ReportBatch):
         return replace(entering, at=entering.at + by)
     seen = tuple(msgspec.structs.replace(o, at=o.at + by) for o in entering.observations)

@@ -1,8 +1,7 @@
-"""What this process knows of tunnels besides their rows, and the changes to it that one decision proposes.
+"""What this process knows of tunnels in addition to their rows, and the changes to it that one decision proposes.
 
-A decision reads `Knowledge` through a `Draft` and changes nothing but that draft. `Knowledge.apply` takes the draft
-over once the decision is committed; where the commit fails, the draft is dropped, and nothing that never was stays
-behind.
+A decision reads `Knowledge` through a `Draft` and changes only that draft. `Knowledge.apply` takes the draft over once
+the decision is committed; when the commit fails, the draft is dropped and leaves no trace.
 """
 
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ V = TypeVar("V")
 
 
 class Repeat(NamedTuple):
-    """A keepalive that moved nothing: `mark` tells it and the memory it met from others, `state` was its verdict's."""
+    """A keepalive that changed nothing: a hash of it and of the row that it found, and the state of its verdict."""
 
     mark: int
     state: str
@@ -30,7 +29,7 @@ class ForwardedAddress(NamedTuple):
 
 
 class Overlay(Generic[V]):
-    """A mapping, and what a decision would change in it; a value of None removes the name."""
+    """A mapping with the changes that a decision would make to it; a value of None removes the name."""
 
     __slots__ = ("_base", "changed")
 
@@ -61,21 +60,21 @@ class Draft:
 
 
 class Knowledge:
-    """By a tunnel's name; a name that nothing is known of is missing."""
+    """Each mapping is by a tunnel's name; a name of which nothing is known is missing."""
 
     def __init__(self, sites: Sites) -> None:
         self.sites = sites
-        # What its last keepalive was, where that moved nothing.
+        # The last keepalive, where it changed nothing.
         self.repeats: dict[str, Repeat] = {}
-        # The address of either version that its pulses came from.
+        # The address, for each IP version, that its pulses came from.
         self.pulse_addresses: dict[str, Mapping[int, IPAddress]] = {}
-        # True for those whose agents report beside them on purpose: what of theirs comes from home proves nothing.
+        # True where the agent reports outside its tunnel on purpose: its packets from home prove no leak.
         self.beside_tunnel: dict[str, bool] = {}
         self.sources: dict[str, ReportSources] = {}
         self.forwarded: dict[str, ForwardedAddress] = {}
 
     def apply(self, draft: Draft) -> None:
-        """Take over what a decision changed, once it is committed."""
+        """Take over the changes of a committed decision."""
         self.sites.apply(draft.sites.changed)
         _update(self.repeats, draft.repeats)
         _update(self.pulse_addresses, draft.pulse_addresses)

@@ -1,58 +1,60 @@
-"""Several agents that report under one name: what is said of that tunnel is now the one's, now the other's.
+"""Detects that several agents report under one name, so that what is shown of the tunnel alternates between them.
 
-Each agent's spool has a name of its own; copies of one host are told apart by `inputs.ReportBatch.name_of_spool`. One
-that lost its data comes with a new spool, and never again with the old one; so a spool that comes back after another is
-the mark of several. An agent that is replaced by another may overlap it for a while, and is none. An old client, which
-has no spool, counts as one that all old clients share.
+Each agent's spool has a name of its own; `inputs.ReportBatch.name_of_spool` distinguishes copies of one host. An agent
+that lost its data has a new spool, and never uses the old one again; so a spool that comes back after another shows
+that there are several agents. An agent that replaces another may overlap it for a while, which does not count. Old
+clients have no spool; all of them count as one.
 """
 
 from typing import Final, NamedTuple
 
-RETURNS: Final = 4  # so often one came back after another
-MIN_APART_S: Final = 30.0  # of returns that are closer one counts
-WINDOW_S: Final = 300.0  # or what six rounds of the slowest one take
-_MAX_SPOOLS: Final = 64  # remembered of a name: of more agents than that nobody seems to come back
+SHARED_AFTER_RETURNS: Final = 4  # returns of a spool within the window that show several agents
+MIN_RETURN_INTERVAL_S: Final = 30.0  # returns closer together than this count as one
+RETURN_WINDOW_S: Final = 300.0  # or six rounds of the slowest agent, if that is longer
+_MAX_SPOOLS: Final = 64  # kept for each name; of more agents than this none is seen to come back
 
 
 class Return(NamedTuple):
-    """A spool came back at `at`, after another; its rounds are `interval` seconds apart."""
+    """The time at which a spool came back after another one, and the interval of its rounds in seconds."""
 
     at: float
     interval: float
 
 
 class ReportSources(NamedTuple):
-    """Who reported under one name, by what reached this process. `returns` is None until one came back."""
+    """The spools that reported under one name to this process. `returns` is None until one came back."""
 
     spools: tuple[str, ...] = ()
     returns: tuple[Return, ...] | None = None
 
     def are_several(self, at: float) -> bool:
         returns = self.returns or ()
-        if len(returns) < RETURNS:
+        if len(returns) < SHARED_AFTER_RETURNS:
             return False
-        return at - returns[0].at <= max(WINDOW_S, *(6 * r.interval for r in returns))
+        return at - returns[0].at <= max(RETURN_WINDOW_S, *(6 * r.interval for r in returns))
 
-    def heard(self, spool: str, before: str, at: float, interval: float, *, known: bool) -> "ReportSources":
-        """These, now that `spool` came at `at` after a report with the spool `before`.
+    def with_report(self, spool: str, before: str, at: float, interval: float, *, known: bool) -> "ReportSources":
+        """The same after a report from `spool` at `at`; the report before it came from the spool `before`.
 
-        `interval` is how many seconds its rounds are apart. `known` says that they were found to be several already: by
-        another replica, or before this process began.
+        `interval` is the interval of its rounds in seconds. `known` says that the name is already known to be shared:
+        found by another replica, or before this process started.
         """
         now = Return(at, interval)
         returns, spools = self.returns, self.spools
         if returns is None and known:
-            returns = (now,) * RETURNS
+            returns = (now,) * SHARED_AFTER_RETURNS
         if spool not in spools:
             spools = (*spools, spool)[-_MAX_SPOOLS:]
             if returns and not ReportSources(spools, returns).are_several(at):
-                returns = ()  # those before were another pair's
-        elif before not in ("", spool) and not (returns and returns[-1].at <= at < returns[-1].at + MIN_APART_S):
-            returns = (*(returns or ()), now)[-RETURNS:]
+                returns = ()  # the earlier ones were of another pair of agents
+        elif before not in ("", spool) and not (
+            returns and returns[-1].at <= at < returns[-1].at + MIN_RETURN_INTERVAL_S
+        ):
+            returns = (*(returns or ()), now)[-SHARED_AFTER_RETURNS:]
         return self if spools is self.spools and returns is self.returns else ReportSources(spools, returns)
 
     def moved(self, by: float) -> "ReportSources":
-        """The same by a clock that was set forward by so many seconds."""
+        """The same after the clock was set forward by `by` seconds."""
         if not self.returns:
             return self
         return self._replace(returns=tuple(r._replace(at=r.at + by) for r in self.returns))

@@ -1,7 +1,7 @@
-"""Runs the one transaction: queues what enters, has it decided and committed, and does what follows from it.
+"""Runs the one transaction: queues inputs, has them decided and committed, and applies the effects.
 
-Whatever changes a tunnel's state, a report, pulses or a passed deadline, goes through here. What follows from it is
-`decision`'s business.
+Everything that changes a tunnel's state goes through here: reports, pulses, passed deadlines. `decision` decides what
+follows from them.
 """
 
 import logging
@@ -29,11 +29,11 @@ log = logging.getLogger(__name__)
 
 
 class Tracker:
-    """Takes inputs, answers when they are durable.
+    """Takes inputs, and returns when they are durable.
 
-    `channels` are the names of the channels that every notice is owed to; `on_commit` is called after each commit that
-    owes something. `own_address` gives the server's own public address, which stands for the home of old clients
-    whose owner declared none, as the replaced system had it. `moved` is by how much the clock has been set: see
+    `channels` are the names of the channels that every notice goes to; `on_commit` is called after each commit that put
+    a message into the outbox. `own_address` gives the server's own public address: it counts as the home of old clients
+    for which none is declared, as in the replaced system. `moved` is by how much the clock has been set: see
     `domain.machine.Memory`.
     """
 
@@ -59,12 +59,12 @@ class Tracker:
         self._moved = moved
         self._keepalive_policy = policy
         self._known = Knowledge(sites or Sites())
-        self._shared: set[str] = set()  # names of which it was logged that several agents use them
+        self._shared: set[str] = set()  # names for which the warning about several agents was logged
         self._commits = GroupCommit(self._take)
 
     @property
     def forwarded(self) -> Mapping[str, ForwardedAddress]:
-        """By tunnel, the forwarded ports that may be tried; always as things stand."""
+        """The forwarded ports that may be tried now, by tunnel."""
         return self._known.forwarded
 
     async def submit(self, entering: Input) -> None:
@@ -72,13 +72,13 @@ class Tracker:
         await self._commits.put(entering)
 
     async def run(self) -> None:
-        """Commit what waits, for ever. On cancellation whoever waits is told that the server is going."""
+        """Commit what waits, for ever. On cancellation, every waiting `submit` raises StoreUnavailable."""
         await self._commits.run()
 
     @asynccontextmanager
     async def paused(self) -> AsyncIterator[Callable[[float], None]]:
-        """Nothing is committed meanwhile. Yields what to call in it when the clock was set, with the seconds: all that
-        waits and all that is known here goes with it.
+        """A context in which nothing is committed. Yields a function to call in it when the clock was set, with the
+        seconds: it moves the times of all inputs that wait and of all that is known here.
         """
         async with self._commits.busy:
             yield self._move
@@ -88,8 +88,8 @@ class Tracker:
         self._known.move(by)
 
     async def _take(self, batch: Sequence[Input]) -> None:
-        """Commit inputs of one kind: reports, which make the tunnels that they name, or what the server found out."""
-        # What a reference agent says counts for what the tunnels of its site say at the same moment.
+        """Commit inputs of one kind: reports, which create the tunnels that they name, or the server's own findings."""
+        # Reports of a reference agent come first: the tunnels of its site are judged with them.
         batch = sorted(batch, key=lambda i: isinstance(i, ReportBatch) and i.role != REFERENCE)
         context = self._context(self._clock.wall())
         names = list(dict.fromkeys(i.tunnel for i in batch))
@@ -102,7 +102,7 @@ class Tracker:
         self._apply(decision.effects)
 
     async def sweep(self, names: Sequence[str], now: float, grace: float = 0.0) -> None:
-        """Make those of the tunnels `names` silent whose deadline has really passed, `grace` seconds ago or earlier.
+        """Make those of the tunnels `names` silent whose deadline has passed `grace` seconds ago or earlier.
 
         Raises StoreUnavailable.
 
@@ -112,19 +112,21 @@ class Tracker:
         c, own = tunnels.c, tunnels.alias()
         sites = select(own.c.site).where(own.c.name.in_(names), own.c.site != "")
         async with self._commits.busy:
-            # Not before: what is committed meanwhile tells who of a site is heard.
-            company = await self._store.read(select(c.name, c.site, c.interval, c.last_seen).where(c.site.in_(sites)))
+            # Read under the lock: a report committed just before it shows which agents of a site still report.
+            site_members = await self._store.read(
+                select(c.name, c.site, c.interval, c.last_seen).where(c.site.in_(sites))
+            )
             context = self._context(now)
 
             def decided(rows: Mapping[str, TunnelRow]) -> Decision:
-                return decide_silences(rows.values(), self._known, context, grace, company)
+                return decide_silences(rows.values(), self._known, context, grace, site_members)
 
             decision = await self._store.transact(names, now, decided, create=False)
             self._apply(decision.effects)
 
     def _context(self, now: float) -> Context:
         own = self._policy
-        # A keepalive declares nothing: its home is the server's, unless one is set.
+        # A keepalive declares no home: the server's own address counts, unless a home is set.
         policy = own if own.home_networks else own.with_home(self._own_address())
         if policy != self._keepalive_policy:
             self._keepalive_policy = policy
@@ -138,7 +140,7 @@ class Tracker:
         )
 
     def _apply(self, effects: Effects) -> None:
-        """Do what a decision that is committed leads to outside the database."""
+        """Apply the effects of a committed decision: knowledge, log, hub, dispatcher."""
         self._known.apply(effects.draft)
         for name, error in effects.failures:
             log.error("a deadline could not be judged", extra={"tunnel": name}, exc_info=error)
@@ -146,21 +148,21 @@ class Tracker:
             if name not in self._shared:
                 self._shared.add(name)
                 log.warning(
-                    "several agents report as one tunnel: what is told of it is now the one's, now the other's",
+                    "several agents report as one tunnel: what is shown of it alternates between them",
                     extra={"tunnel": name, "remedy": "give each its own VPN_SENTINEL_CLIENT_ID"},
                 )
         for name, moved in effects.moves:
             _log_move(name, moved)
         self._hub.publish(set(effects.tunnels))
-        if effects.owes:
+        if effects.has_deliveries:
             self._on_commit()
 
 
 def _log_move(name: str, event: Moved | Revised) -> None:
-    """Log a transition. Not that a tunnel is there and well: of a fleet that would be thousands of lines at a start."""
+    """Log a transition, but not that a new tunnel is well: for a large fleet that is thousands of lines at a start."""
     at = datetime.fromtimestamp(event.at, UTC).isoformat(timespec="seconds")
     if isinstance(event, Revised):
-        log.info("the silence is void: the agent watched all along", extra={"tunnel": name, "at": at})
+        log.info("the silence is void: the agent kept watching", extra={"tunnel": name, "at": at})
     elif (event.old, event.new) != (State.PENDING, State.PROTECTED):
         level = logging.INFO if event.new is State.PROTECTED else logging.WARNING
         codes = ",".join(f.code for f in event.findings)

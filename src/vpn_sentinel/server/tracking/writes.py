@@ -1,4 +1,4 @@
-"""What one transaction of the tracker writes, gathered by statement."""
+"""Gathers by statement what one transaction of the tracker writes."""
 
 from dataclasses import dataclass, field
 
@@ -14,7 +14,7 @@ from vpn_sentinel.wire.codec import encode, encode_observation
 
 @dataclass(slots=True)
 class Writes:
-    """What a transaction will write, gathered by statement; `moves` are for the log once it has."""
+    """The rows to write, by statement; `moves` are changes of state, to be logged after the commit."""
 
     tunnels: dict[int, TunnelRow] = field(default_factory=dict)
     touched: dict[int, TunnelRow] = field(default_factory=dict)
@@ -24,10 +24,10 @@ class Writes:
     actions: list[tuple[object, ...]] = field(default_factory=list)
     moves: list[tuple[str, Moved | Revised]] = field(default_factory=list)
 
-    def saw(
+    def add_observation(
         self, tunnel: int, spool: str, seq: int, at: float, received_at: float, verdict: Verdict, seen: Observation
     ) -> None:
-        """Add one observation, and what the agent did that it tells of."""
+        """Add one observation, and the agent's actions in it."""
         body = encode_observation(seen).decode()
         self.observations.append((tunnel, spool, seq, at, received_at, verdict.state.value, body))
         self.actions += [
@@ -48,11 +48,11 @@ class Writes:
 
 
 def record(tunnel: int, event: Event, now: float, writes: Writes) -> None:
-    """Add the transition that an event is, and what it does to the tunnel's incident."""
+    """Add an event's transition, and its effect on the tunnel's incident."""
     match event:
         case Revised():
             writes.ordered.append((rows.VOID_SILENCE, [(tunnel, event.at)]))
-            # An incident that only the silence opened never was; one that was open before goes on.
+            # An incident that only the silence opened is removed; one that was open before stays open.
             writes.ordered.append((rows.VOID_INCIDENT, [(tunnel, event.at)]))
         case Moved():
             findings = encode(event.findings).decode()
