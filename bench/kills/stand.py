@@ -205,7 +205,7 @@ class Stand:
             self.wrong.append(f"left in the data folder: {', '.join(sorted(odd))}")
         for database in copies | {path for path in there if path.suffix == ".db"}:
             with contextlib.closing(sqlite3.connect(database)) as connection:
-                if problem := backup.problem(connection):
+                if problem := backup.integrity_problem(connection):
                     self.wrong.append(f"{database.name} is damaged: {problem}")
         self.wrong += [f"log: {line}" for line in self.log.read_text().splitlines() if _is_bad(line)]
         if any(body["kind"] == "database_damaged" for _, body in self.heard()):

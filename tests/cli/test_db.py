@@ -8,7 +8,7 @@ import pytest
 
 from tests.server.test_backup import full, rot, values, write
 from vpn_sentinel.cli.main import main
-from vpn_sentinel.server.store.sqlitefile import hold
+from vpn_sentinel.server.store.sqlitefile import lock_file
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_without_a_backup_there_is_nothing_to_put_back(database: Path, capsys: p
 def test_under_a_server_nothing_is_put_back(database: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(database, "before")
     assert main(["db", "backup"]) == 0
-    server = hold(database)
+    server = lock_file(database)
     assert server is not None
     assert main(["db", "restore"]) == 1
     server.release()

@@ -20,7 +20,7 @@ from vpn_sentinel.server.store.backup import BackupError, backups
 from vpn_sentinel.server.store.open import open_store
 from vpn_sentinel.server.store.schema import meta
 from vpn_sentinel.server.store.sqlite import SqliteStore
-from vpn_sentinel.server.store.sqlitefile import hold
+from vpn_sentinel.server.store.sqlitefile import lock_file
 
 NOW = 1_800_000_000.0
 DAY = 86400.0
@@ -61,7 +61,7 @@ def copy(database: Path, folder: Path, now: float = NOW) -> Path:
         store = await open_store(f"sqlite:///{database}")
         assert isinstance(store, SqliteStore)
         try:
-            return (await store.beside(lambda connection: backup.make(connection, folder, now))).path
+            return (await store.run_long(lambda connection: backup.make_backup(connection, folder, now))).path
         finally:
             await store.close()
 
@@ -91,7 +91,7 @@ def test_the_newest_are_kept_and_nothing_of_anybody_elses_goes(database: Path, f
         copy(database, folder, NOW + day * DAY)
     (folder / "mine.db").touch()
     (folder / "sentinel-20271399T990000Z.db").touch()
-    backup.thin_out(folder, 2, NOW + 9 * DAY)
+    backup.prune(folder, 2, NOW + 9 * DAY)
     assert [b.at for b in backups(folder)] == [NOW + 4 * DAY, NOW + 3 * DAY]
     assert (folder / "mine.db").exists()
     assert (folder / "sentinel-20271399T990000Z.db").exists()
@@ -128,10 +128,10 @@ def test_a_damaged_database_makes_no_copy(database: Path, folder: Path) -> None:
 def test_damage_is_found(database: Path) -> None:
     full(database)
     with closing(sqlite3.connect(database)) as connection:
-        assert backup.problem(connection) == ""
+        assert backup.integrity_problem(connection) == ""
     rot(database)
     with closing(sqlite3.connect(database)) as connection:
-        assert backup.problem(connection)
+        assert backup.integrity_problem(connection)
 
 
 def test_an_index_that_misses_a_row_is_damage(database: Path) -> None:
@@ -149,7 +149,7 @@ def test_an_index_that_misses_a_row_is_damage(database: Path) -> None:
         file.seek((root - 1) * 4096)
         file.write(older)
     with closing(sqlite3.connect(database)) as connection:
-        assert backup.problem(connection)
+        assert backup.integrity_problem(connection)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
@@ -179,7 +179,7 @@ def test_what_a_kill_left_of_a_copy_goes_with_its_journal(database: Path, folder
         "left = iter(range(int(sys.argv[3])))\n"
         "connection = sqlite3.connect(sys.argv[1], isolation_level=None)\n"
         "connection.set_progress_handler(lambda: next(left, None) is None and os.kill(os.getpid(), 9), 1)\n"
-        f"backup.make(connection, Path(sys.argv[2]), {NOW - DAY})"
+        f"backup.make_backup(connection, Path(sys.argv[2]), {NOW - DAY})"
     )
     left: set[str] = set()
     for instructions in range(100, 5000, 300):
@@ -204,7 +204,7 @@ def test_writers_do_not_wait_for_a_long_look(database: Path) -> None:
             connection.execute("SELECT * FROM meta").fetchall()
             asyncio.run_coroutine_threadsafe(store.ping(), loop).result(10)
 
-        await store.beside(look)
+        await store.run_long(look)
         await store.close()
 
     asyncio.run(run())
@@ -216,7 +216,7 @@ def test_a_long_look_ends_when_the_server_ends(database: Path) -> None:
     async def run() -> None:
         store = await open_store(f"sqlite:///{database}")
         assert isinstance(store, SqliteStore)
-        looking = asyncio.get_running_loop().create_task(store.beside(lambda c: c.execute(endless).fetchall()))
+        looking = asyncio.get_running_loop().create_task(store.run_long(lambda c: c.execute(endless).fetchall()))
         await asyncio.sleep(0.1)
         looking.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -299,7 +299,7 @@ def test_what_is_no_copy_changes_nothing(
 def test_beside_a_server_it_is_refused(database: Path, folder: Path) -> None:
     write(database, "before")
     made = copy(database, folder)
-    server = hold(database)
+    server = lock_file(database)
     assert server is not None
     with pytest.raises(BackupError, match="is in use: stop the server first"):
         backup.restore(database, made)

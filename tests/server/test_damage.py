@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import select
 
-from vpn_sentinel.server.store.open import DAMAGE, open_store
+from vpn_sentinel.server.store.open import DAMAGE_KEY, open_store
 from vpn_sentinel.server.store.schema import meta, tunnels
 from vpn_sentinel.server.store.sqlite import SqliteStore
 
@@ -59,7 +59,7 @@ async def left(path: Path) -> tuple[int, str]:
     """How many tunnels a start finds, and what it notes for people."""
     store = await open_store(f"sqlite:///{path}", serving=True)
     try:
-        noted = await store.read(select(meta.c.value).where(meta.c.key == DAMAGE))
+        noted = await store.read(select(meta.c.value).where(meta.c.key == DAMAGE_KEY))
         assert isinstance(store, SqliteStore)
         return len(await store.read(select(tunnels.c.id))), noted[0].value if noted else ""
     finally:
@@ -105,7 +105,7 @@ def test_what_was_said_is_not_said_again_after_another_kill(path: Path) -> None:
     assert asyncio.run(left(path))[1]
     killed(path)
     with closing(sqlite3.connect(path)) as connection:
-        connection.execute("DELETE FROM meta WHERE key = ?", (DAMAGE,))
+        connection.execute("DELETE FROM meta WHERE key = ?", (DAMAGE_KEY,))
         connection.commit()
     assert asyncio.run(left(path)) == (TUNNELS, "")
 

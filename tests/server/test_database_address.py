@@ -18,7 +18,7 @@ from tests.conftest import POSTGRES_BINARIES, Postgres, open_folder
 from vpn_sentinel.runtime.settings import SettingError, Source
 from vpn_sentinel.server.settings import ServerSettings
 from vpn_sentinel.server.store.address import parse
-from vpn_sentinel.server.store.connecting import words
+from vpn_sentinel.server.store.connecting import os_error_text
 from vpn_sentinel.server.store.open import open_store
 from vpn_sentinel.server.store.schema import meta
 from vpn_sentinel.server.store.store import StoreUnusable
@@ -58,7 +58,7 @@ TAKEN: dict[str, dict[str, Any]] = {
     "postgresql://db/n?options=-csearch_path%3Dvpn%2Cpublic": {
         "settings": {"options": "-csearch_path=vpn,public", "application_name": "vpn-sentinel"},
     },
-    "postgresql://db/n?sslmode=require&channel_binding=require": {"unmet": ("channel_binding=require",)},
+    "postgresql://db/n?sslmode=require&channel_binding=require": {"unsupported": ("channel_binding=require",)},
     "postgresql://db/n?sslmode=disable&keepalives_idle=30&gssencmode=disable&pgbouncer=true": {
         "tls": {"sslmode": "disable"},
     },
@@ -156,7 +156,7 @@ async def test_a_standby_that_is_asked_for_and_not_there_is_one_line(postgres: P
     name, folder = parts_of(postgres.new_database())
     with pytest.raises(StoreUnusable) as caught:
         await open_store(f"postgresql:///{name}?host={folder}&user=sentinel&target_session_attrs=standby")
-    assert str(caught.value) == f"database at {folder}: no host is what target_session_attrs=standby asks for"
+    assert str(caught.value) == f"database at {folder}: no host meets target_session_attrs=standby"
 
 
 async def test_a_database_that_cannot_hold_every_name_is_refused_at_the_start(postgres: Postgres) -> None:
@@ -229,9 +229,9 @@ async def test_a_password_from_a_file(hosted: tuple[str, Path], tmp_path: Path) 
 def test_a_failure_of_tls_is_no_errno() -> None:
     failed = ssl.SSLError(1, "[SSL: WRONG_VERSION_NUMBER] wrong version number (_ssl.c:1006)")
     failed.reason = "WRONG_VERSION_NUMBER"
-    assert words(failed) == "TLS failed: WRONG_VERSION_NUMBER"
-    assert words(socket.gaierror(socket.EAI_NONAME, "Name or service not known")) == "Name or service not known"
-    assert words(ConnectionRefusedError(111, "Connect call failed ('192.0.2.1', 5432)")) == "Connection refused"
+    assert os_error_text(failed) == "TLS failed: WRONG_VERSION_NUMBER"
+    assert os_error_text(socket.gaierror(socket.EAI_NONAME, "Name or service not known")) == "Name or service not known"
+    assert os_error_text(ConnectionRefusedError(111, "Connect call failed ('192.0.2.1', 5432)")) == "Connection refused"
 
 
 WRONG = {

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from vpn_sentinel.server.store.open import open_store
-from vpn_sentinel.server.store.sqlitefile import hold
+from vpn_sentinel.server.store.sqlitefile import lock_file
 from vpn_sentinel.server.store.store import StoreUnusable
 
 
@@ -87,12 +87,12 @@ def test_one_server_has_it_and_commands_work_beside(tmp_path: Path) -> None:
     async def run() -> None:
         server = await open_store(f"sqlite:///{path}", serving=True)
         try:
-            assert hold(path) is None
-            assert hold(other_name) is None
+            assert lock_file(path) is None
+            assert lock_file(other_name) is None
             command = await open_store(f"sqlite:///{path}")
             await command.ping()
             await command.close()
-            assert hold(path) is None  # what a command closed is not the server's lock
+            assert lock_file(path) is None  # what a command closed is not the server's lock
             with pytest.raises(StoreUnusable, match="is in use by another server") as told:
                 await open_store(f"sqlite:///{other_name}", serving=True)
             assert "\n" not in str(told.value)
@@ -119,7 +119,7 @@ def test_a_server_waits_for_the_one_before_it_to_end(tmp_path: Path) -> None:
 
 def test_a_command_beside_a_server_that_makes_it_waits(tmp_path: Path) -> None:
     path = tmp_path / "s.db"
-    server = hold(path)
+    server = lock_file(path)
     assert server is not None
 
     async def run() -> None:
@@ -139,7 +139,7 @@ def test_a_command_beside_a_server_that_makes_it_waits(tmp_path: Path) -> None:
 def test_a_command_changes_no_schema_under_a_server(tmp_path: Path) -> None:
     path = tmp_path / "s.db"
     opens(path)
-    server = hold(path)
+    server = lock_file(path)
     assert server is not None
     with closing(sqlite3.connect(path)) as connection:
         connection.execute("UPDATE alembic_version SET version_num = '0001'")

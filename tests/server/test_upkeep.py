@@ -12,7 +12,7 @@ from sqlalchemy import insert, select
 from tests.conftest import ManualClock
 from tests.server.test_backup import full, rot
 from vpn_sentinel.server.store.backup import backups
-from vpn_sentinel.server.store.open import DAMAGE, open_store
+from vpn_sentinel.server.store.open import DAMAGE_KEY, open_store
 from vpn_sentinel.server.store.schema import meta, outbox
 from vpn_sentinel.server.store.sqlite import SqliteStore
 from vpn_sentinel.server.watch.upkeep import Upkeep, UpkeepMetrics
@@ -147,7 +147,7 @@ async def test_damage_is_told_once_and_the_good_copies_stay(path: Path, clock: M
 
 
 async def test_what_the_log_lost_is_told_once(server: Server) -> None:
-    await server.store.write(insert(meta).values(key=DAMAGE, value="the newest writes are lost"))
+    await server.store.write(insert(meta).values(key=DAMAGE_KEY, value="the newest writes are lost"))
     await server.upkeep().tell_what_was_lost()
     await server.upkeep().tell_what_was_lost()
     assert await server.told() == [(c, ("the newest writes are lost",)) for c in ("telegram", "webhook")]

@@ -50,19 +50,19 @@ def _check(args: argparse.Namespace) -> int:
     from sqlalchemy import func, select
 
     from vpn_sentinel.server.store import backup
-    from vpn_sentinel.server.store.open import DAMAGE
+    from vpn_sentinel.server.store.open import DAMAGE_KEY
     from vpn_sentinel.server.store.schema import incidents, meta, observations, outbox, tunnels
     from vpn_sentinel.server.store.sqlite import SqliteStore
 
     async def work(store: "Store", settings: "ServerSettings") -> tuple[dict[str, int], str]:
-        if isinstance(store, SqliteStore) and (wrong := await store.beside(backup.problem)):
+        if isinstance(store, SqliteStore) and (wrong := await store.run_long(backup.integrity_problem)):
             file, folder = settings.database_file, settings.backup_folder
             todo = f"; {backup.remedy(folder)}" if folder else ""
             raise UserError(f"database {file} is damaged: {wrong}{todo}")
         counts = {}
         for table in (tunnels, observations, incidents, outbox):
             counts[table.name] = int((await store.read(select(func.count()).select_from(table)))[0][0])
-        lost = await store.read(select(meta.c.value).where(meta.c.key == DAMAGE))
+        lost = await store.read(select(meta.c.value).where(meta.c.key == DAMAGE_KEY))
         return counts, lost[0].value if lost else ""
 
     counts, lost = with_store(args, work)
@@ -81,7 +81,7 @@ def _backup(args: argparse.Namespace) -> int:
         assert isinstance(store, SqliteStore)  # noqa: S101 - it has a file
         _, folder = _places(settings)
         now = SystemClock().wall()
-        return await store.beside(lambda connection: backup.make(connection, folder, now))
+        return await store.run_long(lambda connection: backup.make_backup(connection, folder, now))
 
     _places(server_settings(args))
     print(with_store(args, work).path)

@@ -56,14 +56,14 @@ def naming_the_setting(settings: "ServerSettings") -> Iterator[None]:
 
     Raises SettingError or StoreDamaged in its place.
     """
-    from vpn_sentinel.server.store.backup import putting_back
+    from vpn_sentinel.server.store.backup import restore_hint
     from vpn_sentinel.server.store.store import StoreDamaged, StoreUnusable
 
     try:
         yield
     except StoreDamaged as e:
         folder = settings.backup_folder
-        remedy = putting_back(folder) if folder else ""
+        remedy = restore_hint(folder) if folder else ""
         if not remedy:
             raise
         raise StoreDamaged(f"{e}; {remedy}") from e

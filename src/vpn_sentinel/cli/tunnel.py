@@ -57,7 +57,7 @@ def _show(args: argparse.Namespace) -> int:
 
     from vpn_sentinel.server.store import queries
 
-    found = with_store(args, lambda store, _: queries.recent(store, args.name))
+    found = with_store(args, lambda store, _: queries.tunnel_detail(store, args.name))
     if found is None:
         print(f"vpn-sentinel: there is no tunnel called {printable(args.name)}", file=sys.stderr)
         return 1

@@ -20,7 +20,7 @@ from vpn_sentinel import __version__
 from vpn_sentinel.domain.verdict import HARM, State
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.server.part_health import PartHealth
-from vpn_sentinel.server.shared import Shared
+from vpn_sentinel.server.single_flight import SingleFlight
 from vpn_sentinel.server.store import queries
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
 
@@ -165,8 +165,8 @@ class Metrics:
     def __init__(self, services: HealthServices) -> None:
         self._registry, self._tunnels = services.registry, TunnelsCollector(services)
         services.registry.register(self._tunnels)
-        self._plain = Shared(partial(self._text, generate_latest))
-        self._openmetrics = Shared(partial(self._text, generate_openmetrics))
+        self._plain = SingleFlight(partial(self._text, generate_latest))
+        self._openmetrics = SingleFlight(partial(self._text, generate_openmetrics))
 
     async def answer(self, scope: Scope, send: Send) -> None:
         if any(name == b"accept" and b"application/openmetrics-text" in value for name, value in scope["headers"]):

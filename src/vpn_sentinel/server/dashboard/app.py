@@ -23,7 +23,7 @@ from vpn_sentinel.server.dashboard.pages import Pages
 from vpn_sentinel.server.dashboard.protection import add_headers, known_host
 from vpn_sentinel.server.live.hub import Hub
 from vpn_sentinel.server.settings import ServerSettings
-from vpn_sentinel.server.shared import Shared
+from vpn_sentinel.server.single_flight import SingleFlight
 from vpn_sentinel.server.store import queries
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
 
@@ -53,7 +53,7 @@ class Dashboard:
     def __init__(self, services: DashboardServices) -> None:
         self._store, self._clock, self._settings = services.store, services.clock, services.settings
         self.pages = Pages()
-        self.overview = Shared(self._overview)
+        self.overview = SingleFlight(self._overview)
         self.feed = Feed(services.hub, services.clock, self._frame, idle=b"event: beat\ndata: {}\n\n")
 
     async def _overview(self) -> str:
@@ -71,7 +71,7 @@ class Dashboard:
 
     async def tunnel(self, name: str) -> str:
         """Raises NotFoundException."""
-        found = await queries.recent(self._store, name)
+        found = await queries.tunnel_detail(self._store, name)
         if found is None:
             raise NotFoundException(detail="No tunnel has this name.")
         now, moved, seen = self._clock.wall(), found.transitions, view.observations(found.observations)

@@ -1,7 +1,7 @@
-"""The address of a PostgreSQL database, as libpq documents it, read once for both ways that we reach one.
+"""Parses the address of a PostgreSQL database, as libpq documents it: once, for the engine and for the driver.
 
 https://www.postgresql.org/docs/current/libpq-connect.html, 34.1.1.2 (connection URIs) and 34.1.2 (parameters). Nothing
-here imports a driver: settings are read on machines that have none.
+here imports a driver: settings are also read on machines without one.
 """
 
 import ssl
@@ -17,16 +17,16 @@ from vpn_sentinel.runtime.urls import host_problem
 
 SCHEMES: Final = ("postgresql", "postgres", "postgresql+asyncpg", "postgres+asyncpg")
 SSL_MODES: Final = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
-SESSIONS: Final = ("any", "read-write", "read-only", "primary", "standby", "prefer-standby")
+TARGET_SESSION_ATTRS: Final = ("any", "read-write", "read-only", "primary", "standby", "prefer-standby")
 _TLS_VERSIONS: Final = ("TLSv1", "TLSv1.1", "TLSv1.2", "TLSv1.3")
 _DEFAULT_PORT: Final = 5432
-_TIMEOUT: Final = 5.0
-_LEAST_TIMEOUT: Final = 2.0  # as libpq's
-# About TLS: handed to the driver as they stand. Those of the second line name a file that must be there.
-_TLS: Final = ("sslpassword", "ssl_min_protocol_version", "ssl_max_protocol_version", "sslnegotiation")
-_TLS_FILES: Final = ("sslrootcert", "sslcert", "sslkey", "sslcrl")
-# They tune a connection, or ask for what is so anyway: passed over.
-_TUNING: Final = frozenset(
+_DEFAULT_TIMEOUT_S: Final = 5.0
+_MIN_TIMEOUT_S: Final = 2.0  # as libpq's
+# Parameters about TLS, passed to the driver unchanged. The second tuple's name a file that must exist.
+_TLS_PARAMETERS: Final = ("sslpassword", "ssl_min_protocol_version", "ssl_max_protocol_version", "sslnegotiation")
+_TLS_FILE_PARAMETERS: Final = ("sslrootcert", "sslcert", "sslkey", "sslcrl")
+# Ignored: they tune a connection, or ask for what is done anyway.
+_IGNORED_PARAMETERS: Final = frozenset(
     [
         "keepalives",
         "keepalives_idle",
@@ -47,15 +47,15 @@ _TUNING: Final = frozenset(
         "pgbouncer",
     ]
 )
-_PORT_LIMIT: Final = 65536
+_MAX_PORT: Final = 65535
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PostgresAddress:
-    """`hosts` are tried in turn, a folder or an absolute path is a socket; empty leaves it to PGHOST or the driver.
+    """`hosts` are tried in turn; an absolute path is a socket's folder; if empty, PGHOST or the driver decides.
 
-    `timeout` is seconds for one of them. `tls` are libpq's parameters about it. `session` is target_session_attrs.
-    `settings` go to the server as they are. What is None is left to libpq's variables (PGUSER, PGPASSWORD, …).
+    `timeout` is in seconds for each host. `tls` are libpq's parameters about TLS. `session` is target_session_attrs.
+    `settings` go to the server unchanged. For None, libpq's variables decide (PGUSER, PGPASSWORD, …).
     """
 
     hosts: tuple[tuple[str, int], ...] = ()
@@ -63,12 +63,12 @@ class PostgresAddress:
     password: str | None = field(default=None, repr=False)
     passfile: str | None = None
     database: str | None = None
-    timeout: float = _TIMEOUT
+    timeout: float = _DEFAULT_TIMEOUT_S
     session: str = "any"
     tls: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, str] = field(default_factory=dict)
-    # What was asked for and is not done, to be said.
-    unmet: tuple[str, ...] = ()
+    # Parameters that the address asks for and that have no effect here, to be logged.
+    unsupported: tuple[str, ...] = ()
 
     @property
     def where(self) -> str:
@@ -77,7 +77,7 @@ class PostgresAddress:
 
 
 def parse(url: str) -> PostgresAddress:
-    """Raises ValueError with one line that repeats no password."""
+    """Raises ValueError with one line that does not repeat a password."""
     scheme, _, rest = url.partition("://")
     if scheme not in SCHEMES:
         msg = "takes sqlite:///PATH or postgresql://USER:PASSWORD@HOST/NAME"
@@ -94,11 +94,11 @@ def parse(url: str) -> PostgresAddress:
     ports = port.split(",") if port else []
     numbers, names = given.pop("hostaddr", ""), given.pop("host", "") or hosts
     found = _hosts(names or "," * numbers.count(","), ports, numbers.split(",") if numbers else [])
-    # An empty value means the default (libpq), and is none that nobody knows.
+    # An empty value means the default (libpq).
     settings = {name: value for name in ("application_name", "options") if (value := given.pop(name, ""))}
     settings.setdefault("application_name", given.pop("fallback_application_name", "") or "vpn-sentinel")
-    # A server writes: of several hosts the one that takes writes is meant, unless the address says otherwise.
-    session = _one_of("target_session_attrs", given.pop("target_session_attrs", ""), SESSIONS)
+    # This server writes: of several hosts it needs the one that takes writes, unless the address says otherwise.
+    session = _one_of("target_session_attrs", given.pop("target_session_attrs", ""), TARGET_SESSION_ATTRS)
     tls = _tls(given)
     if numbers and names and "verify-full" in (tls.get("sslmode"), "verify-full" if "system" in tls.values() else ""):
         msg = "hostaddr in the address is what a certificate is compared with here: leave it out, or use verify-ca"
@@ -113,9 +113,9 @@ def parse(url: str) -> PostgresAddress:
         session=session or ("read-write" if len(found) > 1 else "any"),
         tls=tls,
         settings=settings,
-        unmet=("channel_binding=require",) if given.pop("channel_binding", "") == "require" else (),
+        unsupported=("channel_binding=require",) if given.pop("channel_binding", "") == "require" else (),
     )
-    unknown = sorted(set(given) - _TUNING)
+    unknown = sorted(set(given) - _IGNORED_PARAMETERS)
     if unknown:
         msg = f"the parameter {unknown[0][:40]!r} of the address is not supported here"
         raise ValueError(msg)
@@ -134,22 +134,22 @@ def _parameters(query: str) -> dict[str, str]:
 
 
 def _plain(what: str, text: str) -> str:
-    """Without its %-escapes. A '+' is a plus here, as for libpq; a '%' that begins no escape is itself."""
+    """`text` with its %-escapes decoded. As for libpq, '+' is a plus, and a '%' that begins no escape is kept."""
     try:
         found = unquote(text, errors="strict")
     except UnicodeDecodeError:
         msg = f"{what} in the address holds %-escapes that are not UTF-8"
         raise ValueError(msg) from None
-    if "\0" in found:  # PostgreSQL's messages end each text with one
+    if "\0" in found:  # PostgreSQL's protocol ends each text with a NUL
         msg = f"{what} in the address holds %00, which no text there can hold"
         raise ValueError(msg)
     return found
 
 
 def _hosts(listed: str, ports: list[str], numbers: list[str]) -> tuple[tuple[str, int], ...]:
-    """`a:1,[2001:db8::1]:2,/run/postgresql`, with ports of their own in `ports`: one for all, or one each.
+    """Parses `a:1,[2001:db8::1]:2,/run/postgresql`; `ports` has one port for all hosts, or one for each, or none.
 
-    `numbers` are the addresses that are called in the names' place.
+    `numbers` are the IP addresses to connect to instead of the names (libpq's hostaddr).
     """
     if not listed and not numbers:
         return (("localhost", _port(ports[0])),) if ports else ()
@@ -164,12 +164,12 @@ def _hosts(listed: str, ports: list[str], numbers: list[str]) -> tuple[tuple[str
     for n, item in enumerate(names):
         default = ports[n] if len(ports) == len(names) else ports[0] if ports else ""
         host, port = _host(item)
-        # A socket's folder stands as %2Frun%2Fpostgresql.
+        # A socket's folder is written as %2Frun%2Fpostgresql.
         host = numbers[n] if numbers else _plain("a host", host)
         if not host:
             msg = "a host in the address is empty"
             raise ValueError(msg)
-        # A folder is a socket, and so is a name without one (@, unix(7)); a zone is the system's.
+        # A folder means a socket, and so does an abstract name (@, unix(7)); an IPv6 zone is left to the system.
         if host[0] not in "/@" and not _is_ipv6(host) and (problem := host_problem(host)):
             raise ValueError(problem)
         found.append((host, _port(port or default)))
@@ -185,7 +185,7 @@ def _host(item: str) -> tuple[str, str]:
             msg = "an IPv6 address in the address takes brackets: [2001:db8::1]:5432"
             raise ValueError(msg)
         return host, port[1:]
-    if _is_ipv6(item):  # in ?host= it stands without brackets
+    if _is_ipv6(item):  # ?host= takes it without brackets
         return item, ""
     host, _, port = item.partition(":")
     return host, port
@@ -201,8 +201,8 @@ def _is_ipv6(text: str) -> bool:
 def _port(text: str) -> int:
     if not text:
         return _DEFAULT_PORT
-    if not (text.isascii() and text.isdigit()) or not 0 < int(text) < _PORT_LIMIT:
-        # Often a password with an unescaped character: its text is not repeated.
+    if not (text.isascii() and text.isdigit()) or not 0 < int(text) <= _MAX_PORT:
+        # This is often part of a password with an unescaped character, so its text is not repeated.
         msg = "a port in the address is no number from 1 to 65535 (write / : @ # of a password as %2F %3A %40 %23)"
         raise ValueError(msg)
     return int(text)
@@ -210,24 +210,24 @@ def _port(text: str) -> int:
 
 def _timeout(text: str) -> float:
     if not text:
-        return _TIMEOUT
+        return _DEFAULT_TIMEOUT_S
     if not text.strip().lstrip("-").isdigit():
         msg = "connect_timeout in the address is no whole number of seconds"
         raise ValueError(msg)
-    # Zero and less mean "for ever" to libpq; a server that waits for ever tells nobody.
+    # Zero and less mean "for ever" to libpq; a server that waits for ever never reports the failure.
     seconds = int(text)
-    return min(max(float(seconds), _LEAST_TIMEOUT), 60.0) if seconds > 0 else _TIMEOUT
+    return min(max(float(seconds), _MIN_TIMEOUT_S), 60.0) if seconds > 0 else _DEFAULT_TIMEOUT_S
 
 
 def _tls(given: dict[str, str]) -> dict[str, str]:
     mode = given.pop("sslmode", "")
-    other = given.pop("ssl", "")  # as some hosters and drivers write it
+    other = given.pop("ssl", "")  # some providers and drivers write this instead
     mode = mode or {"true": "require", "1": "require", "false": "disable", "0": "disable"}.get(other, other)
     found = {"sslmode": mode} if _one_of("sslmode", mode, SSL_MODES) else {}
-    for name in (*_TLS, *_TLS_FILES):
+    for name in (*_TLS_PARAMETERS, *_TLS_FILE_PARAMETERS):
         if value := given.pop(name, ""):
             found[name] = value
-    for name in _TLS_FILES:
+    for name in _TLS_FILE_PARAMETERS:
         value = found.get(name, "")
         if not value or (name == "sslrootcert" and value == "system"):
             continue
@@ -244,7 +244,7 @@ def _tls(given: dict[str, str]) -> dict[str, str]:
 
 
 def _try_certificates(tls: Mapping[str, str]) -> None:
-    """Raises ValueError for files that hold no certificates, or a key of another certificate."""
+    """Raises ValueError for a file without certificates, and for a key that does not belong to the certificate."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     for name in ("sslrootcert", "sslcrl"):
         if tls.get(name, "system") != "system":

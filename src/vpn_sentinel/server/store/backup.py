@@ -1,4 +1,4 @@
-"""Copies of a SQLite database: each whole and verified, made beside a running server, kept by number, put back."""
+"""Backups of a SQLite database: made while the server runs, pruned to a number, verified and restored."""
 
 import contextlib
 import os
@@ -12,19 +12,19 @@ from typing import Final
 
 from vpn_sentinel.runtime import files
 from vpn_sentinel.runtime.user_error import UserError
-from vpn_sentinel.server.store.sqlitefile import DAMAGED, hold, whose
+from vpn_sentinel.server.store.sqlitefile import DAMAGE_ERRORS, foreign_owner, lock_file
 
-_NAME: Final = re.compile(r"sentinel-([0-9]{8}T[0-9]{6}Z)\.db", re.ASCII)
-_STAMP: Final = "%Y%m%dT%H%M%SZ"
+_BACKUP_NAME: Final = re.compile(r"sentinel-([0-9]{8}T[0-9]{6}Z)\.db", re.ASCII)
+_TIME_FORMAT: Final = "%Y%m%dT%H%M%SZ"
 
 
 class BackupError(UserError):
-    """A copy that cannot be made or put back. One line."""
+    """A backup cannot be made or restored. One line."""
 
 
 @dataclass(frozen=True, slots=True)
 class Backup:
-    """`at` is when it was made, in seconds since the epoch."""
+    """One backup file; `at` is when it was made, in seconds since the epoch."""
 
     path: Path
     at: float
@@ -34,13 +34,13 @@ class Backup:
 
 
 def backups(folder: Path) -> list[Backup]:
-    """What is kept in `folder`, the newest first; nothing without a folder. Raises BackupError."""
+    """The backups in `folder`, newest first; none without a folder. Raises BackupError."""
     found = []
     try:
         for path in folder.iterdir():
-            if told := _NAME.fullmatch(path.name):
-                with contextlib.suppress(ValueError):  # the 32nd of a month is nobody's of ours
-                    at = datetime.strptime(told[1], _STAMP).replace(tzinfo=UTC)
+            if match := _BACKUP_NAME.fullmatch(path.name):
+                with contextlib.suppress(ValueError):  # no backup of ours is dated the 32nd of a month
+                    at = datetime.strptime(match[1], _TIME_FORMAT).replace(tzinfo=UTC)
                     found.append(Backup(path, at.timestamp()))
     except FileNotFoundError:
         return []
@@ -50,51 +50,51 @@ def backups(folder: Path) -> list[Backup]:
 
 
 def remedy(folder: Path) -> str:
-    """What to do about a damaged database whose copies are in `folder`, in a sentence."""
-    return putting_back(folder) or "there is no backup to put back: move the file and its -wal away, and start anew"
+    """What to do about a damaged database whose backups are in `folder`, in a sentence."""
+    return restore_hint(folder) or "there is no backup to put back: move the file and its -wal away, and start anew"
 
 
-def putting_back(folder: Path) -> str:
-    """How the newest copy is put back, "" where there is none."""
-    with contextlib.suppress(BackupError):  # who cannot read them is told so by `db restore`
+def restore_hint(folder: Path) -> str:
+    """How to restore the newest backup, in a sentence; "" where there is none."""
+    with contextlib.suppress(BackupError):  # `db restore` reports a folder that cannot be read
         if kept := backups(folder):
             return f"stop the server, then `vpn-sentinel db restore` puts back {kept[0]}"
     return ""
 
 
-def problem(connection: sqlite3.Connection) -> str:
-    """The first thing that is wrong with a database, "" when all of it is whole. Reads every page of it.
+def integrity_problem(connection: sqlite3.Connection) -> str:
+    """The first thing that is wrong with a database, "" when it is intact. Reads every page of it.
 
-    Raises sqlite3.Error when it could not be looked at.
+    Raises sqlite3.Error when it could not be checked.
     """
     try:
         found = str(connection.execute("PRAGMA integrity_check(1)").fetchone()[0])
     except sqlite3.DatabaseError as e:
-        if not getattr(e, "sqlite_errorname", "").startswith(DAMAGED):
+        if not getattr(e, "sqlite_errorname", "").startswith(DAMAGE_ERRORS):
             raise
         found = str(e)
     words = " ".join(found.split())
     return "" if words == "ok" else words.removeprefix("*** in database main *** ")
 
 
-def make(connection: sqlite3.Connection, folder: Path, now: float) -> Backup:
-    """Copy the database of `connection` into `folder`. Raises BackupError; nothing is left then.
+def make_backup(connection: sqlite3.Connection, folder: Path, now: float) -> Backup:
+    """Copy the database of `connection` into `folder`. Raises BackupError, and leaves no file then.
 
-    It is written anew from its rows (VACUUM INTO), so a table that cannot be read to its end makes no backup.
+    VACUUM INTO writes it from the rows, so a table that cannot be read to its end makes no backup.
     """
-    made = Backup(folder / f"sentinel-{datetime.fromtimestamp(now, UTC).strftime(_STAMP)}.db", float(int(now)))
+    made = Backup(folder / f"sentinel-{datetime.fromtimestamp(now, UTC).strftime(_TIME_FORMAT)}.db", float(int(now)))
     try:
         files.folder(folder)
         files.sweep(folder, "sentinel-")
         pages, size = (connection.execute(f"PRAGMA {what}").fetchone()[0] for what in ("page_count", "page_size"))
         if shutil.disk_usage(folder).free < 2 * pages * size:
-            # A copy that fills the disk would keep the server itself from remembering.
+            # A copy that fills the disk would keep the server itself from storing reports.
             msg = f"{folder} has no room: twice the database's {pages * size // 1_000_000 + 1} MB must be free"
             raise BackupError(msg)
         written = files.beside(made.path)
         try:
             written.touch(mode=0o600)
-            # As bytes: a path may hold some that are no text.
+            # As bytes: a path may hold some that are not valid text.
             connection.execute("VACUUM INTO CAST(? AS TEXT)", (os.fsencode(written),))
             files.settle(written, made.path)
         finally:
@@ -106,8 +106,8 @@ def make(connection: sqlite3.Connection, folder: Path, now: float) -> Backup:
     return made
 
 
-def thin_out(folder: Path, keep: int, now: float) -> None:
-    """Delete all but the newest `keep`; what a clock that went wrong made later than `now` goes first.
+def prune(folder: Path, keep: int, now: float) -> None:
+    """Delete all but the newest `keep`; backups dated after `now`, by a clock that was wrong, go first.
 
     Raises BackupError.
     """
@@ -120,12 +120,12 @@ def thin_out(folder: Path, keep: int, now: float) -> None:
 
 
 def restore(database: Path, backup: Path) -> Path | None:
-    """Put a copy of `backup` in the place of `database`; where that is kept now, None when there was none.
+    """Replace `database` by a copy of `backup`; returns where the old one is kept, None when there was none.
 
-    Killed at any moment, `database` is the old one or the new one, and no log of the old one meets the new one. Raises
-    BackupError, also when a server runs on it or the backup is not whole.
+    When killed at any moment, `database` is the old one or the new one, and the old one's WAL is never applied to the
+    new one. Raises BackupError, also when a server uses the database or the backup is damaged.
     """
-    database = database.resolve()  # of a link the file itself
+    database = database.resolve()  # the file that a symbolic link names
     written = files.beside(database)
     try:
         files.folder(database.parent)
@@ -135,7 +135,7 @@ def restore(database: Path, backup: Path) -> Path | None:
         if not database.exists():
             files.settle(written, database)
             return None
-        held = hold(database)
+        held = lock_file(database)
         if held is None:
             raise BackupError(f"database {database} is in use: stop the server first")
         try:
@@ -150,34 +150,34 @@ def restore(database: Path, backup: Path) -> Path | None:
 
 def _exchange(database: Path, written: Path) -> Path:
     owner, aside = database.stat(), _free_name(database)
-    os.chown(written, owner.st_uid, owner.st_gid)  # root may do this for a server that is another user
+    os.chown(written, owner.st_uid, owner.st_gid)  # root may restore for a server that runs as another user
     log, index = (database.with_name(database.name + tail) for tail in ("-wal", "-shm"))
     with contextlib.suppress(FileNotFoundError):
-        log.replace(f"{aside}-wal")  # where SQLite finds it, should the old one be opened once more
-    files.to_disk(written)  # now, so that the file has two names for a moment only
+        log.replace(f"{aside}-wal")  # where SQLite finds it if the old database is opened again
+    files.to_disk(written)  # before the link, so that the old file has two names only for a moment
     os.link(database, aside)
     files.settle(written, database)
-    index.unlink(missing_ok=True)  # until now it told that a log was missing
+    index.unlink(missing_ok=True)  # not earlier: it shows that a WAL is missing
     return aside
 
 
 def _free_name(database: Path) -> Path:
-    """A name for the old one, under which there is no log either that might be another's."""
+    """A free name for the old database, under which there is no WAL of another one either."""
     number = 1
     while True:
         aside = database.with_name(f"{database.name}.replaced-{number}")
         if aside.exists() and aside.samefile(database):
-            aside.unlink()  # killed as it was to be exchanged: the same file by another name
+            aside.unlink()  # left by a restore that was killed: a second name of the same file
         if not aside.exists() and not Path(f"{aside}-wal").exists():
             return aside
         number += 1
 
 
 def _verify(copy: Path, backup: Path) -> None:
-    """Raises BackupError for what is no whole database of ours."""
+    """Raises BackupError for a damaged database, or another program's."""
     try:
         with contextlib.closing(sqlite3.connect(copy)) as connection:
-            wrong = problem(connection) or whose(connection)
+            wrong = integrity_problem(connection) or foreign_owner(connection)
     except sqlite3.Error as e:
         wrong = " ".join(str(e).split())
     if wrong:

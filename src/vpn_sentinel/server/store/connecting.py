@@ -1,8 +1,8 @@
-"""Connections to PostgreSQL that rely on no session: what one transaction leaves behind, the next does not need.
+"""Connections to PostgreSQL that keep no state in the session: no transaction needs what an earlier one left there.
 
-Between us and the server may be a pooler that gives each transaction another session (PgBouncer, pool_mode =
-transaction; https://www.pgbouncer.org/features.html). So statements have no name, none is kept, nothing is SET, and
-nothing is asked outside of a transaction when a connection opens.
+A pooler may give each transaction another session (PgBouncer, pool_mode = transaction;
+https://www.pgbouncer.org/features.html). So prepared statements have no name and are not cached, nothing is SET, and
+opening a connection runs no query outside a transaction.
 """
 
 import getpass
@@ -18,8 +18,8 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from vpn_sentinel.server.store.address import PostgresAddress
 
-_COMMAND_TIMEOUT: Final = 30.0
-# What asyncpg raises before it has a connection, beside its own errors: bad files, no user, no home, a refusal.
+_COMMAND_TIMEOUT_S: Final = 30.0
+# What asyncpg raises before it has a connection, besides its own errors: bad files, no user, no home, a refusal.
 CONNECT_ERRORS: Final = (
     OSError,
     ValueError,
@@ -32,8 +32,8 @@ CONNECT_ERRORS: Final = (
 
 
 class Dialect(PGDialect_asyncpg):
-    """SQLAlchemy's, which sends queries of its own outside of a transaction as a connection opens: for JSON columns,
-    of which there are none here."""
+    """SQLAlchemy's dialect without the queries that it sends outside a transaction when a connection opens: they are
+    for JSON columns, and there are none here."""
 
     supports_statement_cache = True
 
@@ -61,9 +61,9 @@ def engine(address: PostgresAddress, **options: Any) -> AsyncEngine:
 
 
 async def connect(address: PostgresAddress) -> "asyncpg.Connection[Any]":
-    """Connect to the first host that answers and is of the kind that is asked for. Raises one of CONNECT_ERRORS.
+    """Connect to the first host that answers and meets target_session_attrs. Raises one of CONNECT_ERRORS.
 
-    One after the other, each with its own time, as libpq does: the driver alone would give all of them the time of one.
+    The hosts are tried in turn, each with its own timeout, as libpq does; asyncpg alone applies one timeout to all.
     """
     sessions = ("standby", "any") if address.session == "prefer-standby" else (address.session,)
     error: BaseException | None = None
@@ -73,7 +73,7 @@ async def connect(address: PostgresAddress) -> "asyncpg.Connection[Any]":
                 return await _connect(address, host, session)
             except CONNECT_ERRORS as e:
                 error = e
-    assert error is not None  # noqa: S101 - there is one host at least
+    assert error is not None  # noqa: S101 - there is at least one host
     raise error
 
 
@@ -87,21 +87,21 @@ async def _connect(address: PostgresAddress, host: tuple[str, int] | None, sessi
         "postgresql://?" + "&".join(f"{name}={quote(value, safe='')}" for name, value in tls.items()) if tls else None,
         host=host[0] if host else None,
         port=host[1] if host else None,
-        user=address.user or os.getenv("PGUSER") or _user(),  # noqa: TID251 - libpq's own variable
+        user=address.user or os.getenv("PGUSER") or _system_user(),  # noqa: TID251 - libpq's own variable
         password=address.password,
         passfile=address.passfile,
         database=address.database,
         ssl=context,
         timeout=address.timeout,
-        command_timeout=_COMMAND_TIMEOUT,
+        command_timeout=_COMMAND_TIMEOUT_S,
         statement_cache_size=0,
         server_settings=dict(address.settings),
         target_session_attrs=session,
     )
 
 
-def _user() -> str:
-    """The system user's name, as libpq takes it. Raises OSError where this user has none."""
+def _system_user() -> str:
+    """The system user's name, which is libpq's default. Raises OSError where this user has none."""
     try:
         return getpass.getuser()
     except (KeyError, OSError) as e:
@@ -109,26 +109,26 @@ def _user() -> str:
         raise OSError(msg) from e
 
 
-def said(error: BaseException, address: PostgresAddress) -> str:
+def failure_text(error: BaseException, address: PostgresAddress) -> str:
     """Why a connection failed, in one line that holds no password."""
     why: BaseException = getattr(error, "orig", None) or error
     text = " ".join(str(why).split())
     if isinstance(why, TimeoutError):
         text = f"no answer within {address.timeout:g} s"
     elif asyncpg.TargetServerAttributeNotMatched in (type(why), type(why.__cause__)):
-        text = f"no host is what target_session_attrs={address.session} asks for"
+        text = f"no host meets target_session_attrs={address.session}"
     elif isinstance(why, OSError):
-        text = words(why) or text
+        text = os_error_text(why) or text
     for secret in (address.password, address.tls.get("sslpassword")):
         if secret:
             text = text.replace(secret, "***")
     return text or type(why).__name__
 
 
-def words(error: OSError) -> str:
-    """What the system or TLS says of a failure, "" where neither says anything.
+def os_error_text(error: OSError) -> str:
+    """The system's or TLS's text of a failure, "" where there is none.
 
-    TLS failures are OSErrors with a number of their own, which is no errno; and so are those of getaddrinfo(3).
+    TLS failures are OSErrors whose number is no errno; so are those of getaddrinfo(3).
     """
     if isinstance(error, ssl.SSLCertVerificationError):
         return f"its certificate is not accepted: {error.verify_message.rstrip('.')}"

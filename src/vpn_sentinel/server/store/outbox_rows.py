@@ -1,4 +1,4 @@
-"""Rows of `outbox` for a notice, written in the transaction that made it true."""
+"""Rows of `outbox` for a notice, written in the same transaction as what it reports."""
 
 from collections.abc import Iterable
 from typing import Any, Final
@@ -17,5 +17,5 @@ def delivery_values(notice: Notice, channels: Iterable[str], now: float) -> list
 
 
 def delivery_rows(notice: Notice, channels: Iterable[str], now: float) -> list[dict[str, Any]]:
-    """The same rows by column, for an INSERT of SQLAlchemy's."""
+    """The same rows by column, for SQLAlchemy's INSERT."""
     return [dict(zip(_COLUMNS, values, strict=True)) for values in delivery_values(notice, channels, now)]

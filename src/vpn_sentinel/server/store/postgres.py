@@ -11,13 +11,13 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from vpn_sentinel.server.store import rows
 from vpn_sentinel.server.store.address import PostgresAddress
-from vpn_sentinel.server.store.connecting import engine, words
+from vpn_sentinel.server.store.connecting import engine, os_error_text
 from vpn_sentinel.server.store.store import PING, C, Decide, StoreUnavailable, TunnelRow
 
-# SQLSTATEs of what a session takes over as it opens, and keeps: whether it may write (a server that was a standby, a
-# default of the database's) and where it looks for tables.
-_READ_ONLY: Final = "25006"
-_OF_A_SESSION: Final = frozenset({_READ_ONLY, "42P01", "3F000"})
+# SQLSTATEs caused by what a session takes over when it opens, and keeps: whether it may write (the server was a
+# standby, or a default of the database) and its search path for tables.
+_READ_ONLY_STATE: Final = "25006"
+_SESSION_STATES: Final = frozenset({_READ_ONLY_STATE, "42P01", "3F000"})
 
 
 class PostgresStore:
@@ -41,8 +41,8 @@ class PostgresStore:
             async with driver.transaction():
                 found = await _load(driver, names)
                 if create and (missing := sorted(n for n in names if n not in found)):
-                    # Another replica may insert the same name at this moment: the loser waits for its commit, does
-                    # nothing, and then reads (and locks) the winner's row.
+                    # Another replica may insert the same name now: the later INSERT waits for the other's commit, does
+                    # nothing, and the row of the other is then read and locked here.
                     await driver.executemany(rows.numbered(rows.NEW_TUNNEL), [rows.new_tunnel(n, now) for n in missing])
                     found |= await _load(driver, missing)
                 changes = decide(found)
@@ -58,24 +58,24 @@ class PostgresStore:
 
     @asynccontextmanager
     async def _translated(self) -> AsyncIterator[None]:
-        """Turn every failure of connection or server into StoreUnavailable; its text never holds the address."""
+        """Turn every failure of the connection or the server into StoreUnavailable, whose text holds no address."""
         try:
             yield
         except (DBAPIError, InterfaceError) as e:
-            raise await self._failed(e.orig or e) from e
+            raise await self._unavailable(e.orig or e) from e
         except (asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError) as e:
-            raise await self._failed(e) from e
+            raise await self._unavailable(e) from e
         except (PoolTimeout, TimeoutError) as e:
             raise StoreUnavailable("timeout", "no connection or no answer in time") from e
         except OSError as e:
-            raise StoreUnavailable("unreachable", words(e) or type(e).__name__) from e
+            raise StoreUnavailable("unreachable", os_error_text(e) or type(e).__name__) from e
 
-    async def _failed(self, error: BaseException) -> StoreUnavailable:
-        """What the server refused. Where the session may be to blame, no session that is open now is used again."""
+    async def _unavailable(self, error: BaseException) -> StoreUnavailable:
+        """The error to raise. Where the session may be the cause, all sessions that are open now are dropped."""
         state = getattr(error, "sqlstate", None)
-        if state in _OF_A_SESSION:
+        if state in _SESSION_STATES:
             await self._engine.dispose()
-        return StoreUnavailable("read_only" if state == _READ_ONLY else "database_error", type(error).__name__)
+        return StoreUnavailable("read_only" if state == _READ_ONLY_STATE else "database_error", type(error).__name__)
 
 
 async def _load(driver: "asyncpg.Connection[Any]", names: Sequence[str]) -> dict[str, TunnelRow]:

@@ -1,7 +1,7 @@
-"""The questions that surfaces ask the database, and the one read model of a tunnel.
+"""The queries of API, dashboard, bot and command line, and the one read model of a tunnel.
 
-API, dashboard, bot and command line all show a `wire.rest.Tunnel`: what `GET /tunnels/{name}` answers is what
-`vpn-sentinel tunnel show NAME --json` prints. Every question raises StoreUnavailable.
+All of them show a `wire.rest.Tunnel`: the answer to `GET /tunnels/{name}` is what `vpn-sentinel tunnel show NAME
+--json` prints. Every query raises StoreUnavailable.
 """
 
 import math
@@ -21,9 +21,9 @@ from vpn_sentinel.wire.rest import moment, when
 
 Rows = Sequence[Row[Any]]
 
-# Names in one statement; SQLite takes at most 32,766 parameters, old builds 999.
-_MAX_NAMES: Final = 500
-# How much of the past a tunnel's page shows.
+# SQLite takes at most 32,766 parameters in one statement, old builds 999.
+_MAX_NAMES_PER_QUERY: Final = 500
+# How many rows of each kind a tunnel's page shows.
 RECENT_TRANSITIONS: Final = 100
 _RECENT_INCIDENTS: Final = 20
 _RECENT_OBSERVATIONS: Final = 25
@@ -31,24 +31,24 @@ _RECENT_ACTIONS: Final = 20
 
 
 async def tunnel_rows(store: Store, names: set[str] | None = None) -> Rows:
-    """The rows of all tunnels, or of those of `names` that exist, by name; `tunnel_of` makes each readable."""
+    """The rows of all tunnels, or of those of `names` that exist, sorted by name; `tunnel_of` converts each."""
     everything = select(tunnels).order_by(tunnels.c.name)
     if names is None:
         return await store.read(everything)
     wanted = sorted(names)
     found: list[Row[Any]] = []
-    for start in range(0, len(wanted), _MAX_NAMES):
-        found += await store.read(everything.where(tunnels.c.name.in_(wanted[start : start + _MAX_NAMES])))
+    for start in range(0, len(wanted), _MAX_NAMES_PER_QUERY):
+        found += await store.read(everything.where(tunnels.c.name.in_(wanted[start : start + _MAX_NAMES_PER_QUERY])))
     return found
 
 
 async def all_tunnels(store: Store) -> list[rest.Tunnel]:
-    """As they stand, by name."""
+    """All tunnels in their present state, sorted by name."""
     return [tunnel_of(row) for row in await tunnel_rows(store)]
 
 
 async def tunnel_named(store: Store, name: str) -> rest.Tunnel | None:
-    """As it stands; None where no tunnel has this name."""
+    """A tunnel in its present state; None where no tunnel has this name."""
     row = await _row_named(store, name)
     return None if row is None else tunnel_of(row)
 
@@ -56,13 +56,13 @@ async def tunnel_named(store: Store, name: str) -> rest.Tunnel | None:
 async def _row_named(store: Store, name: str) -> Row[Any] | None:
     try:
         rows = await store.read(select(tunnels).where(tunnels.c.name == tunnel_name(name)))
-    except ValueError:  # no tunnel is called that, and not every engine takes every text
+    except ValueError:  # no tunnel can have this name, and not every engine accepts every text
         return None
     return rows[0] if rows else None
 
 
 def tunnel_of(row: Row[Any]) -> rest.Tunnel:
-    """What a row of `tunnels` says."""
+    """The read model of a row of `tunnels`."""
     return rest.Tunnel(
         name=row.name,
         state=rest.state_of(row.state),
@@ -87,7 +87,7 @@ def tunnel_of(row: Row[Any]) -> rest.Tunnel:
 
 
 async def counts(store: Store) -> dict[State, int]:
-    """How many tunnels are in each state; a state that none is in is missing."""
+    """The number of tunnels in each state; a state without tunnels is missing."""
     found: dict[State, int] = {}
     watched = select(tunnels.c.state, func.count().label("n")).where(tunnels.c.role != "reference")
     for row in await store.read(watched.group_by(tunnels.c.state)):
@@ -96,8 +96,8 @@ async def counts(store: Store) -> dict[State, int]:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recent:
-    """One tunnel and what it did lately, newest first. The lists are rows of their tables."""
+class TunnelDetail:
+    """One tunnel and its newest rows of each kind, newest first."""
 
     tunnel: rest.Tunnel
     transitions: Rows
@@ -106,13 +106,13 @@ class Recent:
     actions: Rows
 
 
-async def recent(store: Store, name: str) -> Recent | None:
+async def tunnel_detail(store: Store, name: str) -> TunnelDetail | None:
     """None where no tunnel has this name."""
     row = await _row_named(store, name)
     if row is None:
         return None
     opened = select(incidents).where(incidents.c.tunnel_id == row.id).order_by(incidents.c.opened_at.desc())
-    return Recent(
+    return TunnelDetail(
         tunnel=tunnel_of(row),
         transitions=await store.read(_newest(transitions, row.id).limit(RECENT_TRANSITIONS)),
         incidents=await store.read(opened.limit(_RECENT_INCIDENTS)),
@@ -123,7 +123,7 @@ async def recent(store: Store, name: str) -> Recent | None:
 
 @dataclass(frozen=True, slots=True)
 class HistoryPage:
-    """A part of the past of `tunnel`, all lists newest first and complete down to `next_until`, None at its end."""
+    """A page of the history of `tunnel`: all lists newest first, complete down to `next_until`, None on the last."""
 
     tunnel: str
     transitions: Rows
@@ -135,8 +135,8 @@ class HistoryPage:
 async def history(store: Store, name: str, since: float | None, until: float | None, limit: int) -> HistoryPage | None:
     """Up to `limit` of each kind from `since` to `until`, both included.
 
-    A page ends between two instants, never within one, so that nothing of equal time is lost or shown twice. Only when
-    more than `limit` rows share one instant, which no agent of ours makes, the rest of that instant is left out.
+    A page ends between two instants, never within one, so that no rows of the same time are lost or shown twice. Only
+    when more than `limit` rows share one instant, which no agent of ours produces, the rest of them are left out.
 
     None where no tunnel has this name.
     """
@@ -148,18 +148,18 @@ async def history(store: Store, name: str, since: float | None, until: float | N
     ]
     full = [rows[limit].at for rows in kinds if len(rows) > limit]
     if not full:
-        return _stretch(row.name, kinds, None)
+        return _page(row.name, kinds, None)
     edge = max(full)
     page = [[r for r in rows if r.at > edge] for rows in kinds]
     if any(page):
-        return _stretch(row.name, page, edge)
+        return _page(row.name, page, edge)
     instant = [[r for r in rows if r.at == edge][:limit] for rows in kinds]
-    return _stretch(row.name, instant, math.nextafter(edge, -math.inf))
+    return _page(row.name, instant, math.nextafter(edge, -math.inf))
 
 
-def _stretch(tunnel: str, kinds: Sequence[Rows], next_until: float | None) -> HistoryPage:
-    moved, seen, did = kinds
-    return HistoryPage(tunnel, moved, seen, did, next_until)
+def _page(tunnel: str, kinds: Sequence[Rows], next_until: float | None) -> HistoryPage:
+    transitions_, observations_, actions_ = kinds
+    return HistoryPage(tunnel, transitions_, observations_, actions_, next_until)
 
 
 def _within(table: Any, tunnel_id: int, since: float | None, until: float | None, limit: int) -> Select[Any]:
@@ -200,10 +200,10 @@ async def delivery_page(
     if before is not None:
         statement = statement.where(outbox.c.id < before)
     rows = await store.read(statement.order_by(outbox.c.id.desc()).limit(limit + 1))
-    tries: dict[int, list[Row[Any]]] = {r.id: [] for r in rows}
-    if tries:
+    by_delivery: dict[int, list[Row[Any]]] = {r.id: [] for r in rows}
+    if by_delivery:
         for attempt in await store.read(
-            select(attempts).where(attempts.c.delivery_id.in_(tries)).order_by(attempts.c.id)
+            select(attempts).where(attempts.c.delivery_id.in_(by_delivery)).order_by(attempts.c.id)
         ):
-            tries[attempt.delivery_id].append(attempt)
-    return rows, tries
+            by_delivery[attempt.delivery_id].append(attempt)
+    return rows, by_delivery

@@ -1,4 +1,4 @@
-"""The statements of the hot path, written for the drivers themselves, in the one dialect both engines share."""
+"""The statements of the hot path, passed to the drivers directly, in the SQL that both engines share."""
 
 import re
 from dataclasses import fields
@@ -16,7 +16,7 @@ NEW_TUNNEL: Final = (
     "ON CONFLICT (name) DO NOTHING"
 )
 SAVE_TUNNEL: Final = f"UPDATE tunnels SET {', '.join(f'{n} = ?' for n in _UPDATED)} WHERE id = ?"  # noqa: S608
-# The same tunnel, heard again and unchanged.
+# For a tunnel that reported again without a change.
 TOUCH_TUNNEL: Final = "UPDATE tunnels SET seen_at = ?, last_seen = ?, deadline = ?, seq = ? WHERE id = ?"
 ADD_OBSERVATION: Final = (
     "INSERT INTO observations (tunnel_id, spool, seq, at, received_at, state, body) VALUES (?, ?, ?, ?, ?, ?, ?) "
@@ -36,7 +36,7 @@ VOID_INCIDENT: Final = "DELETE FROM incidents WHERE tunnel_id = ? AND closed_at 
 
 
 def new_tunnel(name: str, now: float) -> tuple[object, ...]:
-    """Values of NEW_TUNNEL for a tunnel that never reported."""
+    """Values of NEW_TUNNEL for a tunnel that has not reported yet."""
     row = TunnelRow(
         id=0,
         name=name,

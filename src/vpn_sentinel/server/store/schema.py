@@ -1,8 +1,8 @@
-"""The tables. Times are seconds since the epoch as floats; JSON is text, written and read by `wire.codec`."""
+"""The tables. Times are seconds since the epoch, as floats; JSON is text, written and read by `wire.codec`."""
 
 from sqlalchemy import BigInteger, Column, Float, ForeignKey, Index, Integer, MetaData, Table, Text, text
 
-# SQLite gives only INTEGER PRIMARY KEY its automatic numbers.
+# SQLite numbers rows automatically only for INTEGER PRIMARY KEY.
 _Id = BigInteger().with_variant(Integer, "sqlite")
 
 metadata = MetaData(
@@ -14,7 +14,7 @@ metadata = MetaData(
     }
 )
 
-# One line a fact of the installation: its secret, its identity, when it was last alive.
+# Facts of the installation, one a row: its secret, its identity, when it was last alive.
 meta = Table(
     "meta",
     metadata,
@@ -35,9 +35,9 @@ tokens = Table(
     Column("revoked_at", Float),
 )
 
-# A watched tunnel as it stands now. `memory` is the state machine's (JSON of domain.machine.Memory, with `seen_at` in
-# a column of its own); state, since,
-# findings and the columns after `last_seen` repeat what surfaces show. `deadline` is when silence begins.
+# The present state of a watched tunnel. `memory` is the state machine's (JSON of domain.machine.Memory, with `seen_at`
+# in a column of its own); state, since, findings and the columns after `last_seen` are what the pages show. `deadline`
+# is when silence begins.
 tunnels = Table(
     "tunnels",
     metadata,
@@ -48,7 +48,7 @@ tunnels = Table(
     Column("since", Float, nullable=False),
     Column("findings", Text, nullable=False),  # JSON: [{code, message, evidence}]
     Column("memory", Text, nullable=False),
-    Column("seen_at", Float, nullable=False),  # of the memory: apart, because it alone changes while all is the same
+    Column("seen_at", Float, nullable=False),  # of the memory; apart, because often nothing else changes
     Column("source", Text, nullable=False),  # "agent" or "keepalive"
     Column("version", Text, nullable=False),
     Column("interval", Float, nullable=False),
@@ -81,11 +81,11 @@ observations = Table(
     Column("received_at", Float, nullable=False),
     Column("state", Text, nullable=False),  # of the verdict, which may be "unknown"
     Column("body", Text, nullable=False),  # JSON of domain.observation.Observation
-    sqlite_with_rowid=False,  # its key is its only order: a second tree would be written for nothing
+    sqlite_with_rowid=False,  # rows are read by this key alone: a second B-tree by rowid would only cost writes
 )
 Index("ix_observations_received_at", observations.c.received_at)
 
-# What a tunnel's state did: one row a change, at the time its cause began.
+# Changes of a tunnel's state, one a row, with the time at which the cause began.
 transitions = Table(
     "transitions",
     metadata,
@@ -99,7 +99,7 @@ transitions = Table(
 )
 Index("ix_transitions_tunnel_id_at", transitions.c.tunnel_id, transitions.c.at)
 
-# A span of not-protected. At most one of a tunnel is open.
+# A time in which a tunnel was not protected. At most one incident of a tunnel is open.
 incidents = Table(
     "incidents",
     metadata,
@@ -119,7 +119,7 @@ Index(
     postgresql_where=incidents.c.closed_at.is_(None),
 )
 
-# What agents did about their tunnels: containment, its release, remedies.
+# What agents did for their tunnels: containment, its release, remedies.
 actions = Table(
     "actions",
     metadata,
@@ -132,7 +132,7 @@ actions = Table(
 )
 Index("ix_actions_tunnel_id_at", actions.c.tunnel_id, actions.c.at)
 
-# One notice owed to one channel. Due when `due_at` and `leased_until` have passed; settled once, with its `outcome`.
+# One notice for one channel. It is due when `due_at` and `leased_until` have passed, and settled once, with `outcome`.
 outbox = Table(
     "outbox",
     metadata,
@@ -146,7 +146,7 @@ outbox = Table(
     Column("leased_until", Float, nullable=False),
     Column("attempt", Integer, nullable=False),
     Column("settled_at", Float),
-    Column("outcome", Text),  # "done", "given_up", "superseded" or "summed" (told by a later one)
+    Column("outcome", Text),  # "done", "given_up", "superseded" or "summed" (contained in a later one)
 )
 Index(
     "ix_outbox_due",
@@ -154,18 +154,18 @@ Index(
     sqlite_where=outbox.c.settled_at.is_(None),
     postgresql_where=outbox.c.settled_at.is_(None),
 )
-# When and how often a channel told of a tunnel lately.
-_TOLD = outbox.c.outcome == text("'done'")
+# When and how often a channel recently delivered a notice of a tunnel.
+_DELIVERED = outbox.c.outcome == text("'done'")
 Index(
     "ix_outbox_told",
     outbox.c.channel,
     outbox.c.tunnel,
     outbox.c.settled_at,
-    sqlite_where=_TOLD,
-    postgresql_where=_TOLD,
+    sqlite_where=_DELIVERED,
+    postgresql_where=_DELIVERED,
 )
 
-# Every try to deliver, with how it ended: "done", "transient" or "permanent", and the reason of a failure.
+# Every attempt to deliver, with its result: "done", "transient" or "permanent", and the reason of a failure.
 attempts = Table(
     "attempts",
     metadata,

@@ -1,4 +1,4 @@
-"""SQLite: one writer thread, so that nothing ever waits for a lock; readers beside it, each on its connection (WAL)."""
+"""SQLite in WAL mode: one writer thread, so that no write waits for a lock, and readers on connections of their own."""
 
 import asyncio
 import contextlib
@@ -19,23 +19,23 @@ from vpn_sentinel.server.store.store import PING, C, Decide, StoreUnavailable, T
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-_READERS: Final = 2
-_CHECKPOINT_EVERY: Final = 50  # commits
+_READER_THREADS: Final = 2
+_COMMITS_PER_CHECKPOINT: Final = 50  # commits
 
 
 class SqliteStore:
-    """See `store.Store`. Writes go through one thread in the order they were asked for."""
+    """See `store.Store`. Writes run in one thread, in the order of their calls."""
 
     def __init__(self, path: str, release: Callable[[], None] = lambda: None) -> None:
         """`release` is called when the last connection is closed."""
         self._writer = _engine(path, StaticPool, query_only=False)
-        self._reader = _engine(path, QueuePool, query_only=True, pool_size=_READERS, max_overflow=0)
+        self._reader = _engine(path, QueuePool, query_only=True, pool_size=_READER_THREADS, max_overflow=0)
         self._path = path
         self._release = release
         self._write_thread = ThreadPoolExecutor(1, "store-writer")
         self._checkpoint_thread = ThreadPoolExecutor(1, "store-checkpointer")
         self._commits = 0
-        self._read_threads = ThreadPoolExecutor(_READERS, "store-reader")
+        self._read_threads = ThreadPoolExecutor(_READER_THREADS, "store-reader")
         self._long_thread = ThreadPoolExecutor(1, "store-long")
 
     async def read(self, statement: Executable) -> Sequence[Row[Any]]:
@@ -43,7 +43,7 @@ class SqliteStore:
             with self._reader.connect() as connection:
                 return connection.execute(statement).all()
 
-        return await self._in(self._read_threads, run, whole=False)
+        return await self._run_in(self._read_threads, run, shielded=False)
 
     async def write(self, *statements: Executable) -> list[Sequence[Row[Any]]]:
         def run() -> list[Sequence[Row[Any]]]:
@@ -51,10 +51,10 @@ class SqliteStore:
                 results = [connection.execute(s) for s in statements]
                 return [r.all() if r.returns_rows else [] for r in results]
 
-        return await self._in(self._write_thread, run)
+        return await self._run_in(self._write_thread, run)
 
     async def transact(self, names: Sequence[str], now: float, decide: Decide[C], *, create: bool) -> C:
-        return await self._in(self._write_thread, lambda: self._transact(names, now, decide, create=create))
+        return await self._run_in(self._write_thread, lambda: self._transact(names, now, decide, create=create))
 
     def _transact(self, names: Sequence[str], now: float, decide: Decide[C], *, create: bool) -> C:
         raw = self._writer.raw_connection()
@@ -71,7 +71,7 @@ class SqliteStore:
                     cursor.executemany(sql, values)
                 cursor.execute("COMMIT")
                 self._commits += 1
-                if self._commits % _CHECKPOINT_EVERY == 0:
+                if self._commits % _COMMITS_PER_CHECKPOINT == 0:
                     self._checkpoint_thread.submit(self._checkpoint)
             except BaseException:
                 if raw.driver_connection is not None and raw.driver_connection.in_transaction:
@@ -85,17 +85,17 @@ class SqliteStore:
         await self.write(text(PING))
 
     def _checkpoint(self) -> None:
-        """Copy committed pages from the log into the file beside the writer, which else would do it in a commit."""
+        """Copy committed pages from the WAL into the file, so that the writer need not do it in a commit."""
         try:
             with contextlib.closing(sqlite3.connect(self._path, isolation_level=None)) as connection:
                 connection.execute("PRAGMA wal_checkpoint(PASSIVE)")
         except sqlite3.Error as e:
-            log.debug("the log was not copied", extra={"reason": str(e)})  # the writer's own bound remains
+            log.debug("no checkpoint was made", extra={"reason": str(e)})  # the writer's own autocheckpoint remains
 
-    async def beside(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Do long work that writes nothing here on a connection of its own; whoever reports does not wait for it.
+    async def run_long(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Run long work that does not write to this database in a thread and connection of its own: reports go on.
 
-        Cancelled, it is interrupted. Raises StoreUnavailable.
+        Cancelling interrupts it. Raises StoreUnavailable.
         """
         try:
             connection = sqlite3.connect(self._path, timeout=10.0, isolation_level=None, check_same_thread=False)
@@ -110,7 +110,7 @@ class SqliteStore:
                 return work(connection)
 
         try:
-            return await self._in(self._long_thread, run)
+            return await self._run_in(self._long_thread, run)
         except asyncio.CancelledError:
             cancelled.set()
             connection.interrupt()
@@ -128,12 +128,12 @@ class SqliteStore:
         self._write_thread.shutdown()
         self._release()
 
-    async def _in(self, threads: ThreadPoolExecutor, work: Callable[[], T], *, whole: bool = True) -> T:
+    async def _run_in(self, threads: ThreadPoolExecutor, work: Callable[[], T], *, shielded: bool = True) -> T:
         running = asyncio.get_running_loop().run_in_executor(threads, work)
         try:
-            # Shielded: work in a thread cannot be taken back, so a caller that gives up must not see it half-done. A
-            # question has no halves, and a shield costs one more turn of a loop that may be busy.
-            return await (asyncio.shield(running) if whole else running)
+            # Shielded: work in a thread cannot be undone, so a cancelled caller must not see it half-done. That does
+            # not matter for a read, where a shield would cost one more iteration of a loop that may be busy.
+            return await (asyncio.shield(running) if shielded else running)
         except DBAPIError as e:
             raise _unavailable(e.orig) from e
         except sqlite3.Error as e:
@@ -165,9 +165,9 @@ def _unavailable(error: BaseException | None) -> StoreUnavailable:
 
 def _engine(path: str, pool: type, *, query_only: bool, **options: Any) -> Engine:
     engine = create_engine(
-        URL.create("sqlite", database=path),  # as it stands: no % and no ? means anything
+        URL.create("sqlite", database=path),  # unchanged: % and ? in a path have no meaning
         poolclass=pool,
-        # Transactions are begun below: Python's own BEGIN is deferred and could not be promoted without SQLITE_BUSY.
+        # Transactions begin below: sqlite3's own BEGIN is deferred, and upgrading it to a write can fail (SQLITE_BUSY).
         connect_args={"check_same_thread": False, "isolation_level": None, "timeout": 10.0},
         **options,
     )
@@ -176,7 +176,7 @@ def _engine(path: str, pool: type, *, query_only: bool, **options: Any) -> Engin
     def _pragmas(connection: sqlite3.Connection, _record: object) -> None:
         connection.execute("PRAGMA synchronous = FULL")
         connection.execute("PRAGMA foreign_keys = ON")
-        # The checkpointer keeps up beside the writer; this bounds how far it may fall behind, in pages of 4 KB.
+        # Bounds how far the checkpointer may fall behind the writer, in pages of 4 KB.
         connection.execute("PRAGMA wal_autocheckpoint = 8000")
         connection.execute("PRAGMA busy_timeout = 10000")
         connection.execute(f"PRAGMA query_only = {'ON' if query_only else 'OFF'}")

@@ -1,6 +1,6 @@
-"""The file of a SQLite database: exactly the one that was named, closed to others, nobody else's, one server's alone.
+"""The file of a SQLite database: locked by one process, private to its user, and no other program's.
 
-What is done to it before a `SqliteStore` opens it is done here, by whoever holds it: one process at a time.
+Everything that is done to the file before a `SqliteStore` opens it is here; only the process with the lock does it.
 """
 
 import contextlib
@@ -23,100 +23,100 @@ from vpn_sentinel.server.store.store import StoreDamaged, StoreUnusable
 log = logging.getLogger(__name__)
 
 # Network filesystems, on which SQLite's locks and WAL are not safe.
-_NETWORK: Final = {"nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "glusterfs", "ceph"}
-_OURS: Final = "alembic_version"  # the table without which a database's tables are not ours
-_ESCAPED: Final = re.compile(rb"\\([0-7]{3})")
-# How long a server waits for the one before it to end, and for a command that opens the file: both let go soon.
+_NETWORK_FILESYSTEMS: Final = {"nfs", "nfs4", "cifs", "smb3", "9p", "fuse.sshfs", "glusterfs", "ceph"}
+_VERSION_TABLE: Final = "alembic_version"  # a database with tables but without this one is another program's
+_OCTAL_ESCAPE: Final = re.compile(rb"\\([0-7]{3})")
+# How long a server waits for its predecessor to end, or for a command that has the file open: both end soon.
 LOCK_TIMEOUT_S: Final = 5.0
 _LOCK_RETRY_S: Final = 0.05
-# A file that is no database, or not one any more (https://www.sqlite.org/rescode.html).
-DAMAGED: Final = ("SQLITE_CORRUPT", "SQLITE_NOTADB")
+# Result codes for a file that is not a database, or is damaged (https://www.sqlite.org/rescode.html).
+DAMAGE_ERRORS: Final = ("SQLITE_CORRUPT", "SQLITE_NOTADB")
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
-    """A database's file, ours alone until `release`, or the process's end, however it ends.
+class FileLock:
+    """An exclusive lock on a database's file, until `release` or the end of the process, however it ends.
 
-    The lock is flock(2)'s on the file itself: it needs no other file, is the same by whatever path one comes, and does
-    not meet SQLite's own locks, which are fcntl(2)'s.
+    It is a flock(2) lock on the file itself: it needs no other file, is the same for every path to the file, and does
+    not interfere with SQLite's own locks, which are fcntl(2)'s.
     """
 
-    handle: int
+    descriptor: int
 
     def release(self) -> None:
-        os.close(self.handle)
+        os.close(self.descriptor)
 
 
-def hold(path: Path, *, patience: float = 0.0) -> Held | None:
-    """Take the file, which is made when it is missing; None when another process holds it for longer than `patience`.
+def lock_file(path: Path, *, timeout_s: float = 0.0) -> FileLock | None:
+    """Lock the file, which is created when it is missing; None when another process keeps the lock for `timeout_s`.
 
-    Raises StoreUnusable for what is no file of ours to take.
+    Raises StoreUnusable for a path that cannot be this server's database.
     """
-    _made(path)
+    _ensure_file(path)
     if kind := _network_filesystem(path):
         msg = f"data folder {path.parent} is on a network filesystem ({kind}), where SQLite loses data; use PostgreSQL"
         raise StoreUnusable(msg)
     try:
         while True:
-            handle = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
             try:
-                locked = _locked(handle, patience)
-                if locked and os.path.samestat(os.fstat(handle), path.stat()):
-                    return Held(handle)
+                locked = _locked(descriptor, timeout_s)
+                if locked and os.path.samestat(os.fstat(descriptor), path.stat()):
+                    return FileLock(descriptor)
             except BaseException:
-                os.close(handle)
+                os.close(descriptor)
                 raise
-            os.close(handle)
+            os.close(descriptor)
             if not locked:
                 return None
-            # `db restore` has put another file in its place meanwhile.
+            # `db restore` has replaced the file meanwhile: try again with the new one.
     except OSError as e:
         msg = f"database {path} cannot be locked: {e.strerror}"
         raise StoreUnusable(msg) from e
 
 
-def hold_for_a_server(path: Path) -> Held:
-    """Take the file for as long as a server runs. Raises StoreUnusable when another one has it."""
-    held = hold(path, patience=LOCK_TIMEOUT_S)
+def lock_for_server(path: Path) -> FileLock:
+    """Lock the file for as long as a server runs. Raises StoreUnusable when another process has the lock."""
+    held = lock_file(path, timeout_s=LOCK_TIMEOUT_S)
     if held is None:
         msg = f"database {path} is in use by another server: two cannot share a file (several may share a PostgreSQL)"
         raise StoreUnusable(msg)
     return held
 
 
-def _locked(handle: int, patience: float) -> bool:
-    """Whether the lock was had in time. Raises OSError where there are no locks."""
-    for _ in range(int(patience / _LOCK_RETRY_S) + 1):
+def _locked(descriptor: int, timeout_s: float) -> bool:
+    """Whether the lock was acquired in time. Raises OSError where the filesystem has no locks."""
+    for _ in range(int(timeout_s / _LOCK_RETRY_S) + 1):
         with contextlib.suppress(BlockingIOError):
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return True
-        if patience:
+        if timeout_s:
             time.sleep(_LOCK_RETRY_S)  # flock(2) itself waits for ever or not at all
     return False
 
 
 def prepare(path: Path, *, alone: bool) -> str:
-    """Make sure that `path` holds a database of ours, or nothing yet; what its log has lost, "" for nothing known.
+    """Make sure that `path` is this program's database, or empty. Returns what its WAL lost, "" for nothing known.
 
-    `alone`: nobody else has it open. Raises StoreUnusable that says what and where.
+    `alone`: this process has the lock. Raises StoreUnusable, whose text names the file and the problem.
     """
     mode = path.stat().st_mode
     if alone:
-        _sweep(path.resolve())
+        _remove_leftovers(path.resolve())
     try:
-        lost = _looked_at(path) if alone else ""
+        lost = _examine_log(path) if alone else ""
         with contextlib.closing(sqlite3.connect(path)) as connection:
-            if owner := whose(connection):
+            if owner := foreign_owner(connection):
                 msg = f"database {path} is {owner}"
                 raise StoreUnusable(msg)
             if not alone:
-                return ""  # as its holder made it, or is making it
-            # Here and not before: until now it may have been anybody's.
+                return ""  # the process with the lock prepares it
+            # Not earlier: until here the file could have been another program's.
             if mode & 0o077:
                 path.chmod(0o600)
-            # Kept in the file, and set before there are two connections that could race for it.
+            # The mode is stored in the file; set while there is one connection, as two could race for it.
             connection.execute("PRAGMA journal_mode = WAL")
-        # Closed by the last one, SQLite deletes the log, and with it what it did not replay.
+        # When the last connection closes, SQLite deletes the WAL, with everything in it that it did not replay.
     except sqlite3.DatabaseError as e:
         raise unusable(path, e) from e
     except OSError as e:
@@ -125,35 +125,36 @@ def prepare(path: Path, *, alone: bool) -> str:
     return lost
 
 
-def _sweep(path: Path) -> None:
-    """Of a restore, or of a start that was keeping a damaged log: each as large as the database, or its log."""
+def _remove_leftovers(path: Path) -> None:
+    """Remove temporary files of a killed restore or start: each is as large as the database or its WAL."""
     try:
         files.sweep(path.parent, path.name)
     except OSError as e:
-        log.warning("what a killed process left beside the database stays", extra={"reason": e.strerror})
+        log.warning("a killed process's temporary files cannot be removed", extra={"reason": e.strerror})
 
 
 def unusable(path: Path, error: sqlite3.Error) -> StoreUnusable:
-    """What SQLite says of the file, in a line."""
-    kind = StoreDamaged if getattr(error, "sqlite_errorname", "").startswith(DAMAGED) else StoreUnusable
+    """The exception for an error of SQLite, in one line."""
+    kind = StoreDamaged if getattr(error, "sqlite_errorname", "").startswith(DAMAGE_ERRORS) else StoreUnusable
     return kind(f"database {path}: {' '.join(str(error).split())}")
 
 
-def _looked_at(path: Path) -> str:
-    """Look at the log before SQLite replays it; what it lost, in a sentence. A damaged one is kept, for who can use it.
+def _examine_log(path: Path) -> str:
+    """Examine the WAL before SQLite replays it. Returns what it lost, in a sentence, "" for nothing.
 
-    Where more is in the file already than what is left of the log, that is not replayed: it would undo it in part.
+    A damaged WAL is kept for later analysis. Where the file already has newer pages than the rest of the WAL, the WAL
+    is moved away, since a replay would undo some of them.
     """
-    path = path.resolve()  # of a link SQLite keeps the log beside the file itself
-    written = path.with_name(path.name + "-wal")
+    path = path.resolve()  # SQLite keeps the WAL of a symbolic link beside the link's target
+    wal_file = path.with_name(path.name + "-wal")
     try:
         damage = wal.examine(path)
         if damage is None:
             return ""
-        was = "damaged" if written.exists() else "missing"
-        kept = _set_aside(written, whole=damage.behind)
+        was = "damaged" if wal_file.exists() else "missing"
+        kept = _set_aside(wal_file, whole=damage.behind)
     except OSError as e:
-        log.warning("the database's log could not be looked at", extra={"reason": e.strerror})
+        log.warning("the database's log could not be read", extra={"reason": e.strerror})
         return ""
     where = f"; it is kept as {kept}" if kept else ""
     if damage.lost == 0:
@@ -162,33 +163,33 @@ def _looked_at(path: Path) -> str:
     return f"the database's log was {was}: {amount} that were acknowledged are lost{where}"
 
 
-def _set_aside(written: Path, *, whole: bool) -> str:
-    """Keep a damaged log beside the database: a copy of it, or itself; its new name, "" where that cannot be.
+def _set_aside(wal_file: Path, *, whole: bool) -> str:
+    """Keep a damaged WAL beside the database: a copy, or with `whole` the file itself. Returns its new name, or "".
 
     Raises OSError.
     """
-    if not written.exists():
+    if not wal_file.exists():
         return ""
-    kept = written.with_name(f"{written.name}.damaged-{int(written.stat().st_mtime)}")
+    kept = wal_file.with_name(f"{wal_file.name}.damaged-{int(wal_file.stat().st_mtime)}")
     if whole:
-        written.replace(kept)
-        files.to_disk(written.parent)
+        wal_file.replace(kept)
+        files.to_disk(wal_file.parent)
         return kept.name
     copied = files.beside(kept)
     try:
         copied.touch(mode=0o600)
-        shutil.copyfile(written, copied)
+        shutil.copyfile(wal_file, copied)
         files.settle(copied, kept)
-    except OSError as e:  # a full disk is no reason not to watch
+    except OSError as e:  # on a full disk the server still watches
         copied.unlink(missing_ok=True)
         log.warning("the damaged log could not be kept", extra={"reason": e.strerror})
         return ""
     return kept.name
 
 
-def _made(path: Path) -> None:
-    """Make the file where there is none. Raises StoreUnusable for what is no file, and opens no such thing:
-    a pipe would wait, and a device is not ours.
+def _ensure_file(path: Path) -> None:
+    """Create the file where it is missing. Raises StoreUnusable for a path that is not a regular file, without opening
+    it: opening a pipe would block, and opening a device may have effects.
     """
     try:
         files.folder(path.parent)
@@ -201,19 +202,19 @@ def _made(path: Path) -> None:
         msg = f"data folder {path.parent}: {e.strerror}"
         raise StoreUnusable(msg) from e
     msg = f"database {path} is {'a folder' if stat.S_ISDIR(mode) else 'no file'}: name a file"
-    raise StoreUnusable(msg) from OSError(errno.EISDIR, msg)  # of the file, so of the setting that names it
+    raise StoreUnusable(msg) from OSError(errno.EISDIR, msg)  # shows the caller that the file, so its setting, is wrong
 
 
-def whose(connection: sqlite3.Connection) -> str:
-    """Whose database it is, in words, "" for one of ours and an empty one. Raises sqlite3.Error for what is none."""
+def foreign_owner(connection: sqlite3.Connection) -> str:
+    """Whose database it is, in words; "" for this program's and for an empty one. Raises sqlite3.Error."""
     tables = {name for (name,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-    return f"another program's: it holds the table {min(tables)}" if tables and _OURS not in tables else ""
+    return f"another program's: it holds the table {min(tables)}" if tables and _VERSION_TABLE not in tables else ""
 
 
 def _network_filesystem(path: Path) -> str | None:
-    """The filesystem's type when it is a network's, by the longest mount point above `path` (proc(5), mountinfo).
+    """The type of the network filesystem that `path` is on, by the longest mount point above it (proc(5), mountinfo).
 
-    None also where that cannot be read. Names are bytes, with some of them as `\\040`.
+    None for others, and where that cannot be read. Names in it are bytes, some of them escaped as `\\040`.
     """
     try:
         lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
@@ -221,11 +222,11 @@ def _network_filesystem(path: Path) -> str | None:
         return None
     inside, best, kind = path.resolve(), -1, ""
     for line in lines:
-        left, _, right = line.partition(b" - ")
-        fields = left.split(b" ")
+        before_dash, _, after_dash = line.partition(b" - ")
+        fields = before_dash.split(b" ")
         if len(fields) < 5:
             continue
-        mount = Path(os.fsdecode(_ESCAPED.sub(lambda m: bytes([int(m[1], 8) & 0xFF]), fields[4])))
+        mount = Path(os.fsdecode(_OCTAL_ESCAPE.sub(lambda m: bytes([int(m[1], 8) & 0xFF]), fields[4])))
         if len(mount.parts) >= best and inside.is_relative_to(mount):
-            best, kind = len(mount.parts), right.split(b" ")[0].decode("ascii", "replace")
-    return kind if kind in _NETWORK else None
+            best, kind = len(mount.parts), after_dash.split(b" ")[0].decode("ascii", "replace")
+    return kind if kind in _NETWORK_FILESYSTEMS else None

@@ -1,4 +1,4 @@
-"""The door to the database, the same for SQLite and PostgreSQL."""
+"""The interface to the database, the same for SQLite and PostgreSQL."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +11,7 @@ from vpn_sentinel.runtime.user_error import UserError
 T = TypeVar("T")
 C = TypeVar("C", bound="Changes")
 
-# Writes something that differs each time: SQLite writes nothing for a value that stays, and a full disk would pass.
+# Writes another value each time: SQLite writes nothing for an unchanged one, so a full disk would go unnoticed.
 PING: Final = (
     "INSERT INTO meta (key, value) VALUES ('ping', '0') "
     "ON CONFLICT (key) DO UPDATE SET value = CAST(CAST(meta.value AS BIGINT) + 1 AS TEXT)"
@@ -21,8 +21,8 @@ PING: Final = (
 Batch = tuple[str, Sequence[tuple[object, ...]]]
 
 
-# What is the matter with the database, by reason; without names of hosts and files.
-_WORDS: Final = {
+# What is wrong with the database, by reason; without names of hosts and files.
+_PUBLIC_TEXTS: Final = {
     "disk_full": "takes nothing: its disk is full",
     "read_only": "takes nothing: it is read-only",
     "busy": "is held by another program",
@@ -42,16 +42,16 @@ class StoreUnavailable(UserError):
 
     @property
     def words(self) -> str:
-        """What the database does, for whoever may not read more."""
-        return _WORDS.get(self.reason, "refuses what it is asked: see the server's log")
+        """What the database does, in words that anybody may read."""
+        return _PUBLIC_TEXTS.get(self.reason, "refuses what it is asked: see the server's log")
 
 
 class StoreUnusable(UserError):
-    """The database cannot be used at all: a wrong address, a damaged file, a schema from the future. One line."""
+    """The database cannot be used at all: a wrong address, a damaged file, a newer schema. One line."""
 
 
 class StoreDamaged(StoreUnusable):
-    """The database's file is no database any more, or not a whole one."""
+    """The file is not a database any more, or not a complete one."""
 
 
 @dataclass(slots=True)
@@ -88,13 +88,13 @@ class TunnelRow:
 
 @dataclass(slots=True)
 class Changes:
-    """What a decision writes: batches in order."""
+    """What a decision writes: batches, in this order."""
 
     batches: list[Batch] = field(default_factory=list)
 
 
-# Pure: from the tunnels' rows by name, the transaction's own copies, to what must be written. Runs inside the
-# transaction, and may run twice.
+# A pure function from the tunnels' rows by name, which are the transaction's own copies, to the changes to write. It
+# runs inside the transaction, and may run twice.
 Decide = Callable[[Mapping[str, TunnelRow]], C]
 
 
@@ -106,19 +106,19 @@ class Store(Protocol):
         ...
 
     async def write(self, *statements: Executable) -> list[Sequence[Row[Any]]]:
-        """Run statements in one transaction; one list of rows a statement, empty where it returns none."""
+        """Run statements in one transaction; returns a list of rows for each statement, empty where it has none."""
         ...
 
     async def transact(self, names: Sequence[str], now: float, decide: Decide[C], *, create: bool) -> C:
         """Read the tunnels called `names`, decide, and write, in one transaction that no other can interleave with.
 
-        With `create`, a name that is not there becomes a pending tunnel first. Returns what was decided, once the
-        commit is durable.
+        With `create`, a name without a row becomes a pending tunnel first. Returns the decision once the commit is
+        durable.
         """
         ...
 
     async def ping(self) -> None:
-        """Return when the database really took a write."""
+        """Return when a write to the database was committed."""
         ...
 
     async def close(self) -> None: ...

@@ -13,7 +13,7 @@ from vpn_sentinel.domain.notice import Kind, Notice
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.server.store import backup
 from vpn_sentinel.server.store.backup import BackupError, backups
-from vpn_sentinel.server.store.open import DAMAGE
+from vpn_sentinel.server.store.open import DAMAGE_KEY
 from vpn_sentinel.server.store.outbox_rows import delivery_rows
 from vpn_sentinel.server.store.schema import meta, outbox
 from vpn_sentinel.server.store.sqlite import SqliteStore
@@ -84,14 +84,14 @@ class Upkeep:
 
     async def tell_what_was_lost(self) -> None:
         """Owe people what was noted when the database was opened. Raises StoreUnavailable."""
-        noted = await self._store.read(select(meta.c.value).where(meta.c.key == DAMAGE))
+        noted = await self._store.read(select(meta.c.value).where(meta.c.key == DAMAGE_KEY))
         if noted:
             await self._tell(noted[0].value, forget=True)
 
     async def look(self) -> bool:
         """Look at every page; whether all are whole, as far as can be told."""
         try:
-            wrong = await self._store.beside(backup.problem)
+            wrong = await self._store.run_long(backup.integrity_problem)
         except StoreUnavailable as e:
             log.warning("the database could not be looked at", extra={"reason": e})
             return False
@@ -122,8 +122,8 @@ class Upkeep:
             if not await self.look():
                 self._failed("the database is not whole, and the copies that are there are")
                 return
-            made = await self._store.beside(lambda connection: backup.make(connection, self._folder, now))
-            await asyncio.to_thread(backup.thin_out, self._folder, self._keep, now)
+            made = await self._store.run_long(lambda connection: backup.make_backup(connection, self._folder, now))
+            await asyncio.to_thread(backup.prune, self._folder, self._keep, now)
         except (BackupError, StoreUnavailable) as e:
             self._failed(str(e))
             return
@@ -141,5 +141,5 @@ class Upkeep:
         now = self._clock.wall()
         deliveries = delivery_rows(Notice(kind=Kind.DATABASE_DAMAGED, at=now, details=details), self._channels, now)
         statements = [insert(outbox).values(deliveries)] if deliveries else []
-        await self._store.write(*statements, *([delete(meta).where(meta.c.key == DAMAGE)] if forget else []))
+        await self._store.write(*statements, *([delete(meta).where(meta.c.key == DAMAGE_KEY)] if forget else []))
         self._wake()

@@ -1,4 +1,4 @@
-"""Runs migrations on the connection that `open_store` hands over."""
+"""Runs migrations on the connection that `open_store` passes."""
 
 from alembic import context
 

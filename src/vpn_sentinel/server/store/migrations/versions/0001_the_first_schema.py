@@ -10,8 +10,8 @@ depends_on = None
 
 
 def upgrade() -> None:
-    # Where it is not there yet: earlier builds ran the statements of a migration one by one on SQLite, so a start that
-    # was killed left some of the tables, without a version.
+    # Only what is missing: earlier builds ran the statements of a migration one by one on SQLite, so a start that was
+    # killed left some of the tables, without a version.
     op.create_table(
         "meta",
         sa.Column("key", sa.Text(), nullable=False),

@@ -1,4 +1,4 @@
-"""Sites, roles, declared rules, forwarded ports and what agents did"""
+"""Sites, roles, declared policies, forwarded ports and actions of agents"""
 
 import sqlalchemy as sa
 from alembic import op
@@ -10,9 +10,9 @@ depends_on = None
 
 
 def upgrade() -> None:
-    # Where it is not there yet, as in 0001: earlier builds could be killed between two of these.
-    there = {column["name"] for column in sa.inspect(op.get_bind()).get_columns("tunnels")}
-    # Added in place: a default lets rows that are there keep their table.
+    # Only what is missing, as in 0001: earlier builds could be killed between two of these statements.
+    existing = {column["name"] for column in sa.inspect(op.get_bind()).get_columns("tunnels")}
+    # With a default, a column is added in place, without a copy of the table.
     for column in (
         sa.Column("role", sa.Text(), nullable=False, server_default="tunnel"),
         sa.Column("site", sa.Text(), nullable=False, server_default=""),
@@ -20,7 +20,7 @@ def upgrade() -> None:
         sa.Column("port", sa.Integer(), nullable=True),
         sa.Column("port_check", sa.Text(), nullable=False, server_default=""),
     ):
-        if column.name not in there:
+        if column.name not in existing:
             op.add_column("tunnels", column)
     op.create_index("ix_tunnels_site", "tunnels", ["site"], unique=False, if_not_exists=True)
     op.create_table(

@@ -3,7 +3,7 @@ import asyncio
 import pytest
 
 from tests.conftest import until
-from vpn_sentinel.server.shared import Shared
+from vpn_sentinel.server.single_flight import SingleFlight
 
 
 class Renderer:
@@ -28,7 +28,7 @@ class Renderer:
 
 async def test_many_who_ask_at_once_share_what_was_begun_after_they_asked() -> None:
     renderer = Renderer()
-    shared = Shared(renderer)
+    shared = SingleFlight(renderer)
     first = [asyncio.create_task(shared.get()) for _ in range(3)]
     await until(lambda: renderer.made)
     later = [asyncio.create_task(shared.get()) for _ in range(50)]
@@ -42,7 +42,7 @@ async def test_many_who_ask_at_once_share_what_was_begun_after_they_asked() -> N
 
 async def test_a_page_that_fails_is_tried_anew_by_the_next() -> None:
     renderer = Renderer()
-    shared = Shared(renderer)
+    shared = SingleFlight(renderer)
     renderer.let.set()
     renderer.fails = True
     for _ in range(2):
@@ -54,7 +54,7 @@ async def test_a_page_that_fails_is_tried_anew_by_the_next() -> None:
 
 async def test_who_goes_while_it_is_made_leaves_it_to_the_next() -> None:
     renderer = Renderer()
-    shared = Shared(renderer)
+    shared = SingleFlight(renderer)
     gone = asyncio.create_task(shared.get())
     await until(lambda: renderer.made)
     waits = asyncio.create_task(shared.get())
@@ -65,7 +65,7 @@ async def test_who_goes_while_it_is_made_leaves_it_to_the_next() -> None:
 
 async def test_hundreds_who_wait_have_it_in_one_turn() -> None:
     renderer = Renderer()
-    shared = Shared(renderer)
+    shared = SingleFlight(renderer)
     waiting = [asyncio.create_task(shared.get()) for _ in range(300)]
     await until(lambda: renderer.made)
     renderer.let.set()

@@ -1,4 +1,4 @@
-"""An index of what was told, by channel, tunnel and time"""
+"""An index of the delivered notices, by channel, tunnel and time"""
 
 import sqlalchemy as sa
 from alembic import op
@@ -10,13 +10,13 @@ depends_on = None
 
 
 def upgrade() -> None:
-    told = sa.text("outcome = 'done'")
+    delivered = sa.text("outcome = 'done'")
     op.create_index(
         "ix_outbox_told",
         "outbox",
         ["channel", "tunnel", "settled_at"],
         unique=False,
         if_not_exists=True,
-        sqlite_where=told,
-        postgresql_where=told,
+        sqlite_where=delivered,
+        postgresql_where=delivered,
     )

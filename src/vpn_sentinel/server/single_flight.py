@@ -7,7 +7,7 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 
-class Shared(Generic[T]):
+class SingleFlight(Generic[T]):
     """`make` runs once at a time, and at most once in an iteration of the event loop. A caller never gets a result
     whose making began before it asked. All that wait for a result get it in the same iteration.
     """
