@@ -16,8 +16,8 @@ from vpn_sentinel.server.api.services import ApiServices
 from vpn_sentinel.server.dashboard.app import DashboardServices, build_dashboard
 from vpn_sentinel.server.ingest.admission import Admission
 from vpn_sentinel.server.ingest.keepalive import Keepalives
+from vpn_sentinel.server.ingest.router import ReportRouter
 from vpn_sentinel.server.ingest.session import Sessions
-from vpn_sentinel.server.ingest.switch import Switch
 from vpn_sentinel.server.live.hub import Hub
 from vpn_sentinel.server.part_health import PartHealth
 from vpn_sentinel.server.serving import EmbeddedServer, embedded
@@ -79,7 +79,7 @@ class House:
         dashboard = build_dashboard(DashboardServices(store=store, hub=hub, settings=settings, clock=clock))
         services = HealthServices(store=store, clock=clock, registry=registry, dispatcher=lambda: PartHealth(ok=True))
         self.apps = (
-            Watched(Switch(admission, keepalives, sessions, api, settings.api_path, per_client=10_000_000)),
+            Watched(ReportRouter(admission, keepalives, sessions, api, settings.api_path, per_client=10_000_000)),
             Watched(build_health(services), (503,)),
             Watched(dashboard),
         )
@@ -152,10 +152,10 @@ TARGETS = {
     "requests": Target(
         modules=(
             "server.connection", "server.request_stream", "server.request_normalizer",
-            "server.ingest.switch", "server.ingest.admission", "server.ingest.keepalive",
+            "server.ingest.router", "server.ingest.admission", "server.ingest.keepalive",
             "server.api.params", "server.api.health",
         ),
         make=requests,
     ),
-    "frames": Target(modules=("server.connection", "server.websocket", "server.ingest.switch"), make=frames),
+    "frames": Target(modules=("server.connection", "server.websocket", "server.ingest.router"), make=frames),
 }  # fmt: skip

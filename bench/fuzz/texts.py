@@ -31,7 +31,7 @@ from vpn_sentinel.runtime.settings import SettingError, Source
 from vpn_sentinel.server.access import key_from
 from vpn_sentinel.server.client import client_address, headers_of
 from vpn_sentinel.server.ingest.admission import Refusal
-from vpn_sentinel.server.ingest.session import _check_hello, _check_reports, _known, _stored, parse
+from vpn_sentinel.server.ingest.session import _check_hello, _check_reports, _known, _timed, parse
 from vpn_sentinel.server.settings import ServerSettings
 from vpn_sentinel.wire import codec, keepalive
 from vpn_sentinel.wire.messages import PROTOCOL, Exchange, Hello, Report, Reports
@@ -54,7 +54,7 @@ def agents_messages() -> Try:
             if isinstance(reports, Reports):
                 _check_reports(reports)
                 for report in reports.items:
-                    kept = _stored(report, NOW).observation
+                    kept = _timed(report, NOW).observation
                     check(again(codec.encode_observation(kept)) == kept, "an observation that does not come back")
         _known(data.decode("utf-8", "replace"))
 

@@ -69,7 +69,7 @@ def test_an_address_that_is_not_understood_is_nobodys(behind: Server, header: st
     assert behind.state(name) == "pending"
     status, found = behind.ask(f"/api/v1/tunnels/{name}")
     assert (status, found["exit"]) == (200, {"ipv4": None, "ipv6": None})
-    assert "where such requests come from is unknown" in behind.said()
+    assert "the source of such requests is unknown" in behind.said()
 
 
 def test_each_of_those_has_a_rate_of_its_own(tmp_path: Path) -> None:

@@ -292,13 +292,13 @@ async def test_many_guessers_do_not_fill_the_log(
 async def test_what_is_remembered_of_callers_is_bounded(
     store: Store, clock: ManualClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vpn_sentinel.server.access.MAX_GUESSERS", 5)
-    monkeypatch.setattr("vpn_sentinel.server.access.MAX_WELCOME", 5)
+    monkeypatch.setattr("vpn_sentinel.server.access.MAX_WRONG_KEY_CLIENTS", 5)
+    monkeypatch.setattr("vpn_sentinel.server.access.MAX_RIGHT_KEYS", 5)
     access = Access(store, clock, KEY)
     for n in range(20):
         await guess(access, 1, ip_address(f"198.51.100.{n}"))
         assert await access.admit(KEY.reveal(), ip_address(f"203.0.113.{n}")) is not None
-    assert len(access._guesses._by_place) == len(access._welcome) == 5
+    assert len(access._wrong_keys._by_client) == len(access._right_keys) == 5
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from vpn_sentinel.server.api.services import ApiServices
 from vpn_sentinel.server.app import serve
 from vpn_sentinel.server.dashboard.app import DashboardServices, build_dashboard
 from vpn_sentinel.server.ingest.keepalive import Keepalives
-from vpn_sentinel.server.ingest.switch import Switch
+from vpn_sentinel.server.ingest.router import ReportRouter
 from vpn_sentinel.server.live.hub import Hub
 from vpn_sentinel.server.settings import ServerSettings
 from vpn_sentinel.server.store.schema import tunnels
@@ -211,9 +211,9 @@ def test_every_route_has_a_line_and_no_other() -> None:
     api = build_api(
         ApiServices(store=nothing, access=Access(nothing, clock, None), hub=hub, settings=config, clock=clock)
     )
-    switch = Switch(nothing, Keepalives(nothing, nothing, clock, 900.0), nothing, api, config.api_path)
+    router = ReportRouter(nothing, Keepalives(nothing, nothing, clock, 900.0), nothing, api, config.api_path)
     dashboard = build_dashboard(DashboardServices(store=nothing, hub=hub, settings=config, clock=clock))
-    assert set(TABLE["api"]) == routes_of(api) | set(switch._takes)
+    assert set(TABLE["api"]) == routes_of(api) | set(router._handlers)
     assert set(TABLE["health"]) == health._PATHS
     assert set(TABLE["dashboard"]) == routes_of(dashboard)
     assert {path: set(row) for rows in TABLE.values() for path, row in rows.items()} == {

@@ -37,8 +37,8 @@ def test_bytes_cost_what_they_are() -> None:
 
 def test_who_waits_pays_what_it_owes() -> None:
     rate = RateLimit(60, burst=2)
-    assert [rate.owe("a", 0.0) for _ in range(4)] == [0.0, 0.0, 1.0, 2.0]
-    assert rate.owe("a", 2.0) == 1.0
+    assert [rate.charge("a", 0.0) for _ in range(4)] == [0.0, 0.0, 1.0, 2.0]
+    assert rate.charge("a", 2.0) == 1.0
 
 
 def test_each_key_has_its_own() -> None:

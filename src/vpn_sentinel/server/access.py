@@ -1,6 +1,6 @@
-"""Who may call: the keys, and who guesses them.
+"""Authentication by keys, and the limit on wrong ones.
 
-Nothing is open by default. A caller shows a key in `X-API-Key` (or as a bearer token): either a shared key, which may
+Nothing is open by default. A caller sends a key in `X-API-Key` (or as a bearer token): either a shared key, which may
 report under any name and read everything, or one tunnel's token, which may only report as that tunnel.
 """
 
@@ -27,25 +27,25 @@ from vpn_sentinel.server.store.store import Store, StoreUnavailable
 log = logging.getLogger(__name__)
 
 _PREFIX_CHARS: Final = 8
-_MARK: Final = "vs_"
-# How long a token that was revoked elsewhere may still be taken from memory, in seconds.
-_FRESH_S: Final = 5.0
-# How often the table is asked again for a key that is not in memory, in seconds: it may have been made just now.
-_MISSED_S: Final = 1.0
-# Wrong keys one address may show in a minute: keys are long, this only keeps guessers cheap.
+_KEY_MARK: Final = "vs_"
+# A token that was revoked elsewhere may be accepted from memory for this time.
+_MAX_CACHE_AGE_S: Final = 5.0
+# The table is read again for a key that is not in memory, as it may be new, but not more often than this.
+_MIN_REREAD_INTERVAL_S: Final = 1.0
+# Wrong keys from one client: keys are too long to be guessed, so this only bounds the cost of guessing.
 WRONG_KEYS_PER_MINUTE: Final = 20
 _MINUTE_S: Final = 60.0
-# Addresses whose wrong keys are counted, places where a key was right, and lines a minute about wrong keys.
-MAX_GUESSERS: Final = 100_000
-MAX_WELCOME: Final = 100_000
-LINES_PER_MINUTE: Final = 30
+# Bounds of: clients whose wrong keys are counted, pairs of client and right key, log lines about wrong keys.
+MAX_WRONG_KEY_CLIENTS: Final = 100_000
+MAX_RIGHT_KEYS: Final = 100_000
+LOG_LINES_PER_MINUTE: Final = 30
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Someone whose key is right. `name` is the token's; only a shared one may report as another tunnel or read.
+    """The holder of a valid key. `name` is the token's; only a shared key may report as another tunnel, or read.
 
-    `key` tells one key from another and is no secret: the beginning that lists of tokens show, "" of the setting's.
+    `key` identifies the key and is not secret: the prefix that lists of tokens show, "" for the setting's key.
     """
 
     name: str
@@ -55,13 +55,13 @@ class Caller:
     def may_report_as(self, tunnel: str) -> bool:
         return self.shared or self.name == tunnel
 
-    def may_stand_for(self, site: str) -> bool:
-        """Whether its word counts as the home connection of all tunnels of `site`: else one could accuse another's."""
+    def may_be_reference_for(self, site: str) -> bool:
+        """Whether it may report for the home connection of `site`: any token's could accuse other tunnels otherwise."""
         return self.shared or self.name == site
 
 
 class TooManyWrongKeys(Exception):
-    """This address guesses. `retry_after` in seconds."""
+    """This address sent too many wrong keys. `retry_after` in seconds."""
 
     def __init__(self, retry_after: float) -> None:
         super().__init__("too many wrong keys from this address")
@@ -78,42 +78,42 @@ class Access:
         self._tokens: Mapping[str, tuple[str, Caller]] = {}
         self._read_at = float("-inf")
         self._reading = asyncio.Lock()
-        self._rounds = 0
+        self._reads = 0
         self._failed: StoreUnavailable | None = None
-        self._guesses = _Guesses()
-        self._welcome: OrderedDict[tuple[str, str], None] = OrderedDict()
+        self._wrong_keys = _WrongKeys()
+        self._right_keys: OrderedDict[tuple[str, str], None] = OrderedDict()
 
     async def admit(self, key: str, ip: IPAddress | None) -> Caller | None:
-        """Who comes from `ip` with `key`, or None. Raises TooManyWrongKeys and StoreUnavailable.
+        """The caller from `ip` with `key`, None for a wrong key. Raises TooManyWrongKeys and StoreUnavailable.
 
-        Once an address showed too many wrong keys in a minute, a right one is not told from a wrong one there: only a
-        key that was right at this address before still is, so that a neighbour behind the same exit locks nobody out.
+        After too many wrong keys from an address in a minute, right keys are refused there too. Only a key that was
+        accepted from this address before is still accepted, so that somebody behind the same exit locks nobody out.
         """
-        where, digest = client_of(ip) if ip is not None else "none", _digest(key)
-        known = (where, digest) in self._welcome
+        client, digest = client_of(ip) if ip is not None else "none", _digest(key)
+        known = (client, digest) in self._right_keys
         now = self._clock.boottime()
-        self._guesses.tell(now)
+        self._wrong_keys.log_finished(now)
         if not known:
-            self._guesses.check(where, now)
+            self._wrong_keys.check(client, now)
         if not self._is_own(digest):
             await self._refresh(key, digest)
-        # From here on nothing waits: guesses that come at once are counted one by one.
+        # No await from here on, so that concurrent guesses are counted one by one.
         now = self._clock.boottime()
         if not known:
-            self._guesses.check(where, now)
+            self._wrong_keys.check(client, now)
         found = self._match(key, digest)
         if found is None:
-            self._welcome.pop((where, digest), None)
-            self._guesses.add(where, now)
+            self._right_keys.pop((client, digest), None)
+            self._wrong_keys.add(client, now)
             return None
-        self._welcome[where, digest] = None
-        self._welcome.move_to_end((where, digest))
-        if len(self._welcome) > MAX_WELCOME:
-            self._welcome.popitem(last=False)
+        self._right_keys[client, digest] = None
+        self._right_keys.move_to_end((client, digest))
+        if len(self._right_keys) > MAX_RIGHT_KEYS:
+            self._right_keys.popitem(last=False)
         return found
 
     async def caller(self, key: str | None) -> Caller | None:
-        """Who holds `key`, or None; for one who was admitted before. Raises StoreUnavailable."""
+        """The caller with `key`, or None; for one that was admitted before. Raises StoreUnavailable."""
         if not key:
             return None
         given = _digest(key)
@@ -125,7 +125,7 @@ class Access:
         return self._own_digest is not None and hmac.compare_digest(given, self._own_digest)
 
     def _match(self, key: str, given: str) -> Caller | None:
-        """Compares in constant time, with what is in memory."""
+        """Compare `key` in constant time with the tokens in memory."""
         if self._is_own(given):
             return Caller("shared", shared=True)
         found = self._tokens.get(_prefix_of(key))
@@ -134,90 +134,90 @@ class Access:
         return found[1]
 
     async def _refresh(self, key: str, given: str) -> None:
-        """Read the table when what is in memory is old, or when it does not hold `key`."""
+        """Read the table when the copy in memory is old, or does not hold `key`."""
         age = self._clock.boottime() - self._read_at
-        if age <= _MISSED_S or (age <= _FRESH_S and self._match(key, given) is not None):
+        if age <= _MIN_REREAD_INTERVAL_S or (age <= _MAX_CACHE_AGE_S and self._match(key, given) is not None):
             return
-        rounds = self._rounds
+        reads = self._reads
         async with self._reading:
-            if self._rounds == rounds:
+            if self._reads == reads:
                 await self._reload()
-            elif self._failed is not None:  # who waited for another's attempt shares its end
+            elif self._failed is not None:  # another caller's read failed while this one waited for it
                 raise self._failed.with_traceback(None)
 
     async def _reload(self) -> None:
         try:
             rows = await self._store.read(select(tokens).where(tokens.c.revoked_at.is_(None)))
         except StoreUnavailable as e:
-            self._rounds, self._failed = self._rounds + 1, e
+            self._reads, self._failed = self._reads + 1, e
             raise
-        self._rounds, self._failed = self._rounds + 1, None
+        self._reads, self._failed = self._reads + 1, None
         self._tokens = {r.prefix: (r.digest, Caller(r.name, shared=bool(r.shared), key=r.prefix)) for r in rows}
         self._read_at = self._clock.boottime()
 
 
 @dataclass(slots=True)
-class _Guesser:
-    """One address's current minute: when it began, its wrong keys, and how many of them no line told of."""
+class _WrongKeyMinute:
+    """One client's current minute: its begin, its wrong keys, and how many of them are not logged yet."""
 
     since: float
     wrong: int = 0
-    unsaid: int = 0
+    unlogged: int = 0
 
 
-class _Guesses:
-    """Wrong keys by address, in a bounded map, oldest minute first; and what is said about them."""
+class _WrongKeys:
+    """Counts and logs wrong keys by client, in a bounded map, oldest minute first."""
 
     def __init__(self) -> None:
-        self._by_place: OrderedDict[str, _Guesser] = OrderedDict()
+        self._by_client: OrderedDict[str, _WrongKeyMinute] = OrderedDict()
         self._lines = 0
         self._lines_since = float("-inf")
 
-    def check(self, where: str, now: float) -> None:
-        """Raises TooManyWrongKeys. Such a refusal is told of as one more."""
-        guesser = self._by_place.get(where)
-        if guesser is not None and guesser.wrong >= WRONG_KEYS_PER_MINUTE and now - guesser.since < _MINUTE_S:
-            guesser.unsaid += 1
-            raise TooManyWrongKeys(guesser.since + _MINUTE_S - now)
+    def check(self, client: str, now: float) -> None:
+        """Raises TooManyWrongKeys; such a refusal is counted and logged as one more wrong key."""
+        minute = self._by_client.get(client)
+        if minute is not None and minute.wrong >= WRONG_KEYS_PER_MINUTE and now - minute.since < _MINUTE_S:
+            minute.unlogged += 1
+            raise TooManyWrongKeys(minute.since + _MINUTE_S - now)
 
-    def add(self, where: str, now: float) -> None:
-        """Count a wrong key. The first one of a quiet address is told at once, the others when its minute is over."""
-        self.tell(now)
-        guesser = self._by_place.get(where)
-        if guesser is None:
-            guesser = self._by_place[where] = _Guesser(now)
-            self._say(where, 1, now)
-            if len(self._by_place) > MAX_GUESSERS:
-                self._by_place.popitem(last=False)
+    def add(self, client: str, now: float) -> None:
+        """Count a wrong key. A client's first one is logged at once, the others when its minute is over."""
+        self.log_finished(now)
+        minute = self._by_client.get(client)
+        if minute is None:
+            minute = self._by_client[client] = _WrongKeyMinute(now)
+            self._log(client, 1, now)
+            if len(self._by_client) > MAX_WRONG_KEY_CLIENTS:
+                self._by_client.popitem(last=False)
         else:
-            guesser.unsaid += 1
-        guesser.wrong += 1
+            minute.unlogged += 1
+        minute.wrong += 1
 
-    def tell(self, now: float) -> None:
-        """Close the minutes that are over."""
-        while self._by_place:
-            where, guesser = next(iter(self._by_place.items()))
-            if now - guesser.since < _MINUTE_S:
+    def log_finished(self, now: float) -> None:
+        """Log and close the minutes that are over."""
+        while self._by_client:
+            client, minute = next(iter(self._by_client.items()))
+            if now - minute.since < _MINUTE_S:
                 return
-            del self._by_place[where]
-            if guesser.unsaid:
-                self._say(where, guesser.unsaid, now)
-                self._by_place[where] = _Guesser(now)
+            del self._by_client[client]
+            if minute.unlogged:
+                self._log(client, minute.unlogged, now)
+                self._by_client[client] = _WrongKeyMinute(now)
 
-    def _say(self, where: str, times: int, now: float) -> None:
+    def _log(self, client: str, times: int, now: float) -> None:
         if now - self._lines_since >= _MINUTE_S:
             self._lines, self._lines_since = 0, now
         self._lines += 1
-        if self._lines < LINES_PER_MINUTE:
-            log.warning("wrong keys were shown", extra={"address": where, "times": times})
-        elif self._lines == LINES_PER_MINUTE:
-            log.warning("wrong keys were shown by many addresses; no more is said of them this minute")
+        if self._lines < LOG_LINES_PER_MINUTE:
+            log.warning("wrong keys were sent", extra={"address": client, "times": times})
+        elif self._lines == LOG_LINES_PER_MINUTE:
+            log.warning("many addresses sent wrong keys; no more of them are logged this minute")
 
 
 async def create_token(
     store: Store, name: str, *, shared: bool, now: float, show: Callable[[str], None] = lambda _: None
 ) -> str:
-    """Make a token called `name`, and return it: it is kept nowhere. `show` is given it before it is valid.
+    """Create and return a token called `name`; only its digest is stored. `show` is called before it is valid.
 
     Raises ValueError when the name is in use.
     """
@@ -225,7 +225,7 @@ async def create_token(
     if taken:
         msg = f"a token called {name} exists; revoke it first"
         raise ValueError(msg)
-    token = _MARK + secrets.token_urlsafe(32)
+    token = _KEY_MARK + secrets.token_urlsafe(32)
     row = {
         "name": name,
         "shared": int(shared),
@@ -254,10 +254,10 @@ async def revoke_token(store: Store, name: str, now: float, *, shared: bool | No
 
 
 async def first_key(store: Store, now: float, show: Callable[[str], None]) -> bool:
-    """Make a shared key when there never was one; whether it was made. `show` prints it, before it is kept.
+    """Create a shared key when there never was one; returns whether it did. `show` prints it before it is stored.
 
-    A server that is killed in between shows another one when it starts again. The other way round there would be one
-    that nobody has seen, and never another.
+    A server that is killed in between shows another key at its next start. In the other order there would be a stored
+    key that nobody has seen, and no other would ever be created.
     """
     if await store.read(select(tokens.c.id).where(tokens.c.shared == 1).limit(1)):
         return False
@@ -268,7 +268,7 @@ async def first_key(store: Store, now: float, show: Callable[[str], None]) -> bo
 def key_from(headers: Mapping[str, str]) -> str | None:
     """The key in `X-API-Key` or `Authorization: Bearer`; header names are lower case.
 
-    Docker hands the quotes of an env file over, and a client of the replaced program sends them along.
+    Docker passes the quotes in an env file on, and clients of the replaced program send them with the key.
     """
     if key := headers.get("x-api-key"):
         return unquoted(key) or None
@@ -277,9 +277,9 @@ def key_from(headers: Mapping[str, str]) -> str | None:
 
 
 def _digest(key: str) -> str:
-    # Tokens hold 256 random bits, so a fast hash keeps them; the setting's key is never stored.
+    # Tokens hold 256 random bits, so a fast hash protects them; the setting's key is never stored.
     return blake2b(key.encode("utf-8", "surrogateescape"), digest_size=32, person=b"vs-token").hexdigest()
 
 
 def _prefix_of(key: str) -> str:
-    return key.removeprefix(_MARK)[:_PREFIX_CHARS]
+    return key.removeprefix(_KEY_MARK)[:_PREFIX_CHARS]

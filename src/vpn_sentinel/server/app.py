@@ -30,10 +30,10 @@ from vpn_sentinel.server.dashboard.app import DashboardServices, build_dashboard
 from vpn_sentinel.server.dns_canary.listener import DnsListener, build_dns_canary
 from vpn_sentinel.server.ingest.admission import Admission
 from vpn_sentinel.server.ingest.keepalive import Keepalives
-from vpn_sentinel.server.ingest.pulse import KnownTunnels, PulseMetrics, PulseProtocol, SightingQueue, names_of
+from vpn_sentinel.server.ingest.pulse import KnownTunnels, PulseMetrics, PulseProtocol, PulseQueue, known_names
 from vpn_sentinel.server.ingest.pulse_registry import PulseRegistry
+from vpn_sentinel.server.ingest.router import ReportRouter
 from vpn_sentinel.server.ingest.session import Sessions
-from vpn_sentinel.server.ingest.switch import Switch
 from vpn_sentinel.server.live.hub import Hub
 from vpn_sentinel.server.notify.channels import build_channels
 from vpn_sentinel.server.notify.channels.bot_api import BotApi
@@ -140,7 +140,7 @@ class _Tracking:
 
     tracker: Tracker
     sites: Sites
-    sightings: SightingQueue
+    pulse_queue: PulseQueue
     pulse_registry: PulseRegistry
     known_tunnels: KnownTunnels
     pulses: PulseProtocol
@@ -234,10 +234,10 @@ async def _notify(base: _Base) -> _Notifying:
 async def _track(base: _Base, notifying: _Notifying) -> _Tracking:
     settings, store, clock, keeper = base.settings, base.store, base.clock, base.keeper
     dispatcher = notifying.dispatcher
-    sightings = SightingQueue(clock.wall)
-    pulse_registry = PulseRegistry(base.secret, sightings.note)
+    pulse_queue = PulseQueue(clock.wall)
+    pulse_registry = PulseRegistry(base.secret, pulse_queue.note)
     known_tunnels = KnownTunnels(pulse_registry, lambda: _names(store, clock))
-    pulses = PulseProtocol(pulse_registry, clock.boottime, missed=known_tunnels.missed)
+    pulses = PulseProtocol(pulse_registry, clock.boottime, on_unknown=known_tunnels.refresh)
     PulseMetrics(base.registry, lambda: pulses.counts)
     sites = Sites(lambda name: _pulsed(pulse_registry, name, clock), moved=lambda: keeper.moved)
     await sites.load(store, clock.wall())
@@ -257,7 +257,7 @@ async def _track(base: _Base, notifying: _Notifying) -> _Tracking:
     return _Tracking(
         tracker=tracker,
         sites=sites,
-        sightings=sightings,
+        pulse_queue=pulse_queue,
         pulse_registry=pulse_registry,
         known_tunnels=known_tunnels,
         pulses=pulses,
@@ -269,7 +269,7 @@ async def _track(base: _Base, notifying: _Notifying) -> _Tracking:
     )
 
 
-def _api(base: _Base, tracking: _Tracking) -> Switch:
+def _api(base: _Base, tracking: _Tracking) -> ReportRouter:
     """What answers on the API's port: reports, and in front of nothing but those that read."""
     settings, clock = base.settings, base.clock
     admission = Admission(settings, base.access, clock)
@@ -286,7 +286,7 @@ def _api(base: _Base, tracking: _Tracking) -> Switch:
     keepalives = Keepalives(admission, tracking.tracker, clock, settings.keepalive_timeout)
     services = ApiServices(store=base.store, access=base.access, hub=base.hub, settings=settings, clock=clock)
     per_client = 10 * settings.rate_limit
-    return Switch(admission, keepalives, sessions, build_api(services), settings.api_path, per_client=per_client)
+    return ReportRouter(admission, keepalives, sessions, build_api(services), settings.api_path, per_client=per_client)
 
 
 def _servers(
@@ -330,7 +330,7 @@ def _works(base: _Base, notifying: _Notifying, tracking: _Tracking) -> dict[str,
         "sites": tracking.sites.run(store, clock),
         "ports": tracking.ports.run(),
         "names of pulses": tracking.known_tunnels.run(),
-        "sightings": tracking.sightings.run(tracking.tracker.submit),
+        "pulse_queue": tracking.pulse_queue.run(tracking.tracker.submit),
         "engine": _what_its_engine_needs(base.settings, store, base.hub, clock, notifying.dispatcher, registry).run(),
     }
     return works if notifying.bot is None else works | {"bot": notifying.bot.run()}
@@ -391,13 +391,13 @@ async def _time(settings: ServerSettings, system: Clock, store: Store) -> float:
 async def _names(store: Store, clock: Clock) -> dict[str, float]:
     """Of each tunnel that may pulse, when it reported last, by the boot time's clock."""
     offset = clock.wall() - clock.boottime()
-    return {name: at - offset for name, at in (await names_of(store)).items()}
+    return {name: at - offset for name, at in (await known_names(store)).items()}
 
 
 def _pulsed(pulse_registry: PulseRegistry, name: str, clock: Clock) -> Span | None:
     """From when to when pulses of `name` came over the internet without a gap, by the wall clock."""
     offset = clock.wall() - clock.boottime()
-    span = pulse_registry.steady(name)
+    span = pulse_registry.gapless_span(name)
     return None if span is None else (span[0] + offset, span[1] + offset)
 
 

@@ -1,7 +1,7 @@
-"""Which address a request really came from, and which addresses count as one client, or one network.
+"""The real address of a request, and which addresses count as one client, or one network.
 
-Whatever is counted or limited by where it comes from asks here. One customer of IPv6 has a /64, which so counts as one
-IPv4 address does.
+Every limit by source address uses these functions. One customer has a /64 of IPv6, which therefore counts as much as
+one IPv4 address.
 """
 
 import logging
@@ -15,19 +15,19 @@ from vpn_sentinel.wire.codec import address, written_address
 
 log = logging.getLogger(__name__)
 
-# Proxies of which it was said that their header is not understood, or names nobody.
-_TOLD_OF: Final[set[tuple[str, IPAddress]]] = set()
-_MAX_TOLD_OF: Final = 100
+# Proxies for which a warning about their X-Forwarded-For was logged.
+_LOGGED_PROXIES: Final[set[tuple[str, IPAddress]]] = set()
+_MAX_LOGGED_PROXIES: Final = 100
 _NAT64: Final = IPv6Network("64:ff9b::/96")
 
 
 def client_of(ip: IPAddress) -> str:
-    """One client, as it is written in the log: an IPv4 address, or a /64."""
+    """One client, as the log shows it: an IPv4 address, or a /64."""
     return str(ip) if ip.version == 4 else str(ip_network((ip, 64), strict=False))
 
 
 def client_prefix(host: str) -> bytes:
-    """The same of a socket's address, which may have a zone or be a mapped IPv4 address, to compare alone."""
+    """The same, packed, only to compare; `host` is a socket's address, with a zone or IPv4-mapped perhaps."""
     packed = _packed(host)
     return packed if len(packed) == 4 else packed[:8]
 
@@ -39,7 +39,7 @@ def network_prefix(host: str) -> bytes:
 
 
 def resolver_prefix(host: str) -> bytes:
-    """The network that a provider's resolvers share: a /24, or a /56, as BIND's response rate limiting takes them."""
+    """The network that a provider's resolvers share: a /24, or a /56, as in BIND's response rate limiting."""
     packed = _packed(host)
     return packed[:3] if len(packed) == 4 else packed[:7]
 
@@ -51,53 +51,53 @@ def _packed(host: str) -> bytes:
 
 
 def client_address(remote: str, forwarded_for: str | None, trusted: Iterable[IPNetwork]) -> IPAddress | None:
-    """The address that a request really came from, None where a proxy of ours does not say it, or not understandably.
+    """The real address of a request; None where a trusted proxy does not give it in a form that can be read.
 
-    `X-Forwarded-For` is believed only from a trusted proxy, and read from its end: the first address there that is not
-    itself a trusted proxy. A proxy's own address is nobody's: taken for a tunnel's exit, it would hide a leak. Only one
-    of a private network may also be a client's, where another proxy names it. Raises ValueError when `remote` is no
-    address.
+    `X-Forwarded-For` is used only from a trusted proxy, and read from its end: the result is the first address there
+    that is not a trusted proxy itself. A proxy's own address is never the result: taken for a tunnel's exit, it would
+    hide a leak. But a private address inside the trusted networks may be a client's, where another proxy names it.
+    Raises ValueError when `remote` is no address.
     """
     trusted = tuple(trusted)
-    found = _translated(address(remote.partition("%")[0]))
+    found = _without_nat64(address(remote.partition("%")[0]))
     named = False
     for hop in reversed((forwarded_for or "").split(",")):
         if not inside(found, trusted):
             return found
         if not hop.strip():
-            continue  # an empty element of a list says nothing (RFC 9110, section 5.6.1.2)
+            continue  # empty elements of a list are ignored (RFC 9110, section 5.6.1.2)
         try:
             found, named = _hop(hop), True
         except ValueError:
-            _say_once("a proxy's X-Forwarded-For is not understood", found, says=hop.strip()[:60])
+            _log_once("a proxy's X-Forwarded-For cannot be read", found, value=hop.strip()[:60])
             return None
     if inside(found, trusted) and (not named or is_public(found)):
         remedy = "let it set X-Forwarded-For (nothing else is read), or take it off VPN_SENTINEL_TRUSTED_PROXIES"
-        _say_once("a trusted proxy names nobody in X-Forwarded-For", found, remedy=remedy)
+        _log_once("a trusted proxy names no client in X-Forwarded-For", found, remedy=remedy)
         return None
     return found
 
 
 def _hop(text: str) -> IPAddress:
-    """One element of `X-Forwarded-For`. Raises ValueError for what is no address: `unknown`, `_hidden`, a name."""
-    return _translated(written_address(text))
+    """One element of `X-Forwarded-For`. Raises ValueError for one that is no address: `unknown`, `_hidden`, a name."""
+    return _without_nat64(written_address(text))
 
 
-def _translated(found: IPAddress) -> IPAddress:
-    """The IPv4 address that a NAT64 in front of us writes into IPv6's form, by the well-known prefix (RFC 6052)."""
+def _without_nat64(found: IPAddress) -> IPAddress:
+    """The IPv4 address in one that a NAT64 in front of us made with the well-known prefix (RFC 6052); others as is."""
     return IPv4Address(found.packed[12:]) if found.version == 6 and found in _NAT64 else found
 
 
-def _say_once(what: str, proxy: IPAddress, **more: str) -> None:
-    """Once for a proxy, and not for more of them than anybody sets up."""
-    if (what, proxy) in _TOLD_OF or len(_TOLD_OF) >= _MAX_TOLD_OF:
+def _log_once(what: str, proxy: IPAddress, **more: str) -> None:
+    """Log a warning once for each proxy, and for a limited number of them."""
+    if (what, proxy) in _LOGGED_PROXIES or len(_LOGGED_PROXIES) >= _MAX_LOGGED_PROXIES:
         return
-    _TOLD_OF.add((what, proxy))
-    log.warning("%s: where such requests come from is unknown", what, extra={"proxy": str(proxy), **more})
+    _LOGGED_PROXIES.add((what, proxy))
+    log.warning("%s: the source of such requests is unknown", what, extra={"proxy": str(proxy), **more})
 
 
 def headers_of(scope: Mapping[str, Any]) -> dict[str, str]:
-    """The headers of an ASGI scope, names in lower case. Proxies add lines of `X-Forwarded-For`: they are one list."""
+    """The headers of an ASGI scope, names in lower case. Several lines of `X-Forwarded-For` are joined to one list."""
     raw = scope["headers"]
     found: dict[str, str] = {k.decode("latin-1").lower(): v.decode("latin-1") for k, v in raw}
     if "x-forwarded-for" in found:

@@ -1,4 +1,4 @@
-"""How often one key may ask: a token bucket each, in a bounded map. Every limit by key is one of these."""
+"""Rate limits by key: a token bucket for each, in a bounded map. Every limit by key uses this class."""
 
 from collections import OrderedDict
 from collections.abc import Hashable
@@ -8,9 +8,9 @@ MAX_KEYS: Final = 100_000
 
 
 class RateLimit:
-    """`per_minute` requests, or bytes, a minute for each key; after a pause `burst` may come at once.
+    """Allows each key `per_minute` requests, or bytes, a minute, and after a pause `burst` of them at once.
 
-    That is a minute's worth unless it is said. At most `max_keys` are remembered.
+    `burst` defaults to the amount of one minute. At most `max_keys` keys are remembered.
     """
 
     def __init__(self, per_minute: float, burst: float | None = None, *, max_keys: int = MAX_KEYS) -> None:
@@ -20,21 +20,21 @@ class RateLimit:
         self._buckets: OrderedDict[Hashable, tuple[float, float]] = OrderedDict()
 
     def __len__(self) -> int:
-        """How many keys are remembered."""
+        """The number of keys that are remembered."""
         return len(self._buckets)
 
     def wait(self, key: Hashable, now: float, cost: float = 1.0) -> float:
-        """Take `cost` of `key` at `now` (seconds that never jump). 0 when it is allowed, else seconds to wait.
+        """Take `cost` from the bucket of `key` at `now` (monotonic seconds). 0 when allowed, else seconds to wait.
 
-        What costs more than may come at once is never allowed.
+        A cost above `burst` is never allowed.
         """
         tokens = self._tokens(key, now)
         allowed = tokens >= cost
         self._keep(key, tokens - cost if allowed else tokens, now)
         return 0.0 if allowed else (cost - tokens) / self._per_second
 
-    def owe(self, key: Hashable, now: float, cost: float = 1.0) -> float:
-        """Take `cost` in any case; the seconds after which it would have been allowed."""
+    def charge(self, key: Hashable, now: float, cost: float = 1.0) -> float:
+        """Take `cost` in any case; returns the seconds after which it would have been allowed."""
         tokens = self._tokens(key, now) - cost
         self._keep(key, tokens, now)
         return max(0.0, -tokens / self._per_second)

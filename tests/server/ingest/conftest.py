@@ -1,4 +1,4 @@
-"""The doors for reports, driven by raw ASGI calls: the switch as it is wired, a real store behind it."""
+"""The doors for reports, driven by raw ASGI calls: the router as it is wired, a real store behind it."""
 
 import asyncio
 import json
@@ -15,8 +15,8 @@ from vpn_sentinel.runtime.settings import Source
 from vpn_sentinel.server.access import Access
 from vpn_sentinel.server.ingest.admission import Admission
 from vpn_sentinel.server.ingest.keepalive import Keepalives
+from vpn_sentinel.server.ingest.router import ReportRouter
 from vpn_sentinel.server.ingest.session import Sessions
-from vpn_sentinel.server.ingest.switch import Switch
 from vpn_sentinel.server.live.hub import Hub
 from vpn_sentinel.server.settings import ServerSettings
 from vpn_sentinel.server.store.open import open_store
@@ -62,7 +62,7 @@ class Socket:
 
 
 class House:
-    """A server without its ports. `framework` notes what went past the switch."""
+    """A server without its ports. `framework` notes what went past the router."""
 
     def __init__(self, store: Store, clock: ManualClock, **env: str) -> None:
         settings = ServerSettings.read(
@@ -75,7 +75,7 @@ class House:
         admission = Admission(settings, self.access, clock)
         sessions = Sessions(self.tracker, store, clock, echo_secret=SECRET, echo_port=5000, missed=3)
         keepalives = Keepalives(admission, self.tracker, clock, settings.keepalive_timeout)
-        self.switch = Switch(admission, keepalives, sessions, self._framework, settings.api_path)
+        self.router = ReportRouter(admission, keepalives, sessions, self._framework, settings.api_path)
 
     async def _framework(self, scope: Any, receive: Any, send: Any) -> None:
         self.passed_on.append(f"{scope['type']} {scope.get('path', '')}")
@@ -117,7 +117,7 @@ class House:
             got.append(event)
 
         scope = self.scope("http", path, client, key, **{"content_type": "application/json", **headers})
-        await self.switch({**scope, "method": method}, receive, send)
+        await self.router({**scope, "method": method}, receive, send)
         start, *rest = got
         return Answer(
             start["status"],
@@ -203,7 +203,7 @@ async def connect() -> AsyncIterator[Callable[..., Socket]]:
                 raise OSError("connection reset")
             socket.got.put_nowait(event)
 
-        open_.append((socket, asyncio.create_task(house.switch(scope, socket.sent.get, send))))
+        open_.append((socket, asyncio.create_task(house.router(scope, socket.sent.get, send))))
         return socket
 
     yield make

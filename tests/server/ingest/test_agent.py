@@ -12,7 +12,7 @@ from tests.conftest import until
 from tests.server.ingest.conftest import EXIT, KEY, SECRET, Build, House, Socket
 from tests.server.ingest.test_keepalive import Broken
 from vpn_sentinel.server.access import create_token, revoke_token
-from vpn_sentinel.server.ingest import switch
+from vpn_sentinel.server.ingest import router
 from vpn_sentinel.server.ingest.pulse import PulseProtocol
 from vpn_sentinel.server.ingest.pulse_registry import PulseRegistry
 from vpn_sentinel.server.ingest.session import Sessions
@@ -72,9 +72,9 @@ class Noting(Sessions):
         self.turn = 0
         self.taken: list[int] = []
 
-    async def take(self, *args: Any, **more: Any) -> Any:
+    async def store(self, *args: Any, **more: Any) -> Any:
         self.taken.append(self.turn)
-        return await super().take(*args, **more)
+        return await super().store(*args, **more)
 
     async def count(self) -> None:
         while True:
@@ -85,10 +85,10 @@ class Noting(Sessions):
 async def test_of_large_messages_one_is_read_in_a_turn_of_the_loop(build: Build) -> None:
     """However many arrive at once: what else is due, a deadline or a leak's message, waits for one of them at most."""
     house = build(RATE_LIMIT_REQUESTS="1000")
-    noting = house.switch._sessions = Noting(house.switch._sessions)
+    noting = house.router._sessions = Noting(house.router._sessions)
     counting = asyncio.create_task(noting.count())
     bodies = [exchange(*range(1, 101), greeting=hello(client_id=f"t{n}")) for n in range(20)]
-    assert len(json.dumps(bodies[0])) > switch.LARGE_MESSAGE_BYTES
+    assert len(json.dumps(bodies[0])) > router.LARGE_MESSAGE_BYTES
     answers = await asyncio.gather(*(house.exchange(body) for body in bodies))
     counting.cancel()
     assert {a.status for a in answers} == {200}
@@ -123,7 +123,7 @@ async def test_an_agent_that_comes_back_is_told_what_is_stored(house: House, con
 async def test_of_too_many_connections_of_one_tunnel_the_oldest_ends(house: House, connect: Connect) -> None:
     other = connect(house)
     await greeted(other, client_id="se")
-    sockets = [connect(house) for _ in range(switch.MAX_SOCKETS + 1)]
+    sockets = [connect(house) for _ in range(router.MAX_SOCKETS_PER_TUNNEL + 1)]
     for socket in sockets:
         await greeted(socket)
     assert await refused(sockets[0]) == ("too many connections of this tunnel", True, 1013)
@@ -131,7 +131,7 @@ async def test_of_too_many_connections_of_one_tunnel_the_oldest_ends(house: Hous
         socket.say(reports(seq))
         assert await socket.hears() == {"type": "ack", "seq": seq}
     sockets[1].sent.put_nowait({"type": "websocket.disconnect", "code": 1006})
-    await until(lambda: len(house.switch._sockets_of["nl"]) < switch.MAX_SOCKETS)
+    await until(lambda: len(house.router._sockets_by_tunnel["nl"]) < router.MAX_SOCKETS_PER_TUNNEL)
     await greeted(connect(house))  # for which nobody has to go
     sockets[2].say(reports(100))
     assert await sockets[2].hears() == {"type": "ack", "seq": 100}
@@ -140,7 +140,7 @@ async def test_of_too_many_connections_of_one_tunnel_the_oldest_ends(house: Hous
 async def test_who_comes_again_and_again_with_a_tunnels_token_waits(
     house: House, connect: Connect, store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(house.switch, "_arrivals", RateLimit(3))
+    monkeypatch.setattr(house.router, "_connections", RateLimit(3))
     mine, other = [await create_token(store, name, shared=False, now=START) for name in ("nl", "se")]
     for _ in range(3):
         await greeted(connect(house, key=mine))
@@ -205,7 +205,7 @@ async def test_a_connection_that_is_gone_before_it_began_is_left(lobby: House) -
         return {"type": "websocket.disconnect"}
 
     scope = lobby.scope("websocket", "/api/v1/agent", (EXIT, 1), KEY)
-    await lobby.switch(scope, receive, None)
+    await lobby.router(scope, receive, None)
 
 
 async def test_an_agent_that_hangs_up_before_its_hello_is_left(lobby: House, connect: Connect) -> None:
@@ -469,11 +469,11 @@ async def test_one_customer_of_ipv6_has_the_rate_of_one_address(build: Build) ->
 
 
 async def test_each_agent_has_its_own_rate_of_bytes(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(switch, "BYTES_BURST", len(json.dumps(exchange(1))) + 10)
+    monkeypatch.setattr(router, "BURST_BYTES", len(json.dumps(exchange(1))) + 10)
     house = build()
     assert (await house.exchange(exchange(1))).status == 200
     answer = await house.exchange(exchange(2))
-    assert (answer.status, answer.json["detail"]) == (429, "too many bytes a minute of this tunnel")
+    assert (answer.status, answer.json["detail"]) == (429, "too many bytes a minute from this tunnel")
     assert (await house.exchange(exchange(1, greeting=hello(client_id="se")))).status == 200
     house.clock.now += float(answer.headers["retry-after"])
     assert (await house.exchange(exchange(2))).status == 200

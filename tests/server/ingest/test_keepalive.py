@@ -210,8 +210,8 @@ async def test_the_route_takes_post(lobby: House, method: str) -> None:
 async def test_every_other_path_is_the_frameworks(lobby: House) -> None:
     for path in ("/", "/api/v1/status", "/api/v1/keepalive/", "/keepalive", "/api/v1/agentx"):
         assert (await lobby.post(path, b"")).status == 404
-    await lobby.switch({"type": "websocket", "path": "/api/v1/keepalive"}, None, None)
-    await lobby.switch({"type": "lifespan"}, None, None)
+    await lobby.router({"type": "websocket", "path": "/api/v1/keepalive"}, None, None)
+    await lobby.router({"type": "lifespan"}, None, None)
     assert lobby.passed_on == [
         "http /", "http /api/v1/status", "http /api/v1/keepalive/", "http /keepalive", "http /api/v1/agentx",
         "websocket /api/v1/keepalive", "lifespan ",

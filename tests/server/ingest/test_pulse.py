@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, generate_latest
 
 from tests.conftest import until
-from vpn_sentinel.server.ingest.pulse import KnownTunnels, PulseMetrics, PulseProtocol, SightingQueue
-from vpn_sentinel.server.ingest.pulse_registry import PulseNews, PulseRegistry, ReplayWindow
+from vpn_sentinel.server.ingest.pulse import KnownTunnels, PulseMetrics, PulseProtocol, PulseQueue
+from vpn_sentinel.server.ingest.pulse_registry import PulseChange, PulseRegistry, ReplayWindow
 from vpn_sentinel.server.store.store import StoreUnavailable
 from vpn_sentinel.server.tracking.inputs import PulseObservation
 from vpn_sentinel.wire import echo, pulse
@@ -48,17 +48,17 @@ class Port:
     """The protocol with a wire and a clock that a test moves."""
 
     def __init__(self, *names: str) -> None:
-        self.told: list[PulseNews] = []
-        self.missed = 0
-        self.registry = PulseRegistry(SECRET, self.told.append)
-        self.registry.know(dict.fromkeys(names, 0.0))
+        self.changes: list[PulseChange] = []
+        self.unknown = 0
+        self.registry = PulseRegistry(SECRET, self.changes.append)
+        self.registry.add_known(dict.fromkeys(names, 0.0))
         self.now = 100.0
-        self.protocol = PulseProtocol(self.registry, lambda: self.now, missed=self._miss)
+        self.protocol = PulseProtocol(self.registry, lambda: self.now, on_unknown=self._miss)
         self.wire = Wire()
         self.protocol.connection_made(self.wire)  # type: ignore[arg-type]
 
     def _miss(self) -> None:
-        self.missed += 1
+        self.unknown += 1
 
     def gets(self, data: bytes, addr: tuple[str, int] = EXIT) -> bytes | None:
         """What it answers."""
@@ -74,7 +74,7 @@ def test_a_pulse_is_answered_once() -> None:
     assert answer is not None
     assert pulse.read_reply(answer, agent.ident, RUN, agent.key) == (1, ip_address(EXIT[0]))
     assert port.gets(asked, HOME) is None
-    assert port.told == [PulseNews("nl", ip_address(EXIT[0]), unheard=False)]
+    assert port.changes == [PulseChange("nl", ip_address(EXIT[0]), unheard=False)]
     assert port.protocol.counts == {"answered": 1, "malformed": 0, "unknown": 0, "forged": 0, "replayed": 1}
 
 
@@ -96,13 +96,13 @@ def test_questions_of_old_agents_are_answered_and_noted_nowhere() -> None:
         answer = port.gets(question, HOME)
         assert answer is not None
         assert echo.read_reply(answer, agent.ident, b"12345678", agent.key) == ip_address(HOME[0])
-    assert port.told == []
+    assert port.changes == []
 
 
 def test_who_was_never_greeted_is_not_answered_and_asked_about() -> None:
     port, agent = Port("nl"), Agent("de")
     assert port.gets(agent.pulse()) is None
-    assert port.missed == 1
+    assert port.unknown == 1
     port.registry.greet("de", "key")
     assert port.gets(agent.pulse()) is not None
 
@@ -111,7 +111,7 @@ def test_a_revoked_agent_is_not_answered_until_it_is_greeted_again() -> None:
     port, agent = Port("nl"), Agent()
     port.registry.forget("nl", "key", at=1000.0)
     assert port.gets(agent.pulse()) is None
-    port.registry.know({"nl": 1005.0})  # its row is in the database still, with what came by the key before
+    port.registry.add_known({"nl": 1005.0})  # its row is in the database still, with what came by the key before
     assert port.gets(agent.pulse()) is None
     port.registry.greet("nl", "key")
     assert port.gets(agent.pulse()) is not None
@@ -130,7 +130,7 @@ def test_a_revoked_key_does_not_silence_the_agent_that_came_by_another() -> None
 def test_a_tunnel_that_reports_to_another_replica_by_another_key_is_answered_here_too() -> None:
     port, agent = Port("nl"), Agent()
     port.registry.forget("nl", "old", at=1000.0)
-    port.registry.know({"nl": 1011.0})
+    port.registry.add_known({"nl": 1011.0})
     assert port.gets(agent.pulse()) is not None
 
 
@@ -142,17 +142,17 @@ def test_strangers_make_no_records_and_few_checks() -> None:
     for _ in range(200):
         port.gets(stranger.pulse())
     assert len(port.registry) == 1
-    assert port.missed == 0  # this second's checks went to garbage
+    assert port.unknown == 0  # this second's checks went to garbage
     port.now += 1.1
     port.gets(stranger.pulse())
-    assert port.missed == 1
+    assert port.unknown == 1
 
 
 def test_an_address_is_told_when_it_changes() -> None:
     port, agent = Port("nl"), Agent()
     for address in (EXIT, EXIT, HOME, HOME, EXIT, ("::ffff:185.65.134.10", 1), ("2a01::5", 1), EXIT):
         port.gets(agent.pulse(), address)
-    assert [str(s.address) for s in port.told] == [EXIT[0], HOME[0], EXIT[0], "2a01::5"]
+    assert [str(s.address) for s in port.changes] == [EXIT[0], HOME[0], EXIT[0], "2a01::5"]
 
 
 def test_an_agent_that_hears_no_more_is_told_and_its_recovery_too() -> None:
@@ -162,19 +162,19 @@ def test_an_agent_that_hears_no_more_is_told_and_its_recovery_too() -> None:
         agent.heard = agent.number
         port.now += 2
     began = port.now
-    port.told.clear()
-    while not port.told:
+    port.changes.clear()
+    while not port.changes:
         port.gets(agent.pulse(silent=int(1000 * (port.now - began + 2))))
         port.now += 0.3
     assert 2.4 < port.now - began < 3.6
-    assert port.told == [PulseNews("nl", ip_address(EXIT[0]), unheard=True)]
+    assert port.changes == [PulseChange("nl", ip_address(EXIT[0]), unheard=True)]
     for _ in range(20):  # told again every few seconds
         port.gets(agent.pulse(silent=60_000))
         port.now += 0.5
-    assert 3 <= len(port.told) <= 5
+    assert 3 <= len(port.changes) <= 5
     agent.heard = agent.number
     port.gets(agent.pulse())
-    assert not port.told[-1].unheard
+    assert not port.changes[-1].unheard
 
 
 @pytest.mark.parametrize("held", [3.0, 20.0])
@@ -185,7 +185,7 @@ def test_pulses_that_were_held_back_say_nothing_of_answers_that_they_could_not_k
         port.gets(agent.pulse())
         agent.heard = agent.number
         port.now += 1
-    port.told.clear()
+    port.changes.clear()
     port.gets(agent.pulse())
     for _ in range(2):  # the answers to this one and to the next are lost
         port.now += 0.5
@@ -199,7 +199,7 @@ def test_pulses_that_were_held_back_say_nothing_of_answers_that_they_could_not_k
         port.gets(agent.pulse(silent=int(1000 * held) + 1000))
     agent.heard = agent.number
     port.gets(agent.pulse())
-    assert not any(s.unheard for s in port.told)
+    assert not any(s.unheard for s in port.changes)
 
 
 def test_an_agent_that_never_heard_a_reply_is_none_that_hears_no_more() -> None:
@@ -207,7 +207,7 @@ def test_an_agent_that_never_heard_a_reply_is_none_that_hears_no_more() -> None:
     for _ in range(30):
         port.gets(agent.pulse(silent=pulse.NEVER))
         port.now += 1
-    assert not any(s.unheard for s in port.told)
+    assert not any(s.unheard for s in port.changes)
 
 
 def test_when_most_agents_hear_nothing_it_is_this_servers_own_way_back() -> None:
@@ -218,7 +218,7 @@ def test_when_most_agents_hear_nothing_it_is_this_servers_own_way_back() -> None
             port.gets(agent.pulse(silent=10_000))
             agent.heard = agent.number if beat < 5 else agent.heard
         port.now += 0.5
-    assert not any(s.unheard for s in port.told)
+    assert not any(s.unheard for s in port.changes)
 
 
 def test_a_new_run_is_answered_at_once_and_counts_when_the_old_one_is_over() -> None:
@@ -227,10 +227,10 @@ def test_a_new_run_is_answered_at_once_and_counts_when_the_old_one_is_over() -> 
     for pulse_ in kept:
         assert port.gets(pulse_) is not None
     assert port.gets(new.pulse(), HOME) is not None
-    assert len(port.told) == 1
+    assert len(port.changes) == 1
     port.now += 7
     assert port.gets(new.pulse(), HOME) is not None
-    assert [str(s.address) for s in port.told] == [EXIT[0], HOME[0]]
+    assert [str(s.address) for s in port.changes] == [EXIT[0], HOME[0]]
     port.now += 7
     assert [port.gets(k) for k in kept] == [None] * 10  # each number once
 
@@ -242,7 +242,7 @@ def test_who_kept_pulses_of_an_old_run_cannot_speak_for_the_one_that_lives() -> 
         assert port.gets(agent.pulse()) is not None  # and is not shut out by them
         port.gets(kept[number], HOME)
         port.now += 2
-    assert [str(s.address) for s in port.told] == [EXIT[0]]
+    assert [str(s.address) for s in port.changes] == [EXIT[0]]
 
 
 def test_a_run_that_an_old_one_displaced_in_a_silence_comes_back() -> None:
@@ -254,21 +254,21 @@ def test_a_run_that_an_old_one_displaced_in_a_silence_comes_back() -> None:
     port.now += 7
     assert port.gets(heard) is None
     assert port.gets(agent.pulse()) is not None
-    assert [str(s.address) for s in port.told] == [EXIT[0], HOME[0], EXIT[0]]
+    assert [str(s.address) for s in port.changes] == [EXIT[0], HOME[0], EXIT[0]]
 
 
 def test_it_is_known_since_when_pulses_come_without_a_gap() -> None:
     port, agent = Port("nl"), Agent()
-    assert port.registry.steady("nl") is None
+    assert port.registry.gapless_span("nl") is None
     for _ in range(3):
         port.gets(agent.pulse())
         port.now += 2
-    assert port.registry.steady("nl") == (100.0, 104.0)
+    assert port.registry.gapless_span("nl") == (100.0, 104.0)
     port.now += 3
     port.gets(agent.pulse())
-    assert port.registry.steady("nl") == (109.0, 109.0)
+    assert port.registry.gapless_span("nl") == (109.0, 109.0)
     port.gets(agent.pulse(), ("192.168.7.2", 40000))
-    assert port.registry.steady("nl") is None  # over a LAN: that says nothing of the internet
+    assert port.registry.gapless_span("nl") is None  # over a LAN: that says nothing of the internet
 
 
 @given(st.lists(st.integers(1, 400), max_size=300))
@@ -320,18 +320,18 @@ def test_what_became_of_pulses_is_told_to_prometheus() -> None:
     assert 'vpn_sentinel_pulses_total{result="malformed"} 1.0' in text
 
 
-async def test_names_are_read_at_the_start_and_when_one_is_missed() -> None:
+async def test_names_are_read_at_the_start_and_when_one_is_missing() -> None:
     names = {"nl": 0.0}
     port = Port()
 
     async def read() -> dict[str, float]:
         return names
 
-    known = KnownTunnels(port.registry, read, apart=0.01)
+    known = KnownTunnels(port.registry, read, min_interval_s=0.01)
     task = asyncio.create_task(known.run())
     await until(lambda: len(port.registry) == 1)
     names["de"] = 0.0
-    known.missed()
+    known.refresh()
     await until(lambda: len(port.registry) == 2)
     task.cancel()
 
@@ -340,15 +340,15 @@ async def test_news_reach_the_tracker_and_wait_for_the_database() -> None:
     got: list[PulseObservation] = []
     down = [True]
 
-    async def sighted(sighting: PulseObservation) -> None:
+    async def sighted(observation: PulseObservation) -> None:
         if down[0]:
             down[0] = False
             raise StoreUnavailable("gone", "the database is away")
-        got.append(sighting)
+        got.append(observation)
 
-    sighting_queue = SightingQueue(lambda: 5.0)
-    task = asyncio.create_task(sighting_queue.run(sighted))
-    sighting_queue.note(PulseNews("nl", ip_address(EXIT[0]), unheard=False))
+    pulse_queue = PulseQueue(lambda: 5.0)
+    task = asyncio.create_task(pulse_queue.run(sighted))
+    pulse_queue.note(PulseChange("nl", ip_address(EXIT[0]), unheard=False))
     await until(lambda: got)
     assert got == [PulseObservation(tunnel="nl", address=ip_address(EXIT[0]), unheard=False, at=5.0)]
     task.cancel()

@@ -1,1 +1,1 @@
-"""What takes reports: keepalives, the agents' WebSocket and its POST fallback, and the UDP echo."""
+"""Receives reports: keepalives, the agents' WebSocket and its POST fallback, and pulses by UDP."""

@@ -1,4 +1,4 @@
-"""What every report passes before it is read: the address, the key, the rate, the size."""
+"""The checks before a report is read: address, key, rate and size."""
 
 import math
 from dataclasses import dataclass
@@ -13,34 +13,34 @@ from vpn_sentinel.server.settings import ServerSettings
 from vpn_sentinel.wire import limits
 
 Headers = dict[str, str]
-# Characters of a reason: it may repeat what the sender sent, and must not be as long.
-_DETAIL_CHARS: Final = 300
+# A reason may repeat the sender's own text, which must not make it as long.
+_MAX_DETAIL_CHARS: Final = 300
 
 
 class Refusal(Exception):
-    """A request that is not taken. `detail` is for its sender; `retry_after` in seconds where trying again can help.
+    """A request is refused. `detail` is for its sender; `retry_after` in seconds where trying again can help.
 
-    `of` is the fingerprint of the reports that are refused, "" when it is not they.
+    `refused_reports` is the fingerprint of the message of reports that is invalid, "" where that is not the reason.
     """
 
     def __init__(self, status: int, detail: str, retry_after: float | None = None) -> None:
         super().__init__(detail)
         self.status = status
-        self.detail = detail[:_DETAIL_CHARS]
+        self.detail = detail[:_MAX_DETAIL_CHARS]
         self.retry_after = retry_after
-        self.of = ""
+        self.refused_reports = ""
 
 
 @dataclass(frozen=True, slots=True)
 class AdmittedPeer:
-    """A caller that came in, the address it really came from (None: unknown), and its headers (lower-case names)."""
+    """An admitted caller, its real address (None: unknown), and its headers (lower-case names)."""
 
     caller: Caller
     address: IPAddress | None
     headers: Headers
 
     def client(self, name: str) -> str:
-        """Whose rate counts: the client's, or, where that is unknown, that of what reports as `name`."""
+        """The key of the rate limit: the client, or, where its address is unknown, what reports as `name`."""
         return f"unknown {name[:100]}" if self.address is None else client_of(self.address)
 
 
@@ -52,7 +52,7 @@ class Admission:
         self._rate = RateLimit(settings.rate_limit)
 
     async def admit(self, scope: Any) -> AdmittedPeer:
-        """Let in who may report. Raises Refusal (401, 403, 429)."""
+        """Admit a caller that may report. Raises Refusal (401, 403, 429)."""
         headers = headers_of(scope)
         address = self.address(scope, headers)
         if self._settings.allowed_ips and (address is None or not inside(address, self._settings.allowed_ips)):
@@ -69,19 +69,19 @@ class Admission:
         return AdmittedPeer(caller, address, headers)
 
     async def recheck(self, peer: AdmittedPeer) -> None:
-        """Raises Refusal (403) when the key that `peer` came in with was revoked since."""
+        """Raises Refusal (403) when the key of `peer` was revoked after it was admitted."""
         if await self._access.caller(key_from(peer.headers)) is None:
             raise Refusal(403, "this key is not known here any more")
 
     def address(self, scope: Any, headers: Headers) -> IPAddress | None:
-        """Where a request really came from: see `client.client_address`."""
+        """The real address of a request: see `client.client_address`."""
         client = scope.get("client")
         if client is None:
             raise Refusal(400, "the connection has no address")
         return client_address(client[0], headers.get("x-forwarded-for"), self._settings.trusted_proxies)
 
     def rate_limit(self, key: str) -> None:
-        """Raises Refusal (429) when `key` asks too often."""
+        """Raises Refusal (429) when `key` exceeds the reports a minute."""
         wait = self._rate.wait(key, self._clock.boottime())
         if wait:
             per_minute = self._settings.rate_limit

@@ -1,4 +1,4 @@
-"""`POST /api/v1/keepalive`: the replaced system's clients, which must just work."""
+"""`POST /api/v1/keepalive`: for the replaced system's clients, which must work unchanged."""
 
 import logging
 from datetime import UTC, datetime
@@ -16,7 +16,7 @@ from vpn_sentinel.wire.keepalive import Reading, Received, read
 
 log = logging.getLogger(__name__)
 
-_MAX_FIELDS_TOLD: Final = 1000  # fields of clients that a line tells of
+_MAX_LOGGED_FIELDS: Final = 1000  # pairs of client and field that are remembered as logged
 
 
 class Keepalives:
@@ -27,7 +27,7 @@ class Keepalives:
         self._tracker = tracker
         self._clock = clock
         self._silent_after = silent_after
-        self._said: set[tuple[str, str]] = set()
+        self._logged: set[tuple[str, str]] = set()
 
     async def take(self, scope: Any, receive: Any) -> bytes:
         """Store one keepalive and return the answer's body. Raises Refusal."""
@@ -37,38 +37,38 @@ class Keepalives:
         body = await json_body(receive, peer.headers)
         now = self._clock.wall()
         try:
-            said = read(body, now, peer.address if peer.address and is_public(peer.address) else None)
+            keepalive = read(body, now, peer.address if peer.address and is_public(peer.address) else None)
         except msgspec.ValidationError as e:
-            # The replaced server said 400 to a report that names nobody, and its clients know that.
+            # The replaced server answered 400 to a report without a name, and its clients expect that.
             raise Refusal(400 if "missing required field `client_id`" in str(e) else 422, str(e)) from e
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as e:
             raise Refusal(400, f"the body is not JSON: {e}") from e
         except ValueError as e:
             raise Refusal(422, str(e)) from e
-        if not peer.caller.may_report_as(said.client_id):
+        if not peer.caller.may_report_as(keepalive.client_id):
             raise Refusal(403, f"this token may only report as {peer.caller.name}")
-        self._say_odd(said)
+        self._log_unreadable(keepalive)
         if peer.address is None:
-            self._admission.rate_limit(peer.client(said.client_id))
+            self._admission.rate_limit(peer.client(keepalive.client_id))
         await self._tracker.submit(
             ReportBatch(
-                tunnel=said.client_id,
+                tunnel=keepalive.client_id,
                 received_at=now,
-                observations=(TimedObservation(seq=0, at=now, observation=said.observation),),
+                observations=(TimedObservation(seq=0, at=now, observation=keepalive.observation),),
                 silent_after=self._silent_after,
-                interval=0.0,  # it promises none
-                version=said.version,
-                skew=said.skew,
-                dns_loc=said.dns_loc,
-                dns_colo=said.dns_colo,
+                interval=0.0,  # a keepalive promises none
+                version=keepalive.version,
+                skew=keepalive.skew,
+                dns_loc=keepalive.dns_loc,
+                dns_colo=keepalive.dns_colo,
             )
         )
         return encode(Received(server_time=datetime.fromtimestamp(now, UTC).isoformat()))
 
-    def _say_odd(self, said: Reading) -> None:
-        """A field that is not understood is told once, with what it held: the report counts without it."""
-        for field, value in said.odd:
-            if (said.client_id, field) not in self._said and len(self._said) < _MAX_FIELDS_TOLD:
-                self._said.add((said.client_id, field))
-                known = {"tunnel": said.client_id, "field": field, "value": value}
-                log.warning("an old client's field is not understood, and counts as not said", extra=known)
+    def _log_unreadable(self, keepalive: Reading) -> None:
+        """Log a field that cannot be read, once, with its value: the report is taken without it."""
+        for field, value in keepalive.odd:
+            if (keepalive.client_id, field) not in self._logged and len(self._logged) < _MAX_LOGGED_FIELDS:
+                self._logged.add((keepalive.client_id, field))
+                known = {"tunnel": keepalive.client_id, "field": field, "value": value}
+                log.warning("an old client's field is not understood, and counts as missing", extra=known)

@@ -1,4 +1,4 @@
-"""An agent's session, whichever way its messages come: checks them and turns them into arrivals."""
+"""An agent's session, by WebSocket or POST: checks messages and turns them into report batches."""
 
 import math
 from dataclasses import replace
@@ -27,11 +27,11 @@ from vpn_sentinel.wire.messages import PROTOCOL, Ack, Echo, Exchange, FromAgent,
 _decode = decoder(FromAgent)
 _memory = decoder(Memory)
 _YEAR_5138: Final = 1e11
-_LONGEST_ROUND_S: Final = 60.0
+_MAX_ROUND_S: Final = 60.0
 
 
 class Sessions:
-    """What agents' sessions share: the tracker, the echo's secret, and how many reports may be missed."""
+    """What all sessions share. `missed` is the number of reports that may be missing before a tunnel is silent."""
 
     def __init__(
         self,
@@ -55,11 +55,11 @@ class Sessions:
         self._registry = pulse_registry
 
     async def welcome(self, hello: Hello, caller: Caller, address: IPAddress | None) -> Welcome:
-        """Greet an agent: what of its spool is stored, and how to ask the echo. Raises Refusal (403, 422)."""
+        """Answer a hello: how far the agent's spool is stored, how to send pulses. Raises Refusal (403, 422)."""
         _check_hello(hello)
         if not caller.may_report_as(hello.client_id):
             raise Refusal(403, f"this token may only report as {caller.name}")
-        if hello.role == "reference" and not caller.may_stand_for(hello.site):
+        if hello.role == "reference" and not caller.may_be_reference_for(hello.site):
             raise Refusal(403, f"this token may only be the reference of the site {caller.name}; a shared key, of any")
         found = await self._store.read(
             select(tunnels.c.spool, tunnels.c.seq, tunnels.c.memory).where(tunnels.c.name == hello.client_id)
@@ -78,26 +78,26 @@ class Sessions:
             known=_known(found[0].memory) if found and hello.role != REFERENCE else None,
         )
 
-    async def take(
-        self, hello: Hello, reports: Reports, greeted: float, peer: IPAddress | None, *, before: float = 0.0
+    async def store(
+        self, hello: Hello, reports: Reports, hello_ticks: float, peer: IPAddress | None, *, earlier_s: float = 0.0
     ) -> Ack:
-        """Store one message of reports of a session with `peer`; returns after the commit.
+        """Store one message of reports of a session with `peer`; return after the commit.
 
-        `greeted` is the boot time of its hello; `before` are seconds before that, in which it could speak already.
-        Raises Refusal (422).
+        `hello_ticks` is the boot time at which its hello came; the agent could already send `earlier_s` seconds before.
+        Raises Refusal (422), and StoreUnavailable or Busy.
         """
         if not reports.items:
             return Ack(seq=0)
         _check_reports(reports)
         now = self._clock.wall()
-        # A session is long: as of the clock that counts now, which may have been set since.
-        hello_at = now - (self.ticks() - greeted)
+        # By the wall clock as it is now: it may have been set since the hello, as a session is long.
+        hello_at = now - (self.ticks() - hello_ticks)
         await self._tracker.submit(
             ReportBatch(
                 tunnel=hello.client_id,
                 received_at=now,
-                observations=tuple(_stored(r, now) for r in reports.items),
-                # One second for the way; a report is due after `interval` at the latest.
+                observations=tuple(_timed(r, now) for r in reports.items),
+                # A report is due after `interval` at the latest; one second more for its transit.
                 silent_after=self._missed * hello.interval + 1.0,
                 interval=hello.interval,
                 version=hello.version,
@@ -106,7 +106,7 @@ class Sessions:
                 caught_up=reports.pending == 0,
                 thinned=reports.thinned,
                 skew=hello.wall - hello_at,
-                connected_at=hello_at - before,
+                connected_at=hello_at - earlier_s,
                 peer=peer,
                 role=hello.role,
                 site=hello.site,
@@ -114,8 +114,8 @@ class Sessions:
         )
         return Ack(seq=reports.items[-1].seq)
 
-    def refused(self, hello: Hello, caller: Caller) -> None:
-        """The key of this session was revoked: the pulse port knows the tunnel no more, unless it came by another."""
+    def key_revoked(self, hello: Hello, caller: Caller) -> None:
+        """The key of this session was revoked: the pulse port forgets the tunnel, unless it used another key since."""
         if self._registry is not None:
             self._registry.forget(hello.client_id, caller.key, self.ticks())
 
@@ -124,7 +124,7 @@ class Sessions:
 
 
 def _known(text: str) -> Known | None:
-    """What a row's memory holds of a tunnel that worked; None of one that never did, and of a row of a newer server."""
+    """The working tunnel as a row's memory knows it; None if it never worked, or a newer server wrote the row."""
     try:
         memory = _memory(text) if text else Memory()
     except (ValueError, RecursionError):
@@ -187,10 +187,10 @@ def _check_reports(reports: Reports) -> None:
         last = report.seq
 
 
-def _stored(report: Report, now: float) -> TimedObservation:
-    # What the server alone may say is not taken from an agent.
+def _timed(report: Report, now: float) -> TimedObservation:
+    # Fields that only the server may fill are not accepted from an agent.
     seen = replace(report.observation, reported_from=None, port_check=None, reference_up=None, unheard=None)
-    # An agent that started with its clock in 1970 may hold absurd ages; refused, they would block its spool for ever.
+    # An agent that started with its clock in 1970 may send absurd ages; refusing them would block its spool for ever.
     age = min(report.age, limits.MAX_REPORT_AGE_S)
-    # What a round saw was so when it began; it is as old as the wait for what did not answer.
-    return TimedObservation(seq=report.seq, at=now - age - min(seen.took_ms / 1000, _LONGEST_ROUND_S), observation=seen)
+    # An observation dates from the begin of its round, which is earlier by the time that it waited for answers.
+    return TimedObservation(seq=report.seq, at=now - age - min(seen.took_ms / 1000, _MAX_ROUND_S), observation=seen)
