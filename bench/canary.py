@@ -45,7 +45,7 @@ async def serve(kind: str) -> None:
         await asyncio.get_running_loop().create_datagram_endpoint(Echo, sock=udp)
     else:
         zone = Zone(name=ZONE, servers=(f"ns.{ZONE}",), addresses=tuple, secret=SECRET)
-        gate = QueryLimit(genuine=_ENDLESS, strange=_ENDLESS, total=_ENDLESS)
+        gate = QueryLimit(genuine=_ENDLESS, other=_ENDLESS, total=_ENDLESS)
         limits = TcpLimits(connections=AT_ONCE, per_network=AT_ONCE)
         await DnsListener(Responder(zone, gate), DnsCanaryMetrics(CollectorRegistry()), limits).open([udp, tcp])
     await asyncio.Event().wait()

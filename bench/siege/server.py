@@ -21,7 +21,11 @@ from bench.siege.honest import HOME
 from bench.siege.probe import fetch
 
 # What is logged when all deadlines are moved, here and in earlier versions.
-_MOVED = ("nobody could be heard for a while", "deadlines moved by the server's own absence")
+_MOVED = (
+    "no reports could be received for a while",
+    "nobody could be heard for a while",
+    "deadlines moved by the server's own absence",
+)
 _FILES = 4096  # descriptors, as most services have
 _CORES = sorted(os.sched_getaffinity(0))
 

@@ -256,7 +256,7 @@ def test_the_databases_clock_is_set(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             set_clock(folder / "clock", by)
             at, _ = house.hears("down", GRACE + SLACK)
             assert at - dead >= GRACE - 0.5
-            assert f"the clock was set: all that is open moves with it seconds={by:+d}" in house.log.read_text()
+            assert f"the clock was set: all open times move with it seconds={by:+d}" in house.log.read_text()
             house.agent.sees = EXIT
             house.hears("recovered", GRACE + SLACK)
             house.agent.sees = None

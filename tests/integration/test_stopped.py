@@ -51,7 +51,7 @@ async def test_a_server_that_was_stopped_calls_nobody_silent(database_url: str, 
         time.sleep(STOPPED)  # noqa: ASYNC251
         process.send_signal(signal.SIGCONT)
         back = time.time()
-        wait_until(lambda: b"nobody could be heard" in log.read_bytes(), 10, "the absence is noticed")
+        wait_until(lambda: b"no reports could be received" in log.read_bytes(), 10, "the absence is noticed")
         time.sleep(3)  # noqa: ASYNC251
         store = await open_store(database_url)
         moves = [r.new for r in await store.read(select(transitions.c.new))]

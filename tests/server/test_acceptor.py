@@ -21,7 +21,7 @@ class Served(asyncio.Protocol):
         self.slot.cut = transport.close
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.slot.leave()
+        self.slot.release()
 
 
 @needs_files(2 * CAME + 100)
@@ -38,7 +38,7 @@ async def _hundreds() -> None:
         bound = open_.enter_context(socket.socket())
         bound.bind(("127.0.0.1", 0))
         bound.setblocking(False)
-        acceptor = Acceptor(bound, limit, Served, waiting=CAME)
+        acceptor = Acceptor(bound, limit, Served, backlog=CAME)
         for _ in range(CAME):
             open_.enter_context(socket.create_connection(bound.getsockname(), timeout=5.0))
         for _ in range(CAME // 8 + 10):
@@ -72,7 +72,7 @@ async def _has_to_go(turns: int, *, by_its_place: bool) -> None:
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
         bound.setblocking(False)
-        acceptor = Acceptor(bound, limit, Ends, waiting=1)
+        acceptor = Acceptor(bound, limit, Ends, backlog=1)
         with socket.create_connection(bound.getsockname(), timeout=5.0) as caller:
             await _comes(limit)
             for _ in range(turns):

@@ -58,10 +58,10 @@ def test_where_a_request_really_came_from(remote: str, header: str | None, found
 def test_what_a_proxy_says_in_another_way_is_unknown_and_said_once(
     hop: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_module, "_TOLD_OF", set())
+    monkeypatch.setattr(client_module, "_LOGGED_PROXIES", set())
     assert [client_address("10.0.0.1", f"146.70.1.2, {hop}", PROXIES) for _ in range(3)] == [None] * 3
     [said] = caplog.records
-    assert (said.__dict__["proxy"], said.__dict__["says"]) == ("10.0.0.1", hop)
+    assert (said.__dict__["proxy"], said.__dict__["value"]) == ("10.0.0.1", hop)
 
 
 NOBODY: dict[str, tuple[str, str | None, str]] = {
@@ -77,7 +77,7 @@ NOBODY: dict[str, tuple[str, str | None, str]] = {
 def test_a_proxy_that_names_nobody_is_not_taken_for_the_client_and_said_once(
     remote: str, header: str | None, proxy: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(client_module, "_TOLD_OF", set())
+    monkeypatch.setattr(client_module, "_LOGGED_PROXIES", set())
     trusted = (*PROXIES, ip_network("185.1.2.3/32"))
     assert [client_address(remote, header, trusted) for _ in range(3)] == [None] * 3
     [said] = caplog.records

@@ -27,10 +27,10 @@ def test_who_has_been_idle_for_longest_yields() -> None:
         entered(limit, f"192.0.{n}.1", gone)
     assert gone == ["192.0.2.1", "192.0.3.1"]
     assert len(limit) == 4
-    slots[2].leave()  # its end is told once more, and counts once
+    slots[2].release()  # its end is told once more, and counts once
     assert len(limit) == 4
     slots[0].idle()
-    slots[0].leave()
+    slots[0].release()
     assert len(limit) == 3
 
 

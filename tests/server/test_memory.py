@@ -5,22 +5,22 @@ import sys
 
 import pytest
 
-from vpn_sentinel.server.watch.memory import find_trim
+from vpn_sentinel.server.watch.memory import find_malloc_trim
 
 SCATTERED = """
-from vpn_sentinel.server.watch.memory import find_trim, resident
+from vpn_sentinel.server.watch.memory import find_malloc_trim, resident_bytes
 
-before = resident()
+before = resident_bytes()
 pieces = [b"x" * (3000 + n % 2000) for n in range(20_000)]
 kept = pieces[::50]
 del pieces
-held = resident()
-find_trim()(0)
-print(before, held, resident())
+held = resident_bytes()
+find_malloc_trim()(0)
+print(before, held, resident_bytes())
 """
 
 
-@pytest.mark.skipif(find_trim() is None, reason="this C library has no malloc_trim")
+@pytest.mark.skipif(find_malloc_trim() is None, reason="this C library has no malloc_trim")
 def test_what_lies_scattered_in_the_heap_is_given_back() -> None:
     ran = subprocess.run([sys.executable, "-c", SCATTERED], check=True, capture_output=True, text=True)
     before, held, after = (int(size) / 1e6 for size in ran.stdout.split())

@@ -11,7 +11,7 @@ from tests.conftest import ManualClock
 from vpn_sentinel.domain.observation import Answer
 from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.server.tracking.inputs import PortCheckResult
-from vpn_sentinel.server.watch.ports import CHECK_INTERVAL_S, Ports, knock
+from vpn_sentinel.server.watch.ports import CHECK_INTERVAL_S, PortChecker, try_connect
 
 HERE = ip_address("127.0.0.1")
 EXIT = (ip_address("146.70.1.2"), 41000)
@@ -23,7 +23,7 @@ class Door:
         self.asked: list[tuple[IPAddress, int]] = []
         self.told: list[PortCheckResult] = []
 
-    async def knock(self, address: IPAddress, port: int) -> Answer:
+    async def try_connect(self, address: IPAddress, port: int) -> Answer:
         self.asked.append((address, port))
         return self.answers.pop(0)
 
@@ -34,10 +34,10 @@ class Door:
 async def test_an_open_a_shut_and_a_refusing_port() -> None:
     server = await asyncio.start_server(lambda _r, w: w.close(), "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
-    assert await knock(HERE, port) is Answer.ANSWERED
+    assert await try_connect(HERE, port) is Answer.ANSWERED
     server.close()
     await server.wait_closed()
-    assert await knock(HERE, port) is Answer.UNREACHABLE
+    assert await try_connect(HERE, port) is Answer.UNREACHABLE
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ async def test_only_the_third_silence_counts_as_closed(
     answers: list[Answer], told: Answer | None, clock: ManualClock
 ) -> None:
     door = Door(*answers)
-    ports = Ports({"nl": EXIT}, door.tried, clock, knock=door.knock, pause=0.0)
+    ports = PortChecker({"nl": EXIT}, door.tried, clock, try_connect=door.try_connect, pause=0.0)
     ((name, where),) = ports.due()
     await ports._try(name, where)
     assert [t.check.answer for t in door.told] == ([] if told is None else [told])
@@ -64,7 +64,7 @@ async def test_only_the_third_silence_counts_as_closed(
 async def test_each_is_tried_now_and_then_a_changed_one_soon_and_a_gone_one_never(clock: ManualClock) -> None:
     forwarded = {"nl": EXIT}
     door = Door(*[Answer.ANSWERED] * 9)
-    ports = Ports(forwarded, door.tried, clock, knock=door.knock, pause=0.0, rng=random.Random(1))
+    ports = PortChecker(forwarded, door.tried, clock, try_connect=door.try_connect, pause=0.0, rng=random.Random(1))
 
     async def tried() -> list[object]:
         due = ports.due()
@@ -91,17 +91,17 @@ async def test_a_host_out_of_descriptors_knows_nothing_of_a_port(monkeypatch: py
         raise OSError(errno.EMFILE, "Too many open files")
 
     monkeypatch.setattr("socket.socket", refuse)
-    assert await knock(*EXIT) is Answer.UNKNOWN
+    assert await try_connect(*EXIT) is Answer.UNKNOWN
 
 
 async def test_what_cannot_be_kept_stops_no_other_try(clock: ManualClock, caplog: pytest.LogCaptureFixture) -> None:
-    async def knock(_address: object, _port: int) -> Answer:
+    async def try_connect(_address: object, _port: int) -> Answer:
         return Answer.ANSWERED
 
     async def tried(_port: PortCheckResult) -> None:
         raise ValueError("a row of a newer version")
 
-    ports = Ports({"nl": EXIT}, tried, clock, knock=knock, pause=0.0)
+    ports = PortChecker({"nl": EXIT}, tried, clock, try_connect=try_connect, pause=0.0)
     ((name, where),) = ports.due()
     await ports._try(name, where)
     assert "cannot be kept" in caplog.text
@@ -110,11 +110,11 @@ async def test_what_cannot_be_kept_stops_no_other_try(clock: ManualClock, caplog
 async def test_one_whose_answer_is_still_awaited_is_not_asked_again(clock: ManualClock) -> None:
     door, answer = Door(), asyncio.Event()
 
-    async def knock(_address: object, _port: int) -> Answer:
+    async def try_connect(_address: object, _port: int) -> Answer:
         await answer.wait()
         return Answer.ANSWERED
 
-    ports = Ports({"nl": EXIT}, door.tried, clock, knock=knock, pause=0.0)
+    ports = PortChecker({"nl": EXIT}, door.tried, clock, try_connect=try_connect, pause=0.0)
     async with asyncio.TaskGroup() as group:
         ((name, where),) = ports.due()
         group.create_task(ports._try(name, where))

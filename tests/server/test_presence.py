@@ -13,7 +13,7 @@ from vpn_sentinel.runtime.clock import SystemClock
 from vpn_sentinel.server.store.schema import outbox
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
 from vpn_sentinel.server.watch.overload import CALM_S, MAX_LATE_S, Overload
-from vpn_sentinel.server.watch.presence import LOOK_INTERVAL_S, Presence
+from vpn_sentinel.server.watch.presence import SAMPLE_INTERVAL_S, Presence
 from vpn_sentinel.wire.codec import decoder
 
 
@@ -26,20 +26,20 @@ class Process:
         self.presence = Presence(self.clock, lambda: self.used)
 
     def idles(self, seconds: float) -> None:
-        for _ in range(round(seconds / LOOK_INTERVAL_S)):
-            self.clock.now += LOOK_INTERVAL_S
-            self.presence.look()
-            self.presence._due = self.clock.now + LOOK_INTERVAL_S
+        for _ in range(round(seconds / SAMPLE_INTERVAL_S)):
+            self.clock.now += SAMPLE_INTERVAL_S
+            self.presence.sample()
+            self.presence._due = self.clock.now + SAMPLE_INTERVAL_S
 
     def is_stopped(self, seconds: float) -> None:
         self.clock.now += seconds
 
     def works(self, seconds: float) -> None:
         """Its loop is busy; the thread gets its turn."""
-        for _ in range(round(seconds / LOOK_INTERVAL_S)):
-            self.clock.now += LOOK_INTERVAL_S
-            self.used += LOOK_INTERVAL_S
-            self.presence._beat()
+        for _ in range(round(seconds / SAMPLE_INTERVAL_S)):
+            self.clock.now += SAMPLE_INTERVAL_S
+            self.used += SAMPLE_INTERVAL_S
+            self.presence._read_clock()
 
     def holds_the_lock(self, seconds: float) -> None:
         """One call keeps even the thread from running."""
@@ -51,7 +51,7 @@ class Process:
         for _ in range(round(seconds)):
             self.clock.now += 1.0
             self.used += 0.02
-            self.presence._beat()
+            self.presence._read_clock()
 
 
 @pytest.mark.parametrize(
@@ -71,9 +71,9 @@ def test_what_kept_a_server_from_watching(what, away: float, late: float) -> Non
     process = Process()
     process.idles(1)
     what(process)
-    missed = process.presence.look()
-    assert missed.away == pytest.approx(away, abs=2 * LOOK_INTERVAL_S)
-    assert missed.late == pytest.approx(late, abs=2 * LOOK_INTERVAL_S)
+    missed = process.presence.sample()
+    assert missed.away == pytest.approx(away, abs=2 * SAMPLE_INTERVAL_S)
+    assert missed.late == pytest.approx(late, abs=2 * SAMPLE_INTERVAL_S)
 
 
 async def test_a_real_loop_that_is_held_is_late_and_not_away() -> None:
@@ -82,7 +82,7 @@ async def test_a_real_loop_that_is_held_is_late_and_not_away() -> None:
     await asyncio.sleep(0.1)
     time.sleep(3.0)  # noqa: ASYNC251 - holds the loop, and uses nothing
     await asyncio.sleep(0)
-    missed = presence.look()
+    missed = presence.sample()
     running.cancel()
     assert missed.away == 0.0
     assert missed.late > 2.0
@@ -104,11 +104,11 @@ class Watch:
         """So many seconds, in each of which the loop is late by `late`."""
         for _ in range(seconds):
             self.process.works(late)
-            self.process.presence.look()
+            self.process.presence.sample()
             self.process.clock.now += 1.0 - late
-            self.process.presence._beat()
+            self.process.presence._read_clock()
             self.process.presence._due = self.process.clock.now
-            await self.overload.look()
+            await self.overload.check()
 
     async def told(self) -> list[str]:
         return [r.kind for r in await self.store.read(select(outbox.c.kind).order_by(outbox.c.id))]
@@ -153,9 +153,9 @@ async def test_the_longest_lag_of_the_last_minute_is_a_metric(store: Store) -> N
     await watch.passes(5)
     watch.process.holds_the_lock(7)
     await watch.passes(30)
-    assert watch.lag() == pytest.approx(7, abs=2 * LOOK_INTERVAL_S)
+    assert watch.lag() == pytest.approx(7, abs=2 * SAMPLE_INTERVAL_S)
     await watch.passes(60)
-    assert watch.lag() == pytest.approx(0, abs=2 * LOOK_INTERVAL_S)
+    assert watch.lag() == pytest.approx(0, abs=2 * SAMPLE_INTERVAL_S)
 
 
 async def test_an_overload_is_told_once_the_database_takes_it(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -245,7 +245,7 @@ async def test_garbage_is_answered_as_a_problem_and_said_once(caplog: pytest.Log
 def test_what_repeats_is_counted_until_it_is_said_again(caplog: pytest.LogCaptureFixture) -> None:
     limit = ConnectionLimit(1, 1, 1)
     for now in (0, 1, 30, 59, 61):
-        limit.complain("garbage", "a", now)
+        limit.log_limited("garbage", "a", now)
     assert [vars(r)["times"] for r in caplog.records] == [1, 4]
 
 
@@ -522,7 +522,7 @@ async def test_where_all_connections_are_taken_the_idle_ones_yield(caplog: pytes
             writer.close()
         await until(lambda: len(at.server.connection_limit) == 0)
     said = [r.message for r in caplog.records if r.name == "vpn_sentinel.server.connection_limit"]
-    assert said == ["all connections are taken: others yield to new ones", "connections are taken again"]
+    assert said == ["all connections are taken: new ones evict others", "there are free connections again"]
 
 
 HOLD: dict[str, bytes] = {

@@ -40,10 +40,10 @@ SILENT_AFTER = 91.0
 class Server:
     """One that goes by `counts`, the clock that is set; `passed` are seconds since the start that really passed."""
 
-    def __init__(self, store: Store, counts: ManualClock, patience: float = 0.0) -> None:
+    def __init__(self, store: Store, counts: ManualClock, settle_s: float = 0.0) -> None:
         self.store, self.counts, self.seqs = Seam(store), counts, 0
         self.clock = SteadyClock(counts)
-        self.keeper = Timekeeper(self.store, self.clock, self._now, patience=patience)
+        self.keeper = Timekeeper(self.store, self.clock, self._now, settle_s=settle_s)
         self.sites = Sites(moved=lambda: self.keeper.moved)
         self.tracker = Tracker(
             self.store, self.clock, Hub(), POLICY, channels=("telegram",), sites=self.sites,
@@ -241,7 +241,7 @@ async def test_of_a_tunnel_of_which_enough_was_told_the_rest_waits_as_long(serve
     await server.runs(120)
     now = server.clock.wall()
     (owed,) = delivery_rows(Notice(kind=Kind.DOWN, tunnel="nl", at=now), ["telegram"], now)
-    told = [{**owed, "settled_at": now - 50.0 - i, "outcome": "done"} for i in range(deliveries.MAX_PER_WINDOW)]
+    told = [{**owed, "settled_at": now - 50.0 - i, "outcome": "done"} for i in range(deliveries.MAX_NOTICES_PER_WINDOW)]
     await server.store.write(insert(outbox).values(told))
     await server.store.write(insert(outbox).values(owed))
     await server.set(by)
@@ -288,7 +288,7 @@ async def test_a_reference_agent_keeps_its_word(server: Server, by: float) -> No
     fresh = Sites(moved=lambda: server.keeper.moved)
     await fresh.load(server.store, now)
     assert fresh.view().up("flat", now, now - 5, now - 5) is True
-    assert fresh.view().may_tell("flat", now)
+    assert fresh.view().has_working_reference("flat", now)
     await server.takes(lost, **reference)
     assert server.sites.view().up("flat", server.clock.wall(), now - 5, now) is False
 
@@ -336,8 +336,8 @@ async def test_a_revoked_token_is_as_old_as_it_is(server: Server, by: float) -> 
     assert token.revoked_at == (await server.row()).last_seen == START + by
 
 
-ABSENT = "nobody could be heard for a while: each tunnel gets that time more before it is silent"
-SET = "the clock was set: all that is open moves with it"
+ABSENT = "no reports could be received for a while: all deadlines move by that time"
+SET = "the clock was set: all open times move with it"
 
 
 @pytest.mark.parametrize(
@@ -363,7 +363,7 @@ async def test_absence_a_busy_loop_and_a_clock_that_is_set_are_told_apart(
     for _ in range(int(busy)):  # the thread looks on meanwhile
         server.counts.now += 1.0
         server.used += 1.0
-        server.overdue._presence._beat()
+        server.overdue._presence._read_clock()
     server.counts.now += stopped
     await server.set(by)
     assert (await server.row()).deadline == pytest.approx(START + deadline, abs=1.0)
@@ -399,11 +399,11 @@ async def engines(database_url: str, clock: ManualClock) -> AsyncIterator[Any]:
     """Starts servers on one database; the clock was set `seconds` forward meanwhile."""
     async with AsyncExitStack() as stack:
 
-        async def start(seconds: float = 0.0, patience: float = 0.0) -> Server:
+        async def start(seconds: float = 0.0, settle_s: float = 0.0) -> Server:
             clock.set_by += seconds
             store = await open_store(database_url)
             stack.push_async_callback(store.close)
-            server = Server(store, clock, patience)
+            server = Server(store, clock, settle_s)
             await server.keeper.start()
             await server.overdue.tick()
             await stack.enter_async_context(running(server.tracker))
@@ -470,7 +470,7 @@ async def test_of_servers_side_by_side_one_moves_what_is_open(engines: Any) -> N
 @STEPS
 @pytest.mark.parametrize("database_url", ["postgres"], indirect=True)
 async def test_a_server_that_has_not_seen_it_yet_writes_no_old_times(engines: Any, by: float) -> None:
-    one, two = await engines(patience=0.3), await engines(patience=0.3)
+    one, two = await engines(settle_s=0.3), await engines(settle_s=0.3)
     await two.takes(WELL)
     await one.runs(30)
     one.counts.set_by += by

@@ -148,7 +148,7 @@ async def test_damage_is_told_once_and_the_good_copies_stay(path: Path, clock: M
 
 async def test_what_the_log_lost_is_told_once(server: Server) -> None:
     await server.store.write(insert(meta).values(key=DAMAGE_KEY, value="the newest writes are lost"))
-    await server.upkeep().tell_what_was_lost()
-    await server.upkeep().tell_what_was_lost()
+    await server.upkeep().notify_of_loss()
+    await server.upkeep().notify_of_loss()
     assert await server.told() == [(c, ("the newest writes are lost",)) for c in ("telegram", "webhook")]
     assert server.woken == 1

@@ -13,7 +13,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from tests.conftest import until
 from tests.server.test_serving import House, house
 from vpn_sentinel.server.request_stream import RequestStream
-from vpn_sentinel.server.websocket import FRAMES, FrameMeter
+from vpn_sentinel.server.websocket import FRAME_BURST, FrameMeter
 
 SHAKE = (
     b"GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
@@ -95,7 +95,7 @@ async def test_a_websocket_keeps_nothing_of_the_request_that_it_began_as() -> No
 async def test_a_message_in_many_frames_is_taken() -> None:
     async with house() as at:
         reader, writer = await connected(at)
-        pieces = int(FRAMES) - 20
+        pieces = int(FRAME_BURST) - 20
         writer.write(frame(TEXT, b"x", fin=0) + frame(CONTINUATION, b"y" * 200, fin=0) * pieces + frame(CONTINUATION))
         head = await reader.readexactly(10)
         assert (head[0], head[1]) == (FIN | TEXT, 127)
@@ -138,10 +138,10 @@ async def test_who_does_not_take_the_farewell_holds_no_connection(monkeypatch: p
 )
 def test_frames_are_counted_however_they_are_cut(sizes: list[int], cuts: list[int]) -> None:
     """As many as the meter grants, and not one more, whatever lies between two reads."""
-    sent = b"".join(frame(TEXT, b"\xff" * size) for size in sizes) + frame(PING) * (int(FRAMES) - len(sizes))
+    sent = b"".join(frame(TEXT, b"\xff" * size) for size in sizes) + frame(PING) * (int(FRAME_BURST) - len(sizes))
     meter = FrameMeter(0.0)
     for size in [*cuts, len(sent)]:
-        assert meter.grants(sent[:size], 0.0)
+        assert meter.allows(sent[:size], 0.0)
         sent = sent[size:]
-    assert not meter.grants(frame(PING), 0.0)
-    assert meter.grants(frame(PING), 1.0)
+    assert not meter.allows(frame(PING), 0.0)
+    assert meter.allows(frame(PING), 1.0)

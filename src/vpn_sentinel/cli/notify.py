@@ -38,7 +38,7 @@ async def _send(settings: "ServerSettings", name: str) -> int:
     from vpn_sentinel.server.notify.channel import DeliveryError, TransientError
     from vpn_sentinel.server.notify.channels import build_channels
     from vpn_sentinel.server.notify.guard import tls
-    from vpn_sentinel.server.notify.reasons import words
+    from vpn_sentinel.server.notify.reasons import reason_text
 
     clock = SystemClock()
     async with httpx.AsyncClient(verify=tls(settings.ca_file), timeout=15.0, trust_env=False) as http:
@@ -51,7 +51,7 @@ async def _send(settings: "ServerSettings", name: str) -> int:
         except DeliveryError as e:
             asked = e.retry_after if isinstance(e, TransientError) else None
             wait = f"; it asks to wait {asked:.0f} s" if asked else ""
-            print(f"vpn-sentinel: {name}: {words(name, e.reason)}{wait}", file=sys.stderr)
+            print(f"vpn-sentinel: {name}: {reason_text(name, e.reason)}{wait}", file=sys.stderr)
             return 1
     print(f"{name}: sent")
     return 0

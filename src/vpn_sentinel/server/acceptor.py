@@ -1,4 +1,4 @@
-"""Takes the connections of a listener, counted before one costs more than a descriptor."""
+"""Accepts the connections of a listener, and applies the limits while one costs only a descriptor."""
 
 import asyncio
 import contextlib
@@ -13,51 +13,51 @@ from vpn_sentinel.server.connection_limit import ConnectionLimit, ConnectionSlot
 
 log = logging.getLogger(__name__)
 
-# Connections taken in one turn of the loop. Where all slots are taken each drives one out, who should be heard first:
-# the smallest listener has some hundred slots.
-ACCEPTS_PER_TURN: Final = 8
-_RETRY_S: Final = 1.0  # seconds after there was no descriptor for one
+# Connections accepted in one iteration of the event loop. When all slots are taken each of them evicts one, which
+# should be served first: the smallest listener has some hundred slots.
+ACCEPTS_PER_ITERATION: Final = 8
+_RETRY_S: Final = 1.0  # after there was no free descriptor
 
 
 class Acceptor:
-    """A loop's own server would not do: it tells of a connection when its TLS handshake is over; and uvloop's takes one
-    in a turn of the loop (libuv 1.52, `uv__server_io`). Where turns are long the kernel's queue fills up then, and who
-    finds no room in it tries again after 1, 3 and 7 s (tcp(7), `tcp_syn_retries`).
+    """Used instead of the event loop's own server for two reasons: that one reports a connection only after its TLS
+    handshake; and uvloop's accepts one connection in an iteration (libuv 1.52, `uv__server_io`). With long iterations
+    the kernel's queue fills up, and a client that finds no room in it tries again after 1, 3 and 7 s (tcp(7),
+    `tcp_syn_retries`).
     """
 
     def __init__(
         self, bound: socket.socket, limit: ConnectionLimit, protocol: Callable[[ConnectionSlot], asyncio.BaseProtocol],
-        *, waiting: int, context: ssl.SSLContext | None = None, seconds: float = 0.0,
+        *, backlog: int, context: ssl.SSLContext | None = None, tls_timeout_s: float = 0.0,
     ) -> None:  # fmt: skip
-        """`protocol` serves a connection, and leaves its slot at the end. So many as `waiting` says the kernel holds
-        until they are taken.
-
-        `seconds` is the time for a handshake, and for its end, where there is a `context`.
+        """`protocol` serves a connection, and releases its slot at the end. `backlog` is the length of the kernel's
+        queue of connections. `tls_timeout_s` is the time for a handshake, and for a shutdown, where there is a
+        `context`.
         """
         self._bound, self._connection_limit, self._protocol = bound, limit, protocol
         self._tls: dict[str, ssl.SSLContext | float] = {}
-        if context is not None:  # asyncio gives a handshake a minute, and its end half a one
-            self._tls = {"ssl": context, "ssl_handshake_timeout": seconds, "ssl_shutdown_timeout": seconds}
+        if context is not None:  # asyncio's defaults are 60 s for a handshake and 30 s for a shutdown
+            self._tls = {"ssl": context, "ssl_handshake_timeout": tls_timeout_s, "ssl_shutdown_timeout": tls_timeout_s}
         self._loop = asyncio.get_running_loop()
         self._opening: dict[asyncio.Task[Any], socket.socket] = {}
-        self._later: asyncio.TimerHandle | None = None
-        bound.listen(waiting)
+        self._retry_timer: asyncio.TimerHandle | None = None
+        bound.listen(backlog)
         self._open()
 
     def is_serving(self) -> bool:
         return self._bound.fileno() >= 0
 
     def close(self) -> None:
-        """Take no more, and end those that are not open yet; of the others nothing is known here."""
-        if self._later is not None:
-            self._later.cancel()
+        """Accept no more, and end those that are not open yet; the others are not managed here."""
+        if self._retry_timer is not None:
+            self._retry_timer.cancel()
         self._loop.remove_reader(self._bound)
         self._bound.close()
-        for made in self._opening.values():
-            _end(made)
+        for accepted in self._opening.values():
+            _end(accepted)
 
     async def wait_closed(self) -> None:
-        """As `asyncio.Server` has it."""
+        """As in `asyncio.Server`."""
         if self._opening:
             await asyncio.wait(self._opening)
 
@@ -65,39 +65,39 @@ class Acceptor:
         self._loop.add_reader(self._bound, self._accept)
 
     def _accept(self) -> None:
-        for _ in range(ACCEPTS_PER_TURN):
+        for _ in range(ACCEPTS_PER_ITERATION):
             try:
-                made, peer = self._bound.accept()
+                accepted, peer = self._bound.accept()
             except (BlockingIOError, ConnectionAbortedError):
                 return
-            except OSError as e:  # no descriptor is left: `watch.descriptors` says so
-                log.debug("a connection cannot be taken", extra={"reason": e.strerror})
+            except OSError as e:  # no descriptor is left: `watch.descriptors` logs that
+                log.debug("a connection cannot be accepted", extra={"reason": e.strerror})
                 self._loop.remove_reader(self._bound)
-                self._later = self._loop.call_later(_RETRY_S, self._open)
+                self._retry_timer = self._loop.call_later(_RETRY_S, self._open)
                 return
-            made.setblocking(False)
-            slot = self._connection_limit.enter(peer[0], self._loop.time(), partial(_end, made))
+            accepted.setblocking(False)
+            slot = self._connection_limit.enter(peer[0], self._loop.time(), partial(_end, accepted))
             if slot is None:
-                made.close()
+                accepted.close()
                 continue
             opening = self._loop.create_task(
-                self._loop.connect_accepted_socket(partial(self._protocol, slot), made, **self._tls)  # type: ignore[arg-type]
+                self._loop.connect_accepted_socket(partial(self._protocol, slot), accepted, **self._tls)  # type: ignore[arg-type]
             )
-            self._opening[opening] = made
+            self._opening[opening] = accepted
             opening.add_done_callback(partial(self._opened, slot))
 
     def _opened(self, slot: ConnectionSlot, opening: asyncio.Task[Any]) -> None:
-        made = self._opening.pop(opening)
+        accepted = self._opening.pop(opening)
         if opening.cancelled() or (failed := opening.exception()) is None:  # cancelled: the loop ends
             return
-        made.close()
-        slot.leave()
+        accepted.close()
+        slot.release()
         if not isinstance(failed, OSError):
             raise failed
-        log.debug("a connection does not open", extra={"reason": str(failed)})  # no TLS, mostly, or too slow
+        log.debug("a connection was not opened", extra={"reason": str(failed)})  # mostly no TLS, or too slow
 
 
-def _end(made: socket.socket) -> None:
-    """Before it is open. It fails then, or is lost; to cancel that is of no use, as uvloop keeps what it began."""
-    with contextlib.suppress(OSError):  # the other side did
-        made.shutdown(socket.SHUT_RDWR)
+def _end(accepted: socket.socket) -> None:
+    """End a connection that is not open yet: its opening fails then. Cancelling it would not stop uvloop."""
+    with contextlib.suppress(OSError):  # the client has closed it
+        accepted.shutdown(socket.SHUT_RDWR)

@@ -1,4 +1,4 @@
-"""The server put together: each part is made from those before it, and nothing names what is made later."""
+"""The wiring of the server: each part is made from those before it."""
 
 import asyncio
 import contextlib
@@ -52,21 +52,28 @@ from vpn_sentinel.server.store.store import Store
 from vpn_sentinel.server.tracking.sites import Sites, Span
 from vpn_sentinel.server.tracking.tracker import Tracker
 from vpn_sentinel.server.watch.descriptors import Descriptors
-from vpn_sentinel.server.watch.memory import give_back, spare_the_collector
+from vpn_sentinel.server.watch.memory import freeze_gc, trim_heap
 from vpn_sentinel.server.watch.overdue import Overdue
 from vpn_sentinel.server.watch.overload import Overload
-from vpn_sentinel.server.watch.ports import Ports
+from vpn_sentinel.server.watch.ports import PortChecker
 from vpn_sentinel.server.watch.presence import Presence
-from vpn_sentinel.server.watch.replicas import Replicas
+from vpn_sentinel.server.watch.replicas import ReplicaPoller
 from vpn_sentinel.server.watch.retention import Retention
 from vpn_sentinel.server.watch.timekeeper import SETTLE_S, Timekeeper, database_time
 from vpn_sentinel.server.watch.upkeep import Upkeep, UpkeepMetrics
 
 log = logging.getLogger(__name__)
 
-_FOLDER_WITHIN: Final = 5.0  # seconds; a dead NFS server's folder answers never
-# Of a filesystem whose other end is away.
-_AWAY: Final = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH)
+_FOLDER_TIMEOUT_S: Final = 5.0  # a folder of a dead NFS server never answers
+# Errors of a network filesystem whose server cannot be reached.
+_UNAVAILABLE_ERRNOS: Final = (
+    errno.EIO,
+    errno.ESTALE,
+    errno.ENOTCONN,
+    errno.ETIMEDOUT,
+    errno.EHOSTDOWN,
+    errno.EHOSTUNREACH,
+)
 
 
 async def serve(
@@ -77,8 +84,8 @@ async def serve(
     *,
     started: Callable[[Store], None] = lambda _: None,
 ) -> None:
-    """Run the server until `stop` is set. `tell` prints a line for whoever started it; `started` is called once it
-    takes reports.
+    """Run the server until `stop` is set. `tell` prints a line for the user who started it; `started` is called once it
+    accepts reports.
 
     Raises SettingError or StoreUnusable, with one line, when it cannot start.
     """
@@ -95,25 +102,26 @@ async def serve(
 
 
 async def _try_backups(settings: ServerSettings) -> None:
-    """Raises SettingError for a folder of backups that is set and will not do, long before the first one is due.
+    """Raises SettingError for a folder of backups that cannot be used, long before the first backup is due.
 
-    What may pass, as of a disk elsewhere that is away, is said when a backup is due: tunnels are watched all the same.
+    A failure that may be temporary, such as a network disk that is away, is only logged when a backup is due: tunnels
+    are watched all the same.
     """
     folder = settings.backup_dir
     if folder is None or settings.database_file is None or not settings.backup_hours:
         return
     try:
-        await asyncio.wait_for(asyncio.to_thread(files.try_folder, folder), _FOLDER_WITHIN)
+        await asyncio.wait_for(asyncio.to_thread(files.try_folder, folder), _FOLDER_TIMEOUT_S)
     except TimeoutError:
         log.warning("the folder of backups does not answer", extra={"folder": folder})
     except OSError as e:
-        if e.errno not in _AWAY:
+        if e.errno not in _UNAVAILABLE_ERRNOS:
             raise SettingError(PREFIX + "BACKUP_DIR", f"{folder}: {e.strerror}") from e
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Base:
-    """What every part stands on. `http` is for what the server itself asks of others."""
+    """What every part needs. `http` is for the server's own requests."""
 
     settings: ServerSettings
     store: Store
@@ -128,7 +136,7 @@ class _Base:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Notifying:
-    """How people are told. `bot` answers them, where Telegram is set up."""
+    """What notifies people. `bot` answers them, where Telegram is set up."""
 
     dispatcher: Dispatcher
     bot: Bot | None
@@ -136,7 +144,7 @@ class _Notifying:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Tracking:
-    """The one transaction, and what brings it news: reports by way of the doors, pulses, deadlines, ports."""
+    """The tracker, and the sources of its inputs: pulses, deadlines, ports; reports come by the API's port."""
 
     tracker: Tracker
     sites: Sites
@@ -145,7 +153,7 @@ class _Tracking:
     known_tunnels: KnownTunnels
     pulses: PulseProtocol
     own_address: OwnAddress
-    ports: Ports
+    ports: PortChecker
     presence: Presence
     overdue: Overdue
     overload: Overload
@@ -163,7 +171,7 @@ async def _run(
     """Make the parts, each from those before it; run them until `stop` is set."""
     clock = SteadyClock(system)
     alone = settings.database_url.startswith("sqlite:")
-    keeper = Timekeeper(store, clock, lambda: _time(settings, system, store), patience=0.0 if alone else SETTLE_S)
+    keeper = Timekeeper(store, clock, lambda: _time(settings, system, store), settle_s=0.0 if alone else SETTLE_S)
     await keeper.start()
     secret = await _secret(store)
     if settings.api_key is None:
@@ -187,16 +195,16 @@ async def _run(
             dns_canary = build_dns_canary(settings.canary, secret, tracking.own_address, base.registry)
         servers = _servers(base, notifying, tracking, dns_canary, sockets)
 
-        running = [tasks.create_task(w, name=name) for name, w in _works(base, notifying, tracking).items()]
+        running = [tasks.create_task(w, name=name) for name, w in _background_tasks(base, notifying, tracking).items()]
         pulses = tracking.pulses
         echo, _ = await asyncio.get_running_loop().create_datagram_endpoint(lambda: pulses, sock=sockets.echo)
         if dns_canary is not None:
             await dns_canary.open(sockets.canary)
         closing = asyncio.Event()
         serving = [tasks.create_task(serve_until(server, bound, closing)) for server, bound in servers]
-        await _tell_of_start(base, notifying.dispatcher)
+        await _announce_start(base, notifying.dispatcher)
         started(store)
-        spare_the_collector()
+        freeze_gc()
         await stop.wait()
 
         base.hub.close()
@@ -215,7 +223,7 @@ def _client(settings: ServerSettings) -> httpx.AsyncClient:
         verify=tls(settings.ca_file),
         timeout=httpx.Timeout(15.0, connect=10.0, read=60.0),
         limits=httpx.Limits(max_connections=20),
-        trust_env=False,  # never the process's proxy settings: they would carry what a VPN's owner wants kept apart
+        trust_env=False,  # never the process's proxy settings: a proxy would see what the VPN's owner keeps separate
     )
 
 
@@ -241,7 +249,7 @@ async def _track(base: _Base, notifying: _Notifying) -> _Tracking:
     PulseMetrics(base.registry, lambda: pulses.counts)
     sites = Sites(lambda name: _pulsed(pulse_registry, name, clock), moved=lambda: keeper.moved)
     await sites.load(store, clock.wall())
-    own_address = OwnAddress(base.http, settings.trace_url, _wants_own_address(settings))
+    own_address = OwnAddress(base.http, settings.trace_url, _own_address_advice(settings))
     tracker = Tracker(
         store,
         clock,
@@ -262,7 +270,7 @@ async def _track(base: _Base, notifying: _Notifying) -> _Tracking:
         known_tunnels=known_tunnels,
         pulses=pulses,
         own_address=own_address,
-        ports=Ports(tracker.forwarded if settings.port_check else {}, tracker.submit, clock),
+        ports=PortChecker(tracker.forwarded if settings.port_check else {}, tracker.submit, clock),
         presence=presence,
         overdue=Overdue(store, tracker, clock, presence, keeper.follow),
         overload=Overload(store, dispatcher.channels, clock, presence, base.registry, dispatcher.wake),
@@ -270,7 +278,7 @@ async def _track(base: _Base, notifying: _Notifying) -> _Tracking:
 
 
 def _api(base: _Base, tracking: _Tracking) -> ReportRouter:
-    """What answers on the API's port: reports, and in front of nothing but those that read."""
+    """The application on the API's port: reports, and behind them the routes that read."""
     settings, clock = base.settings, base.clock
     admission = Admission(settings, base.access, clock)
     sessions = Sessions(
@@ -314,32 +322,32 @@ def _servers(
     return list(found.values())
 
 
-def _works(base: _Base, notifying: _Notifying, tracking: _Tracking) -> dict[str, Coroutine[Any, Any, None]]:
-    """What runs beside the servers, by the name of its task."""
+def _background_tasks(base: _Base, notifying: _Notifying, tracking: _Tracking) -> dict[str, Coroutine[Any, Any, None]]:
+    """The tasks that run beside the servers, by name."""
     store, clock, registry = base.store, base.clock, base.registry
-    works = {
+    tasks_by_name = {
         "tracker": tracking.tracker.run(),
         "dispatcher": notifying.dispatcher.run(),
         "presence": tracking.presence.run(),
         "overdue": tracking.overdue.run(),
         "overload": tracking.overload.run(),
         "descriptors": Descriptors(clock, registry).run(),
-        "memory": give_back(),
+        "memory": trim_heap(),
         "retention": Retention(store, clock, base.settings.retention_days).run(),
         "own address": tracking.own_address.run(),
         "sites": tracking.sites.run(store, clock),
         "ports": tracking.ports.run(),
         "names of pulses": tracking.known_tunnels.run(),
-        "pulse_queue": tracking.pulse_queue.run(tracking.tracker.submit),
-        "engine": _what_its_engine_needs(base.settings, store, base.hub, clock, notifying.dispatcher, registry).run(),
+        "pulse queue": tracking.pulse_queue.run(tracking.tracker.submit),
+        "engine": _engine_task(base.settings, store, base.hub, clock, notifying.dispatcher, registry).run(),
     }
-    return works if notifying.bot is None else works | {"bot": notifying.bot.run()}
+    return tasks_by_name if notifying.bot is None else tasks_by_name | {"bot": notifying.bot.run()}
 
 
-async def _tell_of_start(base: _Base, dispatcher: Dispatcher) -> None:
+async def _announce_start(base: _Base, dispatcher: Dispatcher) -> None:
     at = base.clock.wall()
     if base.settings.database_url.startswith("sqlite:"):
-        # Nobody else delivers from this file: a lease that stands is a crashed server's, and need not run out.
+        # No other server delivers from this file: an open lease is a crashed server's, and need not expire.
         await base.store.write(update(outbox).where(outbox.c.settled_at.is_(None)).values(leased_until=0.0))
     notice = Notice(kind=Kind.SERVER_STARTED, at=at, details=(f"Version {__version__}",))
     if deliveries := delivery_rows(notice, dispatcher.channels, at):
@@ -348,10 +356,10 @@ async def _tell_of_start(base: _Base, dispatcher: Dispatcher) -> None:
     log.info("server started", extra={"version": __version__, "port": base.settings.api_port})
 
 
-def _what_its_engine_needs(
+def _engine_task(
     settings: ServerSettings, store: Store, hub: Hub, clock: Clock, dispatcher: Dispatcher, registry: CollectorRegistry
-) -> Upkeep | Replicas:
-    """A SQLite file is nobody else's to look after; a PostgreSQL database may be other servers' too."""
+) -> Upkeep | ReplicaPoller:
+    """Upkeep for a SQLite file, which only this server uses; a poller for PostgreSQL, which others may use too."""
     folder = settings.backup_folder
     if isinstance(store, SqliteStore) and folder is not None:
         return Upkeep(
@@ -364,48 +372,48 @@ def _what_its_engine_needs(
             hours=settings.backup_hours,
             keep=settings.backup_keep,
         )
-    return Replicas(store, hub, clock)
+    return ReplicaPoller(store, hub, clock)
 
 
-def _wants_own_address(settings: ServerSettings) -> tuple[str, ...]:
-    """What does not work while the server's own public address is unknown, and what to set then."""
-    wanted = []
+def _own_address_advice(settings: ServerSettings) -> tuple[str, ...]:
+    """Sentences on what does not work while the server's own public address is unknown, and what to set."""
+    advice = []
     if not settings.policy.home_networks:
-        wanted.append(
+        advice.append(
             "old clients (bare keepalives) cannot be told from home yet: this server's public address, taken for "
             "their home, could not be asked; VPN_SENTINEL_HOME_NETWORKS says it for good"
         )
     if settings.canary is not None and not settings.canary.addresses:
-        wanted.append(
+        advice.append(
             "the canary zone's nameserver has no address yet: this server's public one could not be asked; "
             "VPN_SENTINEL_CANARY_ADDRESSES says it for good"
         )
-    return tuple(wanted)
+    return tuple(advice)
 
 
 async def _time(settings: ServerSettings, system: Clock, store: Store) -> float:
-    """By the clock that all who write into the database have in common."""
+    """The time of the clock that all servers of the database share."""
     return system.wall() if settings.database_url.startswith("sqlite:") else await database_time(store)
 
 
 async def _names(store: Store, clock: Clock) -> dict[str, float]:
-    """Of each tunnel that may pulse, when it reported last, by the boot time's clock."""
+    """The time of the last report of each tunnel that may send pulses, in boot time."""
     offset = clock.wall() - clock.boottime()
     return {name: at - offset for name, at in (await known_names(store)).items()}
 
 
 def _pulsed(pulse_registry: PulseRegistry, name: str, clock: Clock) -> Span | None:
-    """From when to when pulses of `name` came over the internet without a gap, by the wall clock."""
+    """The time in which pulses of `name` last came over the internet without a gap, by the wall clock."""
     offset = clock.wall() - clock.boottime()
     span = pulse_registry.gapless_span(name)
     return None if span is None else (span[0] + offset, span[1] + offset)
 
 
 async def _first_key(store: Store, clock: Clock, tell: Callable[[str], None]) -> None:
-    """Make the installation's first shared key, where there never was one, and print it."""
+    """Create and print the installation's first shared key, where there never was one."""
 
     def show(key: str) -> None:
-        with contextlib.suppress(OSError):  # a full disk behind standard output; the log tells what to do
+        with contextlib.suppress(OSError):  # a full disk behind standard output; the log says what to do
             tell(f"A first key was made. It is shown only now; agents send it as VPN_SENTINEL_API_KEY:\n\n    {key}\n")
 
     if await first_key(store, clock.wall(), show):
@@ -414,10 +422,10 @@ async def _first_key(store: Store, clock: Clock, tell: Callable[[str], None]) ->
 
 
 async def _secret(store: Store) -> bytes:
-    """The installation's own 32 bytes, made once: keys of the UDP echo come from it."""
+    """The installation's secret of 32 bytes, made once: the keys of the UDP echo are derived from it."""
     asked = select(meta.c.value).where(meta.c.key == "secret")
     if not (found := await store.read(asked)):
-        # Two replicas may start at once: whoever comes second takes the first one's.
+        # Two replicas may start at the same time: the second one uses the first one's.
         add = text("INSERT INTO meta (key, value) VALUES ('secret', :made) ON CONFLICT (key) DO NOTHING")
         await store.write(add.bindparams(made=secrets.token_hex(32)))
         found = await store.read(asked)

@@ -1,4 +1,4 @@
-"""The sockets of every port, bound before anything else starts."""
+"""The sockets of all ports, bound before anything else starts."""
 
 import socket
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from vpn_sentinel.server.settings import ServerSettings
 
 @dataclass(frozen=True, slots=True)
 class BoundSockets:
-    """Bound before anything else starts, so that a busy port is told in one line and nothing has to be undone."""
+    """Bound before anything else starts, so that a busy port is one line of error, and nothing has to be undone."""
 
     api: socket.socket
     echo: socket.socket
@@ -20,12 +20,12 @@ class BoundSockets:
 
     @classmethod
     def bind(cls, settings: ServerSettings) -> "BoundSockets":
-        """Raises SettingError that names the port or address that cannot be had."""
+        """Raises SettingError that names the setting of the port or address that cannot be used."""
         bound: list[socket.socket] = []
 
         def take(host: str, port: int, name: str, kind: socket.SocketKind = socket.SOCK_STREAM) -> socket.socket:
             hosts = {"SERVER_API_PORT": "SERVER_HOST"}.get(name, name.replace("_PORT", "_HOST"))
-            # The dashboard's address is no setting.
+            # There is no setting for the dashboard's address.
             host_setting = "" if name == "SERVER_DASHBOARD_PORT" else PREFIX + hosts
             bound.append(listen(host, port, PREFIX + name, kind, host_setting=host_setting))
             return bound[-1]

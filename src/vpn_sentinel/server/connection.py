@@ -1,7 +1,7 @@
-"""One client's connection in front of uvicorn: what it may send, for how long, and when it yields to others.
+"""One client's connection in front of uvicorn: limits on size and time, and when it may be evicted for others.
 
-Nothing here knows how uvicorn works inside. It is handed one request at a time, as a client would send it, by a
-transport of ours; what the application answers is seen as an ASGI server's caller sees it.
+Nothing here depends on uvicorn's internals. uvicorn gets one request at a time, as a client would send it, through a
+transport of ours; the application's answers are observed at the ASGI interface.
 """
 
 import asyncio
@@ -21,24 +21,23 @@ from vpn_sentinel.server.request_stream import BadRequest, RequestHead, RequestS
 from vpn_sentinel.server.websocket import TOO_MANY_FRAMES, FrameMeter
 from vpn_sentinel.wire.problem import CONTENT_TYPE, problem
 
-BODY_PAUSES: Final = 10  # a whole body may take as many times as long as lies between two parts
-HELD_BACK_BYTES: Final = 64 * 1024  # of requests that wait; what is beyond is not read until they are fewer
-# Of a request's body that nobody wants, before it is answered, and after that.
-DRAINED_BEFORE_BYTES: Final = 64 * 1024
-DRAINED_BEFORE_S: Final = 1.0
-DRAINED_AFTER_BYTES: Final = 512 * 1024
-DRAINED_AFTER_S: Final = 2.0
+BODY_TIME_FACTOR: Final = 10  # a whole body may take this many times as long as the pause between two parts
+MAX_QUEUED_BYTES: Final = 64 * 1024  # of pipelined requests that wait; above this the connection is not read
+# How much of an unwanted request body is read and discarded, before the answer and after it.
+DISCARD_BEFORE_BYTES: Final = 64 * 1024
+DISCARD_BEFORE_S: Final = 1.0
+DISCARD_AFTER_BYTES: Final = 512 * 1024
+DISCARD_AFTER_S: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What one listener grants. Times are seconds; `head` is bytes of the request line, the headers and the trailers,
-    and of the heads of all requests that wait on one connection.
+    """The limits of one listener. Times are in seconds; `head` bounds the bytes of the request line, the headers and
+    the trailers, and of the heads of all requests that wait on one connection.
 
-    `drained_within` is how long a client may leave an answer unread, `connections` how many may be open in all, half of
-    them of one network (a /24, or a /48 of IPv6) and `per_address` of one address (or a /64). A body
-    may come in so many `parts`, of which `body_within` may lie between two, and ten times that between the first and
-    the last.
+    `drained_within` is how long a client may leave an answer unread. At most `connections` may be open, half of them
+    from one network (a /24, or a /48 of IPv6) and `per_address` from one address (or a /64). A body may come in
+    `parts`, with at most `body_within` between two, and ten times that between the first and the last.
     """
 
     connections: int
@@ -54,25 +53,25 @@ class Limits:
 
 @dataclass(slots=True)
 class _Request:
-    """`pieces` were not handed over yet, `complete` once all of it has come."""
+    """`chunks` are not forwarded yet; `complete` says that all of it has been received."""
 
     head: RequestHead
-    pieces: list[bytes] = field(default_factory=list)
+    chunks: list[bytes] = field(default_factory=list)
     complete: bool = False
 
 
 class Connection(asyncio.Protocol):
-    """The protocol of a connection, which hands on to `server`, another one, what is granted.
+    """The protocol of a connection: forwards requests within the limits to another protocol, `server`.
 
-    One timer per connection: it re-arms itself from `_deadline`, which is all that a request moves.
+    There is one timer for each connection; it sets itself again from `_deadline`, which is all that a request changes.
     """
 
     def __init__(
         self, limit: ConnectionLimit, limits: Limits, slot: ConnectionSlot,
         *, server: Callable[["Connection"], asyncio.Protocol], websockets: bool, connections: "set[Connection]",
     ) -> None:  # fmt: skip
-        """`server` makes the protocol behind; `websockets` says whether it takes them. While it is open the connection
-        is one of `connections`.
+        """`server` makes the protocol to forward to; `websockets` says whether it accepts them. An open connection is
+        in `connections`.
         """
         self._connection_limit, self._limits, self._slot = limit, limits, slot
         self._make, self._connections = server, connections
@@ -80,34 +79,34 @@ class Connection(asyncio.Protocol):
         self._stream: RequestStream | None = RequestStream(
             self, head_bytes=limits.head, parts=limits.parts, websockets=websockets
         )
-        self._frames: FrameMeter | None = None  # of a WebSocket
-        self._server: asyncio.Protocol | None = None  # until it was told that the connection is over
+        self._frames: FrameMeter | None = None  # set for a WebSocket
+        self._server: asyncio.Protocol | None = None  # None once its connection_lost was called
         self._lost: asyncio.Future[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._rings_at = self._deadline = self._drained_by = self._body_by = inf
-        self._current: _Request | None = None  # which is being answered
+        self._timer_at = self._deadline = self._write_deadline = self._body_by = inf
+        self._current: _Request | None = None  # the one that is being answered
         self._answering = False  # its answer has begun
         self._waiting: deque[_Request] = deque()
-        self._reading = False  # inside a request
-        self._ended = False  # nothing more comes, and who said all still waits for an answer
+        self._reading = False  # within a request
+        self._eof = False  # the client has sent everything and waits for an answer
         self._server_paused = self._paused = False
 
-    # What the transport calls.
+    # Called by the transport.
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport: asyncio.Transport = transport  # type: ignore[assignment]  # uvloop's are of no class of asyncio's
+        self._transport: asyncio.Transport = transport  # type: ignore[assignment]  # uvloop's are not instances of asyncio's classes
         self._slot.cut = self._transport.abort
         self._connections.add(self)
         self._server = self._make(self)
         self._server.connection_made(_ServerTransport(self))
-        self._wait(self._limits.head_within)
+        self._set_deadline(self._limits.head_within)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002 - the server needs no reason
-        self._deadline = self._drained_by = inf
+        self._deadline = self._write_deadline = inf
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        self._slot.leave()
+        self._slot.release()
         self._connections.discard(self)
         self._end_server()
         self._waiting.clear()
@@ -126,29 +125,29 @@ class Connection(asyncio.Protocol):
             self.request_began()
             self.head_complete(head)
             self.request_complete(b"")
-            self._hand_over()
+            self._forward()
             return
         try:
             self._stream.feed(data)
         except BadRequest as e:
-            self._hand_over()  # a request before it was a request
+            self._forward()  # requests before the bad one
             self._refuse(str(e))
         else:
-            self._hand_over()
+            self._forward()
             self._read_or_pause()
 
     def eof_received(self) -> bool:
-        """Whether the transport is to stay open: who has said all waits for an answer that has not begun.
+        """Whether the transport stays open: the client waits for an answer that has not begun.
 
-        One that has may be a stream without an end. Over TLS asyncio closes both ways.
+        An answer that has begun may be an endless stream. With TLS, asyncio closes both directions.
         """
         waits = self._current is not None and not self._answering and not self._reading
-        self._ended = waits and self._transport.get_extra_info("sslcontext") is None
-        return self._ended
+        self._eof = waits and self._transport.get_extra_info("sslcontext") is None
+        return self._eof
 
     def pause_writing(self) -> None:
-        self._drained_by = self._loop.time() + self._limits.drained_within
-        self._arm(self._drained_by)
+        self._write_deadline = self._loop.time() + self._limits.drained_within
+        self._arm(self._write_deadline)
         if self._frames is None:
             self._slot.idle()
         if self._server is not None:
@@ -156,18 +155,18 @@ class Connection(asyncio.Protocol):
         self._read_or_pause()
 
     def resume_writing(self) -> None:
-        self._drained_by = inf
+        self._write_deadline = inf
         if self._current is not None:
             self._slot.busy()
         if self._server is not None:
             self._server.resume_writing()
         self._read_or_pause()
 
-    # What the stream of requests calls.
+    # Called by the request stream.
 
     def request_began(self) -> None:
         self._reading = True
-        self._wait(self._limits.head_within)
+        self._set_deadline(self._limits.head_within)
 
     def head_complete(self, head: RequestHead) -> None:
         request = _Request(head, [head.text])
@@ -183,64 +182,64 @@ class Connection(asyncio.Protocol):
                 raise BadRequest(msg)
             self._waiting.append(request)
         self._slot.busy()
-        self._body_by = self._loop.time() + BODY_PAUSES * self._limits.body_within
-        self._wait(self._limits.body_within)
+        self._body_by = self._loop.time() + BODY_TIME_FACTOR * self._limits.body_within
+        self._set_deadline(self._limits.body_within)
 
     def body_part(self, part: bytes) -> None:
-        self._wait(min(self._limits.body_within, self._body_by - self._loop.time()))
+        self._set_deadline(min(self._limits.body_within, self._body_by - self._loop.time()))
         if (request := self._last) is not None:
-            request.pieces.append(part)
+            request.chunks.append(part)
 
     def request_complete(self, end: bytes) -> None:
         self._reading = False
         if (request := self._last) is not None:
             request.complete = True
-            request.pieces.append(end)
+            request.chunks.append(end)
         if self._current is not None:
-            self._deadline = inf  # it is the application's turn
+            self._deadline = inf  # the application's time is not limited
         else:
-            self._wait(self._limits.idle)
+            self._set_deadline(self._limits.idle)
 
     @property
     def _last(self) -> _Request | None:
         return self._waiting[-1] if self._waiting else self._current
 
-    # Between the client and the server behind.
+    # Between the client and the server protocol.
 
-    def _hand_over(self) -> None:
-        """Let the server have what has come of the request that it is to answer."""
+    def _forward(self) -> None:
+        """Forward the received part of the current request to the server."""
         request, server = self._current, self._server
-        if request is None or server is None or not request.pieces:
+        if request is None or server is None or not request.chunks:
             return
-        data, request.pieces = b"".join(request.pieces), []
+        data, request.chunks = b"".join(request.chunks), []
         server.data_received(data)
-        if self._server is not server:  # it has put a WebSocket's in its place, and is told that this was all
+        if self._server is not server:  # it has put a WebSocket's protocol in its place, and is finished
             server.connection_lost(ConnectionAbortedError())
             self._current = None
             self._end_stream()
 
     def replace_server(self, server: asyncio.Protocol) -> None:
-        """From now on `server` speaks to the client: a WebSocket's."""
+        """From now on `server`, a WebSocket's protocol, serves the client."""
         self._server = server
         self._frames = FrameMeter(self._loop.time())
         self._deadline = inf
-        self._slot.idle()  # until the agent's hello was answered
+        self._slot.idle()  # until the agent's hello is answered
 
     def _frames_received(self, server: asyncio.Protocol, data: bytes) -> None:
-        if self._frames is not None and not self._frames.grants(data, self._loop.time()):
+        if self._frames is not None and not self._frames.allows(data, self._loop.time()):
             self._end_server()
             self._transport.write(TOO_MANY_FRAMES)
             self.close()
             return
         try:
             server.data_received(data)
-        except InvalidState:  # a text that is none, and behind it the close: nobody is left to be told
+        except InvalidState:  # invalid UTF-8, followed by a Close frame: there is nobody to answer any more
             self._transport.abort()
 
     def _refuse(self, why: str) -> None:
-        """Answer 400 and close. An answer that has begun, or that others wait before, is cut instead."""
+        """Answer 400 and close. If an answer has begun, or others are due first, the connection is aborted instead."""
         peer = self._transport.get_extra_info("peername")
-        self._connection_limit.complain(f"requests are refused: {why}", peer[0] if peer else "", self._loop.time())
+        self._connection_limit.log_limited(f"requests are refused: {why}", peer[0] if peer else "", self._loop.time())
         self._end_server()
         if self._current is not None and (self._answering or self._waiting):
             self._transport.abort()
@@ -252,10 +251,10 @@ class Connection(asyncio.Protocol):
         )
         self._transport.write(head.encode() + body)
         self._transport.close()
-        self._wait(self._limits.head_within)
+        self._set_deadline(self._limits.head_within)
 
     def _end_server(self) -> None:
-        """Tell the server that the connection is over, and so the application."""
+        """End the server protocol, and through it the application."""
         server, self._server = self._server, None
         if server is not None:
             server.connection_lost(None)
@@ -265,7 +264,7 @@ class Connection(asyncio.Protocol):
         if stream is not None:
             stream.close()
 
-    # What the server behind does by its transport.
+    # Called by the server protocol through its transport.
 
     @property
     def transport(self) -> asyncio.Transport:
@@ -284,9 +283,9 @@ class Connection(asyncio.Protocol):
         self._read_or_pause()
 
     def close(self) -> None:
-        """Once all is sent, or when the client has left it unread for too long."""
+        """Close once all is sent, or when the client has left it unread for too long."""
         self._transport.close()
-        self._wait(self._limits.drained_within)
+        self._set_deadline(self._limits.drained_within)
 
     def abort(self) -> None:
         self._transport.abort()
@@ -294,50 +293,50 @@ class Connection(asyncio.Protocol):
     def _read_or_pause(self) -> None:
         if self._transport.is_closing():
             return
-        held = sum(len(piece) for request in self._waiting for piece in request.pieces) if self._waiting else 0
-        unread = self._frames is not None and self._drained_by < inf  # frames are answered
-        paused = self._server_paused or held > HELD_BACK_BYTES or unread
+        queued = sum(len(chunk) for request in self._waiting for chunk in request.chunks) if self._waiting else 0
+        unread = self._frames is not None and self._write_deadline < inf  # frames are answered, so read no more of them
+        paused = self._server_paused or queued > MAX_QUEUED_BYTES or unread
         if paused != self._paused:
             self._paused = paused
             (self._transport.pause_reading if paused else self._transport.resume_reading)()
 
-    # What the application is called through.
+    # The calls of the application.
 
     async def serve_http(self, app: Any, scope: Any, receive: Any, send: Any) -> None:
-        """Run `app`; an answer before the end of its request is the last one of the connection."""
+        """Run `app`; an answer before the end of its request is the connection's last one."""
         request = self._current
         if request is None:
             return
-        asked, comes = False, True
+        body_wanted, body_comes = False, True
 
-        async def hear() -> Any:
-            nonlocal asked
-            asked = True
+        async def receive_body() -> Any:
+            nonlocal body_wanted
+            body_wanted = True
             return await receive()
 
         async def answer(message: Any) -> None:
-            nonlocal comes
+            nonlocal body_comes
             starts = message["type"] == "http.response.start"
             more = starts or message.get("more_body", False)
             if starts and not request.complete:
-                comes = asked or not request.head.expects_continue  # else it waits to be asked for
-                if comes:
-                    # Mostly it is on its way, and to be cut while it sends would cost the client the answer.
-                    await self._drain(request, receive, DRAINED_BEFORE_BYTES, DRAINED_BEFORE_S)
+                body_comes = body_wanted or not request.head.expects_continue  # else it waits for "100 Continue"
+                if body_comes:
+                    # Mostly the body is in flight, and a connection that is cut while it sends loses the answer.
+                    await self._discard_body(request, receive, DISCARD_BEFORE_BYTES, DISCARD_BEFORE_S)
                 if not request.complete:
                     message = {**message, "headers": [*message.get("headers", ()), (b"connection", b"close")]}
-            elif not more and comes and not request.complete:
+            elif not more and body_comes and not request.complete:
                 await send(message | {"more_body": True})
-                await self._drain(request, receive, DRAINED_AFTER_BYTES, DRAINED_AFTER_S)
+                await self._discard_body(request, receive, DISCARD_AFTER_BYTES, DISCARD_AFTER_S)
                 message = {"type": message["type"]}
             self._answering = True
             await send(message)
             if not more:
                 self._answered(request)
-            elif not starts and self._drained_by == inf:
-                self._slot.keep()  # a stream, or a long answer that is being taken
+            elif not starts and self._write_deadline == inf:
+                self._slot.keep()  # a stream, or a long answer that the client reads
 
-        await app(scope, hear, answer)
+        await app(scope, receive_body, answer)
 
     async def serve_websocket(self, app: Any, scope: Any, receive: Any, send: Any) -> None:
         greeted = denied = False
@@ -352,7 +351,7 @@ class Connection(asyncio.Protocol):
 
         await app(scope, receive, answer)
         if denied and self._server is not None:
-            # uvicorn takes it for a fault of the application where that ends before the connection does.
+            # uvicorn treats it as an error of the application if it ends before the connection does.
             self._lost = self._loop.create_future()
             await self._lost
 
@@ -364,17 +363,17 @@ class Connection(asyncio.Protocol):
             return
         if self._waiting:
             self._current = self._waiting.popleft()
-            self._hand_over()
+            self._forward()
             self._read_or_pause()
-        elif self._ended:
+        elif self._eof:
             self.close()
         elif not self._reading:
-            self._wait(self._limits.idle)
+            self._set_deadline(self._limits.idle)
             self._slot.idle()
 
-    async def _drain(self, request: _Request, receive: Any, size: int, seconds: float) -> None:
-        """Read what is left of a body, which nobody wants, `size` bytes at most (RFC 9112, section 9.6)."""
-        self._slot.idle()  # what is waited for is of no use to anybody, so it yields
+    async def _discard_body(self, request: _Request, receive: Any, size: int, seconds: float) -> None:
+        """Read and discard the rest of an unwanted body, at most `size` bytes (RFC 9112, section 9.6)."""
+        self._slot.idle()  # it may be evicted: the body is of no use
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 while not request.complete and size > 0:
@@ -383,40 +382,40 @@ class Connection(asyncio.Protocol):
                         return
                     size -= len(event["body"])
 
-    # Time.
+    # The timer.
 
-    def _wait(self, seconds: float) -> None:
+    def _set_deadline(self, seconds: float) -> None:
         self._deadline = self._loop.time() + seconds
-        if self._deadline < self._rings_at:
+        if self._deadline < self._timer_at:
             self._arm(self._deadline)
 
     def _arm(self, at: float) -> None:
-        if at < self._rings_at:
+        if at < self._timer_at:
             if self._timer is not None:
                 self._timer.cancel()
-            self._rings_at = at
-            self._timer = self._loop.call_at(at, self._ring)
+            self._timer_at = at
+            self._timer = self._loop.call_at(at, self._on_timer)
 
-    def _ring(self) -> None:
-        self._timer, self._rings_at = None, inf
+    def _on_timer(self) -> None:
+        self._timer, self._timer_at = None, inf
         now = self._loop.time()
-        if now >= self._drained_by or (now >= self._deadline and self._transport.is_closing()):
+        if now >= self._write_deadline or (now >= self._deadline and self._transport.is_closing()):
             self._transport.abort()
             return
         if now >= self._deadline and self._paused:
-            # It is we who do not read: the client cannot go on.
+            # We do not read at the moment, so the client cannot go on.
             self._deadline = now + self._limits.body_within
         elif now >= self._deadline:
             if self._reading:
                 self._transport.abort()
                 return
             self.close()
-        if (at := min(self._deadline, self._drained_by)) < inf:
+        if (at := min(self._deadline, self._write_deadline)) < inf:
             self._arm(at)
 
 
 class _ServerTransport(asyncio.Transport):
-    """The transport of the protocol behind a connection."""
+    """The transport of the server protocol behind a connection."""
 
     def __init__(self, connection: Connection) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""What every TCP listener does alike, whatever answers behind it: how a path may be written, HEAD and OPTIONS.
+"""The same rules for all TCP listeners: spelling of paths, HEAD and OPTIONS.
 
-Whoever guards some paths in front of us, in a proxy, shall not find the same answer under another spelling.
+A proxy in front may protect some paths; another spelling of a path must not give the same answer.
 """
 
 from typing import Any, Final
@@ -8,17 +8,17 @@ from typing import Any, Final
 from vpn_sentinel.wire import problem
 from vpn_sentinel.wire.codec import encode
 
-# TRACE is a method that no route takes: who is asked so says, with 405, which ones there are.
-_ASKED_AS: Final = {"HEAD": "GET", "OPTIONS": "TRACE"}
+# TRACE is a method that no route has: the answer is 405, with the methods that there are.
+_METHOD_FOR_APP: Final = {"HEAD": "GET", "OPTIONS": "TRACE"}
 _NOT_FOUND: Final = encode(problem.problem(404, "Not Found"))
 
 
 class RequestNormalizer:
-    """An ASGI application in front of another, which needs to know of GET, POST and the like alone.
+    """An ASGI application in front of another, which then handles only GET, POST and the like.
 
-    - A path with an empty segment (`//`) is nobody's: 404. One slash at the end is left out.
-    - HEAD is GET without the content (RFC 9110, section 9.3.2); an answer that never ends is over with its headers.
-    - OPTIONS is 204 with `Allow` (section 9.3.7), for everyone: it says no more than 405 does.
+    - A path with an empty segment (`//`) does not exist: 404. One slash at the end is removed.
+    - HEAD is GET without the content (RFC 9110, section 9.3.2); an endless answer ends after its headers.
+    - OPTIONS is 204 with `Allow` (section 9.3.7), for everyone: it shows no more than 405 does.
     """
 
     def __init__(self, app: Any) -> None:
@@ -38,13 +38,13 @@ class RequestNormalizer:
             await self._app(scope, receive, send)
             return
         method = scope["method"]
-        if method in _ASKED_AS:
-            scope = {**scope, "method": _ASKED_AS[method]}
+        if method in _METHOD_FOR_APP:
+            scope = {**scope, "method": _METHOD_FOR_APP[method]}
         await self._app(scope, receive, _Answer(send, method))
 
 
 class _Answer:
-    """ASGI's `send` of one request, which came by `method`."""
+    """ASGI's `send` for one request with `method`."""
 
     def __init__(self, send: Any, method: str) -> None:
         self._send, self._method = send, method
@@ -62,23 +62,23 @@ class _Answer:
             await self._send({"type": "http.response.body", "body": b""})
 
     def _refusal(self, message: Any) -> Any:
-        """A 405 that names all methods; to OPTIONS that is the answer."""
+        """The 405 with all methods in `Allow`; as 204, it is the answer to OPTIONS."""
         headers = message["headers"]
         allow = next((value for name, value in headers if name.lower() == b"allow"), b"")
         methods = {method.strip() for method in allow.split(b",") if method.strip()} | {b"OPTIONS"}
         if b"GET" in methods:
             methods.add(b"HEAD")
-        asked = self._method == "OPTIONS"
-        replaced = (b"allow", b"content-type", b"content-length") if asked else (b"allow",)
+        is_options = self._method == "OPTIONS"
+        replaced = (b"allow", b"content-type", b"content-length") if is_options else (b"allow",)
         kept = [(name, value) for name, value in headers if name.lower() not in replaced]
-        status = 204 if asked else 405
+        status = 204 if is_options else 405
         return {**message, "status": status, "headers": [*kept, (b"allow", b", ".join(sorted(methods)))]}
 
 
 async def _refuse(scope: Any, receive: Any, send: Any) -> None:
     if scope["type"] == "websocket":
         await receive()
-        await send({"type": "websocket.close"})  # before it is accepted: answered with 403
+        await send({"type": "websocket.close"})  # before it is accepted, so the answer is 403
         return
     headers = [
         (b"content-type", problem.CONTENT_TYPE.encode()),

@@ -1,4 +1,4 @@
-"""uvicorn inside our own loop: several ports, one process, bounds for strangers, an end within a second."""
+"""Runs uvicorn in our own event loop: several ports in one process, limits for clients, shutdown within a second."""
 
 import asyncio
 import contextlib
@@ -17,26 +17,26 @@ from vpn_sentinel.server.connection import Connection, Limits
 from vpn_sentinel.server.connection_limit import ConnectionLimit, ConnectionSlot, connections_for
 from vpn_sentinel.server.request_normalizer import RequestNormalizer
 
-# The last of a link's address without its zone (ipv6(7)).
+# The last one: a link-local address without its zone (ipv6(7)).
 _NO_SUCH_ADDRESS: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EINVAL)
 _CONNECTION: Final = "vpn_sentinel.connection"  # its key in ASGI's `state`
-LISTEN_BACKLOG: Final = 2048  # connections that the kernel holds until they are taken
+LISTEN_BACKLOG: Final = 2048  # connections that the kernel queues until they are accepted
 _CONNECTIONS_END_WITHIN_S: Final = 0.5
 _TASKS_END_WITHIN_S: Final = 0.2
 
 
 class EmbeddedServer(uvicorn.Server):
-    """A server that leaves the signals to whoever runs the process, and the connections to `Acceptor`.
+    """A server that leaves the signals to its caller, and the connections to `Acceptor`.
 
-    All that is known here of uvicorn's own ways is in this class: `serve` calls `startup` with the sockets and in the
-    end closes `servers`; a protocol is made from `config`, `server_state` and `app_state`, hands a copy of the last on
-    as ASGI's `state`, and puts a WebSocket's in its own place by the transport's `set_protocol`.
+    Only this class depends on uvicorn's internals: `serve` calls `startup` with the sockets and closes `servers` at the
+    end; a protocol is made from `config`, `server_state` and `app_state`, passes a copy of the last on as ASGI's
+    `state`, and puts a WebSocket's protocol in its own place by the transport's `set_protocol`.
     """
 
-    def __init__(self, config: uvicorn.Config, limits: Limits, tracked: "_Tracked") -> None:
+    def __init__(self, config: uvicorn.Config, limits: Limits, tracking_app: "_TrackingApp") -> None:
         super().__init__(config)
         self.connection_limit = ConnectionLimit(limits.connections, limits.per_address, max(limits.connections // 2, 1))
-        self._limits, self._tracked = limits, tracked
+        self._limits, self._app = limits, tracking_app
         self._connections: set[Connection] = set()
 
     @contextlib.contextmanager
@@ -49,37 +49,38 @@ class EmbeddedServer(uvicorn.Server):
         for bound in sockets or []:
             taking: Any = Acceptor(
                 bound, self.connection_limit, self.protocol,
-                waiting=self.config.backlog, context=self.config.ssl, seconds=self._limits.head_within,
+                backlog=self.config.backlog, context=self.config.ssl, tls_timeout_s=self._limits.head_within,
             )  # fmt: skip
             self.servers.append(taking)
         self.started = True
 
     def abort(self) -> None:
-        """End every connection now, sent or not."""
+        """End every connection now, even with unsent data."""
         for connection in list(self._connections):
             connection.abort()
 
     def cancel(self) -> None:
-        """End every request that outlived its connection."""
-        for task in list(self._tracked.running):
+        """End every request whose connection is gone."""
+        for task in list(self._app.running):
             task.cancel()
 
     def protocol(self, slot: ConnectionSlot) -> Connection:
-        """What serves the connection at `slot`."""
+        """The protocol for the connection of `slot`."""
         return Connection(
             self.connection_limit, self._limits, slot,
-            server=self._behind, websockets=self.config.ws_protocol_class is not None, connections=self._connections,
+            server=self._make_server, websockets=self.config.ws_protocol_class is not None,
+            connections=self._connections,
         )  # fmt: skip
 
-    def _behind(self, connection: Connection) -> asyncio.Protocol:
+    def _make_server(self, connection: Connection) -> asyncio.Protocol:
         made: Any = self.config.http_protocol_class
         state = {**self.lifespan.state, _CONNECTION: connection}
         protocol: asyncio.Protocol = made(config=self.config, server_state=self.server_state, app_state=state)
         return protocol
 
 
-class _Tracked:
-    """The application, called by way of the connection that asks."""
+class _TrackingApp:
+    """Calls the application through the request's connection, and keeps track of the running calls."""
 
     def __init__(self, app: Any) -> None:
         self._app = app
@@ -101,13 +102,14 @@ def embedded(
 ) -> EmbeddedServer:
     """A server for `app`, to be run with `serve(sockets=[…])`.
 
-    A `side` door takes no WebSockets and two sixteenths of the process's descriptors; the main one takes eleven.
+    With `side`, for a secondary port, it accepts no WebSockets, and gets two sixteenths of the process's descriptors;
+    the main one gets eleven.
     """
     if limits is None:
         limits = Limits(connections=connections_for(2 if side else 11))
-    tracked = _Tracked(RequestNormalizer(app))
+    tracking_app = _TrackingApp(RequestNormalizer(app))
     config = uvicorn.Config(
-        tracked,
+        tracking_app,
         loop="none",
         http="httptools",
         ws="none" if side else "websockets-sansio",
@@ -117,23 +119,22 @@ def embedded(
         log_config=None,
         access_log=False,
         server_header=False,
-        proxy_headers=False,  # ours are believed only from listed networks
+        proxy_headers=False,  # we use them only from trusted networks
         timeout_graceful_shutdown=1,
-        timeout_keep_alive=ceil(limits.idle + limits.head_within) + 1,  # later than a `Connection` ends it
+        timeout_keep_alive=ceil(limits.idle + limits.head_within) + 1,  # `Connection` ends it earlier
         backlog=LISTEN_BACKLOG,
         ssl_certfile=str(cert) if cert else None,
         ssl_keyfile=str(key) if key else None,
     )
-    return EmbeddedServer(config, limits, tracked)
+    return EmbeddedServer(config, limits, tracking_app)
 
 
 def listen(
     host: str, port: int, setting: str, kind: socket.SocketKind = socket.SOCK_STREAM, *, host_setting: str = ""
 ) -> socket.socket:
-    """Bind a socket; `::` takes IPv4 too, and is IPv4 alone on a machine without IPv6.
+    """Bind a socket; `::` includes IPv4, and means only IPv4 on a machine without IPv6.
 
-    Raises SettingError when it cannot be had: it names `host_setting` where the address is to blame, else `setting`,
-    the port's.
+    Raises SettingError: it names `host_setting` where the address is the cause, else `setting`, the port's.
     """
     try:
         try:
@@ -169,15 +170,15 @@ def _bound(host: str, port: int, kind: socket.SocketKind) -> socket.socket:
 async def serve_until(server: EmbeddedServer, bound: socket.socket, closing: asyncio.Event) -> None:
     """Serve `bound` until `closing` is set; the streams of `server` watch the same event.
 
-    What has not ended half a second later is cut: a client that stalls does not decide when we stop.
+    What has not ended half a second later is aborted, so that a stalled client does not delay the end.
     """
     async with asyncio.TaskGroup() as tasks:
         serving = tasks.create_task(server.serve(sockets=[bound]))
         await closing.wait()
         server.should_exit = True
-        for patience, cut in ((_CONNECTIONS_END_WITHIN_S, server.abort), (_TASKS_END_WITHIN_S, server.cancel)):
-            done, _ = await asyncio.wait({serving}, timeout=patience)
+        for timeout_s, cut in ((_CONNECTIONS_END_WITHIN_S, server.abort), (_TASKS_END_WITHIN_S, server.cancel)):
+            done, _ = await asyncio.wait({serving}, timeout=timeout_s)
             if not done:
                 cut()
         await serving
-        server.abort()  # what still had a farewell to send
+        server.abort()  # connections that still send their close

@@ -10,7 +10,7 @@ from tests.conftest import ManualClock, until
 from tests.server.sample import KEY
 from tests.server.streams import events, serving
 from vpn_sentinel.server.access import revoke_token
-from vpn_sentinel.server.api.events import Encoded, stream
+from vpn_sentinel.server.api.events import TunnelEncoder, stream
 from vpn_sentinel.server.live.hub import Hub
 from vpn_sentinel.server.store import schema
 from vpn_sentinel.server.store.store import Store
@@ -82,16 +82,16 @@ async def test_an_idle_stream_ends_with_its_key_too(store: Store, hub: Hub) -> N
         return next(answers)
 
     async with asyncio.timeout(5):
-        frames = [f async for f in stream(hub, Encoded(store), may_read, idle=0.01)]
+        frames = [f async for f in stream(hub, TunnelEncoder(store), may_read, idle=0.01)]
     assert frames[1:] == [b": still here\n\n"] * 2
 
 
 async def test_a_tunnel_is_encoded_once_for_all_streams(store: Store, filled: dict[str, int]) -> None:
-    encoded = Encoded(store)
-    first, second = await encoded.of({"media-nl"}), await encoded.of({"media-nl"})
-    assert encoded._kept["media-nl"][1] == bytes(first.tunnels[0])
-    kept = encoded._kept["media-nl"][1]
-    await encoded.of({"media-nl"})
-    assert encoded._kept["media-nl"][1] is kept
+    encoder = TunnelEncoder(store)
+    first, second = await encoder.changed({"media-nl"}), await encoder.changed({"media-nl"})
+    assert encoder._kept["media-nl"][1] == bytes(first.tunnels[0])
+    kept = encoder._kept["media-nl"][1]
+    await encoder.changed({"media-nl"})
+    assert encoder._kept["media-nl"][1] is kept
     await store.write(update(schema.tunnels).where(schema.tunnels.c.name == "media-nl").values(last_seen=5.0))
-    assert bytes((await encoded.of({"media-nl"})).tunnels[0]) != bytes(second.tunnels[0])
+    assert bytes((await encoder.changed({"media-nl"})).tunnels[0]) != bytes(second.tunnels[0])

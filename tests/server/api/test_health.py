@@ -103,7 +103,7 @@ async def test_not_started_until_the_database_answered(
 
 async def test_database_that_hangs(services: HealthServices, patient: Patient) -> None:
     patient.hang = True
-    async with client(replace(services, patience=0.05)) as probe:
+    async with client(replace(services, database_timeout_s=0.05)) as probe:
         response = await probe.get("/health/ready")
     assert response.status_code == 503
     assert response.json()["parts"]["database"]["detail"] == "did not answer within 0.05 s"

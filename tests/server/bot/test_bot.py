@@ -292,7 +292,7 @@ async def test_two_servers_take_turns(store: Store, desk: Desk) -> None:
 
 async def test_the_twin_takes_over_when_the_lease_is_over(store: Store, desk: Desk) -> None:
     dead = PollerLease(store, "dead")
-    assert await dead.hold(desk.time.now, desk.time.now + subject.LEASE_S)
+    assert await dead.acquire(desk.time.now, desk.time.now + subject.LEASE_S)
     async with running(desk.bot(store, "alive")):
         await desk.time.quiet(1)
         assert desk.telegram.polls == []
@@ -321,7 +321,7 @@ async def test_a_stranger_who_polls_is_said_once_and_left_alone(
         assert await desk.telegram.until(1) == [commands.PONG]
         task.cancel()
     said = [r.message for r in caplog.records if r.name.endswith("bot.bot")]
-    assert said == ["someone else polls with the bot's token, or set a webhook", "the bot is back"]
+    assert said == ["another program polls with the bot's token, or has set a webhook", "the bot is back"]
     assert "SECRET" not in caplog.text
 
 
@@ -331,8 +331,8 @@ async def test_a_wrong_token_is_said_once_and_tried_slowly(
     desk.telegram.failures = [telegram_error(401, "Unauthorized")] * 3
     async with running(desk.bot(store)):
         await desk.time.quiet(1)
-        assert [until - desk.time.now for until, _, _ in desk.time.asleep] == [subject.REPAIR_S]
-        await desk.time.pass_(subject.REPAIR_S, 1)
+        assert [until - desk.time.now for until, _, _ in desk.time.asleep] == [subject.SETUP_RETRY_S]
+        await desk.time.pass_(subject.SETUP_RETRY_S, 1)
     assert [r.__dict__["reason"] for r in caplog.records] == ["auth"]
     assert "SECRET" not in caplog.text
 
@@ -422,27 +422,27 @@ async def test_a_lost_database_stops_the_polling_and_nothing_else(
 
 async def test_one_of_many_gets_the_free_seat(store: Store) -> None:
     first = PollerLease(store, "first")
-    assert await first.hold(100.0, 200.0)
-    await first.leave()
+    assert await first.acquire(100.0, 200.0)
+    await first.release()
     seats = [PollerLease(store, str(n)) for n in range(8)]
-    won = await asyncio.gather(*(s.hold(100.0, 145.0) for s in seats))
+    won = await asyncio.gather(*(s.acquire(100.0, 145.0) for s in seats))
     assert won.count(True) == 1
     winner = seats[won.index(True)]
-    assert await winner.hold(110.0, 155.0)
+    assert await winner.acquire(110.0, 155.0)
     losers = [s for s in seats if s is not winner]
-    assert [await s.hold(110.0, 200.0) for s in losers] == [False] * 7
+    assert [await s.acquire(110.0, 200.0) for s in losers] == [False] * 7
     assert {s.free_at for s in seats} == {155.0}
 
 
 async def test_a_seat_that_was_taken_away_is_given_up(store: Store) -> None:
     slow, fast = PollerLease(store, "slow"), PollerLease(store, "fast")
-    assert await slow.hold(0.0, 45.0)
+    assert await slow.acquire(0.0, 45.0)
     slow.offset = 8
-    assert await fast.hold(50.0, 95.0)
-    assert not await slow.hold(51.0, 96.0)
-    assert not await slow.hold(52.0, 97.0)
+    assert await fast.acquire(50.0, 95.0)
+    assert not await slow.acquire(51.0, 96.0)
+    assert not await slow.acquire(52.0, 97.0)
     assert slow.free_at == 95.0
-    assert await fast.hold(60.0, 105.0)
+    assert await fast.acquire(60.0, 105.0)
 
 
 ODD = ["", "null", "{", '{"until": "soon"}', '{"holder": "x", "until": 1e300}', '{"holder": "x", "until": 5000}']
@@ -451,16 +451,16 @@ ODD = ["", "null", "{", '{"until": "soon"}', '{"holder": "x", "until": 1e300}', 
 @pytest.mark.parametrize("value", ODD)
 async def test_a_row_that_makes_no_sense_blocks_nobody(store: Store, value: str) -> None:
     await store.write(insert(meta).values(key=poller_lease.KEY, value=value))
-    assert await PollerLease(store, "me").hold(100.0, 145.0)
+    assert await PollerLease(store, "me").acquire(100.0, 145.0)
 
 
 async def test_the_offset_travels_with_the_seat(store: Store) -> None:
     first, second = PollerLease(store, "first"), PollerLease(store, "second")
-    assert await first.hold(0.0, 45.0)
+    assert await first.acquire(0.0, 45.0)
     first.offset = 77
-    assert await first.hold(1.0, 46.0)
-    await first.leave()
-    assert await second.hold(2.0, 47.0)
+    assert await first.acquire(1.0, 46.0)
+    await first.release()
+    assert await second.acquire(2.0, 47.0)
     assert second.offset == 77
     await store.write(update(meta).where(meta.c.key == poller_lease.KEY).values(value="{}"))
-    assert not await second.hold(3.0, 48.0)
+    assert not await second.acquire(3.0, 48.0)

@@ -16,7 +16,7 @@ SPANS = {
 
 @pytest.mark.parametrize(("seconds", "said"), SPANS.items())
 def test_span(seconds: float, said: str) -> None:
-    assert view.span(seconds) == said
+    assert view.short_duration(seconds) == said
 
 
 HEADLINES = {
@@ -83,4 +83,4 @@ DAYS = {
 def test_what_was_not_verified_is_no_part_of_the_days_protection(moved: list[Change], state: str, said: str) -> None:
     known = tunnel(state, since=moved[-1].at if moved else 0.0)
     newest_first = sorted(moved, key=lambda c: -c.at)
-    assert view.day(known, newest_first, 24 * HOUR, complete=True) == said  # type: ignore[arg-type]
+    assert view.day_summary(known, newest_first, 24 * HOUR, complete=True) == said  # type: ignore[arg-type]

@@ -186,7 +186,7 @@ def count(made: Responder, data: bytes, host: str, now: float, times: int = 200)
 
 
 def test_strangers_are_answered_a_few_times_a_second() -> None:
-    made = responder(limit=QueryLimit(genuine=1000, strange=10))
+    made = responder(limit=QueryLimit(genuine=1000, other=10))
     data = query("www.example.com", "A")
     assert count(made, data, "203.0.113.1", 0.0) == 20
     assert count(made, data, "203.0.113.99", 0.0) == 0  # of the same network
@@ -196,11 +196,11 @@ def test_strangers_are_answered_a_few_times_a_second() -> None:
 
 
 def test_garbage_counts_as_much() -> None:
-    assert count(responder(limit=QueryLimit(strange=10)), b"x" * 12 + b"\x00" * 8, "203.0.113.1", 0.0) <= 20
+    assert count(responder(limit=QueryLimit(other=10)), b"x" * 12 + b"\x00" * 8, "203.0.113.1", 0.0) <= 20
 
 
 def test_agents_behind_one_resolver_are_not_strangers() -> None:
-    assert count(responder(limit=QueryLimit(genuine=1000, strange=10)), query(own_name()), ASKER, 0.0) == 200
+    assert count(responder(limit=QueryLimit(genuine=1000, other=10)), query(own_name()), ASKER, 0.0) == 200
 
 
 def test_all_together_are_limited_too() -> None:

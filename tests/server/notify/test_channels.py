@@ -84,7 +84,7 @@ def api(server: StandIn, http: httpx.AsyncClient, time: Time) -> BotApi:
         time.now += seconds
 
     telegram = TelegramSettings(token=Secret(TOKEN), chat_id="42", api_url=server.url)
-    return BotApi(http, telegram, time, sleep=sleep, limit=3)
+    return BotApi(http, telegram, time, sleep=sleep, timeout_s=3)
 
 
 async def failure_of(channel: TelegramChannel | WebhookChannel) -> DeliveryError:
@@ -174,7 +174,7 @@ async def test_an_answer_of_telegram_is_bounded_unpacked_too(
         telegram = TelegramSettings(token=Secret(TOKEN), chat_id="42", api_url=server.url)
         tracemalloc.start()
         try:
-            failure = await failure_of(TelegramChannel(BotApi(http, telegram, time, limit=10.0), "42"))
+            failure = await failure_of(TelegramChannel(BotApi(http, telegram, time, timeout_s=10.0), "42"))
             most = tracemalloc.get_traced_memory()[1]
         finally:
             tracemalloc.stop()
@@ -325,9 +325,9 @@ async def test_a_long_text_comes_in_parts_of_whole_lines(api: BotApi, server: St
 async def webhook_for(
     server: StandIn, time: Time, *, secret: str | None = None, path: str = "/hook?key=SECRET", private: bool = True
 ) -> WebhookChannel:
-    client = guarded_client(tls(None), private=private, limit=3)
+    client = guarded_client(tls(None), private=private, timeout_s=3)
     settings = WebhookSettings(url=Secret(server.url + path), secret=Secret(secret) if secret else None)
-    return WebhookChannel(client, settings, time, limit=3)
+    return WebhookChannel(client, settings, time, timeout_s=3)
 
 
 async def test_webhook_posts_the_documented_body(server: StandIn, time: Time) -> None:
@@ -509,7 +509,7 @@ def test_allowed(address: str) -> None:
 
 @pytest.mark.parametrize("host", ["localhost", "127.1", "2130706433", "0x7f.1", "[::ffff:127.0.0.1]", "[::1]", "0"])
 async def test_every_way_to_write_loopback_is_refused(host: str) -> None:
-    client = guarded_client(tls(None), private=False, limit=1)
+    client = guarded_client(tls(None), private=False, timeout_s=1)
     with pytest.raises(ForbiddenAddressError):
         await client.post(f"http://{host}:9/")
 
@@ -549,7 +549,7 @@ async def test_the_next_address_of_a_name_is_tried_and_the_name_is_sent(server: 
     async def two(host: str, port: int) -> list[str]:
         return ["127.0.0.2", "127.0.0.1"]
 
-    client = guarded_client(tls(None), private=True, limit=2, resolve=two)
+    client = guarded_client(tls(None), private=True, timeout_s=2, resolve=two)
     answer = await client.post(f"http://hook.example:{server.port}/", content=b"body")
     assert answer.status_code == 200
     [asked] = server.asked
@@ -561,7 +561,7 @@ async def test_a_name_that_does_not_resolve_is_transient(time: Time) -> None:
     async def nothing(host: str, port: int) -> list[str]:
         raise OSError
 
-    client = guarded_client(tls(None), private=False, limit=1, resolve=nothing)
+    client = guarded_client(tls(None), private=False, timeout_s=1, resolve=nothing)
     channel = WebhookChannel(client, WebhookSettings(url=Secret("https://hook.example/SECRET")), time)
     failure = await failure_of(channel)
     assert (type(failure), failure.reason) == (TransientError, "unreachable")

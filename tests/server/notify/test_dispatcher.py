@@ -19,7 +19,7 @@ from vpn_sentinel.server.notify import worker
 from vpn_sentinel.server.notify.channel import Channel, PermanentError, SetupError, TransientError
 from vpn_sentinel.server.notify.dispatcher import Dispatcher
 from vpn_sentinel.server.notify.metrics import NotifyMetrics
-from vpn_sentinel.server.notify.reasons import words
+from vpn_sentinel.server.notify.reasons import reason_text
 from vpn_sentinel.server.store.outbox_rows import delivery_rows
 from vpn_sentinel.server.store.schema import attempts, outbox
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
@@ -318,11 +318,11 @@ async def test_a_tunnel_that_says_much_is_told_of_for_a_while_and_then_in_one_me
     pager, desk = slow_desk(store)
     async with at_work(desk):
         await desk.owes(*ROGUE)
-        await desk.passes(outbox_module.MAX_PER_WINDOW + outbox_module.WINDOW_S - 5)
-        assert len(pager.told) == outbox_module.MAX_PER_WINDOW
+        await desk.passes(outbox_module.MAX_NOTICES_PER_WINDOW + outbox_module.NOTICE_WINDOW_S - 5)
+        assert len(pager.told) == outbox_module.MAX_NOTICES_PER_WINDOW
         await desk.passes(10)
-        assert len(pager.told) == outbox_module.MAX_PER_WINDOW + 1
-        assert pager.at[-1] - pager.at[-2] <= outbox_module.WINDOW_S + 1.0
+        assert len(pager.told) == outbox_module.MAX_NOTICES_PER_WINDOW + 1
+        assert pager.at[-1] - pager.at[-2] <= outbox_module.NOTICE_WINDOW_S + 1.0
         said = pager.notices[-1]
         assert (said.kind, said.tunnel, said.was) == (Kind.DOWN, "rogue", State.LEAKING)
         assert said.details == (
@@ -330,9 +330,9 @@ async def test_a_tunnel_that_says_much_is_told_of_for_a_while_and_then_in_one_me
             "Of them 275 were leaks.",
         )
         await desk.passes(600)
-        assert len(pager.told) == outbox_module.MAX_PER_WINDOW + 1
+        assert len(pager.told) == outbox_module.MAX_NOTICES_PER_WINDOW + 1
         outcomes = await desk.outcomes()
-        assert (outcomes.count("done"), outcomes.count("summed")) == (outbox_module.MAX_PER_WINDOW + 1, 549)
+        assert (outcomes.count("done"), outcomes.count("summed")) == (outbox_module.MAX_NOTICES_PER_WINDOW + 1, 549)
         # It is calm now: what comes next is told at once.
         asked_at = desk.time.now
         await desk.owes(("rogue", Kind.LEAKING))
@@ -343,70 +343,79 @@ async def test_a_tunnel_that_says_much_is_told_of_for_a_while_and_then_in_one_me
 async def test_a_leak_that_stands_is_told_with_the_sum_at_the_latest(store: Store) -> None:
     pager, desk = slow_desk(store)
     async with at_work(desk):
-        await desk.owes(*([OVER, LEAK] * (outbox_module.MAX_PER_WINDOW // 2)))
-        await desk.passes(outbox_module.MAX_PER_WINDOW)
-        assert len(pager.told) == outbox_module.MAX_PER_WINDOW
+        await desk.owes(*([OVER, LEAK] * (outbox_module.MAX_NOTICES_PER_WINDOW // 2)))
+        await desk.passes(outbox_module.MAX_NOTICES_PER_WINDOW)
+        assert len(pager.told) == outbox_module.MAX_NOTICES_PER_WINDOW
         last = pager.at[-1]
         await desk.owes(OVER, LEAK)
         await desk.passes(62)
-        assert len(pager.told) == outbox_module.MAX_PER_WINDOW + 1
+        assert len(pager.told) == outbox_module.MAX_NOTICES_PER_WINDOW + 1
         said = pager.notices[-1]
         assert (said.kind, said.was) == (Kind.LEAKING, None)
         assert said.details[-1] == "Of them one was a leak."
-        assert pager.at[-1] - last <= outbox_module.WINDOW_S + 1.0
+        assert pager.at[-1] - last <= outbox_module.NOTICE_WINDOW_S + 1.0
 
 
 async def test_one_change_that_waited_is_told_as_it_is(store: Store) -> None:
     pager, desk = slow_desk(store)
     async with at_work(desk):
-        await desk.owes(*([OVER, LEAK] * (outbox_module.MAX_PER_WINDOW // 2)), OVER)
-        await desk.passes(outbox_module.MAX_PER_WINDOW + outbox_module.WINDOW_S + 2)
+        await desk.owes(*([OVER, LEAK] * (outbox_module.MAX_NOTICES_PER_WINDOW // 2)), OVER)
+        await desk.passes(outbox_module.MAX_NOTICES_PER_WINDOW + outbox_module.NOTICE_WINDOW_S + 2)
         assert pager.told[-1] == OVER
-        assert (len(pager.told), pager.notices[-1].details) == (outbox_module.MAX_PER_WINDOW + 1, ())
+        assert (len(pager.told), pager.notices[-1].details) == (outbox_module.MAX_NOTICES_PER_WINDOW + 1, ())
 
 
 async def test_a_sum_that_could_not_be_sent_is_made_anew(store: Store) -> None:
     """Nothing is settled by a message that nobody got; what came meanwhile is in the next try."""
     pager = Pager()
     async with at_work(Desk(store, pager)) as desk:
-        await desk.owes(*ROGUE[: outbox_module.MAX_PER_WINDOW + 10])
+        await desk.owes(*ROGUE[: outbox_module.MAX_NOTICES_PER_WINDOW + 10])
         await desk.passes(50)
         pager.always = TransientError("timeout")
         await desk.passes(15)
-        assert (len(pager.told), pager.tried > outbox_module.MAX_PER_WINDOW) == (outbox_module.MAX_PER_WINDOW, True)
+        assert (len(pager.told), pager.tried > outbox_module.MAX_NOTICES_PER_WINDOW) == (
+            outbox_module.MAX_NOTICES_PER_WINDOW,
+            True,
+        )
         assert (await desk.outcomes()).count(None) == 10
         pager.always = None
         await desk.owes(("rogue", Kind.RECOVERED))
         await desk.passes(40)
-        assert pager.told[outbox_module.MAX_PER_WINDOW :] == [("rogue", "recovered")]
+        assert pager.told[outbox_module.MAX_NOTICES_PER_WINDOW :] == [("rogue", "recovered")]
         assert None not in await desk.outcomes()
 
 
 async def test_the_cap_holds_after_a_restart_and_for_each_channel_by_itself(store: Store) -> None:
     one, other = Pager("one"), Pager("other")
     async with at_work(Desk(store, one)) as desk:
-        await desk.owes(*ROGUE[: outbox_module.MAX_PER_WINDOW + 20], channels=("one", "other"))
+        await desk.owes(*ROGUE[: outbox_module.MAX_NOTICES_PER_WINDOW + 20], channels=("one", "other"))
         await desk.passes(1)
-        assert len(one.told) == outbox_module.MAX_PER_WINDOW
+        assert len(one.told) == outbox_module.MAX_NOTICES_PER_WINDOW
     again = Desk(store, one, other)
     again.time.now = desk.time.now + 1
     async with at_work(again):
         await again.passes(1)
-        assert (len(one.told), len(other.told)) == (outbox_module.MAX_PER_WINDOW, outbox_module.MAX_PER_WINDOW)
+        assert (len(one.told), len(other.told)) == (
+            outbox_module.MAX_NOTICES_PER_WINDOW,
+            outbox_module.MAX_NOTICES_PER_WINDOW,
+        )
         await again.passes(61)
-        assert (len(one.told), len(other.told)) == (outbox_module.MAX_PER_WINDOW + 1, outbox_module.MAX_PER_WINDOW + 1)
+        assert (len(one.told), len(other.told)) == (
+            outbox_module.MAX_NOTICES_PER_WINDOW + 1,
+            outbox_module.MAX_NOTICES_PER_WINDOW + 1,
+        )
 
 
 async def test_a_sum_whose_details_cannot_be_read_is_told_all_the_same(store: Store) -> None:
     pager = Pager()
     async with at_work(Desk(store, pager)) as desk:
-        await desk.owes(*ROGUE[: outbox_module.MAX_PER_WINDOW + 20])
+        await desk.owes(*ROGUE[: outbox_module.MAX_NOTICES_PER_WINDOW + 20])
         await desk.passes(1)
         await store.write(
             update(outbox).where(outbox.c.settled_at.is_(None)).values(body='{"kind": "leaking", "exit": 5}')
         )
         await desk.passes(61)
-        assert pager.told[outbox_module.MAX_PER_WINDOW :] == [("rogue", "down")]
+        assert pager.told[outbox_module.MAX_NOTICES_PER_WINDOW :] == [("rogue", "down")]
 
 
 async def test_a_clock_that_was_set_back_holds_no_alarm(store: Store) -> None:
@@ -414,14 +423,14 @@ async def test_a_clock_that_was_set_back_holds_no_alarm(store: Store) -> None:
     pager = Pager()
     desk = Desk(store, pager)
     async with at_work(desk):
-        await desk.owes(*ROGUE[: outbox_module.MAX_PER_WINDOW])
+        await desk.owes(*ROGUE[: outbox_module.MAX_NOTICES_PER_WINDOW])
         await desk.passes(1)
     back = Desk(store, pager)
     back.time.now = desk.time.now - 3600
     async with at_work(back):
         await back.owes(("rogue", Kind.LEAKING))
         await back.passes(1)
-        assert len(pager.told) == outbox_module.MAX_PER_WINDOW + 1
+        assert len(pager.told) == outbox_module.MAX_NOTICES_PER_WINDOW + 1
 
 
 async def test_a_rejected_notice_is_given_up_and_the_next_is_told(
@@ -543,7 +552,7 @@ async def test_health_names_the_channel_that_fails_and_why(store: Store) -> None
     async with at_work(Desk(store, pager)) as desk:
         await desk.owes(LEAK)
         await desk.passes(1)
-        said = f"pager fails: {words('pager', 'topic_closed')}"
+        said = f"pager fails: {reason_text('pager', 'topic_closed')}"
         assert desk.dispatcher.healthy() == (True, said)  # how much is owed was not looked at
         await desk.passes(20)
         assert desk.dispatcher.healthy()[1].endswith(f"; {said}")
@@ -653,23 +662,23 @@ async def test_what_is_owed_to_a_channel_that_was_taken_away(store: Store, caplo
         await desk.jumps(86400 + 3600)
         assert await desk.outcomes() == ["done", "given_up"]
     said = [r.message for r in caplog.records]
-    assert said == ["notices are owed to a channel that is not set up", "notices given up"]
+    assert said == ["notices are pending for a channel that is not set up", "notices given up"]
 
 
 async def test_health_tells_a_failing_channel_from_a_stuck_dispatcher(store: Store) -> None:
     stuck = Stuck("stuck")
     desk = Desk(store, stuck)
     async with at_work(desk):
-        assert desk.dispatcher.healthy() == (True, "nothing is owed")
+        assert desk.dispatcher.healthy() == (True, "nothing is pending")
         await desk.owes(LEAK)
         await asyncio.wait_for(stuck.entered.wait(), 10)
         desk.sleepers = 1
         await desk.passes(30)
-        assert desk.dispatcher.healthy() == (True, "1 owed, the oldest for 30 seconds")
+        assert desk.dispatcher.healthy() == (True, "1 pending, the oldest for 30 seconds")
         assert desk.metric("vpn_sentinel_outbox_depth", channel="stuck") == 1
         assert desk.metric("vpn_sentinel_outbox_oldest_due_seconds", channel="stuck") == 30
         await desk.passes(70)
-        assert desk.dispatcher.healthy() == (False, "deliveries have stood still for 1 minute 40 seconds")
+        assert desk.dispatcher.healthy() == (False, "no delivery has been worked on for 1 minute 40 seconds")
 
 
 async def test_shutdown_is_at_once(store: Store) -> None:

@@ -176,10 +176,10 @@ async def test_the_messages_of_one_tunnel_keep_their_order(store: Store) -> None
 
 async def test_a_message_that_always_fails_holds_up_the_next_for_a_while_only(store: Store) -> None:
     await owed_rows(store, notice("a"), notice("a", Kind.RECOVERED))
-    for attempt in range(1, subject.MAX_TRIES_IN_ORDER + 1):
+    for attempt in range(1, subject.MAX_ATTEMPTS_IN_ORDER + 1):
         [stuck] = await lease(store, NOW, NOW + 60, 10)
         assert (stuck.kind, stuck.attempt) == ("leaking", attempt)
-        later = NOW if attempt < subject.MAX_TRIES_IN_ORDER else NOW + 100
+        later = NOW if attempt < subject.MAX_ATTEMPTS_IN_ORDER else NOW + 100
         await settle(store, stuck, DeliveryOutcome(result=Result.TRANSIENT, reason="server_error", due_at=later), NOW)
     assert [d.kind for d in await lease(store, NOW, NOW + 60, 10)] == ["recovered"]
 
@@ -279,8 +279,8 @@ async def test_what_another_channel_told_takes_no_turn(store: Store) -> None:
 
 
 async def test_a_leak_in_what_was_held_back_is_as_urgent_as_a_leak(store: Store) -> None:
-    await owed_rows(store, *[notice("loud", Kind.DOWN)] * subject.MAX_PER_WINDOW, at=NOW - 60)
-    for _ in range(subject.MAX_PER_WINDOW):
+    await owed_rows(store, *[notice("loud", Kind.DOWN)] * subject.MAX_NOTICES_PER_WINDOW, at=NOW - 60)
+    for _ in range(subject.MAX_NOTICES_PER_WINDOW):
         [one] = await lease(store, NOW - 60, NOW, 1, "telegram")
         await settle(store, one, DONE, NOW - 60)
     await owed_rows(store, notice("loud", Kind.RECOVERED), notice("loud"), at=NOW - 30)
@@ -293,20 +293,20 @@ async def test_a_leak_in_what_was_held_back_is_as_urgent_as_a_leak(store: Store)
 
 
 async def test_what_the_server_says_of_itself_is_never_held_back(store: Store) -> None:
-    for _ in range(subject.MAX_PER_WINDOW + 5):
+    for _ in range(subject.MAX_NOTICES_PER_WINDOW + 5):
         await owed_rows(store, notice("", Kind.SERVER_STARTED))
-    assert len(await told(store, 99)) == subject.MAX_PER_WINDOW + 5
+    assert len(await told(store, 99)) == subject.MAX_NOTICES_PER_WINDOW + 5
 
 
 async def test_a_port_and_a_leak_that_is_over_are_in_the_sum(store: Store) -> None:
     changed = Notice(kind=Kind.PORT_CHANGED, tunnel="loud", at=NOW, port=51820, old_port=41234)
     last = Notice(kind=Kind.RECOVERED, tunnel="loud", at=NOW, began=NOW - 3, was=State.DOWN)
-    await owed_rows(store, *[notice("loud", Kind.DOWN)] * subject.MAX_PER_WINDOW)
-    assert len(await told(store, subject.MAX_PER_WINDOW)) == subject.MAX_PER_WINDOW
+    await owed_rows(store, *[notice("loud", Kind.DOWN)] * subject.MAX_NOTICES_PER_WINDOW)
+    assert len(await told(store, subject.MAX_NOTICES_PER_WINDOW)) == subject.MAX_NOTICES_PER_WINDOW
     await owed_rows(store, notice("loud"), last, changed)
     assert await lease(store, NOW, NOW + 60, 1) == []
-    assert await next_due(store, "telegram", NOW) == NOW + subject.WINDOW_S
-    [sum_] = await lease(store, NOW + subject.WINDOW_S, NOW + 120, 1)
+    assert await next_due(store, "telegram", NOW) == NOW + subject.NOTICE_WINDOW_S
+    [sum_] = await lease(store, NOW + subject.NOTICE_WINDOW_S, NOW + 120, 1)
     said = sum_.notice()
     assert (said.kind, said.was, said.port, said.old_port) == (Kind.RECOVERED, State.LEAKING, 51820, None)
     assert said.details == (

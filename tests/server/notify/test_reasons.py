@@ -7,7 +7,7 @@ import pytest
 
 from vpn_sentinel.server import notify
 from vpn_sentinel.server.notify.channels import bot_api
-from vpn_sentinel.server.notify.reasons import words
+from vpn_sentinel.server.notify.reasons import reason_text
 
 SOURCES = "\n".join(p.read_text(encoding="utf-8") for p in Path(notify.__file__).parent.rglob("*.py"))
 RAISED = {
@@ -15,7 +15,7 @@ RAISED = {
     *re.findall(r'super\(\).__init__\("([a-z_]+)"', SOURCES),
     *re.findall(r'return "([a-z_]+)"', Path(notify.__file__).with_name("failures.py").read_text(encoding="utf-8")),
     "unreachable",
-    *(reason for _, reason in bot_api._OF_THE_CHAT),
+    *(reason for _, reason in bot_api._CHAT_ERRORS),
 }
 
 
@@ -23,7 +23,7 @@ RAISED = {
 def test_every_reason_is_told_in_words(channel: str) -> None:
     assert len(RAISED) > 15
     for reason in RAISED:
-        said = words(channel, reason)
+        said = reason_text(channel, reason)
         assert len(said.split()) > 5, (reason, said)
         assert reason not in said.split(), said
 
@@ -40,4 +40,4 @@ def test_every_reason_is_told_in_words(channel: str) -> None:
     ],
 )
 def test_words_say_what_to_look_at(channel: str, reason: str, part: str) -> None:
-    assert part in words(channel, reason)
+    assert part in reason_text(channel, reason)

@@ -1,4 +1,4 @@
-"""`/events`: what changed, as it changes, over server-sent events."""
+"""`/events`: changes of tunnels as server-sent events."""
 
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -14,20 +14,20 @@ from vpn_sentinel.wire import rest
 
 log = logging.getLogger(__name__)
 
-# How soon a client comes back after its stream ended, in milliseconds.
+# A client reconnects after this time when its stream has ended.
 _RETRY_MS: Final = 2000
 _ENCODER: Final = msgspec.json.Encoder()
 
 
-class Encoded:
-    """Tunnels as JSON, encoded once for all streams: a row that is as it was gives the bytes it gave."""
+class TunnelEncoder:
+    """Encodes tunnels as JSON, once for all streams: an unchanged row gives the same bytes again."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
         self._kept: dict[str, tuple[Row[Any], bytes]] = {}
 
-    async def of(self, names: set[str]) -> rest.Changed:
-        """The tunnels of those names as they are now. Raises StoreUnavailable."""
+    async def changed(self, names: set[str]) -> rest.Changed:
+        """The tunnels with these names in their present state. Raises StoreUnavailable."""
         rows = await queries.tunnel_rows(self._store, names)
         gone = sorted(names - {r.name for r in rows})
         for name in gone:
@@ -42,19 +42,19 @@ class Encoded:
 
 
 async def stream(
-    hub: Hub, encoded: Encoded, may_read: Callable[[], Awaitable[bool]], idle: float = 15.0
+    hub: Hub, encoder: TunnelEncoder, may_read: Callable[[], Awaitable[bool]], idle: float = 15.0
 ) -> AsyncIterator[bytes]:
-    """Frames until the hub closes: an event `tunnels` for what changed, a comment where nothing did for `idle` seconds.
+    """Frames until the hub closes: an event `tunnels` with what changed, a comment after `idle` seconds without any.
 
-    Nothing is sent of the time before: a client lists `/tunnels` once it is connected. When the database goes away the
-    stream ends, and the client comes back by itself. Before each frame `may_read` is asked whether the key that opened
-    the stream still does; the stream ends with it.
+    Earlier changes are not sent: a client lists `/tunnels` once it is connected. When the database fails the stream
+    ends, and the client reconnects by itself. Before each frame `may_read` says whether the key that opened the stream
+    is still valid; otherwise the stream ends.
     """
     with hub.listen() as listener:
         yield b"retry: %d\n: connected\n\n" % _RETRY_MS
         async for names in listener.changes(idle=idle):
             try:
-                changed = await encoded.of(names) if names else None
+                changed = await encoder.changed(names) if names else None
                 allowed = await may_read()
             except StoreUnavailable as e:
                 log.warning("event stream ended", extra={"reason": e.reason})
@@ -65,5 +65,5 @@ async def stream(
             if changed is None:
                 yield b": still here\n\n"
             else:
-                # JSON holds no line break of its own, so one data line carries it.
+                # The JSON has no line breaks, so it fits into one data line.
                 yield b"event: tunnels\ndata: %b\n\n" % _ENCODER.encode(changed)

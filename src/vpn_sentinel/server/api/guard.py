@@ -1,6 +1,6 @@
-"""Who may read: a shared key from an allowed address, and nobody else.
+"""Who may read: callers with a shared key, from an allowed address.
 
-It guards the whole application; a route opts out by name.
+The guard covers the whole application; a route opts out explicitly.
 """
 
 import math
@@ -23,7 +23,7 @@ OPEN: Final = {"open": True}
 def shared_key(access: Access, settings: ServerSettings) -> Guard:
     """A guard that asks for a shared key: 401 without one, 403 with a wrong one or with a tunnel's own token.
 
-    Before that 403 for an address that is not on the allow-list, and 429 for one that guesses keys.
+    Before that 403 for an address that is not on the allow-list, and 429 after too many wrong keys.
     """
 
     async def guard(connection: ASGIConnection[Any, Any, Any, Any], handler: BaseRouteHandler) -> None:
@@ -54,7 +54,7 @@ def shared_key(access: Access, settings: ServerSettings) -> Guard:
 def address_of(
     connection: ASGIConnection[Any, Any, Any, Any], headers: dict[str, str], settings: ServerSettings
 ) -> IPAddress | None:
-    """Where a request really came from: see `access.peer`. None also on a Unix socket, which has none."""
+    """The real address of a request: see `client.client_address`. None also on a Unix socket, which has none."""
     try:
         remote = connection.client.host if connection.client else ""
         return client_address(remote, headers.get("x-forwarded-for"), settings.trusted_proxies)

@@ -1,4 +1,4 @@
-"""Port 8081: does this process live, can it do its work, and metrics. No login, so it says no name and no address."""
+"""Port 8081: health checks and metrics. It asks for no login, so it shows no names and no addresses."""
 
 import asyncio
 import platform
@@ -31,23 +31,23 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 T = TypeVar("T")
 
-# How long an answer is given again instead of asking anew: nobody who calls here may wear the database out.
-_FRESH_S: Final = 1.0
-_COUNTS_FRESH_S: Final = 5.0
+# Answers are cached for this time, so that callers cannot overload the database.
+_CACHE_S: Final = 1.0
+_COUNTS_CACHE_S: Final = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HealthServices:
     """`dispatcher` says whether notices can go out, `deadlines` whether they are watched.
 
-    `patience` is how long the database may take to answer, in seconds. `dns_canary` is None without a DNS zone.
+    `database_timeout_s` is the time that the database may take to answer. `dns_canary` is None without a DNS zone.
     """
 
     store: Store
     clock: Clock
     registry: CollectorRegistry
     dispatcher: Callable[[], PartHealth]
-    patience: float = 2.0
+    database_timeout_s: float = 2.0
     dns_canary: Callable[[], PartHealth] | None = None
     deadlines: Callable[[], PartHealth] | None = None
 
@@ -58,7 +58,7 @@ class Part(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class HealthReport(msgspec.Struct, frozen=True):
-    """`status` is "ok" or "failing"; `parts` says of each part whether it works, and if not why."""
+    """`status` is "ok" or "failing"; `parts` says of each part whether it works, and if not, why."""
 
     status: str
     parts: dict[str, Part] = {}
@@ -69,7 +69,7 @@ class HealthReport(msgspec.Struct, frozen=True):
 
 
 class Readiness:
-    """Asks the parts that the server cannot work without."""
+    """Checks the parts that the server cannot work without."""
 
     def __init__(self, services: HealthServices) -> None:
         self._services = services
@@ -79,9 +79,9 @@ class Readiness:
         self._started = False
 
     async def report(self) -> HealthReport:
-        """What works now, at most one second old. Concurrent callers wait for one answer."""
+        """The present health, at most one second old. Concurrent callers wait for one answer."""
         async with self._asking:
-            if self._services.clock.boottime() - self._asked_at > _FRESH_S:
+            if self._services.clock.boottime() - self._asked_at > _CACHE_S:
                 parts = {"database": await self._database(), "dispatcher": Part(*self._services.dispatcher())}
                 if self._services.deadlines is not None:
                     parts["deadlines"] = Part(*self._services.deadlines())
@@ -92,7 +92,7 @@ class Readiness:
             return self._report
 
     async def started(self) -> HealthReport:
-        """Whether the database has answered since this process began; once it has, that stays."""
+        """Whether the database has answered once since this process started."""
         if not self._started:
             database = (await self.report()).parts["database"]
             if not database.ok:
@@ -102,30 +102,30 @@ class Readiness:
 
     async def _database(self) -> Part:
         try:
-            async with asyncio.timeout(self._services.patience):
+            async with asyncio.timeout(self._services.database_timeout_s):
                 await self._services.store.ping()
         except TimeoutError:
-            return Part(ok=False, detail=f"did not answer within {self._services.patience:g} s")
+            return Part(ok=False, detail=f"did not answer within {self._services.database_timeout_s:g} s")
         except StoreUnavailable as e:
-            # The text behind the reason names hosts and files.
-            return Part(ok=False, detail=e.words)
+            # The exception's own text names hosts and files.
+            return Part(ok=False, detail=e.public_text)
         return Part(ok=True)
 
 
 class TunnelsCollector(Collector):
-    """Gauges of the tunnels by state, as the database last said, and what is running."""
+    """Gauges of the tunnels by state, as last read from the database, and the version that runs."""
 
     def __init__(self, services: HealthServices) -> None:
-        self._store, self._clock, self._patience = services.store, services.clock, services.patience
+        self._store, self._clock, self._database_timeout_s = services.store, services.clock, services.database_timeout_s
         self._asking = asyncio.Lock()
         self._counts: dict[State, int] | None = None
         self._writes = False
         self._asked_at = float("-inf")
 
     async def refresh(self) -> None:
-        """Ask the database, unless it was asked a moment ago. When it does not answer, the gauges go away."""
+        """Read the database, unless it was read a moment ago. When it does not answer, there are no gauges."""
         async with self._asking:
-            if self._clock.boottime() - self._asked_at <= _COUNTS_FRESH_S:
+            if self._clock.boottime() - self._asked_at <= _COUNTS_CACHE_S:
                 return
             self._counts = await self._within(queries.counts(self._store))
             self._writes = await self._within(self._pinged()) or False
@@ -133,13 +133,13 @@ class TunnelsCollector(Collector):
 
     async def _within(self, asked: Coroutine[Any, Any, T]) -> T | None:
         try:
-            async with asyncio.timeout(self._patience):
+            async with asyncio.timeout(self._database_timeout_s):
                 return await asked
         except (TimeoutError, StoreUnavailable):
             return None
 
     async def _pinged(self) -> bool:
-        await self._store.ping()  # a write: a full disk still answers questions
+        await self._store.ping()  # a write: with a full disk, reads still work
         return True
 
     def collect(self) -> Iterable[Metric]:
@@ -147,7 +147,7 @@ class TunnelsCollector(Collector):
         build.add_metric([], {"version": __version__, "python": platform.python_version()})
         yield build
         yield GaugeMetricFamily(
-            "vpn_sentinel_database_up", "1 when the database took a write for this scrape.", value=float(self._writes)
+            "vpn_sentinel_database_up", "1 when a write for this scrape succeeded.", value=float(self._writes)
         )
         if self._counts is not None:
             tunnels = GaugeMetricFamily("vpn_sentinel_tunnels", "Tunnels by state.", labels=["state"])
@@ -160,7 +160,7 @@ class TunnelsCollector(Collector):
 
 
 class Metrics:
-    """What Prometheus asks for, in either of its formats: one text of each is made for all who ask at once."""
+    """The metrics in both formats of Prometheus; concurrent scrapes share one text of each."""
 
     def __init__(self, services: HealthServices) -> None:
         self._registry, self._tunnels = services.registry, TunnelsCollector(services)
@@ -180,7 +180,7 @@ class Metrics:
 
 
 def build_health(services: HealthServices) -> App:
-    """A plain ASGI application: it must answer when nothing else does. GET alone; it takes no body."""
+    """A plain ASGI application: it must answer when nothing else does. Only GET, without a body."""
     readiness = Readiness(services)
     metrics = Metrics(services)
 
@@ -190,7 +190,7 @@ def build_health(services: HealthServices) -> App:
             return
         if scope["type"] == "websocket":
             await receive()
-            await send({"type": "websocket.close"})  # before it is accepted: answered with 403
+            await send({"type": "websocket.close"})  # before it is accepted, so the answer is 403
             return
         if scope["path"] in _PATHS and scope["method"] != "GET":
             await _json(send, HTTPStatus.METHOD_NOT_ALLOWED, HealthReport("method not allowed"))

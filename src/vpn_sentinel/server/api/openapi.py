@@ -1,4 +1,4 @@
-"""The OpenAPI document: Litestar describes its own routes, this module adds those that are answered in front of it."""
+"""The OpenAPI document: Litestar describes its own routes, and this module adds those of `ingest.router`."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -17,30 +17,30 @@ from vpn_sentinel.wire import keepalive
 from vpn_sentinel.wire.problem import Problem
 
 _REFUSALS: Final = {
-    "400": "The body is not JSON, or names nobody; or a parameter cannot be: the detail names it.",
-    "401": "No key was shown.",
-    "403": "The key is wrong, or the address or the name is not this caller's.",
-    "404": "There is none of this name; or, of `whoami`, where you come from is not known.",
+    "400": "The body is not JSON, or has no name; or a parameter is not valid: the detail names it.",
+    "401": "No key was sent.",
+    "403": "The key is wrong, or the address or the name is not allowed for it.",
+    "404": "Nothing has this name; or, for `whoami`, your address is not known.",
     "413": "The body is too large.",
     "415": "The body is not of type application/json.",
-    "422": "The JSON says something impossible; the detail names the field.",
-    "429": "Too many requests; Retry-After says when to come back.",
-    "503": "The database cannot be reached; Retry-After says when to come back.",
+    "422": "A value in the JSON is not valid; the detail names the field.",
+    "429": "Too many requests; Retry-After says when to try again.",
+    "503": "The database cannot be reached; Retry-After says when to try again.",
 }
-_OF_REPORTS: Final = ("400", "401", "403", "413", "415", "422", "429", "503")
-_OF_KEYS: Final = ("401", "403", "429", "503")
+_REPORT_CODES: Final = ("400", "401", "403", "413", "415", "422", "429", "503")
+_KEY_CODES: Final = ("401", "403", "429", "503")
 
 
-def described(
+def openapi_route(
     api_path: str, routes: Sequence[HTTPRouteHandler], dependencies: Mapping[str, Provide]
 ) -> HTTPRouteHandler:
     """The route that serves the document of `routes` at `/schema/openapi.json`, open to everyone.
 
-    The framework's own serving of it would bring further routes: `/schema` and all below it.
+    The framework's own route for it would add others: `/schema` and everything below it.
     """
 
     @cache
-    def rendered() -> bytes:  # nothing in it changes while the server runs
+    def rendered() -> bytes:  # it does not change while the server runs
         known = Litestar(
             route_handlers=routes,
             path=api_path,
@@ -61,7 +61,7 @@ def _config() -> OpenAPIConfig:
     return OpenAPIConfig(
         title="VPN Sentinel",
         version=__version__,
-        summary="What the watched tunnels do, and who was told.",
+        summary="The state and history of the watched tunnels, and the messages about them.",
         components=Components(
             security_schemes={
                 "key": SecurityScheme(type="apiKey", name="X-API-Key", security_scheme_in="header"),
@@ -73,7 +73,7 @@ def _config() -> OpenAPIConfig:
 
 
 def _completed(schema: dict[str, Any], api_path: str, routes: Sequence[HTTPRouteHandler]) -> dict[str, Any]:
-    """The document with our refusals, of which the framework knows nothing, and what is answered in front of it."""
+    """The document with our error answers, which the framework does not know, and the routes of `ingest.router`."""
     types = (keepalive.Keepalive, keepalive.Received, Problem)
     where = "#/components/schemas/{name}"
     (body, received, problem), shapes = msgspec.json.schema_components(types, ref_template=where)
@@ -85,11 +85,11 @@ def _completed(schema: dict[str, Any], api_path: str, routes: Sequence[HTTPRoute
     paths = dict(schema["paths"])
     for route in routes:
         for path in (f"{api_path}{path.replace(':str', '')}" for path in route.paths):
-            asked = paths[path]["get"]
+            operation = paths[path]["get"]
             is_open = route.opt.get("open") is True
-            codes = ("404",) if is_open else (*_OF_KEYS, *_of_parameters(asked.get("parameters", [])))
-            answers = {"200": asked["responses"]["200"], **refusals(sorted(codes))}
-            paths[path] = {"get": {**asked, "responses": answers, **({"security": []} if is_open else {})}}
+            codes = ("404",) if is_open else (*_KEY_CODES, *_parameter_codes(operation.get("parameters", [])))
+            answers = {"200": operation["responses"]["200"], **refusals(sorted(codes))}
+            paths[path] = {"get": {**operation, "responses": answers, **({"security": []} if is_open else {})}}
     paths[f"{api_path}/keepalive"] = {
         "post": {
             "summary": "Report as the replaced system's client did",
@@ -98,7 +98,7 @@ def _completed(schema: dict[str, Any], api_path: str, routes: Sequence[HTTPRoute
             "requestBody": {"required": True, "content": {"application/json": {"schema": body}}},
             "responses": {
                 "200": {"description": "Stored.", "content": {"application/json": {"schema": received}}},
-                **refusals(_OF_REPORTS),
+                **refusals(_REPORT_CODES),
             },
         }
     }
@@ -110,5 +110,5 @@ def _completed(schema: dict[str, Any], api_path: str, routes: Sequence[HTTPRoute
     }
 
 
-def _of_parameters(parameters: Iterable[Mapping[str, Any]]) -> set[str]:
+def _parameter_codes(parameters: Iterable[Mapping[str, Any]]) -> set[str]:
     return {"404" if parameter["in"] == "path" else "400" for parameter in parameters}

@@ -9,7 +9,7 @@ from litestar.params import QueryParameter
 
 from vpn_sentinel.domain.tunnel import MAX_NAME_LENGTH
 
-# The year 2286; nothing of ours is later, and no engine minds the number.
+# The year 2286; no valid time is later, and every engine accepts the number.
 _MAX_TIME: Final = 1e10
 # The largest row number that SQLite and PostgreSQL both hold.
 _MAX_ID: Final = 2**63 - 1

@@ -1,4 +1,4 @@
-"""Rows of the database as what the API answers. What a caller sees is named here, field by field."""
+"""Turns database rows into the API's answers. Everything that a caller sees is named here, field by field."""
 
 from collections.abc import Sequence
 from typing import Any, Final
@@ -24,7 +24,7 @@ _NOTICE: Final = msgspec.json.Decoder(_StoredNotice)
 
 
 def client_status(tunnel: rest.Tunnel) -> rest.ClientStatus:
-    """The same tunnel as the replaced system would have shown it."""
+    """The tunnel in the form of the replaced system."""
     place = tunnel.place
     return rest.ClientStatus(
         last_seen=tunnel.last_seen.isoformat() if tunnel.last_seen else None,
@@ -83,8 +83,8 @@ def incident(row: Row[Any], now: float) -> rest.Incident:
 
 
 def delivery(row: Row[Any], attempts: Sequence[Row[Any]], now: float) -> rest.Delivery:
-    """Only what is named here leaves: a later field of the stored notice may be nobody else's business."""
-    told = rest.decoded(_NOTICE, row.body, _StoredNotice())
+    """Only the fields named here are shown: a later field of the stored notice may be confidential."""
+    notice = rest.decoded(_NOTICE, row.body, _StoredNotice())
     return rest.Delivery(
         id=row.id,
         channel=row.channel,
@@ -96,12 +96,12 @@ def delivery(row: Row[Any], attempts: Sequence[Row[Any]], now: float) -> rest.De
         settled_at=when(row.settled_at),
         attempts=[rest.Attempt(attempt=a.attempt, at=moment(a.at), result=a.result, reason=a.reason) for a in attempts],
         notice=rest.Notice(
-            at=when(told.at),
-            began=when(told.began),
-            was=told.was,
-            exit=told.exit,
-            old_exit=told.old_exit,
-            findings=[f.full() for f in told.findings],
+            at=when(notice.at),
+            began=when(notice.began),
+            was=notice.was,
+            exit=notice.exit,
+            old_exit=notice.old_exit,
+            findings=[f.full() for f in notice.findings],
         ),
     )
 

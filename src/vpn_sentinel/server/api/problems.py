@@ -1,4 +1,4 @@
-"""Every error as RFC 9457 problem details, without a word of what is inside."""
+"""Every error as RFC 9457 problem details, without internal information."""
 
 import logging
 from http import HTTPStatus
@@ -13,7 +13,7 @@ from vpn_sentinel.wire.codec import encode
 
 log = logging.getLogger(__name__)
 
-# How soon a caller may try again while the database is away, in seconds.
+# A caller may try again after this time while the database is down.
 _RETRY_AFTER_S: Final = 2
 
 Answer = Response[bytes]
@@ -26,7 +26,7 @@ def problem(status: int, detail: str, headers: dict[str, str] | None = None) -> 
 
 
 def on_http_exception(_: _Request, error: HTTPException) -> Answer:
-    """What the framework or a handler refused. Its detail is ours or the framework's; inputs are not repeated."""
+    """A refusal by the framework or a handler. Its detail is ours or the framework's; inputs are not repeated."""
     headers = dict(error.headers or {})
     if error.status_code >= HTTPStatus.INTERNAL_SERVER_ERROR:
         return problem(error.status_code, "The server could not answer.", headers)
@@ -38,13 +38,13 @@ def on_http_exception(_: _Request, error: HTTPException) -> Answer:
 def on_store_unavailable(_: _Request, error: StoreUnavailable) -> Answer:
     return problem(
         HTTPStatus.SERVICE_UNAVAILABLE,
-        f"The database {error.words}. Try again.",
+        f"The database {error.public_text}. Try again.",
         {"Retry-After": str(_RETRY_AFTER_S)},
     )
 
 
 def on_error(request: _Request, error: Exception) -> Answer:
-    """A defect: the caller learns that it is ours, the log learns what it is."""
+    """A defect: the caller learns only that the server failed, and the log shows the exception."""
     log.error("request failed", extra={"path": request.url.path}, exc_info=error)
     return problem(HTTPStatus.INTERNAL_SERVER_ERROR, "The server could not answer.")
 

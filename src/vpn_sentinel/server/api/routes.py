@@ -1,4 +1,4 @@
-"""The routes that read. Each asks the database, and presents what it says; none judges."""
+"""The routes that read. Each queries the database and shows the result; none judges."""
 
 from typing import Any, Final
 
@@ -31,7 +31,7 @@ def whoami(services: Services, request: Request[Any, Any, Any]) -> rest.Whoami:
     ip = address_of(request, headers_of(request.scope), services.settings)
     if ip is None:
         raise NotFoundException(
-            detail="Where you come from is not known: a proxy does not say it, or the connection has no address."
+            detail="Your address is not known: a proxy does not pass it on, or the connection has no address."
         )
     return rest.Whoami(ip=str(ip), version=ip.version)
 
@@ -49,24 +49,28 @@ async def one_tunnel(services: Services, name: FromPath[str]) -> rest.Tunnel:
     return found
 
 
-@get("/tunnels/{name:str}/history", summary="What a tunnel did and saw, newest first", tags=["tunnels"])
+@get(
+    "/tunnels/{name:str}/history",
+    summary="A tunnel's transitions, observations and actions, newest first",
+    tags=["tunnels"],
+)
 async def tunnel_history(
     services: Services, name: FromPath[str], since: Time = None, until: Time = None, limit: Limit = 100
 ) -> rest.History:
     first, last = seconds("since", since), seconds("until", until)
-    stretch = await queries.history(services.store, name, first, last, limit)
-    if stretch is None:
+    page = await queries.history(services.store, name, first, last, limit)
+    if page is None:
         raise NotFoundException(detail="No tunnel has this name.")
     return rest.History(
-        tunnel=stretch.tunnel,
-        transitions=[present.transition(r) for r in stretch.transitions],
-        observations=[present.observation(r) for r in stretch.observations],
-        actions=[present.action(r) for r in stretch.actions],
-        next_until=stretch.next_until,
+        tunnel=page.tunnel,
+        transitions=[present.transition(r) for r in page.transitions],
+        observations=[present.observation(r) for r in page.observations],
+        actions=[present.action(r) for r in page.actions],
+        next_until=page.next_until,
     )
 
 
-@get("/incidents", summary="Spans of not-protected, newest first", tags=["incidents"])
+@get("/incidents", summary="Times in which a tunnel was not protected, newest first", tags=["incidents"])
 async def list_incidents(
     services: Services,
     tunnel: TunnelName = None,
@@ -82,14 +86,14 @@ async def list_incidents(
     )
 
 
-@get("/deliveries", summary="What is owed or was told to whom, newest first", tags=["notices"])
+@get("/deliveries", summary="Deliveries of notices, pending and settled, newest first", tags=["notices"])
 async def list_deliveries(
     services: Services, tunnel: TunnelName = None, before: Before = None, limit: Limit = 100
 ) -> rest.Deliveries:
-    rows, tries = await queries.delivery_page(services.store, tunnel, before, limit)
+    rows, attempts = await queries.delivery_page(services.store, tunnel, before, limit)
     now = services.clock.wall()
     return rest.Deliveries(
-        deliveries=[present.delivery(r, tries[r.id], now) for r in rows[:limit]],
+        deliveries=[present.delivery(r, attempts[r.id], now) for r in rows[:limit]],
         next_before=rows[limit - 1].id if len(rows) > limit else None,
     )
 
@@ -105,7 +109,9 @@ async def summary(services: Services) -> rest.Summary:
     tags=["tunnels"],
     media_type="text/event-stream",
 )
-async def live(services: Services, encoded: NamedDependency[events.Encoded], request: Request[Any, Any, Any]) -> Stream:
+async def live(
+    services: Services, encoder: NamedDependency[events.TunnelEncoder], request: Request[Any, Any, Any]
+) -> Stream:
     key = key_from(headers_of(request.scope))
 
     async def may_read() -> bool:
@@ -113,9 +119,9 @@ async def live(services: Services, encoded: NamedDependency[events.Encoded], req
         return caller is not None and caller.shared
 
     return Stream(
-        events.stream(services.hub, encoded, may_read),
+        events.stream(services.hub, encoder, may_read),
         media_type="text/event-stream",
-        # Some proxies collect a response before they pass it on, unless told.
+        # Without this header some proxies buffer a response before they pass it on.
         headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
     )
 

@@ -1,4 +1,4 @@
-"""What the API is built from."""
+"""The parts of the server that the API uses."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""The Telegram bot: one chat asks, and gets the answer at once."""
+"""The Telegram bot: answers the commands of one chat."""
 
 import asyncio
 import contextlib
@@ -20,18 +20,18 @@ from vpn_sentinel.server.store.store import Store, StoreUnavailable
 
 log = logging.getLogger(__name__)
 
-POLL_S: Final = 25  # seconds that Telegram holds the question open
+POLL_TIMEOUT_S: Final = 25  # of a long poll
 LEASE_S: Final = 45.0  # outlasts one poll and its time limit
-STANDBY_S: Final = 15.0
-STALE_S: Final = 600.0  # what was asked longer ago than this, nobody waits for any more
-REPAIR_S: Final = 300.0
-_TRIES: Final = 3
-_MAX_STRANGERS_TOLD: Final = 100
+STANDBY_INTERVAL_S: Final = 15.0
+MAX_COMMAND_AGE_S: Final = 600.0  # nobody waits for the answer to an older command any more
+SETUP_RETRY_S: Final = 300.0
+_MAX_REPLY_ATTEMPTS: Final = 3
+_MAX_LOGGED_CHATS: Final = 100
 
 
 class Bot:
-    """Runs until cancelled. `chat_id` is the only chat it serves; `holder` names this server among those that share a
-    database, and must be unique.
+    """Runs until cancelled. `chat_id` is the only chat that it serves; `holder` is a unique name of this server among
+    those that share a database.
     """
 
     def __init__(
@@ -56,39 +56,40 @@ class Bot:
         self._rng = rng or random.Random()  # noqa: S311 - spreads load, guards nothing
         self._username: str | None = None
         self._failing: str | None = None
-        self._waits: Iterator[float] | None = None
-        self._strangers: set[int] = set()
-        # Only what piled up while nobody polled can be stale; later, an old date only means that a clock is wrong.
+        self._backoff: Iterator[float] | None = None
+        self._logged_chats: set[int] = set()
+        # Only commands that waited while no server polled can be too old; later, an old date means a wrong clock.
         self._caught_up = False
 
     async def run(self) -> None:
         try:
             while True:
-                if (wait := await self._turn()) > 0:
+                if (wait := await self._step()) > 0:
                     await self._sleep(wait)
         finally:
-            # Shutdown waits for nobody; who cannot be told in time finds it free when it has run out.
+            # Bounded, so that shutdown does not wait; otherwise the lease is free once it has expired.
             with contextlib.suppress(StoreUnavailable, TimeoutError):
                 async with asyncio.timeout(0.5):
-                    await self._lease.leave()
+                    await self._lease.release()
 
-    async def _turn(self) -> float:
-        """Poll once and answer; how many seconds to wait before the next turn."""
+    async def _step(self) -> float:
+        """Poll once and answer. Returns the seconds to wait before the next step."""
         try:
-            if not await self._hold():
-                self._well()
+            if not await self._keep_lease():
+                self._recovered()
                 self._caught_up = False
-                return min(max(self._lease.free_at - self._clock.wall(), 1.0), STANDBY_S)
+                return min(max(self._lease.free_at - self._clock.wall(), 1.0), STANDBY_INTERVAL_S)
             await self._poll()
         except StoreUnavailable as e:
-            return self._ill(e.reason, "no database, the bot waits", 0.5, 15.0)
+            return self._failed(e.reason, "no database, the bot waits", 0.5, 15.0)
         except ConflictError as e:
-            return 30.0 + self._ill(e.reason, "someone else polls with the bot's token, or set a webhook", 1.0, 240.0)
+            text = "another program polls with the bot's token, or has set a webhook"
+            return 30.0 + self._failed(e.reason, text, 1.0, 240.0)
         except SetupError as e:
-            self._ill(e.reason, "the bot cannot be reached as it is set up", REPAIR_S, REPAIR_S)
-            return REPAIR_S
+            self._failed(e.reason, "the bot does not work as it is set up", SETUP_RETRY_S, SETUP_RETRY_S)
+            return SETUP_RETRY_S
         except DeliveryError as e:
-            wait = self._ill(e.reason, "Telegram does not answer the bot", 1.0, 60.0)
+            wait = self._failed(e.reason, "Telegram does not answer the bot", 1.0, 60.0)
             asked = e.retry_after if isinstance(e, TransientError) else None
             return max(wait, asked or 0.0)
         return 0.0
@@ -96,38 +97,38 @@ class Bot:
     async def _poll(self) -> None:
         if self._username is None:
             self._username = (await self._api.get_me()).username
-        updates = await self._api.get_updates(self._lease.offset, POLL_S)
-        self._well()
+        updates = await self._api.get_updates(self._lease.offset, POLL_TIMEOUT_S)
+        self._recovered()
         if not updates:
-            # That confirmed all before. Asking from the same number on for ever would lose messages after a week of
-            # quiet, when Telegram may begin to number anew.
+            # All earlier updates are confirmed. Keeping the offset for ever would lose messages after a week without
+            # updates, when Telegram may start with new numbers.
             self._lease.offset, self._caught_up = None, True
         for update in updates:
             if update.message is not None:
-                await self._hear(update.message)
+                await self._handle(update.message)
             self._lease.offset = max(self._lease.offset or 0, update.update_id + 1)
-            if not await self._hold():
-                return  # another server has the lease now, and goes on from where the row says
+            if not await self._keep_lease():
+                return  # another server has the lease now, and continues from the offset in the row
 
-    async def _hold(self) -> bool:
+    async def _keep_lease(self) -> bool:
         now = self._clock.wall()
-        return await self._lease.hold(now, now + LEASE_S)
+        return await self._lease.acquire(now, now + LEASE_S)
 
-    async def _hear(self, message: Message) -> None:
+    async def _handle(self, message: Message) -> None:
         if not self._is_served(message.chat):
-            if message.chat.id not in self._strangers and len(self._strangers) < _MAX_STRANGERS_TOLD:
-                self._strangers.add(message.chat.id)
+            if message.chat.id not in self._logged_chats and len(self._logged_chats) < _MAX_LOGGED_CHATS:
+                self._logged_chats.add(message.chat.id)
                 log.warning("a chat that is not served wrote to the bot", extra={"chat": message.chat.id})
             return
         if message.migrate_to_chat_id is not None:
             self._api.moved.note(self._chat_id, str(message.migrate_to_chat_id))
-            await self._api.moved.keep(self._chat_id)
+            await self._api.moved.save(self._chat_id)
             return
         command = commands.parse(message.text, self._username or "")
         if command is None:
             return
         age = self._clock.wall() - message.date
-        if not self._caught_up and age > STALE_S:
+        if not self._caught_up and age > MAX_COMMAND_AGE_S:
             log.info("command not answered, it is too old", extra={"command": command, "age": f"{age:.0f}"})
             return
         for part in split(await self._answer(command)):
@@ -147,12 +148,12 @@ class Bot:
                 except StoreUnavailable:
                     return "The database cannot be reached now."
                 return status.render(found, self._clock.wall(), self._zone)
-            case _:  # /help, Telegram's own /start, and what does not exist
+            case _:  # /help, Telegram's own /start, and unknown commands
                 return commands.HELP
 
     async def _reply(self, asked: Message, text: str) -> None:
-        """Answer where it was asked, with a few tries; who asked can ask again."""
-        for attempt in range(1, _TRIES + 1):
+        """Answer in the chat and topic of the command, with a few attempts; the user can ask again."""
+        for attempt in range(1, _MAX_REPLY_ATTEMPTS + 1):
             try:
                 await self._api.send_message(str(asked.chat.id), text, html=True, topic=asked.topic)
             except TransientError as e:
@@ -163,19 +164,19 @@ class Bot:
                 return
             else:
                 return
-            if attempt < _TRIES:
+            if attempt < _MAX_REPLY_ATTEMPTS:
                 await self._sleep(wait)
         log.warning("answer not delivered", extra={"reason": reason})
 
-    def _ill(self, reason: str, words: str, first: float, most: float) -> float:
-        """Say what is wrong when it changes; how long to wait."""
+    def _failed(self, reason: str, text: str, first: float, longest: float) -> float:
+        """Log a failure when its reason changes. Returns the seconds to wait."""
         self._caught_up = False
         if reason != self._failing:
-            log.warning("%s", words, extra={"reason": reason})
-            self._failing, self._waits = reason, backoff(first, most, rng=self._rng)
-        return next(self._waits) if self._waits else first
+            log.warning("%s", text, extra={"reason": reason})
+            self._failing, self._backoff = reason, backoff(first, longest, rng=self._rng)
+        return next(self._backoff) if self._backoff else first
 
-    def _well(self) -> None:
+    def _recovered(self) -> None:
         if self._failing is not None:
             log.info("the bot is back", extra={"after": self._failing})
-            self._failing = self._waits = None
+            self._failing = self._backoff = None

@@ -1,13 +1,13 @@
-"""What people can say to the bot."""
+"""The bot's commands."""
 
 import re
 from typing import Final
 
-# Telegram's form: a slash, up to 32 letters, digits and underscores, and in groups the name of the bot that is meant.
+# Telegram's syntax: a slash, up to 32 letters, digits and underscores, and in groups @ and the addressed bot's name.
 _COMMAND: Final = re.compile(r"/([A-Za-z0-9_]{1,32})(?:@([A-Za-z0-9_]+))?(?:\s|$)", re.ASCII)
 
 COMMANDS: Final = {
-    "status": "how every tunnel stands",
+    "status": "the state of every tunnel",
     "ping": "whether the server answers",
     "help": "this list",
 }
@@ -16,9 +16,9 @@ PONG: Final = "🏓 pong: VPN Sentinel is running."
 
 
 def parse(text: str, username: str) -> str | None:
-    """The command in a message, in lower case; it may be one that does not exist.
+    """The command in a message, in lower case; it may be unknown.
 
-    None when there is none, or one that is meant for another bot than `username`.
+    None when there is none, or one for another bot than `username`.
     """
     found = _COMMAND.match(text)
     if found is None:

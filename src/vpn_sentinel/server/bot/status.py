@@ -1,4 +1,4 @@
-"""The answer to /status: all tunnels in Telegram's HTML, the worst first. Renders states, computes none."""
+"""The answer to /status: all tunnels in Telegram's HTML, the worst first. It renders states and computes none."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence

@@ -1,4 +1,4 @@
-"""The dashboard: what every tunnel does now, live, and what one tunnel did. It reads; it has no route that writes."""
+"""The dashboard: the present state of every tunnel, live, and the history of one. No route writes."""
 
 import asyncio
 import logging
@@ -29,11 +29,11 @@ from vpn_sentinel.server.store.store import Store, StoreUnavailable
 
 log = logging.getLogger(__name__)
 
-# How soon a browser comes back after its stream ended, in milliseconds.
-_RETRY: Final = b"retry: 2000\n\n"
-# Rows rendered between two looks at what else there is to do.
-_AT_ONCE: Final = 25
-_YEAR: Final = "public, max-age=31536000, immutable"
+# A browser reconnects after this time, in milliseconds, when its stream has ended.
+_RETRY_FRAME: Final = b"retry: 2000\n\n"
+# Rows rendered before the event loop gets a chance to run other tasks.
+_ROWS_PER_YIELD: Final = 25
+_CACHE_ONE_YEAR: Final = "public, max-age=31536000, immutable"
 _ENCODER: Final = msgspec.json.Encoder()
 
 Html = Response[str]
@@ -48,7 +48,7 @@ class DashboardServices:
 
 
 class Dashboard:
-    """Pages and frames from the database's rows."""
+    """Makes pages and stream frames from the database's rows."""
 
     def __init__(self, services: DashboardServices) -> None:
         self._store, self._clock, self._settings = services.store, services.clock, services.settings
@@ -61,11 +61,11 @@ class Dashboard:
         rows = await self._rows(None, now)
         return self.pages.render(
             "overview.html",
-            # Of our own template, which escaped what it was given.
+            # Rendered by our own template, which has escaped its values.
             rows=[Markup(html) for _, html in rows],  # noqa: S704
             head=head,
             now=now,
-            dbip=any(seen.place_source.startswith("dbip") for seen, _ in rows),  # its licence asks for a link
+            dbip=any(seen.place_source.startswith("dbip") for seen, _ in rows),  # its licence requires a link
             server_url=self._settings.public_url or f"http://SERVER:{self._settings.api_port}",
         )
 
@@ -79,8 +79,8 @@ class Dashboard:
             "tunnel.html",
             row=view.tunnel(found.tunnel),
             created=view.Moment.of(found.tunnel.created_at),
-            strip=view.strip(found.tunnel, moved, now, complete=len(moved) < queries.RECENT_TRANSITIONS),
-            day=view.day(found.tunnel, moved, now, complete=len(moved) < queries.RECENT_TRANSITIONS),
+            strip=view.timeline(found.tunnel, moved, now, complete=len(moved) < queries.RECENT_TRANSITIONS),
+            day=view.day_summary(found.tunnel, moved, now, complete=len(moved) < queries.RECENT_TRANSITIONS),
             transitions=view.transitions(moved, now),
             incidents=view.incidents(found.incidents, now),
             observations=seen,
@@ -102,7 +102,7 @@ class Dashboard:
             "rows": [{"name": r.name, "key": r.key, "state": r.state, "html": html} for r, html in rows],
             "gone": sorted((names or set()) - {r.name for r, _ in rows}),
         }
-        # JSON holds no line break of its own, so one data line carries it.
+        # The JSON has no line breaks, so it fits into one data line.
         return b"event: %b\ndata: %b\n\n" % (b"all" if names is None else b"some", _ENCODER.encode(data))
 
     async def _rows(self, names: set[str] | None, now: float) -> list[tuple[view.TunnelView, str]]:
@@ -111,7 +111,7 @@ class Dashboard:
         for row in await queries.tunnel_rows(self._store, names):
             seen = view.tunnel(queries.tunnel_of(row))
             found.append((seen, self.pages.render("_row.html", row=seen, now=now)))
-            if len(found) % _AT_ONCE == 0:
+            if len(found) % _ROWS_PER_YIELD == 0:
                 await asyncio.sleep(0)  # a thousand rows take 0.2 s: reports must not wait for them
         return sorted(found, key=lambda pair: pair[0].key)
 
@@ -131,7 +131,7 @@ async def live(dashboard: NamedDependency[Dashboard]) -> Stream:
     return Stream(
         _stream(await dashboard.feed.open()),
         media_type="text/event-stream",
-        # Some proxies collect a response before they pass it on, unless told.
+        # Without this header some proxies buffer a response before they pass it on.
         headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"},
     )
 
@@ -142,7 +142,7 @@ def static(dashboard: NamedDependency[Dashboard], name: FromPath[str]) -> Respon
     found = dashboard.pages.files.get(name)
     if found is None:
         raise NotFoundException
-    return Response(found[1], media_type=found[0], headers={"Cache-Control": _YEAR})
+    return Response(found[1], media_type=found[0], headers={"Cache-Control": _CACHE_ONE_YEAR})
 
 
 def build_dashboard(services: DashboardServices) -> Litestar:
@@ -162,17 +162,17 @@ def build_dashboard(services: DashboardServices) -> Litestar:
 
 
 async def _stream(frames: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    yield _RETRY
+    yield _RETRY_FRAME
     try:
         async for frame in frames:
             yield frame
     except StoreUnavailable as e:
-        # The browser says that what it shows is old, and comes back.
+        # The page shows that its content is old, and reconnects.
         log.warning("live stream ended", extra={"reason": e.reason})
 
 
 def _handlers(pages: Pages) -> dict[Any, Any]:
-    """Errors as pages in the same dress."""
+    """Error pages in the dashboard's layout."""
 
     def answer(status: int, text: str, headers: dict[str, str] | None = None) -> Html:
         title = HTTPStatus(status).phrase
@@ -186,7 +186,7 @@ def _handlers(pages: Pages) -> dict[Any, Any]:
         return answer(error.status_code, error.detail, error.headers)
 
     def away(_: Request[Any, Any, Any], error: StoreUnavailable) -> Html:
-        text = f"The database {error.words}. Reload in a moment."
+        text = f"The database {error.public_text}. Reload in a moment."
         return answer(HTTPStatus.SERVICE_UNAVAILABLE, text, {"Retry-After": "2"})
 
     def defect(request: Request[Any, Any, Any], error: Exception) -> Html:

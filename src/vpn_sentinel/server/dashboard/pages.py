@@ -1,4 +1,4 @@
-"""Templates and files of the dashboard, loaded once."""
+"""The templates and static files of the dashboard, loaded once."""
 
 from hashlib import blake2b
 from importlib import resources
@@ -16,7 +16,7 @@ _TYPES: Final = {
 
 
 class Pages:
-    """Renders pages. `build` changes with every file, so that a browser with an older page knows to load anew."""
+    """Renders pages. `build` changes with every file: a browser with an older page then knows that it must reload."""
 
     def __init__(self) -> None:
         folder = resources.files(__package__) / "static"

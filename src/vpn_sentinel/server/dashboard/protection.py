@@ -1,4 +1,4 @@
-"""What keeps other sites out of a page that asks for no login: headers, and a look at the name it was called by."""
+"""Protects a page without a login from other sites, by response headers and a check of the Host header."""
 
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -25,13 +25,13 @@ _HEADERS: Final = [
 
 
 class Misdirected(HTTPException):
-    """The request was meant for another host's name."""
+    """The request names another host."""
 
     status_code = 421
 
 
 async def add_headers(message: Message, _: Scope) -> None:
-    """Put the protecting headers on every answer, errors included; pages are not kept unless they say otherwise."""
+    """Add the protecting headers to every answer, errors included; answers are not cached unless they say otherwise."""
     if message["type"] == "http.response.start":
         headers = list(message.get("headers", []))
         if not any(name.lower() == b"cache-control" for name, _ in headers):
@@ -40,11 +40,11 @@ async def add_headers(message: Message, _: Scope) -> None:
 
 
 def known_host(public_url: str | None) -> Guard:
-    """A guard against DNS rebinding: a site that points its own name here must not be able to read what is here.
+    """A guard against DNS rebinding: a site whose own name resolves to this server must not be able to read the pages.
 
-    Its browser would say that name. An address cannot be rebound, `localhost` neither, and `public_url` is ours.
+    The browser would send that name. Addresses and `localhost` cannot be rebound, and `public_url` is ours.
     """
-    # `public_url` may hold an IPv6 address, without its brackets.
+    # The host in `public_url` may be an IPv6 address; `hostname` has it without brackets.
     ours = {"localhost"} | ({urlsplit(public_url).hostname or ""} if public_url else set())
 
     def guard(connection: ASGIConnection[Any, Any, Any, Any], _: BaseRouteHandler) -> None:

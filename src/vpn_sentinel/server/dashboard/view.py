@@ -1,4 +1,4 @@
-"""Rows of the database as what the pages show. Renders what was judged elsewhere; everything stays text until Jinja."""
+"""Turns database rows into what the pages show. It judges nothing; Jinja escapes all text."""
 
 import math
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ from vpn_sentinel.domain.routes import each_spoken
 from vpn_sentinel.domain.verdict import HARM, State
 from vpn_sentinel.wire import codec, rest
 
-# What is said of so many tunnels in a state, one and several.
-_SAID: Final = {
+# The predicate of a headline, for one tunnel in a state and for several.
+_PREDICATES: Final = {
     State.LEAKING: ("is leaking", "are leaking"),
     State.DOWN: ("is down", "are down"),
     State.DEGRADED: ("is degraded", "are degraded"),
@@ -26,14 +26,14 @@ _SAID: Final = {
     State.PROTECTED: ("is protected", "are protected"),
 }
 _UNITS: Final = ((86400, "d"), (3600, "h"), (60, "min"))
-# The strip of a tunnel's page: the last day, one unit of width a minute.
+# The timeline of a tunnel's page: the last day, one unit of width a minute.
 _DAY_S: Final = 86400.0
 _MIN_WIDTH_MINUTES: Final = 10.0
 _NOT_VERIFIED: Final = frozenset({State.SILENT, State.UNVERIFIED, State.PENDING, State.UNKNOWN})
 
 
-def span(seconds: float) -> str:
-    """A length of time as people say it: one unit, two where the second still matters (`3 h 20 min`)."""
+def short_duration(seconds: float) -> str:
+    """A duration as people say it: one unit, or two where the second one matters (`3 h 20 min`)."""
     whole = max(0, int(seconds))
     for index, (size, name) in enumerate(_UNITS):
         if whole >= size:
@@ -63,15 +63,15 @@ class Moment:
         return datetime.fromtimestamp(self.at, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
     def ago(self, now: float) -> str:
-        return "now" if now - self.at < 2 else f"{span(now - self.at)} ago"
+        return "now" if now - self.at < 2 else f"{short_duration(now - self.at)} ago"
 
     def lasting(self, now: float) -> str:
-        return span(now - self.at)
+        return short_duration(now - self.at)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TunnelView:
-    """A tunnel as a row, and at the head of its own page."""
+    """A tunnel as a row of the overview, and at the top of its own page."""
 
     name: str
     state: State
@@ -85,21 +85,21 @@ class TunnelView:
     reporter: str
     interval: float
     place_source: str
-    placed: str  # the exit that place and provider are known of
+    placed: str  # the exit address that place and provider belong to
     home: bool  # the home connection of the site, not a tunnel
     site: str
     port: str
 
     @property
     def key(self) -> str:
-        """Sorts worst first, then by site and name; home connections stand apart below."""
+        """Sorts worst first, then by site and name; home connections come last."""
         return f"{9 if self.home else HARM.index(self.state)} {self.site} {self.name}"
 
     @property
     def fingerprint(self) -> str:
-        """Changes when the row shows something else than another time of its last report."""
-        told = [getattr(self, f.name) for f in fields(self) if f.name != "last_seen"]
-        return blake2b(repr(told).encode(), digest_size=6).hexdigest()
+        """Changes with everything that the row shows, except the time of the last report."""
+        shown = [getattr(self, f.name) for f in fields(self) if f.name != "last_seen"]
+        return blake2b(repr(shown).encode(), digest_size=6).hexdigest()
 
 
 def tunnel(tunnel: rest.Tunnel) -> TunnelView:
@@ -112,7 +112,7 @@ def tunnel(tunnel: rest.Tunnel) -> TunnelView:
         exits=tuple(e for e in (tunnel.exit.ipv4, tunnel.exit.ipv6) if e),
         place=", ".join(dict.fromkeys(p for p in (place.city, place.region, place.country) if p)),
         provider=" · ".join(p for p in (place.org, f"AS{place.asn}" if place.asn else None) if p),
-        # The replaced system's clients only know the place of their resolver.
+        # The replaced system's clients know only the place of their resolver.
         resolvers=tuple(" · ".join(p for p in (r.ip, r.country, r.org) if p) for r in tunnel.resolvers)
         or tuple(filter(None, [" · ".join(p for p in (tunnel.dns_loc, tunnel.dns_colo) if p)])),
         last_seen=Moment.of(tunnel.last_seen) if tunnel.last_seen else None,
@@ -131,19 +131,21 @@ def tunnel(tunnel: rest.Tunnel) -> TunnelView:
 
 
 def _port(tunnel: rest.Tunnel) -> str:
-    """The forwarded port, and how the last try to reach it ended."""
+    """The forwarded port, and the result of the last check from outside."""
     port, check = tunnel.forwarded_port, tunnel.port_check
     if port is None:
         return ""
     if check is None or check.port != port:
         return f"{port}, not tried from outside yet"
-    said = {"answered": "open", "unreachable": "open, nobody listens", "lost": "closed"}.get(check.answer, check.answer)
-    return f"{port}, {said}"
+    state = {"answered": "open", "unreachable": "open, nobody listens", "lost": "closed"}.get(
+        check.answer, check.answer
+    )
+    return f"{port}, {state}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Overview:
-    """The head of the page: how many tunnels are in which state, worst first."""
+    """The head of the page: the number of tunnels in each state, worst first."""
 
     counts: tuple[tuple[State, int], ...]
 
@@ -160,14 +162,14 @@ class Overview:
         if not self.counts:
             return "No tunnels yet"
         state, n = self.counts[0]
-        one, many = _SAID[state]
+        one, many = _PREDICATES[state]
         if n == self.total:
             return f"The tunnel {one}" if n == 1 else f"All {n} tunnels {many}"
         return f"1 tunnel {one}" if n == 1 else f"{n} tunnels {many}"
 
     @property
     def title(self) -> str:
-        """Of the browser's tab: short, and the bad news first."""
+        """The title of the browser's tab: short, with the worst state."""
         state, n = self.counts[0] if self.counts else (State.PROTECTED, 0)
         return "VPN Sentinel" if state is State.PROTECTED else f"{n} {state.value} – VPN Sentinel"
 
@@ -186,68 +188,68 @@ class TransitionView:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Stretch:
-    """A part of the strip: `x` and `width` are minutes of the day that it shows."""
+class TimelineSegment:
+    """A part of the timeline: `x` and `width` are minutes of the day that it shows."""
 
     state: State
     x: float
     width: float
-    said: str
+    label: str
 
 
 def transitions(rows: Sequence[Row[Any]], now: float) -> list[TransitionView]:
-    """Newest first, as are `rows`; each with how long the state that it led to lasted."""
+    """Newest first, like `rows`; each with the duration of the state that it led to."""
     ends = [now, *(r.at for r in rows)]
     return [
         TransitionView(
             at=Moment(row.at),
             old=rest.state_of(row.old),
             new=rest.state_of(row.new),
-            lasted=span(end - row.at),
+            lasted=short_duration(end - row.at),
             findings=tuple(rest.findings_of(row.findings)),
         )
         for row, end in zip(rows, ends, strict=False)
     ]
 
 
-def strip(tunnel: rest.Tunnel, moved: Sequence[Row[Any]], now: float, *, complete: bool) -> list[Stretch]:
-    """The last day as stretches of one state. What came before the oldest known transition is drawn if `complete`."""
+def timeline(tunnel: rest.Tunnel, moved: Sequence[Row[Any]], now: float, *, complete: bool) -> list[TimelineSegment]:
+    """The last day as segments of one state. The time before the oldest known transition is drawn if `complete`."""
     start = now - _DAY_S
     found = [
-        Stretch(
+        TimelineSegment(
             state=state,
             x=round(min((max(at, start) - start) / 60, 1440 - _MIN_WIDTH_MINUTES), 2),
             width=round(max((end - max(at, start)) / 60, _MIN_WIDTH_MINUTES), 2),
-            said=f"{state.value} for {span(end - at)}, from {Moment(at).text}",
+            label=f"{state.value} for {short_duration(end - at)}, from {Moment(at).text}",
         )
-        for state, at, end in _stretches(tunnel, moved, now, complete=complete)
+        for state, at, end in _segments(tunnel, moved, now, complete=complete)
         if end > max(at, start)
     ]
-    # A short leak is drawn wide enough to be seen, and over its neighbours.
+    # The worst come last: a short leak is drawn wide enough to be seen, over its neighbours.
     return sorted(found, key=lambda s: -HARM.index(s.state))
 
 
-def day(tunnel: rest.Tunnel, moved: Sequence[Row[Any]], now: float, *, complete: bool) -> str:
-    """How much of the last day a tunnel was protected; what nobody verified is no part of either side."""
+def day_summary(tunnel: rest.Tunnel, moved: Sequence[Row[Any]], now: float, *, complete: bool) -> str:
+    """The share of the last day in which a tunnel was protected; unverified time is not counted."""
     protected = verified = unverified = 0.0
-    for state, at, end in _stretches(tunnel, moved, now, complete=complete):
+    for state, at, end in _segments(tunnel, moved, now, complete=complete):
         lasted = max(0.0, end - max(at, now - _DAY_S))
         if state in _NOT_VERIFIED:
             unverified += lasted
         else:
             verified += lasted
             protected += lasted if state is State.PROTECTED else 0.0
-    told = f" Not verified for {span(unverified)}." if unverified >= 1 else ""
+    shown = f" Not verified for {short_duration(unverified)}." if unverified >= 1 else ""
     if verified < 1:
-        return told.strip()
-    share = math.floor(1000 * protected / verified) / 10  # down: what is short of all is never "100 %"
-    return f"Protected {share:g} % of the time that was verified ({span(verified)}).{told}"
+        return shown.strip()
+    share = math.floor(1000 * protected / verified) / 10  # rounded down: only the full time is "100 %"
+    return f"Protected {share:g} % of the time that was verified ({short_duration(verified)}).{shown}"
 
 
-def _stretches(
+def _segments(
     tunnel: rest.Tunnel, moved: Sequence[Row[Any]], now: float, *, complete: bool
 ) -> list[tuple[State, float, float]]:
-    """State, beginning and end, oldest first."""
+    """State, begin and end of each segment, oldest first."""
     changes = sorted(((r.at, rest.state_of(r.new)) for r in moved), key=lambda change: change[0])
     if not changes:
         changes = [(tunnel.since.timestamp(), tunnel.state)]
@@ -270,7 +272,7 @@ def incidents(rows: Sequence[Row[Any]], now: float) -> list[IncidentView]:
         IncidentView(
             opened=Moment(row.opened_at),
             closed=None if row.closed_at is None else Moment(row.closed_at),
-            lasted=span((now if row.closed_at is None else row.closed_at) - row.opened_at),
+            lasted=short_duration((now if row.closed_at is None else row.closed_at) - row.opened_at),
             worst=rest.state_of(row.worst),
         )
         for row in rows
@@ -298,7 +300,7 @@ class ObservationView:
     trigger: str
     exits: tuple[str, ...]
     took: str
-    routes: tuple[str, ...] | None = None  # None: not looked at
+    routes: tuple[str, ...] | None = None  # None: not read
 
 
 def _routes(seen: Observation) -> tuple[str, ...] | None:

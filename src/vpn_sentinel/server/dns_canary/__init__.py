@@ -1,1 +1,1 @@
-"""The DNS canary: an authoritative server for one zone, which tells agents which resolver asked for them."""
+"""The DNS canary: an authoritative server for one zone, whose answers show agents which resolver asked for them."""

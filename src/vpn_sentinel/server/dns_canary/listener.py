@@ -1,4 +1,4 @@
-"""The DNS canary's sockets: UDP, and TCP with its bounds (RFC 7766). Anybody on the internet may ask."""
+"""The DNS canary's sockets: UDP, and TCP with limits (RFC 7766). Anybody on the internet may send queries."""
 
 import asyncio
 import socket
@@ -18,16 +18,14 @@ from vpn_sentinel.server.part_health import PartHealth
 from vpn_sentinel.server.settings import DnsCanarySettings
 
 MAX_CONNECTIONS: Final = 512
-LISTEN_BACKLOG: Final = 256  # that the kernel holds until they are taken
+LISTEN_BACKLOG: Final = 256  # connections that the kernel queues until they are accepted
 
 
 class DnsCanaryMetrics:
-    """Queries by what became of them. One registry takes one of these."""
+    """Counts queries by outcome. One for each registry."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        counter = Counter(
-            "vpn_sentinel_canary_queries", "DNS queries by what became of them.", ("outcome",), registry=registry
-        )
+        counter = Counter("vpn_sentinel_canary_queries", "DNS queries by outcome.", ("outcome",), registry=registry)
         self._by_outcome = {outcome: counter.labels(outcome.value) for outcome in QueryOutcome}
 
     def note(self, outcome: QueryOutcome) -> None:
@@ -35,7 +33,7 @@ class DnsCanaryMetrics:
 
 
 class Datagrams(asyncio.DatagramProtocol):
-    """A question in each datagram, and at most as many bytes back."""
+    """One query in each datagram; an answer never has more bytes than the query."""
 
     def __init__(self, responder: Responder, note: Callable[[QueryOutcome], None]) -> None:
         self._responder = responder
@@ -49,14 +47,14 @@ class Datagrams(asyncio.DatagramProtocol):
     def datagram_received(self, data: bytes, addr: tuple[str, int]) -> None:
         answer, outcome = self._responder.respond(data, addr[0], self._loop.time(), datagram=True)
         self._note(outcome)
-        # A source port of 0 is nobody's; whoever sends one wants to see an error.
+        # No program can receive on port 0: such a datagram only tries to cause an error.
         if answer is not None and self._transport is not None and addr[1]:
             self._transport.sendto(answer, addr)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TcpLimits:
-    """Of TCP. `idle` is seconds for a whole question to come, or an answer to be taken; `message` is bytes of one."""
+    """Limits for TCP. `idle` is the seconds for a query to arrive, or an answer to be read; `message` one's bytes."""
 
     connections: int = MAX_CONNECTIONS
     per_network: int = 64
@@ -65,7 +63,7 @@ class TcpLimits:
 
 
 class TcpStream(asyncio.Protocol):
-    """One connection: questions one behind another, each with its length in two bytes before it."""
+    """One connection: queries one after another, each with its length in two bytes before it."""
 
     def __init__(
         self, responder: Responder, note: Callable[[QueryOutcome], None], slot: ConnectionSlot, limits: TcpLimits
@@ -81,20 +79,20 @@ class TcpStream(asyncio.Protocol):
         self._transport = transport  # type: ignore[assignment]
         self._slot.cut = self.abort
         peer = transport.get_extra_info("peername")
-        if not peer:  # gone already
+        if not peer:  # closed already
             self.abort()
             return
         self._host = peer[0]
-        self._wait()
+        self._restart_timer()
 
     def connection_lost(self, exc: Exception | None) -> None:
         del exc
-        self._slot.leave()
+        self._slot.release()
         if self._timer is not None:
             self._timer.cancel()
 
     def eof_received(self) -> bool:
-        return False  # all that was asked has been answered
+        return False  # all queries have been answered
 
     def data_received(self, data: bytes) -> None:
         self._buffer += data
@@ -109,15 +107,15 @@ class TcpStream(asyncio.Protocol):
             asked, self._buffer = self._buffer[2 : 2 + length], self._buffer[2 + length :]
             answer, outcome = self._responder.respond(asked, self._host, self._loop.time(), datagram=False)
             self._note(outcome)
-            if answer is None:  # asks too much, or sends what is no question
+            if answer is None:  # it sends too many queries, or something that is no query
                 self.abort()
                 return
             self._transport.write(len(answer).to_bytes(2) + answer)
-            self._wait()  # only a whole question earns more time
+            self._restart_timer()  # only a whole query gives more time
             self._slot.idle()
 
     def pause_writing(self) -> None:
-        """Answers are not taken: ask no more until they are, for as long as a question may take."""
+        """The client does not read the answers: read no more queries until it does, at most for `idle` seconds."""
         if self._transport is not None:
             self._transport.pause_reading()
 
@@ -129,14 +127,14 @@ class TcpStream(asyncio.Protocol):
         if self._transport is not None:
             self._transport.abort()
 
-    def _wait(self) -> None:
+    def _restart_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
         self._timer = self._loop.call_later(self._limits.idle, self.abort)
 
 
 class DnsListener:
-    """Serves sockets that are bound already: UDP ones and TCP ones."""
+    """Serves UDP and TCP sockets that are already bound."""
 
     def __init__(self, responder: Responder, metrics: DnsCanaryMetrics, limits: TcpLimits | None = None) -> None:
         self._responder, self._metrics = responder, metrics
@@ -155,7 +153,7 @@ class DnsListener:
                 endpoint, _ = await loop.create_datagram_endpoint(lambda: Datagrams(self._responder, note), sock=sock)
                 self._endpoints.append(endpoint)
             else:
-                self._servers.append(Acceptor(sock, self.connection_limit, self._stream, waiting=LISTEN_BACKLOG))
+                self._servers.append(Acceptor(sock, self.connection_limit, self._stream, backlog=LISTEN_BACKLOG))
 
     def _stream(self, slot: ConnectionSlot) -> TcpStream:
         return TcpStream(self._responder, self._metrics.note, slot, self._limits)
@@ -172,7 +170,7 @@ class DnsListener:
             server.close()
         for endpoint in self._endpoints:
             endpoint.close()
-        for slot in self.connection_limit.unserved():  # between two questions all are
+        for slot in self.connection_limit.unserved():  # between two queries, all connections are unserved
             slot.cut()
 
 
@@ -182,7 +180,7 @@ def build_dns_canary(
     own_address: Callable[[], tuple[IPNetwork, ...]],
     registry: CollectorRegistry,
 ) -> DnsListener:
-    """A listener for the zone of `settings`. Where no addresses are set, the server's own stand in for them."""
+    """A listener for the zone of `settings`. Where no addresses are set, the server's own address is used."""
 
     def addresses() -> tuple[IPAddress, ...]:
         return settings.addresses or tuple(n.network_address for n in own_address())

@@ -1,7 +1,7 @@
-"""DNS messages by hand (RFC 1035, RFC 6891), as much as one small zone needs.
+"""DNS messages (RFC 1035, RFC 6891), as far as one small zone needs them.
 
-A query is read strictly: one question, no compression in it, and nothing behind what the header counts. What is built
-is four sections of plain records; only the owner of the question's own name is compressed.
+A query is parsed strictly: one question, no compression in it, and no bytes after what the header counts. A response is
+four sections of plain records; only the question's name is compressed.
 """
 
 import struct
@@ -13,19 +13,19 @@ A, NS, SOA, TXT, AAAA, OPT, IXFR, AXFR, ANY = 1, 2, 6, 16, 28, 41, 251, 252, 255
 IN: Final = 1
 NOERROR, FORMERR, NXDOMAIN, NOTIMP, REFUSED, BADVERS = 0, 1, 3, 4, 5, 16
 HEADER: Final = struct.Struct("!6H")
-UDP_PAYLOAD_BYTES: Final = 1232  # what passes everywhere unfragmented (DNS flag day 2020)
+UDP_PAYLOAD_BYTES: Final = 1232  # passes everywhere without fragmentation (DNS flag day 2020)
 
 _RESPONSE, _AUTHORITATIVE, _TRUNCATED, _RECURSE, _OPCODE = 0x8000, 0x0400, 0x0200, 0x0100, 0x7800
 _DNSSEC_OK: Final = 0x8000
-_FIXED: Final = struct.Struct("!HHIH")  # type, class, TTL and length of a record
-_PAIR: Final = struct.Struct("!HH")
-_THE_QUESTION: Final = b"\xc0\x0c"  # a pointer to the name behind the header
+_RECORD_HEADER: Final = struct.Struct("!HHIH")  # type, class, TTL and length of a record
+_TYPE_AND_CLASS: Final = struct.Struct("!HH")
+_QUESTION_NAME: Final = b"\xc0\x0c"  # a pointer to the name after the header
 _MAX_LABELS: Final = 127
 _MAX_ADDITIONAL: Final = 4  # an OPT, a TSIG, and some to spare
 
 
 class BadQueryError(ValueError):
-    """A message that no answer can be found for. `reply` says so in a bare header; None: it deserves none."""
+    """A message that is not a valid query. `reply` is a bare header with the error code; None: send no reply."""
 
     def __init__(self, problem: str, reply: bytes | None = None) -> None:
         super().__init__(problem)
@@ -34,7 +34,7 @@ class BadQueryError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Edns:
-    """The asker's OPT record: its version, the largest datagram it takes in bytes, and its DO bit."""
+    """The client's OPT record: its version, the largest datagram in bytes that it accepts, and its DO bit."""
 
     version: int
     payload: int
@@ -43,7 +43,7 @@ class Edns:
 
 @dataclass(frozen=True, slots=True)
 class DnsQuery:
-    """`question` is the section as it came, byte for byte; `labels` the name in lower case, without the root."""
+    """`question` is the section's bytes as received; `labels` the name in lower case, without the root."""
 
     ident: int
     recurse: bool
@@ -100,8 +100,8 @@ def parse(data: bytes) -> DnsQuery:
 
 
 def pack(query: DnsQuery, reply: DnsResponse, *, limit: int) -> Packed:
-    """Build the response, at most `limit` bytes. What does not fit leaves a response without records that says so
-    (TC), for the asker to come back over TCP.
+    """Build the response, at most `limit` bytes. If it does not fit, the response has no records and the TC bit, so
+    that the client asks again over TCP.
     """
     records = b"".join(_record(r) for part in (reply.answers, reply.authority, reply.additional) for r in part)
     counts = len(reply.answers), len(reply.authority), len(reply.additional)
@@ -130,16 +130,16 @@ def _refuse(problem: str) -> NoReturn:
 
 
 def _question(data: bytes) -> tuple[bytes, tuple[bytes, ...], int, int]:
-    """The question as it came, its name, type and class."""
+    """The question's bytes, its name, type and class."""
     labels, end = _name(data, HEADER.size)
-    if end + _PAIR.size > len(data):
+    if end + _TYPE_AND_CLASS.size > len(data):
         _refuse("the question is cut off")
-    kind, klass = _PAIR.unpack_from(data, end)
-    return data[HEADER.size : end + _PAIR.size], labels, kind, klass
+    kind, klass = _TYPE_AND_CLASS.unpack_from(data, end)
+    return data[HEADER.size : end + _TYPE_AND_CLASS.size], labels, kind, klass
 
 
 def _edns(data: bytes, offset: int, count: int) -> Edns | None:
-    """The OPT among the additional records, which are all that is left."""
+    """The OPT record among the additional ones, which are the rest of the message."""
     edns = None
     for _ in range(count):
         found, offset = _additional(data, offset)
@@ -152,7 +152,7 @@ def _edns(data: bytes, offset: int, count: int) -> Edns | None:
 
 
 def _name(data: bytes, offset: int) -> tuple[tuple[bytes, ...], int]:
-    """A name and the offset behind it; what is no plain label (a pointer, for one) is refused."""
+    """A name and the offset after it; anything but plain labels, such as a pointer, is refused."""
     labels: list[bytes] = []
     start = offset
     while True:
@@ -172,12 +172,12 @@ def _name(data: bytes, offset: int) -> tuple[tuple[bytes, ...], int]:
 
 
 def _additional(data: bytes, offset: int) -> tuple[Edns | None, int]:
-    """One additional record: what it says when it is an OPT, and the offset behind it."""
+    """One additional record: its content when it is an OPT, and the offset after it."""
     labels, offset = _name(data, offset)
-    if offset + _FIXED.size > len(data):
+    if offset + _RECORD_HEADER.size > len(data):
         _refuse("a record is cut off")
-    kind, payload, flags, length = _FIXED.unpack_from(data, offset)
-    offset += _FIXED.size + length
+    kind, payload, flags, length = _RECORD_HEADER.unpack_from(data, offset)
+    offset += _RECORD_HEADER.size + length
     if offset > len(data):
         _refuse("a record is cut off")
     if kind != OPT:
@@ -188,13 +188,13 @@ def _additional(data: bytes, offset: int) -> tuple[Edns | None, int]:
 
 
 def _opt(asked: Edns | None, rcode: int) -> bytes:
-    """Only who sent one gets one (RFC 6891, section 7); ours has no options, so it is never larger than theirs."""
+    """Only a query with an OPT gets one (RFC 6891, section 7); ours has no options, so it is never larger."""
     if asked is None:
         return b""
     flags = (rcode >> 4) << 24 | (_DNSSEC_OK if asked.dnssec_ok else 0)
-    return b"\0" + _FIXED.pack(OPT, UDP_PAYLOAD_BYTES, flags, 0)
+    return b"\0" + _RECORD_HEADER.pack(OPT, UDP_PAYLOAD_BYTES, flags, 0)
 
 
 def _record(record: ResourceRecord) -> bytes:
-    owner = _THE_QUESTION if record.owner is None else record.owner
-    return owner + _FIXED.pack(record.kind, IN, record.ttl, len(record.data)) + record.data
+    owner = _QUESTION_NAME if record.owner is None else record.owner
+    return owner + _RECORD_HEADER.pack(record.kind, IN, record.ttl, len(record.data)) + record.data

@@ -1,4 +1,4 @@
-"""From the bytes of a question to the bytes of its answer: the same for UDP and TCP, and no I/O."""
+"""Turns the bytes of a query into the bytes of its answer, the same for UDP and TCP, without I/O."""
 
 from enum import StrEnum
 from ipaddress import IPv6Address, ip_address
@@ -14,10 +14,10 @@ _TCP_MESSAGE_BYTES = 65535
 
 
 class QueryOutcome(StrEnum):
-    """What became of a query, for the metrics."""
+    """How a query was handled, for the metrics."""
 
-    SIGHTED = "sighted"  # an agent's own question: answered with the resolver's address
-    TRUNCATED = "truncated"  # sent back to ask over TCP
+    SIGHTED = "sighted"  # an agent's query: answered with the resolver's address
+    TRUNCATED = "truncated"  # answered with the TC bit, so that the client asks over TCP
     ZONE = "zone"  # about the zone itself, or that a name has no such records
     NXDOMAIN = "nxdomain"
     REFUSED = "refused"  # of another zone, a transfer, or another class
@@ -27,17 +27,17 @@ class QueryOutcome(StrEnum):
 
 
 class Responder:
-    """`respond` is all that a transport needs. It raises nothing, whatever the bytes."""
+    """`respond` is all that a transport needs. It raises nothing for any bytes."""
 
     def __init__(self, zone: Zone, limit: QueryLimit) -> None:
         self._zone = zone
         self._limit = limit
 
     def respond(self, data: bytes, host: str, now: float, *, datagram: bool) -> tuple[bytes | None, QueryOutcome]:
-        """Answer what came from `host` at `now` (seconds that never jump); None is silence.
+        """Answer the bytes that came from `host` at `now` (monotonic seconds); None: send nothing.
 
-        The answer to a datagram is never larger than it: what would be is asked for again over TCP, which nobody can
-        do in another's name.
+        The answer to a datagram is never larger than the datagram: for a larger one the client has to ask over TCP,
+        where it cannot forge its address.
         """
         if not self._limit.admits_any(now):
             return None, QueryOutcome.LIMITED
@@ -60,7 +60,7 @@ class Responder:
 
 
 def _payload(query: DnsQuery) -> int:
-    """What the asker takes in one datagram (RFC 6891, section 6.2.3), and we send."""
+    """The bytes that the client accepts in one datagram (RFC 6891, section 6.2.3), at most what we send."""
     return min(message.UDP_PAYLOAD_BYTES, max(512, query.edns.payload)) if query.edns else 512
 
 

@@ -1,7 +1,7 @@
-"""The zone: what exists in it, and what is answered to whom. No I/O, no clock, no memory.
+"""The zone: which names exist in it, and their records. No I/O, no clock, no memory.
 
-It holds its apex, the names of its servers, and one name for each question that an agent can ask. Everything else
-does not exist. Nothing is remembered: the answer carries what the agent wants to know.
+It holds its apex, the names of its servers, and one name for each query that an agent can make. Nothing else exists.
+Nothing is stored: the answer itself carries what the agent wants to know.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,18 +14,18 @@ from vpn_sentinel.server.dns_canary import message
 from vpn_sentinel.server.dns_canary.message import DnsQuery, DnsResponse, ResourceRecord
 from vpn_sentinel.wire import canary
 
-_SERVERS_TTL: Final = 3600  # seconds; who serves the zone hardly changes
-_ADDRESS_TTL: Final = 300
-_NEVER_TWICE: Final = 0  # each question is asked once
-_NEGATIVE_TTL: Final = 1
+_SERVERS_TTL_S: Final = 3600  # the servers of the zone rarely change
+_ADDRESS_TTL_S: Final = 300
+_UNCACHED_TTL_S: Final = 0  # each query is made once
+_NEGATIVE_TTL_S: Final = 1
 _TRANSFERS: Final = frozenset({message.IXFR, message.AXFR})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Zone:
-    """`name` and `servers` are names in lower case without a dot at the end; `addresses` tells those of the servers.
+    """`name` and `servers` are names in lower case without a final dot; `addresses` gives the servers' addresses.
 
-    `secret` is the installation's own, of which agents' keys come.
+    `secret` is the installation's, from which agents' keys are derived.
     """
 
     name: str
@@ -37,21 +37,21 @@ class Zone:
 
     def __post_init__(self) -> None:
         apex = labels_of(self.name)
-        numbers = b"".join(n.to_bytes(4) for n in (1, 3600, 600, 86400, _NEGATIVE_TTL))
+        numbers = b"".join(n.to_bytes(4) for n in (1, 3600, 600, 86400, _NEGATIVE_TTL_S))
         names = message.wire(labels_of(self.servers[0])) + message.wire((b"hostmaster", *apex))
         object.__setattr__(self, "_apex", apex)
         object.__setattr__(
-            self, "_soa", ResourceRecord(message.wire(apex), message.SOA, _NEGATIVE_TTL, names + numbers)
+            self, "_soa", ResourceRecord(message.wire(apex), message.SOA, _NEGATIVE_TTL_S, names + numbers)
         )
 
     def genuine(self, query: DnsQuery) -> tuple[bytes, bytes] | None:
-        """The nonce and the key of an agent's question, None for everybody else's."""
+        """The nonce and the key of an agent's query, None for any other."""
         if query.klass != message.IN or len(query.labels) != len(self._apex) + 1 or query.labels[1:] != self._apex:
             return None
         return canary.read_label(query.labels[0], self.secret)
 
     def answer(self, query: DnsQuery, asker: IPAddress, genuine: tuple[bytes, bytes] | None) -> DnsResponse:
-        """Answer a query that came from `asker`; `genuine` is what `genuine` found of it."""
+        """Answer a query from the address `asker`; `genuine` is the result of the method `genuine` for it."""
         if query.edns is not None and query.edns.version != 0:
             return DnsResponse(rcode=message.BADVERS, authoritative=False)
         depth = len(self._apex)
@@ -60,9 +60,9 @@ class Zone:
             return DnsResponse(rcode=message.REFUSED, authoritative=False)
         if genuine is not None:
             nonce, key = genuine
-            records = [ResourceRecord(None, message.TXT, _NEVER_TWICE, texts(canary.answer(asker, nonce, key)))]
-            # getaddrinfo(3) asks for addresses alone: what programs use is seen by it, and by nothing else.
-            records.append(ResourceRecord(None, _kind(asker), _NEVER_TWICE, asker.packed))
+            records = [ResourceRecord(None, message.TXT, _UNCACHED_TTL_S, texts(canary.answer(asker, nonce, key)))]
+            # getaddrinfo(3) asks only for addresses: only these records show which resolver programs use.
+            records.append(ResourceRecord(None, _kind(asker), _UNCACHED_TTL_S, asker.packed))
             return self._of(query, records)
         if len(query.labels) == depth:
             return self._of(query, [self._soa, *self._ns()], additional=self._glue())
@@ -70,13 +70,13 @@ class Zone:
         if query.labels in own:
             return self._of(query, self._addresses(None))
         if any(server[-len(query.labels) :] == query.labels for server in own):
-            return self._of(query, [])  # nothing there, but one of the servers below it (RFC 8020)
+            return self._of(query, [])  # it has no records, but the name of a server is below it (RFC 8020)
         return DnsResponse(rcode=message.NXDOMAIN, authority=(self._soa,))
 
     def _of(
         self, query: DnsQuery, records: list[ResourceRecord], additional: Iterable[ResourceRecord] = ()
     ) -> DnsResponse:
-        """What of a name's records is asked for; when nothing, the SOA tells how long that holds (RFC 2308)."""
+        """The name's records of the requested type; without any, the SOA says how long to cache that (RFC 2308)."""
         wanted = [r for r in records if query.kind in (r.kind, message.ANY)]
         if not wanted:
             return DnsResponse(rcode=message.NOERROR, authority=(self._soa,))
@@ -86,7 +86,7 @@ class Zone:
     def _ns(self) -> list[ResourceRecord]:
         apex = message.wire(self._apex)
         return [
-            ResourceRecord(apex, message.NS, _SERVERS_TTL, message.wire(labels_of(server))) for server in self.servers
+            ResourceRecord(apex, message.NS, _SERVERS_TTL_S, message.wire(labels_of(server))) for server in self.servers
         ]
 
     def _glue(self) -> Iterable[ResourceRecord]:
@@ -96,7 +96,7 @@ class Zone:
                 yield from self._addresses(message.wire(name))
 
     def _addresses(self, owner: bytes | None) -> list[ResourceRecord]:
-        return [ResourceRecord(owner, _kind(a), _ADDRESS_TTL, a.packed) for a in self.addresses()]
+        return [ResourceRecord(owner, _kind(a), _ADDRESS_TTL_S, a.packed) for a in self.addresses()]
 
 
 def _kind(address: IPAddress) -> int:

@@ -1,6 +1,6 @@
-"""What just changed, told to whoever listens: browsers over SSE. Best effort; the database is the truth.
+"""Publishes the names of changed tunnels to listeners: browsers over SSE. Best effort; the database is the truth.
 
-What a listener has pending is a set of names, so a slow browser costs at most one entry a tunnel.
+A listener's pending changes are a set of names, so a slow browser costs at most one entry for each tunnel.
 """
 
 import asyncio
@@ -52,7 +52,7 @@ class Listener:
         self.wake.set()
 
     async def changes(self, every: float = 0.25, idle: float = 15.0) -> AsyncIterator[set[str]]:
-        """Yield sets of changed names, at most one in `every` seconds; an empty set after `idle` seconds of nothing.
+        """Yield sets of changed names, at most one in `every` seconds; an empty set after `idle` seconds without any.
 
         Ends when the hub closes.
         """

@@ -1,13 +1,13 @@
-"""What a channel is, and the three ways in which it can fail.
+"""What a channel is, and the three kinds of failure of a delivery.
 
-The rule, for every channel: **a notice is given up only where it is proved that this one message is at fault.** A
-channel that is told so sends a plainer or shorter form first; when even the shortest is refused, the message was not
-the cause. Whatever else the other side answers, known or not, is trouble of the set-up or of the moment: kept, tried
-again, said.
+The rule for every channel: **a notice is given up only where it is proved that this one message is the cause.** A
+channel whose message is refused sends a plainer or shorter form first; when even the shortest is refused, the message
+was not the cause. Every other answer, known or not, is a failure of the set-up or a temporary one: the notice is kept,
+tried again, and the failure logged.
 
-The dispatcher looks at the type alone; `reason` is a short word for the log, the `attempts` table and the metric. It
-never holds an address, a token, or what the other side answered. Raise these outside the `except` block of an HTTP
-error, so that the error, which carries the request and so its URL, does not hang on as `__context__`.
+The dispatcher uses only the type; `reason` is a short word for the log, the `attempts` table and the metric. It never
+holds an address, a token, or text from the receiver's answer. Raise these outside the `except` block of an HTTP error:
+that error carries the request and so its URL, and would stay attached as `__context__`.
 """
 
 from typing import Protocol
@@ -24,10 +24,10 @@ class DeliveryError(Exception):
 
 
 class TransientError(DeliveryError):
-    """Trying again may help. `retry_after` is how many seconds the other side asked for, None when it did not say.
+    """Trying again may help. `retry_after` is the seconds that the receiver asked for, None when it did not.
 
-    `binding`: it counts requests, and each further one makes it worse (429). Else the wait is its guess at its own
-    trouble (503), and an alarm may ask before.
+    `binding`: the receiver counts requests, and each further one makes it worse (429). Otherwise the wait is the
+    receiver's estimate of its own trouble (503), and an alarm may be tried earlier.
     """
 
     def __init__(self, reason: str, *, retry_after: float | None = None, binding: bool = False) -> None:
@@ -37,27 +37,26 @@ class TransientError(DeliveryError):
 
 
 class SetupError(DeliveryError):
-    """Nothing can be delivered until the owner repairs the channel: a wrong token, a chat that shuts the bot out.
+    """Nothing can be delivered until the owner repairs the channel: a wrong token, a chat that excludes the bot.
 
-    Also for every answer that nobody here understands. Tried slowly and for long, because that repair may come at any
-    time.
+    Also for every unknown answer. Tried slowly and for long, because the repair may come at any time.
     """
 
 
 class PermanentError(DeliveryError):
-    """The other side will never take this form of this notice, by its own word; it may well take another."""
+    """The receiver says that it will never accept this form of this notice; it may accept another form."""
 
 
 class Channel(Protocol):
-    """A way to tell people. One notice at a time."""
+    """A service that notifies people, one notice at a time."""
 
     @property
     def name(self) -> str:
-        """As it stands in the outbox, the metrics and the settings."""
+        """Its name in the outbox, the metrics and the settings."""
         ...
 
     async def send(self, notice: Notice, delivery_id: int) -> None:
-        """Return when the other side took the notice. Raises a DeliveryError.
+        """Return when the receiver has accepted the notice. Raises a DeliveryError.
 
         A notice can come twice (after a crash between sending and marking it) with the same `delivery_id`.
         """

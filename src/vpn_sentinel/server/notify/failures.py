@@ -1,4 +1,4 @@
-"""HTTP failures in a word. The word is a metric's label and a log's value: never a URL, never a body."""
+"""HTTP failures as one word, for a metric's label and the log: never a URL, never a body."""
 
 import logging
 import math
@@ -12,47 +12,47 @@ import httpx
 
 from vpn_sentinel.server.notify.channel import DeliveryError, SetupError, TransientError
 
-# Nobody is to compress an answer for us; a proxy on the way may do it all the same.
-PLAIN: Final = {"Accept-Encoding": "identity"}
-_GZIP: Final = 16 + zlib.MAX_WBITS  # zlib's word for a gzip header
+# Asks for an uncompressed answer; a proxy may compress it all the same.
+UNCOMPRESSED: Final = {"Accept-Encoding": "identity"}
+_GZIP_WBITS: Final = 16 + zlib.MAX_WBITS  # tells zlib to expect a gzip header
 
 
-async def whole(answer: httpx.Response, most: int) -> bytes:
-    """A streamed answer's body, of at most `most` bytes as it came and unpacked: few bytes must not become many.
+async def read_body(answer: httpx.Response, max_bytes: int) -> bytes:
+    """A streamed answer's body, at most `max_bytes` both compressed and decompressed: few bytes must not become many.
 
-    Raises httpx.DecodingError for more, and for a gzip body that is damaged; another encoding is left as it is.
+    Raises httpx.DecodingError for more, and for damaged gzip; another encoding is left as it is.
     """
     body = bytearray()
     async for part in answer.aiter_raw():
         body += part
-        if len(body) > most:
-            msg = f"more than {most} bytes"
+        if len(body) > max_bytes:
+            msg = f"more than {max_bytes} bytes"
             raise httpx.DecodingError(msg)
     if answer.headers.get("Content-Encoding", "").strip().lower() not in ("gzip", "x-gzip"):
         return bytes(body)
-    unpacker = zlib.decompressobj(_GZIP)
+    unpacker = zlib.decompressobj(_GZIP_WBITS)
     try:
-        found = unpacker.decompress(body, most)
+        found = unpacker.decompress(body, max_bytes)
     except zlib.error as e:
         msg = "damaged"
         raise httpx.DecodingError(msg) from e
     if not unpacker.eof:
-        msg = f"cut off, or more than {most} bytes"
+        msg = f"cut off, or more than {max_bytes} bytes"
         raise httpx.DecodingError(msg)
     return found
 
 
 def keep_urls_out_of_the_log() -> None:
-    """Stop httpx from printing each request's URL, however logging is set up. Called where URLs hold credentials."""
-    logging.getLogger("httpx").addFilter(_is_no_request_line)
+    """Keep httpx from logging each request's URL, with any logging set-up. Call it where URLs hold credentials."""
+    logging.getLogger("httpx").addFilter(_is_not_a_request_line)
 
 
-def _is_no_request_line(record: logging.LogRecord) -> bool:
+def _is_not_a_request_line(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.WARNING
 
 
 def reason_of(error: Exception) -> str:
-    """Name what went wrong before there was an answer."""
+    """One word for a failure before there was an answer."""
     match error:
         case httpx.TimeoutException() | TimeoutError():
             return "timeout"
@@ -66,14 +66,14 @@ def reason_of(error: Exception) -> str:
             return "broken_off"
 
 
-def before_an_answer(error: Exception) -> DeliveryError:
-    """What failed before there was an answer: somebody must mend a certificate or an address, the rest passes."""
+def connection_error(error: Exception) -> DeliveryError:
+    """The error for a failure before an answer: a certificate or address needs a repair, the rest is temporary."""
     reason = reason_of(error)
     return SetupError(reason) if reason in ("tls", "bad_url") else TransientError(reason)
 
 
 def retry_after(value: str | None, now: float) -> float | None:
-    """Seconds that a `Retry-After` header asks for (RFC 9110, 10.2.3: a number or a date); None when it is neither."""
+    """The seconds of a `Retry-After` header (RFC 9110, 10.2.3: a number or a date); None when it is neither."""
     if value is None:
         return None
     try:

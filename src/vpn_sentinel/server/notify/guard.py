@@ -1,10 +1,10 @@
-"""Keeps requests to addresses that somebody typed in from reaching what only this host can reach (SSRF).
+"""Keeps requests to configured addresses from reaching services that only this host can reach (SSRF).
 
-The check is made where the connection is made: the name is looked up here, each address is judged, and the connection
-goes to that very address, so a name that changes its mind between check and connect (DNS rebinding) gains nothing. TLS
+The check is made where the connection is made: the name is resolved here, each address is checked, and the connection
+goes to the checked address, so an answer that changes between check and connect (DNS rebinding) has no effect. TLS
 still verifies the name (`sni_hostname`), and the Host header still carries it. Connections are not kept, so each
-request is judged anew. The client follows no redirect, and ignores the environment's proxies, for a proxy would do the
-connecting.
+request is checked. The client follows no redirect, and ignores the environment's proxies, since a proxy would make the
+connection itself.
 """
 
 import asyncio
@@ -20,13 +20,13 @@ import httpx
 from vpn_sentinel.runtime.settings import PREFIX, SettingError
 from vpn_sentinel.server.notify.failures import keep_urls_out_of_the_log
 
-# The part of IPv6 that hosts of the internet are given addresses from (IANA, Internet Protocol Version 6 Address
-# Space): mapped, compatible and translated IPv4, 5f00::/16, unique local, link-local and multicast lie outside.
+# The part of IPv6 from which hosts on the internet have addresses (IANA, Internet Protocol Version 6 Address Space):
+# mapped, compatible and translated IPv4, 5f00::/16, unique local, link-local and multicast are outside.
 _UNICAST: Final = IPv6Network("2000::/3")
 _NAT64: Final = IPv6Network("64:ff9b::/96")
-# No host of the internet is there: IANA's IPv4 and IPv6 Special-Purpose Address Registries (RFC 6890, RFC 8190), with
-# the few anycast addresses of protocols inside, and multicast. More than `domain.policy.NOT_PUBLIC`, which examples and
-# tests of leaks need without the documentation networks. Not `is_global`, which differs between Python versions.
+# Networks without hosts on the internet: IANA's IPv4 and IPv6 Special-Purpose Address Registries (RFC 6890, RFC 8190),
+# including the few anycast addresses of protocols in them, and multicast. `domain.policy.NOT_PUBLIC` is smaller, as
+# examples and tests of leaks use the documentation networks. Not `is_global`, which differs between Python versions.
 NO_HOSTS: Final = tuple(
     ip_network(block)
     for block in (
@@ -50,17 +50,17 @@ NO_HOSTS: Final = tuple(
         "3fff::/20",  # documentation
     )
 )
-_ADDRESSES: Final = 4
+_MAX_ADDRESSES: Final = 4
 
 Resolve = Callable[[str, int], Awaitable[Sequence[str]]]
 
 
 class ForbiddenAddressError(Exception):
-    """The name leads only to addresses that may not be asked."""
+    """The name has only addresses that requests may not go to."""
 
 
 def is_forbidden(address: str) -> bool:
-    """Whether `address`, or the IPv4 address that it wraps, is private, local, or no address of a host."""
+    """Whether `address`, or the IPv4 address embedded in it, is private, local, or not a host's."""
     try:
         found: IPv4Address | IPv6Address = ip_address(address.partition("%")[0])
     except ValueError:
@@ -74,18 +74,18 @@ def is_forbidden(address: str) -> bool:
 
 
 def _wrapped(address: IPv6Address) -> IPv4Address | None:
-    """The IPv4 address where a packet to `address` would really arrive: NAT64 or 6to4."""
+    """The IPv4 address at which a packet to `address` would arrive (NAT64 or 6to4), None for others."""
     return IPv4Address(int(address) & 0xFFFFFFFF) if address in _NAT64 else address.sixtofour
 
 
 async def resolve(host: str, port: int) -> list[str]:
-    """The system's answer, which also knows every odd way to write an address. Raises OSError."""
+    """The system resolver's answer, which also accepts unusual notations of an address. Raises OSError."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(sockaddr[0]) for *_, sockaddr in found))
 
 
 class GuardedTransport(httpx.AsyncBaseTransport):
-    """Resolves, judges, and connects to the judged address. `private` True judges nothing: the owner said so."""
+    """Resolves, checks, and connects to the checked address. With `private`, all are allowed: the owner wants it."""
 
     def __init__(self, inner: httpx.AsyncBaseTransport, *, private: bool = False, resolve: Resolve = resolve) -> None:
         self._inner = inner
@@ -102,14 +102,14 @@ class GuardedTransport(httpx.AsyncBaseTransport):
         if addresses is None:
             msg = "the name cannot be resolved"
             raise httpx.ConnectError(msg, request=request)
-        allowed = [a for a in addresses if self._private or not is_forbidden(a)][:_ADDRESSES]
+        allowed = [a for a in addresses if self._private or not is_forbidden(a)][:_MAX_ADDRESSES]
         if not allowed:
             raise ForbiddenAddressError
         for address in allowed[:-1]:
             try:
                 return await self._inner.handle_async_request(_pinned(request, address))
             except (httpx.ConnectError, httpx.ConnectTimeout):
-                continue  # as browsers do: the next address of the same name may answer
+                continue  # the next address of the same name may answer
         return await self._inner.handle_async_request(_pinned(request, allowed[-1]))
 
     async def aclose(self) -> None:
@@ -138,10 +138,10 @@ def tls(ca_file: Path | None) -> ssl.SSLContext:
 
 
 def guarded_client(
-    context: ssl.SSLContext, *, private: bool, limit: float, resolve: Resolve = resolve
+    context: ssl.SSLContext, *, private: bool, timeout_s: float, resolve: Resolve = resolve
 ) -> httpx.AsyncClient:
     """A client for addresses that somebody typed in. It keeps no connection between requests, so needs no closing."""
     keep_urls_out_of_the_log()
     inner = httpx.AsyncHTTPTransport(verify=context, trust_env=False, limits=httpx.Limits(max_keepalive_connections=0))
     guarded = GuardedTransport(inner, private=private, resolve=resolve)
-    return httpx.AsyncClient(transport=guarded, trust_env=False, follow_redirects=False, timeout=limit)
+    return httpx.AsyncClient(transport=guarded, trust_env=False, follow_redirects=False, timeout=timeout_s)

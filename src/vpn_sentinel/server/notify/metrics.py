@@ -1,4 +1,4 @@
-"""What Prometheus is told about deliveries."""
+"""The metrics of deliveries."""
 
 from collections.abc import Iterable
 
@@ -8,34 +8,34 @@ from vpn_sentinel.server.notify.outbox import DeliveryOutcome, Pending
 
 
 class NotifyMetrics:
-    """Tries by channel, result and reason; what is owed by channel. One registry takes one of these."""
+    """Attempts by channel, result and reason; pending deliveries by channel. One for each registry."""
 
     def __init__(self, registry: CollectorRegistry, channels: Iterable[str] = ()) -> None:
         self._channels = tuple(channels)
-        self._tries = Counter(
+        self._attempts = Counter(
             "vpn_sentinel_deliveries",
-            "Tries to deliver a notice, by how they ended (done, transient, permanent) and why they failed.",
+            "Attempts to deliver a notice, by result (done, transient, permanent) and reason of a failure.",
             ("channel", "result", "reason"),
             registry=registry,
         )
         self._given_up = Counter(
             "vpn_sentinel_deliveries_given_up", "Notices that will never be delivered.", ("channel",), registry=registry
         )
-        self._owed = Gauge(
-            "vpn_sentinel_outbox_depth", "Notices owed and not settled.", ("channel",), registry=registry
+        self._depth = Gauge(
+            "vpn_sentinel_outbox_depth", "Pending notices: not settled yet.", ("channel",), registry=registry
         )
         self._oldest = Gauge(
             "vpn_sentinel_outbox_oldest_due_seconds",
-            "How long the oldest unsettled notice has been owed; 0 when nothing is.",
+            "Age of the oldest pending notice; 0 when there is none.",
             ("channel",),
             registry=registry,
         )
-        for channel in self._channels:  # a series that exists from the start can be alerted on
+        for channel in self._channels:  # an alert needs a series that exists from the start
             self._given_up.labels(channel)
         self.set_pending((), 0.0)
 
     def tried(self, channel: str, outcome: DeliveryOutcome) -> None:
-        self._tries.labels(channel, str(outcome.result), outcome.reason).inc()
+        self._attempts.labels(channel, str(outcome.result), outcome.reason).inc()
         if outcome.given_up:
             self._given_up.labels(channel).inc()
 
@@ -43,5 +43,5 @@ class NotifyMetrics:
         by_channel = {p.channel: p for p in pending}
         for channel in self._channels:
             waiting = by_channel.get(channel)
-            self._owed.labels(channel).set(waiting.count if waiting else 0)
+            self._depth.labels(channel).set(waiting.count if waiting else 0)
             self._oldest.labels(channel).set(max(0.0, now - waiting.since) if waiting else 0.0)

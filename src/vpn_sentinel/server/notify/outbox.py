@@ -1,27 +1,28 @@
-"""What is owed to whom: rows of `outbox`, each one notice for one channel, and the tries to deliver them in `attempts`.
+"""The deliveries: rows of `outbox`, each one notice for one channel, and the attempts to deliver them in `attempts`.
 
-A delivery is *due* when `due_at` and `leased_until` have passed, and stays in the table, unsettled, until a channel
-took it or it was given up. At least once: a crash between sending and `settle` repeats one message a channel, and loses
-none.
+A delivery is *due* when `due_at` and `leased_until` have passed. It stays in the table, unsettled, until the channel
+accepted it or it was given up. Delivery is at least once: a crash between sending and `settle` repeats at most one
+message of a channel, and loses none.
 
 Order: a delivery waits for the earlier ones of its tunnel and channel, so nobody reads "recovered" before "leaking".
-One that failed `MAX_TRIES_IN_ORDER` times (about half a minute) holds up the later ones no longer; a receiver that
-stumbles over one message must not keep an alarm from being told.
+After `MAX_ATTEMPTS_IN_ORDER` failures (about half a minute) the later ones no longer wait for it: a receiver that
+rejects one message must not keep an alarm back.
 
-Across tunnels the most urgent goes first: a receiver may take one message a second, and what one tunnel says at length
-must not keep another's leak from being told. Within one urgency whose tunnel has waited for longest goes first: since
-the notice was owed, or since the channel last told of that tunnel, whichever is later. So one that says much has one
-turn between those of others, and new names do not push in before old ones. What an alarm of its tunnel waits for is as
-urgent as that, or a leak would wait with its tunnel's "connected" behind those of all others; but no more once
-`MAX_ALARMS_FIRST` were told of it within a minute, or one that alarms without end would keep back the alarms of others.
+Across tunnels the most urgent goes first: a receiver may accept one message a second, and many notices of one tunnel
+must not delay another's leak. Within one urgency, the tunnel that has waited longest goes first: since its notice was
+written, or since the channel last delivered one of that tunnel, whichever is later. So a tunnel with many notices takes
+turns with the others, and new names do not go before old ones. A delivery that an alarm of its tunnel waits for is as
+urgent as the alarm: otherwise a leak would wait with its tunnel's "connected" behind those of all others. That ends
+once `MAX_ALARMS_FIRST` notices of the tunnel were delivered within a minute, or a tunnel with endless alarms would
+keep back the alarms of others.
 
-Of address changes only the newest is worth telling: the others are *superseded*, and so is one that a leak of its
-tunnel would have to wait for. That is no try, so it adds nothing to `attempts`.
+Of several address changes only the newest is sent: the others are *superseded*, and so is one that a leak of its tunnel
+would have to wait for. That is no attempt, so it adds nothing to `attempts`.
 
-A channel tells at most `MAX_PER_WINDOW` notices of one tunnel within a minute. After that it tells nothing of it until
-`WINDOW_S` seconds after the last of them, and then what waits as one: see `domain.notice.summed_up`. The rows that this
-one stands for are settled with it, as *summed*. What is told is read from the settled rows, by an index of their own,
-so it holds after a restart and for all servers of one database.
+A channel delivers at most `MAX_NOTICES_PER_WINDOW` notices of one tunnel within a minute. After that the tunnel is held
+until `NOTICE_WINDOW_S` after the last of them, and then all that waits is sent as one notice: see
+`domain.notice.summed_up`. The rows that it stands for are settled with it, as *summed*. What was delivered is read from
+the settled rows, by an index for it, so these limits hold after a restart and for all servers of one database.
 """
 
 from collections.abc import Callable, Iterable
@@ -49,11 +50,12 @@ from vpn_sentinel.server.store.schema import attempts, outbox
 from vpn_sentinel.server.store.store import Store
 from vpn_sentinel.wire.codec import decoder
 
-MAX_TRIES_IN_ORDER: Final = 5
-# Notices of one tunnel that a channel tells within a minute. More than a tunnel makes that is repaired at once, again
-# and again, as a recovery takes some seconds; and half of what a receiver takes that wants one a second.
-MAX_PER_WINDOW: Final = 30
-WINDOW_S: Final = 60.0
+MAX_ATTEMPTS_IN_ORDER: Final = 5
+# Notices of one tunnel that a channel delivers within a minute. That is more than a tunnel produces that fails and is
+# repaired at once again and again, as a recovery takes some seconds; and half of what a receiver accepts that allows
+# one a second.
+MAX_NOTICES_PER_WINDOW: Final = 30
+NOTICE_WINDOW_S: Final = 60.0
 MAX_ALARMS_FIRST: Final = 5
 # Most urgent first; every other kind comes after these.
 URGENCY: Final[dict[str, int]] = {
@@ -67,17 +69,17 @@ URGENCY: Final[dict[str, int]] = {
     Kind.DEGRADED: 2,
 }
 _LEAST_URGENT: Final = 3
-_ALARM: Final = 1  # and what is more urgent
-# Rows of one notice are written together; looked for by id, as settled rows are many.
+_ALARM_URGENCY: Final = 1  # alarms have this rank or a lower one
+# Rows of one notice are written together, so they are searched by near ids: there are many settled rows.
 _MAX_ID_DISTANCE: Final = 256
-# Bounds one statement, not what is superseded: the next lease goes on.
+# Bounds one statement; the next lease supersedes the rest.
 _MAX_SUPERSEDED_AT_ONCE: Final = 10_000
 
 _notice: Callable[[str], Notice] = decoder(Notice)
 
 
 class Result(StrEnum):
-    """How one try ended, as `attempts.result` keeps it."""
+    """The result of one attempt, as in `attempts.result`."""
 
     DONE = "done"
     TRANSIENT = "transient"
@@ -86,10 +88,10 @@ class Result(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LeasedDelivery:
-    """A leased row. `attempt` counts this try too; `created_at` is seconds since the epoch.
+    """A leased row. `attempt` includes this one; `created_at` is in seconds since the epoch.
 
-    One that sums up `changes` rows, `leaks` of them leaks, stands for those of its tunnel up to the id `through`: it
-    has the kind and the body of the last that tells a state, and `leak` and `port` are the last bodies of those kinds.
+    One that sums up `changes` rows, `leaks` of them leaks, stands for those of its tunnel up to the id `through_id`: it
+    has the kind and body of the last one with a state, and `leak` and `port` are the last bodies of those kinds.
     """
 
     id: int
@@ -101,29 +103,29 @@ class LeasedDelivery:
     created_at: float
     changes: int = 1
     leaks: int = 0
-    through: int = 0
+    through_id: int = 0
     leak: str | None = None
     port: str | None = None
 
     def notice(self) -> Notice:
-        """The notice. Raises msgspec.MsgspecError when another version wrote it in a way that this one cannot read."""
+        """The notice. Raises msgspec.MsgspecError when another version wrote it in a form that cannot be read here."""
         leak, port = (None if body is None else _notice(body) for body in (self.leak, self.port))
-        return self._whole(_notice(self.body), leak, port)
+        return self._summed(_notice(self.body), leak, port)
 
     def outline(self) -> Notice | None:
-        """What the row's own columns say of a notice that cannot be read; None when not even its kind is known here."""
+        """A notice made from the row's other columns, for one that cannot be read; None when its kind is unknown."""
         if self.kind not in set(Kind):
             return None
-        said = ("The details were written by another version of VPN Sentinel, and cannot be read.",)
-        return self._whole(Notice(kind=Kind(self.kind), tunnel=self.tunnel, at=self.created_at, details=said))
+        details = ("The details were written by another version of VPN Sentinel, and cannot be read.",)
+        return self._summed(Notice(kind=Kind(self.kind), tunnel=self.tunnel, at=self.created_at, details=details))
 
-    def _whole(self, last: Notice, leak: Notice | None = None, port: Notice | None = None) -> Notice:
+    def _summed(self, last: Notice, leak: Notice | None = None, port: Notice | None = None) -> Notice:
         return last if self.changes == 1 else summed_up(last, self.changes, self.leaks, leak, port)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DeliveryOutcome:
-    """What becomes of a delivery after a try: due again at `due_at`, or settled when that is None."""
+    """The state of a delivery after an attempt: due again at `due_at`, or settled when that is None."""
 
     result: Result
     reason: str = ""
@@ -136,7 +138,7 @@ class DeliveryOutcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pending:
-    """What one channel has not been told yet: how many notices, and since when the oldest is owed."""
+    """The unsettled deliveries of one channel: their number, and the time at which the oldest was written."""
 
     channel: str
     count: int
@@ -153,32 +155,31 @@ async def lease(
     urgent: bool = False,
     early: bool = False,
 ) -> list[LeasedDelivery]:
-    """Claim up to `limit` due deliveries until `until`, the most urgent first, then whose tunnel waits for longest.
+    """Lease up to `limit` due deliveries until `until`, the most urgent first, then by how long their tunnel waits.
 
-    One of a tunnel of which enough was told comes summed up with all that waits behind it.
+    A delivery of a tunnel that was held is summed up with all that waits behind it.
 
-    `urgent` takes only what tells of a tunnel of which an alarm is owed, `early` also what is not due yet.
+    `urgent` leases only deliveries of a tunnel with a pending alarm, `early` also some that are not due yet.
 
-    Before, in the same transaction, address changes that nobody needs to hear any more are superseded. Raises
-    StoreUnavailable.
+    Before that, in the same transaction, outdated address changes are superseded. Raises StoreUnavailable.
 
     Survives the race of two dispatchers, in one process or many, for the same row: exactly one gets it. SQLite has one
     writer, so the second one's statement already sees the lease. On PostgreSQL the second skips rows that the first has
     locked (SKIP LOCKED), and checks `leased_until` again on the newest version of a row that was committed after its
     snapshot. The CTE keeps PostgreSQL from running the limited sub-select more than once; SQLite ignores FOR UPDATE.
-    Superseding takes its rows in the same way, so that it settles none that another dispatcher is telling.
+    Superseding locks its rows in the same way, so that it settles none that another dispatcher is sending.
     """
-    line = _lines(now, channel, early=early)
-    due = select(outbox.c.id).select_from(line.join(outbox, _first_of_each(line)))
-    due = due.where(outbox.c.leased_until <= now, line.c.held_until <= now)
+    queue = _queues(now, channel, early=early)
+    due = select(outbox.c.id).select_from(queue.join(outbox, _leasable(queue)))
+    due = due.where(outbox.c.leased_until <= now, queue.c.held_until <= now)
     if not early:
         due = due.where(outbox.c.due_at <= now)
     if urgent:
-        due = due.where(line.c.urgency <= _ALARM)
-    # What comes summed up is as urgent as the most urgent in it.
-    hurries = line.c.hurries | (line.c.held_until > outbox.c.created_at)
-    urgency = case((hurries, line.c.urgency), else_=_urgency(outbox.c.kind))
-    waits_since = case((line.c.told_at > outbox.c.created_at, line.c.told_at), else_=outbox.c.created_at)
+        due = due.where(queue.c.urgency <= _ALARM_URGENCY)
+    # A summed-up delivery is as urgent as the most urgent one in it.
+    all_urgent = queue.c.all_urgent | (queue.c.held_until > outbox.c.created_at)
+    urgency = case((all_urgent, queue.c.urgency), else_=_urgency(outbox.c.kind))
+    waits_since = case((queue.c.delivered_at > outbox.c.created_at, queue.c.delivered_at), else_=outbox.c.created_at)
     first = due.order_by(urgency, waits_since, outbox.c.id).limit(limit)
     claimed = first.with_for_update(skip_locked=True, of=outbox).cte("due")
     statement = (
@@ -198,21 +199,21 @@ async def lease(
     _, rows = await store.write(_supersede(now, channel), statement)
     leased = [LeasedDelivery(**row._mapping) for row in rows]  # noqa: SLF001 - SQLAlchemy's public name
     leased.sort(key=lambda d: (URGENCY.get(d.kind, _LEAST_URGENT), d.id))
-    return [await _with_what_waits(store, d, now) for d in leased]
+    return [await _summed_if_held(store, d, now) for d in leased]
 
 
-async def _with_what_waits(store: Store, delivery: LeasedDelivery, now: float) -> LeasedDelivery:
-    """`delivery`, summed up with what waits behind it if it was held back. No other lease can take that meanwhile."""
-    line = _lines(now, delivery.channel, delivery.tunnel)
-    held = line.c.held_until > delivery.created_at
-    if not (found := await store.read(select(line).where(held, line.c.changes > 1))):
+async def _summed_if_held(store: Store, delivery: LeasedDelivery, now: float) -> LeasedDelivery:
+    """`delivery`, summed up with what waits behind it if its tunnel was held. No other lease can take these rows."""
+    queue = _queues(now, delivery.channel, delivery.tunnel)
+    held = queue.c.held_until > delivery.created_at
+    if not (found := await store.read(select(queue).where(held, queue.c.changes > 1))):
         return delivery
     [waiting] = found
     wanted = (waiting.state_id or waiting.last_id, waiting.leak_id, waiting.port_id)
     c = outbox.c
     bodies = {r.id: r for r in await store.read(select(c.id, c.kind, c.body).where(c.id.in_([i for i in wanted if i])))}
     last, leak, port = (bodies.get(i) for i in wanted)
-    if last is None:  # pruned meanwhile, by an owner's hand
+    if last is None:  # deleted meanwhile by hand
         return delivery
     return replace(
         delivery,
@@ -220,19 +221,19 @@ async def _with_what_waits(store: Store, delivery: LeasedDelivery, now: float) -
         body=last.body,
         changes=int(waiting.changes),
         leaks=int(waiting.leaks),
-        through=int(waiting.last_id),
+        through_id=int(waiting.last_id),
         leak=None if leak is None else leak.body,
         port=None if port is None else port.body,
     )
 
 
 async def settle(store: Store, delivery: LeasedDelivery, outcome: DeliveryOutcome, now: float) -> None:
-    """Record a try and what follows from it, in one transaction. Raises StoreUnavailable.
+    """Record an attempt and its outcome, in one transaction. Raises StoreUnavailable.
 
-    Told, a summed-up delivery settles all that it stands for; else these wait on, to be summed up anew.
+    A summed-up delivery that succeeded settles all rows that it stands for; otherwise they wait, to be summed up again.
 
-    Survives a lease that ran out meanwhile: "done" and "given up" stand, because the try was made; "due later" changes
-    nothing when another dispatcher holds the row now. A row that was deleted meanwhile gets no attempt.
+    Survives a lease that expired meanwhile: "done" and "given up" are recorded, because the attempt was made; "due
+    later" changes nothing when another dispatcher has leased the row. A row that was deleted meanwhile gets no attempt.
     """
     row = update(outbox).where(outbox.c.id == delivery.id, outbox.c.settled_at.is_(None))
     if outcome.due_at is None:
@@ -246,29 +247,29 @@ async def settle(store: Store, delivery: LeasedDelivery, outcome: DeliveryOutcom
     statements: list[Executable] = [row, insert(attempts).from_select(columns, tried)]
     if outcome.result is Result.DONE and delivery.changes > 1:
         same = (outbox.c.channel == delivery.channel, outbox.c.tunnel == delivery.tunnel)
-        theirs = (outbox.c.settled_at.is_(None), outbox.c.leased_until <= now, outbox.c.id <= delivery.through)
-        statements.append(update(outbox).where(*same, *theirs).values(settled_at=now, outcome="summed"))
+        rest = (outbox.c.settled_at.is_(None), outbox.c.leased_until <= now, outbox.c.id <= delivery.through_id)
+        statements.append(update(outbox).where(*same, *rest).values(settled_at=now, outcome="summed"))
     await store.write(*statements)
 
 
 async def next_due(store: Store, channel: str, now: float) -> float | None:
-    """When the channel's next delivery can be leased, None when nothing is owed. Raises StoreUnavailable."""
-    line = _lines(now, channel)
+    """When the channel's next delivery can be leased, None when none is pending. Raises StoreUnavailable."""
+    queue = _queues(now, channel)
     free = case((outbox.c.leased_until > outbox.c.due_at, outbox.c.leased_until), else_=outbox.c.due_at)
-    ready = [case((line.c.held_until > at, line.c.held_until), else_=at) for at in (free, line.c.stuck_until)]
-    # An outer join: where all of a line are out of patience and none is due, it has no row to be leased.
-    [row] = await store.read(select(*map(func.min, ready)).select_from(line.outerjoin(outbox, _first_of_each(line))))
+    ready = [case((queue.c.held_until > at, queue.c.held_until), else_=at) for at in (free, queue.c.stuck_until)]
+    # An outer join: a queue whose deliveries all failed too often, and of which none is due, has no row to lease.
+    [row] = await store.read(select(*map(func.min, ready)).select_from(queue.outerjoin(outbox, _leasable(queue))))
     return min((float(at) for at in row if at is not None), default=None)
 
 
 async def make_due_now(store: Store, channel: str, now: float) -> None:
-    """Make everything owed to a channel due now: it works again, or a restart may have repaired it."""
+    """Make all pending deliveries of a channel due now: it works again, or a restart may have repaired it."""
     waiting = (outbox.c.channel == channel, outbox.c.settled_at.is_(None), outbox.c.due_at > now)
     await store.write(update(outbox).where(*waiting).values(due_at=now))
 
 
 async def pending(store: Store) -> list[Pending]:
-    """What is owed, a channel each. Raises StoreUnavailable."""
+    """The pending deliveries, by channel. Raises StoreUnavailable."""
     statement = (
         select(outbox.c.channel, func.count().label("rows"), func.min(outbox.c.created_at).label("since"))
         .where(outbox.c.settled_at.is_(None))
@@ -279,17 +280,17 @@ async def pending(store: Store) -> list[Pending]:
 
 
 async def reassign(store: Store, channels: Iterable[str], before: float, now: float) -> int:
-    """Hand what has been owed since before `before` to channels that are no longer set up to one of `channels` that was
-    never owed the same notice; how many that was. Raises StoreUnavailable.
+    """Move deliveries older than `before` from channels that are no longer set up to one of `channels` that does not
+    have the same notice already. Returns their number. Raises StoreUnavailable.
     """
     channels = list(channels)
-    stranded = (outbox.c.settled_at.is_(None), outbox.c.channel.not_in(channels), outbox.c.created_at < before)
+    unconfigured = (outbox.c.settled_at.is_(None), outbox.c.channel.not_in(channels), outbox.c.created_at < before)
     twin = outbox.alias("twin")
     same = [getattr(twin.c, name) == getattr(outbox.c, name) for name in ("tunnel", "kind", "body")]
     same.append(twin.c.id.between(outbox.c.id - _MAX_ID_DISTANCE, outbox.c.id + _MAX_ID_DISTANCE))
     moved = [
         update(outbox)
-        .where(*stranded, outbox.c.leased_until <= now, ~exists().where(*same, twin.c.channel == channel))
+        .where(*unconfigured, outbox.c.leased_until <= now, ~exists().where(*same, twin.c.channel == channel))
         .values(channel=channel, due_at=now)
         .returning(outbox.c.id)
         for channel in channels
@@ -298,20 +299,24 @@ async def reassign(store: Store, channels: Iterable[str], before: float, now: fl
 
 
 async def expire(store: Store, channels: Iterable[str], before: float, now: float) -> int:
-    """Give up what has been owed since before `before` to channels that are no longer set up; how many that was."""
-    stranded = (outbox.c.settled_at.is_(None), outbox.c.channel.not_in(list(channels)), outbox.c.created_at < before)
+    """Give up deliveries older than `before` of channels that are no longer set up. Returns their number."""
+    unconfigured = (
+        outbox.c.settled_at.is_(None),
+        outbox.c.channel.not_in(list(channels)),
+        outbox.c.created_at < before,
+    )
     record = select(outbox.c.id, outbox.c.attempt, literal(now), literal(str(Result.PERMANENT)), literal("no_channel"))
     _, rows = await store.write(
-        insert(attempts).from_select(["delivery_id", "attempt", "at", "result", "reason"], record.where(*stranded)),
-        update(outbox).where(*stranded).values(settled_at=now, outcome="given_up").returning(outbox.c.id),
+        insert(attempts).from_select(["delivery_id", "attempt", "at", "result", "reason"], record.where(*unconfigured)),
+        update(outbox).where(*unconfigured).values(settled_at=now, outcome="given_up").returning(outbox.c.id),
     )
     return len(rows)
 
 
 def _supersede(now: float, channel: str | None) -> Update:
-    """Settle waiting address changes that are older than their tunnel's newest address change or leak.
+    """Settle pending address changes that are older than their tunnel's newest address change or leak.
 
-    The newest are found in one pass over what is owed, not once for each row: a storm is thousands of rows.
+    The newest are found in one pass over the pending rows, not once for each row: there may be thousands.
     """
     newer = outbox.alias("newer")
     newest = (
@@ -324,7 +329,7 @@ def _supersede(now: float, channel: str | None) -> Update:
     waiting = (outbox.c.settled_at.is_(None), outbox.c.leased_until <= now)
     stale = (
         select(outbox.c.id)
-        # The sum keeps SQLite from a scan of the settled rows too, by id, for each of the newest.
+        # "+ 0" keeps SQLite from using the index of ids, by which it would scan the settled rows for each newest one.
         .join(newest, same & (outbox.c.id + 0 < newest.c.id))
         .where(*waiting, outbox.c.kind == Kind.ADDRESS_CHANGED.value)
     )
@@ -342,18 +347,18 @@ def _urgency(kind: ColumnElement[Any]) -> ColumnElement[Any]:
     return case({str(kind): rank for kind, rank in URGENCY.items()}, value=kind, else_=_LEAST_URGENT)
 
 
-def _lines(now: float, channel: str | None = None, tunnel: str | None = None, *, early: bool = False) -> CTE:
-    """The line of what is owed of each tunnel to each channel, or of the one `tunnel`, to the one `channel`.
+def _queues(now: float, channel: str | None = None, tunnel: str | None = None, *, early: bool = False) -> CTE:
+    """The queue of pending deliveries of each tunnel and channel, or of the one `tunnel`, of the one `channel`.
 
-    `head` is the earliest delivery that is not yet out of patience; `stuck` the earliest due one that is (`early`: due
-    or not), and `stuck_until` when the first such one is ready: all None where there is none. `told_at` is when the
-    channel last told of that tunnel; `held_until` until when it tells no more of it, 0.0 when it does. `urgency` is the
-    most urgent in it, `hurries` whether all in it is as urgent as that, `changes` how many there are, `leaks` how many
-    of them leaks, and `last_id`, `state_id`, `leak_id`, `port_id` are the last of all and of those that tell a state, a
-    leak, a port.
+    `head` is the earliest delivery that has not failed too often to keep the order; `stuck` the earliest due one that
+    has (`early`: due or not), and `stuck_until` when the first such one is due: each None where there is none.
+    `delivered_at` is when the channel last delivered a notice of that tunnel; `held_until` until when the tunnel is
+    held, 0.0 when it is not. `urgency` is the most urgent rank in it, `all_urgent` whether that rank counts for all in
+    it, `changes` their number, `leaks` how many of them are leaks, and `last_id`, `state_id`, `leak_id`, `port_id` are
+    the last of all, and of those with a state, a leak, a port.
 
-    One pass over what is owed, and two looks into an index for each line. Asked for each row instead, a storm of n rows
-    would cost n² of it.
+    It costs one pass over the pending rows, and two index lookups for each queue. With lookups for each row instead,
+    n rows would cost n².
     """
     c = outbox.alias("waiting").c
     stateless, port = [str(kind) for kind in STATELESS], Kind.PORT_CHANGED.value
@@ -361,9 +366,9 @@ def _lines(now: float, channel: str | None = None, tunnel: str | None = None, *,
     conditions += [
         column == wanted for column, wanted in ((c.channel, channel), (c.tunnel, tunnel)) if wanted is not None
     ]
-    stuck = c.attempt >= MAX_TRIES_IN_ORDER
+    stuck = c.attempt >= MAX_ATTEMPTS_IN_ORDER
     free = case((c.leased_until > c.due_at, c.leased_until), else_=c.due_at)
-    line = (
+    queue = (
         select(
             c.channel,
             c.tunnel,
@@ -380,27 +385,28 @@ def _lines(now: float, channel: str | None = None, tunnel: str | None = None, *,
         )
         .where(*conditions)
         .group_by(c.channel, c.tunnel)
-        .subquery("line")
+        .subquery("queue")
     )
-    told = outbox.alias("told").c
-    # As it stands in the index's own condition; a parameter would keep both engines from using it. What lies ahead was
-    # told before the clock was set back.
-    same = (told.channel == line.c.channel, told.tunnel == line.c.tunnel, told.outcome == literal_column("'done'"))
-    told_at = select(func.max(told.settled_at)).where(*same, told.settled_at <= now).scalar_subquery()
-    # Materialized, or both engines write what is in it into each place that names it, and run it for each row there.
-    with_last = select(*line.c, told_at.label("told_at")).cte("with_last").prefix_with("MATERIALIZED")
-    same = (told.channel == with_last.c.channel, told.tunnel == with_last.c.tunnel, same[2])
-    minute = (told.settled_at > with_last.c.told_at - WINDOW_S, told.settled_at <= with_last.c.told_at)
+    sent = outbox.alias("sent").c
+    # A literal, as in the index's condition; a parameter would keep both engines from using it. Rows later than `now`
+    # were settled before the clock was set back.
+    same = (sent.channel == queue.c.channel, sent.tunnel == queue.c.tunnel, sent.outcome == literal_column("'done'"))
+    delivered_at = select(func.max(sent.settled_at)).where(*same, sent.settled_at <= now).scalar_subquery()
+    # Materialized: otherwise both engines inline the CTE at each reference, and run it for each row there.
+    with_last = select(*queue.c, delivered_at.label("delivered_at")).cte("with_last").prefix_with("MATERIALIZED")
+    same = (sent.channel == with_last.c.channel, sent.tunnel == with_last.c.tunnel, same[2])
+    last = with_last.c.delivered_at
+    minute = (sent.settled_at > last - NOTICE_WINDOW_S, sent.settled_at <= last)
     count = select(func.count()).where(*same, *minute).scalar_subquery()
-    counted = select(*with_last.c, count.label("told")).cte("counted").prefix_with("MATERIALIZED")
-    enough = (counted.c.tunnel != "") & (counted.c.told >= MAX_PER_WINDOW)
-    held = case((enough, counted.c.told_at + WINDOW_S), else_=0.0)
-    # Never told is none told.
-    hurries = (counted.c.told_at <= now - WINDOW_S) | (counted.c.told < MAX_ALARMS_FIRST)
-    whole = select(*counted.c, held.label("held_until"), hurries.label("hurries"))
+    counted = select(*with_last.c, count.label("delivered")).cte("counted").prefix_with("MATERIALIZED")
+    enough = (counted.c.tunnel != "") & (counted.c.delivered >= MAX_NOTICES_PER_WINDOW)
+    held = case((enough, counted.c.delivered_at + NOTICE_WINDOW_S), else_=0.0)
+    # Without an earlier delivery, `delivered` is 0.
+    all_urgent = (counted.c.delivered_at <= now - NOTICE_WINDOW_S) | (counted.c.delivered < MAX_ALARMS_FIRST)
+    whole = select(*counted.c, held.label("held_until"), all_urgent.label("all_urgent"))
     return whole.cte("lines").prefix_with("MATERIALIZED")
 
 
-def _first_of_each(line: CTE) -> ColumnElement[bool]:
-    """What waits for no earlier delivery of its tunnel and channel: by id, which costs one look each."""
-    return outbox.c.id.in_([line.c.head, line.c.stuck])
+def _leasable(queue: CTE) -> ColumnElement[bool]:
+    """A row that waits for no earlier delivery of its tunnel and channel: by id, which costs one lookup each."""
+    return outbox.c.id.in_([queue.c.head, queue.c.stuck])

@@ -1,7 +1,7 @@
-"""Cutting a long text into messages that Telegram takes.
+"""Splits a long text into messages that Telegram accepts.
 
-The Bot API counts 4,096 UTF-16 code units *after* it has parsed the entities. Counting them before is never less, so a
-text that fits here fits there.
+The Bot API allows 4,096 UTF-16 code units *after* it has parsed the entities. The count before parsing is never less,
+so a text that fits here fits there.
 """
 
 import re
@@ -19,32 +19,32 @@ def utf16(text: str) -> int:
 
 
 def split(text: str, limit: int = MESSAGE_UNITS) -> list[str]:
-    """Cut `text` at line borders into parts of at most `limit` (at least 50) code units; none is empty or blank.
+    """Split `text` at line breaks into parts of at most `limit` (at least 50) code units; none is empty or blank.
 
-    A line that is longer than a whole message is cut inside, but never inside a tag or a character reference.
+    A line that is longer than a message is split, but never inside a tag or a character reference.
     """
     parts: list[str] = []
     part, size = "", 0
     for line in text.split("\n"):
-        for piece in _pieces(line, limit):
-            grown = size + 1 + utf16(piece)
+        for segment in _segments(line, limit):
+            grown = size + 1 + utf16(segment)
             if part and grown > limit:
                 parts.append(part)
-                part, size = piece, utf16(piece)
+                part, size = segment, utf16(segment)
             else:
-                part, size = (f"{part}\n{piece}", grown) if part else (piece, utf16(piece))
+                part, size = (f"{part}\n{segment}", grown) if part else (segment, utf16(segment))
     parts.append(part)
     return [p for p in parts if p.strip()]
 
 
-def _pieces(line: str, limit: int) -> Iterator[str]:
+def _segments(line: str, limit: int) -> Iterator[str]:
     if utf16(line) <= limit:
         yield line
         return
-    piece, size = "", 0
+    segment, size = "", 0
     for atom in _ATOM.findall(line):
         if size + utf16(atom) > limit:
-            yield piece
-            piece, size = "", 0
-        piece, size = piece + atom, size + utf16(atom)
-    yield piece
+            yield segment
+            segment, size = "", 0
+        segment, size = segment + atom, size + utf16(atom)
+    yield segment

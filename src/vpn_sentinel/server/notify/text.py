@@ -1,7 +1,6 @@
-"""Notices in words: plain lines, and Telegram's HTML. Everything from outside is cleaned, clipped and escaped.
+"""Notices as text: plain lines, and Telegram's HTML. Everything from outside is cleaned, shortened and escaped.
 
-Each line stands for itself (no tag spans two), so a long text can be cut at any line border. This module words what a
-notice says; it judges nothing.
+No tag spans two lines, so a long text can be split at any line break. This module only words what a notice says.
 """
 
 import re
@@ -14,7 +13,7 @@ from typing import Final, Protocol
 from vpn_sentinel.domain.notice import Kind, Notice
 from vpn_sentinel.domain.verdict import State
 
-# Characters kept of one text from outside, and of lists of such texts.
+# Bounds of texts from outside: the characters of one, and the items of a list.
 _MAX_TEXT_LENGTH: Final = 300
 _MAX_LISTED: Final = 8
 
@@ -44,7 +43,7 @@ _HEADLINE: Final[Mapping[Kind, tuple[str, str]]] = {
     Kind.RECOVERED: (ICON[State.PROTECTED], "{tunnel} is protected again"),
     Kind.TEST: ("🔔", "Test message of VPN Sentinel"),
 }
-# What a reference agent stands for is the home connection of its site.
+# Notices of a reference agent are about the home connection of its site.
 _HOME: Final[Mapping[Kind, str]] = {
     Kind.CONNECTED: "Home internet of {site} works",
     Kind.ADDRESS_CHANGED: "Home internet of {site} has a new address",
@@ -59,7 +58,7 @@ _TROUBLE: Final = frozenset({Kind.LEAKING, Kind.DOWN, Kind.DEGRADED, Kind.SILENT
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """`label: value`. `fixed` values (addresses) are set in a fixed-width face where there is one."""
+    """`label: value`. `fixed` values (addresses) are shown in a fixed-width font where there is one."""
 
     label: str
     value: str
@@ -67,18 +66,18 @@ class Line:
 
 
 def plain(notice: Notice, zone: tzinfo | None = None) -> str:
-    """The notice as lines of plain text. `zone` is where its times are told, None the process's own (`TZ`)."""
+    """The notice as lines of plain text. `zone` is the time zone of its times, None for the process's own (`TZ`)."""
     rows = (f"{line.label}: {line.value}" if line.label else line.value for line in _lines(notice, zone))
     return "\n".join((headline(notice), *rows))
 
 
 def brief(notice: Notice, zone: tzinfo | None = None) -> str:
-    """What may never be lost of a notice, in two short lines of plain text: for whoever takes no more."""
+    """The essence of a notice in two short lines of plain text, for a receiver that accepts no more."""
     return f"{headline(notice)}\nTime: {moment(notice.at, zone)}"
 
 
 def html(notice: Notice, zone: tzinfo | None = None) -> str:
-    """The notice in the Bot API's HTML (https://core.telegram.org/bots/api#html-style), one element a line at most."""
+    """The notice in the Bot API's HTML (https://core.telegram.org/bots/api#html-style), at most one element a line."""
     return "\n".join((f"<b>{escape(headline(notice))}</b>", *map(html_line, _lines(notice, zone))))
 
 
@@ -88,20 +87,20 @@ def html_line(line: Line) -> str:
 
 
 def headline(notice: Notice) -> str:
-    """What to see at a glance: which tunnel, and how it stands."""
-    icon, words = _HEADLINE[notice.kind]
+    """The first line: which tunnel, and its state."""
+    icon, sentence = _HEADLINE[notice.kind]
     if notice.role == "reference":
-        words = _HOME.get(notice.kind, words)
+        sentence = _HOME.get(notice.kind, sentence)
     if notice.first:
-        words = words.removesuffix(" again")
-    said = words.format(tunnel=clean(notice.tunnel) or "A tunnel", site=clean(notice.site) or "a site")
+        sentence = sentence.removesuffix(" again")
+    title = sentence.format(tunnel=clean(notice.tunnel) or "A tunnel", site=clean(notice.site) or "a site")
     if notice.outage is not None:
-        said += f" after {duration(notice.outage)}"
+        title += f" after {duration(notice.outage)}"
     if notice.kind is Kind.DOWN and notice.was is State.LEAKING:
-        said += " and leaks no more"
+        title += " and leaks no more"
     elif notice.was is not None:
-        said += f" (it was {notice.was})"
-    return f"{icon} {said}"
+        title += f" (it was {notice.was})"
+    return f"{icon} {title}"
 
 
 def _lines(notice: Notice, zone: tzinfo | None) -> Iterator[Line]:
@@ -118,7 +117,7 @@ def _lines(notice: Notice, zone: tzinfo | None) -> Iterator[Line]:
     if notice.old_exit is not None and notice.exit is not None:
         yield Line("Exit", f"{notice.old_exit} → {notice.exit}", fixed=True)
     elif notice.exit is not None:
-        # Where there is trouble, this address is the last good one or the leak itself: the findings say which.
+        # In trouble, this address is the last good one or the leak itself: the findings say which.
         label = "Exit" if notice.role != "reference" else "Home address"
         late = notice.kind in (Kind.LEAKING, Kind.DOWN, Kind.SILENT, Kind.UNVERIFIED)
         yield Line(f"{label} last seen" if late else label, str(notice.exit), fixed=True)
@@ -146,7 +145,7 @@ def _reasons(notice: Notice) -> Iterator[Line]:
 
 
 class Explained(Protocol):
-    """A finding of the judge, or one that a database held."""
+    """A finding of the judge, or one read from the database."""
 
     @property
     def message(self) -> str: ...
@@ -155,18 +154,18 @@ class Explained(Protocol):
 
 
 def explain(finding: Explained) -> str:
-    """A finding's message, and those of its facts that the message does not name yet."""
+    """A finding's message, with those of its facts that the message does not mention."""
     message = clean(finding.message)
     facts = [
         f"{clean(key).replace('_', ' ')}: {shown}"
         for key, value in list(finding.evidence.items())[:_MAX_LISTED]
-        if (shown := clean(value, 160)) and not _is_said(shown, message)
+        if (shown := clean(value, 160)) and not _is_mentioned(shown, message)
     ]
     return f"{message} ({', '.join(facts)})" if facts else message
 
 
-def _is_said(fact: str, message: str) -> bool:
-    """Whether the message names a fact already; a number within an address is no mention of it."""
+def _is_mentioned(fact: str, message: str) -> bool:
+    """Whether the message mentions a fact; a number within an address is no mention of that number."""
     return re.search(rf"(?<![\w.:]){re.escape(fact)}(?![\w:]|\.\w)", message, re.IGNORECASE) is not None
 
 
@@ -176,7 +175,7 @@ def listing(values: Sequence[str]) -> str:
 
 
 def moment(at: float, zone: tzinfo | None = None) -> str:
-    """`2026-01-02 13:04:05 CET (12:04:05 UTC)`, or the UTC part alone where that is the local time."""
+    """`2026-01-02 13:04:05 CET (12:04:05 UTC)`, or only the UTC time where that is the local time."""
     try:
         utc = datetime.fromtimestamp(at, UTC)
         local = utc.astimezone(zone)
@@ -188,27 +187,27 @@ def moment(at: float, zone: tzinfo | None = None) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A length of time in words, its two largest units: `1 hour 5 minutes`."""
-    left = max(0, round(seconds))
+    """A duration in words, with its two largest units: `1 hour 5 minutes`."""
+    rest = max(0, round(seconds))
     parts = []
     for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1)):
-        count, left = divmod(left, size)
+        count, rest = divmod(rest, size)
         if count:
             parts.append(f"{count} {unit}{'s' if count != 1 else ''}")
         elif parts:
-            break  # "1 day 5 seconds" claims a precision that nobody asked for
+            break  # "1 day 5 seconds" would be too precise
     return " ".join(parts[:2]) or "less than a second"
 
 
-def clean(text: str, most: int = _MAX_TEXT_LENGTH) -> str:
-    """One line without control, invisible, text-turning and surrogate characters; at most `most` long."""
+def clean(text: str, max_chars: int = _MAX_TEXT_LENGTH) -> str:
+    """One line without control, invisible, bidirectional and surrogate characters; at most `max_chars` long."""
     kept = "".join(
-        " " if c.isspace() else c for c in text[: most * 4] if c.isspace() or unicodedata.category(c)[0] != "C"
+        " " if c.isspace() else c for c in text[: max_chars * 4] if c.isspace() or unicodedata.category(c)[0] != "C"
     )
     line = " ".join(kept.split())
-    return line if len(line) <= most else line[: most - 1] + "…"
+    return line if len(line) <= max_chars else line[: max_chars - 1] + "…"
 
 
 def escape(text: str) -> str:
-    """For the text of an element, which is the only place where anything from outside stands."""
+    """Escape the text of an element, the only place for text from outside."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")

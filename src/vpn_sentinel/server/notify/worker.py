@@ -1,6 +1,6 @@
 """One channel's deliveries, one after another: lease, send, settle.
 
-One at a time, so that they keep their order, a lease never has to outlast a batch, and a crash repeats one at most.
+One at a time, so that they keep their order, a lease need not outlast a batch, and a crash repeats at most one.
 """
 
 import asyncio
@@ -17,32 +17,32 @@ from vpn_sentinel.server.notify import outbox, retry
 from vpn_sentinel.server.notify.channel import Channel, DeliveryError, PermanentError, TransientError
 from vpn_sentinel.server.notify.metrics import NotifyMetrics
 from vpn_sentinel.server.notify.outbox import DeliveryOutcome, LeasedDelivery, Result
-from vpn_sentinel.server.notify.reasons import words
+from vpn_sentinel.server.notify.reasons import reason_text
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
 
 log = logging.getLogger(__name__)
 
 LEASE_S: Final = 60.0
-# Must stay below the lease: whoever cannot send within this time does not hold the row any more.
+# Must stay below the lease: a worker that sends for longer does not hold the row any more.
 SEND_TIMEOUT_S: Final = 45.0
-# Another server's debts are found after this long when that server dies; our own wake us.
+# Deliveries that another server wrote before it died are found after this time; those of this server wake the worker.
 MAX_IDLE_S: Final = 30.0
 # While a channel fails, one delivery, due or not, finds out at least this often whether it works again.
 PROBE_INTERVAL_S: Final = 30.0
 
-# Waits until the event is set or so many seconds have passed.
+# Waits until the event is set, or for this many seconds.
 WaitFor = Callable[[asyncio.Event, float], Awaitable[None]]
 
 
-async def wait_for(alarm: asyncio.Event, seconds: float) -> None:
-    """Wait for `alarm`, at most `seconds`."""
+async def wait_for(event: asyncio.Event, seconds: float) -> None:
+    """Wait for `event`, at most `seconds`."""
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(seconds):
-            await alarm.wait()
+            await event.wait()
 
 
 class Worker:
-    """Delivers what is owed to one channel. `turned_at` is the boot time of its last turn."""
+    """Delivers the notices of one channel. `last_step_at` is the boot time of its last step."""
 
     def __init__(
         self,
@@ -59,60 +59,60 @@ class Worker:
         self._metrics = metrics
         self._wait_for = wait_for
         self._rng = rng
-        self._alarm = asyncio.Event()
-        self._stored = asyncio.Event()  # something was written, so the database is there
+        self._wake_event = asyncio.Event()
+        self._stored_event = asyncio.Event()  # something was written, so the database works
         self._failing: str | None = None
-        self._defect: tuple[str, str] | None = None
+        self._logged_defect: tuple[str, str] | None = None
         self._tried_at = float("-inf")
-        self._asked_to_wait_until = float("-inf")
-        self._patient_until = float("-inf")  # for all but alarms
+        self._blocked_until = float("-inf")
+        self._only_alarms_until = float("-inf")
         self._store_lost = False
         self._store_backoff = self._fresh_backoff()
-        self.turned_at = clock.boottime()
+        self.last_step_at = clock.boottime()
 
     def wake(self) -> None:
-        """Something that may be due was stored: look at once."""
+        """Check at once: something that may be due was stored."""
         self._store_backoff = self._fresh_backoff()
-        self._alarm.set()
-        self._stored.set()
+        self._wake_event.set()
+        self._stored_event.set()
 
     @property
     def failing(self) -> str | None:
-        """Why the latest try failed, None when it did not."""
+        """Why the latest attempt failed, None when it did not."""
         return self._failing
 
     async def run(self) -> None:
         """Deliver until cancelled."""
         await self._retry_until_stored(lambda: outbox.make_due_now(self._store, self._channel.name, self._clock.wall()))
         while True:
-            self.turned_at = self._clock.boottime()
-            self._alarm.clear()  # before looking: what is owed from here on sets it again
-            if (wait := await self._turn()) > 0:
-                await self._wait_for(self._alarm, wait)
+            self.last_step_at = self._clock.boottime()
+            self._wake_event.clear()  # before the query: a delivery stored from here on sets it again
+            if (wait := await self._step()) > 0:
+                await self._wait_for(self._wake_event, wait)
 
-    async def _turn(self) -> float:
-        """Deliver one notice, if one is due; how many seconds there is nothing to do."""
+    async def _step(self) -> float:
+        """Deliver one notice, if one is due. Returns the seconds until the next step."""
         ticks = self._clock.boottime()
-        if (wait := self._asked_to_wait_until - ticks) > 0:
+        if (wait := self._blocked_until - ticks) > 0:
             return min(wait, MAX_IDLE_S)
-        patience = self._patient_until - ticks
+        only_alarms_for = self._only_alarms_until - ticks
         probe = 0.0 if self._failing is None else self._tried_at + PROBE_INTERVAL_S - ticks
         early = self._failing is not None and probe <= 0
         try:
             now = self._clock.wall()
             leased = await outbox.lease(
-                self._store, now, now + LEASE_S, 1, self._channel.name, urgent=patience > 0, early=early
+                self._store, now, now + LEASE_S, 1, self._channel.name, urgent=only_alarms_for > 0, early=early
             )
             due = None if leased else await outbox.next_due(self._store, self._channel.name, now)
         except StoreUnavailable as e:
-            return self._lost(e)
-        self._found()
+            return self._store_failed(e)
+        self._store_works()
         if leased:
             return await self._deliver(leased[0])
         if due is None:
             return MAX_IDLE_S
         # Never zero: a row that another server just leased looks due for a moment.
-        wait = max(due - now, patience, 0.2)
+        wait = max(due - now, only_alarms_for, 0.2)
         return min(wait, probe if probe > 0 else MAX_IDLE_S, MAX_IDLE_S)
 
     async def _deliver(self, delivery: LeasedDelivery) -> float:
@@ -121,12 +121,12 @@ class Worker:
         outcome = (
             DeliveryOutcome(result=Result.DONE) if failure is None else retry.after(failure, delivery, now, self._rng)
         )
-        # Until this is written nothing else is sent: a message that was told and not marked would be told again.
+        # Until this is written nothing else is sent: a message that was sent and not settled would be sent again.
         await self._retry_until_stored(lambda: outbox.settle(self._store, delivery, outcome, now))
         self._metrics.tried(self._channel.name, outcome)
-        self._say(delivery, outcome)
+        self._log_outcome(delivery, outcome)
         if failure is None:
-            self._defect, self._patient_until = None, float("-inf")
+            self._logged_defect, self._only_alarms_until = None, float("-inf")
             if self._failing is not None:
                 self._failing = None
                 await self._retry_until_stored(lambda: outbox.make_due_now(self._store, self._channel.name, now))
@@ -137,9 +137,9 @@ class Worker:
         wait = 0.0 if outcome.due_at is None else outcome.due_at - now
         if isinstance(failure, TransientError) and failure.retry_after is not None:
             if failure.binding:
-                self._asked_to_wait_until = self._tried_at + wait
+                self._blocked_until = self._tried_at + wait
             else:
-                self._patient_until = self._tried_at + wait
+                self._only_alarms_until = self._tried_at + wait
         return min(wait, PROBE_INTERVAL_S)
 
     async def _send(self, delivery: LeasedDelivery) -> DeliveryError | None:
@@ -157,52 +157,52 @@ class Worker:
         except TimeoutError:
             return TransientError("timeout")
         except Exception as e:  # noqa: BLE001 - a bug in one channel or one notice must not stop the others
-            # Its text could hold a URL with a token; its type and its place cannot.
+            # Its text could hold a URL with a token; its type and its location cannot.
             reason = f"bug_{type(e).__name__}"
-            self._say_defect(reason, _innermost(e))
+            self._log_defect(reason, _innermost(e))
             return TransientError(reason)
         return None
 
-    def _say_defect(self, reason: str, place: str) -> None:
-        if (reason, place) != self._defect:
+    def _log_defect(self, reason: str, place: str) -> None:
+        if (reason, place) != self._logged_defect:
             known = {"channel": self._channel.name, "reason": reason, "place": place}
             log.error("a defect keeps a notice from being sent, please report it", extra=known)
-        self._defect = (reason, place)
+        self._logged_defect = (reason, place)
 
-    def _say(self, delivery: LeasedDelivery, outcome: DeliveryOutcome) -> None:
-        """One line when a failure begins, changes or ends, and one for each notice that is lost."""
+    def _log_outcome(self, delivery: LeasedDelivery, outcome: DeliveryOutcome) -> None:
+        """Log one line when a failure begins, changes or ends, and one for each notice that is given up."""
         channel = self._channel.name
         known = {"channel": channel, "delivery": delivery.id, "tunnel": delivery.tunnel, "kind": delivery.kind}
         if outcome.given_up:
-            why = {"reason": outcome.reason, "why": words(channel, outcome.reason)}
+            why = {"reason": outcome.reason, "why": reason_text(channel, outcome.reason)}
             log.error("notice given up", extra={**known, **why, "attempts": delivery.attempt})
         elif outcome.result is Result.DONE:
             if self._failing is not None:
                 log.info("notices are delivered again", extra={"channel": channel})
         elif outcome.reason != self._failing:
-            why = {"reason": outcome.reason, "why": words(channel, outcome.reason)}
+            why = {"reason": outcome.reason, "why": reason_text(channel, outcome.reason)}
             log.warning("notice not delivered, will be tried again", extra={**known, **why})
 
     async def _retry_until_stored(self, write: Callable[[], Awaitable[None]]) -> None:
-        """Write, however long the database is away."""
+        """Write, and try again for as long as the database is unavailable."""
         while True:
-            self._stored.clear()
+            self._stored_event.clear()
             try:
                 await write()
             except StoreUnavailable as e:
-                self.turned_at = self._clock.boottime()
-                await self._wait_for(self._stored, self._lost(e))
+                self.last_step_at = self._clock.boottime()
+                await self._wait_for(self._stored_event, self._store_failed(e))
             else:
-                self._found()
+                self._store_works()
                 return
 
-    def _lost(self, error: StoreUnavailable) -> float:
+    def _store_failed(self, error: StoreUnavailable) -> float:
         if not self._store_lost:
             log.warning("no database, deliveries wait", extra={"channel": self._channel.name, "reason": error.reason})
         self._store_lost = True
         return next(self._store_backoff)
 
-    def _found(self) -> None:
+    def _store_works(self) -> None:
         if self._store_lost:
             log.info("database is back, deliveries go on", extra={"channel": self._channel.name})
             self._store_lost, self._store_backoff = False, self._fresh_backoff()
@@ -212,6 +212,6 @@ class Worker:
 
 
 def _innermost(error: BaseException) -> str:
-    """Where it was raised, as file:line. No source line and no local: either could hold a secret."""
+    """Where it was raised, as file:line. Without the source line and locals, which could hold a secret."""
     *_, (frame, line) = traceback.walk_tb(error.__traceback__)
     return f"{frame.f_code.co_filename}:{line}"

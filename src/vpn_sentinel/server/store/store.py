@@ -41,7 +41,7 @@ class StoreUnavailable(UserError):
         self.reason = reason
 
     @property
-    def words(self) -> str:
+    def public_text(self) -> str:
         """What the database does, in words that anybody may read."""
         return _PUBLIC_TEXTS.get(self.reason, "refuses what it is asked: see the server's log")
 

@@ -1,1 +1,1 @@
-"""What has no event and needs a timer: passed deadlines, old rows."""
+"""Tasks that run by a timer: passed deadlines, the clock, old rows, backups, overload."""

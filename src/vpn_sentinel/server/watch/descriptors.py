@@ -1,4 +1,4 @@
-"""Looks whether the process has descriptors left: who has none serves nobody, and must say so."""
+"""Watches for a lack of file descriptors: without them the server accepts no connection, and must report that."""
 
 import asyncio
 import errno
@@ -10,12 +10,12 @@ from prometheus_client import CollectorRegistry, Counter
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.runtime.shortage import Untaken, out_of_descriptors
 
-_INTERVAL_S: Final = 1.0  # seconds
+_INTERVAL_S: Final = 1.0
 
 
 class Descriptors:
-    """Looks once a second. Where there are none, uvloop's loop closes each connection as it comes and tells nobody
-    (libuv's `uv__emfile_trick`), so there is nothing to count one by one.
+    """Checks once a second. Without descriptors, uvloop closes each new connection and reports no error (libuv's
+    `uv__emfile_trick`), so the connections themselves cannot be counted.
     """
 
     def __init__(self, clock: Clock, registry: CollectorRegistry) -> None:

@@ -1,4 +1,4 @@
-"""Tells people when the server has more to do than it can: a watcher that is kept busy watches badly, and says so."""
+"""Notifies people when the server is overloaded, since it then detects trouble late."""
 
 import asyncio
 import logging
@@ -18,20 +18,20 @@ from vpn_sentinel.server.watch.presence import Presence
 
 log = logging.getLogger(__name__)
 
-_LOOK_INTERVAL_S: Final = 1.0
+_CHECK_INTERVAL_S: Final = 1.0
 _WINDOW_S: Final = 60.0
-# Seconds of a minute by which the loop may be late in all; more, and people are told.
+# When the loop is late by more than this within a minute, in all, people are notified.
 MAX_LATE_S: Final = 15.0
-# So long it must have been below that before they are told that it is over.
+# The overload is over once the lateness was below that for this time.
 CALM_S: Final = 300.0
 _ADVICE: Final = (
-    "While this lasts, a tunnel that falls silent may be told some seconds late.",
-    "What to do: see in the log and in /metrics who sends so much, and give this machine more processor time.",
+    "While this lasts, you may be notified of a silent tunnel some seconds late.",
+    "What to do: see in the log and in /metrics who sends so much, and give this machine more CPU time.",
 )
 
 
 class Overload:
-    """`channels` are the names of those that are told; `on_commit` is called after a commit that owes them a notice."""
+    """`channels` are the names of the notified ones; `on_commit` is called after a commit with a notice for them."""
 
     def __init__(
         self,
@@ -47,11 +47,11 @@ class Overload:
         self._clock = clock
         self._presence = presence
         self._on_commit = on_commit
-        self._minute: deque[tuple[float, float]] = deque()  # when the loop was late, and by how many seconds
-        self._missed = presence.look()
+        self._minute: deque[tuple[float, float]] = deque()  # when the loop was late, and by how many seconds, lately
+        self._missed = presence.sample()
         self._began: float | None = None  # boot time, as `_over_at`
         self._over_at = 0.0
-        self._owes: Notice | None = None
+        self._unsent: Notice | None = None
         self._gauge = Gauge(
             "vpn_sentinel_loop_lag_seconds",
             "By how much the server's event loop was late; the longest of the last minute.",
@@ -59,14 +59,14 @@ class Overload:
         )
 
     async def run(self) -> None:
-        self._missed = self._presence.look()  # its own start is over
+        self._missed = self._presence.sample()  # without what was missed during the start
         while True:
-            await self.look()
-            await asyncio.sleep(_LOOK_INTERVAL_S)
+            await self.check()
+            await asyncio.sleep(_CHECK_INTERVAL_S)
 
-    async def look(self) -> None:
-        """Note how late the loop is, and tell people when that lasts, and when it is over."""
-        missed = self._presence.look()
+    async def check(self) -> None:
+        """Note how late the loop is; notify people when an overload begins and when it is over."""
+        missed = self._presence.sample()
         ticks, now = self._clock.boottime(), self._clock.wall()
         self._minute.append((ticks, missed.since(self._missed).late))
         self._missed = missed
@@ -78,24 +78,24 @@ class Overload:
             self._over_at = ticks + CALM_S
             if self._began is None:
                 self._began = ticks
-                said = f"In the last minute its work was late by {total:.0f} seconds in all."
+                detail = f"In the last minute its work was late by {total:.0f} seconds in all."
                 log.warning("the server has too much to do", extra={"late_seconds": f"{total:.1f}"})
-                self._owes = Notice(kind=Kind.SERVER_OVERLOADED, at=now, details=(said, *_ADVICE))
+                self._unsent = Notice(kind=Kind.SERVER_OVERLOADED, at=now, details=(detail, *_ADVICE))
         elif self._began is not None and ticks >= self._over_at:
             lasted = ticks - self._began
             log.info("the server keeps up again", extra={"after_seconds": f"{lasted:.0f}"})
             ended = Notice(kind=Kind.SERVER_RECOVERED, at=now, began=now - lasted)
-            # Nobody hears the end of what nobody could be told.
-            self._owes, self._began = ended if self._owes is None else None, None
-        if self._owes is not None:
-            await self._tell(self._owes, now)
+            # No notice of the end where the one of the beginning could not be stored.
+            self._unsent, self._began = ended if self._unsent is None else None, None
+        if self._unsent is not None:
+            await self._send(self._unsent, now)
 
-    async def _tell(self, notice: Notice, now: float) -> None:
+    async def _send(self, notice: Notice, now: float) -> None:
         try:
             if deliveries := delivery_rows(notice, self._channels, now):
                 await self._store.write(insert(outbox).values(deliveries))
                 self._on_commit()
         except StoreUnavailable as e:
-            log.debug("not told yet", extra={"reason": e.reason})  # others say aloud that the database is away
+            log.debug("notice not stored yet", extra={"reason": e.reason})  # other tasks log that the database is down
         else:
-            self._owes = None
+            self._unsent = None

@@ -1,7 +1,7 @@
-"""Tries each forwarded port from outside, as whoever wants to reach it would: by a TCP connection.
+"""Tries each forwarded port from outside, with a TCP connection.
 
-Only ever at an address that the tunnel's own packets came from (`Tracker.forwarded`), so that no agent can have this
-server knock at somebody else's door.
+Only at an address that the tunnel's own packets came from (`Tracker.forwarded`), so that no agent can make this server
+connect to somebody else.
 """
 
 import asyncio
@@ -23,120 +23,122 @@ from vpn_sentinel.server.tracking.inputs import PortCheckResult
 log = logging.getLogger(__name__)
 
 CHECK_INTERVAL_S: Final = 60.0
-# A tunnel that changes its port all the time is followed no faster than this.
-_MIN_APART_S: Final = 30.0
-_MAX_TRIES: Final = 3
-_PAUSE_S: Final = 2.0
+# A tunnel that changes its port often is not checked more often than this.
+_MIN_RETRY_S: Final = 30.0
+_MAX_ATTEMPTS: Final = 3
+_ATTEMPT_PAUSE_S: Final = 2.0
 _CONNECT_TIMEOUT_S: Final = 5.0
-_MAX_AT_ONCE: Final = 16
+_MAX_CONCURRENT: Final = 16
 _TICK_S: Final = 1.0
-# Nothing of this host leads there, or it forbids to ask: that says nothing of the port.
-_OURS: Final = {
+# This host has no route or forbids the connection, or lacks resources: unrelated to the port.
+_LOCAL_ERRNOS: Final = {
     errno.ENETUNREACH, errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM,
     errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT,
 }  # fmt: skip
 
 
-Where = tuple[IPAddress, int]
+Endpoint = tuple[IPAddress, int]
 
 
 @dataclass(slots=True)
-class _Plan:
-    where: Where
+class _Schedule:
+    endpoint: Endpoint
     due: float
     tried: float = 0.0
-    asking: bool = False
+    running: bool = False
 
 
-async def knock(address: IPAddress, port: int, *, limit: float = _CONNECT_TIMEOUT_S) -> Answer:
-    """Connect once and hang up. UNKNOWN when this host cannot ask."""
+async def try_connect(address: IPAddress, port: int, *, timeout_s: float = _CONNECT_TIMEOUT_S) -> Answer:
+    """Connect once and close. UNKNOWN when this host itself cannot connect."""
     family = socket.AF_INET if address.version == 4 else socket.AF_INET6
     try:
         with socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as sock:
-            async with asyncio.timeout(limit):
+            async with asyncio.timeout(timeout_s):
                 await asyncio.get_running_loop().sock_connect(sock, (str(address), port))
     except ConnectionRefusedError:
         return Answer.UNREACHABLE
     except TimeoutError:
         return Answer.LOST
     except OSError as e:
-        return Answer.UNKNOWN if e.errno in _OURS else Answer.LOST
+        return Answer.UNKNOWN if e.errno in _LOCAL_ERRNOS else Answer.LOST
     return Answer.ANSWERED
 
 
-class Ports:
-    """`forwarded` are the ports to try, by tunnel; `record` takes each result."""
+class PortChecker:
+    """`forwarded` are the ports to try, by tunnel; `record` stores each result."""
 
     def __init__(
         self,
-        forwarded: Mapping[str, Where],
+        forwarded: Mapping[str, Endpoint],
         record: Callable[[PortCheckResult], Awaitable[None]],
         clock: Clock,
         *,
-        knock: Callable[[IPAddress, int], Awaitable[Answer]] = knock,
-        pause: float = _PAUSE_S,
+        try_connect: Callable[[IPAddress, int], Awaitable[Answer]] = try_connect,
+        pause: float = _ATTEMPT_PAUSE_S,
         rng: random.Random | None = None,
     ) -> None:
         self._forwarded = forwarded
         self._record = record
         self._clock = clock
-        self._knock = knock
+        self._knock = try_connect
         self._pause = pause
         self._rng = rng or random.Random()  # noqa: S311 - spreads load, guards nothing
-        self._plans: dict[str, _Plan] = {}
-        self._slots = asyncio.Semaphore(_MAX_AT_ONCE)
+        self._plans: dict[str, _Schedule] = {}
+        self._slots = asyncio.Semaphore(_MAX_CONCURRENT)
 
     async def run(self) -> None:
         async with asyncio.TaskGroup() as group:
             while True:
-                for name, where in self.due():
-                    group.create_task(self._try(name, where))
+                for name, endpoint in self.due():
+                    group.create_task(self._try(name, endpoint))
                 await asyncio.sleep(_TICK_S)
 
-    def due(self) -> list[tuple[str, Where]]:
-        """The ports whose time has come; each is planned anew."""
+    def due(self) -> list[tuple[str, Endpoint]]:
+        """The ports that are due; the next check of each is scheduled."""
         now, wanted = self._clock.boottime(), dict(self._forwarded)
         for name in [n for n in self._plans if n not in wanted]:
             del self._plans[name]
         found = []
-        for name, where in wanted.items():
+        for name, endpoint in wanted.items():
             plan = self._plans.get(name)
             if plan is None:
-                plan = self._plans[name] = _Plan(where, now)
-            elif plan.where != where:
-                plan.where, plan.due = where, min(plan.due, max(now, plan.tried + _MIN_APART_S))
-            if plan.due <= now and not plan.asking:
-                plan.asking = True  # closed ports take long: however many there are, each waits for its turn once
+                plan = self._plans[name] = _Schedule(endpoint, now)
+            elif plan.endpoint != endpoint:
+                plan.endpoint, plan.due = endpoint, min(plan.due, max(now, plan.tried + _MIN_RETRY_S))
+            if plan.due <= now and not plan.running:
+                plan.running = (
+                    True  # closed ports take long: each waits for a slot at most once, however many there are
+                )
                 plan.tried, plan.due = now, now + CHECK_INTERVAL_S * self._rng.uniform(0.9, 1.1)
-                found.append((name, where))
+                found.append((name, endpoint))
         return found
 
-    async def _try(self, name: str, where: Where) -> None:
+    async def _try(self, name: str, endpoint: Endpoint) -> None:
         plan = self._plans.get(name)
         try:
             async with self._slots:
-                answer = await self._ask(where)
+                answer = await self._ask(endpoint)
         finally:
             if plan is not None:
-                plan.asking = False
-        if answer is Answer.UNKNOWN or self._forwarded.get(name) != where:
+                plan.running = False
+        if answer is Answer.UNKNOWN or self._forwarded.get(name) != endpoint:
             return
-        check = PortCheck(address=where[0], port=where[1], answer=answer)
+        check = PortCheck(address=endpoint[0], port=endpoint[1], answer=answer)
         try:
             await self._record(PortCheckResult(tunnel=name, check=check, at=self._clock.wall()))
         except (StoreUnavailable, Busy) as e:
-            log.warning("a forwarded port's state was not kept", extra={"tunnel": name, "reason": str(e)})
+            log.warning("a forwarded port's check was not stored", extra={"tunnel": name, "reason": str(e)})
         except Exception:
-            # One bad row, say of a newer version, must not keep the others' ports from being tried.
-            log.exception("a forwarded port's state cannot be kept", extra={"tunnel": name})
+            # One bad row, such as a newer version's, must not keep other ports from being tried.
+            log.exception("a forwarded port's check cannot be stored", extra={"tunnel": name})
 
-    async def _ask(self, where: Where) -> Answer:
-        """One lost packet is no closed port: only the third silence counts."""
+    async def _ask(self, endpoint: Endpoint) -> Answer:
+        """Try up to `_MAX_ATTEMPTS` times: a lost packet does not mean a closed port."""
         answer = Answer.UNKNOWN
-        for attempt in range(_MAX_TRIES):
+        for attempt in range(_MAX_ATTEMPTS):
             if attempt:
                 await asyncio.sleep(self._pause)
-            answer = await self._knock(*where)
+            answer = await self._knock(*endpoint)
             if answer is not Answer.LOST:
                 break
         return answer

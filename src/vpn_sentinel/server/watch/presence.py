@@ -1,13 +1,13 @@
-"""Was this process there, and did its loop turn? Two things that look alike from within a loop that comes late.
+"""Measures for how long this process did not run, and for how long its event loop was late.
 
-*Away*: it did not run at all: it was stopped (SIGSTOP, a frozen container), or the machine was suspended. Nobody could
-be heard; CLOCK_BOOTTIME runs on meanwhile (clock_gettime(2)). *Late*: it ran, and something kept its event loop from
-turning; whoever sends us work can bring that about, so it must not excuse as much.
+*Away*: the process did not run: it was stopped (SIGSTOP, a frozen container), or the machine was suspended. It could
+receive nothing; CLOCK_BOOTTIME goes on meanwhile (clock_gettime(2)). *Late*: it ran, and something blocked its event
+loop; clients can cause that, so it must not excuse as much. Inside the loop, both look the same.
 
-A thread that only looks at the clock tells them apart: it stands still when the process does, and goes on while the
-loop is busy or waits for a processor's share. One call that holds the interpreter's lock stops the thread too, but uses
-up processor time, which a stopped process does not. (The agent's `pauses` makes no such difference: either way, a wait
-that ended meanwhile says nothing of the network.) A clock that is set is neither: see `timekeeper`.
+A thread that only reads the clock distinguishes them: it stops when the process does, and goes on while the loop is
+busy or waits for the CPU. A call that holds the GIL stops the thread too, but uses CPU time, which a stopped process
+does not. (The agent's `pauses` need not distinguish them: in both cases, a timeout in that time says nothing about the
+network.) A clock that is set is neither: see `timekeeper`.
 """
 
 import asyncio
@@ -19,66 +19,65 @@ from typing import Final, NamedTuple
 
 from vpn_sentinel.runtime.clock import Clock
 
-LOOK_INTERVAL_S: Final = 0.25  # seconds between two looks
-MIN_HELD_S: Final = 1.0
-# Seconds beyond that which no busy machine explains.
+SAMPLE_INTERVAL_S: Final = 0.25
+MIN_BLOCKED_S: Final = 1.0
+# A gap between two readings of the clock that a busy machine alone does not explain.
 _MIN_AWAY_S: Final = 2.0
-# A process that used a greater part of a stretch was there.
+# A process that used a greater share of CPU time in the gap was not away.
 _MAX_IDLE_SHARE: Final = 0.25
 
 
-class Missed(NamedTuple):
-    """Seconds that a loop missed, all in all.
+class MissedTime(NamedTuple):
+    """The time that the loop missed in all, in seconds.
 
-    `held` is the part of `late` that was more than `MIN_HELD_S` seconds at once: so long a report can have waited
-    unread.
+    `blocked` is the part of `late` that came in pieces of more than `MIN_BLOCKED_S`: reports can have waited that long.
     """
 
     away: float = 0.0
     late: float = 0.0
-    held: float = 0.0
+    blocked: float = 0.0
 
-    def since(self, then: "Missed") -> "Missed":
-        return Missed(self.away - then.away, self.late - then.late, self.held - then.held)
+    def since(self, then: "MissedTime") -> "MissedTime":
+        return MissedTime(self.away - then.away, self.late - then.late, self.blocked - then.blocked)
 
 
 class Presence:
     def __init__(self, clock: Clock, used: Callable[[], float] = time.process_time) -> None:
-        """`used` is the processor time of the whole process so far, in seconds."""
+        """`used` gives the CPU time of the whole process so far, in seconds."""
         self._boottime = clock.boottime
         self._used = used
         self._lock = threading.Lock()
         self._seen = (clock.boottime(), used())
-        self._due = self._seen[0] + LOOK_INTERVAL_S  # when the loop should look next
+        self._due = self._seen[0] + SAMPLE_INTERVAL_S  # when the loop should sample next
         self._away = 0.0
-        self._missed = Missed()
+        self._missed = MissedTime()
 
-    def look(self) -> Missed:
-        """What was missed so far. Called by the loop, which is late by what it was not away."""
-        self._beat()
+    def sample(self) -> MissedTime:
+        """What was missed so far. Call it from the loop: it is late by the gap that it was not away."""
+        self._read_clock()
         now, away, missed = self._boottime(), self._away, self._missed
         late = 0.0
         if now > self._due:
             late = max(0.0, now - self._due - (away - missed.away))
             self._due = now
-        self._missed = Missed(away, missed.late + late, missed.held + (late if late > MIN_HELD_S else 0.0))
+        self._missed = MissedTime(away, missed.late + late, missed.blocked + (late if late > MIN_BLOCKED_S else 0.0))
         return self._missed
 
     async def run(self) -> None:
-        """Look again and again, until cancelled."""
+        """Sample until cancelled."""
         with self._watched():
             while True:
-                self._due = self._boottime() + LOOK_INTERVAL_S
-                await asyncio.sleep(LOOK_INTERVAL_S)
-                self.look()
+                self._due = self._boottime() + SAMPLE_INTERVAL_S
+                await asyncio.sleep(SAMPLE_INTERVAL_S)
+                self.sample()
 
     @contextmanager
     def _watched(self) -> Iterator[None]:
         over = threading.Event()
 
         def watch() -> None:
-            while not over.wait(LOOK_INTERVAL_S):
-                self._beat()
+            while not over.wait(SAMPLE_INTERVAL_S):
+                self._read_clock()
 
         thread = threading.Thread(target=watch, name="presence", daemon=True)
         thread.start()
@@ -88,10 +87,10 @@ class Presence:
             over.set()
             thread.join()
 
-    def _beat(self) -> None:
-        """From either side, whichever comes first after a stretch in which both stood still."""
+    def _read_clock(self) -> None:
+        """Called by the loop and the thread: whichever runs first after both were stopped notes the gap."""
         with self._lock:
             (then, used), self._seen = self._seen, (self._boottime(), self._used())
             gap = self._seen[0] - then
-            if gap > LOOK_INTERVAL_S + _MIN_AWAY_S and self._seen[1] - used < _MAX_IDLE_SHARE * gap:
+            if gap > SAMPLE_INTERVAL_S + _MIN_AWAY_S and self._seen[1] - used < _MAX_IDLE_SHARE * gap:
                 self._away += gap

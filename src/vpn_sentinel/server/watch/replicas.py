@@ -1,6 +1,6 @@
-"""What other replicas wrote, told to this one's listeners: a browser must not care which server it asked.
+"""Publishes what other replicas wrote to this server's listeners, so that any server can serve a browser.
 
-Only where there can be others: on PostgreSQL.
+Only on PostgreSQL, where there can be other replicas.
 """
 
 import asyncio
@@ -17,11 +17,11 @@ from vpn_sentinel.server.store.store import Store, StoreUnavailable
 log = logging.getLogger(__name__)
 
 _INTERVAL_S: Final = 1.0
-# Replicas' clocks may differ by as much, in seconds; what is told twice does no harm.
+# Replicas' clocks may differ by this; a change that is published twice does no harm.
 _OVERLAP_S: Final = 5.0
 
 
-class Replicas:
+class ReplicaPoller:
     def __init__(self, store: Store, hub: Hub, clock: Clock) -> None:
         self._store = store
         self._hub = hub
@@ -39,7 +39,7 @@ class Replicas:
                 lately = or_(tunnels.c.last_seen > since - _OVERLAP_S, tunnels.c.since > since - _OVERLAP_S)
                 found = await self._store.read(select(tunnels.c.name).where(lately))
             except StoreUnavailable as e:
-                log.debug("other replicas' news were not read", extra={"reason": e.reason})
+                log.debug("other replicas' changes were not read", extra={"reason": e.reason})
                 continue
             self._hub.publish({r.name for r in found})
             since = now

@@ -1,4 +1,4 @@
-"""Old rows go, a few at a time, so that the database stays small and no report waits for it."""
+"""Deletes old rows, a few at a time, so that the database stays small and reports do not wait."""
 
 import asyncio
 import logging
@@ -14,9 +14,9 @@ from vpn_sentinel.server.watch.timekeeper import moved_so_far
 log = logging.getLogger(__name__)
 
 _INTERVAL_S: Final = 300.0
-ROWS_PER_DELETE: Final = 500  # rows: whoever reports waits for so many
+ROWS_PER_DELETE: Final = 500  # reports wait while these are deleted
 _PAUSE_S: Final = 0.05
-# What the history page tells (transitions, actions, incidents) is kept longer than what it was judged from.
+# The history (transitions, actions, incidents) is kept longer than the observations that it was judged from.
 _HISTORY_FACTOR: Final = 12
 
 
@@ -33,20 +33,20 @@ class Retention:
             try:
                 await self.prune()
             except StoreUnavailable as e:
-                log.warning("old rows stay for now", extra={"reason": e.reason})
+                log.warning("old rows were not deleted", extra={"reason": e.reason})
             await asyncio.sleep(_INTERVAL_S)
 
     async def prune(self) -> int:
-        """Delete what is too old; returns how many rows went. Raises StoreUnavailable."""
+        """Delete what is too old; returns the number of deleted rows. Raises StoreUnavailable."""
         observed, history = await self._before(self._seconds), await self._before(self._seconds * _HISTORY_FACTOR)
         gone = 0
         for statement in (
             _oldest_observations(observed),
             _oldest(transitions, transitions.c.at, history),
             _oldest(actions, actions.c.at, history),
-            # An incident that lasts is never too old.
+            # An open incident is never too old.
             _oldest(incidents, incidents.c.closed_at, history),
-            # A delivery that is still owed is never too old.
+            # A pending delivery is never too old.
             _oldest(outbox, outbox.c.settled_at, history),
         ):
             while True:
@@ -58,7 +58,7 @@ class Retention:
         return gone
 
     async def _before(self, seconds: float) -> float:
-        """Until when all is older than so many seconds: a clock that was set forward makes nothing older."""
+        """The time before which rows are older than `seconds`: a clock that was set forward makes none older."""
         before = self._clock.wall() - seconds
         by, at = await moved_so_far(self._store)
         return before - max(by, 0.0) if at > before else before
@@ -70,8 +70,8 @@ def _oldest(table: Table, when: Column[float], before: float) -> Executable:
 
 
 def _oldest_observations(before: float) -> Executable:
-    """By the time up to which the oldest reach: their key has three columns, and SQLite compares a set of such keys
-    with every row of the table, while all who report wait.
+    """By the latest time among the oldest rows: their key has three columns, and SQLite compares a set of such keys
+    with every row of the table, while reports wait.
     """
     received_at = observations.c.received_at
     oldest = select(received_at).where(received_at < before).order_by(received_at).limit(ROWS_PER_DELETE).subquery()

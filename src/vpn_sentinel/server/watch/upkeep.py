@@ -1,4 +1,4 @@
-"""The server's own SQLite database: whether it is whole, said to people where not, and copies of it by schedule."""
+"""Checks the server's own SQLite database, notifies people of damage, and makes backups by schedule."""
 
 import asyncio
 import logging
@@ -21,19 +21,18 @@ from vpn_sentinel.server.store.store import StoreUnavailable
 
 log = logging.getLogger(__name__)
 
-_SETTLE_S: Final = (
-    20.0  # seconds after the start, when agents have come back: reading a large file takes the disk's time
-)
-_LOOK_INTERVAL_S: Final = 60.0  # between two looks whether a backup is due
-_RETRY_S: Final = 3600.0  # after one that failed
+# After the start, agents reconnect first: reading a large file keeps the disk busy.
+_FIRST_CHECK_AFTER_S: Final = 20.0
+_SCHEDULE_INTERVAL_S: Final = 60.0  # how often it is checked whether a backup is due
+_RETRY_S: Final = 3600.0  # after a failed backup
 
 
 class UpkeepMetrics:
-    """One registry takes one of these."""
+    """One for each registry."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.damaged = Gauge(
-            "vpn_sentinel_database_damaged", "1 when the last look at every page found damage.", registry=registry
+            "vpn_sentinel_database_damaged", "1 when the last check of every page found damage.", registry=registry
         )
         self.newest = Gauge(
             "vpn_sentinel_backup_timestamp_seconds",
@@ -43,7 +42,7 @@ class UpkeepMetrics:
 
 
 class Upkeep:
-    """Looks at every page once after the start and before each backup, so that no good copy gives way to a bad one."""
+    """Checks every page once after the start and before each backup, so that no good copy is replaced by a bad one."""
 
     def __init__(
         self,
@@ -57,7 +56,7 @@ class Upkeep:
         hours: float,
         keep: int,
     ) -> None:
-        """`hours` is the time from one backup to the next, 0 for none; `wake` is called when something is owed."""
+        """`hours` is the time between backups, 0 for none; `wake` is called after a notice was put into the outbox."""
         self._store = store
         self._clock = clock
         self._channels = channels
@@ -66,78 +65,78 @@ class Upkeep:
         self._folder = folder
         self._every = hours * 3600
         self._keep = keep
-        self._said = ""
-        self._told = ""
-        self._again_at = 0.0
+        self._last_failure = ""
+        self._last_damage = ""
+        self._retry_at = 0.0
 
     async def run(self) -> None:
-        """Until it is cancelled."""
+        """Run until cancelled."""
         try:
-            await self.tell_what_was_lost()
+            await self.notify_of_loss()
         except StoreUnavailable as e:
-            log.warning("what the database lost cannot be told now", extra={"reason": e.reason})
-        await asyncio.sleep(_SETTLE_S)
-        await self.look()
+            log.warning("the notice of lost data cannot be stored now", extra={"reason": e.reason})
+        await asyncio.sleep(_FIRST_CHECK_AFTER_S)
+        await self.check()
         while True:
             await self.back_up_if_due()
-            await asyncio.sleep(_LOOK_INTERVAL_S)
+            await asyncio.sleep(_SCHEDULE_INTERVAL_S)
 
-    async def tell_what_was_lost(self) -> None:
-        """Owe people what was noted when the database was opened. Raises StoreUnavailable."""
+    async def notify_of_loss(self) -> None:
+        """Notify people of a loss that was recorded when the database was opened. Raises StoreUnavailable."""
         noted = await self._store.read(select(meta.c.value).where(meta.c.key == DAMAGE_KEY))
         if noted:
-            await self._tell(noted[0].value, forget=True)
+            await self._add_notice(noted[0].value, forget=True)
 
-    async def look(self) -> bool:
-        """Look at every page; whether all are whole, as far as can be told."""
+    async def check(self) -> bool:
+        """Check every page; returns whether all are known to be intact."""
         try:
             wrong = await self._store.run_long(backup.integrity_problem)
         except StoreUnavailable as e:
-            log.warning("the database could not be looked at", extra={"reason": e})
+            log.warning("the database could not be checked", extra={"reason": e})
             return False
         self._metrics.damaged.set(bool(wrong))
         if not wrong:
-            self._told = ""
+            self._last_damage = ""
             return True
-        if wrong != self._told:
-            self._told = wrong
+        if wrong != self._last_damage:
+            self._last_damage = wrong
             what, remedy = f"damage was found: {wrong}", await asyncio.to_thread(backup.remedy, self._folder)
             log.error("the database is damaged", extra={"found": wrong, "remedy": remedy})
             try:
-                await self._tell(what, remedy)
+                await self._add_notice(what, remedy)
             except StoreUnavailable as e:
-                log.error("and people cannot be told", extra={"reason": e.reason})  # noqa: TRY400 - said without a trace
+                log.error("the notice of damage cannot be stored", extra={"reason": e.reason})  # noqa: TRY400
         return False
 
     async def back_up_if_due(self) -> None:
-        """Make a backup where the newest is older than the schedule wants, and delete those beyond the number."""
+        """Make a backup if the newest is older than the schedule allows, and delete those beyond the number to keep."""
         now = self._clock.wall()
         try:
             kept = await asyncio.to_thread(backups, self._folder)
             newest = max((b.at for b in kept if b.at <= now), default=0.0)
             self._metrics.newest.set(newest)
-            if not self._every or now - newest < self._every or self._clock.boottime() < self._again_at:
+            if not self._every or now - newest < self._every or self._clock.boottime() < self._retry_at:
                 return
-            self._again_at = self._clock.boottime() + _RETRY_S
-            if not await self.look():
-                self._failed("the database is not whole, and the copies that are there are")
+            self._retry_at = self._clock.boottime() + _RETRY_S
+            if not await self.check():
+                self._failed("the database is damaged, and the existing backups are not")
                 return
             made = await self._store.run_long(lambda connection: backup.make_backup(connection, self._folder, now))
             await asyncio.to_thread(backup.prune, self._folder, self._keep, now)
         except (BackupError, StoreUnavailable) as e:
             self._failed(str(e))
             return
-        self._said, self._again_at = "", 0.0
+        self._last_failure, self._retry_at = "", 0.0
         self._metrics.newest.set(made.at)
         log.info("a backup was made", extra={"path": made.path})
 
     def _failed(self, why: str) -> None:
-        if why != self._said:
-            self._said = why
+        if why != self._last_failure:
+            self._last_failure = why
             log.error("no backup was made", extra={"reason": why})
 
-    async def _tell(self, *details: str, forget: bool = False) -> None:
-        """Owe a notice; with `forget`, in the same transaction that strikes what was noted."""
+    async def _add_notice(self, *details: str, forget: bool = False) -> None:
+        """Put a notice into the outbox; with `forget`, delete the recorded loss in the same transaction."""
         now = self._clock.wall()
         deliveries = delivery_rows(Notice(kind=Kind.DATABASE_DAMAGED, at=now, details=details), self._channels, now)
         statements = [insert(outbox).values(deliveries)] if deliveries else []

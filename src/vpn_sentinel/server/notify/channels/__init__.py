@@ -1,4 +1,4 @@
-"""Which channels there are, from the settings. A new one is a sibling of `webhook.py` and a few lines here."""
+"""Builds the channels from the settings. A new one is a module like `webhook.py` and a few lines here."""
 
 import httpx
 
@@ -17,8 +17,8 @@ def build_channels(
 ) -> dict[str, Channel]:
     """The channels that are set up, by name. Raises SettingError.
 
-    `http` speaks to Telegram and stays the caller's to close. Pass the bot's `api`, so that its replies and the notices
-    keep one pace.
+    `http` is used for Telegram, and the caller closes it. Pass the bot's `api`, so that replies and notices share one
+    rate limit.
     """
     channels: dict[str, Channel] = {}
     if settings.telegram is not None:
@@ -29,6 +29,6 @@ def build_channels(
             httpx.URL(settings.webhook.url.reveal())
         except httpx.InvalidURL:
             raise SettingError(PREFIX + "WEBHOOK_URL", "is not a usable address") from None
-        client = guarded_client(tls(settings.ca_file), private=settings.webhook_private, limit=SEND_TIMEOUT_S)
+        client = guarded_client(tls(settings.ca_file), private=settings.webhook_private, timeout_s=SEND_TIMEOUT_S)
         channels[WebhookChannel.name] = WebhookChannel(client, settings.webhook, clock)
     return channels

@@ -1,7 +1,7 @@
-"""The Telegram Bot API, the three methods needed (https://core.telegram.org/bots/api).
+"""The three methods of the Telegram Bot API that are needed (https://core.telegram.org/bots/api).
 
 The token is part of every URL, and an httpx exception carries its request. So no httpx exception leaves this module,
-not even as the context of another: failures become words first, and are raised once the `except` block is over.
+not even as the context of another: failures are turned into words, and raised after the `except` block.
 """
 
 import asyncio
@@ -17,13 +17,13 @@ import msgspec
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.server.notify.channel import DeliveryError, PermanentError, SetupError, TransientError
 from vpn_sentinel.server.notify.channels.moved_chats import MovedChats
-from vpn_sentinel.server.notify.failures import PLAIN, before_an_answer, keep_urls_out_of_the_log, whole
+from vpn_sentinel.server.notify.failures import UNCOMPRESSED, connection_error, keep_urls_out_of_the_log, read_body
 from vpn_sentinel.server.settings import TelegramSettings
 
 # One message a second in a chat is what Telegram recommends (https://core.telegram.org/bots/faq#broadcasting-to-users).
 MIN_INTERVAL_S: Final = 1.0
 CALL_TIMEOUT_S: Final = 15.0
-# Bytes of an answer: twenty updates, each with a message of 4,096 characters and one that it replies to, escaped.
+# Twenty updates, each with a message of 4,096 characters and one that it replies to, escaped.
 MAX_ANSWER_BYTES: Final = 2 * 1024 * 1024
 
 T = TypeVar("T")
@@ -36,7 +36,7 @@ class Parameters(msgspec.Struct, frozen=True):
 
 
 class Reply(msgspec.Struct, frozen=True):
-    """What every method answers. `description` is for people, and repeats no secret."""
+    """The answer of every method. `description` is for people, and holds no secret."""
 
     ok: bool = False
     result: msgspec.Raw = msgspec.Raw(b"null")
@@ -54,7 +54,7 @@ class Chat(msgspec.Struct, frozen=True):
 
 
 class Message(msgspec.Struct, frozen=True):
-    """`date` is seconds since the epoch. A group that became a supergroup says its new number, `migrate_to_chat_id`."""
+    """`date` is in seconds since the epoch; `migrate_to_chat_id` the new number of a group that became a supergroup."""
 
     chat: Chat
     date: int
@@ -65,7 +65,7 @@ class Message(msgspec.Struct, frozen=True):
 
     @property
     def topic(self) -> int | None:
-        """Where it was written. Replies have a thread in groups without topics too, which takes no message."""
+        """The topic that it was written in. In groups without topics replies have a thread too, but no topic."""
         return self.message_thread_id if self.is_topic_message else None
 
 
@@ -74,8 +74,8 @@ class Update(msgspec.Struct, frozen=True):
     message: Message | None = None
 
 
-class Numbered(msgspec.Struct, frozen=True):
-    """The least of an update."""
+class UpdateId(msgspec.Struct, frozen=True):
+    """Only the number of an update, for one that cannot be read."""
 
     update_id: int
 
@@ -89,15 +89,15 @@ class ChatMovedError(SetupError):
 
 
 class ConflictError(TransientError):
-    """Someone else polls with this token, or a webhook is set on it (409)."""
+    """Another program polls with this token, or a webhook is set on it (409)."""
 
     def __init__(self) -> None:
         super().__init__("conflict")
 
 
-# What Telegram says of a message alone, by telegram-bot-api (Client.cpp) and
-# https://core.telegram.org/method/messages.sendMessage. Short on purpose: what does not stand here is kept.
-_OF_THE_MESSAGE: Final = (
+# Telegram's errors about the message itself, from telegram-bot-api (Client.cpp) and
+# https://core.telegram.org/method/messages.sendMessage. Short on purpose: after any other error the notice is kept.
+_MESSAGE_ERRORS: Final = (
     "can't parse entities",
     "can't parse message text",
     "message is too long",
@@ -110,8 +110,8 @@ _OF_THE_MESSAGE: Final = (
     "entities_too_long",
     "entity_bounds_invalid",
 )
-# Why a chat takes nothing, by Telegram's words; the reason is ours.
-_OF_THE_CHAT: Final = (
+# Telegram's errors about the chat, and our reason for each.
+_CHAT_ERRORS: Final = (
     ("topic_closed", "topic_closed"),
     ("topic_deleted", "topic_gone"),
     ("message thread not found", "topic_gone"),
@@ -128,19 +128,19 @@ _OF_THE_CHAT: Final = (
     ("peer_id_invalid", "chat_not_found"),
 )
 
-# What decoding can end in: msgspec tells bytes that are no text, and what is nested too deep, by Python's own.
-_GARBAGE: Final = (ValueError, RecursionError)
+# What decoding can raise: for invalid UTF-8 and too deep nesting, msgspec raises Python's own exceptions.
+_DECODE_ERRORS: Final = (ValueError, RecursionError)
 _reply = msgspec.json.Decoder(Reply).decode
 _user = msgspec.json.Decoder(User).decode
 _updates = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _update = msgspec.json.Decoder(Update).decode
-_numbered = msgspec.json.Decoder(Numbered).decode
+_update_id = msgspec.json.Decoder(UpdateId).decode
 
 
 class BotApi:
-    """Every method raises a DeliveryError. Messages are at least a second apart, whoever sends them.
+    """Every method raises a DeliveryError. Messages are at least a second apart, across all callers.
 
-    `limit` is how many seconds one call may take, beside what it was told to wait.
+    `timeout_s` is the time that one call may take, in addition to the wait of a long poll.
     """
 
     def __init__(
@@ -151,15 +151,15 @@ class BotApi:
         *,
         moved: MovedChats | None = None,
         sleep: Sleep = asyncio.sleep,
-        limit: float = CALL_TIMEOUT_S,
+        timeout_s: float = CALL_TIMEOUT_S,
     ) -> None:
         keep_urls_out_of_the_log()
         self._http = http
         self._telegram = telegram
         self._clock = clock
         self._sleep = sleep
-        self._limit = limit
-        self._pace = asyncio.Lock()
+        self._timeout_s = timeout_s
+        self._send_lock = asyncio.Lock()
         self._sent_at = float("-inf")
         self.moved = MovedChats() if moved is None else moved
 
@@ -174,16 +174,17 @@ class BotApi:
             self.moved.note(chat_id, moved.chat_id)
         else:
             return
-        # An alarm must not wait until somebody has changed the setting, nor for the database.
+        # An alarm must wait neither for a change of the setting nor for the database.
         try:
             await self._send(self.moved.current(chat_id), text, html=html, topic=topic)
         finally:
-            await self.moved.keep(chat_id)
+            await self.moved.save(chat_id)
 
     async def get_updates(self, offset: int | None, wait: int) -> list[Update]:
-        """Messages from `offset` on, which confirms the earlier ones; waits up to `wait` seconds for the first.
+        """Updates from `offset` on, which confirms the earlier ones; waits up to `wait` seconds for the first.
 
-        An update that cannot be read comes as its number alone, to be stepped over; it would come back for ever.
+        An update that cannot be read is returned with its number alone, so that it can be confirmed; otherwise it would
+        come back for ever.
         """
         params: dict[str, object] = {"timeout": wait, "limit": 20, "allowed_updates": ["message"]}
         if offset is not None:
@@ -197,7 +198,7 @@ class BotApi:
             params["message_thread_id"] = topic
         if html:
             params["parse_mode"] = "HTML"
-        async with self._pace:
+        async with self._send_lock:
             if (wait := self._sent_at + MIN_INTERVAL_S - self._clock.boottime()) > 0:
                 await self._sleep(wait)
             try:
@@ -206,18 +207,18 @@ class BotApi:
                 self._sent_at = self._clock.boottime()
 
     async def _call(self, method: str, params: Mapping[str, object], wait: float = 0.0) -> msgspec.Raw:
-        limit = wait + self._limit
+        timeout_s = wait + self._timeout_s
         status, body = 0, b""
         broken: DeliveryError | None = None
         try:
-            async with asyncio.timeout(limit):
+            async with asyncio.timeout(timeout_s):
                 async with self._http.stream(
                     "POST", f"{self._telegram.api_url}/bot{self._telegram.token.reveal()}/{method}",
-                    json=params, headers=PLAIN, timeout=limit,
+                    json=params, headers=UNCOMPRESSED, timeout=timeout_s,
                 ) as answer:  # fmt: skip
-                    status, body = answer.status_code, await whole(answer, MAX_ANSWER_BYTES)
+                    status, body = answer.status_code, await read_body(answer, MAX_ANSWER_BYTES)
         except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, UnicodeError) as e:
-            broken = before_an_answer(e)
+            broken = connection_error(e)
         if broken is not None:
             raise broken
         reply = _read(body)
@@ -227,54 +228,54 @@ class BotApi:
 
 
 def _parsed(decode: Callable[[msgspec.Raw], T], raw: msgspec.Raw) -> T:
-    with contextlib.suppress(*_GARBAGE):
+    with contextlib.suppress(*_DECODE_ERRORS):
         return decode(raw)
     raise TransientError("garbage")
 
 
 def _readable(raw: msgspec.Raw) -> Update:
-    with contextlib.suppress(*_GARBAGE):
+    with contextlib.suppress(*_DECODE_ERRORS):
         return _update(raw)
-    return Update(_parsed(_numbered, raw).update_id)
+    return Update(_parsed(_update_id, raw).update_id)
 
 
 def _read(body: bytes) -> Reply | None:
-    with contextlib.suppress(*_GARBAGE):
+    with contextlib.suppress(*_DECODE_ERRORS):
         return _reply(body)
     return None
 
 
 def _failure(status: int, reply: Reply | None) -> DeliveryError:
-    """What an answer other than "ok" means for whoever asked."""
-    said = reply or Reply()
+    """The error for an answer other than "ok"."""
+    answer = reply or Reply()
     match status:
         case HTTPStatus.TOO_MANY_REQUESTS:
-            return TransientError("rate_limited", retry_after=_seconds(said.parameters.retry_after), binding=True)
+            return TransientError("rate_limited", retry_after=_seconds(answer.parameters.retry_after), binding=True)
         case HTTPStatus.CONFLICT:
             return ConflictError()
-        case HTTPStatus.UNAUTHORIZED | HTTPStatus.NOT_FOUND:  # a token that is revoked, or none at all
+        case HTTPStatus.UNAUTHORIZED | HTTPStatus.NOT_FOUND:  # a token that is revoked or malformed
             return SetupError("auth")
         case HTTPStatus.FORBIDDEN:  # blocked by the user, removed from the group, no right to write
             return SetupError("forbidden")
-        case HTTPStatus.BAD_REQUEST if said.parameters.migrate_to_chat_id is not None:
-            return ChatMovedError(said.parameters.migrate_to_chat_id)
+        case HTTPStatus.BAD_REQUEST if answer.parameters.migrate_to_chat_id is not None:
+            return ChatMovedError(answer.parameters.migrate_to_chat_id)
         case HTTPStatus.BAD_REQUEST if reply is not None:
-            return _refused(said.description.lower())
+            return _refused(answer.description.lower())
         case HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
             return PermanentError("too_large")
         case _ if status >= HTTPStatus.INTERNAL_SERVER_ERROR or status == HTTPStatus.REQUEST_TIMEOUT:
             return TransientError("server_error")
         case HTTPStatus.OK:
             return TransientError("garbage")
-        case _:  # a redirect or a stranger's page: TELEGRAM_API_URL leads somewhere else
+        case _:  # a redirect or another page: TELEGRAM_API_URL leads somewhere else
             return SetupError("unexpected_status")
 
 
 def _refused(description: str) -> DeliveryError:
-    """What a 400 is about, by Telegram's words in lower case."""
-    if any(words in description for words in _OF_THE_MESSAGE):
+    """The error for a 400, by Telegram's description in lower case."""
+    if any(phrase in description for phrase in _MESSAGE_ERRORS):
         return PermanentError("rejected")
-    return SetupError(next((reason for words, reason in _OF_THE_CHAT if words in description), "refused"))
+    return SetupError(next((reason for phrase, reason in _CHAT_ERRORS if phrase in description), "refused"))
 
 
 def _seconds(value: float | None) -> float | None:

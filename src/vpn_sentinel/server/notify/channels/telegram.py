@@ -1,4 +1,4 @@
-"""Telegram: the notice as a message in the owner's chat."""
+"""Telegram: a notice as a message in the owner's chat."""
 
 from datetime import tzinfo
 
@@ -10,9 +10,7 @@ from vpn_sentinel.server.notify.split import split
 
 
 class TelegramChannel:
-    """`topic` is the one of the chat that is told, None in a chat without. `zone` is where times are told, None the
-    process's own.
-    """
+    """`topic` is the chat's topic for notices, None without topics. `zone` is the time zone, None for the process's."""
 
     name = "telegram"
 
@@ -23,7 +21,7 @@ class TelegramChannel:
         self._zone = zone
 
     async def send(self, notice: Notice, delivery_id: int) -> None:  # noqa: ARG002 - Telegram knows no idempotency key
-        """Raises a DeliveryError. A message too long for one comes as several; a failure repeats them all."""
+        """Raises a DeliveryError. A text too long for one message is sent as several; a failure repeats all of them."""
         forms = (
             (text.html(notice, self._zone), True),
             (text.plain(notice, self._zone), False),
@@ -33,7 +31,7 @@ class TelegramChannel:
             try:
                 await self._send(message, html=html)
             except PermanentError:
-                continue  # whatever was wrong with it: an ugly alarm is better than none
+                continue  # a plainer form may be accepted: an ugly alarm is better than none
             else:
                 return
         raise SetupError("rejected")

@@ -1,15 +1,15 @@
 """A webhook: the notice as JSON, posted to an address of the owner's choice.
 
-Body (fields may be added, none is taken away):
+Body (fields may be added, none is removed):
 
     {"kind", "tunnel", "state", "was", "at", "began", "outage_seconds", "exit", "old_exit", "place", "provider",
      "timezone", "resolvers": [text], "details": [text], "text",
      "findings": [{"code", "severity", "message", "evidence": {text: text}, "advice"}]}
 
-`at` and `began` are ISO 8601 in UTC; what is not known is null or empty. Headers: `X-Sentinel-Delivery` is the same for
-every try of one notice; `X-Sentinel-Signature: t=SECONDS,v1=HEX`, when a secret is set, holds the HMAC-SHA256 over
-`SECONDS.BODY`. Any 2xx is taken as delivered. Redirects are not followed, and the answer's body is never read. A body
-that is refused as such (400, 413, 422) is sent once more as a short one: the same fields, without findings, details and
+`at` and `began` are ISO 8601 in UTC; unknown values are null or empty. Headers: `X-Sentinel-Delivery` is the same for
+every attempt of one notice; `X-Sentinel-Signature: t=SECONDS,v1=HEX`, when a secret is set, holds the HMAC-SHA256 over
+`SECONDS.BODY`. Any 2xx counts as delivered. Redirects are not followed, and the answer's body is never read. After a
+refusal of the body itself (400, 413, 422) a short one is sent: the same fields, without findings, details and
 resolvers, and `text` in two lines.
 """
 
@@ -28,13 +28,13 @@ from vpn_sentinel.domain.verdict import State
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.server.notify import text
 from vpn_sentinel.server.notify.channel import DeliveryError, PermanentError, SetupError, TransientError
-from vpn_sentinel.server.notify.failures import before_an_answer, retry_after
+from vpn_sentinel.server.notify.failures import connection_error, retry_after
 from vpn_sentinel.server.notify.guard import ForbiddenAddressError
 from vpn_sentinel.server.settings import WebhookSettings
 from vpn_sentinel.wire.codec import encode
 
 SEND_TIMEOUT_S: Final = 10.0
-# The state in which a notice of this kind leaves its tunnel.
+# The state of the tunnel after a notice of this kind.
 _STATE: Final[Mapping[Kind, State]] = {
     Kind.CONNECTED: State.PROTECTED,
     Kind.ADDRESS_CHANGED: State.PROTECTED,
@@ -48,27 +48,27 @@ _STATE: Final[Mapping[Kind, State]] = {
 
 
 class WebhookChannel:
-    """`http` must be guarded: `guard.guarded_client`. `limit` is how many seconds one delivery may take."""
+    """`http` must be a `guard.guarded_client`. `timeout_s` is the time that one delivery may take."""
 
     name = "webhook"
 
     def __init__(
-        self, http: httpx.AsyncClient, webhook: WebhookSettings, clock: Clock, limit: float = SEND_TIMEOUT_S
+        self, http: httpx.AsyncClient, webhook: WebhookSettings, clock: Clock, timeout_s: float = SEND_TIMEOUT_S
     ) -> None:
         self._http = http
         self._webhook = webhook
         self._clock = clock
-        self._limit = limit
+        self._timeout_s = timeout_s
 
     async def send(self, notice: Notice, delivery_id: int) -> None:
         """Raises a DeliveryError."""
         reason = ""
-        for said in (body(notice), short_body(notice)):
+        for form in (body(notice), short_body(notice)):
             try:
-                return await self._post(encode(said), delivery_id)
+                return await self._post(encode(form), delivery_id)
             except PermanentError as e:
                 reason = e.reason
-        raise SetupError(reason)  # both were refused: it is not the message, then
+        raise SetupError(reason)  # both were refused, so the message is not the cause
 
     async def _post(self, content: bytes, delivery_id: int) -> None:
         """Raises a DeliveryError, a PermanentError where the status can be about the body."""
@@ -77,7 +77,7 @@ class WebhookChannel:
             headers["X-Sentinel-Signature"] = signature(self._webhook.secret.reveal(), content, int(self._clock.wall()))
         failure: DeliveryError | None = None
         try:
-            async with asyncio.timeout(self._limit):
+            async with asyncio.timeout(self._timeout_s):
                 # The address may hold a credential, so it stays out of any variable a traceback could show.
                 async with self._http.stream(
                     "POST", self._webhook.url.reveal(), content=content, headers=headers
@@ -87,13 +87,13 @@ class WebhookChannel:
         except ForbiddenAddressError:
             failure = SetupError("private_address")
         except (httpx.HTTPError, httpx.InvalidURL, TimeoutError, UnicodeError) as e:
-            failure = before_an_answer(e)
+            failure = connection_error(e)
         if failure is not None:
             raise failure
 
 
 def body(notice: Notice) -> dict[str, Any]:
-    """The notice as receivers see it."""
+    """The notice as receivers get it."""
     return {
         "kind": notice.kind,
         "tunnel": notice.tunnel,
@@ -122,19 +122,19 @@ def body(notice: Notice) -> dict[str, Any]:
 
 
 def short_body(notice: Notice) -> dict[str, Any]:
-    """The notice without what can be long or odd in it."""
-    said = body(replace(notice, findings=(), details=(), resolvers=(), place="", provider=""))
-    return {**said, "text": text.brief(notice)}
+    """The notice without fields that can be long or unusual."""
+    short = body(replace(notice, findings=(), details=(), resolvers=(), place="", provider=""))
+    return {**short, "text": text.brief(notice)}
 
 
 def signature(secret: str, content: bytes, at: int) -> str:
-    """`t=SECONDS,v1=HEX`; a receiver checks the HMAC and that the time is near, so that a copy cannot be replayed."""
+    """`t=SECONDS,v1=HEX`; a receiver checks the HMAC and that the time is recent, so a copy cannot be replayed."""
     mac = hmac.new(secret.encode(), f"{at}.".encode() + content, "sha256")
     return f"t={at},v1={mac.hexdigest()}"
 
 
 def _failure(status: int, wait: float | None) -> DeliveryError | None:
-    """What a status means. 400, 413 and 422 can be about the body; every other one is about the receiver."""
+    """The error for a status, None for success. 400, 413 and 422 can be about the body, all others the receiver."""
     match status:
         case _ if 200 <= status < 300:
             return None
