@@ -1,1 +1,1 @@
-"""The server: takes reports, judges them, remembers, and tells people."""
+"""The server: receives reports, judges them, keeps the history, and notifies people."""

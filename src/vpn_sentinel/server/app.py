@@ -80,12 +80,12 @@ async def serve(
     settings: ServerSettings,
     clock: Clock,
     stop: asyncio.Event,
-    tell: Callable[[str], None],
+    print_line: Callable[[str], None],
     *,
     started: Callable[[Store], None] = lambda _: None,
 ) -> None:
-    """Run the server until `stop` is set. `tell` prints a line for the user who started it; `started` is called once it
-    accepts reports.
+    """Run the server until `stop` is set. `print_line` prints a line for the user who started it; `started` is called
+    once the server accepts reports.
 
     Raises SettingError or StoreUnusable, with one line, when it cannot start.
     """
@@ -94,7 +94,7 @@ async def serve(
     try:
         store = await open_store(settings.database_url, serving=True)
         try:
-            await _run(settings, clock, stop, tell, store, sockets, started)
+            await _run(settings, clock, stop, print_line, store, sockets, started)
         finally:
             await store.close()
     finally:
@@ -163,7 +163,7 @@ async def _run(
     settings: ServerSettings,
     system: Clock,
     stop: asyncio.Event,
-    tell: Callable[[str], None],
+    print_line: Callable[[str], None],
     store: Store,
     sockets: BoundSockets,
     started: Callable[[Store], None],
@@ -175,7 +175,7 @@ async def _run(
     await keeper.start()
     secret = await _secret(store)
     if settings.api_key is None:
-        await _first_key(store, clock, tell)
+        await _first_key(store, clock, print_line)
     async with _client(settings) as http, asyncio.TaskGroup() as tasks:
         base = _Base(
             settings=settings,
@@ -380,13 +380,13 @@ def _own_address_advice(settings: ServerSettings) -> tuple[str, ...]:
     advice = []
     if not settings.policy.home_networks:
         advice.append(
-            "old clients (bare keepalives) cannot be told from home yet: this server's public address, taken for "
-            "their home, could not be asked; VPN_SENTINEL_HOME_NETWORKS says it for good"
+            "it cannot be judged yet whether old clients (bare keepalives) report from home: this server's public "
+            "address, which counts as their home, could not be found out; VPN_SENTINEL_HOME_NETWORKS sets it"
         )
     if settings.canary is not None and not settings.canary.addresses:
         advice.append(
-            "the canary zone's nameserver has no address yet: this server's public one could not be asked; "
-            "VPN_SENTINEL_CANARY_ADDRESSES says it for good"
+            "the canary zone's nameserver has no address yet: this server's public one could not be found out; "
+            "VPN_SENTINEL_CANARY_ADDRESSES sets it"
         )
     return tuple(advice)
 
@@ -409,16 +409,18 @@ def _pulsed(pulse_registry: PulseRegistry, name: str, clock: Clock) -> Span | No
     return None if span is None else (span[0] + offset, span[1] + offset)
 
 
-async def _first_key(store: Store, clock: Clock, tell: Callable[[str], None]) -> None:
+async def _first_key(store: Store, clock: Clock, print_line: Callable[[str], None]) -> None:
     """Create and print the installation's first shared key, where there never was one."""
 
     def show(key: str) -> None:
         with contextlib.suppress(OSError):  # a full disk behind standard output; the log says what to do
-            tell(f"A first key was made. It is shown only now; agents send it as VPN_SENTINEL_API_KEY:\n\n    {key}\n")
+            print_line(
+                f"A first key was made. It is shown only now; agents send it as VPN_SENTINEL_API_KEY:\n\n    {key}\n"
+            )
 
     if await first_key(store, clock.wall(), show):
         another = "vpn-sentinel token create NAME --shared"
-        log.info("a first key was made and printed, once; if nobody saw it, make another", extra={"by": another})
+        log.info("a first key was made and printed, once; if it was missed, make another", extra={"by": another})
 
 
 async def _secret(store: Store) -> bytes:

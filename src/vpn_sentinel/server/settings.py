@@ -29,9 +29,9 @@ _BACKUP_FOLDER: Final = "backups"  # beside the database
 _DNS_LABEL: Final = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?", re.ASCII)
 _BOT_TOKEN: Final = re.compile(r"[0-9]+:[A-Za-z0-9_-]+", re.ASCII)
 _CHAT: Final = re.compile(r"(-?[0-9]{1,20}|@[A-Za-z_][A-Za-z0-9_]*)(?::([0-9]{1,10}))?", re.ASCII)
-_GENERAL_TOPIC: Final = 1  # which Telegram takes messages for without its number alone
+_GENERAL_TOPIC: Final = 1  # Telegram accepts messages for it only without this number
 _MIN_KEY_CHARS: Final = 8
-_MAX_ZONE_CHARS: Final = 190  # of 253, to leave room for an agent's label
+_MAX_ZONE_CHARS: Final = 190  # of the 253 of a name, to leave room for an agent's label
 
 
 def _domain(value: str) -> str:
@@ -48,7 +48,7 @@ def _domains(value: str) -> tuple[str, ...]:
 
 
 def _database_url(value: str) -> str:
-    """A file's or a PostgreSQL's address. Raises ValueError that repeats no password."""
+    """The address of a file or of PostgreSQL. Raises ValueError that does not repeat a password."""
     if not value.startswith("sqlite:///"):
         parse(value)
         return value
@@ -79,14 +79,14 @@ def _chat(value: str) -> tuple[str, int | None]:
     return chat, int(topic) if topic is not None and int(topic) > _GENERAL_TOPIC else None
 
 
-def _asked(value: str) -> str:
-    """An address that the server itself asks: httpx takes fewer names than the agent's client. Raises ValueError."""
+def _requestable(value: str) -> str:
+    """A URL of the server's own requests: httpx accepts fewer names than the agent's client. Raises ValueError."""
     if value.isascii() and "xn--" not in value.lower():
         return value
-    import httpx  # not where settings are read without the server's packages
+    import httpx  # not at the top: settings are also read without the server's packages
 
     try:
-        host = httpx.URL(value).host  # to read it takes it apart
+        host = httpx.URL(value).host  # reading it parses the name
     except (httpx.InvalidURL, ValueError):
         host = ""
     if not host:
@@ -96,15 +96,15 @@ def _asked(value: str) -> str:
 
 
 def _trace_url(value: str) -> str:
-    return _asked(p.url(value))
+    return _requestable(p.url(value))
 
 
 def _telegram_url(value: str) -> str:
-    return _asked(p.url_with_login(value))
+    return _requestable(p.url_with_login(value))
 
 
 def _webhook_url(value: str) -> Secret:
-    return Secret(_asked(address_of(value)))
+    return Secret(_requestable(address_of(value)))
 
 
 def _is_postgres(value: str) -> bool:
@@ -238,12 +238,12 @@ CANARY_ADDRESSES: Final = DNS_CANARY.add(
 SECTIONS: Final = (DATABASE, LISTENING, DASHBOARD, ACCESS, DEADLINES, TIMES, NOTICES, DNS_CANARY, POLICY, EVERYWHERE)
 
 
-# --- and what is made of them -----------------------------------------------------------------------------------------
+# --- the objects made from them ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TelegramSettings:
-    """`chat_id` is the only chat that gets messages and may use the bot; `topic` (a `message_thread_id`) is where."""
+    """`chat_id` is the only chat that gets notices and answers; `topic` (a `message_thread_id`) is for the notices."""
 
     token: Secret
     chat_id: str
@@ -253,7 +253,7 @@ class TelegramSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WebhookSettings:
-    """The address may hold a credential, so it is kept as one. `secret` signs each body, when set."""
+    """The address may hold a credential, so it is a `Secret`. `secret` signs each body, when set."""
 
     url: Secret
     secret: Secret | None = None
@@ -261,7 +261,7 @@ class WebhookSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DnsCanarySettings:
-    """The DNS zone that this server answers for. `servers` are its names in NS records, `addresses` theirs."""
+    """The DNS zone that this server answers for. `servers` are the names in its NS records, `addresses` theirs."""
 
     zone: str
     hosts: tuple[str, ...]
@@ -272,9 +272,9 @@ class DnsCanarySettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSettings:
-    """Durations are seconds. `allowed_ips` empty means every address may report; it still needs a key.
+    """Durations are in seconds. With empty `allowed_ips` every address may report; it still needs a key.
 
-    `backup_hours` is 0 for no backups by schedule.
+    `backup_hours` is 0 for no scheduled backups.
     """
 
     data_dir: Path
@@ -425,7 +425,7 @@ class ServerSettings:
 
     @property
     def backup_folder(self) -> Path | None:
-        """Where copies of it are kept; None for PostgreSQL, which has its own ways."""
+        """The folder of its backups; None for PostgreSQL, which has its own tools."""
         file = self.database_file
         return None if file is None else self.backup_dir or file.parent / _BACKUP_FOLDER
 
