@@ -171,7 +171,7 @@ class ConnectionMetrics:
 
 
 def connections_for(sixteenths: int) -> int:
-    """The connections of a listener that gets this share of the process's descriptors."""
+    """The connections of a listener that gets so many sixteenths of the process's descriptors; all share 16 of them."""
     return max(_descriptors() - RESERVED_DESCRIPTORS, 64) * sixteenths // 16
 
 

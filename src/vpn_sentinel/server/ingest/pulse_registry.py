@@ -24,7 +24,7 @@ _GAP_S: Final = 3.0
 _REVOKED_S: Final = 10.0  # a report sent with a key before its revocation may take this long to be stored
 MAX_TUNNELS: Final = 50_000
 # Replies count as unheard after this many consecutive pulses, over this time, that confirm no new reply. An agent whose
-# pulses are unanswered sends ten within 3 s; at 30 % loss, the replies to all ten are lost once in 100,000 times.
+# pulses are unanswered sends ten within 3 s; at 30 % loss, all ten are lost once in 100,000 times.
 _UNHEARD_PULSES: Final = 8
 _UNHEARD_S: Final = 2.5
 # A longer gap between two pulses counts as this much: a blocked connection, or this server, may hold pulses back and

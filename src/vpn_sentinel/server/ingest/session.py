@@ -26,7 +26,7 @@ from vpn_sentinel.wire.messages import PROTOCOL, Ack, Echo, Exchange, FromAgent,
 
 _decode = decoder(FromAgent)
 _memory = decoder(Memory)
-_YEAR_5138: Final = 1e11
+_MAX_WALL_S: Final = 1e11  # the year 5138
 _MAX_ROUND_S: Final = 60.0
 
 
@@ -163,7 +163,7 @@ def _check_hello(hello: Hello) -> None:
         raise Refusal(422, f"protocol {hello.protocol} is not known here: upgrade the server")
     if not 0.1 <= hello.interval <= 86400:
         raise Refusal(422, "interval takes 0.1 to 86400 seconds")
-    if not 0 <= hello.wall < _YEAR_5138:
+    if not 0 <= hello.wall < _MAX_WALL_S:
         raise Refusal(422, "wall is not a time")
 
 

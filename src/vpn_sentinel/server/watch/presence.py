@@ -21,7 +21,7 @@ from vpn_sentinel.runtime.clock import Clock
 
 SAMPLE_INTERVAL_S: Final = 0.25
 MIN_BLOCKED_S: Final = 1.0
-# A gap between two readings of the clock that a busy machine alone does not explain.
+# A gap longer than the interval by this is not explained by a busy machine alone.
 _MIN_AWAY_S: Final = 2.0
 # A process that used a greater share of CPU time in the gap was not away.
 _MAX_IDLE_SHARE: Final = 0.25
