@@ -104,7 +104,7 @@ async def test_what_cannot_be_kept_stops_no_other_try(clock: ManualClock, caplog
     ports = PortChecker({"nl": EXIT}, tried, clock, try_connect=try_connect, pause=0.0)
     ((name, where),) = ports.due()
     await ports._try(name, where)
-    assert "cannot be kept" in caplog.text
+    assert "cannot be stored" in caplog.text
 
 
 async def test_one_whose_answer_is_still_awaited_is_not_asked_again(clock: ManualClock) -> None:

@@ -155,7 +155,7 @@ async def test_who_is_hidden_by_a_proxy_is_told_so(services: ApiServices, filled
     async with caller_of(build_api(replace(services, settings=settings(**proxied))), "172.17.0.2") as client:
         for headers in ({}, {"X-Forwarded-For": "unknown"}):
             refused = await client.get("/whoami", headers=headers)
-            assert (refused.status_code, "a proxy does not say it" in refused.json()["detail"]) == (404, True)
+            assert (refused.status_code, "a proxy does not pass it on" in refused.json()["detail"]) == (404, True)
             refused = await client.get("/status", headers={"X-API-Key": KEY, **headers})
             assert refused.status_code == 403
             assert refused.json()["detail"] == "The address that a proxy hides is not on the allow-list."
