@@ -301,7 +301,7 @@ async def test_a_session_under_way_tells_of_the_clock_as_it_is_now(server: Serve
 
     async def codes(seq: int) -> str:
         reports = Reports(items=[Report(seq=seq, age=0.0, observation=WELL)])
-        await sessions.take(hello, reports, greeted, None)
+        await sessions.store(hello, reports, greeted, None)
         return str((await server.row()).findings)
 
     assert "clock_skew" in await codes(1)  # the agent's clock is right, the server's is not yet

@@ -386,10 +386,10 @@ async def test_the_claim_uses_the_index(store: Store, database_url: str) -> None
     await owed_rows(store, notice("a"))
     assert [d.tunnel for d in await lease(store, NOW, NOW + 60, 1)] == ["a"]
     explain = "EXPLAIN" if database_url.startswith("postgresql") else "EXPLAIN QUERY PLAN"
-    written = select(subject._lines(NOW, "telegram")).compile(compile_kwargs={"literal_binds": True})
+    written = select(subject._queues(NOW, "telegram")).compile(compile_kwargs={"literal_binds": True})
     plan = "\n".join(str(tuple(row)) for row in await store.read(text(f"{explain} {written}")))
     assert plan.count("ix_outbox_told") >= 2
-    assert "SCAN told" not in plan
+    assert "SCAN sent" not in plan
     assert "Seq Scan" not in plan
     assert "ix_outbox_due" in plan
 
