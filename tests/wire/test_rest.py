@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 import pytest
 
 from vpn_sentinel.domain.verdict import MEANING, Code, Severity, State
-from vpn_sentinel.wire.rest import Place, Resolver, findings_of, moment, place_of, resolvers_of, state_of, when
+from vpn_sentinel.wire.rest import PlaceBody, Resolver, findings_of, moment, place_of, resolvers_of, state_of, when
 
 
 @pytest.mark.parametrize("never", [None, 0, 0.0])
@@ -39,12 +39,12 @@ def test_a_state_of_a_newer_version_is_unknown() -> None:
 
 def test_places_and_resolvers_are_read() -> None:
     stored = '{"ip": "146.70.1.2", "source": "mmdb", "country": "NL"}'
-    assert place_of(stored) == Place(ip="146.70.1.2", country="NL", source="mmdb")
+    assert place_of(stored) == PlaceBody(ip="146.70.1.2", country="NL", source="mmdb")
     assert resolvers_of('[{"ip": "9.9.9.9"}]') == [Resolver(ip="9.9.9.9")]
 
 
 @pytest.mark.parametrize("damaged", ["", "{", "null", "7"])
 def test_a_damaged_column_is_nothing(damaged: str) -> None:
     assert findings_of(damaged) == []
-    assert place_of(damaged) == Place()
+    assert place_of(damaged) == PlaceBody()
     assert resolvers_of(damaged) == []

@@ -1,4 +1,8 @@
-"""What the HTTP API answers. Times are ISO 8601 in UTC, durations seconds; what is not known is null, never a word."""
+"""What the HTTP API answers. Times are ISO 8601 in UTC, durations seconds; what is not known is null, never a word.
+
+A class ends in `Body` where the domain has the plain word for something else. The OpenAPI document has the plain words:
+see `server/api/openapi`.
+"""
 
 from datetime import UTC, datetime
 from typing import Final, TypeVar
@@ -12,7 +16,7 @@ T = TypeVar("T")
 D = TypeVar("D")
 
 
-class Finding(msgspec.Struct, frozen=True, kw_only=True):
+class FindingBody(msgspec.Struct, frozen=True, kw_only=True):
     """One thing that was found: `message` says it, `advice` what to do about it, `evidence` holds the facts."""
 
     code: str
@@ -29,7 +33,7 @@ class Exit(msgspec.Struct, frozen=True, kw_only=True):
     ipv6: str | None = None
 
 
-class Place(msgspec.Struct, frozen=True, kw_only=True):
+class PlaceBody(msgspec.Struct, frozen=True, kw_only=True):
     """Where the exit address `ip` is said to be, and by whom (`source`). `country` is ISO 3166-1 alpha-2."""
 
     ip: str | None = None
@@ -50,7 +54,7 @@ class Resolver(msgspec.Struct, frozen=True, kw_only=True):
     org: str | None = None
 
 
-class PortCheck(msgspec.Struct, frozen=True, kw_only=True):
+class PortCheckBody(msgspec.Struct, frozen=True, kw_only=True):
     """The server's last try to reach the forwarded port from outside.
 
     `answer` is "answered", "unreachable" (packets arrive, and nobody listens) or "lost" (none arrives).
@@ -72,11 +76,11 @@ class Tunnel(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     state: State
     since: datetime
-    findings: list[Finding]
+    findings: list[FindingBody]
     last_seen: datetime | None
     deadline: datetime | None
     exit: Exit
-    place: Place
+    place: PlaceBody
     resolvers: list[Resolver]
     dns_loc: str | None
     dns_colo: str | None
@@ -87,7 +91,7 @@ class Tunnel(msgspec.Struct, frozen=True, kw_only=True):
     role: str = "tunnel"
     site: str | None = None
     forwarded_port: int | None = None
-    port_check: PortCheck | None = None
+    port_check: PortCheckBody | None = None
 
 
 class Tunnels(msgspec.Struct, frozen=True, kw_only=True):
@@ -119,7 +123,7 @@ class ClientStatus(msgspec.Struct, frozen=True, kw_only=True):
     dns_colo: str | None
     client_version: str | None
     state: State
-    findings: list[Finding]
+    findings: list[FindingBody]
     since: str
 
 
@@ -137,10 +141,10 @@ class Transition(msgspec.Struct, frozen=True, kw_only=True):
     decided_at: datetime
     old: State
     new: State
-    findings: list[Finding]
+    findings: list[FindingBody]
 
 
-class Observation(msgspec.Struct, frozen=True, kw_only=True):
+class ObservationBody(msgspec.Struct, frozen=True, kw_only=True):
     """One round of an agent. `state` is what that round alone meant; `body` holds the facts as reported."""
 
     at: datetime
@@ -150,7 +154,7 @@ class Observation(msgspec.Struct, frozen=True, kw_only=True):
     body: msgspec.Raw
 
 
-class Action(msgspec.Struct, frozen=True, kw_only=True):
+class ActionBody(msgspec.Struct, frozen=True, kw_only=True):
     """What an agent did about its tunnel. `outcome` is "done", "failed", "dry_run" or "held"."""
 
     at: datetime
@@ -167,8 +171,8 @@ class History(msgspec.Struct, frozen=True, kw_only=True):
 
     tunnel: str
     transitions: list[Transition]
-    observations: list[Observation]
-    actions: list[Action]
+    observations: list[ObservationBody]
+    actions: list[ActionBody]
     next_until: float | None
 
 
@@ -181,7 +185,7 @@ class Incident(msgspec.Struct, frozen=True, kw_only=True):
     closed_at: datetime | None
     duration: float
     worst: State
-    findings: list[Finding]
+    findings: list[FindingBody]
 
 
 class Incidents(msgspec.Struct, frozen=True, kw_only=True):
@@ -200,7 +204,7 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True):
     reason: str
 
 
-class Notice(msgspec.Struct, frozen=True, kw_only=True):
+class NoticeBody(msgspec.Struct, frozen=True, kw_only=True):
     """What a delivery tells. `exit` and `old_exit` are addresses."""
 
     at: datetime | None = None
@@ -208,7 +212,7 @@ class Notice(msgspec.Struct, frozen=True, kw_only=True):
     was: str | None = None
     exit: str | None = None
     old_exit: str | None = None
-    findings: list[Finding] = []
+    findings: list[FindingBody] = []
 
 
 class Delivery(msgspec.Struct, frozen=True, kw_only=True):
@@ -223,7 +227,7 @@ class Delivery(msgspec.Struct, frozen=True, kw_only=True):
     due_at: datetime
     settled_at: datetime | None
     attempts: list[Attempt]
-    notice: Notice
+    notice: NoticeBody
 
 
 class Deliveries(msgspec.Struct, frozen=True, kw_only=True):
@@ -239,15 +243,6 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     total: int
     states: dict[State, int]
     worst: State | None
-
-
-class Problem(msgspec.Struct, frozen=True, kw_only=True):
-    """An error, as RFC 9457 has it."""
-
-    type: str = "about:blank"
-    title: str
-    status: int
-    detail: str
 
 
 def when(seconds: float | None) -> datetime | None:
@@ -267,12 +262,12 @@ class StoredFinding(msgspec.Struct, frozen=True):
     message: str = ""
     evidence: dict[str, str] = {}
 
-    def full(self) -> Finding:
+    def full(self) -> FindingBody:
         try:
             meaning = MEANING[Code(self.code)]
         except ValueError:  # of a newer version
-            return Finding(code=self.code, severity=Severity.INFO, message=self.message, evidence=self.evidence)
-        return Finding(
+            return FindingBody(code=self.code, severity=Severity.INFO, message=self.message, evidence=self.evidence)
+        return FindingBody(
             code=self.code,
             severity=meaning.severity,
             message=self.message,
@@ -282,8 +277,8 @@ class StoredFinding(msgspec.Struct, frozen=True):
 
 
 _FINDINGS: Final = msgspec.json.Decoder(list[StoredFinding])
-_PLACE: Final = msgspec.json.Decoder(Place)
-_PORT_CHECK: Final = msgspec.json.Decoder(PortCheck)
+_PLACE: Final = msgspec.json.Decoder(PlaceBody)
+_PORT_CHECK: Final = msgspec.json.Decoder(PortCheckBody)
 _RESOLVERS: Final = msgspec.json.Decoder(list[Resolver])
 
 
@@ -295,14 +290,14 @@ def state_of(text: str) -> State:
         return State.UNKNOWN
 
 
-def findings_of(text: str) -> list[Finding]:
+def findings_of(text: str) -> list[FindingBody]:
     """The findings in a JSON column."""
     return [stored.full() for stored in decoded(_FINDINGS, text, [])]
 
 
-def place_of(text: str) -> Place:
+def place_of(text: str) -> PlaceBody:
     """The place in a JSON column."""
-    return decoded(_PLACE, text, Place())
+    return decoded(_PLACE, text, PlaceBody())
 
 
 def resolvers_of(text: str) -> list[Resolver]:
@@ -310,7 +305,7 @@ def resolvers_of(text: str) -> list[Resolver]:
     return decoded(_RESOLVERS, text, [])
 
 
-def port_check_of(text: str) -> PortCheck | None:
+def port_check_of(text: str) -> PortCheckBody | None:
     """The port check in a JSON column, None without one."""
     return decoded(_PORT_CHECK, text, None)
 

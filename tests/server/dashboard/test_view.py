@@ -47,7 +47,7 @@ class Change:
 def tunnel(state: str, since: float) -> rest.Tunnel:
     return rest.Tunnel(
         name="nl", state=State(state), since=rest.moment(since), findings=[], last_seen=None, deadline=None,
-        exit=rest.Exit(), place=rest.Place(), resolvers=[], dns_loc=None, dns_colo=None, source="agent",
+        exit=rest.Exit(), place=rest.PlaceBody(), resolvers=[], dns_loc=None, dns_colo=None, source="agent",
         client_version=None, interval=None, created_at=rest.moment(0.0),
     )  # fmt: skip
 

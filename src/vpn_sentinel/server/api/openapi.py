@@ -1,5 +1,6 @@
 """The OpenAPI document: Litestar describes its own routes, and this module adds those of `ingest.router`."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, Final
@@ -13,7 +14,7 @@ from litestar.openapi.spec import Components, SecurityScheme
 
 from vpn_sentinel import __version__
 from vpn_sentinel.server.api.guard import OPEN
-from vpn_sentinel.wire import keepalive
+from vpn_sentinel.wire import keepalive, rest
 from vpn_sentinel.wire.problem import Problem
 
 _REFUSALS: Final = {
@@ -27,6 +28,9 @@ _REFUSALS: Final = {
     "429": "Too many requests; Retry-After says when to try again.",
     "503": "The database cannot be reached; Retry-After says when to try again.",
 }
+# Clients that are generated from the document have its names: there, `FindingBody` is a `Finding`.
+_BODIES: Final = "|".join(name.removesuffix("Body") for name in vars(rest) if name.endswith("Body"))
+_NAME_OF_BODY: Final = re.compile(rf'(?<=["/])({_BODIES})Body(?=")'.encode())
 _REPORT_CODES: Final = ("400", "401", "403", "413", "415", "422", "429", "503")
 _KEY_CODES: Final = ("401", "403", "429", "503")
 
@@ -48,7 +52,8 @@ def openapi_route(
             openapi_config=_config(),
             logging_config=None,
         )
-        return msgspec.json.encode(_completed(known.openapi_schema.to_schema(), api_path, routes))
+        document = msgspec.json.encode(_completed(known.openapi_schema.to_schema(), api_path, routes))
+        return _NAME_OF_BODY.sub(rb"\1", document)
 
     @get("/schema/openapi.json", opt=OPEN, include_in_schema=False, sync_to_thread=False)
     def openapi() -> Response[bytes]:

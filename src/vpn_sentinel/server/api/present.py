@@ -54,8 +54,8 @@ def transition(row: Row[Any]) -> rest.Transition:
     )
 
 
-def observation(row: Row[Any]) -> rest.Observation:
-    return rest.Observation(
+def observation(row: Row[Any]) -> rest.ObservationBody:
+    return rest.ObservationBody(
         at=moment(row.at),
         received_at=moment(row.received_at),
         seq=row.seq,
@@ -64,8 +64,8 @@ def observation(row: Row[Any]) -> rest.Observation:
     )
 
 
-def action(row: Row[Any]) -> rest.Action:
-    return rest.Action(at=moment(row.at), name=row.name, outcome=row.outcome, detail=row.detail)
+def action(row: Row[Any]) -> rest.ActionBody:
+    return rest.ActionBody(at=moment(row.at), name=row.name, outcome=row.outcome, detail=row.detail)
 
 
 def incident(row: Row[Any], now: float) -> rest.Incident:
@@ -95,7 +95,7 @@ def delivery(row: Row[Any], attempts: Sequence[Row[Any]], now: float) -> rest.De
         due_at=moment(row.due_at),
         settled_at=when(row.settled_at),
         attempts=[rest.Attempt(attempt=a.attempt, at=moment(a.at), result=a.result, reason=a.reason) for a in attempts],
-        notice=rest.Notice(
+        notice=rest.NoticeBody(
             at=when(notice.at),
             began=when(notice.began),
             was=notice.was,

@@ -42,6 +42,6 @@ def _tunnel(tunnel: rest.Tunnel, now: float, zone: tzinfo | None) -> Iterator[st
         yield html_line(Line("Last report", f"{duration(now - tunnel.last_seen.timestamp())} ago"))
 
 
-def _where(place: rest.Place) -> str:
+def _where(place: rest.PlaceBody) -> str:
     parts = (clean(part, 100) for part in (place.city, place.region, place.country, place.org) if part)
     return ", ".join(dict.fromkeys(part for part in parts if part))

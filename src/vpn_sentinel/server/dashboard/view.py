@@ -76,7 +76,7 @@ class TunnelView:
     name: str
     state: State
     since: Moment
-    findings: tuple[rest.Finding, ...]
+    findings: tuple[rest.FindingBody, ...]
     exits: tuple[str, ...]
     place: str
     provider: str
@@ -184,7 +184,7 @@ class TransitionView:
     old: State
     new: State
     lasted: str
-    findings: tuple[rest.Finding, ...]
+    findings: tuple[rest.FindingBody, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
