@@ -12,7 +12,7 @@ import pytest
 from tests.agent.doubles import http, reply
 from tests.agent.geo.world import mmdb
 from tests.cli.users import as_user
-from vpn_sentinel.agent.doctor.check import State
+from vpn_sentinel.agent.doctor.check import CheckState
 from vpn_sentinel.agent.doctor.examine import CHECKS, examine
 from vpn_sentinel.agent.doctor.lenient import read_all
 from vpn_sentinel.cli.main import main
@@ -144,15 +144,15 @@ async def test_a_server_is_greeted_and_given_no_report(tmp_path: Path) -> None:
         settings = {"URL": f"http://127.0.0.1:{port}", "API_KEY": KEY, "DATA_DIR": str(tmp_path)}
         read = read_all(Source({f"VPN_SENTINEL_{k}": v for k, v in settings.items()}))
         found = {c.name: c for c in await examine(read, SystemClock())}
-        assert found["server"].state is State.OK
-        assert found["clock"].state is State.GAP
+        assert found["server"].state is CheckState.OK
+        assert found["clock"].state is CheckState.GAP
         assert "ahead" in found["clock"].found
         said = codec.decoder(Exchange)(got[-1].split("\r\n\r\n")[1])
         assert said.reports.items == []
         del settings["API_KEY"]
         read = read_all(Source({f"VPN_SENTINEL_{k}": v for k, v in settings.items()}))
         found = {c.name: c for c in await examine(read, SystemClock())}
-        assert found["server"].state is State.GAP
+        assert found["server"].state is CheckState.GAP
         assert "token create" in found["server"].fix
         assert KEY not in f"{found}"
 

@@ -48,7 +48,7 @@ from vpn_sentinel.runtime.settings import SettingError
 log = logging.getLogger(__name__)
 
 
-class _Base(Base):
+class _AgentBase(Base):
     """What all three steps stand on."""
 
     def __init__(self, settings: AgentSettings, clock: Clock) -> None:
@@ -120,7 +120,7 @@ class _Actors:
 
 async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> None:
     """Run the agent until `stop` is set. Raises SettingError when it cannot start."""
-    base = _Base(settings, clock)
+    base = _AgentBase(settings, clock)
     sensors = _sense(base)
     actors = _act(base, sensors, _look(base, sensors))
     witnesses, watch = sensors.witnesses, sensors.watch
@@ -147,7 +147,7 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
     log.info("agent stopped")
 
 
-def _sense(base: _Base) -> _Sensors:
+def _sense(base: _AgentBase) -> _Sensors:
     """Make what notices a change between rounds, and gives the reason for the next."""
     settings, clock, triggers, uploader = base.settings, base.clock, base.triggers, base.uploader
     witnesses = Witnesses(settings.introspect, base.http, clock, on_change=lambda: triggers.put(Trigger.DEVICE))
@@ -229,7 +229,7 @@ def _sense(base: _Base) -> _Sensors:
     )
 
 
-def _look(base: _Base, sensors: _Sensors) -> rounds.RoundDeps:
+def _look(base: _AgentBase, sensors: _Sensors) -> rounds.RoundDeps:
     """Make what each round looks with."""
     probes, pulse, witnesses, watch = base.settings.probes, sensors.pulse, sensors.witnesses, sensors.watch
     places = Places(
@@ -269,7 +269,7 @@ def _look(base: _Base, sensors: _Sensors) -> rounds.RoundDeps:
     )
 
 
-def _act(base: _Base, sensors: _Sensors, deps: rounds.RoundDeps) -> _Actors:
+def _act(base: _AgentBase, sensors: _Sensors, deps: rounds.RoundDeps) -> _Actors:
     """Make what has rounds run, and what becomes of them: reports, and what is done about a leak."""
     settings, pulse, path_mtu, watch = base.settings, sensors.pulse, sensors.path_mtu, sensors.watch
     reactions = Reactions(

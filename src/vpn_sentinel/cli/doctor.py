@@ -39,7 +39,7 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
-    from vpn_sentinel.agent.doctor.check import State
+    from vpn_sentinel.agent.doctor.check import CheckState
     from vpn_sentinel.agent.doctor.examine import examine
     from vpn_sentinel.agent.doctor.lenient import read_all
 
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps({"checks": [as_plain(check) for check in found]}))
     else:
         show(found)
-    return 1 if any(check.state is State.GAP for check in found) else 0
+    return 1 if any(check.state is CheckState.GAP for check in found) else 0
 
 
 def as_plain(check: "Check") -> dict[str, str]:

@@ -120,7 +120,7 @@ async def _try_backups(settings: ServerSettings) -> None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Base:
+class _ServerBase:
     """What every part needs. `http` is for the server's own requests."""
 
     settings: ServerSettings
@@ -177,7 +177,7 @@ async def _run(
     if settings.api_key is None:
         await _first_key(store, clock, print_line)
     async with _client(settings) as http, asyncio.TaskGroup() as tasks:
-        base = _Base(
+        base = _ServerBase(
             settings=settings,
             store=store,
             clock=clock,
@@ -227,7 +227,7 @@ def _client(settings: ServerSettings) -> httpx.AsyncClient:
     )
 
 
-async def _notify(base: _Base) -> _Notifying:
+async def _notify(base: _ServerBase) -> _Notifying:
     telegram, moved_chats = base.settings.telegram, MovedChats(base.store)
     bot_api = bot = None
     if telegram is not None:
@@ -239,7 +239,7 @@ async def _notify(base: _Base) -> _Notifying:
     return _Notifying(dispatcher=Dispatcher(base.store, channels, base.clock, metrics), bot=bot)
 
 
-async def _track(base: _Base, notifying: _Notifying) -> _Tracking:
+async def _track(base: _ServerBase, notifying: _Notifying) -> _Tracking:
     settings, store, clock, keeper = base.settings, base.store, base.clock, base.keeper
     dispatcher = notifying.dispatcher
     pulse_queue = PulseQueue(clock.wall)
@@ -277,7 +277,7 @@ async def _track(base: _Base, notifying: _Notifying) -> _Tracking:
     )
 
 
-def _api(base: _Base, tracking: _Tracking) -> ReportRouter:
+def _api(base: _ServerBase, tracking: _Tracking) -> ReportRouter:
     """The application on the API's port: reports, and behind them the routes that read."""
     settings, clock = base.settings, base.clock
     admission = Admission(settings, base.access, clock)
@@ -298,7 +298,7 @@ def _api(base: _Base, tracking: _Tracking) -> ReportRouter:
 
 
 def _servers(
-    base: _Base, notifying: _Notifying, tracking: _Tracking, dns_canary: DnsListener | None, sockets: BoundSockets
+    base: _ServerBase, notifying: _Notifying, tracking: _Tracking, dns_canary: DnsListener | None, sockets: BoundSockets
 ) -> list[tuple[EmbeddedServer, socket.socket]]:
     """Each port's server with its socket."""
     settings, store, clock = base.settings, base.store, base.clock
@@ -322,7 +322,9 @@ def _servers(
     return list(found.values())
 
 
-def _background_tasks(base: _Base, notifying: _Notifying, tracking: _Tracking) -> dict[str, Coroutine[Any, Any, None]]:
+def _background_tasks(
+    base: _ServerBase, notifying: _Notifying, tracking: _Tracking
+) -> dict[str, Coroutine[Any, Any, None]]:
     """The tasks that run beside the servers, by name."""
     store, clock, registry = base.store, base.clock, base.registry
     tasks_by_name = {
@@ -344,7 +346,7 @@ def _background_tasks(base: _Base, notifying: _Notifying, tracking: _Tracking) -
     return tasks_by_name if notifying.bot is None else tasks_by_name | {"bot": notifying.bot.run()}
 
 
-async def _announce_start(base: _Base, dispatcher: Dispatcher) -> None:
+async def _announce_start(base: _ServerBase, dispatcher: Dispatcher) -> None:
     at = base.clock.wall()
     if base.settings.database_url.startswith("sqlite:"):
         # No other server delivers from this file: an open lease is a crashed server's, and need not expire.

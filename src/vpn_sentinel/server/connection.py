@@ -60,7 +60,7 @@ class _Request:
     complete: bool = False
 
 
-class Connection(asyncio.Protocol):
+class HttpConnection(asyncio.Protocol):
     """The protocol of a connection: forwards requests within the limits to another protocol, `server`.
 
     There is one timer for each connection; it sets itself again from `_deadline`, which is all that a request changes.
@@ -68,7 +68,7 @@ class Connection(asyncio.Protocol):
 
     def __init__(
         self, limit: ConnectionLimit, limits: Limits, slot: ConnectionSlot,
-        *, server: Callable[["Connection"], asyncio.Protocol], websockets: bool, connections: "set[Connection]",
+        *, server: Callable[["HttpConnection"], asyncio.Protocol], websockets: bool, connections: "set[HttpConnection]",
     ) -> None:  # fmt: skip
         """`server` makes the protocol to forward to; `websockets` says whether it accepts them. An open connection is
         in `connections`.
@@ -417,7 +417,7 @@ class Connection(asyncio.Protocol):
 class _ServerTransport(asyncio.Transport):
     """The transport of the server protocol behind a connection."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: HttpConnection) -> None:
         super().__init__()
         self._connection = connection
 

@@ -13,7 +13,7 @@ import uvicorn
 
 from vpn_sentinel.runtime.settings import SettingError
 from vpn_sentinel.server.acceptor import Acceptor
-from vpn_sentinel.server.connection import Connection, Limits
+from vpn_sentinel.server.connection import HttpConnection, Limits
 from vpn_sentinel.server.connection_limit import ConnectionLimit, ConnectionSlot, connections_for
 from vpn_sentinel.server.request_normalizer import RequestNormalizer
 
@@ -37,7 +37,7 @@ class EmbeddedServer(uvicorn.Server):
         super().__init__(config)
         self.connection_limit = ConnectionLimit(limits.connections, limits.per_address, max(limits.connections // 2, 1))
         self._limits, self._app = limits, tracking_app
-        self._connections: set[Connection] = set()
+        self._connections: set[HttpConnection] = set()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -66,13 +66,13 @@ class EmbeddedServer(uvicorn.Server):
 
     def protocol(self, slot: ConnectionSlot) -> Connection:
         """The protocol for the connection of `slot`."""
-        return Connection(
+        return HttpConnection(
             self.connection_limit, self._limits, slot,
             server=self._make_server, websockets=self.config.ws_protocol_class is not None,
             connections=self._connections,
         )  # fmt: skip
 
-    def _make_server(self, connection: Connection) -> asyncio.Protocol:
+    def _make_server(self, connection: HttpConnection) -> asyncio.Protocol:
         made: Any = self.config.http_protocol_class
         state = {**self.lifespan.state, _CONNECTION: connection}
         protocol: asyncio.Protocol = made(config=self.config, server_state=self.server_state, app_state=state)
@@ -87,7 +87,7 @@ class _TrackingApp:
         self.running: set[Any] = set()  # asyncio.Task
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        connection: Connection = scope["state"].pop(_CONNECTION)
+        connection: HttpConnection = scope["state"].pop(_CONNECTION)
         task = asyncio.current_task()
         self.running.add(task)
         try:
@@ -121,7 +121,7 @@ def embedded(
         server_header=False,
         proxy_headers=False,  # we use them only from trusted networks
         timeout_graceful_shutdown=1,
-        timeout_keep_alive=ceil(limits.idle + limits.head_within) + 1,  # `Connection` ends it earlier
+        timeout_keep_alive=ceil(limits.idle + limits.head_within) + 1,  # `HttpConnection` ends it earlier
         backlog=LISTEN_BACKLOG,
         ssl_certfile=str(cert) if cert else None,
         ssl_keyfile=str(key) if key else None,

@@ -10,7 +10,7 @@ import pytest
 from tests.agent.doubles import ETH, LO, WG
 from vpn_sentinel.agent.containment.containment import Mode
 from vpn_sentinel.agent.doctor import machine, network, places, reactions, server, tunnel
-from vpn_sentinel.agent.doctor.check import Check, State, gap, ok
+from vpn_sentinel.agent.doctor.check import Check, CheckState, gap, ok
 from vpn_sentinel.agent.doctor.context import Greeting
 from vpn_sentinel.agent.doctor.network import FamilyRoute, NameserverRoute
 from vpn_sentinel.agent.introspect.wireguard import Device, DeviceError, Peer
@@ -31,7 +31,7 @@ from vpn_sentinel.domain.observation import (
 from vpn_sentinel.domain.policy import Policy
 from vpn_sentinel.wire.messages import Welcome
 
-OK, GAP, UNKNOWN = State.OK, State.GAP, State.UNKNOWN
+OK, GAP, UNKNOWN = CheckState.OK, CheckState.GAP, CheckState.UNKNOWN
 URL, NOW, DAY = "https://sentinel.example", 1_800_000_000.0, 86400.0
 HOME, EXIT, EGRESS = (ip_address(a) for a in ("198.51.100.7", "203.0.113.4", "203.0.113.53"))
 DECLARED = Policy(home_networks=(ip_network("198.51.100.7"),))
@@ -89,7 +89,7 @@ _ON = next(m for m in Mode if m is not Mode.OFF)
 RAW, BOTH = 1 << 13, 1 << 13 | 1 << 12
 
 # What is the case -> what is said of it -> state -> words of what is found, means or fix
-CASES: dict[str, tuple[Check | Sequence[Check], list[State], str]] = {
+CASES: dict[str, tuple[Check | Sequence[Check], list[CheckState], str]] = {
     "an old Python": (machine.about_system("Linux", "6.1", (3, 10, 2)), [GAP], "needs Python 3.11"),
     "not Linux": (machine.about_system("Darwin", "24", (3, 12, 0)), [GAP], "on Linux"),
     "a good system": (machine.about_system("Linux", "6.1", (3, 14, 0)), [OK], "3.14.0 on Linux"),
@@ -235,7 +235,7 @@ CASES: dict[str, tuple[Check | Sequence[Check], list[State], str]] = {
 
 
 @pytest.mark.parametrize(("said", "states", "words"), CASES.values(), ids=CASES.keys())
-def test_words(said: Check | Sequence[Check], states: list[State], words: str) -> None:
+def test_words(said: Check | Sequence[Check], states: list[CheckState], words: str) -> None:
     checks = [said] if isinstance(said, Check) else list(said)
     assert [c.state for c in checks] == states
     assert words in " | ".join(f"{c.found} {c.means} {c.fix}" for c in checks)
@@ -254,8 +254,8 @@ def test_logins_in_addresses_are_not_repeated() -> None:
 
 def test_a_name_with_an_address_at_which_nobody_answers() -> None:
     check = server.about_addresses("sentinel.example", 5000, ["2001:db8::5"])
-    assert (check.state, check.found) == (State.GAP, "nobody answers at 2001:db8::5 port 5000")
-    assert server.about_addresses("sentinel.example", 5000, []).state is State.OK
+    assert (check.state, check.found) == (CheckState.GAP, "nobody answers at 2001:db8::5 port 5000")
+    assert server.about_addresses("sentinel.example", 5000, []).state is CheckState.OK
 
 
 def test_a_route_that_the_tunnel_shares_is_no_percentage_of_the_traffic() -> None:

@@ -8,7 +8,7 @@ from typing import Final
 _LOGIN: Final = re.compile(r"://[^/\s]*@")  # a user name and a password in a URL
 
 
-class State(StrEnum):
+class CheckState(StrEnum):
     OK = "ok"
     GAP = "gap"  # something is not watched, or would fail when needed: `fix` says what to change
     UNKNOWN = "unknown"  # it could not be checked
@@ -19,22 +19,22 @@ class Check:
     """`found` is what was found here, `means` what that means for the monitoring, `fix` what to do about a gap."""
 
     name: str
-    state: State
+    state: CheckState
     found: str
     means: str = ""
     fix: str = ""
 
 
 def ok(name: str, found: str, means: str = "") -> Check:
-    return Check(name=name, state=State.OK, found=without_login(found), means=means)
+    return Check(name=name, state=CheckState.OK, found=without_login(found), means=means)
 
 
 def gap(name: str, found: str, means: str, fix: str) -> Check:
-    return Check(name=name, state=State.GAP, found=without_login(found), means=means, fix=without_login(fix))
+    return Check(name=name, state=CheckState.GAP, found=without_login(found), means=means, fix=without_login(fix))
 
 
 def unknown(name: str, found: str, means: str = "", fix: str = "") -> Check:
-    return Check(name=name, state=State.UNKNOWN, found=without_login(found), means=means, fix=fix)
+    return Check(name=name, state=CheckState.UNKNOWN, found=without_login(found), means=means, fix=fix)
 
 
 def without_login(text: str) -> str:

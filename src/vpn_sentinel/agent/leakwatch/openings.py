@@ -20,7 +20,7 @@ _Flow = tuple[IPAddress, int | None, IPAddress, int | None]
 
 
 @dataclass(slots=True)
-class _Waiting:
+class _Opening:
     packet: Packet
     interface: str
     timer: asyncio.TimerHandle
@@ -30,7 +30,7 @@ class Openings:
     def __init__(self, other: Callable[[Packet, str], None]) -> None:
         """`other` gets the first packet of a connection that is not the VPN's, and the name of its interface."""
         self._other = other
-        self._waiting: dict[_Flow, _Waiting] = {}
+        self._waiting: dict[_Flow, _Opening] = {}
 
     def waits(self, packet: Packet, interface: str, *, begin: bool) -> bool:
         """Whether to wait for more of this connection. `begin`: whether new ones may wait.
@@ -44,7 +44,7 @@ class Openings:
             if not begin or len(self._waiting) >= MAX_WAITING:
                 return False
             timer = asyncio.get_running_loop().call_later(PATIENCE_S, self._over, flow)
-            self._waiting[flow] = _Waiting(packet, interface, timer)
+            self._waiting[flow] = _Opening(packet, interface, timer)
             return True
         if flow not in self._waiting:
             return False

@@ -103,7 +103,7 @@ def as_canary(
 
 
 @dataclass(frozen=True, slots=True)
-class _Sent:
+class _SentCanary:
     """`leads`: there is a route. Without one, only a refusal by this host is a result."""
 
     probe: Probe
@@ -131,7 +131,7 @@ class _Asked:
         self._may_leave = plan.may_leave
         self._group = group
         self._paths = paths
-        self._sent: dict[asyncio.Task[Canary], _Sent] = {}
+        self._sent: dict[asyncio.Task[Canary], _SentCanary] = {}
         self._witnesses: list[asyncio.Task[Canary]] = []
 
     def send(self, targets: Iterable[Target]) -> None:
@@ -143,7 +143,7 @@ class _Asked:
             task = self._group.create_task(one(target, path, paths=self._paths))
             family = target.address.version
             awaited = path is Path.OUTSIDE or (target.name, family) in self._suspects
-            self._sent[task] = _Sent(Probe.DEFAULT, family, path, awaited)
+            self._sent[task] = _SentCanary(Probe.DEFAULT, family, path, awaited)
 
     def send_beside(self, targets: Iterable[Target], probe: Probe, uplink: Interface) -> None:
         """C2 and C3: bound to one of the uplinks beside the tunnel."""
@@ -151,21 +151,21 @@ class _Asked:
             leads = self._paths.can_route(uplink, target.address)
             task = self._group.create_task(one(target, Path.OUTSIDE, probe, uplink.name))
             family = target.address.version
-            self._sent[task] = _Sent(probe, family, Path.OUTSIDE, uplink=uplink, target=target, leads=leads)
+            self._sent[task] = _SentCanary(probe, family, Path.OUTSIDE, uplink=uplink, target=target, leads=leads)
 
     def send_gateway(self, gateway: Target, device: str | None) -> None:
         task = self._group.create_task(one(gateway, Path.TUNNEL, Probe.GATEWAY, device))
-        self._sent[task] = _Sent(Probe.GATEWAY, gateway.address.version, Path.TUNNEL)
+        self._sent[task] = _SentCanary(Probe.GATEWAY, gateway.address.version, Path.TUNNEL)
 
     def send_also(self, others: Iterable[TcpQuestion]) -> None:
         """Targets of `also`: their answers are always awaited."""
         for other in others:
-            self._sent[self._group.create_task(other())] = _Sent(Probe.DEFAULT, 4, Path.UNKNOWN, awaited=True)
+            self._sent[self._group.create_task(other())] = _SentCanary(Probe.DEFAULT, 4, Path.UNKNOWN, awaited=True)
 
     def send_over_tcp(self, other: OverTcp, *, hasty: bool = False, witness: bool = False) -> None:
         """`hasty`: only if a connection is accepted at once. A `witness` is awaited."""
         task = self._group.create_task(_if_it_opens(other) if hasty else other.ask())
-        self._sent[task] = _Sent(Probe.DEFAULT, other.family, other.path, awaited=witness)
+        self._sent[task] = _SentCanary(Probe.DEFAULT, other.family, other.path, awaited=witness)
         if witness:
             self._witnesses.append(task)
 
@@ -239,7 +239,7 @@ def _believed(found: list[Canary]) -> tuple[Canary, ...]:
     )
 
 
-def _result(task: asyncio.Task[Canary], sent: _Sent) -> Canary | None:
+def _result(task: asyncio.Task[Canary], sent: _SentCanary) -> Canary | None:
     """Without a route by an uplink, no target could be reached by it, so silence is no result."""
     canary = None if task.cancelled() else task.result()
     if sent.leads or sent.uplink is None or sent.target is None:

@@ -55,7 +55,7 @@ STALL_RATIO: Final = 10
 
 
 @dataclass(slots=True)
-class _Sent:
+class _SentPulse:
     number: int
     at: float
     rtt: float | None = None
@@ -67,7 +67,7 @@ class _Sent:
 class _Burst:
     """Answers that came close together, and the values before the first of them."""
 
-    samples: list[_Sent]
+    samples: list[_SentPulse]
     began: float
     newest: float
     jitter: float | None
@@ -83,8 +83,8 @@ class Samples:
     """The newest pulses and the result of each."""
 
     def __init__(self) -> None:
-        self._sent: deque[_Sent] = deque(maxlen=_MAX_PULSES)
-        self._by_number: dict[int, _Sent] = {}
+        self._sent: deque[_SentPulse] = deque(maxlen=_MAX_PULSES)
+        self._by_number: dict[int, _SentPulse] = {}
         self._jitter: float | None = None
         self._last_rtt: float | None = None
         self._burst: _Burst | None = None
@@ -102,7 +102,7 @@ class Samples:
         """A pulse was sent; `counts` is False while nothing answers at all, which is an outage and not poor quality."""
         if len(self._sent) == _MAX_PULSES:
             self._by_number.pop(self._sent[0].number, None)
-        sample = _Sent(number, now, counts=counts)
+        sample = _SentPulse(number, now, counts=counts)
         self._sent.append(sample)
         self._by_number[number] = sample
 
@@ -125,9 +125,9 @@ class Samples:
         self._leave_out_a_stall()
         return sample.rtt
 
-    def _note_interruption(self, answered: _Sent) -> None:
+    def _note_interruption(self, answered: _SentPulse) -> None:
         """Several pulses before this one have no answer: an interruption, with ends halfway between two pulses."""
-        lost: list[_Sent] = []
+        lost: list[_SentPulse] = []
         for sample in reversed(self._sent):
             if sample.at >= answered.at:
                 continue
@@ -137,7 +137,7 @@ class Samples:
                 return
             lost.append(sample)
 
-    def _gather(self, sample: _Sent, now: float) -> None:
+    def _gather(self, sample: _SentPulse, now: float) -> None:
         burst = self._burst
         if burst is None or now - burst.newest > BURST_GAP_S:
             self._burst = _Burst([sample], now, now, self._jitter, self._last_rtt)
@@ -207,14 +207,14 @@ class Samples:
             self._end_look(now)
 
     @staticmethod
-    def _is_high_loss(seen: Sequence[_Sent], lost: int) -> bool:
+    def _is_high_loss(seen: Sequence[_SentPulse], lost: int) -> bool:
         """Whether the pulses of a close look show a high loss."""
         if len(seen) >= MIN_PULSES:
             return lost > HIGH_LOSS * len(seen)
         return len(seen) >= MIN_PULSES_CLEAR and lost > CLEAR_LOSS_OFFSET + len(seen) / 6
 
     @staticmethod
-    def _is_good(seen: Sequence[_Sent], lost: int) -> bool:
+    def _is_good(seen: Sequence[_SentPulse], lost: int) -> bool:
         if len(seen) >= MIN_PULSES:
             return lost <= MIN_LOSS_REPORTED * len(seen)
         return len(seen) >= MIN_PULSES_GOOD and lost <= MIN_LOSS_REPORTED * len(seen) - GOOD_LOSS_OFFSET
@@ -251,7 +251,7 @@ class Samples:
             and self._reported.lost > MIN_LOSS_REPORTED * self._reported.sent >= MIN_LOSS_REPORTED * MIN_PULSES
         )
 
-    def _settled(self, now: float, last: int, after: float = -inf) -> list[_Sent]:
+    def _settled(self, now: float, last: int, after: float = -inf) -> list[_SentPulse]:
         """The `last` pulses sent after `after` that are known to be answered or lost, the oldest first."""
         least, most = _LOST_AFTER_S
         patience = least if self._last_rtt is None else min(most, max(least, 3 * self._last_rtt))
@@ -308,7 +308,7 @@ def _with_interruptions(found: Quality, interrupted: Interrupted, now: float) ->
     return replace(found, seconds=round(seconds, 1), sent=sent, lost=lost, lossy_for=round(seconds, 1))
 
 
-def _share(pulses: Sequence[_Sent]) -> float:
+def _share(pulses: Sequence[_SentPulse]) -> float:
     """The share of them that was lost; `pulses` is not empty."""
     return sum(s.rtt is None for s in pulses) / len(pulses)
 

@@ -75,7 +75,7 @@ class Wakeup:
 
 
 @dataclass(slots=True, kw_only=True)
-class Connection:
+class ServerConnection:
     """With one address of the server under one URL. `greeted` becomes true once the server answered there.
 
     `arrived` is called for each greeting, `acked` for each acknowledgement. `fail_fast` is asked

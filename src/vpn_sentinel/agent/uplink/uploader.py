@@ -19,7 +19,7 @@ from vpn_sentinel.agent.net.urls import split
 from vpn_sentinel.agent.spool.spool import Spool
 from vpn_sentinel.agent.uplink.batching import Batching
 from vpn_sentinel.agent.uplink.channel import ChannelError, Fault
-from vpn_sentinel.agent.uplink.connection import Connection, ReportTarget, Routes, Wakeup
+from vpn_sentinel.agent.uplink.connection import ReportTarget, Routes, ServerConnection, Wakeup
 from vpn_sentinel.agent.uplink.session import Greeted
 from vpn_sentinel.domain.policy import IPAddress, is_public
 from vpn_sentinel.runtime.backoff import backoff
@@ -180,8 +180,8 @@ class Uploader:
             self._fruitless.add(url)
         self._say(url, why)
 
-    def _connection(self, url: str, address: IPAddress) -> Connection:
-        return Connection(
+    def _connection(self, url: str, address: IPAddress) -> ServerConnection:
+        return ServerConnection(
             to=self._to,
             url=url,
             address=address,
@@ -200,7 +200,7 @@ class Uploader:
         other_way = len(self._to.urls) > 1 or self._several
         return self._wakeup.urgent and other_way and self._passes <= _MAX_FAST_PASSES
 
-    async def _by_any_means(self, tried: Connection, back: "_WayBack | None", *, by_post: bool) -> None:
+    async def _by_any_means(self, tried: ServerConnection, back: "_WayBack | None", *, by_post: bool) -> None:
         until = self._post_until.get(tried.url, 0.0)
         if by_post:
             until = self._no_websocket(tried.url, "no answer at any address")

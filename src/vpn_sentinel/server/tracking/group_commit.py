@@ -24,7 +24,7 @@ class Busy(Exception):
 
 
 @dataclass(slots=True)
-class _Waiting:
+class _Queued:
     input: Input
     done: "asyncio.Future[None]"
 
@@ -37,8 +37,8 @@ class GroupCommit:
 
     def __init__(self, commit: Callable[[Sequence[Input]], Awaitable[None]]) -> None:
         self._commit_batch = commit
-        self._reports: list[_Waiting] = []
-        self._checks: list[_Waiting] = []
+        self._reports: list[_Queued] = []
+        self._checks: list[_Queued] = []
         self._wake = asyncio.Event()
         self.busy = asyncio.Lock()
 
@@ -48,7 +48,7 @@ class GroupCommit:
         if len(queue) >= _MAX_QUEUED:
             raise Busy
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        queue.append(_Waiting(entering, done))
+        queue.append(_Queued(entering, done))
         self._wake.set()
         await done
 
@@ -73,7 +73,7 @@ class GroupCommit:
             closing = StoreUnavailable("closing", "the server is shutting down")
             _settle([*self._reports, *self._checks], closing)
 
-    async def _commit(self, batch: list[_Waiting]) -> None:
+    async def _commit(self, batch: list[_Queued]) -> None:
         try:
             await self._commit_batch([w.input for w in batch])
         except StoreUnavailable as e:
@@ -93,9 +93,9 @@ class GroupCommit:
             _settle(batch, None)
 
 
-def _first(queue: Sequence[_Waiting]) -> list[_Waiting]:
+def _first(queue: Sequence[_Queued]) -> list[_Queued]:
     """The next batch: the earliest inputs, at least one of any size, and more while the observations are few."""
-    batch, room = list[_Waiting](), _MAX_OBSERVATIONS
+    batch, room = list[_Queued](), _MAX_OBSERVATIONS
     for waiting in queue[:_MAX_BATCH]:
         if room <= 0:
             break
@@ -104,7 +104,7 @@ def _first(queue: Sequence[_Waiting]) -> list[_Waiting]:
     return batch
 
 
-def _settle(batch: Iterable[_Waiting], error: Exception | None) -> None:
+def _settle(batch: Iterable[_Queued], error: Exception | None) -> None:
     """Answer the callers that wait; one that was cancelled meanwhile needs no answer."""
     for waiting in batch:
         if waiting.done.done():
