@@ -64,7 +64,7 @@ class EmbeddedServer(uvicorn.Server):
         for task in list(self._app.running):
             task.cancel()
 
-    def protocol(self, slot: ConnectionSlot) -> Connection:
+    def protocol(self, slot: ConnectionSlot) -> HttpConnection:
         """The protocol for the connection of `slot`."""
         return HttpConnection(
             self.connection_limit, self._limits, slot,

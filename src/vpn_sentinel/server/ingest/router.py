@@ -16,7 +16,7 @@ from vpn_sentinel.server.ingest.admission import Admission, AdmittedPeer, Refusa
 from vpn_sentinel.server.ingest.keepalive import Keepalives
 from vpn_sentinel.server.ingest.session import Sessions, parse
 from vpn_sentinel.server.rate_limit import RateLimit
-from vpn_sentinel.server.store.store import StoreUnavailable
+from vpn_sentinel.server.store.store import StoreUnavailable, TunnelLocked
 from vpn_sentinel.server.tracking.group_commit import Busy
 from vpn_sentinel.wire import limits, problem
 from vpn_sentinel.wire.codec import encode
@@ -124,6 +124,8 @@ class ReportRouter:
         """Turn a failure to store into a refusal, and log it when its reason changes, not for each report."""
         try:
             return await work
+        except TunnelLocked as e:  # the store has said it
+            raise Refusal(503, "another program holds this tunnel in the database; nothing was stored", 2) from e
         except StoreUnavailable as e:
             if self._last_failure != e.reason:
                 self._last_failure = e.reason

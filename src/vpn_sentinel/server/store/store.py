@@ -30,6 +30,7 @@ _PUBLIC_TEXTS: Final = {
     "timeout": "did not answer in time",
     "unreachable": "cannot be reached: see that it runs, and what the server's log says",
     "closing": "is closed: this server is stopping",
+    "locked": "does not let this tunnel be changed: another program holds its row",
 }
 
 
@@ -44,6 +45,13 @@ class StoreUnavailable(UserError):
     def public_text(self) -> str:
         """What the database does, in words that anybody may read."""
         return _PUBLIC_TEXTS.get(self.reason, "refuses what it is asked: see the server's log")
+
+
+class TunnelLocked(StoreUnavailable):
+    """Nothing of one tunnel can be written now, since another session of the database holds its row."""
+
+    def __init__(self) -> None:
+        super().__init__("locked", "another session of the database holds the tunnel's row")
 
 
 class StoreUnusable(UserError):
@@ -88,9 +96,10 @@ class TunnelRow:
 
 @dataclass(slots=True)
 class Changes:
-    """What a decision writes: batches, in this order."""
+    """What a decision writes: batches, in this order. The store sets `locked`: tunnels that it could not decide on."""
 
     batches: list[Batch] = field(default_factory=list)
+    locked: frozenset[str] = field(default=frozenset(), kw_only=True)
 
 
 # A pure function from the tunnels' rows by name, which are the transaction's own copies, to the changes to write. It
@@ -112,8 +121,9 @@ class Store(Protocol):
     async def transact(self, names: Sequence[str], now: float, decide: Decide[C], *, create: bool) -> C:
         """Read the tunnels called `names`, decide, and write, in one transaction that no other can interleave with.
 
-        With `create`, a name without a row becomes a pending tunnel first. Returns the decision once the commit is
-        durable.
+        With `create`, a name without a row becomes a pending tunnel first. A tunnel whose row another session holds is
+        waited for, and then left out: the decision goes without it, and its `locked` names it. Returns the decision
+        once the commit is durable.
         """
         ...
 

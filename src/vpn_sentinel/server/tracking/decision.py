@@ -92,19 +92,22 @@ class Decision(Changes):
 
 
 def decide(batch: Iterable[Input], rows: Mapping[str, TunnelRow], known: Knowledge, context: Context) -> Decision:
-    """Decide what follows from a batch, input by input. `rows` are by name; a report needs the row of its tunnel.
+    """Decide what follows from a batch, input by input. `rows` are by name; input of a tunnel without one is skipped.
 
     Raises any exception that a row or a report causes which cannot be judged; nothing of the batch is stored then.
     """
     builder = _DecisionBuilder(known, context)
     for entering in batch:
         row = rows.get(entering.tunnel)
-        if isinstance(entering, ReportBatch):
-            builder.add_reports(rows[entering.tunnel], entering)
-        elif row is not None and isinstance(entering, PulseObservation):
-            builder.add_pulses(row, entering)
-        elif row is not None and isinstance(entering, PortCheckResult):
-            builder.add_port_check(row, entering)
+        if row is None:
+            continue
+        match entering:
+            case ReportBatch():
+                builder.add_reports(row, entering)
+            case PulseObservation():
+                builder.add_pulses(row, entering)
+            case PortCheckResult():
+                builder.add_port_check(row, entering)
     return builder.decision()
 
 

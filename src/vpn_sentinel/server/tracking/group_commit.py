@@ -2,11 +2,12 @@
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Final
 
-from vpn_sentinel.server.store.store import StoreUnavailable
+from vpn_sentinel.server.store.store import StoreUnavailable, TunnelLocked
 from vpn_sentinel.server.tracking.inputs import Input, ReportBatch
 
 log = logging.getLogger(__name__)
@@ -17,6 +18,9 @@ _MAX_BATCH: Final = 256
 _MAX_OBSERVATIONS: Final = 256
 # Inputs of one kind that may wait; beyond it the server answers "busy" rather than let the queue grow.
 _MAX_QUEUED: Final = 5000
+# How often what meets a locked row is tried again, and for how long: less than an agent waits for its answer (3 s).
+_LOCKED_RETRY_S: Final = 0.25
+_MAX_LOCKED_S: Final = 1.5
 
 
 class Busy(Exception):
@@ -25,27 +29,34 @@ class Busy(Exception):
 
 @dataclass(slots=True)
 class _Queued:
+    """`given_up_at` is a time of the loop, once its tunnel's row was found locked."""
+
     input: Input
     done: "asyncio.Future[None]"
+    given_up_at: float = inf
 
 
 class GroupCommit:
-    """`commit` stores a batch of inputs, all of them or none; it raises when none was stored.
+    """`commit` stores a batch of inputs; it raises when none was stored. It returns the tunnels whose rows another
+    session holds: all was stored but theirs. Their reports are tried again while the others go on; what the server
+    found out itself is refused at once, since it is found again.
 
     `busy` is held while something is committed.
     """
 
-    def __init__(self, commit: Callable[[Sequence[Input]], Awaitable[None]]) -> None:
+    def __init__(self, commit: Callable[[Sequence[Input]], Awaitable[Collection[str]]]) -> None:
         self._commit_batch = commit
         self._reports: list[_Queued] = []
         self._checks: list[_Queued] = []
+        self._locked: list[_Queued] = []  # reports
+        self._retry: asyncio.TimerHandle | None = None  # while some are in it
         self._wake = asyncio.Event()
         self.busy = asyncio.Lock()
 
     async def put(self, entering: Input) -> None:
         """Return when `entering` is committed. Raises StoreUnavailable, or Busy when too many wait."""
         queue = self._reports if isinstance(entering, ReportBatch) else self._checks
-        if len(queue) >= _MAX_QUEUED:
+        if len(queue) + len(self._locked) >= _MAX_QUEUED:
             raise Busy
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         queue.append(_Queued(entering, done))
@@ -54,7 +65,7 @@ class GroupCommit:
 
     def amend(self, change: Callable[[Input], Input]) -> None:
         """Replace each waiting input by what `change` returns for it."""
-        for waiting in (*self._reports, *self._checks):
+        for waiting in (*self._reports, *self._checks, *self._locked):
             waiting.input = change(waiting.input)
 
     async def run(self) -> None:
@@ -71,11 +82,13 @@ class GroupCommit:
                     self._wake.clear()
         finally:
             closing = StoreUnavailable("closing", "the server is shutting down")
-            _settle([*self._reports, *self._checks], closing)
+            if self._retry is not None:
+                self._retry.cancel()
+            _settle([*self._reports, *self._checks, *self._locked], closing)
 
     async def _commit(self, batch: list[_Queued]) -> None:
         try:
-            await self._commit_batch([w.input for w in batch])
+            locked = await self._commit_batch([w.input for w in batch])
         except StoreUnavailable as e:
             _settle(batch, e)
         except asyncio.CancelledError:
@@ -90,7 +103,27 @@ class GroupCommit:
             for waiting in batch:
                 await self._commit([waiting])
         else:
-            _settle(batch, None)
+            _settle((w for w in batch if w.input.tunnel not in locked), None)
+            if locked:
+                self._put_off([w for w in batch if w.input.tunnel in locked])
+
+    def _put_off(self, batch: Sequence[_Queued]) -> None:
+        """Try these again soon, unless that has gone on for long enough."""
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        for waiting in batch:
+            patience = _MAX_LOCKED_S if isinstance(waiting.input, ReportBatch) else 0.0
+            waiting.given_up_at = min(waiting.given_up_at, now + patience)
+        _settle((w for w in batch if w.given_up_at <= now), TunnelLocked())
+        self._locked += (w for w in batch if w.given_up_at > now)
+        if self._locked and self._retry is None:
+            self._retry = loop.call_later(_LOCKED_RETRY_S, self._try_again)
+
+    def _try_again(self) -> None:
+        self._reports += self._locked
+        self._locked.clear()
+        self._retry = None
+        self._wake.set()
 
 
 def _first(queue: Sequence[_Queued]) -> list[_Queued]:

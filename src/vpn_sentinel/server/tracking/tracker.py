@@ -5,9 +5,10 @@ follows from them.
 """
 
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
+from typing import Final
 
 from sqlalchemy import select
 
@@ -26,6 +27,10 @@ from vpn_sentinel.server.tracking.knowledge import ForwardedAddress, Knowledge
 from vpn_sentinel.server.tracking.sites import REFERENCE, Sites
 
 log = logging.getLogger(__name__)
+
+# A tunnel of which something came that could not be stored, since its row was held, is not silent for so long: its
+# sender may wait half a minute before it tries again.
+_UNSTORED_GRACE_S: Final = 45.0
 
 
 class Tracker:
@@ -60,6 +65,7 @@ class Tracker:
         self._keepalive_policy = policy
         self._known = Knowledge(sites or Sites())
         self._shared: set[str] = set()  # names for which the warning about several agents was logged
+        self._unstored: dict[str, float] = {}  # boot time of the last input that a locked row did not take, by tunnel
         self._commits = GroupCommit(self._take)
 
     @property
@@ -87,8 +93,11 @@ class Tracker:
         self._commits.amend(lambda entering: inputs.moved(entering, by))
         self._known.move(by)
 
-    async def _take(self, batch: Sequence[Input]) -> None:
-        """Commit inputs of one kind: reports, which create the tunnels that they name, or the server's own findings."""
+    async def _take(self, batch: Sequence[Input]) -> Collection[str]:
+        """Commit inputs of one kind: reports, which create the tunnels that they name, or the server's own findings.
+
+        Returns the tunnels of which nothing was stored, because their rows are locked.
+        """
         # Reports of a reference agent come first: the tunnels of its site are judged with them.
         batch = sorted(batch, key=lambda i: isinstance(i, ReportBatch) and i.role != REFERENCE)
         context = self._context(self._clock.wall())
@@ -100,15 +109,25 @@ class Tracker:
         create = isinstance(batch[0], ReportBatch)
         decision = await self._store.transact(names, context.now, decided, create=create)
         self._apply(decision.effects)
+        for name in names:
+            self._unstored.pop(name, None)
+        self._unstored.update(dict.fromkeys(decision.locked, self._clock.boottime()))
+        return decision.locked
 
-    async def sweep(self, names: Sequence[str], now: float, grace: float = 0.0) -> None:
+    async def sweep(self, names: Sequence[str], now: float, grace: float = 0.0) -> set[str]:
         """Make those of the tunnels `names` silent whose deadline has passed `grace` seconds ago or earlier.
 
-        Raises StoreUnavailable.
+        Returns those that were not looked at: their rows are locked, or were when something came of them, which counts
+        as a sign of life for a while. Raises StoreUnavailable.
 
         The deadline is read again under the row's lock, so of many replicas exactly one makes the transition, and a
         report that came in between keeps the tunnel alive.
         """
+        earliest = self._clock.boottime() - _UNSTORED_GRACE_S
+        left = {name for name in names if self._unstored.get(name, earliest) > earliest}
+        names = [name for name in names if name not in left]
+        if not names:
+            return left
         c, own = tunnels.c, tunnels.alias()
         sites = select(own.c.site).where(own.c.name.in_(names), own.c.site != "")
         async with self._commits.busy:
@@ -123,6 +142,7 @@ class Tracker:
 
             decision = await self._store.transact(names, now, decided, create=False)
             self._apply(decision.effects)
+            return left | decision.locked
 
     def _context(self, now: float) -> Context:
         own = self._policy

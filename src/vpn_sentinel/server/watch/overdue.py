@@ -105,13 +105,14 @@ class Overdue:
         self._started, self._missed = True, missed
         if excused:
             _, found = await self._read(now)
-        while due := [name for name, deadline in found if deadline <= now - grace]:
+        left = set[str]()
+        while due := [name for name, deadline in found if deadline <= now - grace and name not in left]:
             if await self._follow(self._tracker):
                 now = self._clock.wall()  # another server had moved these deadlines, but this one not yet its clock
             else:
-                await self._tracker.sweep(due, now, grace)
+                left |= await self._tracker.sweep(due, now, grace)
             _, found = await self._read(now)
-        self._next = min((deadline + grace for _, deadline in found), default=now + _TICK_S)
+        self._next = min((deadline + grace for name, deadline in found if name not in left), default=now + _TICK_S)
         # Last, because it is not urgent: a server that dies before it only seems to be absent a little longer.
         if alive is None:
             await self._store.write(insert(meta).values(key="alive", value=repr(now)))
