@@ -12,9 +12,10 @@ import pytest
 from tests.agent.doubles import http, reply
 from tests.agent.geo.world import mmdb
 from tests.cli.users import as_user
-from vpn_sentinel.agent.doctor.check import CheckState
+from vpn_sentinel.agent.doctor.check import Check, CheckState, gap, ok
 from vpn_sentinel.agent.doctor.examine import CHECKS, examine
 from vpn_sentinel.agent.doctor.lenient import read_all
+from vpn_sentinel.cli.doctor import show
 from vpn_sentinel.cli.main import main
 from vpn_sentinel.runtime.clock import SystemClock
 from vpn_sentinel.runtime.settings import Source
@@ -161,3 +162,16 @@ async def test_every_check_of_the_list_speaks(tmp_path: Path) -> None:
     read = read_all(Source({"VPN_SENTINEL_DATA_DIR": str(tmp_path)}))
     assert len({name for name, _ in CHECKS}) == len(CHECKS)
     assert len(await examine(read, SystemClock())) >= len(CHECKS) - len(_QUIET)
+
+
+ONE_GAP = [ok("clock", "right"), gap("server", "away", "no report arrives.", "start it")]
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [(ONE_GAP, "1 ok, 1 gap, 0 unknown"), (ONE_GAP * 2, "2 ok, 2 gaps, 0 unknown")],
+    ids=["one", "two"],
+)
+def test_the_last_line_counts(found: list[Check], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    show(found)
+    assert capsys.readouterr().out.splitlines()[-1] == said

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from vpn_sentinel.cli.reading import add_config, source_of, unknown
 from vpn_sentinel.cli.terminal import of_stdout
+from vpn_sentinel.domain.counted import counted
 from vpn_sentinel.runtime.clock import SystemClock
 from vpn_sentinel.runtime.settings import SettingError, Source, environment
 
@@ -84,7 +85,7 @@ def show(found: Sequence["Check"]) -> None:
         if check.fix:
             terminal.command(f"{arrow} {check.fix}", indent=indent)
     counts = {state: sum(c.state == state for c in found) for state in _STYLES}
-    terminal.line(f"{counts['ok']} ok, {counts['gap']} gaps, {counts['unknown']} unknown")
+    terminal.line(f"{counts['ok']} ok, {counted(counts['gap'], 'gap')}, {counts['unknown']} unknown")
 
 
 def _sentence(text: str) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from vpn_sentinel.cli.reading import add_config, source_of, warn_idle, warn_unknown
 from vpn_sentinel.cli.showing import local_time, printable, table
+from vpn_sentinel.domain.counted import counted
 from vpn_sentinel.runtime.clock import SystemClock
 from vpn_sentinel.runtime.settings import PREFIX, SettingError
 
@@ -202,4 +203,4 @@ def _age(days: int | None, old: float, too_old: float) -> str:
     if days is None:
         return "-"
     words = "much too old" if days >= too_old else "old" if days >= old else ""
-    return f"{days} days{f', {words}' if words else ''}"
+    return f"{counted(days, 'day')}{f', {words}' if words else ''}"

@@ -31,6 +31,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final
 
+from vpn_sentinel.domain.counted import counted
 from vpn_sentinel.domain.observation import PortCheck
 from vpn_sentinel.domain.policy import MAX_FLAP_COUNT, IPAddress, IPNetwork, Policy
 from vpn_sentinel.domain.remembered import Working
@@ -316,7 +317,7 @@ def _with_flapping(
     if state is State.PROTECTED or not _flaps(turns, at, policy):
         return findings
     times = len(_lately(turns, at, policy))
-    minutes = f"{policy.flap_window / 60:g} minutes"
+    minutes = counted(policy.flap_window / 60, "minute")
     calm = f"{policy.flap_calm:g} s of calm"
     said = f"Trouble came {times} times within {minutes}, now it is {state}: its end is told after {calm}."
     return (*findings, Finding(Code.FLAPPING, said, {"times": str(times), "verdict": state.value}))

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
+from vpn_sentinel.domain.counted import counted
 from vpn_sentinel.domain.observation import Answer, Observation, Probe, Routed
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy
 from vpn_sentinel.domain.verdict import Code, Finding
@@ -107,4 +108,4 @@ def percent(share: float) -> str:
 def _networks(networks: Sequence[IPNetwork], more: int) -> str:
     named = ", ".join(str(n) for n in networks[:_NAMED])
     more += max(0, len(networks) - _NAMED)
-    return f"{named} and {more} more" if named and more else named or f"{more} networks"
+    return f"{named} and {more} more" if named and more else named or counted(more, "network")

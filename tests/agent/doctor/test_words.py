@@ -214,7 +214,7 @@ CASES: dict[str, tuple[Check | Sequence[Check], list[CheckState], str]] = {
     "a zone that does not": (server.about_zone("c.example", [None]), [GAP], "delegate c.example"),
     "an odd zone": (server.about_zone("c..example", None), [UNKNOWN], "c..example"),
     "no database": (places.about_places([], (), NOW), [GAP], "vpn-sentinel geo update"),
-    "a young database": (places.about_places([("dbip:x", int(NOW - DAY))], (), NOW), [OK], "dbip:x, 1 days old"),
+    "a young database": (places.about_places([("dbip:x", int(NOW - DAY))], (), NOW), [OK], "dbip:x, 1 day old"),
     "an old database": (places.about_places([("dbip:x", int(NOW - 50 * DAY))], (), NOW), [GAP], "50 days old: old"),
     "a database of long ago": (places.about_places([("m", int(NOW - 99 * DAY))], (), NOW), [GAP], "much too old"),
     "a database that is not whole": (

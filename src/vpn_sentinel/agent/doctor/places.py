@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from vpn_sentinel.agent.doctor.check import Check, gap, ok
 from vpn_sentinel.agent.doctor.context import DoctorContext
 from vpn_sentinel.agent.geo.databases import Databases, days_old, how_old
+from vpn_sentinel.domain.counted import counted
 
 
 async def geo(context: DoctorContext) -> list[Check]:
@@ -30,7 +31,7 @@ def about_places(opened: Sequence[tuple[str, int]], failures: Sequence[str], now
 
 
 def _one(name: str, built: int, now: float) -> Check:
-    days = f"{name}, {days_old(built, now):.0f} days old"
+    days = f"{name}, {counted(round(days_old(built, now)), 'day')} old"
     if (words := how_old(built, now)) is None:
         return ok("places", days)
     return gap(

@@ -16,6 +16,7 @@ from vpn_sentinel.agent.leakwatch.rules import PortRange
 from vpn_sentinel.agent.net.endpoints import TCP, Endpoint
 from vpn_sentinel.agent.net.http import HttpError
 from vpn_sentinel.agent.net.packetsocket import packet_socket
+from vpn_sentinel.domain.counted import counted
 from vpn_sentinel.domain.judge import learned_home
 from vpn_sentinel.domain.observation import Answer, Canary, Observation, Probe
 from vpn_sentinel.domain.policy import IPAddress, Policy
@@ -168,7 +169,7 @@ def about_wireguard(device: Device | Exception | None, wall: float) -> Check:
         case Device():
             claim = device.claim(wall)
             age = "never" if claim.handshake_age is None else f"{claim.handshake_age:.0f} s ago"
-            peers = "1 peer" if len(device.peers) == 1 else f"{len(device.peers)} peers"
+            peers = counted(len(device.peers), "peer")
             return ok("WireGuard", f"{peers}, far end {claim.endpoint or 'unknown'}, last handshake {age}")
         case PermissionError():
             return gap(

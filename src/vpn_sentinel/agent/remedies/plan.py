@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final
 
+from vpn_sentinel.domain.counted import counted
 from vpn_sentinel.domain.verdict import Code, State, Verdict
 
 FIRST_WAIT: Final = 60.0  # seconds from one try to the next, doubling …
@@ -154,7 +155,7 @@ class Plan:
         if not tries:
             return None
         if sum(wall - t < HOUR for t in tries) >= self._wants.cap:
-            return f"{self._wants.cap} times within an hour is the most"
+            return f"{counted(self._wants.cap, 'time')} within an hour is the most"
         row = 1
         for later, earlier in zip(reversed(tries), reversed(tries[:-1]), strict=False):
             if later - earlier > _STREAK:

@@ -11,6 +11,7 @@ from vpn_sentinel.agent.net.facts import FactStore
 from vpn_sentinel.agent.remedies.failure import RemedyError
 from vpn_sentinel.agent.remedies.plan import Plan, RemedyMemory, Step, Wants
 from vpn_sentinel.agent.remedies.torrents import TorrentClient
+from vpn_sentinel.domain.counted import counted
 from vpn_sentinel.domain.observation import Observation, Outcome
 from vpn_sentinel.domain.verdict import Verdict
 from vpn_sentinel.runtime.clock import Clock, SteadyClock
@@ -103,11 +104,11 @@ class Remedies:
         if step.name.endswith("_pause"):
             running = await client.pause()
             self._facts.keep(_running_fact(client), json.dumps(running))
-            return f"{len(running)} torrents were running and are paused"
+            return f"paused {counted(len(running), 'torrent')}"
         running = tuple(str(h) for h in json.loads(self._facts.fact(_running_fact(client)) or "[]"))
         await client.resume(running)
         self._facts.keep(_running_fact(client), "[]")
-        return f"{len(running)} torrents run again"
+        return f"resumed {counted(len(running), 'torrent')}"
 
     def _remember(self) -> None:
         self._facts.keep(_MEMORY, self._plan.memory.to_text())

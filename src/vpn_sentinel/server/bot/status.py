@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from datetime import tzinfo
 from typing import Final
 
+from vpn_sentinel.domain.counted import counted
 from vpn_sentinel.domain.verdict import HARM, State
 from vpn_sentinel.server.notify.text import ICON, Line, clean, duration, escape, explain, html_line, moment
 from vpn_sentinel.wire import rest
@@ -17,9 +18,8 @@ def render(tunnels: Sequence[rest.Tunnel], now: float, zone: tzinfo | None = Non
     if not tunnels:
         return "No tunnel has reported yet."
     ranked = sorted(tunnels, key=lambda t: HARM.index(t.state))
-    counted = Counter(t.state.value for t in ranked)
-    count = f"{len(ranked)} tunnel{'s' if len(ranked) != 1 else ''}: "
-    total = count + ", ".join(f"{n} {state}" for state, n in counted.items())
+    states = Counter(t.state.value for t in ranked)
+    total = f"{counted(len(ranked), 'tunnel')}: " + ", ".join(f"{n} {state}" for state, n in states.items())
     return "\n\n".join((f"<b>{escape(clean(total))}</b>", *("\n".join(_tunnel(t, now, zone)) for t in ranked)))
 
 
@@ -30,7 +30,7 @@ def _tunnel(tunnel: rest.Tunnel, now: float, zone: tzinfo | None) -> Iterator[st
     for finding in tunnel.findings[:_MAX_FINDINGS]:
         yield html_line(Line("", explain(finding)))
     if len(tunnel.findings) > _MAX_FINDINGS:
-        yield f"… and {len(tunnel.findings) - _MAX_FINDINGS} more findings"
+        yield f"… and {counted(len(tunnel.findings) - _MAX_FINDINGS, 'more finding')}"
     where = _where(tunnel.place)
     for address in (tunnel.exit.ipv4, tunnel.exit.ipv6):
         if address:

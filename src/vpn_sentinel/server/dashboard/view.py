@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from sqlalchemy import Row
 
+from vpn_sentinel.domain.counted import counted
 from vpn_sentinel.domain.observation import Observation
 from vpn_sentinel.domain.routes import each_spoken
 from vpn_sentinel.domain.verdict import HARM, State
@@ -165,7 +166,7 @@ class Overview:
         one, many = _PREDICATES[state]
         if n == self.total:
             return f"The tunnel {one}" if n == 1 else f"All {n} tunnels {many}"
-        return f"1 tunnel {one}" if n == 1 else f"{n} tunnels {many}"
+        return f"{counted(n, 'tunnel')} {one if n == 1 else many}"
 
     @property
     def title(self) -> str:

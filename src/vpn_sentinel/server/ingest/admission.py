@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Final
 
+from vpn_sentinel.domain.counted import counted
 from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.server.access import Access, Caller, TooManyWrongKeys, key_from
@@ -85,7 +86,7 @@ class Admission:
         wait = self._rate.wait(key, self._clock.boottime())
         if wait:
             per_minute = self._settings.rate_limit
-            raise Refusal(429, f"more than {per_minute} reports a minute from here", wait)
+            raise Refusal(429, f"more than {counted(per_minute, 'report')} a minute from here", wait)
 
 
 async def json_body(receive: Any, headers: Headers) -> bytes:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, tzinfo
 from typing import Final, Protocol
 
+from vpn_sentinel.domain.counted import counted
 from vpn_sentinel.domain.notice import Kind, Notice
 from vpn_sentinel.domain.verdict import State
 
@@ -139,7 +140,7 @@ def _reasons(notice: Notice) -> Iterator[Line]:
     for finding in notice.findings[:_MAX_LISTED]:
         yield Line("Why" if notice.kind in _TROUBLE else "Note", explain(finding))
     if len(notice.findings) > _MAX_LISTED:
-        yield Line("", f"… and {len(notice.findings) - _MAX_LISTED} more findings")
+        yield Line("", f"… and {counted(len(notice.findings) - _MAX_LISTED, 'more finding')}")
     for advice in dict.fromkeys(f.advice for f in notice.findings[:_MAX_LISTED]):
         yield Line("What to do", clean(advice))
 
@@ -193,7 +194,7 @@ def duration(seconds: float) -> str:
     for unit, size in (("day", 86400), ("hour", 3600), ("minute", 60), ("second", 1)):
         count, rest = divmod(rest, size)
         if count:
-            parts.append(f"{count} {unit}{'s' if count != 1 else ''}")
+            parts.append(counted(count, unit))
         elif parts:
             break  # "1 day 5 seconds" would be too precise
     return " ".join(parts[:2]) or "less than a second"

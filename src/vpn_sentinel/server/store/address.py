@@ -11,6 +11,7 @@ from ipaddress import ip_address
 from typing import Final
 from urllib.parse import unquote
 
+from vpn_sentinel.domain.counted import counted
 from vpn_sentinel.runtime.parsers import readable_file
 from vpn_sentinel.runtime.pem import PairError, try_pair
 from vpn_sentinel.runtime.urls import host_problem
@@ -155,10 +156,10 @@ def _hosts(listed: str, ports: list[str], numbers: list[str]) -> tuple[tuple[str
         return (("localhost", _port(ports[0])),) if ports else ()
     names = listed.split(",")
     if len(ports) not in (0, 1, len(names)):
-        msg = f"{len(names)} hosts and {len(ports)} ports in the address do not match"
+        msg = f"{counted(len(names), 'host')} and {counted(len(ports), 'port')} in the address do not match"
         raise ValueError(msg)
     if len(numbers) not in (0, len(names)):
-        msg = f"{len(names)} hosts and {len(numbers)} of hostaddr in the address do not match"
+        msg = f"{counted(len(names), 'host')} and {len(numbers)} of hostaddr in the address do not match"
         raise ValueError(msg)
     found = []
     for n, item in enumerate(names):
