@@ -50,6 +50,8 @@ def test_all_is_well(stands: dict[str, Stand]) -> None:
     status, found = doctor(stand)
     gaps = {name: check for name, check in found.items() if check["state"] == "gap"}
     assert (gaps, status) == ({}, 0)
+    assert stand.site.vpn_interface is not None
+    assert stand.site.endpoint is not None
     assert stand.site.vpn_interface in found["tunnel"]["found"]
     assert str(stand.site.exit4) in found["way out"]["found"]
     assert "refuses" in found["kill switch"]["found"]

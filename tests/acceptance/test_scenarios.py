@@ -19,7 +19,7 @@ DOWN = 15.0
 SILENT = 3 * INTERVAL + 2.0
 
 
-def went_down_at(stand: Stand, since: float) -> dict[str, object]:
+def went_down_at(stand: Stand, since: float) -> dict[str, Any]:
     """The `down` in the history that began nearest after `since`; a silence must not stand there any more."""
     moves = [m for m in stand.history() if stand.seconds(m["at"]) > since - 1]
     assert "silent" not in [m["new"] for m in moves], moves

@@ -34,7 +34,7 @@ LEAST = {"VPN_SENTINEL_URL": "http://127.0.0.1:9", "VPN_SENTINEL_API_KEY": "k", 
 async def test_it_starts_looks_keeps_and_stops_at_once(tmp_path: Path) -> None:
     agent = await start(tmp_path, LEAST)
     assert agent.stderr is not None
-    lines = []
+    lines: list[str] = []
     async with asyncio.timeout(15):
         while not any("verdict" in line for line in lines):
             lines.append((await agent.stderr.readline()).decode())

@@ -24,7 +24,7 @@ def chosen(tunnel: Interface, *nameservers: str, **routes: Route | None) -> str 
     found = {"192.168.1.1": LAN, "10.66.0.2": Route(interface=1, type=2), **routes}
     paths = Paths(FakeKernel(routes=found), Survey(interfaces=(LO, ETH, tunnel), tunnel="wg0"))
     target = gateway(paths, (ip_address(n) for n in nameservers))
-    return target and target.name
+    return None if target is None else target.name
 
 
 VIA = {"1.1.1.1": Route(interface=3, gateway=True, next_hop=ip_address("10.66.0.9"))}

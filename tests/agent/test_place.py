@@ -43,7 +43,7 @@ READ = {
 
 
 @pytest.mark.parametrize(("read", "body", "org"), READ.values(), ids=READ.keys())
-def test_each_service_is_read(read, body: str, org: str) -> None:  # type: ignore[no-untyped-def]
+def test_each_service_is_read(read, body: str, org: str) -> None:
     place = read(body.encode())
     assert (place.ip, place.country, place.region, place.city) == (EXIT, "NL", "North Holland", "Amsterdam")
     assert (place.timezone, place.asn, place.org) == ("Europe/Amsterdam", 39351, org)
@@ -68,7 +68,7 @@ BAD = [
 
 @pytest.mark.parametrize("read", [placing.read_ipinfo, placing.read_ipapi, placing.read_ipwhois, placing.read_trace])
 @pytest.mark.parametrize("body", BAD, ids=range(len(BAD)))
-def test_a_page_of_something_else_is_no_place(read, body: bytes) -> None:  # type: ignore[no-untyped-def]
+def test_a_page_of_something_else_is_no_place(read, body: bytes) -> None:
     with pytest.raises(BadAnswerError):
         read(body)
 

@@ -48,7 +48,7 @@ def test_a_healthy_line_has_a_pulse_every_two_seconds_and_no_alarm() -> None:
 def test_a_black_hole_is_noticed_within_three_seconds() -> None:
     for tenth in range(100):
         fault = 20 + tenth / 10
-        line = Line(lambda t, fault=fault: t < fault)  # type: ignore[misc]
+        line = Line(lambda t, fault=fault: t < fault)
         line.run(fault + 4)
         assert len(line.rang) == 1
         assert 0.85 < line.rang[0] - fault <= 2.2 + 0.95
@@ -67,7 +67,7 @@ def test_a_silence_rings_once_and_its_end_once() -> None:
 
 
 def test_one_loss_is_asked_again_and_forgotten() -> None:
-    lost = []
+    lost: list[float] = []
 
     def passes(t: float) -> bool:
         if t > 20 and not lost:

@@ -189,7 +189,7 @@ def test_a_full_queue_is_told(every: float) -> None:
 
 def test_a_few_pulses_are_no_share() -> None:
     line = Pulses(0.5)
-    line.samples.pace = lambda _now: None  # type: ignore[method-assign]
+    line.samples.pace = lambda now: None  # type: ignore[method-assign]
     line.run(60)
     assert line.samples.quality(line.now).sent < 20
     assert not line.high_loss

@@ -20,7 +20,7 @@ from vpn_sentinel.wire.messages import (
 
 HELLO = Hello(protocol=PROTOCOL, client_id="nl-1", spool="a" * 32, version="2", interval=30.0, wall=1.0)
 WELCOME = codec.encode(Welcome(ack=0, wall=2.0))
-read = codec.decoder(FromAgent)  # type: ignore[arg-type]
+read = codec.decoder(FromAgent)
 
 
 def report(seq: int) -> Report:

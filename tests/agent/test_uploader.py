@@ -42,7 +42,7 @@ from vpn_sentinel.wire.messages import (
 )
 from vpn_sentinel.wire.problem import CONTENT_TYPE, MARK, problem
 
-read = codec.decoder(FromAgent)  # type: ignore[arg-type]
+read = codec.decoder(FromAgent)
 BODY = codec.encode(Observation(trigger=Trigger.TIMER))
 
 
@@ -392,7 +392,7 @@ async def test_by_post_a_refused_greeting_costs_no_report(spool: Spool) -> None:
 
 async def test_a_refused_greeting_is_tried_slowly(spool: Spool) -> None:
     server, waits = Server(), Waits()
-    server.answer = lambda _: Refused(reason="protocol 1 is too old")  # type: ignore[method-assign]
+    server.answer = lambda said: Refused(reason="protocol 1 is too old")  # type: ignore[method-assign]
     async with server.listening() as url, carrying(spool, url, wakeup=waits):
         await until(lambda: waits.slowly)
     assert len(server.keys) == 1
@@ -413,7 +413,7 @@ async def test_nonsense_from_the_server_does_no_harm(spool: Spool) -> None:
     fill(spool, 1)
     server = Server()
     good = server.answer
-    server.answer = lambda _: Ack(seq=77)  # type: ignore[method-assign]
+    server.answer = lambda said: Ack(seq=77)  # type: ignore[method-assign]
     async with server.listening() as url, carrying(spool, url):
         await until(lambda: server.keys)
         server.answer = good  # type: ignore[method-assign]

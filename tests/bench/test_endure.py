@@ -68,7 +68,8 @@ async def test_a_window_is_told_once_its_last_report_is_acknowledged() -> None:
     assert not telling.done()
     window.acknowledged(window.began, window.began + 0.01)
     told = await telling
-    assert (told.unanswered, told.slow, told.worst) == (0, [], pytest.approx(0.01))
+    assert (told.unanswered, told.slow) == (0, [])
+    assert told.worst == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize("payload", [b"", b"x" * 125, b"y" * 126, b"z" * 5000])

@@ -109,7 +109,7 @@ def test_a_name_with_an_address_at_which_no_server_listens_is_said_by_the_doctor
             "VPN_SENTINEL_TRACE_URL": "http://127.0.0.1:9",
         }
         script = 'mount --bind "$0" /etc/hosts && exec "$@"'
-        command = ["unshare", "--mount", "sh", "-c", script, names, *PROGRAM, "doctor"]
+        command = ["unshare", "--mount", "sh", "-c", script, str(names), *PROGRAM, "doctor"]
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=90, check=False)
     assert "Traceback" not in done.stderr
     assert "nobody answers at ::1" in done.stdout.lower(), done.stdout

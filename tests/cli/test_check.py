@@ -32,6 +32,7 @@ from vpn_sentinel.domain.observation import (
 from vpn_sentinel.domain.policy import Policy
 from vpn_sentinel.domain.verdict import State
 from vpn_sentinel.runtime.clock import SystemClock
+from vpn_sentinel.runtime.parsers import networks
 from vpn_sentinel.runtime.settings import SettingError, Source
 
 EXIT, HOME, EGRESS = (ip_address(a) for a in ("203.0.113.4", "198.51.100.7", "203.0.113.53"))
@@ -109,7 +110,7 @@ def test_nothing_known_is_none_and_never_a_guess() -> None:
 
 
 def test_findings_carry_their_evidence() -> None:
-    said = check.as_plain(SEEN, judge(SEEN, Policy(home_networks=(check.read.networks("203.0.113.4")[0],))))
+    said = check.as_plain(SEEN, judge(SEEN, Policy(home_networks=(networks("203.0.113.4")[0],))))
     assert said["state"] == "leaking"
     (finding, *_) = said["findings"]
     assert (finding["code"], finding["severity"]) == ("ip_leak", "critical")
@@ -123,7 +124,7 @@ def test_every_state_has_its_exit_status() -> None:
 
 
 def test_people_see_state_exit_and_advice(capsys: pytest.CaptureFixture[str]) -> None:
-    policy = Policy(home_networks=check.read.networks("203.0.113.4"))
+    policy = Policy(home_networks=networks("203.0.113.4"))
     check.show(looked(SEEN, policy))
     out = capsys.readouterr().out
     for expected in ("LEAKING", "203.0.113.4", "Amsterdam", "AS64500", "wg0, up", "Resolver Ltd", "ip_leak", "→ Stop"):
@@ -154,7 +155,7 @@ MISSING = {
 def test_what_is_missing_to_judge_the_exit_is_said(
     seen: Observation, home: str, advice: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    policy = Policy(home_networks=check.read.networks(home))
+    policy = Policy(home_networks=networks(home))
     check.show(looked(seen, policy))
     out = capsys.readouterr().out
     assert "tunnel_unknown" in out
@@ -172,7 +173,7 @@ UNSEEN = {
     ),
     "no nameservers": (looked(replace(SEEN, resolvers=())), ["Nameservers: /etc/resolv.conf"]),
     "nameservers after a leak": (
-        looked(replace(SEEN, resolvers=()), Policy(home_networks=check.read.networks("203.0.113.4"))),
+        looked(replace(SEEN, resolvers=()), Policy(home_networks=networks("203.0.113.4"))),
         ["Nameservers: not asked"],
     ),
     "no place": (looked(replace(SEEN, places=())), ["The place of 203.0.113.4"]),
@@ -195,7 +196,7 @@ def test_file_flags_and_settings_add_up(tmp_path: FilePath) -> None:
     file.write_text(
         'home_networks = ["198.51.100.0/24"]\nexpected_countries = "nl"\nallowed_resolvers = ["10.0.0.1"]\n'
     )
-    base = Policy(home_networks=check.read.networks("192.0.2.1"))
+    base = Policy(home_networks=networks("192.0.2.1"))
     policy = check._policy(base, arguments(policy=str(file), home=["2001:db8::1"], country=["de", "nl"]))
     assert [str(n) for n in policy.home_networks] == ["192.0.2.1/32", "198.51.100.0/24", "2001:db8::1/128"]
     assert policy.expected_countries == ("NL", "DE")
@@ -241,9 +242,7 @@ async def test_a_server_that_is_named_is_asked() -> None:
     async with http(answer) as (port, _):
         base = f"http://127.0.0.1:{port}"
         settings = probes(TRACE_URL=base, IPINFO_URL=base, IPAPI_URL=base, IPWHOIS_URL=base)
-        found = await look_once(
-            settings, Policy(home_networks=check.read.networks("198.51.100.7")), SystemClock(), server=base
-        )
+        found = await look_once(settings, Policy(home_networks=networks("198.51.100.7")), SystemClock(), server=base)
     assert found.verdict.state is State.LEAKING
     assert ("server", HOME) in [(c.target, c.address) for c in found.seen.canaries]
 

@@ -21,7 +21,7 @@ def as_user(uid: int, aside: Path) -> list[str]:
             hidden.setdefault(closed, []).append(place)
     if not hidden:
         return drop
-    steps = []
+    steps: list[list[object]] = []
     for home, kept in hidden.items():
         held = {place: aside / str(len(steps) + n) for n, place in enumerate(kept)}
         for there in held.values():

@@ -190,7 +190,7 @@ def test_advice_fits_its_cause(seen: Observation, code: Code, words: str) -> Non
 
 
 def test_each_cause_of_a_code_has_its_own() -> None:
-    said = {}
+    said: dict[str, list[str]] = {}
     for name, (seen, code, _) in CAUSES.items():
         (found,) = [f for f in judge(seen, POLICY).findings if f.code is code]
         said.setdefault(found.advice, []).append(name)

@@ -22,7 +22,7 @@ from vpn_sentinel.domain.machine import (
     silence_finding,
 )
 from vpn_sentinel.domain.notice import Kind, Notice, notices
-from vpn_sentinel.domain.policy import Policy
+from vpn_sentinel.domain.policy import IPAddress, Policy
 from vpn_sentinel.domain.verdict import Code, Finding, State, Verdict
 
 POLICY = Policy(grace_down=4.0, grace_degraded=15.0, grace_recovery=6.0)
@@ -285,9 +285,9 @@ def test_a_replay_that_could_see_nothing_brings_back_what_was_known() -> None:
 # -- exits
 
 
-def exits(memory: Memory, state: State, *found: object) -> tuple[Memory, list[Event]]:
-    pair = tuple(next((f for f in found if f.version == v), None) for v in (4, 6))  # type: ignore[attr-defined]
-    return advance(memory, verdict(state), memory.seen_at + 1, POLICY, pair)
+def exits(memory: Memory, state: State, *found: IPAddress) -> tuple[Memory, list[Event]]:
+    v4, v6 = (next((f for f in found if f.version == v), None) for v in (4, 6))
+    return advance(memory, verdict(state), memory.seen_at + 1, POLICY, (v4, v6))
 
 
 def test_an_exit_that_hops_is_an_event() -> None:

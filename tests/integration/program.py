@@ -82,7 +82,7 @@ class Server(Process):
     def keepalive(self, name: str, address: str = "", **headers: str) -> tuple[int, Any]:
         """What the replaced system's client sends."""
         said = {"client_id": name, **({"public_ip": address} if address else {})}
-        return self.ask("/api/v1/keepalive", "POST", said, **headers)
+        return self.ask("/api/v1/keepalive", "POST", said, **headers)  # type: ignore[arg-type]
 
     def ready(self) -> tuple[int, Any]:
         return self.ask("/health/ready", port=self.health)

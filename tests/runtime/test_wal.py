@@ -38,7 +38,7 @@ time.sleep(60)
 
 def written(path: Path, *steps: object) -> Path:
     """A database whose writer did `steps`, heard that they were done, and was killed."""
-    words = [sys.executable, "-c", WRITER, path, " ".join(map(str, steps))]
+    words = [sys.executable, "-c", WRITER, str(path), " ".join(map(str, steps))]
     with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as writer:
         assert writer.stdout is not None
         for step in steps:

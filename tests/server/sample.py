@@ -94,7 +94,7 @@ def fleet(now: float) -> list[dict[str, Any]]:
     open_ = finding(
         "killswitch_open", "A packet sent beside the tunnel came out at 198.51.100.23.", address="198.51.100.23"
     )
-    nowhere = {"place": {}, "resolvers": []}
+    nowhere: dict[str, object] = {"place": {}, "resolvers": []}
     return [
         tunnel(
             "seedbox-nl",

@@ -78,7 +78,7 @@ def test_where_all_are_kept_nobody_comes_in() -> None:
     limit = ConnectionLimit(2, 10, 10)
     for n in range(2):
         entered(limit, f"192.0.{n}.1").keep()
-    assert limit.enter("192.0.9.1", 0.0, list) is None
+    assert limit.enter("192.0.9.1", 0.0, lambda: None) is None
     assert limit.refused["all"] == 1
 
 
@@ -86,8 +86,8 @@ def test_one_network_does_not_take_all() -> None:
     limit = ConnectionLimit(100, 2, 3)
     for host in ("192.0.2.1", "192.0.2.2", "::ffff:192.0.2.3", "2001:db8::1", "2001:db8:0:1::1", "2001:db8:0:2::1"):
         entered(limit, host)
-    assert limit.enter("192.0.2.4", 0.0, list) is None
-    assert limit.enter("2001:db8:0:3::1", 0.0, list) is None
+    assert limit.enter("192.0.2.4", 0.0, lambda: None) is None
+    assert limit.enter("2001:db8:0:3::1", 0.0, lambda: None) is None
     entered(limit, "192.0.3.1")
     entered(limit, "2001:db8:1::1")
 
@@ -96,7 +96,7 @@ def test_prometheus_hears_of_it() -> None:
     registry, limit = CollectorRegistry(), ConnectionLimit(10, 1, 10)
     ConnectionMetrics(registry, {"api": limit})
     entered(limit, "192.0.2.1")
-    assert limit.enter("192.0.2.1", 0.0, list) is None
+    assert limit.enter("192.0.2.1", 0.0, lambda: None) is None
     text = generate_latest(registry).decode()
     assert 'vpn_sentinel_connections{listener="api"} 1.0' in text
     assert 'vpn_sentinel_connections_refused_total{listener="api",reason="address"} 1.0' in text

@@ -74,7 +74,8 @@ def reports(draw: st.DrawFn, name: str, at: float) -> ReportBatch:
 def own_news(draw: st.DrawFn, name: str, at: float) -> Input:
     address = ip_address(draw(st.sampled_from((EXIT, HOME))))
     pulses = PulseObservation(tunnel=name, address=address, unheard=draw(st.booleans()), at=at)
-    return draw(st.sampled_from((pulses, PortCheckResult(tunnel=name, check=REFUSED, at=at))))
+    port = PortCheckResult(tunnel=name, check=REFUSED, at=at)
+    return pulses if draw(st.booleans()) else port
 
 
 @st.composite

@@ -51,7 +51,7 @@ class Server:
         """Tunnels that are protected, and when each is due, in seconds since the start."""
         protected = '{"state": "protected", "since": 1799999000.0, "told": "protected"}'
 
-        def decide(found):  # type: ignore[no-untyped-def]
+        def decide(found):
             for name, deadline in deadlines.items():
                 row = found[name]
                 row.state, row.memory, row.last_seen = "protected", protected, START - 10
@@ -87,7 +87,7 @@ class Dying:
         self._store = store
         self.read, self.transact = store.read, store.transact
 
-    async def write(self, *statements):  # type: ignore[no-untyped-def]
+    async def write(self, *statements):
         nowhere = insert(meta).values(key="alive", value="twice")  # breaks the primary key, and so the transaction
         return await self._store.write(*statements, nowhere)
 
@@ -336,7 +336,7 @@ class Late:
         self._store, self._barrier = store, barrier
         self.read, self.transact = store.read, store.transact
 
-    async def write(self, *statements):  # type: ignore[no-untyped-def]
+    async def write(self, *statements):
         await self._barrier.wait()
         return await self._store.write(*statements)
 

@@ -67,7 +67,7 @@ class Process:
     ],
     ids=["idle", "stopped", "busy", "one long call", "starved", "stopped while busy", "one after the other"],
 )
-def test_what_kept_a_server_from_watching(what, away: float, late: float) -> None:  # type: ignore[no-untyped-def]
+def test_what_kept_a_server_from_watching(what, away: float, late: float) -> None:
     process = Process()
     process.idles(1)
     what(process)
@@ -162,7 +162,7 @@ async def test_an_overload_is_told_once_the_database_takes_it(store: Store, monk
     class Away:
         gone = True
 
-        async def write(self, *statements):  # type: ignore[no-untyped-def]
+        async def write(self, *statements):
             if self.gone:
                 raise StoreUnavailable("unreachable", "no route")
             return await store.write(*statements)

@@ -80,8 +80,9 @@ def requests(draw: Callable[[Any], Any]) -> bytes:
         cuts = sorted(draw(st.lists(st.integers(0, len(body)), max_size=4)))
         pieces = [body[a:b] for a, b in zip([0, *cuts], [*cuts, len(body)], strict=True) if a < b]
         body = b"".join(b"%X;name=x\r\n%b\r\n" % (len(piece), piece) for piece in pieces) + b"0\r\nX-Late: 1\r\n\r\n"
+    start: bytes = b"POST /%b HTTP/1.1\r\n" % draw(st.sampled_from([b"", b"a?b=%20c", b"%2F"]))
     head = b"".join(b"%b:%b%b\r\n" % (name, draw(st.sampled_from([b"", b" "])), value) for name, value in headers)
-    return b"POST /%b HTTP/1.1\r\n" % draw(st.sampled_from([b"", b"a?b=%20c", b"%2F"])) + head + b"\r\n" + body
+    return b"%b%b\r\n%b" % (start, head, body)
 
 
 @settings(deadline=None)

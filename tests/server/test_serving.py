@@ -264,7 +264,7 @@ IDLE = {
 async def test_who_stalls_is_closed(sent: bytes) -> None:
     async with house(**SHORT) as at:
         _, writer = await at.connect()
-        writer.transport.pause_reading()
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
         writer.write(sent)
         await until(lambda: at.server.connection_limit.open.total() == 1)
         await until(lambda: not at.server.connection_limit.open)
@@ -296,7 +296,7 @@ async def test_who_drips_a_body_is_closed() -> None:
                 if not at.server.connection_limit.open:
                     break
                 writer.write(b"1\r\nx\r\n")
-                await clock.until(lambda n=n: at.app.read == n or not at.server.connection_limit.open)  # type: ignore[misc]
+                await clock.until(lambda n=n: at.app.read == n or not at.server.connection_limit.open)
             assert 2.9 < clock.now - started < 3.6  # ten times what may lie between two parts
 
 
@@ -340,7 +340,7 @@ async def test_a_slow_body_and_later_requests_are_served() -> None:
             for n in range(1, 7):  # longer than any one limit
                 await clock.go(0.12)
                 writer.write(b"x")
-                await clock.until(lambda n=n: at.app.read == n)  # type: ignore[misc]
+                await clock.until(lambda n=n: at.app.read == n)
             assert (await reader.readuntil(b"\r\n\r\n6")).startswith(b"HTTP/1.1 200")
             for _ in range(8):
                 await clock.go(0.08)
@@ -477,7 +477,7 @@ async def test_offers_do_not_lengthen_a_pipeline() -> None:
 
 @pytest.mark.parametrize("limits", [{"connections": 16}, {"per_address": 8}], ids=["one network", "one address"])
 async def test_more_connections_than_granted_are_closed_at_once(
-    limits: dict[str, int], caplog: pytest.LogCaptureFixture
+    limits: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "vpn_sentinel")
     async with house(**limits) as at:
@@ -547,7 +547,7 @@ async def test_who_takes_all_connections_shuts_nobody_out(held: bytes) -> None:
             reader, writer = await at.connect(f"127.0.{n + 1}.1")
             reader._transport.pause_reading()  # type: ignore[attr-defined]
             writer.write(held)
-            await until(lambda n=n: len(at.app.seen) > n + 1)  # type: ignore[misc]
+            await until(lambda n=n: len(at.app.seen) > n + 1)
         reader, writer = await at.connect("127.0.200.1")
         writer.write(HEAD + b"\r\n")
         await reader.readuntil(b"\r\n\r\n0")
@@ -585,12 +585,12 @@ async def _handshakes(tmp_path: Path) -> None:
 
 def test_an_ipv6_customer_is_one_and_mapped_ipv4_are_many() -> None:
     limit = ConnectionLimit(10, 1, 10)
-    assert limit.enter("2001:db8::1", 0, list)
-    assert not limit.enter("2001:db8::2", 0, list)
-    assert limit.enter("2001:db8:0:1::1", 0, list)
-    assert limit.enter("::ffff:192.0.2.1", 0, list)
-    assert limit.enter("::ffff:192.0.2.2", 0, list)
-    assert limit.enter("fe80::1%eth0", 0, list)
+    assert limit.enter("2001:db8::1", 0, lambda: None)
+    assert not limit.enter("2001:db8::2", 0, lambda: None)
+    assert limit.enter("2001:db8:0:1::1", 0, lambda: None)
+    assert limit.enter("::ffff:192.0.2.1", 0, lambda: None)
+    assert limit.enter("::ffff:192.0.2.2", 0, lambda: None)
+    assert limit.enter("fe80::1%eth0", 0, lambda: None)
 
 
 STALLS = {
@@ -606,7 +606,7 @@ async def test_the_end_comes_within_a_second(sent: bytes) -> None:
     loop = asyncio.get_running_loop()
     async with house() as at:
         _, writer = await at.connect()
-        writer.transport.pause_reading()
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
         writer.write(sent)
         await asyncio.sleep(0.2)
         asked = loop.time()

@@ -52,12 +52,12 @@ def kill_before(statement: int, *, sqlite: bool) -> None:
     connect = sqlite3.connect
 
     def traced(*words: Any, **named: Any) -> sqlite3.Connection:
-        connection = connect(*words, **named)
+        connection: sqlite3.Connection = connect(*words, **named)
         connection.set_trace_callback(ran)
         return connection
 
     if sqlite:
-        sqlite3.connect = sqlite3.dbapi2.connect = traced  # whoever opens it: SQLAlchemy takes the second
+        sqlite3.connect = sqlite3.dbapi2.connect = traced  # type: ignore[assignment] # whoever opens it: SQLAlchemy takes the second
     else:
         event.listen(Engine, "before_cursor_execute", ran)
         event.listen(Engine, "commit", ran)

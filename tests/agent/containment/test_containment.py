@@ -150,7 +150,7 @@ async def test_killed_as_the_rules_come_up_their_cause_is_known() -> None:
     world = World()
     known_then: list[str | None] = []
 
-    async def nft(_: str) -> None:
+    async def nft(commands: str) -> None:
         known_then.append(world.kept.fact("containment.cause"))
         raise NftError("killed")
 

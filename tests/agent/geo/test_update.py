@@ -10,6 +10,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from ipaddress import ip_address
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,7 +46,7 @@ def web(clock: ManualClock, ca: Path | None = None, **bounds: float) -> Web:
     return Web(ssl.create_default_context(cafile=ca), clock, bounds=Bounds(**bounds))  # type: ignore[arg-type]
 
 
-def fetch(source: Vendor, folder: Path, clock: ManualClock, **bounds: float) -> bool:
+def fetch(source: Vendor, folder: Path, clock: ManualClock, **bounds: Any) -> bool:
     return update(source, folder, web(clock, **bounds), clock).changed
 
 

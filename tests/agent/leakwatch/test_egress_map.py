@@ -38,6 +38,9 @@ class Tables:
     ) -> Route | None:
         return None  # the ground asks for no single packet
 
+    def changed(self) -> None:
+        """What it holds is never read twice."""
+
 
 def way(network: str, interface: int = 2, *, gateway: bool = False) -> DeviceRoute:
     return DeviceRoute(network=ip_network(network), interface=interface, gateway=gateway)

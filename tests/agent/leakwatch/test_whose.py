@@ -3,6 +3,8 @@
 The tunnel is a tun device that a default route in a table of its own leads to; the cable is that of `test_watch`.
 """
 
+from typing import Any
+
 import pytest
 
 from tests.agent.leakwatch.test_watch import ran
@@ -143,7 +145,7 @@ await until(lambda: acted)
 """
 
 
-async def as_root(rules: str, script: str, **make: object) -> dict[str, object]:
+async def as_root(rules: str, script: str, **make: object) -> dict[str, Any]:
     """A user namespace with one user has no other to send as: these take a network namespace alone."""
     arguments = ", ".join(f"{k}={v!r}" for k, v in make.items())
     return await ran(

@@ -215,7 +215,7 @@ def test_after_lost_messages_what_seems_to_repeat_the_known_is_news() -> None:
 class Broken(socket.socket):
     """A socket that can be read, and fails each time, as no more than a bug or the kernel could make it."""
 
-    def recv(self, *_: object) -> bytes:  # type: ignore[override]
+    def recv(self, *_: object) -> bytes:
         raise OSError(errno.EIO, "broken")
 
 

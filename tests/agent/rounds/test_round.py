@@ -229,7 +229,7 @@ def test_the_survey_is_what_the_kernel_says() -> None:
 
 
 async def test_a_resolv_conf_that_cannot_be_read_here_is_no_dns_that_is_down(tmp_path: Path) -> None:
-    def fails(_name: str) -> None:
+    def fails(_name: str) -> tuple[IPAddress, ...]:
         raise socket.gaierror(socket.EAI_AGAIN, "the C library cannot read the file either")
 
     unreadable = tmp_path / "resolv.conf"

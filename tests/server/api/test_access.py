@@ -16,11 +16,11 @@ from vpn_sentinel.server.api.services import ApiServices
 
 def every_route(api: Litestar) -> list[tuple[str, str]]:
     """Method and path of all routes, with a name in the place of parameters; streams excepted, they do not end."""
-    found = []
+    found: list[tuple[str, str]] = []
     for route in api.routes:
         assert isinstance(route, HTTPRoute), f"{route.path}: a kind of route that this test does not know"
         path = route.path_format.replace("{name}", "seedbox-nl")
-        found += [(method, path) for method in sorted(route.methods)]
+        found += [(str(method), path) for method in sorted(route.methods)]
     return found
 
 

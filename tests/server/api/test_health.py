@@ -50,10 +50,10 @@ def patient(store: Store) -> Patient:
 @pytest.fixture
 def services(patient: Patient, clock: ManualClock) -> HealthServices:
     return HealthServices(
-        store=patient,
+        store=patient,  # type: ignore[arg-type]
         clock=clock,
         registry=CollectorRegistry(),
-        dispatcher=lambda: PartHealth(ok=True),  # type: ignore[arg-type]
+        dispatcher=lambda: PartHealth(ok=True),
     )
 
 
@@ -64,7 +64,7 @@ async def probe(services: HealthServices) -> AsyncIterator[httpx.AsyncClient]:
 
 
 def client(services: HealthServices) -> httpx.AsyncClient:
-    transport = httpx.ASGITransport(RequestNormalizer(build_health(services)))  # type: ignore[arg-type]
+    transport = httpx.ASGITransport(RequestNormalizer(build_health(services)))
     return httpx.AsyncClient(transport=transport, base_url="http://sentinel.test:8081")
 
 
@@ -190,7 +190,7 @@ async def test_what_is_not_there(probe: httpx.AsyncClient) -> None:
 @pytest.mark.parametrize(
     ("canary", "status"), [(PartHealth(True), 200), (PartHealth(False, "a socket was closed"), 503)]
 )
-async def test_a_dns_zone_is_a_part_of_it(services: HealthServices, canary: tuple[bool, str], status: int) -> None:
+async def test_a_dns_zone_is_a_part_of_it(services: HealthServices, canary: PartHealth, status: int) -> None:
     async with client(replace(services, dns_canary=lambda: canary)) as probing:
         answer = await probing.get("/health/ready")
     assert answer.status_code == status

@@ -183,7 +183,7 @@ async def test_who_asks_and_does_not_read_is_let_go(served: Served) -> None:
     asked = question(own_name(), QTYPE.TXT)
     client.send(asked)
     await client.read()
-    client.writer.transport.pause_reading()
+    client.writer.transport.pause_reading()  # type: ignore[attr-defined]
     client.send(*[asked] * 1500)  # some 200 KB of answers
     async with asyncio.timeout(5):
         while len(served.listener.connection_limit):  # noqa: ASYNC110 - the listener has no event to wait for

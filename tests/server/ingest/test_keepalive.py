@@ -137,7 +137,7 @@ async def test_the_allow_list_comes_before_the_key(build: Build) -> None:
 
 async def test_a_proxy_is_believed_only_when_it_is_ours(build: Build) -> None:
     house = build(SERVER_ALLOWED_IPS="146.70.1.0/24", TRUSTED_PROXIES="172.17.0.0/16")
-    via = {"x_forwarded_for": "1.2.3.4, 146.70.1.7"}
+    via: dict[str, Any] = {"x_forwarded_for": "1.2.3.4, 146.70.1.7"}
     assert (await house.keepalive(client=("172.17.0.2", 1), **via)).status == 200
     assert (await house.keepalive(client=("172.18.0.2", 1), **via)).status == 403
     assert (await house.keepalive(client=("172.17.0.2", 1), x_forwarded_for="146.70.1.7, 1.2.3.4")).status == 403

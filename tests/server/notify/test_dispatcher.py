@@ -75,7 +75,7 @@ class Stuck(Pager):
         await asyncio.Event().wait()
 
 
-class Faulty:
+class Faulty(Store):
     """The real store, which goes away when told."""
 
     def __init__(self, store: Store) -> None:
@@ -94,7 +94,7 @@ class Faulty:
         if self.away:
             raise StoreUnavailable("unreachable", "no route")
 
-    async def transact(self, *args: Any, **options: Any) -> None:
+    async def transact(self, *args: Any, **options: Any) -> Any:
         raise NotImplementedError
 
     async def ping(self) -> None:
@@ -511,7 +511,7 @@ async def test_a_bug_in_a_channel_is_said_once_with_its_place(store: Store, capl
         async def send(self, notice: Notice, delivery_id: int) -> None:
             if self.tried < 3:
                 self.tried += 1
-                {}["a secret"]
+                dict[str, str]()["a secret"]
             await super().send(notice, delivery_id)
 
     pager = Buggy()
