@@ -13,7 +13,7 @@ from docs import make_settings, make_states
 from tests.server.test_doors import OPEN, READ, REPORT, TABLE
 from vpn_sentinel.agent.health import ROUTES as AGENT_ROUTES
 from vpn_sentinel.cli.main import COMMANDS
-from vpn_sentinel.cli.reading import every_setting
+from vpn_sentinel.cli.settings import every_setting
 from vpn_sentinel.domain.notice import Kind
 from vpn_sentinel.domain.verdict import Code
 from vpn_sentinel.runtime.settings import PREFIX, UNPREFIXED, key_of

@@ -59,7 +59,7 @@ def http_answers() -> Try:
         check(len(found.body) <= http.MAX_BODY_BYTES and len(found.headers) <= 100, "an answer that is too large")
         with contextlib.suppress(ValueError):
             check(
-                len(answers.plain(found.headers, found.body)) <= http.MAX_BODY_BYTES,
+                len(answers.decompressed(found.headers, found.body)) <= http.MAX_BODY_BYTES,
                 "an answer that unpacks to too much",
             )
         answers.own_refusal(found.status, found.headers, found.body)

@@ -11,7 +11,7 @@ from vpn_sentinel.agent.geo.settings import GeoSettings
 from vpn_sentinel.agent.geo.store import GeoError, read_manifest
 from vpn_sentinel.agent.geo.unpack import gunzip, only_database
 from vpn_sentinel.agent.geo.verify import examine
-from vpn_sentinel.agent.health import Health, Signs
+from vpn_sentinel.agent.health import Health, HealthFacts
 from vpn_sentinel.agent.leakwatch.meant import parse_meant
 from vpn_sentinel.agent.probes import mmdb, origin
 from vpn_sentinel.agent.probes.dns import LearnedZone, nameservers
@@ -21,7 +21,7 @@ from vpn_sentinel.agent.settings import AgentSettings
 from vpn_sentinel.agent.uplink.session import Greeted, ProtocolError, Session
 from vpn_sentinel.agent.uplink.uploader import read_list
 from vpn_sentinel.cli.check import _policy_file
-from vpn_sentinel.cli.reading import every_setting
+from vpn_sentinel.cli.settings import every_setting
 from vpn_sentinel.domain.observation import Observation, Trigger
 from vpn_sentinel.domain.policy import IPNetwork
 from vpn_sentinel.runtime import wal
@@ -65,7 +65,7 @@ def servers_messages() -> Try:
     report = Report(seq=7, age=1.0, observation=Observation(trigger=Trigger.START))
 
     def one(data: bytes) -> None:
-        greeting = Session(_HELLO, last=7, patience=10.0)
+        greeting = Session(_HELLO, last=7, answer_timeout_s=10.0)
         greeting.open(NOW)
         with contextlib.suppress(ProtocolError):
             if isinstance(event := greeting.receive(data), Greeted):
@@ -73,7 +73,7 @@ def servers_messages() -> Try:
                 with contextlib.suppress(ProtocolError):
                     greeting.offer([report], pending=0, thinned=0, now=NOW)
                     greeting.receive(data)
-        waiting = Session(_HELLO, last=7, patience=10.0)
+        waiting = Session(_HELLO, last=7, answer_timeout_s=10.0)
         waiting.open(NOW)
         waiting.receive(b'{"type":"welcome","ack":0,"wall":1}')
         waiting.offer([report], pending=0, thinned=0, now=NOW)
@@ -113,7 +113,7 @@ def forwarded_for() -> Try:
 
 
 def health_requests() -> Try:
-    health = Health(lambda: Signs(NOW, NOW, NOW, "protected", 0), SystemClock(), 30.0)
+    health = Health(lambda: HealthFacts(NOW, NOW, NOW, "protected", 0), SystemClock(), 30.0)
 
     def one(data: bytes) -> None:
         for names in (None, {"localhost"}):

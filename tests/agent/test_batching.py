@@ -30,7 +30,7 @@ def test_reports_carry_their_age(spool: Spool, clock: ManualClock) -> None:
     load = Batching(spool, 3.0)
     reports = load.reports(1)
     assert [(r.seq, r.age) for r in reports] == [(2, 5.0)]
-    assert load.left_behind(reports) == 1
+    assert load.still_pending(reports) == 1
 
 
 def test_what_cannot_be_read_is_given_up(spool: Spool) -> None:
@@ -43,23 +43,23 @@ def test_what_cannot_be_read_is_given_up(spool: Spool) -> None:
 def test_what_can_have_been_sent_is_what_was_there_before_and_what_was_taken(spool: Spool) -> None:
     fill(spool, 3)
     load = Batching(spool, 3.0)
-    assert load.sent_upto == 3
+    assert load.max_sent_seq == 3
     fill(spool, 2)
-    assert load.sent_upto == 3
+    assert load.max_sent_seq == 3
     load.reports(0)
-    assert load.sent_upto == 5
+    assert load.max_sent_seq == 5
 
 
 def test_a_slow_server_gets_less_and_more_time(spool: Spool) -> None:
     fill(spool, MAX_REPORTS)
     load = Batching(spool, 3.0)
     load.overdue()
-    assert (len(load.reports(0)), load.patience) == (MAX_REPORTS // 2, 6.0)
+    assert (len(load.reports(0)), load.answer_timeout_s) == (MAX_REPORTS // 2, 6.0)
     for _ in range(10):
         load.overdue()
-    assert (len(load.reports(0)), load.patience) == (1, 24.0)
+    assert (len(load.reports(0)), load.answer_timeout_s) == (1, 24.0)
     load.stored()
-    assert (len(load.reports(0)), load.patience) == (2, 3.0)
+    assert (len(load.reports(0)), load.answer_timeout_s) == (2, 3.0)
 
 
 def test_a_report_that_is_never_taken_is_found_and_given_up(spool: Spool) -> None:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from tests.conftest import ManualClock, needs_files, until
-from vpn_sentinel.agent.health import MAX_CONNECTIONS, REQUEST_TIMEOUT_S, ROUTES, Health, Signs
+from vpn_sentinel.agent.health import MAX_CONNECTIONS, REQUEST_TIMEOUT_S, ROUTES, Health, HealthFacts
 from vpn_sentinel.runtime.settings import SettingError
 
 NOW = 1_800_000_000.0
@@ -17,7 +17,7 @@ def health(clock: ManualClock, last_round: float | None, last_ack: float | None,
     def at(ago: float | None) -> float | None:
         return None if ago is None else NOW - ago
 
-    return Health(lambda: Signs(NOW - started, at(last_round), at(last_ack), "protected", 3), clock, 30.0)
+    return Health(lambda: HealthFacts(NOW - started, at(last_round), at(last_ack), "protected", 3), clock, 30.0)
 
 
 CASES = {

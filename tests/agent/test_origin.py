@@ -21,7 +21,7 @@ from vpn_sentinel.agent.probes.dnswire import DnsReply
 from vpn_sentinel.agent.probes.origin import ORIGIN_FRESH_S, Origins, block, question, read
 from vpn_sentinel.agent.probes.place import Places
 from vpn_sentinel.agent.probes.placing import Service, read_ipinfo
-from vpn_sentinel.agent.rounds.round import RoundDeps, look
+from vpn_sentinel.agent.rounds.round import RoundDeps, observe
 from vpn_sentinel.domain.judge import judge
 from vpn_sentinel.domain.observation import Path, Place, Trigger
 from vpn_sentinel.domain.policy import IPAddress, Policy
@@ -251,7 +251,9 @@ async def test_a_local_forwarder_in_the_home_providers_network_is_a_leak() -> No
             origins=Origins(clock, path_to=as_routed),
         )
         policy = Policy(home_networks=(home,))
-        (found,) = [f for f in judge(await look(deps, Trigger.TIMER, policy), policy).findings if "dns_leak" in f.code]
-        unknown = await look(replace(deps, origins=None), Trigger.TIMER, policy)
+        (found,) = [
+            f for f in judge(await observe(deps, Trigger.TIMER, policy), policy).findings if "dns_leak" in f.code
+        ]
+        unknown = await observe(replace(deps, origins=None), Trigger.TIMER, policy)
     assert "AS3352" in found.message
     assert Code.RESOLVER_UNEXPECTED in {f.code for f in judge(unknown, policy).findings}

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from vpn_sentinel.agent.uplink.session import Acked, Greeted, Phase, ProtocolError, Session, TurnedAway
+from vpn_sentinel.agent.uplink.session import Acked, Greeted, Phase, ProtocolError, RefusedByServer, Session
 from vpn_sentinel.domain.observation import Observation, Trigger
 from vpn_sentinel.wire import codec
 from vpn_sentinel.wire.messages import (
@@ -28,7 +28,7 @@ def report(seq: int) -> Report:
 
 
 def session(last: int = 9) -> Session:
-    return Session(HELLO, last=last, patience=3.0)
+    return Session(HELLO, last=last, answer_timeout_s=3.0)
 
 
 def greeted(ack: int = 0) -> Session:
@@ -101,7 +101,7 @@ def test_an_exchange_carries_both() -> None:
 @pytest.mark.parametrize("retry", [True, False])
 def test_a_refusal_ends_it_in_any_phase(retry: bool) -> None:
     for made in (session(), greeted()):
-        assert made.receive(codec.encode(Refused(reason="no", retry=retry))) == TurnedAway("no", retry)
+        assert made.receive(codec.encode(Refused(reason="no", retry=retry))) == RefusedByServer("no", retry)
         assert (made.phase, made.deadline) == (Phase.OVER, None)
 
 

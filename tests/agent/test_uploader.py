@@ -22,7 +22,7 @@ from tests.conftest import until
 from vpn_sentinel.agent.net.http import Client
 from vpn_sentinel.agent.net.resolver import HostResolver
 from vpn_sentinel.agent.spool.spool import Spool
-from vpn_sentinel.agent.uplink.answers import plain
+from vpn_sentinel.agent.uplink.answers import decompressed
 from vpn_sentinel.agent.uplink.connection import ReportTarget, Routes, Wakeup
 from vpn_sentinel.agent.uplink.uploader import Uploader, read_list
 from vpn_sentinel.domain.observation import Observation, Trigger
@@ -195,7 +195,7 @@ async def test_an_acknowledgement_that_stays_away_ends_the_connection(
     spool: Spool, caplog: pytest.LogCaptureFixture
 ) -> None:
     server = Server()
-    async with server.listening() as url, carrying(spool, url, patience=0.1) as uploader:
+    async with server.listening() as url, carrying(spool, url, answer_timeout_s=0.1) as uploader:
         await until(lambda: server.hellos)
         server.silent = True
         fill(spool, 1)
@@ -209,7 +209,7 @@ async def test_an_acknowledgement_that_stays_away_ends_the_connection(
 async def test_a_way_that_changed_is_left_at_once(spool: Spool) -> None:
     way = ["wg0"]
     server = Server()
-    routes = Routes(way=lambda _a, _p: way[0])
+    routes = Routes(route_to=lambda _a, _p: way[0])
     async with server.listening() as url, carrying(spool, url, routes=routes) as uploader:
         await until(lambda: len(server.hellos) == 1)
         uploader.network_changed()
@@ -241,7 +241,7 @@ async def test_a_change_while_connecting_begins_anew(spool: Spool) -> None:
         begun.set()
         await reader.read()
 
-    routes = Routes(way=lambda _a, _p: way[0])
+    routes = Routes(route_to=lambda _a, _p: way[0])
     async with (
         tcp(slow) as port,
         server.listening() as url,
@@ -273,7 +273,7 @@ async def test_the_second_way_serves_when_the_first_is_shut(spool: Spool, free_p
 async def test_from_the_second_way_it_goes_back_to_the_first(spool: Spool, free_port: int) -> None:
     first, second = Server(), Server()
     shut = f"http://127.0.0.1:{free_port}"
-    async with second.listening() as url, carrying(spool, shut, url, back_first=0.05):
+    async with second.listening() as url, carrying(spool, shut, url, switch_back_after_s=0.05):
         await until(lambda: second.hellos)
         async with first.listening(free_port):
             await until(lambda: first.hellos)
@@ -376,7 +376,7 @@ async def test_by_post_only_the_very_reports_that_the_server_refuses_are_given_u
     async with http(gate) as (port, _), carrying(spool, f"http://127.0.0.1:{port}") as uploader:
         await until(lambda: pushed(uploader, spool), 20)
     assert got == ([1] if kept else [])
-    assert any("given up" in r.getMessage() for r in caplog.records) is not kept
+    assert any("dropped" in r.getMessage() for r in caplog.records) is not kept
 
 
 async def test_by_post_a_refused_greeting_costs_no_report(spool: Spool) -> None:
@@ -506,7 +506,7 @@ async def test_no_observation_is_given_up_on_a_gateways_word(
                 uploader.network_changed()  # no pause is waited for
                 await asyncio.sleep(0.01)
     assert got == [1, 2, 3]
-    assert not any("given up" in r.getMessage() for r in caplog.records)
+    assert not any("dropped" in r.getMessage() for r in caplog.records)
 
 
 @pytest.mark.parametrize("opened", [False, True], ids=["unanswered", "opened, and silent for ever"])
@@ -531,7 +531,7 @@ async def test_a_websocket_that_is_held_without_a_word_is_left_for_post(
         while await reader.read(4096):
             pass
 
-    async with tcp(talk) as port, carrying(spool, f"http://127.0.0.1:{port}", patience=0.3):
+    async with tcp(talk) as port, carrying(spool, f"http://127.0.0.1:{port}", answer_timeout_s=0.3):
         await until(lambda: spool.pending == 0)
     assert got == [1]
 
@@ -553,7 +553,7 @@ async def test_an_address_that_says_nothing_is_left_for_the_other_family(
     async with (
         tcp(swallow) as port,
         serve(server.talk, "::1", port, close_timeout=0.1),
-        carrying(spool, f"http://sentinel.test:{port}", names=names, patience=30.0),
+        carrying(spool, f"http://sentinel.test:{port}", names=names, answer_timeout_s=30.0),
     ):
         await until(lambda: spool.pending == 0)
     assert (server.stored, [line.split()[0] for line in held]) == ([1], [b"GET"])
@@ -577,7 +577,7 @@ async def test_where_no_address_lets_a_websocket_through_every_one_is_posted_to(
             pass
 
     names = HostResolver(lambda _: (ip_address("::1"), ip_address("127.0.0.1")))
-    async with tcp(talk) as port, carrying(spool, f"http://sentinel.test:{port}", names=names, patience=0.3):
+    async with tcp(talk) as port, carrying(spool, f"http://sentinel.test:{port}", names=names, answer_timeout_s=0.3):
         await until(lambda: spool.pending == 0)
     assert got == [1]
 
@@ -623,8 +623,8 @@ def test_a_compressed_answer_is_bounded_and_whole() -> None:
     packed = {"content-encoding": "gzip"}
     bomb, cut, bad = gzip.compress(b" " * 10_000_000), gzip.compress(b"{}" * 100)[:-9], b"{}"
     for body in (bomb, cut, bad):
-        with pytest.raises(ValueError, match="a compressed answer is"):
-            plain(packed, body)
+        with pytest.raises(ValueError, match="a compressed response is"):
+            decompressed(packed, body)
 
 
 @pytest.mark.parametrize("code", [1003, 1008, 1009])
@@ -723,7 +723,7 @@ async def test_bad_news_that_gets_no_answer_goes_the_other_way(spool: Spool) -> 
 
 async def test_bad_news_waits_where_there_is_no_other_way(spool: Spool) -> None:
     server = Server()
-    async with server.listening() as url, carrying(spool, url, patience=30.0) as uploader:
+    async with server.listening() as url, carrying(spool, url, answer_timeout_s=30.0) as uploader:
         fill(spool, 1)
         uploader.wake()
         await until(lambda: server.stored == [1])

@@ -81,7 +81,7 @@ async def test_messages_arrive_whole_both_ways_and_the_end_is_a_handshake() -> N
 
 
 async def test_a_ping_is_answered_and_one_is_sent_into_silence(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(websocket, "_QUIET", 0.2)
+    monkeypatch.setattr(websocket, "_PING_AFTER_S", 0.2)
 
     async def handler(ws: ServerConnection) -> None:
         await asyncio.wait_for(await ws.ping(), 5)
@@ -95,7 +95,7 @@ async def test_a_ping_is_answered_and_one_is_sent_into_silence(monkeypatch: pyte
 
 
 async def test_who_answers_no_ping_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(websocket, "_QUIET", 0.1)
+    monkeypatch.setattr(websocket, "_PING_AFTER_S", 0.1)
     came: list[bytes] = []
 
     async def silent(reader: asyncio.StreamReader, _: asyncio.StreamWriter) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from vpn_sentinel.cli.main import main
-from vpn_sentinel.cli.reading import every_setting
+from vpn_sentinel.cli.settings import every_setting
 from vpn_sentinel.runtime.settings import UNPREFIXED
 
 LONG = "x" * 64 + ".example"  # a label takes 63 bytes

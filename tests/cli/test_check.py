@@ -12,7 +12,7 @@ import pytest
 
 from tests.agent.doubles import ETH, http, reply
 from vpn_sentinel.agent.net.interfaces import Survey
-from vpn_sentinel.agent.once import Looked, look_once
+from vpn_sentinel.agent.once import CheckResult, check_once
 from vpn_sentinel.agent.settings import ProbeSettings
 from vpn_sentinel.cli import check
 from vpn_sentinel.cli.main import main
@@ -60,12 +60,12 @@ SEEN = Observation(
 SURVEY = Survey(interfaces=(ETH,), tunnel="wg0", uplinks=(ETH,), beside=(ETH,))
 
 
-def looked(seen: Observation, policy: Policy | None = None, survey: Survey = SURVEY) -> Looked:
-    return Looked(seen, judge(seen, policy or Policy()), survey)
+def looked(seen: Observation, policy: Policy | None = None, survey: Survey = SURVEY) -> CheckResult:
+    return CheckResult(seen, judge(seen, policy or Policy()), survey)
 
 
 def test_the_object_has_the_promised_shape() -> None:
-    said = check.as_plain(SEEN, judge(SEEN, Policy()))
+    said = check.as_json(SEEN, judge(SEEN, Policy()))
     assert list(said) == [
         "state", "findings", "exit", "resolvers", "tunnel", "uplinks", "routes", "system_lookup", "leak_watch",
             "escapes", "took_ms",
@@ -87,7 +87,7 @@ def test_the_object_has_the_promised_shape() -> None:
 def test_routes_and_ways_out_are_told() -> None:
     part = Routed(interface="eth0", family=4, share=0.43, networks=(ip_network("128.0.0.0/1"),))
     seen = replace(SEEN, uplinks=("eth0", "eth1"), routed=(Routed(interface="wg0", family=4, share=0.57), part))
-    said = check.as_plain(seen, judge(seen, Policy()))
+    said = check.as_json(seen, judge(seen, Policy()))
     assert said["uplinks"] == ["eth0", "eth1"]
     assert said["routes"][1] == {
         "interface": "eth0", "family": 4, "share": 0.43, "networks": ["128.0.0.0/1"], "more": 0, "traffic": "",
@@ -103,14 +103,14 @@ def test_routes_and_ways_out_are_told() -> None:
 
 def test_nothing_known_is_none_and_never_a_guess() -> None:
     bare = Observation(trigger=Trigger.START)
-    said = check.as_plain(bare, judge(bare, Policy()))
+    said = check.as_json(bare, judge(bare, Policy()))
     assert set(said["exit"].values()) == {None}
     assert said["tunnel"]["interface"] is None
     assert json.dumps(said)
 
 
 def test_findings_carry_their_evidence() -> None:
-    said = check.as_plain(SEEN, judge(SEEN, Policy(home_networks=(networks("203.0.113.4")[0],))))
+    said = check.as_json(SEEN, judge(SEEN, Policy(home_networks=(networks("203.0.113.4")[0],))))
     assert said["state"] == "leaking"
     (finding, *_) = said["findings"]
     assert (finding["code"], finding["severity"]) == ("ip_leak", "critical")
@@ -147,7 +147,7 @@ MISSING = {
         "2001:db8::/32",
         "None of the home networks (2001:db8::/32) can be compared",
     ),
-    "no exit": (SILENT, "198.51.100.7", "Nobody told from which address traffic leaves"),
+    "no exit": (SILENT, "198.51.100.7", "No answer showed from which address traffic leaves"),
 }
 
 
@@ -181,7 +181,7 @@ UNSEEN = {
 
 
 @pytest.mark.parametrize(("found", "lines"), UNSEEN.values(), ids=UNSEEN.keys())
-def test_what_was_not_looked_at_is_said(found: Looked, lines: list[str]) -> None:
+def test_what_was_not_looked_at_is_said(found: CheckResult, lines: list[str]) -> None:
     said = check.unseen(found)
     assert len(said) == len(lines)
     assert all(text.startswith(start) for text, start in zip(said, lines, strict=True))
@@ -242,7 +242,7 @@ async def test_a_server_that_is_named_is_asked() -> None:
     async with http(answer) as (port, _):
         base = f"http://127.0.0.1:{port}"
         settings = probes(TRACE_URL=base, IPINFO_URL=base, IPAPI_URL=base, IPWHOIS_URL=base)
-        found = await look_once(settings, Policy(home_networks=networks("198.51.100.7")), SystemClock(), server=base)
+        found = await check_once(settings, Policy(home_networks=networks("198.51.100.7")), SystemClock(), server=base)
     assert found.verdict.state is State.LEAKING
     assert ("server", HOME) in [(c.target, c.address) for c in found.seen.canaries]
 
@@ -250,13 +250,13 @@ async def test_a_server_that_is_named_is_asked() -> None:
 async def test_a_ca_file_without_certificates_is_named(tmp_path: FilePath) -> None:
     (tmp_path / "ca.pem").write_text("nothing")
     with pytest.raises(SettingError, match="VPN_SENTINEL_CA_FILE"):
-        await look_once(probes(CA_FILE=str(tmp_path / "ca.pem")), Policy(), SystemClock())
+        await check_once(probes(CA_FILE=str(tmp_path / "ca.pem")), Policy(), SystemClock())
 
 
 async def test_a_database_that_is_none_is_named(tmp_path: FilePath) -> None:
     (tmp_path / "x.mmdb").write_text("nothing")
     with pytest.raises(SettingError, match="VPN_SENTINEL_GEO_DB"):
-        await look_once(probes(GEO_DB=str(tmp_path / "x.mmdb")), Policy(), SystemClock())
+        await check_once(probes(GEO_DB=str(tmp_path / "x.mmdb")), Policy(), SystemClock())
 
 
 async def test_without_any_network_it_says_unknown_and_why() -> None:

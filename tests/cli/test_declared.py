@@ -8,7 +8,7 @@ import pytest
 
 from vpn_sentinel.agent.geo.settings import GeoSettings
 from vpn_sentinel.agent.settings import AgentSettings, ProbeSettings
-from vpn_sentinel.cli.reading import every_setting, settings_of, unknown
+from vpn_sentinel.cli.settings import every_setting, settings_of, unknown
 from vpn_sentinel.runtime.settings import Source
 from vpn_sentinel.server.settings import ServerSettings
 from vpn_sentinel.wire.settings import TZ
@@ -77,7 +77,7 @@ HINTS: dict[str, tuple[dict[str, str], dict[str, Any], list[str]]] = {
     ),
     "like no other": ({"VPN_SENTINEL_XYZZY": "1"}, {}, ["VPN_SENTINEL_XYZZY: no such setting; is it misspelt?"]),
     "in the file": ({}, {"intervall": 30}, ["intervall: no such setting; is interval meant?"]),
-    "the environment's alone": ({}, {"tz": "Asia/Tokyo"}, ["tz: stands in the environment alone"]),
+    "the environment's alone": ({}, {"tz": "Asia/Tokyo"}, ["tz: can be set in the environment only"]),
 }
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from tests.integration.program import Server
 from vpn_sentinel.cli.main import main
-from vpn_sentinel.cli.reading import settings_of
+from vpn_sentinel.cli.settings import settings_of
 from vpn_sentinel.runtime.idle import idle
 from vpn_sentinel.runtime.settings import Source
 

@@ -18,8 +18,8 @@ from vpn_sentinel.cli.terminal import of_stdout
 t = of_stdout()
 t.line("LEAKING", "bold red")
 t.table([("exit", "203.0.113.4"), ("routes", {LONG.strip()!r})])
-t.line({LONG.strip()!r}, lead=((t.either("✗", "x") + " ip_leak  ", "red"),), indent=4)
-t.command(t.either("→", "->") + " " + {ADVICE.strip()!r}, indent=4)
+t.line({LONG.strip()!r}, lead=((t.printable_or("✗", "x") + " ip_leak  ", "red"),), indent=4)
+t.command(t.printable_or("→", "->") + " " + {ADVICE.strip()!r}, indent=4)
 """
 
 

@@ -286,7 +286,7 @@ def test_intercepted_dns_is_not_said_to_be_the_tunnels_doing() -> None:
         assert "nft list ruleset" in found.advice
 
 
-@pytest.mark.parametrize(("verdict", "words"), [("leaking", "Traffic beside"), ("degraded", "The tunnel stands")])
+@pytest.mark.parametrize(("verdict", "words"), [("leaking", "Traffic beside"), ("degraded", "The tunnel works")])
 def test_what_comes_and_goes_is_not_always_the_tunnel(verdict: str, words: str) -> None:
     said = Finding(Code.FLAPPING, "It is so.", {"verdict": verdict}).advice
     assert said.startswith(words)

@@ -5,7 +5,7 @@ from dataclasses import fields, is_dataclass, replace
 from ipaddress import ip_network
 
 from vpn_sentinel.domain.machine import Before, Candidate, Home, Memory, Outage
-from vpn_sentinel.domain.timeshift import TOLERATED, moved, not_after
+from vpn_sentinel.domain.timeshift import TOLERATED_S, moved, not_after
 from vpn_sentinel.domain.verdict import State
 
 NOW = 1_800_000_000.0
@@ -32,7 +32,7 @@ def test_a_silence_that_lies_in_the_future_stays_one() -> None:
 
 
 def test_clocks_of_servers_side_by_side_may_differ_a_little() -> None:
-    known = Memory(state=State.PROTECTED, since=NOW, seen_at=NOW + TOLERATED)
+    known = Memory(state=State.PROTECTED, since=NOW, seen_at=NOW + TOLERATED_S)
     assert not_after(known, NOW) is known
 
 

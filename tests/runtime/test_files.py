@@ -14,10 +14,10 @@ def test_it_takes_the_place_of_what_was_there(tmp_path: Path) -> None:
     path = tmp_path / "kept"
     path.write_text("old")
     path.chmod(0o644)
-    files.put(path, b"new")
+    files.write_whole(path, b"new")
     assert path.read_bytes() == b"new"
     assert path.stat().st_mode & 0o777 == 0o600
-    files.put(path, b"public", mode=0o644)
+    files.write_whole(path, b"public", mode=0o644)
     assert path.stat().st_mode & 0o777 == 0o644
     assert list(tmp_path.iterdir()) == [path]
 
@@ -26,7 +26,7 @@ def test_a_link_is_replaced_and_not_followed(tmp_path: Path) -> None:
     theirs = tmp_path / "theirs"
     theirs.write_text("theirs")
     (tmp_path / "kept").symlink_to(theirs)
-    files.put(tmp_path / "kept", b"ours")
+    files.write_whole(tmp_path / "kept", b"ours")
     assert theirs.read_text() == "theirs"
     assert (tmp_path / "kept").read_text() == "ours"
     assert not (tmp_path / "kept").is_symlink()
@@ -40,7 +40,7 @@ def test_a_full_disk_leaves_the_old_one_and_nothing_else(size: int, tmp_path: Pa
     program = (
         "import resource, sys; from pathlib import Path; from vpn_sentinel.runtime import files\n"
         f"resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))\n"
-        "try: files.put(Path(sys.argv[1]), b'x' * 10_000)\n"
+        "try: files.write_whole(Path(sys.argv[1]), b'x' * 10_000)\n"
         "except OSError: sys.exit(7)"
     )
     done = subprocess.run([sys.executable, "-B", "-c", program, path], check=False)
@@ -51,7 +51,7 @@ def test_a_full_disk_leaves_the_old_one_and_nothing_else(size: int, tmp_path: Pa
 
 def test_a_folder_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        files.put(tmp_path / "none" / "x", b"x")
+        files.write_whole(tmp_path / "none" / "x", b"x")
 
 
 def test_killed_at_any_moment_it_is_the_old_or_the_new(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_killed_at_any_moment_it_is_the_old_or_the_new(tmp_path: Path) -> None:
     program = (
         "import sys; from pathlib import Path; from vpn_sentinel.runtime import files\n"
         "for n in range(10**9):\n"
-        "    print(n, flush=True); files.put(Path(sys.argv[1]), b'%d' % (n % 10) * 100_000)"
+        "    print(n, flush=True); files.write_whole(Path(sys.argv[1]), b'%d' % (n % 10) * 100_000)"
     )
     for after in range(1, 30, 3):
         process = subprocess.Popen([sys.executable, "-c", program, path], stdout=subprocess.PIPE)

@@ -397,4 +397,4 @@ def test_a_user_without_a_home_has_no_traceback(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("HOME", raising=False)
     monkeypatch.setattr("os.geteuid", lambda: 12345)
     monkeypatch.setattr("os.getuid", lambda: 12345)
-    assert settings.default_data_dir() == settings.HOMELESS
+    assert settings.default_data_dir() == settings.NO_HOME_DATA_DIR

@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import ManualClock, no_descriptor_left
 from vpn_sentinel.cli.process import run_until_stopped
-from vpn_sentinel.runtime.shortage import Untaken
+from vpn_sentinel.runtime.shortage import AcceptFailures
 
 SAID = "new connections cannot be taken"
 
@@ -42,7 +42,7 @@ def test_asyncios_loop_says_so_in_one_line_and_takes_them_later(caplog: pytest.L
 
 async def test_what_lasts_is_said_once_a_minute_with_how_often(caplog: pytest.LogCaptureFixture) -> None:
     clock = ManualClock()
-    untaken = Untaken(clock.boottime)
+    untaken = AcceptFailures(clock.boottime)
     for _ in range(150):
         untaken.note("Too many open files")
         clock.now += 1.0
@@ -50,7 +50,7 @@ async def test_what_lasts_is_said_once_a_minute_with_how_often(caplog: pytest.Lo
 
 
 async def test_what_else_fails_in_a_loop_is_told_with_its_trace(caplog: pytest.LogCaptureFixture) -> None:
-    untaken = Untaken(ManualClock().boottime)
+    untaken = AcceptFailures(ManualClock().boottime)
     for context in ({"message": "a task failed", "exception": OSError(24, "")}, {"message": "no error", "socket": 1}):
         untaken.handle(asyncio.get_running_loop(), context)
     assert [r.message.splitlines()[0] for r in caplog.records] == ["a task failed", "no error"]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from vpn_sentinel.domain.observation import Answer, Canary, Observation, Place, Probe, Trigger
 from vpn_sentinel.wire import limits
-from vpn_sentinel.wire.keepalive import Keepalive, Reading, Received, read
+from vpn_sentinel.wire.keepalive import Keepalive, ParsedKeepalive, Received, read
 
 NOW = 1_800_000_000.0  # 2027-01-15T08:00:00Z
 GOLDEN = Path(__file__).parent / "golden"
@@ -280,7 +280,7 @@ def test_the_answer_is_the_replaced_servers() -> None:
     }  # fmt: skip
 
 
-def read_or_refused(said: bytes) -> Reading | None:
+def read_or_refused(said: bytes) -> ParsedKeepalive | None:
     """What was read; None for one of the documented errors, and none of their kinds besides."""
     try:
         return read(said, NOW)

@@ -1,1 +1,1 @@
-"""Lives inside the VPN's network namespace: looks, keeps what it saw, and tells the server."""
+"""The agent: runs in the VPN's network namespace, observes, keeps observations, and reports to the server."""

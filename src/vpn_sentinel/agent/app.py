@@ -1,6 +1,6 @@
-"""The agent put together, downwards: whatever is handed on is there already, and nothing names what is made later.
+"""The wiring of the agent, top down: each part gets only parts that are made before it.
 
-`_sense` makes what notices a change, `_look` what a round looks with, `_act` what becomes of what a round saw.
+`_sense` makes what notices changes, `_round_deps` what a round needs, `_act` what handles a round's result.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from vpn_sentinel import __version__
-from vpn_sentinel.agent.base import Base, destination, health, routes, watch_network, way
+from vpn_sentinel.agent.base import Base, health, report_target, route_lookup, uplink_routes, watch_network
 from vpn_sentinel.agent.build import chosen_services, open_databases, portal_beside
 from vpn_sentinel.agent.containment.surroundings import Surroundings
 from vpn_sentinel.agent.introspect.witnesses import Witnesses
@@ -49,7 +49,7 @@ log = logging.getLogger(__name__)
 
 
 class _AgentBase(Base):
-    """What all three steps stand on."""
+    """What all three steps need."""
 
     def __init__(self, settings: AgentSettings, clock: Clock) -> None:
         """Raises SettingError when a setting cannot be used."""
@@ -65,11 +65,11 @@ class _AgentBase(Base):
         self.zone = dns.LearnedZone()
         self.audit = RouteAudit(probes, self.echoes.addresses)
         self.uploader = Uploader(
-            destination(settings),
+            report_target(settings),
             self.spool,
             self.http,
             clock,
-            routes=routes(self.kernel, self.survey),
+            routes=uplink_routes(self.kernel, self.survey),
             greeted=self.greeted,
         )
         self.reports = Reporter(self.spool, self.uploader)
@@ -84,9 +84,9 @@ class _AgentBase(Base):
         return Paths(self.kernel, self.survey())
 
     def greeted(self, event: Greeted) -> None:
-        """The server said who it is, and what it remembers."""
+        """Take the server's greeting: its zone and echo, and what it remembers of this tunnel."""
         if self.zone.learn(event.canary_zone, event.echo):
-            self.triggers.put(Trigger.RECHECK)  # the first round had to ask strangers
+            self.triggers.put(Trigger.RECHECK)  # the first round had to ask outside services
         self.echoes.greet(event.echo)
         if event.known is not None:
             self.rounds.learn_home(event.known.home)
@@ -100,7 +100,7 @@ class _AgentBase(Base):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Sensors:
-    """Whatever gives reasons for a round, and tells it what it saw meanwhile."""
+    """What triggers rounds, and gives them what it saw between rounds."""
 
     witnesses: Witnesses
     watch: LeakWatch
@@ -111,7 +111,9 @@ class _Sensors:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Actors:
-    """Whatever works on what was seen. `changed` is called when the kernel tells of another network."""
+    """What runs rounds and handles their results. `changed` is called when the kernel reports a change of the
+    network.
+    """
 
     reactions: Reactions
     scheduler: Scheduler
@@ -122,25 +124,25 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
     """Run the agent until `stop` is set. Raises SettingError when it cannot start."""
     base = _AgentBase(settings, clock)
     sensors = _sense(base)
-    actors = _act(base, sensors, _look(base, sensors))
+    actors = _act(base, sensors, _round_deps(base, sensors))
     witnesses, watch = sensors.witnesses, sensors.watch
-    signs = health(base, base.uploader)
+    health_facts = health(base, base.uploader)
     async with contextlib.AsyncExitStack() as stack, asyncio.TaskGroup() as group:
         stack.callback(base.close)
         stack.callback(actors.reactions.close)
         stack.callback(watch.close)
         if base.kernel is not None:
             watch_network(stack, actors.changed, base.survey())
-        server = await signs.serve(settings.health_host, settings.health_port)
+        server = await health_facts.serve(settings.health_host, settings.health_port)
         stack.callback(server.close)
-        await witnesses.look(base.survey())  # before a packet is doubted: where the tunnel's own packets go
+        await witnesses.look(base.survey())  # finds the tunnel's endpoints before the first packet is judged
         log.info("agent started", extra={"client_id": settings.client_id, "version": __version__})
         works = (
             actors.scheduler, sensors.pulse, sensors.path_mtu, base.uploader, sensors.resolver_watch, witnesses,
             actors.reactions, watch.carrier, watch.others, base.echoes,
         )  # fmt: skip
         tasks = [group.create_task(work.run()) for work in works]
-        gc.freeze()  # what is here by now stays
+        gc.freeze()  # the objects made so far live until the end
         await stop.wait()
         for task in tasks:
             task.cancel()
@@ -148,12 +150,12 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
 
 
 def _sense(base: _AgentBase) -> _Sensors:
-    """Make what notices a change between rounds, and gives the reason for the next."""
+    """Make what notices changes between rounds, and triggers the next round."""
     settings, clock, triggers, uploader = base.settings, base.clock, base.triggers, base.uploader
     witnesses = Witnesses(settings.introspect, base.http, clock, on_change=lambda: triggers.put(Trigger.DEVICE))
 
     def leaked(watch: LeakWatch) -> None:
-        """A packet left outside the tunnel: tell of it now; the round that follows tells the rest."""
+        """A packet left outside the tunnel: report it now; the round that follows reports the rest."""
         around = base.survey()
         paths = Paths(base.kernel, around)
         escapes = paths.known_of(watch.escapes(paths))
@@ -161,9 +163,9 @@ def _sense(base: _AgentBase) -> _Sensors:
             trigger=Trigger.LEAK,
             link=around.link(),
             interfaces=around.names(),
-            # What routes send past the tunnel a kill switch may hold: the round tries it.
+            # A kill switch may block what routes send past the tunnel: the round tests that.
             routed=tuple(
-                part for part in base.audit.look(around, watch.judged_by_route) or () if part.interface == around.tunnel
+                part for part in base.audit.read(around, watch.judged_by_route) or () if part.interface == around.tunnel
             ),
             escapes=escapes,
             leak_watch=watch.on,
@@ -172,9 +174,9 @@ def _sense(base: _AgentBase) -> _Sensors:
         triggers.put(Trigger.LEAK)
 
     def neighbor_found(neighbor: Neighbor) -> None:
-        """A program asks a nameserver of the LAN: where that asks from is news, unless each round asks it anyway.
+        """A program asks a nameserver of the LAN: a round must find where that asks from, unless each round does.
 
-        A forwarder on this host asks it as often as a round asks the forwarder: no news while it leaks.
+        A forwarder on this host asks it whenever a round asks the forwarder: no reason for a round while it leaks.
         """
         found = [dns.on_link(neighbor.address, neighbor.interface)]
         if base.rounds.state is not State.LEAKING and dns.besides(dns.system_nameservers(), found):
@@ -197,7 +199,7 @@ def _sense(base: _AgentBase) -> _Sensors:
         neighbor_left=lambda: triggers.put(Trigger.RECHECK),
     )
 
-    def tells_of_the_tunnel(target: Target) -> bool:
+    def is_usable_target(target: Target) -> bool:
         paths = base.paths()
         beside = paths.of(target.address, target.port) is Path.OUTSIDE
         return not AS_USER.refused and not (beside and paths.has_host_route(target.address, target.port))
@@ -210,11 +212,11 @@ def _sense(base: _AgentBase) -> _Sensors:
         settings.pulse,
         echoes=lambda: base.echoes.targets,
         on_change=pulse_changed,
-        fits=tells_of_the_tunnel,
+        fits=is_usable_target,
         acked=lambda: uploader.acked_at,
         boottime=clock.boottime,
         wall=clock.wall,
-        route=way(base.kernel, UDP),
+        route=route_lookup(base.kernel, UDP),
     )
     return _Sensors(
         witnesses=witnesses,
@@ -229,8 +231,8 @@ def _sense(base: _AgentBase) -> _Sensors:
     )
 
 
-def _look(base: _AgentBase, sensors: _Sensors) -> rounds.RoundDeps:
-    """Make what each round looks with."""
+def _round_deps(base: _AgentBase, sensors: _Sensors) -> rounds.RoundDeps:
+    """Make what each round needs."""
     probes, pulse, witnesses, watch = base.settings.probes, sensors.pulse, sensors.witnesses, sensors.watch
     places = Places(
         base.http,
@@ -253,9 +255,9 @@ def _look(base: _AgentBase, sensors: _Sensors) -> rounds.RoundDeps:
         places=places,
         clock=base.clock,
         watch=watch,
-        came_out=base.surveyor.learn_exits,
-        hurry=lambda: pulse.lossy and base.rounds.state is State.PROTECTED,
-        audit=base.audit.look,
+        learn_egress=base.surveyor.learn_exits,
+        is_urgent=lambda: pulse.lossy and base.rounds.state is State.PROTECTED,
+        audit=base.audit.read,
         canary=lambda: base.zone.zone,
         neighbors=lambda: () if AS_USER.refused else (dns.on_link(n.address, n.interface) for n in watch.neighbors),
         system=SystemResolver(boottime=base.clock.boottime),
@@ -270,7 +272,7 @@ def _look(base: _AgentBase, sensors: _Sensors) -> rounds.RoundDeps:
 
 
 def _act(base: _AgentBase, sensors: _Sensors, deps: rounds.RoundDeps) -> _Actors:
-    """Make what has rounds run, and what becomes of them: reports, and what is done about a leak."""
+    """Make what runs rounds and handles their results: reports, and reactions to a leak."""
     settings, pulse, path_mtu, watch = base.settings, sensors.pulse, sensors.path_mtu, sensors.watch
     reactions = Reactions(
         settings.reactions,
@@ -293,12 +295,12 @@ def _act(base: _AgentBase, sensors: _Sensors, deps: rounds.RoundDeps) -> _Actors
         control=settings.introspect,
     )
 
-    async def look(trigger: Trigger, policy: Policy) -> Observation:
+    async def run_round(trigger: Trigger, policy: Policy) -> Observation:
         sensors.resolver_watch.round_begins()
-        return reactions.add_to(await rounds.look(deps, trigger, policy))
+        return reactions.add_to(await rounds.observe(deps, trigger, policy))
 
     def done(seen: Observation, verdict: Verdict) -> None:
-        reactions.done(seen, verdict)  # first: what closes the way out waits for no disk
+        reactions.done(seen, verdict)  # first, so that containment does not wait for the disk
         base.reports.round(seen, verdict)
         if not seen.broken:
             policy = base.rounds.policy
@@ -308,7 +310,7 @@ def _act(base: _AgentBase, sensors: _Sensors, deps: rounds.RoundDeps) -> _Actors
             beside = (s.nameserver for s in seen.resolvers if resolvers.leak(s, seen, policy))
             watch.judged((s.nameserver for s in seen.resolvers), beside)
         if seen.trigger is Trigger.TIMER:
-            gc.collect()  # of the little that is not frozen: else it is left until there are megabytes of it
+            gc.collect()  # of the few objects that are not frozen: else megabytes pile up first
 
     def paused() -> None:
         pulse.paused()
@@ -319,14 +321,14 @@ def _act(base: _AgentBase, sensors: _Sensors, deps: rounds.RoundDeps) -> _Actors
     def network_changed() -> None:
         if base.kernel is not None:
             base.kernel.changed()
-        watch.look(base.survey())
+        watch.update(base.survey())
         base.uploader.network_changed()
         pulse.reset()
         path_mtu.reset()
         base.triggers.put(Trigger.NETWORK)
 
     scheduler = Scheduler(
-        look,
+        run_round,
         done,
         triggers=base.triggers,
         state=base.rounds,

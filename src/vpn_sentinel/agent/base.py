@@ -1,4 +1,4 @@
-"""What the agent and the reference agent both stand on: the spool, the way to the server, the kernel's events."""
+"""What agent and reference agent share: the spool, the uplink's settings, the kernel's events."""
 
 import contextlib
 import logging
@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from vpn_sentinel import __version__
 from vpn_sentinel.agent.build import http_client, open_kernel
-from vpn_sentinel.agent.health import Health, Signs
+from vpn_sentinel.agent.health import Health, HealthFacts
 from vpn_sentinel.agent.net.endpoints import TCP
 from vpn_sentinel.agent.net.interfaces import Survey
 from vpn_sentinel.agent.net.kernel import Netlink
@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 class Base:
-    """What the agent and the reference agent both stand on. Opened by the constructor, given back by `close`."""
+    """What agent and reference agent share. Opened by the constructor, closed by `close`."""
 
     def __init__(self, settings: AgentSettings, clock: Clock) -> None:
         """Raises SettingError when a setting cannot be used."""
@@ -42,7 +42,7 @@ class Base:
         self.spool = open_spool(settings, clock)
         self.kernel = open_kernel()
         self.echoes = Echoes(self.names, tuple(split(url).host for url in settings.urls))
-        # Before all who put something in, or read it: nobody has to wait for somebody who is made later.
+        # Made before the parts that write and read them, so that no part refers to one that is made later.
         self.triggers = TriggerQueue()
         self.rounds = RoundState(settings.probes.policy)
 
@@ -72,8 +72,8 @@ def open_spool(settings: AgentSettings, clock: Clock) -> Spool:
         raise SettingError("VPN_SENTINEL_DATA_DIR", str(e)) from e
 
 
-def destination(settings: AgentSettings) -> ReportTarget:
-    """Where reports go, and how this agent introduces itself there; spool and time are filled in as it does."""
+def report_target(settings: AgentSettings) -> ReportTarget:
+    """Where reports go, and how this agent introduces itself; the connection fills in spool and time."""
     return ReportTarget(
         urls=settings.urls,
         api_path=settings.api_path,
@@ -93,8 +93,10 @@ def destination(settings: AgentSettings) -> ReportTarget:
     )
 
 
-def way(kernel: Netlink | None, protocol: int) -> Callable[[IPAddress, int], object]:
-    """A function that tells how the kernel routes there now: by which interface, and from which address."""
+def route_lookup(kernel: Netlink | None, protocol: int) -> Callable[[IPAddress, int], object]:
+    """A function that returns how the kernel routes to an address and port now: the interface and the source
+    address.
+    """
 
     def now(address: IPAddress, port: int) -> object:
         if kernel is None:
@@ -108,31 +110,31 @@ def way(kernel: Netlink | None, protocol: int) -> Callable[[IPAddress, int], obj
     return now
 
 
-def routes(kernel: Netlink | None, look_around: Callable[[], Survey]) -> Routes:
-    """What a connection asks of the network here."""
+def uplink_routes(kernel: Netlink | None, survey_now: Callable[[], Survey]) -> Routes:
+    """The lookups that a connection of the uplink needs."""
 
     def owns(address: IPAddress) -> bool:
-        return kernel is None or look_around().owns(address)
+        return kernel is None or survey_now().owns(address)
 
-    return Routes(way=way(kernel, TCP), owns=owns)
+    return Routes(route_to=route_lookup(kernel, TCP), owns=owns)
 
 
 def health(base: Base, uploader: Uploader) -> Health:
     """The health endpoint of an agent that starts now."""
     started = base.clock.boottime()
 
-    def signs() -> Signs:
-        return Signs(started, base.rounds.last_success, uploader.acked_at, base.rounds.state, base.spool.pending)
+    def health_facts() -> HealthFacts:
+        return HealthFacts(started, base.rounds.last_success, uploader.acked_at, base.rounds.state, base.spool.pending)
 
-    return Health(signs, base.clock, base.settings.interval)
+    return Health(health_facts, base.clock, base.settings.interval)
 
 
 def watch_network(stack: contextlib.AsyncExitStack, changed: Callable[[], None], now: Survey) -> None:
-    """Listen to the kernel until `stack` ends; a sandbox that forbids it leaves the timer and the pulses."""
+    """Listen to the kernel until `stack` ends; in a sandbox that forbids it, timer and pulses remain."""
     try:
         sensor = NetworkSensor(changed, now.interfaces or ())
     except OSError as e:
-        log.warning("changes of the network are not told here", extra={"reason": e.strerror})
+        log.warning("the kernel does not report changes of the network here", extra={"reason": e.strerror})
         return
     stack.callback(sensor.close)
     sensor.start()

@@ -1,4 +1,4 @@
-"""What both agents and `check` need of the settings, made. It brings neither the spool nor the uplink along."""
+"""Make what both agents and `check` need from the settings. Imports neither the spool nor the uplink."""
 
 import logging
 
@@ -34,14 +34,14 @@ def http_client(settings: ProbeSettings, names: HostResolver) -> Client:
 
 
 def chosen_services(settings: ProbeSettings) -> tuple[Service, ...]:
-    """All, or the one that is configured; Cloudflare's trace is asked for the exit in any case."""
+    """All geolocation services, or the configured one; Cloudflare's trace is asked for the exit in any case."""
     found = services(settings.ipinfo_url, settings.ipapi_url, settings.ipwhois_url, settings.trace_url)
     chosen = settings.geolocation_service
     return found if chosen == "auto" else tuple(s for s in found if s.name in (chosen, "cloudflare"))
 
 
 def open_databases(settings: ProbeSettings, clock: Clock) -> Databases:
-    """Those that are named, else those that `geo update` installed. Raises SettingError."""
+    """The configured databases, else those that `geo update` installed. Raises SettingError."""
     try:
         return Databases(clock, files=settings.databases, folder=settings.geo_folder)
     except ValueError as e:
@@ -49,7 +49,7 @@ def open_databases(settings: ProbeSettings, clock: Clock) -> Databases:
 
 
 def portal_beside(settings: ProbeSettings, names: HostResolver) -> Portal:
-    """How a round looks for a captive portal: at the trace service's host, without TLS."""
+    """A function that searches for a captive portal: at the trace service's host, without TLS."""
     host = split(settings.trace_url).host
 
     async def ask(device: str) -> bool | None:

@@ -1,14 +1,14 @@
-"""The agent's own health over HTTP, for container engines and people: tied to the last success, not to the process.
+"""The agent's own health over HTTP, for container engines and people: it depends on recent success, not on the process.
 
-200 or 503, with the same JSON each time, of times and a state alone; any other path is a 404. `/client/health` may be
-left out in front.
+200 or 503 with the same JSON, which holds only times and a state; any other path is a 404. The prefix `/client/health`
+is optional.
 
-- `/client/health`, `/health`, `/`: rounds are made and, within the last quarter of an hour, reports arrived.
+- `/client/health`, `/health`, `/`: rounds succeed and, within the last quarter of an hour, reports arrived.
 - `/client/health/ready`, `/ready`: both are recent.
 - `/client/health/startup`, `/startup`: the first round is done.
 
-One request a connection. Nobody who calls here may hold the agent up: a head is small and comes soon, and where all
-places are taken, the oldest connection yields.
+One request a connection. Clients cannot slow the agent down: a request's head is small and must come soon, and where
+all connections are in use, the oldest is closed.
 """
 
 import asyncio
@@ -27,15 +27,15 @@ from vpn_sentinel.runtime.addresses import is_host_of
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.runtime.settings import SettingError
 
-REQUEST_TIMEOUT_S: Final = 2.0  # seconds for a request and its answer
-MAX_HEAD_BYTES: Final = 4096  # bytes of its head
-MAX_CONNECTIONS: Final = 32  # connections at once
-_NO_SUCH_ADDRESS: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EINVAL)
-_BACKLOG: Final = 1024  # that the kernel holds; who finds no room tries again after a second (tcp(7), SYN)
-# Taken in one turn of the loop: who is among them is answered before `MAX_CONNECTIONS` others came.
-_ACCEPTED_PER_TURN: Final = 4
-_UPLINK_GRACE_S: Final = 900.0  # seconds: a restart of the agent does not bring a server back
-_ROUND_SLACK_S: Final = 30.0  # seconds a round may take when nothing answers
+REQUEST_TIMEOUT_S: Final = 2.0  # for a request and its response
+MAX_HEAD_BYTES: Final = 4096
+MAX_CONNECTIONS: Final = 32  # at once
+_ADDRESS_ERRNOS: Final = (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT, errno.EINVAL)
+_BACKLOG: Final = 1024  # connections that the kernel queues; others try again after a second (tcp(7), SYN)
+# Accepted in one iteration of the event loop: each is answered before `MAX_CONNECTIONS` others can push it out.
+_ACCEPTED_PER_ITERATION: Final = 4
+_UPLINK_GRACE_S: Final = 900.0  # so long, since a restart of the agent does not bring a server back
+_ROUND_SLACK_S: Final = 30.0  # a round may take so long when nothing answers
 ROUTES: Final[Mapping[str, str]] = {
     "/": "alive",
     "/health": "alive",
@@ -49,8 +49,8 @@ _ALLOW: Final = {"Allow": "GET, HEAD, OPTIONS"}
 
 
 @dataclass(frozen=True, slots=True)
-class Signs:
-    """Times by a clock that never jumps, None for never."""
+class HealthFacts:
+    """Times by a monotonic clock in seconds, None for never."""
 
     started: float
     last_round: float | None
@@ -60,42 +60,48 @@ class Signs:
 
 
 class Health:
-    def __init__(self, signs: Callable[[], Signs], clock: Clock, interval: float) -> None:
-        self._signs = signs
+    def __init__(self, facts: Callable[[], HealthFacts], clock: Clock, interval: float) -> None:
+        self._facts = facts
         self._clock = clock
         self._interval = interval
 
     def answer(self, path: str) -> tuple[int, dict[str, object]]:
-        """HTTP status and body for a path, 404 for one that is none of ours."""
-        signs = self._signs()
+        """HTTP status and body for a path, 404 for an unknown one."""
+        facts = self._facts()
         now = self._clock.boottime()
-        rounds_at = 3 * self._interval + _ROUND_SLACK_S
-        looking = _within(now, signs.last_round if signs.last_round is not None else signs.started, rounds_at)
-        connected = _within(now, signs.last_ack, rounds_at)
-        heard = _within(
-            now, signs.last_ack if signs.last_ack is not None else signs.started, _UPLINK_GRACE_S + rounds_at
+        max_round_age_s = 3 * self._interval + _ROUND_SLACK_S
+        rounds_recent = _within(
+            now,
+            facts.last_round if facts.last_round is not None else facts.started,
+            max_round_age_s,
         )
-        match None if "//" in path else ROUTES.get(_plain(path)):
+        connected = _within(now, facts.last_ack, max_round_age_s)
+        reported_recently = _within(
+            now,
+            facts.last_ack if facts.last_ack is not None else facts.started,
+            _UPLINK_GRACE_S + max_round_age_s,
+        )
+        match None if "//" in path else ROUTES.get(_without_slash(path)):
             case "alive":
-                well = looking and heard
+                is_healthy = rounds_recent and reported_recently
             case "ready":
-                well = signs.last_round is not None and looking and connected
+                is_healthy = facts.last_round is not None and rounds_recent and connected
             case "startup":
-                well = signs.last_round is not None
+                is_healthy = facts.last_round is not None
             case _:
                 return 404, {"status": "not found"}
-        return (200 if well else 503), {
-            "status": "healthy" if well else "unhealthy",
-            "state": signs.state,
-            "last_round_seconds_ago": _ago(now, signs.last_round),
-            "last_report_seconds_ago": _ago(now, signs.last_ack),
-            "waiting_reports": signs.pending,
+        return (200 if is_healthy else 503), {
+            "status": "healthy" if is_healthy else "unhealthy",
+            "state": facts.state,
+            "last_round_seconds_ago": _ago(now, facts.last_round),
+            "last_report_seconds_ago": _ago(now, facts.last_ack),
+            "waiting_reports": facts.pending,
         }
 
     async def serve(self, host: str, port: int) -> asyncio.Server:
-        """Start to listen. Raises SettingError when the port is not to be had.
+        """Start to listen. Raises SettingError when that is not possible.
 
-        On loopback it answers to `localhost` and to addresses alone, else to whatever name the network calls it by.
+        On loopback the Host header must be `localhost` or an address; else any host name is accepted.
         """
         names = {"localhost"} if ip_address(host).is_loopback else None
         open_: OrderedDict[asyncio.StreamWriter, None] = OrderedDict()
@@ -110,17 +116,19 @@ class Health:
                 open_.pop(writer, None)
 
         try:
-            server = await asyncio.start_server(connected, host, port, limit=MAX_HEAD_BYTES, backlog=_ACCEPTED_PER_TURN)
+            server = await asyncio.start_server(
+                connected, host, port, limit=MAX_HEAD_BYTES, backlog=_ACCEPTED_PER_ITERATION
+            )
         except OSError as e:
-            # The loop's own text repeats the address.
+            # The event loop's own text would repeat the address.
             why = os.strerror(e.errno) if e.errno else str(e)
-            if e.errno in _NO_SUCH_ADDRESS:
+            if e.errno in _ADDRESS_ERRNOS:
                 raise SettingError("VPN_SENTINEL_HEALTH_HOST", f"cannot listen on {host}: {why}") from e
             raise SettingError("VPN_SENTINEL_HEALTH_PORT", f"cannot listen on {host} port {port}: {why}") from e
         for bound in server.sockets:
-            # asyncio takes as many in one turn as it lets wait; the same socket may be told of more (listen(2)).
-            with socket.fromfd(bound.fileno(), bound.family, bound.type) as same:
-                same.listen(_BACKLOG)
+            # asyncio accepts up to `backlog` connections in one iteration; listen(2) again lets the kernel queue more.
+            with socket.fromfd(bound.fileno(), bound.family, bound.type) as duplicate:
+                duplicate.listen(_BACKLOG)
         return server
 
     async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, names: set[str] | None) -> None:
@@ -142,16 +150,16 @@ class Health:
         hosts = [line.partition(":")[2].strip() for line in lines[1:] if line.lower().startswith("host:")]
         if names is not None and not all(is_host_of(host, names) for host in hosts):
             return _http(421, {"status": "this answers to localhost and to addresses"})
-        status, said = self.answer(target.partition("?")[0])
+        status, content = self.answer(target.partition("?")[0])
         if status != 404 and method == "OPTIONS":
             return _http(204, None, _ALLOW)
         if status != 404 and method not in ("GET", "HEAD"):
             return _http(405, {"status": "method not allowed"}, _ALLOW)
-        return _http(status, said, body=method != "HEAD")
+        return _http(status, content, body=method != "HEAD")
 
 
-def _plain(path: str) -> str:
-    """A path without the one slash that may stand at its end."""
+def _without_slash(path: str) -> str:
+    """A path without one trailing slash."""
     return path[:-1] if path.endswith("/") and path != "/" else path
 
 
@@ -164,13 +172,19 @@ def _ago(now: float, then: float | None) -> float | None:
 
 
 def _http(
-    status: int, said: Mapping[str, object] | None, more: Mapping[str, str] | None = None, *, body: bool = True
+    status: int,
+    content: Mapping[str, object] | None,
+    extra_fields: Mapping[str, str] | None = None,
+    *,
+    body: bool = True,
 ) -> bytes:
-    """An answer with `said` as JSON; None is no content. No other site's page may use it, not even as an image."""
-    text = b"" if said is None else json.dumps(said).encode()
+    """A response with `content` as JSON; None is no content. Pages of other origins cannot use it, not even as an
+    image.
+    """
+    text = b"" if content is None else json.dumps(content).encode()
     fields = {
-        **({} if said is None else {"Content-Type": "application/json", "Content-Length": str(len(text))}),
-        **(more or {}),
+        **({} if content is None else {"Content-Type": "application/json", "Content-Length": str(len(text))}),
+        **(extra_fields or {}),
         "Cache-Control": "no-store",
         "X-Content-Type-Options": "nosniff",
         "Cross-Origin-Resource-Policy": "same-origin",

@@ -1,4 +1,4 @@
-"""One round on this machine, judged here: what `check` does, without spool, server or memory."""
+"""One round on this machine, judged here, for `check`: without spool, server or memory."""
 
 import asyncio
 from dataclasses import dataclass, replace
@@ -27,27 +27,29 @@ from vpn_sentinel.domain.policy import Policy
 from vpn_sentinel.domain.verdict import Verdict
 from vpn_sentinel.runtime.clock import Clock
 
-LISTEN_S: Final = 1.0  # seconds that packets outside the tunnel are watched for, at least
+MIN_WATCH_S: Final = 1.0  # packets outside the tunnel are watched at least so long
 
 
 @dataclass(frozen=True, slots=True)
-class Looked:
+class CheckResult:
     seen: Observation
     verdict: Verdict
     survey: Survey
 
 
-async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, server: str | None = None) -> Looked:
-    """Look and judge. `server` is the address of a VPN Sentinel server that is asked as well. Raises SettingError."""
+async def check_once(
+    settings: ProbeSettings, policy: Policy, clock: Clock, *, server: str | None = None
+) -> CheckResult:
+    """Run one round and judge it. `server` is the URL of a VPN Sentinel server to ask as well. Raises SettingError."""
     names = HostResolver()
     http = http_client(settings, names)
     databases = open_databases(settings, clock)
     kernel = open_kernel()
     around = Surveyor(kernel, configured=settings.tunnel_interface, only=settings.meant_outside.only)
-    found = around.look()
-    AS_USER.switch_to(found.user)
+    survey = around.look()
+    AS_USER.switch_to(survey.user)
 
-    # Only WireGuard, which is asked of its device: what takes settings is the agent's.
+    # Only WireGuard, which is read from its device: other VPN programs need the agent's settings.
     witnesses = Witnesses(IntrospectSettings(), http, clock, on_change=lambda: None)
     watch = LeakWatch(
         tables=kernel,
@@ -60,7 +62,7 @@ async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, se
         wanted=settings.leak_watch,
     )
 
-    def whom(paths: Paths) -> CanaryPlan:
+    def plan(paths: Paths) -> CanaryPlan:
         usual = canary_plan(settings, http, (), paths)
         usual = replace(usual, may_leave=policy.allows_outside)
         if server is None:
@@ -72,35 +74,35 @@ async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, se
     deps = rounds.RoundDeps(
         kernel=kernel,
         survey=around.look,
-        plan=whom,
+        plan=plan,
         places=places,
         clock=clock,
         neighbors=lambda: () if AS_USER.refused else (dns.on_link(n.address, n.interface) for n in watch.neighbors),
-        # There is no round after this one that could hear a late answer, or that there is none.
+        # No later round can take a late answer, or find that there is none.
         system=SystemResolver(boottime=clock.boottime, patience=LOST_AFTER_S + 0.1),
         origins=Origins(clock, services=places.about, names=names),
         watch=watch,
-        came_out=around.learn_exits,
-        audit=RouteAudit(settings).look,
+        learn_egress=around.learn_exits,
+        audit=RouteAudit(settings).read,
     )
     try:
         started = clock.boottime()
-        await witnesses.look(found)  # before a packet is doubted: where the tunnel's own packets go
-        watch.look(found)
+        await witnesses.look(survey)  # finds the tunnel's endpoints before the first packet is judged
+        watch.update(survey)
         if watch.carrier.open:
             await watch.carrier.settle()
         async with asyncio.TaskGroup() as group:
-            # Packets that are in doubt wait for these, and not many can.
+            # Packets in doubt wait for these trials, and only few can wait.
             trying = [group.create_task(work.run()) for work in (watch.carrier, watch.others)]
-            seen = await rounds.look(deps, Trigger.START, policy)
+            seen = await rounds.observe(deps, Trigger.START, policy)
             if watch.on:
-                # A round may be over in milliseconds; programs behind the tunnel get a moment to show what they do.
-                await asyncio.sleep(max(0.0, started + LISTEN_S - clock.boottime()))
+                # A round may take milliseconds; programs that use the tunnel get some time to send packets.
+                await asyncio.sleep(max(0.0, started + MIN_WATCH_S - clock.boottime()))
             for task in trying:
                 task.cancel()
         if watch.on:
             await watch.settle()
-            paths = Paths(kernel, found)
+            paths = Paths(kernel, survey)
             seen = replace(seen, escapes=paths.known_of(watch.escapes(paths, seen.canaries)))
             seen = await with_neighbors(seen, deps, paths)
     finally:
@@ -108,14 +110,14 @@ async def look_once(settings: ProbeSettings, policy: Policy, clock: Clock, *, se
         databases.close()
         if kernel is not None:
             kernel.close()
-    return Looked(seen, judge(seen, learned_home(seen, policy)), found)
+    return CheckResult(seen, judge(seen, learned_home(seen, policy)), survey)
 
 
 async def with_neighbors(seen: Observation, deps: rounds.RoundDeps, paths: Paths) -> Observation:
-    """Nameservers of the LAN that programs asked since the round are asked as well."""
+    """Ask the nameservers of the LAN that programs have asked since the round as well."""
     asked = {s.nameserver for s in seen.resolvers}
     fresh = [n for n in dns.besides(deps.nameservers(), deps.neighbors()) if dns.plain(n.address) not in asked]
     if not fresh:
         return seen
-    found = (await dns.resolvers(paths, fresh)).sightings
-    return replace(seen, resolvers=(*seen.resolvers, *(s for s in found if s.answer is Answer.ANSWERED)))
+    survey = (await dns.resolvers(paths, fresh)).sightings
+    return replace(seen, resolvers=(*seen.resolvers, *(s for s in survey if s.answer is Answer.ANSWERED)))

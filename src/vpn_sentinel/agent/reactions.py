@@ -1,6 +1,6 @@
-"""What the agent does about what it sees: containment at once, remedies beside it, and an account of both.
+"""What the agent does about a verdict: containment at once, remedies in parallel, and a log of both for the server.
 
-`Reactions` is told of every round; what the leak watch saw leave comes by the queue.
+`Reactions` gets every round; packets that the leak watch saw come through the queue.
 """
 
 import asyncio
@@ -41,7 +41,7 @@ class ActionLog:
         self._clock = clock
         self._waiting: deque[tuple[float, Action]] = deque(maxlen=limits.MAX_PER_OBSERVATION)
 
-    def tell(self, name: str, outcome: Outcome, detail: str) -> None:
+    def add(self, name: str, outcome: Outcome, detail: str) -> None:
         short = " ".join(detail.split())[: limits.MAX_TEXT_LENGTH]
         self._waiting.append((self._clock.boottime(), Action(name=name, outcome=outcome, detail=short)))
 
@@ -53,7 +53,7 @@ class ActionLog:
 
 
 class ReactionQueue:
-    """What waits to be reacted to. Made before the leak watch, which puts escapes in, and before the reactions."""
+    """Verdicts that wait for a reaction. Made before the leak watch, which adds escapes, and before the reactions."""
 
     def __init__(self, mode: Mode, survey: Callable[[], Survey], policy: Policy) -> None:
         self._mode = mode
@@ -65,7 +65,7 @@ class ReactionQueue:
         self._waiting.put_nowait((seen, verdict))
 
     def escaped(self, escape: Escape) -> None:
-        """The leak watch saw a packet leave: judged alone and at once, without waiting for a round."""
+        """Take a packet that the leak watch saw leave: it is judged alone and at once, without waiting for a round."""
         if self._mode is Mode.OFF:
             return
         seen = Observation(trigger=Trigger.LEAK, link=self._survey().link(), escapes=(escape,))
@@ -78,7 +78,7 @@ class ReactionQueue:
 
 
 class Reactions:
-    """Off by default in every part; then `add_to` and `done` cost next to nothing."""
+    """All parts are off by default; then `add_to` and `done` cost almost nothing."""
 
     def __init__(
         self,
@@ -101,40 +101,40 @@ class Reactions:
             client_id,
             facts,
             ContainmentDeps(
-                ways=around.ways,
+                allowed=around.allowed,
                 path_of=around.path_of,
                 nft=Nftables(),
                 owner_of=owner_of,
                 take_lock=self._lock.take,
-                tell=self._history.tell,
+                on_action=self._history.add,
             ),
             clock,
         )
         self._remedies: Remedies | None = None
         if settings.wants_remedies:
-            from vpn_sentinel.agent.remedies.build import build_remedies  # a quarter of a megabyte
+            from vpn_sentinel.agent.remedies.build import build_remedies  # it takes a quarter of a megabyte
 
             self._remedies = build_remedies(
-                settings, around.policy, facts, http, clock, self._history.tell, client_id=client_id, control=control
+                settings, around.policy, facts, http, clock, self._history.add, client_id=client_id, control=control
             )
         self._queue = queue
 
     def add_to(self, seen: Observation) -> Observation:
-        """The same round, with what was done since the last one."""
+        """The observation with the actions since the last one."""
         contained = self._containment.contained if self._mode is Mode.ON else None
         return replace(seen, contained=contained, actions=self._history.take())
 
     def done(self, seen: Observation, verdict: Verdict) -> None:
-        """A round has been judged."""
+        """Take a round that was judged."""
         if self._mode is Mode.ON and verdict.state is State.PROTECTED:
-            with contextlib.suppress(OSError):  # told when it matters: when the rules are to be made
+            with contextlib.suppress(OSError):  # reported when the rules must be made
                 self._around.remember()
         self._queue.put(seen, verdict)
         if self._remedies is not None:
             self._remedies.saw(seen, verdict)
 
     async def run(self) -> None:
-        """Work until cancelled. The rules stay in the kernel when this ends."""
+        """Run until cancelled. The rules stay in the kernel afterwards."""
         async with asyncio.TaskGroup() as group:
             if self._remedies is not None:
                 group.create_task(self._remedies.run())

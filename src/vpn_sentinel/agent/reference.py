@@ -1,7 +1,7 @@
-"""The reference agent: runs beside the tunnels of a site, and tells how its home connection is and where it comes out.
+"""The reference agent: it runs outside the tunnels of a site, and reports the home connection and its public address.
 
-It asks what any program would, on the default route, and nothing else: no canary beside it, no nameserver, no
-geolocation service, no packet watched.
+It probes the default route, as any program would use it, and nothing else: no other route, no nameserver, no
+geolocation service, no packets.
 """
 
 import asyncio
@@ -9,7 +9,7 @@ import contextlib
 import logging
 from dataclasses import replace
 
-from vpn_sentinel.agent.base import Base, destination, health, routes, watch_network
+from vpn_sentinel.agent.base import Base, health, report_target, uplink_routes, watch_network
 from vpn_sentinel.agent.net.interfaces import Paths, Survey, survey
 from vpn_sentinel.agent.probes.canary import canaries
 from vpn_sentinel.agent.rounds.canary_plan import canary_plan
@@ -31,16 +31,16 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
     base = Base(settings, clock)
     kernel, triggers, echoes = base.kernel, base.triggers, base.echoes
 
-    def look_around() -> Survey:
-        # Without a physical interface no canary is sent beside a tunnel, should there be one.
+    def survey_now() -> Survey:
+        # Without outside interfaces no canary is sent past a tunnel, if there is one.
         return replace(survey(kernel), uplinks=(), beside=())
 
     uploader = Uploader(
-        destination(settings),
+        report_target(settings),
         base.spool,
         base.http,
         clock,
-        routes=routes(kernel, look_around),
+        routes=uplink_routes(kernel, survey_now),
         greeted=lambda event: echoes.greet(event.echo),
     )
     reports = Reporter(base.spool, uploader)
@@ -72,7 +72,7 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
         changed(Trigger.NETWORK)
 
     scheduler = Scheduler(
-        lambda trigger, _policy: _look(base, pulse, look_around(), trigger),
+        lambda trigger, _policy: _observe(base, pulse, survey_now(), trigger),
         done,
         triggers=triggers,
         state=base.rounds,
@@ -81,12 +81,12 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
         judge=lambda seen, _: judge_reference(seen),
         paused=paused,
     )
-    signs = health(base, uploader)
+    health_facts = health(base, uploader)
     async with contextlib.AsyncExitStack() as stack, asyncio.TaskGroup() as group:
         stack.callback(base.close)
         if kernel is not None:
-            watch_network(stack, network_changed, look_around())
-        server = await signs.serve(settings.health_host, settings.health_port)
+            watch_network(stack, network_changed, survey_now())
+        server = await health_facts.serve(settings.health_host, settings.health_port)
         stack.callback(server.close)
         log.info("reference agent started", extra={"client_id": settings.client_id, "site": settings.site})
         tasks = [group.create_task(work) for work in (scheduler.run(), pulse.run(), uploader.run())]
@@ -96,9 +96,9 @@ async def run(settings: AgentSettings, clock: Clock, stop: asyncio.Event) -> Non
     log.info("reference agent stopped")
 
 
-async def _look(base: Base, pulse: PulseSensor, around: Survey, trigger: Trigger) -> Observation:
-    """One round: the same questions as a tunnel's agent asks, on the default route alone."""
-    began, silent_for = base.clock.boottime(), pulse.silent_for()
+async def _observe(base: Base, pulse: PulseSensor, around: Survey, trigger: Trigger) -> Observation:
+    """Run one round: the canaries of a tunnel's agent, on the default route alone."""
+    started_at, silent_for = base.clock.boottime(), pulse.silent_for()
     paths = Paths(base.kernel, around)
     asked = replace(canary_plan(base.settings.probes, base.http, base.echoes.targets, paths), gateway=None)
     found = await canaries(asked, paths)
@@ -110,5 +110,5 @@ async def _look(base: Base, pulse: PulseSensor, around: Survey, trigger: Trigger
         quality=pulse.quality(None),
         pulses=pulse.works(),
         silent_for=0.0 if alive else silent_for,
-        took_ms=round((base.clock.boottime() - began) * 1000, 1),
+        took_ms=round((base.clock.boottime() - started_at) * 1000, 1),
     )

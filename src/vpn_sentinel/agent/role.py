@@ -1,4 +1,4 @@
-"""The roles of an agent: it watches a tunnel, or stands for the home connection beside the tunnels of its site."""
+"""The roles of an agent: it watches a tunnel, or the home connection outside the tunnels of its site."""
 
 from typing import Final
 
@@ -7,5 +7,5 @@ from vpn_sentinel.runtime.settings import Idle
 TUNNEL: Final = "tunnel"
 REFERENCE: Final = "reference"
 
-# For settings of what a reference agent does not do.
+# For settings that a reference agent does not use.
 NOT_FOR_REFERENCE: Final = Idle(beside="ROLE", spoils=lambda role: role.lower() == REFERENCE)

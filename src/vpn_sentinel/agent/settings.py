@@ -1,4 +1,4 @@
-"""The agent's settings: read once, checked whole, frozen."""
+"""The agent's settings: read once, all checked, frozen."""
 
 import re
 import socket
@@ -28,7 +28,7 @@ from vpn_sentinel.wire.settings import (
     read_policy,
 )
 
-# How an entry begins, in any case; names behind it keep theirs.
+# How an entry begins, in upper or lower case; the case of names after it is kept.
 GEO_FOLDER: Final = "geo"  # below DATA_DIR
 _MEANT_KEYWORDS: Final = re.compile(
     r"(?:^|;)\s*(?:published|port|only\s+user|user|interface)(?=\s)", re.IGNORECASE | re.MULTILINE
@@ -49,7 +49,7 @@ _GEO_SPELLINGS: Final = {
 
 
 def valid_name(hostname: str) -> str:
-    """The nearest valid tunnel name to a host's name."""
+    """The valid tunnel name that is nearest to a host name."""
     kept = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in hostname)[:64].lstrip("._-")
     return kept or "agent"
 
@@ -60,7 +60,7 @@ def _service(value: str) -> str:
 
 
 def _own_address(value: str) -> str:
-    """An address to listen on. A name is not looked up: who answers may be at the other end of the tunnel."""
+    """An address to listen on. A host name is not resolved: the resolver may be at the other end of the tunnel."""
     if value.lower() == "localhost":
         return "127.0.0.1"
     address = address_in(p.listening_host(value))
@@ -75,7 +75,7 @@ def _meant(value: str) -> Meant:
 
 
 def _interface(value: str) -> str:
-    if len(value.replace(",", " ").split()) > 1:  # legal to the kernel with a comma, and surely meant as a list
+    if len(value.replace(",", " ").split()) > 1:  # the kernel allows a comma in a name, but a list is meant
         msg = f"{value!r} is more than one name: an agent watches one tunnel, and another takes an agent of its own"
         raise ValueError(msg)
     # dev_valid_name() of net/core/dev.c: IFNAMSIZ is 16 bytes, the last of them a zero.
@@ -154,7 +154,7 @@ GEO_DB: Final = PLACES.add(
     read_by=("agent", "check", "geo"),
 )
 
-# All that an agent reads, `check` too.
+# All sections that an agent reads; `check` reads them, too.
 SECTIONS: Final = (AGENT, TUNNEL_SECTION, POLICY, WITNESSES, PLACES, REACTIONS, EVERYWHERE)
 
 
@@ -226,7 +226,7 @@ class ProbeSettings:
 
     @classmethod
     def read(cls, source: Source) -> "ProbeSettings":
-        """Raises SettingError naming the setting that cannot be used."""
+        """Raises SettingError that names the setting that cannot be used."""
         ca = source.get(CA_FILE)
         return fill(
             cls,
@@ -276,12 +276,12 @@ class AgentSettings:
 
     @classmethod
     def read(cls, source: Source, *, hostname: str | None = None) -> "AgentSettings":
-        """Raises SettingError naming the setting that cannot be used, or that is missing."""
+        """Raises SettingError that names the setting that cannot be used, or is missing."""
         urls = source.get(URL)
         if not urls:
             raise SettingError(URL.key, "is not set: the server's address, e.g. https://sentinel.example")
         api_path = source.get(API_PATH)
-        urls = tuple(url.removesuffix(api_path) for url in urls)  # as people copy it from the API's documents
+        urls = tuple(url.removesuffix(api_path) for url in urls)  # people copy it so from the API's documentation
         allow_insecure = source.get(ALLOW_INSECURE)
         for url in urls:
             if not allow_insecure and is_insecure(url):

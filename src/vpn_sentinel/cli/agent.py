@@ -4,7 +4,7 @@ import argparse
 from typing import Any
 
 from vpn_sentinel.cli.process import run_until_stopped
-from vpn_sentinel.cli.reading import add_config, source_of, warn_idle, warn_unknown
+from vpn_sentinel.cli.settings import add_config, source_of, warn_idle, warn_unknown
 from vpn_sentinel.runtime import logs
 from vpn_sentinel.runtime.clock import SystemClock
 

@@ -1,4 +1,4 @@
-"""`vpn-sentinel check`: one round on this machine, judged on the spot; its exit status is the answer."""
+"""`vpn-sentinel check`: one round on this machine, judged here; the exit status is the verdict."""
 
 import argparse
 import asyncio
@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from vpn_sentinel.cli.reading import add_config, source_of, warn_unknown
+from vpn_sentinel.cli.settings import add_config, source_of, warn_unknown
 from vpn_sentinel.cli.terminal import of_stdout
 from vpn_sentinel.domain.judge import agreed_country, packets_unseen
 from vpn_sentinel.domain.observation import Answer, Canary, Observation, Place, Probe
 from vpn_sentinel.domain.policy import IPAddress, Policy
-from vpn_sentinel.domain.routes import each_spoken
+from vpn_sentinel.domain.routes import all_described
 from vpn_sentinel.domain.verdict import Severity, State, Verdict
 from vpn_sentinel.runtime import logs
 from vpn_sentinel.runtime import parsers as read
@@ -21,15 +21,15 @@ from vpn_sentinel.runtime.clock import SystemClock
 from vpn_sentinel.runtime.settings import SettingError, from_toml
 
 if TYPE_CHECKING:
-    from vpn_sentinel.agent.once import Looked
+    from vpn_sentinel.agent.once import CheckResult
 
 T = TypeVar("T")
 USAGE: Final = 64  # EX_USAGE of sysexits(3)
 STATUS: Final = {State.PROTECTED: 0, State.DEGRADED: 1, State.LEAKING: 2, State.DOWN: 3, State.UNKNOWN: 4}
-_WATCH: Final = {
+_LEAK_WATCH_TEXT: Final = {
     True: "on",
-    False: "off, or not on each way out: see below",
-    None: "off: switched off, or nothing tells the tunnel's own packets",
+    False: "off, or not on every interface: see below",
+    None: "off: switched off, or the tunnel's own packets cannot be distinguished",
 }
 _COLOURS: Final = {
     State.PROTECTED: "green",
@@ -38,7 +38,7 @@ _COLOURS: Final = {
     State.DOWN: "red",
     State.UNKNOWN: "magenta",
 }
-# The mark, what stands for it where the output's encoding lacks it, and its style.
+# The mark, its ASCII replacement where the output's encoding lacks it, and its style.
 _MARKS: Final = {
     Severity.CRITICAL: ("✗", "x", "red"),
     Severity.WARNING: ("!", "!", "yellow"),
@@ -73,7 +73,7 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from vpn_sentinel.agent.once import look_once
+    from vpn_sentinel.agent.once import check_once
     from vpn_sentinel.agent.settings import ProbeSettings
 
     try:
@@ -83,32 +83,32 @@ def run(args: argparse.Namespace) -> int:
         server = _flag("--server", read.url, args.server) if args.server else None
         warn_unknown(source, "check")
         logs.open_log(quiet=True)
-        looked = asyncio.run(look_once(settings, policy, SystemClock(), server=server))
+        result = asyncio.run(check_once(settings, policy, SystemClock(), server=server))
     except SettingError as e:
         print(f"vpn-sentinel: {e}", file=sys.stderr)
         return USAGE
     if args.json:
-        print(json.dumps(as_plain(looked.seen, looked.verdict)))
+        print(json.dumps(as_json(result.seen, result.verdict)))
     else:
-        show(looked)
-    return STATUS[looked.verdict.state]
+        show(result)
+    return STATUS[result.verdict.state]
 
 
-# --- what may come in ---
+# --- input ---
 
 
 def _policy(base: Policy, args: argparse.Namespace) -> Policy:
-    """The settings' policy, with what the file and the flags add to it. Raises SettingError."""
-    said = _policy_file(args.policy) if args.policy else {}
+    """The policy of the settings, with the additions of file and flags. Raises SettingError."""
+    values = _policy_file(args.policy) if args.policy else {}
     lists = {
         "home_networks": _flag("--home", read.home_networks, ",".join(args.home or ())),
         "expected_countries": _flag("--country", read.countries, ",".join(args.country or ())),
     }
     in_file = {
-        "home_networks": _flag("home_networks", read.home_networks, said.get("home_networks", "")),
-        "expected_countries": _flag("expected_countries", read.countries, said.get("expected_countries", "")),
-        "allowed_resolvers": _flag("allowed_resolvers", read.networks, said.get("allowed_resolvers", "")),
-        "allowed_outside": _flag("allowed_outside", read.networks, said.get("allowed_outside", "")),
+        "home_networks": _flag("home_networks", read.home_networks, values.get("home_networks", "")),
+        "expected_countries": _flag("expected_countries", read.countries, values.get("expected_countries", "")),
+        "allowed_resolvers": _flag("allowed_resolvers", read.networks, values.get("allowed_resolvers", "")),
+        "allowed_outside": _flag("allowed_outside", read.networks, values.get("allowed_outside", "")),
     }
     both: dict[str, Any] = {
         name: tuple(dict.fromkeys((*getattr(base, name), *more, *lists.get(name, ()))))
@@ -118,12 +118,12 @@ def _policy(base: Policy, args: argparse.Namespace) -> Policy:
 
 
 def _policy_file(path: str) -> dict[str, str]:
-    said = from_toml(path, f"--policy {path}")
+    values = from_toml(path, f"--policy {path}")
     allowed = {"home_networks", "expected_countries", "allowed_resolvers", "allowed_outside"}
-    if unknown := sorted(said.keys() - allowed):
+    if unknown := sorted(values.keys() - allowed):
         raise SettingError(f"--policy {path}", f"{unknown[0]!r} is not one of {', '.join(sorted(allowed))}")
     found = {}
-    for name, value in said.items():
+    for name, value in values.items():
         items: list[Any] = value if isinstance(value, list) else [value]
         if not all(isinstance(item, str) for item in items):
             raise SettingError(f"--policy {path}", f"{name} takes a list of texts")
@@ -138,11 +138,11 @@ def _flag(name: str, parse: Callable[[str], T], value: str) -> T:
         raise SettingError(name, str(e)) from e
 
 
-# --- what goes out ---
+# --- output ---
 
 
-def as_plain(seen: Observation, verdict: Verdict) -> dict[str, Any]:
-    """The object that `--json` prints; its shape is promised to outsiders."""
+def as_json(seen: Observation, verdict: Verdict) -> dict[str, Any]:
+    """The object that `--json` prints; its form is a documented contract."""
     link = seen.link
     return {
         "state": verdict.state.value,
@@ -200,7 +200,7 @@ def as_plain(seen: Observation, verdict: Verdict) -> dict[str, Any]:
 def _exit(seen: Observation) -> dict[str, Any]:
     places = seen.places_of(seen.exit(4)) or seen.places_of(seen.exit(6))
     country = agreed_country(places)
-    # City and network are taken from those who are right about the country.
+    # City and region come from sources that name the agreed country.
     trusted = tuple(p for p in places if p.country in (country, None)) if country else ()
     return {
         "ipv4": str(seen.exit(4)) if seen.exit(4) else None,
@@ -223,9 +223,9 @@ def _egresses(seen: Observation) -> list[IPAddress]:
     return list(dict.fromkeys((*(s.egress for s in seen.resolvers if s.egress), *used)))
 
 
-def unseen(looked: "Looked") -> list[str]:
-    """What could not be looked at, and why: nobody should take silence for an all-clear."""
-    seen, survey = looked.seen, looked.survey
+def unseen(result: "CheckResult") -> list[str]:
+    """What could not be checked, and why, so that nobody takes a missing finding for a good result."""
+    seen, survey = result.seen, result.survey
     found = []
     if seen.interfaces is None:
         found.append("Interfaces and routes: the kernel's netlink is not available here.")
@@ -234,14 +234,14 @@ def unseen(looked: "Looked") -> list[str]:
         if survey.physical is None:
             found.append("The kill switch: no other network interface is in use here.")
         elif all(c.answer is Answer.UNKNOWN for c in beside):
-            ways = ", ".join(i.name for i in survey.uplinks)
+            uplinks = ", ".join(i.name for i in survey.uplinks)
             found.append(
-                f"The kill switch: nothing could be asked by {ways}: there is no route, or it is not permitted."
+                f"The kill switch: nothing could be asked by {uplinks}: there is no route, or it is not permitted."
             )
     if seen.leak_watch is False:
         found.append(packets_unseen(seen.watch_refused))
     if not seen.resolvers:
-        urgent = looked.verdict.state in (State.LEAKING, State.DOWN)
+        urgent = result.verdict.state in (State.LEAKING, State.DOWN)
         why = "not asked, as the traffic itself already shows the trouble" if urgent else "/etc/resolv.conf names none"
         if seen.refused_user is not None:
             why = f"not asked, as that is not permitted in the place of user {seen.refused_user}"
@@ -252,21 +252,21 @@ def unseen(looked: "Looked") -> list[str]:
     return found
 
 
-def show(looked: "Looked") -> None:
+def show(result: "CheckResult") -> None:
     """Print for people."""
     terminal = of_stdout()
-    seen, verdict = looked.seen, looked.verdict
-    arrow = terminal.either("→", "->")
+    seen, verdict = result.seen, result.verdict
+    arrow = terminal.printable_or("→", "->")
     terminal.line(verdict.state.upper(), _COLOURS[verdict.state])
     terminal.table(_facts(seen))
     for finding in verdict.findings:
         mark, plain, style = _MARKS[finding.severity]
-        lead = f"{terminal.either(mark, plain)} {finding.code.value}"
+        lead = f"{terminal.printable_or(mark, plain)} {finding.code.value}"
         terminal.line(finding.message, lead=((lead, style), ("  ", "")), indent=4)
         for key, value in finding.evidence.items():
             terminal.line(f"{key}: {value}", "dim", lead=(("    ", ""),), indent=6)
         terminal.command(f"{arrow} {finding.advice}", indent=4)
-    if missing := unseen(looked):
+    if missing := unseen(result):
         terminal.line("Not looked at:", "dim")
         for line in missing:
             terminal.line(line, "dim", lead=(("  ", ""),), indent=4)
@@ -285,19 +285,19 @@ def _facts(seen: Observation) -> list[tuple[str, str]]:
         rows.append(("tunnel", "nothing shows that a VPN carries the traffic"))
     if seen.uplinks:
         rows.append(("beside it", ", ".join(seen.uplinks)))
-    rows += [("routes", words) for words in each_spoken(seen.routed or (), seen.link.name if seen.link else None)]
+    rows += [("routes", words) for words in all_described(seen.routed or (), seen.link.name if seen.link else None)]
     for egress in _egresses(seen):
         org = _first(seen.places_of(egress), "org")
         rows.append(("resolver", f"{egress}{f' ({org})' if org else ''}"))
-    if (told := seen.system_lookup) is not None:
-        rows.append(("names", f"getaddrinfo: {told.answer}{f' ({told.error})' if told.error else ''}"))
+    if (lookup := seen.system_lookup) is not None:
+        rows.append(("names", f"getaddrinfo: {lookup.answer}{f' ({lookup.error})' if lookup.error else ''}"))
     if seen.link is not None:
-        rows.append(("leak watch", _WATCH[seen.leak_watch]))
+        rows.append(("leak watch", _LEAK_WATCH_TEXT[seen.leak_watch]))
     rows.append(("asked", ", ".join(_asked(c) for c in seen.asked(Probe.DEFAULT)) or "nobody"))
     rows.append(("took", f"{seen.took_ms / 1000:.1f} s"))
     return rows
 
 
 def _asked(canary: Canary) -> str:
-    told = canary.answer if canary.address or canary.answer is not Answer.ANSWERED else "answered, without an address"
-    return f"{canary.target} over IPv{canary.family}: {told}"
+    lookup = canary.answer if canary.address or canary.answer is not Answer.ANSWERED else "answered, without an address"
+    return f"{canary.target} over IPv{canary.family}: {lookup}"

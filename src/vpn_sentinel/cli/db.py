@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vpn_sentinel.cli.reading import server_settings
-from vpn_sentinel.cli.storing import add_database, with_store
+from vpn_sentinel.cli.database import add_database, with_store
+from vpn_sentinel.cli.settings import server_settings
 from vpn_sentinel.runtime.clock import SystemClock
 from vpn_sentinel.runtime.user_error import UserError
 
@@ -101,7 +101,7 @@ def _restore(args: argparse.Namespace) -> int:
 
 
 def _places(settings: "ServerSettings") -> tuple[Path, Path]:
-    """The database's file, and the folder of its copies. Raises UserError for PostgreSQL."""
+    """The database's file, and the folder of backups. Raises UserError for PostgreSQL."""
     if settings.database_file is None or settings.backup_folder is None:
         raise UserError("backups of a PostgreSQL database are made and put back by its own tools (pg_dump, pg_restore)")
     return settings.database_file, settings.backup_folder

@@ -1,4 +1,4 @@
-"""`vpn-sentinel doctor`: what can and cannot be seen from here, what that means, and how to mend it."""
+"""`vpn-sentinel doctor`: what can and cannot be seen from here, what that means, and how to repair it."""
 
 import argparse
 import asyncio
@@ -7,7 +7,7 @@ import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-from vpn_sentinel.cli.reading import add_config, source_of, unknown
+from vpn_sentinel.cli.settings import add_config, source_of, unknown
 from vpn_sentinel.cli.terminal import of_stdout
 from vpn_sentinel.domain.counted import counted
 from vpn_sentinel.runtime.clock import SystemClock
@@ -16,7 +16,7 @@ from vpn_sentinel.runtime.settings import SettingError, Source, environment
 if TYPE_CHECKING:
     from vpn_sentinel.agent.doctor.check import Check
 
-# The mark, what stands for it where the output's encoding lacks it, and its style.
+# The mark, its ASCII replacement where the output's encoding lacks it, and its style.
 _STYLES: Final = {"ok": ("✓", "+", "green"), "gap": ("✗", "x", "bold red"), "unknown": ("?", "?", "yellow")}
 _MARGIN_COLUMNS: Final = 4  # the mark and a space before a check's name, two spaces after it
 
@@ -47,20 +47,20 @@ def run(args: argparse.Namespace) -> int:
     troubles: tuple[str, ...] = ()
     try:
         source = source_of(args)
-    except SettingError as e:  # the file as a whole; the rest can still be looked at
+    except SettingError as e:  # the file as a whole; the rest can still be checked
         source, troubles = Source(env=environment()), (str(e),)
     read = read_all(source)
     read = replace(read, troubles=(*troubles, *read.troubles, *unknown(source, "agent", "geo")))
-    logging.getLogger().addHandler(logging.NullHandler())  # what would be logged has a line of its own here
+    logging.getLogger().addHandler(logging.NullHandler())  # what would be logged has its own line in the output
     found = asyncio.run(examine(read, SystemClock()))
     if args.json:
-        print(json.dumps({"checks": [as_plain(check) for check in found]}))
+        print(json.dumps({"checks": [as_json(check) for check in found]}))
     else:
         show(found)
     return 1 if any(check.state is CheckState.GAP for check in found) else 0
 
 
-def as_plain(check: "Check") -> dict[str, str]:
+def as_json(check: "Check") -> dict[str, str]:
     return {
         "name": check.name,
         "state": check.state.value,
@@ -73,12 +73,12 @@ def as_plain(check: "Check") -> dict[str, str]:
 def show(found: Sequence["Check"]) -> None:
     """Print for people: aligned, coloured on a terminal."""
     terminal = of_stdout()
-    arrow = terminal.either("→", "->")
+    arrow = terminal.printable_or("→", "->")
     width = max(len(check.name) for check in found)
     indent = width + _MARGIN_COLUMNS
     for check in found:
         mark, plain, style = _STYLES[check.state]
-        lead = ((f"{terminal.either(mark, plain)} ", style), (f"{check.name.ljust(width)}  ", "dim"))
+        lead = ((f"{terminal.printable_or(mark, plain)} ", style), (f"{check.name.ljust(width)}  ", "dim"))
         terminal.line(check.found, lead=lead, indent=indent)
         if check.means:
             terminal.line(_sentence(check.means), "dim", lead=((" " * indent, ""),))

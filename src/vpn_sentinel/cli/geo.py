@@ -1,4 +1,4 @@
-"""`vpn-sentinel geo`: the offline databases that tell where an address is."""
+"""`vpn-sentinel geo`: the offline geolocation databases."""
 
 import argparse
 import json
@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vpn_sentinel.cli.reading import add_config, source_of, warn_idle, warn_unknown
-from vpn_sentinel.cli.showing import local_time, printable, table
+from vpn_sentinel.cli.output import local_time, printable, table
+from vpn_sentinel.cli.settings import add_config, source_of, warn_idle, warn_unknown
 from vpn_sentinel.domain.counted import counted
 from vpn_sentinel.runtime.clock import SystemClock
 from vpn_sentinel.runtime.settings import PREFIX, SettingError
@@ -114,7 +114,7 @@ def _vendor(settings: "GeoSettings", args: argparse.Namespace) -> "Vendor":
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """One file as it is shown. Times are seconds since 1970; `state` is "whole", "damaged" or "missing"."""
+    """One row of `geo show`. Times are seconds since the epoch; `state` is "whole", "damaged" or "missing"."""
 
     source: str
     type: str
@@ -136,9 +136,9 @@ def run_show(args: argparse.Namespace) -> int:
     manifest = read_manifest(settings.folder)
     credits_ = [c.credit for c in manifest.collections if c.credit] if manifest else []
     if args.json:
-        said = [{field: getattr(row, field) for field in _Row.__slots__} for row in rows]
+        shown = [{field: getattr(row, field) for field in _Row.__slots__} for row in rows]
         print(
-            json.dumps({"folder": str(settings.folder), "files": said, "credit": credits_, "instead": settings.files})
+            json.dumps({"folder": str(settings.folder), "files": shown, "credit": credits_, "instead": settings.files})
         )
         return 0
     if settings.files:

@@ -1,4 +1,4 @@
-"""`vpn-sentinel`: finds the command and runs it. Each command's module is imported only when it is asked for."""
+"""`vpn-sentinel`: find the command and run it. A command's module is imported only when the command is used."""
 
 import argparse
 import contextlib
@@ -15,8 +15,8 @@ from vpn_sentinel import __version__
 from vpn_sentinel.runtime.user_error import UserError
 
 USAGE: Final = 64  # EX_USAGE of sysexits(3)
-FAILED: Final = 1
-_FILES: Final = 32
+FAILURE: Final = 1
+_MIN_OPEN_FILES: Final = 32
 
 # Command -> what it is for, its module under `cli`.
 COMMANDS: Final = {
@@ -39,39 +39,42 @@ class _Parser(argparse.ArgumentParser):
         self.exit(USAGE, f"{self.prog}: {message}\n")
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit status: 64 for a call that makes no sense, 1 for a failure."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status: 64 for wrong usage, 1 for a failure."""
     _open_closed_streams()
-    _print_what_can_be_printed()
+    _replace_unprintable()
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if 0 <= files < _FILES:  # found out later it would be a traceback, or be blamed on what did not fit any more
-        print(f"vpn-sentinel: only {files} open files are allowed (ulimit -n), {_FILES} are needed", file=sys.stderr)
-        return FAILED
+    if 0 <= files < _MIN_OPEN_FILES:  # else it fails later with a traceback or a misleading error
+        print(
+            f"vpn-sentinel: only {files} open files are allowed (ulimit -n), {_MIN_OPEN_FILES} are needed",
+            file=sys.stderr,
+        )
+        return FAILURE
     try:
-        status = _main(list(sys.argv[1:] if words is None else words))
+        status = _main(list(sys.argv[1:] if arguments is None else arguments))
         sys.stdout.flush()
     except KeyboardInterrupt:
         return 130  # as a shell reports SIGINT
     except BrokenPipeError:
         _drop_output()
-        return 141  # and SIGPIPE
+        return 141  # as a shell reports SIGPIPE
     except (OSError, MemoryError, RuntimeError, ExceptionGroup) as e:
-        lacking = _lacking(e)
+        lacking = _shortage_of(e)
         if not lacking:
             raise
         print(f"vpn-sentinel: {lacking}", file=sys.stderr)
         _drop_output()
-        return FAILED
+        return FAILURE
     return status
 
 
-def _lacking(error: BaseException) -> str:
-    """What this machine or its limits do not give, in a line; "" for any other error."""
+def _shortage_of(error: BaseException) -> str:
+    """The resource that this machine or its limits lack, in one line; "" for any other error."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     number = error.errno if isinstance(error, OSError) else None
     if number == errno.ENOSPC:
-        # Where output goes to a file, or whatever else could not be written to the end.
+        # Where output goes to a file, or another file could not be written completely.
         return f"{getattr(error, 'filename', None) or 'what is printed or kept'}: {os.strerror(errno.ENOSPC)}"
     if number in (errno.EMFILE, errno.ENFILE):
         return f"too many open files: {resource.getrlimit(resource.RLIMIT_NOFILE)[0]} are allowed (ulimit -n)"
@@ -82,33 +85,33 @@ def _lacking(error: BaseException) -> str:
     return ""
 
 
-def _main(words: list[str]) -> int:
+def _main(arguments: list[str]) -> int:
     parser = _Parser(prog="vpn-sentinel", description="Watches VPN tunnels and notifies you when one leaks or fails.")
     parser.add_argument("--version", action="version", version=f"vpn-sentinel {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    wanted = next((w for w in words if not w.startswith("-")), None)
+    wanted = next((w for w in arguments if not w.startswith("-")), None)
     for name, (purpose, module) in COMMANDS.items():
         if name == wanted:
             import_module(f"vpn_sentinel.cli.{module}").add(commands)
         else:
             commands.add_parser(name, help=purpose, add_help=False)
-    args = parser.parse_args(words)
+    args = parser.parse_args(arguments)
     try:
         return int(args.func(args))
     except ModuleNotFoundError as e:
         if e.name is None or e.name.startswith("vpn_sentinel"):
             raise
         print(f"vpn-sentinel: {args.command} needs the server's packages ({e.name} is missing)", file=sys.stderr)
-        return FAILED
+        return FAILURE
     except UserError as e:
         print(f"vpn-sentinel: {e}", file=sys.stderr)
-        return FAILED
+        return FAILURE
 
 
 def _open_closed_streams() -> None:
-    """Open what is closed of standard input, output and error (`<&-`, some supervisors).
+    """Open standard input, output and error where they are closed (`<&-`, some supervisors).
 
-    The next file or socket would take the number, and lines for people would be written into it (POSIX, open()).
+    Else the next file or socket would get the number, and output for people would be written into it (POSIX, open()).
     """
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
@@ -119,16 +122,16 @@ def _open_closed_streams() -> None:
             setattr(sys, name, os.fdopen(number, mode, encoding="utf-8", closefd=False))
 
 
-def _print_what_can_be_printed() -> None:
-    """Put a "?" for what the output's encoding lacks: its error would look like the exit status of a verdict."""
+def _replace_unprintable() -> None:
+    """Print "?" for what the output's encoding lacks: the error's exit status would look like a verdict's."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
 
 
 def _drop_output() -> None:
-    """Send what is still in the buffer nowhere, so that the interpreter's end does not fail on it again."""
+    """Discard the output buffer, so that the interpreter does not fail on it again at its end."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    with contextlib.suppress(OSError):  # no descriptor: an output of somebody's who calls `main`
+    with contextlib.suppress(OSError):  # no descriptor: a caller of `main` replaced standard output
         os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
 

@@ -5,14 +5,14 @@ import asyncio
 import sys
 from typing import TYPE_CHECKING, Any, Final
 
-from vpn_sentinel.cli.reading import add_config, server_settings
+from vpn_sentinel.cli.settings import add_config, server_settings
 from vpn_sentinel.domain.notice import Kind, Notice
 from vpn_sentinel.runtime.clock import SystemClock
 
 if TYPE_CHECKING:
     from vpn_sentinel.server.settings import ServerSettings
 
-# Channel -> why it may not be there.
+# Channel -> why it may be missing.
 CHANNELS: Final = {
     "telegram": "is not set up, or turned off: set TELEGRAM_BOT_TOKEN and TELEGRAM_CHAT_ID",
     "webhook": "is not set up: set VPN_SENTINEL_WEBHOOK_URL",

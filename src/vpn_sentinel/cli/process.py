@@ -1,4 +1,4 @@
-"""Running a long-lived command: signals, event loop, exit status."""
+"""Run a long-lived command: signals, event loop, exit status."""
 
 import asyncio
 import contextlib
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Awaitable, Callable, Sequence
 
 from vpn_sentinel.runtime.clock import SystemClock
-from vpn_sentinel.runtime.shortage import Untaken
+from vpn_sentinel.runtime.shortage import AcceptFailures
 from vpn_sentinel.runtime.user_error import UserError
 
 
@@ -28,7 +28,7 @@ def run_until_stopped(work: Callable[[asyncio.Event], Awaitable[None]], *, fast:
             runner.run(_supervised(work))
         except* UserError as group:
             failure = first(group.exceptions)
-        # Not from within: Python before 3.11.4 wraps in a group again what an `except*` raises.
+        # Not within the block: Python before 3.11.4 wraps what an `except*` raises in a group again.
         if failure is not None:
             raise failure from None
     return 0
@@ -37,22 +37,22 @@ def run_until_stopped(work: Callable[[asyncio.Event], Awaitable[None]], *, fast:
 async def _supervised(work: Callable[[asyncio.Event], Awaitable[None]]) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    # Else a trace for each connection that cannot be taken.
-    loop.set_exception_handler(Untaken(SystemClock().boottime).handle)
+    # Else there is a traceback for each connection that cannot be accepted.
+    loop.set_exception_handler(AcceptFailures(SystemClock().boottime).handle)
     _take_signals(loop, stop)
     await work(stop)
 
 
 def _take_signals(loop: asyncio.AbstractEventLoop, stop: asyncio.Event) -> None:
-    """Undo what a parent left that would keep the program from ending, or from learning how a child ended."""
+    """Undo inherited signal settings that would prevent the end of the program, or the exit status of a child."""
     stopping = {signal.SIGTERM}
-    # A shell has what it starts with `&` ignore SIGINT: that Ctrl-C is meant for what is in front of it.
+    # A shell makes processes that it starts with `&` ignore SIGINT: Ctrl-C is for the foreground process.
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         stopping.add(signal.SIGINT)
     for number in stopping:
         loop.add_signal_handler(number, stop.set)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, stopping)
-    if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:  # the kernel would keep no child's status
+    if signal.getsignal(signal.SIGCHLD) is signal.SIG_IGN:  # else the kernel keeps no exit status of a child
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 

@@ -1,4 +1,4 @@
-"""`vpn-sentinel release`: open what an agent's containment closed in this network namespace."""
+"""`vpn-sentinel release`: remove an agent's containment from this network namespace."""
 
 import argparse
 import asyncio
@@ -15,25 +15,25 @@ def add(commands: Any) -> None:
 
 def run(_: argparse.Namespace) -> int:
     """Raises UserError when the rules cannot be seen or removed."""
-    from vpn_sentinel.agent.containment.containment import why_not
+    from vpn_sentinel.agent.containment.containment import failure_reason
     from vpn_sentinel.agent.containment.instance_lock import SingleInstanceLock
     from vpn_sentinel.agent.containment.nft import Nftables
     from vpn_sentinel.agent.containment.rules import TABLE, removal
     from vpn_sentinel.agent.containment.table import owner_of
 
-    seat = SingleInstanceLock()
+    lock = SingleInstanceLock()
     try:
         owner = owner_of(TABLE)
         if owner is None:
             report("Nothing is closed here.")
             return 0
-        # Nobody needs to be told when no agent runs: whoever starts finds no rules.
-        alone = seat.take() and seat.bound
-        asyncio.run(Nftables()(removal(leave_word=None if alone else owner)))
+        # Without a running agent no marker is needed: the next start finds no rules.
+        alone = lock.take() and lock.bound
+        asyncio.run(Nftables()(removal(released_owner=None if alone else owner)))
     except OSError as e:
-        raise UserError(f"the containment could not be removed: {why_not(e)}") from e
+        raise UserError(f"the containment could not be removed: {failure_reason(e)}") from e
     finally:
-        seat.leave()
+        lock.leave()
     name = owner.rpartition("/")[0] or "an agent without a name"
     after = "No agent runs here." if alone else "The agent that runs here closes again only on a new leak."
     report(f"Open: the rules of {name} are removed. {after}")

@@ -4,9 +4,9 @@ import argparse
 import asyncio
 from typing import Any
 
+from vpn_sentinel.cli.database import setting_named
 from vpn_sentinel.cli.process import report, run_until_stopped
-from vpn_sentinel.cli.reading import add_config, server_settings, warn_idle
-from vpn_sentinel.cli.storing import naming_the_setting
+from vpn_sentinel.cli.settings import add_config, server_settings, warn_idle
 from vpn_sentinel.runtime import logs
 from vpn_sentinel.runtime.clock import SystemClock
 
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     logs.open_log(debug=settings.debug, file=settings.log_file)
 
     async def work(stop: asyncio.Event) -> None:
-        with naming_the_setting(settings):
+        with setting_named(settings):
             await serve(settings, SystemClock(), stop, report)
 
     return run_until_stopped(work, fast=True)

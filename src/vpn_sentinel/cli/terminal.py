@@ -1,4 +1,4 @@
-"""Lines for people: coloured and wrapped by words on a terminal, bare and whole anywhere else."""
+"""Lines for people: coloured and wrapped by words on a terminal, plain and unwrapped anywhere else."""
 
 import shutil
 import sys
@@ -7,13 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, TextIO
 
-from vpn_sentinel.cli.showing import printable
+from vpn_sentinel.cli.output import printable
 from vpn_sentinel.runtime.settings import environment
 
 # SGR parameters of ECMA-48.
 _COLOURS: Final = {"red": "31", "green": "32", "yellow": "33", "magenta": "35"}
 _STYLES: Final = {"bold": "1", "dim": "2", **_COLOURS}
-_NARROWEST_COLUMNS: Final = 24  # a text column narrower than that is hard to read: the text begins further left then
+_MIN_TEXT_COLUMNS: Final = 24  # a narrower text column is hard to read: the text is indented less then
 _SMALL_INDENT: Final = 4
 
 
@@ -30,12 +30,12 @@ class Terminal:
     encoding: str = "utf-8"
 
     def line(self, text: str = "", style: str = "", *, lead: Sequence[tuple[str, str]] = (), indent: int = 0) -> None:
-        """Print what leads, as (text, style), then `text`; where it goes on in further lines, `indent` columns in.
+        """Print `lead`, as (text, style), then `text`, whose further lines are indented by `indent` columns.
 
-        Control characters print as escapes: a terminal would obey them.
+        Control characters are printed as escapes, since a terminal would obey them.
         """
         begins = sum(_columns(printable(word)) for word, _ in lead)
-        rest = self._fitting(indent or begins)
+        rest = self._fitting_indent(indent or begins)
         first, *more = self._wrapped(printable(text), begins, rest)
         print("".join(self._styled(printable(word), how) for word, how in lead) + self._styled(first, style))
         for part in more:
@@ -44,9 +44,9 @@ class Terminal:
     def command(self, text: str, *, indent: int) -> None:
         """Print a line that may hold a command to copy.
 
-        It is wrapped by words, but by spaces up to the terminal's edge: a line break would run half of what is pasted.
+        It is wrapped by spaces up to the terminal's edge, not by line breaks, which would run half of a pasted command.
         """
-        rest = self._fitting(indent)
+        rest = self._fitting_indent(indent)
         first, *more = self._wrapped(printable(text), indent, rest)
         line = " " * indent + first
         for part in more:
@@ -54,12 +54,12 @@ class Terminal:
         print(line)
 
     def table(self, rows: Sequence[tuple[str, str]]) -> None:
-        """Print names and values, the values below one another."""
+        """Print names and values in two columns."""
         width = max((len(name) for name, _ in rows), default=0)
         for name, value in rows:
             self.line(value, lead=((name.ljust(width + 2), "dim"),))
 
-    def either(self, mark: str, plain: str) -> str:
+    def printable_or(self, mark: str, plain: str) -> str:
         """`mark`, or `plain` where the output's encoding lacks it."""
         try:
             mark.encode(self.encoding)
@@ -71,8 +71,8 @@ class Terminal:
         codes = ";".join(self.styles[word] for word in style.split() if word in self.styles)
         return f"\x1b[{codes}m{text}\x1b[0m" if codes and text else text
 
-    def _fitting(self, indent: int) -> int:
-        narrow = self.columns is not None and self.columns - indent < _NARROWEST_COLUMNS
+    def _fitting_indent(self, indent: int) -> int:
+        narrow = self.columns is not None and self.columns - indent < _MIN_TEXT_COLUMNS
         return min(indent, _SMALL_INDENT) if narrow else indent
 
     def _wrapped(self, text: str, begins: int, rest: int) -> Iterator[str]:
@@ -92,12 +92,12 @@ class Terminal:
 
 
 def of_stdout() -> Terminal:
-    """What standard output is, by the environment's word too: NO_COLOR, FORCE_COLOR, TERM, COLUMNS."""
+    """The properties of standard output, also by the environment: NO_COLOR, FORCE_COLOR, TERM, COLUMNS."""
     return of_stream(sys.stdout, environment())
 
 
 def of_stream(stream: TextIO, env: Mapping[str, str]) -> Terminal:
-    """NO_COLOR (no-color.org) leaves bold and dim, TERM=dumb nothing; FORCE_COLOR colours a pipe too."""
+    """NO_COLOR (no-color.org) keeps bold and dim, TERM=dumb no style; FORCE_COLOR colours a pipe, too."""
     shown = stream.isatty()
     styles = _STYLES if (shown and env.get("TERM", "dumb") not in ("", "dumb")) or env.get("FORCE_COLOR") else {}
     if env.get("NO_COLOR"):
@@ -107,7 +107,7 @@ def of_stream(stream: TextIO, env: Mapping[str, str]) -> Terminal:
 
 
 def _columns(text: str) -> int:
-    """How many columns a terminal takes for `text`: two for a wide character (UAX 11), none for a combining one."""
+    """The columns of `text` on a terminal: two for a wide character (UAX 11), none for a combining one."""
     if text.isascii():
         return len(text)
     return sum(_columns_of(character) for character in text)

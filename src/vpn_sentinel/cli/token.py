@@ -5,8 +5,8 @@ import json
 import sys
 from typing import Any
 
-from vpn_sentinel.cli.showing import local_time, table
-from vpn_sentinel.cli.storing import add_database, with_store
+from vpn_sentinel.cli.database import add_database, with_store
+from vpn_sentinel.cli.output import local_time, table
 from vpn_sentinel.domain.tunnel import tunnel_name
 from vpn_sentinel.runtime.clock import SystemClock
 

@@ -1,11 +1,11 @@
-"""`vpn-sentinel tunnel list|show`. As JSON they print what the API answers at `/tunnels` and `/tunnels/{name}`."""
+"""`vpn-sentinel tunnel list|show`. As JSON they print the API's responses at `/tunnels` and `/tunnels/{name}`."""
 
 import argparse
 import sys
 from typing import Any, Final
 
-from vpn_sentinel.cli.showing import local_time, printable, table
-from vpn_sentinel.cli.storing import add_database, with_store
+from vpn_sentinel.cli.database import add_database, with_store
+from vpn_sentinel.cli.output import local_time, printable, table
 
 _MAX_TRANSITIONS: Final = 20
 

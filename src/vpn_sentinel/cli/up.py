@@ -7,9 +7,9 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vpn_sentinel.cli.database import setting_named
 from vpn_sentinel.cli.process import report, run_until_stopped
-from vpn_sentinel.cli.reading import add_config, source_of, warn_idle, warn_unknown
-from vpn_sentinel.cli.storing import naming_the_setting
+from vpn_sentinel.cli.settings import add_config, source_of, warn_idle, warn_unknown
 from vpn_sentinel.runtime import files, logs
 from vpn_sentinel.runtime.addresses import parse_address
 from vpn_sentinel.runtime.clock import Clock, SystemClock
@@ -34,10 +34,10 @@ def run(args: argparse.Namespace) -> int:
     from vpn_sentinel.agent.settings import AgentSettings
     from vpn_sentinel.server.settings import ServerSettings
 
-    # Before any task is made: out of a group of tasks nobody would hear in one line that a package is missing.
+    # Before any task starts: from a task group, a missing package would not be reported in one line.
     import_module("vpn_sentinel.server.app")
     source = source_of(args)
-    # The agent here reports to the server here, whatever address other agents are given.
+    # This agent reports to this server, whatever address other agents use.
     source.flags = {**source.flags, "URL": "http://127.0.0.1:5000"}
     serving, watching = ServerSettings.read(source), AgentSettings.read(source)
     warn_unknown(source, "server", "agent")
@@ -47,8 +47,8 @@ def run(args: argparse.Namespace) -> int:
     return run_until_stopped(lambda stop: _both(serving, watching, SystemClock(), stop), fast=True)
 
 
-def _need_entry(serving: "ServerSettings", host: str) -> None:
-    """Raises SettingError where the agent here, which comes from the address that it goes to, would not be let in."""
+def _check_agent_is_allowed(serving: "ServerSettings", host: str) -> None:
+    """Raises SettingError where the server would refuse this agent, whose source address is the server's own."""
     try:
         address = parse_address(host)
     except ValueError:  # a name
@@ -58,10 +58,10 @@ def _need_entry(serving: "ServerSettings", host: str) -> None:
 
 
 def _own_url(serving: "ServerSettings") -> str:
-    """Where the agent here reaches the server here. Raises SettingError."""
+    """The URL of this server for this agent. Raises SettingError."""
     if serving.tls_cert is None:
         host = "127.0.0.1" if serving.host in ("::", "0.0.0.0") else serving.host  # noqa: S104 - what it listens on
-        _need_entry(serving, host)
+        _check_agent_is_allowed(serving, host)
         return f"http://{f'[{host}]' if ':' in host else host}:{serving.api_port}"
     if serving.public_url is None:
         raise SettingError(
@@ -79,7 +79,7 @@ async def _both(serving: "ServerSettings", watching: "AgentSettings", clock: Clo
         store = await ready
         key = serving.api_key or await _local_key(store, serving.data_dir / "agent.token", watching.client_id, clock)
         tasks.create_task(agent.run(replace(watching, api_key=key), clock, stop))
-        _say_hello(serving, watching)
+        _print_addresses(serving, watching)
 
 
 async def _server(
@@ -88,50 +88,50 @@ async def _server(
     from vpn_sentinel.server import app as server
 
     try:
-        with naming_the_setting(settings):
+        with setting_named(settings):
             await server.serve(settings, clock, stop, report, started=ready.set_result)
     finally:
-        # The server's own failure tells why; whoever waits for it must not wait for ever.
+        # The server's own error says why it failed; the waiting task must not wait for ever.
         if not ready.done():
             ready.cancel()
 
 
-async def _local_key(store: "Store", kept: Path, name: str, clock: Clock) -> Secret:
-    """The token of this machine's own agent, made at the first start and kept beside the database."""
+async def _local_key(store: "Store", path: Path, name: str, clock: Clock) -> Secret:
+    """The token of this machine's own agent, made at the first start and kept next to the database."""
     from vpn_sentinel.server.access import Access, create_token, revoke_token
 
-    token = await asyncio.to_thread(_read_token, kept, name)
-    if token is None or await Access(store, clock, None).caller(token) is None:  # revoked since, perhaps
+    token = await asyncio.to_thread(_read_token, path, name)
+    if token is None or await Access(store, clock, None).caller(token) is None:  # e.g. revoked since
         await revoke_token(store, name, clock.wall(), shared=False)
         try:
             token = await create_token(store, name, shared=False, now=clock.wall())
         except ValueError as e:
             msg = f"{name} is the name of a shared token: give this machine another name"
             raise SettingError(PREFIX + "CLIENT_ID", msg) from e
-        await asyncio.to_thread(_keep_token, kept, name, token)
+        await asyncio.to_thread(_keep_token, path, name, token)
     return Secret(token)
 
 
-def _read_token(kept: Path, name: str) -> str | None:
+def _read_token(path: Path, name: str) -> str | None:
     """The token in the file, None when there is none for `name`, or the file is damaged."""
     try:
-        said, _, token = kept.read_text(encoding="utf-8").strip().partition(" ")
+        owner, _, token = path.read_text(encoding="utf-8").strip().partition(" ")
     except (FileNotFoundError, UnicodeDecodeError):
         return None
     except OSError as e:
-        raise SettingError(str(kept), str(e.strerror)) from e
-    return token if said == name and token.isascii() and token.isprintable() and token else None
+        raise SettingError(str(path), str(e.strerror)) from e
+    return token if owner == name and token.isascii() and token.isprintable() and token else None
 
 
-def _keep_token(kept: Path, name: str, token: str) -> None:
+def _keep_token(path: Path, name: str, token: str) -> None:
     try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        files.put(kept, f"{name} {token}\n".encode())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        files.write_whole(path, f"{name} {token}\n".encode())
     except OSError as e:
-        raise SettingError(str(kept), str(e.strerror)) from e
+        raise SettingError(str(path), str(e.strerror)) from e
 
 
-def _say_hello(serving: "ServerSettings", watching: "AgentSettings") -> None:
+def _print_addresses(serving: "ServerSettings", watching: "AgentSettings") -> None:
     if serving.dashboard_enabled:
         report(f"Dashboard:  http://localhost:{serving.dashboard_port}")
     report(f"API:        {watching.urls[0]}{serving.api_path}")

@@ -1,6 +1,6 @@
-"""What to do about a finding where its code alone does not tell: by its facts, which say what the cause is.
+"""What to do about a finding, by its facts where its code alone is not enough.
 
-Facts are text to text, as a finding keeps them, so that what an older version stored is advised on as well.
+Facts are text to text, as a finding keeps them, so that findings that an older version stored get advice as well.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,14 +11,14 @@ from vpn_sentinel.domain.policy import IPAddress, is_public
 
 Facts = Mapping[str, str]
 
-_NAME_ANOTHER: Final = "name the VPN's own nameserver (in resolv.conf, or as Docker's dns)"
+_USE_VPN_DNS: Final = "name the VPN's own nameserver (in resolv.conf, or as Docker's dns)"
 _ALLOW: Final = "If it is meant to be asked, put it into VPN_SENTINEL_ALLOWED_RESOLVERS."
 _MEANT: Final = "If it is meant to go there, say so in VPN_SENTINEL_ALLOWED_OUTSIDE or VPN_SENTINEL_MEANT_OUTSIDE."
-_DEAD: Final = "Stop the programs behind this tunnel, bring it back up, and switch its kill switch on."
+_BRING_TUNNEL_UP: Final = "Stop the programs behind this tunnel, bring it back up, and switch its kill switch on."
 
 
 def advice(code: str, facts: Facts) -> str | None:
-    """What to do, None where the code's own advice fits."""
+    """What to do, None where the general advice of the code fits."""
     by_cause = _BY_CODE.get(code)
     return by_cause(facts) if by_cause else None
 
@@ -31,13 +31,13 @@ def _ip_leak(facts: Facts) -> str | None:
                 "sends it elsewhere (ip rule; ip route show table all), and switch the kill switch on."
             )
         case "down" | "gone":
-            return _DEAD
+            return _BRING_TUNNEL_UP
         case _:
             return None
 
 
 def _ipv6_leak(facts: Facts) -> str | None:
-    return _DEAD if facts.get("tunnel") in ("down", "gone") else None
+    return _BRING_TUNNEL_UP if facts.get("tunnel") in ("down", "gone") else None
 
 
 def _dns_leak(facts: Facts) -> str | None:
@@ -54,7 +54,7 @@ def _dns_leak(facts: Facts) -> str | None:
     if facts.get("client_subnet"):
         return (
             f"What asks {server} does so from home, or names home's network in its questions (EDNS client subnet): "
-            f"route {server} through the tunnel, switch client subnets off in a forwarder, or {_NAME_ANOTHER}. {_ALLOW}"
+            f"route {server} through the tunnel, switch client subnets off in a forwarder, or {_USE_VPN_DNS}. {_ALLOW}"
         )
     if server.is_loopback:
         return (
@@ -63,13 +63,13 @@ def _dns_leak(facts: Facts) -> str | None:
         )
     if not is_public(server) and facts.get("path") != "tunnel":
         return (
-            f"The router or forwarder at {server} passes names on outside the VPN: {_NAME_ANOTHER}, and let the kill "
+            f"The router or forwarder at {server} passes names on outside the VPN: {_USE_VPN_DNS}, and let the kill "
             f"switch close port 53 to the local network. {_ALLOW}"
         )
     if facts.get("path") == "outside" or facts.get("asked_from"):
-        return f"Route {server} through the tunnel, or {_NAME_ANOTHER}. {_ALLOW}"
+        return f"Route {server} through the tunnel, or {_USE_VPN_DNS}. {_ALLOW}"
     at = "the home provider's resolver" if facts.get("asn") else "a resolver at home"
-    return f"What the nameserver {server} is asked goes on to {at}: {_NAME_ANOTHER}. {_ALLOW}"
+    return f"What the nameserver {server} is asked goes on to {at}: {_USE_VPN_DNS}. {_ALLOW}"
 
 
 def _dns_without_a_nameserver(facts: Facts) -> str | None:
@@ -81,7 +81,7 @@ def _dns_without_a_nameserver(facts: Facts) -> str | None:
 def _by_system() -> str:
     return (
         "Programs use another resolver than resolv.conf names: see the line `hosts:` of /etc/nsswitch.conf and what "
-        f"`resolvectl status` shows, and {_NAME_ANOTHER}. {_ALLOW}"
+        f"`resolvectl status` shows, and {_USE_VPN_DNS}. {_ALLOW}"
     )
 
 
@@ -96,25 +96,25 @@ def _by_packet(facts: Facts) -> str | None:
         )
     at = destination.rpartition(":")[0]
     if facts.get("routed_by"):
-        return f"{_routed_inside(facts, at)} {_ALLOW}"
+        return f"{_left_despite_routes(facts, at)} {_ALLOW}"
     return (
-        f"Route {at} through the tunnel, or {_NAME_ANOTHER}. Where nothing here names {at}, a firewall rule here "
+        f"Route {at} through the tunnel, or {_USE_VPN_DNS}. Where nothing here names {at}, a firewall rule here "
         f"leads names there (nft list ruleset; iptables-save): remove it. {_ALLOW}"
     )
 
 
-def _routed_inside(facts: Facts, destination: str) -> str:
-    """Of a packet that left beside the tunnel though the routes are right."""
+def _left_despite_routes(facts: Facts, destination: str) -> str:
+    """For a packet that left outside the tunnel although the routes are right."""
     by = facts.get("interface") or "another device"
     return (
         f"Routes send {destination} through {facts['routed_by']}, and it left by {by} all the same: see which program "
-        f"sends it ({_who_sends(facts)}) and is bound to {by} or its address, whether a firewall here marks or "
+        f"sends it ({_sender_commands(facts)}) and is bound to {by} or its address, whether a firewall here marks or "
         "redirects it (nft list ruleset; iptables-save), or a rule is for some users alone (ip rule)."
     )
 
 
-def _who_sends(facts: Facts) -> str:
-    """What shows the sender: ss -tu knows TCP and UDP alone, ss -w what has raw sockets, and a capture all."""
+def _sender_commands(facts: Facts) -> str:
+    """The commands that show the sender: ss -tu for TCP and UDP, ss -w for raw sockets, a capture for the rest."""
     if facts.get("protocol", "udp") in ("udp", "tcp"):
         return "ss -tunp"
     device, host = facts.get("interface") or "any", facts.get("destination", "")
@@ -134,10 +134,10 @@ def _split_route(facts: Facts) -> str | None:
         case "routing tables":
             return f"Remove what leads past the tunnel{by}: see `ip rule` and `ip route show table all`. {_MEANT}"
         case "leak watch" if facts.get("destination") and facts.get("routed_by"):
-            return f"{_routed_inside(facts, facts['destination'])} {_MEANT}"
+            return f"{_left_despite_routes(facts, facts['destination'])} {_MEANT}"
         case "leak watch" if facts.get("destination"):
             return (
-                f"See which program sends to {facts['destination']} ({_who_sends(facts)}) and why it leaves"
+                f"See which program sends to {facts['destination']} ({_sender_commands(facts)}) and why it leaves"
                 f"{by or ' there'}: a route, a rule, or a program that is bound to the interface. {_MEANT}"
             )
         case _:
@@ -154,7 +154,7 @@ def _flapping(facts: Facts) -> str | None:
                 "a program or a script that sets routes, say."
             )
         case "degraded":
-            return "The tunnel stands, and what is found beside this comes and goes: what to do is said there."
+            return "The tunnel works, and another finding comes and goes: follow its advice."
         case _:
             return None
 
@@ -212,7 +212,7 @@ def _tunnel_unknown(facts: Facts) -> str | None:
             "public address of that IP version (--home, VPN_SENTINEL_HOME_NETWORKS)."
         )
     if facts.get("declared"):
-        return "Nobody told from which address traffic leaves: there is nothing to compare with the home networks."
+        return "No answer showed from which address traffic leaves: there is nothing to compare with the home networks."
     if not facts.get("home"):
         return None
     return (
@@ -231,12 +231,12 @@ def _tunnel_unseen(facts: Facts) -> str | None:
 
 
 def _killswitch_open(facts: Facts) -> str | None:
-    ways, held = facts.get("interfaces"), facts.get("held")
-    if not ways:
+    open_interfaces, blocked = facts.get("interfaces"), facts.get("held")
+    if not open_interfaces:
         return None
-    if held:
-        return f"The kill switch holds {held} and not {ways}: extend it to {ways}."
-    on = f"Switch the VPN's kill switch on: without one, traffic leaks by {ways} when the tunnel goes away."
+    if blocked:
+        return f"The kill switch holds {blocked} and not {open_interfaces}: extend it to {open_interfaces}."
+    on = f"Switch the VPN's kill switch on: without one, traffic leaks by {open_interfaces} when the tunnel goes away."
     router = facts.get("router")
     return on if not router else f"{on} If {router} is yours and lets nothing but the VPN pass, nothing need be done."
 

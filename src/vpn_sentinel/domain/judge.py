@@ -1,6 +1,6 @@
 """The judge: what one observation means under a policy, without clock, I/O or memory.
 
-"Could not look" is never read as "looks fine", nor as "leaks": it is `State.UNKNOWN`.
+What could not be observed is never read as "fine", nor as "leaks": it is `State.UNKNOWN`.
 """
 
 from collections import Counter
@@ -13,31 +13,31 @@ from vpn_sentinel.domain.observation import Answer, Canary, Observation, Path, P
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy, is_public
 from vpn_sentinel.domain.verdict import Code, Finding, State, Verdict, worst
 
-# Pulses in a window below which a share of lost ones says nothing.
+# With fewer pulses in a window, the share of lost ones means nothing.
 MIN_PULSES_JUDGED: Final = 20
 
 
 def judge(seen: Observation, policy: Policy) -> Verdict:
     """Judge one observation. No clock, no I/O, no memory of the past.
 
-    Knowing of a dead tunnel, nothing else is asked; knowing of a leak, the rest is still told.
+    Where the tunnel is dead, only that is reported; where it leaks, all other findings are reported as well.
     """
     if seen.trigger is Trigger.PULSE:
         return _by_pulse(seen, policy)
     if seen.broken:
-        return Verdict(State.UNKNOWN, (outages.not_made(seen),))
+        return Verdict(State.UNKNOWN, (outages.round_failed(seen),))
     leaking = (*leaks.by_canaries(seen, policy), *leaks.by_packets(seen, policy), *routes.bypasses(seen, policy))
     canaries = seen.asked(Probe.DEFAULT)
-    # A keepalive that arrived proves that something carries it; an agent's report may have come by a second way.
+    # A keepalive that arrived proves that traffic passes; an agent's report may have used a fallback URL.
     alive = any(c.answer is Answer.ANSWERED for c in canaries) or seen.trigger is Trigger.KEEPALIVE
     up = seen.link is not None and seen.link.present and seen.link.up
     if not leaking and not canaries and up and seen.trigger is Trigger.LEAK:
-        return Verdict(State.UNKNOWN)  # packets that are meant to leave, told before the canaries are out
+        return Verdict(State.UNKNOWN)  # packets that are meant to leave, reported before the canaries were sent
     if not leaking and not alive:
         findings = (*outages.why_dead(seen), *_kill_switch(seen))
     else:
         known = bool(leaking)
-        leaking, dns = _told_once(leaking, tuple(_dns(seen, policy)))
+        leaking, dns = _merged_dns_leaks(leaking, tuple(_dns(seen, policy)))
         findings = (
             *leaking,
             *(() if known else outages.tunnel_gone(seen)),
@@ -53,11 +53,11 @@ def judge(seen: Observation, policy: Policy) -> Verdict:
 
 
 def judge_reference(seen: Observation) -> Verdict:
-    """Judge what an agent outside the tunnels of its site saw: whether the home connection works, and no more."""
+    """Judge an observation of a reference agent: only whether the home connection works."""
     canaries = seen.asked(Probe.DEFAULT)
     answered = [c for c in canaries if c.answer is Answer.ANSWERED]
     if seen.broken:
-        findings: tuple[Finding, ...] = (outages.not_made(seen),)
+        findings: tuple[Finding, ...] = (outages.round_failed(seen),)
     elif any(c.path is Path.TUNNEL for c in answered):
         findings = (
             Finding(
@@ -73,25 +73,25 @@ def judge_reference(seen: Observation) -> Verdict:
     elif seen.portal:
         findings = (outages.captive_portal(canaries),)
     else:
-        said = "Nothing on the internet answers from here: the home connection is down."
-        findings = (Finding(Code.UPLINK_DOWN, said, outages.answers(canaries)),)
+        text = "Nothing on the internet answers from here: the home connection is down."
+        findings = (Finding(Code.UPLINK_DOWN, text, outages.answers(canaries)),)
     flaky = tuple(f for f in _about_the_agent(seen) if f.code in (Code.CANARY_FLAKY, Code.PULSES_BLOCKED))
     return Verdict(worst(findings), (*findings, *flaky))
 
 
 def home_of(seen: Observation) -> tuple[IPNetwork, ...]:
-    """The home networks that a reference agent's observation shows: one IPv4 address, and the /64 of an IPv6 one.
+    """The home networks that a reference agent's observation shows: the IPv4 address, and the /64 of the IPv6 address.
 
-    Hosts of one site share the IPv4 address of its router, and have IPv6 addresses of their own in one /64.
+    Hosts of one site share the IPv4 address of its router, and have their own IPv6 addresses in one /64.
     """
     found = [seen.exit(4), seen.exit(6)] if judge_reference(seen).state is State.PROTECTED else []
     return tuple(ip_network((a, 32 if a.version == 4 else 64), strict=False) for a in found if a and is_public(a))
 
 
 def learned_home(seen: Observation, policy: Policy) -> Policy:
-    """Add the address that a canary beside a working tunnel came from: by definition it is home.
+    """Add the address that a canary outside a working tunnel came from: that is home by definition.
 
-    Only when the tunnel works and comes out elsewhere; otherwise the two cannot be told apart.
+    Only when the tunnel works and comes out elsewhere; otherwise the two cannot be distinguished.
     """
     if seen.link is None or not (seen.link.present and seen.link.up):
         return policy
@@ -102,21 +102,21 @@ def learned_home(seen: Observation, policy: Policy) -> Policy:
     return policy.with_home(ip_network(a) for a in sorted(beside - through, key=str))
 
 
-def _told_once(
+def _merged_dns_leaks(
     leaking: tuple[Finding, ...], dns: tuple[Finding, ...]
 ) -> tuple[tuple[Finding, ...], tuple[Finding, ...]]:
-    """A DNS leak that both a packet and a lookup show is one, by the lookup's word."""
+    """Merge a DNS leak that packets and a lookup show into one finding, with the lookup's message."""
     asked = [f for f in dns if f.code is Code.DNS_LEAK]
     seen = [f for f in leaking if f.code is Code.DNS_LEAK]
     if not asked:
-        return leaks.each_once(leaking), dns
-    (one,) = leaks.each_once((*asked, *seen))
-    told = (one if f is asked[0] else f for f in dns if f is asked[0] or f not in asked)
-    return leaks.each_once(f for f in leaking if f not in seen), tuple(told)
+        return leaks.one_per_code(leaking), dns
+    (one,) = leaks.one_per_code((*asked, *seen))
+    merged = (one if f is asked[0] else f for f in dns if f is asked[0] or f not in asked)
+    return leaks.one_per_code(f for f in leaking if f not in seen), tuple(merged)
 
 
 def _by_pulse(seen: Observation, policy: Policy) -> Verdict:
-    """What the server sees of an agent's pulses by itself. It proves trouble and never health."""
+    """Judge what the server sees of an agent's pulses. It can prove trouble, but never health."""
     findings = tuple(leaks.by_canaries(seen, policy))
     if not findings and seen.unheard:
         findings = (
@@ -158,7 +158,7 @@ def _quality(seen: Observation, policy: Policy) -> Iterator[Finding]:
 def _port(seen: Observation) -> Iterator[Finding]:
     check = seen.port_check
     if check is not None and check.answer is Answer.LOST and check.port == seen.forwarded_port:
-        where = leaks.end(check.address, check.port)
+        where = leaks.end_text(check.address, check.port)
         yield Finding(
             Code.PORT_CLOSED,
             f"The forwarded port {check.port} takes no connection from outside.",
@@ -167,7 +167,7 @@ def _port(seen: Observation) -> Iterator[Finding]:
 
 
 def _about_the_agent(seen: Observation) -> Iterator[Finding]:
-    """What it does, and what it cannot see here."""
+    """What the agent does, and what it cannot see here."""
     if seen.contained:
         yield Finding(Code.CONTAINED, "The agent has closed the ways out beside the tunnel.")
     if seen.flaky:
@@ -181,7 +181,7 @@ def _about_the_agent(seen: Observation) -> Iterator[Finding]:
 
 
 def packets_unseen(refused: str | None) -> str:
-    """That packets are not watched, and why as far as that is known."""
+    """A sentence on packets that are not watched, and why, as far as that is known."""
     match refused:
         case None:
             return "Packets cannot be watched here, or not on every way out: the agent's log tells why."
@@ -192,34 +192,36 @@ def packets_unseen(refused: str | None) -> str:
 
 
 def _kill_switch(seen: Observation) -> Iterator[Finding]:
-    """Only beside a tunnel that routes: without one, the physical interface is the way out."""
+    """Only next to a tunnel: without one, the physical interface is the normal route."""
     if seen.link is None:
         return
     open_ = [c for c in seen.asked(Probe.PHYSICAL) if c.answer is Answer.ANSWERED]
     hops = [c for c in seen.asked(Probe.FIRST_HOP) if c.answer is Answer.EXPIRED]
     if not open_ and not hops:
         return
-    # An answer that names an address says most, and each way out has its own: it is not the other's.
+    # An answer with an address says most; each interface has its own answers.
     named = sorted(seen.came_out_beside(), key=lambda c: c.family)
-    ways = dict.fromkeys(c.interface for c in (*named, *open_, *hops))
-    came = {
-        way: _came([c for c in named if c.interface == way] or [c for c in (*open_, *hops) if c.interface == way])
-        for way in ways
+    interfaces = dict.fromkeys(c.interface for c in (*named, *open_, *hops))
+    reached = {
+        interface: _how_far(
+            [c for c in named if c.interface == interface] or [c for c in (*open_, *hops) if c.interface == interface]
+        )
+        for interface in interfaces
     }
-    facts = next(iter(came.values()))[1] if len(ways) == 1 else {}
-    said = "; one ".join(f"by {way} {words}" if way else words for way, (words, _) in came.items())
+    facts = next(iter(reached.values()))[1] if len(interfaces) == 1 else {}
+    text = "; one ".join(f"by {interface} {words}" if interface else words for interface, (words, _) in reached.items())
     asked = seen.asked(Probe.PHYSICAL)
     held = dict.fromkeys(c.interface for c in asked if c.answer is Answer.BLOCKED and c.interface)
-    by, closed = ", ".join(w for w in ways if w), ", ".join(i for i in held if i not in ways)
+    by, closed = ", ".join(w for w in interfaces if w), ", ".join(i for i in held if i not in interfaces)
     yield Finding(
         Code.KILLSWITCH_OPEN,
-        f"A packet sent beside the tunnel {said}.",
+        f"A packet sent beside the tunnel {text}.",
         {**facts, **({"interfaces": by} if by else {}), **({"held": closed} if closed else {})},
     )
 
 
-def _came(shown: Sequence[Canary]) -> tuple[str, dict[str, str]]:
-    """How far packets got by one way out, in words and as facts."""
+def _how_far(shown: Sequence[Canary]) -> tuple[str, dict[str, str]]:
+    """How far packets got by one interface, in words and as facts."""
     first = shown[0]
     if first.probe is Probe.FIRST_HOP:
         router = f", {first.address}" if first.address else ""
@@ -232,7 +234,7 @@ def _came(shown: Sequence[Canary]) -> tuple[str, dict[str, str]]:
 
 
 def _dns(seen: Observation, policy: Policy) -> Iterator[Finding]:
-    """By path, in the order of docs/reference/situations.md; a country is never a reason."""
+    """DNS findings, by path, in the order of docs/reference/situations.md; a country is never a reason."""
     if seen.dns_intercepted:
         yield Finding(Code.DNS_INTERCEPTED, "An address that runs no DNS answered a query.")
     if seen.dns_rewritten:
@@ -254,10 +256,10 @@ def _dns(seen: Observation, policy: Policy) -> Iterator[Finding]:
             "verified.",
             {"nameservers": named, "path": str(Path.OUTSIDE)},
         )
-    telling = [s for s in seen.resolvers if s.answer is Answer.ANSWERED and resolvers.egress_of(s, seen)]
-    if not telling and not beside and not used:
+    with_egress = [s for s in seen.resolvers if s.answer is Answer.ANSWERED and resolvers.egress_of(s, seen)]
+    if not with_egress and not beside and not used:
         yield Finding(Code.RESOLVER_UNKNOWN, "No method could tell which resolver asks for this host.")
-    shown = (resolvers.egress_of(s, seen) for s in telling if not policy.allows_resolver(s.nameserver))
+    shown = (resolvers.egress_of(s, seen) for s in with_egress if not policy.allows_resolver(s.nameserver))
     for egress in dict.fromkeys((*shown, *used)):
         if egress is not None and not resolvers.is_expected(egress, seen, policy):
             gap = resolvers.missing(egress, seen, policy)
@@ -277,15 +279,15 @@ def _place(seen: Observation, policy: Policy) -> Iterator[Finding]:
     exit_ = seen.exit(4) or seen.exit(6)
     places = seen.places_of(exit_)
     if len(places) < 2:
-        return  # one source alone neither disagrees nor convinces
+        return  # one source alone proves nothing
     claims = {p.source: p.country for p in places if p.country}
     country = agreed_country(places)
     if claims and country is None and len(claims) > 1:
-        said = ", ".join(f"{source} says {c}" for source, c in claims.items())
-        yield Finding(Code.LOCATION_UNCERTAIN, f"Sources disagree on the place of {exit_}: {said}.", dict(claims))
+        text = ", ".join(f"{source} says {c}" for source, c in claims.items())
+        yield Finding(Code.LOCATION_UNCERTAIN, f"Sources disagree on the place of {exit_}: {text}.", dict(claims))
     elif country and policy.expected_countries and country not in policy.expected_countries:
         agreeing = [s for s, c in claims.items() if c == country]
-        if len(agreeing) > 1:  # a single one is often wrong about VPN exits
+        if len(agreeing) > 1:  # a single source is often wrong about VPN exits
             yield Finding(
                 Code.COUNTRY_MISMATCH,
                 f"The exit {exit_} is in {country}, not in {' or '.join(policy.expected_countries)}.",
@@ -294,7 +296,7 @@ def _place(seen: Observation, policy: Policy) -> Iterator[Finding]:
 
 
 def agreed_country(places: tuple[Place, ...]) -> str | None:
-    """The country that most sources name; None when they are split or none speaks."""
+    """The country that most sources name; None when they are split or none names one."""
     if len(places) == 1:
         return places[0].country
     ranked = Counter(p.country for p in places if p.country).most_common(2)

@@ -6,16 +6,16 @@ from typing import Final
 from vpn_sentinel.domain.observation import Answer, Observation
 from vpn_sentinel.domain.verdict import Code, Finding
 
-_DEAD: Final = (Answer.LOST, Answer.UNREACHABLE, Answer.BLOCKED)
+_NO_ANSWER: Final = (Answer.LOST, Answer.UNREACHABLE, Answer.BLOCKED)
 
 
 def all_dead(seen: Observation) -> bool:
     """Whether nameservers were asked and none answered."""
-    return bool(seen.resolvers) and all(s.answer in _DEAD for s in seen.resolvers)
+    return bool(seen.resolvers) and all(s.answer in _NO_ANSWER for s in seen.resolvers)
 
 
 def system(seen: Observation) -> Iterator[Finding]:
-    """What the nameservers and getaddrinfo(3) say together; nothing when neither fails."""
+    """Findings from the nameservers and getaddrinfo(3) together; none when neither fails."""
     servers = ", ".join(sorted({str(s.nameserver) for s in seen.resolvers}))
     facts = {"nameservers": servers} if servers else {}
     used = seen.system_lookup
@@ -35,7 +35,7 @@ def system(seen: Observation) -> Iterator[Finding]:
                 )
             return
         yield Finding(Code.DNS_DOWN, f"No nameserver answers in time: {servers}.", facts)
-    elif used is not None and used.answer in _DEAD:
+    elif used is not None and used.answer in _NO_ANSWER:
         beside = f", though {servers} answers when asked directly" if servers else ""
         yield Finding(
             Code.DNS_DOWN,

@@ -7,17 +7,16 @@ passed without one (`overdue`). Nothing else assigns a state.
 
 1. `TRANSITIONS[state][stimulus]` says how long a stimulus must last before it becomes the state. A pair that is missing
    moves nothing: what is no transition cannot happen by an oversight.
-2. A stimulus that must last becomes the `Candidate`, with the time since when it has been seen without a break. Each
-   further verdict of the same kind leaves that time as it is; another kind replaces the candidate; a verdict that is
-   the state already drops it. Once the candidate has lasted, the state moves, dated from the candidate's beginning,
-   not from when it was decided.
-3. Trouble that eases on the way (down, then degraded) keeps its beginning; what is worse must last by itself. What is
-   known of the beginning beforehand (`began`) dates the candidate, but never before the last observation that said
-   otherwise.
-4. *Unknown* is no state. It is the stimulus *unverified*: what was good ages into it, while a leak and a dead tunnel
-   stay what they were, with what cannot be seen now added to their findings.
+2. A stimulus that must last becomes the `Candidate`, with the time since which it has been seen without a break. A
+further verdict of the same kind keeps that time; another kind replaces the candidate; a verdict equal to the present
+state drops it. Once the candidate has lasted long enough, the state moves, dated from the candidate's beginning, not
+from the decision.
+3. Trouble that becomes milder meanwhile (down, then degraded) keeps its beginning; worse trouble must last by itself.
+A known beginning (`began`) dates the candidate, but never before the last observation with another verdict.
+4. *Unknown* is no state. It is the stimulus *unverified*: good states become it after a while; a leak and a dead tunnel
+stay, with what cannot be seen now added to their findings.
 5. A tunnel that left *protected* three times in five minutes is flapping: `FLAPPING` makes its recovery wait for a
-   minute of calm. Sight that comes and goes (`blinks`) is treated alike, or each look would forgive the one before.
+minute of calm. The same holds when verification comes and goes (`blinks`); else each success would reset the wait.
 6. When a deadline passes, `Before` keeps what was known. Observations from before that deadline prove that the agent
    watched all along: `Revised` voids the silence, the machine goes back to `Before`, and the replayed observations
    move it with their true times.
@@ -49,15 +48,15 @@ class Wait(StrEnum):
     CALM = "flap_calm"
 
     def seconds(self, policy: Policy) -> float:
-        """How long that is under `policy`."""
+        """The wait under `policy`, in seconds."""
         return 0.0 if self is Wait.NONE else float(getattr(policy, self.value))
 
 
 _L, _D, _G, _S, _N, _P = State.LEAKING, State.DOWN, State.DEGRADED, State.SILENT, State.PENDING, State.PROTECTED
 _U = State.UNVERIFIED
-# state -> stimulus -> how long it must last. A missing pair changes nothing. The column `silent` is the deadline that
-# passed without a report, `unverified` the verdict `unknown`: what was good ages, while a leak and a dead tunnel stay
-# what they were until something else is seen.
+# state -> stimulus -> how long it must last. A missing pair changes nothing. `silent` is a deadline that passed without
+# a report, `unverified` the verdict `unknown`: good states become unverified, while a leak and a dead tunnel stay until
+# something else is seen.
 TRANSITIONS: Final[dict[State, dict[State, Wait]]] = {
     _N: {_L: Wait.NONE, _D: Wait.DOWN, _G: Wait.DEGRADED, _P: Wait.NONE, _U: Wait.UNVERIFIED, _S: Wait.NONE},
     _P: {_L: Wait.NONE, _D: Wait.DOWN, _G: Wait.DEGRADED, _U: Wait.UNVERIFIED, _S: Wait.NONE},
@@ -67,13 +66,13 @@ TRANSITIONS: Final[dict[State, dict[State, Wait]]] = {
     _S: {_L: Wait.NONE, _D: Wait.NONE, _G: Wait.NONE, _P: Wait.NONE, _U: Wait.UNVERIFIED},
     _U: {_L: Wait.NONE, _D: Wait.DOWN, _G: Wait.RECOVERY, _P: Wait.RECOVERY, _S: Wait.NONE},
 }
-# For a tunnel that comes and goes: what must last longer then.
+# The waits that are longer while a tunnel is flapping.
 FLAPPING: Final[dict[Wait, Wait]] = {Wait.RECOVERY: Wait.CALM}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """A verdict on its way to become the state: since when it has been seen, without a break."""
+    """A verdict that may become the state, and since when it has been seen without a break."""
 
     state: State
     since: float
@@ -81,7 +80,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Before:
-    """What the machine knew when silence fell, to go back to when the agent replays that stretch."""
+    """What the machine knew when the silence began; it returns to this when the agent replays that time."""
 
     state: State
     since: float
@@ -91,7 +90,7 @@ class Before:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outage:
-    """Trouble that people have not yet heard the end of: when it began, and the worst that it was."""
+    """Trouble whose end was not notified yet: when it began, and its worst state."""
 
     began: float
     worst: State
@@ -99,7 +98,7 @@ class Outage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Home:
-    """A network that a reference agent came out of, and when it was last seen there."""
+    """A network in which a reference agent came out, and when it was last seen there."""
 
     network: IPNetwork
     seen_at: float
@@ -107,17 +106,17 @@ class Home:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """All that a tunnel's past weighs. Times are seconds since the epoch, by the server's clock.
+    """All that matters of a tunnel's past, as it is stored. Times are seconds since the epoch, by the server's clock.
 
-    `told` is the state people last heard of, `told_exit` the exit address, `was_protected` whether it was ever
-    known to be protected, `outage` what a recovery will tell the end of; `trouble_since` is when the tunnel was last
-    protected, None while it is. `home` are home networks learned from
-    canaries sent beside the tunnel. `turns` are the times at which it lately left *protected*. `port` is the forwarded
-    port it named last, `port_check` the last attempt to reach that, with this result since `port_checked_at`. Since
+    `told` is the state that was last notified, `told_exit` the last notified exit address, `told_port` the port;
+    `was_protected` is whether it was ever protected, `outage` the trouble whose end a recovery will notify;
+    `trouble_since` is when the tunnel was last protected, None while it is. `home` are home networks learned from
+    canaries sent outside the tunnel. `turns` are the times at which it lately left *protected*. `port` is the last
+    forwarded port, `port_check` the last attempt to reach it, with this result since `port_checked_at`. Since
     `unheard_since` its pulses come in and their replies do not arrive, 0 while they do; `refuted` is when the agent
-    itself then showed a live tunnel. `homes` are where a reference agent came out. `blinks` are the times at which it
-    lately could no more be verified, though it could just before. `working` is the tunnel as it was when it worked.
-    `moved` is by how much the server's clock had been set, all in all, when this was written: see timeshift.
+    itself then showed a working tunnel. `homes` are where a reference agent came out. `blinks` are the times at which
+    it lately stopped being verifiable. `working` is the tunnel as it was when it worked. `moved` is by how many seconds
+    the server's clock had been set in all when this was written: see timeshift.
     """
 
     state: State = State.PENDING
@@ -159,7 +158,7 @@ class Moved:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Revised:
-    """The silence that was recorded at `at` is void: the agent watched all along and now tells what it saw."""
+    """The silence recorded at `at` is void: the agent was watching, and now replays what it saw."""
 
     at: float
 
@@ -211,13 +210,13 @@ def advance(
     lasted: float = 0.0,
     port: int | None = None,
 ) -> tuple[Memory, list[Event]]:
-    """Take one observation's verdict into account; `exits` are the IPv4 and IPv6 addresses it was seen at.
+    """Take one observation's verdict into account; `exits` are the IPv4 and IPv6 addresses of the exit.
 
     Observations come in their order. `at` never runs backwards: an earlier one counts as simultaneous with the last.
-    `began` is when the trouble that this verdict names began, where that is known: at the last observation that said
-    otherwise at the earliest, unless it is `measured` over a stretch, of which a part could not tell yet.
-    `lasted` is for how many seconds from `at` on it was watched to last: as long as a round
-    waited for an answer in vain. `port` is the forwarded port, None when none is known.
+    `began` is when the trouble of this verdict began, where that is known; it counts from the last observation with
+    another verdict at the earliest, unless the trouble was `measured` over a time of which a part is not enough.
+    `lasted` is for how many seconds from `at` on the trouble was seen to last: as long as a round waited in vain for an
+    answer. `port` is the forwarded port, None when none is known.
     """
     at = max(at, memory.seen_at)
     step = _Step(memory)
@@ -269,7 +268,7 @@ def _settle(step: _Step, verdict: Verdict, at: float, began: float, until: float
         return
     wait = TRANSITIONS[memory.state].get(state)
     if wait is None:
-        # A leak or a dead tunnel that can no more be seen: it is not known to have ended.
+        # A leak or a dead tunnel that cannot be seen any more: it is not known to have ended.
         step.memory = replace(memory, candidate=None, findings=_with_unknown(memory.findings, verdict.findings))
         return
     candidate = memory.candidate
@@ -279,7 +278,7 @@ def _settle(step: _Step, verdict: Verdict, at: float, began: float, until: float
     doubtful = memory.state is State.UNVERIFIED and _flaps(memory.blinks, candidate.since, policy)
     if doubtful or _flaps(memory.turns, candidate.since, policy):
         wait = FLAPPING.get(wait, wait)
-    # Sight that comes and goes verifies nothing: each look would forgive the blindness before it, for ever.
+    # Verification that comes and goes counts for nothing: else each success would reset the wait, for ever.
     blinking = state is State.UNVERIFIED and _flaps(memory.blinks, at, policy)
     if blinking or until - candidate.since >= wait.seconds(policy):
         turns = memory.turns
@@ -288,13 +287,13 @@ def _settle(step: _Step, verdict: Verdict, at: float, began: float, until: float
             step.memory = replace(memory, turns=turns)
         step.move(state, candidate.since, _with_flapping(verdict.findings, state, turns, candidate.since, policy))
     else:
-        # A tunnel that was never judged shows at once why it cannot be.
+        # A tunnel that was never judged shows at once why that is not possible.
         unjudged = memory.state is State.PENDING and state is State.UNVERIFIED
         step.memory = replace(memory, candidate=candidate, findings=verdict.findings if unjudged else memory.findings)
 
 
 def _blinked(memory: Memory, at: float, policy: Policy) -> Memory:
-    """Note that nothing can be verified from `at` on, unless that is known already."""
+    """Note that nothing can be verified from `at` on, unless that is known."""
     latest = memory.state if memory.candidate is None else memory.candidate.state
     ages = memory.state is State.UNVERIFIED or State.UNVERIFIED in TRANSITIONS[memory.state]
     if not ages or latest in (State.UNVERIFIED, State.PENDING, State.SILENT):
@@ -324,14 +323,14 @@ def _with_flapping(
 
 
 def _trouble_start(candidate: Candidate | None, state: State, at: float) -> float:
-    """Trouble that eases on the way (down, then degraded) began when it began; what is worse must last by itself."""
+    """The beginning of trouble: kept where it becomes milder (down, then degraded), else `at`."""
     if candidate is None or State.PROTECTED in (candidate.state, state):
         return at
     return candidate.since if HARM.index(candidate.state) < HARM.index(state) else at
 
 
 def _with_unknown(known: tuple[Finding, ...], unknown: tuple[Finding, ...]) -> tuple[Finding, ...]:
-    """What the trouble was judged by, and why it cannot be verified now."""
+    """The findings of the trouble, and those that say why it cannot be verified now."""
     kept = tuple(f for f in known if MEANING[f.code].state is not State.UNKNOWN)
     return (*kept, *(f for f in unknown if MEANING[f.code].state is State.UNKNOWN))
 
@@ -349,17 +348,17 @@ def _note_exits(step: _Step, at: float, exits: tuple[IPAddress | None, IPAddress
 def silence_finding(
     last_seen: float, deadline: float, site: str = "", others: Sequence[str] = (), *, pulses: bool = False
 ) -> Finding:
-    """What an overdue tunnel shows: how long nothing has come.
+    """The finding of an overdue tunnel: for how long no report has come.
 
-    `others` are all that report from the same `site`, when none of them is heard any more. `pulses` of its agent come
-    all the same.
+    `others` are all agents of the same `site`, when none of them reports any more. `pulses`: the agent's pulses still
+    come.
     """
-    told = f"No report for {deadline - last_seen:.0f} s"
+    silence = f"No report for {deadline - last_seen:.0f} s"
     facts = {"silent_for_seconds": f"{deadline - last_seen:.0f}"}
     if pulses:
-        said = f"{told}, but pulses: the agent runs, and its reports do not get through."
+        said = f"{silence}, but pulses: the agent runs, and its reports do not get through."
         return Finding(Code.NO_REPORTS, said, {**facts, "heard": "pulses"})
     if others:
-        said = f"{told}, and none from anybody else of the site {site}: probably its internet connection is down."
+        said = f"{silence}, and none from anybody else of the site {site}: probably its internet connection is down."
         return Finding(Code.NO_REPORTS, said, {**facts, "site": site, "silent_too": ", ".join(others)})
-    return Finding(Code.NO_REPORTS, f"{told}; from here, a dead tunnel and a dead agent look the same.", facts)
+    return Finding(Code.NO_REPORTS, f"{silence}; from here, a dead tunnel and a dead agent look the same.", facts)

@@ -1,4 +1,4 @@
-"""What people are told, and when: decided from what they were told last, so no DOWN without its UP and the reverse."""
+"""Which notices people get, and when: decided from the last notice, so that each DOWN has its UP and the reverse."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -8,9 +8,9 @@ from vpn_sentinel.domain.machine import Event, ExitChanged, Memory, Moved, Outag
 from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.domain.verdict import HARM, MEANING, Code, Finding, Severity, State
 
-_WELL = (State.PROTECTED, State.PENDING)
-# Trouble that was seen, and of which people wait to hear the end.
-_SEEN = (State.LEAKING, State.DOWN, State.DEGRADED)
+_NO_TROUBLE = (State.PROTECTED, State.PENDING)
+# Observed trouble, whose end is always notified.
+_OBSERVED_TROUBLE = (State.LEAKING, State.DOWN, State.DEGRADED)
 
 
 class Kind(StrEnum):
@@ -32,11 +32,11 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Notice:
-    """One thing to tell. Times are seconds since the epoch; `began` is when the trouble began or the change was seen.
+    """One notice. Times are seconds since the epoch; `began` is when the trouble began or the change was seen.
 
-    `was` is, for a recovery, the worst that the outage was, and for trouble the leak that it follows; `first` says that
-    the tunnel was never protected before it; `details` are lines that stand as they are. `role` and `site` are the
-    agent's (see wire.messages.Hello). One that sums up several: see `summed_up`.
+    `was` is, for a recovery, the worst state of the outage, and for trouble the leak that it follows; `first`: the
+    tunnel was never protected before; `details` are lines that are shown unchanged. `role` and `site` are the agent's
+    (see wire.messages.Hello). For one that sums up several, see `summed_up`.
     """
 
     kind: Kind
@@ -73,7 +73,7 @@ _KIND_OF = {
     State.UNVERIFIED: Kind.UNVERIFIED,
 }
 
-# What a tunnel's notice of such a kind says is not how it stands.
+# Kinds that do not show the state of a tunnel.
 STATELESS = frozenset(
     {
         Kind.SERVER_STARTED,
@@ -87,56 +87,63 @@ STATELESS = frozenset(
 
 
 def summed_up(last: Notice, changes: int, leaks: int, leak: Notice | None, port: Notice | None) -> Notice:
-    """One notice for `changes` of a tunnel that changes too often to tell each.
+    """One notice for `changes` of a tunnel that changes too often to notify each.
 
-    `last` is the latest that tells a state, so this one tells how the tunnel stands now; `leaks` are how many of them
-    told a leak, and `leak` and `port` the latest of these kinds. A leak that is over is in it, by `was` and by what it
-    was found by.
+    `last` is the latest with a state, so this one shows the present state; `leaks` is how many were leaks, and `leak`
+    and `port` are the latest of these kinds. A leak that is over is included: as `was`, and with its findings.
     """
-    said = [
+    lines = [
         f"{changes} changes since the last message are summed up here: {last.tunnel} changes too often to tell each."
     ]
     if leaks:
         times = "one was a leak" if leaks == 1 else f"{leaks} were leaks"
-        said.append(f"Of them {times}.")
+        lines.append(f"Of them {times}.")
     over = leaks > 0 and last.kind is not Kind.LEAKING
     if over and leak is not None:
-        said += [f"Seen during the last leak: {f.message}" for f in leak.findings]
-    summed = replace(last, details=(*said, *last.details))
+        lines += [f"Seen during the last leak: {f.message}" for f in leak.findings]
+    summed = replace(last, details=(*lines, *last.details))
     if over:
         summed = replace(summed, was=State.LEAKING)
-    # What it was before was not told either.
+    # The port before was not notified either.
     return summed if port is None else replace(summed, port=port.port, old_port=None)
 
 
 def notices(before: Memory, after: Memory, events: Sequence[Event], *, caught_up: bool) -> tuple[Memory, list[Notice]]:
-    """What the step from `before` to `after` gives people to hear, and the memory that knows they heard it.
+    """The notices of the step from `before` to `after`, and the memory with what they notify.
 
-    A leak is always told, even one that a replay shows to be over. All else is told by where the tunnel stands once
-    the agent has `caught_up`: a replayed outage of an hour is one message, not each of its turns.
+    A leak is always notified, even one that a replay shows to be over. All else depends on the state once the agent has
+    `caught_up`: a replayed outage of an hour is one notice, not one for each change.
     """
     out: list[Notice] = []
-    told, outage = after.told, _outage(before, events)
+    notified, outage = after.told, _outage(before, events)
     for event in events:
-        if isinstance(event, Moved) and event.new is State.LEAKING and told is not State.LEAKING:
+        if isinstance(event, Moved) and event.new is State.LEAKING and notified is not State.LEAKING:
             out.append(Notice(kind=Kind.LEAKING, at=event.at, began=event.at, findings=event.findings))
-            told = State.LEAKING
+            notified = State.LEAKING
     was_well = after.was_protected or any(isinstance(e, Moved) and e.old is State.PROTECTED for e in events)
     state, exit_ = after.state, after.exit4 or after.exit6
-    # Of the two versions' addresses one is told; when that one only now shows itself, nothing has changed.
+    # Only one IP version's address is notified; when the other version's shows first, nothing has changed.
     known = after.told_exit if after.told_exit and exit_ and after.told_exit.version == exit_.version else exit_
-    # On its way back: what a replay brings to light now is told with the recovery, not as fresh trouble.
+    # About to recover: what a replay shows now is notified with the recovery, not as new trouble.
     recovering = after.candidate is not None and after.candidate.state is State.PROTECTED
-    if caught_up and state is not told and state is not State.PENDING and not recovering and not _is_the_sites(after):
-        notice = _standing(after, told, outage, again=was_well)
-        left = told is State.LEAKING and notice.kind is not Kind.RECOVERED
+    if (
+        caught_up
+        and state is not notified
+        and state is not State.PENDING
+        and not recovering
+        and not _is_home_outage(after)
+    ):
+        notice = _state_notice(after, notified, outage, again=was_well)
+        left = notified is State.LEAKING and notice.kind is not Kind.RECOVERED
         out.append(replace(notice, was=State.LEAKING) if left else notice)
-        told = state
+        notified = state
     elif caught_up and state is State.PROTECTED and after.candidate is None and exit_ != known:
         changed = [e.at for e in events if isinstance(e, ExitChanged)]
         at = changed[-1] if changed else after.seen_at
         out.append(Notice(kind=Kind.ADDRESS_CHANGED, at=at, began=at, findings=after.findings))
-    out = [replace(n, exit=exit_, old_exit=known if exit_ != known else None, findings=_worth_telling(n)) for n in out]
+    out = [
+        replace(n, exit=exit_, old_exit=known if exit_ != known else None, findings=_findings_to_show(n)) for n in out
+    ]
     told_exit = exit_ if out else known
     told_port = after.told_port
     if caught_up and after.port != told_port:
@@ -145,25 +152,30 @@ def notices(before: Memory, after: Memory, events: Sequence[Event], *, caught_up
             at = changed[-1] if changed else after.seen_at
             out.append(Notice(kind=Kind.PORT_CHANGED, at=at, began=at, exit=exit_, port=after.port, old_port=told_port))
         told_port = after.port
-    if told in _WELL and state in _WELL:
+    if notified in _NO_TROUBLE and state in _NO_TROUBLE:
         outage = None
-    heard = was_well or told is State.PROTECTED
-    now = replace(after, told=told, told_exit=told_exit, was_protected=heard, outage=outage, told_port=told_port)
+    is_protected = was_well or notified is State.PROTECTED
+    now = replace(
+        after, told=notified, told_exit=told_exit, was_protected=is_protected, outage=outage, told_port=told_port
+    )
     return (after if now == after else now), out
 
 
-def _is_the_sites(memory: Memory) -> bool:
-    """Down because the site's home connection is: its reference agent says so once for all of its tunnels."""
+def _is_home_outage(memory: Memory) -> bool:
+    """Whether it is down because the home connection is: the reference agent's notice covers all tunnels of the
+    site.
+    """
     return memory.state is State.DOWN and any(
         f.code is Code.UPLINK_DOWN and f.evidence.get("reference") == "down" for f in memory.findings
     )
 
 
-def _worth_telling(notice: Notice) -> tuple[Finding, ...]:
-    """What is amiss without being trouble, an open kill switch say, is told once: when the tunnel connects.
+def _findings_to_show(notice: Notice) -> tuple[Finding, ...]:
+    """The findings that a notice shows. Warnings that are no trouble, e.g. an open kill switch, come once, on
+    connecting.
 
-    That the agent closed the namespace belongs to the trouble that it answers. What rests on the user's word alone is
-    said wherever a tunnel is called well. Other information stays on the pages.
+    Containment is shown with the trouble that caused it. That protection rests on a setting alone is shown wherever a
+    tunnel is called protected. Other information is only on the pages.
     """
     if notice.kind is Kind.CONNECTED or notice.first:
         return tuple(
@@ -177,14 +189,16 @@ def _worth_telling(notice: Notice) -> tuple[Finding, ...]:
     )
 
 
-def _standing(after: Memory, told: State, outage: Outage | None, *, again: bool) -> Notice:
-    """Where the tunnel stands, for people who last heard that it was `told`; `again` is whether it was ever well."""
+def _state_notice(after: Memory, notified: State, outage: Outage | None, *, again: bool) -> Notice:
+    """The notice of the present state, where `notified` is the last notified state; `again`: it was protected
+    before.
+    """
     if after.state is not State.PROTECTED:
         return Notice(kind=_KIND_OF[after.state], at=after.since, began=after.since, findings=after.findings)
-    if told is State.PENDING or outage is None or not (again or outage.worst in _SEEN):
-        # An agent that was started before its tunnel: nothing is restored, and what could not be seen was no outage.
+    if notified is State.PENDING or outage is None or not (again or outage.worst in _OBSERVED_TROUBLE):
+        # An agent that was started before its tunnel: nothing recovers, and what could not be seen was no outage.
         return Notice(kind=Kind.CONNECTED, at=after.since, findings=after.findings)
-    # A silence that a replay made void did not end in a change of state: it ended when the agent was heard again.
+    # A silence that a replay made void did not end with a change of state, but when the agent reported again.
     at = after.since if after.since > outage.began else max(after.seen_at, outage.began)
     return Notice(
         kind=Kind.RECOVERED, at=at, began=outage.began, was=outage.worst, first=not again, findings=after.findings
@@ -192,7 +206,7 @@ def _standing(after: Memory, told: State, outage: Outage | None, *, again: bool)
 
 
 def _outage(before: Memory, events: Sequence[Event]) -> Outage | None:
-    """The trouble so far: a replay may know better than the silence did when it began and how bad it was."""
+    """The trouble so far; a replay may correct when it began and how bad it was."""
     known = [before.outage] if before.outage else []
     if before.trouble_since is not None:
         known.append(Outage(began=before.trouble_since, worst=before.state))

@@ -1,6 +1,6 @@
-"""What an agent saw in one round. Facts only; what they mean is the judge's.
+"""What an agent saw in one round: facts only, which the judge interprets.
 
-Every value that can be missing has a name for it: `Answer.UNKNOWN` and `Path.UNKNOWN` mean "did not or could not look".
+A missing value has a name: `Answer.UNKNOWN` and `Path.UNKNOWN` mean "not asked" or "could not be asked".
 """
 
 from dataclasses import dataclass
@@ -9,17 +9,17 @@ from typing import Final
 
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, is_public
 
-# Canaries by the name of their target that are questions to a nameserver: port 53 may be led elsewhere than the rest.
+# Targets whose canaries are DNS queries: port 53 may be diverted when other traffic is not.
 ASKED_BY_DNS: Final = frozenset({"cloudflare", "opendns"})
 
 
 class Answer(StrEnum):
-    """How a question to the network ended."""
+    """How a probe ended."""
 
     ANSWERED = "answered"
-    BLOCKED = "blocked"  # this host refused to send it (EPERM): a kill switch at work
+    BLOCKED = "blocked"  # this host refused to send it (EPERM), as a kill switch does
     UNREACHABLE = "unreachable"  # no route, or an ICMP error came back
-    EXPIRED = "expired"  # an ICMP time-exceeded: the packet left this host and died where it was meant to
+    EXPIRED = "expired"  # ICMP time-exceeded came back: the packet left this host, and its hop limit ended as planned
     LOST = "lost"  # sent, and nothing came back in time
     UNKNOWN = "unknown"  # not asked
 
@@ -39,7 +39,7 @@ class Probe(StrEnum):
     DEFAULT = "default"  # C1: on the default route
     PHYSICAL = "physical"  # C2: bound to the physical interface
     FIRST_HOP = "first_hop"  # C3: bound to the physical interface, TTL 1
-    GATEWAY = "gateway"  # the VPN server's own address inside the tunnel: does it answer while the internet does not
+    GATEWAY = "gateway"  # to the VPN server's address inside the tunnel: it may answer while the internet does not
 
 
 class Trigger(StrEnum):
@@ -47,12 +47,12 @@ class Trigger(StrEnum):
 
     START = "start"
     TIMER = "timer"
-    NETWORK = "network"  # rtnetlink told of a link, an address, a route or a rule
-    CANARY = "canary"  # pulses or canaries between rounds went missing, or came back from elsewhere
+    NETWORK = "network"  # rtnetlink reported a change of a link, an address, a route or a rule
+    CANARY = "canary"  # pulses or canaries between rounds were lost, or came out elsewhere
     LEAK = "leak"  # the leak watch saw a packet leave outside the tunnel
-    DEVICE = "device"  # the tunnel's own program, or its counters, told of a change
-    RECHECK = "recheck"  # the round before was not well
-    PULSE = "pulse"  # the server's own sight: where an agent's pulses come from, and whether it hears the replies
+    DEVICE = "device"  # the tunnel's own program, or its counters, reported a change
+    RECHECK = "recheck"  # the round before found trouble
+    PULSE = "pulse"  # the server's own observation: where an agent's pulses come from, and whether replies arrive
     KEEPALIVE = "keepalive"  # a report of the replaced system's client
 
 
@@ -60,7 +60,7 @@ class Trigger(StrEnum):
 class Link:
     """The tunnel's network interface. Counters are bytes since the interface was made.
 
-    `declared`: it is the tunnel by its owner's word alone, and nothing else shows that it is one.
+    `declared`: only the owner's setting says that it is the tunnel; nothing else shows it.
     """
 
     name: str
@@ -73,7 +73,7 @@ class Link:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Canary:
-    """One datagram to an echo. `address` is where the echo saw it come from; `rtt_ms` the round trip."""
+    """One probe to an echo. `address` is the source that the echo saw; `rtt_ms` the round-trip time."""
 
     probe: Probe
     target: str
@@ -92,10 +92,10 @@ class Canary:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolverSighting:
-    """What one lookup through one of the system's nameservers revealed.
+    """What one lookup through one of the system's nameservers showed.
 
-    `egress` is the address from which the authoritative side was asked. `client` is the address from which the
-    nameserver itself saw us ask (CH whoami). `subnet` is the client subnet it passed on (RFC 7871).
+    `egress` is the address from which the authoritative server was asked. `client` is the address from which the
+    nameserver itself saw the agent ask (CH whoami). `subnet` is the client subnet it passed on (RFC 7871).
     """
 
     method: str
@@ -111,9 +111,9 @@ class ResolverSighting:
 class SystemLookup:
     """One fresh name, looked up by getaddrinfo(3) as programs do: by resolv.conf, nsswitch.conf and what they name.
 
-    ANSWERED: an address, or the word that there is none. UNREACHABLE: it failed, `error` says how. LOST: no answer in
-    time. `egress` is where the authoritative side was asked from, where the name tells. `upstreams` are the nameservers
-    that systemd-resolved wrote down, where the stub of it is in use.
+    ANSWERED: an address, or that there is none. UNREACHABLE: it failed, `error` says how. LOST: no answer in time.
+    `egress` are the addresses from which the authoritative server was asked, where the name shows them. `upstreams` are
+    the nameservers of systemd-resolved, where its stub is in use.
     """
 
     answer: Answer
@@ -141,10 +141,10 @@ class Escape:
     """Packets of one flow that left outside the tunnel, seen on a physical interface by the leak watch.
 
     `protocol` is "udp", "tcp", "icmp", "icmp6" or the IP protocol's number; ports are None where it has none.
-    `name` is the DNS name that was asked, when the packet was such a question. `size` counts bytes of IP packets.
-    `first_age` and `last_age` are how many seconds before the observation the first and the last packet left. `path` is
-    how routes send a packet there that no program bound to a device, and no firewall marked. `user` is the user id
-    whose program sent the first, where its socket was still there to tell.
+    `name` is the queried name, when the packet was a DNS query. `size` counts bytes of IP packets. `first_age` and
+    `last_age` are how many seconds before the observation the first and the last packet left. `path` is how routes send
+    a packet there that is not bound to a device and not marked by a firewall. `user` is the user id of the program that
+    sent the first one, where its socket was still known.
     """
 
     interface: str
@@ -166,9 +166,9 @@ class Escape:
 class Routed:
     """A part of the public address space that rules and routing tables send out by one device.
 
-    `share` is above 0 and at most 1. Of a device beside the tunnel `networks` are the largest that are not meant to go
-    there, and `more` says how many further ones there are. `only` names the kind of traffic that this is true of ("TCP
-    to port 443"), "" for all. `answer` is how a packet of one hop ended that was sent to `asked`, in that part.
+    `share` is above 0 and at most 1. For a device outside the tunnel, `networks` are the largest that are not meant to
+    go there, and `more` is the number of further ones. `only` names the kind of traffic that is meant ("TCP to port
+    443"), "" for all. `answer` is the result of a packet with a hop limit of one to `asked`, an address in that part.
     """
 
     interface: str
@@ -183,10 +183,11 @@ class Routed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Claim:
-    """What the tunnel's own program says of it: evidence beside the canaries, never against them.
+    """What the tunnel's own program says about it: evidence in addition to the canaries, never against them.
 
-    `source` is "wireguard", "openvpn" or "gluetun"; `status` its own word ("running", "CONNECTED"), or "error: …" when
-    it could not be asked. `handshake_age` is seconds, None for never or unknown. `address` is the exit it names.
+    `source` is "wireguard", "openvpn" or "gluetun"; `status` the program's own term ("running", "CONNECTED"), or
+    "error: …" when it could not be asked. `handshake_age` is seconds, None for never or unknown. `address` is the exit
+    that it names.
     """
 
     source: str
@@ -198,12 +199,12 @@ class Claim:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quality:
-    """How well the tunnel carries, from the pulses of the last `seconds`: times in ms, rates in bytes a second.
+    """The tunnel's quality, from the pulses of the last `seconds`: times in ms, rates in bytes a second.
 
-    `lost` of `sent` were never answered. `mtu` is the largest IP packet that came through, None when nobody asked;
-    `vanished` the size of one that the interface took and that got lost without an ICMP error, though smaller ones
-    passed; `vanished_for` is how many seconds ago one of the full size came through last, or the way there changed.
-    `lossy_for` is how many seconds ago a loss that was looked into may have begun, 0 where none was found.
+    `lost` of `sent` were never answered. `mtu` is the largest IP packet that passed, None when that was not measured;
+    `vanished` the size of one that the interface took and that was lost without an ICMP error, although smaller ones
+    passed; `vanished_for` is how many seconds ago one of the full size last passed, or the route changed. `lossy_for`
+    is how many seconds ago a loss that was examined may have begun, 0 where none was found.
     """
 
     seconds: float
@@ -224,7 +225,7 @@ class Quality:
 class PortCheck:
     """The server's attempt to reach the forwarded port from outside, over TCP.
 
-    ANSWERED: something accepted. UNREACHABLE: it was refused, so packets arrive and nobody listens. LOST: no answer.
+    ANSWERED: something accepted. UNREACHABLE: it was refused, so packets arrive and nothing listens. LOST: no answer.
     """
 
     address: IPAddress
@@ -238,7 +239,7 @@ class Outcome(StrEnum):
     DONE = "done"
     FAILED = "failed"
     DRY_RUN = "dry_run"  # would have been done
-    HELD = "held"  # back-off, or the cap of the hour
+    HELD = "held"  # by the back-off, or the limit per hour
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -253,27 +254,27 @@ class Action:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Observation:
-    """One round. `interfaces` are all that exist besides `lo`, None when nobody looked.
+    """One round. `interfaces` are all that exist besides `lo`, None when they could not be read.
 
     `link` is None when no tunnel interface is known here. `reported_from` is added by the server to a keepalive and to
     a pulse: the global address that it came from, None when it came over a LAN. An agent has canaries for that.
-    `uplinks` are the ways out beside the tunnel by name, and `routed` is what routes send where; None when nobody could
-    look.
+    `uplinks` are the names of the interfaces to the internet outside the tunnel, and `routed` is what routes send
+    where; None when they could not be read.
 
     `dns_intercepted` is True when an address that runs no DNS answered a query, `dns_rewritten` when a name that does
-    not exist was given an address; None when nobody asked.
+    not exist got an address; None when that was not tested.
 
-    `leak_watch` and `pulses` tell whether packets can be watched here and whether UDP reaches the server's echo.
-    `watch_refused` is why packets cannot be watched where this process may open no packet socket, "" where it may; None
-    when nobody looked.
-    `refused_user` is the id of the one user whose programs go through the tunnel, where the agent may not ask in that
-    user's place; None where it may, or everybody's go through it.
-    `silent_for` is how many seconds before this round the first canary was sent that nothing has answered since.
-    `broken` says why a round could not be made at all, empty for one that was: then nothing else was seen.
-    `portal` is True when a web page of somebody else's answered beside the tunnel. `flaky` are canary targets that stay
-    silent while others answer. `contained` is True while the agent's own rules close the namespace.
-    `port_check`, `reference_up` (whether the site's reference agent reaches the internet) and `unheard` (pulses come
-    in, and the agent does not hear their replies) are added by the server, never taken from an agent.
+    `leak_watch` is whether packets can be watched here, `pulses` whether UDP reaches the server's echo.
+    `watch_refused` is why this process may open no packet socket, "" where it may; None when that was not tested.
+    `refused_user` is the id of the one user whose programs go through the tunnel, where the agent may not send as that
+    user; None where it may, or all users' programs go through it.
+    `silent_for` is how many seconds before this round the first canary or pulse was sent of those that are unanswered,
+    with none answered since.
+    `broken` is why a round failed, "" for one that did not: then nothing else was seen.
+    `portal` is True when a captive portal's page answered outside the tunnel. `flaky` are canary targets that stay
+    silent while others answer. `contained` is True while the agent's own rules close the namespace. `port_check`,
+    `reference_up` (whether the site's reference agent reaches the internet) and `unheard` (pulses come in, and the
+    agent does not get their replies) are added by the server, never taken from an agent.
     """
 
     trigger: Trigger
@@ -308,32 +309,32 @@ class Observation:
     took_ms: float = 0.0
 
     def asked(self, probe: Probe) -> tuple[Canary, ...]:
-        """The canaries of one kind that were really sent."""
+        """The canaries of one kind that were sent."""
         return tuple([c for c in self.canaries if c.probe is probe and c.answer is not Answer.UNKNOWN])
 
     def places_of(self, address: IPAddress | None) -> tuple[Place, ...]:
         return tuple([p for p in self.places if p.ip == address])
 
     def came_out_beside(self) -> tuple[Canary, ...]:
-        """The canaries that show where packets sent beside the tunnel come out.
+        """The canaries that show where packets sent outside the tunnel come out.
 
-        As for the exit: one that is asked by DNS counts where no other one by the same way tells, since whoever diverts
-        that beside the tunnel, a home router say, answers with another address than the line's.
+        As for the exit: a canary by DNS counts only where no other one by the same interface has an address, since a
+        home router, for one, may divert DNS and answer with another address than the line's.
         """
-        told = [c for c in self.asked(Probe.PHYSICAL) if c.answer is Answer.ANSWERED and c.address is not None]
+        answered = [c for c in self.asked(Probe.PHYSICAL) if c.answer is Answer.ANSWERED and c.address is not None]
         better = {
             (c.interface, c.family)
-            for c in told
+            for c in answered
             if c.address is not None and is_public(c.address) and c.target not in ASKED_BY_DNS
         }
-        return tuple(c for c in told if c.target not in ASKED_BY_DNS or (c.interface, c.family) not in better)
+        return tuple(c for c in answered if c.target not in ASKED_BY_DNS or (c.interface, c.family) not in better)
 
     def exit(self, family: int) -> IPAddress | None:
         """The address that the far end saw on the default route, None when no canary came back.
 
-        Where a part of the traffic goes beside the tunnel, the exit is where the tunnel's own part comes out. An echo
-        that is asked by DNS may be answered by whoever intercepts that: it counts where no other one tells, and not at
-        all where interception was seen.
+        Where a part of the traffic goes outside the tunnel, the exit is where the tunnel's part comes out. A canary by
+        DNS may be answered by something that intercepts DNS: it counts only where no other one has an address, and not
+        at all where interception was seen.
         """
         seen = [c for c in self.canaries if c.family == family and c.probe is Probe.DEFAULT and c.address is not None]
         others = [c for c in seen if c.target not in ASKED_BY_DNS]

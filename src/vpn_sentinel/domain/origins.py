@@ -1,4 +1,4 @@
-"""Whose network an address lies in: AS numbers, as an observation's places name them, and routed blocks."""
+"""The network of an address: AS numbers, from an observation's places, and routed blocks."""
 
 from ipaddress import ip_network
 

@@ -1,4 +1,4 @@
-"""Why nothing comes back: this host's network, home, the tunnel's interface, the VPN server, or what lies beyond it."""
+"""Why nothing answers: this host's network, the home, the tunnel's interface, the VPN server, or beyond it."""
 
 from collections.abc import Iterator, Mapping
 
@@ -7,10 +7,10 @@ from vpn_sentinel.domain.verdict import Code, Finding
 
 
 def why_dead(seen: Observation) -> Iterator[Finding]:
-    """Why nothing came back on the default route."""
+    """Why nothing answered on the default route."""
     canaries = seen.asked(Probe.DEFAULT)
     if not canaries and (seen.refused_user is not None or seen.link is None or (seen.link.present and seen.link.up)):
-        yield _nobody_asked(seen)
+        yield _no_canary_sent(seen)
         return
     if seen.link is None:
         yield _no_network(seen, canaries)
@@ -68,18 +68,18 @@ def why_dead(seen: Observation) -> Iterator[Finding]:
 
 
 def _is_refused(canaries: tuple[Canary, ...]) -> bool:
-    """Whether a firewall here let none of them out: nothing is known of the tunnel then."""
+    """Whether a firewall here let no canary out: then nothing is known of the tunnel."""
     return any(c.answer is Answer.BLOCKED for c in canaries) and all(
         c.answer in (Answer.BLOCKED, Answer.UNREACHABLE) for c in canaries
     )
 
 
 def _no_network(seen: Observation, canaries: tuple[Canary, ...]) -> Finding:
-    """Without a tunnel that is known: what kind of nothing this is."""
+    """Why nothing answers where no tunnel is known."""
     facts = answers(canaries)
     if seen.interfaces == ():
-        said = "Only the loopback interface is here: this network namespace has no way out."
-        return Finding(Code.NO_NETWORK, said, facts | {"interfaces": "lo"})
+        message = "Only the loopback interface is here: this network namespace has no way out."
+        return Finding(Code.NO_NETWORK, message, facts | {"interfaces": "lo"})
     if any(c.answer is Answer.BLOCKED for c in canaries):
         return Finding(
             Code.NO_NETWORK,
@@ -87,14 +87,14 @@ def _no_network(seen: Observation, canaries: tuple[Canary, ...]) -> Finding:
             "users' programs send may pass.",
             facts | {"refused": "this program's packets"},
         )
-    said = (
+    message = (
         "No answer reaches this program on the default route, and no tunnel is known here: whether anything leaves, "
         "and from where, is not known."
     )
-    return Finding(Code.NO_NETWORK, said, facts)
+    return Finding(Code.NO_NETWORK, message, facts)
 
 
-def _nobody_asked(seen: Observation) -> Finding:
+def _no_canary_sent(seen: Observation) -> Finding:
     user = seen.refused_user
     if user is not None:
         return Finding(
@@ -108,21 +108,21 @@ def _nobody_asked(seen: Observation) -> Finding:
 
 
 def tunnel_gone(seen: Observation) -> Iterator[Finding]:
-    """Something answers, though the tunnel's interface cannot carry it and no leak is proven."""
+    """The tunnel's interface is down or gone, although something answers and no leak is proven."""
     by_tunnel = any(c.path is Path.TUNNEL and c.answer is Answer.ANSWERED for c in seen.asked(Probe.DEFAULT))
     if seen.link is not None and not (seen.link.present and seen.link.up) and not by_tunnel:
         yield _tunnel_down(seen.link, {})
 
 
-def not_made(seen: Observation) -> Finding:
-    """The agent lives, and could not look."""
-    said = f"The agent cannot look at its tunnel: {seen.broken}."
-    return Finding(Code.NOTHING_SEEN, said, {"reason": seen.broken})
+def round_failed(seen: Observation) -> Finding:
+    """The agent runs, but its round failed."""
+    message = f"The agent cannot look at its tunnel: {seen.broken}."
+    return Finding(Code.NOTHING_SEEN, message, {"reason": seen.broken})
 
 
 def captive_portal(canaries: tuple[Canary, ...]) -> Finding:
-    said = "A page of somebody else's answers on this network, and nothing else does: a captive portal."
-    return Finding(Code.CAPTIVE_PORTAL, said, answers(canaries))
+    message = "A page of somebody else's answers on this network, and nothing else does: a captive portal."
+    return Finding(Code.CAPTIVE_PORTAL, message, answers(canaries))
 
 
 def _tunnel_down(link: Link, facts: Mapping[str, str]) -> Finding:
@@ -131,12 +131,12 @@ def _tunnel_down(link: Link, facts: Mapping[str, str]) -> Finding:
 
 
 def answers(canaries: tuple[Canary, ...]) -> dict[str, str]:
-    """How each of them ended, as evidence."""
+    """The answer of each canary, as evidence."""
     return {f"{c.target}_ipv{c.family}": c.answer for c in canaries}
 
 
 def _claimed(seen: Observation) -> dict[str, str]:
-    """What the tunnel's own program says, beside what the canaries found."""
+    """What the tunnel's own program says, as evidence in addition to the canaries."""
     facts: dict[str, str] = {}
     for claim in seen.claims:
         if claim.status:

@@ -1,4 +1,4 @@
-"""What the owner of a tunnel declares: where its traffic may come out and how long trouble must last to count."""
+"""The policy of a tunnel, as its owner declares it: where traffic may come out, and how long trouble must last."""
 
 from abc import ABC
 from collections.abc import Iterable
@@ -24,9 +24,9 @@ else:
 
 
 # Addresses that no packet on the internet comes from: IANA's special-purpose registries (RFC 6890 and its updates).
-# Not among them are the prefixes of NAT64 (RFC 6052, RFC 8215): behind a translator is the internet of IPv4.
-# Explicit and not `is_global`, which differs between Python versions. Documentation blocks are left in: nobody routes
-# them, and examples use them.
+# The prefixes of NAT64 (RFC 6052, RFC 8215) are not among them: behind the translator is the IPv4 internet. A list, and
+# not `is_global`, which differs between Python versions. Documentation blocks count as public: nobody routes them, and
+# examples use them.
 NOT_PUBLIC: Final[tuple[IPNetwork, ...]] = tuple(
     ip_network(block)
     for block in (
@@ -51,22 +51,22 @@ NOT_PUBLIC: Final[tuple[IPNetwork, ...]] = tuple(
 
 
 def is_public(address: IPAddress) -> bool:
-    """Whether `address` can be one that the internet sees."""
+    """Whether `address` can be seen on the internet."""
     return not within(address, NOT_PUBLIC)
 
 
-MAX_FLAP_COUNT: Final = 16  # so many departures are remembered
+MAX_FLAP_COUNT: Final = 16  # so many departures from *protected* are remembered
 
 
 @dataclass(frozen=True, kw_only=True)  # without slots: settings read the defaults from the class
 class Policy:
     """One tunnel's rules. Durations are seconds.
 
-    `home_networks` are the addresses that must never be seen outside: the home connection's own, and its ISP's
-    resolvers where known. `grace_*` is how long a verdict must last before it becomes the state; a leak has none.
-    `grace_unverified` is how long nothing may be verified before that is said: shorter than the quick rounds after a
-    change of verdict (16 s), so that one of them decides. `allowed_outside` are destinations whose traffic is meant to
-    leave beside the tunnel. Of the pulses, more than `max_loss` (0 to 1) lost, or a median round trip above
+    `home_networks` are the addresses that traffic must never come from: the home connection's own, and its ISP's
+    resolvers where known. `grace_*` is how long a verdict must last before it becomes the state; a leak has no grace.
+    `grace_unverified` is how long verification may be impossible before that is reported: shorter than the quick rounds
+    after a change of verdict (16 s), so that one of them decides. `allowed_outside` are destinations whose traffic is
+    meant to leave outside the tunnel. A share of lost pulses above `max_loss` (0 to 1), or a median round trip above
     `max_rtt_ms`, is trouble. A tunnel that left *protected* `flap_count` times within `flap_window` is flapping, and
     has recovered only after `flap_calm` without a break; `flap_count` is at most `MAX_FLAP_COUNT`.
     """

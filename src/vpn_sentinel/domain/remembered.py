@@ -1,4 +1,4 @@
-"""What is remembered of a tunnel that worked, and what that proves when an agent knows of no tunnel.
+"""What is remembered of a tunnel that worked, and what that proves when an agent finds no tunnel.
 
 See docs/adr/0009-memory-as-evidence.md for why each condition is needed.
 """
@@ -12,15 +12,15 @@ from vpn_sentinel.domain.policy import IPAddress, is_public, within
 
 _T = TypeVar("_T")
 
-MAX_REMEMBERED: Final = 8  # exits, and AS numbers
+MAX_REMEMBERED: Final = 8  # exits, and as many AS numbers
 MAX_INTERFACES: Final = 32
-# Addresses of one provider's site share such a prefix; a shorter one would join a provider and a home.
-NEIGHBOURS: Final = {4: 24, 6: 48}
+# Addresses of one provider's site share a prefix of this length; a shorter one might hold a provider and a home.
+SITE_PREFIX_LENGTHS: Final = {4: 24, 6: 48}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Working:
-    """A tunnel while it worked: its `device`, the interfaces `beside` it, where it came out, the newest last.
+    """A tunnel while it worked: its `device`, the other interfaces (`beside`), and its exits, the newest last.
 
     `asns` are the AS numbers of its exits, as far as any source named them.
     """
@@ -32,7 +32,7 @@ class Working:
 
 
 def learned_working(known: Working | None, seen: Observation) -> Working | None:
-    """Add what an observation shows of a tunnel that works; the caller has judged that it does."""
+    """Add what an observation shows of a working tunnel; the caller has judged that it works."""
     if seen.link is None or not (seen.link.present and seen.link.up) or seen.interfaces is None:
         return known
     exits = tuple(
@@ -49,14 +49,14 @@ def learned_working(known: Working | None, seen: Observation) -> Working | None:
 
 
 def with_memory(seen: Observation, known: Working | None, came_from: tuple[IPAddress, ...]) -> Observation:
-    """The observation with what memory proves: that the tunnel is gone, and an answer came beside it.
+    """The observation with what memory proves: the tunnel is gone, and an answer came outside it.
 
-    `came_from` are the addresses that the server itself got this agent's reports or pulses from. Without proof the
-    observation is given back as it is: an agent that knows of no tunnel stays one that cannot verify anything.
+    `came_from` are the addresses from which the server itself got this agent's reports or pulses. Without proof the
+    observation is returned unchanged: an agent that finds no tunnel cannot verify anything.
     """
     if known is None or seen.link is not None or seen.interfaces is None:
         return seen
-    # The namespace is the one that was: only the tunnel's device is missing, and nothing new can be another tunnel.
+    # It is the same namespace: only the tunnel's device is missing, and no new device can be another tunnel.
     if known.device in seen.interfaces or not seen.interfaces or not set(seen.interfaces) <= set(known.beside):
         return seen
     beside = [c for c in seen.canaries if _is_beside(c, seen, known, came_from)]
@@ -73,7 +73,7 @@ def _is_beside(canary: Canary, seen: Observation, known: Working, came_from: tup
     if address is None or address not in came_from or not is_public(address):
         return False
     exits = [e for e in known.exits if e.version == address.version]
-    near = within(address, (ip_network((e, NEIGHBOURS[e.version]), strict=False) for e in exits))
+    near = within(address, (ip_network((e, SITE_PREFIX_LENGTHS[e.version]), strict=False) for e in exits))
     named = {p.asn for p in seen.places_of(address) if p.asn is not None}
     return bool(exits) and not near and named.isdisjoint(known.asns)
 

@@ -1,4 +1,4 @@
-"""Which resolver asks for this host, and whether its path gives the home connection away."""
+"""Which resolver asks for this host, and whether it reveals the home connection."""
 
 from dataclasses import replace
 from ipaddress import ip_network
@@ -10,8 +10,8 @@ from vpn_sentinel.domain.origins import asns_of, exit_asns, home_asns, same_bloc
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy, is_public
 from vpn_sentinel.domain.verdict import Code, Finding
 
-# Large public resolvers by the AS that their queries come out of (RIPEstat, PeeringDB). Their egress sits in any
-# country; reached through the tunnel it tells nothing of home.
+# Large public resolvers by the AS that their queries come from (RIPEstat, PeeringDB). Their egress may be in any
+# country; reached through the tunnel, it reveals nothing about home.
 PUBLIC_RESOLVER_ASNS: Final = frozenset({13335, 15169, 19281, 34939, 36692, 212772})
 # For hosts without an offline database: the networks that these operators publish.
 PUBLIC_RESOLVER_NETWORKS: Final[tuple[IPNetwork, ...]] = tuple(
@@ -25,11 +25,11 @@ PUBLIC_RESOLVER_NETWORKS: Final[tuple[IPNetwork, ...]] = tuple(
     )
 )  # fmt: skip
 
-# Lookups that tell by the address of a name, and not by a text, which nobody makes up.
+# Lookups whose result is the address of a name, which a resolver may invent, unlike a text.
 _BY_ADDRESS: Final = frozenset({"akamai"})
 
 
-# What a lookup asked for that shows the resolver, by the name that observations call it.
+# What a lookup asked for, by its name in observations.
 _ASKED_FOR: Final = {
     "canary": "a name of the server's own zone",
     "google": "o-o.myaddr.l.google.com",
@@ -40,14 +40,14 @@ _ASKED_FOR: Final = {
 
 
 def _shown_by(method: str) -> str:
-    """Of a lookup, for people to read."""
+    """A lookup's method, for people."""
     return f"a lookup of {_ASKED_FOR[method]}" if method in _ASKED_FOR else "a lookup"
 
 
 def leak(sighting: ResolverSighting, seen: Observation, policy: Policy) -> Finding | None:
-    """Tell why this lookup gave the home connection away, or None.
+    """The finding if this lookup reveals the home connection, else None.
 
-    A resolver that the policy allows never leaks: its owner knows of it.
+    A resolver that the policy allows never leaks.
     """
     server, egress = sighting.nameserver, egress_of(sighting, seen)
     if sighting.answer is not Answer.ANSWERED or policy.allows_resolver(server):
@@ -80,22 +80,22 @@ def leak(sighting: ResolverSighting, seen: Observation, policy: Policy) -> Findi
             facts | {"asn": str(asn)},
         )
     if sighting.path is Path.OUTSIDE and seen.link is not None:
-        return _beside(sighting, egress or _client_of(sighting), seen, policy, facts)
+        return _reached_outside(sighting, egress or _client_of(sighting), seen, policy, facts)
     return None
 
 
-def _beside(
+def _reached_outside(
     sighting: ResolverSighting, shown: IPAddress | None, seen: Observation, policy: Policy, facts: dict[str, str]
 ) -> Finding | None:
-    """What a nameserver that is reached outside the tunnel proves; `shown` is where it asks the internet from.
+    """What a nameserver that is reached outside the tunnel proves; `shown` is the address it asks the internet from.
 
-    A question to a public one is on the internet already. One on the LAN passes it on, maybe by a VPN of its own: it is
-    known by its egress, and while that is unknown nothing is proved.
+    A query to a public one is on the internet already. One on the LAN forwards it, perhaps by a VPN of its own: its
+    egress decides, and while that is unknown nothing is proved.
     """
     server = sighting.nameserver
     if is_public(server):
         return Finding(Code.DNS_LEAK, f"Queries to the nameserver {server} leave outside the tunnel.", facts)
-    if shown is None or _at_the_exit(shown, seen, policy):
+    if shown is None or _is_vpns(shown, seen, policy):
         return None
     return Finding(
         Code.DNS_LEAK,
@@ -106,25 +106,27 @@ def _beside(
 
 
 def system_leak(seen: Observation, policy: Policy) -> Finding | None:
-    """Tell why the system's own resolver gives the home connection away, or None: resolv.conf need not name it."""
+    """The finding if the system's own resolver, which resolv.conf need not name, reveals the home connection, else
+    None.
+    """
     for egress in of_system(seen, policy):
         facts = {"resolver": str(egress), "seen_by": "getaddrinfo(3)"}
-        said = f"Programs here ask a resolver that comes out at {egress}"
+        text = f"Programs here ask a resolver that comes out at {egress}"
         if policy.is_home(egress):
-            return Finding(Code.DNS_LEAK, f"{said}, in the home network.", facts)
+            return Finding(Code.DNS_LEAK, f"{text}, in the home network.", facts)
         if asn := _isp_asn(egress, seen, policy):
-            return Finding(Code.DNS_LEAK, f"{said}, in the home provider's network AS{asn}.", facts | {"asn": str(asn)})
+            return Finding(Code.DNS_LEAK, f"{text}, in the home provider's network AS{asn}.", facts | {"asn": str(asn)})
     return None
 
 
 def of_system(seen: Observation, policy: Policy) -> tuple[IPAddress, ...]:
-    """Where the system's own resolver comes out, as far as no lookup through a nameserver showed the same.
+    """The egress addresses of the system's own resolver that no lookup through a nameserver showed.
 
-    Nothing where the policy allows one of the nameservers: it may be that one that was asked.
+    None where the policy allows one of the nameservers: that one may have been asked.
     """
     used = seen.system_lookup
     if used is None or used.answer is not Answer.ANSWERED or seen.dns_rewritten:
-        return ()  # it tells by the address of a name, which a resolver may have made up
+        return ()  # its result is the address of a name, which a resolver may have invented
     if any(policy.allows_resolver(n) for n in (*(s.nameserver for s in seen.resolvers), *used.upstreams)):
         return ()
     shown = {egress_of(s, seen) for s in seen.resolvers}
@@ -132,20 +134,19 @@ def of_system(seen: Observation, policy: Policy) -> tuple[IPAddress, ...]:
 
 
 def egress_of(sighting: ResolverSighting, seen: Observation) -> IPAddress | None:
-    """Where the resolver asks the internet from. An address that cannot be on it tells nothing, nor does one from a
-    resolver that makes addresses up."""
+    """The address that the resolver asks the internet from; None for a private one, or one that may be invented."""
     if sighting.egress is None or not is_public(sighting.egress):
         return None
     return None if seen.dns_rewritten and sighting.method in _BY_ADDRESS else sighting.egress
 
 
 def _client_of(sighting: ResolverSighting) -> IPAddress | None:
-    """Where a public resolver behind a local forwarder saw the forwarder ask from."""
+    """The address from which a public resolver saw a local forwarder ask."""
     return sighting.client if sighting.client is not None and is_public(sighting.client) else None
 
 
 def unverified(seen: Observation, policy: Policy) -> tuple[IPAddress, ...]:
-    """Nameservers outside the tunnel that answer, and of which no lookup showed where they ask from."""
+    """Nameservers outside the tunnel that answer, and whose egress no lookup showed."""
     if seen.link is None:
         return ()
     answering = [s for s in seen.resolvers if s.answer is Answer.ANSWERED and not policy.allows_resolver(s.nameserver)]
@@ -178,7 +179,7 @@ def undecided(seen: Observation, policy: Policy) -> tuple[IPAddress, ...]:
 
 
 def without(egresses: tuple[IPAddress, ...], seen: Observation) -> Observation:
-    """The same as if no lookup had shown these."""
+    """The observation as if no lookup had shown these egresses."""
     shown = tuple(replace(s, egress=None) if s.egress in egresses else s for s in seen.resolvers)
     used = seen.system_lookup
     if used is not None:
@@ -194,7 +195,7 @@ def is_expected(egress: IPAddress, seen: Observation, policy: Policy) -> bool:
 
 
 def missing(egress: IPAddress, seen: Observation, policy: Policy) -> str:
-    """What is not known that would tell whether an unexpected egress is the home provider's; "" when all is known."""
+    """What must be known to decide whether an unexpected egress is the home provider's; "" when all is known."""
     if not asns_of(egress, seen):
         return f"the AS number of {egress}"
     if not policy.home_networks:
@@ -202,7 +203,7 @@ def missing(egress: IPAddress, seen: Observation, policy: Policy) -> str:
     return "" if home_asns(seen, policy) else "the AS number of the home network"
 
 
-def _at_the_exit(address: IPAddress, seen: Observation, policy: Policy) -> bool:
+def _is_vpns(address: IPAddress, seen: Observation, policy: Policy) -> bool:
     """Whether an address is the VPN's: the exit's block, or its AS unless home is in the same one."""
     if _in_exit_block(address, seen):
         return True

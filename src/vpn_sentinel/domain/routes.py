@@ -1,4 +1,4 @@
-"""What routes and rules send past the tunnel, and the words for it."""
+"""What routes and rules send past the tunnel: the findings, and texts for people."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
@@ -8,14 +8,14 @@ from vpn_sentinel.domain.observation import Answer, Observation, Probe, Routed
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy
 from vpn_sentinel.domain.verdict import Code, Finding
 
-# How the kinds of traffic end that are DNS: over UDP or TCP, or over TLS (RFC 7858).
+# Endings of `Routed.only` that mean DNS: over UDP or TCP, or over TLS (RFC 7858).
 _TO_DNS: Final = ("to port 53", "to port 853")
-_NAMED: Final = 4  # networks that a message names
+_MAX_NAMED: Final = 4  # in a message
 _ROUNDING: Final = 1e-6
 
 
 def bypasses(seen: Observation, policy: Policy) -> Iterator[Finding]:
-    """What routes and rules send past a tunnel that carries the rest, unless this host refuses to send it there."""
+    """Findings for what routes and rules send past a tunnel that carries the rest, unless this host blocks it there."""
     link = seen.link
     if link is None or not (link.present and link.up):
         return
@@ -29,10 +29,10 @@ def bypasses(seen: Observation, policy: Policy) -> Iterator[Finding]:
         if (part.interface, part.family) in held and part.answer not in (Answer.ANSWERED, Answer.EXPIRED):
             continue
         meant = [n for n in part.networks if any(_inside(n, allowed) for allowed in policy.allowed_outside)]
-        left = [n for n in part.networks if n not in meant]
-        if left or part.more:
+        not_meant = [n for n in part.networks if n not in meant]
+        if not_meant or part.more:
             shared_with = link.name if is_shared(part, parts, link.name) else ""
-            yield _routed_outside(part, left, shared_with, _comes_out_at(seen, part))
+            yield _routed_outside(part, not_meant, shared_with, _comes_out_at(seen, part))
 
 
 def _inside(network: IPNetwork, other: IPNetwork) -> bool:
@@ -40,19 +40,21 @@ def _inside(network: IPNetwork, other: IPNetwork) -> bool:
 
 
 def is_shared(part: Routed, parts: Iterable[Routed], tunnel: str | None) -> bool:
-    """Whether some of the same space goes by the tunnel too: a route with several next hops, or a rule by source."""
+    """Whether part of the same space also goes by the tunnel: a route with several next hops, or a rule by source."""
     inside = next((p.share for p in parts if p.interface == tunnel and p.family == part.family and not p.only), 0.0)
     return not part.only and part.share + inside > 1 + _ROUNDING
 
 
 def _comes_out_at(seen: Observation, part: Routed) -> IPAddress | None:
-    """Where the internet saw what was sent by the part's device, None where it did not."""
-    way = part.interface, part.family
-    return next((c.address for c in seen.came_out_beside() if (c.interface, c.family) == way), None)
+    """The public address of what is sent by the part's device, None where it is not known."""
+    by = part.interface, part.family
+    return next((c.address for c in seen.came_out_beside() if (c.interface, c.family) == by), None)
 
 
-def _routed_outside(part: Routed, left: Sequence[IPNetwork], shared_with: str, address: IPAddress | None) -> Finding:
-    which, share = _networks(left, part.more), percent(part.share)
+def _routed_outside(
+    part: Routed, not_meant: Sequence[IPNetwork], shared_with: str, address: IPAddress | None
+) -> Finding:
+    which, share = _networks(not_meant, part.more), percent(part.share)
     facts = {"interface": part.interface, "networks": which, "share": share, "seen_by": "routing tables"}
     if part.only:
         facts["traffic"] = part.only
@@ -63,7 +65,7 @@ def _routed_outside(part: Routed, left: Sequence[IPNetwork], shared_with: str, a
         facts["comes_out_at"] = str(address)
         there = f" What leaves there comes out at {address}."
     if shared_with:
-        # How much of the traffic that is depends on the kernel's choice for each connection.
+        # The share of the traffic depends on the kernel's choice for each connection.
         del facts["share"]
         return Finding(
             Code.SPLIT_ROUTE,
@@ -80,10 +82,10 @@ def _routed_outside(part: Routed, left: Sequence[IPNetwork], shared_with: str, a
     )
 
 
-def spoken(part: Routed, tunnel: str | None, *, shared: bool = False) -> str:
+def described(part: Routed, tunnel: str | None, *, shared: bool = False) -> str:
     """One part for people to read: `wg0: 100 % of IPv4`, `eth0: 43 % of IPv4, past the tunnel (128.0.0.0/1)`.
 
-    `shared` says that the tunnel has some of it too, so that a share of the space is none of the traffic.
+    `shared`: the tunnel has part of it too, so the share of the space is not the share of the traffic.
     """
     only = f", {part.only} only" if part.only else ""
     beside = "" if part.interface == tunnel else f", past the tunnel ({_networks(part.networks, part.more)})"
@@ -91,11 +93,11 @@ def spoken(part: Routed, tunnel: str | None, *, shared: bool = False) -> str:
     return f"{part.interface}: {share} of IPv{part.family}{only}{beside}"
 
 
-def each_spoken(parts: Sequence[Routed], tunnel: str | None) -> tuple[str, ...]:
+def all_described(parts: Sequence[Routed], tunnel: str | None) -> tuple[str, ...]:
     """All parts for people to read."""
     shared = {p.family for p in parts if p.interface != tunnel and is_shared(p, parts, tunnel)}
     return tuple(
-        spoken(p, tunnel, shared=p.family in shared and (p.interface == tunnel or is_shared(p, parts, tunnel)))
+        described(p, tunnel, shared=p.family in shared and (p.interface == tunnel or is_shared(p, parts, tunnel)))
         for p in parts
     )
 
@@ -106,6 +108,6 @@ def percent(share: float) -> str:
 
 
 def _networks(networks: Sequence[IPNetwork], more: int) -> str:
-    named = ", ".join(str(n) for n in networks[:_NAMED])
-    more += max(0, len(networks) - _NAMED)
+    named = ", ".join(str(n) for n in networks[:_MAX_NAMED])
+    more += max(0, len(networks) - _MAX_NAMED)
     return f"{named} and {more} more" if named and more else named or counted(more, "network")

@@ -1,4 +1,4 @@
-"""A clock that was set: what is remembered goes with it, so that nothing lasts longer or shorter for that.
+"""Move the times of a memory when the clock was set, so that no duration changes by that.
 
 See docs/adr/0011-a-clock-that-is-set.md.
 """
@@ -9,12 +9,12 @@ from typing import Final
 
 from vpn_sentinel.domain.machine import Memory
 
-# Seconds by which the clocks of servers that share a database may differ.
-TOLERATED: Final = 8.0
+# The clocks of servers that share a database may differ by this.
+TOLERATED_S: Final = 8.0
 
 
 def moved(memory: Memory, by: float) -> Memory:
-    """The memory by a clock that was set forward by so many seconds; 0.0 stands for "never", and stays."""
+    """The memory after the clock was set forward by `by` seconds; a time of 0.0 means "never", and stays."""
     if not by:
         return memory
     before = memory.before
@@ -25,13 +25,13 @@ def moved(memory: Memory, by: float) -> Memory:
 
 
 def not_after(memory: Memory, now: float) -> Memory:
-    """The memory without times after `now`, seconds since the epoch: what lies there counts as of now.
+    """The memory without times after `now`, seconds since the epoch: later times become `now`.
 
     The machine never lets time run backwards: every observation would count as simultaneous with the last one, and no
-    grace would end, until the clock has caught up. A memory that has none, but for `TOLERATED` seconds, is given back
-    as it is. A silence that a replay could void is no more to be told from others, and stays.
+    grace would end, until the clock has caught up. A memory with no time later than `TOLERATED_S` after `now` is
+    returned unchanged. A silence that a replay could void cannot be distinguished from others any more, and stays.
     """
-    if max(memory.seen_at, memory.since) <= now + TOLERATED:
+    if max(memory.seen_at, memory.since) <= now + TOLERATED_S:
         return memory
     return replace(_each(memory, lambda time: min(time, now)), before=None)
 
@@ -41,7 +41,7 @@ def _moved(time: float, by: float) -> float:
 
 
 def _each(memory: Memory, at: Callable[[float], float]) -> Memory:
-    """The memory with another time for each of its times, but for those of `before`."""
+    """The memory with `at` applied to each of its times, except those of `before`."""
     candidate, outage = memory.candidate, memory.outage
     return replace(
         memory,

@@ -1,4 +1,4 @@
-"""A tunnel whose interface is not in sight: on the router, on another host, or nowhere."""
+"""A tunnel without an interface here: on the router, on another host, or nowhere."""
 
 from collections.abc import Iterator
 
@@ -9,14 +9,14 @@ from vpn_sentinel.domain.verdict import Code, Finding
 
 
 def findings(seen: Observation, policy: Policy) -> Iterator[Finding]:
-    """What is not known without one, and what the home networks that are known say in its place.
+    """What is not known without a tunnel interface, and what the known home networks show instead.
 
-    A home address may have changed since it was declared, and then traffic from home leaves from "another" address:
-    one in home's own network proves nothing. Who came out at home itself leaks, which others tell.
+    A home address may have changed since it was declared, so that traffic from home leaves from another address: one in
+    home's own network proves nothing. Traffic that comes out at a home address leaks, which `leaks` finds.
     """
     if seen.link is not None:
         yield from _no_difference(seen, policy)
-        yield from _by_word_alone(seen, policy)
+        yield from _declared_alone(seen, policy)
         return
     exits = _exits(seen)
     if not _comparable(exits, policy):
@@ -41,10 +41,10 @@ def findings(seen: Observation, policy: Policy) -> Iterator[Finding]:
 
 
 def _no_difference(seen: Observation, policy: Policy) -> Iterator[Finding]:
-    """A tunnel stands, and what is sent beside it comes out at the very address of all that should take it."""
+    """Packets sent outside the tunnel come out at the same address as the traffic that should go through it."""
     for family in (4, 6):
-        told = [c for c in seen.canaries if c.family == family and c.answer is Answer.ANSWERED]
-        through = {c.address for c in told if c.probe is Probe.DEFAULT and c.address is not None}
+        answered = [c for c in seen.canaries if c.family == family and c.answer is Answer.ANSWERED]
+        through = {c.address for c in answered if c.probe is Probe.DEFAULT and c.address is not None}
         beside = {c.address for c in seen.came_out_beside() if c.family == family}
         for same in through & beside if through <= beside else ():
             if not policy.is_home(same):
@@ -56,10 +56,10 @@ def _no_difference(seen: Observation, policy: Policy) -> Iterator[Finding]:
                 )
 
 
-def _by_word_alone(seen: Observation, policy: Policy) -> Iterator[Finding]:
-    """The owner named the tunnel's device, and nothing shows that it is one: that is what protection rests on.
+def _declared_alone(seen: Observation, policy: Policy) -> Iterator[Finding]:
+    """Only a setting says that the device is a tunnel: the finding that protection rests on that.
 
-    Nothing needs to where packets beside it come out elsewhere, or where the exit's network is not home's.
+    None where packets outside it come out elsewhere, or where the exit's network is not home's.
     """
     exits = _exits(seen)
     if seen.link is None or not seen.link.declared or not exits or any(policy.is_home(e) for e in exits):
@@ -78,19 +78,19 @@ def _by_word_alone(seen: Observation, policy: Policy) -> Iterator[Finding]:
 
 
 def rests_on_home(seen: Observation, policy: Policy) -> bool:
-    """Whether only the home networks tell traffic that is protected from traffic that is not."""
+    """Whether only the home networks distinguish protected traffic from other traffic."""
     exits = _exits(seen)
     return seen.link is None and _comparable(exits, policy) and not any(policy.is_home(e) for e in exits)
 
 
 def _exits(seen: Observation) -> list[IPAddress]:
-    """Where traffic comes out; an address that cannot be on the internet, as a captive portal may tell one, is none."""
-    told = [e for e in (seen.exit(4), seen.exit(6)) if e and is_public(e)]
-    return told or ([seen.reported_from] if seen.reported_from and is_public(seen.reported_from) else [])
+    """Where traffic comes out; private addresses, as a captive portal may return one, do not count."""
+    answered = [e for e in (seen.exit(4), seen.exit(6)) if e and is_public(e)]
+    return answered or ([seen.reported_from] if seen.reported_from and is_public(seen.reported_from) else [])
 
 
 def _comparable(exits: list[IPAddress], policy: Policy) -> bool:
-    """Whether a home network of their version is known; nobody on the internet is seen at a private one."""
+    """Whether a public home network of their IP version is known."""
     return any(e.version == home.version for e in exits for home in policy.home_networks if _is_seen(home))
 
 
@@ -99,7 +99,7 @@ def _is_seen(home: IPNetwork) -> bool:
 
 
 def _shared(exit_: IPAddress, seen: Observation, policy: Policy) -> str:
-    """What an exit shares with a home network: its block or its AS; "" for nothing that is known."""
+    """What an exit shares with a home network: its block or its AS; "" when nothing is known."""
     if any(same_block(exit_, home.network_address) for home in policy.home_networks):
         return f"block of addresses (/{24 if exit_.version == 4 else 48})"
     number = min(asns_of(exit_, seen) & home_asns(seen, policy), default=None)

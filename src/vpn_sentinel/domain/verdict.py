@@ -1,6 +1,6 @@
-"""The words of a verdict: states, what can be found, and what each finding means and advises.
+"""The vocabulary of verdicts: states, finding codes, and what each code means and advises.
 
-`domain.judge` finds; whoever shows or stores a verdict needs only these.
+`domain.judge` makes findings; code that shows or stores a verdict needs only this module.
 """
 
 from collections.abc import Mapping
@@ -12,9 +12,9 @@ from vpn_sentinel.domain.advice import advice
 
 
 class State(StrEnum):
-    """Of a verdict or of a tunnel.
+    """The state of a verdict or of a tunnel.
 
-    `silent`, `unverified` and `pending` are never a verdict; `unknown` is never a tunnel's state: where it lasts, the
+    `silent`, `unverified` and `pending` are never a verdict's; `unknown` is never a tunnel's: where it lasts, the
     tunnel is `unverified`.
     """
 
@@ -78,7 +78,7 @@ class Code(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Meaning:
-    """What a code says of the tunnel, how loud it is, and what its owner should do where the facts tell no more."""
+    """What a code means for the tunnel's state, its severity, and the advice where the facts allow no better one."""
 
     state: State
     severity: Severity
@@ -234,9 +234,9 @@ class Verdict:
 
 
 def worst(findings: tuple[Finding, ...]) -> State:
-    """The state that the most harmful of the findings stands for; protected without any.
+    """The state of the most harmful finding; protected without any.
 
-    *Degraded* says that a tunnel works, with trouble: where that is unknown, nothing lesser makes it known.
+    *Degraded* means that a tunnel works, with trouble. Where it is unknown whether it works, it cannot be *degraded*.
     """
     states = {MEANING[f.code].state for f in findings}
     if State.UNKNOWN in states:

@@ -1,7 +1,7 @@
-"""Addresses and networks as people and programs write them, each to its one form inside.
+"""Parse addresses and networks, as people and programs write them, to one normal form.
 
-An IPv4-mapped IPv6 address (`::ffff:192.0.2.1`, RFC 4291, section 2.5.5.2) is the IPv4 address: every address that is
-compared with these is kept so, and a network that is not would hold none of them.
+An IPv4-mapped IPv6 address (`::ffff:192.0.2.1`, RFC 4291, section 2.5.5.2) becomes the IPv4 address: all addresses are
+kept so, and a network in the mapped form would contain none of them.
 """
 
 import re
@@ -9,17 +9,17 @@ from collections.abc import Collection
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_interface, ip_network
 from typing import Final
 
-_MAPPED: Final = 96  # bits in front of the IPv4 address
+_MAPPED_PREFIX_BITS: Final = 96  # bits before the IPv4 address
 
-# A `Host` header, lower case: an IPv6 address in brackets or a name or IPv4 address, then perhaps a port.
+# A `Host` header in lower case: an IPv6 address in brackets, or a name or IPv4 address, and an optional port.
 _HOST: Final = re.compile(r"(?:\[(?P<six>[0-9a-f:.]+)\]|(?P<name>[a-z0-9._-]+))(?::[0-9]{1,5})?")
 
 
 def is_host_of(header: str, names: Collection[str]) -> bool:
-    """Whether the whole of a `Host` header is one of `names` or an address, with or without a port.
+    """Whether a `Host` header is one of `names` or an address, with or without a port.
 
-    Against DNS rebinding: a site that points its own name at us has its visitors' browsers say that name. An address
-    cannot be rebound.
+    Against DNS rebinding: when a site points its own name to this server, its visitors' browsers send that name. An
+    address cannot be rebound.
     """
     found = _HOST.fullmatch(header.lower())
     if found is None:
@@ -35,7 +35,7 @@ def is_host_of(header: str, names: Collection[str]) -> bool:
 
 
 def parse_address(text: str) -> IPv4Address | IPv6Address:
-    """Raises ValueError for what is no address, and for one with a zone, which means something on one host alone."""
+    """Raises ValueError for what is no address, and for one with a zone, which has a meaning on one host only."""
     _need_no_zone(text)
     try:
         found = ip_address(text)
@@ -46,7 +46,7 @@ def parse_address(text: str) -> IPv4Address | IPv6Address:
 
 
 def parse_network(text: str, *, strict: bool = False) -> IPv4Network | IPv6Network:
-    """An address is a network of one. Raises ValueError; `strict` also where bits stand behind the prefix."""
+    """A single address is a network of one. Raises ValueError; with `strict` also where host bits are set."""
     _need_no_zone(text)
     try:
         found = ip_interface(text)
@@ -55,9 +55,9 @@ def parse_network(text: str, *, strict: bool = False) -> IPv4Network | IPv6Netwo
         raise ValueError(msg) from None
     if not isinstance(found.ip, IPv6Address) or found.ip.ipv4_mapped is None:
         return ip_network(text, strict=strict)
-    prefix = found.network.prefixlen - _MAPPED
+    prefix = found.network.prefixlen - _MAPPED_PREFIX_BITS
     if prefix < 0:
-        msg = f"{text!r}: an IPv4 address in IPv6's form takes a prefix of {_MAPPED} to 128"
+        msg = f"{text!r}: an IPv4 address in IPv6's form takes a prefix of {_MAPPED_PREFIX_BITS} to 128"
         raise ValueError(msg)
     return IPv4Network((int(found.ip.ipv4_mapped), prefix), strict=strict)
 

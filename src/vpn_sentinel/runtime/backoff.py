@@ -1,13 +1,13 @@
-"""How long to wait before the next try."""
+"""Exponential back-off."""
 
 import random
 from collections.abc import Iterator
 
 
 def backoff(first: float = 1.0, most: float = 60.0, *, rng: random.Random | None = None) -> Iterator[float]:
-    """Yield waits in seconds that double from `first` to `most`, each with jitter of half its length either way.
+    """Yield waits in seconds that double from `first` to `most`, each with a jitter of up to half its length.
 
-    The jitter keeps a fleet that lost the same server from coming back as one wave.
+    The jitter keeps many agents that lost the same server from coming back at the same moment.
     """
     rng = rng or random.Random()  # noqa: S311 - spreads load, guards nothing
     wait = first

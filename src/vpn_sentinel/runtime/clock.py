@@ -1,4 +1,4 @@
-"""The only place that reads a clock. Everything else is handed a `Clock`, so a test can say what time it is."""
+"""The only module that reads a clock. All others get a `Clock`, so a test can set the time."""
 
 import asyncio
 import time
@@ -7,16 +7,16 @@ from typing import Protocol
 
 class Clock(Protocol):
     def wall(self) -> float:
-        """Seconds since the Unix epoch. May jump: use it for what people read and what rows keep."""
+        """Seconds since the Unix epoch. May jump: for times that people read and that rows keep."""
         ...
 
     def boottime(self) -> float:
-        """Seconds since the machine started, suspended time included. Never jumps: use it for durations."""
+        """Seconds since the machine started, including suspended time. Never jumps: for durations."""
         ...
 
 
 class SteadyClock:
-    """A clock whose `wall` goes on without a jump when the system's is set, until it is told to `move` too."""
+    """A clock whose `wall` goes on without a jump when the system's clock is set, until `move` is called."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -29,9 +29,9 @@ class SteadyClock:
         return self._clock.boottime()
 
     def behind(self, wall: float, asked: float) -> float:
-        """By how many seconds it is behind another clock, which said `wall` between the boot time `asked` and now.
+        """By how many seconds it is behind another clock, which read `wall` between the boot time `asked` and now.
 
-        As little as that proves, 0.0 where both may be right: the answer was some time on its way.
+        The smallest difference that this proves, 0.0 where both may be right, since the answer took some time.
         """
         least, most = wall - self._clock.boottime(), wall - asked
         return min(max(self._offset, least), most) - self._offset
@@ -51,8 +51,8 @@ class SystemClock:
 
 
 async def tick(every: float) -> None:
-    """Wait for the next multiple of `every` seconds by the loop's clock.
+    """Wait for the next multiple of `every` seconds by the event loop's clock.
 
-    Tasks that wait so wake the process together, and not each by itself.
+    Tasks that wait in this way wake the process together, which costs less than one wake-up each.
     """
     await asyncio.sleep(every - asyncio.get_running_loop().time() % every)

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, whenever the process is killed, the disk full or the power gone."""
+"""Write files completely or not at all, even if the process is killed, the disk is full or the power fails."""
 
 import errno
 import os
@@ -8,30 +8,31 @@ import tempfile
 from pathlib import Path
 from typing import Final
 
-PART: Final = ".part"  # how the name of a file ends that is not whole yet
-_LEFT: Final = re.compile(r"\.[0-9a-f]{16}" + re.escape(PART))
+PARTIAL_SUFFIX: Final = ".part"  # of a file that is not complete yet
+_PARTIAL_NAME: Final = re.compile(r"\.[0-9a-f]{16}" + re.escape(PARTIAL_SUFFIX))
 
 
-def put(path: Path, content: bytes, *, mode: int = 0o600) -> None:
-    """Write `content` to `path`: afterwards, and after any failure, it holds either that or what it held before.
+def write_whole(path: Path, content: bytes, *, mode: int = 0o600) -> None:
+    """Write `content` to `path`: after any failure it holds either that or its old content.
 
-    Written beside it, under a name that nobody can have put a link at; a link at `path` is replaced, not followed. A
-    process that is killed leaves a `*.part` at worst, see `sweep`. Raises OSError.
+    It is written to a new file in the same folder first, whose name nobody can guess, so it is no link of another user;
+    a link at `path` is replaced, not followed. A killed process leaves a `*.part` at worst: see `remove_partial`.
+    Raises OSError.
     """
-    written = beside(path)
-    handle = os.open(written, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    temporary = temporary_path(path)
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
-        with os.fdopen(handle, "wb") as file:
+        with os.fdopen(descriptor, "wb") as file:
             file.write(content)
-            os.fchmod(handle, mode)  # by the handle: whoever may write to the folder may exchange the name
-        settle(written, path)
+            os.fchmod(descriptor, mode)  # by descriptor: others who may write to the folder could replace the name
+        move_into_place(temporary, path)
     except BaseException:
-        written.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
 def folder(path: Path, *, mode: int = 0o700) -> None:
-    """Have a folder there, and those above it. Raises OSError; what else has its name is said."""
+    """Make a folder and its parents. Raises OSError, which says so if something else has that name."""
     try:
         path.mkdir(parents=True, exist_ok=True, mode=mode)
     except FileExistsError as e:
@@ -40,48 +41,48 @@ def folder(path: Path, *, mode: int = 0o700) -> None:
 
 
 def try_folder(path: Path) -> None:
-    """Have a folder there, and write a little file into it that vanishes. Raises OSError.
+    """Make a folder, and test that a file can be written in it. Raises OSError.
 
-    A full disk is let pass: it may have room again.
+    A full disk is no error here: it may have room again later.
     """
     try:
         folder(path)
-        with tempfile.TemporaryFile(dir=path, buffering=0) as probe:  # without a name, so that nothing is ever left
+        with tempfile.TemporaryFile(dir=path, buffering=0) as probe:  # has no name, so nothing can be left behind
             probe.write(b"\0" * 4096)
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
 
 
-def beside(path: Path) -> Path:
-    """A new name in the same folder, for what is to take the place of `path`."""
-    return path.with_name(f"{path.name[:100]}.{secrets.token_hex(8)}{PART}")
+def temporary_path(path: Path) -> Path:
+    """A new name in the same folder, for a file that will replace `path`."""
+    return path.with_name(f"{path.name[:100]}.{secrets.token_hex(8)}{PARTIAL_SUFFIX}")
 
 
-def sweep(folder: Path, name: str) -> None:
-    """Remove what killed processes left of files in `folder` whose names begin with `name`.
+def remove_partial(folder: Path, name: str) -> None:
+    """Remove the partial files that killed processes left in `folder`, of files whose names begin with `name`.
 
-    With it goes what SQLite kept beside one, a journal. Raises OSError.
+    SQLite's journals of such files are removed, too. Raises OSError.
     """
     for path in list(folder.iterdir()):
-        if path.name.startswith(name) and _LEFT.search(path.name, len(name)):
+        if path.name.startswith(name) and _PARTIAL_NAME.search(path.name, len(name)):
             path.unlink(missing_ok=True)
 
 
-def settle(written: Path, path: Path) -> None:
-    """Give a file that is written its name, in one step that a loss of power does not undo (rename(2), fsync(2)).
+def move_into_place(temporary: Path, path: Path) -> None:
+    """Give a complete file its name, in one step that a power failure does not undo (rename(2), fsync(2)).
 
     Raises OSError.
     """
-    to_disk(written)
-    written.replace(path)
-    to_disk(path.parent)
+    sync(temporary)
+    temporary.replace(path)
+    sync(path.parent)
 
 
-def to_disk(path: Path) -> None:
-    """Have a file's content, or a folder's names, on the disk. Raises OSError."""
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+def sync(path: Path) -> None:
+    """Flush a file's content, or a folder's names, to the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     finally:
-        os.close(handle)
+        os.close(descriptor)

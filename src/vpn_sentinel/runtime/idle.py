@@ -1,4 +1,6 @@
-"""Settings that do nothing as the others stand. They are told at the start, and are no error."""
+"""Settings that have no effect with the present values of the others. They are logged at the start, and are no
+error.
+"""
 
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
@@ -14,9 +16,9 @@ def is_off(value: str) -> bool:
 
 
 def idle(source: Source, settings: Sequence[Setting[Any]]) -> tuple[str, ...]:
-    """A line for each of `settings` that does nothing as the others stand; what they name is among them.
+    """A line for each of `settings` that has no effect with the values of the others, which must be among them.
 
-    All have been read before, so they can be.
+    All have been read before, so reading them raises nothing.
     """
     return tuple(dict.fromkeys(_lines(source, settings)))
 

@@ -1,4 +1,4 @@
-"""Importing a package without what it brings along and nobody here needs: that costs memory for good."""
+"""Import a package without modules that it imports and this project does not use: they would cost memory for good."""
 
 import sys
 from collections.abc import Iterator, Mapping
@@ -8,9 +8,9 @@ from types import ModuleType
 
 @contextmanager
 def stand_ins(modules: Mapping[str, ModuleType | None]) -> Iterator[None]:
-    """Until the end of the block, `import` gives these in place of the modules of their names; None: there is none.
+    """Within the block, `import` returns these instead of the modules of their names; None makes the import fail.
 
-    Only who imports within the block gets them, and keeps them. A module that is loaded already stays what it is.
+    Only modules that import within the block get them, and keep them. A module that is loaded already is not replaced.
     """
     absent = {name: stand_in for name, stand_in in modules.items() if name not in sys.modules}
     sys.modules.update(absent)  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
-"""Parsers of settings: each takes the text of one and returns its value, or raises ValueError.
+"""Parsers of settings: each takes a setting's text and returns its value, or raises ValueError.
 
-The error's text stands behind the setting's name: it says what is wrong, or what the setting takes.
+The error's text follows the setting's name: it says what is wrong, or what the setting takes.
 """
 
 import errno
@@ -17,7 +17,7 @@ from vpn_sentinel.runtime.addresses import parse_address, parse_network
 from vpn_sentinel.runtime.secret import Secret
 from vpn_sentinel.runtime.urls import address_of, is_host
 
-# ISO 3166-1 alpha-2, as of 2024, and XK, which the databases of places use for Kosovo.
+# ISO 3166-1 alpha-2, as of 2024, and XK, which geolocation databases use for Kosovo.
 _COUNTRIES: Final = """
     AD AE AF AG AI AL AM AO AQ AR AS AT AU AW AX AZ BA BB BD BE BF BG BH BI BJ BL BM BN BO BQ BR BS BT BV BW BY BZ
     CA CC CD CF CG CH CI CK CL CM CN CO CR CU CV CW CX CY CZ DE DJ DK DM DO DZ EC EE EG EH ER ES ET FI FJ FK FM FO FR
@@ -27,17 +27,17 @@ _COUNTRIES: Final = """
     QA RE RO RS RU RW SA SB SC SD SE SG SH SI SJ SK SL SM SN SO SR SS ST SV SX SY SZ TC TD TF TG TH TJ TK TL TM TN TO
     TR TT TV TW TZ UA UG UM US UY UZ VA VC VE VG VI VN VU WF WS XK YE YT ZA ZM ZW
     """
-_COUNTRY_MEANT: Final = {"UK": "GB", "EN": "GB", "EL": "GR", "SP": "ES", "JA": "JP", "DA": "DK", "CS": "CZ"}
+_COUNTRY_CORRECTIONS: Final = {"UK": "GB", "EN": "GB", "EL": "GR", "SP": "ES", "JA": "JP", "DA": "DK", "CS": "CZ"}
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
-# Defaults of lists: a bare () has no type of its own.
+# Defaults of lists: a bare () has no element type.
 NO_TEXTS: Final[tuple[str, ...]] = ()
 NO_ADDRESSES: Final[tuple[IPAddress, ...]] = ()
 NO_NETWORKS: Final[tuple[IPNetwork, ...]] = ()
 
-# What no packet of a home comes from on the internet: this host, a link, a group, or an IPv4 address in another form.
+# No home's packets come from these on the internet: this host, link-local, multicast, other forms of IPv4 addresses.
 _NEVER_HOME: Final[tuple[IPNetwork, ...]] = tuple(
     ipaddress.ip_network(block)
     for block in (
@@ -60,7 +60,7 @@ def secret(value: str) -> Secret:
 
 
 def header(value: str) -> Secret:
-    """A secret that goes into a header of HTTP."""
+    """A secret for an HTTP header."""
     if not (value.isascii() and value.isprintable()):
         msg = "takes printable ASCII characters"
         raise ValueError(msg)
@@ -95,7 +95,7 @@ def number(least: float, most: float, unit: str = "") -> Callable[[str], float]:
 
 
 def share(value: str) -> float:
-    """A part of a whole, 0 to 1, as it stands or in percent: `0.05`, `5%`."""
+    """A share from 0 to 1, as a number or in percent: `0.05`, `5%`."""
     digits = value.removesuffix("%")
     try:
         found = float(digits) / (1 if digits == value else 100)
@@ -123,19 +123,19 @@ port: Final = integer(1, 65535)
 
 
 def words(value: str) -> tuple[str, ...]:
-    """What commas separate: paths, which may hold spaces."""
+    """Items separated by commas: paths, which may hold spaces."""
     return tuple(part.strip() for part in value.split(",") if part.strip())
 
 
 def listed(value: str) -> tuple[str, ...]:
-    """What commas, spaces or line ends separate: all that holds none of them itself."""
+    """Items separated by commas, spaces or line ends."""
     return tuple(value.replace(",", " ").split())
 
 
 def url(value: str, *, login: str = "takes no login (what stands before an @)") -> str:
-    """A base address, http or https, without its trailing slash and without a login, which nobody would send.
+    """A base address, http or https, without its trailing slash and without a login, which would not be sent.
 
-    `login` is what is said of one: where it belongs, say.
+    `login` is the error's text for one.
     """
     found = url_with_login(value)
     if "@" in urlsplit(found).netloc:
@@ -165,12 +165,12 @@ def listening_host(value: str) -> str:
 
 
 def _without_brackets(value: str) -> str:
-    """An IPv6 address as it stands in a URL, and as it is."""
+    """An IPv6 address without the brackets of a URL."""
     return value[1:-1] if value.startswith("[") and value.endswith("]") and ":" in value else value
 
 
 def path(value: str) -> str:
-    """What stands before every route: with a slash in front and none at the end."""
+    """The prefix of every route: with a slash at the start and none at the end."""
     found = "/" + "/".join(part for part in value.split("/") if part)
     if found == "/" or not found.isascii() or not all(c.isalnum() or c in "/-_." for c in found):
         msg = f"{value!r} is not a path such as /api/v1"
@@ -189,7 +189,7 @@ def _url_of_list(value: str, number: int, of: int) -> str:
     except ValueError as e:
         if of == 1:
             raise
-        msg = f"address {number} of {of} {e}"  # itself it may hold a login
+        msg = f"address {number} of {of} {e}"  # not the address, which may hold a login
         raise ValueError(msg) from e
 
 
@@ -199,7 +199,7 @@ def networks(value: str) -> tuple[IPNetwork, ...]:
 
 
 def home_networks(value: str) -> tuple[IPNetwork, ...]:
-    """The same, of a home: ValueError for what nothing on the internet ever comes from, and would match no leak."""
+    """The same for a home: ValueError for addresses that nothing on the internet comes from, which match no leak."""
     found = networks(value)
     for network in found:
         if any(network.version == no.version and network.subnet_of(no) for no in _NEVER_HOME):  # type: ignore[arg-type]
@@ -221,7 +221,7 @@ def countries(value: str) -> tuple[str, ...]:
             msg = f"{code!r} is not a country code of two letters"
             raise ValueError(msg)
         if code not in _COUNTRIES:
-            meant = f": {_COUNTRY_MEANT[code]} is meant?" if code in _COUNTRY_MEANT else ""
+            meant = f": {_COUNTRY_CORRECTIONS[code]} is meant?" if code in _COUNTRY_CORRECTIONS else ""
             msg = f"{code!r} is no country in ISO 3166-1{meant}"
             raise ValueError(msg)
     return found
@@ -238,7 +238,7 @@ def one_of(*allowed: str) -> Callable[[str], str]:
 
 
 def mode_of(path: str) -> int:
-    """The mode of a file (inode(7)), 0 for what is not there or may not be looked at."""
+    """The mode of a file (inode(7)), 0 when it is missing or may not be examined."""
     try:
         return Path(path).stat().st_mode
     except (OSError, ValueError):
@@ -246,7 +246,7 @@ def mode_of(path: str) -> int:
 
 
 def authorities(value: str) -> Path:
-    """A file of certificates, PEM, that OpenSSL takes."""
+    """A file of certificates, PEM, that OpenSSL accepts."""
     path = readable_file(value)
     try:
         ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
@@ -257,7 +257,7 @@ def authorities(value: str) -> Path:
 
 
 def readable_file(value: str) -> Path:
-    """A regular file: to open a pipe would wait for whoever writes it."""
+    """A regular file: opening a pipe would wait for a writer."""
     path = Path(value)
     mode = mode_of(value)
     if mode and not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
@@ -272,7 +272,7 @@ def readable_file(value: str) -> Path:
 
 
 def mode_later(value: str) -> int:
-    """The mode of a file that may not be there yet, 0 then. Raises ValueError where it can neither come nor be used."""
+    """The mode of a file that may be made later, 0 then. Raises ValueError where it can never be made or used."""
     try:
         mode = Path(value).stat().st_mode
         permitted = stat.S_ISDIR(mode) or os.access(value, os.R_OK | (os.W_OK if stat.S_ISSOCK(mode) else 0))
@@ -288,5 +288,5 @@ def mode_later(value: str) -> int:
 
 
 def why(error: Exception) -> str:
-    """What keeps a file from being used, in words and without its name."""
+    """Why a file cannot be used, without its name."""
     return (isinstance(error, OSError) and error.strerror) or str(error)

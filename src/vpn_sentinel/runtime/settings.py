@@ -1,8 +1,8 @@
 """Settings: how one is declared, and where its value comes from.
 
 A role (agent, server) declares each setting once, as a field of a frozen dataclass, and fills that from one `Source`.
-What a command reads, the names that nobody knows, the settings that do nothing as the others stand (`runtime.idle`),
-what `doctor` leaves out and goes on, and the page of settings all follow from the declarations.
+The settings that a command reads, unknown names, settings without effect (`runtime.idle`), the values that `doctor`
+goes on with, and the page of settings all follow from the declarations.
 """
 
 import os
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
     D = TypeVar("D", bound=DataclassInstance)
 
-    class _More(TypedDict, total=False):
-        """What a setting need not say: see `Setting`."""
+    class _Options(TypedDict, total=False):
+        """The optional parts of a declaration: see `Setting`."""
 
         read_by: tuple[str, ...]
         old_names: tuple[str, ...]
@@ -38,15 +38,15 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 PREFIX: Final = "VPN_SENTINEL_"
-# Of the replaced system and of Docker: these carry no prefix.
+# Names of the replaced system and of Docker, without the prefix.
 UNPREFIXED: Final = frozenset({"TELEGRAM_BOT_TOKEN", "TELEGRAM_CHAT_ID", "TZ"})
 
-# The data folder of a user that has no home: VPN_SENTINEL_DATA_DIR must name one.
-HOMELESS: Final = "/nonexistent/vpn-sentinel"
+# The data folder of a user without a home, which cannot be made: VPN_SENTINEL_DATA_DIR must name one.
+NO_HOME_DATA_DIR: Final = "/nonexistent/vpn-sentinel"
 
-_MAX_SETTING_FILE_BYTES: Final = 65_536  # of a file that holds one setting
+_MAX_SETTING_FILE_BYTES: Final = 65_536  # of a file with one setting
 _PIPE_TIMEOUT_S: Final = 5.0
-_SETTING: Final = "setting"  # of a field's metadata
+_SETTING: Final = "setting"  # a key of a field's metadata
 
 
 def key_of(name: str) -> str:
@@ -58,17 +58,18 @@ class SettingError(UserError):
     """A setting that cannot be used. The message is one line that names the setting and what it takes."""
 
     def __init__(self, name: str, problem: str) -> None:
-        # A path may hold a line end, and what is no text; a line it is all the same.
-        told = f"{name}: {problem}"
-        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in told))
+        # A path may contain line ends and bytes that are not text; the message must be one line.
+        text = f"{name}: {problem}"
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text))
         self.name = name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class Idle:
-    """When a setting does nothing: unless one of `needs` is set, or while `beside` is set to what `spoils` it.
+    """When a setting has no effect: unless one of `needs` is set, or while `beside` has a value for which `spoils` is
+    true.
 
-    Settings are named as in `Setting`. `shown` stands in messages for a value of `beside` that may hold a password.
+    Settings are named as in `Setting`. Messages show `shown` instead of a value of `beside` that may hold a password.
     """
 
     needs: tuple[str, ...] = ()
@@ -79,13 +80,13 @@ class Idle:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class Setting(Generic[T]):
-    """One setting. `name` is the environment's without its prefix; `old_names` are taken too, and `name` wins.
+    """One setting. `name` is the environment's without its prefix; `old_names` are accepted too, and `name` wins.
 
-    `parse` raises ValueError. `takes` is its line on the page of settings, and `default_text` what stands there for a
-    `default` that does not speak for itself. `read_by` are the commands that read it: server, agent, check, geo.
-    `pair` is the setting without which this one is refused. `stand_in` is what `doctor` goes on with where this one is
-    needed and is missing or refused. A `verbatim` value keeps the quotes around it. One that is `env_only` cannot stand
-    in the TOML file.
+    `parse` raises ValueError. `takes` is its text on the page of settings, and `default_text` is shown there instead of
+    a `default` that would not be clear. `read_by` are the commands that read it: server, agent, check, geo. `pair` is
+    the setting without which this one is refused. `stand_in` is the value that `doctor` uses where this one is needed
+    and is missing or refused. A `verbatim` value keeps the quotes around it. One that is `env_only` cannot be set in
+    the TOML file.
     """
 
     name: str
@@ -108,7 +109,7 @@ class Setting(Generic[T]):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Every name that it takes, the one that wins first."""
+        """Every name that it accepts, in order of precedence."""
         return (self.name, *self.old_names)
 
 
@@ -119,9 +120,9 @@ def of(setting: Setting[T]) -> T:
 
 
 class Section:
-    """Settings that stand together on the page, in the order in which they are added.
+    """Settings of one section of the page, in the order in which they are added.
 
-    `read_by` are the commands that read them, where a setting does not say others.
+    `read_by` are the commands that read them, unless a setting names others.
     """
 
     def __init__(self, title: str, about: str = "", *, read_by: tuple[str, ...]) -> None:
@@ -130,21 +131,23 @@ class Section:
         self.settings: list[Setting[Any]] = []
         self._read_by = read_by
 
-    def add(self, name: str, parse: Callable[[str], T], default: T, takes: str, **more: "Unpack[_More]") -> Setting[T]:
+    def add(
+        self, name: str, parse: Callable[[str], T], default: T, takes: str, **options: "Unpack[_Options]"
+    ) -> Setting[T]:
         """Declare a setting; see `Setting`."""
-        more.setdefault("read_by", self._read_by)
-        setting = Setting(name=name, parse=parse, default=default, takes=takes, **more)
+        options.setdefault("read_by", self._read_by)
+        setting = Setting(name=name, parse=parse, default=default, takes=takes, **options)
         self.settings.append(setting)
         return setting
 
-    def field(self, name: str, parse: Callable[[str], T], default: T, takes: str, **more: "Unpack[_More]") -> T:
-        """Declare a setting in the place of its field in a frozen dataclass: see `of`."""
-        return of(self.add(name, parse, default, takes, **more))
+    def field(self, name: str, parse: Callable[[str], T], default: T, takes: str, **options: "Unpack[_Options]") -> T:
+        """Declare a setting as a field of a frozen dataclass: see `of`."""
+        return of(self.add(name, parse, default, takes, **options))
 
 
 @dataclass
 class Source:
-    """Where values come from. Names are the environment's; `API_KEY` stands for `VPN_SENTINEL_API_KEY`.
+    """Where values come from. Names are the environment's; `API_KEY` means `VPN_SENTINEL_API_KEY`.
 
     A TOML file uses the same names, in lower case or not: `api_key = "…"`. `NAME_FILE` in the environment names a file
     that holds the value, for Docker secrets.
@@ -161,7 +164,7 @@ class Source:
         values: Mapping[str, object] = {}
         if path:
             values = from_toml(path, f"configuration file {path}")
-            # Passed over, a table would take all that is in it along: the key, and who may ask.
+            # If a table were ignored, so would all settings in it, such as the key.
             if table := next((k for k, v in values.items() if isinstance(v, dict)), None):
                 raise SettingError(f"configuration file {path}", f"[{table}] is a table; settings stand at the top")
             lower = [k.lower() for k in values]
@@ -171,7 +174,7 @@ class Source:
         return cls(env=env, file={k.lower(): v for k, v in values.items()}, flags=given)
 
     def get(self, setting: Setting[T]) -> T:
-        """Its value, or its default. Raises SettingError naming the key that cannot be used.
+        """Its value, or its default. Raises SettingError that names the key that cannot be used.
 
         Where it is set under several names each value is checked, and the first name's counts.
         """
@@ -179,7 +182,7 @@ class Source:
         return found[0] if found else setting.default
 
     def text(self, setting: Setting[Any]) -> str | None:
-        """Its value as it is written, or None when nobody set it. Raises SettingError."""
+        """Its value as it is written, or None when it is not set. Raises SettingError."""
         texts = (self.raw(name, verbatim=setting.verbatim) for name in setting.names)
         return next((text for text in texts if text is not None), None)
 
@@ -193,16 +196,16 @@ class Source:
             raise SettingError(key_of(name), str(e)) from e
 
     def raw(self, name: str, *, verbatim: bool = False) -> str | None:
-        """The text under one name, or None when nobody set it. An empty value counts as not set."""
+        """The text under one name, or None when it is not set. An empty value counts as not set."""
         key = key_of(name)
         if value := self.flags.get(name):
             return value
-        said = self.env.get(key, "").strip()
-        if value := said if verbatim else unquoted(said):
+        value_text = self.env.get(key, "").strip()
+        if value := value_text if verbatim else unquoted(value_text):
             return value
         if path := unquoted(self.env.get(key + "_FILE", "")):
             try:
-                return _held_in(path).strip() or None
+                return _read_small_file(path).strip() or None
             except (OSError, ValueError) as e:
                 raise SettingError(f"{key}_FILE", f"{path}: {why(e)}") from e
         return self._in_file(name.lower())
@@ -219,7 +222,7 @@ class Source:
                     return str(value).strip() or None
                 case list():
                     return ",".join(str(item) for item in value) or None
-        except ValueError as e:  # a number in hexadecimal has no bound, and one that is written has
+        except ValueError as e:  # int() accepts a hexadecimal number of any length, str() limits its digits
             raise SettingError(name, "is too long a number") from e
         raise SettingError(name, "takes a text, a number, true, false or a list")
 
@@ -237,28 +240,28 @@ class Source:
         )
 
 
-def fill(cls: "type[D]", source: Source, **made: Any) -> "D":
-    """A `cls` whose fields made by `of` are read from `source`, and whose others are `made`. Raises SettingError."""
+def fill(cls: "type[D]", source: Source, **others: Any) -> "D":
+    """A `cls` whose fields made by `of` are read from `source`, and whose others are `others`. Raises SettingError."""
     read = {part.name: source.get(part.metadata[_SETTING]) for part in fields(cls) if _SETTING in part.metadata}
-    return cls(**read, **made)
+    return cls(**read, **others)
 
 
 def from_toml(path: str, what: str) -> dict[str, object]:
-    """What a TOML file holds. Raises SettingError, by the name `what`, when it cannot be read or parsed."""
-    import tomllib  # a tenth of a megabyte, where somebody keeps settings in a file
+    """The content of a TOML file. Raises SettingError, by the name `what`, when it cannot be read or parsed."""
+    import tomllib  # it takes 0.1 MB, so only where there is a file
 
     try:
         return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except RecursionError as e:
         raise SettingError(what, "is nested too deep") from e
-    except (OSError, ValueError) as e:  # of the disk, of UTF-8, of TOML, and of int() for too many digits
+    except (OSError, ValueError) as e:  # from the disk, UTF-8, TOML, or int() with too many digits
         raise SettingError(what, why(e)) from e
 
 
-def _held_in(path: str) -> str:
-    """The text of a small file, without the mark that some editors put in front. A pipe is waited for, not for ever.
+def _read_small_file(path: str) -> str:
+    """The text of a small file, without a byte order mark. The wait for a pipe is limited.
 
-    Raises OSError, and ValueError for what is no text.
+    Raises OSError, and ValueError for what is not text.
     """
     with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as file:
         if stat.S_ISFIFO(os.fstat(file.fileno()).st_mode):
@@ -278,27 +281,27 @@ def _held_in(path: str) -> str:
 
 
 def environment() -> Mapping[str, str]:
-    """The process's environment: the one place that reads it."""
+    """The process's environment: only this function reads it."""
     return os.environ  # noqa: TID251
 
 
 def default_data_dir() -> str:
-    """Where state is kept when nobody says: the system's for root, else the user's (XDG base directories).
+    """The data folder by default: the system's for root, else the user's (XDG base directories).
 
-    A user without a home (`docker run --user 12345`) has none: what stands here then cannot be made, and says so.
+    For a user without a home (`docker run --user 12345`) it is `NO_HOME_DATA_DIR`, which cannot be made.
     """
     if os.geteuid() == 0:
         return "/var/lib/vpn-sentinel"
     try:
         return str(Path.home() / ".local/state/vpn-sentinel")
     except (RuntimeError, KeyError):  # neither HOME nor an entry in passwd(5)
-        return HOMELESS
+        return NO_HOME_DATA_DIR
 
 
 def unquoted(value: str) -> str:
-    """Without the one pair of quotes that stands around all of it, and the spaces around and in that.
+    """Without one pair of quotes around the whole text, and without spaces around and inside them.
 
-    Docker hands quotes of an env file, and of a list in a compose file, over as they stand. Of two pairs one is left.
+    Docker passes quotes of an env file, and of a list in a compose file, on unchanged. Of two pairs, one stays.
     """
     found = value.strip()
     if len(found) > 1 and found[0] in "\"'" and found.find(found[0], 1) == len(found) - 1:

@@ -1,7 +1,7 @@
-"""What this host lacks to ask or to take anything: descriptors, memory, room in a queue. It says nothing of the tunnel.
+"""Errors for want of resources on this host: file descriptors, memory, queues. They tell nothing about the tunnel.
 
-A question that could not be asked is unknown: read as "no answer" it would be a dead tunnel, or DNS that is down. A
-connection that could not be taken is said, in one line and not in one for each.
+A probe that failed by one is unknown: taken as "no answer" it would be a dead tunnel, or DNS that is down. Connections
+that could not be accepted are logged together, in one line.
 """
 
 import asyncio
@@ -16,17 +16,17 @@ from typing import Any, Final
 log = logging.getLogger(__name__)
 
 # Too many open files, here or on the whole host; no buffer, no memory, no free port: errno(3), connect(2), accept(2).
-_SHORT: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN})
-_SAYS_EVERY: Final = 60.0  # seconds
+_SHORTAGE_ERRNOS: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN})
+_LOG_INTERVAL_S: Final = 60.0  # seconds
 
 
 def is_shortage(error: BaseException | None) -> bool:
-    """Whether an error is of this kind."""
-    return isinstance(error, OSError) and error.errno in _SHORT
+    """Whether an error is a shortage of resources."""
+    return isinstance(error, OSError) and error.errno in _SHORTAGE_ERRNOS
 
 
 def out_of_descriptors() -> bool:
-    """Whether nothing can be opened now, for callers whose errors do not tell (getaddrinfo(3) says EAI_AGAIN)."""
+    """Whether no file can be opened now, for callers whose errors hide it (getaddrinfo(3) returns EAI_AGAIN)."""
     try:
         os.close(os.open("/", os.O_PATH | os.O_CLOEXEC))
     except OSError as e:
@@ -34,26 +34,26 @@ def out_of_descriptors() -> bool:
     return False
 
 
-class Untaken:
-    """Notes that connections cannot be taken. It is said when that begins, and once a minute while it lasts."""
+class AcceptFailures:
+    """Notes that connections cannot be accepted: logged when that begins, and once a minute while it lasts."""
 
     def __init__(self, boottime: Callable[[], float]) -> None:
-        """`boottime` is a clock in seconds that never jumps."""
+        """`boottime` is a monotonic clock in seconds."""
         self._boottime = boottime
-        self._said_at = -inf
-        self._unsaid = 0
+        self._logged_at = -inf
+        self._unlogged = 0
 
     def note(self, reason: str) -> None:
-        self._unsaid += 1
+        self._unlogged += 1
         now = self._boottime()
-        if now - self._said_at >= _SAYS_EVERY:
+        if now - self._logged_at >= _LOG_INTERVAL_S:
             limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-            facts = {"reason": reason, "open_files_at_most": limit, "times": self._unsaid}
+            facts = {"reason": reason, "open_files_at_most": limit, "times": self._unlogged}
             log.error("new connections cannot be taken", extra=facts)
-            self._said_at, self._unsaid = now, 0
+            self._logged_at, self._unlogged = now, 0
 
     def handle(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """For `set_exception_handler`: asyncio's own loop tells of each connection that it could not take."""
+        """For `set_exception_handler`: asyncio's event loop calls it for each connection that it could not accept."""
         error = context.get("exception")
         if "socket" in context and isinstance(error, OSError) and is_shortage(error):
             self.note(os.strerror(error.errno or 0))

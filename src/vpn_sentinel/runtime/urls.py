@@ -1,4 +1,4 @@
-"""Addresses of HTTP servers as people write them: what is wrong with one is said as it is.
+"""Check addresses of HTTP servers as people write them, with an exact message for each error.
 
 No message repeats the address: it may hold a token.
 """
@@ -9,8 +9,8 @@ from typing import Final
 from urllib.parse import urlsplit
 
 _LABEL: Final = re.compile(r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?", re.ASCII | re.IGNORECASE)
-_NUMBERS: Final = re.compile(r"[0-9]+(\.[0-9]+){3}", re.ASCII)
-_ANOTHER: Final = re.compile(r"[,;]https?://", re.ASCII | re.IGNORECASE)
+_FOUR_NUMBERS: Final = re.compile(r"[0-9]+(\.[0-9]+){3}", re.ASCII)
+_NEXT_URL: Final = re.compile(r"[,;]https?://", re.ASCII | re.IGNORECASE)
 _MAX_LABEL_LENGTH: Final = 63
 _MAX_NAME_LENGTH: Final = 253
 _BRACKETED: Final = re.compile(r"\[([^\[\]]+)\](:.*)?")
@@ -19,7 +19,7 @@ _ESCAPES: Final = "write / ? # @ of a password as %2F %3F %23 %40"
 
 
 def address_of(value: str) -> str:
-    """An http or https address with a host, as it stands. Raises ValueError that says what is wrong with it."""
+    """Return `value`, unchanged, if it is an http or https address with a host. Raises ValueError with the reason."""
     if problem := _problem(value):
         raise ValueError(problem)
     return value
@@ -31,7 +31,7 @@ def _problem(value: str) -> str:
     scheme, colon, rest = value.partition("://")
     if not colon or scheme.lower() not in ("http", "https"):
         return "is not an address that starts with http:// or https://"
-    if _ANOTHER.search(rest.partition("?")[0]):
+    if _NEXT_URL.search(rest.partition("?")[0]):
         return "is more than one address, and one is wanted"
     try:
         parts = urlsplit(value)
@@ -46,11 +46,11 @@ def _problem(value: str) -> str:
 
 
 def _bracket_problem(netloc: str) -> str:
-    where = netloc.rpartition("@")[2]
-    if "[" in where or "]" in where:
-        found = _BRACKETED.fullmatch(where)
+    host_part = netloc.rpartition("@")[2]
+    if "[" in host_part or "]" in host_part:
+        found = _BRACKETED.fullmatch(host_part)
         return "" if found and ":" in found[1] and _address(found[1]) is not None else _BRACKETS
-    return _BRACKETS if where.count(":") > 1 and _address(where) is not None else ""
+    return _BRACKETS if host_part.count(":") > 1 and _address(host_part) is not None else ""
 
 
 def _port_problem(value: str) -> str:
@@ -65,15 +65,15 @@ def _port_problem(value: str) -> str:
 
 
 def is_host(text: str) -> bool:
-    """Whether it is an IP address, or a name that can be asked for: labels of 1 to 63 bytes (RFC 1123, RFC 5890).
+    """Whether it is an IP address, or a name that can be resolved: labels of 1 to 63 bytes (RFC 1123, RFC 5890).
 
-    With `_`, which is not a host's, but the name of many a container.
+    `_` is allowed: host names have none, but many containers' names do.
     """
     return not host_problem(text)
 
 
 def host_problem(text: str) -> str:
-    """Why a host cannot be asked for, as the end of a sentence that begins with the setting; "" when it can."""
+    """Why a host is invalid, as the end of a sentence that begins with the setting; "" when it is valid."""
     if _address(text) is not None:
         return (
             "takes no zone of an IPv6 address (% and what follows it): name the host otherwise" if "%" in text else ""
@@ -83,7 +83,7 @@ def host_problem(text: str) -> str:
     name = text.removesuffix(".")
     if "" in name.split("."):
         return "names a host with an empty part: two dots beside each other, or one in front"
-    if _NUMBERS.fullmatch(name):
+    if _FOUR_NUMBERS.fullmatch(name):
         return "names a host of four numbers that is no IPv4 address: each goes from 0 to 255, without zeros in front"
     try:
         if not name.isascii():  # the codec's tables take 0.5 MB
@@ -91,7 +91,7 @@ def host_problem(text: str) -> str:
         for label in name.split("."):
             if label.lower().startswith("xn--"):
                 label[4:].encode("ascii").decode("punycode")
-    except UnicodeError:  # a label that gets too long too
+    except UnicodeError:  # also for a label that becomes too long
         return "names a host with a part that cannot be written in ASCII (IDNA)"
     return _name_problem(name)
 

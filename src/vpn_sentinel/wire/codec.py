@@ -1,7 +1,7 @@
-"""Domain values to JSON and back, with the checks that the edge owes the inside.
+"""Domain values to JSON and back, with checks of what comes from outside.
 
-msgspec encodes and decodes the domain's dataclasses as they are; this module adds the addresses, which JSON lacks, and
-the limits. A decoder raises `msgspec.ValidationError` or `msgspec.DecodeError`; both name the place that is wrong.
+msgspec encodes and decodes the domain's dataclasses; this module adds addresses, which JSON lacks, and limits. A
+decoder raises `msgspec.ValidationError` or `msgspec.DecodeError`; both name the wrong field.
 """
 
 from collections.abc import Callable
@@ -23,19 +23,19 @@ T = TypeVar("T")
 _MAX_ADDRESS_LENGTH: Final = 49
 
 
-_TEXTUAL: Final = (IPv4Address, IPv6Address, IPv4Network, IPv6Network)
+_ADDRESS_TYPES: Final = (IPv4Address, IPv6Address, IPv4Network, IPv6Network)
 
 
 def _encode(value: object) -> object:
-    """msgspec's hook for what it has no form of its own for; NotImplementedError is its word for "nor have I"."""
-    if isinstance(value, _TEXTUAL):
+    """msgspec's hook for types it does not know; NotImplementedError means that this hook does not know it either."""
+    if isinstance(value, _ADDRESS_TYPES):
         return str(value)
     msg = f"{type(value).__name__} has no JSON form"
     raise NotImplementedError(msg)
 
 
 def _decode(kind: Any, value: Any) -> Any:
-    """The same the other way; a ValueError or TypeError becomes msgspec's ValidationError, with the place in it."""
+    """The reverse hook; msgspec makes a ValidationError with the field's path of a ValueError or TypeError."""
     if not isinstance(value, str):
         msg = f"Expected `str`, got `{type(value).__name__}`"
         raise TypeError(msg)
@@ -61,22 +61,22 @@ _OBSERVATION: Final = tuple((f.name, f.default) for f in fields(Observation))
 
 
 def encode_observation(seen: Observation) -> bytes:
-    """The form that the database keeps: what is at its default is left out, as most of it always is."""
-    return encode({name: value for name, usual in _OBSERVATION if (value := getattr(seen, name)) != usual})
+    """The JSON that the database keeps: fields with their default value, as most have, are left out."""
+    return encode({name: value for name, default in _OBSERVATION if (value := getattr(seen, name)) != default})
 
 
 @lru_cache(maxsize=16384)
-def address(text_: str) -> IPAddress:
+def address(text: str) -> IPAddress:
     """Parse an address, see `parse_address`. Raises ValueError."""
-    return parse_address(_bare(text_))
+    return parse_address(_bare(text))
 
 
-def written_address(text_: str) -> IPAddress:
-    """Parse an address with what some add to it: a port (Azure, IIS), brackets, quotes (RFC 7239, section 6), a zone.
+def written_address(text: str) -> IPAddress:
+    """Parse an address as proxies write it: with a port (Azure, IIS), brackets, quotes (RFC 7239, section 6), a zone.
 
     Raises ValueError.
     """
-    bare = text_.strip().strip('"').strip()
+    bare = text.strip().strip('"').strip()
     if bare.startswith("["):
         bare, closed, port = bare[1:].partition("]")
         if not closed or (port and not _is_port(port)):
@@ -87,27 +87,27 @@ def written_address(text_: str) -> IPAddress:
     return address(bare.partition("%")[0])
 
 
-def _is_port(text_: str) -> bool:
-    return len(text_) <= 6 and text_[0] == ":" and text_[1:].isascii() and text_[1:].isdigit()
+def _is_port(text: str) -> bool:
+    return len(text) <= 6 and text[0] == ":" and text[1:].isascii() and text[1:].isdigit()
 
 
-def _network(text_: str) -> IPNetwork:
-    return parse_network(_bare(text_), strict=True)
+def _network(text: str) -> IPNetwork:
+    return parse_network(_bare(text), strict=True)
 
 
-def _bare(text_: str) -> str:
-    if len(text_) > _MAX_ADDRESS_LENGTH:
-        msg = f"an address takes at most {_MAX_ADDRESS_LENGTH} characters, this one has {len(text_)}"
+def _bare(text: str) -> str:
+    if len(text) > _MAX_ADDRESS_LENGTH:
+        msg = f"an address takes at most {_MAX_ADDRESS_LENGTH} characters, this one has {len(text)}"
         raise ValueError(msg)
-    return text_
+    return text
 
 
-def checked_text(name: str, value: str | None, most: int = limits.MAX_TEXT_LENGTH) -> str | None:
-    """Return `value` when it can be kept and shown. Raises ValueError that names the field."""
+def checked_text(name: str, value: str | None, max_length: int = limits.MAX_TEXT_LENGTH) -> str | None:
+    """Return `value` when it is short enough and printable. Raises ValueError that names the field."""
     if value is None:
         return None
-    if len(value) > most:
-        msg = f"{name} takes at most {most} characters, this one has {len(value)}"
+    if len(value) > max_length:
+        msg = f"{name} takes at most {max_length} characters, this one has {len(value)}"
         raise ValueError(msg)
     if not value.isprintable():
         msg = f"{name} holds a control character"
@@ -115,7 +115,7 @@ def checked_text(name: str, value: str | None, most: int = limits.MAX_TEXT_LENGT
     return value
 
 
-# What an agent of ours never exceeds: characters of a text, or a number (exclusive).
+# What no genuine agent exceeds: characters of a text, or a number (exclusive).
 _MAX_NUMBER: Final = 1e12
 _MAX_PORT: Final = 2.0**16
 _LIMITS: Final[dict[type, dict[str, float]]] = {
@@ -147,7 +147,7 @@ _LISTS: Final = ("canaries", "resolvers", "places", "escapes", "claims", "flaky"
 
 
 def check_observation(seen: Observation) -> None:
-    """Raise ValueError when an observation is larger or stranger than any agent of ours makes."""
+    """Raise ValueError when an observation exceeds what any genuine agent makes."""
     for name in _LISTS:
         if len(getattr(seen, name)) > limits.MAX_PER_OBSERVATION:
             msg = f"{name} holds {len(getattr(seen, name))} entries, at most {limits.MAX_PER_OBSERVATION} are taken"
@@ -191,17 +191,17 @@ def _check_system_lookup(found: o.SystemLookup | None) -> None:
 
 
 def _check_limits(item: object) -> None:
-    for name, most in _LIMITS.get(type(item), {}).items():
+    for name, limit in _LIMITS.get(type(item), {}).items():
         value = getattr(item, name)
         if isinstance(value, str):
-            checked_text(name, value, int(most))
-        elif value is not None and not 0 <= value < most:
-            msg = f"{name} takes 0 to less than {most:g}"
+            checked_text(name, value, int(limit))
+        elif value is not None and not 0 <= value < limit:
+            msg = f"{name} takes 0 to less than {limit:g}"
             raise ValueError(msg)
 
 
 def check_place(place: Place) -> None:
-    """Raise ValueError when a place holds what cannot be kept or shown."""
+    """Raise ValueError when a field of a place is too long, not printable or out of range."""
     for name in ("source", "region", "city", "timezone", "org"):
         checked_text(name, getattr(place, name))
     if place.asn is not None and not 0 <= place.asn < 2**32:
@@ -215,7 +215,7 @@ def check_place(place: Place) -> None:
 
 
 def check_policy(policy: Policy) -> None:
-    """Raise ValueError when a declared policy is larger or stranger than a person would write."""
+    """Raise ValueError when a declared policy exceeds what a person would write."""
     for name, items in (
         ("home_networks", policy.home_networks),
         ("expected_countries", policy.expected_countries),

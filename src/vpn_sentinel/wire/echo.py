@@ -1,12 +1,12 @@
-"""The UDP echo: the agent asks "where do you see me come from?", the server answers with an address.
+"""The UDP echo: the agent asks which source address the server sees, and the server answers with it.
 
 Request, 64 bytes: `VSE1`, 1 byte type (1), 3 bytes zero, 8 bytes id, 8 bytes nonce, 12 bytes zero, 8 bytes tag,
-4 bytes zero, 16 bytes MAC. The tag is the agent's own business: zero, or what lets a leak watch know the probe.
+4 bytes zero, 16 bytes MAC. The server ignores the tag: it is zero, or lets a leak watch recognize the probe.
 Reply, 64 bytes: `VSE1`, 1 byte type (2), 1 byte family (4 or 6), 2 bytes port, 8 bytes id, 8 bytes nonce,
 16 bytes address (IPv4 left-aligned), 8 bytes zero, 16 bytes MAC.
-The MAC is keyed BLAKE2s (RFC 7693) over all before it. A reply is never larger than its request, and a request whose
-MAC is wrong has no reply, so the port amplifies nothing and tells strangers nothing. The server answers with
-`wire.pulse`, which reads both this question and a pulse.
+The MAC is keyed BLAKE2s (RFC 7693) over all bytes before it. A reply is never larger than its request, and a request
+with a wrong MAC gets no reply, so the port cannot be used for amplification and reveals nothing. The server answers
+with `wire.pulse`, which reads this request and a pulse.
 """
 
 import hmac
@@ -20,7 +20,7 @@ from vpn_sentinel.domain.policy import IPAddress
 SIZE_BYTES: Final = 64
 MAGIC: Final = b"VSE1"
 MAC_BYTES: Final = 16
-NONCE_AT, TAG_AT, TAG = 16, 36, 8
+NONCE_OFFSET, TAG_OFFSET, TAG_BYTES = 16, 36, 8
 _REQUEST: Final = struct.Struct("!4sBxxx8s8s12x8s4x")
 REPLY: Final = struct.Struct("!4sBBH8s8s16s8x")
 
@@ -31,7 +31,7 @@ def key_for(secret: bytes, ident: bytes) -> bytes:
 
 
 def ident_for(secret: bytes, name: str) -> bytes:
-    """The 8 bytes by which the tunnel `name` is known on the wire: stable, and no name for a listener to read."""
+    """The 8 bytes that identify the tunnel `name` on the wire: stable, and the name cannot be read from them."""
     return blake2s(name.encode(), key=secret[:32], digest_size=8, person=b"vs-ident").digest()
 
 

@@ -1,4 +1,4 @@
-"""The replaced system's report: `POST /api/v1/keepalive`, in its nested and its flat form, and its answer."""
+"""The replaced system's report: `POST /api/v1/keepalive`, in its nested and its flat form, and the response."""
 
 import json
 import math
@@ -17,8 +17,8 @@ from vpn_sentinel.wire.codec import checked_text, written_address
 A = TypeVar("A")
 B = TypeVar("B")
 
-# What its clients write where they know nothing; none of it is a value.
-_NOTHING = frozenset({"", "unknown", "none", "null", "n/a"})
+# What its clients write for an unknown value.
+_EMPTY_VALUES = frozenset({"", "unknown", "none", "null", "n/a"})
 
 
 class Location(msgspec.Struct, frozen=True):
@@ -35,7 +35,7 @@ class DnsTest(msgspec.Struct, frozen=True):
 
 
 class Keepalive(msgspec.Struct, frozen=True, kw_only=True):
-    """The body as its clients should send it, for the schema; what is read of another one: `read`."""
+    """The body as clients should send it, for the schema; `read` accepts more."""
 
     client_id: str
     timestamp: str | float | None = None
@@ -55,17 +55,17 @@ class Keepalive(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Received(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer; `server_time` is ISO 8601 in UTC."""
+    """The response; `server_time` is ISO 8601 in UTC."""
 
     status: str = "ok"
     message: str = "Keepalive received"
     server_time: str
 
 
-class Reading(msgspec.Struct, frozen=True, kw_only=True):
-    """A keepalive after every check: what it says, in the domain's words. `skew` is the client's clock minus ours.
+class ParsedKeepalive(msgspec.Struct, frozen=True, kw_only=True):
+    """A keepalive after all checks, as domain values. `skew` is the client's clock minus the server's, in seconds.
 
-    `odd` are the fields that were not understood, with the beginning of what they held: they count as not said.
+    `odd` are the names of fields that were not understood, with the beginning of their values; they count as missing.
     """
 
     client_id: str
@@ -78,58 +78,58 @@ class Reading(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class _Named(msgspec.Struct, frozen=True):
-    """The one field without which a report is nobody's."""
+    """The one field that a report needs."""
 
     client_id: str | int
 
 
-_MAX_EXCERPT: Final = 60
-_MAX_DIGITS: Final = 40  # digits; more take time that grows with their square
-_named = msgspec.json.Decoder(_Named).decode
-_whole = msgspec.json.Decoder(dict[str, Any]).decode
+_MAX_EXCERPT_CHARS: Final = 60
+_MAX_DIGITS: Final = 40  # the time to parse grows with the square of the number of digits
+_decode_name = msgspec.json.Decoder(_Named).decode
+_decode_all = msgspec.json.Decoder(dict[str, Any]).decode
 
 
-def read(body: bytes, now: float, came_from: IPAddress | None = None) -> Reading:
-    """Parse and check a keepalive received at `now`; `came_from` is its sender's address where that is global.
+def read(body: bytes, now: float, came_from: IPAddress | None = None) -> ParsedKeepalive:
+    """Parse and check a keepalive received at `now`; `came_from` is its sender's address if that is global.
 
-    Only the name is needed. What is not understood in another field is told in `odd`, and counts as not said: the
-    replaced server took such reports, and where they come from is seen without them. Raises `msgspec.DecodeError` for
-    what is not JSON (a 400) and `msgspec.ValidationError` or ValueError for a report that names nobody (a 422).
+    Only the name is needed. A field that is not understood is listed in `odd` and counts as missing: the replaced
+    server accepted such reports, and their source address is known without it. Raises `msgspec.DecodeError` for what is
+    not JSON (a 400) and `msgspec.ValidationError` or ValueError for a report without a valid name (a 422).
     """
-    named, whole = _parsed(body)
+    named, fields = _parsed(body)
     name = _field("client_id", tunnel_name, str(named.client_id))
-    said = _Fields(whole)
-    location, dns_test = said.inner("location"), said.inner("dns_test")
+    values = _Fields(fields)
+    location, dns_test = values.inner("location"), values.inner("dns_test")
     texts = {
-        "country": location.text("country") or said.text("country"),
-        "city": location.text("city") or said.text("city"),
-        "region": location.text("region") or said.text("region"),
-        "org": location.text("org") or said.text("provider"),
-        "timezone": location.text("timezone") or said.text("timezone"),
-        "client_version": said.text("client_version"),
-        "status": said.text("status"),
-        "dns_loc": dns_test.text("location") or said.text("dns_loc"),
-        "dns_colo": dns_test.text("colo") or said.text("dns_colo"),
+        "country": location.text("country") or values.text("country"),
+        "city": location.text("city") or values.text("city"),
+        "region": location.text("region") or values.text("region"),
+        "org": location.text("org") or values.text("provider"),
+        "timezone": location.text("timezone") or values.text("timezone"),
+        "client_version": values.text("client_version"),
+        "status": values.text("status"),
+        "dns_loc": dns_test.text("location") or values.text("dns_loc"),
+        "dns_colo": dns_test.text("colo") or values.text("dns_colo"),
     }
-    ip = said.parsed("public_ip", _address) or said.parsed("ip", _address)
-    when = said.parsed("timestamp", lambda value: _near(_seconds(value), now))
-    return Reading(
+    ip = values.parsed("public_ip", _address) or values.parsed("ip", _address)
+    when = values.parsed("timestamp", lambda value: _near(_seconds(value), now))
+    return ParsedKeepalive(
         client_id=name,
         observation=_observation(ip, texts, came_from),
         version=texts["client_version"] or "",
         dns_loc=texts["dns_loc"] or "",
         dns_colo=texts["dns_colo"] or "",
         skew=None if when is None else when - now,
-        odd=tuple(said.odd),
+        odd=tuple(values.odd),
     )
 
 
 def _parsed(body: bytes) -> tuple[_Named, dict[str, Any]]:
-    """Raises `msgspec.DecodeError`, or its ValidationError where nobody is named."""
+    """Raises `msgspec.DecodeError`, or its ValidationError where the name is missing."""
     try:
-        # Decoded first: the parser skips what it does not know, and would skip bytes there that are no text.
+        # Decoded first: the parser skips unknown fields, and would skip bytes in them that are not UTF-8.
         text = body.decode()
-        return _named(text), _whole(text)
+        return _decode_name(text), _decode_all(text)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as e:
         error = e if isinstance(e, msgspec.DecodeError) else msgspec.DecodeError(str(e))
     try:
@@ -142,9 +142,9 @@ def _parsed(body: bytes) -> tuple[_Named, dict[str, Any]]:
 
 
 def _as_python_writes(body: bytes) -> Any:
-    """JSON as the replaced server took it, and its clients wrote it: NaN, halves of surrogate pairs, UTF-16, a BOM.
+    """JSON as the replaced server accepted it, and its clients wrote it: NaN, lone surrogates, UTF-16, a BOM.
 
-    And a little more: bytes that are no text become what no field takes. Raises ValueError and RecursionError.
+    In addition, bytes that are not text become characters that no field accepts. Raises ValueError and RecursionError.
     """
     encoding = json.detect_encoding(body)
     text = body.decode(encoding, "surrogateescape" if encoding.startswith("utf-8") else "surrogatepass")
@@ -152,25 +152,25 @@ def _as_python_writes(body: bytes) -> Any:
 
 
 class _Fields:
-    """An object of a keepalive, read field by field; what cannot be used goes to `odd`."""
+    """An object of a keepalive, read field by field; fields that cannot be used go to `odd`."""
 
-    def __init__(self, said: dict[str, Any], odd: list[tuple[str, str]] | None = None, prefix: str = "") -> None:
-        self._said = said
+    def __init__(self, values: dict[str, Any], odd: list[tuple[str, str]] | None = None, prefix: str = "") -> None:
+        self._values = values
         self._prefix = prefix
         self.odd: list[tuple[str, str]] = [] if odd is None else odd
 
     def inner(self, name: str) -> "_Fields":
-        found = self._said.get(name)
+        found = self._values.get(name)
         if found is not None and not isinstance(found, dict) and not (isinstance(found, str) and _known(found) is None):
             self._note(name, found)
         return _Fields(found if isinstance(found, dict) else {}, self.odd, f"{name}.")
 
     def text(self, name: str) -> str | None:
-        """What is to be kept and shown; a number counts as its digits."""
+        """The checked text of a field; a number counts as its digits."""
         return self.parsed(name, lambda value: checked_text(name, _as_text(value)))
 
     def parsed(self, name: str, parse: Callable[[Any], A]) -> A | None:
-        value = self._said.get(name)
+        value = self._values.get(name)
         if isinstance(value, str) and _known(value) is None:
             return None
         try:
@@ -180,12 +180,12 @@ class _Fields:
             return None
 
     def _note(self, name: str, value: object) -> None:
-        shown = str(value)[:_MAX_EXCERPT] if isinstance(value, str | int | float) else type(value).__name__
+        shown = str(value)[:_MAX_EXCERPT_CHARS] if isinstance(value, str | int | float) else type(value).__name__
         self.odd.append((self._prefix + name, shown.encode("unicode_escape").decode()))
 
 
 def _as_text(value: object) -> str:
-    """Raises TypeError for what is no text and no number."""
+    """Raises TypeError for a value that is neither a string nor a number."""
     if isinstance(value, str):
         return value
     if isinstance(value, int | float) and math.isfinite(value):
@@ -194,7 +194,7 @@ def _as_text(value: object) -> str:
 
 
 def _address(value: object) -> IPAddress:
-    """Raises TypeError and ValueError, also for an address that the internet cannot see: it says nothing of an exit."""
+    """Raises TypeError and ValueError, also for a private address, which tells nothing about an exit."""
     if not isinstance(value, str):
         raise TypeError
     found = written_address(value)
@@ -205,7 +205,7 @@ def _address(value: object) -> IPAddress:
 
 
 def _near(at: float, now: float) -> float:
-    """Raises ValueError for a time so far off that it is no clock, but a mistake."""
+    """Raises ValueError for a time that is too far off to be a clock's."""
     if not abs(at - now) <= limits.MAX_CLOCK_SKEW_S:
         msg = "is no time of these days"
         raise ValueError(msg)
@@ -232,7 +232,7 @@ def _observation(ip: IPAddress | None, texts: dict[str, str | None], came_from: 
 
 
 def _known(value: str | None) -> str | None:
-    return None if value is None or value.strip().lower() in _NOTHING else value.strip()
+    return None if value is None or value.strip().lower() in _EMPTY_VALUES else value.strip()
 
 
 def _field(name: str, parse: Callable[[A], B], value: A) -> B:
@@ -244,7 +244,7 @@ def _field(name: str, parse: Callable[[A], B], value: A) -> B:
 
 
 def _seconds(value: str | float) -> float:
-    """Epoch seconds, or ISO 8601; without an offset it is taken as UTC, as the replaced server did."""
+    """Epoch seconds, or ISO 8601; without an offset it counts as UTC, as in the replaced server."""
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise TypeError
     if isinstance(value, int | float):

@@ -1,8 +1,8 @@
-"""What agent and server say to each other, over the WebSocket `/api/v1/agent` and by POST to the same path.
+"""The messages between agent and server, over the WebSocket `/api/v1/agent` and by POST to the same path.
 
-The agent says `Hello` once, then `Reports` whenever its spool holds some. The server says `Welcome`, then one `Ack`
-for each message of reports, *after* the database committed them: what an agent has an ack for, it may forget.
-By POST, `Exchange` carries both at once and is answered by `Welcome`, whose `ack` covers the reports sent along.
+The agent sends `Hello` once, then `Reports` whenever its spool holds some. The server sends `Welcome`, then one `Ack`
+for each message of reports, *after* the database committed them: an agent may delete what is acknowledged.
+By POST, `Exchange` carries both at once; the response is `Welcome`, whose `ack` covers the reports of the request.
 """
 
 from hashlib import blake2s
@@ -13,7 +13,7 @@ import msgspec
 from vpn_sentinel.domain.observation import Observation
 from vpn_sentinel.domain.policy import IPNetwork, Policy
 
-# Of this protocol. A server takes every version up to its own; an agent says which one it speaks.
+# The version of this protocol. A server accepts every version up to its own; an agent sends its own.
 PROTOCOL: Final = 1
 
 
@@ -22,7 +22,7 @@ REFUSED_HEADER: Final = "vpn-sentinel-refused"
 
 
 def fingerprint(message: bytes) -> str:
-    """32 hex digits by which a sender knows that what was refused is what it sent, and not altered on the way."""
+    """32 hex digits by which a sender checks that the refused message is the one it sent, unaltered."""
     return blake2s(message, digest_size=16).hexdigest()
 
 
@@ -30,7 +30,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     """One observation as the spool kept it.
 
     `seq` counts up from 1 within one spool and has gaps where rounds were thinned. `age` is the time in seconds since
-    it was seen, by a clock that never jumps, so that a wrong wall clock at the agent cannot misdate it.
+    the observation, by a monotonic clock, so that a wrong wall clock at the agent cannot misdate it.
     """
 
     seq: int
@@ -39,9 +39,9 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
-    """Who reports. `spool` is the random identity of the agent's spool: sequence numbers belong to it.
+    """The agent that reports. `spool` is the random identity of its spool: sequence numbers belong to it.
 
-    `interval` is the longest time in seconds between two reports of an agent that is well; `wall` its clock.
+    `interval` is the longest time in seconds between two reports of a working agent; `wall` is the agent's clock.
     `role` is "tunnel", or "reference" for an agent that runs outside the tunnels of the same `site`; "" is no site.
     """
 
@@ -57,7 +57,7 @@ class Hello(msgspec.Struct, frozen=True, kw_only=True, tag="hello"):
 
 
 class Reports(msgspec.Struct, frozen=True, kw_only=True, tag="reports"):
-    """Observations in order. `pending` more wait in the spool; `thinned` were given up since the last message."""
+    """Observations in order. `pending` more wait in the spool; `thinned` were dropped since the last message."""
 
     items: list[Report]
     pending: int = 0
@@ -70,9 +70,9 @@ class Exchange(msgspec.Struct, frozen=True, kw_only=True, tag="exchange"):
 
 
 class Echo(msgspec.Struct, frozen=True, kw_only=True):
-    """How to ask the server's UDP echo: who asks (`id`, 16 hex digits) and the `key` (64 hex digits) that signs it.
+    """How to ask the server's UDP echo: the agent's `id` (16 hex digits) and the `key` (64 hex digits) of its MAC.
 
-    Raises ValueError for what cannot be asked with.
+    Raises ValueError for invalid values.
     """
 
     port: int
@@ -86,8 +86,9 @@ class Echo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Known(msgspec.Struct, frozen=True, kw_only=True):
-    """What the server remembers of a tunnel that worked: its `device` and those `beside` it, by name, and the `home`
-    networks that were learned. For an agent that lost its own memory; one that has some believes that."""
+    """What the server remembers of a tunnel that worked: the names of its `device` and of the other interfaces
+    (`beside`), and the learned `home` networks. For an agent that lost its own memory; one that has it uses its own.
+    """
 
     device: str
     beside: tuple[str, ...] = ()
@@ -95,7 +96,7 @@ class Known(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Welcome(msgspec.Struct, frozen=True, kw_only=True, tag="welcome"):
-    """`ack` is the highest sequence number of this spool that is stored, 0 for none; `seen_from` the peer address.
+    """`ack` is the highest stored sequence number of this spool, 0 for none; `seen_from` is the peer address.
 
     `canary_zone` is the DNS zone that this server is authoritative for, without a dot at its end; None without one.
     """
@@ -113,7 +114,7 @@ class Ack(msgspec.Struct, frozen=True, kw_only=True, tag="ack"):
 
 
 class Refused(msgspec.Struct, frozen=True, kw_only=True, tag="refused"):
-    """Said before the server closes. `retry` is False when trying again cannot help.
+    """Sent before the server closes. `retry` is False when trying again cannot help.
 
     `of` is the fingerprint of the message of reports that is refused, "" when the refusal is about something else.
     """

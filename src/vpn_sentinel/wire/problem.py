@@ -6,15 +6,15 @@ from typing import Final
 import msgspec
 
 CONTENT_TYPE: Final = "application/problem+json"
-# A header of the server's own refusals: gateways write problem details too, and theirs say nothing of key and report.
+# A header of the server's own refusals. Gateways write problem details, too, which tell nothing about key or report.
 MARK: Final = ("vpn-sentinel", "1")
 MARK_BYTES: Final = (MARK[0].encode(), MARK[1].encode())
-# RFC 9110 renamed these; Python follows from 3.13 on, and what we answer must not depend on it.
+# RFC 9110 renamed these; Python follows from 3.13 on, and the server's responses must not depend on it.
 _RENAMED: Final = {413: "Content Too Large", 422: "Unprocessable Content"}
 
 
 class Problem(msgspec.Struct, frozen=True, kw_only=True):
-    """`detail` is for a person: what is wrong and where. `type` is always `about:blank`: the status says the kind."""
+    """`detail` is for people: what is wrong, and where. `type` is always `about:blank`: the status is the kind."""
 
     status: int
     title: str

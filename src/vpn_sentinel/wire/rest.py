@@ -1,4 +1,4 @@
-"""What the HTTP API answers. Times are ISO 8601 in UTC, durations seconds; what is not known is null, never a word.
+"""The HTTP API's responses. Times are ISO 8601 in UTC, durations seconds; what is not known is null, never a text.
 
 A class ends in `Body` where the domain has the plain word for something else. The OpenAPI document has the plain words:
 see `server/api/openapi`.
@@ -17,7 +17,7 @@ D = TypeVar("D")
 
 
 class FindingBody(msgspec.Struct, frozen=True, kw_only=True):
-    """One thing that was found: `message` says it, `advice` what to do about it, `evidence` holds the facts."""
+    """One finding: `message` describes it, `advice` says what to do about it, `evidence` holds the facts."""
 
     code: str
     severity: Severity
@@ -34,7 +34,7 @@ class Exit(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PlaceBody(msgspec.Struct, frozen=True, kw_only=True):
-    """Where the exit address `ip` is said to be, and by whom (`source`). `country` is ISO 3166-1 alpha-2."""
+    """The place of the exit address `ip`, as `source` names it. `country` is ISO 3166-1 alpha-2."""
 
     ip: str | None = None
     country: str | None = None
@@ -47,7 +47,7 @@ class PlaceBody(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Resolver(msgspec.Struct, frozen=True, kw_only=True):
-    """An address from which the tunnel's DNS queries really come out."""
+    """An address from which the tunnel's DNS queries come out."""
 
     ip: str
     country: str | None = None
@@ -57,7 +57,7 @@ class Resolver(msgspec.Struct, frozen=True, kw_only=True):
 class PortCheckBody(msgspec.Struct, frozen=True, kw_only=True):
     """The server's last try to reach the forwarded port from outside.
 
-    `answer` is "answered", "unreachable" (packets arrive, and nobody listens) or "lost" (none arrives).
+    `answer` is "answered", "unreachable" (packets arrive, and nothing listens) or "lost" (none arrives).
     """
 
     address: str
@@ -67,9 +67,9 @@ class PortCheckBody(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Tunnel(msgspec.Struct, frozen=True, kw_only=True):
-    """A watched tunnel as it stands. `deadline` is when it counts as silent; `last_seen` null means it never reported.
+    """A watched tunnel now. `deadline` is when it counts as silent; `last_seen` null means that it never reported.
 
-    `source` is "agent" or "keepalive"; `interval` the seconds between two reports of an agent that is well. `role` is
+    `source` is "agent" or "keepalive"; `interval` the seconds between two reports of a working agent. `role` is
     "tunnel", or "reference" for the home connection of its `site`, seen by an agent outside the tunnels.
     """
 
@@ -99,7 +99,7 @@ class Tunnels(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Changed(msgspec.Struct, frozen=True, kw_only=True):
-    """One frame of `/events`: the tunnels that changed, as they are now, and the names of those that are gone."""
+    """One event of `/events`: the tunnels that changed, as they are now, and the names of deleted ones."""
 
     tunnels: list[msgspec.Raw]
     gone: list[str] = []
@@ -135,7 +135,7 @@ class Whoami(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Transition(msgspec.Struct, frozen=True, kw_only=True):
-    """A change of state. `at` is when its cause began, `decided_at` when it was known."""
+    """A change of state. `at` is when its cause began, `decided_at` when it was decided."""
 
     at: datetime
     decided_at: datetime
@@ -145,7 +145,7 @@ class Transition(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ObservationBody(msgspec.Struct, frozen=True, kw_only=True):
-    """One round of an agent. `state` is what that round alone meant; `body` holds the facts as reported."""
+    """One round of an agent. `state` is the verdict of that round alone; `body` holds the facts as reported."""
 
     at: datetime
     received_at: datetime
@@ -164,7 +164,7 @@ class ActionBody(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class History(msgspec.Struct, frozen=True, kw_only=True):
-    """A stretch of a tunnel's past, newest first, all lists complete for it.
+    """A part of a tunnel's past, newest first; all lists are complete for it.
 
     When `next_until` is not null there is more: ask again with it as `until`.
     """
@@ -177,7 +177,7 @@ class History(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Incident(msgspec.Struct, frozen=True, kw_only=True):
-    """A span of not-protected. `closed_at` null means that it lasts; `duration` is seconds, so far."""
+    """A time when a tunnel was not protected. `closed_at` null means that it lasts; `duration` is seconds, so far."""
 
     id: int
     tunnel: str
@@ -196,7 +196,7 @@ class Incidents(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Attempt(msgspec.Struct, frozen=True, kw_only=True):
-    """One try to deliver: `result` is "done", "transient" or "permanent"."""
+    """One attempt to deliver: `result` is "done", "transient" or "permanent"."""
 
     attempt: int
     at: datetime
@@ -205,7 +205,7 @@ class Attempt(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NoticeBody(msgspec.Struct, frozen=True, kw_only=True):
-    """What a delivery tells. `exit` and `old_exit` are addresses."""
+    """The content of a delivery. `exit` and `old_exit` are addresses."""
 
     at: datetime | None = None
     began: datetime | None = None
@@ -216,7 +216,7 @@ class NoticeBody(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Delivery(msgspec.Struct, frozen=True, kw_only=True):
-    """One notice owed to one channel. `status` is "due", "leased", "done", "given_up" or "superseded"."""
+    """One notice for one channel. `status` is "due", "leased", "done", "given_up" or "superseded"."""
 
     id: int
     channel: str
@@ -246,7 +246,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def when(seconds: float | None) -> datetime | None:
-    """Seconds since the epoch as a time in UTC; None and 0, which stand for never, as None."""
+    """Seconds since the epoch as a time in UTC; None and 0, which mean never, as None."""
     return datetime.fromtimestamp(seconds, UTC) if seconds else None
 
 
@@ -256,7 +256,7 @@ def moment(seconds: float) -> datetime:
 
 
 class StoredFinding(msgspec.Struct, frozen=True):
-    """A finding as the database keeps it: severity and advice belong to the code, and follow the running version."""
+    """A finding as the database keeps it: severity and advice depend on the code, and come from the running version."""
 
     code: str
     message: str = ""
@@ -283,7 +283,7 @@ _RESOLVERS: Final = msgspec.json.Decoder(list[Resolver])
 
 
 def state_of(text: str) -> State:
-    """The state of that name; one that this version does not know is unknown."""
+    """The state of that name; unknown for one that this version does not know."""
     try:
         return State(text)
     except ValueError:
@@ -311,7 +311,7 @@ def port_check_of(text: str) -> PortCheckBody | None:
 
 
 def decoded(decoder: msgspec.json.Decoder[T], text: str, default: D) -> T | D:
-    """What a JSON column holds; `default` when it is empty or damaged, so that one row cannot blank a whole list."""
+    """The value of a JSON column; `default` when it is empty or damaged, so that one row cannot break a whole list."""
     try:
         return decoder.decode(text) if text else default
     except (ValueError, RecursionError):

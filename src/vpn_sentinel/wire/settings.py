@@ -1,4 +1,4 @@
-"""Settings that the agent and the server both read: declared once, so that both take the same."""
+"""Settings that both agent and server read, declared once."""
 
 from pathlib import Path
 from typing import Any, Final
@@ -84,7 +84,7 @@ TIMES.add(
 
 
 def read_policy(source: Source, reader: str) -> Policy:
-    """What `reader`, a command, takes of the policy's settings. Raises SettingError."""
+    """The policy from the settings that the command `reader` reads. Raises SettingError."""
     read = [setting for setting in (*POLICY.settings, *TIMES.settings) if reader in setting.read_by]
     values: dict[str, Any] = {setting.name.lower(): source.get(setting) for setting in read}
     return Policy(**values)

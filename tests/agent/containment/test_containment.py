@@ -5,10 +5,10 @@ from ipaddress import ip_address
 
 from tests.agent.containment.test_proof import POLICY, WELL, canary
 from tests.conftest import ManualClock
-from vpn_sentinel.agent.containment.containment import Containment, ContainmentDeps, Mode, mark
+from vpn_sentinel.agent.containment.containment import Containment, ContainmentDeps, Mode, owner_mark
 from vpn_sentinel.agent.containment.nft import NftError
 from vpn_sentinel.agent.containment.proof import Cause, to_text
-from vpn_sentinel.agent.containment.rules import RELEASED, TABLE, Ways
+from vpn_sentinel.agent.containment.rules import RELEASED_TABLE, TABLE, AllowedTraffic
 from vpn_sentinel.agent.net.endpoints import Endpoint
 from vpn_sentinel.domain.judge import judge
 from vpn_sentinel.domain.observation import Answer, Observation, Outcome, Path, Trigger
@@ -36,7 +36,7 @@ class World:
     tables: dict[str, str] = field(default_factory=dict)
     told: list[tuple[str, Outcome, str]] = field(default_factory=list)
     clock: ManualClock = field(default_factory=ManualClock)
-    ways: Ways | None = field(default_factory=lambda: Ways(tunnel="wg0"))
+    allowed: AllowedTraffic | None = field(default_factory=lambda: AllowedTraffic(tunnel="wg0"))
     kept: Kept = field(default_factory=Kept)
     seat: bool = True
     broken: OSError | None = None
@@ -45,7 +45,7 @@ class World:
     async def nft(self, commands: str) -> None:
         if self.broken:
             raise self.broken
-        for name in (TABLE, RELEASED):
+        for name in (TABLE, RELEASED_TABLE):
             if f"delete table inet {name}\n" in commands:
                 self.tables.pop(name, None)
         if f"table inet {TABLE} {{" in commands:
@@ -59,12 +59,12 @@ class World:
 
     def made(self, mode: Mode = Mode.ON) -> Containment:
         ground = ContainmentDeps(
-            ways=lambda _cause: self.ways,
+            allowed=lambda _cause: self.allowed,
             path_of=lambda *_: Path.TUNNEL,
             nft=self.nft,
             owner_of=self.owner_of,
             take_lock=lambda: self.seat,
-            tell=lambda name, outcome, detail: self.told.append((name, outcome, detail)),
+            on_action=lambda name, outcome, detail: self.told.append((name, outcome, detail)),
         )
         return Containment(mode, "anna", self.kept, ground, self.clock)
 
@@ -85,7 +85,7 @@ async def test_a_leak_closes_and_a_proven_tunnel_opens() -> None:
     await containment.start()
     await containment.leaking(CAUSE)
     assert containment.contained
-    assert world.tables == {TABLE: mark("anna", "5af0")}
+    assert world.tables == {TABLE: owner_mark("anna", "5af0")}
     await well(containment, world, 2)  # two rounds, 2 s from one to the other: not long enough
     assert containment.contained
     await well(containment, world, 1)
@@ -131,7 +131,7 @@ async def test_off_and_dry_run_touch_nothing() -> None:
 
 
 async def test_rules_of_before_a_restart_are_adopted_with_their_cause() -> None:
-    world = World(tables={TABLE: mark("anna", "another-spool")})
+    world = World(tables={TABLE: owner_mark("anna", "another-spool")})
     world.kept.keep("containment.cause", to_text(Cause(families=frozenset({6}))))
     containment = world.made()
     await containment.start()
@@ -169,20 +169,20 @@ async def test_a_cause_that_grows_is_known_after_a_restart() -> None:
 
 
 async def test_leftovers_go_when_containment_is_switched_off() -> None:
-    world = World(tables={TABLE: mark("anna", "5af0")})
+    world = World(tables={TABLE: owner_mark("anna", "5af0")})
     await world.made(Mode.OFF).start()
     assert world.tables == {}
 
 
 async def test_rules_of_another_agent_are_never_touched() -> None:
     for mode in Mode:
-        world = World(tables={TABLE: mark("ben", "5af0")})
+        world = World(tables={TABLE: owner_mark("ben", "5af0")})
         containment = world.made(mode)
         await containment.start()
         await containment.leaking(CAUSE)
         await containment.leaking(CAUSE)
         await well(containment, world, 3)
-        assert world.tables == {TABLE: mark("ben", "5af0")}
+        assert world.tables == {TABLE: owner_mark("ben", "5af0")}
         assert not containment.contained
     world = World(seat=False)
     await world.made().leaking(CAUSE)
@@ -194,7 +194,7 @@ async def test_a_release_by_hand_holds_until_the_next_leak() -> None:
     world = World()
     containment = world.made()
     await containment.leaking(CAUSE)
-    world.tables = {RELEASED: mark("anna", "5af0")}
+    world.tables = {RELEASED_TABLE: owner_mark("anna", "5af0")}
     await containment.leaking(CAUSE)  # it still leaks: its owner wants it open
     await containment.leaking(CAUSE)
     assert world.tables == {}
@@ -211,7 +211,7 @@ async def test_rules_that_somebody_flushed_are_put_back() -> None:
     await containment.leaking(CAUSE)
     world.tables.clear()
     await containment.saw(NOBODY, judge(NOBODY, POLICY))
-    assert world.tables == {TABLE: mark("anna", "5af0")}
+    assert world.tables == {TABLE: owner_mark("anna", "5af0")}
     assert "put back" in world.told[-1][2]
 
 
@@ -221,7 +221,7 @@ async def test_rules_follow_a_tunnel_that_moves_and_are_left_alone_else() -> Non
     await containment.leaking(CAUSE)
     await containment.saw(NOBODY, judge(NOBODY, POLICY))
     assert world.written == 1
-    world.ways = Ways(tunnel="wg0", endpoints=(Endpoint(ip_address("185.65.134.3"), 51820),))
+    world.allowed = AllowedTraffic(tunnel="wg0", endpoints=(Endpoint(ip_address("185.65.134.3"), 51820),))
     await containment.saw(NOBODY, judge(NOBODY, POLICY))
     assert world.written == 2
 
@@ -241,7 +241,7 @@ async def test_what_is_missing_is_said_once_for_one_leak() -> None:
 
 
 async def test_without_a_known_tunnel_nothing_is_closed() -> None:
-    world = World(ways=None)
+    world = World(allowed=None)
     containment = world.made()
     await containment.leaking(CAUSE)
     assert world.tables == {}

@@ -11,7 +11,7 @@ import pytest
 
 from vpn_sentinel.agent.containment.exempt import Exemptions
 from vpn_sentinel.agent.containment.nft import Library
-from vpn_sentinel.agent.containment.rules import Ways, render
+from vpn_sentinel.agent.containment.rules import AllowedTraffic, render
 from vpn_sentinel.agent.leakwatch.meant import parse_meant
 from vpn_sentinel.agent.net.routing_rules import Rule
 from vpn_sentinel.agent.net.sockets import listening_ports
@@ -50,7 +50,7 @@ def count() -> int:
 
 
 def contain(exempt: Exemptions) -> None:
-    Library().run(render(Ways(tunnel="wg0", exempt=exempt), "anna/0123"))
+    Library().run(render(AllowedTraffic(tunnel="wg0", exempt=exempt), "anna/0123"))
 
 
 def test_what_is_declared_passes_and_nothing_else(beside: None) -> None:
@@ -103,7 +103,7 @@ def test_a_visitor_gets_an_answer(beside: None) -> None:
         with socket.create_server(("0.0.0.0", 8000)) as server:
             server.settimeout(5)
             assert listening_ports() == {8000}
-            contain(Exemptions(taking=listening_ports()))
+            contain(Exemptions(listening=listening_ports()))
             visitor = subprocess.Popen([*run, sys.executable, "-c", visit], stdout=subprocess.PIPE, text=True)
             connection, _ = server.accept()
             with connection:

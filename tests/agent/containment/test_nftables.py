@@ -8,11 +8,18 @@ import pytest
 
 from vpn_sentinel.agent.containment.instance_lock import SingleInstanceLock
 from vpn_sentinel.agent.containment.nft import Library, Nftables, NftError
-from vpn_sentinel.agent.containment.rules import RELEASED, TABLE, Ways, forget_word, removal, render
+from vpn_sentinel.agent.containment.rules import (
+    RELEASED_TABLE,
+    TABLE,
+    AllowedTraffic,
+    removal,
+    remove_release_marker,
+    render,
+)
 from vpn_sentinel.agent.containment.table import comment_in, owner_of
 from vpn_sentinel.agent.net.endpoints import TCP, Endpoint
 
-WAYS = Ways(
+WAYS = AllowedTraffic(
     tunnel="wg0",
     endpoints=(Endpoint(ip_address("185.65.134.2"), 51820), Endpoint(ip_address("2a03:1b20:3::2"), 443, TCP)),
     marks=((0xCA6C, 0xFFFFFFFF),),
@@ -35,10 +42,10 @@ async def test_the_kernel_takes_all_rules_and_names_their_owner(namespace: None,
     await nft(render(WAYS, "anna/0123"))  # in place of the first
     assert owner_of(TABLE) == "anna/0123"
     assert ruleset().count("jump ways_out") == 2
-    await nft(removal(leave_word="anna/0123"))
+    await nft(removal(released_owner="anna/0123"))
     assert owner_of(TABLE) is None
-    assert owner_of(RELEASED) == "anna/0123"
-    await nft(forget_word())
+    assert owner_of(RELEASED_TABLE) == "anna/0123"
+    await nft(remove_release_marker())
     assert ruleset() == ""
 
 
@@ -110,8 +117,8 @@ def test_another_users_program_cannot_keep_the_seat_from_an_agent(namespace: Non
 
 def test_a_comment_that_is_no_owners_is_not_repeated() -> None:
     for comment in ('x" } include "/etc/passwd', "x\ny", "x" * 200):
-        assert comment not in removal(leave_word=comment)
-    assert 'comment "anna/0123"' in removal(leave_word="anna/0123")
+        assert comment not in removal(released_owner=comment)
+    assert 'comment "anna/0123"' in removal(released_owner="anna/0123")
 
 
 def test_release_from_the_command_line(namespace: None) -> None:
@@ -129,7 +136,7 @@ def test_release_from_the_command_line(namespace: None) -> None:
     beside = subprocess.run(command, capture_output=True, text=True, check=False)
     seat.leave()
     assert "only on a new leak" in beside.stdout
-    assert owner_of(RELEASED) == "anna/0123"
+    assert owner_of(RELEASED_TABLE) == "anna/0123"
 
 
 def test_release_without_the_right_to_says_what_is_missing(namespace: None) -> None:

@@ -4,10 +4,10 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
-from vpn_sentinel.agent.containment.rules import Ways, removal, render
+from vpn_sentinel.agent.containment.rules import AllowedTraffic, removal, render
 from vpn_sentinel.agent.net.endpoints import TCP, Endpoint
 
-FULL = Ways(
+FULL = AllowedTraffic(
     tunnel="wg0",
     endpoints=(Endpoint(ip_address("185.65.134.2"), 51820), Endpoint(ip_address("2a03:1b20:3::2"), 443, TCP)),
     services=(Endpoint(ip_address("192.168.20.2"), 5000, TCP),),
@@ -63,7 +63,7 @@ def test_rules_with_everything() -> None:
 
 
 def test_without_known_endpoints_the_mark_tells_the_tunnels_own_packets() -> None:
-    text = render(Ways(tunnel="wg0", marks=((0xCA6C, 0xFFFFFFFF),)), "a/0")
+    text = render(AllowedTraffic(tunnel="wg0", marks=((0xCA6C, 0xFFFFFFFF),)), "a/0")
     assert "meta mark & 0xffffffff == 0xca6c accept" in text
     assert "chain forward" not in text
     assert "chain names" not in text
@@ -75,10 +75,10 @@ def test_no_rule_lets_old_flows_live() -> None:
 
 @pytest.mark.parametrize("name", ['wg0" accept; #', "wg*", "", "a-name-too-long-for-linux"])
 def test_a_name_that_cannot_stand_in_a_rule_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match="cannot stand in a rule"):
-        Ways(tunnel=name)
+    with pytest.raises(ValueError, match="cannot be used in a rule"):
+        AllowedTraffic(tunnel=name)
 
 
 def test_removal_is_no_error_where_nothing_is() -> None:
     assert removal() == "table inet vpn_sentinel\ndelete table inet vpn_sentinel\n"
-    assert 'table inet vpn_sentinel_released {\n  comment "anna/0123"\n}' in removal(leave_word="anna/0123")
+    assert 'table inet vpn_sentinel_released {\n  comment "anna/0123"\n}' in removal(released_owner="anna/0123")

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from vpn_sentinel.agent.doctor.lenient import read_all
-from vpn_sentinel.cli.reading import settings_of
+from vpn_sentinel.cli.settings import settings_of
 from vpn_sentinel.runtime.settings import Setting, Source
 
 

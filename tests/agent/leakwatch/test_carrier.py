@@ -7,7 +7,7 @@ import pytest
 
 from tests.agent.leakwatch.test_watch import ran
 from tests.conftest import ManualClock
-from vpn_sentinel.agent.leakwatch.carrier import FRESH_S, SURE_S, Carrier, Outer, carried, twins
+from vpn_sentinel.agent.leakwatch.carrier import FRESH_S, SURE_S, Carrier, OuterPacket, carrier_of, possible_ends
 from vpn_sentinel.agent.net.endpoints import TCP, Endpoint, parse_endpoint
 from vpn_sentinel.agent.net.facts import InMemoryFacts
 from vpn_sentinel.agent.net.link import Interface
@@ -21,8 +21,8 @@ HOSTS = (SERVER.address, OTHER.address)
 TUN = Interface(index=7, name="tun0", kind="tun", hardware=65534, flags=1, addresses=(ip_address("10.8.0.2"),))
 
 
-def follow(end: Endpoint, *wraps: int | None) -> list[Outer]:
-    return [Outer(end, SIZES[i] + wrap, i) for i, wrap in enumerate(wraps) if wrap is not None]
+def follow(end: Endpoint, *wraps: int | None) -> list[OuterPacket]:
+    return [OuterPacket(end, SIZES[i] + wrap, i) for i, wrap in enumerate(wraps) if wrap is not None]
 
 
 CASES = {
@@ -32,26 +32,28 @@ CASES = {
     "its first was late": (follow(SERVER, None, 81, 81, 81, 81, 81), None),
     "two lost": (follow(SERVER, 81, None, 81, None, 81, 81), None),
     "another chats meanwhile": (
-        [*follow(SERVER, *[81] * 6), *[Outer(OTHER, 200, i) for i in range(6) for _ in range(5)]],
+        [*follow(SERVER, *[81] * 6), *[OuterPacket(OTHER, 200, i) for i in range(6) for _ in range(5)]],
         SERVER,
     ),
-    "only one that chats": ([Outer(OTHER, size, i) for i in range(6) for size in (90, 400, 1100)], None),
+    "only one that chats": ([OuterPacket(OTHER, size, i) for i in range(6) for size in (90, 400, 1100)], None),
     "one that sends all sizes": (
-        [*follow(SERVER, *[81] * 6), *[Outer(OTHER, s, i) for i in range(6) for s in range(60, 1200, 4)]],
+        [*follow(SERVER, *[81] * 6), *[OuterPacket(OTHER, s, i) for i in range(6) for s in range(60, 1200, 4)]],
         None,
     ),
     "one that sends all sizes to the server's own host": (
-        [*follow(SERVER, *[81] * 6), *[Outer(BESIDE, s, i) for i in range(6) for s in range(60, 1200, 4)]],
+        [*follow(SERVER, *[81] * 6), *[OuterPacket(BESIDE, s, i) for i in range(6) for s in range(60, 1200, 4)]],
         None,
     ),
-    "one program's two protocols": ([*follow(SERVER, *[81] * 6), *follow(twins(SERVER)[1], *[93] * 6)], SERVER),
+    "one program's two protocols": ([*follow(SERVER, *[81] * 6), *follow(possible_ends(SERVER)[1], *[93] * 6)], SERVER),
     "nothing": ([], None),
 }
 
 
 @pytest.mark.parametrize(("seen", "found"), CASES.values(), ids=CASES.keys())
-def test_what_carries_the_tunnel_follows_each_probe_by_its_size(seen: list[Outer], found: Endpoint | None) -> None:
-    assert carried(SIZES, seen) == found
+def test_what_carries_the_tunnel_follows_each_probe_by_its_size(
+    seen: list[OuterPacket], found: Endpoint | None
+) -> None:
+    assert carrier_of(SIZES, seen) == found
 
 
 class Tries:
@@ -69,7 +71,7 @@ class Tries:
 
 def make(search: Tries, memory: InMemoryFacts | None = None) -> tuple[Carrier, ManualClock]:
     clock = ManualClock()
-    return Carrier(memory=memory or InMemoryFacts(), now=clock.boottime, search=search, keeps_on=idle), clock
+    return Carrier(memory=memory or InMemoryFacts(), now=clock.boottime, search=search, is_busy=idle), clock
 
 
 async def idle(_tunnel: Interface, _ends: tuple[Endpoint, ...], _ways: tuple[str, ...]) -> bool:
@@ -85,31 +87,31 @@ TWINS = {
 
 @pytest.mark.parametrize(("carrier", "ends"), TWINS.values(), ids=TWINS.keys())
 def test_where_else_a_program_sends_while_it_carries_by_one_port(carrier: str, ends: str) -> None:
-    found = twins(parse_endpoint(carrier))
+    found = possible_ends(parse_endpoint(carrier))
     assert str(found[0]) == str(parse_endpoint(carrier))
     assert sorted(str(e).partition(":")[2] for e in found) == ends.split()
 
 
 def test_the_one_host_is_believed_and_several_are_all_until_it_is_known() -> None:
     found, _ = make(Tries(SERVER))
-    found.look(TUN, HOSTS[:1], ("eth0",), able=True)
+    found.update(TUN, HOSTS[:1], ("eth0",), able=True)
     assert (found.open, found.server, found.closed) == (True, SERVER.address, False)
-    found.look(TUN, HOSTS, ("eth0",), able=True)
+    found.update(TUN, HOSTS, ("eth0",), able=True)
     assert (found.open, found.server, found.closed) == (True, None, False)
     asyncio.run(found.settle())
     assert (found.open, found.found, found.server, found.sure()) == (False, SERVER, SERVER.address, True)
-    assert (found.closed, found.endpoints) == (True, twins(SERVER))
+    assert (found.closed, found.endpoints) == (True, possible_ends(SERVER))
 
 
 def test_what_was_found_is_in_doubt_and_not_forgotten_where_another_host_comes() -> None:
     found, _ = make(Tries(SERVER, SERVER))
-    found.look(TUN, HOSTS[:1], ("eth0",), able=True)
+    found.update(TUN, HOSTS[:1], ("eth0",), able=True)
     asyncio.run(found.settle())
-    found.look(TUN, HOSTS, ("eth0",), able=True)
+    found.update(TUN, HOSTS, ("eth0",), able=True)
     assert (found.found, found.server, found.sure(), found.closed) == (SERVER, None, False, True)
     asyncio.run(found.settle())
     assert (found.server, found.sure()) == (SERVER.address, True)
-    found.look(TUN, HOSTS[1:], ("eth0",), able=True)  # its route went: the tunnel has another server
+    found.update(TUN, HOSTS[1:], ("eth0",), able=True)  # its route went: the tunnel has another server
     assert (found.found, found.closed, found.open) == (None, False, True)
 
 
@@ -119,11 +121,11 @@ async def test_nothing_is_tried_again_while_nothing_changes() -> None:
     tried = asyncio.Event()
     found.changed = tried.set
     running = asyncio.create_task(found.run())
-    found.look(TUN, HOSTS[:1], ("eth0",), able=True)
+    found.update(TUN, HOSTS[:1], ("eth0",), able=True)
     await tried.wait()
     for _ in range(50):
         clock.now += 60.0
-        found.look(TUN, HOSTS[:1], ("eth0",), able=True)
+        found.update(TUN, HOSTS[:1], ("eth0",), able=True)
         await asyncio.sleep(0)
     assert search.asked == 1
     tried.clear()
@@ -136,7 +138,7 @@ async def test_nothing_is_tried_again_while_nothing_changes() -> None:
 def test_who_is_told_the_ports_tries_only_when_in_doubt_and_believes_all_when_nobody_can_tell() -> None:
     search = Tries(None, None, SERVER)
     found, _ = make(search)
-    found.look(TUN, HOSTS[:1], ("eth0",), able=True, reported=True)
+    found.update(TUN, HOSTS[:1], ("eth0",), able=True, reported=True)
     assert (found.open, found.closed, found.doubts(SERVER.address)) == (False, True, True)
     asyncio.run(found.settle())
     assert (found.open, found.closed, search.asked) == (True, False, 2)
@@ -146,20 +148,20 @@ def test_who_is_told_the_ports_tries_only_when_in_doubt_and_believes_all_when_no
 
 def test_another_device_or_host_begins_anew_and_a_tunnel_that_is_gone_tells_nothing() -> None:
     found, _ = make(Tries(SERVER, SERVER))
-    found.look(TUN, HOSTS, ("eth0",), able=True)
+    found.update(TUN, HOSTS, ("eth0",), able=True)
     asyncio.run(found.settle())
-    found.look(Interface(index=8, name="tun0", kind="tun", hardware=65534, flags=1), HOSTS, ("eth0",), able=True)
+    found.update(Interface(index=8, name="tun0", kind="tun", hardware=65534, flags=1), HOSTS, ("eth0",), able=True)
     assert found.server is None
     asyncio.run(found.settle())
     assert found.server == SERVER.address
-    found.look(None, HOSTS, ("eth0",), able=True)
+    found.update(None, HOSTS, ("eth0",), able=True)
     assert found.server is None
 
 
 def test_it_is_given_up_only_when_it_fails_twice() -> None:
     search = Tries(None, SERVER, None, SERVER, None, None)
     found, clock = make(search)
-    found.look(TUN, HOSTS, ("eth0",), able=True)
+    found.update(TUN, HOSTS, ("eth0",), able=True)
     asyncio.run(found.settle())
     clock.now += FRESH_S
     assert (found.sure(), found.sure(SURE_S)) == (False, True)
@@ -174,17 +176,17 @@ def test_it_is_given_up_only_when_it_fails_twice() -> None:
 def test_without_the_capability_the_host_that_was_there_first_is_remembered() -> None:
     memory = InMemoryFacts()
     found, _ = make(Tries(), memory)
-    found.look(TUN, HOSTS[:1], ("eth0",), able=False)
+    found.update(TUN, HOSTS[:1], ("eth0",), able=False)
     again, _ = make(Tries(), memory)  # the agent was started again
-    again.look(TUN, HOSTS, ("eth0",), able=False)
+    again.update(TUN, HOSTS, ("eth0",), able=False)
     assert (again.open, again.server) == (False, SERVER.address)
-    again.look(Interface(index=9, name="tun0", kind="tun", hardware=65534, flags=1), HOSTS, ("eth0",), able=False)
+    again.update(Interface(index=9, name="tun0", kind="tun", hardware=65534, flags=1), HOSTS, ("eth0",), able=False)
     assert again.server is None  # made anew: it may go to another server
 
 
 def test_a_refusal_is_no_answer() -> None:
     found, _ = make(Tries(PermissionError(1, "no"), OSError(19, "gone")))
-    found.look(TUN, HOSTS, ("eth0",), able=True)
+    found.update(TUN, HOSTS, ("eth0",), able=True)
     asyncio.run(found.settle())
     assert (found.server, found.open) == (None, False)
 
@@ -419,7 +421,7 @@ async def test_a_connection_to_the_servers_host_that_was_there_before_may_be_its
     seen = await ran(
         ALONE_WITH_ITS_SERVER
         + """
-from vpn_sentinel.agent.leakwatch.tunnel_ends import CONTROL_S
+from vpn_sentinel.agent.leakwatch.tunnel_ends import CONTROL_REOPEN_S
 raw = socket.socket(socket.AF_INET, socket.SOCK_RAW, 6)
 def tcp(source, port, flags):
     raw.sendto(struct.pack("!HHIIBBHHH", source, port, 1, 1, 0x50, flags, 64, 0, 0) + b"data", ("198.51.100.7", 0))
@@ -431,7 +433,7 @@ tcp(4001, 8443, 0x18); tcp(4001, 8443, 0x11); tcp(4002, 8443, 0x02)  # it ends, 
 send("203.0.113.9", by=bound); await until(lambda: acted)
 tcp(4003, 8444, 0x02)
 await until(lambda: len(acted) > 1)
-clock.now += CONTROL_S + 1
+clock.now += CONTROL_REOPEN_S + 1
 tcp(4004, 8443, 0x02)
 await until(lambda: len(acted) > 2)
 running.cancel()
@@ -481,7 +483,7 @@ await watch.carrier.settle()
 tun0 = around().device()
 pouring = asyncio.create_task(pour())
 async def works():
-    return await watch.carrier.keeps_on(tun0, watch.carrier.endpoints, ("eth0",))
+    return await watch.carrier.is_busy(tun0, watch.carrier.endpoints, ("eth0",))
 """
 
 

@@ -88,14 +88,14 @@ def test_what_is_lan(found: DeviceRoute, lan: bool) -> None:
 def test_a_host_route_is_believed_for_the_vpns_host_only() -> None:
     hosts = Tables((way("198.51.100.7/32", gateway=True), way("203.0.113.5/32", gateway=True)))
     openvpn = stand(hosts, LO, ETH, TUN, tunnel="tun0")
-    assert openvpn.tells(())
+    assert openvpn.can_tell_tunnel(())
     assert {str(n) for n in openvpn.with_endpoints((), ()).outside} == {"198.51.100.7/32", "203.0.113.5/32"}
     known = openvpn.with_endpoints([parse_endpoint("198.51.100.7:1194")], ())
     assert {str(n) for n in known.outside} == {"198.51.100.7/32"}
     another = openvpn.with_endpoints((), (), [parse_endpoint("192.0.2.1:51820")])
     assert {str(n) for n in another.outside} == {"198.51.100.7/32", "203.0.113.5/32"}
     wireguard = stand(hosts)
-    assert not wireguard.tells(())
+    assert not wireguard.can_tell_tunnel(())
     assert wireguard.with_endpoints((), ()).outside == ()
     server = wireguard.with_endpoints((), [ip_address("203.0.113.5")])
     assert {str(n) for n in server.outside} == {"203.0.113.5/32"}
@@ -119,7 +119,7 @@ def test_the_vpns_host_by_its_ports_where_those_are_known() -> None:
 def test_what_told_the_tunnels_packets_holds_while_its_interface_is_gone() -> None:
     before = stand(Tables((way("198.51.100.7/32", gateway=True),)), LO, ETH, TUN, tunnel="tun0")
     gone = stand(Tables(), LO, ETH, tunnel="tun0", before=before)
-    assert gone.tells(())
+    assert gone.can_tell_tunnel(())
     assert [str(n) for n in gone.with_endpoints((), ()).outside] == ["198.51.100.7/32"]
 
 
@@ -156,7 +156,7 @@ def test_an_endpoint_that_nothing_here_reaches_switches_off_no_other_evidence() 
     wrapped = stand(hosts)  # WireGuard whose endpoint is a wrapper on this host, or on the LAN
     for told in ("127.0.0.1:51820", "192.168.1.9:51820"):
         ends = [parse_endpoint(told)]
-        assert wrapped.tells(ends)
+        assert wrapped.can_tell_tunnel(ends)
         assert [str(n) for n in wrapped.with_endpoints(ends, ()).outside] == ["198.51.100.7/32"]
     elsewhere = [parse_endpoint("203.0.113.9:51820")]  # one that is reached here is the VPN's host, and no other
     assert wrapped.with_endpoints(elsewhere, ()).outside == ()
@@ -169,4 +169,4 @@ def test_an_endpoint_behind_another_tunnel_is_no_evidence_here() -> None:
     found = replace(found, fib=Fib((Rule(version=4, priority=1, table=254),), (route,)))
     ends = [parse_endpoint("203.0.113.9:51820")]
     assert [str(n) for n in found.with_endpoints(ends, ()).outside] == ["198.51.100.7/32"]
-    assert found.tells(ends)
+    assert found.can_tell_tunnel(ends)

@@ -134,9 +134,9 @@ async def test_a_vpns_socket_is_tried_once_and_stays_in_the_kernel_then() -> Non
     assert await seen(
         "sh(MARK)\nmarking('tcp dport 80')\nMAKE\nown = plain(mark=7, port=41641)\n"
         "own.sendto(b'STUN', ('203.0.113.1', 3478))\n"
-        "await until(lambda: watch._exempt._trusted); await until(lambda: watch._exempt._again is None)\n"
+        "await until(lambda: watch._exempt._trusted); await until(lambda: watch._exempt._filter_timer is None)\n"
         "tap, read = next(iter(watch._exempt._taps.values())), []\n"
-        "real = tap._packet; tap._packet = lambda *told: (read.append(told), real(*told))\n"
+        "real = tap._on_packet; tap._on_packet = lambda *told: (read.append(told), real(*told))\n"
         "for n in range(9): own.sendto(b'STUN', (f'203.0.113.{n + 10}', 3478))\n"
         "kept = connects('203.0.113.2'); await told('203.0.113.2')\n"  # behind them
         "assert len(read) <= 3, len(read)",  # it, again, and ours
@@ -158,7 +158,7 @@ SPORT = "sh('ip rule add pref 900 ipproto udp sport 6881 lookup 100')\n"
 
 async def test_a_persons_program_that_has_a_port_which_a_rule_lets_out_is_told() -> None:
     assert await seen(
-        f"{VISITOR}\nMAKE\n{SPORT}kernel.changed(); watch.look(around())\n"
+        f"{VISITOR}\nMAKE\n{SPORT}kernel.changed(); watch.update(around())\n"
         "torrent = plain(uid=1000, port=6881, host='192.168.7.2')\n"
         "visit(17, udp_bytes(5000, 6881, b'hello'))\n"
         "torrent.sendto(b'welcome', ('203.0.113.50', 5000))\n"  # an answer

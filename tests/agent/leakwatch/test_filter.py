@@ -79,7 +79,7 @@ FINE = {
 
 @pytest.mark.parametrize(("ethertype", "data"), LEAKS.values(), ids=LEAKS.keys())
 def test_a_leak_comes_up(ethertype: int, data: bytes) -> None:
-    assert run(MADE, data, protocol=ethertype) == bpf.SNAP
+    assert run(MADE, data, protocol=ethertype) == bpf.MAX_CAPTURE_BYTES
     packet = decode(ethertype, data)
     assert packet is not None
     assert not RULES.allow(packet)
@@ -98,7 +98,7 @@ def test_only_what_leaves_and_is_ip_and_carries_no_mark_of_the_tunnel() -> None:
     assert run(MADE, data, protocol=ethertype, kind=HOST) == bpf.DROP
     assert run(MADE, data, protocol=0x0806) == bpf.DROP
     assert run(MADE, data, protocol=ethertype, mark=51820) == bpf.DROP
-    assert run(MADE, data, protocol=ethertype, mark=1) == bpf.SNAP
+    assert run(MADE, data, protocol=ethertype, mark=1) == bpf.MAX_CAPTURE_BYTES
 
 
 ADDRESSES = ["203.0.113.5", "203.0.113.70", "198.51.100.7", "198.51.100.8", "192.168.1.9", "10.0.0.53", "9.9.9.9",
@@ -124,7 +124,7 @@ def test_the_filter_and_the_rules_agree(to: str, protocol: int, port: int, byte:
 
 @given(st.binary(max_size=120), st.sampled_from([0x0800, 0x86DD]))
 def test_any_bytes_end_in_a_verdict(data: bytes, ethertype: int) -> None:
-    assert run(MADE, data, protocol=ethertype) in (bpf.DROP, bpf.SNAP)
+    assert run(MADE, data, protocol=ethertype) in (bpf.DROP, bpf.MAX_CAPTURE_BYTES)
 
 
 def test_the_kernel_takes_it_with_many_networks() -> None:
@@ -137,7 +137,7 @@ def test_the_kernel_takes_it_with_many_networks() -> None:
         bpf.attach(sock, made)
         bpf.attach(sock, MADE)
     ethertype, data = ip(ME, "203.1.0.1", 17, udp(1, 2))
-    assert run(made, data, protocol=ethertype) == bpf.SNAP
+    assert run(made, data, protocol=ethertype) == bpf.MAX_CAPTURE_BYTES
 
 
 def test_networks_of_many_containers_make_no_filter_longer() -> None:
@@ -225,7 +225,7 @@ def test_what_is_excepted_comes_up_by_itself_but_not_the_tunnels_own() -> None:
 
     def comes(to: str, protocol: int, rest: bytes, mark: int = 0) -> bool:
         ethertype, data = ip(ME if "." in to else ME6, to, protocol, rest)
-        return run(made, data, protocol=ethertype, mark=mark) == bpf.SNAP
+        return run(made, data, protocol=ethertype, mark=mark) == bpf.MAX_CAPTURE_BYTES
 
     assert comes("203.0.113.5", 6, tcp(5000, 80, 0x02), mark=51820)
     assert comes("203.0.113.5", 1, b"\x08\0\0\0\0\1\0\1", mark=51820)

@@ -33,7 +33,7 @@ def test_one_that_is_fine_is_asked_for_half_a_minute_and_its_packets_tell_nothin
     known = Known()
     assert known.asks()
     known.neighbors.judged([ROUTER], [])
-    assert [n.address for n in known.neighbors.hushed] == [ROUTER]
+    assert [n.address for n in known.neighbors.quiet] == [ROUTER]
     known.now += KEEP_ASKING_S - 0.1
     assert known.said() == ["192.168.1.1"]
     assert known.neighbors.forget() is None  # nobody waits for its end
@@ -46,7 +46,7 @@ def test_one_that_leaks_is_over_ten_seconds_after_its_last_packet() -> None:
     known.asks()
     known.now += KEEP_ASKING_S - 1.0  # hushed until a round found it out
     known.neighbors.judged([ROUTER], [ROUTER])
-    assert known.neighbors.hushed == ()
+    assert known.neighbors.quiet == ()
     known.now += 6.0
     assert not known.asks()
     known.neighbors.judged([ROUTER], [ROUTER])  # a round is no packet

@@ -69,7 +69,7 @@ def make(endpoints=("198.51.100.7:51820",), allowed=(), meant="", wanted=True, r
         on_neighbor=lambda neighbor: asked.append(f"{neighbor.address}%{neighbor.interface}"),
         neighbor_left=lambda: asked.append("left"),
     )
-    found.look(around())
+    found.update(around())
     clock.now += 1.0  # that look is over
     return found
 
@@ -182,14 +182,14 @@ watch = make(endpoints=())
 send("203.0.113.5"); await until(lambda: "203.0.113.5" in came)
 before = [watch.on, flows(watch)]
 send("203.0.113.9", 51820, bytes([1, 0, 0, 0]) + bytes(144)); await until(lambda: watch.on)
-clock.now += 2 * w.LOOK_S
+clock.now += 2 * w.REFRESH_S
 send("203.0.113.9", 51820, b"any"); send("203.0.113.5"); await until(lambda: came.count("203.0.113.5") == 2)
 say(before=before, on=watch.on, flows=flows(watch))
 """)
     assert seen["before"] == [None, []]
     assert seen["on"] is True
     assert seen["flows"] == [["203.0.113.5", 443, 1]]
-    assert "the leak watch says nothing" in str(seen["err"])
+    assert "the leak watch reports nothing" in str(seen["err"])
 
 
 async def test_marks_that_rules_spare_are_the_tunnels() -> None:
@@ -213,7 +213,7 @@ subprocess.run("ip link add eth1 type veth peer name far1".split(), check=True)
 for line in ("link set far1 up", "link set eth1 up", "addr add 192.168.8.2/24 dev eth1",
              "neigh add 192.168.8.1 lladdr 02:00:00:00:00:02 dev eth1", "route add 203.0.113.9 via 192.168.8.1"):
     subprocess.run(["ip", *line.split()], check=True)
-watch.look(around())
+watch.update(around())
 send("203.0.113.9"); await until(lambda: acted)
 by = [e.interface for e in acted]
 subprocess.run("ip link set eth0 down".split(), check=True); await turns()
@@ -221,7 +221,7 @@ subprocess.run("ip link set eth0 up".split(), check=True)
 subprocess.run("ip route add default via 192.168.7.1".split(), check=True)
 subprocess.run("ip neigh replace 192.168.7.1 lladdr 02:00:00:00:00:01 dev eth0".split(), check=True)
 subprocess.run("ip link del eth1".split(), check=True); await turns()
-watch.look(around())
+watch.update(around())
 send("203.0.113.10"); await until(lambda: len(acted) > 1)
 say(by=by, later=[e.interface for e in acted][1:])
 """)
@@ -248,7 +248,7 @@ async def test_an_interface_that_was_replaced_by_one_of_the_same_name_and_number
         + """
 again("link del eth0", f"link add eth0 index {index} type veth peer name far")
 assert socket.if_nametoindex("eth0") == index
-watch.look(around())
+watch.update(around())
 send("203.0.113.5"); await until(lambda: acted)
 say(on=watch.on, flows=flows(watch))
 """
@@ -265,7 +265,7 @@ subprocess.run("ip link set eth0 down".split(), check=True)
 for line in ("link set eth0 name lan0", "link set lan0 up", "route replace default via 192.168.7.1",
              "neigh replace 192.168.7.1 lladdr 02:00:00:00:00:01 dev lan0"):
     subprocess.run(["ip", *line.split()], check=True)
-watch.look(around())
+watch.update(around())
 send("203.0.113.5"); await until(lambda: acted)
 say(on=watch.on, by=[e.interface for e in acted])
 """
@@ -281,10 +281,10 @@ import os, resource
 again("link del eth0", "link add eth0 type veth peer name far")
 limits = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
-watch.look(around()); watch.look(around())
+watch.update(around()); watch.update(around())
 blind = watch.on
 resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-watch.look(around())
+watch.update(around())
 send("203.0.113.5"); await until(lambda: acted)
 say(blind=blind, on=watch.on, flows=flows(watch))
 """
@@ -304,7 +304,7 @@ for line in ("link set far1 up", "link set eth1 up", "addr add 192.168.8.2/24 de
     subprocess.run(["ip", *line.split()], check=True)
 limits = resource.getrlimit(resource.RLIMIT_NOFILE)
 resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
-watch.look(around())
+watch.update(around())
 send("203.0.113.5"); await until(lambda: acted)
 say(on=watch.on, flows=flows(watch))
 resource.setrlimit(resource.RLIMIT_NOFILE, limits)
@@ -332,7 +332,7 @@ before = flows(watch)
 for line in ("link set eth0 address 02:00:00:00:00:77",
              "neigh replace 192.168.7.1 lladdr 02:00:00:00:00:01 dev eth0"):
     subprocess.run(["ip", *line.split()], check=True)
-watch.look(around())
+watch.update(around())
 send("203.0.113.6"); await until(lambda: len(acted) == 2)  # ours as ever
 inner.kill()
 say(before=before, came=came.count("203.0.113.7"), after=len(flows(watch)))
@@ -350,7 +350,7 @@ libc = ctypes.CDLL(None)
 header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
 assert libc.capset(header, none) == 0
 watch = make()
-watch.look(around()); watch.look(around())
+watch.update(around()); watch.update(around())
 say(on=watch.on, flows=flows(watch))
 """)
     assert seen["on"] is False
@@ -447,7 +447,7 @@ send("203.0.113.5"); send("198.51.100.200", by=bound)
 await until(lambda: len(acted) == 2)
 subprocess.run("ip route del 203.0.113.0/24 table 42".split(), check=True)
 kernel.changed()
-watch.look(around())
+watch.update(around())
 at_once = flows(watch)
 clock.now += 2.5
 soon = flows(watch)
@@ -455,7 +455,7 @@ clock.now += 8
 late, before = flows(watch), len(told)
 send("198.51.100.200", by=bound)
 await until(lambda: len(told) > before)
-clock.now += w_flow_table.TOLD_FOR_S - 0.1
+clock.now += w_flow_table.REPORTED_FOR_S - 0.1
 flows(watch)  # the last tenth of a second runs by the loop's clock
 ended = len(told)
 await until(lambda: len(told) > ended)

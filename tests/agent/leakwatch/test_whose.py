@@ -83,7 +83,7 @@ async def test_a_rule_that_comes_between_two_looks_is_known_before_its_packet_is
     """A program makes one rule after another, and sends: news of the first are read, those of the second not yet."""
     seen = await told(
         "ip rule add pref 900 table 42",
-        "sh('ip rule add pref 400 fwmark 6 lookup main'); kernel.changed(); watch.look(around())\n"
+        "sh('ip rule add pref 400 fwmark 6 lookup main'); kernel.changed(); watch.update(around())\n"
         "sh('ip rule add pref 500 fwmark 0x80000/0xff0000 lookup main')\n"
         "send('203.0.113.1', 3478, by=udp(mark=0x80000)); await asyncio.sleep(0.4)",
     )
@@ -94,7 +94,7 @@ async def test_a_rule_that_comes_right_after_a_look_is_known_before_its_packet_i
     """The look found nothing new, and the news of the rule come after the packet."""
     seen = await told(
         "ip rule add pref 900 table 42",
-        "watch.look(around()); sh('ip rule add pref 500 fwmark 0x80000/0xff0000 lookup main')\n"
+        "watch.update(around()); sh('ip rule add pref 500 fwmark 0x80000/0xff0000 lookup main')\n"
         "send('203.0.113.1', 3478, by=udp(mark=0x80000)); await asyncio.sleep(0.4)",
     )
     assert seen["to"] == ["203.0.113.99"]
@@ -104,7 +104,7 @@ async def test_a_users_rule_that_comes_right_after_a_look_is_known_before_its_pa
     seen = await as_root(
         "ip rule add pref 900 table 42",
         "a, b = udp(uid=993), udp(uid=997)\n"
-        "watch.look(around()); sh('ip rule add pref 500 uidrange 990-995 lookup main')\n"
+        "watch.update(around()); sh('ip rule add pref 500 uidrange 990-995 lookup main')\n"
         "send('203.0.113.1', by=a); send('203.0.113.2', by=b); await until(lambda: acted)",
     )
     assert seen["to"] == ["203.0.113.2"]
@@ -115,7 +115,7 @@ async def test_a_marked_packet_that_is_read_after_its_rule_is_none() -> None:
     seen = await told(
         "ip rule add pref 900 table 42",
         "sh('ip rule add pref 500 fwmark 0x80000/0xff0000 lookup main')\n"
-        "send('203.0.113.1', 3478, by=udp(mark=0x80000)); kernel.changed(); watch.look(around())\n"
+        "send('203.0.113.1', 3478, by=udp(mark=0x80000)); kernel.changed(); watch.update(around())\n"
         "await until(lambda: '203.0.113.1' in came); send('203.0.113.2', 3478, by=udp()); await asyncio.sleep(0.4)",
     )
     assert seen["to"] == ["203.0.113.2", "203.0.113.99"]
@@ -125,7 +125,7 @@ async def test_a_mark_s_rule_excuses_nothing_after_the_clock_was_set_back() -> N
     seen = await told(
         "ip rule add pref 900 table 42",
         "clock.wall = lambda: time.time() + 3600\n"
-        "sh('ip rule add pref 500 fwmark 0x80000/0xff0000 lookup main'); kernel.changed(); watch.look(around())\n"
+        "sh('ip rule add pref 500 fwmark 0x80000/0xff0000 lookup main'); kernel.changed(); watch.update(around())\n"
         "clock.wall = time.time; send('203.0.113.2', 3478, by=udp()); await asyncio.sleep(0.4)",
     )
     assert seen["to"] == ["203.0.113.2", "203.0.113.99"]
@@ -317,7 +317,7 @@ async def test_which_sockets_end_is_heard_only_while_packets_are_watched_and_a_r
     seen = await ran(
         f"""{TUNNEL}
 def hears():
-    kernel.changed(); watch.look(around())
+    kernel.changed(); watch.update(around())
     return watch._users._closed is not None
 sh('ip rule add pref 900 table 42')
 watch = make()
@@ -359,8 +359,8 @@ async def test_a_socket_that_is_closed_at_once_while_the_routes_change_is_told()
     """Its packet left while the way into the tunnel was gone; a moment later it is back."""
     seen = await as_root(
         LED_OUT,
-        CLOSED + "sh('ip rule del pref 900'); once(0, '203.0.113.2'); kernel.changed(); watch.look(around())\n"
-        "sh('ip rule add pref 900 table 42'); kernel.changed(); watch.look(around())\n"
+        CLOSED + "sh('ip rule del pref 900'); once(0, '203.0.113.2'); kernel.changed(); watch.update(around())\n"
+        "sh('ip rule add pref 900 table 42'); kernel.changed(); watch.update(around())\n"
         "await until(lambda: acted)",
         endpoints=(),
     )
@@ -374,8 +374,8 @@ async def test_behind_a_kill_switch_a_socket_that_is_closed_at_once_is_no_leak_w
     """Only who is let out gets out there."""
     seen = await as_root(
         LED_OUT,
-        CLOSED + f"watch._killed = {{4}} if {killed} else set()\n"
-        "sh('ip link set wg0 down'); kernel.changed(); watch.look(around()); clock.now += 5\n"
+        CLOSED + f"watch._refused_families = {{4}} if {killed} else set()\n"
+        "sh('ip link set wg0 down'); kernel.changed(); watch.update(around()); clock.now += 5\n"
         "once(993, '203.0.113.1'); once(0, '203.0.113.2', device=b'eth0')\n"
         "await until(lambda: '203.0.113.2' in [str(e.destination) for e in acted])",
         endpoints=("198.51.100.7:51820",),
@@ -450,7 +450,7 @@ async def test_our_own_question_is_no_leak_and_the_same_of_another_program_is() 
         "from vpn_sentinel.agent.net.own import OwnSockets\n"
         "from vpn_sentinel.agent.probes import datagram, dns\n"
         "from vpn_sentinel.agent.probes.targets import CLOUDFLARE, OPENDNS, ServerEcho\n"
-        "watch._ours.sockets = OwnSockets(lambda: 0.0)  # of another process\n"
+        "watch._own.sockets = OwnSockets(lambda: 0.0)  # of another process\n"
         "echo = ServerEcho(ip_address('203.0.113.7'), 9999, b'i' * 8, b'k' * 32)\n"
         "sh('ip rule add pref 1 lookup main')\n"  # whole bypass: each probe goes beside the tunnel
         "for t in (CLOUDFLARE[0], OPENDNS[0], echo):\n"
@@ -542,7 +542,7 @@ PUSHES = (
     VISITOR
     + """
 from vpn_sentinel.agent.leakwatch import inbound
-w.OLD_S = 0.3
+w.FIRST_SENDS_S = 0.3
 PORT = 27015
 server = udp(port=PORT)
 def push(*hosts, port=5000, by=server):
@@ -553,7 +553,7 @@ ear = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM)
 ear.bind(("eth0", 0x0800)); ear.settimeout(10)
 for host in (51, 50):
     visit(17, udp_bytes(5000, PORT, b"hello"), f"203.0.113.{host}"); ear.recv(99)  # a busy kernel hands it over late
-await until(lambda: not watch._serving and watch._flows._old)
+await until(lambda: not watch._serving and watch._flows._maybe_old)
 clock.now += 10
 """
 )
@@ -608,7 +608,7 @@ CLIENTS = {
 async def test_a_client_that_is_older_than_the_watch_is_told(server: str, far: int) -> None:
     seen = await told(
         SERVED,
-        VISITOR + f"w.OLD_S = 0.3; came_back = False; {server}\nsend('203.0.113.50', {far}, by=server)\n"
+        VISITOR + f"w.FIRST_SENDS_S = 0.3; came_back = False; {server}\nsend('203.0.113.50', {far}, by=server)\n"
         f"if came_back: visit(17, udp_bytes({far}, 27015, b'x'))\n"
         "await until(lambda: acted)",
     )
@@ -640,7 +640,7 @@ async def test_a_port_that_takes_connections_answers_and_begins_none() -> None:
 async def test_what_the_kernel_sends_for_a_service_that_was_stopped_is_an_answer() -> None:
     seen = await told(
         "ip rule add pref 900 table 42",
-        LISTENS + "watch.look(around())\n"
+        LISTENS + "watch.update(around())\n"
         "listener.close()\n"
         "out('203.0.113.1', 8000, 0x11)\n"  # the end of a connection that was quiet until then
         "out('203.0.113.2', 8001, 0x11); out('203.0.113.3', 8000, 0x02)",

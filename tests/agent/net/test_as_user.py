@@ -101,7 +101,7 @@ deps = rounds.RoundDeps(
     kernel=kernel, survey=lambda: found, plan=lambda _: CanaryPlan(targets=(), reserve=()),
     places=Places(None, (), clock), clock=clock,
 )
-seen = await rounds.look(deps, Trigger.TIMER, Policy())
+seen = await rounds.observe(deps, Trigger.TIMER, Policy())
 told = [[f.code, f.message, f.advice] for f in judge(seen, Policy()).findings]
 settings = {{"VPN_SENTINEL_TUNNEL_INTERFACE": "wg0", "VPN_SENTINEL_MEANT_OUTSIDE": "only user 997"}}
 checks = await examine(read_all(Source(settings)), SystemClock())

@@ -155,14 +155,14 @@ class Steady(FakeKernel):
 def test_a_way_out_is_the_same_one_when_it_has_carried_more() -> None:
     kernel = Steady(routes={"192.0.2.1": Route(interface=2)})
     surveyor = Surveyor(kernel)
-    for carried in range(4):
-        kernel.links = (LO, replace(ETH, rx_bytes=carried, tx_bytes=carried), replace(WG, rx_bytes=carried))
+    for carrier_of in range(4):
+        kernel.links = (LO, replace(ETH, rx_bytes=carrier_of, tx_bytes=carrier_of), replace(WG, rx_bytes=carrier_of))
         seen = surveyor.look()
         assert Paths(kernel, seen).of(ip_address("192.0.2.1")) is Path.OUTSIDE
         assert egress_map(seen, None, allowed=(), resolvers=(), before=EgressMap()).others == frozenset()
         link = seen.link()
         assert link is not None
-        assert link.rx_bytes == carried
+        assert link.rx_bytes == carrier_of
 
 
 def test_a_packet_that_left_beside_the_tunnel_is_told_with_how_routes_send_it() -> None:

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from tests.agent.leakwatch.bytes import ip, query, tcp, udp
 from vpn_sentinel.agent.leakwatch.fingerprints import (
-    ALIKE,
+    MIN_ALIKE_PACKETS,
     Fingerprint,
     Fingerprints,
     is_dtls,
@@ -124,8 +124,8 @@ def test_over_tcp_it_stands_behind_its_length(payload: bytes, port: int, told: b
 def test_openvpn_data_is_believed_when_it_goes_on_alike() -> None:
     shapes = Fingerprints()
     packet = decoded(17, udp(4000, 1194, b"\x48\0\0\1" + b"d" * 60))
-    seen = [shapes.of(packet, openvpn=True, unsure=True) for _ in range(ALIKE)]
-    assert seen == [Fingerprint.MAYBE] * (ALIKE - 1) + [Fingerprint.OWN]
+    seen = [shapes.of(packet, openvpn=True, unsure=True) for _ in range(MIN_ALIKE_PACKETS)]
+    assert seen == [Fingerprint.MAYBE] * (MIN_ALIKE_PACKETS - 1) + [Fingerprint.OWN]
     other = decoded(17, udp(4000, 1194, b"\x49\0\0\1" + b"d" * 60))
     assert shapes.of(other, openvpn=True, unsure=True) is Fingerprint.OTHER
     assert Fingerprints().of(packet, openvpn=True, unsure=False) is Fingerprint.OTHER

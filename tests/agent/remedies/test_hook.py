@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import open_folder
 from vpn_sentinel.agent.remedies.failure import RemedyError
-from vpn_sentinel.agent.remedies.hook import KEPT, clean, run_hook, who_else_may_write
+from vpn_sentinel.agent.remedies.hook import MAX_OUTPUT_BYTES, run_hook, who_else_can_write, without_own_settings
 
 ENV = {"PATH": "/usr/bin:/bin"}
 
@@ -45,7 +45,7 @@ async def test_what_cannot_be_started_says_so(command: str) -> None:
 
 async def test_much_output_is_read_and_little_is_kept() -> None:
     code = "import sys; sys.stdout.write('x' * 5_000_000)"
-    assert await run_hook(python(code), b"{}", ENV, 20) == "x" * KEPT
+    assert await run_hook(python(code), b"{}", ENV, 20) == "x" * MAX_OUTPUT_BYTES
 
 
 async def test_control_characters_do_not_reach_the_log() -> None:
@@ -81,11 +81,11 @@ async def test_what_it_leaves_running_in_time_does_not_hold_us_up() -> None:
 
 async def test_its_environment_holds_none_of_our_settings() -> None:
     ours = {"VPN_SENTINEL_API_KEY": "k", "VPN_SENTINEL_QBITTORRENT_PASSWORD": "p", "TELEGRAM_BOT_TOKEN": "t"}
-    environment = clean({**ENV, **ours, "HOME": "/root"})
-    said = await run_hook(python("import os; print(sorted(os.environ))"), b"{}", environment, 5)
-    assert "HOME" in said
-    assert "SENTINEL" not in said
-    assert "TELEGRAM" not in said
+    environment = without_own_settings({**ENV, **ours, "HOME": "/root"})
+    output = await run_hook(python("import os; print(sorted(os.environ))"), b"{}", environment, 5)
+    assert "HOME" in output
+    assert "SENTINEL" not in output
+    assert "TELEGRAM" not in output
 
 
 # --- who else decides what it does ------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def script(tmp_path: Path) -> Path:
 
 
 async def test_one_that_is_ours_alone_runs(script: Path) -> None:
-    assert who_else_may_write([str(script)]) is None
+    assert who_else_can_write([str(script)]) is None
     assert await run_hook([str(script)], b"{}", ENV, 5) == "ran"
 
 
@@ -139,18 +139,18 @@ def test_a_link_is_judged_by_where_it_leads(script: Path, tmp_path: Path, target
     script.unlink()
     script.symlink_to(target.format(open=other))
     (other / "real").chmod(0o755)
-    assert who_else_may_write([str(script)]) is None
+    assert who_else_can_write([str(script)]) is None
     other.chmod(0o777)
-    assert who_else_may_write([str(script)]) == f"{other} can be written by everybody"
+    assert who_else_can_write([str(script)]) == f"{other} can be written by everybody"
     other.chmod(0o1777)  # as /tmp: nobody can put another file in the place of ours
-    assert who_else_may_write([str(script)]) is None
+    assert who_else_can_write([str(script)]) is None
 
 
 def test_links_in_a_circle_end(script: Path) -> None:
     script.unlink()
     script.symlink_to(script)
     with pytest.raises(OSError, match="Too many levels"):
-        who_else_may_write([str(script)])
+        who_else_can_write([str(script)])
 
 
 @pytest.mark.parametrize("name", ["on-change", "on change"])
@@ -162,8 +162,8 @@ def test_the_script_of_an_interpreter_is_judged_too(script: Path, name: str) -> 
         ["/usr/bin/env", "-i", "sh", str(script)],
         [sys.executable, "-I", str(script)],
     ):
-        assert who_else_may_write(words) == f"{script} can be written by everybody", words
-    assert who_else_may_write(["/bin/cat", str(script)]) is None, "what it reads is no program"
+        assert who_else_can_write(words) == f"{script} can be written by everybody", words
+    assert who_else_can_write(["/bin/cat", str(script)]) is None, "what it reads is no program"
 
 
 def test_of_a_shells_line_the_program_is_judged() -> None:
@@ -171,8 +171,8 @@ def test_of_a_shells_line_the_program_is_judged() -> None:
     try:
         (script := folder / "on-change").touch(0o755)
         line = f"{script} {'x' * 300}"  # longer than a file's name may be
-        assert who_else_may_write(["/bin/sh", "-c", line]) is None
+        assert who_else_can_write(["/bin/sh", "-c", line]) is None
         script.chmod(0o777)
-        assert who_else_may_write(["/bin/sh", "-c", line]) == f"{script} can be written by everybody"
+        assert who_else_can_write(["/bin/sh", "-c", line]) == f"{script} can be written by everybody"
     finally:
         shutil.rmtree(folder)

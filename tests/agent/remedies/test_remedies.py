@@ -12,7 +12,7 @@ from tests.agent.containment.test_containment import Kept
 from tests.agent.containment.test_proof import WELL
 from tests.conftest import ManualClock
 from vpn_sentinel.agent.remedies.failure import RemedyError
-from vpn_sentinel.agent.remedies.plan import Wants
+from vpn_sentinel.agent.remedies.plan import RemedyRules
 from vpn_sentinel.agent.remedies.remedies import Remedies
 from vpn_sentinel.domain.observation import Outcome
 from vpn_sentinel.domain.verdict import Code, Finding, State, Verdict
@@ -42,7 +42,7 @@ class Client:
 class World:
     clock: ManualClock = field(default_factory=ManualClock)
     kept: Kept = field(default_factory=Kept)
-    told: list[tuple[str, Outcome, str]] = field(default_factory=list)
+    last_notified: list[tuple[str, Outcome, str]] = field(default_factory=list)
     documents: list[dict[str, object]] = field(default_factory=list)
     restarts: int = 0
     news: asyncio.Event = field(default_factory=asyncio.Event)
@@ -55,16 +55,16 @@ class World:
         self.restarts += 1
         return "restarted"
 
-    def tell(self, name: str, outcome: Outcome, detail: str) -> None:
-        self.told.append((name, outcome, detail))
+    def on_action(self, name: str, outcome: Outcome, detail: str) -> None:
+        self.last_notified.append((name, outcome, detail))
         self.news.set()
 
-    def made(self, wants: Wants, *clients: Client, dry_run: bool = False) -> Remedies:
+    def made(self, wants: RemedyRules, *clients: Client, dry_run: bool = False) -> Remedies:
         return Remedies(
             wants,
             self.kept,
             self.clock,
-            self.tell,
+            self.on_action,
             client_id="anna",
             hook=self.hook,
             restart=self.restart,
@@ -74,7 +74,7 @@ class World:
 
     async def heard(self, count: int) -> None:
         async with asyncio.timeout(5):
-            while len(self.told) < count:
+            while len(self.last_notified) < count:
                 self.news.clear()
                 await self.news.wait()
 
@@ -89,13 +89,13 @@ async def running(remedies: Remedies) -> AsyncIterator[None]:
 
 async def test_a_command_gets_the_verdict_as_json() -> None:
     world = World()
-    remedies = world.made(Wants(hook=True))
+    remedies = world.made(RemedyRules(hook=True))
     async with running(remedies):
         remedies.saw(WELL, FINE)
         remedies.saw(WELL, LEAKING)
         await world.heard(1)
     (document,) = world.documents
-    assert world.told == [("hook", Outcome.DONE, "ended well")]
+    assert world.last_notified == [("hook", Outcome.DONE, "ended well")]
     assert document["client_id"] == "anna"
     assert (document["previous"], document["state"]) == ("protected", "leaking")
     assert document["exit"] == {"ipv4": "185.65.134.10", "ipv6": None}
@@ -107,7 +107,7 @@ async def test_a_command_gets_the_verdict_as_json() -> None:
 
 async def test_torrents_that_ran_are_resumed_by_the_agent_that_starts_next() -> None:
     world, client = World(), Client()
-    wants = Wants(clients=("qbittorrent",), resume=True)
+    wants = RemedyRules(clients=("qbittorrent",), resume=True)
     remedies = world.made(wants, client)
     async with running(remedies):
         remedies.saw(WELL, LEAKING)
@@ -118,12 +118,12 @@ async def test_torrents_that_ran_are_resumed_by_the_agent_that_starts_next() -> 
         remedies.saw(WELL, FINE)
         await world.heard(2)
     assert client.resumed == [("a", "b")]
-    assert [name for name, _, _ in world.told] == ["qbittorrent_pause", "qbittorrent_resume"]
+    assert [name for name, _, _ in world.last_notified] == ["qbittorrent_pause", "qbittorrent_resume"]
 
 
 async def test_a_failure_is_told_and_tried_again_later() -> None:
     world, client = World(), Client(trouble="refuses")
-    remedies = world.made(Wants(clients=("qbittorrent",)), client)
+    remedies = world.made(RemedyRules(clients=("qbittorrent",)), client)
     async with running(remedies):
         remedies.saw(WELL, LEAKING)
         await world.heard(1)
@@ -133,16 +133,16 @@ async def test_a_failure_is_told_and_tried_again_later() -> None:
         world.clock.now += 61
         remedies.saw(WELL, LEAKING)
         await world.heard(3)
-    assert [outcome for _, outcome, _ in world.told] == [Outcome.FAILED, Outcome.HELD, Outcome.DONE]
+    assert [outcome for _, outcome, _ in world.last_notified] == [Outcome.FAILED, Outcome.HELD, Outcome.DONE]
 
 
 async def test_a_dry_run_does_nothing_and_says_so() -> None:
     world, client = World(), Client(trouble="must not be asked")
-    remedies = world.made(Wants(hook=True, clients=("qbittorrent",)), client, dry_run=True)
+    remedies = world.made(RemedyRules(hook=True, clients=("qbittorrent",)), client, dry_run=True)
     async with running(remedies):
         remedies.saw(WELL, LEAKING)
         await world.heard(2)
-    assert {outcome for _, outcome, _ in world.told} == {Outcome.DRY_RUN}
+    assert {outcome for _, outcome, _ in world.last_notified} == {Outcome.DRY_RUN}
     assert world.documents == []
 
 
@@ -156,10 +156,10 @@ async def test_one_that_hangs_holds_up_no_other_and_is_not_started_twice() -> No
         return ""
 
     remedies = Remedies(
-        Wants(hook=True, restart=True, restart_after=0, cap=60),
+        RemedyRules(hook=True, restart=True, restart_after=0, cap=60),
         world.kept,
         world.clock,
-        world.tell,
+        world.on_action,
         client_id="anna",
         hook=hang,
         restart=world.restart,
@@ -173,14 +173,14 @@ async def test_one_that_hangs_holds_up_no_other_and_is_not_started_twice() -> No
         await world.heard(2)
         with suppress(TimeoutError):
             await asyncio.wait_for(world.heard(3), 0.05)
-    assert [name for name, _, _ in world.told] == ["gluetun_restart", "gluetun_restart"]
+    assert [name for name, _, _ in world.last_notified] == ["gluetun_restart", "gluetun_restart"]
     assert world.restarts == 2
 
 
 @pytest.mark.parametrize("by", [-3600.0, 3600.0, -3.0e8, 3.0e8])
 async def test_no_more_restarts_an_hour_for_a_clock_that_is_set(by: float) -> None:
     world = World()
-    remedies = world.made(Wants(restart=True, restart_after=0.0, cap=3))
+    remedies = world.made(RemedyRules(restart=True, restart_after=0.0, cap=3))
     async with running(remedies):
         for minute in range(59):
             world.clock.set_by = by * (minute % 2)

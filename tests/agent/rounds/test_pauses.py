@@ -4,16 +4,16 @@ import signal
 import sys
 
 from tests.conftest import ManualClock
-from vpn_sentinel.agent.rounds.pauses import MIN_PAUSE_S, SIGN_EVERY_S, Pauses
+from vpn_sentinel.agent.rounds.pauses import MIN_PAUSE_S, TICK_S, Pauses
 
 
 def test_a_stretch_without_us_is_told_once() -> None:
     clock, told = ManualClock(), list[int]()
     pauses = Pauses(clock.boottime, lambda: told.append(1))
     began = clock.now
-    clock.now += SIGN_EVERY_S + MIN_PAUSE_S
+    clock.now += TICK_S + MIN_PAUSE_S
     assert not pauses.ended_since(began)
-    clock.now += SIGN_EVERY_S + MIN_PAUSE_S + 0.1
+    clock.now += TICK_S + MIN_PAUSE_S + 0.1
     assert pauses.ended_since(began)
     assert pauses.ended_since(began)
     assert told == [1]
@@ -44,9 +44,9 @@ async def test_a_process_that_was_stopped_knows() -> None:
     assert process.stdout is not None
     async with asyncio.timeout(60):
         assert await process.stdout.readline() == b"runs\n"
-        await asyncio.sleep(2 * SIGN_EVERY_S)
+        await asyncio.sleep(2 * TICK_S)
         process.send_signal(signal.SIGSTOP)
-        await asyncio.sleep(MIN_PAUSE_S + 2 * SIGN_EVERY_S)
+        await asyncio.sleep(MIN_PAUSE_S + 2 * TICK_S)
         process.send_signal(signal.SIGCONT)
         assert await process.stdout.readline() == b"was away\n"
         assert await process.wait() == 0

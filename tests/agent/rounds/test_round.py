@@ -23,7 +23,7 @@ from vpn_sentinel.agent.probes.origin import Origins
 from vpn_sentinel.agent.probes.place import Places
 from vpn_sentinel.agent.probes.placing import Service
 from vpn_sentinel.agent.probes.system_resolver import SystemResolver
-from vpn_sentinel.agent.rounds.round import RoundDeps, look
+from vpn_sentinel.agent.rounds.round import RoundDeps, observe
 from vpn_sentinel.domain.judge import judge, learned_home
 from vpn_sentinel.domain.observation import Answer, Canary, Link, Observation, Place, Probe, Quality, Trigger
 from vpn_sentinel.domain.observation import Path as DomainPath
@@ -59,7 +59,7 @@ async def test_a_round_sees_it_all() -> None:
     ):
         service = Service("ipinfo.io", f"http://127.0.0.1:{web}", "/json", placing.read_ipinfo)
         places = Places(Client(names=HostResolver()), [service], SystemClock())
-        seen = await look(deps(canary, dns, places), Trigger.TIMER, Policy())
+        seen = await observe(deps(canary, dns, places), Trigger.TIMER, Policy())
     assert (seen.trigger, seen.exit(4), seen.interfaces) == (Trigger.TIMER, ip_address("185.65.134.10"), ("wg0",))
     assert {str(s.egress) for s in seen.resolvers} == {"185.65.200.7"}
     assert [p.country for p in seen.places] == ["NL"]
@@ -69,7 +69,7 @@ async def test_a_round_sees_it_all() -> None:
 
 async def test_a_dead_tunnel_is_told_without_asking_further() -> None:
     async with udp(lambda _: None) as (canary, _), udp(whoami) as (dns, served):
-        seen = await look(deps(canary, dns), Trigger.TIMER, Policy())
+        seen = await observe(deps(canary, dns), Trigger.TIMER, Policy())
         assert served.got == []
     assert judge(seen, Policy()).state is State.DOWN
     assert (seen.resolvers, seen.dns_intercepted) == ((), None)
@@ -78,14 +78,14 @@ async def test_a_dead_tunnel_is_told_without_asking_further() -> None:
 async def test_a_leak_is_told_without_asking_further() -> None:
     policy = Policy(home_networks=networks("185.65.134.10"))
     async with udp(lambda _: EXIT) as (canary, _), udp(whoami) as (dns, served):
-        seen = await look(deps(canary, dns), Trigger.TIMER, policy)
+        seen = await observe(deps(canary, dns), Trigger.TIMER, policy)
         assert served.got == []
     assert judge(seen, policy).state is State.LEAKING
 
 
 async def test_what_the_pulses_found_is_told_without_asking_further() -> None:
     async with udp(lambda _: EXIT) as (canary, _), udp(whoami) as (dns, served):
-        seen = await look(replace(deps(canary, dns), hurry=lambda: True), Trigger.CANARY, Policy())
+        seen = await observe(replace(deps(canary, dns), is_urgent=lambda: True), Trigger.CANARY, Policy())
         assert served.got == []
     assert seen.exit(4) == ip_address("185.65.134.10")
 
@@ -107,7 +107,7 @@ async def test_pulses_are_asked_when_nameservers_have_answered() -> None:
             return Quality(seconds=60.0, sent=60, lost=min(60, len(served.got)))
 
     async with udp(lambda _: EXIT) as (canary, _), udp(whoami) as (dns, served):
-        seen = await look(replace(deps(canary, dns), pulses=Pulses()), Trigger.TIMER, Policy())
+        seen = await observe(replace(deps(canary, dns), pulses=Pulses()), Trigger.TIMER, Policy())
     assert seen.quality is not None
     assert seen.quality.lost == min(60, len(served.got)) > 0
 
@@ -127,7 +127,7 @@ async def test_a_dns_leak_does_not_wait_for_places() -> None:
     async with udp(lambda _: EXIT) as (canary, _), udp(whoami) as (dns, _):
         quiet = replace(deps(canary, dns, places), no_dns=Nameserver(HERE, port=canary))
         async with asyncio.timeout(2):
-            seen = await look(quiet, Trigger.TIMER, policy)
+            seen = await observe(quiet, Trigger.TIMER, policy)
     assert judge(seen, policy).state is State.LEAKING
     assert places.due(ip_address("185.65.134.10"))  # a gathering that was cut short is made up for
 
@@ -145,7 +145,7 @@ async def test_a_dns_leak_does_not_wait_for_the_systems_resolver() -> None:
     async with udp(lambda _: EXIT) as (canary, _), udp(whoami) as (dns, _):
         slow = replace(deps(canary, dns), system=Slow(boottime=SystemClock().boottime))
         async with asyncio.timeout(8):
-            seen = await look(slow, Trigger.TIMER, policy)
+            seen = await observe(slow, Trigger.TIMER, policy)
     assert judge(seen, policy).state is State.LEAKING
     assert asked.is_set()
     assert seen.dns_intercepted is True  # what was known by then is kept
@@ -161,7 +161,7 @@ def test_a_dns_leak_waits_for_no_nameserver_that_stays_silent() -> None:
             udp(lambda _: None, host="127.0.0.2") as (dead, _),
         ):
             both = (Nameserver(HERE, port=leaks), Nameserver(ip_address("127.0.0.2"), port=dead))
-            return await look(replace(deps(canary, dead), nameservers=lambda: both), Trigger.TIMER, policy)
+            return await observe(replace(deps(canary, dead), nameservers=lambda: both), Trigger.TIMER, policy)
 
     seen, seconds = waited(round_())
     assert judge(seen, policy).state is State.LEAKING
@@ -187,7 +187,7 @@ def test_a_router_that_may_have_a_vpn_of_its_own_leaks_only_once_its_network_is_
             kernel = FakeKernel(routes={str(router): Route(interface=ETH.index)})
             looks = deps(canary, canary, kernel=kernel)
             looks = replace(looks, survey=lambda: around, nameservers=lambda: (Nameserver(router, port=port),))
-            return await look(replace(looks, origins=origins), Trigger.TIMER, policy)
+            return await observe(replace(looks, origins=origins), Trigger.TIMER, policy)
 
     seen, _ = waited(round_())
     assert {s.path for s in seen.resolvers} == {DomainPath.OUTSIDE}
@@ -197,7 +197,7 @@ def test_a_router_that_may_have_a_vpn_of_its_own_leaks_only_once_its_network_is_
 async def test_what_was_found_out_about_a_proxy_beside_a_leak_is_kept() -> None:
     policy = Policy(home_networks=networks("185.65.200.7"))
     async with udp(lambda _: EXIT) as (canary, _), udp(whoami) as (dns, _), udp(answer) as (proxy, _):
-        seen = await look(replace(deps(canary, dns), no_dns=Nameserver(HERE, port=proxy)), Trigger.TIMER, policy)
+        seen = await observe(replace(deps(canary, dns), no_dns=Nameserver(HERE, port=proxy)), Trigger.TIMER, policy)
     assert judge(seen, policy).state is State.LEAKING
 
 
@@ -210,8 +210,8 @@ async def test_a_nameserver_that_programs_were_seen_to_ask_is_asked_too_and_its_
     ):
         there = Nameserver(ip_address("127.0.0.2"), port=other)
         quiet = replace(deps(canary, dns), no_dns=Nameserver(HERE, port=canary))
-        alone = await look(quiet, Trigger.TIMER, policy)
-        beside = await look(replace(quiet, neighbors=lambda: (there,)), Trigger.LEAK, policy)
+        alone = await observe(quiet, Trigger.TIMER, policy)
+        beside = await observe(replace(quiet, neighbors=lambda: (there,)), Trigger.LEAK, policy)
     assert judge(alone, policy).state is State.PROTECTED
     assert {str(s.egress) for s in beside.resolvers if s.nameserver == there.address} == {"185.65.200.7"}
     assert judge(beside, policy).state is State.LEAKING
@@ -220,7 +220,7 @@ async def test_a_nameserver_that_programs_were_seen_to_ask_is_asked_too_and_its_
 async def test_what_a_packet_went_to_and_does_not_answer_is_no_nameserver() -> None:
     there = Nameserver(ip_address("127.0.0.3"), port=9)
     async with udp(lambda _: EXIT) as (canary, _), udp(whoami) as (dns, _):
-        seen = await look(replace(deps(canary, dns), neighbors=lambda: (there,)), Trigger.LEAK, Policy())
+        seen = await observe(replace(deps(canary, dns), neighbors=lambda: (there,)), Trigger.LEAK, Policy())
     assert {str(s.nameserver) for s in seen.resolvers} == {"127.0.0.1"}
 
 
@@ -240,7 +240,7 @@ async def test_a_resolv_conf_that_cannot_be_read_here_is_no_dns_that_is_down(tmp
             nameservers=lambda: system_nameservers(unreadable),
             system=SystemResolver(fails, boottime=SystemClock().boottime),
         )
-        seen = await look(looks, Trigger.TIMER, Policy())
+        seen = await observe(looks, Trigger.TIMER, Policy())
     assert seen.resolvers == ()
     assert "dns_down" not in {f.code.value for f in judge(seen, Policy()).findings}
 
@@ -260,9 +260,9 @@ async def test_a_round_in_which_dns_is_intercepted_asks_another_kind_of_echo_for
             targets=(Loopback("cloudflare", port),), reserve=(), others=(OverTcp(ask=trace, address=None, port=443),)
         )
         looks = replace(deps(port, nameserver), plan=lambda _: plan)
-        intercepted = await look(replace(looks, no_dns=Nameserver(HERE, port=proxy)), Trigger.TIMER, Policy())
+        intercepted = await observe(replace(looks, no_dns=Nameserver(HERE, port=proxy)), Trigger.TIMER, Policy())
         times = len(asked)
-        usual = await look(replace(looks, no_dns=Nameserver(HERE, port=9)), Trigger.TIMER, Policy())
+        usual = await observe(replace(looks, no_dns=Nameserver(HERE, port=9)), Trigger.TIMER, Policy())
     assert (str(intercepted.exit(4)), times) == ("185.65.134.10", 1)
     assert (str(usual.exit(4)), len(asked)) == ("91.10.0.54", 1)
 
@@ -288,7 +288,7 @@ async def test_home_as_this_round_saw_it_is_placed_and_compared() -> None:
     async with udp(lambda _: EXIT) as (port, _), udp(whoami) as (nameserver, _):
         plan = CanaryPlan(targets=(Loopback("a", port),), reserve=(), also=(beside,))
         looks = replace(deps(port, nameserver), plan=lambda _: plan, origins=origins)
-        seen = await look(looks, Trigger.TIMER, Policy())
+        seen = await observe(looks, Trigger.TIMER, Policy())
     assert sorted(asked) == ["185.65.134.0", "185.65.200.0", "185.65.201.0"]
     found = judge(seen, learned_home(seen, Policy()))
     assert found.state is State.LEAKING

@@ -13,10 +13,10 @@ from vpn_sentinel.agent.rounds.scheduler import (
     BURST_GAP_S,
     MAX_BURST,
     RECHECKS_S,
-    UNWELL_EVERY_S,
-    Pace,
+    TROUBLE_INTERVAL_S,
     Schedule,
     Scheduler,
+    TriggerRateLimit,
 )
 from vpn_sentinel.agent.rounds.state import RoundState
 from vpn_sentinel.agent.rounds.triggers import TriggerQueue
@@ -65,7 +65,7 @@ def test_trouble_is_looked_at_again_soon_then_now_and_then() -> None:
     schedule = Schedule(30.0)
     schedule.after(State.PROTECTED)
     waits = [schedule.after(State.DOWN)[0] for _ in range(len(RECHECKS_S) + 2)]
-    assert waits == [*RECHECKS_S, UNWELL_EVERY_S, UNWELL_EVERY_S]
+    assert waits == [*RECHECKS_S, TROUBLE_INTERVAL_S, TROUBLE_INTERVAL_S]
 
 
 def test_recovery_is_confirmed_too() -> None:
@@ -176,7 +176,7 @@ async def test_a_change_right_after_another_ones_round_is_not_held_up() -> None:
 
 
 def test_constant_change_starts_a_round_a_second() -> None:
-    pace, now, starts = Pace(), 100.0, list[float]()
+    pace, now, starts = TriggerRateLimit(), 100.0, list[float]()
     while now < 130.0:
         now += max(0.01, pace.wait(now))
         pace.started(now)
@@ -292,10 +292,10 @@ async def test_a_round_that_raises_is_told_and_the_next_one_is_made(caplog: pyte
     assert [state for _, state in running.seen[:4]] == [
         State.PROTECTED, State.UNKNOWN, State.UNKNOWN, State.PROTECTED,
     ]  # fmt: skip
-    (broke,) = [r for r in caplog.records if r.getMessage() == "a round broke"]
+    (broke,) = [r for r in caplog.records if r.getMessage() == "a round failed"]
     assert broke.__dict__["reason"] == "OSError: [Errno 24] Too many open files"
     assert broke.exc_info
-    assert [r.getMessage() for r in caplog.records].count("rounds are made again") == 1
+    assert [r.getMessage() for r in caplog.records].count("rounds work again") == 1
 
 
 async def test_rounds_that_always_raise_are_no_success_for_the_health_check() -> None:

@@ -164,7 +164,7 @@ def test_a_disk_that_failed_is_not_tried_at_every_round(spool: Spool, clock: Man
 
 
 def test_memory_is_bounded_while_the_disk_takes_nothing(path: Path, clock: ManualClock, disk: Disk) -> None:
-    spool = Spool(path, clock, most_in_memory=10, connect=disk.connect)
+    spool = Spool(path, clock, max_in_memory=10, connect=disk.connect)
     disk.fill()
     for _ in range(30):
         spool.append(LARGE, routine=True)
@@ -280,7 +280,7 @@ def test_a_row_that_is_given_up_is_counted(spool: Spool) -> None:
 
 
 def test_a_full_spool_thins_routine_before_it_gives_up_a_change(path: Path, clock: ManualClock) -> None:
-    made = Spool(path, clock, most_rows=40)
+    made = Spool(path, clock, max_rows=40)
     for n in range(1, 61):
         made.append(b"change" if n in (10, 30, 50) else b"same", routine=n not in (1, 10, 30, 50))
     kept = made.take(0, 100, 10**6)
@@ -294,7 +294,7 @@ def test_a_full_spool_thins_routine_before_it_gives_up_a_change(path: Path, cloc
 
 
 def test_bytes_are_bounded_too(path: Path, clock: ManualClock) -> None:
-    made = Spool(path, clock, most_bytes=10_000)
+    made = Spool(path, clock, max_bytes=10_000)
     for _ in range(30):
         made.append(b"x" * 1000, routine=False)
     assert sum(len(r.body) for r in made.take(0, 100, 10**6)) <= 10_000

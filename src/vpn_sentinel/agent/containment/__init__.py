@@ -1,1 +1,1 @@
-"""Closing the ways out beside the tunnel when it leaks, by rules that stay in the kernel."""
+"""Blocks traffic outside the tunnel after a leak, by rules that stay in the kernel."""

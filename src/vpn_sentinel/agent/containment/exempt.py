@@ -1,8 +1,8 @@
-"""What containment never cuts: what the owner declared as meant, answers to who connected from outside, and the VPN
-program's own packets where routing rules except them by user, port or protocol. Pure: nftables matches, as text.
+"""What containment never blocks, as nftables matches: traffic that the owner declared as meant, answers to connections
+from outside, and the VPN program's own packets where routing rules except them by user, port or protocol. Pure.
 
-Answers are told by the port that takes connections here, and not by conntrack: it takes a flow that it meets in its
-middle for one that was begun by whichever packet it saw first, and a leak would pass for an answer.
+Answers are recognized by the listening port, not by conntrack: for a flow that was there before, conntrack takes the
+first packet that it sees for the opening one, and a leak would pass for an answer.
 """
 
 from collections.abc import Iterable
@@ -15,41 +15,41 @@ from vpn_sentinel.agent.net.endpoints import TCP
 from vpn_sentinel.agent.net.routing_rules import Rule
 
 _PROTOCOLS: Final = {6: "tcp", 17: "udp"}
-_ANSWER: Final = "tcp flags & (syn | ack) != syn"  # all but what opens a connection
+_NOT_OPENING: Final = "tcp flags & (syn | ack) != syn"  # all but a packet that opens a connection
 _MAX_PORTS: Final = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exemptions:
-    """`excepted` are routing rules that select by sender, `taking` TCP ports on which connections are taken here."""
+    """`excepted` are routing rules that select by sender, `listening` are the listening TCP ports of this namespace."""
 
     meant: Meant = field(default_factory=Meant)
     excepted: tuple[Rule, ...] = ()
-    taking: frozenset[int] = frozenset()
+    listening: frozenset[int] = frozenset()
 
     def matches(self) -> tuple[str, ...]:
-        """Each lets a packet pass."""
+        """The nftables matches; a packet passes by any one of them."""
         meant = self.meant
         found = [f'oifname "{name}"' for name in sorted(meant.interfaces)]
         found += [f"meta skuid {uid}" for uid in sorted(meant.users)]
         if meant.only:
             found.append(f"meta skuid != {{ {', '.join(map(str, sorted(meant.only)))} }}")
         found += [f"{_PROTOCOLS[p.protocol]} dport {p.low}-{p.high}" for p in meant.ports]
-        found += [_answers(p) for p in meant.published]
-        if self.taking:
-            ports = ", ".join(map(str, sorted(self.taking)[:_MAX_PORTS]))
-            found.append(f"tcp sport {{ {ports} }} {_ANSWER}")
+        found += [_published(p) for p in meant.published]
+        if self.listening:
+            ports = ", ".join(map(str, sorted(self.listening)[:_MAX_PORTS]))
+            found.append(f"tcp sport {{ {ports} }} {_NOT_OPENING}")
         found += [match for rule in self.excepted if (match := _sender(rule))]
         return tuple(dict.fromkeys(found))
 
 
-def _answers(ports: PortRange) -> str:
+def _published(ports: PortRange) -> str:
     text = f"{_PROTOCOLS[ports.protocol]} sport {ports.low}-{ports.high}"
-    return f"{text} {_ANSWER}" if ports.protocol == TCP else text
+    return f"{text} {_NOT_OPENING}" if ports.protocol == TCP else text
 
 
 def _sender(rule: Rule) -> str:
-    """The rule's selectors; empty for one that selects by what nftables would have to look up."""
+    """The rule's selectors as a match; empty for a rule with a selector that nftables cannot match."""
     if rule.invert or rule.outgoing or rule.incoming or rule.tos or rule.l3mdev:
         return ""
     ip = "ip6" if rule.version == 6 else "ip"

@@ -1,8 +1,8 @@
-"""One owner of the rules in a network namespace: whoever holds the lock.
+"""A lock that makes one agent the owner of the rules in a network namespace.
 
-A name in the abstract space of Unix sockets (unix(7)): the kernel keeps that space per network namespace, as it keeps
-the rules, and frees the name when its holder dies. No file, no privilege: so any program here can take the name, and
-only a holder of our own user, or root, is believed to be an agent. Others must not keep the ways out open by it.
+It is a name in the abstract namespace of Unix sockets (unix(7)): the kernel keeps these names per network namespace, as
+it keeps the rules, and frees a name when its holder dies. It takes no file and no privilege, so any program here can
+take the name; only a holder of this agent's user, or root, counts as an agent. Others must not prevent containment.
 """
 
 import os
@@ -10,12 +10,12 @@ import socket
 import struct
 from typing import Final
 
-_NAME: Final = "\0vpn-sentinel-containment"
+_SOCKET_NAME: Final = "\0vpn-sentinel-containment"
 _CREDENTIALS: Final = struct.Struct("=iII")  # struct ucred: pid, uid, gid
 
 
 class SingleInstanceLock:
-    """`bound` is False also for a lock that was taken though a stranger holds its name."""
+    """`bound` is False also for a lock that was taken although another user's program holds its name."""
 
     def __init__(self) -> None:
         self._sock: socket.socket | None = None
@@ -25,7 +25,7 @@ class SingleInstanceLock:
         return self._sock is not None
 
     def take(self) -> bool:
-        """Whether the lock is ours, now or since earlier."""
+        """Take the lock; return whether this agent holds it."""
         if self._sock is not None:
             return True
         try:
@@ -33,11 +33,11 @@ class SingleInstanceLock:
         except OSError:  # this sandbox has no Unix sockets
             return False
         try:
-            sock.bind(_NAME)
+            sock.bind(_SOCKET_NAME)
             sock.listen(8)
-        except OSError:  # somebody has it
+        except OSError:  # another program holds the name
             sock.close()
-            return _holder() not in (0, os.geteuid())
+            return _holder_uid() not in (0, os.geteuid())
         self._sock = sock
         return True
 
@@ -47,15 +47,15 @@ class SingleInstanceLock:
             self._sock = None
 
 
-def _holder() -> int | None:
-    """The user who holds the name; None for one that does not listen as an agent does."""
+def _holder_uid() -> int | None:
+    """The user id of the holder of the name; None for one that does not listen as an agent does."""
     try:
         with _socket() as sock:
-            sock.connect(_NAME)
-            told = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+            sock.connect(_SOCKET_NAME)
+            credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
     except OSError:
         return None
-    return int(_CREDENTIALS.unpack(told)[1])
+    return int(_CREDENTIALS.unpack(credentials)[1])
 
 
 def _socket() -> socket.socket:

@@ -1,7 +1,7 @@
-"""Handing commands to nftables: by its library inside this process, or by `nft` where the library is missing.
+"""Run nftables commands: by libnftables inside this process, or by the program `nft` where the library is missing.
 
-The library answers in about a millisecond, a started `nft` in 20 to 40. It is loaded when it is first needed, since it
-costs about 3 MB: an agent that never contains never pays.
+The library takes about a millisecond, a started `nft` 20 to 40. It is loaded when it is first needed: it costs about
+3 MB, which an agent that never contains does not pay.
 """
 
 import asyncio
@@ -10,18 +10,18 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
 LIBRARY: Final = "libnftables.so.1"
-_NFT_TIMEOUT_S: Final = 5.0  # seconds for `nft`
-_PLACES: Final = "/usr/sbin:/sbin:/usr/local/sbin:/usr/bin:/bin:/usr/local/bin"
-_MAX_ERROR_CHARS: Final = 300  # characters of an error
+_NFT_TIMEOUT_S: Final = 5.0
+_SEARCH_PATH: Final = "/usr/sbin:/sbin:/usr/local/sbin:/usr/bin:/bin:/usr/local/bin"
+_MAX_ERROR_CHARS: Final = 300
 Nft = Callable[[str], Awaitable[None]]
 
 
 class NftError(OSError):
-    """nftables is not to be had, or refused the commands."""
+    """nftables is not available, or refused the commands."""
 
 
 class Library:
-    """libnftables(3) through ctypes. Its context belongs to the namespace that it was made in."""
+    """libnftables(3) through ctypes. Its context belongs to the network namespace that it was made in."""
 
     def __init__(self, name: str = LIBRARY) -> None:
         """Raises NftError where the library is missing."""
@@ -46,14 +46,14 @@ class Library:
     def run(self, commands: str) -> None:
         """Run `commands` as one transaction. Raises NftError."""
         if self._lib.nft_run_cmd_from_buffer(self._context, commands.encode()) != 0:
-            said = self._lib.nft_ctx_get_error_buffer(self._context) or b""
-            raise NftError(first_line(said))
+            error = self._lib.nft_ctx_get_error_buffer(self._context) or b""
+            raise NftError(first_line(error))
 
 
 class Nftables:
     """An `Nft`: the library at first use, else the program."""
 
-    def __init__(self, library: str = LIBRARY, path: str = _PLACES) -> None:
+    def __init__(self, library: str = LIBRARY, path: str = _SEARCH_PATH) -> None:
         self._name = library
         self._path = path
         self._library: Library | None = None
@@ -81,7 +81,7 @@ async def _spawn(program: str, commands: str) -> None:
         raise NftError(f"{program}: {e.strerror}") from e
     try:
         async with asyncio.timeout(_NFT_TIMEOUT_S):
-            _, said = await process.communicate(commands.encode())
+            _, error = await process.communicate(commands.encode())
     except TimeoutError as e:
         raise NftError(f"nft did not end within {_NFT_TIMEOUT_S:g} s") from e
     finally:
@@ -89,9 +89,9 @@ async def _spawn(program: str, commands: str) -> None:
             process.kill()
             await process.wait()
     if process.returncode != 0:
-        raise NftError(first_line(said))
+        raise NftError(first_line(error))
 
 
-def first_line(said: bytes) -> str:
-    lines = said.decode("utf-8", "replace").strip().splitlines()
-    return (lines[0] if lines else "nftables refused without a word")[:_MAX_ERROR_CHARS]
+def first_line(error: bytes) -> str:
+    lines = error.decode("utf-8", "replace").strip().splitlines()
+    return (lines[0] if lines else "nftables refused and gave no reason")[:_MAX_ERROR_CHARS]

@@ -1,7 +1,7 @@
-"""What leaked, and what proves that it leaks no more. Pure.
+"""What leaked, and what proves that it does not leak any more. Pure.
 
-While the ways out are closed nothing can be seen leaking, so "no leak is seen" proves nothing: what leaked must be seen
-going through the tunnel, or be routed there.
+While traffic outside the tunnel is blocked, no leak can be seen, so "no leak is seen" proves nothing: what leaked must
+be seen in the tunnel, or be routed there.
 """
 
 import json
@@ -15,9 +15,9 @@ from vpn_sentinel.domain.policy import IPAddress, Policy
 from vpn_sentinel.domain.verdict import Code, State, Verdict
 from vpn_sentinel.wire import codec
 
-_MAX_DESTINATIONS: Final = 32  # destinations remembered
+_MAX_DESTINATIONS: Final = 32
 _UNPROVEN: Final = frozenset({State.LEAKING, State.DOWN, State.UNKNOWN})
-_WHOLE: Final = {Code.IP_LEAK: 4, Code.IPV6_LEAK: 6}
+_FAMILY_OF_LEAK: Final = {Code.IP_LEAK: 4, Code.IPV6_LEAK: 6}
 PathOf = Callable[[IPAddress, int, str], Path]  # of an address, port (0: any) and protocol ("udp", "tcp", …)
 
 
@@ -32,7 +32,7 @@ class Flow:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cause:
-    """Which families, nameservers and destinations were seen leaking."""
+    """The IP versions, nameservers and destinations that leaked."""
 
     families: frozenset[int] = frozenset()
     nameservers: frozenset[IPAddress] = frozenset()
@@ -48,17 +48,17 @@ class Cause:
 
 
 def cause_of(seen: Observation, verdict: Verdict, policy: Policy) -> Cause:
-    """What the judge named in a verdict *leaking*."""
+    """What leaked, by the findings of a verdict *leaking* and the escapes of its observation."""
     families, nameservers = set[int](), set[IPAddress]()
     for finding in verdict.findings:
-        if finding.code in _WHOLE:
-            families.add(_WHOLE[finding.code])
+        if finding.code in _FAMILY_OF_LEAK:
+            families.add(_FAMILY_OF_LEAK[finding.code])
         elif finding.code is Code.SPLIT_ROUTE and "address" in finding.evidence:
             families.add(codec.address(finding.evidence["address"]).version)
         elif finding.code is Code.DNS_LEAK and "nameserver" in finding.evidence:
             nameservers.add(codec.address(finding.evidence["nameserver"]))
-    told = (e for e in seen.escapes if not policy.allows_outside(e.destination))
-    flows = {Flow(e.destination, e.destination_port or 0, e.protocol) for e in told if not _allowed_name(e, policy)}
+    escapes = (e for e in seen.escapes if not policy.allows_outside(e.destination))
+    flows = {Flow(e.destination, e.destination_port or 0, e.protocol) for e in escapes if not _allowed_name(e, policy)}
     return Cause(families=frozenset(families), nameservers=frozenset(nameservers), flows=frozenset(flows))
 
 
@@ -67,7 +67,7 @@ def _allowed_name(escape: Escape, policy: Policy) -> bool:
 
 
 def proven(seen: Observation, verdict: Verdict, cause: Cause, path_of: PathOf) -> bool:
-    """Whether this round shows the tunnel working and everything that leaked inside it."""
+    """Whether this round shows that the tunnel works and that everything that leaked goes through it."""
     if verdict.state in _UNPROVEN or seen.link is None or not (seen.link.present and seen.link.up):
         return False
     canaries = seen.asked(Probe.DEFAULT)
@@ -75,20 +75,22 @@ def proven(seen: Observation, verdict: Verdict, cause: Cause, path_of: PathOf) -
         return False
     if any(c.path is Path.OUTSIDE for c in canaries if c.family in cause.families):
         return False
-    if cause.nameservers and not _names_are_safe(seen, cause):
+    if cause.nameservers and not _resolvers_work(seen, cause):
         return False
     return all(path_of(f.address, f.port, f.protocol) is not Path.OUTSIDE for f in cause.flows)
 
 
-def _names_are_safe(seen: Observation, cause: Cause) -> bool:
-    """Names are answered again, and not because a way was opened: each nameserver that leaked answers or is gone."""
+def _resolvers_work(seen: Observation, cause: Cause) -> bool:
+    """Whether names resolve again: each nameserver that leaked answers (the rules block others) or is not used any
+    more.
+    """
     if not any(s.answer is Answer.ANSWERED for s in seen.resolvers):
         return False
     return all(s.answer is Answer.ANSWERED for s in seen.resolvers if s.nameserver in cause.nameservers)
 
 
 def to_text(cause: Cause) -> str:
-    """A cause as it is kept over restarts."""
+    """A cause as JSON, as it is kept over restarts."""
     return json.dumps(
         {
             "families": sorted(cause.families),
@@ -99,7 +101,7 @@ def to_text(cause: Cause) -> str:
 
 
 def from_text(text: str | None) -> Cause:
-    """The reverse; what cannot be read is an empty cause."""
+    """The reverse of `to_text`; text that cannot be read gives an empty cause."""
     try:
         found = json.loads(text or "{}")
         return Cause(

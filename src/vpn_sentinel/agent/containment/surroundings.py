@@ -1,4 +1,4 @@
-"""What the rules are made from: the tunnel and its server, the LAN, our own server, the owner's policy."""
+"""What the rules are made from: the tunnel and its server, the LAN, this project's server, the owner's policy."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -9,7 +9,7 @@ from typing import Final
 from vpn_sentinel.agent.containment.containment import ContainmentFacts
 from vpn_sentinel.agent.containment.exempt import Exemptions
 from vpn_sentinel.agent.containment.proof import Cause
-from vpn_sentinel.agent.containment.rules import Ways
+from vpn_sentinel.agent.containment.rules import AllowedTraffic
 from vpn_sentinel.agent.leakwatch.egress_map import EgressMap, Tables, egress_map
 from vpn_sentinel.agent.leakwatch.meant import Meant
 from vpn_sentinel.agent.leakwatch.senders import is_mark
@@ -22,14 +22,14 @@ from vpn_sentinel.agent.net.urls import split
 from vpn_sentinel.domain.observation import Path
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy, is_public
 
-_ENDPOINTS: Final = "containment.endpoints"
-_HOSTS: Final = "containment.hosts"
+_ENDPOINTS_FACT: Final = "containment.endpoints"
+_HOSTS_FACT: Final = "containment.hosts"
 _FORWARDING: Final = (File("/proc/sys/net/ipv4/ip_forward"), File("/proc/sys/net/ipv6/conf/all/forwarding"))
 
 
 @dataclass(slots=True, kw_only=True)
 class Surroundings:
-    """`endpoints` are the tunnel's own, as far as they are known now; `urls` are our server's."""
+    """`endpoints` returns the tunnel's own, as far as they are known now; `urls` are the server's."""
 
     kernel: Kernel | None
     tables: Tables | None
@@ -40,11 +40,11 @@ class Surroundings:
     urls: tuple[str, ...]
     policy: Policy
     meant: Meant = field(default_factory=Meant)
-    taking: Callable[[], frozenset[int]] = listening_ports
+    listening: Callable[[], frozenset[int]] = listening_ports
     _egress: EgressMap = field(default_factory=EgressMap)
 
     def remember(self) -> Survey:
-        """Look, and keep what leads to the VPN's server: when the tunnel is gone, nobody can tell any more.
+        """Survey, and keep what leads to the VPN's server, which cannot be read once the tunnel is gone.
 
         Raises OSError.
         """
@@ -57,24 +57,24 @@ class Surroundings:
             before=self._egress,
         )
         if endpoints := self.endpoints():
-            self.facts.keep(_ENDPOINTS, ",".join(str(e) for e in endpoints))
+            self.facts.keep(_ENDPOINTS_FACT, ",".join(str(e) for e in endpoints))
         if self._egress.openvpn and self._egress.hosts:
-            self.facts.keep(_HOSTS, ",".join(str(h) for h in self._egress.hosts))
+            self.facts.keep(_HOSTS_FACT, ",".join(str(h) for h in self._egress.hosts))
         return found
 
-    def ways(self, cause: Cause) -> Ways | None:
-        """What stays open now, None when no tunnel is known. Raises OSError."""
+    def allowed(self, cause: Cause) -> AllowedTraffic | None:
+        """What may pass now, None when no tunnel is known. Raises OSError."""
         found = self.remember()
         if found.tunnel is None:
             return None
-        endpoints = self.endpoints() or tuple(parse_endpoint(e) for e in self._kept(_ENDPOINTS))
+        endpoints = self.endpoints() or tuple(parse_endpoint(e) for e in self._facts_list(_ENDPOINTS_FACT))
         servers = [(w, a) for w in map(split, self.urls) for a in self.names.known(w.host)]
         rules = self._egress.with_endpoints(endpoints, (a for _, a in servers))
-        # OpenVPN without a management socket: its server is one of the hosts that had a route of their own.
+        # OpenVPN without a management socket: its server is one of the hosts that had a host route.
         hosts: tuple[IPNetwork, ...] = ()
         if not endpoints and not rules.marks:
-            hosts = tuple(ip_network(h) for h in self._kept(_HOSTS))
-        return Ways(
+            hosts = tuple(ip_network(h) for h in self._facts_list(_HOSTS_FACT))
+        return AllowedTraffic(
             tunnel=found.tunnel,
             endpoints=endpoints,
             marks=rules.marks,
@@ -85,7 +85,7 @@ class Surroundings:
             exempt=Exemptions(
                 meant=self.meant,
                 excepted=tuple(r for r in self._egress.senders.excepted if not is_mark(r)),
-                taking=self.taking(),
+                listening=self.listening(),
             ),
             forwards=any(_is_on(file) for file in _FORWARDING),
         )
@@ -93,7 +93,7 @@ class Surroundings:
     def path_of(self, address: IPAddress, port: int, protocol: str) -> Path:
         return Paths(self.kernel, self.survey()).of(address, port, PROTOCOLS.get(protocol, UDP))
 
-    def _kept(self, name: str) -> list[str]:
+    def _facts_list(self, name: str) -> list[str]:
         return [word for word in (self.facts.fact(name) or "").split(",") if word]
 
 

@@ -1,4 +1,4 @@
-"""Whose table is there? Asked of the kernel itself (nfnetlink), so that looking costs microseconds and no library.
+"""The owner of a table, read from the kernel (nfnetlink): it takes microseconds and no library.
 
 Numbers are those of linux/netfilter/nfnetlink.h and nf_tables.h. A table's comment is user data that nft(8)
 writes since 0.9.7 and the kernel keeps since 5.10: a list of type (1 byte), length (1 byte) and value, of which type 0
@@ -20,7 +20,7 @@ _NFTA_TABLE_NAME, _NFTA_TABLE_USERDATA = 1, 6
 
 
 def owner_of(table: str) -> str | None:
-    """The comment of the table `inet` `table`, empty when it has none; None when there is no such table.
+    """The comment of `table` in the family `inet`, "" when it has none; None when there is no such table.
 
     Raises OSError: PermissionError without CAP_NET_ADMIN, another where the kernel has no nftables.
     """
@@ -33,7 +33,7 @@ def owner_of(table: str) -> str | None:
 
 
 def read_owner(answer: bytes) -> str | None:
-    """The same out of the kernel's answer. Raises OSError."""
+    """The same, from the kernel's reply. Raises OSError."""
     for message in messages(answer):
         if message.type == NLMSG_ERROR:
             code = error_number(message.body)

@@ -15,7 +15,7 @@ from vpn_sentinel.agent.probes.system_resolver import SystemResolver
 from vpn_sentinel.agent.rounds.route_audit import RouteAudit
 from vpn_sentinel.domain.observation import Answer, Path, ResolverSighting, Routed, SystemLookup
 from vpn_sentinel.domain.policy import IPAddress
-from vpn_sentinel.domain.routes import is_shared, spoken
+from vpn_sentinel.domain.routes import described, is_shared
 
 _LOOKUP_TIMEOUT_S: Final = 6.0  # glibc waits longer for a silent nameserver, but a check has eight seconds
 _ROUTE_DESTINATIONS: Final = {4: ip_address("1.1.1.1"), 6: ip_address("2606:4700:4700::1111")}
@@ -101,7 +101,7 @@ async def routes(context: DoctorContext) -> list[Check]:
     return [
         *found,
         *about_bypasses(
-            RouteAudit(probes).look(context.survey, (e.address for e in probes.tunnel_endpoints)),
+            RouteAudit(probes).read(context.survey, (e.address for e in probes.tunnel_endpoints)),
             tunnel=context.survey.tunnel,
         ),
     ]
@@ -114,7 +114,7 @@ def about_bypasses(parts: Sequence[Routed] | None, *, tunnel: str | None) -> lis
     fix = "remove that route or rule (`ip route`, `ip rule`), or declare it: VPN_SENTINEL_ALLOWED_OUTSIDE"
     means = "what is sent there leaves outside the tunnel, unless a firewall blocks it."
     return [
-        gap("route past the tunnel", spoken(part, tunnel, shared=is_shared(part, parts, tunnel)), means, fix)
+        gap("route past the tunnel", described(part, tunnel, shared=is_shared(part, parts, tunnel)), means, fix)
         for part in beside
     ]
 

@@ -93,7 +93,7 @@ async def leak_watch(context: DoctorContext) -> list[Check]:
         context.survey, context.kernel, allowed=probes.policy.allowed_outside, resolvers=(), before=EgressMap()
     )
     watched = [i.name for i in found.interfaces if i.name not in probes.meant_outside.interfaces]
-    return [about_leak_watch(watched, endpoints, recognized=found.tells(endpoints))]
+    return [about_leak_watch(watched, endpoints, recognized=found.can_tell_tunnel(endpoints))]
 
 
 async def meant_outside(context: DoctorContext) -> list[Check]:

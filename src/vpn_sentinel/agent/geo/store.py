@@ -113,7 +113,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 def part(folder: Path) -> Path:
     """A random name for a file that is being fetched or unpacked: nobody can have put a link there before."""
-    return folder / f"{secrets.token_hex(8)}{files.PART}"
+    return folder / f"{secrets.token_hex(8)}{files.PARTIAL_SUFFIX}"
 
 
 @contextmanager
@@ -142,9 +142,9 @@ def install(folder: Path, collection: Collection, fetched: tuple[Path, ...]) -> 
     except GeoError:
         old = Manifest()
     for path, entry in zip(fetched, collection.files, strict=True):
-        files.to_disk(path)
+        files.sync(path)
         path.replace(path_of(folder, entry))  # replaces a link, not its target
-    files.to_disk(folder)
+    files.sync(folder)
     others = tuple(c for c in old.collections if c.source != collection.source)
     new = Manifest(collections=(*others, collection))
     write_manifest(folder, new)
@@ -156,10 +156,10 @@ def install(folder: Path, collection: Collection, fetched: tuple[Path, ...]) -> 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Raises OSError."""
     content = msgspec.json.format(msgspec.json.encode(manifest), indent=1) + b"\n"
-    files.put(folder / MANIFEST, content, mode=0o644)  # public, as the files
+    files.write_whole(folder / MANIFEST, content, mode=0o644)  # public, as the files
 
 
 def _remove_parts(folder: Path) -> None:
-    for path in folder.glob(f"*{files.PART}"):
+    for path in folder.glob(f"*{files.PARTIAL_SUFFIX}"):
         with suppress(OSError):  # a folder of that name, perhaps: harmless
             path.unlink()

@@ -16,13 +16,13 @@ from typing import Any, Final
 
 from vpn_sentinel.agent.leakwatch.rules import (
     DNS,
-    FRAGMENT,
     ICMP,
     ICMP6,
     ICMP6_OWN,
     ICMP_ANSWERS,
-    NEVER,
-    NOBODY,
+    IPV6_FRAGMENT,
+    NEVER_ROUTED,
+    NO_REMOTE_HOST,
     PRIVATE,
     PortRange,
     Rules,
@@ -34,12 +34,12 @@ from vpn_sentinel.agent.probes.tag import PROBE_HOPS
 from vpn_sentinel.domain.leaks import DNS_PORTS
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork
 
-SNAP: Final = 384  # bytes of a packet that come up: enough for the longest name asked
-HEAD: Final = 80  # bytes of one that comes in: addresses, ports, flags
+MAX_CAPTURE_BYTES: Final = 384  # read of a packet that leaves: enough for the longest name in a DNS query
+HEADER_BYTES: Final = 80  # read of a packet that comes in: addresses, ports, flags
 DROP: Final = 0
 _SO_ATTACH_FILTER: Final = 26
-_MAX_INSTRUCTIONS: Final = 4096 - 10  # BPF_MAXINSNS, less what `strangers` takes
-_WORDS: Final = 16  # BPF_MEMWORDS
+_MAX_INSTRUCTIONS: Final = 4096 - 10  # BPF_MAXINSNS, less what `drop_other_sources` takes
+_MEMORY_WORDS: Final = 16  # BPF_MEMWORDS
 
 _LD_W, _LD_LEN, _LD_H, _LD_B, _LDH_X, _LDB_X, _LDX_MSH, _LDX_IMM = 0x20, 0x80, 0x28, 0x30, 0x48, 0x50, 0xB1, 0x01
 _ST, _STX, _LD_MEM, _LDX_MEM = 0x02, 0x03, 0x60, 0x61
@@ -61,47 +61,48 @@ class Insn:
     false: int = 0
 
 
-NOTHING: Final = [Insn(_RET, DROP)]
-"""The filter that lets nothing up."""
+DROP_ALL: Final = [Insn(_RET, DROP)]
+"""The filter that passes nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class Test:
-    """Loads, and what the accumulator must be; `otherwise` turns it round."""
+    """Instructions that load the accumulator, and the comparison it must pass; `negate` inverts the comparison."""
 
     loads: tuple[Insn, ...]
     k: int
     jump: int = _JEQ
-    otherwise: bool = False
+    negate: bool = False
 
 
 def verdict(*tests: Test, result: int = DROP) -> list[Insn]:
-    """Return `result` when all tests hold, else go on behind. No jump is longer than the tests themselves."""
+    """Return `result` when all tests hold, else continue with the next instruction. No jump leaves these tests."""
     length = sum(len(t.loads) + 1 for t in tests) + 1
-    made: list[Insn] = []
+    insns: list[Insn] = []
     for test in tests:
-        made += test.loads
-        away = length - len(made) - 1
-        made.append(Insn(test.jump, test.k, *((away, 0) if test.otherwise else (0, away))))
-    return [*made, Insn(_RET, result)]
+        insns += test.loads
+        to_end = length - len(insns) - 1
+        insns.append(Insn(test.jump, test.k, *((to_end, 0) if test.negate else (0, to_end))))
+    return [*insns, Insn(_RET, result)]
 
 
 @lru_cache(maxsize=1)  # each of many devices gets the same
 def program(rules: Rules) -> list[Insn]:
-    """The filter: what it lets up is IP that leaves here and that no rule explains. Raises ValueError when too long."""
+    """The filter for outgoing IP packets that no rule explains. Raises ValueError when it is too long."""
     first = [
-        *(verdict(*(replace(_marked(*m), otherwise=True) for m in rules.inside)) if rules.inside else ()),
-        # Our own questions, whatever rule lets them out here: no program marks them, so this host's rules do.
+        *(verdict(*(replace(_marked(*m), negate=True) for m in rules.inside)) if rules.inside else ()),
+        # The agent's own DNS queries pass whatever rule lets them out: the agent sets no mark, so a rule of this
+        # host did.
         *(i for at in (_FOUR, _SIX) for i in _probes(at)),
         *(i for mark, mask in rules.marks for i in verdict(_marked(mark, mask))),
     ]
-    return _program(first, _half(rules, _SIX), _half(rules, _FOUR))
+    return _program(first, _family_rules(rules, _SIX), _family_rules(rules, _FOUR))
 
 
 def _program(first: list[Insn], six: list[Insn], four: list[Insn]) -> list[Insn]:
     six, four = _loaded_once(six), _loaded_once(four)
-    made = [
-        *verdict(Test((Insn(_LD_W, _PKTTYPE),), _OUTGOING, otherwise=True)),
+    insns = [
+        *verdict(Test((Insn(_LD_W, _PKTTYPE),), _OUTGOING, negate=True)),
         *first,
         Insn(_LD_H, _PROTOCOL),
         Insn(_JEQ, _IPV4, 2, 0),
@@ -111,34 +112,35 @@ def _program(first: list[Insn], six: list[Insn], four: list[Insn]) -> list[Insn]
         *six,
         *four,
     ]
-    if len(made) > _MAX_INSTRUCTIONS:
-        msg = f"the filter takes {len(made)} instructions, and the kernel at most {_MAX_INSTRUCTIONS}"
+    if len(insns) > _MAX_INSTRUCTIONS:
+        msg = f"the filter takes {len(insns)} instructions, and the kernel at most {_MAX_INSTRUCTIONS}"
         raise ValueError(msg)
-    return made
+    return insns
 
 
 def _loaded_once(half: list[Insn]) -> list[Insn]:
-    """Load what is looked at again and again into the filter's memory, once, where the header surely has it.
+    """Load what several tests read into the filter's memory, once, where every header holds it.
 
-    The kernel makes some nine instructions of a load from the packet, one of a load from memory (bpf_convert_filter()
-    in net/core/filter.c), and before Linux 6.8 has 20 KB for a socket's filter (net.core.optmem_max).
+    The kernel makes about nine instructions of a load from the packet, and one of a load from memory
+    (bpf_convert_filter() in net/core/filter.c), and before Linux 6.8 has 20 KB for a socket's filter
+    (net.core.optmem_max).
     """
     times = Counter(i for i in half if i.code in (_LD_W, _LD_H, _LD_B, _LDX_MSH) and i.k < _LINK)
-    again = [load for load, count in times.items() if count > 1][:_WORDS]
-    made, instead = [], {}
-    for at, load in enumerate(again):
+    repeated = [load for load, count in times.items() if count > 1][:_MEMORY_WORDS]
+    insns, replacement = [], {}
+    for at, load in enumerate(repeated):
         to_index = load.code == _LDX_MSH
-        made += [load, Insn(_STX if to_index else _ST, at)]
-        instead[load] = Insn(_LDX_MEM if to_index else _LD_MEM, at)
-    return [*made, *(instead.get(i, i) for i in half)]
+        insns += [load, Insn(_STX if to_index else _ST, at)]
+        replacement[load] = Insn(_LDX_MEM if to_index else _LD_MEM, at)
+    return [*insns, *(replacement.get(i, i) for i in half)]
 
 
 def exempt(rules: Rules, trusted: Iterable[tuple[int, int]]) -> list[Insn]:
-    """The filter for what `program` leaves out by its sender alone: by a mark, a source port, a published UDP port; and
-    for connections that are opened to the LAN, which may be led there.
+    """The filter for what `program` drops because of its sender alone: a mark, a source port, a published UDP port; and
+    for connections to the LAN, which DNAT may have redirected there.
 
-    Protocol and port of sockets that are `trusted` stay out. It is empty where the tunnel is for marked packets alone.
-    Raises ValueError when too long.
+    Packets from `trusted` sockets, pairs of protocol and local port, do not pass. The filter is empty where the tunnel
+    is for marked packets alone. Raises ValueError when it is too long.
     """
     published = tuple(p for p in rules.published if p.protocol == UDP)
     excepted = tuple(r for r in rules.excepted if r.mark or r.source_ports is not None)
@@ -147,23 +149,23 @@ def exempt(rules: Rules, trusted: Iterable[tuple[int, int]]) -> list[Insn]:
     known = tuple(PortRange(protocol, port, port) for protocol, port in trusted)
 
     def half(at: _Family) -> list[Insn]:
-        made = _tunnels(rules, at) + _answers(known, at) + _needed(rules, at)
+        insns = _tunnels(rules, at) + _answers(known, at) + _needed(rules, at)
         for tests in at.within((*rules.lan, *PRIVATE)):
-            made += verdict(*at.proto(TCP), at.byte(13, SYN, Insn(_AND, SYN_ACK)), *tests, result=SNAP)
-        made += _near(rules, at)
+            insns += verdict(*at.proto(TCP), at.byte(13, SYN, Insn(_AND, SYN_ACK)), *tests, result=MAX_CAPTURE_BYTES)
+        insns += _stays_near(rules, at)
         for mark, mask in rules.marks:
-            made += verdict(_marked(mark, mask), result=SNAP)
+            insns += verdict(_marked(mark, mask), result=MAX_CAPTURE_BYTES)
         for rule in excepted:
-            made += _excepted(rule, at, SNAP)
+            insns += _excepted(rule, at, MAX_CAPTURE_BYTES)
         for ports in published:
-            made += verdict(*at.proto(UDP), *at.between(0, ports.low, ports.high), result=SNAP)
-        return [*made, Insn(_RET, DROP)]
+            insns += verdict(*at.proto(UDP), *at.between(0, ports.low, ports.high), result=MAX_CAPTURE_BYTES)
+        return [*insns, Insn(_RET, DROP)]
 
     return _program([], half(_SIX), half(_FOUR))
 
 
-def strangers(address: bytes) -> list[Insn]:
-    """Drops what leaves an Ethernet device from another address than its own 6 bytes; nothing where it has none."""
+def drop_other_sources(address: bytes) -> list[Insn]:
+    """Drop what leaves an Ethernet device with a source other than `address`, its own 6 bytes; b"" drops nothing."""
     if not address:
         return []
     loads = (
@@ -171,18 +173,18 @@ def strangers(address: bytes) -> list[Insn]:
         (Insn(_LD_H, _LINK + 10), int.from_bytes(address[4:])),
     )
     outgoing = Test((Insn(_LD_W, _PKTTYPE),), _OUTGOING)
-    return [i for load, part in loads for i in verdict(outgoing, Test((load,), part, otherwise=True))]
+    return [i for load, part in loads for i in verdict(outgoing, Test((load,), part, negate=True))]
 
 
 @lru_cache(maxsize=1)
 def inbound(rules: Rules) -> list[Insn]:
     """The filter for what comes in: the first packets of TCP connections, and UDP, from public addresses.
 
-    What comes from the tunnel's servers' own ports is left out, so that its traffic costs nothing here.
+    It drops what comes from the own ports of the tunnel's servers, so that the tunnel's traffic costs nothing here.
     """
     six, four = _loaded_once(_inbound_half(rules, _SIX)), _loaded_once(_inbound_half(rules, _FOUR))
     return [
-        *verdict(Test((Insn(_LD_W, _PKTTYPE),), _HOST, otherwise=True)),
+        *verdict(Test((Insn(_LD_W, _PKTTYPE),), _HOST, negate=True)),
         Insn(_LD_H, _PROTOCOL),
         Insn(_JEQ, _IPV4, 2, 0),
         Insn(_JEQ, _IPV6, 2, 0),
@@ -194,47 +196,47 @@ def inbound(rules: Rules) -> list[Insn]:
 
 
 def towards(hosts: Iterable[IPAddress], sizes: range) -> list[Insn]:
-    """The filter for what leaves here to some hosts, in IP packets of these sizes in bytes, at least 1."""
-    made = [
-        *verdict(Test((Insn(_LD_W, _PKTTYPE),), _OUTGOING, otherwise=True)),
-        *verdict(Test((Insn(_LD_LEN),), sizes.start - 1, _JGT, otherwise=True)),
+    """The filter for outgoing packets to `hosts` whose IP packet has one of `sizes` bytes, at least 1."""
+    insns = [
+        *verdict(Test((Insn(_LD_W, _PKTTYPE),), _OUTGOING, negate=True)),
+        *verdict(Test((Insn(_LD_LEN),), sizes.start - 1, _JGT, negate=True)),
         *verdict(Test((Insn(_LD_LEN),), sizes.stop - 1, _JGT)),
     ]
     for host in hosts:
         version = Test((Insn(_LD_H, _PROTOCOL),), _IPV4 if host.version == 4 else _IPV6)
-        made += verdict(version, *_within(ip_network(host)), result=HEAD)
-    return [*made, Insn(_RET, DROP)]
+        insns += verdict(version, *_within(ip_network(host)), result=HEADER_BYTES)
+    return [*insns, Insn(_RET, DROP)]
 
 
 def _inbound_half(rules: Rules, at: "_Family") -> list[Insn]:
-    made: list[Insn] = []
+    insns: list[Insn] = []
     for end in rules.endpoints:
         if end.address.version == at.version:
             own = Test((*at.behind, Insn(_LDH_X, 0)), end.port)
-            made += verdict(*_within(ip_network(end.address), source=True), *at.proto(end.protocol), own)
-    # What goes to these may leave whoever began it, a VPN's server of which no port is known among them.
-    for tests in at.within((*NEVER, *PRIVATE, *rules.outside, *rules.lan), source=True):
-        made += verdict(*tests)
-    made += verdict(*at.proto(UDP), result=HEAD)
-    made += verdict(*at.proto(TCP), at.byte(13, SYN, Insn(_AND, SYN_ACK)), result=HEAD)
-    return [*made, Insn(_RET, DROP)]
+            insns += verdict(*_within(ip_network(end.address), source=True), *at.proto(end.protocol), own)
+    # Packets to these may leave whichever side began the flow; among them is a VPN's server whose port is not known.
+    for tests in at.within((*NEVER_ROUTED, *PRIVATE, *rules.outside, *rules.lan), source=True):
+        insns += verdict(*tests)
+    insns += verdict(*at.proto(UDP), result=HEADER_BYTES)
+    insns += verdict(*at.proto(TCP), at.byte(13, SYN, Insn(_AND, SYN_ACK)), result=HEADER_BYTES)
+    return [*insns, Insn(_RET, DROP)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Family:
-    """Where an IP version keeps what the rules look at. `whole` and `piece` tell a later fragment from the rest."""
+    """Where the header of an IP version holds what the rules read."""
 
     version: int
     protocol: Insn
     hops: Insn
-    behind: tuple[Insn, ...]  # points the index register behind the header
-    whole: tuple[Test, ...]
-    piece: Test | None
+    behind: tuple[Insn, ...]  # points the index register to the first byte after the header
+    not_later_fragment: tuple[Test, ...]
+    later_fragment: Test | None
     icmp: int
     icmp_own: tuple[int, ...]
 
     def proto(self, number: int) -> tuple[Test, ...]:
-        return (Test((self.protocol,), number), *self.whole)
+        return (Test((self.protocol,), number), *self.not_later_fragment)
 
     def byte(self, offset: int, value: int, *more: Insn, jump: int = _JEQ) -> Test:
         return Test((*self.behind, Insn(_LDB_X, offset), *more), value, jump)
@@ -246,70 +248,70 @@ class _Family:
         """A port at `offset` in its header, from `low` to `high`."""
         load = (*self.behind, Insn(_LDH_X, offset))
         least = () if low == 0 else (Test(load, low - 1, _JGT),)
-        return (*least, Test(load, high, _JGT, otherwise=True))
+        return (*least, Test(load, high, _JGT, negate=True))
 
     def within(self, networks: Iterable[IPNetwork], *, source: bool = False) -> Iterator[tuple[Test, ...]]:
-        """What is in one of the networks. A network in another one is left out, as those of a host's containers are:
-        see `_loaded_once` for how little room there is.
+        """Tests for an address in one of the networks. A network inside another one gets no test of its own, since the
+        filter has little room: see `_loaded_once`.
         """
-        mine: list[Any] = [net for net in networks if net.version == self.version]
-        return (_within(net, source=source) for net in collapse_addresses(mine))
+        same_version: list[Any] = [net for net in networks if net.version == self.version]
+        return (_within(net, source=source) for net in collapse_addresses(same_version))
 
 
 _OFFSET: Final = (Insn(_LD_H, 6), Insn(_AND, 0x1FFF))
 _FOUR: Final = _Family(
-    version=4, protocol=Insn(_LD_B, 9), hops=Insn(_LD_B, 8), behind=(Insn(_LDX_MSH, 0),), whole=(Test(_OFFSET, 0),),
-    piece=Test(_OFFSET, 0, _JGT), icmp=ICMP, icmp_own=ICMP_ANSWERS,
+    version=4, protocol=Insn(_LD_B, 9), hops=Insn(_LD_B, 8), behind=(Insn(_LDX_MSH, 0),),
+    not_later_fragment=(Test(_OFFSET, 0),), later_fragment=Test(_OFFSET, 0, _JGT), icmp=ICMP, icmp_own=ICMP_ANSWERS,
 )  # fmt: skip
 _SIX: Final = _Family(
-    version=6, protocol=Insn(_LD_B, 6), hops=Insn(_LD_B, 7), behind=(Insn(_LDX_IMM, 40),), whole=(),
-    piece=None, icmp=ICMP6, icmp_own=ICMP6_OWN,
+    version=6, protocol=Insn(_LD_B, 6), hops=Insn(_LD_B, 7), behind=(Insn(_LDX_IMM, 40),), not_later_fragment=(),
+    later_fragment=None, icmp=ICMP6, icmp_own=ICMP6_OWN,
 )  # fmt: skip
 
 
-def _half(rules: Rules, at: _Family) -> list[Insn]:
-    """The rules of one IP version, in the order of `Rules.allow`."""
-    made = _tunnels(rules, at)
+def _family_rules(rules: Rules, at: _Family) -> list[Insn]:
+    """The rules for one IP version, in the order of `Rules.allow`."""
+    insns = _tunnels(rules, at)
     for rule in rules.excepted:
-        made += _excepted(rule, at)
-    made += _answers(rules.published, at) + _needed(rules, at)
+        insns += _excepted(rule, at)
+    insns += _answers(rules.published, at) + _needed(rules, at)
     for protocol, port in product((UDP, TCP), DNS_PORTS):
         for tests in at.within(rules.resolvers):
-            made += verdict(*tests, *at.proto(protocol), at.port(port))
-        made += verdict(*at.proto(protocol), at.port(port), result=SNAP)
-    return [*made, *_near(rules, at), Insn(_RET, SNAP)]
+            insns += verdict(*tests, *at.proto(protocol), at.port(port))
+        insns += verdict(*at.proto(protocol), at.port(port), result=MAX_CAPTURE_BYTES)
+    return [*insns, *_stays_near(rules, at), Insn(_RET, MAX_CAPTURE_BYTES)]
 
 
 def _answers(published: Iterable[PortRange], at: _Family) -> list[Insn]:
-    made: list[Insn] = []
+    insns: list[Insn] = []
     for ports in published:
-        begun = Test((*at.behind, Insn(_LDB_X, 13), Insn(_AND, SYN_ACK)), SYN, otherwise=True)
+        begun = Test((*at.behind, Insn(_LDB_X, 13), Insn(_AND, SYN_ACK)), SYN, negate=True)
         answers = (begun,) if ports.protocol == TCP else ()
-        made += verdict(*at.proto(ports.protocol), *at.between(0, ports.low, ports.high), *answers)
-    return made
+        insns += verdict(*at.proto(ports.protocol), *at.between(0, ports.low, ports.high), *answers)
+    return insns
 
 
 def _needed(rules: Rules, at: _Family) -> list[Insn]:
-    """What is meant to leave by its destination, and what the network needs to run."""
-    made: list[Insn] = []
+    """What may leave because of its destination, and what the network needs to run."""
+    insns: list[Insn] = []
     for ports in rules.ports:
-        made += verdict(*at.proto(ports.protocol), *at.between(2, ports.low, ports.high))
-    for tests in at.within((*NOBODY, *rules.outside)):
-        made += verdict(*tests)
+        insns += verdict(*at.proto(ports.protocol), *at.between(2, ports.low, ports.high))
+    for tests in at.within((*NO_REMOTE_HOST, *rules.outside)):
+        insns += verdict(*tests)
     for kind in at.icmp_own:
-        made += verdict(*at.proto(at.icmp), at.byte(0, kind))
-    made += verdict(*at.proto(TCP), at.byte(13, RST, jump=_JSET))
-    return [*made, *verdict(*at.proto(TCP), at.byte(13, SYN_ACK, Insn(_AND, SYN_ACK)))]
+        insns += verdict(*at.proto(at.icmp), at.byte(0, kind))
+    insns += verdict(*at.proto(TCP), at.byte(13, RST, jump=_JSET))
+    return [*insns, *verdict(*at.proto(TCP), at.byte(13, SYN_ACK, Insn(_AND, SYN_ACK)))]
 
 
-def _near(rules: Rules, at: _Family) -> list[Insn]:
-    return [i for tests in at.within((*NEVER, *rules.lan, *PRIVATE)) for i in verdict(*tests)]
+def _stays_near(rules: Rules, at: _Family) -> list[Insn]:
+    return [i for tests in at.within((*NEVER_ROUTED, *rules.lan, *PRIVATE)) for i in verdict(*tests)]
 
 
 def _probes(at: _Family) -> list[Insn]:
-    """DNS questions that leave with the hops of a probe: `leakwatch.diverted` tells by them."""
+    """DNS queries with a probe's hop limit: `leakwatch.diverted` judges by them."""
     version = Test((Insn(_LD_H, _PROTOCOL),), _IPV4 if at.version == 4 else _IPV6)
-    return verdict(version, Test((at.hops,), PROBE_HOPS), *at.proto(UDP), at.port(DNS), result=SNAP)
+    return verdict(version, Test((at.hops,), PROBE_HOPS), *at.proto(UDP), at.port(DNS), result=MAX_CAPTURE_BYTES)
 
 
 def _tunnels(rules: Rules, at: _Family) -> list[Insn]:
@@ -320,15 +322,17 @@ def _tunnel(end: Endpoint, at: _Family) -> list[Insn]:
     if end.address.version != at.version:
         return []
     to = _within(ip_network(end.address))
-    # Later fragments have no ports; those of the tunnel's packets are the tunnel's too.
-    pieces = Test((at.protocol,), FRAGMENT) if at.piece is None else at.piece
-    mine = () if at.piece is None else (Test((at.protocol,), end.protocol),)
+    # Later fragments have no ports: they may leave where the tunnel's own packets go.
+    fragments = Test((at.protocol,), IPV6_FRAGMENT) if at.later_fragment is None else at.later_fragment
+    same_protocol = () if at.later_fragment is None else (Test((at.protocol,), end.protocol),)
     near = at.between(0, end.near, end.near) if end.near is not None else ()
-    return [*verdict(*to, *mine, pieces), *verdict(*to, *at.proto(end.protocol), at.port(end.port), *near)]
+    return [*verdict(*to, *same_protocol, fragments), *verdict(*to, *at.proto(end.protocol), at.port(end.port), *near)]
 
 
 def _excepted(rule: Rule, at: _Family, result: int = DROP) -> list[Insn]:
-    """A routing rule that selects by sender: `senders.selects`, and its mark. A user is not to be seen from here."""
+    """A routing rule that selects by sender: as `senders.selects` does, and by its mark. A filter cannot see the
+    user.
+    """
     if rule.version != at.version or rule.uids is not None or rule.outgoing:
         return []
     tests = [_marked(rule.mark, rule.mask)] if rule.mark else []
@@ -338,11 +342,11 @@ def _excepted(rule: Rule, at: _Family, result: int = DROP) -> list[Insn]:
         tests += _within(rule.source, source=True)
     if rule.source_ports is None and rule.destination_ports is None:
         return verdict(*tests, *((Test((at.protocol,), rule.protocol),) if rule.protocol else ()), result=result)
-    made: list[Insn] = []
+    insns: list[Insn] = []
     for protocol in (TCP, UDP) if rule.protocol is None else (rule.protocol,):
         ports = [t for o, r in ((0, rule.source_ports), (2, rule.destination_ports)) if r for t in at.between(o, *r)]
-        made += verdict(*tests, *at.proto(protocol), *ports, result=result)
-    return made
+        insns += verdict(*tests, *at.proto(protocol), *ports, result=result)
+    return insns
 
 
 def _marked(mark: int, mask: int) -> Test:
@@ -360,12 +364,12 @@ def _within(net: IPNetwork, *, source: bool = False) -> tuple[Test, ...]:
     )
 
 
-def packed(made: list[Insn]) -> bytes:
-    return b"".join(struct.pack("=HBBI", i.code, i.true, i.false, i.k) for i in made)
+def packed(insns: list[Insn]) -> bytes:
+    return b"".join(struct.pack("=HBBI", i.code, i.true, i.false, i.k) for i in insns)
 
 
-def attach(sock: socket.socket, made: list[Insn]) -> None:
-    """Put the filter on a socket in place of the one that is there, in one step. Raises OSError."""
-    code = array("B", packed(made))
-    address, _length = code.buffer_info()  # as sock_fprog wants it; the kernel copies what stands there
-    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("@HP", len(made), address))
+def attach(sock: socket.socket, insns: list[Insn]) -> None:
+    """Replace the socket's filter in one step. Raises OSError."""
+    code = array("B", packed(insns))
+    address, _length = code.buffer_info()  # for struct sock_fprog; the kernel copies the instructions
+    sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("@HP", len(insns), address))

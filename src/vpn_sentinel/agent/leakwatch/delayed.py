@@ -1,4 +1,4 @@
-"""Packets that wait a moment for what may let them out, and are judged then."""
+"""Packets that wait before they are judged: what lets them out may become known a moment later."""
 
 import asyncio
 from collections.abc import Callable, Hashable
@@ -7,7 +7,7 @@ from vpn_sentinel.agent.net.packets import Packet
 
 
 class Delayed:
-    """One packet for each key: what follows it while it waits needs no judgement of its own."""
+    """Holds one packet for each key: those that follow it while it waits are not judged."""
 
     def __init__(self, judge: Callable[[Packet, str, float], None], max_waiting: int | None = None) -> None:
         """`judge` gets the packet, the name of its interface, and when it passed."""
@@ -19,16 +19,16 @@ class Delayed:
         return len(self._waiting)
 
     def add(self, key: Hashable, seconds: float, packet: Packet, interface: str, passed: float) -> None:
-        """Have it wait, unless one of this key does, or as many do as can."""
+        """Hold the packet for `seconds`, unless one of this key waits already or `max_waiting` do."""
         full = self._max_waiting is not None and len(self._waiting) >= self._max_waiting
         if key not in self._waiting and not full:
             loop = asyncio.get_running_loop()
-            self._waiting[key] = loop.call_later(seconds, self._over, key, packet, interface, passed)
+            self._waiting[key] = loop.call_later(seconds, self._expire, key, packet, interface, passed)
 
     def close(self) -> None:
         for timer in self._waiting.values():
             timer.cancel()
 
-    def _over(self, key: Hashable, packet: Packet, interface: str, passed: float) -> None:
+    def _expire(self, key: Hashable, packet: Packet, interface: str, passed: float) -> None:
         del self._waiting[key]
         self._judge(packet, interface, passed)

@@ -1,9 +1,9 @@
-"""Names that this host's own rules lead elsewhere: DNAT in the output hook, iptables' `nat OUTPUT` or nftables; or past
-the tunnel: a mark that they put on packets, and a routing rule for it (policy routing).
+"""DNS queries that this host's own firewall diverts: to another nameserver by DNAT in the output hook (iptables' `nat
+OUTPUT`, or nftables), or past the tunnel by a mark and a routing rule for it (policy routing).
 
-Routes tell nothing of it: the kernel routes by the address that a program asked, and takes another one then. A question
-of ours that comes out at another address than it was sent to proves it, and a program's question goes the same way. One
-that is led to this host itself, as Docker's resolver and redirects to a local stub do it, never comes out.
+Routes do not show this: the kernel routes by the address that a program asked, and the destination changes afterwards.
+A query of the agent that leaves for another address than it was sent to proves it, and a program's query takes the same
+route. One that is redirected to this host itself, as by Docker's resolver or a local stub, never leaves.
 """
 
 from vpn_sentinel.agent.leakwatch.rules import is_dns
@@ -15,10 +15,10 @@ from vpn_sentinel.domain.leaks import DNS_PORTS
 
 
 def is_diverted(packet: Packet, own: OwnSockets) -> bool:
-    """Whether this is a DNS question of this process that leaves for another address than it was sent to.
+    """Whether this is a DNS query of this process that leaves for another address than it was sent to.
 
-    A socket that is bound to a device says nothing: a rule may be for what leaves by that device alone. Nor does one of
-    the other family, which no rule leads to: both families have each port once.
+    A socket that is bound to a device proves nothing: a rule may apply to that device alone. Nor does a socket of the
+    other family: each family has every port once, and DNAT stays within a family.
     """
     if packet.source_port is None or not is_dns(packet) or not is_probe(packet):
         return False
@@ -28,10 +28,10 @@ def is_diverted(packet: Packet, own: OwnSockets) -> bool:
 
 
 def is_led_out(packet: Packet, own: OwnSockets) -> bool:
-    """Whether this is a DNS question of this process from a socket that routes alone decide of, to where it was sent.
+    """Whether this is a DNS query of this process to the address it was sent to, from a socket that only routes govern.
 
-    Where the routes lead there through the tunnel, this host's rules took it out. What is asked of an address that runs
-    no DNS is left to the others: people would look for a nameserver there.
+    Where the routes lead there through the tunnel, this host's firewall took it out. A query to `NO_DNS_HERE` is never
+    reported, since people would look for a nameserver there.
     """
     if packet.source_port is None or not is_dns(packet) or not is_probe(packet):
         return False

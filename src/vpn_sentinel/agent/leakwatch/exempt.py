@@ -1,13 +1,13 @@
-"""What leaves by a mark, by a source port, as a published port's answer, or to the LAN: what rules or the owner except.
+"""Watch packets that rules or the owner except: by mark or source port, as a published port's answer, or to the LAN.
 
-A mark is no word of the program that sends. It may be a firewall's, for everybody who sends to a port, to a network or
-as some user; so is what comes here tried (`trial`). A source port that a rule lets out is a VPN program's, unless a
-person's program has it. From a published port only answers are meant to leave: what it begins towards a peer that never
-came in is none. A connection that its program opened to the internet is none of the LAN's, though a firewall leads it
-there (DNAT).
+A mark does not identify the program that sends. A firewall may set it for everybody who sends to a port or a network,
+or for a user; so such packets are tried (`trial`). A source port that a rule lets out is a VPN program's, unless a
+person's program has it. From a published port only answers may leave: a flow that it begins towards a peer that never
+came in is no answer. A connection that its program opened to the internet does not belong to the LAN, even where a
+firewall redirects it there (DNAT).
 
-Such packets are let up by taps of their own, so that they never stand in the way of other ones. Those to the tunnel's
-server stay in the kernel, and those of a socket that was found to be a VPN program's do so for five minutes.
+Separate taps read these packets, so that they never delay others. Packets to the tunnel's server stay in the kernel;
+those of a socket that was found to be a VPN program's do so for five minutes.
 """
 
 import asyncio
@@ -23,7 +23,7 @@ from vpn_sentinel.agent.leakwatch.meant import Meant
 from vpn_sentinel.agent.leakwatch.rules import PRIVATE, Rules
 from vpn_sentinel.agent.leakwatch.senders import selects
 from vpn_sentinel.agent.leakwatch.tap import Tap
-from vpn_sentinel.agent.leakwatch.trial import TRIED, Takers, Trials
+from vpn_sentinel.agent.leakwatch.trial import TRIED_PROTOCOLS, Acceptors, Trials
 from vpn_sentinel.agent.net.endpoints import TCP, UDP
 from vpn_sentinel.agent.net.packets import Packet, decode
 from vpn_sentinel.agent.net.routing_rules import FIRST_PERSONAL_UID, Rule
@@ -32,16 +32,16 @@ from vpn_sentinel.domain.policy import IPAddress, is_public, within
 
 log = logging.getLogger(__name__)
 
-TRUST_S: Final = 300.0  # seconds that a port counts as a VPN program's
-LONGEST_S: Final = 30  # seconds between two looks for a proxy of one user, after as many that found none
-_MAX_TRUSTED_PORTS: Final = 32  # trusted ports
-RESTS: Final = 50  # times as long as looking through all sockets took
-_SOON: Final = 0.1  # seconds in which several of them become one change of the filter
+TRUST_S: Final = 300.0  # how long a port counts as a VPN program's
+MAX_PROXY_RETRY_S: Final = 30  # between two searches for a proxy of one user; each failed search adds a second
+_MAX_TRUSTED_PORTS: Final = 32
+SCAN_PAUSE_TIMES: Final = 50  # the pause after a scan of all sockets, in multiples of the time it took
+_FILTER_DELAY_S: Final = 0.1  # ports that become trusted within this time share one change of the filter
 
 
-class SenderSockets(Takers, Protocol):
+class SenderSockets(Acceptors, Protocol):
     def sender(self, protocol: int, port: int, far: IPAddress, far_port: int) -> Socket | None:
-        """Who sends from `port`, None when nobody can tell. It may raise OSError."""
+        """The socket that sends from `port`, None when it is not known. It may raise OSError."""
         ...
 
     def has(self, source: IPAddress, port: int, far: IPAddress, far_port: int) -> bool:
@@ -49,7 +49,7 @@ class SenderSockets(Takers, Protocol):
         ...
 
     def connecting(self, port: int, version: int) -> list[Socket]:
-        """TCP sockets of programs with this local port that do not listen. It may raise OSError."""
+        """Non-listening TCP sockets of programs with this local port. It may raise OSError."""
         ...
 
 
@@ -70,77 +70,80 @@ class ExemptWatch:
         server_known: Callable[[], bool],
         leaked: Callable[[Packet, str], None],
     ) -> None:
-        """`explained`: whether a packet is our own or has a VPN's shape; `answers`: whether it is an answer to what
-        came in before that time of the kernel's; `sure`: whether all that came in was read; `leads_out`: whether an
-        interface leads to the internet, not to containers of this host alone; `server_known`: whether the tunnel's
-        packets are known by where they go. `leaked` gets the leaks."""
+        """`explained`: whether a packet is the agent's own or has a VPN's fingerprint; `answers`: whether it answers a
+        packet that came in before that time of the kernel's clock; `sure`: whether all that came in was read;
+        `leads_out`: whether an interface leads to the internet, not only to containers of this host; `server_known`:
+        whether the tunnel's packets are known by their destination. `leaked` gets the leaks."""
         self._now, self._sockets, self._declared, self._flows = now, sockets, declared, flows
         self._explained, self._answers, self._sure, self._leaked = explained, answers, sure, leaked
         self._leads_out, self._server_known = leads_out, server_known
-        self._trials = Trials(now=now, sockets=sockets, leak=self._marked, none=self._trust)
+        self._trials = Trials(now=now, sockets=sockets, leak=self._marked, no_leak=self._trust)
         self._proxies = Trials(now=now, sockets=sockets, leak=self._proxied, proxies=True)
-        self._led = Trials(now=now, sockets=sockets, leak=self._leaks)
-        self._filtered: list[bpf.Insn] = []
-        self._rest = float("-inf")  # until when sockets are not looked through again: it takes a while
-        self._next: dict[int, tuple[float, int]] = {}  # by user: when a proxy is looked for again, how often it was
+        self._redirected = Trials(now=now, sockets=sockets, leak=self._report)
+        self._current_filter: list[bpf.Insn] = []
+        self._scan_after = float("-inf")  # no scan of all sockets before then: it is slow
+        # By user: when a proxy is searched for again, and how often it was.
+        self._proxy_tries: dict[int, tuple[float, int]] = {}
         self._taps: dict[int, Tap] = {}
         self._rules = Rules()
-        self._first: tuple[Rule, ...] | None = None  # that were there when the watch began
-        self._trusted: OrderedDict[tuple[int, int], float] = OrderedDict()  # protocol and port here: until when
-        self._again: asyncio.TimerHandle | None = None
+        self._first_rules: tuple[Rule, ...] | None = None  # those present when the watch began
+        self._trusted: OrderedDict[tuple[int, int], float] = OrderedDict()  # protocol and local port: until when
+        self._filter_timer: asyncio.TimerHandle | None = None
 
-    def look(self, interfaces: dict[int, str], rules: Rules) -> None:
-        """Watch these, by index and name, for what the rules except. Raises OSError or ValueError, as taps do."""
+    def update(self, interfaces: dict[int, str], rules: Rules) -> None:
+        """Watch these interfaces, by index and name, for what the rules except. Raises OSError or ValueError, as taps
+        do.
+        """
         if (rules.marks, rules.excepted) != (self._rules.marks, self._rules.excepted):
             self._trusted.clear()
             self._trials.forget()
             self._proxies.forget()
-            self._led.forget()
-            self._next.clear()
+            self._redirected.forget()
+            self._proxy_tries.clear()
         self._rules = rules
-        if self._first is None and interfaces:
-            self._first = rules.excepted
+        if self._first_rules is None and interfaces:
+            self._first_rules = rules.excepted
         now = self._now()
         self._trusted = OrderedDict((port, until) for port, until in self._trusted.items() if now < until)
-        made = self._made() if interfaces else []
-        same, self._filtered = made == self._filtered, made
+        insns = self._insns() if interfaces else []
+        is_same, self._current_filter = insns == self._current_filter, insns
         for index in [
-            i for i, tap in self._taps.items() if not (made and i in interfaces and tap.hears(interfaces[i]))
+            i for i, tap in self._taps.items() if not (insns and i in interfaces and tap.is_bound_to(interfaces[i]))
         ]:
             self._taps.pop(index).close()
-        for index, name in interfaces.items() if made else ():
+        for index, name in interfaces.items() if insns else ():
             if index in self._taps:
-                if not same:
-                    self._taps[index].filter(made)
+                if not is_same:
+                    self._taps[index].filter(insns)
             else:
-                self._taps[index] = Tap(name, made, self._left)
+                self._taps[index] = Tap(name, insns, self._on_packet)
 
     def led_out(self, packet: Packet, interface: str, uid: int | None) -> None:
-        """A packet of a user whom a routing rule leads out: it may be of a proxy that sends everybody's."""
+        """Take a packet of a user whom a routing rule leads out: the user may run a proxy for everybody's traffic."""
         if not packet.opens or uid is None or self._proxies.knows(packet, interface, uid):
             return
-        at, tries = self._next.get(uid, (0.0, 0))
+        at, searches = self._proxy_tries.get(uid, (0.0, 0))
         if self._now() >= at:
-            self._next[uid] = self._now() + min(tries, LONGEST_S), tries + 1
+            self._proxy_tries[uid] = self._now() + min(searches, MAX_PROXY_RETRY_S), searches + 1
             self._proxies.of(packet, interface, uid)
 
     def close(self) -> None:
-        if self._again is not None:
-            self._again.cancel()
+        if self._filter_timer is not None:
+            self._filter_timer.cancel()
         self._trials.close()
         self._proxies.close()
-        self._led.close()
+        self._redirected.close()
         for tap in self._taps.values():
             tap.close()
         self._taps.clear()
 
-    def _left(self, interface: str, ethertype: int, data: bytes, passed: float) -> None:
+    def _on_packet(self, interface: str, ethertype: int, data: bytes, passed: float) -> None:
         packet = decode(ethertype, data)
         if packet is None or packet.fragment or self._is_trusted(packet) or self._explained(packet):
             return
         if packet.hops == 1:
             self._trials.seen(packet)
-            self._led.seen(packet)
+            self._redirected.seen(packet)
             return
         if self._is_near(packet):
             self._to_the_lan(packet, interface)
@@ -149,33 +152,33 @@ class ExemptWatch:
         if not self._is_published(packet):
             self._judge(packet, interface, answers=answers)
         elif not (answers or self._visited(packet)) and self._sure():
-            self._leaks(packet, interface)
+            self._report(packet, interface)
 
     def _is_near(self, packet: Packet) -> bool:
         return within(packet.destination, PRIVATE) or within(packet.destination, self._rules.lan)
 
     def _to_the_lan(self, packet: Packet, interface: str) -> None:
-        """A connection is opened to a host of the LAN: whether its program meant another one."""
+        """Take a new connection to a LAN host, and try whether its program addressed another host."""
         here, there = packet.source_port, packet.destination_port
-        if self._sockets is None or here is None or there is None or self._now() < self._rest:
+        if self._sockets is None or here is None or there is None or self._now() < self._scan_after:
             return
         try:
             if self._sockets.has(packet.source, here, packet.destination, there):
                 return
-            began = self._now()
+            started_at = self._now()
             found = self._sockets.connecting(here, packet.destination.version)
-            self._rest = self._now() + RESTS * (self._now() - began)
+            self._scan_after = self._now() + SCAN_PAUSE_TIMES * (self._now() - started_at)
         except OSError:
-            return  # a sandbox that does not tell
+            return  # a sandbox that hides sockets
         ends = {(s.far, s.far_port, s.uid) for s in found}
         if len(ends) != 1:
             return
         far, port, uid = ends.pop()
         if far is None or not is_public(far):
             return
-        meant = replace(packet, destination=far, destination_port=port)
-        if not self._rules.allow(meant) and self._leads_out(interface):
-            self._led.of(meant, interface, uid, packet)
+        addressed = replace(packet, destination=far, destination_port=port)
+        if not self._rules.allow(addressed) and self._leads_out(interface):
+            self._redirected.of(addressed, interface, uid, packet)
 
     def _judge(self, packet: Packet, interface: str, *, answers: bool) -> None:
         owner = self._owner(packet)
@@ -183,7 +186,7 @@ class ExemptWatch:
         if answers:
             if packet.protocol == TCP or uid is None or uid < FIRST_PERSONAL_UID:
                 self._trust(packet)  # but not a person's port, which may begin flows too
-        elif packet.protocol not in TRIED or uid in self._declared.users or (owner is not None and owner.is_kernels):
+        elif uid in self._declared.users or packet.protocol not in TRIED_PROTOCOLS or (owner and owner.is_kernels):
             self._trust(packet)
         elif any(selects(rule, packet) for rule in self._rules.excepted):
             self._by_port(packet, interface, uid)
@@ -191,31 +194,31 @@ class ExemptWatch:
             self._trials.of(packet, interface, uid)
 
     def _by_port(self, packet: Packet, interface: str, uid: int | None) -> None:
-        """A person's program has no tunnel; whose port it is when the socket is gone, nobody knows."""
+        """Trust a system user's port; a person's program runs no tunnel. Without a socket the owner is not known."""
         if uid is not None and uid < FIRST_PERSONAL_UID:
             self._trust(packet)
         elif uid is not None and not self._visited(packet) and self._sure():
-            self._leaks(packet, interface)
+            self._report(packet, interface)
 
     def _visited(self, packet: Packet) -> bool:
-        """Whether it goes to a visitor; who is older than the watch comes by a rule that is older, too."""
-        older = self._is_published(packet) or any(selects(rule, packet) for rule in self._first or ())
+        """Whether it goes to a visitor; one from before the watch came by a rule from before the watch."""
+        older = self._is_published(packet) or any(selects(rule, packet) for rule in self._first_rules or ())
         return self._flows.visited(packet, self._now(), older=older)
 
-    def _leaks(self, packet: Packet, interface: str) -> None:
+    def _report(self, packet: Packet, interface: str) -> None:
         only, owner = self._declared.only, self._owner(packet)
         if not only or (owner is not None and owner.uid in only):
             self._leaked(packet, interface)
 
     def _marked(self, packet: Packet, interface: str) -> None:
-        """Where nothing else tells the tunnel's packets, what is marked for everybody may be its server's address."""
+        """Where the mark alone identifies the tunnel's packets, what is marked for everybody may go to its server."""
         owner = self._owner(packet)
         if self._server_known() or (owner is not None and owner.uid >= FIRST_PERSONAL_UID):
-            self._leaks(packet, interface)
+            self._report(packet, interface)
 
     def _proxied(self, packet: Packet, interface: str) -> None:
-        self._next.clear()
-        self._leaks(packet, interface)
+        self._proxy_tries.clear()
+        self._report(packet, interface)
 
     def _is_trusted(self, packet: Packet) -> bool:
         return not packet.opens and (packet.protocol, packet.source_port) in self._trusted
@@ -225,7 +228,7 @@ class ExemptWatch:
         return port is not None and any(p.has(packet.protocol, port) for p in self._rules.published)
 
     def _owner(self, packet: Packet) -> Socket | None:
-        """Whose it is, by its port here and its far end: NAT may have given it another address."""
+        """The socket that sent it, by local port and far end: NAT may have changed the local address."""
         if self._sockets is None or packet.source_port is None or packet.destination_port is None:
             return None
         try:
@@ -236,27 +239,29 @@ class ExemptWatch:
             return None
 
     def _trust(self, packet: Packet) -> None:
-        """It is a VPN program's, or an answer: what leaves from its port stays in the kernel."""
+        """Keep what leaves from this port in the kernel: it is a VPN program's, or answers."""
         if packet.source_port is None or packet.protocol not in (TCP, UDP):
             return
         self._trusted[packet.protocol, packet.source_port] = self._now() + TRUST_S
         if len(self._trusted) > _MAX_TRUSTED_PORTS:
             self._trusted.popitem(last=False)
-        if self._again is None:
-            self._again = asyncio.get_running_loop().call_later(_SOON, self._filter)
+        if self._filter_timer is None:
+            self._filter_timer = asyncio.get_running_loop().call_later(_FILTER_DELAY_S, self._filter)
 
-    def _made(self) -> list[bpf.Insn]:
+    def _insns(self) -> list[bpf.Insn]:
         try:
             return bpf.exempt(self._rules, self._trusted)
         except ValueError:
-            self._trusted.clear()  # too long for the kernel: then they come up, and are tried again
+            self._trusted.clear()  # too long for the kernel: those packets are read and tried again
             return bpf.exempt(self._rules, self._trusted)
 
     def _filter(self) -> None:
-        self._again = None
+        self._filter_timer = None
         try:
-            made = self._filtered = self._made()
+            insns = self._current_filter = self._insns()
             for tap in self._taps.values():
-                tap.filter(made)
+                tap.filter(insns)
         except (OSError, ValueError) as e:
-            log.warning("what is excepted is looked at packet by packet", extra={"reason": str(e)})
+            log.warning(
+                "the filter for excepted packets could not be updated: each of them is read", extra={"reason": str(e)}
+            )

@@ -1,4 +1,4 @@
-"""The packets that left outside the tunnel, counted by flow. Bounded, and without a clock: each call says the time."""
+"""The packets that left outside the tunnel, counted by flow. Bounded, and without a clock: callers pass the time."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -10,17 +10,17 @@ from vpn_sentinel.agent.net.packets import Packet
 from vpn_sentinel.domain.observation import Escape
 from vpn_sentinel.domain.policy import IPAddress
 
-TOLD_FOR_S: Final = 10.0  # seconds that a flow is told of after its last packet
-# And where its packets left because they were routed there, and are routed through the tunnel again: nothing of that
-# kind can leave any more. What left against the routes, by a socket bound to a device, may leave again.
-TOLD_WHEN_ROUTED_AGAIN_S: Final = 2.0
+REPORTED_FOR_S: Final = 10.0  # how long a flow is reported after its last packet
+# The same where its packets followed the routes, and the routes lead through the tunnel again: no more such packets can
+# leave. What left against the routes, by a socket bound to a device, may leave again.
+REPORTED_WHEN_ROUTED_AGAIN_S: Final = 2.0
 MAX_FLOWS: Final = 32
-MAX_NAMES_PER_SERVER: Final = 8  # different names asked of one nameserver that are kept apart
-_MAX_INTERFACE_CHARS: Final = 64  # characters of an interface's name
+MAX_NAMES_PER_SERVER: Final = 8  # queried names of one nameserver that have a flow each
+_MAX_INTERFACE_CHARS: Final = 64
 
 
 class Direction(Enum):
-    """Where a flow's packets would go now. UNKNOWN also where the tunnel is down, or a kill switch refuses them."""
+    """Where a flow's packets would go now. UNKNOWN also where the tunnel is down, or a kill switch blocks them."""
 
     OUTSIDE = auto()
     TUNNEL = auto()
@@ -61,20 +61,20 @@ _Key = tuple[int, IPAddress, int | None, IPAddress, str | None]
 
 
 class FlowTable:
-    """Flows by protocol, ends and name asked; source ports are not told apart, the first packet's is shown."""
+    """Flows by protocol, ends and queried name. Source ports are not distinguished; the first packet's is shown."""
 
     def __init__(self) -> None:
         self._flows: dict[_Key, _Flow] = {}
         self._kinds: Counter[_Kind] = Counter()
 
-    def see(
+    def count(
         self, packet: Packet, interface: str, now: float, *, routed: bool = False, user: int | None = None
     ) -> Escape | None:
-        """Count one packet; `routed` is whether the routes lead its destination outside, for everybody.
+        """Count one packet; `routed`: the routes lead to its destination outside the tunnel, for everybody.
 
-        `user` is whose it is, of a flow's first packet.
+        `user` is the user id of the sender, if known; that of a flow's first packet is kept.
 
-        Returns the flow when nothing else in the book went to that destination and port.
+        Returns the flow when no other in the table has that destination and port.
         """
         kind = packet.protocol, packet.destination, packet.destination_port
         key = (*kind, packet.source, packet.name)
@@ -94,11 +94,11 @@ class FlowTable:
         return flow.escape(now) if new_kind else None
 
     def has(self, packet: Packet) -> bool:
-        """Whether something in the book went to that destination and port."""
+        """Whether a flow in the table has that destination and port."""
         return (packet.protocol, packet.destination, packet.destination_port) in self._kinds
 
     def missed(self, packets: int, now: float) -> None:
-        """Packets that left while nobody read: put down to the flow that was busiest, at its packets' mean size."""
+        """Add packets that left unread to the flow that was busiest last, at its packets' mean size."""
         flow = max(self._flows.values(), key=lambda f: (f.last, f.packets), default=None)
         if flow is None or packets <= 0:
             return
@@ -106,29 +106,29 @@ class FlowTable:
         flow.packets += packets
         flow.last = now
 
-    def tell(self, now: float) -> tuple[Escape, ...]:
+    def entries(self, now: float) -> tuple[Escape, ...]:
         """All flows, the latest first."""
         return tuple(f.escape(now) for f in sorted(self._flows.values(), key=lambda f: -f.last))
 
-    def forget(self, now: float, way: Callable[[Escape], Direction]) -> float | None:
-        """Drop what is over; `way` says where the flow's packets would go now.
+    def forget(self, now: float, direction: Callable[[Escape], Direction]) -> float | None:
+        """Drop the flows that are over; `direction` returns where a flow's packets would go now.
 
-        Returns the seconds until the next one is over, if no packet comes; None when that is not known of any.
+        Returns the seconds until the next flow is over if no packet comes, None when no flow has an end yet.
         """
-        left = {key: self._left(flow, now, way) for key, flow in self._flows.items()}
-        for key in [k for k, seconds in left.items() if seconds is not None and seconds < 0]:
+        remaining = {key: self._seconds_left(flow, now, direction) for key, flow in self._flows.items()}
+        for key in [k for k, seconds in remaining.items() if seconds is not None and seconds < 0]:
             self._drop(key)
-        return min((s for s in left.values() if s is not None and s >= 0), default=None)
+        return min((s for s in remaining.values() if s is not None and s >= 0), default=None)
 
     @staticmethod
-    def _left(flow: _Flow, now: float, way: Callable[[Escape], Direction]) -> float | None:
-        match way(flow.escape(now)):
+    def _seconds_left(flow: _Flow, now: float, direction: Callable[[Escape], Direction]) -> float | None:
+        match direction(flow.escape(now)):
             case Direction.OUTSIDE:
                 return None
             case Direction.TUNNEL if flow.routed:
-                return flow.last + TOLD_WHEN_ROUTED_AGAIN_S - now
+                return flow.last + REPORTED_WHEN_ROUTED_AGAIN_S - now
             case _:
-                return flow.last + TOLD_FOR_S - now
+                return flow.last + REPORTED_FOR_S - now
 
     def clear(self) -> None:
         self._flows.clear()

@@ -1,13 +1,15 @@
-"""Which flows were begun from outside: what leaves in such a flow is an answer, as its owner wants it.
+"""Find the flows that were begun from outside: what leaves in such a flow is an answer, and no leak.
 
-TCP: a connection that the other side began, seen by its first packet, or one of a port that takes connections here, or
-did until lately. One that is passed on, to a container's published port say, has no socket here: where its beginning
-was not seen, its ports tell, as `_is_between_service_and_client` says. That lets no new connection out.
-UDP: a packet of that very flow came in first. A flow that was begun from here never becomes one. Which was first is
-told by the kernel's times of both, since packets may be read long after they passed, and in another order. Of a flow
-that may be older than the watch the socket tells: one that is connected to the far end is a client's, unless another
-one with its port is there for everybody, as a server has it. What such a one sends in the first seconds may go to
-visitors from before; if it begins a flow later, it is a program that does, like a torrent client, and has none.
+TCP: the first packet of a connection came in, or its local port listens or did so lately. A forwarded connection, e.g.
+to a container's published port, has no socket here: where its first packet was not seen, its ports decide
+(`_is_between_service_and_client`). No new connection gets out by that.
+
+UDP: a packet of that flow came in first; a flow that was begun from here never becomes an answer. The kernel's
+timestamps decide which was first, since packets may be read much later and in another order. For a flow that may be
+older than the watch, the socket decides: one that is connected to the far end is a client's, unless another socket on
+its port takes datagrams from everybody, as a server's does. What a server sends in the first seconds may go to clients
+from before the watch; if it begins a flow later, it is a program that does so, like a torrent client, and those flows
+do not count as answers.
 """
 
 from collections import OrderedDict
@@ -23,14 +25,14 @@ K = TypeVar("K")
 T = TypeVar("T")
 
 MAX_FLOWS: Final = 2048
-UDP_FLOW_S: Final = 180.0  # after its last packet, as the kernel's own table of connections keeps it
-# Seconds that a port counts as taking connections when it takes none any more: FIN is repeated for some 100 s (tcp(7)).
-TAKEN_S: Final = 600.0
-OLDER_S: Final = 60.0  # after the first look: by then the flows that were there before have shown themselves
-OLD_S: Final = 3.0  # after the first look: by then a service that sends by itself has sent to each of its visitors
-SERVICES_BELOW: Final = 1024  # privileged ports (ip_unprivileged_port_start, ip-sysctl)
-_ANSWERED: Final = float("-inf")  # in the place of when its first packet passed
-CLIENTS_FROM: Final = 32768  # ip_local_port_range of a network namespace that nobody set; IANA's range is in it
+UDP_FLOW_S: Final = 180.0  # a flow lives so long after its last packet, as in the kernel's connection tracking
+# How long a port counts as listening after its socket is closed: FIN is repeated for about 100 s (tcp(7)).
+LISTENED_S: Final = 600.0
+OLDER_FLOWS_S: Final = 60.0  # after the start: by then every older flow has sent a packet
+FIRST_SENDS_S: Final = 3.0  # after the start: by then a service has sent to each of its clients
+SERVICE_PORTS_BELOW: Final = 1024  # privileged ports (ip_unprivileged_port_start, ip-sysctl)
+_ANSWERED_BEFORE: Final = float("-inf")  # instead of the time of its first packet
+CLIENT_PORTS_FROM: Final = 32768  # the default ip_local_port_range; it contains IANA's range
 
 # protocol, address and port here, address and port there
 Flow = tuple[int, IPAddress, int, IPAddress, int]
@@ -40,19 +42,19 @@ class ServiceSockets(Protocol):
     """Sockets of this network namespace. Each call may raise OSError."""
 
     def listens(self, port: int, version: int) -> bool:
-        """Whether a socket takes connections on this port."""
+        """Whether a TCP socket listens on this port."""
         ...
 
     def listening(self) -> frozenset[int]:
-        """The ports on which connections are taken."""
+        """The TCP ports that listen."""
         ...
 
     def is_ephemeral(self, port: int) -> bool:
-        """Whether it is one of the ports that the kernel gives to programs that ask for none."""
+        """Whether the kernel gives this port to programs that ask for none (ip_local_port_range)."""
         ...
 
     def serves(self, port: int, version: int) -> bool:
-        """Whether a UDP socket takes datagrams of everybody on this port."""
+        """Whether an unconnected UDP socket is bound to this port."""
         ...
 
     def of(self, protocol: int, source: IPAddress, port: int, far: IPAddress, far_port: int) -> Socket | None:
@@ -61,65 +63,69 @@ class ServiceSockets(Protocol):
 
 
 class Flows:
-    """Bounded. Each call says the time, `now`, and when the packet `passed` by the kernel's clock, in seconds."""
+    """Bounded. Callers pass the time, `now`, and when the packet `passed` by the kernel's clock, in seconds."""
 
     def __init__(self, sockets: ServiceSockets | None) -> None:
         self._sockets = sockets
-        self._since = float("inf")  # when the first look was
-        self._took: dict[int, float] = {}  # ports that take connections: when they were seen to do so last
-        # When it was heard of last, and until an answer left, when its first packet passed.
-        self._came: OrderedDict[Flow, tuple[float, float]] = OrderedDict()
+        self._first_update = float("inf")  # when `update` was first called
+        self._listened_at: dict[int, float] = {}  # when a port was last seen to listen
+        # When its last packet was seen, and when its first packet passed or _ANSWERED_BEFORE.
+        self._inbound: OrderedDict[Flow, tuple[float, float]] = OrderedDict()
         self._begun: OrderedDict[Flow, float] = OrderedDict()
-        self._visitors: OrderedDict[tuple[int, IPAddress], float] = OrderedDict()  # to which UDP port here, and who
-        self._old: OrderedDict[Flow, float] = OrderedDict()  # maybe with visitors from before: when each was used last
+        self._visitors: OrderedDict[tuple[int, IPAddress], float] = OrderedDict()  # by local UDP port and host
+        # Maybe with clients from before the watch: when each was last used.
+        self._maybe_old: OrderedDict[Flow, float] = OrderedDict()
 
-    def look(self, now: float) -> None:
-        """Note which ports take connections now."""
-        self._since = min(self._since, now)
+    def update(self, now: float) -> None:
+        """Note which ports listen now."""
+        self._first_update = min(self._first_update, now)
         if self._sockets is None:
             return
-        with suppress(OSError):  # a sandbox that does not tell: each packet asks again
-            self._took |= dict.fromkeys(self._sockets.listening(), now)
-        self._took = {port: at for port, at in self._took.items() if now - at <= TAKEN_S}
+        with suppress(OSError):  # a sandbox that hides sockets: each packet asks again
+            self._listened_at |= dict.fromkeys(self._sockets.listening(), now)
+        self._listened_at = {port: at for port, at in self._listened_at.items() if now - at <= LISTENED_S}
 
     def came_in(self, packet: Packet, now: float, passed: float) -> None:
-        """A packet from outside: it begins a flow, unless one was begun from here."""
+        """Note a packet from outside: it begins a flow, unless the flow was begun from here."""
         flow = _flow(packet, inbound=True)
         if flow is None or flow in self._begun:
             return
-        if (packet.protocol == UDP and flow not in self._old) or packet.opens:
-            _keep(self._came, flow, (now, self._came.get(flow, (now, passed))[1]))
+        if (packet.protocol == UDP and flow not in self._maybe_old) or packet.opens:
+            _keep(self._inbound, flow, (now, self._inbound.get(flow, (now, passed))[1]))
         if packet.protocol == UDP:
             _keep(self._visitors, (flow[2], flow[3]), now)
 
     def begins(self, packet: Packet, now: float) -> None:
-        """A packet left that is no answer."""
+        """Note a packet that left and is no answer."""
         flow = _flow(packet)
         if flow is None:
             return
         _keep(self._begun, flow, now)
-        self._came.pop(flow, None)
-        self._old.pop(flow, None)
-        if packet.protocol == UDP and now - self._since > OLD_S:
-            for one in [f for f in self._old if f[2] == flow[2]]:
-                del self._old[one]
+        self._inbound.pop(flow, None)
+        self._maybe_old.pop(flow, None)
+        if packet.protocol == UDP and now - self._first_update > FIRST_SENDS_S:
+            for one in [f for f in self._maybe_old if f[2] == flow[2]]:
+                del self._maybe_old[one]
 
     def may_be_old(self, packet: Packet, now: float) -> bool:
-        """Whether this, the first packet of its flow that was seen, may go to a visitor who is older than the watch.
+        """Whether this first seen packet of a flow may go to a client from before the watch.
 
-        It is believed until `begins` is called, and as long as something like a visitor is there: see `is_visited`.
+        That holds until `begins` is called, and only while `is_visited` is true.
         """
         flow = _flow(packet)
-        if flow is None or packet.protocol != UDP or now - self._since > OLD_S or not self._may_serve(flow):
+        is_late = now - self._first_update > FIRST_SENDS_S
+        if flow is None or packet.protocol != UDP or is_late or not self._may_be_a_service(flow):
             return False
-        _keep(self._old, flow, now)
-        self._came.pop(flow, None)  # what came in came behind it
+        _keep(self._maybe_old, flow, now)
+        self._inbound.pop(flow, None)  # what came in came after it
         return True
 
     def is_visited(self, packet: Packet) -> bool:
-        """Whether datagrams came in on its port, of several hosts, or from a client's port to the one host there is."""
+        """Whether several hosts sent datagrams to its local port, or one host did and the packet goes to a client's
+        port.
+        """
         hosts = {host for port, host in self._visitors if port == packet.source_port}
-        return len(hosts) > 1 or (bool(hosts) and (packet.destination_port or 0) >= CLIENTS_FROM)
+        return len(hosts) > 1 or (bool(hosts) and (packet.destination_port or 0) >= CLIENT_PORTS_FROM)
 
     def is_answer(self, packet: Packet, now: float, passed: float) -> bool:
         flow = _flow(packet)
@@ -129,36 +135,37 @@ class Flows:
             # A packet that opens a connection is no answer, whichever port it leaves from.
             if packet.opens:
                 return False
-            answers = flow in self._came or self._is_taken(flow, now) or self._is_passed_on(flow)
+            answers = flow in self._inbound or self._is_listened(flow, now) or self._is_passed_on(flow)
             if answers:
-                _keep(self._came, flow, (now, _ANSWERED))  # whatever becomes of the socket
+                _keep(self._inbound, flow, (now, _ANSWERED_BEFORE))  # also after the socket is gone
             return answers
-        if flow in self._old and now - self._old[flow] <= UDP_FLOW_S:
-            _keep(self._old, flow, now)
+        if flow in self._maybe_old and now - self._maybe_old[flow] <= UDP_FLOW_S:
+            _keep(self._maybe_old, flow, now)
             return True
-        heard, first = self._came.get(flow, (float("-inf"), 0.0))
-        answers = now - heard <= UDP_FLOW_S and first <= passed
-        if answers and first != _ANSWERED and now - self._since <= OLDER_S and self._is_a_clients(flow):
+        last, first = self._inbound.get(flow, (float("-inf"), 0.0))
+        answers = now - last <= UDP_FLOW_S and first <= passed
+        may_be_older = first != _ANSWERED_BEFORE and now - self._first_update <= OLDER_FLOWS_S
+        if answers and may_be_older and self._is_client(flow):
             return False
         if answers:
-            _keep(self._came, flow, (now, _ANSWERED))  # from here on a clock that is set changes nothing
+            _keep(self._inbound, flow, (now, _ANSWERED_BEFORE))  # from now on a change of the clock has no effect
         return answers
 
     def visited(self, packet: Packet, now: float, *, older: bool) -> bool:
         """Whether UDP of that host came to this port before, however long ago: servers send unasked, too.
 
-        In the first minute nobody knows who was there before: where flows may be `older` than the watch, each was.
+        In the first minute older clients are not known: where flows may be `older` than the watch, each counts as one.
         """
         visitor = packet.source_port or 0, packet.destination
-        older = older and now - self._since <= OLDER_S
+        older = older and now - self._first_update <= OLDER_FLOWS_S
         if packet.protocol == UDP and (visitor in self._visitors or older):
             _keep(self._visitors, visitor, now)
             return True
         return False
 
-    def _is_taken(self, flow: Flow, now: float) -> bool:
+    def _is_listened(self, flow: Flow, now: float) -> bool:
         _protocol, near, port, _far, _far_port = flow
-        if now - self._took.get(port, float("-inf")) <= TAKEN_S:
+        if now - self._listened_at.get(port, float("-inf")) <= LISTENED_S:
             return True
         if self._sockets is None:
             return False
@@ -167,14 +174,14 @@ class Flows:
         except OSError:
             return False
 
-    def _may_serve(self, flow: Flow) -> bool:
-        """Whether its socket is there for everybody, on a port that its program chose, and the far end is no service.
+    def _may_be_a_service(self, flow: Flow) -> bool:
+        """Whether its socket is unconnected, on a port that its program chose, and the far end is no service.
 
-        Where both have the same port neither is a client, as between two telephones. What has no socket here is passed
-        on, of a container's published port for one.
+        Where both ports are the same, neither end is a client (two telephones). A flow without a socket here is
+        forwarded, e.g. that of a container's published port.
         """
         _protocol, _near, port, _far, far_port = flow
-        if self._sockets is None or far_port < SERVICES_BELOW or far_port == port:
+        if self._sockets is None or far_port < SERVICE_PORTS_BELOW or far_port == port:
             return False
         try:
             sender = self._sockets.of(*flow)
@@ -184,7 +191,7 @@ class Flows:
         except OSError:
             return False
 
-    def _is_a_clients(self, flow: Flow) -> bool:
+    def _is_client(self, flow: Flow) -> bool:
         if self._sockets is None:
             return False
         try:
@@ -194,7 +201,7 @@ class Flows:
             return False
 
     def _is_passed_on(self, flow: Flow) -> bool:
-        """Whether a connection that has no socket here is one of a service behind this host."""
+        """Whether a connection without a socket here belongs to a service behind this host."""
         if self._sockets is None or not _is_between_service_and_client(flow):
             return False
         try:
@@ -204,13 +211,13 @@ class Flows:
 
 
 def _is_between_service_and_client(flow: Flow) -> bool:
-    """Whether the port here is one that services have, and the far one a client's.
+    """Whether the local port is a service's, and the far one a client's.
 
-    What a container or another host sends by itself keeps its port in masquerading, a client's (iptables-extensions(8),
+    What a container or another host begins keeps its client port under masquerading (iptables-extensions(8),
     MASQUERADE), or gets one from 1024 on.
     """
     _protocol, _near, port, _far, far_port = flow
-    return port < SERVICES_BELOW <= far_port or port < CLIENTS_FROM <= far_port
+    return port < SERVICE_PORTS_BELOW <= far_port or port < CLIENT_PORTS_FROM <= far_port
 
 
 def _flow(packet: Packet, *, inbound: bool = False) -> Flow | None:
@@ -220,8 +227,8 @@ def _flow(packet: Packet, *, inbound: bool = False) -> Flow | None:
     return (packet.protocol, *(here if inbound else far), *(far if inbound else here))
 
 
-def _keep(flows: "OrderedDict[K, T]", flow: K, what: T) -> None:
-    flows[flow] = what
+def _keep(flows: "OrderedDict[K, T]", flow: K, value: T) -> None:
+    flows[flow] = value
     flows.move_to_end(flow)
     if len(flows) > MAX_FLOWS:
         flows.popitem(last=False)

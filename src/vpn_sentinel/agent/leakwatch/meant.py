@@ -1,12 +1,12 @@
-"""What the owner declares as meant to go beside the tunnel: VPN_SENTINEL_MEANT_OUTSIDE.
+"""Parse VPN_SENTINEL_MEANT_OUTSIDE: what the owner declares as meant to go outside the tunnel.
 
 Entries are separated by `;` or line ends:
 
-    published 8000/tcp      answers of a port here to those who connect from outside; a range is `6881-6889/udp`
-    port 123/udp            what goes to that port of anybody
+    published 8000/tcp      answers of a local port to those who connect from outside; a range is `6881-6889/udp`
+    port 123/udp            what goes to that port of any host
     user backup             what that user's programs send, by name or number
-    only user vpn-user      the tunnel is for that user alone; nobody else's packets matter
-    interface eth1          that way out is not watched
+    only user vpn-user      the tunnel is for that user alone; packets of others do not matter
+    interface eth1          this interface is not watched
 """
 
 import pwd
@@ -19,8 +19,8 @@ from vpn_sentinel.agent.net.endpoints import PROTOCOLS, TCP, UDP
 from vpn_sentinel.agent.net.routing_rules import Rule
 
 FORMS: Final = "`published 8000/tcp`, `port 123/udp`, `user NAME`, `only user NAME` or `interface NAME`"
-_INTERFACE: Final = re.compile(r"[\w.:@+-]{1,15}", re.ASCII)  # it may stand in a rule of nftables
-_MAX_ENTRIES: Final = 64  # the kernel's filter takes so many easily
+_INTERFACE: Final = re.compile(r"[\w.:@+-]{1,15}", re.ASCII)  # it is safe in an nftables rule
+_MAX_ENTRIES: Final = 64  # the kernel's filter has room for so many
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,7 +34,7 @@ class Meant:
     interfaces: frozenset[str] = frozenset()
 
     def covers(self, rule: Rule) -> bool:
-        """Whether a routing rule selects ports that are meant to be reached beside the tunnel."""
+        """Whether a routing rule selects only ports that are meant to be reached outside the tunnel."""
         if rule.invert or rule.destination_ports is None:
             return False
         low, high = rule.destination_ports
@@ -43,7 +43,7 @@ class Meant:
 
 
 def parse_meant(text: str) -> Meant:
-    """Raises ValueError that says which entry cannot be used, and why."""
+    """Raises ValueError that names the entry that cannot be used, and why."""
     published: list[PortRange] = []
     ports: list[PortRange] = []
     users: set[int] = set()
@@ -55,10 +55,10 @@ def parse_meant(text: str) -> Meant:
         raise ValueError(msg)
     for entry in entries:
         match entry.split():
-            case ["published", what]:
-                published.append(_ports(what))
-            case ["port", what]:
-                ports.append(_ports(what))
+            case ["published", ports_text]:
+                published.append(_ports(ports_text))
+            case ["port", ports_text]:
+                ports.append(_ports(ports_text))
             case ["user", name]:
                 users.add(_uid(name))
             case ["only", "user", name] | ["user", name, "only"]:

@@ -1,4 +1,4 @@
-"""Packets of this project's own: they show where traffic goes, and are no user's."""
+"""Recognize the agent's own packets: they show where traffic goes, and are no program's leak."""
 
 import os
 from collections.abc import Callable, Iterable
@@ -14,7 +14,7 @@ from vpn_sentinel.domain.policy import IPAddress
 
 
 class OwnPackets:
-    """`sockets` are those of this process; `servers` the hosts that reports go to."""
+    """`sockets` are those of this process; `servers` returns the hosts that reports go to."""
 
     def __init__(self, sockets: OwnSockets, tables: Tables | None, servers: Callable[[], Iterable[IPAddress]]) -> None:
         self.sockets = sockets
@@ -22,7 +22,7 @@ class OwnPackets:
         self._servers = servers
 
     def has(self, packet: Packet) -> bool:
-        """Whether it is a probe: a canary tells of it. What has one hop to live gets no further than the LAN."""
+        """Whether it is a probe, whose result a canary reports. With a hop limit of one it ends in the LAN."""
         return packet.hops == 1 or self.is_probe(packet)
 
     def is_probe(self, packet: Packet) -> bool:
@@ -32,11 +32,13 @@ class OwnPackets:
         )
 
     def is_diverted(self, packet: Packet) -> bool:
-        """Whether a name that we asked left for another address than it was asked at."""
+        """Whether a DNS query of the agent left for another address than it was sent to."""
         return is_diverted(packet, self.sockets)
 
     def is_led_away(self, packet: Packet, around: EgressMap) -> bool:
-        """Whether this host's firewall leads a name that we asked, and so everybody's, elsewhere or past the tunnel."""
+        """Whether this host's firewall diverts a DNS query of the agent, and so everybody's, elsewhere or past the
+        tunnel.
+        """
         if self.is_diverted(packet):
             return True
         fib, tunnel = around.fib, around.tunnel
@@ -47,20 +49,20 @@ class OwnPackets:
             return False
         to, port, protocol = packet.destination, packet.destination_port or 0, packet.protocol
         try:
-            # Tables are not all: of routes by a router that does not answer, IPv6 takes another one.
+            # Tables are not enough: IPv6 avoids a route whose router does not answer.
             route = self._tables.route(to, port=port, protocol=protocol)
             if route is not None and route.source is not None:
-                # A connected socket keeps this address, by which another rule may lead it (`from`).
+                # A connected socket keeps this address, and a rule may select it (`from`).
                 kept = (route.source, packet.source_port or 0)
                 route = self._tables.route(to, port=port, protocol=protocol, source=kept)
         except OSError:
             return False
         return route is not None and route.interface == tunnel
 
-    def is_the_end_of_a_report(self, packet: Packet, interface: str, around: EgressMap) -> bool:
-        """Whether it is of our own connection to the server, begun through a tunnel that went away meanwhile.
+    def is_of_a_broken_connection(self, packet: Packet, interface: str, around: EgressMap) -> bool:
+        """Whether it belongs to the agent's connection to the server, begun through a tunnel that is gone now.
 
-        A kill switch that lets established flows pass lets it out, with the tunnel's address as its source.
+        A kill switch that accepts established flows lets it out, with the tunnel's address as its source.
         """
         if packet.destination not in self._servers() or packet.protocol != TCP or packet.opens:
             return False

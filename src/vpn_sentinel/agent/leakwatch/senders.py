@@ -1,9 +1,9 @@
-"""Who is let out of the tunnel by who sends, and who alone is in it: read from the kernel's rules by walking them.
+"""Which senders the routing rules let out of the tunnel, and which they alone lead into it.
 
-A VPN program excepts its own packets by a mark, a user, a port of its own or a protocol without ports. Whether a rule
-does that for the tunnel that is watched depends on its place among the others, so it is tried: a packet of anybody goes
-into the tunnel, the same packet with the mark does not. What a rule selects by destination alone is a part of the
-traffic, and no exception.
+A VPN program excepts its own packets by a mark, a user, a source port or a protocol without ports. Whether a rule does
+that for the watched tunnel depends on its place among the other rules, so lookups in the tables are compared: a packet
+of an ordinary sender goes into the tunnel, the same packet with the mark does not. A rule that selects by destination
+alone selects a part of the traffic, and is no exception.
 """
 
 from collections.abc import Iterable
@@ -18,17 +18,18 @@ from vpn_sentinel.agent.net.packets import Packet
 from vpn_sentinel.agent.net.routing_rules import ANY_SENDER, Rule, Sender, may_be_one_program
 from vpn_sentinel.domain.policy import IPAddress
 
-# Besides the usual two a family, for where a rule sends one of those elsewhere.
-_SOME: Final = {4: INTERNET[0], 6: INTERNET[-1]}
-_DSCP: Final = 0xFC  # the type of service without the two bits of ECN (RFC 3168)
+# For a family of which nothing goes through the tunnel.
+_FALLBACK_ADDRESS: Final = {4: INTERNET[0], 6: INTERNET[-1]}
+_DSCP_MASK: Final = 0xFC  # the type of service without the two bits of ECN (RFC 3168)
+# Besides the usual two of a family, in case a rule leads one of those elsewhere.
 _ANYWHERE: Final[tuple[IPAddress, ...]] = (*INTERNET, *(ip_address(a) for a in ("9.9.9.9", "2620:fe::fe")))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Senders:
-    """`excepted`: rules, none of them inverted, whose senders go beside the tunnel while others go through it.
-    `inside`: rules whose senders alone go through it; none means that everybody should. Of the IP versions in
-    `everybody` all packets did, once."""
+    """`excepted`: rules, none of them inverted, whose senders go outside the tunnel while others go through it.
+    `inside`: rules whose senders alone go through it; none means that all packets should. In the IP versions of
+    `everybody` all packets have gone through it before."""
 
     excepted: tuple[Rule, ...] = ()
     inside: tuple[Rule, ...] = ()
@@ -36,49 +37,50 @@ class Senders:
 
 
 def senders(fib: Fib, tunnel: int | None, before: Senders) -> Senders:
-    """What the rules say now. `tunnel` is the index of the tunnel's device, None while it is gone.
+    """Read the rules. `tunnel` is the index of the tunnel's device, None while it is gone.
 
-    What was found `before` holds on where nobody's packets go through the tunnel: its program still sends.
+    What was found `before` stays valid while no packets go through the tunnel: its program still sends.
     """
-    turned = [replace(r, invert=False) for r in fib.rules if r.invert and r.names_sender() and may_be_one_program(r)]
+    inverted = [replace(r, invert=False) for r in fib.rules if r.invert and r.names_sender() and may_be_one_program(r)]
     if tunnel is None:
-        return replace(before, excepted=tuple(dict.fromkeys((*before.excepted, *turned))))
+        return replace(before, excepted=tuple(dict.fromkeys((*before.excepted, *inverted))))
     excepted: list[Rule] = []
     inside: list[Rule] = []
     through = {version: _everybody(fib, tunnel, version) for version in (4, 6)}
     everybody = before.everybody | {version for version, address in through.items() if address is not None}
     for rule in (replace(r, invert=False) for r in fib.rules if r.names_sender()):
-        to = rule.destination.network_address if rule.destination else through[rule.version] or _SOME[rule.version]
-        sends = _like(rule)
-        others, this = (_leads(fib, s, to, tunnel) for s in (_somebody_else(rule, sends), sends))
+        anywhere = through[rule.version] or _FALLBACK_ADDRESS[rule.version]
+        to = rule.destination.network_address if rule.destination else anywhere
+        sends = _sender_of(rule)
+        others, this = (_leads_to(fib, s, to, tunnel) for s in (_ordinary_sender(rule, sends), sends))
         if others and not this and may_be_one_program(rule):
             excepted.append(rule)
-        elif this and not others and _is_who(rule) and not _is_root(rule):
+        elif this and not others and _selects_sender_only(rule) and not _is_root(rule):
             inside.append(rule)
     if not (any(through.values()) or inside):
-        # A route or rule was put in front of the tunnel: the rules that told of its program are still there.
-        excepted += [*turned, *before.excepted]
+        # A route or rule took precedence over the tunnel: the rules that except its program are still there.
+        excepted += [*inverted, *before.excepted]
     return Senders(
         excepted=tuple(dict.fromkeys(excepted)),
-        # Where everybody went through the tunnel before, a rule for one user that is left of it is a leak of the rest.
+        # Where all packets went through the tunnel before, and now only one user's do, the others leak.
         inside=tuple(dict.fromkeys(r for r in inside if r.version not in everybody)),
         everybody=everybody,
     )
 
 
 def _everybody(fib: Fib, tunnel: int, version: int) -> IPAddress | None:
-    """An address to which everybody's packets go through the tunnel, if there is one."""
+    """An address to which an ordinary sender's packets go through the tunnel, if there is one."""
     some = (a for a in _ANYWHERE if a.version == version)
-    return next((a for a in some if _leads(fib, ANY_SENDER, a, tunnel)), None)
+    return next((a for a in some if _leads_to(fib, ANY_SENDER, a, tunnel)), None)
 
 
-def _leads(fib: Fib, sender: Sender, to: IPAddress, tunnel: int) -> bool:
+def _leads_to(fib: Fib, sender: Sender, to: IPAddress, tunnel: int) -> bool:
     found = fib.lookup(to, sender)
     return found is not None and found.leads_by(tunnel)
 
 
-def _like(rule: Rule) -> Sender:
-    """A sender whom the rule selects."""
+def _sender_of(rule: Rule) -> Sender:
+    """A sender that the rule selects."""
     return Sender(
         mark=rule.mark or 0,
         uid=rule.uids[0] if rule.uids else None,
@@ -90,8 +92,8 @@ def _like(rule: Rule) -> Sender:
     )
 
 
-def _somebody_else(rule: Rule, sender: Sender) -> Sender:
-    """The same packet without what says who sends it: a part of the traffic that a rule selects is no sender's."""
+def _ordinary_sender(rule: Rule, sender: Sender) -> Sender:
+    """The same packet without what identifies its sender; what selects a part of the traffic (a port, TCP) stays."""
     ordinary = rule.protocol in (TCP, UDP)
     return replace(sender, mark=0, uid=None, source_port=0, protocol=sender.protocol if ordinary else 0)
 
@@ -101,13 +103,15 @@ def is_mark(rule: Rule) -> bool:
     return bool(rule.mark) and rule.uids is None and _has_nothing_else(rule)
 
 
-def _is_who(rule: Rule) -> bool:
-    """Whether it selects by user or mark and by nothing else: a program whose traffic alone belongs to the tunnel."""
+def _selects_sender_only(rule: Rule) -> bool:
+    """Whether it selects by user or mark and by nothing else: then only that program's traffic belongs to the
+    tunnel.
+    """
     return is_mark(rule) or (rule.uids is not None and not rule.mark and _has_nothing_else(rule))
 
 
 def _is_root(rule: Rule) -> bool:
-    """Whether root is among the users: its programs are many, and nobody has a tunnel for them alone."""
+    """Whether root is the first of its users: no tunnel is for root's many programs alone."""
     return rule.uids is not None and rule.uids[0] == 0
 
 
@@ -117,7 +121,7 @@ def _has_nothing_else(rule: Rule) -> bool:
 
 
 def leads_in(senders: Senders, fib: Fib | None, packet: Packet, near: IPAddress | None, tunnel: int | None) -> bool:
-    """Whether the packet goes into the tunnel, from a socket that is bound to no device, for all but who is excepted.
+    """Whether the packet goes into the tunnel, from a socket bound to no device, for all senders that are not excepted.
 
     `near` is the address that the socket is bound to.
     """
@@ -128,17 +132,17 @@ def leads_in(senders: Senders, fib: Fib | None, packet: Packet, near: IPAddress 
         protocol=packet.protocol,
         source_port=packet.source_port or 0,
         destination_port=packet.destination_port or 0,
-        tos=packet.tos & _DSCP,
+        tos=packet.tos & _DSCP_MASK,
     )
     named = (r for r in fib.rules if r.version == packet.destination.version and (r.mark or r.uids is not None))
     others = [r for r in named if replace(r, invert=False) not in senders.excepted]
     sent = [anybody, *(replace(anybody, mark=r.mark or 0, uid=r.uids[0] if r.uids else None) for r in others)]
-    ways = [fib.lookup(packet.destination, s) for s in sent]
-    return all(way is None or {hop.interface for hop in way.hops} == {tunnel} for way in ways)
+    entries = [fib.lookup(packet.destination, s) for s in sent]
+    return all(entry is None or {hop.interface for hop in entry.hops} == {tunnel} for entry in entries)
 
 
 def selects(rule: Rule, packet: Packet, uid: int | None = None) -> bool:
-    """Whether a rule without a mark selects a packet that `uid` sent; None is a user that nobody knows."""
+    """Whether a rule without a mark selects a packet that user `uid` sent, None if the user is not known."""
     to, port, own = packet.destination, packet.destination_port or 0, packet.source_port or 0
     return (
         rule.version == to.version
@@ -154,5 +158,5 @@ def selects(rule: Rule, packet: Packet, uid: int | None = None) -> bool:
 
 
 def marks(rules: Iterable[Rule]) -> tuple[tuple[int, int], ...]:
-    """Mark and mask of those that select by mark alone."""
+    """Mark and mask of the rules that select by mark alone."""
     return tuple(dict.fromkeys((r.mark or 0, r.mask) for r in rules if is_mark(r)))

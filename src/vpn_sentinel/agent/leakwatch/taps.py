@@ -12,25 +12,25 @@ from vpn_sentinel.agent.leakwatch.tap import Tap
 
 log = logging.getLogger(__name__)
 
-UNREAD_S: Final = 10.0  # after something that came in was left unread, in which nobody is said not to have come
+UNREAD_DOUBT_S: Final = 10.0  # after incoming packets were lost, no flow is said to lack a first packet for so long
 _GONE: Final = frozenset({errno.ENODEV, errno.ENXIO})
-# Gets the interface's name, the ethertype, the packet, and when it passed: see `tap`.
+# Gets the interface's name, the ethertype, the packet, and when it passed: see `tap.Tap`.
 OnPacket = Callable[[str, int, bytes, float], None]
 OnMissed = Callable[[int], None]
 
 
 class Taps:
-    """Interfaces are known by their index.
+    """Interfaces are keyed by their index.
 
-    `permitted` is whether packet sockets may be opened here, None before that was tried; `unwatched` says why an
-    interface that should be watched is not.
+    `permitted`: whether packet sockets may be opened here, None before the first try. `unwatched` gives the reason for
+    each interface that should be watched and is not.
     """
 
     def __init__(self, left: OnPacket, missed: OnMissed, came_in: OnPacket, now: Callable[[], float]) -> None:
-        """`left` and `missed` hear of what leaves, `came_in` of what comes in; `now` is a clock that never jumps."""
+        """`left` and `missed` get what leaves, `came_in` what comes in; `now` is a monotonic clock in seconds."""
         self._left, self._missed = left, missed
         self._came_in, self._now = came_in, now
-        self._unread = float("-inf")  # when something that came in was left unread
+        self._unread_at = float("-inf")  # when incoming packets were last lost
         self._outbound: dict[int, Tap] = {}
         self._inbound: dict[int, Tap] = {}
         self.permitted: bool | None = None
@@ -44,24 +44,25 @@ class Taps:
 
     @property
     def floods_out(self) -> bool:
-        """Whether some of what leaves is left unread just now."""
-        return any(tap.rests for tap in self._outbound.values())
+        """Whether outgoing packets are left unread at the moment."""
+        return any(tap.is_paused for tap in self._outbound.values())
 
     def has_read_all(self) -> bool:
-        """Whether all that came in lately was read."""
-        floods = any(tap.rests for tap in self._inbound.values())
-        return not floods and self._now() - self._unread > UNREAD_S
+        """Whether all incoming packets of the last seconds were read."""
+        floods = any(tap.is_paused for tap in self._inbound.values())
+        return not floods and self._now() - self._unread_at > UNREAD_DOUBT_S
 
-    def leave_unread(self) -> None:
-        """Something that came in tells nothing: what belongs to it may be lost."""
-        self._unread = self._now()
+    def note_unread(self) -> None:
+        """Note that incoming packets may be lost."""
+        self._unread_at = self._now()
 
-    def hears(self, index: int, name: str) -> bool:
-        """Whether both sockets are there, and still of the interface of that name."""
-        return index in self._outbound and self._outbound[index].hears(name) and self._inbound[index].hears(name)
+    def is_bound_to(self, index: int, name: str) -> bool:
+        """Whether both sockets exist and are still bound to the interface of that name."""
+        taps = [taps[index] for taps in (self._outbound, self._inbound) if index in taps]
+        return bool(taps) and all(tap.is_bound_to(name) for tap in taps)
 
     def open(self, index: int, name: str, rules: Rules) -> None:
-        """Watch one more interface; `permitted` or `unwatched` tells where that cannot be."""
+        """Watch one more interface; a failure is noted in `permitted` or `unwatched`."""
         inbound = None
         try:
             inbound = Tap(name, bpf.inbound(rules), self._came_in, self._missed_inbound)
@@ -71,7 +72,7 @@ class Taps:
             log.warning("packets cannot be watched here", extra={"remedy": "CAP_NET_RAW"})
             return
         except (OSError, ValueError) as e:
-            # It went away, this process has no descriptor left, or the filter was refused.
+            # The interface is gone, this process has no file descriptor left, or the filter was refused.
             if inbound is not None:
                 inbound.close()
             self.failed(index, name, e)
@@ -82,9 +83,9 @@ class Taps:
         self._outbound[index], self._inbound[index] = outbound, inbound
 
     def failed(self, index: int, name: str, error: Exception) -> None:
-        """Say once why an interface is not watched; each look tries again."""
+        """Note, and log once, why an interface is not watched; each update tries again."""
         if isinstance(error, OSError) and error.errno in _GONE and not _is_there(index):
-            return  # it went away in this moment, and is not to be watched any more
+            return  # it was removed at this moment
         if self.unwatched.get(index) != str(error):
             log.warning("an interface cannot be watched", extra={"interface": name, "reason": str(error)})
         self.unwatched[index] = str(error)
@@ -96,29 +97,29 @@ class Taps:
             self._inbound.pop(index).close()
 
     def filter_outbound(self, rules: Rules) -> None:
-        """Raises OSError, or ValueError: then the old filter is there still."""
-        made = bpf.program(rules)
+        """Raises OSError or ValueError; the old filter stays then."""
+        insns = bpf.program(rules)
         for tap in self._outbound.values():
-            tap.filter(made)
+            tap.filter(insns)
 
     def filter_inbound(self, rules: Rules) -> None:
-        """Raises OSError, or ValueError: then the old filter is there still."""
-        made = bpf.inbound(rules)
+        """Raises OSError or ValueError; the old filter stays then."""
+        insns = bpf.inbound(rules)
         for tap in self._inbound.values():
-            tap.filter(made)
+            tap.filter(insns)
 
     def _missed_inbound(self, packets: int) -> None:
         if packets:
-            self.leave_unread()
+            self.note_unread()
 
     def read_inbound(self) -> None:
-        """Read what came in and waits."""
+        """Read the incoming packets that wait."""
         for tap in tuple(self._inbound.values()):
             tap.read()
 
 
 def _is_there(index: int) -> bool:
-    """Whether there is such an interface, whatever its name: one that cannot be printed cannot be asked for here."""
+    """Whether the interface exists. Asked by index, since Python cannot ask for a name that is not UTF-8."""
     try:
         socket.if_indextoname(index)
     except OSError:

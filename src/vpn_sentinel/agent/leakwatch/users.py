@@ -1,4 +1,4 @@
-"""Whose packet it is, where that decides: users that rules or the owner let out, or for whom alone the tunnel is."""
+"""Which user sent a packet, where that matters: rules or the owner let some out, or the tunnel is for some alone."""
 
 import logging
 from collections import OrderedDict
@@ -23,11 +23,11 @@ class Owners(Protocol):
     def of(
         self, protocol: int, source: IPAddress, port: int, far: IPAddress, far_port: int, devices: Iterable[int] = ()
     ) -> Socket | None:
-        """The socket that sends so, one that is bound to one of `devices` too; None when it is gone. Raises OSError."""
+        """The socket with these ends, also one bound to one of `devices`; None when it is gone. Raises OSError."""
         ...
 
     def pings(self, echo: int, version: int) -> int | None:
-        """The user who pings with this identifier, None when nobody can tell. Raises OSError."""
+        """The user who pings with this identifier, None when it is not known. Raises OSError."""
         ...
 
 
@@ -35,26 +35,26 @@ class Closed(Protocol):
     def of(
         self, protocol: int, source: IPAddress, port: int, far: IPAddress, far_port: int, *, since: float
     ) -> list[Socket]:
-        """The sockets that may have sent so, and ended after `since`; the kernel does not tell whose they were."""
+        """The sockets with these ends that ended after `since`; the kernel does not report their users."""
         ...
 
     def lost(self, since: float) -> bool:
-        """Whether some that ended after `since` are not known."""
+        """Whether sockets that ended after `since` may be missing."""
         ...
 
     def close(self) -> None: ...
 
 
 class Users:
-    """Asks the kernel only when some user is excepted, or the tunnel is for some users alone."""
+    """Asks the kernel only when a user is excepted, or the tunnel is for some users alone."""
 
     def __init__(self, owners: Owners | None, declared: Meant, closed: Callable[[], Closed]) -> None:
-        """`closed` begins to listen for sockets that end; it may raise OSError."""
+        """`closed` starts to record sockets that end; it may raise OSError."""
         self._owners = owners
         self._declared = declared
-        self._listen = closed
+        self._watch_closed = closed
         self._closed: Closed | None = None
-        self._unable = False
+        self._is_unable = False
         self._senders = Senders()
         self._devices: tuple[int, ...] = ()
         self._fib: Fib | None = None
@@ -62,7 +62,7 @@ class Users:
         self._known: OrderedDict[Flow, int] = OrderedDict()
 
     def learn(self, senders: Senders, devices: Iterable[int], fib: Fib | None, tunnel: int | None) -> None:
-        """What the routing rules say now, and the indices of the devices that packets come up from, and the tunnel's.
+        """Take the senders by the routing rules, and the indices of the watched devices and of the tunnel.
 
         Must be called on the event loop.
         """
@@ -71,11 +71,11 @@ class Users:
             self.close()
         elif self._closed is None:
             try:
-                self._closed, self._unable = self._listen(), False
-            except OSError as e:  # each look tries again
-                if not self._unable:
-                    log.warning("which sockets end is not told here", extra={"reason": e.strerror})
-                self._unable = True
+                self._closed, self._is_unable = self._watch_closed(), False
+            except OSError as e:  # each update tries again
+                if not self._is_unable:
+                    log.warning("the kernel does not report here which sockets end", extra={"reason": e.strerror})
+                self._is_unable = True
 
     def close(self) -> None:
         if self._closed is not None:
@@ -83,18 +83,19 @@ class Users:
             self._closed = None
 
     def note(self, packet: Packet) -> None:
-        """Note whose it is as long as its socket is there, before something else takes its time."""
+        """Note the sender while its socket exists, before slower work begins."""
         if self._excepted() or self._declared.only or self._declared.users:
             self._sender(packet)
 
     def belongs(self, packet: Packet) -> bool | None:
-        """Whether what sent the packet should have gone through the tunnel.
+        """Whether the sender's packets belong in the tunnel.
 
-        None: its sender is gone already, and may be one whom a rule lets out; `was_led_out` tells a little later. Where
-        the owner alone excepts some, such a packet is told; where the tunnel is for some alone, it is nobody's leak.
+        None: the sender is gone, and may be one that a rule lets out; `was_led_out` decides a little later. Where only
+        the owner excepts users, a packet of an unknown user is reported; where the tunnel is for some users alone, it
+        is not.
         """
         excepted = self._excepted()
-        # Those that the filter tells by their mark alone come up here when they belong.
+        # Where the filter selects by mark, only packets that belong in the tunnel arrive here.
         inside = () if all(is_mark(r) for r in self._senders.inside) else self._senders.inside
         only, users = self._declared.only, self._declared.users
         if not (excepted or inside or only or users):
@@ -111,21 +112,20 @@ class Users:
         return None if maybe and any(selects(replace(r, uids=None), packet) for r in excepted) else True
 
     def is_a_persons(self, packet: Packet) -> bool:
-        """Whether a person's program sends it, which is no VPN's and none of the system's; False where nobody knows."""
+        """Whether a person's program sent it, not a VPN's or the system's; False when the user is not known."""
         uid = self.user(packet)
         return uid is not None and uid in PERSONAL_UIDS
 
     def user(self, packet: Packet) -> int | None:
-        """Whose program sends it, as long as the kernel knows the socket."""
+        """The user id of the sender, None when the kernel does not know the socket any more."""
         return self._sender(packet)[0]
 
-    def was_led_out(self, packet: Packet, passed: float, *, killed: bool) -> bool:
-        """Whether a rule for a user led the packet out, which `passed` then by the kernel's clock; its sender is gone.
+    def was_led_out(self, packet: Packet, passed: float, *, is_refused: bool) -> bool:
+        """Whether a rule for a user let out the packet that `passed` at that time of the kernel's clock; its sender is
+        gone.
 
-        Also where nobody can know: that is no leak.
-
-        So it is when everybody else's goes into the tunnel, or is `killed` by a kill switch, and its socket was not
-        bound to a device.
+        True when other users' packets go into the tunnel, or a kill switch blocks them (`is_refused`), and the socket
+        was not bound to a device. True also where the socket cannot be known: that is no leak.
         """
         ends = _flow(packet)
         if self._closed is None or ends is None:
@@ -133,13 +133,13 @@ class Users:
         _, socket = self._sender(packet)
         sent = [socket] if socket is not None and socket.inode == 0 else self._closed.of(*ends, since=passed)
         if not sent:
-            # It is there all the same, the kernel did not tell at first; or nobody can know any more.
+            # The kernel knows the socket after all, or it cannot be known any more.
             return self.belongs(packet) is False or self._closed.lost(passed)
-        # Where several may be meant, each must have been.
-        return all(s.device == 0 and (killed or self._leads_in(packet, s)) for s in sent)
+        # Where several sockets fit, all must have been let out.
+        return all(s.device == 0 and (is_refused or self._leads_in(packet, s)) for s in sent)
 
     def led_out(self, packet: Packet) -> int | None:
-        """The user whom a routing rule leads out, if the packet is that one's; the owner's word is another matter."""
+        """The user who sent the packet, if a routing rule lets that user out and the owner did not declare it."""
         excepted = self._excepted()
         uid = self._sender(packet)[0] if excepted else None
         return uid if any(selects(r, packet, uid) for r in excepted) and uid not in self._declared.users else None
@@ -152,7 +152,7 @@ class Users:
         return leads_in(self._senders, self._fib, packet, near, self._tunnel)
 
     def _sender(self, packet: Packet) -> tuple[int | None, Socket | None]:
-        """The user, None for one that nobody knows; and the socket as long as the kernel knows it."""
+        """The user, None when it is not known; and the socket while the kernel knows it."""
         flow = _flow(packet)
         if self._owners is None:
             return None, None
@@ -167,7 +167,7 @@ class Users:
         except OSError:
             return None, None
         if found is None or (found.inode == 0 and packet.protocol == TCP):
-            return self._known.get(flow), found  # closed: the kernel sends its end, for nobody any more
+            return self._known.get(flow), found  # closed: the kernel sends the FIN, and no user owns it
         return self._note(flow, found.uid), found
 
     def _note(self, flow: Flow, uid: int) -> int:

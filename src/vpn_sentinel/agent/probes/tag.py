@@ -26,7 +26,7 @@ from typing import Final
 from vpn_sentinel.agent.net.endpoints import TCP, UDP
 from vpn_sentinel.agent.net.packets import Packet, asked_name
 from vpn_sentinel.domain.policy import IPAddress
-from vpn_sentinel.wire.echo import MAGIC, NONCE_AT, TAG, TAG_AT
+from vpn_sentinel.wire.echo import MAGIC, NONCE_OFFSET, TAG_BYTES, TAG_OFFSET
 
 PROBE_HOPS: Final = 65
 _BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
@@ -58,7 +58,7 @@ def unmarked(answer: bytes, asked: bytes, message: bytes) -> bytes:
 def of_echo(nonce: bytes) -> bytes:
     """The mark in the spare bytes of an echo request: 8 bytes, or none without a key."""
     key = _key()
-    return b"" if key is None else blake2s(nonce, key=key, digest_size=TAG).digest()
+    return b"" if key is None else blake2s(nonce, key=key, digest_size=TAG_BYTES).digest()
 
 
 def is_probe(packet: Packet, ports: Iterable[int] = ()) -> bool:
@@ -74,8 +74,8 @@ def is_probe(packet: Packet, ports: Iterable[int] = ()) -> bool:
     if packet.protocol != UDP:
         return False
     if payload.startswith(MAGIC):
-        nonce = payload[NONCE_AT : NONCE_AT + _NONCE_BYTES]
-        return len(payload) >= TAG_AT + TAG and payload[TAG_AT : TAG_AT + TAG] == of_echo(nonce)
+        nonce = payload[NONCE_OFFSET : NONCE_OFFSET + _NONCE_BYTES]
+        return len(payload) >= TAG_OFFSET + TAG_BYTES and payload[TAG_OFFSET : TAG_OFFSET + TAG_BYTES] == of_echo(nonce)
     name = asked_name(payload) if packet.hops == PROBE_HOPS else None
     return name is not None and any(payload[:2] == _dns_id(key, p, name) for p in (packet.source_port, *ports))
 

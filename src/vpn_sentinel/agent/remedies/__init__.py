@@ -1,1 +1,1 @@
-"""What the agent may do about a tunnel besides telling: commands of the owner's, gluetun, torrent clients."""
+"""What the agent may do about a tunnel besides reporting: the owner's command, gluetun, torrent clients."""

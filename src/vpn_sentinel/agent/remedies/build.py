@@ -1,4 +1,4 @@
-"""The remedies put together from their settings. Imported only where one is switched on."""
+"""Make the remedies from their settings. Imported only where one is switched on."""
 
 import logging
 
@@ -7,9 +7,9 @@ from vpn_sentinel.agent.introspect.settings import IntrospectSettings
 from vpn_sentinel.agent.net.facts import FactStore
 from vpn_sentinel.agent.net.http import Client
 from vpn_sentinel.agent.remedies import gluetun, hook
-from vpn_sentinel.agent.remedies.plan import Wants
+from vpn_sentinel.agent.remedies.plan import RemedyRules
 from vpn_sentinel.agent.remedies.qbittorrent import QBittorrent
-from vpn_sentinel.agent.remedies.remedies import Remedies, Tell
+from vpn_sentinel.agent.remedies.remedies import OnAction, Remedies
 from vpn_sentinel.agent.remedies.settings import ReactionSettings
 from vpn_sentinel.agent.remedies.torrents import TorrentClient
 from vpn_sentinel.agent.remedies.transmission import Transmission
@@ -27,12 +27,12 @@ def build_remedies(
     facts: FactStore,
     http: Client,
     clock: Clock,
-    tell: Tell,
+    on_action: OnAction,
     *,
     client_id: str,
     control: IntrospectSettings,
 ) -> Remedies:
-    """What is switched on. `tell` is told of each remedy that ran; `control` says where gluetun listens."""
+    """The remedies that are switched on. `on_action` gets each remedy that ran; `control` has gluetun's address."""
     clients: list[TorrentClient] = []
     if settings.qbittorrent_url:
         user, password = settings.qbittorrent_user, settings.qbittorrent_password
@@ -45,16 +45,18 @@ def build_remedies(
     settled[State.PROTECTED] = policy.grace_recovery
 
     async def run_hook(document: bytes) -> str:
-        said = await hook.run_hook(settings.hook, document, hook.clean(environment()), settings.hook_timeout)
-        if said:
-            log.info("the command said", extra={"output": said})
+        output = await hook.run_hook(
+            settings.hook, document, hook.without_own_settings(environment()), settings.hook_timeout
+        )
+        if output:
+            log.info("output of the command", extra={"output": output})
         return "ended well"
 
     async def restart() -> str:
         return await gluetun.restart(http, control.gluetun or CONTROL, control.login.headers())
 
     return Remedies(
-        Wants(
+        RemedyRules(
             hook=bool(settings.hook),
             restart=settings.gluetun_restart,
             clients=tuple(c.name for c in clients),
@@ -66,7 +68,7 @@ def build_remedies(
         ),
         facts,
         clock,
-        tell,
+        on_action,
         client_id=client_id,
         hook=run_hook if settings.hook else None,
         restart=restart,

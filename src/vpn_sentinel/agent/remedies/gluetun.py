@@ -1,4 +1,4 @@
-"""gluetun's VPN, stopped and started again through its control server (its documentation: PUT /v1/vpn/status)."""
+"""Stop and start gluetun's VPN through its control server (its documentation: PUT /v1/vpn/status)."""
 
 import asyncio
 import json
@@ -10,8 +10,8 @@ from vpn_sentinel.agent.introspect.gluetun import STATUS
 from vpn_sentinel.agent.net.http import Client, HttpError
 from vpn_sentinel.agent.remedies.failure import RemedyError
 
-_RESTART_TIMEOUT_S: Final = 15.0  # seconds: it answers when OpenVPN has ended
-_BETWEEN_STOP_AND_START_S: Final = 1.0  # seconds between the two
+_RESTART_TIMEOUT_S: Final = 15.0  # it answers when OpenVPN has ended
+_BETWEEN_STOP_AND_START_S: Final = 1.0
 
 
 async def restart(
@@ -20,7 +20,7 @@ async def restart(
     headers: Mapping[str, str],
     sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
 ) -> str:
-    """Stop and start the VPN; what runs in its network namespace keeps it. Raises RemedyError."""
+    """Stop and start the VPN; programs in its network namespace keep that namespace. Raises RemedyError."""
     await _put(http, url, headers, "stopped")
     await sleep(_BETWEEN_STOP_AND_START_S)
     await _put(http, url, headers, "running")
@@ -29,9 +29,9 @@ async def restart(
 
 async def _put(http: Client, url: str, headers: Mapping[str, str], status: str) -> None:
     body = json.dumps({"status": status}).encode()
-    more = {"Content-Type": "application/json", **headers}
+    all_headers = {"Content-Type": "application/json", **headers}
     try:
-        answer = await http.send("PUT", url + STATUS, body=body, headers=more, limit=_RESTART_TIMEOUT_S)
+        answer = await http.send("PUT", url + STATUS, body=body, headers=all_headers, limit=_RESTART_TIMEOUT_S)
     except HttpError as e:
         raise RemedyError(f"gluetun: {e}") from e
     match answer.status:

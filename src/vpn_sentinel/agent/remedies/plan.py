@@ -1,7 +1,7 @@
-"""Which remedy is due, by the verdicts and the clock. Pure: what it remembers over restarts is handed in and out.
+"""Which remedy is due, by the verdicts and the clock. Pure: the caller loads and saves what must survive a restart.
 
-A remedy waits until its trouble has lasted, then runs once (a command, a pause) or again and again (a restart), each
-time after a longer wait and never more than so often an hour. *Unknown* starts none and ends every wait.
+A remedy waits until its trouble has lasted long enough. Then it runs once (a command, a pause) or repeatedly (a
+restart), each time after a longer wait, and at most so many times an hour. *Unknown* starts none and ends every wait.
 """
 
 import json
@@ -12,22 +12,22 @@ from typing import Final
 from vpn_sentinel.domain.counted import counted
 from vpn_sentinel.domain.verdict import Code, State, Verdict
 
-FIRST_WAIT: Final = 60.0  # seconds from one try to the next, doubling …
-LONGEST_WAIT: Final = 3600.0  # … up to this
-HOUR: Final = 3600.0
-_STREAK: Final = 2 * HOUR  # tries further apart than this are not one row of tries
-_KEPT: Final = 24  # tries remembered of each remedy
-# What a restart of the tunnel can cure; not the home line, a portal, a network that is gone.
+MIN_RETRY_S: Final = 60.0  # from one try to the next; it doubles …
+MAX_RETRY_S: Final = 3600.0  # … up to this
+CAP_WINDOW_S: Final = 3600.0
+_SERIES_GAP_S: Final = 2 * CAP_WINDOW_S  # tries further apart than this begin a new series
+_MAX_TRIES: Final = 24  # remembered of each remedy
+# What a restart of the tunnel can repair; not an outage of the home line, a captive portal, a missing network.
 CURABLE: Final = frozenset({Code.TUNNEL_DOWN, Code.NO_TRAFFIC, Code.NO_FORWARDING})
-TELLING: Final = frozenset({State.LEAKING, State.DOWN, State.DEGRADED, State.PROTECTED})
+ACTED_ON: Final = frozenset({State.LEAKING, State.DOWN, State.DEGRADED, State.PROTECTED})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wants:
-    """What is switched on. `clients` are torrent clients by name; `cap` is times an hour.
+class RemedyRules:
+    """What is switched on. `clients` are names of torrent clients; `cap` is runs an hour.
 
-    Times are seconds that a state must have lasted: for a restart, for a pause, and (`settled`) for the command and for
-    resuming.
+    The other values are seconds that a state must have lasted: for a restart, for a pause, and (`settled`) for the
+    command and for resuming.
     """
 
     hook: bool = False
@@ -42,8 +42,8 @@ class Wants:
 
 @dataclass(slots=True)
 class RemedyMemory:
-    """What outlives a restart: when each remedy was tried (seconds since the epoch), the state that the command was
-    told last, and the clients that we paused.
+    """What survives a restart of the agent: when each remedy was tried (seconds since the epoch), the state that the
+    command was last run for, and the clients that the agent paused.
     """
 
     tries: dict[str, list[float]] = field(default_factory=dict)
@@ -55,13 +55,13 @@ class RemedyMemory:
 
     @classmethod
     def from_text(cls, text: str | None) -> "RemedyMemory":
-        """What cannot be read is an empty memory."""
+        """Text that cannot be read gives an empty memory."""
         try:
             found = json.loads(text or "{}")
-            told = found.get("told")
+            last_notified = found.get("told")
             return cls(
                 tries={str(k): [float(t) for t in v] for k, v in found.get("tries", {}).items()},
-                last_notified=State(told) if told else None,
+                last_notified=State(last_notified) if last_notified else None,
                 paused=[str(c) for c in found.get("paused", ())],
             )
         except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
@@ -79,48 +79,48 @@ class Step:
 
 
 class Plan:
-    def __init__(self, wants: Wants, memory: RemedyMemory) -> None:
+    def __init__(self, wants: RemedyRules, memory: RemedyMemory) -> None:
         self.memory = memory
         self._wants = wants
         self._state: State | None = None
         self._since = 0.0
         self._curable_since: float | None = None
-        self._done: set[str] = set()  # of the present stretch of one state
-        self._said: set[str] = set()
+        self._done: set[str] = set()  # keys, since the present state began
+        self._logged: set[str] = set()
 
     def due(self, verdict: Verdict, now: float, wall: float) -> tuple[Step, ...]:
-        """The steps that this verdict asks for; `now` never jumps, `wall` is seconds since the epoch.
+        """The steps that this verdict asks for; `now` is monotonic, `wall` is seconds since the epoch.
 
-        A step that is held comes once, until it may run or the state changes.
+        A step that must wait is returned once, and again when it may run or the state has changed.
         """
-        if verdict.state not in TELLING:
+        if verdict.state not in ACTED_ON:
             self._state = self._curable_since = None
             return ()
         if verdict.state is not self._state:
             self._state, self._since = verdict.state, now
             self._done.clear()
-            self._said.clear()
+            self._logged.clear()
         curable = verdict.state is State.DOWN and any(f.code in CURABLE for f in verdict.findings)
         self._curable_since = (self._curable_since if self._curable_since is not None else now) if curable else None
         steps = []
         for step in self._asked_for(now):
-            held = self._held(step.key, wall)
+            held = self._wait_reason(step.key, wall)
             if held is None:
-                self._said.discard(step.key)
+                self._logged.discard(step.key)
                 steps.append(step)
-            elif step.key not in self._said:
-                self._said.add(step.key)
+            elif step.key not in self._logged:
+                self._logged.add(step.key)
                 steps.append(Step(step.name, step.key, step.client, held))
         return tuple(steps)
 
     def tried(self, step: Step, wall: float) -> None:
-        """A step begins: it counts, however it ends."""
+        """Count a step that begins, whatever its result."""
         tries = self.memory.tries.setdefault(step.key, [])
         tries.append(wall)
-        del tries[:-_KEPT]
+        del tries[:-_MAX_TRIES]
 
     def ended(self, step: Step, *, well: bool, dry: bool = False) -> None:
-        """A step has ended. One that failed is due again after its wait, as long as the state lasts."""
+        """Take a step's end. One that failed is due again after its wait, as long as the state lasts."""
         if not well:
             return
         self._done.add(step.key)
@@ -137,7 +137,7 @@ class Plan:
             return
         if wants.hook and state is not self.memory.last_notified and lasted >= wants.settled.get(state, 0.0):
             if self.memory.last_notified is None and state is State.PROTECTED:
-                self.memory.last_notified = state  # nothing changed: it was well when we first looked
+                self.memory.last_notified = state  # no change: it was protected at the first round
             elif f"hook.{state}" not in self._done:
                 yield Step("hook", f"hook.{state}")
         names: tuple[str, ...] = ()
@@ -149,17 +149,17 @@ class Plan:
         if wants.restart and self._curable_since is not None and now - self._curable_since >= wants.restart_after:
             yield Step("gluetun_restart", "gluetun_restart")
 
-    def _held(self, key: str, wall: float) -> str | None:
-        # A wall clock that was set back would hold a remedy for ever: tries of the future do not count.
+    def _wait_reason(self, key: str, wall: float) -> str | None:
+        # Tries in the future do not count: after a clock was set back they would block the remedy.
         tries = [t for t in self.memory.tries.get(key, ()) if t <= wall]
         if not tries:
             return None
-        if sum(wall - t < HOUR for t in tries) >= self._wants.cap:
+        if sum(wall - t < CAP_WINDOW_S for t in tries) >= self._wants.cap:
             return f"{counted(self._wants.cap, 'time')} within an hour is the most"
-        row = 1
+        series = 1
         for later, earlier in zip(reversed(tries), reversed(tries[:-1]), strict=False):
-            if later - earlier > _STREAK:
+            if later - earlier > _SERIES_GAP_S:
                 break
-            row += 1
-        wait = min(LONGEST_WAIT, FIRST_WAIT * 2 ** (row - 1))
+            series += 1
+        wait = min(MAX_RETRY_S, MIN_RETRY_S * 2 ** (series - 1))
         return f"not before {wait:.0f} s after the last time" if wall - tries[-1] < wait else None

@@ -1,6 +1,6 @@
 """qBittorrent's Web API, version 2: pause all, resume those that were running.
 
-Version 5 of the program calls it stop and start, version 4 pause and resume; the other one's route is a 404.
+Version 5 of the program has the routes stop and start, version 4 pause and resume; the other version's give a 404.
 """
 
 import logging
@@ -16,11 +16,11 @@ from vpn_sentinel.runtime.secret import Secret
 
 log = logging.getLogger(__name__)
 
-_PAGE: Final = 200  # torrents of one answer
-_PAGES: Final = 50
-_MAX_HASHES: Final = 200  # hashes of one request
-# States of a torrent that does nothing: of version 5 and of version 4, and of one that cannot run.
-_AT_REST: Final = frozenset({"stoppedDL", "stoppedUP", "pausedDL", "pausedUP", "error", "missingFiles"})
+_PAGE_SIZE: Final = 200  # torrents in one response
+_MAX_PAGES: Final = 50
+_MAX_HASHES: Final = 200  # in one request
+# States of a torrent that does not run: version 5's, version 4's, and those after an error.
+_NOT_RUNNING: Final = frozenset({"stoppedDL", "stoppedUP", "pausedDL", "pausedUP", "error", "missingFiles"})
 
 
 class QBittorrent:
@@ -39,7 +39,7 @@ class QBittorrent:
         running: tuple[str, ...] = ()
         try:
             running = await self._running(cookie)
-        except RemedyError as e:  # to stop is what matters; who ran is only needed to resume
+        except RemedyError as e:  # stopping matters; the list is only needed to resume
             log.warning("which torrents run could not be read; none will be resumed", extra={"reason": e})
         await self._act(cookie, ("stop", "pause"), "all")
         return running
@@ -55,21 +55,23 @@ class QBittorrent:
             return ""
         body = {"username": self._user, "password": self._password.reveal()}
         answer = await self._ask("POST", "/api/v2/auth/login", body, "")
-        said = answer.body.strip()
-        if answer.status not in (HTTPStatus.OK, HTTPStatus.NO_CONTENT) or said == b"Fails.":
+        output = answer.body.strip()
+        if answer.status not in (HTTPStatus.OK, HTTPStatus.NO_CONTENT) or output == b"Fails.":
             raise RemedyError("qBittorrent refuses user or password")
         return answer.headers.get("set-cookie", "").partition(";")[0]
 
     async def _running(self, cookie: str) -> tuple[str, ...]:
         found: list[str] = []
-        for page in range(_PAGES):
-            answer = await self._ask("GET", f"/api/v2/torrents/info?limit={_PAGE}&offset={page * _PAGE}", {}, cookie)
+        for page in range(_MAX_PAGES):
+            answer = await self._ask(
+                "GET", f"/api/v2/torrents/info?limit={_PAGE_SIZE}&offset={page * _PAGE_SIZE}", {}, cookie
+            )
             if answer.status != HTTPStatus.OK:
                 raise RemedyError(_refusal(answer))
             torrents = _list_of(answer.body)
-            running = (t for t in torrents if str(t.get("state")) not in _AT_REST)
+            running = (t for t in torrents if str(t.get("state")) not in _NOT_RUNNING)
             found += [t["hash"] for t in running if isinstance(t.get("hash"), str)]
-            if len(torrents) < _PAGE:
+            if len(torrents) < _PAGE_SIZE:
                 break
         return tuple(found)
 
@@ -83,7 +85,7 @@ class QBittorrent:
         raise RemedyError(_refusal(answer))
 
     async def _ask(self, method: str, path: str, form: dict[str, str], cookie: str) -> Response:
-        # It compares where a request comes from with its own address, against forged requests.
+        # qBittorrent compares these with its own address, against forged requests (CSRF).
         headers = {"Referer": self._url, "Origin": self._url} | ({"Cookie": cookie} if cookie else {})
         if form:
             headers["Content-Type"] = "application/x-www-form-urlencoded"

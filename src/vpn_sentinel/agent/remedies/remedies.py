@@ -1,4 +1,4 @@
-"""Doing what the plan says is due: each remedy in a task of its own, one run of the same at a time."""
+"""Run the remedies that are due: each in a task of its own, one run of a remedy at a time."""
 
 import asyncio
 import json
@@ -9,7 +9,7 @@ from typing import Final
 
 from vpn_sentinel.agent.net.facts import FactStore
 from vpn_sentinel.agent.remedies.failure import RemedyError
-from vpn_sentinel.agent.remedies.plan import Plan, RemedyMemory, Step, Wants
+from vpn_sentinel.agent.remedies.plan import Plan, RemedyMemory, RemedyRules, Step
 from vpn_sentinel.agent.remedies.torrents import TorrentClient
 from vpn_sentinel.domain.counted import counted
 from vpn_sentinel.domain.observation import Observation, Outcome
@@ -19,20 +19,20 @@ from vpn_sentinel.runtime.clock import Clock, SteadyClock
 log = logging.getLogger(__name__)
 
 _MEMORY: Final = "remedies"
-Tell = Callable[[str, Outcome, str], None]
+OnAction = Callable[[str, Outcome, str], None]
 Hook = Callable[[bytes], Awaitable[str]]
 Restart = Callable[[], Awaitable[str]]
 
 
 class Remedies:
-    """`saw` takes every round's verdict; `run` does what is due until it is cancelled."""
+    """`saw` takes every round's verdict; `run` runs what is due until it is cancelled."""
 
     def __init__(
         self,
-        wants: Wants,
+        wants: RemedyRules,
         facts: FactStore,
         clock: Clock,
-        tell: Tell,
+        on_action: OnAction,
         *,
         client_id: str,
         hook: Hook | None = None,
@@ -43,9 +43,9 @@ class Remedies:
         self._plan = Plan(wants, RemedyMemory.from_text(facts.fact(_MEMORY)))
         self._facts = facts
         self._clock = clock
-        # Tries are counted by the hour, whatever the clock is set to meanwhile.
+        # Tries are counted by the hour, so a change of the wall clock must not matter.
         self._steady = SteadyClock(clock)
-        self._tell = tell
+        self._on_action = on_action
         self._client_id = client_id
         self._hook = hook
         self._restart = restart
@@ -55,18 +55,18 @@ class Remedies:
         self._busy: set[str] = set()
 
     def saw(self, seen: Observation, verdict: Verdict) -> None:
-        """Take in a round. What is due begins in the background."""
-        told = self._plan.memory.last_notified
+        """Take a round's result. What is due starts in the background."""
+        last_notified = self._plan.memory.last_notified
         for step in self._plan.due(verdict, self._clock.boottime(), self._steady.wall()):
             if step.name in self._busy:
                 continue
             if step.held is not None:
                 log.warning("a remedy is held back", extra={"remedy": step.name, "reason": step.held})
-                self._tell(step.name, Outcome.HELD, step.held)
+                self._on_action(step.name, Outcome.HELD, step.held)
                 continue
             self._busy.add(step.name)
             self._plan.tried(step, self._steady.wall())
-            self._due.put_nowait((step, document(seen, verdict, told, self._client_id, self._clock.wall())))
+            self._due.put_nowait((step, document(seen, verdict, last_notified, self._client_id, self._clock.wall())))
         self._remember()
 
     async def run(self) -> None:
@@ -90,7 +90,7 @@ class Remedies:
         log.log(level, "remedy", extra={"remedy": step.name, "outcome": outcome, "detail": detail})
         self._plan.ended(step, well=outcome is not Outcome.FAILED, dry=outcome is Outcome.DRY_RUN)
         self._remember()
-        self._tell(step.name, outcome, detail)
+        self._on_action(step.name, outcome, detail)
 
     async def _call(self, step: Step, text: bytes) -> str:
         """Raises RemedyError."""
@@ -115,7 +115,7 @@ class Remedies:
 
 
 def document(seen: Observation, verdict: Verdict, before: str | None, client_id: str, wall: float) -> bytes:
-    """What a command gets on its standard input: one JSON object. What is not known is null."""
+    """What the command gets on its standard input: one JSON object. Unknown values are null."""
     exits = {f"ipv{family}": str(seen.exit(family)) if seen.exit(family) else None for family in (4, 6)}
     link = seen.link
     return json.dumps(

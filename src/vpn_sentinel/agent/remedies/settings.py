@@ -1,4 +1,4 @@
-"""What the agent may do about a leak or a dead tunnel: read once, all of it off unless somebody asks for it."""
+"""Settings of what the agent may do about a leak or a dead tunnel: read once, all off by default."""
 
 import os
 import shlex
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from vpn_sentinel.agent.containment.containment import Mode
-from vpn_sentinel.agent.remedies.hook import who_else_may_write
+from vpn_sentinel.agent.remedies.hook import who_else_can_write
 from vpn_sentinel.agent.role import NOT_FOR_REFERENCE
 from vpn_sentinel.runtime import parsers as p
 from vpn_sentinel.runtime.secret import Secret
@@ -19,9 +19,9 @@ def _mode(value: str) -> Mode:
 
 
 def _command(value: str) -> tuple[str, ...]:
-    """A command line taken apart as a shell would, without a shell. Raises ValueError."""
+    """A command line, split as a shell does, without a shell. Raises ValueError."""
     found = tuple(shlex.split(value))
-    if len(found) == 1 and not p.mode_of(found[0]):  # all of it in quotes, as an env file hands it over
+    if len(found) == 1 and not p.mode_of(found[0]):  # all of it in quotes, as in an env file
         found = tuple(shlex.split(found[0]))
     if not found or not found[0].startswith("/"):
         msg = "needs a command with its full path, such as /usr/local/bin/on-change --quiet"
@@ -30,7 +30,7 @@ def _command(value: str) -> tuple[str, ...]:
         msg = f"{found[0]} is missing or cannot be run"
         raise ValueError(msg)
     try:
-        others = who_else_may_write(found)
+        others = who_else_can_write(found)
     except OSError as e:
         msg = f"{e.filename}: {e.strerror}"
         raise ValueError(msg) from e
@@ -79,7 +79,7 @@ class ReactionSettings:
         "--quiet`. It and every folder above must belong to root or to the agent's user, and be writable by nobody "
         "else",
         idle=(NOT_FOR_REFERENCE,),
-        verbatim=True,  # a command line has quotes of its own
+        verbatim=True,  # a command line contains quotes
     )
     hook_timeout: float = REACTIONS.field(
         "HOOK_TIMEOUT",
@@ -155,12 +155,12 @@ class ReactionSettings:
 
     @property
     def wants_remedies(self) -> bool:
-        """Whether anything but containment is to be done."""
+        """Whether any remedy is switched on; containment is none."""
         return bool(self.hook or self.gluetun_restart or self.qbittorrent_url or self.transmission_url)
 
     @classmethod
     def read(cls, source: Source) -> "ReactionSettings":
-        """Raises SettingError naming the setting that cannot be used."""
+        """Raises SettingError that names the setting that cannot be used."""
         settings = fill(cls, source)
         if bool(settings.qbittorrent_user) is not bool(settings.qbittorrent_password):
             raise SettingError(key_of("QBITTORRENT_USER"), f"needs {key_of('QBITTORRENT_PASSWORD')} as well")

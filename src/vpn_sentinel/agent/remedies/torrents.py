@@ -1,13 +1,15 @@
-"""Torrent clients that are asked to pause: what both have in common."""
+"""What the torrent clients have in common."""
 
 from typing import Final, Protocol
 
-ANSWER_TIMEOUT_S: Final = 5.0  # seconds for one answer
-MAX_ANSWER_BYTES: Final = 1024 * 1024  # bytes of one
+ANSWER_TIMEOUT_S: Final = 5.0
+MAX_ANSWER_BYTES: Final = 1024 * 1024
 
 
 class TorrentClient(Protocol):
-    """`pause` stops every torrent and returns those that were running; `resume` starts those. Raise RemedyError."""
+    """`pause` stops every torrent and returns the hashes of those that ran; `resume` starts those. Raise
+    RemedyError.
+    """
 
     @property
     def name(self) -> str: ...

@@ -1,5 +1,5 @@
-"""Transmission's RPC: stop all, start those that were running (its docs/rpc-spec.md, in the words before 4.1, which all
-versions take).
+"""Transmission's RPC: stop all, start those that were running (its docs/rpc-spec.md, in the form before 4.1, which all
+versions accept).
 """
 
 import base64
@@ -22,7 +22,7 @@ _STOPPED: Final = 0
 
 
 class Transmission:
-    """`url` is the address with or without a path; without one the usual path is taken."""
+    """`url` may have a path; without one it gets the default path."""
 
     name = "transmission"
 
@@ -37,13 +37,13 @@ class Transmission:
         running: tuple[str, ...] = ()
         try:
             running = await self._running()
-        except RemedyError as e:  # to stop is what matters; who ran is only needed to resume
+        except RemedyError as e:  # stopping matters; the list is only needed to resume
             log.warning("which torrents run could not be read; none will be resumed", extra={"reason": e})
         await self._call("torrent-stop", {})
         return running
 
     async def resume(self, hashes: tuple[str, ...]) -> None:
-        if hashes:  # without ids all would start
+        if hashes:  # without ids, all torrents would start
             await self._call("torrent-start", {"ids": list(hashes)})
 
     async def _running(self) -> tuple[str, ...]:
@@ -54,7 +54,7 @@ class Transmission:
         return tuple(str(t["hashString"]) for t in torrents if t.get("status") != _STOPPED and "hashString" in t)
 
     async def _call(self, method: str, arguments: dict[str, object]) -> dict[str, Any]:
-        """The answer's arguments. A session identifier that ran out is renewed once, as the specification asks."""
+        """The response's arguments. An expired session id is renewed once, as the specification requires."""
         body = json.dumps({"method": method, "arguments": arguments}).encode()
         for _ in range(2):
             headers = {"Content-Type": "application/json", _SESSION: self._session}

@@ -1,1 +1,1 @@
-"""When to look at everything, and one look at it."""
+"""When to run a round, and one round."""

@@ -1,4 +1,4 @@
-"""What a round needs, made from the settings: for the agent, and for `check`, which has no spool and no uplink."""
+"""Whom the canaries of a round ask, by the settings: for the agent and for `check`."""
 
 import logging
 from dataclasses import replace
@@ -19,7 +19,7 @@ from vpn_sentinel.domain.observation import Canary, Path
 
 log = logging.getLogger(__name__)
 
-# Seconds of silence, and those of a round then: together longer than the grace of a dead tunnel.
+# The time of silence, and the time for canaries then: together longer than the grace of a dead tunnel.
 _SILENT_S, _HURRIED_TIMEOUT_S = 0.7, 1.1
 
 
@@ -32,16 +32,16 @@ def canary_plan(
     silent_for: float = 0.0,
     pulsed: bool = False,
 ) -> CanaryPlan:
-    """Who is asked in a round: the server's echo and Cloudflare, then OpenDNS, then Cloudflare over HTTPS.
+    """Whom a round asks: the server's echo and Cloudflare, then OpenDNS, then Cloudflare over HTTPS.
 
-    The last of them is for networks that let no datagram through. Where pulses have had replies until now (`pulsed`),
-    or went unanswered for most of a second, `silent_for`, it is not waited for so long.
+    HTTPS is for networks that pass no datagram. It gets less time where pulses have had replies until now (`pulsed`),
+    or have had none for most of a second (`silent_for`, seconds).
     """
     if AS_USER.refused:
-        # What is asked from here shows the way of others, who are meant to go out.
+        # Canaries of this process would show the route of other users, which may leave outside the tunnel.
         return CanaryPlan(targets=(), reserve=())
-    patience = _HURRIED_TIMEOUT_S if pulsed or silent_for >= _SILENT_S else TRACE_TIMEOUT_S
-    # A nameserver in use is judged as one: what escapes to it is a DNS leak, and says nothing of other traffic.
+    timeout_s = _HURRIED_TIMEOUT_S if pulsed or silent_for >= _SILENT_S else TRACE_TIMEOUT_S
+    # A nameserver in use is judged as one: what escapes to it is a DNS leak, and tells nothing about other traffic.
     nameservers = {server.address for server in dns.system_nameservers()}
     usual, reserve = (tuple(t for t in some if t.address not in nameservers) for some in (CLOUDFLARE, OPENDNS))
     if len(usual) < len(CLOUDFLARE):
@@ -49,7 +49,7 @@ def canary_plan(
     return CanaryPlan(
         targets=(*echoes, *usual),
         reserve=reserve,
-        others=tuple(_over_https(url, http, paths, patience) for url in _traces(settings.trace_url)),
+        others=tuple(_over_https(url, http, paths, timeout_s) for url in _traces(settings.trace_url)),
         marked=marks_lead_out(paths.survey),
         gateway=gateway(paths, (n.address for n in dns.system_nameservers())),
         may_leave=settings.policy.allows_outside,
@@ -57,12 +57,12 @@ def canary_plan(
 
 
 def marks_lead_out(survey: Survey) -> bool:
-    """Whether a rule takes what has a mark past the tunnel: a VPN program's packets, or whatever a firewall marks."""
+    """Whether a routing rule leads marked packets past the tunnel: a VPN program's, or what a firewall marks."""
     fib, device = survey.fib, survey.device()
     if fib is None or device is None:
         return False
-    found = senders(fib, device.index, Senders()).excepted
-    return any(rule.mark for rule in found if not any(r.invert and r.mark == rule.mark for r in fib.rules))
+    excepted = senders(fib, device.index, Senders()).excepted
+    return any(rule.mark for rule in excepted if not any(r.invert and r.mark == rule.mark for r in fib.rules))
 
 
 def _traces(url: str) -> tuple[str, ...]:
@@ -70,27 +70,27 @@ def _traces(url: str) -> tuple[str, ...]:
     return (url, TRACE_URL_6) if url == TRACE_URL else (url,)
 
 
-def _over_https(url: str, http: Client, paths: Paths, patience: float) -> OverTcp:
-    where, path = split(url), path_to(url, paths)
-    address = address_in(where.host)
+def _over_https(url: str, http: Client, paths: Paths, timeout_s: float) -> OverTcp:
+    parts, path = split(url), path_to(url, paths)
+    address = address_in(parts.host)
     family = address.version if address is not None else 4
 
     async def ask() -> Canary:
-        # Another tunnel may have come up meanwhile, and carried the answer.
-        found = await trace(http, url, path, patience, family)
-        return found if path_to(url, paths) is path else replace(found, path=Path.UNKNOWN)
+        # Another tunnel may have come up meanwhile and carried the response.
+        excepted = await trace(http, url, path, timeout_s, family)
+        return excepted if path_to(url, paths) is path else replace(excepted, path=Path.UNKNOWN)
 
     return OverTcp(
         ask=ask,
         address=address,
-        port=where.port,
+        port=parts.port,
         path=path,
         family=family,
     )
 
 
 def path_to(url: str, paths: Paths) -> Path:
-    """How the kernel would route a request to `url`; unknown for a name, whose address is not known yet."""
-    where = split(url)
-    address = address_in(where.host)
-    return Path.UNKNOWN if address is None else paths.of(address, where.port, TCP)
+    """How the kernel would route a request to `url`; unknown for a host name, whose address is not known yet."""
+    parts = split(url)
+    address = address_in(parts.host)
+    return Path.UNKNOWN if address is None else paths.of(address, parts.port, TCP)

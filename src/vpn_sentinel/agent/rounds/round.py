@@ -1,7 +1,7 @@
-"""One round: look once at everything, in the order in which it matters.
+"""One round: observe everything once, the most urgent first.
 
-First the canaries. If they already show a leak or a dead tunnel, or the pulses a loss that is news, that is told at
-once; only otherwise are nameservers and geolocation services asked, which takes up to some seconds.
+Canaries come first. If they show a leak or a dead tunnel, or the pulses show a new loss, that is reported at once.
+Otherwise nameservers and geolocation services are asked, which can take some seconds.
 """
 
 import asyncio
@@ -41,12 +41,12 @@ from vpn_sentinel.domain.verdict import State
 from vpn_sentinel.runtime.clock import Clock
 from vpn_sentinel.wire import limits
 
-_PLACES_EXTRA_S: Final = 0.5  # seconds that places get beyond a DNS leak that is waiting to be told
+_PLACES_EXTRA_S: Final = 0.5  # the time for places while a DNS leak waits to be reported
 _URGENT: Final = frozenset({State.LEAKING, State.DOWN})
 
 
 class PulseView(Protocol):
-    """What the pulses tell a round: see `sensors.pulse.PulseSensor`."""
+    """What a round reads from the pulses: see `sensors.pulse.PulseSensor`."""
 
     def canary(self, paths: Paths) -> Canary | None: ...
 
@@ -59,10 +59,10 @@ class PulseView(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RoundDeps:
-    """What a round looks with. `survey` and `plan` are made anew for each round, since both change.
+    """What a round needs. `survey` and `plan` are called in each round, since their results change.
 
-    `came_out` takes in where packets by the ways out beside the tunnel come out; True when that makes another survey.
-    `hurry`: whether the pulses found what is to be told before nameservers and services are asked.
+    `learn_egress` takes the networks in which packets outside the tunnel come out, by interface; True when the survey
+    changes by that. `is_urgent`: the pulses found something to report before nameservers and services are asked.
     """
 
     kernel: Kernel | None
@@ -80,16 +80,16 @@ class RoundDeps:
     pulses: PulseView | None = None
     audit: Callable[[Survey, Iterable[IPAddress]], tuple[Routed, ...] | None] = lambda _survey, _servers: None
     watch: LeakWatch | None = None
-    came_out: Callable[[dict[str, frozenset[IPNetwork]]], bool] = lambda _: False
-    hurry: Callable[[], bool] = lambda: False
+    learn_egress: Callable[[dict[str, frozenset[IPNetwork]]], bool] = lambda _: False
+    is_urgent: Callable[[], bool] = lambda: False
 
 
-async def look(deps: RoundDeps, trigger: Trigger, policy: Policy) -> Observation:
-    """Run one round. Takes about 0.3 s when all is well, 1.3 s when the tunnel is dead, some seconds when DNS is."""
+async def observe(deps: RoundDeps, trigger: Trigger, policy: Policy) -> Observation:
+    """Run one round. It takes about 0.3 s when all works, 1.3 s when the tunnel is dead, some seconds when DNS is."""
     start = deps.clock.boottime()
     survey = deps.survey()
     if deps.watch is not None:
-        deps.watch.look(survey)
+        deps.watch.update(survey)
     paths = Paths(deps.kernel, survey)
     seen = Observation(trigger=trigger, link=survey.link(), interfaces=survey.names(), uplinks=survey.uplink_names())
     seen = replace(seen, refused_user=AS_USER.refused_uid)
@@ -104,22 +104,22 @@ async def look(deps: RoundDeps, trigger: Trigger, policy: Policy) -> Observation
         trying = bypass.BypassProbes(group, parts or (), survey.tunnel)
         found = await canaries(probing.with_suspects(deps.plan(paths)), paths, enough=leaks, silence=probing.silence)
         seen = await probing.add(replace(seen, canaries=found), hurry=leaks(found))
-        if deps.came_out(_outside(survey, found, policy)):
+        if deps.learn_egress(_egress_networks(survey, found, policy)):
             survey = deps.survey()
             if deps.watch is not None:
-                deps.watch.look(survey)
-            if (now := _audit(deps, survey)) != parts:
+                deps.watch.update(survey)
+            if (fresh_parts := _audit(deps, survey)) != parts:
                 trying.stop()
-                parts, trying = now, bypass.BypassProbes(group, now or (), survey.tunnel)
+                parts, trying = fresh_parts, bypass.BypassProbes(group, fresh_parts or (), survey.tunnel)
         routed = await trying.results(lambda routed: _leaks(replace(seen, routed=routed), policy))
         seen = replace(seen, routed=None if parts is None else routed)
     if deps.pulses is not None:
         seen = _with_pulses(deps.pulses, seen, paths, silent_for)
-    if judge(seen, policy).state not in _URGENT and not deps.hurry():
+    if judge(seen, policy).state not in _URGENT and not deps.is_urgent():
         seen = await _slow_part(deps, seen, policy, paths)
         if seen.dns_intercepted:
-            seen = await _beyond_dns(deps, seen, paths)
-    seen = _at_the_end(deps, seen, paths)
+            seen = await _exit_without_dns(deps, seen, paths)
+    seen = _with_watches(deps, seen, paths)
     return replace(seen, places=_places(deps, seen, policy), took_ms=round((deps.clock.boottime() - start) * 1000, 1))
 
 
@@ -127,8 +127,8 @@ def _audit(deps: RoundDeps, survey: Survey) -> tuple[Routed, ...] | None:
     return deps.audit(survey, () if deps.watch is None else deps.watch.judged_by_route)
 
 
-def _at_the_end(deps: RoundDeps, seen: Observation, paths: Paths) -> Observation:
-    """Add what is watched all the time, as it is now: the whole picture, since what is urgent was told already."""
+def _with_watches(deps: RoundDeps, seen: Observation, paths: Paths) -> Observation:
+    """Add the present state of what is watched all the time: leak watch and quality."""
     if deps.watch is not None:
         escapes = paths.known_of(deps.watch.escapes(paths, seen.canaries))
         on = deps.watch.on
@@ -144,23 +144,26 @@ def _leaks(seen: Observation, policy: Policy) -> bool:
 
 
 def _is_proved(seen: Observation, policy: Policy) -> bool:
-    """Whether it leaks whatever can still be learned of where resolvers ask from."""
+    """Whether it leaks, whatever is still learned about the addresses that resolvers ask from."""
     return _leaks(without(undecided(seen, policy), seen), policy)
 
 
-def _outside(survey: Survey, found: tuple[Canary, ...], policy: Policy) -> dict[str, frozenset[IPNetwork]]:
-    """Where packets by each way out beside the tunnel come out: seen by a canary, or home where there is one way."""
+def _egress_networks(survey: Survey, found: tuple[Canary, ...], policy: Policy) -> dict[str, frozenset[IPNetwork]]:
+    """The networks in which packets come out by each interface outside the tunnel.
+
+    Those that canaries showed; and the home networks where there is one such interface.
+    """
     home = policy.home_networks if len(survey.uplinks) == 1 else ()
-    beside = [c for c in found if c.probe is Probe.PHYSICAL and c.address is not None]
+    physical = [c for c in found if c.probe is Probe.PHYSICAL and c.address is not None]
     return {
         i.name: seen
         for i in survey.uplinks
-        if (seen := frozenset((*home, *(ip_network(str(c.address)) for c in beside if c.interface == i.name))))
+        if (seen := frozenset((*home, *(ip_network(str(c.address)) for c in physical if c.interface == i.name))))
     }
 
 
 def _with_pulses(pulses: PulseView, seen: Observation, paths: Paths, silent_for: float) -> Observation:
-    """Add what the pulses saw; where nothing else answers, a late reply to one of them shows that the tunnel lives."""
+    """Add the pulses; where nothing else answers, a late reply to a pulse shows that the tunnel works."""
     alive = any(c.answer is Answer.ANSWERED for c in seen.asked(Probe.DEFAULT))
     late = None if alive else pulses.canary(paths)
     return replace(
@@ -171,8 +174,8 @@ def _with_pulses(pulses: PulseView, seen: Observation, paths: Paths, silent_for:
     )
 
 
-async def _beyond_dns(deps: RoundDeps, seen: Observation, paths: Paths) -> Observation:
-    """Who answered in the place of nameservers may have done so for the canaries that ask one: others tell the exit."""
+async def _exit_without_dns(deps: RoundDeps, seen: Observation, paths: Paths) -> Observation:
+    """Find the exit without DNS: what answers in place of nameservers may do so for canaries that ask one as well."""
     silent = [f for f in (4, 6) if seen.exit(f) is None and any(c.family == f and c.address for c in seen.canaries)]
     others = [o for o in deps.plan(paths).others if o.family in silent]
     found = await asyncio.gather(*(o.ask() for o in others))
@@ -186,12 +189,12 @@ async def _beyond_dns(deps: RoundDeps, seen: Observation, paths: Paths) -> Obser
 async def _slow_part(deps: RoundDeps, seen: Observation, policy: Policy, paths: Paths) -> Observation:
     exit_ = seen.exit(4) or seen.exit(6)
     async with asyncio.TaskGroup() as group:
-        # The services learn nothing that a canary did not tell others already: none was seen leaking.
+        # Geolocation services learn no new address here: no canary has leaked.
         placing = group.create_task(deps.places.gather(exit_)) if exit_ and deps.places.due(exit_) else None
         proxied = group.create_task(dns.intercepted(at=deps.no_dns))
         nameservers, zone = deps.nameservers(), deps.canary()
         rewriting = group.create_task(dns.rewritten(nameservers, zone))
-        # Who may not read resolv.conf fails at every name, which says nothing of those who may.
+        # A user who may not read resolv.conf cannot resolve any name, which tells nothing about other users.
         system = deps.system if nameservers else None
         tunnel_and_exit = (seen.link and (seen.link.name, seen.link.up), seen.exit(4), seen.exit(6))
         using = group.create_task(system.ask(zone, nameservers, tunnel_and_exit)) if system is not None else None
@@ -226,15 +229,15 @@ async def _lookups(
     zone: dns.CanaryZone | None,
     rewriting: asyncio.Task[bool | None],
 ) -> Observation:
-    """Ask each nameserver; what proves a leak waits for no other answer."""
+    """Ask each nameserver; once a leak is proved, wait for no further answer."""
 
     def with_lookups(asked: dns.ResolverAnswers) -> Observation:
         found = replace(
             seen,
-            resolvers=_of_use(asked.sightings, nameservers),
-            # Somebody who answers in our server's name stands between.
+            resolvers=_relevant(asked.sightings, nameservers),
+            # Something in between answers in the server's name.
             dns_intercepted=asked.forged or None,
-            # What a resolver makes up must be known before its word proves anything.
+            # Until it is known whether resolvers rewrite answers, their answers prove nothing.
             dns_rewritten=rewriting.result() if rewriting.done() else True,
         )
         return replace(found, places=_places(deps, found, policy))
@@ -253,22 +256,22 @@ async def _lookups(
 async def _with_origins(
     deps: RoundDeps, seen: Observation, policy: Policy, paths: Paths, nameservers: tuple[dns.Nameserver, ...]
 ) -> Observation:
-    """Learn whose networks addresses are in. Only what nothing else explains is worth a stranger's answer."""
+    """Learn whose networks addresses are in. Outside services are asked only for what nothing else explains."""
 
-    def now() -> Observation:
+    def fresh_parts() -> Observation:
         return replace(seen, places=_places(deps, seen, policy))
 
-    odd = unexplained(seen, policy)
-    if deps.origins is not None and (odd or rests_on_home(seen, policy)):
-        addresses = (*odd, *(a for a in (seen.exit(4), seen.exit(6)) if a), *_homes(seen, policy))
-        await deps.origins.learn(addresses, nameservers, paths, enough=lambda: _is_proved(now(), policy))
-    return now()
+    unexplained_addresses = unexplained(seen, policy)
+    if deps.origins is not None and (unexplained_addresses or rests_on_home(seen, policy)):
+        addresses = (*unexplained_addresses, *(a for a in (seen.exit(4), seen.exit(6)) if a), *_homes(seen, policy))
+        await deps.origins.learn(addresses, nameservers, paths, enough=lambda: _is_proved(fresh_parts(), policy))
+    return fresh_parts()
 
 
-def _of_use(
+def _relevant(
     found: tuple[ResolverSighting, ...], nameservers: tuple[dns.Nameserver, ...]
 ) -> tuple[ResolverSighting, ...]:
-    """A nameserver of resolv.conf that does not answer is trouble; one that a packet went to may be anything."""
+    """Drop silent nameservers that only packets showed: silence matters for those of resolv.conf alone."""
     own = {dns.plain(s.address) for s in nameservers}
     return tuple(s for s in found if s.answer is Answer.ANSWERED or s.nameserver in own)
 
@@ -282,12 +285,12 @@ def _places(deps: RoundDeps, seen: Observation, policy: Policy) -> tuple[Place, 
 
 
 def _homes(seen: Observation, policy: Policy) -> Iterable[IPAddress]:
-    """One address of each home network, those included that this round itself saw beside a tunnel that works."""
+    """One address of each home network, including those that this round found outside a tunnel that works."""
     return (n.network_address for n in learned_home(seen, policy).home_networks)
 
 
 def _addresses(seen: Observation, policy: Policy) -> Iterable[IPAddress]:
-    """Whose places matter: the exits', the resolvers' and home's, to compare their networks."""
+    """The addresses whose places matter: of exits, resolvers and home, to compare their networks."""
     yield from (a for a in (seen.exit(4), seen.exit(6)) if a)
     yield from (s.egress for s in seen.resolvers if s.egress)
     yield from seen.system_lookup.egress if seen.system_lookup else ()

@@ -1,4 +1,4 @@
-"""What the routing tables send past the tunnel, as a round asks for it."""
+"""What the routing tables send past the tunnel, for a round."""
 
 from collections.abc import Callable, Iterable
 from ipaddress import ip_network
@@ -13,21 +13,21 @@ from vpn_sentinel.domain.policy import IPAddress
 
 
 class RouteAudit:
-    """How a round reads the routing tables. A nameserver's own route is judged as the nameserver's way is."""
+    """Reads the routing tables for a round. A nameserver's host route is judged with the nameserver, not here."""
 
     def __init__(self, settings: ProbeSettings, meant: Callable[[], Iterable[IPAddress]] = tuple) -> None:
-        """`meant` are hosts that may have a route of their own: our server may run on the VPN's."""
+        """`meant` returns hosts that may have a host route: VPN Sentinel's server may run on the VPN's host."""
         self._settings = settings
         self._meant = meant
         self._last: tuple[object, tuple[Routed, ...] | None] | None = None
 
-    def look(self, survey: Survey, servers: Iterable[IPAddress]) -> tuple[Routed, ...] | None:
+    def read(self, survey: Survey, servers: Iterable[IPAddress]) -> tuple[Routed, ...] | None:
         """What routes send past the tunnel, None where they cannot be read. `servers` are the VPN's."""
         policy, outside = self._settings.policy, self._settings.meant_outside
         hosts = (*(n.address for n in dns.system_nameservers()), *self._meant())
         may_leave = (*policy.allowed_outside, *policy.allowed_resolvers, *(ip_network(dns.plain(h)) for h in hosts))
         known = tuple(servers)
-        # Walking full tables takes a while: the last answer holds while they, and what may leave, are the same.
+        # Full tables are slow to walk: the last result holds while the tables, and what may leave, are the same.
         devices = tuple(i.index for i in survey.beside)
         now = (survey.fib, survey.user, survey.tunnel, survey.natted, devices, may_leave, known)
         if self._last is None or self._last[0] != now:

@@ -1,4 +1,4 @@
-"""What the rounds have come to so far: written by the scheduler, read by sensors, health and the next round."""
+"""The result of the rounds so far: written by the scheduler, read by sensors, health and the next round."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -9,8 +9,8 @@ from vpn_sentinel.domain.verdict import State, Verdict
 
 @dataclass(slots=True)
 class RoundState:
-    """`policy` is what is judged by here, with the home networks that were learned; `last_success` when a round came to
-    its end, in seconds by the clock `boottime`.
+    """`policy` is the policy of verdicts here, with the learned home networks; `last_success` is when a round last
+    ended well, in seconds of the clock `boottime`.
     """
 
     policy: Policy
@@ -23,5 +23,5 @@ class RoundState:
         return None if self.verdict is None else self.verdict.state
 
     def learn_home(self, networks: Iterable[IPNetwork]) -> None:
-        """Judge by these home networks too, which somebody else remembers."""
+        """Add home networks that the server remembers."""
         self.policy = self.policy.with_home(networks)

@@ -1,1 +1,1 @@
-"""Observations on their way to the server, on disk."""
+"""Observations that wait for the server, on disk."""

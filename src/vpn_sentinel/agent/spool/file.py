@@ -1,4 +1,4 @@
-"""The spool's SQLite file: opening it for one process alone, and setting it aside when it is damaged."""
+"""The spool's SQLite file: open it for one process alone, and set it aside when it is damaged."""
 
 import logging
 import sqlite3
@@ -44,8 +44,10 @@ def open_file(path: Path) -> sqlite3.Connection:
     return db
 
 
-def open_whole(path: Path, now: float, connect: Callable[[Path], sqlite3.Connection]) -> tuple[sqlite3.Connection, int]:
-    """Open or create, with a look at every page; a damaged file is set aside. And how many writes are lost, about.
+def open_checked(
+    path: Path, now: float, connect: Callable[[Path], sqlite3.Connection]
+) -> tuple[sqlite3.Connection, int]:
+    """Open or create, and check every page; a damaged file is set aside. Returns about how many writes are lost, too.
 
     Raises sqlite3.Error or OSError.
     """
@@ -54,31 +56,33 @@ def open_whole(path: Path, now: float, connect: Callable[[Path], sqlite3.Connect
     try:
         db = connect(path)
         if lost := _lost(path):
-            # Emptied: what is not replayed would be found again behind what is written from now on.
+            # Empty the log: frames that are not replayed now would follow those that are written from now on.
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         if db.execute("PRAGMA quick_check(1)").fetchone()[0] == "ok":
             return db, lost
         db.close()
     except sqlite3.OperationalError:
-        raise  # locked, full, not permitted: the file itself may be whole
+        raise  # locked, full, not permitted: the file itself may be undamaged
     except sqlite3.DatabaseError as e:
         log.debug("the spool cannot be read", extra={"reason": e})
     aside = path.with_name(f"{path.name}.damaged-{int(now)}")
-    # First, so that whoever is killed in between leaves no old log beside a new file.
+    # Before the file, so that a kill in between leaves no old log next to a new file.
     for tail in ("-wal", "-shm"):
         path.with_name(path.name + tail).unlink(missing_ok=True)
     path.replace(aside)
-    files.to_disk(path.parent)
+    files.sync(path.parent)
     log.error("the spool is damaged and was set aside; a new one begins", extra={"kept_as": aside})
     return connect(path), 1
 
 
 def _lost(path: Path) -> int:
-    """How many writes the log has lost at least, which is said. The file is ours, the log as the last run left it."""
+    """How many writes the log has lost at least; logged. This process holds the file, and SQLite has not replayed
+    yet.
+    """
     try:
         damage = wal.examine(path)
     except OSError as e:
-        log.warning("the spool's log could not be looked at", extra={"reason": e})
+        log.warning("the spool's log could not be checked", extra={"reason": e})
         return 0
     if damage is None:
         return 0

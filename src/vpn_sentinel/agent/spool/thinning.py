@@ -1,4 +1,4 @@
-"""What an observation in the spool is, and which ones go first when there is no room for all."""
+"""A row of the spool, and which rows are dropped first when there is no room for all."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,8 +17,8 @@ class Row:
 
 
 def thin(rows: Sequence[Row], room: int) -> tuple[list[Row], int]:
-    """Bring `rows` down to `room`: first every other one of those that repeat both neighbours, oldest first, over and
-    over; then the oldest of what is left. Return what stays and how many went.
+    """Reduce `rows` to `room`: first drop every other one of those that repeat both neighbours, oldest first,
+    repeatedly; then the oldest of the rest. Return the rows that stay and how many were dropped.
     """
     kept = list(rows)
     while len(kept) > room:

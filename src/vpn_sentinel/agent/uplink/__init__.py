@@ -1,1 +1,1 @@
-"""The way to the server: a session without I/O, and the two transports that carry it."""
+"""Reports to the server: a session without I/O, and two transports for it."""

@@ -1,22 +1,22 @@
-"""What a transport offers the uplink, and how it fails."""
+"""The interface of a transport, and its failures."""
 
 from enum import StrEnum
 from typing import Final, Protocol
 
 from vpn_sentinel.domain.policy import IPAddress
 
-CHANGED: Final = "something on the way changes the reports: what the server refuses is not what was sent"
+ALTERED: Final = "something on the way changes the reports: the server refuses something else than was sent"
 
 
 class Fault(StrEnum):
-    """What to do about a failure; the words beside it are for people."""
+    """What to do about a failure; the exception's text is for people."""
 
     BROKEN = "broken"  # try again, soon
     DENIED = "denied"  # the server itself does not accept the key or the name: try again, slowly
-    NO_WEBSOCKET = "no_websocket"  # no WebSocket leads to the server, whoever stops it: use POST
-    HELD = "held"  # connected, and not a word came back: this address, or any WebSocket to it, leads nowhere
-    REJECTED = "rejected"  # the server itself refused these very reports: sending them again is no use
-    CUT = "cut"  # somebody closed the connection because of a message: send less, or by POST
+    NO_WEBSOCKET = "no_websocket"  # something lets no WebSocket through to the server: use POST
+    HELD = "held"  # connected, but no byte came back: this address, or any WebSocket to it, does not work
+    REJECTED = "rejected"  # the server itself refused exactly these reports: do not send them again
+    CUT = "cut"  # the connection was closed because of a message: send less, or by POST
 
 
 class ChannelError(Exception):
@@ -36,9 +36,9 @@ class MessageChannel(Protocol):
     async def receive(self) -> bytes: ...
 
     def abort(self) -> None:
-        """Let go at once: no closing handshake, which a dead path would never finish."""
+        """Close at once, without a closing handshake, which never ends on a dead path."""
         ...
 
     async def close(self) -> None:
-        """Say goodbye, within half a second."""
+        """Close with a handshake, within half a second."""
         ...

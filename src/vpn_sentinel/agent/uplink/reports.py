@@ -1,4 +1,4 @@
-"""The way of what was seen into the spool, and from there to the server."""
+"""Put observations into the spool, and wake the uploader."""
 
 from vpn_sentinel.agent.spool.spool import Spool
 from vpn_sentinel.agent.uplink.uploader import Uploader
@@ -13,20 +13,20 @@ class Reporter:
     def __init__(self, spool: Spool, uploader: Uploader) -> None:
         self._spool = spool
         self._uploader = uploader
-        self._last: object = None
+        self._last_outcome: object = None
 
     def round(self, seen: Observation, verdict: Verdict) -> None:
-        """A round is over, and was judged so."""
-        said = (verdict.state, tuple(f.code for f in verdict.findings), seen.exit(4), seen.exit(6))
-        repeats = said == self._last and not seen.actions
-        self._last = said
+        """Keep the observation of a round that was judged."""
+        outcome = (verdict.state, tuple(f.code for f in verdict.findings), seen.exit(4), seen.exit(6))
+        repeats = outcome == self._last_outcome and not seen.actions
+        self._last_outcome = outcome
         self._spool.append(codec.encode(seen), routine=repeats)
         if verdict.state in (State.DOWN, State.LEAKING):
             self._uploader.hurry()
         self._uploader.wake()
 
     def between_rounds(self, seen: Observation) -> None:
-        """Something that waits for no round. The next round is no repetition of the one before."""
+        """Keep an observation made between rounds. The next round does not count as a repetition."""
         self._spool.append(codec.encode(seen), routine=False)
-        self._last = None
+        self._last_outcome = None
         self._uploader.wake()

@@ -1,10 +1,10 @@
-"""What agent and server say on one connection, without any I/O: bytes in, bytes and events out.
+"""The protocol of one connection between agent and server, without I/O: bytes in, bytes and events out.
 
     NEW --open--> GREETING --Welcome--> READY --offer--> WAITING --Ack--> READY
-    any of them --Refused, overdue, nonsense--> OVER
+    any of them --Refused, overdue, invalid message--> OVER
 
-One message of reports is on its way at a time. Only an acknowledgement lets anything be forgotten, and only as far as
-it reaches. Times are seconds of a clock that never jumps.
+One message of reports is in flight at a time. Only an acknowledgement lets the spool delete reports, and only up to its
+number. Times are seconds of a monotonic clock.
 """
 
 from collections.abc import Sequence
@@ -29,12 +29,12 @@ class Phase(StrEnum):
 
 
 class ProtocolError(Exception):
-    """The other side said what it should not have."""
+    """The server violated the protocol."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Greeted:
-    """The server knows this spool up to `ack`. `stale` says that this is more than the spool itself ever gave out."""
+    """The server has this spool up to `ack`. `stale`: that is more than the spool itself has ever numbered."""
 
     ack: int
     stale: bool
@@ -46,31 +46,33 @@ class Greeted:
 
 @dataclass(frozen=True, slots=True)
 class Acked:
-    """All up to `upto` is in the database, and the server heard of `thinned` more."""
+    """All up to `up_to` is in the server's database, and it counted `thinned` dropped rows."""
 
-    upto: int
+    up_to: int
     thinned: int
 
 
 @dataclass(frozen=True, slots=True)
-class TurnedAway:
-    """`of` is the fingerprint of what is refused, "" when it is no message of reports."""
+class RefusedByServer:
+    """`of` is the fingerprint of the refused message, "" when it is no message of reports."""
 
     reason: str
     retry: bool
     of: str = ""
 
 
-Event = Greeted | Acked | TurnedAway
+Event = Greeted | Acked | RefusedByServer
 
 
 class Session:
-    def __init__(self, hello: Hello, *, last: int, patience: float) -> None:
-        """`last` is the highest sequence number that can have been sent; `patience` how long an answer may take."""
+    def __init__(self, hello: Hello, *, last: int, answer_timeout_s: float) -> None:
+        """`last` is the highest sequence number that can have been sent; `answer_timeout_s` is the time for an
+        answer.
+        """
         self.phase = Phase.NEW
         self._hello = hello
         self._last = last
-        self._patience = patience
+        self._answer_timeout_s = answer_timeout_s
         self._deadline: float | None = None
         self._acked = 0
         self._sent = 0
@@ -78,19 +80,19 @@ class Session:
 
     @property
     def acked(self) -> int:
-        """Up to here the server has everything."""
+        """The sequence number up to which the server has everything."""
         return self._acked
 
     @property
     def deadline(self) -> float | None:
-        """When the answer that is awaited is overdue, None while none is."""
+        """When the awaited answer is overdue, None while none is awaited."""
         return self._deadline
 
     def open(self, now: float) -> bytes:
-        """Begin: what to send first."""
+        """Begin the session; returns the first message to send."""
         self._expect(Phase.NEW)
         self.phase = Phase.GREETING
-        self._deadline = now + self._patience
+        self._deadline = now + self._answer_timeout_s
         return codec.encode(self._hello)
 
     def offer(self, reports: Sequence[Report], *, pending: int, thinned: int, now: float) -> bytes:
@@ -99,11 +101,11 @@ class Session:
         self.phase = Phase.WAITING
         self._sent = reports[-1].seq
         self._thinned = thinned
-        self._deadline = now + self._patience
+        self._deadline = now + self._answer_timeout_s
         return codec.encode(Reports(items=list(reports), pending=pending, thinned=thinned))
 
     def exchange(self, reports: Sequence[Report], *, pending: int, thinned: int, now: float) -> bytes:
-        """Greeting and reports in one message, as a POST carries them; the Welcome that answers covers both."""
+        """Greeting and reports in one message, for a POST; the Welcome in its response answers both."""
         self.open(now)
         self._last = max([self._last, *(r.seq for r in reports)])
         return codec.encode(
@@ -111,16 +113,16 @@ class Session:
         )
 
     def receive(self, data: bytes | str) -> Event:
-        """Take in one message. Raises ProtocolError for one that is not understood or comes out of turn."""
+        """Take one message. Raises ProtocolError for one that is invalid or out of order."""
         try:
             message = _decode(data)
         except (msgspec.DecodeError, ValueError) as e:
-            raise self._fail(f"the server sent what is not understood: {e}") from e
+            raise self._fail(f"the server sent an invalid message: {e}") from e
         match message, self.phase:
             case Refused(), _:
                 self.phase = Phase.OVER
                 self._deadline = None
-                return TurnedAway(message.reason, message.retry, message.of)
+                return RefusedByServer(message.reason, message.retry, message.of)
             case Welcome(), Phase.GREETING:
                 self.phase = Phase.READY
                 self._deadline = None
@@ -135,17 +137,17 @@ class Session:
                     known=message.known,
                 )
             case Ack(), Phase.WAITING:
-                if not self._acked < message.seq <= self._sent:  # one that moves nothing would have us send for ever
+                if not self._acked < message.seq <= self._sent:  # else the agent would send for ever
                     raise self._fail(f"the server acknowledges {message.seq}, {self._sent} was sent")
                 self._acked = message.seq
                 self._deadline = None
                 self.phase = Phase.READY
                 return Acked(message.seq, self._thinned)
             case _:
-                raise self._fail(f"the server says {type(message).__name__} while {self.phase}")
+                raise self._fail(f"the server sent {type(message).__name__} while {self.phase}")
 
     def overdue(self, now: float) -> bool:
-        """Whether the awaited answer did not come in time; the session is over then."""
+        """Whether the awaited answer is late; the session is over then."""
         if self._deadline is None or now < self._deadline:
             return False
         self.phase = Phase.OVER
@@ -156,7 +158,7 @@ class Session:
             msg = f"the session is {self.phase}, not {phase}"
             raise RuntimeError(msg)
 
-    def _fail(self, problem: str) -> ProtocolError:
+    def _fail(self, reason: str) -> ProtocolError:
         self.phase = Phase.OVER
         self._deadline = None
-        return ProtocolError(problem)
+        return ProtocolError(reason)

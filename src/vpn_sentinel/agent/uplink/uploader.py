@@ -1,8 +1,8 @@
-"""Carries the spool to the server, by whatever way is open.
+"""Sends the spool's reports to the server, by any URL and address that works.
 
-Addresses of the server are tried in their order, the first preferred. An answer that stays away for some seconds, or a
-route that changed under a connection, ends it: when a tunnel is deleted, the old connection hangs on for minutes
-while a new one would leave at once. What fails is said when it changes, not each time.
+URLs are tried in their order, the first is preferred. A connection ends when an answer does not come for some seconds,
+or when its route changed: after a tunnel is deleted, the old connection would hang for minutes, while a new one works
+at once. A failure is logged when it changes, not each time.
 """
 
 import asyncio
@@ -27,22 +27,22 @@ from vpn_sentinel.runtime.clock import Clock
 
 log = logging.getLogger(__name__)
 
-_ACK_TIMEOUT_S: Final = 3.0  # seconds for an acknowledgement
-_HURRIED_LOOKUP_S: Final = 0.2  # seconds for the server's name after a change
-_LOOK_TIMEOUT_S: Final = 2.0  # seconds to see whether the preferred way is open
-_TRIES_APART_S: Final = 0.25  # seconds between two tries while the network keeps changing
-_DENIED_RETRY_S: Final = 60.0  # seconds between tries of a key that is not accepted
-_POST_FOR_S: Final = 300.0  # seconds until a WebSocket is tried again
-_WAY_BACK_AFTER_S: Final = 60.0  # seconds on a second way until the preferred one is looked at
-_MAX_WAY_BACK_AFTER_S: Final = 900.0
-_STEADY_S: Final = 10.0  # seconds that a connection must have held for its end to be no reason to wait
-_MAX_ADDRESSES: Final = 4  # of one name
-_MAX_FAST_PASSES: Final = 2  # rounds through all ways that give each but little time, while bad news waits
+_ACK_TIMEOUT_S: Final = 3.0
+_HURRIED_LOOKUP_S: Final = 0.2  # for the lookup of the server's name after a change of the network
+_CHECK_TIMEOUT_S: Final = 2.0  # for the check whether the preferred URL works
+_MIN_TRY_INTERVAL_S: Final = 0.25  # between two tries while the network keeps changing
+_DENIED_RETRY_S: Final = 60.0  # between tries with a key that is not accepted
+_POST_PERIOD_S: Final = 300.0  # until a WebSocket is tried again
+_SWITCH_BACK_AFTER_S: Final = 60.0  # on a fallback URL, until the preferred one is checked
+_MAX_SWITCH_BACK_AFTER_S: Final = 900.0
+_STEADY_S: Final = 10.0  # after a connection that lasted so long, the back-off starts anew
+_MAX_ADDRESSES: Final = 4  # of one host name
+_MAX_FAST_PASSES: Final = 2  # passes over all URLs with short timeouts, while urgent reports wait
 
 
 class Uploader:
-    """`run` never ends by itself. `wake` says that the spool holds more, `hurry` that what was put into it is bad news:
-    then a way that does not answer soon is left for another.
+    """`run` never ends by itself. Call `wake` when the spool holds more, `hurry` when that is urgent: then an address
+    that does not answer soon is left for another one.
     """
 
     def __init__(
@@ -54,8 +54,8 @@ class Uploader:
         *,
         routes: Routes | None = None,
         greeted: Callable[[Greeted], None] = lambda _event: None,
-        patience: float = _ACK_TIMEOUT_S,
-        back_first: float = _WAY_BACK_AFTER_S,
+        answer_timeout_s: float = _ACK_TIMEOUT_S,
+        switch_back_after_s: float = _SWITCH_BACK_AFTER_S,
         wakeup: Wakeup | None = None,
     ) -> None:
         self._to = to
@@ -64,19 +64,19 @@ class Uploader:
         self._clock = clock
         self._routes = routes or Routes()
         self._greeted = greeted
-        self._batching = Batching(spool, patience)
+        self._batching = Batching(spool, answer_timeout_s)
         self._wakeup = wakeup or Wakeup()
-        self._hurried = False
-        self._said: dict[str, str | None] = {}
+        self._network_just_changed = False
+        self._logged_failures: dict[str, str | None] = {}
         self._post_until: dict[str, float] = {}
-        self._posting: set[str] = set()  # of which it was said
-        self._url, self._stored = "", False  # of the connection that was greeted last: whether reports were stored
-        self._fruitless: set[str] = set()  # greeted there and stored nothing
-        self._back_after = back_first
-        self._left: str | None = None  # the way that bad news got no answer on
-        self._turned = False
-        self._several = False  # the name that is tried has more than one address
-        self._passes = 0  # through all ways, since there is bad news
+        self._logged_as_posting: set[str] = set()  # URLs of which this was logged
+        self._url, self._stored = "", False  # of the last greeted connection: whether the server stored reports
+        self._urls_that_store_nothing: set[str] = set()  # the server greeted there and stored nothing
+        self._back_after = switch_back_after_s
+        self._unanswered_url: str | None = None  # where urgent reports got no answer
+        self._retry_at_once = False
+        self._has_several_addresses = False  # the host name in use has more than one address
+        self._passes = 0  # over all URLs, since there are urgent reports
         self.acked_at: float | None = None
 
     def wake(self) -> None:
@@ -93,92 +93,92 @@ class Uploader:
     async def run(self) -> None:
         for host in {split(url).host for url in self._to.urls}:
             self._http.names.remember(host, _addresses(self._spool.fact(f"addresses:{host}")))
-        # An agent that promised a report every few seconds may not be away for half a minute.
+        # An agent that promised a report every few seconds must not wait for half a minute.
         longest = min(30.0, max(1.0, self._to.hello.interval))
         waits = backoff(0.5, longest)
         while True:
             started = self._clock.boottime()
-            greeted, denied = await self._all_ways()
+            greeted, denied = await self._try_all_urls()
             if self._wakeup.network_has_changed or (greeted and self._clock.boottime() - started > _STEADY_S):
                 waits = backoff(0.5, longest)
-            if not (self._wakeup.network_has_changed or self._turned):
+            if not (self._wakeup.network_has_changed or self._retry_at_once):
                 await self._pause(max(next(waits), _DENIED_RETRY_S if denied else 0.0))
-            elif (early := started + _TRIES_APART_S - self._clock.boottime()) > 0:
+            elif (early := started + _MIN_TRY_INTERVAL_S - self._clock.boottime()) > 0:
                 await asyncio.sleep(early)
-            self._hurried, self._wakeup.network_has_changed, self._turned = (
+            self._network_just_changed, self._wakeup.network_has_changed, self._retry_at_once = (
                 self._wakeup.network_has_changed,
                 False,
                 False,
             )
 
-    async def _all_ways(self) -> tuple[bool, bool]:
-        """Try each URL until one has served; whether one did, and whether one denied us."""
+    async def _try_all_urls(self) -> tuple[bool, bool]:
+        """Try each URL until one works; return whether one did, and whether one denied the key or name."""
         denied = False
         self._passes += 1
         for url in self._order():
             try:
-                tried = await self._serve(url, second_way=url != self._to.urls[0])
+                tried = await self._serve(url, is_fallback=url != self._to.urls[0])
             except ChannelError as e:
                 denied = denied or e.fault is Fault.DENIED
-                self._say(url, str(e))
+                self._log_change(url, str(e))
                 continue
             if tried:
                 return True, denied
         return False, denied
 
     def _order(self) -> tuple[str, ...]:
-        """The ways as they are preferred; one that left bad news unanswered comes last."""
+        """The URLs in order of preference; one that left urgent reports unanswered comes last."""
         urls = self._to.urls
-        if self._left is None:
+        if self._unanswered_url is None:
             return urls
-        return (*(u for u in urls if u != self._left), self._left)
+        return (*(u for u in urls if u != self._unanswered_url), self._unanswered_url)
 
     async def _pause(self, seconds: float) -> None:
-        """Wait, but not on when the network changes: what was shut may be open now."""
+        """Wait, but no longer once the network changes: what failed may work now."""
         end = self._clock.boottime() + seconds
         while not self._wakeup.network_has_changed and (left := end - self._clock.boottime()) > 0:
             await self._wakeup.wait(left)
 
-    async def _serve(self, url: str, *, second_way: bool) -> bool:
-        """Carry reports by one URL until that ends; True when it served. Raises ChannelError when it never did."""
-        where = split(url)
+    async def _serve(self, url: str, *, is_fallback: bool) -> bool:
+        """Report to one URL until that ends; True when it worked. Raises ChannelError when it never did."""
+        parts = split(url)
         try:
-            # When the network just changed, DNS may be what broke: then the last good addresses must do.
-            hurried = self._hurried or self._wakeup.urgent
-            addresses = await self._http.names.addresses(where.host, patience=_HURRIED_LOOKUP_S if hurried else None)
+            # When the network just changed, DNS may have failed: then the last known addresses are used.
+            hurried = self._network_just_changed or self._wakeup.urgent
+            addresses = await self._http.names.addresses(parts.host, patience=_HURRIED_LOOKUP_S if hurried else None)
         except NotFoundError as e:
             raise ChannelError(Fault.BROKEN, str(e)) from e
-        self._several = len(addresses) > 1  # such as one of each family
+        self._has_several_addresses = len(addresses) > 1  # e.g. IPv4 and IPv6
         error = ChannelError(Fault.BROKEN, "it has no address")
         left = deque((address, False) for address in addresses[:_MAX_ADDRESSES])
         while left:
             address, by_post = left.popleft()
-            if not where.secure and is_public(address) and not self._to.allow_insecure:
+            if not parts.secure and is_public(address) and not self._to.allow_insecure:
                 error = ChannelError(Fault.BROKEN, f"{address} is public, and the key is not sent there in clear")
                 continue
             tried = self._connection(url, address)
             try:
-                back = _WayBack(self, self._to.urls[0]) if second_way else None
-                await self._by_any_means(tried, back, by_post=by_post)
+                switch_back = _PreferredUrlCheck(self, self._to.urls[0]) if is_fallback else None
+                await self._report_by_best_means(tried, switch_back, by_post=by_post)
             except ChannelError as e:
                 error = e
                 if e.fault is Fault.HELD:
-                    # Another family may be open; only where none is, it is the WebSocket that is not let through.
+                    # The other IP version may work; only if none does, WebSockets are blocked.
                     left.append((address, True))
                 if self._fails_fast():
-                    self._left, self._turned = url, tried.greeted
+                    self._unanswered_url, self._retry_at_once = url, tried.greeted
                 if tried.greeted:
-                    self._ended(url, str(e))
+                    self._log_end(url, str(e))
             if tried.greeted:
                 return True
             if error.fault is Fault.DENIED:
                 break
         raise error
 
-    def _ended(self, url: str, why: str) -> None:
+    def _log_end(self, url: str, why: str) -> None:
         if not self._stored:
-            self._fruitless.add(url)
-        self._say(url, why)
+            self._urls_that_store_nothing.add(url)
+        self._log_change(url, why)
 
     def _connection(self, url: str, address: IPAddress) -> ServerConnection:
         return ServerConnection(
@@ -197,57 +197,59 @@ class Uploader:
         )
 
     def _fails_fast(self) -> bool:
-        other_way = len(self._to.urls) > 1 or self._several
-        return self._wakeup.urgent and other_way and self._passes <= _MAX_FAST_PASSES
+        has_alternative = len(self._to.urls) > 1 or self._has_several_addresses
+        return self._wakeup.urgent and has_alternative and self._passes <= _MAX_FAST_PASSES
 
-    async def _by_any_means(self, tried: ServerConnection, back: "_WayBack | None", *, by_post: bool) -> None:
+    async def _report_by_best_means(
+        self, tried: ServerConnection, switch_back: "_PreferredUrlCheck | None", *, by_post: bool
+    ) -> None:
         until = self._post_until.get(tried.url, 0.0)
         if by_post:
             until = self._no_websocket(tried.url, "no answer at any address")
         elif until <= self._clock.boottime():
             try:
-                await tried.by_websocket(back)
+                await tried.by_websocket(switch_back)
             except ChannelError as e:
                 if e.fault not in (Fault.NO_WEBSOCKET, Fault.HELD) or tried.greeted:
                     raise
-                if e.fault is Fault.HELD and self._several:
+                if e.fault is Fault.HELD and self._has_several_addresses:
                     raise
                 until = self._no_websocket(tried.url, str(e))
             else:
                 return
             finally:
                 if tried.greeted:
-                    self._posting.discard(tried.url)
+                    self._logged_as_posting.discard(tried.url)
         try:
             await tried.by_post(until)
         except ChannelError:
-            if not tried.greeted:  # then POST is no better: the next try begins with a WebSocket again
+            if not tried.greeted:  # POST does not work either: begin with a WebSocket next time
                 self._post_until.pop(tried.url, None)
             raise
 
     def _no_websocket(self, url: str, why: str) -> float:
-        """Until when reports go by POST there."""
-        if url not in self._posting:
-            self._posting.add(url)
-            log.info("no WebSocket can be had, reports go by POST", extra={"url": url, "reason": why})
-        self._post_until[url] = self._clock.boottime() + _POST_FOR_S
+        """Use POST for this URL from now on; returns until when."""
+        if url not in self._logged_as_posting:
+            self._logged_as_posting.add(url)
+            log.info("no WebSocket is possible, reports go by POST", extra={"url": url, "reason": why})
+        self._post_until[url] = self._clock.boottime() + _POST_PERIOD_S
         return self._post_until[url]
 
     async def is_open(self, url: str) -> bool:
         """Whether the server takes connections there."""
-        where = split(url)
+        parts = split(url)
         try:
-            async with asyncio.timeout(_LOOK_TIMEOUT_S):
-                address = (await self._http.names.addresses(where.host))[0]
-                (await connected(address, where.port)).close()
+            async with asyncio.timeout(_CHECK_TIMEOUT_S):
+                address = (await self._http.names.addresses(parts.host))[0]
+                (await connected(address, parts.port)).close()
         except OSError:  # TimeoutError is one
             return False
         return True
 
-    def next_look(self, *, found: bool) -> float:
-        """When to look at the preferred way again: later and later where it opens and then does not serve."""
+    def next_check(self, *, found: bool) -> float:
+        """When to check the preferred URL again: ever later where it accepts connections and then does not work."""
         if found:
-            self._back_after = min(self._back_after * 2, _MAX_WAY_BACK_AFTER_S)
+            self._back_after = min(self._back_after * 2, _MAX_SWITCH_BACK_AFTER_S)
         return self._clock.boottime() + self._back_after
 
     @property
@@ -259,54 +261,54 @@ class Uploader:
         if known := self._http.names.known(host):
             self._spool.keep(f"addresses:{host}", json.dumps([str(a) for a in known]))
         self._url, self._stored = url, False
-        # A server whose disk is full greets all the same: after a greeting that led to nothing, only an ack is news.
-        if url not in self._fruitless:
-            self._say(url, None)
+        # A server whose disk is full still greets: after a greeting without a stored report, only an ack counts.
+        if url not in self._urls_that_store_nothing:
+            self._log_change(url, None)
         self._greeted(event)
 
     def _acked(self) -> None:
         self.acked_at = self._clock.boottime()
         if not self._spool.pending:
-            self._wakeup.urgent, self._left = False, None
+            self._wakeup.urgent, self._unanswered_url = False, None
         if not self._stored:
             self._stored = True
-            self._fruitless.discard(self._url)
-            self._say(self._url, None)
+            self._urls_that_store_nothing.discard(self._url)
+            self._log_change(self._url, None)
 
-    def _say(self, url: str, trouble: str | None) -> None:
-        if url in self._said and self._said[url] == trouble:
+    def _log_change(self, url: str, failure: str | None) -> None:
+        if url in self._logged_failures and self._logged_failures[url] == failure:
             return
-        if trouble is None:
+        if failure is None:
             log.info("connected", extra={"url": url})
-            self._said.clear()  # what fails from here on is news
+            self._logged_failures.clear()  # log any failure from now on
         else:
-            log.warning("cannot report", extra={"url": url, "reason": trouble})
-        self._said[url] = trouble
+            log.warning("cannot report", extra={"url": url, "reason": failure})
+        self._logged_failures[url] = failure
 
 
-class _WayBack:
-    """A `Leave`: looks from time to time whether the preferred way is open."""
+class _PreferredUrlCheck:
+    """A `SwitchBack`: checks from time to time whether the preferred URL works."""
 
     def __init__(self, uploader: Uploader, url: str) -> None:
         self._uploader = uploader
         self._url = url
-        self.look_at = uploader.next_look(found=False)
+        self.check_at = uploader.next_check(found=False)
 
-    async def is_time(self) -> bool:
-        if self._uploader.now < self.look_at:
+    async def is_due(self) -> bool:
+        if self._uploader.now < self.check_at:
             return False
         found = await self._uploader.is_open(self._url)
-        self.look_at = self._uploader.next_look(found=found)
+        self.check_at = self._uploader.next_check(found=found)
         return found
 
 
 def read_list(text: str | None) -> list[str]:
-    """A fact that holds a JSON list of texts; empty for anything else."""
+    """The strings of a JSON list; empty for anything else."""
     try:
-        said = json.loads(text or "[]")
+        found = json.loads(text or "[]")
     except (ValueError, RecursionError):
         return []
-    return [item for item in said if isinstance(item, str)] if isinstance(said, list) else []
+    return [item for item in found if isinstance(item, str)] if isinstance(found, list) else []
 
 
 def _addresses(text: str | None) -> tuple[IPAddress, ...]:

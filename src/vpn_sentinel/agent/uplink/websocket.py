@@ -1,6 +1,7 @@
 """The WebSocket to `{url}{api_path}/agent` (RFC 6455).
 
-wsproto frames; asyncio's streams carry. The client of `websockets` is more at home, and costs an agent 3 MB of its 25.
+wsproto makes the frames, asyncio's streams carry them. The client of `websockets` is better known, and would cost an
+agent 3 MB of its 25.
 """
 
 import asyncio
@@ -12,29 +13,29 @@ from typing import Final
 
 from vpn_sentinel.agent.net.http import Response, connected, head, read_response, reason
 from vpn_sentinel.agent.net.urls import ParsedUrl, split
-from vpn_sentinel.agent.uplink.answers import own_refusal, strangers
+from vpn_sentinel.agent.uplink.answers import foreign_answer, own_refusal
 from vpn_sentinel.agent.uplink.channel import ChannelError, Fault
 from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.runtime.imports import stand_ins
 from vpn_sentinel.runtime.secret import Secret
 from vpn_sentinel.wire import codec, limits
 
-with stand_ins({"h11": ModuleType("h11")}):  # for wsproto's own handshake; ours is HTTP as the agent has it anyway
+with stand_ins({"h11": ModuleType("h11")}):  # for wsproto's handshake; the agent uses its own HTTP
     from wsproto.connection import Connection, ConnectionState, ConnectionType
     from wsproto.events import CloseConnection, Event, Message, Ping, TextMessage
     from wsproto.frame_protocol import CloseReason
     from wsproto.utilities import LocalProtocolError, generate_accept_token, generate_nonce
 
-_QUIET: Final = 20.0  # seconds without a byte, then a ping; as many more, and the connection is dead
-_MAX_PARTS: Final = 1000  # of one message: a proxy may cut it up, nobody needs that many
-_NOT_ONE: Final = "the answer to the WebSocket handshake is not one"
-_PIECE: Final = 16 * 1024  # bytes read at once
-# Our server says why before it closes; who closes with such a code and no word is somebody else.
+_PING_AFTER_S: Final = 20.0  # without a byte, then a ping; after as long again the connection is dead
+_MAX_FRAMES: Final = 1000  # of one message: a proxy may split it, but not into so many
+_NO_HANDSHAKE: Final = "the answer to the WebSocket handshake is invalid"
+_READ_BYTES: Final = 16 * 1024  # at once
+# The server sends a reason before it closes; a close with such a code and no reason comes from something in between.
 _REJECTED_CODES: Final = frozenset({1003, 1007, 1008, 1009})
 
 
 class WebSocket:
-    """A `MessageChannel`. Pings are answered while somebody receives."""
+    """A `MessageChannel`. Pings are answered while `receive` runs."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader, self._writer = reader, writer
@@ -73,7 +74,7 @@ class WebSocket:
                     case Message(data=data):
                         found += data.encode() if isinstance(data, str) else data
                         parts += 1
-                        if len(found) > limits.MAX_BODY_BYTES or parts > _MAX_PARTS:
+                        if len(found) > limits.MAX_BODY_BYTES or parts > _MAX_FRAMES:
                             raise ChannelError(Fault.BROKEN, "the server sends too large a message")
                         if event.message_finished:
                             return bytes(found)
@@ -85,11 +86,11 @@ class WebSocket:
             self._events = self._protocol.events()
 
     async def _read(self) -> bytes:
-        """What comes next. Raises ChannelError when nothing does, not even the answer to a ping."""
+        """The next bytes. Raises ChannelError when nothing comes, not even the answer to a ping."""
         for last in (False, True):
             try:
-                async with asyncio.timeout(_QUIET):
-                    data = await self._reader.read(_PIECE)
+                async with asyncio.timeout(_PING_AFTER_S):
+                    data = await self._reader.read(_READ_BYTES)
             except TimeoutError:
                 if not last:
                     await self._send(Ping())
@@ -102,9 +103,9 @@ class WebSocket:
         raise ChannelError(Fault.BROKEN, "the connection broke off")
 
     async def _closed(self, event: CloseConnection) -> ChannelError:
-        if self._protocol.state is ConnectionState.OPEN:  # nobody closed it: what came is no WebSocket any more
+        if self._protocol.state is ConnectionState.OPEN:  # not closed: what came is no WebSocket frame
             return ChannelError(Fault.BROKEN, "the connection broke off")
-        with contextlib.suppress(ChannelError):  # the other side need not wait for our answer
+        with contextlib.suppress(ChannelError):  # the other side need not wait for the answer
             await self._send(event.response())
         if event.code in _REJECTED_CODES:
             return ChannelError(Fault.CUT, f"the connection was closed: {event.reason or event.code}")
@@ -125,17 +126,17 @@ async def open_websocket(
 
     Raises ChannelError.
     """
-    where, sock, writer, channel = split(url), None, None, None
+    parts, sock, writer, channel = split(url), None, None, None
     try:
         async with asyncio.timeout(limit):
-            sock = await connected(at, where.port)
+            sock = await connected(at, parts.port)
             reader, writer = await asyncio.open_connection(
                 sock=sock,
-                ssl=tls if where.secure else None,
-                server_hostname=where.host if where.secure else None,
-                limit=_PIECE,
+                ssl=tls if parts.secure else None,
+                server_hostname=parts.host if parts.secure else None,
+                limit=_READ_BYTES,
             )
-            await _shake_hands(where, key, reader, writer)
+            await _shake_hands(parts, key, reader, writer)
             channel = WebSocket(reader, writer)
             return channel
     except TimeoutError as e:
@@ -152,7 +153,7 @@ async def open_websocket(
 
 
 async def _shake_hands(
-    where: ParsedUrl, key: Secret, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    parts: ParsedUrl, key: Secret, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
 ) -> None:
     nonce = generate_nonce()
     asked = {
@@ -162,27 +163,27 @@ async def _shake_hands(
         "Sec-WebSocket-Key": nonce.decode("ascii"),
         "X-API-Key": key.reveal(),
     }
-    writer.write(head("GET", where, asked))
+    writer.write(head("GET", parts, asked))
     try:
         response = await read_response(reader)
     except TimeoutError:
         raise
     except (OSError, ValueError, EOFError, asyncio.LimitOverrunError) as e:
-        raise ChannelError(Fault.NO_WEBSOCKET, _NOT_ONE) from e
+        raise ChannelError(Fault.NO_WEBSOCKET, _NO_HANDSHAKE) from e
     if response.status != HTTPStatus.SWITCHING_PROTOCOLS:
         raise _refused(response)
     accept = response.headers.get("sec-websocket-accept", "")
-    if accept != generate_accept_token(nonce).decode("ascii"):  # whoever repeats what it is sent is no server
-        raise ChannelError(Fault.NO_WEBSOCKET, _NOT_ONE)
+    if accept != generate_accept_token(nonce).decode("ascii"):  # something that only echoes the request is no server
+        raise ChannelError(Fault.NO_WEBSOCKET, _NO_HANDSHAKE)
 
 
 def _refused(response: Response) -> ChannelError:
     status = response.status
     why = own_refusal(status, response.headers, response.body)
     if why is None:
-        return ChannelError(Fault.NO_WEBSOCKET, strangers(status))
-    if status == HTTPStatus.METHOD_NOT_ALLOWED:  # nginx, by default, passes no Upgrade on
-        return ChannelError(Fault.NO_WEBSOCKET, "something on the way takes the offer of a WebSocket out")
+        return ChannelError(Fault.NO_WEBSOCKET, foreign_answer(status))
+    if status == HTTPStatus.METHOD_NOT_ALLOWED:  # nginx, by default, does not forward Upgrade
+        return ChannelError(Fault.NO_WEBSOCKET, "something on the way removes the WebSocket upgrade")
     if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
         return ChannelError(Fault.DENIED, f"the server refuses: {why} (HTTP {status})")
     return ChannelError(Fault.BROKEN, f"the server refuses: {why} (HTTP {status})")

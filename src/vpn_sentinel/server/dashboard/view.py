@@ -11,7 +11,7 @@ from sqlalchemy import Row
 
 from vpn_sentinel.domain.counted import counted
 from vpn_sentinel.domain.observation import Observation
-from vpn_sentinel.domain.routes import each_spoken
+from vpn_sentinel.domain.routes import all_described
 from vpn_sentinel.domain.verdict import HARM, State
 from vpn_sentinel.wire import codec, rest
 
@@ -305,7 +305,7 @@ class ObservationView:
 
 
 def _routes(seen: Observation) -> tuple[str, ...] | None:
-    return None if seen.routed is None else each_spoken(seen.routed, seen.link.name if seen.link else None)
+    return None if seen.routed is None else all_described(seen.routed, seen.link.name if seen.link else None)
 
 
 def observations(rows: Sequence[Row[Any]]) -> list[ObservationView]:

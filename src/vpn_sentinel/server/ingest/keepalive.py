@@ -12,7 +12,7 @@ from vpn_sentinel.server.ingest.admission import Admission, Refusal, json_body
 from vpn_sentinel.server.tracking.inputs import ReportBatch, TimedObservation
 from vpn_sentinel.server.tracking.tracker import Tracker
 from vpn_sentinel.wire.codec import encode
-from vpn_sentinel.wire.keepalive import Reading, Received, read
+from vpn_sentinel.wire.keepalive import ParsedKeepalive, Received, read
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ class Keepalives:
         )
         return encode(Received(server_time=datetime.fromtimestamp(now, UTC).isoformat()))
 
-    def _log_unreadable(self, keepalive: Reading) -> None:
+    def _log_unreadable(self, keepalive: ParsedKeepalive) -> None:
         """Log a field that cannot be read, once, with its value: the report is taken without it."""
         for field, value in keepalive.odd:
             if (keepalive.client_id, field) not in self._logged and len(self._logged) < _MAX_LOGGED_FIELDS:

@@ -85,18 +85,18 @@ def make_backup(connection: sqlite3.Connection, folder: Path, now: float) -> Bac
     made = Backup(folder / f"sentinel-{datetime.fromtimestamp(now, UTC).strftime(_TIME_FORMAT)}.db", float(int(now)))
     try:
         files.folder(folder)
-        files.sweep(folder, "sentinel-")
+        files.remove_partial(folder, "sentinel-")
         pages, size = (connection.execute(f"PRAGMA {what}").fetchone()[0] for what in ("page_count", "page_size"))
         if shutil.disk_usage(folder).free < 2 * pages * size:
             # A copy that fills the disk would keep the server itself from storing reports.
             msg = f"{folder} has no room: twice the database's {pages * size // 1_000_000 + 1} MB must be free"
             raise BackupError(msg)
-        written = files.beside(made.path)
+        written = files.temporary_path(made.path)
         try:
             written.touch(mode=0o600)
             # As bytes: a path may hold some that are not valid text.
             connection.execute("VACUUM INTO CAST(? AS TEXT)", (os.fsencode(written),))
-            files.settle(written, made.path)
+            files.move_into_place(written, made.path)
         finally:
             written.unlink(missing_ok=True)
     except OSError as e:
@@ -126,14 +126,14 @@ def restore(database: Path, backup: Path) -> Path | None:
     new one. Raises BackupError, also when a server uses the database or the backup is damaged.
     """
     database = database.resolve()  # the file that a symbolic link names
-    written = files.beside(database)
+    written = files.temporary_path(database)
     try:
         files.folder(database.parent)
         written.touch(mode=0o600)
         shutil.copyfile(backup, written)
         _verify(written, backup)
         if not database.exists():
-            files.settle(written, database)
+            files.move_into_place(written, database)
             return None
         held = lock_file(database)
         if held is None:
@@ -154,9 +154,9 @@ def _exchange(database: Path, written: Path) -> Path:
     log, index = (database.with_name(database.name + tail) for tail in ("-wal", "-shm"))
     with contextlib.suppress(FileNotFoundError):
         log.replace(f"{aside}-wal")  # where SQLite finds it if the old database is opened again
-    files.to_disk(written)  # before the link, so that the old file has two names only for a moment
+    files.sync(written)  # before the link, so that the old file has two names only for a moment
     os.link(database, aside)
-    files.settle(written, database)
+    files.move_into_place(written, database)
     index.unlink(missing_ok=True)  # not earlier: it shows that a WAL is missing
     return aside
 

@@ -128,7 +128,7 @@ def prepare(path: Path, *, alone: bool) -> str:
 def _remove_leftovers(path: Path) -> None:
     """Remove temporary files of a killed restore or start: each is as large as the database or its WAL."""
     try:
-        files.sweep(path.parent, path.name)
+        files.remove_partial(path.parent, path.name)
     except OSError as e:
         log.warning("a killed process's temporary files cannot be removed", extra={"reason": e.strerror})
 
@@ -173,13 +173,13 @@ def _set_aside(wal_file: Path, *, whole: bool) -> str:
     kept = wal_file.with_name(f"{wal_file.name}.damaged-{int(wal_file.stat().st_mtime)}")
     if whole:
         wal_file.replace(kept)
-        files.to_disk(wal_file.parent)
+        files.sync(wal_file.parent)
         return kept.name
-    copied = files.beside(kept)
+    copied = files.temporary_path(kept)
     try:
         copied.touch(mode=0o600)
         shutil.copyfile(wal_file, copied)
-        files.settle(copied, kept)
+        files.move_into_place(copied, kept)
     except OSError as e:  # on a full disk the server still watches
         copied.unlink(missing_ok=True)
         log.warning("the damaged log could not be kept", extra={"reason": e.strerror})

@@ -8,7 +8,7 @@ from typing import Final
 from prometheus_client import CollectorRegistry, Counter
 
 from vpn_sentinel.runtime.clock import Clock
-from vpn_sentinel.runtime.shortage import Untaken, out_of_descriptors
+from vpn_sentinel.runtime.shortage import AcceptFailures, out_of_descriptors
 
 _INTERVAL_S: Final = 1.0
 
@@ -19,7 +19,7 @@ class Descriptors:
     """
 
     def __init__(self, clock: Clock, registry: CollectorRegistry) -> None:
-        self._untaken = Untaken(clock.boottime)
+        self._untaken = AcceptFailures(clock.boottime)
         self._short = Counter(
             "vpn_sentinel_descriptors_short_seconds",
             "Seconds in which no descriptor was left: new connections were closed as they came.",

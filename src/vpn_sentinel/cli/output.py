@@ -1,11 +1,11 @@
-"""Plain tables and times for terminals."""
+"""Plain tables and times for people."""
 
 from collections.abc import Sequence
 from datetime import datetime
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print columns as wide as they need to be; what comes from outside is shown without control characters."""
+    """Print columns as wide as they need to be, with control characters escaped."""
     lines = [tuple(heads), *(tuple(map(printable, row)) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(heads))]
     for line in lines:
@@ -13,7 +13,7 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def printable(text: str) -> str:
-    """`text` with what a terminal would obey shown as escapes."""
+    """`text` with control characters shown as escapes, since a terminal would obey them."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 

@@ -2,7 +2,7 @@
 
 from tests.agent.leakwatch.test_watch import ran
 from tests.conftest import ManualClock
-from vpn_sentinel.agent.leakwatch.others import AGAIN_S, Others
+from vpn_sentinel.agent.leakwatch.other_vpns import RETRY_S, OtherVpns
 from vpn_sentinel.agent.net.endpoints import parse_endpoint
 from vpn_sentinel.agent.net.link import Interface
 from vpn_sentinel.domain.policy import IPAddress
@@ -81,7 +81,7 @@ send("203.0.113.5", 443, b"handshake")
 await until(lambda: acted)
 corporate()
 clock.now += 1.0
-watch.look(around())
+watch.update(around())
 send("203.0.113.5", 443, b"data")
 await until(lambda: watch.others.endpoints)
 clock.now += 10.5
@@ -127,16 +127,16 @@ async def test_each_device_is_tried_at_most_every_few_seconds() -> None:
         return answer
 
     changes: list[int] = []
-    others = Others(clock.boottime, lambda: changes.append(1), search)  # type: ignore[arg-type]
+    others = OtherVpns(clock.boottime, lambda: changes.append(1), search)  # type: ignore[arg-type]
     assert not others.doubts(SERVER.address)  # nothing is there that could be tried
     for found in (False, True, False):
-        others.look((DEVICE,), (SERVER.address,), ("eth0",))
+        others.update((DEVICE,), (SERVER.address,), ("eth0",))
         assert others.doubts(SERVER.address)
         await others.settle()
         assert not others.doubts(SERVER.address)
         await others.settle()
         assert (SERVER in others.endpoints) is found
-        clock.now += AGAIN_S
+        clock.now += RETRY_S
     assert (asked, len(changes)) == (["tun5"] * 3, 6)
-    others.look((), (SERVER.address,), ("eth0",))
+    others.update((), (SERVER.address,), ("eth0",))
     assert (others.endpoints, others.doubts(SERVER.address)) == ((), False)

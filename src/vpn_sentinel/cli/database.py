@@ -1,4 +1,4 @@
-"""Commands that work on the database itself, beside a running server or without one."""
+"""For commands that work on the database itself, with or without a running server."""
 
 import argparse
 import asyncio
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from vpn_sentinel.cli.reading import add_config, server_settings
+from vpn_sentinel.cli.settings import add_config, server_settings
 from vpn_sentinel.runtime.settings import PREFIX, SettingError
 
 if TYPE_CHECKING:
@@ -31,16 +31,16 @@ def with_store(
 ) -> T:
     """Open the server's store, run `work`, close it. Raises SettingError, StoreUnusable, StoreUnavailable.
 
-    Without `create` a file that is not there is an error: the folder is probably mistyped.
+    Without `create` a missing file is an error: the folder is probably misspelt.
     """
     from vpn_sentinel.server.store.open import open_store
 
     settings = server_settings(args)
     if not create:
-        _need_file(settings)
+        _check_file_exists(settings)
 
     async def run() -> T:
-        with naming_the_setting(settings):
+        with setting_named(settings):
             store = await open_store(settings.database_url)
         try:
             return await work(store, settings)
@@ -51,10 +51,10 @@ def with_store(
 
 
 @contextmanager
-def naming_the_setting(settings: "ServerSettings") -> Iterator[None]:
-    """Say which setting to change when the database's file cannot be had, and which copy there is of a damaged one.
+def setting_named(settings: "ServerSettings") -> Iterator[None]:
+    """Name the setting to change when the database's file cannot be opened, and the backup for a damaged one.
 
-    Raises SettingError or StoreDamaged in its place.
+    Raises SettingError or StoreDamaged instead of the store's own error.
     """
     from vpn_sentinel.server.store.backup import restore_hint
     from vpn_sentinel.server.store.store import StoreDamaged, StoreUnusable
@@ -73,8 +73,8 @@ def naming_the_setting(settings: "ServerSettings") -> Iterator[None]:
         raise SettingError(_setting(settings), str(e)) from e.__cause__
 
 
-def _need_file(settings: "ServerSettings") -> None:
-    """Raises StoreUnusable when there is no database yet, SettingError when that cannot be told."""
+def _check_file_exists(settings: "ServerSettings") -> None:
+    """Raises StoreUnusable when there is no database yet, SettingError when its file cannot be examined."""
     from vpn_sentinel.server.store.store import StoreUnusable
 
     if not _is_file(settings):
@@ -94,6 +94,6 @@ def _is_file(settings: "ServerSettings") -> bool:
 
 
 def _setting(settings: "ServerSettings") -> str:
-    """The one that says where the file is."""
+    """The setting that names the file."""
     usual = settings.database_url == f"sqlite:///{settings.data_dir}/sentinel.db"
     return PREFIX + ("DATA_DIR" if usual else "DATABASE_URL")

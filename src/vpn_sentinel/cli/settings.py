@@ -1,4 +1,4 @@
-"""Settings of a command: its flags over the environment over a TOML file."""
+"""Settings of a command: its flags win over the environment, and that over a TOML file."""
 
 import argparse
 import sys
@@ -14,11 +14,11 @@ from vpn_sentinel.wire.settings import TZ
 if TYPE_CHECKING:
     from vpn_sentinel.server.settings import ServerSettings
 
-_ALIKE: Final = 0.8  # of 1: how near a name must be to be offered for a misspelt one
+_MIN_SIMILARITY: Final = 0.8  # 0 to 1: a name this similar is suggested for a misspelt one
 
-# Where the settings are declared that a command reads. `up` reads those of agent and server, `doctor` those of agent
-# and geo, and every command on the database those of server.
-_DECLARED: Final = {
+# The modules that declare a command's settings. `up` reads those of agent and server, `doctor` those of agent and geo,
+# and every command on the database those of server.
+_DECLARING_MODULES: Final = {
     "agent": "vpn_sentinel.agent.settings",
     "check": "vpn_sentinel.agent.settings",
     "geo": "vpn_sentinel.agent.geo.settings",
@@ -38,20 +38,20 @@ def source_of(args: argparse.Namespace) -> Source:
 
 def settings_of(*readers: str) -> tuple[Setting[Any], ...]:
     """The settings that these commands read: agent, check, geo, server."""
-    sections = [section for reader in readers for section in import_module(_DECLARED[reader]).SECTIONS]
+    sections = [section for reader in readers for section in import_module(_DECLARING_MODULES[reader]).SECTIONS]
     settings = (s for section in sections for s in section.settings if not {*readers}.isdisjoint(s.read_by))
     return tuple(dict.fromkeys(settings))
 
 
 def every_setting() -> tuple[Setting[Any], ...]:
     """All settings of all commands."""
-    return settings_of(*_DECLARED)
+    return settings_of(*_DECLARING_MODULES)
 
 
 def server_settings(args: argparse.Namespace, also: Callable[[Source], object] | None = None) -> "ServerSettings":
-    """Read the server's settings and name those that nobody knows. Raises SettingError.
+    """Read the server's settings and warn of unknown ones. Raises SettingError.
 
-    `also` is given the source once it is read: for settings of what runs beside the server, or for more to be told.
+    `also` gets the source after that: for settings of what runs with the server, or for more warnings.
     """
     from vpn_sentinel.server.settings import ServerSettings
 
@@ -64,25 +64,25 @@ def server_settings(args: argparse.Namespace, also: Callable[[Source], object] |
 
 
 def warn_unknown(source: Source, *readers: str) -> None:
-    """A misspelt setting is told, not ignored. One environment file often serves agent and server, so what the other
-    role reads is known too. `readers` are the commands that run.
+    """Warn of unknown settings, which are probably misspelt. One environment file often serves agent and server, so the
+    other role's settings are known, too. `readers` are the commands that run.
     """
     for line in unknown(source, *readers):
         print(f"vpn-sentinel: {line}", file=sys.stderr)
     zone = source.get(TZ)
     if zone and not is_understood(zone):
-        print(f"vpn-sentinel: TZ: the system does not know {zone!r}: times are told in UTC", file=sys.stderr)
+        print(f"vpn-sentinel: TZ: the system does not know {zone!r}: times are shown in UTC", file=sys.stderr)
 
 
 def warn_idle(source: Source, *readers: str) -> None:
-    """What is set and does nothing as the other settings stand is told, for somebody counts on it."""
+    """Warn of settings that have no effect with the values of the others, since the user expects one."""
     for line in idle(source, settings_of(*readers)):
         print(f"vpn-sentinel: {line}", file=sys.stderr)
 
 
 def unknown(source: Source, *readers: str) -> list[str]:
-    """A line for each name that is set and that no command reads. The other roles' settings are looked up only where
-    some are left.
+    """A line for each name that is set and that no command reads. The other roles' settings are imported only where
+    names are left.
     """
     if not source.unknown(settings_of(*readers)):
         return []
@@ -91,15 +91,15 @@ def unknown(source: Source, *readers: str) -> list[str]:
 
 
 def _hint(name: str, every: tuple[Setting[Any], ...]) -> str:
-    """What is said of an unknown `name`: one of the environment, or, in lower case, of the file."""
+    """The warning for an unknown `name`: one of the environment, or, in lower case, of the file."""
     from difflib import get_close_matches
 
     in_file = name.islower()
     bare = name.upper().removeprefix(PREFIX)
     if in_file and any(setting.name == bare and setting.env_only for setting in every):
-        return f"{name}: stands in the environment alone"
+        return f"{name}: can be set in the environment only"
     names = [known for setting in every for known in setting.names if not (in_file and setting.env_only)]
-    near = get_close_matches(bare, names, n=1, cutoff=_ALIKE)
+    near = get_close_matches(bare, names, n=1, cutoff=_MIN_SIMILARITY)
     if not near:
         return f"{name}: no such setting; is it misspelt?"
     return f"{name}: no such setting; is {near[0].lower() if in_file else key_of(near[0])} meant?"
