@@ -21,7 +21,7 @@ _BUFFER_BYTES: Final = 64 * 1024
 _SIOCGIFHWADDR: Final = 0x8927
 _IFREQ: Final = struct.Struct("16sH6s16x")  # netdevice(7): name, ARPHRD_*, hardware address
 _ARPHRD_ETHER: Final = 1
-_UNDECODABLE: Final = "\N{REPLACEMENT CHARACTER}"  # in place of bytes that are not UTF-8
+_UNDECODABLE: Final = "\ufffd"  # U+FFFD, in place of bytes that are not UTF-8; \N{…} would load unicodedata
 
 
 class _Closer:
