@@ -86,11 +86,13 @@ def _wait_at_steps() -> None:
 class Stepped:
     """Runs a program, its output into `out` and its log into `log`, and keeps its steps, in words."""
 
-    def __init__(self, words: Sequence[str], env: Mapping[str, str], out: Path, log: Path) -> None:
-        """Raises OSError where the kernel cannot do this."""
+    def __init__(
+        self, words: Sequence[str], env: Mapping[str, str], out: Path, log: Path, *, kill_at: int | None = None
+    ) -> None:
+        """`kill_at`: see the method, from its first step on. Raises OSError where the kernel cannot do this."""
         self.steps: list[str] = []
         self.killed = False
-        self._last = 0  # the number of the step that it does not take; 0 for none
+        self._last = kill_at or 0  # the number of the step that it does not take; 0 for none
         with out.open("ab") as stdout, log.open("ab") as stderr:
             self.process = subprocess.Popen(
                 words, env=env, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,

@@ -35,9 +35,7 @@ def test_a_process_dies_just_before_a_step(
     place, log = tmp_path / "place", tmp_path / "log"
     place.mkdir()
     monkeypatch.chdir(place)
-    run = Stepped([sys.executable, "-I", "-c", PROGRAM], {}, tmp_path / "out", log)
-    if at is not None:
-        run.kill_at(at)
+    run = Stepped([sys.executable, "-I", "-c", PROGRAM], {}, tmp_path / "out", log, kill_at=at)
     run.process.wait(10)
     run.end()
     assert {path.name: path.read_text() for path in place.iterdir()} == left
