@@ -242,6 +242,32 @@ async def test_garbage_is_answered_as_a_problem_and_said_once(caplog: pytest.Log
     assert vars(said[0])["address"] == "127.0.0.1"
 
 
+BAD_AFTER_THE_HEAD = {
+    "gzip alone": b"Transfer-Encoding: gzip\r\n\r\n",
+    "identity": b"Transfer-Encoding: identity\r\n\r\n",
+    "ends with chunked": b"Transfer-Encoding: xchunked\r\n\r\n",
+    "a parameter": b"Transfer-Encoding: chunked;x\r\n\r\n",
+    "a length as well": b"Content-Length: 3\r\nTransfer-Encoding: chunked\r\n\r\n",
+    "no chunk": b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+    "a chunk without its end": b"Transfer-Encoding: chunked\r\n\r\n1\r\nabc\r\n",
+}
+
+
+@pytest.mark.parametrize("bad", BAD_AFTER_THE_HEAD.values(), ids=BAD_AFTER_THE_HEAD.keys())
+async def test_what_is_bad_after_the_head_is_refused_like_any_other(
+    bad: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with house() as at:
+        for _ in range(3):
+            reader, writer = await at.connect()
+            writer.write(b"POST / HTTP/1.1\r\nHost: a\r\n" + bad)
+            head, _, _body = (await rest(reader)).partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 400 ")
+            assert b"content-type: application/problem+json" in head
+        assert not at.app.seen
+    assert len([r for r in caplog.records if r.levelno >= logging.WARNING]) == 1
+
+
 def test_what_repeats_is_counted_until_it_is_said_again(caplog: pytest.LogCaptureFixture) -> None:
     limit = ConnectionLimit(1, 1, 1)
     for now in (0, 1, 30, 59, 61):

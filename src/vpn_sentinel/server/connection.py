@@ -130,7 +130,8 @@ class HttpConnection(asyncio.Protocol):
         try:
             self._stream.feed(data)
         except BadRequest as e:
-            self._forward()  # requests before the bad one
+            if self._current is not None and self._current.complete:  # else it is the bad one
+                self._forward()
             self._refuse(str(e))
         else:
             self._forward()

@@ -79,9 +79,8 @@ class RequestStream:
         # Bytes after a request with "connection: close" are ignored, and no error.
         self._parser.set_dangerous_leniencies(lenient_data_after_close=True)
         self._unframed = 0  # bytes since the last part of a body
-        self._declined_head: bytes | None = (
-            None  # the head of a request without its declined Upgrade, to be parsed again
-        )
+        # The head of a request without its declined Upgrade, to be parsed again.
+        self._declined_head: bytes | None = None
         self._start()
 
     def feed(self, data: bytes) -> None:
@@ -135,7 +134,7 @@ class RequestStream:
             name = name.lower()
             self._headers.append((name, value))
             if name == b"transfer-encoding":
-                self._chunked = True  # llhttp accepts no request with this header that is not chunked
+                self._chunked = True  # else llhttp refuses the request, once its head is complete
             elif name == b"expect":
                 self._expects_continue = value.lower() == b"100-continue"
 
