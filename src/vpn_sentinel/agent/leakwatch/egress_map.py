@@ -13,7 +13,7 @@ from vpn_sentinel.agent.net.interfaces import INTERNET, Survey, is_up
 from vpn_sentinel.agent.net.kernel import DeviceRoute
 from vpn_sentinel.agent.net.link import IFF_LOOPBACK, IFF_POINTOPOINT, Interface
 from vpn_sentinel.agent.net.local import MIN_PREFIX_LENGTH, addresses
-from vpn_sentinel.agent.net.roles import is_layer3_tunnel
+from vpn_sentinel.agent.net.roles import has_internet_route, is_layer3_tunnel
 from vpn_sentinel.agent.net.rtnetlink import Route
 from vpn_sentinel.agent.net.servers import devices_to
 from vpn_sentinel.domain.policy import NOT_PUBLIC, IPAddress, IPNetwork, is_public, within
@@ -171,6 +171,18 @@ class EgressMap:
         known = tuple(endpoints)
         by_host = bool(self.hosts) and (self.openvpn or self.nested or bool(known))
         return by_host or any(self._reaches(e.address) for e in known)
+
+    def is_routed_outside(self, to: IPAddress) -> bool:
+        """Whether routes lead there outside the tunnel, for a sender that no rule selects."""
+        entry = self.fib.lookup(to) if self.fib else None
+        return entry is not None and any(entry.leads_by(i.index) for i in self.interfaces)
+
+    def leads_out(self, name: str) -> bool:
+        """Whether the watched interface `name` leads to the internet, not only to containers of this host."""
+        here, fib = next((i for i in self.interfaces if i.name == name), None), self.fib
+        return (
+            here is not None and fib is not None and any(has_internet_route(here, fib, version) for version in (4, 6))
+        )
 
 
 def egress_map(

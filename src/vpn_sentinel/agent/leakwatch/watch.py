@@ -10,7 +10,7 @@ from dataclasses import replace
 from ipaddress import ip_network
 from typing import Final
 
-from vpn_sentinel.agent.leakwatch.carrier import FRESH_S, SURE_S
+from vpn_sentinel.agent.leakwatch.awaiting_trial import AwaitingTrial
 from vpn_sentinel.agent.leakwatch.delayed import Delayed
 from vpn_sentinel.agent.leakwatch.egress_map import EgressMap, Tables, egress_map
 from vpn_sentinel.agent.leakwatch.exempt import ExemptWatch
@@ -35,7 +35,6 @@ from vpn_sentinel.agent.net.interfaces import Paths, Survey
 from vpn_sentinel.agent.net.own import OWN_SOCKETS, OwnSockets
 from vpn_sentinel.agent.net.packets import Packet, decode
 from vpn_sentinel.agent.net.packettime import timestamp_socket
-from vpn_sentinel.agent.net.roles import has_internet_route
 from vpn_sentinel.agent.net.sockets import SocketTable
 from vpn_sentinel.agent.probes.system_resolver import is_agent_name
 from vpn_sentinel.agent.probes.tag import is_probe
@@ -48,7 +47,7 @@ log = logging.getLogger(__name__)
 MAX_UNJUDGED_PACKETS: Final = 4 * BATCH_PACKETS  # that cannot be judged, until the next update
 SOCKET_END_S: Final = 0.2  # the kernel reports the end of a socket within this time: when its last packet left
 MAX_UNOWNED_PACKETS: Final = 8 * BATCH_PACKETS  # that wait for the kernel's report of their closed socket
-MAX_HELD_PACKETS: Final = 16  # that wait for a trial of which host carries the tunnel
+MAX_UNSURE_PACKETS: Final = 16  # that wait for the next refresh of the rules
 
 
 class LeakWatch:
@@ -110,7 +109,7 @@ class LeakWatch:
             explained=lambda packet: self._own.is_probe(packet) or self._is_a_vpns(packet),
             answers=lambda packet, passed: self._is_answer(packet, clock.boottime(), passed),
             sure=self._taps.has_read_all,
-            leads_out=self._leads_out,
+            leads_out=lambda interface: self._egress.leads_out(interface),
             server_known=lambda: self._egress.can_tell_by_destination(self.endpoints),
             leaked=self._excepted_leaks,
         )
@@ -124,7 +123,7 @@ class LeakWatch:
         self._pending = PendingConnections(self._is_no_vpns)
         self._unowned = Delayed(self._judge_unowned, MAX_UNOWNED_PACKETS)
         self._serving = Delayed(self._judge_serving)
-        self._held: list[tuple[Packet, str]] = []
+        self._awaiting_trial = AwaitingTrial(self._ends)
         self._unsure: list[tuple[Packet, str, float]] = []  # with when it passed
         self._judge_unsure_timer: asyncio.TimerHandle | None = None
         self._refresh = RefreshTiming()
@@ -202,7 +201,7 @@ class LeakWatch:
             if escape.destination in self.servers or escape.destination in self.others.servers:
                 return Direction.UNKNOWN  # its route is the tunnel's own and does not change
             path = paths.of(escape.destination, escape.destination_port or 0, protocol)
-            if path is Path.TUNNEL and self._is_routed_outside(escape.destination):
+            if path is Path.TUNNEL and self._egress.is_routed_outside(escape.destination):
                 return Direction.UNKNOWN  # for some users alone
             return {Path.OUTSIDE: Direction.OUTSIDE, Path.TUNNEL: Direction.TUNNEL}.get(path, Direction.UNKNOWN)
 
@@ -252,8 +251,8 @@ class LeakWatch:
         self._close_taps(index for index, name in wanted.items() if self._taps.is_bound_to(index, name))
         self._taps.unwatched = {index: why for index, why in self._taps.unwatched.items() if index in wanted}
         self._make_rules()
-        if self._held and not self.carrier.closed:
-            self._judge_held()
+        if self._awaiting_trial and not self.carrier.closed:
+            self._judge_after_trial()
         for index, name in wanted.items():
             if index not in self._taps and not self._refused:
                 self._taps.open(index, name, self._rules)
@@ -266,13 +265,12 @@ class LeakWatch:
     def _on_trial(self) -> None:
         """Judge the packets that waited for a trial."""
         self._make_rules()
-        self._judge_held()
+        self._judge_after_trial()
         self._server_found()
 
-    def _judge_held(self) -> None:
-        blocked, self._held = self._held, []
-        for packet, interface in blocked:
-            if self._rules.allow(packet) or self._waits(packet, interface, self._clock.boottime()):
+    def _judge_after_trial(self) -> None:
+        for packet, interface in self._awaiting_trial.take():
+            if self._rules.allow(packet) or self._waits_for_trial(packet, interface, self._clock.boottime()):
                 continue
             # A tunnel that sent nothing in the trial was reconnecting, and this packet may have been its first.
             if self.carrier.steady or packet.destination != self.carrier.server:
@@ -284,17 +282,15 @@ class LeakWatch:
         for packets, seconds in waiting:
             if packets:
                 await asyncio.sleep(seconds + MARGIN_S)
-        if self._held:
-            await self.others.settle()
-            await self.carrier.settle()
+        await self._awaiting_trial.settle()
 
     def close(self) -> None:
         self._close_taps(())
         self._pending.close()
         self._exempt.close()
-        for blocked in (self._sockets, self._times):
-            if blocked is not None:
-                blocked.close()
+        for sock in (self._sockets, self._times):
+            if sock is not None:
+                sock.close()
         for waiting in (self._updates, self._unowned, self._serving, self._neighbors):
             waiting.close()
         if self._judge_unsure_timer is not None:
@@ -377,7 +373,7 @@ class LeakWatch:
         self._flows.begins(packet, now)
         if self._is_put_off(packet, interface, now):
             return
-        is_full = len(self._unsure) == MAX_HELD_PACKETS
+        is_full = len(self._unsure) == MAX_UNSURE_PACKETS
         if is_due or self._flow_table.has(packet) or is_full or not self._refresh.comes_soon(now):
             self._leaked(packet, interface, now)
             return
@@ -465,7 +461,7 @@ class LeakWatch:
                 self._close_taps(())  # until the next update, since watching costs and tells nothing
             return True
         refused = packet.destination.version in self._refused_families
-        return self._waits(packet, interface, now) or self._pending.waits(packet, interface, begin=refused)
+        return self._waits_for_trial(packet, interface, now) or self._pending.waits(packet, interface, begin=refused)
 
     def _is_to_a_neighbor(self, packet: Packet) -> bool:
         to = packet.destination
@@ -497,25 +493,8 @@ class LeakWatch:
             self._make_rules()
         return True
 
-    def _waits(self, packet: Packet, interface: str, now: float) -> bool:
-        """Whether a trial must decide first: the tunnel's program, or another VPN's, may have moved to this
-        endpoint.
-        """
-        if self.others.doubts(packet.destination) and len(self._held) < MAX_HELD_PACKETS:
-            self._held.append((packet, interface))
-            self.others.doubt()
-            return True
-        if not self.carrier.doubts(packet.destination):
-            return False
-        known = self._flow_table.has(packet)
-        if not known and self._ends.may_be_control(packet, now):
-            return True
-        if self.carrier.sure(SURE_S if known else FRESH_S):
-            return False
-        if len(self._held) < MAX_HELD_PACKETS:
-            self._held.append((packet, interface))
-        self.carrier.doubt()
-        return True
+    def _waits_for_trial(self, packet: Packet, interface: str, now: float) -> bool:
+        return self._awaiting_trial.waits(packet, interface, now, reported=self._flow_table.has(packet))
 
     def _excepted_leaks(self, packet: Packet, interface: str) -> None:
         """Report an excepted packet: what lets it out lets everybody's out."""
@@ -535,22 +514,11 @@ class LeakWatch:
             packet = replace(packet, name=None)
         user = None if self._flow_table.has(packet) else self._users.user(packet)
         new = self._flow_table.count(
-            packet, interface, now, routed=self._is_routed_outside(packet.destination), user=user
+            packet, interface, now, routed=self._egress.is_routed_outside(packet.destination), user=user
         )
         if new is not None:
             self._on_escape(new)
             self._updates.leaked(now)
-
-    def _is_routed_outside(self, to: IPAddress) -> bool:
-        """Whether routes lead there outside the tunnel, for a sender that no rule selects."""
-        entry = self._egress.fib.lookup(to) if self._egress.fib else None
-        return entry is not None and any(entry.leads_by(i.index) for i in self._egress.interfaces)
-
-    def _leads_out(self, interface: str) -> bool:
-        here, fib = next((i for i in self._egress.interfaces if i.name == interface), None), self._egress.fib
-        return (
-            here is not None and fib is not None and any(has_internet_route(here, fib, version) for version in (4, 6))
-        )
 
     def _may_leave(self, interface: str, packet: Packet, now: float, passed: float) -> bool:
         if self._own.is_led_away(packet, self._egress):
