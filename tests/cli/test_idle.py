@@ -34,24 +34,24 @@ SAID = {
     "what a reference agent does not do": (
         "agent",
         {"CONTAIN": "on", "ROLE": "Reference", "SITE": "home"},
-        "CONTAIN: does nothing beside {}ROLE=Reference",
+        "CONTAIN: does nothing while {}ROLE=Reference",
     ),
     "a signature of nothing": ("server", {"WEBHOOK_SECRET": "s"}, "WEBHOOK_SECRET: does nothing without {}WEBHOOK_URL"),
     "a zone's nameserver": ("server", {"CANARY_NS": "ns.example"}, "CANARY_NS: does nothing without {}CANARY_ZONE"),
     "the port of no dashboard": (
         "server",
         {"SERVER_DASHBOARD_PORT": "81", "SERVER_DASHBOARD_ENABLED": "no"},
-        "SERVER_DASHBOARD_PORT: does nothing beside {}SERVER_DASHBOARD_ENABLED=no",
+        "SERVER_DASHBOARD_PORT: does nothing while {}SERVER_DASHBOARD_ENABLED=no",
     ),
     "backups of another's database": (
         "server",
         {"BACKUP_DIR": "/b", "DATABASE_URL": "postgresql://u:HUSH@h/n"},
-        "BACKUP_DIR: does nothing beside {}DATABASE_URL=postgresql://…",
+        "BACKUP_DIR: does nothing while {}DATABASE_URL=postgresql://…",
     ),
     "how many of none": (
         "server",
         {"BACKUP_KEEP": "3", "BACKUP_HOURS": "0"},
-        "BACKUP_KEEP: does nothing beside {}BACKUP_HOURS=0",
+        "BACKUP_KEEP: does nothing while {}BACKUP_HOURS=0",
     ),
     "whose files": ("geo", {"MAXMIND_URL": "https://h"}, "MAXMIND_URL: does nothing without {}MAXMIND_KEY"),
 }

@@ -162,7 +162,7 @@ CAUSES = {
         Code.NO_NETWORK, "Attach this container",
     ),
     "nothing_seen where a round could not be made": (
-        replace(WELL, broken="the disk is full"), Code.NOTHING_SEEN, "keeps the agent from looking",
+        replace(WELL, broken="the disk is full"), Code.NOTHING_SEEN, "keeps the agent from probing",
     ),
     "split_route by routes": (routed(0.43), Code.SPLIT_ROUTE, "Remove what leads past the tunnel by eth0"),
     "split_route by a rule": (routed(0.43, "TCP to port 443"), Code.SPLIT_ROUTE, "sends TCP to port 443 past"),

@@ -802,7 +802,7 @@ MISSING = [
 @pytest.mark.parametrize(("places", "policy", "gap"), MISSING)
 def test_an_unexpected_resolver_says_what_is_missing(places: tuple[Place, ...], policy: Policy, gap: str) -> None:
     (finding,) = judge(saw(EXIT, dns=(asked(STRANGER),), places=places), policy).findings
-    assert finding.message.endswith(f"cannot be told without {gap}.") or gap in finding.message
+    assert finding.message.endswith(f"cannot be determined without {gap}.") or gap in finding.message
 
 
 def test_a_system_resolver_that_fails_alone_is_told_as_such() -> None:

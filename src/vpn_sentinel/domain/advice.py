@@ -150,8 +150,8 @@ def _flapping(facts: Facts) -> str | None:
             return "See in the tunnel's log and at the home connection which of them comes and goes."
         case "leaking":
             return (
-                "Traffic beside the tunnel comes and goes: what the leak is found by says which; see what starts then, "
-                "a program or a script that sets routes, say."
+                "Traffic beside the tunnel comes and goes: the leak's finding shows which; see what starts at those "
+                "times, such as a program, or a script that sets routes."
             )
         case "degraded":
             return "The tunnel works, and another finding comes and goes: follow its advice."
@@ -195,7 +195,7 @@ def _nothing_seen(facts: Facts) -> str | None:
     if "blocked" in facts.values():
         return "A firewall here refuses what the agent sends (nft list ruleset; iptables-save): let it pass."
     if facts.get("reason"):
-        return "Mend what keeps the agent from looking; its log says more."
+        return "Fix what keeps the agent from probing; its log says more."
     return None
 
 
@@ -226,7 +226,7 @@ def _tunnel_unseen(facts: Facts) -> str | None:
         return None
     return (
         "Name the VPN's own device in VPN_SENTINEL_TUNNEL_INTERFACE, or leave that out, and it is found. Where the VPN "
-        "ends on another machine, set VPN_SENTINEL_HOME_NETWORKS: your own line is told from the VPN's by it."
+        "ends on another machine, set VPN_SENTINEL_HOME_NETWORKS: they distinguish your own line from the VPN's."
     )
 
 

@@ -266,7 +266,7 @@ def _dns(seen: Observation, policy: Policy) -> Iterator[Finding]:
             yield Finding(
                 Code.RESOLVER_UNEXPECTED,
                 f"DNS queries come out at {egress}, neither in the exit's network nor at a known resolver."
-                + (f" Whether it is the home provider's cannot be told without {gap}." if gap else ""),
+                + (f" Whether it is the home provider's cannot be determined without {gap}." if gap else ""),
                 {"resolver": str(egress), **_country_of(egress, seen)},
             )
 

@@ -318,7 +318,7 @@ def _with_flapping(
     times = len(_lately(turns, at, policy))
     minutes = counted(policy.flap_window / 60, "minute")
     calm = f"{policy.flap_calm:g} s of calm"
-    said = f"Trouble came {times} times within {minutes}, now it is {state}: its end is told after {calm}."
+    said = f"Trouble came {times} times within {minutes}, now it is {state}: its end is reported after {calm}."
     return (*findings, Finding(Code.FLAPPING, said, {"times": str(times), "verdict": state.value}))
 
 

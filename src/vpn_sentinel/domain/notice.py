@@ -93,7 +93,7 @@ def summed_up(last: Notice, changes: int, leaks: int, leak: Notice | None, port:
     and `port` are the latest of these kinds. A leak that is over is included: as `was`, and with its findings.
     """
     lines = [
-        f"{changes} changes since the last message are summed up here: {last.tunnel} changes too often to tell each."
+        f"{changes} changes since the last message are summed up here: {last.tunnel} changes too often to notify each."
     ]
     if leaks:
         times = "one was a leak" if leaks == 1 else f"{leaks} were leaks"

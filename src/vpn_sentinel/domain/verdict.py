@@ -140,7 +140,7 @@ MEANING: Final[Mapping[Code, Meaning]] = {
         State.DEGRADED, _WARNING, "Ask the VPN for a new forwarded port, and see that it is the one in use."
     ),
     Code.FLAPPING: Meaning(
-        State.DEGRADED, _WARNING, "See what comes and goes: what is found beside this, and the tunnel's log, say."
+        State.DEGRADED, _WARNING, "See in the other findings and in the tunnel's log what comes and goes."
     ),
     Code.NAME_SHARED: Meaning(State.DEGRADED, _WARNING, "Give each agent a VPN_SENTINEL_CLIENT_ID of its own."),
     Code.NOTHING_SEEN: Meaning(State.UNKNOWN, _WARNING, "No canary could be sent; look at the agent's log."),
@@ -205,7 +205,7 @@ MEANING: Final[Mapping[Code, Meaning]] = {
         State.PROTECTED,
         _INFO,
         "See in the agent's log whether it had no room or its disk lost them, and give VPN_SENTINEL_DATA_DIR room or "
-        "a sound disk. How the tunnel stands now is known all the same.",
+        "a sound disk. The tunnel's present state is known all the same.",
     ),
 }
 

@@ -35,4 +35,4 @@ def _lines(source: Source, settings: Sequence[Setting[Any]]) -> Iterator[str]:
                 if row.needs and all(is_off(text(name)) for name in row.needs):
                     yield f"{setting.key}: does nothing without {' or '.join(map(key_of, row.needs))}"
                 if row.beside and (value := text(row.beside)) and row.spoils(value):
-                    yield f"{setting.key}: does nothing beside {key_of(row.beside)}={row.shown or value}"
+                    yield f"{setting.key}: does nothing while {key_of(row.beside)}={row.shown or value}"

@@ -326,7 +326,7 @@ async def test_a_tunnel_that_says_much_is_told_of_for_a_while_and_then_in_one_me
         said = pager.notices[-1]
         assert (said.kind, said.tunnel, said.was) == (Kind.DOWN, "rogue", State.LEAKING)
         assert said.details == (
-            "550 changes since the last message are summed up here: rogue changes too often to tell each.",
+            "550 changes since the last message are summed up here: rogue changes too often to notify each.",
             "Of them 275 were leaks.",
         )
         await desk.passes(600)

@@ -310,7 +310,7 @@ async def test_a_port_and_a_leak_that_is_over_are_in_the_sum(store: Store) -> No
     said = sum_.notice()
     assert (said.kind, said.was, said.port, said.old_port) == (Kind.RECOVERED, State.LEAKING, 51820, None)
     assert said.details == (
-        "3 changes since the last message are summed up here: loud changes too often to tell each.",
+        "3 changes since the last message are summed up here: loud changes too often to notify each.",
         "Of them one was a leak.",
         "Seen during the last leak: leaks",
     )

@@ -69,7 +69,7 @@ Time: 2027-01-15 09:07:00 CET (08:07:00 UTC)""",
         ),
         """\
 🟢 nl-1 is protected again after 9 seconds (it was leaking)
-14 changes since the last message are summed up here: nl-1 changes too often to tell each.
+14 changes since the last message are summed up here: nl-1 changes too often to notify each.
 Of them 7 were leaks.
 Seen during the last leak: IPv4 traffic leaves from the home address 203.0.113.9.
 Exit: 198.51.100.7

@@ -32,8 +32,7 @@ class PostgresStore:
     """See `store.Store`.
 
     Rows that are free are locked at once, which waits for nobody. Only for what is left may two servers wait for each
-    other, and no longer than `_LOCK_TIMEOUT_S`. A row that is still held is not waited for again
-    until it was free.
+    other, and no longer than `_LOCK_TIMEOUT_S`. A row that is still held is not waited for again until it was free.
     """
 
     def __init__(self, address: PostgresAddress) -> None:

@@ -117,7 +117,7 @@ class Tracker:
     async def sweep(self, names: Sequence[str], now: float, grace: float = 0.0) -> set[str]:
         """Make those of the tunnels `names` silent whose deadline has passed `grace` seconds ago or earlier.
 
-        Returns those that were not looked at: their rows are locked, or were when something came of them, which counts
+        Returns those that were not checked: their rows are locked, or were when something came of them, which counts
         as a sign of life for a while. Raises StoreUnavailable.
 
         The deadline is read again under the row's lock, so of many replicas exactly one makes the transition, and a
