@@ -12,7 +12,7 @@ from vpn_sentinel.domain.policy import IPAddress, Policy, is_public
 from vpn_sentinel.domain.verdict import Code, Finding
 
 # What may leave a home besides TCP, UDP and ICMP, by number (IANA, protocol-numbers).
-_PROTOCOLS: Final = {
+_OTHER_PROTOCOL_NAMES: Final = {
     2: "IGMP", 4: "IPv4 in IP", 41: "IPv6 in IP", 47: "GRE", 50: "ESP", 51: "AH", 89: "OSPF", 132: "SCTP",
 }  # fmt: skip
 _MIN_WHOLE_SHARE: Final = 0.5  # of the internet's addresses: a tunnel that routes so much carries the IP version
@@ -83,7 +83,7 @@ def _protocol(name: str) -> str:
     """The name of an escape's protocol, for people."""
     if not name.isdigit():
         return name.upper()
-    known = _PROTOCOLS.get(int(name))
+    known = _OTHER_PROTOCOL_NAMES.get(int(name))
     return f"IP protocol {name} ({known})" if known else f"IP protocol {name}"
 
 

@@ -9,6 +9,10 @@ from collections.abc import Collection
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_interface, ip_network
 from typing import Final
 
+# Behind a NAT64, addresses that hold an IPv4 address in their last 32 bits (RFC 6052, the well-known prefix), and the
+# block for translators of a network of one's own, which put it elsewhere (RFC 8215).
+NAT64: Final = IPv6Network("64:ff9b::/96")
+LOCAL_NAT64: Final = IPv6Network("64:ff9b:1::/48")
 _MAPPED_PREFIX_BITS: Final = 96  # bits before the IPv4 address
 
 # A `Host` header in lower case: an IPv6 address in brackets, or a name or IPv4 address, and an optional port.
@@ -32,6 +36,11 @@ def is_host_of(header: str, names: Collection[str]) -> bool:
     except ValueError:
         return False
     return True
+
+
+def behind_nat64(address: IPv4Address | IPv6Address) -> IPv4Address | None:
+    """The IPv4 address in one with NAT64's well-known prefix; None for any other."""
+    return IPv4Address(address.packed[12:]) if address.version == 6 and address in NAT64 else None
 
 
 def parse_address(text: str) -> IPv4Address | IPv6Address:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
-from vpn_sentinel.runtime.addresses import parse_address, parse_network
+from vpn_sentinel.runtime.addresses import NAT64, parse_address, parse_network
 from vpn_sentinel.runtime.secret import Secret
 from vpn_sentinel.runtime.urls import address_of, is_host
 
@@ -38,12 +38,10 @@ NO_ADDRESSES: Final[tuple[IPAddress, ...]] = ()
 NO_NETWORKS: Final[tuple[IPNetwork, ...]] = ()
 
 # No home's packets come from these on the internet: this host, link-local, multicast, other forms of IPv4 addresses.
-_NEVER_HOME: Final[tuple[IPNetwork, ...]] = tuple(
-    ipaddress.ip_network(block)
-    for block in (
-        *("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4"),
-        *("::/96", "64:ff9b::/96", "fe80::/10", "ff00::/8"),
-    )
+_NEVER_HOME: Final[tuple[IPNetwork, ...]] = (
+    *(ipaddress.ip_network(n) for n in ("0.0.0.0/8", "127.0.0.0/8", "169.254.0.0/16", "224.0.0.0/4")),
+    *(ipaddress.ip_network(n) for n in ("::/96", "fe80::/10", "ff00::/8")),
+    NAT64,
 )
 
 

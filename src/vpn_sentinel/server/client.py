@@ -7,10 +7,11 @@ one IPv4 address.
 import logging
 import socket
 from collections.abc import Iterable, Mapping
-from ipaddress import IPv4Address, IPv6Network, ip_network
+from ipaddress import ip_network
 from typing import Any, Final
 
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, is_public
+from vpn_sentinel.runtime.addresses import behind_nat64
 from vpn_sentinel.wire.codec import address, written_address
 
 log = logging.getLogger(__name__)
@@ -18,7 +19,6 @@ log = logging.getLogger(__name__)
 # Proxies for which a warning about their X-Forwarded-For was logged.
 _LOGGED_PROXIES: Final[set[tuple[str, IPAddress]]] = set()
 _MAX_LOGGED_PROXIES: Final = 100
-_NAT64: Final = IPv6Network("64:ff9b::/96")
 
 
 def client_of(ip: IPAddress) -> str:
@@ -84,8 +84,8 @@ def _hop(text: str) -> IPAddress:
 
 
 def _without_nat64(found: IPAddress) -> IPAddress:
-    """The IPv4 address in one that a NAT64 in front of us made with the well-known prefix (RFC 6052); others as is."""
-    return IPv4Address(found.packed[12:]) if found.version == 6 and found in _NAT64 else found
+    """The IPv4 address in one that a NAT64 in front of us made; others as they are."""
+    return behind_nat64(found) or found
 
 
 def _log_once(what: str, proxy: IPAddress, **more: str) -> None:

@@ -14,7 +14,7 @@ from vpn_sentinel.agent.leakwatch.rules import PortRange
 from vpn_sentinel.agent.net.endpoints import TCP
 from vpn_sentinel.agent.net.routing_rules import Rule
 
-_PROTOCOLS: Final = {6: "tcp", 17: "udp"}
+_NFT_PROTOCOLS: Final = {6: "tcp", 17: "udp"}
 _NOT_OPENING: Final = "tcp flags & (syn | ack) != syn"  # all but a packet that opens a connection
 _MAX_PORTS: Final = 256
 
@@ -34,7 +34,7 @@ class Exemptions:
         found += [f"meta skuid {uid}" for uid in sorted(meant.users)]
         if meant.only:
             found.append(f"meta skuid != {{ {', '.join(map(str, sorted(meant.only)))} }}")
-        found += [f"{_PROTOCOLS[p.protocol]} dport {p.low}-{p.high}" for p in meant.ports]
+        found += [f"{_NFT_PROTOCOLS[p.protocol]} dport {p.low}-{p.high}" for p in meant.ports]
         found += [_published(p) for p in meant.published]
         if self.listening:
             ports = ", ".join(map(str, sorted(self.listening)[:_MAX_PORTS]))
@@ -44,7 +44,7 @@ class Exemptions:
 
 
 def _published(ports: PortRange) -> str:
-    text = f"{_PROTOCOLS[ports.protocol]} sport {ports.low}-{ports.high}"
+    text = f"{_NFT_PROTOCOLS[ports.protocol]} sport {ports.low}-{ports.high}"
     return f"{text} {_NOT_OPENING}" if ports.protocol == TCP else text
 
 

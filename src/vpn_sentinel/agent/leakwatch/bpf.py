@@ -15,7 +15,6 @@ from itertools import product
 from typing import Any, Final
 
 from vpn_sentinel.agent.leakwatch.rules import (
-    DNS,
     ICMP,
     ICMP6,
     ICMP6_OWN,
@@ -28,7 +27,7 @@ from vpn_sentinel.agent.leakwatch.rules import (
     Rules,
 )
 from vpn_sentinel.agent.net.endpoints import TCP, UDP, Endpoint
-from vpn_sentinel.agent.net.packets import RST, SYN, SYN_ACK
+from vpn_sentinel.agent.net.packets import DNS_PORT, RST, SYN, SYN_ACK
 from vpn_sentinel.agent.net.routing_rules import Rule
 from vpn_sentinel.agent.probes.tag import PROBE_HOPS
 from vpn_sentinel.domain.leaks import DNS_PORTS
@@ -311,7 +310,7 @@ def _stays_near(rules: Rules, at: _Family) -> list[Insn]:
 def _probes(at: _Family) -> list[Insn]:
     """DNS queries with a probe's hop limit: `leakwatch.diverted` judges by them."""
     version = Test((Insn(_LD_H, _PROTOCOL),), _IPV4 if at.version == 4 else _IPV6)
-    return verdict(version, Test((at.hops,), PROBE_HOPS), *at.proto(UDP), at.port(DNS), result=MAX_CAPTURE_BYTES)
+    return verdict(version, Test((at.hops,), PROBE_HOPS), *at.proto(UDP), at.port(DNS_PORT), result=MAX_CAPTURE_BYTES)
 
 
 def _tunnels(rules: Rules, at: _Family) -> list[Insn]:

@@ -12,7 +12,7 @@ from enum import Enum
 from typing import Final
 
 from vpn_sentinel.agent.net.endpoints import TCP, UDP, Endpoint
-from vpn_sentinel.agent.net.packets import Packet
+from vpn_sentinel.agent.net.packets import DNS_PORT, Packet
 from vpn_sentinel.domain.policy import IPAddress
 
 _WG_HANDSHAKE_BYTES: Final = {1: 148, 2: 92, 3: 64}  # size by message type
@@ -22,7 +22,6 @@ _OPENVPN_DATA_OPCODE: Final = 9  # P_DATA_V2
 _TLS_CRYPT_RESET_BYTES: Final = 54  # a reset under tls-crypt
 _TLS_AUTH_RESET_BYTES: Final = frozenset(14 + 8 + mac for mac in (16, 20, 28, 32, 48, 64))
 MIN_ALIKE_PACKETS: Final = 8  # OpenVPN data packets in a row with the same beginning, until they count as OpenVPN
-_DNS_PORT: Final = 53
 _IKE_PORT, _IKE_NAT_PORT = 500, 4500
 _MIN_TIME_S, _MAX_TIME_S = 1_577_836_800, 2_524_608_000  # Unix time: 2020 to 2050
 _MAX_FLOWS: Final = 16
@@ -48,7 +47,7 @@ def is_openvpn_reset(packet: Packet) -> bool:
     head, size = packet.payload, packet.payload_size
     if (
         packet.protocol != UDP
-        or packet.destination_port == _DNS_PORT
+        or packet.destination_port == DNS_PORT
         or len(head) < 14
         or head[0] not in _OPENVPN_RESETS
     ):
@@ -115,7 +114,7 @@ class Fingerprints:
         if is_wireguard(packet) or is_openvpn_tcp_reset(packet):
             return Fingerprint.OWN
         port = packet.destination_port
-        if packet.protocol != UDP or port is None or port == _DNS_PORT:
+        if packet.protocol != UDP or port is None or port == DNS_PORT:
             return Fingerprint.OTHER
         if is_openvpn_reset(packet) or self._is_ike(packet):
             return Fingerprint.OWN

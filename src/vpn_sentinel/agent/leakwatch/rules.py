@@ -16,7 +16,6 @@ from vpn_sentinel.domain.leaks import DNS_PORTS
 from vpn_sentinel.domain.policy import NOT_PUBLIC, IPNetwork, within
 
 ICMP, ICMP6 = 1, 58
-DNS = 53
 _DHCPV6_CLIENT_TYPES: Final = (1, 3, 4, 5, 6, 8, 9, 11)  # RFC 8415, 7.3
 IPV6_FRAGMENT: Final = 44  # IPv6's next header
 # Multicast, broadcast, this host: no single remote host, so nobody there forwards a DNS query.

@@ -17,6 +17,7 @@ from vpn_sentinel.agent.net.fib import Fib
 from vpn_sentinel.agent.net.routing_rules import ANY_SENDER, Sender
 from vpn_sentinel.agent.net.space import ADDRESS_BITS, Interval, intersect, joined, subtract
 from vpn_sentinel.domain.policy import NOT_PUBLIC, IPNetwork
+from vpn_sentinel.runtime.addresses import LOCAL_NAT64, NAT64
 
 _MIN_NAMED_SHARE: Final = 0.6  # of the public addresses of a route's network, from which on it is named as a whole
 # No host has these addresses either: documentation (RFC 5737, 3849, 9637), and the relays of 6to4, which is obsolete
@@ -27,7 +28,6 @@ _UNUSED_BLOCKS: Final = tuple(
         "192.0.2.0/24", "192.88.99.0/24", "198.51.100.0/24", "203.0.113.0/24", "2001:db8::/32", "3fff::/20",
     )
 )  # fmt: skip
-_NAT64: Final = (ip_network("64:ff9b::/96"), ip_network("64:ff9b:1::/48"))
 _MIN_NAT64_PREFIX: Final = 32  # prefix length from which on a route is for a NAT64 block
 _MAX_CACHED_SENDER_CLASSES: Final = 8  # one for a long list of networks takes 5 MB
 _INTERNET: Final = {4: ip_network("0.0.0.0/0"), 6: ip_network("2000::/3")}
@@ -72,7 +72,7 @@ def by_device(fib: Fib, version: int, sender: Sender = ANY_SENDER) -> dict[int, 
 def _by_device(fib: Fib, version: int, sender: Sender) -> dict[int, list[Interval]]:
     segments = fib.segments(version, sender, public_space(version), merge=True)
     if version == 6:
-        translated = fib.segments(version, sender, [interval(n) for n in _NAT64])
+        translated = fib.segments(version, sender, [interval(n) for n in (NAT64, LOCAL_NAT64)])
         segments += [s for s in translated if s.name is not None and s.name[1] >= _MIN_NAT64_PREFIX]
     found: dict[int, list[Interval]] = defaultdict(list)
     for segment in segments:

@@ -15,7 +15,7 @@ from vpn_sentinel.wire import codec
 
 KEEP_S: Final = 3.0  # after the socket is closed
 _IFNAMSIZ: Final = 16  # bytes of a device's name, linux/if.h
-_PROTOCOLS: Final = {socket.SOCK_DGRAM: socket.IPPROTO_UDP, socket.SOCK_STREAM: socket.IPPROTO_TCP}
+_PROTOCOL_OF_SOCKET: Final = {socket.SOCK_DGRAM: socket.IPPROTO_UDP, socket.SOCK_STREAM: socket.IPPROTO_TCP}
 
 _Flow = tuple[int, int, IPAddress, int]  # protocol, local port, remote address, remote port
 
@@ -39,7 +39,7 @@ class OwnSockets:
                 far = codec.address(str(peer[0]).partition("%")[0]), peer[1]
         except OSError:
             return  # closed meanwhile: it sends nothing
-        flow = _PROTOCOLS[socket.SocketKind(sock.type)], port, *far
+        flow = _PROTOCOL_OF_SOCKET[socket.SocketKind(sock.type)], port, *far
         self._open[flow] = self._open.get(flow, 0) + 1
         if _is_bound_to_device(sock):
             self._bound.add(flow)

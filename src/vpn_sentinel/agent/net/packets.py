@@ -12,7 +12,7 @@ _PROTOCOL_NAMES: Final = {1: "icmp", 6: "tcp", 17: "udp", 58: "icmp6"}
 _IPPROTO_FRAGMENT: Final = 44
 _ECHO_REQUEST: Final = {1: 8, 58: 128}
 SYN, RST, SYN_ACK = 0x02, 0x04, 0x12  # TCP's flags (RFC 9293, 3.1)
-_DNS_PORT: Final = 53
+DNS_PORT: Final = 53
 _MAX_NAME_CHARS: Final = 255
 
 
@@ -85,7 +85,7 @@ def _transport(
     tcp = protocol == 6
     payload = rest[(rest[12] >> 4) * 4 :] if tcp and len(rest) > 12 else b"" if tcp else rest[8:]
     name = None
-    if destination_port == _DNS_PORT:
+    if destination_port == DNS_PORT:
         name = asked_name(payload[2:] if tcp else payload)
     return replace(
         bare,

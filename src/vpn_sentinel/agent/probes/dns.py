@@ -25,6 +25,7 @@ from vpn_sentinel.agent.probes import dnswire
 from vpn_sentinel.agent.probes.datagram import DatagramResult, DatagramTarget, ask
 from vpn_sentinel.domain.observation import Answer, Path, ResolverSighting
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, is_public, within
+from vpn_sentinel.runtime.addresses import LOCAL_NAT64, NAT64
 from vpn_sentinel.wire import canary
 from vpn_sentinel.wire.messages import Echo
 
@@ -52,17 +53,10 @@ class Nameserver:
 THIS_HOST: Final = Nameserver(ip_address("127.0.0.1"))
 # Addresses that no public host has, besides NOT_PUBLIC of the domain: documentation (RFC 5737, 3849, 9637) and the
 # NAT64 prefixes (RFC 6052, RFC 8215). Ad blockers and rebinding protection answer with such addresses.
-_NO_HOST_BLOCKS: Final[tuple[IPNetwork, ...]] = tuple(
-    ip_network(n)
-    for n in (
-        "192.0.2.0/24",
-        "198.51.100.0/24",
-        "203.0.113.0/24",
-        "2001:db8::/32",
-        "3fff::/20",
-        "64:ff9b::/96",
-        "64:ff9b:1::/48",
-    )
+_NO_HOST_BLOCKS: Final[tuple[IPNetwork, ...]] = (
+    *(ip_network(n) for n in ("192.0.2.0/24", "198.51.100.0/24", "203.0.113.0/24", "2001:db8::/32", "3fff::/20")),
+    NAT64,
+    LOCAL_NAT64,
 )
 # TEST-NET-1 (RFC 5737): no DNS server is there, so an answer comes from a proxy.
 NO_DNS_HERE: Final = Nameserver(ip_address("192.0.2.53"))

@@ -11,12 +11,12 @@ from typing import Final
 
 from vpn_sentinel.agent.net.interfaces import INTERNET, Paths, is_up
 from vpn_sentinel.agent.net.link import Interface
+from vpn_sentinel.agent.net.packets import DNS_PORT
 from vpn_sentinel.agent.probes import dnswire
 from vpn_sentinel.agent.probes.targets import EchoAnswer
 from vpn_sentinel.domain.observation import Path
 from vpn_sentinel.domain.policy import IPAddress
 
-_DNS_PORT: Final = 53
 _PRIVATE_NETWORKS: Final = tuple(
     ip_network(n) for n in ("10.0.0.0/8", "172.16.0.0/12", "192.168.0.0/16", "100.64.0.0/10", "fc00::/7")
 )
@@ -27,7 +27,7 @@ class Gateway:
     """A `Target`. Asked for its own name, which it knows by itself; any answer counts, also "port unreachable"."""
 
     address: IPAddress
-    port: int = _DNS_PORT
+    port: int = DNS_PORT
 
     @property
     def name(self) -> str:
@@ -51,7 +51,7 @@ def gateway(paths: Paths, nameservers: Iterable[IPAddress]) -> Gateway | None:
     if tunnel is None or not is_up(tunnel):
         return None
     for address in (*nameservers, *_next_hops(paths, tunnel), *_first_of_subnets(tunnel)):
-        if is_private(address) and address not in tunnel.addresses and paths.of(address, _DNS_PORT) is Path.TUNNEL:
+        if is_private(address) and address not in tunnel.addresses and paths.of(address, DNS_PORT) is Path.TUNNEL:
             return Gateway(address)
     return None
 

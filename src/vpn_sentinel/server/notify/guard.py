@@ -17,13 +17,13 @@ from typing import Final
 
 import httpx
 
+from vpn_sentinel.runtime.addresses import behind_nat64
 from vpn_sentinel.runtime.settings import PREFIX, SettingError
 from vpn_sentinel.server.notify.failures import keep_urls_out_of_the_log
 
 # The part of IPv6 from which hosts on the internet have addresses (IANA, Internet Protocol Version 6 Address Space):
 # mapped, compatible and translated IPv4, 5f00::/16, unique local, link-local and multicast are outside.
 _UNICAST: Final = IPv6Network("2000::/3")
-_NAT64: Final = IPv6Network("64:ff9b::/96")
 # Networks without hosts on the internet: IANA's IPv4 and IPv6 Special-Purpose Address Registries (RFC 6890, RFC 8190),
 # including the few anycast addresses of protocols in them, and multicast. `domain.policy.NOT_PUBLIC` is smaller, as
 # examples and tests of leaks use the documentation networks. Not `is_global`, which differs between Python versions.
@@ -75,7 +75,7 @@ def is_forbidden(address: str) -> bool:
 
 def _wrapped(address: IPv6Address) -> IPv4Address | None:
     """The IPv4 address at which a packet to `address` would arrive (NAT64 or 6to4), None for others."""
-    return IPv4Address(int(address) & 0xFFFFFFFF) if address in _NAT64 else address.sixtofour
+    return behind_nat64(address) or address.sixtofour
 
 
 async def resolve(host: str, port: int) -> list[str]:
