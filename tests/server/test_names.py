@@ -43,7 +43,7 @@ async def test_a_revoked_agents_pulse_key_stays_refused_after_a_restart(store: S
     await _hold(store, clock.now, "nl", "de")
     await create_token(store, "nl", shared=False, now=clock.now)
     await revoke_token(store, "nl", clock.now)
-    port, revoked, other = Port(), Agent("nl"), Agent("de")  # a pulse_registry that has never heard of anybody
+    port, revoked, other = Port(), Agent("nl"), Agent("de")  # a registry that has never heard of anybody
     known = KnownTunnels(port.registry, lambda: known_names(store), min_interval_s=0.01)
     task = asyncio.create_task(known.run())
     await until(lambda: len(port.registry) == 1)

@@ -216,7 +216,7 @@ class NoticeBody(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Delivery(msgspec.Struct, frozen=True, kw_only=True):
-    """One notice for one channel. `status` is "due", "leased", "done", "given_up" or "superseded"."""
+    """One notice for one channel. `status` is "due", "leased", "done", "given_up", "superseded" or "summed"."""
 
     id: int
     channel: str

@@ -351,7 +351,7 @@ class PulseSensor:
             except BlockingIOError:
                 return
             except OSError:
-                # ECONNREFUSED and the like: an ICMP error arrived_at back for a pulse.
+                # ECONNREFUSED and the like: an ICMP error came back for a pulse.
                 if self._timing.refused(_now()):
                     self._silent_from = _now()
                     self._on_change()
