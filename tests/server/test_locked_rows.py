@@ -15,6 +15,7 @@ from tests.server.test_tracker import running
 from vpn_sentinel.domain.observation import Observation, Trigger
 from vpn_sentinel.domain.policy import Policy
 from vpn_sentinel.server.store import rows
+from vpn_sentinel.server.store.open import open_store
 from vpn_sentinel.server.store.schema import observations, tunnels
 from vpn_sentinel.server.store.store import Changes, Store, TunnelLocked
 from vpn_sentinel.server.tracking.inputs import ReportBatch, TimedObservation
@@ -143,6 +144,25 @@ async def test_what_is_held_is_left_out_whatever_is_done_to_it(
     found = await store.read(select(tunnels.c.name).where(tunnels.c.state == "down").order_by(tunnels.c.name))
     assert [row.name for row in found] == ["free", "new", "newer"]
     assert (await store.transact(["free", "held"], START, down, create=True)).locked == set()
+
+
+@pytest.mark.parametrize("found_after", ["500ms", "1min"])
+async def test_of_two_that_wait_for_each_other_none_fails(
+    server: Server, database_url: str, psql: Session, found_after: str
+) -> None:
+    """Two servers that each hold what the other waits for: the database looks for that after `deadlock_timeout`."""
+    await server.knows(held=None, free=None)
+    await psql.execute("SET deadlock_timeout = '1min'")
+    store = await open_store(f"{database_url}&options=-c%20deadlock_timeout%3D{found_after}")
+    async with psql.transaction(), asyncio.timeout(SOON_S):
+        await psql.execute(OURS)
+        waiting = asyncio.create_task(store.transact(["free", "held"], START, down, create=True))
+        while not await psql.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):
+            pass  # it holds the free one, and does not wait for the other yet
+        await psql.execute("SELECT 1 FROM tunnels WHERE name = 'free' FOR UPDATE")
+        assert (await waiting).locked == {"held"}
+    assert (await store.transact(["free", "held"], START, down, create=True)).locked == set()
+    await store.close()
 
 
 def down(found):

@@ -129,12 +129,15 @@ async def _load(driver: "asyncpg.Connection[Any]", names: Sequence[str], lock: s
 
 
 async def _wait_for(driver: "asyncpg.Connection[Any]", names: Sequence[str]) -> dict[str, TunnelRow]:
-    """The rows called `names`, locked as soon as those who hold them let go; none if that takes too long."""
+    """The rows called `names`, locked as soon as those who hold them let go; none if that takes too long.
+
+    Two servers may wait for each other here; the database ends that by either timeout, whichever is shorter there.
+    """
     try:
         async with driver.transaction():  # a savepoint: what is locked already stays so
             await driver.execute(f"SET LOCAL lock_timeout = {1000 * _LOCK_TIMEOUT_S:.0f}")
             found = await _load(driver, names, "FOR UPDATE")
             await driver.execute("SET LOCAL lock_timeout = DEFAULT")
-    except asyncpg.LockNotAvailableError:
+    except (asyncpg.LockNotAvailableError, asyncpg.DeadlockDetectedError):
         return {}
     return found
