@@ -282,7 +282,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench soak", description=__doc__.split("\n")[0])
     parser.add_argument("--minutes", type=float, default=120.0)
     parser.add_argument(
-        "--logs", type=Path, default=None, help="where the lab's logs stay; beside it if it is not empty"
+        "--logs", type=Path, default=None, help="the folder for the lab's logs; NAME-2, NAME-3 … if it is not empty"
     )
     given = parser.parse_args(words)
     plan = tunnels()

@@ -153,7 +153,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--unprivileged", action="store_true", help="agents as uid 65534 without any capability")
     parser.add_argument("--out", type=Path, default=None, help="the page to write its section of")
     parser.add_argument(
-        "--logs", type=Path, default=None, help="where the labs' logs stay; beside it if it is not empty"
+        "--logs", type=Path, default=None, help="the folder for the labs' logs; NAME-2, NAME-3 … if it is not empty"
     )
     parser.add_argument("--source", type=Path, default=None, help="the program to try: another tree's src")
     given = parser.parse_args(words)

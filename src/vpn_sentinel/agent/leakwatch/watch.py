@@ -11,7 +11,7 @@ from ipaddress import ip_network
 from typing import Final
 
 from vpn_sentinel.agent.leakwatch.awaiting_trial import AwaitingTrial
-from vpn_sentinel.agent.leakwatch.delayed import Delayed
+from vpn_sentinel.agent.leakwatch.delayed import Delayed, Gathered
 from vpn_sentinel.agent.leakwatch.egress_map import EgressMap, Tables, egress_map
 from vpn_sentinel.agent.leakwatch.exempt import ExemptWatch
 from vpn_sentinel.agent.leakwatch.fingerprints import Fingerprint, Fingerprints
@@ -124,8 +124,7 @@ class LeakWatch:
         self._unowned = Delayed(self._judge_unowned, MAX_UNOWNED_PACKETS)
         self._serving = Delayed(self._judge_serving)
         self._awaiting_trial = AwaitingTrial(self._ends)
-        self._unsure: list[tuple[Packet, str, float]] = []  # with when it passed
-        self._judge_unsure_timer: asyncio.TimerHandle | None = None
+        self._unsure = Gathered(self._judge_unsure, REFRESH_S, MAX_UNSURE_PACKETS)
         self._refresh = RefreshTiming()
         # The first by the clock of packets, the second by `clock.boottime`:
         self._mark_filtered_at = float("-inf")  # when the filter with the last new mark was set
@@ -291,10 +290,8 @@ class LeakWatch:
         for sock in (self._sockets, self._times):
             if sock is not None:
                 sock.close()
-        for waiting in (self._updates, self._unowned, self._serving, self._neighbors):
+        for waiting in (self._updates, self._unowned, self._serving, self._unsure, self._neighbors):
             waiting.close()
-        if self._judge_unsure_timer is not None:
-            self._judge_unsure_timer.cancel()
 
     def _can_tell_tunnel(self) -> bool:
         return self._egress.can_tell_tunnel(self.endpoints)
@@ -303,7 +300,7 @@ class LeakWatch:
         if self._taps.permitted and not self._can_tell_tunnel() and not self._is_warned_unable:
             self._is_warned_unable = True
             log.warning(
-                "the tunnel's own packets cannot be told from others: the leak watch reports nothing",
+                "the tunnel's own packets cannot be distinguished from others: the leak watch reports nothing",
                 extra={"remedy": "set VPN_SENTINEL_TUNNEL_ENDPOINTS"},
             )
 
@@ -373,15 +370,12 @@ class LeakWatch:
         self._flows.begins(packet, now)
         if self._is_put_off(packet, interface, now):
             return
-        is_full = len(self._unsure) == MAX_UNSURE_PACKETS
-        if is_due or self._flow_table.has(packet) or is_full or not self._refresh.comes_soon(now):
+        if is_due or self._flow_table.has(packet) or self._unsure.is_full or not self._refresh.comes_soon(now):
             self._leaked(packet, interface, now)
             return
         # A rule that lets it out may be newer than the last refresh: it waits for the next one.
         self._users.note(packet)
-        self._unsure.append((packet, interface, passed))
-        if self._judge_unsure_timer is None:
-            self._judge_unsure_timer = asyncio.get_running_loop().call_later(REFRESH_S, self._judge_unsure)
+        self._unsure.add(packet, interface, passed)
 
     def _is_its_senders(self, packet: Packet, interface: str, passed: float) -> bool:
         """Whether a rule lets its sender out, or may do so."""
@@ -410,9 +404,7 @@ class LeakWatch:
     def _is_let_out(self, packet: Packet) -> bool:
         return self._rules.allow(packet) or (self._own.has(packet) and not self._own.is_led_away(packet, self._egress))
 
-    def _judge_unsure(self) -> None:
-        self._judge_unsure_timer = None
-        unsure, self._unsure = self._unsure, []
+    def _judge_unsure(self, unsure: list[tuple[Packet, str, float]]) -> None:
         self._read_anew()
         self._refresh_from(self._survey())
         for packet, interface, passed in unsure:
