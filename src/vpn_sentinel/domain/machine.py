@@ -8,18 +8,18 @@ passed without one (`overdue`). Nothing else assigns a state.
 1. `TRANSITIONS[state][stimulus]` says how long a stimulus must last before it becomes the state. A pair that is missing
    moves nothing: what is no transition cannot happen by an oversight.
 2. A stimulus that must last becomes the `Candidate`, with the time since which it has been seen without a break. A
-further verdict of the same kind keeps that time; another kind replaces the candidate; a verdict equal to the present
-state drops it. Once the candidate has lasted long enough, the state moves, dated from the candidate's beginning, not
-from the decision.
-3. Trouble that becomes milder meanwhile (down, then degraded) keeps its beginning; worse trouble must last by itself.
-A known beginning (`began`) dates the candidate, but never before the last observation with another verdict.
+   further verdict of the same kind keeps that time; another kind replaces the candidate; a verdict equal to the present
+   state drops it. Once the candidate has lasted long enough, the state moves, dated from the candidate's beginning, not
+   from the decision.
+3. Trouble that becomes milder meanwhile (down, then degraded) keeps its beginning; worse trouble must last by itself. A
+   known beginning (`began`) dates the candidate, but never before the last observation with another verdict.
 4. *Unknown* is no state. It is the stimulus *unverified*: good states become it after a while; a leak and a dead tunnel
-stay, with what cannot be seen now added to their findings.
+   stay, with what cannot be seen now added to their findings.
 5. A tunnel that left *protected* three times in five minutes is flapping: `FLAPPING` makes its recovery wait for a
-minute of calm. The same holds when verification comes and goes (`blinks`); else each success would reset the wait.
+   minute of calm. The same holds when verification comes and goes (`blinks`); else each success would reset the wait.
 6. When a deadline passes, `Before` keeps what was known. Observations from before that deadline prove that the agent
-   watched all along: `Revised` voids the silence, the machine goes back to `Before`, and the replayed observations
-   move it with their true times.
+   watched all along: `Revised` voids the silence, the machine goes back to `Before`, and the replayed observations move
+   it with their true times.
 
 Time is the observation's own and never runs backwards, so a replayed stretch moves exactly as it would have moved
 live. The functions are pure: a new `Memory` and the events that led to it come out, and nothing is changed in place.

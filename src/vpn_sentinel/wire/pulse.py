@@ -2,8 +2,8 @@
 
 A pulse is a request of `wire.echo` whose 24 spare bytes are used, so a server that does not know pulses answers it:
 `VSE1`, 1 byte type (1), 3 bytes zero, 8 bytes id, 4 bytes run, 4 bytes number, 1 byte flags (bit 0 set), 3 bytes zero,
-4 bytes `heard`, 4 bytes `silent`, 8 bytes tag, 4 bytes zero, 16 bytes MAC. Its reply is the echo's: run
-and number are its nonce.
+4 bytes `heard`, 4 bytes `silent`, 8 bytes tag, 4 bytes zero, 16 bytes MAC. Its reply is the echo's: run and
+number are its nonce.
 
 A sized pulse (type 3) carries zeros between that and the MAC, up to 1472 bytes in all; its reply (type 4) is exactly as
 large, so that both directions are tested. No reply is ever larger than its request.

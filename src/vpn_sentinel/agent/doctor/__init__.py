@@ -1,1 +1,1 @@
-"""What can and cannot be seen from this place, and how to mend it."""
+"""What can and cannot be seen from this place, and how to fix it."""

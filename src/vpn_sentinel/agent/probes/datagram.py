@@ -1,8 +1,8 @@
 """One question in one UDP datagram, and its result: canaries and DNS lookups are sent by this.
 
-Each question has a new socket: a random source port guards against forged answers, and the route is the
-current one. Each carries the mark of a probe (`tag`), and is registered in `net.own`. ip(7), ipv6(7) and recvmsg(2)
-describe the error queue, which distinguishes a lost packet from a refused one.
+Each question has a new socket: a random source port guards against forged answers, and the route is the current one.
+Each carries the mark of a probe (`tag`), and is registered in `net.own`. ip(7), ipv6(7) and recvmsg(2) describe the
+error queue, which distinguishes a lost packet from a refused one.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ T = TypeVar("T")
 LOST_AFTER_S: Final = 1.0  # until a question counts as lost
 RESEND_AFTER_S: Final = 0.4  # until it is sent once more
 IP_RECVERR, IPV6_RECVERR = 11, 25
-_TRACEROUTE_PORT: Final = 33434  # traceroute(8); no service listens there
+TRACEROUTE_PORT: Final = 33434  # the first one of traceroute(8): no service listens there
 _EXTENDED_ERROR: Final = struct.Struct("=IBBBBII")  # sock_extended_err of linux/errqueue.h
 _ICMP, _ICMP6 = 2, 3  # its ee_origin
 _TIME_EXCEEDED: Final = {_ICMP: 11, _ICMP6: 3}
@@ -138,7 +138,7 @@ def plain_probe(address: IPAddress, device: str, payload: bytes) -> None:
             sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_UNICAST_HOPS, 1)
         else:
             sock.setsockopt(socket.IPPROTO_IP, socket.IP_TTL, 1)
-        sock.sendto(payload, (str(address), _TRACEROUTE_PORT))
+        sock.sendto(payload, (str(address), TRACEROUTE_PORT))
 
 
 def _local_end(sock: socket.socket) -> tuple[IPAddress, int]:

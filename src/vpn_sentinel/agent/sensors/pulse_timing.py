@@ -1,8 +1,7 @@
 """When to send a pulse, and when missing replies are a reason for a round; no I/O, and time is an argument.
 
 Any reply ends the doubt, however late it is: on a line with a deep queue replies are seconds old, and the tunnel
-works.
-Times are seconds by a clock that never jumps.
+works. Times are seconds by a clock that never jumps.
 """
 
 import random
