@@ -5,7 +5,7 @@ import pytest
 
 from tests.conftest import ManualClock
 from vpn_sentinel.agent.spool.spool import Spool
-from vpn_sentinel.agent.uplink.batching import MAX_REPORTS, Batching
+from vpn_sentinel.agent.uplink.batching import MAX_CHUNK, Batching
 from vpn_sentinel.domain.observation import Observation, Trigger
 from vpn_sentinel.wire import codec
 
@@ -51,10 +51,10 @@ def test_what_can_have_been_sent_is_what_was_there_before_and_what_was_taken(spo
 
 
 def test_a_slow_server_gets_less_and_more_time(spool: Spool) -> None:
-    fill(spool, MAX_REPORTS)
+    fill(spool, MAX_CHUNK)
     load = Batching(spool, 3.0)
     load.overdue()
-    assert (len(load.reports(0)), load.answer_timeout_s) == (MAX_REPORTS // 2, 6.0)
+    assert (len(load.reports(0)), load.answer_timeout_s) == (MAX_CHUNK // 2, 6.0)
     for _ in range(10):
         load.overdue()
     assert (len(load.reports(0)), load.answer_timeout_s) == (1, 24.0)

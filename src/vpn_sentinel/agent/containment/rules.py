@@ -12,12 +12,12 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from vpn_sentinel.agent.containment.exempt import Exemptions
+from vpn_sentinel.agent.leakwatch.meant import INTERFACE_NAME
 from vpn_sentinel.agent.net.endpoints import TCP, Endpoint
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork
 
 TABLE: Final = "vpn_sentinel"
 RELEASED_TABLE: Final = f"{TABLE}_released"  # an empty table: `release` leaves it for the running agent
-_INTERFACE: Final = re.compile(r"[\w.:@+-]{1,15}", re.ASCII)  # no quote, no wildcard
 _OWNER: Final = re.compile(r"[A-Za-z0-9._/-]{1,120}", re.ASCII)
 _DNS_PORTS: Final = "{ 53, 853 }"
 _NEIGHBOURS: Final = (
@@ -46,10 +46,10 @@ class AllowedTraffic:
     exempt: Exemptions = field(default_factory=Exemptions)
 
     def __post_init__(self) -> None:
-        if not _INTERFACE.fullmatch(self.tunnel):
+        if not INTERFACE_NAME.fullmatch(self.tunnel):
             msg = f"the interface's name {self.tunnel!r} cannot be used in a rule"
             raise ValueError(msg)
-        if not all(_INTERFACE.fullmatch(name) for name in self.exempt.meant.interfaces):
+        if not all(INTERFACE_NAME.fullmatch(name) for name in self.exempt.meant.interfaces):
             msg = "an interface's name in VPN_SENTINEL_MEANT_OUTSIDE cannot be used in a rule"
             raise ValueError(msg)
 

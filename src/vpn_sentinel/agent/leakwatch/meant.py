@@ -19,7 +19,7 @@ from vpn_sentinel.agent.net.endpoints import PROTOCOLS, TCP, UDP
 from vpn_sentinel.agent.net.routing_rules import Rule
 
 FORMS: Final = "`published 8000/tcp`, `port 123/udp`, `user NAME`, `only user NAME` or `interface NAME`"
-_INTERFACE: Final = re.compile(r"[\w.:@+-]{1,15}", re.ASCII)  # it is safe in an nftables rule
+INTERFACE_NAME: Final = re.compile(r"[\w.:@+-]{1,15}", re.ASCII)  # safe in an nftables rule: no quote, no wildcard
 _MAX_ENTRIES: Final = 64  # the kernel's filter has room for so many
 
 
@@ -63,7 +63,7 @@ def parse_meant(text: str) -> Meant:
                 users.add(_uid(name))
             case ["only", "user", name] | ["user", name, "only"]:
                 only.add(_uid(name))
-            case ["interface", name] if _INTERFACE.fullmatch(name):
+            case ["interface", name] if INTERFACE_NAME.fullmatch(name):
                 interfaces.add(name)
             case _:
                 msg = f"{entry.strip()!r} is not understood; an entry is {FORMS}"

@@ -21,7 +21,7 @@ from vpn_sentinel.domain.policy import IPAddress, IPNetwork
 
 MAX_NETWORKS: Final = 16  # networks named for one device; the others are counted
 MAX_CLASSES: Final = 16  # classes of traffic (by protocol, port, …) that are looked up on their own
-_PROTOCOL_NAMES: Final = {TCP: "TCP", UDP: "UDP", 1: "ICMP", 58: "ICMPv6"}
+_NAMES_OF_PROTOCOLS: Final = {TCP: "TCP", UDP: "UDP", 1: "ICMP", 58: "ICMPv6"}
 
 
 def audit(
@@ -133,12 +133,12 @@ def _classes(fib: Fib, kinds: tuple[Rule, ...], version: int, sender: Sender) ->
         yield who, replace(sender, uid=uid)
     for many in [r for r in kinds if r.source_ports is not None and not may_be_one_program(r)][:MAX_CLASSES]:
         low, high = many.source_ports or (0, 0)
-        named = f"{_PROTOCOL_NAMES.get(many.protocol or 0, 'packets')} from ports {low}-{high}"
+        named = f"{_NAMES_OF_PROTOCOLS.get(many.protocol or 0, 'packets')} from ports {low}-{high}"
         yield named, replace(sender, protocol=many.protocol or TCP, source_port=low)
     seen: set[str] = set()
     for rule in rules[:MAX_CLASSES]:
         low, high = rule.destination_ports or (0, 0)
-        words = [_PROTOCOL_NAMES.get(rule.protocol, f"protocol {rule.protocol}") if rule.protocol else "packets"]
+        words = [_NAMES_OF_PROTOCOLS.get(rule.protocol, f"protocol {rule.protocol}") if rule.protocol else "packets"]
         if low:
             words.append(f"to port {low}" if low == high else f"to ports {low}-{high}")
         if rule.destination_mask != FULL_PORT_MASK:

@@ -10,12 +10,11 @@ from dataclasses import replace
 from typing import Final
 
 from vpn_sentinel.agent.net.roles import INTERNET
-from vpn_sentinel.agent.probes.datagram import DatagramResult, DatagramTarget, ask
+from vpn_sentinel.agent.probes.datagram import TRACEROUTE_PORT, DatagramResult, DatagramTarget, ask
 from vpn_sentinel.domain.observation import Routed
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, is_public
 
 MAX_TRIED: Final = 6  # parts of the internet tried in one round
-_TRACEROUTE_PORT: Final = 33434  # the port that traceroute(8) begins with: no service listens there
 _ROUTER_TIMEOUT_S: Final = 0.6
 # This host's refusal comes at once, and nothing else shows that a packet is blocked: where a router stays silent, the
 # result is what the routes say.
@@ -55,7 +54,7 @@ class BypassProbes:
 
 async def _try(part: Routed) -> Routed:
     address = _within(part.networks[0])
-    where = DatagramTarget(address=address, port=_TRACEROUTE_PORT, hops=1)
+    where = DatagramTarget(address=address, port=TRACEROUTE_PORT, hops=1)
     outcome: DatagramResult[None] = await ask(where, b"\0" * 8, lambda _: None, limit=_ROUTER_TIMEOUT_S, resend=None)
     return replace(part, asked=address, answer=outcome.answer)
 

@@ -11,7 +11,7 @@ from vpn_sentinel.wire.messages import Report
 
 log = logging.getLogger(__name__)
 
-MAX_REPORTS: Final = 100  # in one message
+MAX_CHUNK: Final = 100  # reports in one message, of the 200 that a server takes
 _CHUNK_BYTES: Final = limits.MAX_BODY_BYTES * 3 // 4  # leaves room for the numbers around each observation
 _MAX_ANSWER_TIMEOUT_S: Final = 24.0
 
@@ -27,7 +27,7 @@ class Batching:
 
     def __init__(self, spool: Spool, answer_timeout_s: float) -> None:
         self._spool = spool
-        self._chunk = MAX_REPORTS
+        self._chunk = MAX_CHUNK
         self._min_answer_timeout_s = self.answer_timeout_s = answer_timeout_s
         self._refused_alone: int | None = None
         # The highest number that the server can know: from an earlier run, then from what this one sends.
@@ -54,7 +54,7 @@ class Batching:
         return max(0, self._spool.pending - len(reports))
 
     def stored(self) -> None:
-        self._chunk = min(MAX_REPORTS, self._chunk * 2)
+        self._chunk = min(MAX_CHUNK, self._chunk * 2)
         self.answer_timeout_s = self._min_answer_timeout_s
 
     def overdue(self) -> None:

@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily
 from sqlalchemy import func, or_, select
 
-from vpn_sentinel.server.ingest.pulse_registry import PulseChange, PulseRegistry
+from vpn_sentinel.server.ingest.pulse_registry import REVOKED_KEY_MARGIN_S, PulseChange, PulseRegistry
 from vpn_sentinel.server.rate_limit import RateLimit
 from vpn_sentinel.server.store.schema import tokens, tunnels
 from vpn_sentinel.server.store.store import Store, StoreUnavailable
@@ -25,8 +25,6 @@ CHECKS_PER_SECOND: Final = 50
 # Observations that may wait. Each tunnel has one for each IP version, so known tunnels never reach this.
 _MAX_QUEUED: Final = 100_000
 _MAX_BATCH: Final = 256
-# A revoked key may still be accepted for a while (see access); this is that time and a margin.
-_REVOKED_S: Final = 10.0
 
 
 class PulseProtocol(asyncio.DatagramProtocol):
@@ -111,7 +109,8 @@ async def known_names(store: Store) -> dict[str, float]:
     own = select(tokens.c.name, func.max(tokens.c.revoked_at).label("at")).where(tokens.c.shared == 0)
     gone = own.group_by(tokens.c.name).having(func.count() == func.count(tokens.c.revoked_at)).subquery()
     held = select(tunnels.c.name, tunnels.c.last_seen).outerjoin(gone, gone.c.name == tunnels.c.name)
-    held = held.where(or_(gone.c.at.is_(None), tunnels.c.last_seen > gone.c.at + _REVOKED_S)).order_by(tunnels.c.id)
+    since = tunnels.c.last_seen > gone.c.at + REVOKED_KEY_MARGIN_S
+    held = held.where(or_(gone.c.at.is_(None), since)).order_by(tunnels.c.id)
     try:
         return {row.name: row.last_seen for row in await store.read(held)}
     except StoreUnavailable:

@@ -21,7 +21,9 @@ _MAX_RUNS: Final = 8  # runs of one agent whose numbers are remembered
 _RUN_TIMEOUT_S: Final = 6.0
 # A longer time between two pulses is a gap: pulses were lost, or the connection was down.
 _GAP_S: Final = 3.0
-_REVOKED_S: Final = 10.0  # a report sent with a key before its revocation may take this long to be stored
+# A report that came with a revoked key is stored at most this long after the revocation, which every server knows a
+# few seconds later (see access). A later report came with another key.
+REVOKED_KEY_MARGIN_S: Final = 10.0
 MAX_TUNNELS: Final = 50_000
 # Replies count as unheard after this many consecutive pulses, over this time, that confirm no new reply. An agent whose
 # pulses are unanswered sends ten within 3 s; at 30 % loss, all ten are lost once in 100,000 times.
@@ -119,7 +121,7 @@ class PulseRegistry:
         Not those whose key was revoked, unless they have reported since: with another key, maybe to another replica.
         """
         for name, at in seen.items():
-            if at > self._revoked_at.get(name, -math.inf) + _REVOKED_S:
+            if at > self._revoked_at.get(name, -math.inf) + REVOKED_KEY_MARGIN_S:
                 self._revoked_at.pop(name, None)
                 self._add(name)
 

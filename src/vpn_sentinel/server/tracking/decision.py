@@ -22,7 +22,7 @@ from vpn_sentinel.domain.verdict import Code, Finding, State
 from vpn_sentinel.server.store.outbox_rows import delivery_values
 from vpn_sentinel.server.store.store import Changes, TunnelRow
 from vpn_sentinel.server.tracking.enrichment import (
-    MAX_CLOCK_SKEW_S,
+    MAX_UNREPORTED_SKEW_S,
     transport_findings,
     update_snapshot,
     with_context,
@@ -403,4 +403,4 @@ def _mark(row: TunnelRow, batch: ReportBatch, seen: Observation) -> int:
 
 def _has_transport_findings(batch: ReportBatch) -> bool:
     """Whether the batch itself shows a wrong clock, or rounds that never came."""
-    return bool(batch.thinned) or (batch.skew is not None and abs(batch.skew) > MAX_CLOCK_SKEW_S)
+    return bool(batch.thinned) or (batch.skew is not None and abs(batch.skew) > MAX_UNREPORTED_SKEW_S)

@@ -13,7 +13,7 @@ from vpn_sentinel.wire.codec import decoder, encode
 from vpn_sentinel.wire.rest import place_of
 
 # A clock that is off by more than this is a finding.
-MAX_CLOCK_SKEW_S: Final = 60.0
+MAX_UNREPORTED_SKEW_S: Final = 60.0
 
 _place_of: Final = decoder(dict[str, str | int | None])
 _resolvers_of: Final = decoder(list[dict[str, str | None]])
@@ -25,7 +25,7 @@ def transport_findings(skew: float | None, thinned: int, *, shared: bool = False
     if shared:
         message = "Several agents report as this tunnel: what is shown of it alternates between them."
         extra.append(Finding(Code.NAME_SHARED, message))
-    if skew is not None and abs(skew) > MAX_CLOCK_SKEW_S:
+    if skew is not None and abs(skew) > MAX_UNREPORTED_SKEW_S:
         seconds, side = f"{abs(skew):.0f}", "ahead" if skew > 0 else "behind"
         message = f"The agent's clock is {seconds} s {'ahead of' if skew > 0 else side} the server's."
         extra.append(Finding(Code.CLOCK_SKEW, message, {"seconds": seconds, "clock": side}))
