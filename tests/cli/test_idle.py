@@ -84,7 +84,7 @@ def test_what_does_something_is_not(settings: dict[str, str]) -> None:
 def test_what_a_setting_needs_is_read_by_the_same_command(reader: str) -> None:
     settings = settings_of(reader)
     rows = [row for setting in settings for row in setting.idle]
-    assert {name for row in rows for name in (*row.needs, row.beside) if name} <= {s.name for s in settings}
+    assert {name for row in rows for name in (*row.needs, row.disabled_by) if name} <= {s.name for s in settings}
 
 
 def test_a_server_says_so_and_starts(tmp_path: Path) -> None:

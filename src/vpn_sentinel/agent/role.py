@@ -8,4 +8,4 @@ TUNNEL: Final = "tunnel"
 REFERENCE: Final = "reference"
 
 # For settings that a reference agent does not use.
-NOT_FOR_REFERENCE: Final = Idle(beside="ROLE", spoils=lambda role: role.lower() == REFERENCE)
+NOT_FOR_REFERENCE: Final = Idle(disabled_by="ROLE", disables=lambda role: role.lower() == REFERENCE)

@@ -34,5 +34,5 @@ def _lines(source: Source, settings: Sequence[Setting[Any]]) -> Iterator[str]:
             for row in setting.idle:
                 if row.needs and all(is_off(text(name)) for name in row.needs):
                     yield f"{setting.key}: does nothing without {' or '.join(map(key_of, row.needs))}"
-                if row.beside and (value := text(row.beside)) and row.spoils(value):
-                    yield f"{setting.key}: does nothing while {key_of(row.beside)}={row.shown or value}"
+                if row.disabled_by and (value := text(row.disabled_by)) and row.disables(value):
+                    yield f"{setting.key}: does nothing while {key_of(row.disabled_by)}={row.shown or value}"

@@ -66,15 +66,15 @@ class SettingError(UserError):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False, repr=False)
 class Idle:
-    """When a setting has no effect: unless one of `needs` is set, or while `beside` has a value for which `spoils` is
-    true.
+    """When a setting has no effect: unless one of `needs` is set, or while the setting `disabled_by` has a value for
+    which `disables` is true.
 
-    Settings are named as in `Setting`. Messages show `shown` instead of a value of `beside` that may hold a password.
+    Settings are named as in `Setting`. Messages show `shown` instead of a value that may hold a password.
     """
 
     needs: tuple[str, ...] = ()
-    beside: str = ""
-    spoils: Callable[[str], bool] = lambda _: False
+    disabled_by: str = ""
+    disables: Callable[[str], bool] = lambda _: False
     shown: str = ""
 
 

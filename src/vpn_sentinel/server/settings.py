@@ -130,14 +130,14 @@ DATABASE_URL: Final = DATABASE.add(
     "mode but `statement`. The database's encoding must be UTF8",
     default_text="`sqlite:///DATA_DIR/sentinel.db`",
 )
-_NO_SQLITE: Final = Idle(beside="DATABASE_URL", spoils=_is_postgres, shown="postgresql://…")
+_NO_SQLITE: Final = Idle(disabled_by="DATABASE_URL", disables=_is_postgres, shown="postgresql://…")
 
 LISTENING: Final = Section("Server: addresses, ports, TLS", read_by=("server",))
 
 DASHBOARD: Final = Section("Server: dashboard", read_by=("server",))
 _NO_DASHBOARD: Final = (
-    Idle(beside="SERVER_WEB_DASHBOARD_ENABLED", spoils=is_off),
-    Idle(beside="SERVER_DASHBOARD_ENABLED", spoils=is_off),
+    Idle(disabled_by="SERVER_WEB_DASHBOARD_ENABLED", disables=is_off),
+    Idle(disabled_by="SERVER_DASHBOARD_ENABLED", disables=is_off),
 )
 DASHBOARD_PUBLIC: Final = DASHBOARD.add(
     "DASHBOARD_PUBLIC",
@@ -305,7 +305,7 @@ class ServerSettings:
         p.integer(1, 1000),
         3,
         "how many of the newest backups are kept",
-        idle=(Idle(beside="BACKUP_HOURS", spoils=_is_zero), _NO_SQLITE),
+        idle=(Idle(disabled_by="BACKUP_HOURS", disables=_is_zero), _NO_SQLITE),
     )
     backup_dir: Path | None = DATABASE.field(
         "BACKUP_DIR",
