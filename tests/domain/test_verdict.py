@@ -118,6 +118,7 @@ def routed(
     share: float = 0.4,
     answer: Answer = EXPIRED,
     only: str = "",
+    ports: tuple[int, int] | None = None,
     more: int = 0,
     tunnel: bool = True,
 ) -> tuple[Routed, ...]:
@@ -125,8 +126,9 @@ def routed(
     found = [ip_network(n) for n in networks]
     family = found[0].version if found else 4
     part = Routed(
-        interface=interface, family=family, share=share, networks=tuple(found), answer=answer, only=only, more=more
-    )
+        interface=interface, family=family, share=share, networks=tuple(found), answer=answer, only=only, more=more,
+        ports=ports,
+    )  # fmt: skip
     return (Routed(interface="wg0", family=family, share=1.0 - share), part) if tunnel else (part,)
 
 
@@ -204,6 +206,22 @@ CASES: dict[str, tuple[Observation, Policy, State, list[Code]]] = {
     "the same for DNS over TLS": (
         replace(saw(EXIT), routed=routed("eth0", "0.0.0.0/0", only="TCP to port 853")), POLICY, State.LEAKING,
         [Code.DNS_LEAK],
+    ),
+    "DNS of one type of service": (
+        replace(saw(EXIT), routed=routed("eth0", "0.0.0.0/0", only="UDP to port 53 with TOS 0x10", ports=(53, 53))),
+        POLICY, State.LEAKING, [Code.DNS_LEAK],
+    ),
+    "DNS by a mask": (
+        replace(saw(EXIT), routed=routed("eth0", "0.0.0.0/0", only="UDP to port 53 under mask 0xfffe", ports=(52, 53))),
+        POLICY, State.LEAKING, [Code.DNS_LEAK],
+    ),
+    "DNS and the port after it": (
+        replace(saw(EXIT), routed=routed("eth0", "0.0.0.0/0", only="packets to ports 53-54", ports=(53, 54))),
+        POLICY, State.LEAKING, [Code.DNS_LEAK],
+    ),
+    "routes send every port past the tunnel": (
+        replace(saw(EXIT), routed=routed("eth0", "0.0.0.0/0", only="UDP to ports 1-65535", ports=(1, 65535))),
+        POLICY, State.LEAKING, [Code.SPLIT_ROUTE],
     ),
     "routes send one port past the tunnel": (
         replace(saw(EXIT), routed=routed("eth0", "0.0.0.0/0", only="TCP to port 5353")), POLICY, State.LEAKING,
@@ -922,6 +940,18 @@ def test_packets_are_counted_by_the_device_that_is_named() -> None:
     (leak,) = judge(seen, POLICY).findings
     assert (leak.evidence["interface"], leak.evidence["packets"]) == ("eth0", "2")
     assert leak.evidence["also"] == "UDP to 203.0.113.9:443 by eth1"
+
+
+@pytest.mark.parametrize(("server", "is_cause"), [("2620:fe::fe", True), ("9.9.9.9", False)])
+def test_a_rule_is_the_cause_of_a_query_of_its_ip_version_alone(server: str, *, is_cause: bool) -> None:
+    """Also where the report counts the networks of the rule, and names none."""
+    parts = (
+        Routed(interface="wg0", family=6, share=1.0),
+        Routed(interface="eth0", family=6, share=0.1, more=3, only="UDP to port 53", ports=(53, 53)),
+    )
+    seen = replace(saw(EXIT, canary(EXIT6), dns=(asked("91.10.20.53", server, Path.OUTSIDE),)), routed=parts)
+    leak = next(f for f in judge(seen, POLICY).findings if f.code is Code.DNS_LEAK)
+    assert leak.evidence.get("by_rule") == ("UDP to port 53 by eth0" if is_cause else None)
 
 
 def test_a_packet_of_another_resolver_is_told_beside_the_lookup_and_not_as_its_fact() -> None:

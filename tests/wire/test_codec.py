@@ -17,6 +17,7 @@ from vpn_sentinel.domain.observation import (
     Place,
     Probe,
     ResolverSighting,
+    Routed,
     SystemLookup,
     Trigger,
 )
@@ -30,6 +31,7 @@ SEEN = Observation(trigger=Trigger.TIMER)
 CANARY = Canary(probe=Probe.DEFAULT, target="echo", family=4, answer=Answer.LOST)
 SIGHTING = ResolverSighting(method="akamai", nameserver=ip_address("127.0.0.11"), answer=Answer.LOST)
 PLACE = Place(ip=ip_address("146.70.1.2"), source="mmdb")
+ROUTED = Routed(interface="eth0", family=4, share=1.0)
 LINK = Link(name="wg0", present=True, up=True)
 MOST = limits.MAX_PER_OBSERVATION
 
@@ -119,6 +121,9 @@ GOOD: dict[str, Observation] = {
 }  # fmt: skip
 BAD: dict[str, tuple[Observation, str]] = {
     "too many canaries": (replace(SEEN, canaries=(CANARY,) * (MOST + 1)), "canaries"),
+    "ports in the wrong order": (replace(SEEN, routed=(replace(ROUTED, ports=(54, 53)),)), "ports"),
+    "port 0": (replace(SEEN, routed=(replace(ROUTED, ports=(0, 53)),)), "ports"),
+    "a port beyond the last": (replace(SEEN, routed=(replace(ROUTED, ports=(53, 2**16)),)), "ports"),
     "too many lookups": (replace(SEEN, resolvers=(SIGHTING,) * (MOST + 1)), "resolvers"),
     "too many places": (replace(SEEN, places=(PLACE,) * (MOST + 1)), "places"),
     "too many interfaces": (replace(SEEN, interfaces=("eth0",) * (4 * MOST + 1)), "interfaces"),

@@ -4,6 +4,7 @@ A file that no longer fits is never regenerated to make a test pass; a new field
 """
 
 import json
+from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
@@ -96,9 +97,20 @@ NOTICE = Notice(
     resolvers=("172.70.1.1 US",), details=("one more line",),
 )  # fmt: skip
 
+
+def _reports_of_routes(only: str, ports: tuple[int, int] | None) -> Reports:
+    by_rule = o.Routed(
+        interface="eth0", family=4, share=1.0, networks=(ip_network("0.0.0.0/0"),), only=only, ports=ports,
+        asked=ip_address("8.8.8.8"), answer=o.Answer.EXPIRED,
+    )  # fmt: skip
+    seen = replace(BARE, routed=(o.Routed(interface="wg0", family=4, share=1.0), by_rule))
+    return Reports(items=[Report(seq=1, age=0.5, observation=seen)])
+
+
 MESSAGES: dict[str, tuple[Any, Any]] = {
     "hello": (HELLO, FromAgent),
     "reports": (REPORTS, FromAgent),
+    "reports_of_routes": (_reports_of_routes("UDP to port 53 with TOS 0x10", (53, 53)), FromAgent),
     "exchange": (Exchange(hello=HELLO, reports=REPORTS), FromAgent),
     "welcome": (WELCOME, FromServer),
     "ack": (Ack(seq=9), FromServer),
@@ -132,6 +144,7 @@ def test_it_is_read_as_ever(name: str) -> None:
             protocol=1, client_id="nl-1", spool="0c9ae2", version="2.0.0", interval=30.0, wall=1800000000.25
         ),
         "reports_of_few_words": Reports(items=[Report(seq=1, age=0.5, observation=BARE)]),
+        "reports_before_ports": _reports_of_routes("UDP to port 53", None),
     }.items(),
 )
 def test_what_is_left_out_has_a_default(name: str, value: Any) -> None:
@@ -177,7 +190,7 @@ def test_a_word_from_the_future_is_passed_over() -> None:
 
 def test_every_file_is_used() -> None:
     first = {f"{name}_of_the_first_release" for name in FIRST}
-    few = {"hello_of_few_words", "reports_of_few_words", "hello_from_the_future", "echo"}
+    few = {"hello_of_few_words", "reports_of_few_words", "reports_before_ports", "hello_from_the_future", "echo"}
     assert {p.stem for p in GOLDEN.glob("*.json")} == {
         *MESSAGES,
         *few,

@@ -136,7 +136,8 @@ def _rule_leads(rule: Mapping[str, str], asked: Mapping[str, str]) -> bool:
     where = asked.get("nameserver") if asked.get("path") == Path.OUTSIDE else _host(asked)
     if not where or "traffic" not in rule or "routed_by" in asked:
         return False
-    return (":" in rule["networks"]) == (":" in where) and is_public(ip_address(where))
+    address = ip_address(where)
+    return rule["family"] == f"IPv{address.version}" and is_public(address)
 
 
 def _host(facts: Mapping[str, str]) -> str:

@@ -167,8 +167,9 @@ class Routed:
     """A part of the public address space that rules and routing tables send out by one device.
 
     `share` is above 0 and at most 1. For a device outside the tunnel, `networks` are the largest that are not meant to
-    go there, and `more` is the number of further ones. `only` names the kind of traffic that is meant ("TCP to port
-    443"), "" for all. `answer` is the result of a packet with a hop limit of one to `asked`, an address in that part.
+    go there, and `more` is the number of further ones. `only` is a label of the traffic that is routed so ("TCP to port
+    443"), "" for all; `ports` are the lowest and the highest destination port of that traffic, None for any port and
+    from older agents. `answer` is the result of a packet with a hop limit of one to `asked`, an address in that part.
     """
 
     interface: str
@@ -179,6 +180,7 @@ class Routed:
     only: str = ""
     asked: IPAddress | None = None
     answer: Answer = Answer.UNKNOWN
+    ports: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

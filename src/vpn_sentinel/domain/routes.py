@@ -4,12 +4,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from vpn_sentinel.domain.counted import counted
+from vpn_sentinel.domain.leaks import DNS_PORTS
 from vpn_sentinel.domain.observation import Answer, Observation, Probe, Routed
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy
 from vpn_sentinel.domain.verdict import Code, Finding
 
-# Endings of `Routed.only` that mean DNS: over UDP or TCP, or over TLS (RFC 7858).
-_TO_DNS: Final = ("to port 53", "to port 853")
+_MAX_DNS_RANGE: Final = 16  # ports: a rule for so few, with one of DNS among them, is about DNS and not about the rest
+# Agents that report no `ports` say by such an ending of `Routed.only` that DNS is meant.
+_TO_DNS: Final = tuple(f"to port {port}" for port in DNS_PORTS)
 _MAX_NAMED: Final = 4  # in a message
 _ROUNDING: Final = 1e-6
 
@@ -58,6 +60,7 @@ def _routed_outside(
     facts = {"interface": part.interface, "networks": which, "share": share, "seen_by": "routing tables"}
     if part.only:
         facts["traffic"] = part.only
+    facts["family"] = f"IPv{part.family}"
     if part.asked is not None and part.answer is not Answer.UNKNOWN:
         facts["asked"] = f"{part.asked}: {part.answer}"
     there = ""
@@ -75,11 +78,19 @@ def _routed_outside(
         )
     only = f"{part.only} in " if part.only else ""
     return Finding(
-        Code.DNS_LEAK if part.only.endswith(_TO_DNS) else Code.SPLIT_ROUTE,
+        Code.DNS_LEAK if _is_dns(part) else Code.SPLIT_ROUTE,
         f"Routes send {only}{which} past the tunnel by {part.interface}, {share} of the IPv{part.family} internet."
         + there,
         facts,
     )
+
+
+def _is_dns(part: Routed) -> bool:
+    """Whether the part is DNS alone, or little besides it."""
+    if part.ports is None:
+        return part.only.endswith(_TO_DNS)
+    low, high = part.ports
+    return high - low < _MAX_DNS_RANGE and any(low <= port <= high for port in DNS_PORTS)
 
 
 def described(part: Routed, tunnel: str | None, *, shared: bool = False) -> str:

@@ -181,6 +181,9 @@ def _check_routed(seen: Observation) -> None:
         if len(part.networks) > limits.MAX_PER_OBSERVATION or part.family not in (4, 6):
             msg = "routed names networks of IPv4 or IPv6, at most 64 for a device"
             raise ValueError(msg)
+        if part.ports is not None and not 0 < part.ports[0] <= part.ports[1] < _MAX_PORT:
+            msg = "ports of routed are the lowest and the highest, from 1 to 65535"
+            raise ValueError(msg)
 
 
 def _check_system_lookup(found: o.SystemLookup | None) -> None:

@@ -1,5 +1,6 @@
 """What routes and rules send past the tunnel, on real tables in a namespace."""
 
+from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from tests.agent.net.test_fib import ip
 from tests.agent.net.test_roles import GATEWAY, LAN, OPENCONNECT, OPENVPN, SECOND, WG_QUICK
 from vpn_sentinel.agent.leakwatch.meant import Meant, parse_meant
 from vpn_sentinel.agent.net.audit import audit
+from vpn_sentinel.agent.net.fib import Fib
 from vpn_sentinel.agent.net.interfaces import Surveyor, survey
 from vpn_sentinel.agent.net.kernel import Netlink
 from vpn_sentinel.domain.observation import Routed
@@ -139,6 +141,38 @@ def test_what_leaves_beside_the_tunnel_is_named(namespace: None, setup: str, out
     inside = [p for p in look() if p.interface in tunnel and p.family == 4]
     assert inside
     assert inside[0].share > 0.4 or outside
+
+
+@pytest.mark.parametrize(
+    ("rule", "ports"),
+    {
+        "ipproto udp dport 53 tos 0x10": (53, 53),
+        "ipproto udp dport 53-54": (53, 54),
+        "dport 1-65534": (1, 65534),
+        "ipproto udp": None,
+        "tos 0x10": None,
+        "ipproto udp sport 32768-60999": None,
+    }.items(),
+)
+def test_the_ports_that_a_rule_selects_are_reported(namespace: None, rule: str, ports: tuple[int, int] | None) -> None:
+    ip(f"{WG}rule add {rule} lookup main pref 10")
+    (part,) = [p for p in look() if p.interface == "eth0"]
+    assert part.ports == ports
+
+
+def test_the_ports_that_a_rule_selects_under_a_mask_are_reported(namespace: None) -> None:
+    """The mask is put in here: kernels before Linux 6.15 take none."""
+    ip(f"{WG}rule add ipproto udp dport 53 lookup main pref 10")
+    kernel = Netlink()
+    try:
+        seen = survey(kernel)
+    finally:
+        kernel.close()
+    assert seen.fib is not None
+    rules = [replace(r, destination_mask=0xFFFE) if r.destination_ports else r for r in seen.fib.rules]
+    fib = Fib(rules=tuple(rules), entries=seen.fib.entries, groups=seen.fib.groups)
+    (part,) = [p for p in audit(replace(seen, fib=fib), servers=[SERVER]) or () if p.interface == "eth0"]
+    assert (part.only, part.ports) == ("UDP to port 53 under mask 0xfffe", (52, 53))
 
 
 @pytest.mark.parametrize(("rule", "outside"), PASSED_ON.values(), ids=PASSED_ON.keys())

@@ -4,14 +4,14 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import replace
 from ipaddress import ip_network
-from typing import Final
+from typing import Final, NamedTuple
 
 from vpn_sentinel.agent.net.coverage import address_count, by_device, covering_networks, interval, public_space
 from vpn_sentinel.agent.net.endpoints import TCP, UDP
 from vpn_sentinel.agent.net.fib import Fib
 from vpn_sentinel.agent.net.interfaces import Survey
 from vpn_sentinel.agent.net.link import IFF_LOOPBACK, Interface, forwards
-from vpn_sentinel.agent.net.local import networks
+from vpn_sentinel.agent.net.local import networks as local_networks
 from vpn_sentinel.agent.net.roles import has_internet_route
 from vpn_sentinel.agent.net.routing_rules import FULL_PORT_MASK, Rule, Sender, may_be_one_program
 from vpn_sentinel.agent.net.servers import devices_to
@@ -24,6 +24,17 @@ MAX_CLASSES: Final = 16  # classes of traffic (by protocol, port, …) that are 
 _NAMES_OF_PROTOCOLS: Final = {TCP: "TCP", UDP: "UDP", 1: "ICMP", 58: "ICMPv6"}
 
 
+class TrafficClass(NamedTuple):
+    """Traffic that rules distinguish: its name for people, and a sender whose packets are of it.
+
+    `ports` are its lowest and highest destination port, None for any.
+    """
+
+    name: str
+    sender: Sender
+    ports: tuple[int, int] | None = None
+
+
 def audit(
     survey: Survey,
     *,
@@ -33,7 +44,9 @@ def audit(
     interfaces: Collection[str] = (),
     is_meant: Callable[[Rule], bool] = lambda _: False,
 ) -> tuple[Routed, ...] | None:
-    """By which devices packets to the internet leave, and which part goes beside the tunnel. None when unknown.
+    """By which devices packets to the internet leave, and which part goes beside the tunnel.
+
+    None when the rules and tables could not be read, or no tunnel is known; () when its device is missing.
 
     Excluded is what should go there: `may_leave`, the LAN, and the VPN's `servers`. Where none of the servers is known
     for a device, each single host with a route by it may be one, except `services` of the internet. Also excluded are
@@ -45,24 +58,24 @@ def audit(
     if device is None:
         return ()
     known = tuple(servers)
-    explained = devices_to(survey.fib, known, [i.index for i in survey.beside])
-    local = (n for i in survey.beside for n in networks(i, survey.natted))
+    server_devices = devices_to(survey.fib, known, [i.index for i in survey.beside])
+    local = (n for i in survey.beside for n in local_networks(i, survey.natted))
     excepted = [*may_leave, *local, *(ip_network(s) for s in known)]
     # A known server explains nothing on devices that its packets do not take: one tunnel may carry another.
     excepted += [
         network
         for network, entry in survey.fib.hosts_beside(device.index)
-        if network.network_address not in services and not any(entry.leads_by(index) for index in explained)
+        if network.network_address not in services and not any(entry.leads_by(index) for index in server_devices)
     ]
     others = [i for i in survey.interfaces or () if i.name != device.name and not i.flags & IFF_LOOPBACK]
     found: list[Routed] = []
     for version in (4, 6):
-        free = joined(interval(n) for n in excepted if n.version == version)
+        excluded = joined(interval(n) for n in excepted if n.version == version)
         beside = tuple(i for i in survey.beside if i.name not in interfaces)
-        kinds = tuple(r for r in survey.fib.rules if r.version == version and not is_meant(r))
-        behind = [i for i in others if not has_internet_route(i, survey.fib, version)]
-        classes = (*_classes(survey.fib, kinds, version, sender), *_passed_on(behind, kinds, version))
-        found += _of_version(survey.fib, device, beside, version, sender, free, classes)
+        rules = tuple(r for r in survey.fib.rules if r.version == version and not is_meant(r))
+        inner = [i for i in others if not has_internet_route(i, survey.fib, version)]
+        classes = (*_classes(survey.fib, rules, version, sender), *_passed_on(inner, rules, version))
+        found += _of_version(survey.fib, device, beside, version, sender, excluded, classes)
     return tuple(found)
 
 
@@ -72,8 +85,8 @@ def _of_version(
     beside: tuple[Interface, ...],
     version: int,
     sender: Sender,
-    free: list[Interval],
-    classes: tuple[tuple[str, Sender], ...],
+    excluded: list[Interval],
+    classes: tuple[TrafficClass, ...],
 ) -> Iterator[Routed]:
     total = address_count(public_space(version))
     default = by_device(fib, version, sender)
@@ -86,32 +99,37 @@ def _of_version(
     for other in beside:
         # A socket that has the tunnel's address is looked up again: a rule by source may route it elsewhere.
         parts = joined([*default.get(other.index, []), *intersect(inside, bound.get(other.index, []))])
-        reported[other.index] = parts = subtract(parts, free)
+        reported[other.index] = parts = subtract(parts, excluded)
         if parts:
             found = covering_networks(fib, version, sender, other.index, parts, MAX_NETWORKS)
             if bound_sender and not found[1]:
                 found = covering_networks(fib, version, bound_sender, other.index, parts, MAX_NETWORKS)
             yield _routed(other, version, found, address_count(parts) / total)
-    for only, rule_sender in classes:
-        by_class = by_device(fib, version, rule_sender)
+    for traffic in classes:
+        by_class = by_device(fib, version, traffic.sender)
         for other in beside:
-            more = subtract(subtract(by_class.get(other.index, []), free), reported[other.index])
+            more = subtract(subtract(by_class.get(other.index, []), excluded), reported[other.index])
             if more:
-                found = covering_networks(fib, version, rule_sender, other.index, more, MAX_NETWORKS)
-                yield _routed(other, version, found, address_count(more) / total, only)
+                found = covering_networks(fib, version, traffic.sender, other.index, more, MAX_NETWORKS)
+                yield _routed(other, version, found, address_count(more) / total, traffic)
 
 
 def _routed(
-    device: Interface, version: int, found: tuple[list[IPNetwork], int], share: float, only: str = ""
+    device: Interface,
+    version: int,
+    found: tuple[list[IPNetwork], int],
+    share: float,
+    traffic: TrafficClass | None = None,
 ) -> Routed:
-    named, many = found
+    named, count = found
     return Routed(
         interface=device.name,
         family=version,
         share=share,
         networks=tuple(named),
-        more=many - len(named),
-        only=only,
+        more=count - len(named),
+        only="" if traffic is None else traffic.name,
+        ports=None if traffic is None else traffic.ports,
     )
 
 
@@ -123,20 +141,16 @@ def _with_address(fib: Fib, device: Interface, version: int, sender: Sender) -> 
     return None if source is None else Sender(uid=sender.uid, source=source)
 
 
-def _classes(fib: Fib, kinds: tuple[Rule, ...], version: int, sender: Sender) -> Iterator[tuple[str, Sender]]:
-    """Classes of traffic that rules distinguish by protocol, port or type of service; each with a name.
-
-    A name that ends with "to port 53" or "to port 853" is read as DNS (`domain.routes`).
-    """
-    rules = [r for r in kinds if _is_class(r)]
-    for who, uid in _user_groups(kinds):
-        yield who, replace(sender, uid=uid)
-    for many in [r for r in kinds if r.source_ports is not None and not may_be_one_program(r)][:MAX_CLASSES]:
-        low, high = many.source_ports or (0, 0)
-        named = f"{_NAMES_OF_PROTOCOLS.get(many.protocol or 0, 'packets')} from ports {low}-{high}"
-        yield named, replace(sender, protocol=many.protocol or TCP, source_port=low)
+def _classes(fib: Fib, rules: tuple[Rule, ...], version: int, sender: Sender) -> Iterator[TrafficClass]:
+    """Classes of traffic that rules distinguish by user, protocol, port or type of service."""
+    for label, uid in _user_groups(rules):
+        yield TrafficClass(label, replace(sender, uid=uid))
+    for rule in [r for r in rules if r.source_ports is not None and not may_be_one_program(r)][:MAX_CLASSES]:
+        low, high = rule.source_ports or (0, 0)
+        label = f"{_NAMES_OF_PROTOCOLS.get(rule.protocol or 0, 'packets')} from ports {low}-{high}"
+        yield TrafficClass(label, replace(sender, protocol=rule.protocol or TCP, source_port=low))
     seen: set[str] = set()
-    for rule in rules[:MAX_CLASSES]:
+    for rule in [r for r in rules if _is_class(r)][:MAX_CLASSES]:
         low, high = rule.destination_ports or (0, 0)
         words = [_NAMES_OF_PROTOCOLS.get(rule.protocol, f"protocol {rule.protocol}") if rule.protocol else "packets"]
         if low:
@@ -150,23 +164,34 @@ def _classes(fib: Fib, kinds: tuple[Rule, ...], version: int, sender: Sender) ->
             seen.add(name)
             # A port belongs to a protocol; rules for another protocol do not select it.
             protocol = rule.protocol or TCP
-            yield name, Sender(uid=sender.uid, protocol=protocol, destination_port=low, tos=rule.tos)
+            rule_sender = Sender(uid=sender.uid, protocol=protocol, destination_port=low, tos=rule.tos)
+            yield TrafficClass(name, rule_sender, _ports_of(rule))
     for tos in sorted({e.tos for e in fib.entries if e.tos and e.version == version})[:MAX_CLASSES]:
-        yield f"packets with TOS 0x{tos:02x}", replace(sender, tos=tos)
+        yield TrafficClass(f"packets with TOS 0x{tos:02x}", replace(sender, tos=tos))
 
 
-def _passed_on(behind: list[Interface], kinds: tuple[Rule, ...], version: int) -> Iterator[tuple[str, Sender]]:
+def _ports_of(rule: Rule) -> tuple[int, int] | None:
+    """The lowest and the highest destination port that a rule selects, None where it selects any."""
+    if rule.destination_ports is None:
+        return None
+    low, high = rule.destination_ports
+    mask = rule.destination_mask
+    return max(1, low & mask), (high & mask) | (FULL_PORT_MASK & ~mask)
+
+
+def _passed_on(inner: list[Interface], rules: tuple[Rule, ...], version: int) -> Iterator[TrafficClass]:
     """What this host forwards for others, such as containers, where rules distinguish it."""
-    incoming = {r.incoming for r in kinds}
-    sources = [r.source for r in kinds if r.source is not None]
-    for device in behind:
+    incoming = {r.incoming for r in rules}
+    sources = [r.source for r in rules if r.source is not None]
+    for device in inner:
         own = [n for n in device.networks if n.version == version and not n.is_link_local]
         parts = [_longer_prefix(s, n) for s in sources for n in own if s.overlaps(n)]
         parts = [p for p in parts if not any(p == ip_network(a) for a in device.addresses)]
         named = parts or (own if device.name in incoming else [])
         if named and forwards(device, version):
             for part in dict.fromkeys(named[:MAX_CLASSES]):
-                yield f"packets from {part}", Sender(source=_example_host(part), incoming=device.name)
+                sender = Sender(source=_example_host(part), incoming=device.name)
+                yield TrafficClass(f"packets from {part}", sender)
 
 
 def _longer_prefix(one: IPNetwork, other: IPNetwork) -> IPNetwork:
@@ -178,12 +203,12 @@ def _example_host(network: IPNetwork) -> IPAddress:
     return network[min(2, network.num_addresses - 1)]
 
 
-def _user_groups(kinds: tuple[Rule, ...]) -> Iterator[tuple[str, int]]:
-    """Groups of users that rules distinguish and that are not one program's user, each with one member."""
-    rules = [r for r in kinds if r.uids is not None and not may_be_one_program(r)]
-    for low, high, others in dict.fromkeys((*(r.uids or (0, 0)), r.invert) for r in rules[:MAX_CLASSES]):
-        named = f"user {low}" if low == high else f"users {low}-{high}"
-        yield (f"packets of all but {named}", high + 1) if others else (f"packets of {named}", low)
+def _user_groups(rules: tuple[Rule, ...]) -> Iterator[tuple[str, int]]:
+    """Groups of users that rules distinguish and that are not one program's user: a label, and one member's uid."""
+    of_groups = [r for r in rules if r.uids is not None and not may_be_one_program(r)]
+    for low, high, inverted in dict.fromkeys((*(r.uids or (0, 0)), r.invert) for r in of_groups[:MAX_CLASSES]):
+        users = f"user {low}" if low == high else f"users {low}-{high}"
+        yield (f"packets of all but {users}", high + 1) if inverted else (f"packets of {users}", low)
 
 
 def _is_class(rule: Rule) -> bool:
