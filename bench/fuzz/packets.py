@@ -161,7 +161,7 @@ def captured() -> Try:
             return
         check(packet.name is None or packet.name.isprintable(), "a name that cannot be shown")
         check(packet.payload_size >= 0 and len(packet.payload) <= len(data), "a payload that is not there")
-        check(packet.called, "a protocol without a name")
+        check(packet.protocol_name, "a protocol without a name")
         shapes.of(packet, openvpn=True, unsure=True)
         tag.is_probe(packet, (40000,))
         is_dhcp(packet)

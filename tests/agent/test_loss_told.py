@@ -12,7 +12,7 @@ from vpn_sentinel.domain.machine import Memory, advance
 from vpn_sentinel.domain.observation import Answer, Canary, Link, Observation, Path, Probe, Trigger
 from vpn_sentinel.domain.policy import Policy
 from vpn_sentinel.domain.verdict import State
-from vpn_sentinel.server.tracking.evaluation import began, is_measured, lasts
+from vpn_sentinel.server.tracking.evaluation import is_measured, trouble_began, watched_for
 
 DAY = 86400.0
 THROUGH = Canary(probe=Probe.DEFAULT, target="echo", family=4, answer=Answer.ANSWERED, path=Path.TUNNEL)
@@ -67,7 +67,7 @@ class Told:
         seen = Observation(trigger=Trigger.TIMER, link=UP, canaries=(THROUGH,), quality=quality, took_ms=took)
         verdict = judge(seen, self.policy)
         self.state = verdict.state
-        since, lasted = began(seen, verdict, self.began, self.memory), lasts(seen, verdict)
+        since, lasted = trouble_began(seen, verdict, self.began, self.memory), watched_for(seen, verdict)
         self.memory, events = advance(
             self.memory,
             verdict,

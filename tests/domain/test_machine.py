@@ -13,9 +13,9 @@ from vpn_sentinel.domain.machine import (
     Event,
     ExitChanged,
     Memory,
-    Moved,
     PortChanged,
     Revised,
+    StateChanged,
     Wait,
     advance,
     overdue,
@@ -60,7 +60,7 @@ def walk(memory: Memory, *steps: tuple[float, State]) -> tuple[Memory, list[Even
 
 
 def turns(events: list[Event]) -> list[tuple[float, State]]:
-    return [(e.at, e.new) for e in events if isinstance(e, Moved)]
+    return [(e.at, e.new) for e in events if isinstance(e, StateChanged)]
 
 
 @pytest.mark.parametrize(("old", "new"), TABLE, ids=[f"{o}-{n}" for o, n in TABLE])
@@ -243,7 +243,7 @@ def test_who_is_silent_does_not_become_silent() -> None:
 
 def test_a_report_after_the_deadline_ends_the_silence_and_leaves_it_true() -> None:
     memory, events = walk(silent(standing(State.PROTECTED)), (230.0, State.PROTECTED))
-    assert events == [Moved(at=230.0, old=State.SILENT, new=State.PROTECTED)]
+    assert events == [StateChanged(at=230.0, old=State.SILENT, new=State.PROTECTED)]
     assert memory.trouble_since is None
 
 
@@ -435,7 +435,7 @@ def test_nothing_is_dated_in_the_future_or_before_the_state_it_ends(life: list[R
         assert tunnel.memory.candidate is None or tunnel.memory.since <= tunnel.memory.candidate.since <= tunnel.now
         for event in events:
             assert event.at <= tunnel.now
-            if isinstance(event, Moved) and not any(isinstance(e, Revised) for e in events):
+            if isinstance(event, StateChanged) and not any(isinstance(e, Revised) for e in events):
                 assert event.at >= was.since
                 assert event.old is not event.new
         if isinstance(stimulus, Report):

@@ -5,7 +5,7 @@ from ipaddress import ip_address, ip_network
 
 import pytest
 
-from vpn_sentinel.domain.judge import agreed_country, judge, learned_home
+from vpn_sentinel.domain.judge import agreed_country, judge, with_learned_home
 from vpn_sentinel.domain.observation import (
     Answer,
     Canary,
@@ -892,7 +892,7 @@ LEARNT: dict[str, tuple[Observation, list[str]]] = {
 
 @pytest.mark.parametrize(("seen", "learned"), LEARNT.values(), ids=LEARNT.keys())
 def test_learned_home(seen: Observation, learned: list[str]) -> None:
-    assert sorted(str(n) for n in learned_home(seen, UNDECLARED).home_networks) == sorted(learned)
+    assert sorted(str(n) for n in with_learned_home(seen, UNDECLARED).home_networks) == sorted(learned)
 
 
 def test_a_second_leak_of_the_same_kind_is_named_beside_the_first() -> None:
@@ -995,9 +995,9 @@ def test_what_came_out_beside_the_tunnel_is_said_by_who_cannot_be_diverted() -> 
 
 
 def test_a_learned_home_must_not_be_seen_outside() -> None:
-    policy = learned_home(saw(EXIT, beside=HOME), UNDECLARED)
+    policy = with_learned_home(saw(EXIT, beside=HOME), UNDECLARED)
     assert judge(saw(HOME, link=None, beside=None), policy).state is State.LEAKING
-    assert learned_home(saw(EXIT, beside=HOME), policy) == policy
+    assert with_learned_home(saw(EXIT, beside=HOME), policy) == policy
 
 
 def test_the_policys_class_shows_its_defaults() -> None:

@@ -160,7 +160,7 @@ def by_site(by_name: Mapping[str, Reference]) -> dict[str, dict[str, Reference]]
 def said(decision: Decision) -> tuple[Any, ...]:
     effects = decision.effects
     failures = [repr(e) for _, e in effects.failures]
-    outside = (effects.tunnels, effects.moves, effects.shared, effects.has_deliveries, failures)
+    outside = (effects.tunnels, effects.state_changes, effects.shared, effects.has_deliveries, failures)
     return ([(sql, list(values)) for sql, values in decision.batches], *outside)
 
 

@@ -44,10 +44,10 @@ class Server:
         self.store, self.counts, self.seqs = Seam(store), counts, 0
         self.clock = SteadyClock(counts)
         self.keeper = Timekeeper(self.store, self.clock, self._now, settle_s=settle_s)
-        self.sites = Sites(moved=lambda: self.keeper.moved)
+        self.sites = Sites(clock_moved=lambda: self.keeper.moved)
         self.tracker = Tracker(
             self.store, self.clock, Hub(), POLICY, channels=("telegram",), sites=self.sites,
-            moved=lambda: self.keeper.moved,
+            clock_moved=lambda: self.keeper.moved,
         )  # fmt: skip
         self.used = 0.0  # processor time, in seconds
         presence = Presence(self.clock, lambda: self.used)
@@ -285,7 +285,7 @@ async def test_a_reference_agent_keeps_its_word(server: Server, by: float) -> No
     assert server.sites.view().up("flat", now, now - 5, now - 5) is True
     await server.sites.load(server.store, now)
     assert server.sites.view().up("flat", now, now - 5, now - 5) is True
-    fresh = Sites(moved=lambda: server.keeper.moved)
+    fresh = Sites(clock_moved=lambda: server.keeper.moved)
     await fresh.load(server.store, now)
     assert fresh.view().up("flat", now, now - 5, now - 5) is True
     assert fresh.view().has_working_reference("flat", now)

@@ -392,18 +392,18 @@ def test_a_clock_that_is_set_back_keeps_no_name_shared() -> None:
     for _ in range(6):
         for spool, before in (("s1", "s2"), ("s2", "s1")):
             at += 30
-            senders = senders.with_report(spool, before, at, 30.0, known=False)
+            senders = senders.with_report(spool, before, at, 30.0, was_shared=False)
     assert senders.are_several(at)
     at -= 3600
-    senders = senders.moved(-3600.0).with_report("s2", "s2", at, 30.0, known=True)
+    senders = senders.moved(-3600.0).with_report("s2", "s2", at, 30.0, was_shared=True)
     assert senders.are_several(at)
-    assert not senders.with_report("s2", "s2", at + 301, 30.0, known=True).are_several(at + 301)
+    assert not senders.with_report("s2", "s2", at + 301, 30.0, was_shared=True).are_several(at + 301)
 
 
 def test_a_message_that_is_tried_again_is_one() -> None:
     senders = ReportSources()
     for spool, before in 4 * (("s1", "s2"), ("s2", "s1")):
-        senders = senders.with_report(spool, before, START, 30.0, known=False)
+        senders = senders.with_report(spool, before, START, 30.0, was_shared=False)
         assert not senders.are_several(START)
 
 

@@ -9,7 +9,7 @@ from vpn_sentinel.domain.machine import Memory, advance
 from vpn_sentinel.domain.observation import Answer, Canary, Link, Observation, Path, Probe, Quality, Trigger
 from vpn_sentinel.domain.policy import Policy
 from vpn_sentinel.domain.verdict import State
-from vpn_sentinel.server.tracking.evaluation import Evaluator, began, is_measured, lasts
+from vpn_sentinel.server.tracking.evaluation import Evaluator, is_measured, trouble_began, watched_for
 from vpn_sentinel.server.tracking.sites import Sites
 
 POLICY = Policy()
@@ -26,12 +26,12 @@ def round_of(quality: Quality, took: float) -> Observation:
 @pytest.mark.parametrize("quality", [LOSSY, VANISHED])
 def test_pulses_are_asked_at_a_rounds_end_and_its_time_is_its_start(quality: Quality) -> None:
     seen = round_of(quality, took=4.0)
-    assert began(seen, judge(seen, POLICY), 100.0, Memory()) == 90.0
+    assert trouble_began(seen, judge(seen, POLICY), 100.0, Memory()) == 90.0
 
 
 def test_an_agent_that_does_not_tell_since_when_tells_of_how_many_seconds() -> None:
     seen = round_of(Quality(seconds=9.0, sent=60, lost=20), took=4.0)
-    assert began(seen, judge(seen, POLICY), 100.0, Memory()) == 95.0
+    assert trouble_began(seen, judge(seen, POLICY), 100.0, Memory()) == 95.0
 
 
 @pytest.mark.parametrize("quality", [LOSSY, VANISHED])
@@ -40,9 +40,9 @@ def test_what_a_second_round_still_sees_at_its_end_has_lasted_so_long(quality: Q
     for at, took, state in ((100.0, 0.5, State.PROTECTED), (101.0, 0.4, State.PROTECTED), (101.0, 0.6, State.DEGRADED)):
         seen = round_of(quality if at == 100.0 else replace(quality, vanished_for=14.0 + at - 100.0), took)
         verdict = judge(seen, POLICY)
-        since = began(seen, verdict, at, memory)
+        since = trouble_began(seen, verdict, at, memory)
         memory, _ = advance(
-            memory, verdict, at, POLICY, began=since, measured=is_measured(verdict), lasted=lasts(seen, verdict)
+            memory, verdict, at, POLICY, began=since, measured=is_measured(verdict), lasted=watched_for(seen, verdict)
         )
         assert memory.state is state, at + took
 

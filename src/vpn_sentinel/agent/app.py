@@ -61,7 +61,9 @@ class _AgentBase(Base):
             super().close()
             raise
         outside = probes.meant_outside
-        self.surveyor = Surveyor(self.kernel, configured=probes.tunnel_interface, memory=self.spool, only=outside.only)
+        self.surveyor = Surveyor(
+            self.kernel, configured=probes.tunnel_interface, memory=self.spool, only=outside.only_users
+        )
         self.zone = dns.LearnedZone()
         self.audit = RouteAudit(probes, self.echoes.addresses)
         self.uploader = Uploader(

@@ -21,7 +21,7 @@ from vpn_sentinel.agent.rounds import round as rounds
 from vpn_sentinel.agent.rounds.canary_plan import canary_plan, path_to
 from vpn_sentinel.agent.rounds.route_audit import RouteAudit
 from vpn_sentinel.agent.settings import ProbeSettings
-from vpn_sentinel.domain.judge import judge, learned_home
+from vpn_sentinel.domain.judge import judge, with_learned_home
 from vpn_sentinel.domain.observation import Answer, Observation, Trigger
 from vpn_sentinel.domain.policy import Policy
 from vpn_sentinel.domain.verdict import Verdict
@@ -45,7 +45,7 @@ async def check_once(
     http = http_client(settings, names)
     databases = open_databases(settings, clock)
     kernel = open_kernel()
-    around = Surveyor(kernel, configured=settings.tunnel_interface, only=settings.meant_outside.only)
+    around = Surveyor(kernel, configured=settings.tunnel_interface, only=settings.meant_outside.only_users)
     survey = around.look()
     AS_USER.switch_to(survey.user)
 
@@ -110,7 +110,7 @@ async def check_once(
         databases.close()
         if kernel is not None:
             kernel.close()
-    return CheckResult(seen, judge(seen, learned_home(seen, policy)), survey)
+    return CheckResult(seen, judge(seen, with_learned_home(seen, policy)), survey)
 
 
 async def with_neighbors(seen: Observation, deps: rounds.RoundDeps, paths: Paths) -> Observation:

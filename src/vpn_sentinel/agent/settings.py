@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Final
 
 from vpn_sentinel.agent.introspect.settings import WITNESSES, IntrospectSettings
-from vpn_sentinel.agent.leakwatch.meant import Meant, parse_meant
+from vpn_sentinel.agent.leakwatch.meant import MeantOutside, parse_meant
 from vpn_sentinel.agent.net.endpoints import Endpoint, parse_endpoint
 from vpn_sentinel.agent.net.urls import address_in, is_insecure
 from vpn_sentinel.agent.probes.trace import TRACE_URL
@@ -70,7 +70,7 @@ def _own_address(value: str) -> str:
     return str(address)
 
 
-def _meant(value: str) -> Meant:
+def _meant(value: str) -> MeantOutside:
     return parse_meant(_MEANT_KEYWORDS.sub(lambda found: found[0].lower(), value))
 
 
@@ -182,10 +182,10 @@ class ProbeSettings:
         default_text="found",
         idle=(NOT_FOR_REFERENCE,),
     )
-    meant_outside: Meant = TUNNEL_SECTION.field(
+    meant_outside: MeantOutside = TUNNEL_SECTION.field(
         "MEANT_OUTSIDE",
         _meant,
-        Meant(),
+        MeantOutside(),
         "what is [meant to leave beside the tunnel](../how-to/meant-outside.md), entries separated by `;`: `published "
         "8000/tcp; port 123/udp; user backup; only user debian-transmission; interface eth1`. Users are names or "
         "numbers. Most answers of a published port to clients are recognized without an entry; not those in a session "

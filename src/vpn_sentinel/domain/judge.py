@@ -88,7 +88,7 @@ def home_of(seen: Observation) -> tuple[IPNetwork, ...]:
     return tuple(ip_network((a, 32 if a.version == 4 else 64), strict=False) for a in found if a and is_public(a))
 
 
-def learned_home(seen: Observation, policy: Policy) -> Policy:
+def with_learned_home(seen: Observation, policy: Policy) -> Policy:
     """Add the address that a canary outside a working tunnel came from: that is home by definition.
 
     Only when the tunnel works and comes out elsewhere; otherwise the two cannot be distinguished.

@@ -147,7 +147,7 @@ class Memory:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Moved:
+class StateChanged:
     """The state changed; `at` is when its cause began, which a grace may put some seconds back."""
 
     at: float
@@ -179,7 +179,7 @@ class PortChanged:
     new: int
 
 
-Event = Moved | Revised | ExitChanged | PortChanged
+Event = StateChanged | Revised | ExitChanged | PortChanged
 
 
 @dataclass(slots=True)
@@ -189,7 +189,7 @@ class _Step:
 
     def move(self, state: State, at: float, findings: tuple[Finding, ...]) -> None:
         was = self.memory
-        self.events.append(Moved(at=at, old=was.state, new=state, findings=findings))
+        self.events.append(StateChanged(at=at, old=was.state, new=state, findings=findings))
         trouble = None if state is State.PROTECTED else was.trouble_since
         if state is not State.PROTECTED and trouble is None:
             trouble = at

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-from vpn_sentinel.domain.machine import Event, ExitChanged, Memory, Moved, Outage, PortChanged
+from vpn_sentinel.domain.machine import Event, ExitChanged, Memory, Outage, PortChanged, StateChanged
 from vpn_sentinel.domain.policy import IPAddress
 from vpn_sentinel.domain.verdict import HARM, MEANING, Code, Finding, Severity, State
 
@@ -117,10 +117,10 @@ def notices(before: Memory, after: Memory, events: Sequence[Event], *, caught_up
     out: list[Notice] = []
     notified, outage = after.told, _outage(before, events)
     for event in events:
-        if isinstance(event, Moved) and event.new is State.LEAKING and notified is not State.LEAKING:
+        if isinstance(event, StateChanged) and event.new is State.LEAKING and notified is not State.LEAKING:
             out.append(Notice(kind=Kind.LEAKING, at=event.at, began=event.at, findings=event.findings))
             notified = State.LEAKING
-    was_well = after.was_protected or any(isinstance(e, Moved) and e.old is State.PROTECTED for e in events)
+    was_well = after.was_protected or any(isinstance(e, StateChanged) and e.old is State.PROTECTED for e in events)
     state, exit_ = after.state, after.exit4 or after.exit6
     # Only one IP version's address is notified; when the other version's shows first, nothing has changed.
     known = after.told_exit if after.told_exit and exit_ and after.told_exit.version == exit_.version else exit_
@@ -210,7 +210,9 @@ def _outage(before: Memory, events: Sequence[Event]) -> Outage | None:
     known = [before.outage] if before.outage else []
     if before.trouble_since is not None:
         known.append(Outage(began=before.trouble_since, worst=before.state))
-    known += [Outage(began=e.at, worst=e.new) for e in events if isinstance(e, Moved) and e.new is not State.PROTECTED]
+    known += [
+        Outage(began=e.at, worst=e.new) for e in events if isinstance(e, StateChanged) and e.new is not State.PROTECTED
+    ]
     if not known:
         return None
     return Outage(began=min(o.began for o in known), worst=min((o.worst for o in known), key=HARM.index))

@@ -247,7 +247,7 @@ async def _track(base: _ServerBase, notifying: _Notifying) -> _Tracking:
     known_tunnels = KnownTunnels(pulse_registry, lambda: _names(store, clock))
     pulses = PulseProtocol(pulse_registry, clock.boottime, on_unknown=known_tunnels.refresh)
     PulseMetrics(base.registry, lambda: pulses.counts)
-    sites = Sites(lambda name: _pulsed(pulse_registry, name, clock), moved=lambda: keeper.moved)
+    sites = Sites(lambda name: _pulsed(pulse_registry, name, clock), clock_moved=lambda: keeper.moved)
     await sites.load(store, clock.wall())
     own_address = OwnAddress(base.http, settings.trace_url, _own_address_advice(settings))
     tracker = Tracker(
@@ -259,7 +259,7 @@ async def _track(base: _ServerBase, notifying: _Notifying) -> _Tracking:
         on_commit=dispatcher.wake,
         own_address=own_address,
         sites=sites,
-        moved=lambda: keeper.moved,
+        clock_moved=lambda: keeper.moved,
     )
     presence = Presence(clock)
     return _Tracking(

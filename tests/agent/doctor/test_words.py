@@ -14,7 +14,7 @@ from vpn_sentinel.agent.doctor.check import Check, CheckState, gap, ok
 from vpn_sentinel.agent.doctor.context import Greeting
 from vpn_sentinel.agent.doctor.network import FamilyRoute, NameserverRoute
 from vpn_sentinel.agent.introspect.wireguard import Device, DeviceError, Peer
-from vpn_sentinel.agent.leakwatch.meant import Meant, parse_meant
+from vpn_sentinel.agent.leakwatch.meant import MeantOutside, parse_meant
 from vpn_sentinel.agent.net.endpoints import parse_endpoint
 from vpn_sentinel.agent.net.interfaces import Survey
 from vpn_sentinel.domain.observation import (
@@ -171,7 +171,7 @@ CASES: dict[str, tuple[Check | Sequence[Check], list[CheckState], str]] = {
         network.about_system_resolver(SystemLookup(answer=Answer.UNREACHABLE, error="EAI_AGAIN")), [GAP], "EAI_AGAIN",
     ),
     "no word of a name yet": (network.about_system_resolver(None), [GAP], "no answer within"),
-    "nothing is meant outside": (tunnel.about_meant(Meant()), [], ""),
+    "nothing is meant outside": (tunnel.about_meant(MeantOutside()), [], ""),
     "much is meant outside": (
         tunnel.about_meant(parse_meant("published 8000/tcp;port 123/udp;user 7;interface eth1;only user 9")), [OK],
         "answers of port 8000/tcp; what goes to port 123/udp; what user 7 sends; what leaves by eth1; all but what",

@@ -38,7 +38,7 @@ def test_a_socket_of_the_other_family_with_the_same_port_proves_nothing() -> Non
             return is_diverted(
                 Packet(
                     protocol=socket.IPPROTO_UDP, source=ip_address(source), destination=ip_address(to),
-                    source_port=port, destination_port=53, hops=PROBE_HOPS, payload=payload,
+                    source_port=port, destination_port=53, ttl=PROBE_HOPS, payload=payload,
                 ),
                 own,
             )  # fmt: skip

@@ -2,7 +2,7 @@ import pwd
 
 import pytest
 
-from vpn_sentinel.agent.leakwatch.meant import Meant, parse_meant
+from vpn_sentinel.agent.leakwatch.meant import MeantOutside, parse_meant
 from vpn_sentinel.agent.leakwatch.rules import PortRange
 from vpn_sentinel.agent.net.endpoints import TCP, UDP
 from vpn_sentinel.agent.settings import ProbeSettings
@@ -14,15 +14,15 @@ def test_what_is_meant_is_said_in_words() -> None:
     found = parse_meant(
         f" published 8000/tcp; published 6881-6889/udp;port 123/UDP\nuser {root}; only user 997;interface eth1;"
     )
-    assert found == Meant(
+    assert found == MeantOutside(
         published=(PortRange(TCP, 8000, 8000), PortRange(UDP, 6881, 6889)),
         ports=(PortRange(UDP, 123, 123),),
         users=frozenset({0}),
-        only=frozenset({997}),
+        only_users=frozenset({997}),
         interfaces=frozenset({"eth1"}),
     )
-    assert parse_meant("user 997 only").only == {997}
-    assert parse_meant("") == Meant()
+    assert parse_meant("user 997 only").only_users == {997}
+    assert parse_meant("") == MeantOutside()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import pytest
 
 from tests.agent.net.test_fib import ip
 from tests.agent.net.test_roles import GATEWAY, LAN, OPENCONNECT, OPENVPN, SECOND, WG_QUICK
-from vpn_sentinel.agent.leakwatch.meant import Meant, parse_meant
+from vpn_sentinel.agent.leakwatch.meant import MeantOutside, parse_meant
 from vpn_sentinel.agent.net.audit import audit
 from vpn_sentinel.agent.net.fib import Fib
 from vpn_sentinel.agent.net.interfaces import Surveyor, survey
@@ -208,7 +208,7 @@ def test_what_is_declared_to_go_outside_is_left_out(namespace: None, rule: str, 
     finally:
         kernel.close()
 
-    def outside(declared: Meant) -> set[str]:
+    def outside(declared: MeantOutside) -> set[str]:
         found = audit(seen, servers=[SERVER], interfaces=declared.interfaces, is_meant=declared.covers)
         return {p.interface for p in found or ()} - {"wg0"}
 

@@ -29,7 +29,7 @@ def decoded(protocol: int, rest: bytes, to: str = FAR):
 
 def test_the_name_asked_is_read() -> None:
     packet = decoded(17, udp(4000, 53, query("tracker.example")))
-    assert (packet.called, packet.source_port, packet.destination_port) == ("udp", 4000, 53)
+    assert (packet.protocol_name, packet.source_port, packet.destination_port) == ("udp", 4000, 53)
     assert packet.name == "tracker.example"
     assert packet.size == 28 + len(query("tracker.example"))
     asked = query("a.example")

@@ -24,7 +24,7 @@ from vpn_sentinel.agent.probes.place import Places
 from vpn_sentinel.agent.probes.placing import Service
 from vpn_sentinel.agent.probes.system_resolver import SystemResolver
 from vpn_sentinel.agent.rounds.round import RoundDeps, observe
-from vpn_sentinel.domain.judge import judge, learned_home
+from vpn_sentinel.domain.judge import judge, with_learned_home
 from vpn_sentinel.domain.observation import Answer, Canary, Link, Observation, Place, Probe, Quality, Trigger
 from vpn_sentinel.domain.observation import Path as DomainPath
 from vpn_sentinel.domain.policy import IPAddress, Policy
@@ -290,6 +290,6 @@ async def test_home_as_this_round_saw_it_is_placed_and_compared() -> None:
         looks = replace(deps(port, nameserver), plan=lambda _: plan, origins=origins)
         seen = await observe(looks, Trigger.TIMER, Policy())
     assert sorted(asked) == ["185.65.134.0", "185.65.200.0", "185.65.201.0"]
-    found = judge(seen, learned_home(seen, Policy()))
+    found = judge(seen, with_learned_home(seen, Policy()))
     assert found.state is State.LEAKING
     assert any("in the home provider's network AS3320" in f.message for f in found.findings)

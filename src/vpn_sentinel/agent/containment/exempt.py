@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Final
 
-from vpn_sentinel.agent.leakwatch.meant import Meant
+from vpn_sentinel.agent.leakwatch.meant import MeantOutside
 from vpn_sentinel.agent.leakwatch.rules import PortRange
 from vpn_sentinel.agent.net.endpoints import TCP
 from vpn_sentinel.agent.net.routing_rules import Rule
@@ -23,7 +23,7 @@ _MAX_PORTS: Final = 256
 class Exemptions:
     """`excepted` are routing rules that select by sender, `listening` are the listening TCP ports of this namespace."""
 
-    meant: Meant = field(default_factory=Meant)
+    meant: MeantOutside = field(default_factory=MeantOutside)
     excepted: tuple[Rule, ...] = ()
     listening: frozenset[int] = frozenset()
 
@@ -32,8 +32,8 @@ class Exemptions:
         meant = self.meant
         found = [f'oifname "{name}"' for name in sorted(meant.interfaces)]
         found += [f"meta skuid {uid}" for uid in sorted(meant.users)]
-        if meant.only:
-            found.append(f"meta skuid != {{ {', '.join(map(str, sorted(meant.only)))} }}")
+        if meant.only_users:
+            found.append(f"meta skuid != {{ {', '.join(map(str, sorted(meant.only_users)))} }}")
         found += [f"{_NFT_PROTOCOLS[p.protocol]} dport {p.low}-{p.high}" for p in meant.ports]
         found += [_published(p) for p in meant.published]
         if self.listening:

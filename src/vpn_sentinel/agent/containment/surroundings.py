@@ -11,7 +11,7 @@ from vpn_sentinel.agent.containment.exempt import Exemptions
 from vpn_sentinel.agent.containment.proof import Cause
 from vpn_sentinel.agent.containment.rules import AllowedTraffic
 from vpn_sentinel.agent.leakwatch.egress_map import EgressMap, Tables, egress_map
-from vpn_sentinel.agent.leakwatch.meant import Meant
+from vpn_sentinel.agent.leakwatch.meant import MeantOutside
 from vpn_sentinel.agent.leakwatch.senders import is_mark
 from vpn_sentinel.agent.net.endpoints import PROTOCOLS, TCP, UDP, Endpoint, parse_endpoint
 from vpn_sentinel.agent.net.interfaces import Paths, Survey
@@ -39,7 +39,7 @@ class Surroundings:
     names: HostResolver
     urls: tuple[str, ...]
     policy: Policy
-    meant: Meant = field(default_factory=Meant)
+    meant: MeantOutside = field(default_factory=MeantOutside)
     listening: Callable[[], frozenset[int]] = listening_ports
     _egress: EgressMap = field(default_factory=EgressMap)
 

@@ -67,7 +67,7 @@ async def examine(settings: DoctorSettings, clock: Clock) -> list[Check]:
         if kernel is not None:
             stack.callback(kernel.close)
         # As the agent does: where the tunnel is for one user alone, with sockets of that user.
-        survey = Surveyor(kernel, configured=probes.tunnel_interface, only=probes.meant_outside.only).look()
+        survey = Surveyor(kernel, configured=probes.tunnel_interface, only=probes.meant_outside.only_users).look()
         AS_USER.switch_to(survey.user)
         stack.callback(AS_USER.switch_to, None)
         paths = Paths(kernel, survey)

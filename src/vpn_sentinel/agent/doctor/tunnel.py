@@ -11,13 +11,13 @@ from vpn_sentinel.agent.doctor.context import DoctorContext
 from vpn_sentinel.agent.introspect import gluetun as control
 from vpn_sentinel.agent.introspect.wireguard import Device, DeviceError, read_device
 from vpn_sentinel.agent.leakwatch.egress_map import EgressMap, egress_map
-from vpn_sentinel.agent.leakwatch.meant import Meant
+from vpn_sentinel.agent.leakwatch.meant import MeantOutside
 from vpn_sentinel.agent.leakwatch.rules import PortRange
 from vpn_sentinel.agent.net.endpoints import TCP, Endpoint
 from vpn_sentinel.agent.net.http import HttpError
 from vpn_sentinel.agent.net.packetsocket import packet_socket
 from vpn_sentinel.domain.counted import counted
-from vpn_sentinel.domain.judge import learned_home
+from vpn_sentinel.domain.judge import with_learned_home
 from vpn_sentinel.domain.observation import Answer, Canary, Observation, Probe
 from vpn_sentinel.domain.policy import IPAddress, Policy
 
@@ -56,7 +56,7 @@ def about_kill_switch(seen: Observation, tunnel: str | None, physical: str | Non
 async def home(context: DoctorContext) -> list[Check]:
     policy = context.settings.agent.probes.policy
     seen = await context.observation.result()
-    return [about_home(policy, learned_home(seen, policy))]
+    return [about_home(policy, with_learned_home(seen, policy))]
 
 
 def about_home(declared: Policy, learned: Policy) -> Check:
@@ -100,14 +100,14 @@ async def meant_outside(context: DoctorContext) -> list[Check]:
     return about_meant(context.settings.agent.probes.meant_outside)
 
 
-def about_meant(meant: Meant) -> list[Check]:
+def about_meant(meant: MeantOutside) -> list[Check]:
     """What VPN_SENTINEL_MEANT_OUTSIDE excludes from the leak watch; empty when it is not set."""
     parts = [f"answers of port {_port_text(p)}" for p in meant.published]
     parts += [f"what goes to port {_port_text(p)}" for p in meant.ports]
     parts += [f"what user {uid} sends" for uid in sorted(meant.users)]
     parts += [f"what leaves by {name}" for name in sorted(meant.interfaces)]
-    if meant.only:
-        parts.append(f"all but what user {', '.join(map(str, sorted(meant.only)))} sends")
+    if meant.only_users:
+        parts.append(f"all but what user {', '.join(map(str, sorted(meant.only_users)))} sends")
     if not parts:
         return []
     return [ok("meant outside", "; ".join(parts), "that is neither reported as a leak nor blocked by containment.")]

@@ -17,8 +17,9 @@ class AwaitingTrial:
         self._may_be_control = ends.may_be_control
         self._held: list[tuple[Packet, str]] = []
 
-    def waits(self, packet: Packet, interface: str, now: float, *, reported: bool) -> bool:
-        """Whether a trial must decide about this packet first, which is asked for then.
+    def hold(self, packet: Packet, interface: str, now: float, *, reported: bool) -> bool:
+        """Ask for a trial, hold a packet for it, and return True, where a trial must decide about it first: the tunnel's
+        program, or another VPN's, may have moved to this endpoint.
 
         `reported`: its flow was reported before, and for more of its packets an older trial is good enough.
         """

@@ -219,7 +219,7 @@ def egress_map(
         rules=Rules(
             marks=marks(found.excepted),
             excepted=tuple(r for r in found.excepted if not is_mark(r) and r.uids is None),
-            inside=marks(found.inside) if all(is_mark(r) for r in found.inside) and not found.everybody else (),
+            inside=marks(found.leading_in) if all(is_mark(r) for r in found.leading_in) and not found.everybody else (),
             outside=allowed,
             lan=lan,
             resolvers=resolvers,

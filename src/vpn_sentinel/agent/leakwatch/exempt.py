@@ -6,8 +6,8 @@ person's program has it. From a published port only answers may leave: a flow th
 came in is no answer. A connection that its program opened to the internet does not belong to the LAN, even where a
 firewall redirects it there (DNAT).
 
-Separate taps read these packets, so that they never delay others. Packets to the tunnel's server stay in the kernel;
-those of a socket that was found to be a VPN program's do so for five minutes.
+Separate taps read these packets, so that they never delay others. Their filter in the kernel drops the packets to the
+tunnel's server, and for five minutes those of a socket that was found to be a VPN program's.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from typing import Final, Protocol
 
 from vpn_sentinel.agent.leakwatch import bpf
 from vpn_sentinel.agent.leakwatch.inbound import Flows
-from vpn_sentinel.agent.leakwatch.meant import Meant
+from vpn_sentinel.agent.leakwatch.meant import MeantOutside
 from vpn_sentinel.agent.leakwatch.rules import PRIVATE, Rules
 from vpn_sentinel.agent.leakwatch.senders import selects
 from vpn_sentinel.agent.leakwatch.tap import Tap
@@ -61,7 +61,7 @@ class ExemptWatch:
         *,
         now: Callable[[], float],
         sockets: SenderSockets | None,
-        declared: Meant,
+        declared: MeantOutside,
         flows: Flows,
         explained: Callable[[Packet], bool],
         answers: Callable[[Packet, float], bool],
@@ -118,14 +118,14 @@ class ExemptWatch:
             else:
                 self._taps[index] = Tap(name, insns, self._on_packet)
 
-    def led_out(self, packet: Packet, interface: str, uid: int | None) -> None:
-        """Take a packet of a user whom a routing rule leads out: the user may run a proxy for everybody's traffic."""
+    def try_as_proxy(self, packet: Packet, interface: str, uid: int | None) -> None:
+        """Try whether a user whom a routing rule lets out, and who sent this packet, runs a proxy for everybody."""
         if not packet.opens or uid is None or self._proxies.knows(packet, interface, uid):
             return
         at, searches = self._proxy_tries.get(uid, (0.0, 0))
         if self._now() >= at:
             self._proxy_tries[uid] = self._now() + min(searches, MAX_PROXY_RETRY_S), searches + 1
-            self._proxies.of(packet, interface, uid)
+            self._proxies.start(packet, interface, uid)
 
     def close(self) -> None:
         if self._filter_timer is not None:
@@ -141,7 +141,7 @@ class ExemptWatch:
         packet = decode(ethertype, data)
         if packet is None or packet.fragment or self._is_trusted(packet) or self._explained(packet):
             return
-        if packet.hops == 1:
+        if packet.ttl == 1:
             self._trials.seen(packet)
             self._redirected.seen(packet)
             return
@@ -151,7 +151,7 @@ class ExemptWatch:
         answers = self._answers(packet, passed)
         if not self._is_published(packet):
             self._judge(packet, interface, answers=answers)
-        elif not (answers or self._visited(packet)) and self._sure():
+        elif not (answers or self._goes_to_visitor(packet)) and self._sure():
             self._report(packet, interface)
 
     def _is_near(self, packet: Packet) -> bool:
@@ -178,7 +178,7 @@ class ExemptWatch:
             return
         addressed = replace(packet, destination=far, destination_port=port)
         if not self._rules.allow(addressed) and self._leads_out(interface):
-            self._redirected.of(addressed, interface, uid, packet)
+            self._redirected.start(addressed, interface, uid, packet)
 
     def _judge(self, packet: Packet, interface: str, *, answers: bool) -> None:
         owner = self._owner(packet)
@@ -191,27 +191,32 @@ class ExemptWatch:
         elif any(selects(rule, packet) for rule in self._rules.excepted):
             self._by_port(packet, interface, uid)
         else:
-            self._trials.of(packet, interface, uid)
+            self._trials.start(packet, interface, uid)
 
     def _by_port(self, packet: Packet, interface: str, uid: int | None) -> None:
         """Trust a system user's port; a person's program runs no tunnel. Without a socket the owner is not known."""
         if uid is not None and uid < FIRST_PERSONAL_UID:
             self._trust(packet)
-        elif uid is not None and not self._visited(packet) and self._sure():
+        elif uid is not None and not self._goes_to_visitor(packet) and self._sure():
             self._report(packet, interface)
 
-    def _visited(self, packet: Packet) -> bool:
-        """Whether it goes to a visitor; one from before the watch came by a rule from before the watch."""
+    def _goes_to_visitor(self, packet: Packet) -> bool:
+        """Whether it goes to a host that sent datagrams to its port before, maybe before the watch began.
+
+        A visitor from before the watch is possible only where a rule of that time, or a published port, let it in.
+        """
         older = self._is_published(packet) or any(selects(rule, packet) for rule in self._first_rules or ())
-        return self._flows.visited(packet, self._now(), older=older)
+        return self._flows.knows_visitor(packet, self._now(), older=older)
 
     def _report(self, packet: Packet, interface: str) -> None:
-        only, owner = self._declared.only, self._owner(packet)
+        only, owner = self._declared.only_users, self._owner(packet)
         if not only or (owner is not None and owner.uid in only):
             self._leaked(packet, interface)
 
     def _marked(self, packet: Packet, interface: str) -> None:
-        """Where the mark alone identifies the tunnel's packets, what is marked for everybody may go to its server."""
+        """Report a packet whose mark everybody's packets get, unless it may be the tunnel's own: where only the mark
+        identifies those, one that no person's program sent may go to the tunnel's server.
+        """
         owner = self._owner(packet)
         if self._server_known() or (owner is not None and owner.uid >= FIRST_PERSONAL_UID):
             self._report(packet, interface)

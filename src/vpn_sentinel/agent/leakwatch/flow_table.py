@@ -42,7 +42,7 @@ class _Flow:
         packet = self.packet
         return Escape(
             interface=self.interface[:_MAX_INTERFACE_CHARS],
-            protocol=packet.called,
+            protocol=packet.protocol_name,
             source=packet.source,
             destination=packet.destination,
             source_port=packet.source_port,

@@ -110,7 +110,7 @@ class Flows:
     def may_be_old(self, packet: Packet, now: float) -> bool:
         """Whether this first seen packet of a flow may go to a client from before the watch.
 
-        That holds until `begins` is called, and only while `is_visited` is true.
+        That holds until `begins` is called, and only while `has_visitors` is true.
         """
         flow = _flow(packet)
         is_late = now - self._first_update > FIRST_SENDS_S
@@ -120,7 +120,7 @@ class Flows:
         self._inbound.pop(flow, None)  # what came in came after it
         return True
 
-    def is_visited(self, packet: Packet) -> bool:
+    def has_visitors(self, packet: Packet) -> bool:
         """Whether several hosts sent datagrams to its local port, or one host did and the packet goes to a client's
         port.
         """
@@ -151,7 +151,7 @@ class Flows:
             _keep(self._inbound, flow, (now, _ANSWERED_BEFORE))  # from now on a change of the clock has no effect
         return answers
 
-    def visited(self, packet: Packet, now: float, *, older: bool) -> bool:
+    def knows_visitor(self, packet: Packet, now: float, *, older: bool) -> bool:
         """Whether UDP of that host came to this port before, however long ago: servers send unasked, too.
 
         In the first minute older clients are not known: where flows may be `older` than the watch, each counts as one.

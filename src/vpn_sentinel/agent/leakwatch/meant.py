@@ -24,13 +24,13 @@ _MAX_ENTRIES: Final = 64  # the kernel's filter has room for so many
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Meant:
-    """`users` and `only` are user ids; `interfaces` names."""
+class MeantOutside:
+    """`users` and `only_users` are user ids; `interfaces` names."""
 
     published: tuple[PortRange, ...] = ()
     ports: tuple[PortRange, ...] = ()
     users: frozenset[int] = frozenset()
-    only: frozenset[int] = frozenset()
+    only_users: frozenset[int] = frozenset()
     interfaces: frozenset[str] = frozenset()
 
     def covers(self, rule: Rule) -> bool:
@@ -42,7 +42,7 @@ class Meant:
         return all(any(p.has(one, low) and p.has(one, high) for p in self.ports) for one in protocols)
 
 
-def parse_meant(text: str) -> Meant:
+def parse_meant(text: str) -> MeantOutside:
     """Raises ValueError that names the entry that cannot be used, and why."""
     published: list[PortRange] = []
     ports: list[PortRange] = []
@@ -68,11 +68,11 @@ def parse_meant(text: str) -> Meant:
             case _:
                 msg = f"{entry.strip()!r} is not understood; an entry is {FORMS}"
                 raise ValueError(msg)
-    return Meant(
+    return MeantOutside(
         published=tuple(published),
         ports=tuple(ports),
         users=frozenset(users),
-        only=frozenset(only),
+        only_users=frozenset(only),
         interfaces=frozenset(interfaces),
     )
 

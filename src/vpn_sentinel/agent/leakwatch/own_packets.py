@@ -23,7 +23,7 @@ class OwnPackets:
 
     def has(self, packet: Packet) -> bool:
         """Whether it is a probe, whose result a canary reports. With a hop limit of one it ends in the LAN."""
-        return packet.hops == 1 or self.is_probe(packet)
+        return packet.ttl == 1 or self.is_probe(packet)
 
     def is_probe(self, packet: Packet) -> bool:
         to, port = packet.destination, packet.destination_port

@@ -10,7 +10,8 @@ from typing import Final
 
 REFRESH_S: Final = 0.2  # how long a refresh holds for further packets in doubt, at least
 CHEAP_REFRESH_S: Final = 1.0  # where a refresh holds no longer than this, it counts as cheap
-REFRESH_TIMES, MAX_REFRESH_S = 20, 10.0  # it holds for so many times the time it took, at most so long
+HOLD_FACTOR: Final = 20  # a refresh holds for so many times the time it took
+MAX_HOLD_S: Final = 10.0  # but no longer than this
 
 
 class RefreshTiming:
@@ -30,8 +31,12 @@ class RefreshTiming:
     def is_due(self, now: float) -> bool:
         return now - self.refreshed > self._holds_s
 
-    def comes_soon(self, now: float) -> bool:
-        """Whether the next refresh comes soon: it is cheap, or the rules have just changed and may change again."""
+    def worth_waiting_for(self, now: float) -> bool:
+        """Whether a packet in doubt should wait for the next refresh rather than be reported at once.
+
+        It should where a refresh is cheap and so comes soon, or where the rules have just changed: a VPN's program
+        changes several, and the one that lets the packet out may be the next.
+        """
         return self.is_cheap or now - self.rules_changed <= REFRESH_S
 
     @contextmanager
@@ -39,4 +44,4 @@ class RefreshTiming:
         """Measure the refresh in this context: the time it takes decides how long it holds."""
         started_at = time.thread_time()  # CPU time of this thread, as a busy machine makes a cheap refresh slow
         yield
-        self._holds_s = min(max(REFRESH_S, REFRESH_TIMES * (time.thread_time() - started_at)), MAX_REFRESH_S)
+        self._holds_s = min(max(REFRESH_S, HOLD_FACTOR * (time.thread_time() - started_at)), MAX_HOLD_S)

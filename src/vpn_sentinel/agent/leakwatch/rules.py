@@ -125,9 +125,9 @@ def _keeps_the_network_running(packet: Packet) -> bool:
     is_ipv4 = packet.destination.version == 4
     match packet.protocol:
         case 1:
-            return is_ipv4 and packet.kind in ICMP_ANSWERS
+            return is_ipv4 and packet.icmp_type in ICMP_ANSWERS
         case 58:
-            return not is_ipv4 and packet.kind in ICMP6_OWN
+            return not is_ipv4 and packet.icmp_type in ICMP6_OWN
         case 6:
             return bool(packet.flags & RST) or packet.flags & SYN_ACK == SYN_ACK  # both are answers
         case _:

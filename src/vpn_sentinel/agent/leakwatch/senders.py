@@ -28,11 +28,11 @@ _ANYWHERE: Final[tuple[IPAddress, ...]] = (*INTERNET, *(ip_address(a) for a in (
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Senders:
     """`excepted`: rules, none of them inverted, whose senders go outside the tunnel while others go through it.
-    `inside`: rules whose senders alone go through it; none means that all packets should. In the IP versions of
+    `leading_in`: rules whose senders alone go through it; none means that all packets should. In the IP versions of
     `everybody` all packets have gone through it before."""
 
     excepted: tuple[Rule, ...] = ()
-    inside: tuple[Rule, ...] = ()
+    leading_in: tuple[Rule, ...] = ()
     everybody: frozenset[int] = frozenset()
 
 
@@ -45,7 +45,7 @@ def senders(fib: Fib, tunnel: int | None, before: Senders) -> Senders:
     if tunnel is None:
         return replace(before, excepted=tuple(dict.fromkeys((*before.excepted, *inverted))))
     excepted: list[Rule] = []
-    inside: list[Rule] = []
+    leading_in: list[Rule] = []
     through = {version: _everybody(fib, tunnel, version) for version in (4, 6)}
     everybody = before.everybody | {version for version, address in through.items() if address is not None}
     for rule in (replace(r, invert=False) for r in fib.rules if r.names_sender()):
@@ -56,14 +56,14 @@ def senders(fib: Fib, tunnel: int | None, before: Senders) -> Senders:
         if others and not this and may_be_one_program(rule):
             excepted.append(rule)
         elif this and not others and _selects_sender_only(rule) and not _is_root(rule):
-            inside.append(rule)
-    if not (any(through.values()) or inside):
+            leading_in.append(rule)
+    if not (any(through.values()) or leading_in):
         # A route or rule took precedence over the tunnel: the rules that except its program are still there.
         excepted += [*inverted, *before.excepted]
     return Senders(
         excepted=tuple(dict.fromkeys(excepted)),
         # Where all packets went through the tunnel before, and now only one user's do, the others leak.
-        inside=tuple(dict.fromkeys(r for r in inside if r.version not in everybody)),
+        leading_in=tuple(dict.fromkeys(r for r in leading_in if r.version not in everybody)),
         everybody=everybody,
     )
 

@@ -80,7 +80,7 @@ class Trials:
         self._running: dict[Key, _Trial] = {}
         self._known: OrderedDict[Key, tuple[bool, float]] = OrderedDict()
 
-    def of(self, packet: Packet, interface: str, uid: int | None, as_sent: Packet | None = None) -> None:
+    def start(self, packet: Packet, interface: str, uid: int | None, as_sent: Packet | None = None) -> None:
         """Start a trial, unless its result is known. `uid` is the sender's, None when it is not known; `as_sent` is the
         packet as it left, where that was to another end than it was addressed to."""
         key = self._key(packet, uid)

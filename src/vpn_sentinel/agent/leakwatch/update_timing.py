@@ -27,9 +27,8 @@ class UpdateTiming:
         self._update()
 
     def expect_the_end(self, seconds: float | None) -> None:
-        """Report the end of a flow that is over in so many seconds if no packet comes, before the next regular round.
-
-        None cancels this.
+        """Report the end of a flow in `seconds`, when it is over unless a further packet comes: the next regular round
+        would be later. None: no end is expected any more.
         """
         if self._end_timer is not None:
             self._end_timer.cancel()

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from vpn_sentinel.agent.leakwatch.inbound import MAX_FLOWS, Flow
-from vpn_sentinel.agent.leakwatch.meant import Meant
+from vpn_sentinel.agent.leakwatch.meant import MeantOutside
 from vpn_sentinel.agent.leakwatch.senders import Senders, is_mark, leads_in, selects
 from vpn_sentinel.agent.net.endpoints import TCP
 from vpn_sentinel.agent.net.fib import Fib
@@ -19,7 +19,9 @@ from vpn_sentinel.domain.policy import IPAddress
 log = logging.getLogger(__name__)
 
 
-class Owners(Protocol):
+class OpenSockets(Protocol):
+    """The sockets of this network namespace, as the kernel has them now."""
+
     def of(
         self, protocol: int, source: IPAddress, port: int, far: IPAddress, far_port: int, devices: Iterable[int] = ()
     ) -> Socket | None:
@@ -31,7 +33,9 @@ class Owners(Protocol):
         ...
 
 
-class Closed(Protocol):
+class EndedSockets(Protocol):
+    """The sockets of this network namespace that ended while it is open."""
+
     def of(
         self, protocol: int, source: IPAddress, port: int, far: IPAddress, far_port: int, *, since: float
     ) -> list[Socket]:
@@ -48,12 +52,12 @@ class Closed(Protocol):
 class Users:
     """Asks the kernel only when a user is excepted, or the tunnel is for some users alone."""
 
-    def __init__(self, owners: Owners | None, declared: Meant, closed: Callable[[], Closed]) -> None:
+    def __init__(self, owners: OpenSockets | None, declared: MeantOutside, closed: Callable[[], EndedSockets]) -> None:
         """`closed` starts to record sockets that end; it may raise OSError."""
         self._owners = owners
         self._declared = declared
         self._watch_closed = closed
-        self._closed: Closed | None = None
+        self._closed: EndedSockets | None = None
         self._is_unable = False
         self._senders = Senders()
         self._devices: tuple[int, ...] = ()
@@ -84,30 +88,30 @@ class Users:
 
     def note(self, packet: Packet) -> None:
         """Note the sender while its socket exists, before slower work begins."""
-        if self._excepted() or self._declared.only or self._declared.users:
+        if self._excepted() or self._declared.only_users or self._declared.users:
             self._sender(packet)
 
-    def belongs(self, packet: Packet) -> bool | None:
+    def belongs_in_tunnel(self, packet: Packet) -> bool | None:
         """Whether the sender's packets belong in the tunnel.
 
-        None: the sender is gone, and may be one that a rule lets out; `was_led_out` decides a little later. Where only
+        None: the sender is gone, and may be one that a rule lets out; `was_let_out` decides a little later. Where only
         the owner excepts users, a packet of an unknown user is reported; where the tunnel is for some users alone, it
         is not.
         """
         excepted = self._excepted()
         # Where the filter selects by mark, only packets that belong in the tunnel arrive here.
-        inside = () if all(is_mark(r) for r in self._senders.inside) else self._senders.inside
-        only, users = self._declared.only, self._declared.users
-        if not (excepted or inside or only or users):
+        leading_in = () if all(is_mark(r) for r in self._senders.leading_in) else self._senders.leading_in
+        only, users = self._declared.only_users, self._declared.users
+        if not (excepted or leading_in or only or users):
             return True
         uid, _ = self._sender(packet)
         if any(selects(r, packet, uid) for r in excepted) or uid in users:
             return False
         if only:
             return uid in only
-        inside = tuple(r for r in inside if r.version == packet.destination.version)
-        if inside:
-            return any(selects(r, packet, uid) for r in inside)
+        leading_in = tuple(r for r in leading_in if r.version == packet.destination.version)
+        if leading_in:
+            return any(selects(r, packet, uid) for r in leading_in)
         maybe = uid is None and self._closed is not None and _flow(packet) is not None
         return None if maybe and any(selects(replace(r, uids=None), packet) for r in excepted) else True
 
@@ -120,7 +124,7 @@ class Users:
         """The user id of the sender, None when the kernel does not know the socket any more."""
         return self._sender(packet)[0]
 
-    def was_led_out(self, packet: Packet, passed: float, *, is_refused: bool) -> bool:
+    def was_let_out(self, packet: Packet, passed: float, *, is_refused: bool) -> bool:
         """Whether a rule for a user let out the packet that `passed` at that time of the kernel's clock; its sender is
         gone.
 
@@ -131,14 +135,14 @@ class Users:
         if self._closed is None or ends is None:
             return False
         _, socket = self._sender(packet)
-        sent = [socket] if socket is not None and socket.inode == 0 else self._closed.of(*ends, since=passed)
+        sent = [socket] if socket is not None and socket.is_orphan else self._closed.of(*ends, since=passed)
         if not sent:
             # The kernel knows the socket after all, or it cannot be known any more.
-            return self.belongs(packet) is False or self._closed.lost(passed)
+            return self.belongs_in_tunnel(packet) is False or self._closed.lost(passed)
         # Where several sockets fit, all must have been let out.
         return all(s.device == 0 and (is_refused or self._leads_in(packet, s)) for s in sent)
 
-    def led_out(self, packet: Packet) -> int | None:
+    def user_let_out(self, packet: Packet) -> int | None:
         """The user who sent the packet, if a routing rule lets that user out and the owner did not declare it."""
         excepted = self._excepted()
         uid = self._sender(packet)[0] if excepted else None
@@ -166,7 +170,7 @@ class Users:
             found = self._owners.of(*flow, self._devices)
         except OSError:
             return None, None
-        if found is None or (found.inode == 0 and packet.protocol == TCP):
+        if found is None or (found.is_orphan and packet.protocol == TCP):
             return self._known.get(flow), found  # closed: the kernel sends the FIN, and no user owns it
         return self._note(flow, found.uid), found
 

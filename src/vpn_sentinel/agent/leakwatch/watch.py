@@ -1,6 +1,6 @@
 """The leak watch: packet sockets (packet(7)) on each interface that is not the tunnel, filtered in the kernel.
 
-Nothing here runs while nothing leaks: there is no timer, and the filter drops every packet.
+While nothing leaks, no timer runs, and the filter of the outgoing taps drops every packet.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from vpn_sentinel.agent.leakwatch.exempt import ExemptWatch
 from vpn_sentinel.agent.leakwatch.fingerprints import Fingerprint, Fingerprints
 from vpn_sentinel.agent.leakwatch.flow_table import Direction, FlowTable
 from vpn_sentinel.agent.leakwatch.inbound import FIRST_SENDS_S, Flows
-from vpn_sentinel.agent.leakwatch.meant import Meant
+from vpn_sentinel.agent.leakwatch.meant import MeantOutside
 from vpn_sentinel.agent.leakwatch.neighbors import Neighbor, Neighbors
 from vpn_sentinel.agent.leakwatch.own_packets import OwnPackets
 from vpn_sentinel.agent.leakwatch.pending_connections import PendingConnections
@@ -64,7 +64,7 @@ class LeakWatch:
         endpoints: Callable[[], Iterable[Endpoint]] = tuple,
         meant: Callable[[], Iterable[IPAddress]] = tuple,
         on_escape: Callable[[Escape], None] = lambda _: None,
-        declared: Meant | None = None,
+        declared: MeantOutside | None = None,
         wanted: bool = True,
         own: OwnSockets = OWN_SOCKETS,
         memory: FactStore | None = None,
@@ -85,7 +85,7 @@ class LeakWatch:
         self._tables, self._policy, self._clock = tables, policy, clock
         self._survey, self._meant = survey, meant
         self._on_escape = on_escape
-        self._declared = declared or Meant()
+        self._declared = declared or MeantOutside()
         self._wanted = wanted
         self._server_found = server_found
         self._on_neighbor = on_neighbor
@@ -106,7 +106,7 @@ class LeakWatch:
             sockets=self._sockets,
             declared=self._declared,
             flows=self._flows,
-            explained=lambda packet: self._own.is_probe(packet) or self._is_a_vpns(packet),
+            explained=lambda packet: self._own.is_probe(packet) or self._recognize_vpn(packet),
             answers=lambda packet, passed: self._is_answer(packet, clock.boottime(), passed),
             sure=self._taps.has_read_all,
             leads_out=lambda interface: self._egress.leads_out(interface),
@@ -120,7 +120,7 @@ class LeakWatch:
         self._flow_table = FlowTable()
         self._updates = UpdateTiming(lambda: on_update(self))
         # Packets that wait: for data, for the kernel's report of their socket, for clients, for a trial, for a refresh.
-        self._pending = PendingConnections(self._is_no_vpns)
+        self._pending = PendingConnections(self._report_unless_allowed)
         self._unowned = Delayed(self._judge_unowned, MAX_UNOWNED_PACKETS)
         self._serving = Delayed(self._judge_serving)
         self._awaiting_trial = AwaitingTrial(self._ends)
@@ -269,11 +269,11 @@ class LeakWatch:
 
     def _judge_after_trial(self) -> None:
         for packet, interface in self._awaiting_trial.take():
-            if self._rules.allow(packet) or self._waits_for_trial(packet, interface, self._clock.boottime()):
+            if self._rules.allow(packet) or self._hold_for_trial(packet, interface, self._clock.boottime()):
                 continue
             # A tunnel that sent nothing in the trial was reconnecting, and this packet may have been its first.
             if self.carrier.steady or packet.destination != self.carrier.server:
-                self._is_no_vpns(packet, interface)
+                self._report_unless_allowed(packet, interface)
 
     async def settle(self) -> None:
         """Wait until the packets that wait now are judged."""
@@ -287,9 +287,9 @@ class LeakWatch:
         self._close_taps(())
         self._pending.close()
         self._exempt.close()
-        for sock in (self._sockets, self._times):
-            if sock is not None:
-                sock.close()
+        for resource in (self._sockets, self._times):
+            if resource is not None:
+                resource.close()
         for waiting in (self._updates, self._unowned, self._serving, self._unsure, self._neighbors):
             waiting.close()
 
@@ -359,18 +359,18 @@ class LeakWatch:
             return
         if is_dhcp(packet) and not self._users.is_a_persons(packet):
             return
-        if self._is_a_vpns(packet):
+        if self._recognize_vpn(packet):
             return
         # The tunnel may have moved to another server, or the network changed, and the notification is still to come.
         is_due = self._refresh.is_due(now) and not self._flow_table.has(packet)
-        if is_due and self._is_excused(packet):
+        if is_due and self._refresh_and_check(packet):
             return
         if self._is_its_senders(packet, interface, passed) or self._waits_for_visitors(packet, interface, now, passed):
             return
         self._flows.begins(packet, now)
-        if self._is_put_off(packet, interface, now):
+        if self._defer(packet, interface, now):
             return
-        if is_due or self._flow_table.has(packet) or self._unsure.is_full or not self._refresh.comes_soon(now):
+        if is_due or self._flow_table.has(packet) or self._unsure.is_full or not self._refresh.worth_waiting_for(now):
             self._leaked(packet, interface, now)
             return
         # A rule that lets it out may be newer than the last refresh: it waits for the next one.
@@ -381,14 +381,14 @@ class LeakWatch:
         """Whether a rule lets its sender out, or may do so."""
         if passed <= self._mark_filtered_at <= self._clock.wall():  # else that clock was set back
             return True  # older than the filter for a new mark: whether it has that mark is not known
-        belongs = self._users.belongs(packet)
+        belongs = self._users.belongs_in_tunnel(packet)
         if belongs is False:
-            self._exempt.led_out(packet, interface, self._users.led_out(packet))
+            self._exempt.try_as_proxy(packet, interface, self._users.user_let_out(packet))
         elif belongs is None:
             self._wait_for_the_end(packet, interface, passed)
         return not belongs
 
-    def _is_excused(self, packet: Packet) -> bool:
+    def _refresh_and_check(self, packet: Packet) -> bool:
         """Refresh, and return whether the packet may leave by the present state."""
         self._users.note(packet)  # its socket may be gone after the refresh
         with self._refresh.measured():
@@ -409,7 +409,7 @@ class LeakWatch:
         self._refresh_from(self._survey())
         for packet, interface, passed in unsure:
             if not self._is_its_senders(packet, interface, passed):
-                self._is_no_vpns(packet, interface)
+                self._report_unless_allowed(packet, interface)
 
     def _wait_for_the_end(self, packet: Packet, interface: str, passed: float) -> None:
         """Hold it until the kernel reports how its closed socket was bound; one packet of each flow.
@@ -423,8 +423,8 @@ class LeakWatch:
         """Judge it by the routes, unless they changed at about that time and no kill switch blocks its IP version."""
         is_refused = packet.destination.version in self._refused_families
         known = is_refused or self._clock.boottime() - self._rerouted_at > REFRESH_S + 2 * SOCKET_END_S
-        led_out = known and self._users.was_led_out(packet, passed, is_refused=is_refused)
-        if not (led_out or self._is_let_out(packet)):
+        let_out = known and self._users.was_let_out(packet, passed, is_refused=is_refused)
+        if not (let_out or self._is_let_out(packet)):
             self._judge(packet, interface)
 
     def _waits_for_visitors(self, packet: Packet, interface: str, now: float, passed: float) -> bool:
@@ -435,25 +435,25 @@ class LeakWatch:
         return True
 
     def _judge_serving(self, packet: Packet, interface: str, _passed: float) -> None:
-        if not (self._flows.is_visited(packet) or self._is_let_out(packet)):
+        if not (self._flows.has_visitors(packet) or self._is_let_out(packet)):
             self._judge(packet, interface)
 
     def _judge(self, packet: Packet, interface: str) -> None:
         """Judge a packet that has waited."""
         now = self._clock.boottime()
         self._flows.begins(packet, now)
-        if not self._is_put_off(packet, interface, now):
+        if not self._defer(packet, interface, now):
             self._leaked(packet, interface, now)
 
-    def _is_put_off(self, packet: Packet, interface: str, now: float) -> bool:
-        """Whether a packet that nothing lets out cannot be judged, or only after a trial."""
+    def _defer(self, packet: Packet, interface: str, now: float) -> bool:
+        """Count or hold a packet that nothing lets out, and return True, where it cannot be judged, or not yet."""
         if not self._judges:
             self._unjudged_packets += 1
             if self._unjudged_packets > MAX_UNJUDGED_PACKETS:
                 self._close_taps(())  # until the next update, since watching costs and tells nothing
             return True
         refused = packet.destination.version in self._refused_families
-        return self._waits_for_trial(packet, interface, now) or self._pending.waits(packet, interface, begin=refused)
+        return self._hold_for_trial(packet, interface, now) or self._pending.waits(packet, interface, begin=refused)
 
     def _is_to_a_neighbor(self, packet: Packet) -> bool:
         to = packet.destination
@@ -461,7 +461,7 @@ class LeakWatch:
 
     def _asked(self, packet: Packet, interface: str, now: float) -> None:
         """Take a query to a nameserver of the LAN: no leak by itself, but a reason for the next round to ask it."""
-        if self._users.belongs(packet) is False:
+        if self._users.belongs_in_tunnel(packet) is False:
             return
         self._flows.begins(packet, now)
         new = self._neighbors.saw(packet, interface)
@@ -471,8 +471,8 @@ class LeakWatch:
         if self._neighbors.leaking:
             self._neighbors.expect_the_end()
 
-    def _is_a_vpns(self, packet: Packet) -> bool:
-        """Whether its fingerprint is a VPN's, or may still become one."""
+    def _recognize_vpn(self, packet: Packet) -> bool:
+        """Return whether its fingerprint is a VPN's, or may still become one; learn the tunnel's endpoint from it."""
         fingerprint = self._fingerprints.of(packet, openvpn=self._egress.openvpn, unsure=not self._can_tell_tunnel())
         if self._ends.is_dtls_again(packet):
             fingerprint = Fingerprint.OWN  # TLS carries the tunnel until DTLS works
@@ -485,8 +485,9 @@ class LeakWatch:
             self._make_rules()
         return True
 
-    def _waits_for_trial(self, packet: Packet, interface: str, now: float) -> bool:
-        return self._awaiting_trial.waits(packet, interface, now, reported=self._flow_table.has(packet))
+    def _hold_for_trial(self, packet: Packet, interface: str, now: float) -> bool:
+        """Hold a packet, and return True, where a trial must decide first."""
+        return self._awaiting_trial.hold(packet, interface, now, reported=self._flow_table.has(packet))
 
     def _excepted_leaks(self, packet: Packet, interface: str) -> None:
         """Report an excepted packet: what lets it out lets everybody's out."""
@@ -496,7 +497,7 @@ class LeakWatch:
         if self._judges and not self._policy.is_home(packet.destination):
             self._leaked(packet, interface, now)
 
-    def _is_no_vpns(self, packet: Packet, interface: str) -> None:
+    def _report_unless_allowed(self, packet: Packet, interface: str) -> None:
         if not self._rules.allow(packet):
             self._leaked(packet, interface, self._clock.boottime())
 

@@ -18,10 +18,12 @@ _MAX_NAME_CHARS: Final = 255
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packet:
-    """`size` is the IP packet's, in bytes. `kind` is ICMP's type, `echo` the identifier of a ping (RFC 792, RFC 4443),
-    `flags` TCP's, `payload` what follows the header of UDP or TCP.
+    """`size` is the IP packet's, in bytes. `echo` is the identifier of a ping (RFC 792, RFC 4443), `flags` are TCP's.
 
-    `fragment` is a fragment after the first one, without ports. `tos` is the type of service, or traffic class.
+    `fragment` says that it is a fragment without ports: any of IPv6, and of IPv4 those after the first. `ttl` is the
+    time to live, or hop limit; `tos` the type of service, or traffic class. `name` is the name that a DNS query asks
+    for, None when it is none. `payload` is what follows the header of UDP or TCP, as far as it was captured, and
+    `payload_size` its length in bytes as it was sent.
     """
 
     protocol: int
@@ -30,11 +32,11 @@ class Packet:
     source_port: int | None = None
     destination_port: int | None = None
     size: int = 0
-    kind: int | None = None
+    icmp_type: int | None = None
     echo: int | None = None
     flags: int = 0
     fragment: bool = False
-    hops: int = 64
+    ttl: int = 64
     tos: int = 0
     name: str | None = None
     payload: bytes = b""
@@ -46,7 +48,7 @@ class Packet:
         return self.flags & SYN_ACK == SYN
 
     @property
-    def called(self) -> str:
+    def protocol_name(self) -> str:
         """The protocol's name in an observation."""
         return _PROTOCOL_NAMES.get(self.protocol, str(self.protocol))
 
@@ -54,31 +56,31 @@ class Packet:
 def decode(ethertype: int, data: bytes) -> Packet | None:
     """Read a packet from its IP header on, possibly cut off; None when it is not IP."""
     if ethertype == IPV4 and len(data) >= 20 and data[0] >> 4 == 4 and data[0] & 0xF >= 5:
-        size, fragment = struct.unpack_from("!H", data, 2)[0], struct.unpack_from("!H", data, 6)[0] & 0x1FFF
+        size, offset = struct.unpack_from("!H", data, 2)[0], struct.unpack_from("!H", data, 6)[0] & 0x1FFF
         return _transport(
             data, (data[0] & 0xF) * 4, data[9], (IPv4Address(data[12:16]), IPv4Address(data[16:20])),
-            size or len(data), hops=data[8], later=fragment > 0, tos=data[1],
+            size or len(data), ttl=data[8], fragment=offset > 0, tos=data[1],
         )  # fmt: skip
     if ethertype == IPV6 and len(data) >= 40 and data[0] >> 4 == 6:
         size = 40 + struct.unpack_from("!H", data, 4)[0]
         ends = IPv6Address(data[8:24]), IPv6Address(data[24:40])
         tos = struct.unpack_from("!H", data)[0] >> 4 & 0xFF
-        return _transport(data, 40, data[6], ends, size, hops=data[7], later=data[6] == _IPPROTO_FRAGMENT, tos=tos)
+        return _transport(data, 40, data[6], ends, size, ttl=data[7], fragment=data[6] == _IPPROTO_FRAGMENT, tos=tos)
     return None
 
 
 def _transport(
-    data: bytes, start: int, protocol: int, ends: tuple[IPAddress, IPAddress], size: int, *, hops: int, later: bool,
+    data: bytes, start: int, protocol: int, ends: tuple[IPAddress, IPAddress], size: int, *, ttl: int, fragment: bool,
     tos: int,
 ) -> Packet:  # fmt: skip
     source, to = ends
-    bare = Packet(protocol=protocol, source=source, destination=to, size=size, hops=hops, fragment=later, tos=tos)
+    bare = Packet(protocol=protocol, source=source, destination=to, size=size, ttl=ttl, fragment=fragment, tos=tos)
     rest = data[start:]
-    if later:
+    if fragment:
         return bare
     if protocol in (1, 58) and rest:
         pings = rest[0] == _ECHO_REQUEST[protocol] and len(rest) >= 6
-        return replace(bare, kind=rest[0], echo=int.from_bytes(rest[4:6]) if pings else None)
+        return replace(bare, icmp_type=rest[0], echo=int.from_bytes(rest[4:6]) if pings else None)
     if protocol not in (6, 17) or len(rest) < 4:
         return bare
     source_port, destination_port = struct.unpack_from("!HH", rest)

@@ -58,7 +58,7 @@ _MAX_DATAGRAMS: Final = 64  # of one answer: enough for some thousand sockets on
 class Socket:
     """`near` and `port` are the local end, `far` and `far_port` the remote end, None and 0 when not connected. `device`
     is the index of the interface that it is bound to, 0 for none; `cgroup` is 0 when unknown. `inode` is 0 for sockets
-    of the kernel."""
+    of the kernel, and for those that their program has closed."""
 
     state: int
     near: IPAddress
@@ -73,6 +73,11 @@ class Socket:
     @property
     def listens(self) -> bool:
         return self.state == LISTEN
+
+    @property
+    def is_orphan(self) -> bool:
+        """Whether no program holds it (any more): it is closed, or the kernel's own."""
+        return self.inode == 0
 
     @property
     def is_kernels(self) -> bool:

@@ -70,13 +70,13 @@ def is_probe(packet: Packet, ports: Iterable[int] = ()) -> bool:
     if key is None or packet.source_port is None:
         return False
     if packet.protocol == TCP:
-        return packet.hops == PROBE_HOPS and _is_marked(key, packet.source_port, packet.destination)
+        return packet.ttl == PROBE_HOPS and _is_marked(key, packet.source_port, packet.destination)
     if packet.protocol != UDP:
         return False
     if payload.startswith(MAGIC):
         nonce = payload[NONCE_OFFSET : NONCE_OFFSET + _NONCE_BYTES]
         return len(payload) >= TAG_OFFSET + TAG_BYTES and payload[TAG_OFFSET : TAG_OFFSET + TAG_BYTES] == of_echo(nonce)
-    name = asked_name(payload) if packet.hops == PROBE_HOPS else None
+    name = asked_name(payload) if packet.ttl == PROBE_HOPS else None
     return name is not None and any(payload[:2] == _dns_id(key, p, name) for p in (packet.source_port, *ports))
 
 

@@ -21,7 +21,7 @@ from vpn_sentinel.agent.probes.origin import Origins
 from vpn_sentinel.agent.probes.place import Places
 from vpn_sentinel.agent.probes.system_resolver import SystemResolver
 from vpn_sentinel.agent.rounds.side_probes import SideProbes
-from vpn_sentinel.domain.judge import judge, learned_home
+from vpn_sentinel.domain.judge import judge, with_learned_home
 from vpn_sentinel.domain.observation import (
     Answer,
     Canary,
@@ -286,7 +286,7 @@ def _places(deps: RoundDeps, seen: Observation, policy: Policy) -> tuple[Place, 
 
 def _homes(seen: Observation, policy: Policy) -> Iterable[IPAddress]:
     """One address of each home network, including those that this round found outside a tunnel that works."""
-    return (n.network_address for n in learned_home(seen, policy).home_networks)
+    return (n.network_address for n in with_learned_home(seen, policy).home_networks)
 
 
 def _addresses(seen: Observation, policy: Policy) -> Iterable[IPAddress]:

@@ -18,7 +18,7 @@ from typing import Any, Final
 from vpn_sentinel.agent.rounds.pauses import Pauses
 from vpn_sentinel.agent.rounds.state import RoundState
 from vpn_sentinel.agent.rounds.triggers import TriggerQueue, outweighs
-from vpn_sentinel.domain.judge import judge, learned_home
+from vpn_sentinel.domain.judge import judge, with_learned_home
 from vpn_sentinel.domain.observation import Observation, Trigger
 from vpn_sentinel.domain.policy import Policy
 from vpn_sentinel.domain.verdict import State, Verdict
@@ -162,7 +162,7 @@ class Scheduler:
         return seen
 
     def _finish(self, seen: Observation) -> None:
-        self._state.policy = learned_home(seen, self._state.policy)
+        self._state.policy = with_learned_home(seen, self._state.policy)
         verdict = self._judge(seen, self._state.policy)
         self._log_verdict(verdict)
         self._state.verdict = verdict

@@ -14,7 +14,7 @@ from sqlalchemy import Row
 
 from vpn_sentinel.domain import timeshift
 from vpn_sentinel.domain.judge import judge
-from vpn_sentinel.domain.machine import Event, Memory, Moved, Revised, advance, overdue, silence_finding
+from vpn_sentinel.domain.machine import Event, Memory, Revised, StateChanged, advance, overdue, silence_finding
 from vpn_sentinel.domain.notice import notices
 from vpn_sentinel.domain.observation import Observation, Trigger
 from vpn_sentinel.domain.policy import IPAddress, Policy, is_public
@@ -37,7 +37,7 @@ from vpn_sentinel.wire.codec import decoder, encode, encode_observation
 
 # A tunnel whose row raises an exception is tried again after this time.
 _RETRY_BROKEN_ROW_S: Final = 300.0
-# Trouble seen in pulses is stored; within this time of it the agent is alive, so missing reports are no silence.
+# Pulses that showed trouble count as a sign of life for this time, so that missing reports are no silence.
 _PULSE_IS_LIFE_S: Final = 15.0
 # For this time the agent's own probes, which show that its tunnel is alive, overrule "its pulses are unheard".
 _REFUTED_FOR_S: Final = 600.0
@@ -73,14 +73,14 @@ class Context:
 class Effects:
     """What takes place outside the database once a decision is committed.
 
-    `draft` is what this process knows from then on. `tunnels` are the names of the written ones, `moves` their changes
-    of state. `shared` are names that several agents report under, `has_deliveries` says whether a message was put into
-    the outbox, `failures` which rows could not be judged, and why.
+    `draft` is what this process knows from then on. `tunnels` are the names of the written ones, `state_changes` how
+    their states changed, by name. `shared` are names that several agents report under, `has_deliveries` says whether a
+    message was put into the outbox, `failures` which rows could not be judged, and why.
     """
 
     draft: Draft
     tunnels: frozenset[str]
-    moves: tuple[tuple[str, Moved | Revised], ...]
+    state_changes: tuple[tuple[str, StateChanged | Revised], ...]
     shared: tuple[str, ...]
     has_deliveries: bool
     failures: tuple[tuple[str, Exception], ...]
@@ -94,20 +94,20 @@ class Decision(Changes):
 def decide(batch: Iterable[Input], rows: Mapping[str, TunnelRow], known: Knowledge, context: Context) -> Decision:
     """Decide what follows from a batch, input by input. `rows` are by name; input of a tunnel without one is skipped.
 
-    Raises any exception that a row or a report causes which cannot be judged; nothing of the batch is stored then.
+    Raises what a row or a report that cannot be judged raises; nothing of the batch may be stored then.
     """
     builder = _DecisionBuilder(known, context)
-    for entering in batch:
-        row = rows.get(entering.tunnel)
+    for item in batch:
+        row = rows.get(item.tunnel)
         if row is None:
             continue
-        match entering:
+        match item:
             case ReportBatch():
-                builder.add_reports(row, entering)
+                builder.add_reports(row, item)
             case PulseObservation():
-                builder.add_pulses(row, entering)
+                builder.add_pulses(row, item)
             case PortCheckResult():
-                builder.add_port_check(row, entering)
+                builder.add_port_check(row, item)
     return builder.decision()
 
 
@@ -143,7 +143,7 @@ class _DecisionBuilder:
         effects = Effects(
             draft=self._draft,
             tunnels=frozenset(row.name for row in written),
-            moves=tuple(writes.moves),
+            state_changes=tuple(writes.state_changes),
             shared=tuple(self._shared),
             has_deliveries=bool(writes.deliveries),
             failures=tuple(self._failures),
@@ -156,7 +156,7 @@ class _DecisionBuilder:
         if batch.spool is None and self._add_repeat(row, batch):
             return
         _update_sender(row, batch)
-        was, before = row.memory, self._memory(row)
+        stored_memory, before = row.memory, self._memory(row)
         memory, events, home_known, well = before, list[Event](), False, False
         spool = batch.name_of_spool(row.spool, row.seq)
         last = row.seq if row.spool == spool else 0
@@ -174,11 +174,11 @@ class _DecisionBuilder:
             last = seq
             seen = self._evaluator.enrich(row, memory, item.observation, item.at, came_from)
             home_known = seen.reference_up is not None
-            memory, verdict, more, began = self._evaluator.evaluate(row, memory, seen, item.at, policy, extra)
+            memory, verdict, more, trouble_began = self._evaluator.evaluate(row, memory, seen, item.at, policy, extra)
             events += more
             well = verdict.state in (State.PROTECTED, State.DEGRADED)
             if row.role == REFERENCE:
-                since = item.at if began is None else began
+                since = item.at if trouble_began is None else trouble_began
                 self._draft.sites.add_observation(row.name, row.site, memory.homes, since, item.at, verdict.state)
             self._writes.add_observation(row.id, spool, seq, item.at, batch.received_at, verdict, seen)
             update_snapshot(row, seen)
@@ -194,7 +194,7 @@ class _DecisionBuilder:
         self._write_step(row, before, memory, events, caught_up=batch.caught_up and not stale and not waits)
         if batch.spool is None:
             # An equal keepalive would change nothing either; what depends on time (a grace, a wrong clock) is excluded.
-            moved_nothing = row.memory == was and memory.candidate is None and not extra
+            moved_nothing = row.memory == stored_memory and memory.candidate is None and not extra
             repeat = Repeat(_mark(row, batch, seen), verdict.state.value) if moved_nothing else None
             self._draft.repeats.put(row.name, repeat)
 
@@ -213,9 +213,9 @@ class _DecisionBuilder:
         self, row: TunnelRow, batch: ReportBatch, spool: str, memory: Memory
     ) -> tuple[Finding, ...]:
         """This server's own findings about the sender and the transport."""
-        known = any(f.code is Code.NAME_SHARED for f in memory.findings)
+        was_shared = any(f.code is Code.NAME_SHARED for f in memory.findings)
         before = self._draft.sources.get(row.name) or ReportSources()
-        sources = before.with_report(spool, row.spool, batch.received_at, batch.interval, known=known)
+        sources = before.with_report(spool, row.spool, batch.received_at, batch.interval, was_shared=was_shared)
         if sources is not before:
             self._draft.sources.put(row.name, sources)
         if shared := sources.are_several(batch.received_at):
@@ -264,16 +264,16 @@ class _DecisionBuilder:
         declared = _policy_of(row.policy) if row.policy else None
         policy = self._evaluator.effective_policy(declared).with_home(self._evaluator.home(row.site, before.home))
         verdict = judge(seen, policy)
-        known = _with_pulses(before, pulses)
-        refuted = known.unheard_since <= known.refuted and pulses.at - known.refuted < _REFUTED_FOR_S
+        start = _with_pulses(before, pulses)
+        refuted = start.unheard_since <= start.refuted and pulses.at - start.refuted < _REFUTED_FOR_S
         # After a silence the agent's replay follows soon, and is better evidence than pulses that only just came back.
-        may_be_down = not refuted and known.state is not State.SILENT
+        may_be_down = not refuted and start.state is not State.SILENT
         if verdict.state is State.LEAKING or (verdict.state is State.DOWN and may_be_down):
             # Pulses are called unheard only after a wait as long as the grace; a leak dates from its packet.
             began = pulses.at - policy.grace_down if verdict.state is State.DOWN else None
-            memory, events = advance(known, verdict, pulses.at, policy, began=began)
-        elif known is not before:
-            memory, events = known, list[Event]()
+            memory, events = advance(start, verdict, pulses.at, policy, began=began)
+        elif start is not before:
+            memory, events = start, list[Event]()
         else:
             return
         self._writes.add_observation(
@@ -320,8 +320,8 @@ class _DecisionBuilder:
                 row.findings = encode(memory.findings).decode()
         for event in events:
             record(row.id, event, now, writes)
-            if isinstance(event, Moved | Revised):
-                writes.moves.append((row.name, event))
+            if isinstance(event, StateChanged | Revised):
+                writes.state_changes.append((row.name, event))
         writes.deliveries += deliveries
         row.seen_at = memory.seen_at
         row.state, row.since = memory.state.value, memory.since or row.created_at
@@ -339,17 +339,18 @@ class _DecisionBuilder:
 
     def _memory(self, row: TunnelRow, now: float | None = None) -> Memory:
         """The row's memory, with its times by the clock as it is now, and none later than `now`."""
-        moved = self._context.clock_moved
+        clock_moved = self._context.clock_moved
         if not row.memory:
-            return Memory(moved=moved)
+            return Memory(moved=clock_moved)
         memory = _memory_of(row.memory)
         # The columns, unlike the memory in the row, were already moved with the clock.
-        memory = replace(timeshift.moved(memory, moved - memory.moved), seen_at=row.seen_at)
+        memory = replace(timeshift.moved(memory, clock_moved - memory.moved), seen_at=row.seen_at)
         return timeshift.not_after(memory, self._context.now if now is None else now)
 
     def add_silence(self, row: TunnelRow, deadline: float, others: Sequence[str]) -> None:
         """Make the tunnel silent, unless its pulses show that it is alive. `others` of its site are silent too."""
         now = self._context.now
+        # Only pulses move `seen_at` beyond the last report, and only where they showed trouble: the agent is alive.
         if row.seen_at > row.last_seen and abs(now - row.seen_at) < _PULSE_IS_LIFE_S:
             row.deadline = now + _PULSE_IS_LIFE_S
             self._writes.tunnels[row.id] = row

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from vpn_sentinel.domain.judge import home_of, judge, judge_reference, learned_home
+from vpn_sentinel.domain.judge import home_of, judge, judge_reference, with_learned_home
 from vpn_sentinel.domain.machine import Event, Memory, advance, overdue, silence_finding
 from vpn_sentinel.domain.observation import Answer, Observation, Probe
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy
@@ -22,13 +22,13 @@ _MAX_LEARNED_HOMES = 8
 class Evaluation(NamedTuple):
     """The result of one observation: the memory after it, its verdict, the machine's events, and when trouble began.
 
-    `began` is None where nothing dates the trouble earlier than the observation itself.
+    `trouble_began` is None where nothing dates the trouble earlier than the observation itself.
     """
 
     memory: Memory
     verdict: Verdict
     events: list[Event]
-    began: float | None
+    trouble_began: float | None
 
 
 class Evaluator:
@@ -68,29 +68,29 @@ class Evaluator:
         """Judge `seen`, observed at `at`, and advance `memory` by it. `extra` are the receiver's own findings."""
         reference = row.role == REFERENCE
         if reference:
-            effective, verdict = policy, judge_reference(seen)
+            judged_by, verdict = policy, judge_reference(seen)
         else:
             policy = policy.with_home(self._sites.homes(row.site))
-            effective = learned_home(seen, policy.with_home(memory.home))
-            verdict = judge(seen, effective)
+            judged_by = with_learned_home(seen, policy.with_home(memory.home))
+            verdict = judge(seen, judged_by)
         verdict = add_transport_findings(verdict, extra)
-        since = began(seen, verdict, at, memory)
+        began = trouble_began(seen, verdict, at, memory)
         if reference:
             memory = replace(memory, homes=newest(memory.homes, home_of(seen), at))
         elif _is_refuted(memory, seen, at):
             memory = replace(memory, refuted=at)
         exits = (seen.exit(4), seen.exit(6))
-        port, lasted = seen.forwarded_port, lasts(seen, verdict)
+        port, lasted = seen.forwarded_port, watched_for(seen, verdict)
         memory, events = advance(
-            memory, verdict, at, effective, exits, began=since, measured=is_measured(verdict), lasted=lasted, port=port
+            memory, verdict, at, judged_by, exits, began=began, measured=is_measured(verdict), lasted=lasted, port=port
         )
-        learned = tuple(n for n in effective.home_networks if n not in policy.home_networks)
+        learned = tuple(n for n in judged_by.home_networks if n not in policy.home_networks)
         if learned != memory.home:
             memory = replace(memory, home=learned[-_MAX_LEARNED_HOMES:])
         if not reference and verdict.state in (State.PROTECTED, State.DEGRADED):
             working = learned_working(memory.working, seen)
             memory = memory if working == memory.working else replace(memory, working=working)
-        return Evaluation(memory, verdict, events, since)
+        return Evaluation(memory, verdict, events, began)
 
     def enrich(
         self, row: TunnelRow, memory: Memory, seen: Observation, at: float, came_from: tuple[IPAddress, ...] = ()
@@ -116,9 +116,9 @@ class Evaluator:
 def silence_between(memory: Memory, at: float, silent_after: float) -> tuple[Memory, list[Event]]:
     """The memory and events of the silence between the agent's last observation and the one at `at`.
 
-    A replay voids a silence in which the agent watched but could not report; this keeps the part in which it did not
-    run. Only for observations with consecutive numbers: a gap in the numbers means that rounds were thinned, so the
-    agent ran.
+    A replay voids a silence in which the agent watched but could not report. This function adds back the part in which
+    the agent did not run. Only for observations with consecutive numbers: a gap in the numbers means that rounds were
+    thinned, so the agent ran.
     """
     deadline = memory.seen_at + silent_after
     if memory.state is State.SILENT or not memory.seen_at or at <= deadline:
@@ -129,14 +129,14 @@ def silence_between(memory: Memory, at: float, silent_after: float) -> tuple[Mem
 def _well_until(memory: Memory) -> float:
     """When the tunnel was last known to be well."""
     if memory.before is not None:
-        return memory.seen_at  # the silence since may be void
+        return memory.seen_at  # a replay may show that the agent watched since then, and that there was no silence
     candidate = memory.candidate
     if memory.trouble_since is not None:
         return memory.trouble_since
     return candidate.since if candidate is not None else memory.seen_at
 
 
-def began(seen: Observation, verdict: Verdict, at: float, memory: Memory) -> float | None:
+def trouble_began(seen: Observation, verdict: Verdict, at: float, memory: Memory) -> float | None:
     """When the verdict's trouble began, where that is known better than by the time of the observation; else None."""
     if verdict.state is State.DOWN and seen.silent_for > 0:
         return at - seen.silent_for
@@ -155,7 +155,7 @@ def is_measured(verdict: Verdict) -> bool:
     return verdict.state is State.DEGRADED and any(f.code in _MEASURED for f in verdict.findings)
 
 
-def lasts(seen: Observation, verdict: Verdict) -> float:
+def watched_for(seen: Observation, verdict: Verdict) -> float:
     """Seconds for which the round itself watched the trouble: no target answered, or pulses measured it. 0: not so."""
     asked = seen.asked(Probe.DEFAULT)
     dead = verdict.state is State.DOWN and asked and all(c.answer is not Answer.ANSWERED for c in asked)

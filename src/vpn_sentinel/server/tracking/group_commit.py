@@ -29,7 +29,9 @@ class Busy(Exception):
 
 @dataclass(slots=True)
 class _Queued:
-    """`given_up_at` is a time of the loop, once its tunnel's row was found locked."""
+    """An input and its caller. At `given_up_at`, by the loop's clock, the caller is told that the tunnel's row is
+    locked; it is infinite until the row was first found locked.
+    """
 
     input: Input
     done: "asyncio.Future[None]"
@@ -37,7 +39,9 @@ class _Queued:
 
 
 class GroupCommit:
-    """`commit` stores a batch of inputs; it raises when none was stored. It returns the tunnels whose rows another
+    """A queue whose waiting inputs are committed together.
+
+    `commit` stores a batch of inputs; it raises when none was stored. It returns the tunnels whose rows another
     session holds: all was stored but theirs. Their reports are tried again while the others go on; what the server
     found out itself is refused at once, since it is found again.
 
@@ -47,25 +51,25 @@ class GroupCommit:
     def __init__(self, commit: Callable[[Sequence[Input]], Awaitable[Collection[str]]]) -> None:
         self._commit_batch = commit
         self._reports: list[_Queued] = []
-        self._checks: list[_Queued] = []
+        self._own_findings: list[_Queued] = []  # pulses and port checks
         self._locked: list[_Queued] = []  # reports
         self._retry: asyncio.TimerHandle | None = None  # while some are in it
         self._wake = asyncio.Event()
         self.busy = asyncio.Lock()
 
-    async def put(self, entering: Input) -> None:
-        """Return when `entering` is committed. Raises StoreUnavailable, or Busy when too many wait."""
-        queue = self._reports if isinstance(entering, ReportBatch) else self._checks
+    async def put(self, item: Input) -> None:
+        """Return when `item` is committed. Raises StoreUnavailable, or Busy when too many wait."""
+        queue = self._reports if isinstance(item, ReportBatch) else self._own_findings
         if len(queue) + len(self._locked) >= _MAX_QUEUED:
             raise Busy
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        queue.append(_Queued(entering, done))
+        queue.append(_Queued(item, done))
         self._wake.set()
         await done
 
     def amend(self, change: Callable[[Input], Input]) -> None:
         """Replace each waiting input by what `change` returns for it."""
-        for waiting in (*self._reports, *self._checks, *self._locked):
+        for waiting in (*self._reports, *self._own_findings, *self._locked):
             waiting.input = change(waiting.input)
 
     async def run(self) -> None:
@@ -73,18 +77,18 @@ class GroupCommit:
         try:
             while True:
                 await self._wake.wait()
-                for queue in (self._reports, self._checks):
+                for queue in (self._reports, self._own_findings):
                     async with self.busy:
-                        if batch := _first(queue):
+                        if batch := _next_batch(queue):
                             del queue[: len(batch)]
                             await self._commit(batch)
-                if not self._reports and not self._checks:
+                if not self._reports and not self._own_findings:
                     self._wake.clear()
         finally:
             closing = StoreUnavailable("closing", "the server is shutting down")
             if self._retry is not None:
                 self._retry.cancel()
-            _settle([*self._reports, *self._checks, *self._locked], closing)
+            _settle([*self._reports, *self._own_findings, *self._locked], closing)
 
     async def _commit(self, batch: list[_Queued]) -> None:
         try:
@@ -126,7 +130,7 @@ class GroupCommit:
         self._wake.set()
 
 
-def _first(queue: Sequence[_Queued]) -> list[_Queued]:
+def _next_batch(queue: Sequence[_Queued]) -> list[_Queued]:
     """The next batch: the earliest inputs, at least one of any size, and more while the observations are few."""
     batch, room = list[_Queued](), _MAX_OBSERVATIONS
     for waiting in queue[:_MAX_BATCH]:

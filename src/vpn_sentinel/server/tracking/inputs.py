@@ -92,10 +92,10 @@ class PortCheckResult:
 Input = ReportBatch | PulseObservation | PortCheckResult
 
 
-def moved(entering: Input, by: float) -> Input:
+def moved(item: Input, by: float) -> Input:
     """The same input after the clock was set forward by `by` seconds."""
-    if not isinstance(entering, ReportBatch):
-        return replace(entering, at=entering.at + by)
-    seen = tuple(msgspec.structs.replace(o, at=o.at + by) for o in entering.observations)
-    times = {"received_at": entering.received_at + by, "connected_at": entering.connected_at + by}
-    return msgspec.structs.replace(entering, observations=seen, **times)
+    if not isinstance(item, ReportBatch):
+        return replace(item, at=item.at + by)
+    seen = tuple(msgspec.structs.replace(o, at=o.at + by) for o in item.observations)
+    times = {"received_at": item.received_at + by, "connected_at": item.connected_at + by}
+    return msgspec.structs.replace(item, observations=seen, **times)

@@ -209,15 +209,15 @@ class SiteView:
 class Sites:
     """Reference agents by name and by site, as the committed reports left them.
 
-    `pulsed` gives the last time span, by the server's clock, in which an agent's pulses came over the internet; `moved`
-    by how much that clock has been set: see `domain.machine.Memory`.
+    `pulsed` gives the last time span, by the server's clock, in which an agent's pulses came over the internet;
+    `clock_moved` by how much that clock has been set: see `domain.machine.Memory`.
     """
 
     def __init__(
-        self, pulsed: Callable[[str], Span | None] = lambda _: None, moved: Callable[[], float] = lambda: 0.0
+        self, pulsed: Callable[[str], Span | None] = lambda _: None, clock_moved: Callable[[], float] = lambda: 0.0
     ) -> None:
         self._pulsed = pulsed
-        self._moved = moved
+        self._clock_moved = clock_moved
         self._by_name: dict[str, Reference] = {}
         self._by_site: dict[str, dict[str, Reference]] = {}
 
@@ -245,7 +245,7 @@ class Sites:
 
     async def load(self, store: Store, now: float) -> None:
         """Take over what the database holds, where it is newer than this table. Raises StoreUnavailable."""
-        c, moved_by = tunnels.c, self._moved()
+        c, moved_by = tunnels.c, self._clock_moved()
         found = await store.read(
             select(c.id, c.name, c.site, c.state, c.since, c.memory, c.seen_at, c.last_seen, c.deadline).where(
                 c.site > "", c.role == REFERENCE
@@ -255,7 +255,7 @@ class Sites:
         spans = await store.read(
             select(incidents).join(tunnels, c.id == incidents.c.tunnel_id).where(c.role == REFERENCE, lately)
         ) if found else ()  # fmt: skip
-        if moved_by != self._moved():
+        if moved_by != self._clock_moved():
             return  # the clock was set meanwhile: some or all of these times are by the old clock
         fresh: dict[str, Reference] = {}
         for row in found:

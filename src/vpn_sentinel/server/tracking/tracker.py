@@ -12,7 +12,7 @@ from typing import Final
 
 from sqlalchemy import select
 
-from vpn_sentinel.domain.machine import Moved, Revised
+from vpn_sentinel.domain.machine import Revised, StateChanged
 from vpn_sentinel.domain.policy import IPNetwork, Policy
 from vpn_sentinel.domain.verdict import State
 from vpn_sentinel.runtime.clock import Clock
@@ -28,8 +28,8 @@ from vpn_sentinel.server.tracking.sites import REFERENCE, Sites
 
 log = logging.getLogger(__name__)
 
-# A tunnel of which something came that could not be stored, since its row was held, is not silent for so long: its
-# sender may wait half a minute before it tries again.
+# Where a report could not be stored because another session held the tunnel's row, the tunnel does not become silent
+# within this time: its sender may wait half a minute before it tries again.
 _UNSTORED_GRACE_S: Final = 45.0
 
 
@@ -38,7 +38,7 @@ class Tracker:
 
     `channels` are the names of the channels that every notice goes to; `on_commit` is called after each commit that put
     a message into the outbox. `own_address` gives the server's own public address: it counts as the home of old clients
-    for which none is declared, as in the replaced system. `moved` is by how much the clock has been set: see
+    for which none is declared, as in the replaced system. `clock_moved` gives by how much the clock has been set: see
     `domain.machine.Memory`.
     """
 
@@ -52,7 +52,7 @@ class Tracker:
         on_commit: Callable[[], None] = lambda: None,
         own_address: Callable[[], tuple[IPNetwork, ...]] = lambda: (),
         sites: Sites | None = None,
-        moved: Callable[[], float] = lambda: 0.0,
+        clock_moved: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self._store = store
         self._clock = clock
@@ -61,21 +61,21 @@ class Tracker:
         self._channels = tuple(channels)
         self._on_commit = on_commit
         self._own_address = own_address
-        self._moved = moved
+        self._clock_moved = clock_moved
         self._keepalive_policy = policy
         self._known = Knowledge(sites or Sites())
         self._shared: set[str] = set()  # names for which the warning about several agents was logged
         self._unstored: dict[str, float] = {}  # boot time of the last input that a locked row did not take, by tunnel
-        self._commits = GroupCommit(self._take)
+        self._commits = GroupCommit(self._commit)
 
     @property
     def forwarded(self) -> Mapping[str, ForwardedAddress]:
         """The forwarded ports that may be tried now, by tunnel."""
         return self._known.forwarded
 
-    async def submit(self, entering: Input) -> None:
-        """Return when `entering` is committed. Raises StoreUnavailable, or Busy when too many wait."""
-        await self._commits.put(entering)
+    async def submit(self, item: Input) -> None:
+        """Return when `item` is committed. Raises StoreUnavailable, or Busy when too many wait."""
+        await self._commits.put(item)
 
     async def run(self) -> None:
         """Commit what waits, for ever. On cancellation, every waiting `submit` raises StoreUnavailable."""
@@ -87,13 +87,13 @@ class Tracker:
         seconds: it moves the times of all inputs that wait and of all that is known here.
         """
         async with self._commits.busy:
-            yield self._move
+            yield self._shift_times
 
-    def _move(self, by: float) -> None:
-        self._commits.amend(lambda entering: inputs.moved(entering, by))
+    def _shift_times(self, by: float) -> None:
+        self._commits.amend(lambda item: inputs.moved(item, by))
         self._known.move(by)
 
-    async def _take(self, batch: Sequence[Input]) -> Collection[str]:
+    async def _commit(self, batch: Sequence[Input]) -> Collection[str]:
         """Commit inputs of one kind: reports, which create the tunnels that they name, or the server's own findings.
 
         Returns the tunnels of which nothing was stored, because their rows are locked.
@@ -103,11 +103,11 @@ class Tracker:
         context = self._context(self._clock.wall())
         names = list(dict.fromkeys(i.tunnel for i in batch))
 
-        def decided(rows: Mapping[str, TunnelRow]) -> Decision:
+        def decide_rows(rows: Mapping[str, TunnelRow]) -> Decision:
             return decide(batch, rows, self._known, context)
 
         create = isinstance(batch[0], ReportBatch)
-        decision = await self._store.transact(names, context.now, decided, create=create)
+        decision = await self._store.transact(names, context.now, decide_rows, create=create)
         self._apply(decision.effects)
         for name in names:
             self._unstored.pop(name, None)
@@ -124,12 +124,12 @@ class Tracker:
         report that came in between keeps the tunnel alive.
         """
         earliest = self._clock.boottime() - _UNSTORED_GRACE_S
-        left = {name for name in names if self._unstored.get(name, earliest) > earliest}
-        names = [name for name in names if name not in left]
+        skipped = {name for name in names if self._unstored.get(name, earliest) > earliest}
+        names = [name for name in names if name not in skipped]
         if not names:
-            return left
-        c, own = tunnels.c, tunnels.alias()
-        sites = select(own.c.site).where(own.c.name.in_(names), own.c.site != "")
+            return skipped
+        c, same_table = tunnels.c, tunnels.alias()
+        sites = select(same_table.c.site).where(same_table.c.name.in_(names), same_table.c.site != "")
         async with self._commits.busy:
             # Read under the lock: a report committed just before it shows which agents of a site still report.
             site_members = await self._store.read(
@@ -137,12 +137,12 @@ class Tracker:
             )
             context = self._context(now)
 
-            def decided(rows: Mapping[str, TunnelRow]) -> Decision:
+            def decide_rows(rows: Mapping[str, TunnelRow]) -> Decision:
                 return decide_silences(rows.values(), self._known, context, grace, site_members)
 
-            decision = await self._store.transact(names, now, decided, create=False)
+            decision = await self._store.transact(names, now, decide_rows, create=False)
             self._apply(decision.effects)
-            return left | decision.locked
+            return skipped | decision.locked
 
     def _context(self, now: float) -> Context:
         own = self._policy
@@ -153,7 +153,7 @@ class Tracker:
             self._known.repeats.clear()
         return Context(
             now=now,
-            clock_moved=self._moved(),
+            clock_moved=self._clock_moved(),
             policy=own,
             keepalive_policy=self._keepalive_policy,
             channels=self._channels,
@@ -171,14 +171,14 @@ class Tracker:
                     "several agents report as one tunnel: what is shown of it alternates between them",
                     extra={"tunnel": name, "remedy": "give each its own VPN_SENTINEL_CLIENT_ID"},
                 )
-        for name, moved in effects.moves:
-            _log_move(name, moved)
+        for name, event in effects.state_changes:
+            _log_state_change(name, event)
         self._hub.publish(set(effects.tunnels))
         if effects.has_deliveries:
             self._on_commit()
 
 
-def _log_move(name: str, event: Moved | Revised) -> None:
+def _log_state_change(name: str, event: StateChanged | Revised) -> None:
     """Log a transition, but not that a new tunnel is well: for a large fleet that is thousands of lines at a start."""
     at = datetime.fromtimestamp(event.at, UTC).isoformat(timespec="seconds")
     if isinstance(event, Revised):

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from vpn_sentinel.domain.machine import Event, Moved, Revised
+from vpn_sentinel.domain.machine import Event, Revised, StateChanged
 from vpn_sentinel.domain.observation import Observation
 from vpn_sentinel.domain.verdict import HARM, State, Verdict
 from vpn_sentinel.server.store import rows
@@ -14,7 +14,7 @@ from vpn_sentinel.wire.codec import encode, encode_observation
 
 @dataclass(slots=True)
 class Writes:
-    """The rows to write, by statement; `moves` are changes of state, to be logged after the commit."""
+    """The rows to write, by statement; `state_changes`, by tunnel's name, are to be logged after the commit."""
 
     tunnels: dict[int, TunnelRow] = field(default_factory=dict)
     touched: dict[int, TunnelRow] = field(default_factory=dict)
@@ -22,7 +22,7 @@ class Writes:
     ordered: list[Batch] = field(default_factory=list)
     deliveries: list[tuple[object, ...]] = field(default_factory=list)
     actions: list[tuple[object, ...]] = field(default_factory=list)
-    moves: list[tuple[str, Moved | Revised]] = field(default_factory=list)
+    state_changes: list[tuple[str, StateChanged | Revised]] = field(default_factory=list)
 
     def add_observation(
         self, tunnel: int, spool: str, seq: int, at: float, received_at: float, verdict: Verdict, seen: Observation
@@ -54,10 +54,10 @@ def record(tunnel: int, event: Event, now: float, writes: Writes) -> None:
             writes.ordered.append((rows.VOID_SILENCE, [(tunnel, event.at)]))
             # An incident that only the silence opened is removed; one that was open before stays open.
             writes.ordered.append((rows.VOID_INCIDENT, [(tunnel, event.at)]))
-        case Moved():
+        case StateChanged():
             findings = encode(event.findings).decode()
-            moved = (tunnel, event.at, now, event.old.value, event.new.value, findings)
-            writes.ordered.append((rows.ADD_TRANSITION, [moved]))
+            transition = (tunnel, event.at, now, event.old.value, event.new.value, findings)
+            writes.ordered.append((rows.ADD_TRANSITION, [transition]))
             if event.new is State.PROTECTED:
                 writes.ordered.append((rows.CLOSE_INCIDENT, [(event.at, tunnel)]))
             elif event.old in (State.PROTECTED, State.PENDING):
