@@ -1,4 +1,4 @@
-"""What leaked, and what proves that it leaks no more."""
+"""What leaked, and what proves that it no longer leaks."""
 
 from dataclasses import replace
 from ipaddress import ip_address, ip_network

@@ -55,7 +55,7 @@ Time: 2027-01-15 09:00:00 CET (08:00:00 UTC)""",
     "the server keeps up again": (
         Notice(kind=Kind.SERVER_RECOVERED, at=AT + 420, began=AT),
         """\
-🟢 VPN Sentinel keeps up again after 7 minutes
+🟢 VPN Sentinel can keep up again after 7 minutes
 Began: 2027-01-15 09:00:00 CET (08:00:00 UTC)
 Time: 2027-01-15 09:07:00 CET (08:07:00 UTC)""",
     ),
@@ -125,7 +125,7 @@ Time: 2027-01-15 09:00:00 CET (08:00:00 UTC)""",
     "leaking became down": (
         Notice(kind=Kind.DOWN, tunnel="nl-1", at=AT, began=AT, was=State.LEAKING, exit=EXIT, findings=(DEAD,)),
         """\
-🟠 nl-1 is down and leaks no more
+🟠 nl-1 is down and no longer leaks
 Why: The tunnel's interface wg0 is gone.
 What to do: Bring the tunnel's interface back up.
 Exit last seen: 198.51.100.7

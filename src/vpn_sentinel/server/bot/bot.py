@@ -121,7 +121,7 @@ class Bot:
                 log.warning("a chat that is not served wrote to the bot", extra={"chat": message.chat.id})
             return
         if message.migrate_to_chat_id is not None:
-            self._api.moved.note(self._chat_id, str(message.migrate_to_chat_id))
+            self._api.moved.set_current(self._chat_id, str(message.migrate_to_chat_id))
             await self._api.moved.save(self._chat_id)
             return
         command = commands.parse(message.text, self._username or "")

@@ -1,4 +1,7 @@
-"""HTTP failures as one word, for a metric's label and the log: never a URL, never a body."""
+"""HTTP to other people's servers: each failure as one word for a metric's label and the log, bodies of bounded size.
+
+No URL and no body is ever logged: both may hold secrets.
+"""
 
 import logging
 import math

@@ -32,7 +32,7 @@ _HEADLINE: Final[Mapping[Kind, tuple[str, str]]] = {
     Kind.SERVER_STARTED: ("🚀", "VPN Sentinel has started"),
     Kind.DATABASE_DAMAGED: ("🛑", "VPN Sentinel's own database has damage"),
     Kind.SERVER_OVERLOADED: ("🐌", "VPN Sentinel has too much to do"),
-    Kind.SERVER_RECOVERED: (ICON[State.PROTECTED], "VPN Sentinel keeps up again"),
+    Kind.SERVER_RECOVERED: (ICON[State.PROTECTED], "VPN Sentinel can keep up again"),
     Kind.CONNECTED: (ICON[State.PROTECTED], "{tunnel} is connected and protected"),
     Kind.ADDRESS_CHANGED: ("🔵", "{tunnel} has a new exit address"),
     Kind.PORT_CHANGED: ("🔵", "{tunnel} has another forwarded port"),
@@ -45,7 +45,7 @@ _HEADLINE: Final[Mapping[Kind, tuple[str, str]]] = {
     Kind.TEST: ("🔔", "Test message of VPN Sentinel"),
 }
 # Notices of a reference agent are about the home connection of its site.
-_HOME: Final[Mapping[Kind, str]] = {
+_REFERENCE_HEADLINE: Final[Mapping[Kind, str]] = {
     Kind.CONNECTED: "Home internet of {site} works",
     Kind.ADDRESS_CHANGED: "Home internet of {site} has a new address",
     Kind.DOWN: "Home internet of {site} is down",
@@ -91,14 +91,14 @@ def headline(notice: Notice) -> str:
     """The first line: which tunnel, and its state."""
     icon, sentence = _HEADLINE[notice.kind]
     if notice.role == "reference":
-        sentence = _HOME.get(notice.kind, sentence)
+        sentence = _REFERENCE_HEADLINE.get(notice.kind, sentence)
     if notice.first:
         sentence = sentence.removesuffix(" again")
     title = sentence.format(tunnel=clean(notice.tunnel) or "A tunnel", site=clean(notice.site) or "a site")
     if notice.outage is not None:
         title += f" after {duration(notice.outage)}"
     if notice.kind is Kind.DOWN and notice.was is State.LEAKING:
-        title += " and leaks no more"
+        title += " and no longer leaks"
     elif notice.was is not None:
         title += f" (it was {notice.was})"
     return f"{icon} {title}"
@@ -120,8 +120,8 @@ def _lines(notice: Notice, zone: tzinfo | None) -> Iterator[Line]:
     elif notice.exit is not None:
         # In trouble, this address is the last good one or the leak itself: the findings say which.
         label = "Exit" if notice.role != "reference" else "Home address"
-        late = notice.kind in (Kind.LEAKING, Kind.DOWN, Kind.SILENT, Kind.UNVERIFIED)
-        yield Line(f"{label} last seen" if late else label, str(notice.exit), fixed=True)
+        is_old = notice.kind in (Kind.LEAKING, Kind.DOWN, Kind.SILENT, Kind.UNVERIFIED)
+        yield Line(f"{label} last seen" if is_old else label, str(notice.exit), fixed=True)
     for label, value in (
         ("Place", clean(notice.place)),
         ("Provider", clean(notice.provider)),

@@ -171,7 +171,7 @@ class BotApi:
         try:
             await self._send(self.moved.current(chat_id), text, html=html, topic=topic)
         except ChatMovedError as moved:
-            self.moved.note(chat_id, moved.chat_id)
+            self.moved.set_current(chat_id, moved.chat_id)
         else:
             return
         # An alarm must wait neither for a change of the setting nor for the database.

@@ -20,7 +20,7 @@ _SAVE: Final = text(
 
 
 class MovedChats:
-    """Without a `store` the numbers are kept in memory only."""
+    """The current numbers of chats, by the number in the settings. Without a `store` they are kept in memory only."""
 
     def __init__(self, store: Store | None = None) -> None:
         self._store = store
@@ -31,12 +31,12 @@ class MovedChats:
         return self._current.get(chat_id, chat_id)
 
     async def load(self, chat_id: str) -> None:
-        """Raises StoreUnavailable."""
+        """Read the chat's current number from the database. Raises StoreUnavailable."""
         if self._store is not None:
             rows = await self._store.read(select(meta.c.value).where(meta.c.key == KEY_PREFIX + chat_id))
             self._current.update((chat_id, row.value) for row in rows)
 
-    def note(self, chat_id: str, new: str) -> None:
+    def set_current(self, chat_id: str, new: str) -> None:
         """From now on `chat_id` means `new`; `save` writes it to the database."""
         self._current[chat_id] = new
         log.warning("the chat moved: set TELEGRAM_CHAT_ID to its new number", extra={"chat": new})

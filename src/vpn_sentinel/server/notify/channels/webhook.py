@@ -2,8 +2,8 @@
 
 Body (fields may be added, none is removed):
 
-    {"kind", "tunnel", "state", "was", "at", "began", "outage_seconds", "exit", "old_exit", "place", "provider",
-     "timezone", "resolvers": [text], "details": [text], "text",
+    {"kind", "tunnel", "state", "was", "at", "began", "outage_seconds", "exit", "old_exit", "port", "old_port",
+     "role", "site", "place", "provider", "timezone", "resolvers": [text], "details": [text], "text",
      "findings": [{"code", "severity", "message", "evidence": {text: text}, "advice"}]}
 
 `at` and `began` are ISO 8601 in UTC; unknown values are null or empty. Headers: `X-Sentinel-Delivery` is the same for
