@@ -18,7 +18,7 @@ from vpn_sentinel.domain.observation import (
     Trigger,
 )
 from vpn_sentinel.domain.policy import Policy
-from vpn_sentinel.domain.resolvers import undecided, without
+from vpn_sentinel.domain.resolvers import undecided_egresses, without_egresses
 from vpn_sentinel.domain.verdict import State
 
 EXIT, EGRESS, HOME = (ip_address(a) for a in ("185.65.134.10", "91.10.0.54", "91.10.10.20"))
@@ -64,8 +64,8 @@ CASES = {
 
 @pytest.mark.parametrize(("seen", "open_", "proved"), CASES.values(), ids=CASES.keys())
 def test_what_is_proved_whatever_can_still_be_learned(seen: Observation, open_: list[object], proved: State) -> None:
-    found = undecided(seen, POLICY)
+    found = undecided_egresses(seen, POLICY)
     assert list(found) == open_
-    left = judge(without(found, seen), POLICY)
+    left = judge(without_egresses(found, seen), POLICY)
     assert (left.state is State.LEAKING) is (proved is State.LEAKING)
     assert proved is State.PROTECTED or judge(seen, POLICY).state is State.LEAKING

@@ -240,14 +240,14 @@ def _dns(seen: Observation, policy: Policy) -> Iterator[Finding]:
     if seen.dns_rewritten:
         yield Finding(Code.DNS_REWRITTEN, "A name that does not exist was given an address.")
     leaking = [f for s in seen.resolvers if (f := resolvers.leak(s, seen, policy))]
-    if not leaking and (by_system := resolvers.system_leak(seen, policy)):
-        leaking.append(by_system)
+    if not leaking and (system_leak := resolvers.system_leak(seen, policy)):
+        leaking.append(system_leak)
     yield from leaking
-    yield from lookups.system(seen)
-    used = resolvers.of_system(seen, policy)
-    if leaking or not (used or (seen.resolvers and not lookups.all_dead(seen))):
+    yield from lookups.lookup_failures(seen)
+    by_system = resolvers.system_egresses(seen, policy)
+    if leaking or not (by_system or (seen.resolvers and not lookups.all_dead(seen))):
         return
-    beside = resolvers.unverified(seen, policy)
+    beside = resolvers.unverified_nameservers(seen, policy)
     if beside:
         named = ", ".join(map(str, beside))
         yield Finding(
@@ -257,12 +257,12 @@ def _dns(seen: Observation, policy: Policy) -> Iterator[Finding]:
             {"nameservers": named, "path": str(Path.OUTSIDE)},
         )
     with_egress = [s for s in seen.resolvers if s.answer is Answer.ANSWERED and resolvers.egress_of(s, seen)]
-    if not with_egress and not beside and not used:
+    if not with_egress and not beside and not by_system:
         yield Finding(Code.RESOLVER_UNKNOWN, "No method could tell which resolver asks for this host.")
-    shown = (resolvers.egress_of(s, seen) for s in with_egress if not policy.allows_resolver(s.nameserver))
-    for egress in dict.fromkeys((*shown, *used)):
+    by_nameserver = (resolvers.egress_of(s, seen) for s in with_egress if not policy.allows_resolver(s.nameserver))
+    for egress in dict.fromkeys((*by_nameserver, *by_system)):
         if egress is not None and not resolvers.is_expected(egress, seen, policy):
-            gap = resolvers.missing(egress, seen, policy)
+            gap = resolvers.missing_knowledge(egress, seen, policy)
             yield Finding(
                 Code.RESOLVER_UNEXPECTED,
                 f"DNS queries come out at {egress}, neither in the exit's network nor at a known resolver."

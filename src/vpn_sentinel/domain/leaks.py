@@ -24,11 +24,12 @@ def by_canaries(seen: Observation, policy: Policy) -> Iterator[Finding]:
     """Leaks by where the canaries came out, and where the server got the report from."""
     for family, code in ((4, Code.IP_LEAK), (6, Code.IPV6_LEAK)):
         answered = [c for c in seen.asked(Probe.DEFAULT) if c.family == family and c.answer is Answer.ANSWERED]
-        # With several outside interfaces there are several addresses; each is a finding.
-        escaped = {c.address: c for c in reversed(answered) if _escapes(c, seen, policy)}
-        inside = next((c for c in answered if c.address is not None and not _escapes(c, seen, policy)), None)
-        if escaped:
-            for canary in reversed(escaped.values()):
+        # With several outside interfaces there are several addresses; each is a finding, by its first canary. That is
+        # the last one to be put in under its address; the findings come in the canaries' order again.
+        outside = {c.address: c for c in reversed(answered) if _came_out_outside(c, seen, policy)}
+        inside = next((c for c in answered if c.address is not None and not _came_out_outside(c, seen, policy)), None)
+        if outside:
+            for canary in reversed(outside.values()):
                 yield _split_route(canary, inside) if inside else _ip_leak(code, canary, seen, policy)
         elif seen.reported_from and seen.reported_from.version == family and policy.is_home(seen.reported_from):
             yield Finding(
@@ -45,9 +46,10 @@ def _flow_words(facts: Mapping[str, str]) -> str:
 def by_packets(seen: Observation, policy: Policy) -> Iterator[Finding]:
     """Leaks by packets that the leak watch saw: DNS leaks, and others by what else goes through the tunnel."""
     escapes = [e for e in seen.escapes if not policy.allows_outside(e.destination)]
-    through = {c.family for c in seen.asked(Probe.DEFAULT) if c.address and not _escapes(c, seen, policy)}
+    through = {c.family for c in seen.asked(Probe.DEFAULT) if c.address and not _came_out_outside(c, seen, policy)}
     if not seen.asked(Probe.DEFAULT) and seen.link is not None and seen.link.present and seen.link.up:
-        # Reported before the canaries are back. IPv6 outside an IPv4 tunnel is the usual leak of a whole version.
+        # Reported before the canaries are back. IPv4 is taken to go through every tunnel that is up, IPv6 only where
+        # routes show it: IPv6 outside an IPv4 tunnel is the usual leak of a whole version.
         inside = [r for r in seen.routed or () if r.interface == seen.link.name and not r.only]
         through = {4} | {r.family for r in inside if r.share >= _MIN_WHOLE_SHARE}
     for escape in escapes:
@@ -104,10 +106,10 @@ def one_per_code(found: Iterable[Finding]) -> tuple[Finding, ...]:
     The facts are the first one's, so that facts of IPv4 and IPv6, or of two devices, are not mixed. The others are
     named in the fact `also`.
     """
-    escapes: dict[Code, list[Finding]] = {}
+    by_code: dict[Code, list[Finding]] = {}
     for finding in found:
-        escapes.setdefault(finding.code, []).append(finding)
-    return tuple(_with_others(first, others) for first, *others in escapes.values())
+        by_code.setdefault(finding.code, []).append(finding)
+    return tuple(_with_others(first, others) for first, *others in by_code.values())
 
 
 def _with_others(first: Finding, others: Sequence[Finding]) -> Finding:
@@ -165,7 +167,7 @@ def shortened(named: Sequence[str]) -> str:
     return ", ".join(named[:_MAX_NAMED]) + more
 
 
-def _escapes(canary: Canary, seen: Observation, policy: Policy) -> bool:
+def _came_out_outside(canary: Canary, seen: Observation, policy: Policy) -> bool:
     """Whether it came out outside the tunnel: by its address; by its route only where the address proves nothing."""
     if canary.answer is not Answer.ANSWERED or canary.address is None:
         return False
@@ -187,19 +189,19 @@ def _outside_addresses(seen: Observation) -> set[IPAddress]:
 
 def _ip_leak(code: Code, canary: Canary, seen: Observation, policy: Policy) -> Finding:
     home = canary.address is not None and policy.is_home(canary.address)
-    what = "the home address" if home else "outside the tunnel, from"
+    whence = "from the home address" if home else "outside the tunnel, from"
     return Finding(
         code,
-        f"IPv{canary.family} traffic leaves {what if not home else 'from ' + what} {canary.address}.",
+        f"IPv{canary.family} traffic leaves {whence} {canary.address}.",
         {"address": str(canary.address), "seen_by": canary.target, **path_fact(canary.path), **_tunnel_fact(seen)},
     )
 
 
-def _split_route(escaped: Canary, inside: Canary) -> Finding:
+def _split_route(outside: Canary, inside: Canary) -> Finding:
     return Finding(
         Code.SPLIT_ROUTE,
-        f"Part of the IPv{escaped.family} traffic leaves from {escaped.address}, outside the tunnel.",
-        {"address": str(escaped.address), "seen_by": escaped.target, "through_the_tunnel": inside.target},
+        f"Part of the IPv{outside.family} traffic leaves from {outside.address}, outside the tunnel.",
+        {"address": str(outside.address), "seen_by": outside.target, "through_the_tunnel": inside.target},
     )
 
 

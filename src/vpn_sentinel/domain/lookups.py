@@ -14,19 +14,19 @@ def all_dead(seen: Observation) -> bool:
     return bool(seen.resolvers) and all(s.answer in _NO_ANSWER for s in seen.resolvers)
 
 
-def system(seen: Observation) -> Iterator[Finding]:
+def lookup_failures(seen: Observation) -> Iterator[Finding]:
     """Findings from the nameservers and getaddrinfo(3) together; none when neither fails."""
     servers = ", ".join(sorted({str(s.nameserver) for s in seen.resolvers}))
     facts = {"nameservers": servers} if servers else {}
-    used = seen.system_lookup
-    if used is not None:
-        if used.error or used.answer is not Answer.UNKNOWN:
-            facts |= {"system": used.error or str(used.answer)}
-        if used.upstreams:
-            facts |= {"upstreams": ", ".join(map(str, used.upstreams))}
+    lookup = seen.system_lookup
+    if lookup is not None:
+        if lookup.error or lookup.answer is not Answer.UNKNOWN:
+            facts |= {"system": lookup.error or str(lookup.answer)}
+        if lookup.upstreams:
+            facts |= {"upstreams": ", ".join(map(str, lookup.upstreams))}
     if all_dead(seen):
-        if used is not None and used.answer is Answer.ANSWERED:
-            if not used.egress:
+        if lookup is not None and lookup.answer is Answer.ANSWERED:
+            if not lookup.egress:
                 yield Finding(
                     Code.RESOLVER_UNKNOWN,
                     f"Programs can look names up here, though no nameserver of resolv.conf answers in time "
@@ -35,10 +35,11 @@ def system(seen: Observation) -> Iterator[Finding]:
                 )
             return
         yield Finding(Code.DNS_DOWN, f"No nameserver answers in time: {servers}.", facts)
-    elif used is not None and used.answer in _NO_ANSWER:
+    elif lookup is not None and lookup.answer in _NO_ANSWER:
         beside = f", though {servers} answers when asked directly" if servers else ""
+        reason = lookup.error or lookup.answer
         yield Finding(
             Code.DNS_DOWN,
-            f"Programs cannot look names up here: the system's resolver fails ({used.error or used.answer}){beside}.",
+            f"Programs cannot look names up here: the system's resolver fails ({reason}){beside}.",
             facts,
         )

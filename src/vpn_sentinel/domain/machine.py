@@ -187,7 +187,7 @@ class _Step:
     memory: Memory
     events: list[Event] = field(default_factory=list)
 
-    def move(self, state: State, at: float, findings: tuple[Finding, ...]) -> None:
+    def change_state(self, state: State, at: float, findings: tuple[Finding, ...]) -> None:
         was = self.memory
         self.events.append(StateChanged(at=at, old=was.state, new=state, findings=findings))
         trouble = None if state is State.PROTECTED else was.trouble_since
@@ -252,7 +252,7 @@ def overdue(memory: Memory, at: float, finding: Finding) -> tuple[Memory, list[E
         return memory, []
     before = Before(state=memory.state, since=memory.since, findings=memory.findings, candidate=memory.candidate)
     step = _Step(memory)
-    step.move(State.SILENT, at, (finding,))
+    step.change_state(State.SILENT, at, (finding,))
     return replace(step.memory, before=before), step.events
 
 
@@ -285,7 +285,9 @@ def _settle(step: _Step, verdict: Verdict, at: float, began: float, until: float
         if memory.state is State.PROTECTED:
             turns = (*_lately(turns, candidate.since, policy), candidate.since)[-MAX_FLAP_COUNT:]
             step.memory = replace(memory, turns=turns)
-        step.move(state, candidate.since, _with_flapping(verdict.findings, state, turns, candidate.since, policy))
+        step.change_state(
+            state, candidate.since, _with_flapping(verdict.findings, state, turns, candidate.since, policy)
+        )
     else:
         # A tunnel that was never judged shows at once why that is not possible.
         unjudged = memory.state is State.PENDING and state is State.UNVERIFIED

@@ -85,9 +85,11 @@ def leak(sighting: ResolverSighting, seen: Observation, policy: Policy) -> Findi
 
 
 def _reached_outside(
-    sighting: ResolverSighting, shown: IPAddress | None, seen: Observation, policy: Policy, facts: dict[str, str]
+    sighting: ResolverSighting, asks_from: IPAddress | None, seen: Observation, policy: Policy, facts: dict[str, str]
 ) -> Finding | None:
-    """What a nameserver that is reached outside the tunnel proves; `shown` is the address it asks the internet from.
+    """What a nameserver that is reached outside the tunnel proves.
+
+    `asks_from` is the address that it asks the internet from, None while that is unknown.
 
     A query to a public one is on the internet already. One on the LAN forwards it, perhaps by a VPN of its own: its
     egress decides, and while that is unknown nothing is proved.
@@ -95,13 +97,13 @@ def _reached_outside(
     server = sighting.nameserver
     if is_public(server):
         return Finding(Code.DNS_LEAK, f"Queries to the nameserver {server} leave outside the tunnel.", facts)
-    if shown is None or _is_vpns(shown, seen, policy):
+    if asks_from is None or _is_vpns(asks_from, seen, policy):
         return None
     return Finding(
         Code.DNS_LEAK,
         f"The nameserver {server} is reached outside the tunnel, on the local network, and asks the internet from "
-        f"{shown}, which is not the VPN's.",
-        facts | {"resolver": str(shown)},
+        f"{asks_from}, which is not the VPN's.",
+        facts | {"resolver": str(asks_from)},
     )
 
 
@@ -109,7 +111,7 @@ def system_leak(seen: Observation, policy: Policy) -> Finding | None:
     """The finding if the system's own resolver, which resolv.conf need not name, reveals the home connection, else
     None.
     """
-    for egress in of_system(seen, policy):
+    for egress in system_egresses(seen, policy):
         facts = {"resolver": str(egress), "seen_by": "getaddrinfo(3)"}
         text = f"Programs here ask a resolver that comes out at {egress}"
         if policy.is_home(egress):
@@ -119,18 +121,18 @@ def system_leak(seen: Observation, policy: Policy) -> Finding | None:
     return None
 
 
-def of_system(seen: Observation, policy: Policy) -> tuple[IPAddress, ...]:
+def system_egresses(seen: Observation, policy: Policy) -> tuple[IPAddress, ...]:
     """The egress addresses of the system's own resolver that no lookup through a nameserver showed.
 
-    None where the policy allows one of the nameservers: that one may have been asked.
+    () where the policy allows one of the nameservers: that one may have been asked.
     """
-    used = seen.system_lookup
-    if used is None or used.answer is not Answer.ANSWERED or seen.dns_rewritten:
+    lookup = seen.system_lookup
+    if lookup is None or lookup.answer is not Answer.ANSWERED or seen.dns_rewritten:
         return ()  # its result is the address of a name, which a resolver may have invented
-    if any(policy.allows_resolver(n) for n in (*(s.nameserver for s in seen.resolvers), *used.upstreams)):
+    if any(policy.allows_resolver(n) for n in (*(s.nameserver for s in seen.resolvers), *lookup.upstreams)):
         return ()
-    shown = {egress_of(s, seen) for s in seen.resolvers}
-    return tuple(e for e in used.egress if is_public(e) and e not in shown and not policy.allows_resolver(e))
+    by_nameserver = {egress_of(s, seen) for s in seen.resolvers}
+    return tuple(e for e in lookup.egress if is_public(e) and e not in by_nameserver and not policy.allows_resolver(e))
 
 
 def egress_of(sighting: ResolverSighting, seen: Observation) -> IPAddress | None:
@@ -145,17 +147,17 @@ def _client_of(sighting: ResolverSighting) -> IPAddress | None:
     return sighting.client if sighting.client is not None and is_public(sighting.client) else None
 
 
-def unverified(seen: Observation, policy: Policy) -> tuple[IPAddress, ...]:
+def unverified_nameservers(seen: Observation, policy: Policy) -> tuple[IPAddress, ...]:
     """Nameservers outside the tunnel that answer, and whose egress no lookup showed."""
     if seen.link is None:
         return ()
     answering = [s for s in seen.resolvers if s.answer is Answer.ANSWERED and not policy.allows_resolver(s.nameserver)]
-    shown = {s.nameserver for s in answering if egress_of(s, seen) or _client_of(s)}
+    verified = {s.nameserver for s in answering if egress_of(s, seen) or _client_of(s)}
     beside = dict.fromkeys(s.nameserver for s in answering if s.path is Path.OUTSIDE)
-    return tuple(n for n in beside if n not in shown)
+    return tuple(n for n in beside if n not in verified)
 
 
-def unexplained(seen: Observation, policy: Policy) -> tuple[IPAddress, ...]:
+def unexplained_egresses(seen: Observation, policy: Policy) -> tuple[IPAddress, ...]:
     """Egresses that only their AS could explain: neither declared, nor in the exit's block, nor a public resolver's."""
     found: dict[IPAddress, None] = {}
     for sighting in seen.resolvers:
@@ -166,25 +168,25 @@ def unexplained(seen: Observation, policy: Policy) -> tuple[IPAddress, ...]:
             continue
         if not _is_known_public(egress):
             found[egress] = None
-    for egress in of_system(seen, policy):
+    for egress in system_egresses(seen, policy):
         if not (policy.is_home(egress) or _in_exit_block(egress, seen) or _is_known_public(egress)):
             found[egress] = None
     return tuple(found)
 
 
-def undecided(seen: Observation, policy: Policy) -> tuple[IPAddress, ...]:
+def undecided_egresses(seen: Observation, policy: Policy) -> tuple[IPAddress, ...]:
     """Unexplained egresses that may turn out to be the VPN's: their own AS, or an exit's, is not known yet."""
     compared = all(asns_of(e, seen) for e in (seen.exit(4), seen.exit(6)) if e)
-    return tuple(e for e in unexplained(seen, policy) if not (compared and asns_of(e, seen)))
+    return tuple(e for e in unexplained_egresses(seen, policy) if not (compared and asns_of(e, seen)))
 
 
-def without(egresses: tuple[IPAddress, ...], seen: Observation) -> Observation:
+def without_egresses(egresses: tuple[IPAddress, ...], seen: Observation) -> Observation:
     """The observation as if no lookup had shown these egresses."""
-    shown = tuple(replace(s, egress=None) if s.egress in egresses else s for s in seen.resolvers)
-    used = seen.system_lookup
-    if used is not None:
-        used = replace(used, egress=tuple(e for e in used.egress if e not in egresses))
-    return replace(seen, resolvers=shown, system_lookup=used)
+    sightings = tuple(replace(s, egress=None) if s.egress in egresses else s for s in seen.resolvers)
+    lookup = seen.system_lookup
+    if lookup is not None:
+        lookup = replace(lookup, egress=tuple(e for e in lookup.egress if e not in egresses))
+    return replace(seen, resolvers=sightings, system_lookup=lookup)
 
 
 def is_expected(egress: IPAddress, seen: Observation, policy: Policy) -> bool:
@@ -194,7 +196,7 @@ def is_expected(egress: IPAddress, seen: Observation, policy: Policy) -> bool:
     return bool(asns_of(egress, seen) & (exit_asns(seen) | PUBLIC_RESOLVER_ASNS))
 
 
-def missing(egress: IPAddress, seen: Observation, policy: Policy) -> str:
+def missing_knowledge(egress: IPAddress, seen: Observation, policy: Policy) -> str:
     """What must be known to decide whether an unexpected egress is the home provider's; "" when all is known."""
     if not asns_of(egress, seen):
         return f"the AS number of {egress}"

@@ -23,12 +23,13 @@ def bypasses(seen: Observation, policy: Policy) -> Iterator[Finding]:
         return
     parts = seen.routed or ()
     carried = {part.family for part in parts if part.interface == link.name}
-    held = {(c.interface, c.family) for c in seen.asked(Probe.PHYSICAL) if c.answer is Answer.BLOCKED}
-    held -= {(c.interface, c.family) for c in seen.asked(Probe.PHYSICAL) if c.answer is Answer.ANSWERED}
+    # Where a kill switch of this host refuses packets.
+    blocked = {(c.interface, c.family) for c in seen.asked(Probe.PHYSICAL) if c.answer is Answer.BLOCKED}
+    blocked -= {(c.interface, c.family) for c in seen.asked(Probe.PHYSICAL) if c.answer is Answer.ANSWERED}
     for part in parts:
         if part.interface == link.name or part.family not in carried or part.answer is Answer.BLOCKED:
             continue
-        if (part.interface, part.family) in held and part.answer not in (Answer.ANSWERED, Answer.EXPIRED):
+        if (part.interface, part.family) in blocked and part.answer not in (Answer.ANSWERED, Answer.EXPIRED):
             continue
         meant = [n for n in part.networks if any(_inside(n, allowed) for allowed in policy.allowed_outside)]
         not_meant = [n for n in part.networks if n not in meant]

@@ -1,10 +1,11 @@
 """How much of the internet leaves by which device, by the kernel's rules and tables alone.
 
 The internet is the public address space: for IPv6 the global unicast block 2000::/3 (RFC 4291), less what IANA's
-special-purpose registries take out (`domain.policy.NOT_PUBLIC`) and what they hold for documentation. 64:ff9b::/96
-stands for all of IPv4 (RFC 6052), and 64:ff9b:1::/48 has room for the same (RFC 8215), where the network has a NAT64
-translator: they count where a route or a rule for these blocks exists. A default route covers them too, and does not
-show that there is a translator.
+special-purpose registries take out (`domain.policy.NOT_PUBLIC`) and what they hold for documentation.
+
+The blocks of NAT64 count where a route or a rule for them exists; a default route covers them too, and does not show
+that the network has a translator. Of these, 64:ff9b::/96 stands for all of IPv4 (RFC 6052), and 64:ff9b:1::/48 has room
+for the same (RFC 8215).
 """
 
 from collections import defaultdict
@@ -89,22 +90,26 @@ def covering_networks(
 
     Where such a network is much larger than the part that leaves, the part itself is split into networks.
     """
-    held: dict[tuple[int, int], int] = defaultdict(int)  # addresses, by first address and prefix length
+    # A block is the first address and the prefix length of a network.
+    addresses_in: dict[tuple[int, int], int] = defaultdict(int)
     for segment in fib.segments(version, sender, parts):
-        if interface in segment.interfaces and (name := segment.name) is not None:
-            held[name] += segment.last - segment.first + 1
+        if interface in segment.interfaces and (block := segment.name) is not None:
+            addresses_in[block] += segment.last - segment.first + 1
     found: dict[tuple[int, int], int] = {}
-    for name, addresses in held.items():
-        ends = name[0], name[0] + (1 << ADDRESS_BITS[version] - name[1]) - 1
-        if addresses == address_count([ends]) or addresses >= _MIN_NAMED_SHARE * address_count(
-            whole := intersect([ends], public_space(version))
-        ):
-            found[name] = addresses
+    for block, addresses in addresses_in.items():
+        first, prefix = block
+        ends = first, first + (1 << ADDRESS_BITS[version] - prefix) - 1
+        if addresses == address_count([ends]):
+            found[block] = addresses
+            continue
+        public = intersect([ends], public_space(version))
+        if addresses >= _MIN_NAMED_SHARE * address_count(public):
+            found[block] = addresses
         else:
-            own = networks(intersect(whole, parts), version)
+            own = networks(intersect(public, parts), version)
             found |= {(int(n.network_address), n.prefixlen): n.num_addresses for n in own}
     kind = IPv4Network if version == 4 else IPv6Network
-    return [kind(name) for name in sorted(found, key=lambda name: -found[name])[:limit]], len(found)
+    return [kind(block) for block in sorted(found, key=lambda block: -found[block])[:limit]], len(found)
 
 
 def public_share(fib: Fib, version: int, sender: Sender = ANY_SENDER) -> dict[int, float]:

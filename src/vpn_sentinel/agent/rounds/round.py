@@ -35,7 +35,7 @@ from vpn_sentinel.domain.observation import (
     Trigger,
 )
 from vpn_sentinel.domain.policy import IPAddress, IPNetwork, Policy
-from vpn_sentinel.domain.resolvers import undecided, unexplained, without
+from vpn_sentinel.domain.resolvers import undecided_egresses, unexplained_egresses, without_egresses
 from vpn_sentinel.domain.unseen import rests_on_home
 from vpn_sentinel.domain.verdict import State
 from vpn_sentinel.runtime.clock import Clock
@@ -145,7 +145,7 @@ def _leaks(seen: Observation, policy: Policy) -> bool:
 
 def _is_proved(seen: Observation, policy: Policy) -> bool:
     """Whether it leaks, whatever is still learned about the addresses that resolvers ask from."""
-    return _leaks(without(undecided(seen, policy), seen), policy)
+    return _leaks(without_egresses(undecided_egresses(seen, policy), seen), policy)
 
 
 def _egress_networks(survey: Survey, found: tuple[Canary, ...], policy: Policy) -> dict[str, frozenset[IPNetwork]]:
@@ -261,7 +261,7 @@ async def _with_origins(
     def fresh_parts() -> Observation:
         return replace(seen, places=_places(deps, seen, policy))
 
-    unexplained_addresses = unexplained(seen, policy)
+    unexplained_addresses = unexplained_egresses(seen, policy)
     if deps.origins is not None and (unexplained_addresses or rests_on_home(seen, policy)):
         addresses = (*unexplained_addresses, *(a for a in (seen.exit(4), seen.exit(6)) if a), *_homes(seen, policy))
         await deps.origins.learn(addresses, nameservers, paths, enough=lambda: _is_proved(fresh_parts(), policy))
