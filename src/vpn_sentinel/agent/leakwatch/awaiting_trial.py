@@ -18,7 +18,7 @@ class AwaitingTrial:
         self._held: list[tuple[Packet, str]] = []
 
     def hold(self, packet: Packet, interface: str, now: float, *, reported: bool) -> bool:
-        """Ask for a trial, hold a packet for it, and return True, where a trial must decide about it first: the tunnel's
+        """Hold a packet, ask for a trial, and return True, where a trial must decide about it first: the tunnel's
         program, or another VPN's, may have moved to this endpoint.
 
         `reported`: its flow was reported before, and for more of its packets an older trial is good enough.
